@@ -1,0 +1,44 @@
+// Pillow's bicubic resize of 8-bit RGB, to the bit, by any band of output rows and range of columns.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "image/kernels.h"
+
+namespace llava_fast {
+
+struct ImageView {  // interleaved RGB, not owned
+  const uint8_t* data;
+  int height;
+  int width;
+  ptrdiff_t stride;  // bytes between rows
+};
+
+// Which pass Pillow runs first. Up to 12: always the horizontal one. From 13 (python-pillow PR 9549): the
+// vertical one if the height shrinks, by more than twice as many rows as the width loses columns.
+enum class PillowOrder { kPillow12, kPillow13 };
+bool vertical_first(PillowOrder order, int in_height, int in_width, int out_height, int out_width);
+
+// A resize of one image to one size; `rows` may be called from several threads at once.
+class Resizer {
+ public:
+  Resizer(const ImageView& src, int out_height, int out_width, PillowOrder order, const KernelSet& kernels);
+
+  // Output rows [y0, y1), columns [x0, x1), into dst rows that have kRowSlack bytes to spare at their end.
+  // `scratch` is grown as needed and can be kept between calls.
+  void rows(int y0, int y1, int x0, int x1, uint8_t* dst, ptrdiff_t dst_stride,
+            std::vector<uint8_t>& scratch) const;
+
+ private:
+  void horizontal_pass(const ImageView& in, int rows, int x0, int x1, uint8_t* dst, ptrdiff_t stride,
+                       uint8_t* scratch) const;
+
+  ImageView src_;
+  const KernelSet& kernels_;
+  bool horizontal_, vertical_, vertical_first_;  // which passes are needed, and their order
+  Axis x_axis_, y_axis_;
+};
+
+}  // namespace llava_fast

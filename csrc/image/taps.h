@@ -1,0 +1,28 @@
+// The weights of Pillow's bicubic filter along one axis, as the 8-bit fixed-point integers Pillow uses.
+//
+// Source of the method: Pillow's src/libImaging/Resample.c (precompute_coeffs, normalize_coeffs_8bpc).
+// Everything is computed in double with contraction off (-ffp-contract=off), once, on the host: a GPU is
+// handed these integers, so every device gives the same pixels.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace llava_fast {
+
+constexpr int kPrecisionBits = 32 - 8 - 2;               // fraction bits of a weight
+constexpr int32_t kRounding = 1 << (kPrecisionBits - 1);  // one half
+
+struct Taps {
+  int in_size = 0;
+  int out_size = 0;
+  int width = 0;                 // weights stored per output; the unused ones are 0
+  std::vector<int> first;        // [out_size] first input sample of each output
+  std::vector<int> count;        // [out_size] how many samples it reads
+  std::vector<int32_t> weights;  // [out_size, width]
+};
+
+// in_size and out_size are at least 1; throws std::length_error when the table would not fit an int.
+Taps bicubic_taps(int in_size, int out_size);
+
+}  // namespace llava_fast

@@ -1,0 +1,122 @@
+"""Builds llava_fast._C: csrc/ compiled by ninja into one pybind11 module, with CUDA where nvcc is.
+
+Needs no torch. LLAVA_FAST_CUDA=0|1|auto (default auto) says whether the .cu files are compiled: auto means
+"if nvcc (CUDA 12 or 13) is on PATH", 1 makes a missing nvcc an error. CXX chooses the C++ compiler.
+Each configuration has its own folder under build/, so switching between them never links a stale object.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -DNDEBUG".split()
+NVCC_FLAGS = [
+    *("-std=c++17", "-O3", "-DNDEBUG", "--cudart=static"),
+    *("-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off", "--fmad=false"),
+    *("-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"),
+]
+
+
+def find_nvcc() -> tuple[str, str] | None:
+    """(path, "major.minor") of the nvcc to use, or None for a CPU build; LLAVA_FAST_CUDA decides."""
+    wanted = os.environ.get("LLAVA_FAST_CUDA", "auto").lower()
+    if wanted not in ("0", "1", "auto"):
+        raise SystemExit(f"LLAVA_FAST_CUDA must be 0, 1 or auto, not {wanted!r}")
+    if wanted == "0":
+        return None
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        if wanted == "1":
+            raise SystemExit("LLAVA_FAST_CUDA=1, but nvcc is not on PATH; install CUDA 12 or 13, or set 0")
+        return None
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    version = re.search(r"release (\d+\.\d+)", text)
+    if version is None or version[1].split(".")[0] not in ("12", "13"):
+        found = version[1] if version else "an unknown version"
+        if wanted == "1":
+            raise SystemExit(f"LLAVA_FAST_CUDA=1, but {nvcc} is CUDA {found}; CUDA 12 or 13 is needed")
+        print(f"llava_fast: {nvcc} is CUDA {found}, not 12 or 13: building without CUDA", file=sys.stderr)
+        return None
+    return nvcc, version[1]
+
+
+def ninja_file(folder: Path, module: str, nvcc: tuple[str, str] | None) -> str:
+    """The text of build.ninja: one object per source in csrc/, linked into `module` in `folder`."""
+    import pybind11
+
+    def escape(path: object) -> str:
+        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    cxx = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or "c++"
+    includes = [pybind11.get_include(), sysconfig.get_path("include")]
+    include_flags = " ".join(f'"-isystem{path}"' for path in includes) + f' "-I{ROOT / "csrc"}"'
+    defines = "-DLLAVA_FAST_BUILT_WITH_CUDA" if nvcc else ""
+    if sys.platform == "darwin":
+        link = f"{cxx} -bundle -undefined dynamic_lookup $in -o $out"
+    elif nvcc:
+        link = f"{nvcc[0]} -shared --cudart=static -ccbin {cxx} -Xlinker=--exclude-libs,ALL $in -o $out"
+    else:
+        link = f"{cxx} -shared -pthread $in -o $out"
+    lines = [
+        "ninja_required_version = 1.5",
+        "rule cxx",
+        f"  command = {cxx} {' '.join(CXX_FLAGS)} {defines} {include_flags} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule nvcc",
+        f"  command = {nvcc[0] if nvcc else 'nvcc'} -ccbin {cxx} {' '.join(NVCC_FLAGS)}"
+        f' "-I{ROOT / "csrc"}" -MD -MF $out.d -c $in -o $out',
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {link}",
+    ]
+    objects = []
+    for pattern, rule in (("*.cpp", "cxx"), ("*.cu", "nvcc")):
+        for source in sorted((ROOT / "csrc").rglob(pattern)):
+            if rule == "nvcc" and not nvcc:
+                continue
+            name = escape("_".join(source.relative_to(ROOT / "csrc").parts) + ".o")
+            lines.append(f"build {name}: {rule} {escape(source)}")
+            objects.append(name)
+    lines += [f"build {escape(module)}: link {' '.join(objects)}", f"default {escape(module)}", ""]
+    return "\n".join(lines)
+
+
+class NinjaBuild(build_ext):
+    """build_ext that hands the one extension to ninja; works for wheels, sdists and `pip install -e`."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        nvcc = find_nvcc()
+        kind = f"cuda{nvcc[1]}" if nvcc else "cpu"
+        flags = hashlib.sha256(repr((CXX_FLAGS, NVCC_FLAGS, os.environ.get("CXX"), nvcc)).encode()).hexdigest()
+        folder = ROOT / "build" / f"{kind}-{sys.implementation.cache_tag}-{sysconfig.get_platform()}-{flags[:8]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(ninja_file(folder, target.name, nvcc))
+        print(f"llava_fast: building {target.name} ({kind}) in {folder}", flush=True)
+        subprocess.run([*find_ninja(), "-C", str(folder)], check=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # a process that has the old file open keeps its own copy
+        shutil.copy2(folder / target.name, target)
+
+
+def find_ninja() -> list[str]:
+    """The ninja of the build requirements, else the system's."""
+    try:
+        import ninja
+    except ImportError:
+        return ["ninja"]
+    return [str(Path(ninja.BIN_DIR) / "ninja")]
+
+
+setup(ext_modules=[Extension("llava_fast._C", sources=[])], cmdclass={"build_ext": NinjaBuild})
