@@ -1,0 +1,306 @@
+"""Reading images and videos into uint8 arrays, and cutting an image into the uint8 tiles of a vision tower."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import os
+import urllib.parse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import PIL
+from PIL import Image, ImageOps
+
+from llava_fast import _C
+from llava_fast.errors import ImageError
+
+if TYPE_CHECKING:
+    from llava_fast.inputs.anyres import View
+
+PillowOrder = Literal["12", "13"]
+INSTALLED_PILLOW: PillowOrder = "13" if int(PIL.__version__.split(".")[0]) >= 13 else "12"
+"""The order of resize passes of the installed Pillow: see `resize`."""
+
+
+def open_image(source: Any, exif: bool = True, alpha: Literal["drop", "white"] = "drop") -> np.ndarray:
+    """The pixels of an image as uint8 [height, width, 3], C-contiguous; may be read-only or shared with `source`.
+
+    source  a path (str or PathLike), the bytes of a file, a `data:` URI, a PIL image, or a uint8 array [H, W],
+            [H, W, 3] or [H, W, 4].
+    exif    turn a file upright by its EXIF orientation, as transformers' load_image does (the original LLaVA does
+            not). PIL images and arrays are never turned, as in transformers' processors.
+    alpha   "drop" ignores transparency: PIL's convert("RGB"), which the original LLaVA and transformers' load_image
+            use. "white" blends onto white, as newer transformers (5.23, image_transforms.convert_to_rgb) does with
+            PIL images and arrays handed to a processor.
+    Raises ImageError for anything that cannot be read, FileNotFoundError for a missing file, TypeError for another
+    kind of source.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source, alpha)
+    if isinstance(source, Image.Image):
+        return _from_pil(source, f"PIL image ({source.mode}, {source.width}x{source.height})", False, alpha)
+    if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
+        raise TypeError(
+            f"an image is a path, bytes, data URI, PIL image or uint8 array, not {type(source).__name__}"
+        )
+    name = _name(source)
+    file = _file(source, name)
+    try:
+        image = Image.open(file)
+    except Image.UnidentifiedImageError:
+        raise ImageError(f"{name} is not an image of a kind that Pillow reads") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} is too large: {error}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's format plugins raise many kinds on bad files
+        raise ImageError(f"{name} cannot be read: {error}") from error
+    with image:
+        return _from_pil(image, name, exif, alpha)
+
+
+def read_video(source: Any, num_frames: int | None = None) -> np.ndarray:
+    """Frames of a video as uint8 [frames, height, width, 3].
+
+    source      a path or the bytes of a video file (needs PyAV: `pip install llava_fast[video]`); or the frames
+                themselves: a list of anything `open_image` takes, all of one size, or a uint8 array [F, H, W, 3].
+    num_frames  take this many, spaced uniformly from the first to the last: frame numbers
+                np.linspace(0, total - 1, num_frames).astype(int), as the original LLaVA-NeXT does (a number repeats
+                when there are fewer frames than asked for). None: all of them.
+    Raises ImageError for a video that cannot be read or has no frames, ValueError for num_frames below 1.
+    """
+    if num_frames is not None and num_frames < 1:
+        raise ValueError(f"num_frames must be at least 1, not {num_frames}")
+    if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
+        return _decode_video(source, num_frames)
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 4 or source.shape[-1] != 3 or 0 in source.shape[1:]:
+            raise ImageError(f"a video array must be uint8 [frames, H, W, 3], not {source.dtype} {source.shape}")
+        _require_frames(len(source), "the video array")
+        return np.ascontiguousarray(source if num_frames is None else source[_uniform(len(source), num_frames)])
+    if not isinstance(source, Sequence):
+        raise TypeError(f"a video is a path, bytes, list of frames or uint8 array, not {type(source).__name__}")
+    _require_frames(len(source), "the list of video frames")
+    wanted = range(len(source)) if num_frames is None else _uniform(len(source), num_frames)
+    frames = [open_image(source[i]) for i in wanted]
+    if len({frame.shape for frame in frames}) > 1:
+        sizes = sorted({f"{frame.shape[1]}x{frame.shape[0]}" for frame in frames})
+        raise ImageError(f"the frames of a video must have one size; these have {', '.join(sizes)}")
+    return np.stack(frames)
+
+
+def resize(
+    image: np.ndarray, size: tuple[int, int], *, pillow: PillowOrder | None = None, threads: int = 0
+) -> np.ndarray:
+    """Pillow's bicubic resize, to the bit: uint8 [H, W, 3] to uint8 [*size, 3], size as (height, width).
+
+    pillow   which Pillow's order of passes: "12" (and before) runs the horizontal pass first; "13" the vertical one
+             when the height loses more than twice as many rows as the width loses columns (python-pillow PR 9549).
+             None: as the installed Pillow does.
+    threads  0 for all the processor's, or what OMP_NUM_THREADS says.
+    The instruction set is the best one here, or LLAVA_FAST_SIMD (scalar, avx2, avx512); the pixels are the same.
+    """
+    return _C.resize(_pixels(image), *size, pillow or INSTALLED_PILLOW, threads or _all_threads())
+
+
+def make_tiles(
+    image: np.ndarray,
+    views: Sequence[View],
+    tile_size: int,
+    *,
+    pillow: PillowOrder | None = None,
+    resample: Literal["pillow", "torchvision"] = "pillow",
+    threads: int = 0,
+    layout: Literal["planar", "patch_rows"] = "planar",
+    patch_size: int = 14,
+) -> np.ndarray:
+    """The uint8 tiles of an image: each view (llava_fast.inputs.anyres.View) resized, placed and cut, in turn.
+
+    image       uint8 [H, W, 3].
+    resample    "pillow" is Pillow's bicubic to the bit; "torchvision" is what torchvision's v2 resize does with uint8
+                on the CPU (torch's antialiased bicubic), which differs by up to 2 levels. Needs torch, not torchvision.
+    pillow, threads  as in `resize`.
+    layout      "planar": [tiles, 3, tile_size, tile_size]. "patch_rows": [tiles, (tile_size // patch_size)**2,
+                3 * patch_size**2 rounded up to 16], a row being one patch in (channel, y, x) order and then zeros: an
+                aligned GEMM operand. Pixels beyond the last whole patch are left out, as a convolution does.
+    Raises ValueError for views whose canvas is not a multiple of the tile, or an image of another shape or dtype.
+    """
+    if resample not in ("pillow", "torchvision"):
+        raise ValueError(f'resample must be "pillow" or "torchvision", not {resample!r}')
+    if layout not in ("planar", "patch_rows"):
+        raise ValueError(f'layout must be "planar" or "patch_rows", not {layout!r}')
+    image = _pixels(image)
+    options = (tile_size, pillow or INSTALLED_PILLOW, threads or _all_threads(), layout == "patch_rows", patch_size)
+    fields = [(view.square, view.size, view.offset, view.canvas, view.fill) for view in views]
+    if resample == "pillow":
+        return _C.make_tiles(image, fields, *options)
+    # Each view resized by torch; the compiled code then only places and cuts.
+    stacks = [
+        _C.make_tiles(_torchvision_resize(_square(image, fill) if square else image, size), [(False, size, *rest)], *options)
+        for square, size, *rest in fields
+        for fill in [rest[-1]]
+    ]
+    return np.concatenate(stacks)
+
+
+def _pixels(image: np.ndarray) -> np.ndarray:
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        kind = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"the image must be a uint8 array [height, width, 3], not {kind}: use open_image")
+    return np.ascontiguousarray(image)
+
+
+def _all_threads() -> int:
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    if limit.isdigit() and int(limit) > 0:
+        return int(limit)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _square(image: np.ndarray, fill: tuple[int, int, int]) -> np.ndarray:
+    height, width = image.shape[:2]
+    side = max(height, width)
+    square = np.empty((side, side, 3), np.uint8)
+    square[:] = fill
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = image
+    return square
+
+
+def _torchvision_resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    import torch
+
+    pixels = torch.tensor(image).permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(pixels, size=tuple(size), mode="bicubic", antialias=True)
+    return resized[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def _name(source: Any) -> str:
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"the image or video given as {len(source)} bytes"
+    if isinstance(source, str) and source.startswith("data:"):
+        return f"the data URI of {len(source)} characters"
+    text = os.fsdecode(source)
+    return repr(text if len(text) <= 200 else text[:200] + "...")
+
+
+def _file(source: Any, name: str) -> Any:
+    """What to open: a path, or the bytes as a file."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        data = bytes(source)
+    elif isinstance(source, str) and source.startswith("data:"):
+        data = _decode_data_uri(source, name)
+    else:
+        path = os.fsdecode(source)
+        if path.lower().startswith(("http://", "https://")):
+            raise ImageError(f"{name} is a web address, which is not fetched: download it and give the path or bytes")
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"no image or video file {name}")
+        if os.path.isdir(path):
+            raise ImageError(f"{name} is a folder, not an image or video file")
+        if os.path.getsize(path) == 0:
+            raise ImageError(f"{name} is empty (0 bytes)")
+        return path
+    if not data:
+        raise ImageError(f"{name} is empty")
+    return io.BytesIO(data)
+
+
+def _decode_data_uri(uri: str, name: str) -> bytes:
+    header, comma, payload = uri.partition(",")
+    if not comma:
+        raise ImageError(f'{name} has no comma before its data: write "data:image/png;base64,..."')
+    raw = urllib.parse.unquote_to_bytes(payload)
+    if not header.lower().endswith(";base64"):
+        return raw
+    try:
+        return base64.b64decode(raw)
+    except binascii.Error as error:
+        raise ImageError(f"{name} is not valid base64: {error}") from None
+
+
+def _from_array(image: np.ndarray, alpha: str) -> np.ndarray:
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
+        raise ImageError(
+            f"an image array must be uint8 [H, W], [H, W, 3] or [H, W, 4], not {image.dtype} {list(image.shape)}"
+        )
+    if 0 in image.shape:
+        raise ImageError(f"the image array has no pixels: its shape is {list(image.shape)}")
+    if image.ndim == 2:
+        image = np.repeat(image[..., None], 3, axis=2)
+    elif image.shape[2] == 4 and alpha == "white":
+        opacity = image[..., 3:] / 255
+        image = np.round(opacity * image[..., :3] + (1 - opacity) * 255).astype(np.uint8)
+    return np.ascontiguousarray(image[..., :3])
+
+
+def _from_pil(image: Image.Image, name: str, exif: bool, alpha: str) -> np.ndarray:
+    pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+    if limit is not None and pixels > limit:
+        raise ImageError(
+            f"{name} has {pixels} pixels and the limit is {limit}: shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS"
+        )
+    if pixels == 0:
+        raise ImageError(f"{name} has no pixels")
+    try:
+        image.load()
+        if exif:
+            image = ImageOps.exif_transpose(image)
+        if alpha == "white" and ("A" in image.getbands() or image.info.get("transparency") is not None):
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(image.convert("RGB"))
+    except MemoryError:
+        raise
+    except Exception as error:  # truncated or corrupt data: Pillow's decoders raise many kinds
+        raise ImageError(f"{name} cannot be decoded: {error}") from error
+
+
+def _uniform(total: int, count: int) -> np.ndarray:
+    return np.linspace(0, total - 1, count).astype(int)
+
+
+def _require_frames(count: int, name: str) -> None:
+    if count == 0:
+        raise ImageError(f"{name} has no frames")
+
+
+def _decode_video(source: Any, num_frames: int | None) -> np.ndarray:
+    try:
+        import av
+    except ImportError:
+        raise ImageError("reading a video file needs PyAV: pip install llava_fast[video]") from None
+    name = _name(source)
+    file = _file(source, name)
+
+    def decode(wanted: set[int] | None) -> tuple[dict[int, np.ndarray], int]:
+        """The wanted frames (None: all) and how many the file really has."""
+        if isinstance(file, io.BytesIO):
+            file.seek(0)
+        frames, total = {}, 0
+        with av.open(file) as container:
+            if not container.streams.video:
+                raise ImageError(f"{name} has no video stream")
+            container.streams.video[0].thread_type = "AUTO"
+            for frame in container.decode(video=0):
+                if wanted is None or total in wanted:
+                    frames[total] = frame.to_ndarray(format="rgb24")
+                total += 1
+        return frames, total
+
+    try:
+        if num_frames is None:
+            frames, total = decode(None)
+            order: Any = range(total)
+        else:
+            # Headers may lie about the number of frames, so they are counted before they are chosen.
+            total = decode(set())[1]
+            order = _uniform(total, num_frames) if total else []
+            frames = decode({int(i) for i in order})[0] if total else {}
+    except av.FFmpegError as error:
+        raise ImageError(f"{name} cannot be read as a video: {error}") from error
+    _require_frames(total, name)
+    return np.stack([frames[int(i)] for i in order])
