@@ -1,0 +1,118 @@
+"""The package's front door: `load` a checkpoint, `save` it, `count_tokens` of an image."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from llava_fast.checkpoints.load import LoadedCheckpoint, load_checkpoint, load_weights
+from llava_fast.errors import CheckpointError
+from llava_fast.generation.llava import Llava
+from llava_fast.inputs import anyres, chat
+from llava_fast.inputs.processor import Processor
+
+if TYPE_CHECKING:
+    from llava_fast.models.config import LlavaConfig
+
+
+def load(
+    path_or_hub_id: str | Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    *,
+    chat_template: str | None = None,
+    resample: Literal["pillow", "torchvision"] = "pillow",
+) -> Llava:
+    """A model ready to answer, from a Hugging Face or an original LLaVA checkpoint.
+
+    device         default: the first CUDA device if there is one, else the CPU.
+    dtype          torch dtype or its name; default: the checkpoint's own on CUDA, float32 on a CPU.
+    chat_template  name of a built-in template (see inputs.chat) to use instead of the checkpoint's.
+    resample       "pillow" (bit-exact with Pillow) or "torchvision" (what transformers does where it is installed).
+
+    Weights are memory-mapped and assigned tensor by tensor. Raises CheckpointError, naming file and tensor.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    wanted = _dtype(dtype) or (torch.float32 if device.type == "cpu" else None)
+    checkpoint = load_checkpoint(path_or_hub_id, dtype=wanted, device=device)
+    with torch.device("meta"):
+        model = Llava(checkpoint.config, load_processor(checkpoint, chat_template, resample))
+    load_weights(model, checkpoint)
+    return model.eval()
+
+
+def load_processor(
+    checkpoint: LoadedCheckpoint,
+    chat_template: str | None = None,
+    resample: Literal["pillow", "torchvision"] = "pillow",
+) -> Processor:
+    """The checkpoint's tokenizer, geometry and chat template. Raises CheckpointError without a tokenizer."""
+    from transformers import AutoTokenizer  # imported late: it takes a second
+
+    config = checkpoint.config
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+    except Exception as error:
+        raise CheckpointError(f"{checkpoint.path}: its tokenizer cannot be loaded ({error})") from error
+    return Processor(
+        geometry=config.geometry,
+        tokenizer=tokenizer,
+        image_token_id=config.image_token_id,
+        video_token_id=config.video_token_id,
+        template=_chat_template(checkpoint, tokenizer, chat_template),
+        max_rows=config.decoder.context_length,
+        exif=config.layout == "hf",
+        resample=resample,
+    )
+
+
+def count_tokens(
+    model_or_config: Llava | LlavaConfig | str | Path,
+    height: int,
+    width: int,
+    compat: anyres.Compat | None = None,
+) -> int:
+    """Visual tokens that an image of this size (pixels) costs. `compat` reads the pinpoints as Hugging Face ("hf")
+    or the original code ("llava") does; default: as the checkpoint does. Raises ImageError for an empty image."""
+    if isinstance(model_or_config, (str, Path)):
+        model_or_config = load_checkpoint(model_or_config).config
+    geometry = getattr(model_or_config, "config", model_or_config).geometry
+    return anyres.count_image_rows(geometry.read_as(compat) if compat else geometry, height, width)
+
+
+def _chat_template(checkpoint: LoadedCheckpoint, tokenizer: Any, name: str | None) -> chat.ChatTemplate:
+    """The template asked for, else the checkpoint's own, else the one its name and decoder suggest."""
+    if name is not None:
+        return chat.builtin_template(name)
+    source = _own_template(checkpoint.path) or tokenizer.chat_template
+    if isinstance(source, str) and checkpoint.config.layout == "hf":
+        return chat.checkpoint_template(source, tokenizer.special_tokens_map)
+    return chat.builtin_template(
+        chat.default_template_name(str(checkpoint.path), checkpoint.config.decoder.family)
+    )
+
+
+def _own_template(path: Path) -> str | None:
+    """chat_template.jinja, or the older chat_template.json and processor_config.json."""
+    if (path / "chat_template.jinja").is_file():
+        return (path / "chat_template.jinja").read_text(encoding="utf-8")
+    for file in ("chat_template.json", "processor_config.json"):
+        if (path / file).is_file():
+            template = json.loads((path / file).read_text(encoding="utf-8")).get("chat_template")
+            if isinstance(template, str):
+                return template
+    return None
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise CheckpointError(
+            f"dtype {dtype!r} is not a floating dtype: use 'float32', 'bfloat16' or 'float16'"
+        )
+    return found

@@ -1,0 +1,126 @@
+"""A conversation that keeps its KV cache: each turn runs only the rows that are new."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from llava_fast.errors import RequestError
+from llava_fast.generation import engine
+from llava_fast.generation.engine import Generation, GenerationOptions, Usage
+from llava_fast.inputs.processor import VisualMark
+from llava_fast.models.batch import Batch
+from llava_fast.models.kv_cache import KVCache
+from llava_fast.models.llava import LlavaModel
+
+
+class Chat:
+    """Made by `model.chat()`. `messages` is the conversation so far, in the OpenAI form."""
+
+    def __init__(self, model: LlavaModel, system: str | None = None) -> None:
+        self.model = model
+        self.system = system
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation and its cache."""
+        self.messages: list[dict] = []
+        if self.system is not None:
+            self.messages.append({"role": "system", "content": self.system})
+        self._images: list[Any] = []
+        self._cache: KVCache | None = None
+        self._cached: list[Any] = []  # one entry a cached row: a token id, or the visual mark it belongs to
+
+    @torch.inference_mode()
+    def send(self, text: str, images: list[Any] | tuple = (), **options: Any) -> Generation:
+        """One turn: the images (each as for a request), then the text; returns the answer.
+
+        Options as for `generate`. If anything fails, the conversation is as it was before.
+        Raises RequestError when the conversation outgrows the context, ImageError for a bad image.
+        """
+        chosen = GenerationOptions.of(**options)
+        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
+        messages = [*self.messages, {"role": "user", "content": content}]
+        sources = [*self._images, *images]
+        outline = self.model.processor.outline({"messages": messages, "images": sources})
+        common, rest = self._new_part(outline)
+
+        tiles: list = []
+        pieces = self.model.processor.pieces(rest, tiles)
+        prepared = self.model.processor.assemble([pieces], tiles, first_positions=[common])
+        batch = Batch.from_prepared(prepared, self.model.device)
+        total = common + batch.plan.rows
+        limit = self.model.config.decoder.context_length
+        if total >= limit:
+            raise RequestError(
+                f"the conversation takes {total} tokens and the context holds {limit}: reset the chat, or use "
+                "smaller images"
+            )
+        cache = self._grown_cache(common, min(total + chosen.max_new_tokens, limit))
+        row_of = self._cached[:common] + self._rows(rest, pieces)
+        seen = [row for row in row_of if isinstance(row, int)]
+        sequence = engine.new_sequence(self.model, chosen, seen, limit - total, chosen.seed)
+        self._cached = row_of[:common]
+        for _ in engine.steps(self.model, batch, [sequence], cache):
+            pass
+        self._cached = row_of + sequence.token_ids[: cache.lengths[0] - total]
+        answer = sequence.text.text
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        self._images = sources
+        visual = sum(isinstance(row, VisualMark) for row in row_of)
+        usage = Usage(total, visual, len(sequence.token_ids))
+        return Generation(answer, sequence.token_ids, sequence.finish_reason or "length", usage)
+
+    def _new_part(self, outline: list) -> tuple[int, list]:
+        """(rows that the cache already holds, what follows them); at least one row is always new."""
+        rows, rest = 0, list(outline)
+        while rest:
+            part = rest[0]
+            if isinstance(part, VisualMark):
+                held = rows
+                while held < len(self._cached) and _same_mark(self._cached[held], part):
+                    held += 1
+                if held == rows:
+                    break
+                rows = held
+                rest.pop(0)
+                continue
+            ids = part.ids.tolist()
+            same = 0
+            while (
+                same < len(ids) and rows + same < len(self._cached) and self._cached[rows + same] == ids[same]
+            ):
+                same += 1
+            if same == len(ids) and len(rest) == 1:
+                same -= 1
+            rows += same
+            if same < len(ids):
+                rest[0] = type(part)(part.ids[same:])
+                break
+            rest.pop(0)
+        return rows, rest
+
+    @staticmethod
+    def _rows(outline: list, pieces: list) -> list:
+        rows: list = []
+        for part, piece in zip(outline, pieces, strict=True):
+            rows += [part] * len(piece.rows) if isinstance(part, VisualMark) else piece.ids.tolist()
+        return rows
+
+    def _grown_cache(self, keep: int, capacity: int) -> KVCache:
+        """The conversation's cache with its first `keep` rows valid and room for `capacity`."""
+        if self._cache is None or self._cache.capacity < capacity:
+            # Doubling keeps copying rare as a conversation grows.
+            room = min(max(capacity, 2 * keep), self.model.config.decoder.context_length)
+            new = self.model.decoder.new_cache(1, room)
+            if self._cache is not None:
+                new.copy_rows(self._cache, keep)
+            self._cache = new
+        self._cache.lengths[0] = keep
+        return self._cache
+
+
+def _same_mark(cached: Any, mark: VisualMark) -> bool:
+    """An image is the same if it is the very object sent before, tiled the same way."""
+    return isinstance(cached, VisualMark) and cached.source is mark.source and cached.alone == mark.alone

@@ -1,0 +1,176 @@
+"""The generation loop: prefill a batch, then one token a sequence a step, until each has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llava_fast.errors import RequestError
+from llava_fast.generation.sampling import Sampler, SamplingOptions
+from llava_fast.generation.text import TextDecoder
+from llava_fast.inputs.plan import MODALITY_TEXT, TEXT
+from llava_fast.models.attention import Spans
+from llava_fast.models.batch import Batch
+from llava_fast.models.kv_cache import KVCache
+from llava_fast.models.llava import LlavaModel
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one request: the prompt's (visual ones included), the visual ones alone, the answer's."""
+
+    prompt_tokens: int
+    visual_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer. `token_ids` holds every token generated, an end token included; `text` leaves special tokens and
+    the stop string out. `finish_reason` is "stop" (end token or stop string) or "length"."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length"]
+    usage: Usage
+
+
+class Sequence:
+    """The host side of one sequence being generated: its sampler, its text, whether it has ended."""
+
+    def __init__(self, sampler: Sampler, text: TextDecoder, end_ids: frozenset[int], limit: int) -> None:
+        self.sampler = sampler
+        self.text = text
+        self.end_ids = end_ids
+        self.limit = limit
+        self.token_ids: list[int] = []
+        self.finish_reason: Literal["stop", "length"] | None = "length" if limit == 0 else None
+
+    def push(self, token: int) -> str:
+        """Take the next token; returns the text it made certain and sets `finish_reason` at the end."""
+        self.token_ids.append(token)
+        if token in self.end_ids:
+            self.finish_reason = "stop"
+            return self.text.finish()
+        piece = self.text.push(token)
+        if self.text.stopped:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self.limit:
+            self.finish_reason = "length"
+            piece += self.text.finish()
+        return piece
+
+
+def steps(
+    model: LlavaModel, batch: Batch, sequences: list[Sequence], cache: KVCache
+) -> Iterator[list[tuple[Sequence, str]]]:
+    """Generate until every sequence has ended; yields, at each step, the sequences that moved and their new text.
+
+    Sequence s writes to slot s of the cache, behind what that slot holds already. A sequence that ends gives its
+    slot to the last one still running, so that a step costs only what runs.
+    """
+    slots = tuple(range(len(sequences)))
+    spans = batch.spans(slots, tuple(cache.lengths[: len(slots)]))
+    hidden = model.hidden_states(model.inputs_embeds(batch), batch, spans, cache)
+    cache.advance(slots, spans.lengths)
+    logits = model.decoder.logits(hidden[batch.column("last_row").long()])
+    running = list(sequences)
+    while True:
+        moved = [
+            (sequence, sequence.push(token))
+            for sequence, token in zip(running, _choose(logits, running), strict=True)
+            if sequence.limit
+        ]
+        yield moved
+        for slot in reversed(range(len(running))):
+            if running[slot].finish_reason is not None:
+                cache.move(len(running) - 1, slot)
+                running[slot] = running[-1]
+                running.pop()
+        if not running:
+            return
+        logits = decode_step(model, [sequence.token_ids[-1] for sequence in running], cache)
+
+
+def decode_step(model: LlavaModel, tokens: list[int], cache: KVCache) -> Tensor:
+    """Logits [sequences, vocabulary] after one more token for each of the first len(tokens) slots."""
+    count = len(tokens)
+    slots, before = tuple(range(count)), tuple(cache.lengths[:count])
+    spans = Spans(slots, (1,) * count, slots, before)
+    inputs = model.decoder.embed_tokens(torch.tensor(tokens, device=model.device))
+    hidden = model.decoder(inputs, torch.tensor(before, device=model.device), spans, cache)
+    cache.advance(slots, spans.lengths)
+    return model.decoder.logits(hidden)
+
+
+def _choose(logits: Tensor, running: list[Sequence]) -> list[int]:
+    """The next token of each running sequence; plain greedy needs one argmax and one transfer for all."""
+    if all(s.sampler.options == SamplingOptions() for s in running):
+        return logits.argmax(-1).tolist()
+    return [sequence.sampler(row) for sequence, row in zip(running, logits, strict=True)]
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How to generate; `Llava.generate` says what each means. Raises RequestError for a value out of range."""
+
+    max_new_tokens: int = 128
+    sampling: SamplingOptions = SamplingOptions()
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0:
+            raise RequestError(f"max_new_tokens must be 0 or more, got {self.max_new_tokens}")
+
+    @classmethod
+    def of(
+        cls,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        repetition_penalty: float = 1.0,
+        stop: str | Iterable[str] | None = None,
+        seed: int | None = None,
+        ignore_eos: bool = False,
+    ) -> GenerationOptions:
+        """From the keyword arguments of `generate`."""
+        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        sampling = SamplingOptions(temperature, top_p, top_k, repetition_penalty)
+        return cls(max_new_tokens, sampling, stops, seed, ignore_eos)
+
+
+def new_sequence(
+    model: LlavaModel, options: GenerationOptions, prompt_ids: list[int], room: int, seed: int | None
+) -> Sequence:
+    """A sequence ready to run: `room` more rows fit its slot, `prompt_ids` count for the repetition penalty."""
+    template_stop = model.processor.template.stop if model.processor else ()
+    vocabulary = model.tokenizer.get_vocab()
+    end_ids = {vocabulary[s] for s in template_stop if s in vocabulary} | set(model.config.eos_token_ids)
+    stop = options.stop + tuple(s for s in template_stop if s not in vocabulary)
+    if options.ignore_eos:
+        end_ids, stop = set(), options.stop
+    return Sequence(
+        Sampler(options.sampling, seed, prompt_ids),
+        TextDecoder(model.tokenizer, stop),
+        frozenset(end_ids),
+        max(0, min(options.max_new_tokens, room)),
+    )
+
+
+def text_ids(batch: Batch, sequence: int) -> list[int]:
+    """The text token ids of one sequence of a batch."""
+    plan = batch.plan
+    mine = (plan.column("sequence") == sequence) & (plan.column("source") == TEXT)
+    return plan.column("row")[mine].tolist()
+
+
+def visual_tokens(batch: Batch, sequence: int) -> int:
+    plan = batch.plan
+    return int(((plan.column("sequence") == sequence) & (plan.column("modality") > MODALITY_TEXT)).sum())

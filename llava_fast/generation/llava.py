@@ -1,0 +1,89 @@
+"""`Llava`: the model users hold, with generate, stream and chat over the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from llava_fast.errors import RequestError
+from llava_fast.generation import engine
+from llava_fast.generation.chat import Chat
+from llava_fast.generation.engine import Generation, GenerationOptions, Usage
+from llava_fast.models.llava import LlavaModel
+
+
+class Llava(LlavaModel):
+    """A loaded checkpoint: an ordinary nn.Module that also answers requests."""
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[dict] | dict, **options: Any) -> list[Generation]:
+        """Answer a batch of requests; each gets what it would get alone.
+
+        requests           dicts {"prompt" | "messages", "images", "video", "seed"}; see inputs.processor.
+        max_new_tokens     the most tokens an answer may have (default 128; the context may end it earlier).
+        temperature        0 (default) takes the likeliest token; above 0 draws.
+        top_p, top_k       keep the likeliest tokens of total probability top_p, or the top_k likeliest (0: off).
+        repetition_penalty above 1 makes tokens of the prompt and the answer less likely again.
+        stop               a string or several that end the answer; they are not part of it.
+        seed               makes draws repeatable; a request's own "seed" wins. Request i draws from seed + i.
+        ignore_eos         go on past end tokens (for benchmarks).
+
+        Raises RequestError or ImageError naming the request.
+        """
+        chosen = GenerationOptions.of(**options)
+        requests = [requests] if isinstance(requests, dict) else list(requests)
+        if not requests:
+            return []
+        batch, sequences, cache = self._start(requests, chosen)
+        for _ in engine.steps(self, batch, sequences, cache):
+            pass
+        return [
+            Generation(s.text.text, s.token_ids, s.finish_reason or "length", self._usage(batch, number, s))
+            for number, s in enumerate(sequences)
+        ]
+
+    def stream(self, request: dict, **options: Any) -> Iterator[str]:
+        """Text pieces of one answer as they become certain: never half a character, never part of a stop string.
+        Their concatenation is what `generate` returns. Options as for `generate`."""
+        chosen = GenerationOptions.of(**options)
+        with torch.inference_mode():
+            batch, sequences, cache = self._start([request], chosen)
+        running = engine.steps(self, batch, sequences, cache)
+        while True:
+            # The mode is entered for each step, not across yields, where it would leak into the caller's code.
+            with torch.inference_mode():
+                moved = next(running, None)
+            if moved is None:
+                return
+            for _, piece in moved:
+                if piece:
+                    yield piece
+
+    def chat(self, system: str | None = None) -> Chat:
+        """A conversation on one cache: an image is encoded once, however many questions follow."""
+        return Chat(self, system)
+
+    def _start(self, requests: list[dict], options: GenerationOptions):
+        """Prepared batch, sequences and a cache that holds prompt and answer of each."""
+        batch = self.prepare(requests)
+        limit = self.config.decoder.context_length
+        capacity = min(max(batch.plan.lengths) + options.max_new_tokens, limit)
+        sequences = []
+        for number, (request, length) in enumerate(zip(requests, batch.plan.lengths, strict=True)):
+            seed = request.get("seed")
+            if seed is None and options.seed is not None:
+                seed = options.seed + number
+            room = limit - length
+            if room <= 0 and options.max_new_tokens:
+                raise RequestError(
+                    f"request {number} fills the context of {limit} tokens: no room for an answer"
+                )
+            ids = engine.text_ids(batch, number) if options.sampling.repetition_penalty != 1.0 else []
+            sequences.append(engine.new_sequence(self, options, ids, room, seed))
+        return batch, sequences, self.decoder.new_cache(len(requests), capacity)
+
+    @staticmethod
+    def _usage(batch, number: int, sequence: engine.Sequence) -> Usage:
+        return Usage(batch.plan.lengths[number], engine.visual_tokens(batch, number), len(sequence.token_ids))

@@ -1,0 +1,69 @@
+"""Token ids back to text, piece by piece: never half a character, never past a stop string."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class TextDecoder:
+    """Grows the text of one sequence as its tokens arrive.
+
+    `push` returns the text that is now certain: characters whose bytes are not complete yet, and text that may turn
+    out to be the start of a stop string, are held back. `stopped` tells that a stop string was met; nothing of it
+    or after it is ever returned. `text` is all returned so far.
+    """
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.stop = tuple(s for s in stop if s)
+        self.ids: list[int] = []
+        self.text = ""
+        self.stopped = False
+        self._done = 0  # ids whose text is in `_decoded`
+        self._context = 0  # ids before this one no longer matter to decoding
+        self._decoded = ""
+
+    def push(self, token: int) -> str:
+        self.ids.append(token)
+        before = self._decode(self.ids[self._context : self._done])
+        both = self._decode(self.ids[self._context :])
+        if both.endswith("\ufffd"):
+            return ""
+        self._decoded += both[len(before) :]
+        self._context, self._done = self._done, len(self.ids)
+        return self._release(final=False)
+
+    def finish(self) -> str:
+        """The rest, when no more tokens come: what was held back, incomplete characters as U+FFFD."""
+        if not self.stopped and self._done < len(self.ids):
+            before = self._decode(self.ids[self._context : self._done])
+            self._decoded += self._decode(self.ids[self._context :])[len(before) :]
+            self._done = len(self.ids)
+        return self._release(final=True)
+
+    def _release(self, final: bool) -> str:
+        if self.stopped:
+            return ""
+        start = len(self.text)
+        found = [at for s in self.stop if (at := self._decoded.find(s, max(0, start - len(s)))) >= 0]
+        if found:
+            self.stopped = True
+            end = max(min(found), start)
+        else:
+            end = len(self._decoded) - (0 if final else self._held_back())
+        piece = self._decoded[start:end]
+        self.text += piece
+        return piece
+
+    def _held_back(self) -> int:
+        """Length of the longest end of the text that begins some stop string."""
+        longest = 0
+        for stop in self.stop:
+            for size in range(min(len(stop) - 1, len(self._decoded)), longest, -1):
+                if self._decoded.endswith(stop[:size]):
+                    longest = size
+                    break
+        return longest
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

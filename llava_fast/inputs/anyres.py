@@ -1,0 +1,397 @@
+"""AnyRes geometry: which tiles an image becomes and which rows of them reach the decoder. Integers only.
+
+One frozen `VisualGeometry` says how a checkpoint reads an image. From it and an image size follow
+`image_views` (how the pixels are resized and cut) and `image_rows` (what the decoder sees, in order), so the
+number of tokens and the number of features come from one place and cannot disagree.
+
+Sources: haotian-liu/LLaVA c121f04 (llava/mm_utils.py, llava/model/llava_arch.py), LLaVA-VL/LLaVA-NeXT df17966
+(the same files) and transformers 5.17-5.23 (image_processing_utils.py, models/llava_next). Where they differ,
+`compat` chooses: "llava" for the first two, "hf" for the last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from llava_fast.errors import ImageError
+
+Compat = Literal["hf", "llava"]
+
+FEATURE, MIXED, NEWLINE = 0, 1, 2
+"""Kinds of visual row: a ViT row, a weighted mix of ViT rows, the learned newline."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One resize of the source image, placed on a canvas that is cut row-major into square tiles.
+
+    If `square`, the source first goes onto a `fill`-coloured square of its longer side, centred (rounded down).
+    It is then resized to `size` (height, width) and placed at `offset` (y, x; negative crops) on a
+    `fill`-coloured `canvas` (height, width).
+    """
+
+    size: tuple[int, int]
+    offset: tuple[int, int]
+    canvas: tuple[int, int]
+    square: bool = False
+    fill: tuple[int, int, int] = (0, 0, 0)
+
+
+@dataclass(frozen=True)
+class VisualGeometry:
+    """How a checkpoint turns an image or a video into decoder rows. Sizes are pixels unless they say rows.
+
+    aspect      "squash" (resize to a square), "crop" (shorter side to the tile, centre crop), "pad" (mean-coloured
+                square), "anyres", or "highres" (one padded square of the largest pinpoint, LLaVA-NeXT).
+    pinpoints   canvases as the checkpoint lists them: read (height, width) by compat "hf", (width, height) by
+                "llava".
+    merge       "flat", "spatial", "spatial_unpad"; LLaVA-NeXT also appends "_maxpool2x2" and "_nobase".
+    max_tiles   N of anyres_max_N: more rows than N tiles hold are shrunk bilinearly. None: never.
+    class_rows  1 when the tower's class row is kept ("full" / "cls_patch"), else 0.
+    """
+
+    tile_size: int
+    patch_size: int
+    aspect: Literal["squash", "crop", "pad", "anyres", "highres"] = "squash"
+    pinpoints: tuple[tuple[int, int], ...] = ()
+    compat: Compat = "hf"
+    merge: str = "flat"
+    max_tiles: int | None = None
+    class_rows: int = 0
+    pad_color: tuple[int, int, int] = (0, 0, 0)
+    multi_image_anyres: bool = True
+    single_tile_newline: bool = True
+    video_pool: Literal["none", "average", "max", "bilinear"] = "none"
+    video_pool_stride: int = 2
+    video_pool_stage: Literal["before", "after"] = "before"
+    video_newline: Literal["grid", "frame", "one_token", "no_token"] = "no_token"
+
+    def __post_init__(self) -> None:
+        if self.tile_size < 1 or self.patch_size < 1 or self.tile_size < self.patch_size:
+            raise ImageError(
+                f"tile of {self.tile_size} pixels cannot be cut into patches of {self.patch_size}"
+            )
+        if self.aspect in ("anyres", "highres") and not self.pinpoints:
+            raise ImageError(
+                f"aspect {self.aspect!r} needs image_grid_pinpoints, and the checkpoint lists none"
+            )
+        for pair in self.pinpoints if self.aspect == "anyres" else ():
+            if pair[0] % self.tile_size or pair[1] % self.tile_size:
+                raise ImageError(f"pinpoint {pair} is not a multiple of the tile size {self.tile_size}")
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of a tile."""
+        return self.tile_size // self.patch_size
+
+    @property
+    def rows_per_tile(self) -> int:
+        """ViT rows kept of one tile, the class row included where it is kept."""
+        return self.side * self.side + self.class_rows
+
+    @property
+    def canvases(self) -> tuple[tuple[int, int], ...]:
+        """The pinpoints as (height, width), in the order listed: on a tie the first listed wins."""
+        return self.pinpoints if self.compat == "hf" else tuple((h, w) for w, h in self.pinpoints)
+
+    def read_as(self, compat: Compat) -> VisualGeometry:
+        """The same checkpoint read the other way: pairs swap their meaning, unpadding rounds the other way."""
+        return dataclasses.replace(self, compat=compat)
+
+
+@dataclass(frozen=True, eq=False)
+class VisualRows:
+    """What one image or video contributes to the decoder, in order.
+
+    kind   int8 [rows]: FEATURE, MIXED or NEWLINE.
+    index  int32 [rows]: ViT row (tile * rows_per_tile + row in tile), row of `taps`, or 0 for a newline.
+    taps   (int32 [mixed, K] ViT rows, float32 [mixed, K] weights) or None.
+    reduce how taps combine: "sum" of weighted rows, or "max" (weights unused).
+    stage  whether mixing happens "before" or "after" the projector.
+    tiles  number of tiles the item is cut into.
+    """
+
+    kind: np.ndarray
+    index: np.ndarray
+    tiles: int
+    taps: tuple[np.ndarray, np.ndarray] | None = None
+    reduce: Literal["sum", "max"] = "sum"
+    stage: Literal["before", "after"] = "after"
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+
+def parse_pinpoints(spec: str | list, tile_size: int) -> tuple[tuple[int, int], ...]:
+    """Pinpoints from a config: a list of pairs, "(1x1),...,(6x6)" (the full Cartesian product of its first and
+    last pair, times the tile size; LLaVA-NeXT mm_utils.py), or highres' "448,672".
+
+    Raises ImageError if the text is none of these.
+    """
+    if isinstance(spec, str):
+        text = spec.replace(" ", "")
+        if span := re.fullmatch(r"\((\d+)x(\d+)\),\.\.\.,\((\d+)x(\d+)\)", text):
+            a0, b0, a1, b1 = map(int, span.groups())
+            return tuple((a * tile_size, b * tile_size) for a in range(a0, a1 + 1) for b in range(b0, b1 + 1))
+        if re.fullmatch(r"\d+(,\d+)*", text):
+            return tuple((int(edge), int(edge)) for edge in text.split(","))
+        numbers = [int(n) for n in re.findall(r"\d+", text)]
+        if not re.fullmatch(r"[\d\[\](),]+", text) or not numbers or len(numbers) % 2:
+            raise ImageError(
+                f"image_grid_pinpoints {spec!r} is neither a list of pairs nor of the form '(1x1),...,(6x6)'"
+            )
+        return tuple(zip(numbers[::2], numbers[1::2], strict=True))
+    return tuple((int(a), int(b)) for a, b in spec)
+
+
+def best_canvas(height: int, width: int, canvases: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """The (height, width) canvas that keeps most of the image, then wastes least, then is listed first."""
+    best, best_kept, best_waste = canvases[0], -1, 0
+    for canvas_h, canvas_w in canvases:
+        scale = min(canvas_w / width, canvas_h / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        waste = canvas_h * canvas_w - kept
+        if kept > best_kept or (kept == best_kept and waste < best_waste):
+            best, best_kept, best_waste = (canvas_h, canvas_w), kept, waste
+    return best
+
+
+def fit_within(height: int, width: int, canvas: tuple[int, int]) -> tuple[int, int]:
+    """The (height, width) an image is resized to inside a canvas: aspect kept, the other side rounded up."""
+    canvas_h, canvas_w = canvas
+    scale_w, scale_h = canvas_w / width, canvas_h / height
+    if scale_w < scale_h:
+        return min(math.ceil(height * scale_w), canvas_h), canvas_w
+    return canvas_h, min(math.ceil(width * scale_h), canvas_w)
+
+
+def unpad(height: int, width: int, grid: tuple[int, int], compat: Compat) -> tuple[int, int, int, int]:
+    """The (top, left, height, width) of a `grid` (rows, columns) of features that the image itself covers.
+
+    The crop is symmetric, so an odd remainder stays: kept = side - 2 * ((side - new) // 2). It can be 0.
+    """
+    rows, cols = grid
+    if width / height > cols / rows:
+        exact = height * (cols / width)
+        new = int(round(exact, 7)) if compat == "hf" else int(exact)
+        cut = (rows - new) // 2
+        return cut, 0, rows - 2 * cut, cols
+    exact = width * (rows / height)
+    new = int(round(exact, 7)) if compat == "hf" else int(exact)
+    cut = (cols - new) // 2
+    return 0, cut, rows, cols - 2 * cut
+
+
+def check_size(height: int, width: int) -> None:
+    if height < 1 or width < 1:
+        raise ImageError(f"an image of {width}x{height} pixels has no content; give one of at least 1x1")
+
+
+@functools.lru_cache(maxsize=4096)
+def image_views(geometry: VisualGeometry, height: int, width: int, alone: bool = True) -> tuple[View, ...]:
+    """The resizes that make an image's tiles, base view first.
+
+    `alone` is False for an image that shares its request with others: LLaVA-OneVision then gives each a single
+    tile. Raises ImageError for an empty image.
+    """
+    check_size(height, width)
+    tile = geometry.tile_size
+    base = View(size=(tile, tile), offset=(0, 0), canvas=(tile, tile))
+    if geometry.aspect == "pad":
+        return (dataclasses.replace(base, square=True, fill=geometry.pad_color),)
+    if geometry.aspect == "crop":
+        return (_shortest_edge_crop(height, width, tile),)
+    if not _is_tiled(geometry, alone):
+        return (base,)
+    if geometry.aspect == "highres":
+        edge = max(max(pair) for pair in geometry.pinpoints)
+        square = View(
+            size=(edge, edge), offset=(0, 0), canvas=(edge, edge), square=True, fill=geometry.pad_color
+        )
+        return (base, square)
+    canvas = best_canvas(height, width, geometry.canvases)
+    size = fit_within(height, width, canvas)
+    offset = ((canvas[0] - size[0]) // 2, (canvas[1] - size[1]) // 2)
+    return (base, View(size=size, offset=offset, canvas=canvas))
+
+
+def frame_views(geometry: VisualGeometry, height: int, width: int) -> tuple[View, ...]:
+    """The resize that makes a video frame's one tile: padded or cropped where images are, else squashed."""
+    if geometry.aspect in ("anyres", "highres"):
+        geometry = dataclasses.replace(geometry, aspect="squash")
+    return image_views(geometry, height, width)
+
+
+@functools.lru_cache(maxsize=512)
+def image_rows(geometry: VisualGeometry, height: int, width: int, alone: bool = True) -> VisualRows:
+    """The decoder rows of one image of this size. Arguments as for `image_views`; arrays are read-only."""
+    views = image_views(geometry, height, width, alone)
+    base = np.arange(geometry.rows_per_tile, dtype=np.int32)
+    merge = geometry.merge
+    if len(views) == 1:
+        newline = "unpad" in merge and geometry.single_tile_newline
+        return _rows([base, None] if newline else [base], tiles=1)
+
+    canvas = views[1].canvas
+    grid = (canvas[0] // geometry.tile_size, canvas[1] // geometry.tile_size)
+    tiles = 1 + grid[0] * grid[1]
+    if not merge.startswith("spatial"):
+        return _rows([np.arange(tiles * geometry.rows_per_tile, dtype=np.int32)], tiles)
+    if geometry.class_rows:
+        raise ImageError(
+            "a class row cannot be stitched into a grid: use feature selection 'patch' with anyres"
+        )
+
+    stitched = _stitch(geometry, grid)
+    head = [] if "nobase" in merge else [base]
+    if "maxpool2x2" in merge:
+        taps = _block_taps(stitched, 2)
+        return _mixed_rows(head, taps, taps[0].shape[:2], newline=False, tiles=tiles, reduce="max")
+    if "unpad" not in merge:
+        return _rows([*head, stitched.reshape(-1)], tiles)
+    top, left, kept_h, kept_w = unpad(height, width, stitched.shape, geometry.compat)
+    window = stitched[top : top + kept_h, left : left + kept_w]
+    if geometry.max_tiles is not None:
+        ratio = math.sqrt(kept_h * kept_w / (geometry.max_tiles * geometry.side**2))
+        if ratio > 1.1:
+            shape = (int(kept_h // ratio), int(kept_w // ratio))
+            if min(shape) < 1:
+                raise ImageError(
+                    f"an image of {width}x{height} pixels leaves no rows after anyres_max_{geometry.max_tiles} "
+                    "shrinks it; crop it or pad it to a less extreme shape"
+                )
+            return _mixed_rows(
+                head, _bilinear_taps(window, shape), shape, newline=True, tiles=tiles, reduce="sum"
+            )
+    return _rows([*head, *(part for line in window for part in (line, None))], tiles)
+
+
+@functools.lru_cache(maxsize=64)
+def video_rows(geometry: VisualGeometry, frames: int) -> VisualRows:
+    """The decoder rows of a video of `frames` frames, each one tile (1xN), pooled as the checkpoint asks."""
+    if frames < 1:
+        raise ImageError("a video of no frames: give at least one frame")
+    side, per_tile = geometry.side, geometry.rows_per_tile
+    local = np.arange(side * side, dtype=np.int32).reshape(side, side) + geometry.class_rows
+    starts = np.arange(frames, dtype=np.int32) * per_tile
+    position = geometry.video_newline
+    if geometry.video_pool == "none":
+        lines = [row + start for start in starts for row in local]
+        return _rows(_with_newlines(lines, side, position), frames)
+    stride = geometry.video_pool_stride
+    if geometry.video_pool == "bilinear":
+        out = -(-side // stride)
+        index, weight = _bilinear_taps(local, (out, out))
+    else:
+        index, weight = _block_taps(local, stride)
+        out = side // stride
+        index, weight = index.reshape(out * out, -1), weight.reshape(out * out, -1)
+    taps = (
+        (index[None] + starts[:, None, None]).reshape(-1, index.shape[-1]),
+        np.broadcast_to(weight[None], (frames, *weight.shape)).reshape(-1, weight.shape[-1]),
+    )
+    lines = list(np.arange(frames * out * out, dtype=np.int32).reshape(frames * out, out))
+    return _rows(
+        _with_newlines(lines, out, position),
+        frames,
+        body=MIXED,
+        taps=taps,
+        reduce="max" if geometry.video_pool == "max" else "sum",
+        stage=geometry.video_pool_stage,
+    )
+
+
+def count_image_rows(geometry: VisualGeometry, height: int, width: int) -> int:
+    """Decoder rows of one image of this size: the length of `image_rows`, so the two cannot disagree."""
+    return len(image_rows(geometry, height, width))
+
+
+def _is_tiled(geometry: VisualGeometry, alone: bool) -> bool:
+    return geometry.aspect in ("anyres", "highres") and (alone or geometry.multi_image_anyres)
+
+
+def _shortest_edge_crop(height: int, width: int, tile: int) -> View:
+    """CLIP's own preprocessing: shorter side to `tile` (the longer truncated), centre crop."""
+    if height <= width:
+        size = (tile, int(tile * width / height))
+    else:
+        size = (int(tile * height / width), tile)
+    return View(size=size, offset=(-((size[0] - tile) // 2), -((size[1] - tile) // 2)), canvas=(tile, tile))
+
+
+def _stitch(geometry: VisualGeometry, grid: tuple[int, int]) -> np.ndarray:
+    """ViT row numbers of the grid tiles laid out as one picture: int32 [grid_h * side, grid_w * side]."""
+    side = geometry.side
+    rows = np.arange(grid[0] * grid[1] * side * side, dtype=np.int32).reshape(*grid, side, side)
+    return rows.transpose(0, 2, 1, 3).reshape(grid[0] * side, grid[1] * side) + side * side
+
+
+def _block_taps(picture: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndarray]:
+    """Non-overlapping stride x stride blocks: (index, weight), both [out_h, out_w, stride**2]."""
+    out_h, out_w = picture.shape[0] // stride, picture.shape[1] // stride
+    blocks = picture[: out_h * stride, : out_w * stride].reshape(out_h, stride, out_w, stride)
+    index = blocks.transpose(0, 2, 1, 3).reshape(out_h, out_w, stride * stride)
+    return index, np.full(index.shape, 1.0 / (stride * stride), dtype=np.float32)
+
+
+def _bilinear_taps(picture: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Half-pixel bilinear sampling (torch's interpolate, align_corners=False): (index, weight) [out, 4]."""
+
+    def axis(size: int, out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        where = np.maximum((np.arange(out, dtype=np.float64) + 0.5) * (size / out) - 0.5, 0.0)
+        low = np.minimum(where.astype(np.int64), size - 1)
+        return low, np.minimum(low + 1, size - 1), where - low
+
+    top, bottom, fy = axis(picture.shape[0], shape[0])
+    left, right, fx = axis(picture.shape[1], shape[1])
+    corners = [(top, left), (top, right), (bottom, left), (bottom, right)]
+    index = np.stack([picture[np.ix_(y, x)] for y, x in corners], axis=-1)
+    fy, fx = fy[:, None], fx[None, :]
+    weight = np.stack([(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx], axis=-1)
+    return index.reshape(-1, 4), weight.reshape(-1, 4).astype(np.float32)
+
+
+def _with_newlines(lines: list[np.ndarray], lines_per_frame: int, position: str) -> list[np.ndarray | None]:
+    """Lines of all frames with None where a newline row goes."""
+    parts: list[np.ndarray | None] = []
+    for number, line in enumerate(lines, start=1):
+        parts.append(line)
+        if position == "grid" or (position == "frame" and number % lines_per_frame == 0):
+            parts.append(None)
+    if position == "one_token":
+        parts.append(None)
+    return parts
+
+
+def _mixed_rows(head, taps, shape, *, newline: bool, tiles: int, reduce: Literal["sum", "max"]) -> VisualRows:
+    """Unmixed `head` rows, then a picture of mixed rows [shape], a newline after each line where asked."""
+    index, weight = (part.reshape(shape[0] * shape[1], -1) for part in taps)
+    lines = np.arange(shape[0] * shape[1], dtype=np.int32).reshape(shape)
+    parts = [part for line in lines for part in ((line, None) if newline else (line,))]
+    body = _rows(parts, tiles, body=MIXED)
+    first = _rows(head, tiles)
+    return VisualRows(
+        kind=np.concatenate([first.kind, body.kind]),
+        index=np.concatenate([first.index, body.index]),
+        tiles=tiles,
+        taps=(np.ascontiguousarray(index, dtype=np.int32), np.ascontiguousarray(weight, dtype=np.float32)),
+        reduce=reduce,
+    )
+
+
+def _rows(parts, tiles: int, body: int = FEATURE, **mixing) -> VisualRows:
+    """Rows from parts in order: an array of row numbers of kind `body`, or None for one newline."""
+    lengths = [1 if part is None else len(part) for part in parts]
+    kinds = np.array([NEWLINE if part is None else body for part in parts], dtype=np.int8)
+    zero = np.zeros(1, dtype=np.int32)
+    index = np.concatenate([zero if part is None else part for part in parts]) if parts else zero[:0]
+    rows = VisualRows(kind=np.repeat(kinds, lengths), index=index.astype(np.int32), tiles=tiles, **mixing)
+    rows.kind.flags.writeable = rows.index.flags.writeable = False
+    return rows

@@ -1,0 +1,257 @@
+"""TokenPlan: where every decoder row of a batch comes from, as integers computed before any tensor exists.
+
+Everything downstream follows the plan: which ViT rows are projected, where each lands, where text and newline
+rows go, positions, labels, sequence boundaries. Its columns are views of one flat int32 array, so that a batch
+ships to a device in one copy. Layout "packed" puts sequences end to end; "padded" gives each the same length with
+filler rows (source -1) on the right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from llava_fast.inputs.anyres import MIXED, NEWLINE, VisualRows
+
+FILLER, TEXT, VISUAL, CONSTANT = -1, 0, 1, 2
+"""Source tables: none, text embedding (row = token id), visual rows, constant rows (0 = newline)."""
+
+MODALITY_TEXT, MODALITY_IMAGE, MODALITY_VIDEO = 0, 1, 2
+IGNORE = -100
+"""Label of a row that is not supervised (PyTorch's ignore_index)."""
+
+Layout = Literal["packed", "padded"]
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """Consecutive token ids of one sequence; `supervised` marks those that carry a label (None: none do)."""
+
+    ids: np.ndarray
+    supervised: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class VisualPiece:
+    """One image or video in its place among the text."""
+
+    rows: VisualRows
+    modality: int = MODALITY_IMAGE
+
+
+Piece = TextPiece | VisualPiece
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Visual rows made by mixing others: which tap table, how it reduces, at which stage."""
+
+    stage: Literal["before", "after"]
+    reduce: Literal["sum", "max"]
+    index: str
+    weight: str
+
+
+@dataclass(frozen=True)
+class TokenPlan:
+    """The plan of a batch. `columns[name]` is an int32 view of `flat`:
+
+    source, row, position, label, sequence, modality   [rows]  one entry per decoder row, fillers -1
+    tile_of_kept, kept                                 [kept]  tile number and ViT row of each projected row
+    last_row                                           [sequences]  the last real row of each sequence
+    boundaries                                         [sequences + 1]  first row of each sequence, then the end
+    supervised_row, supervised_target                  [supervised]  rows whose next token is a label, and it
+    text_row, text_token, text_segment                 rows with text sorted by token id, the distinct ids, and
+                                                       where each id's rows start (for deterministic gradients)
+
+    The visual table that VISUAL rows index is: the kept rows, then each mix of stage "before", then each of stage
+    "after". `lengths` counts the real rows of each sequence; `tiles` the tiles of the whole batch.
+    """
+
+    layout: Layout
+    lengths: tuple[int, ...]
+    tiles: int
+    rows: int
+    mixes: tuple[Mix, ...]
+    flat: np.ndarray
+    sections: dict[str, tuple[int, tuple[int, ...]]]
+
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        return {name: self.column(name) for name in self.sections}
+
+    def column(self, name: str) -> np.ndarray:
+        start, shape = self.sections[name]
+        return self.flat[start : start + int(np.prod(shape))].reshape(shape)
+
+    @property
+    def has_labels(self) -> bool:
+        return self.sections["supervised_row"][1][0] > 0
+
+
+def sequence_length(pieces: list[Piece]) -> int:
+    """Decoder rows one sequence takes."""
+    return sum(len(piece.ids) if isinstance(piece, TextPiece) else len(piece.rows) for piece in pieces)
+
+
+def build_plan(
+    sequences: list[list[Piece]],
+    rows_per_tile: int,
+    layout: Layout = "packed",
+    first_positions: list[int] | None = None,
+) -> TokenPlan:
+    """The plan of a batch of sequences, each a list of text and visual pieces in order.
+
+    Tiles are numbered in the order in which visual pieces appear. `first_positions` gives each sequence's first
+    position id (default 0): a chat turn continues where its cache ends.
+    """
+    visual = _VisualTable(rows_per_tile)
+    parts = [[_piece_columns(piece, visual) for piece in pieces] for pieces in sequences]
+    kept, mix_columns, mixes, number = visual.finish()
+
+    lengths = tuple(sequence_length(pieces) for pieces in sequences)
+    width = max(lengths, default=0)
+    stride = [width] * len(lengths) if layout == "padded" else list(lengths)
+    boundaries = np.concatenate([[0], np.cumsum(stride)]).astype(np.int32)
+    total = int(boundaries[-1])
+    columns = {
+        "source": np.full(total, FILLER, np.int32),
+        "row": np.full(total, -1, np.int32),
+        "position": np.zeros(total, np.int32),
+        "label": np.full(total, IGNORE, np.int32),
+        "sequence": np.full(total, -1, np.int32),
+        "modality": np.full(total, -1, np.int32),
+    }
+    for number_of, (pieces, start, length) in enumerate(zip(parts, boundaries[:-1], lengths, strict=True)):
+        if not length:
+            continue
+        window = slice(int(start), int(start) + length)
+        for column, name in enumerate(("source", "row", "label", "modality")):
+            columns[name][window] = np.concatenate([piece[column] for piece in pieces])
+        first = first_positions[number_of] if first_positions else 0
+        columns["position"][window] = np.arange(first, first + length, dtype=np.int32)
+        columns["sequence"][window] = number_of
+    is_visual = columns["source"] == VISUAL
+    columns["row"][is_visual] = number(columns["row"][is_visual])
+
+    columns["kept"], columns["tile_of_kept"] = kept, kept // max(rows_per_tile, 1)
+    columns["boundaries"] = boundaries
+    columns["last_row"] = np.array(
+        [s + n - 1 for s, n in zip(boundaries[:-1], lengths, strict=True)], np.int32
+    )
+    columns |= _supervision(columns) | _text_segments(columns) | mix_columns
+    flat, sections = _pack(columns)
+    return TokenPlan(layout, lengths, visual.tiles, total, mixes, flat, sections)
+
+
+def _piece_columns(piece: Piece, visual: _VisualTable) -> tuple[np.ndarray, ...]:
+    """(source, row, label, modality) of one piece; visual rows are numbered provisionally (see _VisualTable)."""
+    if isinstance(piece, TextPiece):
+        ids = np.asarray(piece.ids, dtype=np.int32)
+        label = np.full(len(ids), IGNORE, np.int32)
+        if piece.supervised is not None:
+            label = np.where(piece.supervised, ids, IGNORE).astype(np.int32)
+        return np.full(len(ids), TEXT, np.int32), ids, label, np.full(len(ids), MODALITY_TEXT, np.int32)
+    newline = piece.rows.kind == NEWLINE
+    source = np.where(newline, CONSTANT, VISUAL).astype(np.int32)
+    row = np.where(newline, 0, visual.add(piece.rows)).astype(np.int32)
+    return source, row, np.full(len(row), IGNORE, np.int32), np.full(len(row), piece.modality, np.int32)
+
+
+class _VisualTable:
+    """Collects the visual rows of a batch and numbers them: kept ViT rows first, then the mixes by stage.
+
+    Until `finish` knows how many rows each part holds, a direct row is its ViT row number and a mixed row is
+    negative: -(1 + mix * LIMIT + row of that mix).
+    """
+
+    LIMIT = 1 << 26
+
+    def __init__(self, rows_per_tile: int) -> None:
+        self.rows_per_tile = rows_per_tile
+        self.tiles = 0
+        self.direct: list[np.ndarray] = []
+        self.mixed: dict[tuple[str, str, int], list[tuple[np.ndarray, np.ndarray]]] = {}
+
+    def add(self, rows: VisualRows) -> np.ndarray:
+        first = self.tiles * self.rows_per_tile
+        self.tiles += rows.tiles
+        index = rows.index.astype(np.int64)
+        is_mixed = rows.kind == MIXED
+        provisional = index + first
+        if rows.taps is not None:
+            taps, weight = rows.taps
+            key = (rows.stage, rows.reduce, taps.shape[1])
+            tables = self.mixed.setdefault(key, [])
+            done = sum(len(table) for table, _ in tables)
+            tables.append((taps + first, weight))
+            number = list(self.mixed).index(key)
+            provisional = np.where(is_mixed, -(1 + number * self.LIMIT + done + index), provisional)
+        self.direct.append(provisional[(rows.kind != NEWLINE) & ~is_mixed])
+        return provisional
+
+    def finish(self):
+        """(kept ViT rows, columns of the mixes, mixes in table order, provisional -> final row numbers)."""
+        needed = [
+            *self.direct,
+            *(t.ravel() for k, ts in self.mixed.items() if k[0] == "after" for t, _ in ts),
+        ]
+        kept = np.unique(np.concatenate(needed)) if needed else np.zeros(0, np.int64)
+        order = sorted(self.mixed, key=lambda key: key[0] != "before")
+        start, size = {}, len(kept)
+        mixes, columns = [], {}
+        for key in order:
+            stage, reduce, _ = key
+            index = np.concatenate([table for table, _ in self.mixed[key]])
+            weight = np.concatenate([weight for _, weight in self.mixed[key]]).astype(np.float32)
+            if stage == "after":
+                index = np.searchsorted(kept, index)
+            mix = Mix(stage, reduce, f"mix{len(mixes)}_index", f"mix{len(mixes)}_weight")
+            columns |= {mix.index: index.astype(np.int32), mix.weight: weight.view(np.int32)}
+            mixes.append(mix)
+            start[list(self.mixed).index(key)] = size
+            size += len(index)
+
+        def number(provisional: np.ndarray) -> np.ndarray:
+            mixed = -provisional.astype(np.int64) - 1
+            final = np.searchsorted(kept, np.maximum(provisional, 0)).astype(np.int64)
+            for which, first in start.items():
+                inside = (provisional < 0) & (mixed // self.LIMIT == which)
+                final[inside] = first + mixed[inside] % self.LIMIT
+            return final.astype(np.int32)
+
+        return kept.astype(np.int32), columns, tuple(mixes), number
+
+
+def _supervision(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rows that predict a labelled token: the row before it in the same sequence."""
+    label, sequence = columns["label"], columns["sequence"]
+    row = np.flatnonzero((label[1:] != IGNORE) & (sequence[1:] == sequence[:-1])).astype(np.int32)
+    return {"supervised_row": row, "supervised_target": label[1:][row]}
+
+
+def _text_segments(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Text rows sorted by token id (stably), the distinct ids, and the start of each id's segment, then the end."""
+    rows = np.flatnonzero(columns["source"] == TEXT).astype(np.int32)
+    order = np.argsort(columns["row"][rows], kind="stable")
+    tokens, first = np.unique(columns["row"][rows][order], return_index=True)
+    return {
+        "text_row": rows[order],
+        "text_token": tokens.astype(np.int32),
+        "text_segment": np.append(first, len(rows)).astype(np.int32),
+    }
+
+
+def _pack(columns: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, tuple[int, tuple[int, ...]]]]:
+    """One flat int32 array and where each column lies in it; every column starts on a 16-byte boundary."""
+    sections, start = {}, 0
+    for name, column in columns.items():
+        sections[name] = (start, column.shape)
+        start += -(-column.size // 4) * 4
+    flat = np.zeros(start, np.int32)
+    for name, column in columns.items():
+        first = sections[name][0]
+        flat[first : first + column.size] = column.ravel()
+    return flat, sections

@@ -1,0 +1,276 @@
+"""From requests to tiles and a TokenPlan: images are cut, prompts tokenised, and both meet in one plan.
+
+A request is {"prompt": str, "images": [...], "video": frames}, the prompt used verbatim with `<image>` (or
+`<video>`) marking each item; or {"messages": [...]} in the OpenAI form, rendered through the chat template. Numpy
+and integers only: no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from llava_fast.errors import ImageError, RequestError
+from llava_fast.inputs import anyres, chat, images
+from llava_fast.inputs.plan import (
+    MODALITY_IMAGE,
+    MODALITY_VIDEO,
+    Layout,
+    Piece,
+    TextPiece,
+    TokenPlan,
+    VisualPiece,
+    build_plan,
+    sequence_length,
+)
+
+ORIGINAL_IMAGE_TOKEN = -200
+"""The placeholder id of original LLaVA checkpoints, whose vocabulary has no image token (llava/constants.py)."""
+
+REQUEST_KEYS = {"prompt", "messages", "images", "video", "seed", "id"}
+_MARK = re.compile(r"<image>|<video>")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch on the host: uint8 tiles [tiles, 3, H, W] and the plan that places them."""
+
+    tiles: np.ndarray
+    plan: TokenPlan
+
+
+@dataclass(frozen=True)
+class VisualMark:
+    """An image or video named in a prompt, not opened yet. `alone`: the only image of its request."""
+
+    kind: Literal["<image>", "<video>"]
+    source: Any
+    alone: bool
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Everything a checkpoint needs to read images and text.
+
+    geometry        how images become tiles and rows.
+    tokenizer       a transformers tokenizer.
+    image_token_id  the id that marks an image; ORIGINAL_IMAGE_TOKEN tokenises the text around marks in chunks.
+    template        the chat template for requests with messages.
+    max_rows        the decoder's context length; a longer prompt is refused.
+    exif            turn images upright by their EXIF tag, as transformers does when it opens a file.
+    """
+
+    geometry: anyres.VisualGeometry
+    tokenizer: Any
+    image_token_id: int
+    template: chat.ChatTemplate
+    video_token_id: int | None = None
+    max_rows: int | None = None
+    exif: bool = True
+    resample: Literal["pillow", "torchvision"] = "pillow"
+    pillow: Literal["12", "13"] | None = None
+    threads: int = 0
+
+    def tiles(self, image: Any, alone: bool = True) -> np.ndarray:
+        """uint8 tiles [tiles, 3, H, W] of one image (path, bytes, data URI, PIL image, uint8 array), base view
+        first. `alone` is False for one of several images in a request. Raises ImageError."""
+        return self._cut(images.open_image(image, exif=self.exif), alone)
+
+    def prepare(
+        self,
+        requests: Sequence[dict],
+        labels: bool = False,
+        layout: Layout = "packed",
+        first_positions: list[int] | None = None,
+    ) -> Prepared:
+        """Tiles and plan of a batch of requests. With `labels`, assistant turns are supervised and requests must
+        have messages. Raises RequestError (naming the request by its place or "id") and ImageError."""
+        tiles: list[np.ndarray] = []
+        sequences = []
+        for number, request in enumerate(requests):
+            try:
+                sequences.append(self.pieces(self.outline(request, labels), tiles))
+                self.check_length(sequences[-1])
+            except (RequestError, ImageError) as error:
+                name = request.get("id", number) if isinstance(request, dict) else number
+                raise type(error)(f"request {name}: {error}") from None
+        return self.assemble(sequences, tiles, layout, first_positions)
+
+    def assemble(
+        self,
+        sequences: list[list[Piece]],
+        tiles: list[np.ndarray],
+        layout: Layout = "packed",
+        first_positions: list[int] | None = None,
+    ) -> Prepared:
+        """Pieces of each sequence and the tiles they refer to, as one batch."""
+        size = self.geometry.tile_size
+        joined = np.concatenate(tiles) if tiles else np.zeros((0, 3, size, size), np.uint8)
+        return Prepared(joined, build_plan(sequences, self.geometry.rows_per_tile, layout, first_positions))
+
+    def render(
+        self, request: dict, add_generation_prompt: bool = True
+    ) -> tuple[list[chat.Segment], list, list]:
+        """(segments of the prompt, image sources, video sources) of a request, marks still in the text."""
+        _check_request(request)
+        given = list(request.get("images") or [])
+        videos = [] if request.get("video") is None else [request["video"]]
+        if "prompt" in request:
+            return [chat.Segment(request["prompt"], False)], given, videos
+        messages, sources = chat.normalise_messages(request["messages"])
+        if sum(source is None for source in sources) != len(given):
+            raise RequestError(
+                f"the messages have {sum(source is None for source in sources)} image marks without a source and "
+                f'"images" has {len(given)} items: give one image for each {{"type": "image"}}'
+            )
+        supply = iter(given)
+        sources = [next(supply) if source is None else source for source in sources]
+        return self.template.segments(messages, add_generation_prompt=add_generation_prompt), sources, videos
+
+    def outline(self, request: dict, labels: bool = False) -> list[TextPiece | VisualMark]:
+        """A request as token ids and marks in order, before any image is opened. Raises RequestError."""
+        if labels and "messages" not in request:
+            raise RequestError(
+                'labels need "messages": a verbatim "prompt" does not say which part is the answer'
+            )
+        segments, image_sources, video_sources = self.render(request, add_generation_prompt=not labels)
+        text = "".join(segment.text for segment in segments)
+        marks = _MARK.findall(text)
+        for mark, sources in (("<image>", image_sources), ("<video>", video_sources)):
+            if marks.count(mark) != len(sources):
+                raise RequestError(
+                    f"the prompt has {marks.count(mark)} {mark} marks and {len(sources)} were given: "
+                    f"mark each one's place in the prompt with {mark}"
+                )
+        ids, supervised, places = self._encode(text, segments if labels else None, "messages" in request)
+        if len(places) != len(marks):
+            raise RequestError(
+                f"the tokenizer found {len(places)} image tokens for {len(marks)} marks in the prompt"
+            )
+
+        queues = {"<image>": iter(image_sources), "<video>": iter(video_sources)}
+        outline: list[TextPiece | VisualMark] = []
+        start = 0
+        for mark, place in zip(marks, places, strict=True):
+            outline.append(TextPiece(ids[start:place], supervised[start:place] if labels else None))
+            outline.append(VisualMark(mark, next(queues[mark]), alone=len(image_sources) == 1))
+            start = place + 1
+        outline.append(TextPiece(ids[start:], supervised[start:] if labels else None))
+        return [piece for piece in outline if not isinstance(piece, TextPiece) or len(piece.ids)]
+
+    def pieces(self, outline: Sequence[TextPiece | VisualMark], tiles: list[np.ndarray]) -> list[Piece]:
+        """The pieces of a plan: each mark's image is opened, cut and appended to `tiles`. Raises ImageError."""
+        return [self._visual_piece(part, tiles) if isinstance(part, VisualMark) else part for part in outline]
+
+    def _visual_piece(self, mark: VisualMark, tiles: list[np.ndarray]) -> VisualPiece:
+        if mark.kind == "<video>":
+            frames = images.read_video(mark.source)
+            tiles.append(np.concatenate([self._frame(frame) for frame in frames]))
+            return VisualPiece(anyres.video_rows(self.geometry, len(frames)), MODALITY_VIDEO)
+        image = images.open_image(mark.source, exif=self.exif)
+        tiles.append(self._cut(image, mark.alone))
+        return VisualPiece(anyres.image_rows(self.geometry, *image.shape[:2], mark.alone), MODALITY_IMAGE)
+
+    def _cut(self, image: np.ndarray, alone: bool) -> np.ndarray:
+        return self._make(image, anyres.image_views(self.geometry, *image.shape[:2], alone))
+
+    def _frame(self, frame: np.ndarray) -> np.ndarray:
+        return self._make(frame, anyres.frame_views(self.geometry, *frame.shape[:2]))
+
+    def _make(self, image: np.ndarray, views: Sequence[anyres.View]) -> np.ndarray:
+        return images.make_tiles(
+            image,
+            views,
+            self.geometry.tile_size,
+            pillow=self.pillow,
+            resample=self.resample,
+            threads=self.threads,
+        )
+
+    def _encode(self, text: str, segments: list[chat.Segment] | None, rendered: bool):
+        """(ids, supervised or None, places of the image and video tokens among the ids)."""
+        if self.image_token_id == ORIGINAL_IMAGE_TOKEN:
+            return self._encode_chunks(text, segments)
+        tokens = {"<image>": self.image_token_id, "<video>": self.video_token_id or self.image_token_id}
+        names = {mark: self.tokenizer.convert_ids_to_tokens(token) for mark, token in tokens.items()}
+        if any(mark != name for mark, name in names.items()):
+            if segments is not None and any(m in text and len(m) != len(n) for m, n in names.items()):
+                raise RequestError(
+                    f"labels need the image token to be spelt <image>, and this checkpoint's is {names}"
+                )
+            text = _MARK.sub(lambda found: names[found[0]], text)
+        # A rendered chat template brings its own first token, as transformers' apply_chat_template assumes.
+        bos = self.tokenizer.bos_token
+        special = not (rendered and bos is not None and text.startswith(bos))
+        encoded = self.tokenizer(
+            text, add_special_tokens=special, return_offsets_mapping=segments is not None
+        )
+        ids = np.asarray(encoded["input_ids"], np.int32)
+        supervised = (
+            None if segments is None else _supervised(np.asarray(encoded["offset_mapping"]), segments)
+        )
+        return ids, supervised, np.flatnonzero(np.isin(ids, list(tokens.values())))
+
+    def _encode_chunks(self, text: str, segments: list[chat.Segment] | None):
+        """Original LLaVA tokenises the text between marks chunk by chunk and keeps the first chunk's BOS."""
+        ids, supervised, places = [], [], []
+        offset, bos = 0, self.tokenizer.bos_token_id
+        chunks = _MARK.split(text)
+        for number, chunk in enumerate(chunks):
+            encoded = self.tokenizer(chunk, return_offsets_mapping=segments is not None)
+            token_ids = list(encoded["input_ids"])
+            drop = 1 if number and token_ids and token_ids[0] == bos else 0
+            ids += token_ids[drop:]
+            if segments is not None:
+                spans = np.asarray(encoded["offset_mapping"]).reshape(-1, 2)[drop:]
+                supervised.append(_supervised(np.where(spans[:, 1:] > 0, spans + offset, 0), segments))
+            if number < len(chunks) - 1:
+                places.append(len(ids))
+                ids.append(ORIGINAL_IMAGE_TOKEN)
+                if segments is not None:
+                    supervised.append(np.zeros(1, bool))
+                offset += len(chunk) + len("<image>")
+        marked = None if segments is None else np.concatenate(supervised)
+        return np.asarray(ids, np.int32), marked, np.asarray(places)
+
+    def check_length(self, pieces: list[Piece]) -> None:
+        """Raises RequestError for an empty sequence and for one that the decoder's context cannot hold."""
+        rows = sequence_length(pieces)
+        if rows == 0:
+            raise RequestError("the prompt is empty: give some text or an image")
+        if self.max_rows is not None and rows > self.max_rows:
+            visual = sum(len(piece.rows) for piece in pieces if isinstance(piece, VisualPiece))
+            raise RequestError(
+                f"the prompt takes {rows} tokens ({visual} of them visual) and the model's context holds "
+                f"{self.max_rows}: shorten the text, or use fewer or smaller images"
+            )
+
+
+def _check_request(request: Any) -> None:
+    if not isinstance(request, dict):
+        raise RequestError(f'a request is a dict with "prompt" or "messages", got {type(request).__name__}')
+    unknown = set(request) - REQUEST_KEYS
+    if unknown:
+        raise RequestError(f"unknown keys {sorted(unknown)}: a request has {sorted(REQUEST_KEYS)}")
+    if ("prompt" in request) == ("messages" in request):
+        raise RequestError(
+            'give exactly one of "prompt" (verbatim) and "messages" (through the chat template)'
+        )
+    if "prompt" in request and not isinstance(request["prompt"], str):
+        raise RequestError(f'"prompt" must be a string, got {type(request["prompt"]).__name__}')
+    if isinstance(request.get("images"), (str, bytes)):
+        raise RequestError('"images" must be a list, even of one image')
+
+
+def _supervised(offsets: np.ndarray, segments: list[chat.Segment]) -> np.ndarray:
+    """Which tokens carry a label: those that end inside a supervised segment. A token that begins with the space
+    before an answer ends inside it, so it counts; special tokens without text do not."""
+    ends = np.cumsum([len(segment.text) for segment in segments])
+    flags = np.array([segment.supervised for segment in segments] + [False])
+    offsets = offsets.reshape(-1, 2)
+    segment_of = np.searchsorted(ends, offsets[:, 1], side="left")
+    return flags[np.minimum(segment_of, len(segments))] & (offsets[:, 1] > offsets[:, 0])

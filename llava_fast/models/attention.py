@@ -1,0 +1,95 @@
+"""The one entry to attention: rows of many sequences, grouped by `Spans`, through scaled dot-product attention.
+
+Shapes: R rows of all sequences end to end, H heads, K key heads (H is a multiple of K), D head size, S sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llava_fast.models.kv_cache import KVCache
+
+
+@dataclass(frozen=True)
+class Spans:
+    """How rows group into sequences, on the host: sequence s has rows starts[s] : starts[s] + lengths[s].
+
+    `slots[s]` is its place in the KV cache and `before[s]` the rows already cached there (with a cache only).
+    `dense` (sequences, width) says that rows form a rectangle, so one batched call serves all.
+    """
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    slots: tuple[int, ...] = ()
+    before: tuple[int, ...] = ()
+    dense: tuple[int, int] | None = None
+
+
+def attend(
+    query_RHD: Tensor,
+    key_RKD: Tensor,
+    value_RKD: Tensor,
+    spans: Spans,
+    layer: int,
+    cache: KVCache | None,
+    window: int | None,
+) -> Tensor:
+    """Causal attention inside each sequence: [R, H*D]. With a cache, keys and values are stored in it first and
+    each sequence also attends to what its slot already holds. `window` limits how far back a row looks."""
+    if cache is not None and all(length == 1 for length in spans.lengths):
+        return _attend_one_row_each(query_RHD, key_RKD, value_RKD, spans, layer, cache, window)
+    if cache is None and spans.dense is not None:
+        return _attend_dense(query_RHD, key_RKD, value_RKD, spans.dense, window)
+    out = torch.zeros_like(query_RHD) if sum(spans.lengths) < len(query_RHD) else torch.empty_like(query_RHD)
+    pieces = []
+    for number, (start, length) in enumerate(zip(spans.starts, spans.lengths, strict=True)):
+        query, key, value = (
+            t[start : start + length].transpose(0, 1)[None] for t in (query_RHD, key_RKD, value_RKD)
+        )
+        if cache is not None:
+            key, value = cache.append(layer, spans.slots[number], spans.before[number], key[0], value[0])
+            key, value = key[None], value[None]
+        pieces.append(_causal(query, key, value, window)[0].transpose(0, 1))
+    if not pieces:
+        return out.flatten(1)
+    if sum(spans.lengths) == len(query_RHD):
+        return torch.cat(pieces).flatten(1)
+    place = torch.cat([torch.arange(s, s + n) for s, n in zip(spans.starts, spans.lengths, strict=True)])
+    return out.index_copy(0, place.to(out.device), torch.cat(pieces)).flatten(1)
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+    """[1, H, q, D] over [1, K, k, D], the queries being the last q of the k positions."""
+    length, total = query.shape[2], key.shape[2]
+    grouped = query.shape[1] != key.shape[1]
+    if length == total and (window is None or total <= window):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=length > 1, enable_gqa=grouped)
+    position = torch.arange(total - length, total, device=query.device)[:, None]
+    at = torch.arange(total, device=query.device)[None, :]
+    mask = at <= position
+    if window is not None:
+        mask &= at > position - window
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
+
+
+def _attend_dense(
+    query: Tensor, key: Tensor, value: Tensor, shape: tuple[int, int], window: int | None
+) -> Tensor:
+    """Equal-length sequences in one call. Fillers sit on the right, so causality alone hides them from real rows."""
+    query, key, value = (t.unflatten(0, shape).transpose(1, 2) for t in (query, key, value))
+    return _causal(query, key, value, window).transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def _attend_one_row_each(
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, layer: int, cache: KVCache, window: int | None
+) -> Tensor:
+    """Decoding: one new row for each of the first slots. The query heads that share a key head become the rows of one small matrix,
+    so grouped heads cost no copies of the cache."""
+    count, heads, size = query.shape
+    keys, values, mask = cache.append_one_each(layer, spans.before, key, value, window)
+    grouped = query.view(count, keys.shape[1], heads // keys.shape[1], size)
+    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(count, heads * size)

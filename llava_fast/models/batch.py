@@ -1,0 +1,50 @@
+"""A batch on a device: uint8 tiles and the plan's integers, moved in one copy each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llava_fast.inputs.plan import TokenPlan
+from llava_fast.inputs.processor import Prepared
+from llava_fast.models.attention import Spans
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What `model(batch)` takes. `tiles` is uint8 [tiles, 3, H, W], or float if already normalised; `flat` holds
+    the plan's columns on the device."""
+
+    tiles: Tensor
+    plan: TokenPlan
+    flat: Tensor
+
+    @classmethod
+    def from_prepared(cls, prepared: Prepared, device: torch.device | str = "cpu") -> Batch:
+        """Wrap host arrays as tensors (pinned on the way to a GPU)."""
+        tiles, flat = torch.from_numpy(prepared.tiles), torch.from_numpy(prepared.plan.flat)
+        if torch.device(device).type == "cuda":
+            tiles, flat = (t.pin_memory().to(device, non_blocking=True) for t in (tiles, flat))
+        return cls(tiles, prepared.plan, flat)
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(self.tiles.to(device), self.plan, self.flat.to(device))
+
+    def column(self, name: str) -> Tensor:
+        """A column of the plan (see TokenPlan) on the device, int32."""
+        start, shape = self.plan.sections[name]
+        return self.flat[start : start + torch.Size(shape).numel()].view(shape)
+
+    def weight(self, name: str) -> Tensor:
+        """A float32 column, stored bit for bit among the integers."""
+        return self.column(name).view(torch.float32)
+
+    def spans(self, slots: tuple[int, ...] = (), before: tuple[int, ...] = ()) -> Spans:
+        """Sequence boundaries for attention; with a cache, the slot of each sequence and the rows it holds."""
+        plan = self.plan
+        starts = tuple(int(start) for start in plan.column("boundaries")[:-1])
+        count = len(plan.lengths)
+        dense = (count, plan.rows // count) if count and plan.rows and plan.layout == "padded" else None
+        return Spans(starts, plan.lengths, slots, before, dense)

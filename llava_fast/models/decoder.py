@@ -1,0 +1,133 @@
+"""The decoder: a Llama-family transformer over rows of many sequences at once.
+
+Shapes: R rows (all sequences end to end, see attention.Spans), C width, H query heads, K key heads, D head size.
+Parameter names are transformers'. Sources: Touvron et al. 2023 (Llama 2), Jiang et al. 2023 (Mistral), Bai et al.
+2023 (Qwen), Su et al. 2021 (RoPE).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llava_fast.models.attention import Spans, attend
+from llava_fast.models.config import DecoderConfig
+from llava_fast.models.kv_cache import KVCache
+from llava_fast.models.rope import Rope
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, rounded, then scaled. Source: Zhang and Sennrich 2019; rounding as Llama's."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return self.weight * F.rms_norm(x.to(wide), self.weight.shape, None, self.eps).to(x.dtype)
+
+
+class DecoderAttention(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.window = config.window_of(layer)
+        self.head_dim = config.head_dim
+        heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, heads, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(heads, config.hidden_size, bias=config.o_bias)
+
+    def forward(
+        self, x_RC: Tensor, rotation: tuple[Tensor, Tensor], spans: Spans, cache: KVCache | None
+    ) -> Tensor:
+        split = (-1, self.head_dim)
+        query_RHD, key_RKD, value_RKD = (
+            proj(x_RC).unflatten(-1, split) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        cos, sin = rotation
+        query_RHD, key_RKD = rotate(query_RHD, cos, sin), rotate(key_RKD, cos, sin)
+        return self.o_proj(attend(query_RHD, key_RKD, value_RKD, spans, self.layer, cache, self.window))
+
+
+def rotate(x_RHD: Tensor, cos_R1D: Tensor, sin_R1D: Tensor) -> Tensor:
+    """Rotary embedding with halves paired (Llama's convention). The sign of sin's first half is folded in."""
+    half = x_RHD.shape[-1] // 2
+    return x_RHD * cos_R1D + x_RHD.roll(half, -1) * sin_R1D
+
+
+class DecoderMLP(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = DecoderAttention(config, layer)
+        self.mlp = DecoderMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x_RC: Tensor, rotation: tuple[Tensor, Tensor], spans: Spans, cache: KVCache | None
+    ) -> Tensor:
+        x_RC = x_RC + self.self_attn(self.input_layernorm(x_RC), rotation, spans, cache)
+        return x_RC + self.mlp(self.post_attention_layernorm(x_RC))
+
+
+class Decoder(nn.Module):
+    """Rows in, hidden states out; `logits` applies the (tied or own) head to the rows asked for."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rope = Rope(config.rope, config.head_dim, config.max_positions)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+
+    def forward(self, x_RC: Tensor, position_R: Tensor, spans: Spans, cache: KVCache | None = None) -> Tensor:
+        """inputs_embeds [R, C] and position ids [R] to final hidden states [R, C]."""
+        rotation = self.rope(position_R, x_RC.dtype, spans)
+        for layer in self.layers:
+            x_RC = layer(x_RC, rotation, spans, cache)
+        return self.norm(x_RC)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, C] -> [rows, vocabulary]."""
+        return (
+            F.linear(hidden, self.embed_tokens.weight) if self.config.tie_embeddings else self.lm_head(hidden)
+        )
+
+    def new_cache(self, slots: int, capacity: int) -> KVCache:
+        config, weight = self.config, self.embed_tokens.weight
+        return KVCache(
+            config.num_layers,
+            slots,
+            config.num_kv_heads,
+            capacity,
+            config.head_dim,
+            weight.dtype,
+            weight.device,
+        )

@@ -1,0 +1,77 @@
+"""Rotary position tables. Kinds and formulas follow transformers' modeling_rope_utils.py.
+
+Sources: Su et al. 2021 (RoPE); linear: Chen et al. 2023 (Position Interpolation); dynamic: the NTK-aware scaling
+posted by u/emozilla (2023); llama3: Meta's llama-models.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from llava_fast.models.attention import Spans
+from llava_fast.models.config import RopeConfig
+
+
+class Rope(nn.Module):
+    """cos and signed sin of each row's position, [R, 1, D], for `decoder.rotate`. Holds no weights."""
+
+    def __init__(self, config: RopeConfig, head_dim: int, max_positions: int) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = head_dim
+        self.max_positions = max_positions
+        self._table: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, position_R: Tensor, dtype: torch.dtype, spans: Spans) -> tuple[Tensor, Tensor]:
+        if self.config.kind == "dynamic":
+            return self._dynamic(position_R, dtype, spans)
+        device = position_R.device
+        reach = max(
+            (n + (spans.before[i] if spans.before else 0) for i, n in enumerate(spans.lengths)), default=0
+        )
+        table = self._table
+        if table is None or len(table[0]) < reach or table[0].device != device or table[0].dtype != dtype:
+            rows = max(reach, min(self.max_positions, 2 * reach, 8192))
+            table = self._table = self._cos_sin(
+                torch.arange(rows, device=device), self._frequencies(device), dtype
+            )
+        return table[0][position_R], table[1][position_R]
+
+    def _cos_sin(self, position: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        angle = position.float()[:, None] * frequencies
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat([cos, cos], -1).to(dtype)[:, None], torch.cat([-sin, sin], -1).to(dtype)[:, None]
+
+    def _base_frequencies(self, device: torch.device, theta: float | Tensor) -> Tensor:
+        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
+        return 1.0 / (theta**exponent)
+
+    def _frequencies(self, device: torch.device) -> Tensor:
+        config = self.config
+        frequencies = self._base_frequencies(device, config.theta)
+        if config.kind == "linear":
+            return frequencies / config.factor
+        if config.kind == "llama3":
+            wavelength = 2 * math.pi / frequencies
+            low = config.original_max_positions / config.low_freq_factor
+            high = config.original_max_positions / config.high_freq_factor
+            smooth = (config.original_max_positions / wavelength - config.low_freq_factor) / (
+                config.high_freq_factor - config.low_freq_factor
+            )
+            blended = (1 - smooth) * frequencies / config.factor + smooth * frequencies
+            scaled = torch.where(wavelength > low, frequencies / config.factor, frequencies)
+            return torch.where((wavelength <= low) & (wavelength >= high), blended, scaled)
+        return frequencies
+
+    def _dynamic(self, position_R: Tensor, dtype: torch.dtype, spans: Spans) -> tuple[Tensor, Tensor]:
+        """The base grows with each sequence's own length, so a batch gives what each sequence gives alone."""
+        config, device = self.config, position_R.device
+        theta = torch.full((len(position_R), 1), config.theta, dtype=torch.float32, device=device)
+        for number, (start, length) in enumerate(zip(spans.starts, spans.lengths, strict=True)):
+            reach = max(length + (spans.before[number] if spans.before else 0), self.max_positions)
+            growth = config.factor * reach / self.max_positions - (config.factor - 1)
+            theta[start : start + length] = config.theta * growth ** (self.head_dim / (self.head_dim - 2))
+        return self._cos_sin(position_R, self._base_frequencies(device, theta), dtype)

@@ -1,0 +1,120 @@
+"""The vision tower: CLIP or SigLIP, stopping at the layer whose hidden states LLaVA uses.
+
+Shapes: T tiles, N rows a tile (patches, and CLIP's class row first), C width, H heads. Parameter names are those of
+transformers' CLIPVisionModel and SiglipVisionModel. Sources: Radford et al. 2021 (CLIP), Zhai et al. 2023 (SigLIP).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llava_fast.models.activations import ACTIVATIONS
+from llava_fast.models.config import VisionConfig
+from llava_fast.ops import patch_embed
+
+
+class VisionEmbeddings(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width, patch = config.hidden_size, config.patch_size
+        rows = config.patches_per_tile + config.has_class_row
+        if config.has_class_row:
+            self.class_embedding = nn.Parameter(torch.randn(width))
+        self.patch_embedding = nn.Conv2d(3, width, patch, patch, bias=not config.has_class_row)
+        self.position_embedding = nn.Embedding(rows, width)
+
+    def forward(self, tiles: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        return patch_embed(
+            tiles,
+            self.patch_embedding.weight,
+            self.position_embedding.weight,
+            mean=mean,
+            std=std,
+            bias=self.patch_embedding.bias,
+            class_row=getattr(self, "class_embedding", None),
+        )
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_heads
+        self.k_proj, self.v_proj, self.q_proj = (nn.Linear(width, width) for _ in range(3))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x_TNC: Tensor) -> Tensor:
+        split = (self.heads, -1)
+        query, key, value = (
+            proj(x_TNC).unflatten(-1, split).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out_THND = F.scaled_dot_product_attention(query, key, value)
+        return self.out_proj(out_THND.transpose(1, 2).flatten(2))
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class VisionLayer(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.self_attn = VisionAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = VisionMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x_TNC: Tensor) -> Tensor:
+        x_TNC = x_TNC + self.self_attn(self.layer_norm1(x_TNC))
+        return x_TNC + self.mlp(self.layer_norm2(x_TNC))
+
+
+class VisionEncoder(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_layers))
+
+
+class VisionTower(nn.Module):
+    """uint8 tiles (or normalised float ones) to the selected ViT features.
+
+    Every layer's weights are held, so that saving is complete; only `config.layers_needed` of them run.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = VisionEmbeddings(config)
+        if config.has_class_row:
+            self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = VisionEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        """[T, 3, H, W] uint8 or normalised float -> [T, rows kept, features], in the weights' dtype."""
+        config = self.config
+        weight = self.embeddings.patch_embedding.weight
+        if tiles.is_floating_point():
+            tiles = tiles.to(weight.dtype)
+        mean, std = (weight.new_tensor(v, dtype=torch.float32) for v in (config.image_mean, config.image_std))
+        x_TNC = self.embeddings(tiles, mean, std)
+        if config.has_class_row:
+            x_TNC = self.pre_layrnorm(x_TNC)
+        wanted = [layer if layer >= 0 else config.num_layers + 1 + layer for layer in config.feature_layers]
+        states = {0: x_TNC} if 0 in wanted else {}
+        for depth, layer in enumerate(self.encoder.layers[: config.layers_needed], start=1):
+            x_TNC = layer(x_TNC)
+            if depth in wanted:
+                states[depth] = x_TNC
+        features = torch.cat([states[layer] for layer in wanted], dim=-1) if len(wanted) > 1 else x_TNC
+        return features[:, 1:] if config.has_class_row and not config.keep_class_row else features
