@@ -53,7 +53,7 @@ def read_hf_config(path: str | Path) -> LlavaConfig:
     source = read_json(path / "config.json")
     model_type = require(source.get("model_type"), HF_MODEL_TYPES, "model_type", path)
     refuse_quantised(source, path)
-    hf = _auto_config(path)
+    hf = auto_config(path)
     text, tower, images = hf.text_config, hf.vision_config, _image_processor(path)
 
     layers = hf.vision_feature_layer
@@ -121,9 +121,7 @@ def decoder_config(text, path: Path, tied: bool) -> DecoderConfig:
     if family == "mistral" and text.sliding_window is not None:
         windows = (text.sliding_window,) * text.num_hidden_layers
     elif family == "qwen2" and "sliding_attention" in text.layer_types:
-        windows = tuple(
-            text.sliding_window if kind == "sliding_attention" else None for kind in text.layer_types
-        )
+        windows = tuple(text.sliding_window if kind == "sliding_attention" else None for kind in text.layer_types)
     return DecoderConfig(
         family=family,
         vocab_size=text.vocab_size,
@@ -154,9 +152,7 @@ def require(value: Any, supported: tuple[str, ...], field: str, path: Path) -> A
 def refuse_quantised(source: dict[str, Any], path: Path) -> None:
     if source.get("quantization_config"):
         method = source["quantization_config"].get("quant_method", "unknown")
-        raise CheckpointError(
-            f"{path} is quantised ({method}); load the unquantised checkpoint it was made from"
-        )
+        raise CheckpointError(f"{path} is quantised ({method}); load the unquantised checkpoint it was made from")
 
 
 def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
@@ -169,7 +165,8 @@ def mean_color(mean: tuple[float, float, float]) -> tuple[int, int, int]:
     return tuple(int(channel * 255) for channel in mean)
 
 
-def _auto_config(path: Path):
+def auto_config(path: Path):
+    """What transformers makes of a directory's config.json; CheckpointError if it cannot."""
     from transformers import AutoConfig  # seconds to import: only a process that loads a checkpoint pays
 
     try:
@@ -229,9 +226,7 @@ def _geometry(hf, vision: VisionConfig, images: dict[str, Any], path: Path) -> V
     if hf.model_type == "llava_onevision":
         shape = re.fullmatch(r"anyres_max_(\d+)", hf.vision_aspect_ratio)
         if not shape:
-            raise CheckpointError(
-                f"{path}: vision_aspect_ratio is {hf.vision_aspect_ratio!r}; supported: anyres_max_N"
-            )
+            raise CheckpointError(f"{path}: vision_aspect_ratio is {hf.vision_aspect_ratio!r}; supported: anyres_max_N")
         tiled |= {"max_tiles": int(shape[1]), "multi_image_anyres": False, "video_pool": "bilinear"}
         tiled |= {"video_pool_stride": 2, "video_pool_stage": "after", "video_newline": "one_token"}
     return VisualGeometry(**common, **tiled)

@@ -18,28 +18,31 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from llava_fast.checkpoints.config import read_hf_config, read_json
-from llava_fast.checkpoints.names import from_stored, is_skipped
-from llava_fast.checkpoints.tensor_files import WEIGHT_DTYPES, StoredTensor, open_weights
+from llava_fast.checkpoints.adapters import ADAPTER_CONFIG, add_lora, add_projector, find_projector_file
+from llava_fast.checkpoints.config import read_hf_config, read_json, read_json_if_there
+from llava_fast.checkpoints.hub import resolve
+from llava_fast.checkpoints.original import is_original, read_original_config
+from llava_fast.checkpoints.tensor_files import StoredTensor, has_weights, name_tensors, open_weights
+from llava_fast.checkpoints.towers import tower_tensors
 from llava_fast.errors import CheckpointError
 from llava_fast.models.config import LlavaConfig
-
-_UNUSED_FILES = ["*.gguf", "*.onnx", "*.msgpack", "*.h5"]
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedCheckpoint:
     """A checkpoint that has been found and understood, its weights still on disk.
 
-    path      directory of config.json, tokenizer and processor files.
-    config    what the model is.
-    tensors   our name -> where it is stored.
-    dtype     what parameters become: the one asked for, else that of the stored token embedding (checkpoints
-              mix: a CLIP tower from its own repository is float32 beside a float16 decoder).
-    device    where they go.
+    path            directory of config.json and the processor files.
+    tokenizer_path  directory of the tokenizer: the same, or the base's for LoRA and projector-only directories.
+    config          what the model is.
+    tensors         our name -> where it is stored.
+    dtype           what parameters become: the one asked for, else that of the stored token embedding (checkpoints
+                    mix: a CLIP tower from its own repository is float32 beside a float16 decoder).
+    device          where they go.
     """
 
     path: Path
+    tokenizer_path: Path
     config: LlavaConfig
     tensors: Mapping[str, StoredTensor]
     dtype: torch.dtype
@@ -50,16 +53,35 @@ def load_checkpoint(
     path_or_hub_id: str | Path,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    model_base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
 ) -> LoadedCheckpoint:
     """Find a checkpoint (a directory, or a Hub id, taken from the cache or downloaded) and read its config.
+
+    model_base    the model that a LoRA or projector-only directory was trained on (LoRA: default the one it names).
+    vision_tower  where the tower of an original checkpoint is, if not where its config says. Tower weights inside
+                  the checkpoint take precedence, since they may have been trained.
 
     Raises CheckpointError for a directory that is no LLaVA, an unsupported model, or a missing shard.
     """
     path = resolve(path_or_hub_id)
-    read_json(path / "config.json")
-    config = read_hf_config(path)
-    tensors = name_tensors(open_weights(path), config)
-    return LoadedCheckpoint(path, config, tensors, dtype or stored_dtype(tensors, path), torch.device(device))
+    described, base, tensors = _find_tensors(path, model_base)
+    if is_original(read_json(described / "config.json")):
+        config, tower = read_original_config(described, vision_tower)
+        if not any(name.startswith("vision_tower.") for name in tensors):
+            tensors |= tower_tensors(tower, config.vision.num_layers)
+    else:
+        config = read_hf_config(described)
+    if config.decoder.tie_embeddings and (head := tensors.pop("decoder.lm_head.weight", None)) is not None:
+        _check_tied(head, tensors.get("decoder.embed_tokens.weight"))
+    return LoadedCheckpoint(
+        path=described,
+        tokenizer_path=base or described,
+        config=config,
+        tensors=tensors,
+        dtype=dtype or _stored_dtype(tensors, path),
+        device=torch.device(device),
+    )
 
 
 def load_weights(
@@ -84,9 +106,7 @@ def load_weights(
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
 
 
-def check_tensors(
-    expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor], path: Path
-) -> None:
+def check_tensors(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor], path: Path) -> None:
     """Raise one CheckpointError if the stored tensors are not exactly the expected ones, names and shapes."""
     if missing := sorted(expected.keys() - stored.keys()):
         raise CheckpointError(
@@ -105,45 +125,32 @@ def check_tensors(
             )
 
 
-def name_tensors(stored: Mapping[str, StoredTensor], config: LlavaConfig) -> dict[str, StoredTensor]:
-    """Stored tensors under our names. Raises CheckpointError for a name no LLaVA has."""
-    tensors: dict[str, StoredTensor] = {}
-    for key, tensor in stored.items():
-        if is_skipped(key):
-            continue
-        name = from_stored(key)
-        if name is None:
-            raise CheckpointError(f"{tensor.file} holds {key!r}, which no supported LLaVA model has")
-        if tensor.dtype not in WEIGHT_DTYPES:
-            raise CheckpointError(f"{tensor.file}: {key!r} is {tensor.dtype}; load an unquantised checkpoint")
-        tensors[name] = tensor
-    if config.decoder.tie_embeddings and (head := tensors.pop("decoder.lm_head.weight", None)) is not None:
-        _check_tied(head, tensors.get("decoder.embed_tokens.weight"))
-    return tensors
+def _find_tensors(path: Path, model_base: str | Path | None) -> tuple[Path, Path | None, dict[str, StoredTensor]]:
+    """(directory whose config.json counts, base directory if there is one, our names -> tensors)."""
+    if (path / ADAPTER_CONFIG).exists():
+        model_base = model_base or read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+        if not model_base:
+            raise CheckpointError(f"{path} holds LoRA factors without naming their base; give model_base=")
+        base = resolve(model_base)
+        own_config = is_original(read_json_if_there(path / "config.json"))
+        return path if own_config else base, base, add_lora(name_tensors(open_weights(base)), path)
+    projector = None if has_weights(path) else find_projector_file(path)
+    if projector is not None:
+        if model_base is None:
+            raise CheckpointError(f"{path} holds a projector only; give model_base= the language model it belongs to")
+        base = resolve(model_base)
+        return path, base, add_projector(name_tensors(open_weights(base)), projector)
+    read_json(path / "config.json")  # the clearer error comes first for a directory that is no checkpoint
+    if model_base is not None:
+        raise CheckpointError(f"{path} is a whole model, so model_base has no meaning; leave it out")
+    return path, None, name_tensors(open_weights(path))
 
 
-def stored_dtype(tensors: Mapping[str, StoredTensor], path: Path) -> torch.dtype:
+def _stored_dtype(tensors: Mapping[str, StoredTensor], path: Path) -> torch.dtype:
     """The dtype of the stored token embedding, which stands for the checkpoint's."""
     if "decoder.embed_tokens.weight" not in tensors:
         raise CheckpointError(f"{path} holds no token embedding: its weights are not those of a LLaVA model")
     return tensors["decoder.embed_tokens.weight"].dtype
-
-
-def resolve(path_or_hub_id: str | Path) -> Path:
-    """A local directory as it is, else a Hub id from the cache or downloaded (HF_HUB_OFFLINE is obeyed)."""
-    path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{path} is a file; give the directory that holds config.json")
-    from huggingface_hub import snapshot_download  # not needed for a local directory
-
-    try:
-        return Path(snapshot_download(str(path_or_hub_id), ignore_patterns=_UNUSED_FILES))
-    except Exception as problem:  # no such repository, no network, not allowed, no valid id
-        raise CheckpointError(
-            f"{path_or_hub_id!r} is neither a directory here nor a repository the Hub gives us ({problem})"
-        ) from problem
 
 
 def _check_tied(head: StoredTensor, embedding: StoredTensor | None) -> None:

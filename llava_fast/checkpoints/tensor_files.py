@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from llava_fast.checkpoints.config import read_json
+from llava_fast.checkpoints.names import from_stored, is_skipped
 from llava_fast.errors import CheckpointError
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -71,6 +72,31 @@ def open_file(file: Path) -> dict[str, StoredTensor]:
     return _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
 
 
+def name_tensors(
+    stored: Mapping[str, StoredTensor], rename: Callable[[str], str | None] = from_stored
+) -> dict[str, StoredTensor]:
+    """Stored tensors under our names, without those that no LLaVA needs (see names.is_skipped).
+
+    Raises CheckpointError for a name no LLaVA has and for a quantised tensor.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for key, tensor in stored.items():
+        if is_skipped(key):
+            continue
+        name = rename(key)
+        if name is None:
+            raise CheckpointError(f"{tensor.file} holds {key!r}, which no supported LLaVA model has")
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise CheckpointError(f"{tensor.file}: {key!r} is {tensor.dtype}; load an unquantised checkpoint")
+        tensors[name] = tensor
+    return tensors
+
+
+def has_weights(path: Path) -> bool:
+    """Whether a directory holds model weights, in one file or in shards."""
+    return any((path / f"{name}{suffix}").exists() for name in _WEIGHT_FILES for suffix in ("", ".index.json"))
+
+
 def _open_shards(path: Path, index: str) -> dict[str, StoredTensor]:
     placed: Mapping[str, str] = read_json(path / index).get("weight_map", {})
     tensors: dict[str, StoredTensor] = {}
@@ -120,8 +146,6 @@ def _open_pickle(file: Path) -> dict[str, StoredTensor]:
             content = torch.load(file, map_location="cpu", weights_only=True)  # torch's format before 1.6
     except Exception as problem:  # unpickling damaged bytes can raise nearly anything
         raise CheckpointError(f"{file} cannot be read by torch.load ({problem}); download it again") from None
-    if not isinstance(content, dict) or not all(
-        isinstance(value, torch.Tensor) for value in content.values()
-    ):
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise CheckpointError(f"{file} is not a plain dict of tensors, so it holds no model weights")
     return {key: StoredTensor(file, key, tuple(t.shape), t.dtype, held=t) for key, t in content.items()}

@@ -1,0 +1,120 @@
+"""Directories that hold only a part of a model: a trained projector, or LoRA factors with what else was trained.
+
+Both need the base they were trained on. LoRA is merged as it is read: W + scale * B @ A, computed in float32 and
+rounded once to the base's dtype.
+
+Sources: haotian-liu/LLaVA c121f04 model/builder.py (which files, which prefixes) and train/train.py (what they
+hold); Hu et al. 2021 (LoRA); huggingface/peft's adapter_config.json fields.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llava_fast.checkpoints.config import read_json
+from llava_fast.checkpoints.names import from_stored
+from llava_fast.checkpoints.tensor_files import StoredTensor, name_tensors, open_file
+from llava_fast.errors import CheckpointError
+
+ADAPTER_CONFIG = "adapter_config.json"
+_PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_EXTRA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
+_UNSUPPORTED = {"use_dora": False, "bias": "none", "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {}}
+
+
+@dataclass(frozen=True, eq=False)
+class MergedTensor(StoredTensor):
+    """A base weight [out, in] with LoRA factors `a` [rank, in] and `b` [out, rank]; merged when it is read."""
+
+    base: StoredTensor | None = None
+    a: StoredTensor | None = None
+    b: StoredTensor | None = None
+    scale: float = 1.0
+
+    def read(self) -> torch.Tensor:
+        update = self.b.read().float() @ self.a.read().float()
+        return update.mul_(self.scale).add_(self.base.read()).to(self.dtype)
+
+
+def find_projector_file(path: Path) -> Path | None:
+    """The file of a directory that holds only a trained projector, if there is one."""
+    return _first_existing(path, _PROJECTOR_FILES)
+
+
+def add_projector(base: Mapping[str, StoredTensor], file: Path) -> dict[str, StoredTensor]:
+    """Our names -> tensors, those of a projector-only file over those of the language model."""
+    return {**base, **name_tensors(open_file(file), _from_wrapped)}
+
+
+def add_lora(base: Mapping[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:
+    """Our names -> tensors, with an adapter directory's LoRA merged and its other trained tensors put in place.
+
+    Raises CheckpointError for an adapter that is not plain LoRA on Linear weights of this base.
+    """
+    scale = _scale(path)
+    file = _first_existing(path, _ADAPTER_FILES)
+    if file is None:
+        raise CheckpointError(f"{path} holds {ADAPTER_CONFIG} but neither {' nor '.join(_ADAPTER_FILES)}")
+    tensors = dict(base)
+    if extra := _first_existing(path, _EXTRA_FILES):
+        tensors.update(name_tensors(open_file(extra), _from_wrapped))
+    for name, (a, b) in _factors(open_file(file), file).items():
+        weight = tensors.get(name)
+        if weight is None or weight.shape != (b.shape[0], a.shape[1]) or a.shape[0] != b.shape[1]:
+            found = "no such tensor" if weight is None else f"shape {list(weight.shape)}"
+            raise CheckpointError(
+                f"{file}: LoRA of {name} is {list(b.shape)} x {list(a.shape)} and the base has {found}; "
+                "give the base model it was trained on as model_base"
+            )
+        tensors[name] = MergedTensor(
+            weight.file, weight.key, weight.shape, weight.dtype, base=weight, a=a, b=b, scale=scale
+        )
+    return tensors
+
+
+def _scale(path: Path) -> float:
+    adapter = read_json(path / ADAPTER_CONFIG)
+    if adapter.get("peft_type", "LORA") != "LORA":
+        raise CheckpointError(f"{path / ADAPTER_CONFIG}: peft_type is {adapter['peft_type']!r}; supported: LORA")
+    for field, plain in _UNSUPPORTED.items():
+        if adapter.get(field, plain) not in (plain, None):
+            raise CheckpointError(
+                f"{path / ADAPTER_CONFIG}: {field} {adapter[field]!r} is not supported; merge the adapter with peft"
+            )
+    rank = adapter["r"]
+    return adapter["lora_alpha"] / (math.sqrt(rank) if adapter.get("use_rslora") else rank)
+
+
+def _factors(stored: Mapping[str, StoredTensor], file: Path) -> dict[str, tuple[StoredTensor, StoredTensor]]:
+    """Our weight name -> (A, B)."""
+    halves: dict[str, dict[str, StoredTensor]] = {}
+    for key, tensor in stored.items():
+        match = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", _bare(key))
+        name = from_stored(f"{match[1]}.weight") if match else None
+        if name is None:
+            raise CheckpointError(f"{file} holds {key!r}, which is no LoRA factor of a Linear in a LLaVA model")
+        halves.setdefault(name, {})[match[2]] = tensor
+    for name, pair in halves.items():
+        if len(pair) == 1:
+            raise CheckpointError(f"{file} holds lora_{next(iter(pair))} of {name} without its other half")
+    return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}
+
+
+def _from_wrapped(key: str) -> str | None:
+    return from_stored(_bare(key))
+
+
+def _bare(key: str) -> str:
+    """A stored name without the wrappers of peft (base_model.model.) and of DeepSpeed (module.)."""
+    return key.removeprefix("module.").removeprefix("base_model.model.")
+
+
+def _first_existing(path: Path, names: tuple[str, ...]) -> Path | None:
+    return next((path / name for name in names if (path / name).exists()), None)

@@ -1,0 +1,172 @@
+"""From an original LLaVA checkpoint's config.json (haotian-liu/LLaVA, LLaVA-VL/LLaVA-NeXT) to a `LlavaConfig`.
+
+These are a decoder's config with `mm_*` fields beside it. The vision tower is only named; see towers.py. There is
+no image token: prompts are tokenised in the pieces between `<image>` marks, so image_token_id is the original's
+own placeholder -200 (llava/constants.py).
+
+Sources: haotian-liu/LLaVA c121f04 and LLaVA-VL/LLaVA-NeXT df17966: llava_arch.py, mm_utils.py,
+multimodal_encoder/{builder,clip_encoder,siglip_encoder}.py, multimodal_projector/builder.py; 01-ai/Yi VL/ for
+`mlp2x_gelu_Norm`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from llava_fast.checkpoints.config import (
+    decoder_config,
+    mean_color,
+    read_json,
+    read_json_if_there,
+    refuse_quantised,
+    require,
+    token_ids,
+)
+from llava_fast.checkpoints.towers import Tower, find_tower
+from llava_fast.errors import CheckpointError, ImageError
+from llava_fast.inputs.anyres import VisualGeometry, parse_pinpoints
+from llava_fast.models.config import LlavaConfig, ProjectorConfig, VisionConfig
+
+IMAGE_TOKEN_ID = -200
+FAMILIES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+_MERGES = ("flat", "spatial", "spatial_unpad", "spatial_maxpool2x2")
+_DECODER_FIELDS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "hidden_act max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters attention_bias "
+    "mlp_bias sliding_window use_sliding_window max_window_layers layer_types tie_word_embeddings bos_token_id "
+    "eos_token_id pad_token_id"
+).split()
+
+
+def is_original(source: dict[str, Any]) -> bool:
+    """Whether a config.json is an original LLaVA's (Hugging Face's has sections, this one mm_ fields)."""
+    return "mm_vision_tower" in source or source.get("model_type") in ("llava_llama", "llava_mistral", "llava_qwen")
+
+
+def read_original_config(path: Path, vision_tower: str | Path | None = None) -> tuple[LlavaConfig, Tower]:
+    """The config of an original LLaVA directory, and its tower. `vision_tower` says where that is, if elsewhere.
+
+    Raises CheckpointError for anything this package cannot run, naming it and what is supported.
+    """
+    source = read_json(path / "config.json")
+    model_type = require(source.get("model_type"), tuple(FAMILIES), "model_type", path)
+    refuse_quantised(source, path)
+    if source.get("s2"):
+        raise CheckpointError(f"{path}: s2 (multi-scale towers) is not supported")
+    if not source.get("mm_vision_tower"):
+        raise CheckpointError(f"{path}: config.json has no mm_vision_tower, so it is a language model, not a LLaVA")
+    decoder = _decoder(source, FAMILIES[model_type], path)
+    tower = find_tower(source["mm_vision_tower"], path, vision_tower)
+    vision = _select_features(tower.config, source, path)
+    generation = read_json_if_there(path / "generation_config.json")
+    merge = source.get("mm_patch_merge_type", "flat")
+    return LlavaConfig(
+        vision=vision,
+        projector=_projector(source, vision.feature_size, decoder.hidden_size, path),
+        decoder=decoder,
+        geometry=_geometry(source, vision, merge, path),
+        layout="original",
+        model_type=model_type,
+        image_token_id=IMAGE_TOKEN_ID,
+        has_newline="unpad" in merge,
+        eos_token_ids=token_ids(generation.get("eos_token_id", source.get("eos_token_id"))),
+        pad_token_id=generation.get("pad_token_id", source.get("pad_token_id")),
+        source=source,
+    ), tower
+
+
+def _decoder(source: dict[str, Any], family: str, path: Path):
+    from transformers import CONFIG_MAPPING  # seconds to import, as in config.py
+
+    text = CONFIG_MAPPING[family](**{field: source[field] for field in _DECODER_FIELDS if field in source})
+    return decoder_config(text, path, tied=bool(text.tie_word_embeddings))
+
+
+def _select_features(tower: VisionConfig, source: dict[str, Any], path: Path) -> VisionConfig:
+    """The tower with the hidden state that the projector reads."""
+    if tower.kind == "siglip":
+        # SigLipVisionTower deletes its last layer and takes the last hidden state of the rest, whatever
+        # mm_vision_select_layer says.
+        return dataclasses.replace(tower, num_layers=tower.num_layers - 1, feature_layers=(-1,))
+    feature = source.get("mm_vision_select_feature", "patch")
+    return dataclasses.replace(
+        tower,
+        feature_layers=(source.get("mm_vision_select_layer", -2),),
+        keep_class_row=require(feature, ("patch", "cls_patch"), "mm_vision_select_feature", path) == "cls_patch",
+    )
+
+
+def _projector(source: dict[str, Any], in_features: int, out_features: int, path: Path) -> ProjectorConfig:
+    kind = source.get("mm_projector_type", "linear")
+    sizes = {"in_features": in_features, "out_features": out_features}
+    if depth := re.fullmatch(r"mlp(\d+)x_gelu", kind):
+        return ProjectorConfig(kind="mlp", depth=int(depth[1]), **sizes)
+    known = {"linear": ("linear", 1), "identity": ("identity", 0), "mlp2x_gelu_Norm": ("yi", 2)}
+    if kind not in known:
+        raise CheckpointError(f"{path}: mm_projector_type is {kind!r}; supported are mlpNx_gelu, {', '.join(known)}")
+    name, depth = known[kind]
+    return ProjectorConfig(kind=name, depth=depth, **sizes)
+
+
+def _geometry(source: dict[str, Any], vision: VisionConfig, merge: str, path: Path) -> VisualGeometry:
+    if merge.removesuffix("_nobase") not in _MERGES:
+        raise CheckpointError(f"{path}: mm_patch_merge_type is {merge!r}; supported: {', '.join(_MERGES)}, + _nobase")
+    ratio = source.get("image_aspect_ratio") or "square"
+    shrink = re.fullmatch(r"anyres_max_(\d+)", ratio)
+    plain = "crop" if vision.kind == "clip" else "squash"  # what each tower's own image processor does
+    aspects = {"square": plain, "pad": "pad", "anyres": "anyres", "highres": "highres"}
+    aspect = "anyres" if shrink else aspects.get(ratio)
+    if aspect is None:
+        raise CheckpointError(f"{path}: image_aspect_ratio is {ratio!r}; supported: {', '.join(aspects)}, anyres_max_N")
+    try:
+        pinpoints = ()
+        if aspect in ("anyres", "highres"):
+            pinpoints = parse_pinpoints(source.get("image_grid_pinpoints") or [], vision.image_size)
+        return VisualGeometry(
+            tile_size=vision.image_size,
+            patch_size=vision.patch_size,
+            aspect=aspect,
+            pinpoints=pinpoints,
+            compat="llava",
+            merge=merge,
+            max_tiles=int(shrink[1]) if shrink else None,
+            class_rows=int(vision.keep_class_row),
+            pad_color=mean_color(vision.image_mean),
+            **_video(source, merge, path),
+        )
+    except ImageError as problem:
+        raise CheckpointError(f"{path}: {problem}") from problem
+
+
+def _video(source: dict[str, Any], merge: str, path: Path) -> dict[str, Any]:
+    """Pooling and newlines of video. The released LLaVA-NeXT-Video pools before the projector (a resampler of its
+    own, no newline rows); later LLaVA-NeXT pools after it."""
+    if source.get("mm_resampler_type") == "spatial_pool":
+        mode = require(source.get("mm_spatial_pool_mode"), ("average", "max"), "mm_spatial_pool_mode", path)
+        return {
+            "video_pool": mode,
+            "video_pool_stride": source["mm_spatial_pool_stride"],
+            "video_pool_stage": "before",
+            "video_newline": "no_token",
+        }
+    if source.get("mm_resampler_type"):
+        raise CheckpointError(f"{path}: mm_resampler_type {source['mm_resampler_type']!r} is not supported")
+    newline = source.get("mm_newline_position", "one_token")
+    require(newline, ("grid", "frame", "one_token", "no_token"), "mm_newline_position", path)
+    if "unpad" not in merge:
+        if merge != "flat" and newline in ("grid", "frame"):
+            raise CheckpointError(f"{path}: mm_newline_position {newline!r} needs an unpadding mm_patch_merge_type")
+        newline = "no_token"
+    stride = source.get("mm_spatial_pool_stride")
+    if not stride or stride == 1:
+        return {"video_pool": "none", "video_newline": newline}
+    modes = ("average", "max", "bilinear")
+    return {
+        "video_pool": require(source.get("mm_spatial_pool_mode", "average"), modes, "mm_spatial_pool_mode", path),
+        "video_pool_stride": stride,
+        "video_pool_stage": "after",
+        "video_newline": newline,
+    }

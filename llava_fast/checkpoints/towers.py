@@ -1,0 +1,109 @@
+"""Vision towers of original LLaVA checkpoints: named in config.json, described and often stored elsewhere.
+
+Sources: the config.json files of openai/clip-vit-large-patch14-336, openai/clip-vit-large-patch14 and
+google/siglip-so400m-patch14-384 (transformers 5.23 has the same numbers in CLIPVisionConfig and
+SiglipVisionConfig and their tests); LLaVA-VL/LLaVA-NeXT df17966 multimodal_encoder/siglip_encoder.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_fast.checkpoints.config import auto_config, read_json_if_there, require, tower_config
+from llava_fast.checkpoints.hub import resolve
+from llava_fast.checkpoints.names import from_tower_repository
+from llava_fast.checkpoints.tensor_files import StoredTensor, open_weights
+from llava_fast.errors import CheckpointError
+from llava_fast.models.config import VisionConfig
+
+_CLIP_L = VisionConfig(
+    kind="clip",
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_layers=24,
+    num_heads=16,
+    image_size=336,
+    patch_size=14,
+    activation="quick_gelu",
+    layer_norm_eps=1e-5,
+)
+_SIGLIP_SO400M = VisionConfig(
+    kind="siglip",
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_layers=27,
+    num_heads=16,
+    image_size=384,
+    patch_size=14,
+    activation="gelu_pytorch_tanh",
+    layer_norm_eps=1e-6,
+    image_mean=(0.5, 0.5, 0.5),
+    image_std=(0.5, 0.5, 0.5),
+)
+KNOWN_TOWERS: dict[str, VisionConfig] = {
+    "openai/clip-vit-large-patch14-336": _CLIP_L,
+    "openai/clip-vit-large-patch14": dataclasses.replace(_CLIP_L, image_size=224),
+    "google/siglip-so400m-patch14-384": _SIGLIP_SO400M,
+}
+"""Towers that need no file to be described, as their own repositories have them (all layers)."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A tower by name: what it is in its own repository, and where that is (a directory or a Hub id)."""
+
+    config: VisionConfig
+    home: str | Path
+
+
+def find_tower(name: str, checkpoint: Path, override: str | Path | None = None) -> Tower:
+    """The tower that a checkpoint calls `name`: `override` if given, else a directory of that name inside the
+    checkpoint or here, else a known repository of that last path component, else a Hub id.
+
+    Raises CheckpointError if it is none of these, or no CLIP or SigLIP tower.
+    """
+    wanted = str(override or name)
+    for directory in (checkpoint / wanted, Path(wanted).expanduser()):
+        if directory.is_dir():
+            return Tower(_read_tower(directory), directory)
+    for repository, config in KNOWN_TOWERS.items():
+        if Path(wanted).name == Path(repository).name:
+            return Tower(config, repository)
+    try:
+        directory = resolve(wanted)
+    except CheckpointError as problem:
+        raise CheckpointError(
+            f"{checkpoint} names the vision tower {name!r}, which is not at hand; give vision_tower= a directory "
+            f"or repository that holds it ({problem})"
+        ) from problem
+    return Tower(_read_tower(directory), directory)
+
+
+def tower_tensors(tower: Tower, num_layers: int) -> dict[str, StoredTensor]:
+    """The tower's tensors from its own home, under our names: its first `num_layers` layers, no text half."""
+    tensors: dict[str, StoredTensor] = {}
+    for key, tensor in open_weights(resolve(tower.home)).items():
+        name = from_tower_repository(key)
+        if name is not None and _layer_of(name) < num_layers:
+            tensors[name] = tensor
+    return tensors
+
+
+def _layer_of(name: str) -> int:
+    parts = name.split(".")
+    return int(parts[parts.index("layers") + 1]) if "layers" in parts else -1
+
+
+def _read_tower(directory: Path) -> VisionConfig:
+    """A VisionConfig from a CLIP or SigLIP repository, whole or vision half only."""
+    config = auto_config(directory)
+    config = getattr(config, "vision_config", config)
+    kinds = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
+    kind = kinds[require(config.model_type, tuple(kinds), "model_type of the vision tower", directory)]
+    images = read_json_if_there(directory / "preprocessor_config.json")
+    given = {key: tuple(images[key]) for key in ("image_mean", "image_std") if key in images}
+    if kind == "siglip":  # SigLIP's own; VisionConfig defaults to CLIP's
+        given = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)} | given
+    return tower_config(config, kind, directory, **given)
