@@ -1,0 +1,330 @@
+"""Messages in, prompt text out: OpenAI-style messages, the chat templates, and what an answer's label covers.
+
+A prompt is a list of `Segment`s whose texts, joined, are what is tokenised (once; a label mask then comes
+from the segments' spans, never from tokenising pieces again). The texts hold `<image>` or `<video>` where pictures go.
+Nothing here knows token ids. A template may write the beginning-of-sequence token itself (llava_llama_3, many
+checkpoints' own): whoever tokenises must not add a second one to a prompt that starts with it.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from llava_fast.errors import CheckpointError, RequestError
+from llava_fast.inputs.chat_messages import (
+    IMAGE_MARK,
+    MARKS,
+    RESPONSE_FORMATS,
+    VIDEO_MARK,
+    content_text,
+    messages_from_conversations,
+    normalise_messages,
+    take_system,
+    with_response_format,
+)
+from llava_fast.inputs.chat_templates import TURN_FORMATS, TurnFormat, default_template_name
+
+__all__ = [
+    "IMAGE_MARK",
+    "RESPONSE_FORMATS",
+    "VIDEO_MARK",
+    "ChatTemplate",
+    "Segment",
+    "builtin_template",
+    "checkpoint_template",
+    "default_template_name",
+    "messages_from_conversations",
+    "normalise_messages",
+    "with_response_format",
+]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a prompt.
+
+    supervised: the piece is what an answer's label covers: all that the model has to generate after the
+        generation prompt (a space before the answer where the format has one, the answer, its end of turn).
+    supervised_original: the original trainers put a loss on it (see chat_templates.py). Of user and system
+        texts this marks only what the template wrote; for the rest see `original_label_tokens`.
+    """
+
+    text: str
+    supervised: bool = False
+    supervised_original: bool = False
+
+
+class ChatTemplate(Protocol):
+    """How messages become a prompt.
+
+    name: the canonical name. stop: the strings that end an assistant turn.
+    original_label_tokens: texts of single tokens that the original trainer supervised wherever they stood,
+        also inside a user's text. Empty for most templates.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def stop(self) -> tuple[str, ...]: ...
+
+    @property
+    def original_label_tokens(self) -> tuple[str, ...]: ...
+
+    def segments(
+        self, messages: Sequence[Mapping], system: str | None = None, add_generation_prompt: bool = True
+    ) -> list[Segment]: ...
+
+    def render(
+        self, messages: Sequence[Mapping], system: str | None = None, add_generation_prompt: bool = True
+    ) -> str: ...
+
+
+# ---------------------------------------------------------------- built-in templates
+
+
+def builtin_template(name: str) -> ChatTemplate:
+    """A template by its name here or in llava/conversation.py; RequestError for an unknown one."""
+    for turn_format in TURN_FORMATS:
+        if name == turn_format.name or name in turn_format.aliases:
+            return BuiltinTemplate(turn_format)
+    known = ", ".join(" = ".join((f.name, *f.aliases)) for f in TURN_FORMATS)
+    raise RequestError(f"unknown chat template {name!r}; known: {known}")
+
+
+@dataclass(frozen=True)
+class BuiltinTemplate:
+    """A `ChatTemplate` from a `TurnFormat`.
+
+    The text before an answer's supervised segment is what rendering the messages before it with the
+    generation prompt gives, so a chat can go on from its own cache.
+    """
+
+    format: TurnFormat
+
+    @property
+    def name(self) -> str:
+        return self.format.name
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        return self.format.stop
+
+    @property
+    def original_label_tokens(self) -> tuple[str, ...]:
+        return self.format.original_label_tokens
+
+    def render(self, messages: Sequence[Mapping], system: str | None = None, add_generation_prompt: bool = True) -> str:
+        return "".join(segment.text for segment in self.segments(messages, system, add_generation_prompt))
+
+    def segments(
+        self, messages: Sequence[Mapping], system: str | None = None, add_generation_prompt: bool = True
+    ) -> list[Segment]:
+        """The prompt for `messages` (any form that `normalise_messages` takes).
+
+        system: replaces the template's system prompt; "" leaves it out.
+        add_generation_prompt: open the assistant's turn after the last user message; ignored when the last
+            message is the assistant's.
+        """
+        form = self.format
+        system, turns = take_system(normalise_messages(messages)[0], system)
+        if form.system is None and system:
+            raise RequestError(f"the chat template {form.name!r} has no system prompt: leave it out")
+        system = form.system if system is None else system
+        texts = [self._text(turn) for turn in turns]
+        if form.marks_only and (len(turns) > 2 or not texts[0]):
+            raise RequestError(
+                f"the chat template {form.name!r} takes one user message with an image and at most one answer"
+            )
+
+        out = _SegmentList(form.original_label_tokens)
+        out.template(form.start)
+        system_text = system.strip() if system and form.strip_text else system
+        if system_text and not form.system_inside_user:
+            out.wrapped(form.system_wrap, system_text)
+        for index, (turn, text) in enumerate(zip(turns, texts, strict=True)):
+            if turn["role"] == "assistant":
+                whole_turn = bool(form.original_label_tokens)
+                out.template(form.assistant_header, original=whole_turn)
+                out.add(form.answer[0] + text + form.answer[1], True, True)
+                out.template(form.after_answer, original=whole_turn)
+                continue
+            out.template(form.before_later_users if index else "")
+            if system_text and form.system_inside_user and index == 0:
+                text = form.system_wrap[0] + system_text + form.system_wrap[1] + text
+            out.wrapped(form.user, text)
+        if add_generation_prompt and turns[-1]["role"] == "user":
+            out.template(form.assistant_header, original=bool(form.original_label_tokens))
+        return out.segments
+
+    def _text(self, turn: Mapping) -> str:
+        text = content_text(turn["content"])
+        if self.format.marks_only and turn["role"] == "user":
+            return "".join(re.findall("|".join(MARKS.values()), text))
+        return text.strip() if self.format.strip_text else text
+
+
+class _SegmentList:
+    """Builds segments, joining neighbours with the same flags."""
+
+    def __init__(self, label_tokens: tuple[str, ...]):
+        self.segments: list[Segment] = []
+        self._pattern = re.compile("(" + "|".join(map(re.escape, label_tokens)) + ")") if label_tokens else None
+
+    def add(self, text: str, supervised: bool, original: bool) -> None:
+        last = self.segments[-1] if self.segments else None
+        if last and (last.supervised, last.supervised_original) == (supervised, original):
+            self.segments[-1] = Segment(last.text + text, supervised, original)
+        elif text:
+            self.segments.append(Segment(text, supervised, original))
+
+    def template(self, text: str, original: bool = False) -> None:
+        """Text the template wrote: the original's label tokens in it are supervised there."""
+        pieces = self._pattern.split(text) if self._pattern else [text]
+        for index, piece in enumerate(pieces):  # the odd ones are the pattern's matches
+            self.add(piece, False, original or index % 2 == 1)
+
+    def wrapped(self, wrap: tuple[str, str], text: str) -> None:
+        self.template(wrap[0])
+        self.add(text, False, False)
+        self.template(wrap[1])
+
+
+# ---------------------------------------------------------------- a checkpoint's own template
+
+# What ends a turn in the family's templates; a checkpoint's own is searched for them.
+_TURN_ENDS = ("</s>", "<|im_end|>", "<|eot_id|>")
+
+
+def checkpoint_template(jinja_source: str, special_tokens: Mapping[str, str]) -> ChatTemplate:
+    """The template a checkpoint brings (chat_template.jinja, chat_template.json or tokenizer_config.json).
+
+    special_tokens: {"bos_token": ..., "eos_token": ...}, a tokeniser's `special_tokens_map`.
+    Rendering is done by `transformers.utils.chat_template_utils.render_jinja_template`, the function behind
+    `apply_chat_template`: the same sandbox, filters and globals. Content goes in as lists of items, or, for a
+    template that only knows texts (probed once, here), as the text that the built-in templates would write.
+    Raises CheckpointError for a template that is no valid Jinja.
+    """
+    from jinja2 import TemplateSyntaxError
+
+    stop = [end for end in _TURN_ENDS if end in jinja_source]
+    eos = special_tokens.get("eos_token")
+    if eos and eos not in stop:
+        stop.append(eos)
+    probe = "a text to find again"
+    try:
+        text, _ = _render_jinja(
+            jinja_source,
+            special_tokens,
+            [{"role": "user", "content": [{"type": "text", "text": probe}]}],
+            False,
+        )
+        takes_items = probe in text and "'type'" not in text and '"type"' not in text
+    except TemplateSyntaxError as error:
+        raise CheckpointError(f"the checkpoint's chat template is no valid Jinja: {error}") from error
+    except ImportError:
+        raise
+    except Exception:  # foreign code: adding a list to a string, its own raise_exception, ...
+        takes_items = False
+    return CheckpointTemplate(jinja_source, dict(special_tokens), tuple(stop), takes_items)
+
+
+def _render_jinja(
+    source: str, special_tokens: Mapping[str, str], messages: list[dict], add_generation_prompt: bool
+) -> tuple[str, list[tuple[int, int]]]:
+    """The prompt, and the character spans of its `{% generation %}` blocks (none where it has none)."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    has_blocks = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
+    variables: dict[str, Any] = dict(special_tokens)
+    rendered: Any = render_jinja_template(
+        conversations=[messages],
+        chat_template=source,
+        return_assistant_tokens_mask=has_blocks,
+        add_generation_prompt=add_generation_prompt,
+        **variables,
+    )
+    prompts, spans = rendered
+    return prompts[0], spans[0] if has_blocks else []
+
+
+@dataclass(frozen=True)
+class CheckpointTemplate:
+    """A `ChatTemplate` from a checkpoint's Jinja source; `checkpoint_template` makes one.
+
+    Some published templates write no end of turn after an answer (llava-1.5's own); then none is supervised.
+    """
+
+    source: str
+    special_tokens: Mapping[str, str]
+    stop: tuple[str, ...]
+    takes_items: bool
+    name: str = "checkpoint"
+    original_label_tokens: tuple[str, ...] = ()
+
+    def render(self, messages: Sequence[Mapping], system: str | None = None, add_generation_prompt: bool = True) -> str:
+        return self._render(self._prepare(messages, system), add_generation_prompt)[0]
+
+    def segments(
+        self, messages: Sequence[Mapping], system: str | None = None, add_generation_prompt: bool = True
+    ) -> list[Segment]:
+        """The prompt for `messages`, cut at the answers; both flags of an answer's segment are set.
+
+        An answer is found by rendering the messages before it with the generation prompt: what follows that,
+        up to and with the end of turn, is supervised. Where the prompt is not a prefix of the whole, the
+        template's `{% generation %}` block tells where the answer starts. Raises RequestError when neither
+        does, or when a turn is written differently once others follow it; `render` still works then.
+        """
+        prepared = self._prepare(messages, system)
+        text, blocks = self._render(prepared, add_generation_prompt)
+        segments: list[Segment] = []
+        done = 0
+        for index, message in enumerate(prepared):
+            if message["role"] == "assistant":
+                start, end = self._answer_span(prepared, index, text, blocks)
+                segments += [Segment(text[done:start]), Segment(text[start:end], True, True)]
+                done = end
+        segments.append(Segment(text[done:]))
+        return [segment for segment in segments if segment.text]
+
+    def _answer_span(
+        self, messages: list[dict], index: int, text: str, blocks: list[tuple[int, int]]
+    ) -> tuple[int, int]:
+        before = self._render(messages[:index], False)[0]
+        opening = self._render(messages[:index], True)[0]
+        turn = self._render(messages[: index + 1], False)[0]
+        if not (text.startswith(turn) and turn.startswith(before)):
+            raise RequestError(
+                "the checkpoint's chat template is not prefix-stable: it writes the turns up to message "
+                f"{index} differently when more follows; choose a built-in template to find the answers"
+            )
+        in_turn = [begin for begin, _ in blocks if len(before) <= begin < len(turn)]
+        if turn.startswith(opening) and (opening != before or not in_turn):
+            start = len(opening)
+        elif in_turn:
+            start = min(in_turn)
+        else:
+            raise RequestError(
+                "the checkpoint's chat template is not prefix-stable: it opens the answer in message "
+                f"{index} differently from its generation prompt; choose a built-in template to find the "
+                "answers"
+            )
+        ends = [turn.rindex(stop, start) + len(stop) for stop in self.stop if stop in turn[start:]]
+        return start, max(ends, default=len(turn))
+
+    def _prepare(self, messages: Sequence[Mapping], system: str | None) -> list[dict]:
+        system, turns = take_system(normalise_messages(messages)[0], system)
+        if system:
+            turns = [{"role": "system", "content": [{"type": "text", "text": system}]}, *turns]
+        if not self.takes_items:
+            turns = [{"role": turn["role"], "content": content_text(turn["content"])} for turn in turns]
+        return turns
+
+    def _render(self, messages: list[dict], add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
+        try:
+            return _render_jinja(self.source, self.special_tokens, messages, add_generation_prompt)
+        except ImportError:
+            raise
+        except Exception as error:  # foreign code may raise anything
+            raise RequestError(f"the checkpoint's chat template refuses these messages: {error}") from error

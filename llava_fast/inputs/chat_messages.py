@@ -1,0 +1,174 @@
+"""OpenAI-style messages: checking them, finding their images, and making them from LLaVA training data.
+
+`chat.py` is the public face of what is here.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llava_fast.errors import RequestError
+
+IMAGE_MARK = "<image>"
+VIDEO_MARK = "<video>"
+MARKS = {"image": IMAGE_MARK, "video": VIDEO_MARK}
+
+# LLaVA-1.5 (arXiv 2310.03744), the response-format prompts of its short-answer and multiple-choice data.
+RESPONSE_FORMATS = {
+    "short": "Answer the question using a single word or phrase.",
+    "option letter": "Answer with the option's letter from the given choices directly.",
+}
+
+
+def normalise_messages(messages: Sequence[Mapping]) -> tuple[list[dict], list[Any]]:
+    """Check OpenAI-style messages and bring their content to lists of items.
+
+    messages: {"role": "system" | "user" | "assistant", "content": str or list}; an optional system message,
+        then user and assistant in turn. Content items: {"type": "text", "text"}, {"type": "image_url",
+        "image_url": {"url"} or str}, {"type": "image"} (with "image", "url" or "path", or without a source),
+        {"type": "video"}. Other keys of a message are not read.
+    Returns (messages, image_sources). Items of the new messages are {"type": "text", "text"},
+        {"type": "image"} or {"type": "video"}. image_sources holds one entry per image in reading order: its
+        source (a data URI, a path, or the object given), or None where the request's own list of images must
+        supply it: an image item without a source, or a `<image>` mark inside a text. Texts stay as they are.
+    Raises RequestError, naming the message, for a wrong order of roles, an empty or unknown content, images
+    outside user messages, and web addresses.
+    """
+    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
+        raise RequestError("messages must be a non-empty list of {'role': ..., 'content': ...}")
+    normal: list[dict] = []
+    sources: list[Any] = []
+    for index, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, Mapping) else None
+        where = f"message {index} ({role})"
+        if role not in ("system", "user", "assistant"):
+            raise RequestError(f"message {index} has the role {role!r}: use 'system', 'user' or 'assistant'")
+        if role == "system" and index > 0:
+            raise RequestError(f"{where}: a system message can only be the first message")
+        if role == "assistant" and (index == 0 or normal[-1]["role"] != "user"):
+            raise RequestError(f"{where} does not follow a user message: merge or reorder the messages")
+        if role == "user" and index > 0 and normal[-1]["role"] == "user":
+            raise RequestError(f"{where} follows another user message: merge the two into one")
+        items = _normalise_content(message.get("content"), role, where, sources)
+        if role != "system" and not any(item["type"] != "text" or item["text"] for item in items):
+            raise RequestError(f"{where} is empty: give it a text or leave it out")
+        normal.append({"role": role, "content": items})
+    if normal[-1]["role"] == "system":
+        raise RequestError("messages hold only a system message: add a user message")
+    return normal, sources
+
+
+def _normalise_content(content: Any, role: str, where: str, sources: list[Any]) -> list[dict]:
+    """The items of one message; appends its image sources to `sources`."""
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, Sequence):
+        raise RequestError(f"{where}: content must be a string or a list of items, not {content!r}")
+    items = []
+    for item in content:
+        kind = item.get("type") if isinstance(item, Mapping) else None
+        if kind == "text":
+            if not isinstance(item.get("text"), str):
+                raise RequestError(f"{where}: a text item needs a string under 'text'")
+            sources.extend([None] * item["text"].count(IMAGE_MARK))
+            items.append({"type": "text", "text": item["text"]})
+        elif kind in ("image", "image_url", "video"):
+            if role != "user":
+                raise RequestError(f"{where} holds an item of type {kind!r}: move it to a user message")
+            if kind != "video":
+                sources.append(_image_source(item, where))
+            items.append({"type": "video" if kind == "video" else "image"})
+        else:
+            raise RequestError(f"{where} holds an item of type {kind!r}: use 'text', 'image', 'image_url' or 'video'")
+    return items
+
+
+def _image_source(item: Mapping, where: str) -> Any:
+    if item["type"] == "image_url":
+        source = item.get("image_url")
+        source = source.get("url") if isinstance(source, Mapping) else source
+        if not isinstance(source, str) or not source:
+            raise RequestError(f"{where}: an image_url item needs a data URI or a path under 'image_url'")
+    else:
+        source = next((item[key] for key in ("image", "url", "path") if item.get(key) is not None), None)
+    if isinstance(source, str) and re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", source):
+        raise RequestError(f"{where}: the address {source[:80]} is not fetched: download it first and pass its path")
+    return source
+
+
+def messages_from_conversations(conversations: Sequence[Mapping], image_first: bool = True) -> list[dict]:
+    """Messages from the `conversations` of a LLaVA data sample: [{"from": "human" | "gpt", "value": str}].
+
+    Also reads the "role"/"content" keys and the names system, user and assistant, as LLaVA-NeXT does. A first
+    turn by "gpt" is left out, as in the original trainers.
+    image_first: do what preprocess_multimodal of LLaVA-NeXT does to a text with exactly one `<image>` that
+        does not start with it: the mark moves to the front and a newline follows it. (The first LLaVA trainer
+        did so to every text with a mark; for several images in one text it so lost all marks but one.)
+    Raises RequestError, naming the turn, for an unknown role, a value that is no string, or two turns in a
+    row by the same side.
+    """
+    names = {
+        "human": "user",
+        "gpt": "assistant",
+        "system": "system",
+        "user": "user",
+        "assistant": "assistant",
+    }
+    messages: list[dict] = []
+    for index, turn in enumerate(conversations):
+        sender, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        role = names.get(sender) if isinstance(sender, str) else None
+        if role is None:
+            raise RequestError(f"conversations[{index}] is from {sender!r}: use 'human' or 'gpt'")
+        if not isinstance(text, str):
+            raise RequestError(f"conversations[{index}] ({sender}) has no text under 'value'")
+        if role == "assistant" and not messages:
+            continue
+        if messages and messages[-1]["role"] == role:
+            raise RequestError(f"conversations[{index}] and the turn before it are both from {sender!r}")
+        if image_first and text.count(IMAGE_MARK) == 1 and not text.startswith(IMAGE_MARK):
+            text = f"{IMAGE_MARK}\n{text.replace(IMAGE_MARK, '').strip()}".strip()
+        messages.append({"role": role, "content": text})
+    if not messages:
+        raise RequestError("conversations hold no turn from 'human'")
+    return messages
+
+
+def with_response_format(text: str, style: str) -> str:
+    """`text`, a newline, and the response-format prompt of LLaVA-1.5: style "short" or "option letter".
+
+    These are the words the short-answer and multiple-choice training data carry, so a model answers them in
+    that form. Raises RequestError for another style.
+    """
+    if style not in RESPONSE_FORMATS:
+        raise RequestError(f"unknown response format {style!r}: use one of {', '.join(map(repr, RESPONSE_FORMATS))}")
+    return f"{text}\n{RESPONSE_FORMATS[style]}"
+
+
+def content_text(items: Sequence[Mapping]) -> str:
+    """Items as one text, in the order given: texts as they are, a newline between image and neighbour.
+
+    So an image and a question give "<image>\\nquestion", as llava/eval/run_llava.py writes it. A video is
+    marked `<video>`, so that the two can be told apart; LLaVA-NeXT writes `<image>` for both, and gives both
+    the same token id.
+    """
+    pieces: list[str] = []
+    was_visual = False
+    for item in items:
+        visual = item["type"] != "text"
+        piece = MARKS[item["type"]] if visual else item["text"]
+        if piece:
+            if pieces and (visual or was_visual):
+                pieces.append("\n")
+            pieces.append(piece)
+            was_visual = visual
+    return "".join(pieces)
+
+
+def take_system(messages: list[dict], system: str | None) -> tuple[str | None, list[dict]]:
+    """The system prompt (None: nobody gave one) and the other messages."""
+    if messages[0]["role"] != "system":
+        return system, messages
+    if system is not None:
+        raise RequestError("a system prompt was given twice, as `system` and as the first message: drop one")
+    return content_text(messages[0]["content"]), messages[1:]

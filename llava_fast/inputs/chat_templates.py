@@ -1,0 +1,198 @@
+"""The chat formats of the LLaVA family as data: every literal string around a system, user or answer text.
+
+Read in the public sources llava/conversation.py and llava/train/train.py of haotian-liu/LLaVA (branch main,
+c121f04) and LLaVA-VL/LLaVA-NeXT (main; the files as of 7315dc1 and 45f2d92). `chat.py` renders them.
+
+What the original trainers put a loss on (their preprocess_* functions):
+
+- plain: everything after `<image>`, that is caption and "\\n". The human text of the sample is thrown away,
+  the sample must be one question with an image and one answer, and nothing ends the answer but "\\n".
+- v1 (vicuna), llama_2 and mistral, mpt (chatml_direct): the answer with the space before it, and the token
+  that ends the turn. They find it by tokenising each round again; when the lengths disagree they print
+  "tokenization mismatch" and drop every label of the sample.
+- qwen (LLaVA-NeXT): the whole assistant turn, `<|im_start|>assistant\\n` and the last newline included, and
+  besides every token that is `<|im_start|>`, `<|im_end|>` or a lone newline (id 198), wherever it stands:
+  in the system and the user turns too, even a newline inside the user's text.
+- llama_v3 (LLaVA-NeXT): the whole assistant turn, header included, and every `<|begin_of_text|>`,
+  `<|start_header_id|>`, `<|end_header_id|>` and `<|eot_id|>`. "\\n\\n" is on its list as well, but is looked
+  up as a vocabulary string, which a byte-level vocabulary (it spells newlines "Ċ") does not hold: no effect.
+"""
+
+from dataclasses import dataclass, replace
+
+from llava_fast.errors import RequestError
+
+
+@dataclass(frozen=True)
+class TurnFormat:
+    """One chat format. Pairs are the literal text before and after what they wrap.
+
+    `system` is the prompt used when the caller gives none: "" writes no system part, None means that the
+    format has no place for one. `answer` wraps the part that the model itself generates (so its second
+    half holds the end of turn); `assistant_header` is the generation prompt before it.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    stop: tuple[str, ...]
+    user: tuple[str, str]
+    answer: tuple[str, str]
+    assistant_header: str = ""
+    after_answer: str = ""
+    system: str | None = ""
+    system_wrap: tuple[str, str] = ("", "")
+    system_inside_user: bool = False  # the system part stands inside the first user turn (Llama 2)
+    start: str = ""  # before everything else
+    before_later_users: str = ""  # before every user turn but the first
+    strip_text: bool = False  # texts lose white space at both ends, as `| trim` does in the source template
+    marks_only: bool = False  # of a user turn only its image marks are kept
+    # Not empty: the original trainer supervises whole assistant turns, and these tokens wherever they stand.
+    original_label_tokens: tuple[str, ...] = ()
+
+
+_VISION_ASSISTANT = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the "
+    "user provides, and assist the user with a variety of tasks using natural language."
+)
+
+_PLAIN = TurnFormat(
+    name="plain",
+    aliases=("v0_plain",),
+    stop=("\n",),
+    system=None,
+    user=("", ""),
+    answer=("", "\n"),
+    marks_only=True,
+)
+_VICUNA_V1 = TurnFormat(
+    name="vicuna_v1",
+    aliases=("v1",),
+    stop=("</s>",),
+    system="A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    system_wrap=("", " "),
+    user=("USER: ", " "),
+    assistant_header="ASSISTANT:",
+    answer=(" ", "</s>"),
+)
+# LLaVA-1.5 and 1.6 are trained and evaluated with vicuna_v1; the original command line picks this for them.
+_LLAVA_V1 = replace(
+    _VICUNA_V1,
+    name="llava_v1",
+    aliases=(),
+    system="A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions.",
+)
+# No "<s>" before the first turn: the tokeniser adds it. The source writes it and strips it again.
+_LLAMA_2 = TurnFormat(
+    name="llama_2",
+    aliases=(),
+    stop=("</s>",),
+    system="You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, "
+    "while being safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, "
+    "dangerous, or illegal content. Please ensure that your responses are socially unbiased and positive "
+    "in nature.\n\nIf a question does not make any sense, or is not factually coherent, explain why "
+    "instead of answering something not correct. If you don't know the answer to a question, please "
+    "don't share false information.",
+    system_wrap=("<<SYS>>\n", "\n<</SYS>>\n\n"),
+    system_inside_user=True,
+    user=("[INST] ", " [/INST]"),
+    before_later_users="<s>",
+    answer=(" ", " </s>"),
+)
+_LLAVA_LLAMA_2 = replace(_LLAMA_2, name="llava_llama_2", system=_VISION_ASSISTANT)
+_MISTRAL = replace(
+    _LLAMA_2,
+    name="mistral",
+    aliases=("mistral_instruct", "llava_mistral_instruct"),
+    system="",
+    before_later_users="",
+)
+# 34b (Yi). Nothing stands between `<|im_end|>` and the next `<|im_start|>`.
+_CHATML_DIRECT = TurnFormat(
+    name="chatml_direct",
+    aliases=("mistral_direct",),
+    stop=("<|im_end|>",),
+    system="Answer the questions.",
+    system_wrap=("<|im_start|>system\n", "<|im_end|>"),
+    user=("<|im_start|>user\n", "<|im_end|>"),
+    assistant_header="<|im_start|>assistant\n",
+    answer=("", "<|im_end|>"),
+)
+# The source renders with the tokeniser of Meta-Llama-3-8B-Instruct; this is what that one's template writes.
+_LLAVA_LLAMA_3 = TurnFormat(
+    name="llava_llama_3",
+    aliases=(),
+    stop=("<|eot_id|>",),
+    start="<|begin_of_text|>",
+    system=_VISION_ASSISTANT,
+    system_wrap=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
+    user=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+    assistant_header="<|start_header_id|>assistant<|end_header_id|>\n\n",
+    answer=("", "<|eot_id|>"),
+    strip_text=True,
+    original_label_tokens=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+)
+_QWEN = TurnFormat(
+    name="qwen",
+    aliases=("qwen_1_5", "qwen_2"),
+    stop=("<|im_end|>",),
+    system="You are a helpful assistant.",
+    system_wrap=("<|im_start|>system\n", "<|im_end|>\n"),
+    user=("<|im_start|>user\n", "<|im_end|>\n"),
+    assistant_header="<|im_start|>assistant\n",
+    answer=("", "<|im_end|>"),
+    after_answer="\n",
+    original_label_tokens=("<|im_start|>", "<|im_end|>", "\n"),
+)
+
+TURN_FORMATS = (
+    _PLAIN,
+    _VICUNA_V1,
+    _LLAVA_V1,
+    _LLAMA_2,
+    _LLAVA_LLAMA_2,
+    _MISTRAL,
+    _CHATML_DIRECT,
+    _LLAVA_LLAMA_3,
+    _QWEN,
+)
+
+
+def default_template_name(model_path_or_name: str, decoder_type: str) -> str:
+    """The template to use for a checkpoint that brings none, by its name and then by its decoder.
+
+    The order for names with "llama-2", "mistral", "v1.6-34b" or "v1" is that of the original command line
+    (llava/eval/run_llava.py and llava/serve/cli.py, haotian-liu/LLaVA c121f04). LLaVA-NeXT leaves the choice
+    for its Llama 3 and Qwen models to the user ("llava_llama_3" and "qwen_1_5" in its examples); here their
+    names decide, before "v1" is looked for. Where the original would fall back to the format of the first
+    LLaVA (llava_v0) whatever the model is, the decoder decides.
+
+    model_path_or_name: a path or hub id; only its last part counts (the last two for ".../checkpoint-N").
+    decoder_type: `model_type` of the language model or of the original checkpoint ("llama", "mistral",
+        "qwen2", "llava_qwen", ...).
+    Returns a name that `builtin_template` knows; raises RequestError for a decoder no template is known for.
+    """
+    parts = model_path_or_name.strip("/").split("/")
+    name = "_".join(parts[-2:] if parts[-1].startswith("checkpoint-") else parts[-1:]).lower()
+    decoder = decoder_type.lower()
+    for fragments, template in (
+        (("llama-2",), "llava_llama_2"),
+        (("mistral", "mixtral"), "mistral_instruct"),
+        (("v1.6-34b",), "chatml_direct"),
+        (("llama-3", "llama3"), "llava_llama_3"),
+        (("qwen",), "qwen_1_5"),
+        (("v1",), "llava_v1"),
+    ):
+        if any(fragment in name for fragment in fragments):
+            return template
+    if "mistral" in decoder or "mixtral" in decoder:
+        return "mistral_instruct"
+    if "qwen" in decoder:
+        return "qwen_1_5"
+    if "llama" in decoder:
+        return "chatml_direct" if "34b" in name else "vicuna_v1"
+    raise RequestError(
+        f"no chat template is known for {model_path_or_name!r} with a decoder of type {decoder_type!r}: "
+        "name one of the built-in templates"
+    )
