@@ -25,19 +25,26 @@ def load(
     *,
     chat_template: str | None = None,
     resample: Literal["pillow", "torchvision"] = "pillow",
+    model_base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
 ) -> Llava:
     """A model ready to answer, from a Hugging Face or an original LLaVA checkpoint.
 
     device         default: the first CUDA device if there is one, else the CPU.
-    dtype          torch dtype or its name; default: the checkpoint's own on CUDA, float32 on a CPU.
+    dtype          torch dtype or its name; "auto" is the checkpoint's own. Default: "auto", but float32 on a CPU.
     chat_template  name of a built-in template (see inputs.chat) to use instead of the checkpoint's.
     resample       "pillow" (bit-exact with Pillow) or "torchvision" (what transformers does where it is installed).
+    model_base     the model that a LoRA or projector-only directory was trained on.
+    vision_tower   where an original checkpoint's tower is, if not where its config says.
 
     Weights are memory-mapped and assigned tensor by tensor. Raises CheckpointError, naming file and tensor.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    wanted = _dtype(dtype) or (torch.float32 if device.type == "cpu" else None)
-    checkpoint = load_checkpoint(path_or_hub_id, dtype=wanted, device=device)
+    if dtype is None and device.type == "cpu":
+        dtype = torch.float32
+    checkpoint = load_checkpoint(
+        path_or_hub_id, dtype=_dtype(dtype), device=device, model_base=model_base, vision_tower=vision_tower
+    )
     with torch.device("meta"):
         model = Llava(checkpoint.config, load_processor(checkpoint, chat_template, resample))
     load_weights(model, checkpoint)
@@ -54,9 +61,9 @@ def load_processor(
 
     config = checkpoint.config
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.tokenizer_path)
     except Exception as error:
-        raise CheckpointError(f"{checkpoint.path}: its tokenizer cannot be loaded ({error})") from error
+        raise CheckpointError(f"{checkpoint.tokenizer_path}: its tokenizer cannot be loaded ({error})") from error
     return Processor(
         geometry=config.geometry,
         tokenizer=tokenizer,
@@ -90,9 +97,7 @@ def _chat_template(checkpoint: LoadedCheckpoint, tokenizer: Any, name: str | Non
     source = _own_template(checkpoint.path) or tokenizer.chat_template
     if isinstance(source, str) and checkpoint.config.layout == "hf":
         return chat.checkpoint_template(source, tokenizer.special_tokens_map)
-    return chat.builtin_template(
-        chat.default_template_name(str(checkpoint.path), checkpoint.config.decoder.family)
-    )
+    return chat.builtin_template(chat.default_template_name(str(checkpoint.path), checkpoint.config.decoder.family))
 
 
 def _own_template(path: Path) -> str | None:
@@ -108,11 +113,11 @@ def _own_template(path: Path) -> str | None:
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
+    if dtype is None or dtype == "auto":
+        return None
+    if isinstance(dtype, torch.dtype):
         return dtype
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise CheckpointError(
-            f"dtype {dtype!r} is not a floating dtype: use 'float32', 'bfloat16' or 'float16'"
-        )
+        raise CheckpointError(f"dtype {dtype!r} is not a floating dtype: use 'float32', 'bfloat16' or 'float16'")
     return found

@@ -9,6 +9,10 @@ class ImageError(LlavaFastError):
     """An image or video that cannot be read: truncated, empty, too large, or of an unknown kind."""
 
 
+class MissingFileError(ImageError, FileNotFoundError):
+    """An image or video file that is not there."""
+
+
 class RequestError(LlavaFastError):
     """A request that cannot be served: marks and images disagree, the prompt is too long, a bad option."""
 

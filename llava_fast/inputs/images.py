@@ -15,7 +15,7 @@ import PIL
 from PIL import Image, ImageOps
 
 from llava_fast import _C
-from llava_fast.errors import ImageError
+from llava_fast.errors import ImageError, MissingFileError
 
 if TYPE_CHECKING:
     from llava_fast.inputs.anyres import View
@@ -198,7 +198,7 @@ def _file(source: Any, name: str) -> Any:
         if path.lower().startswith(("http://", "https://")):
             raise ImageError(f"{name} is a web address, which is not fetched: download it and give the path or bytes")
         if not os.path.exists(path):
-            raise FileNotFoundError(f"no image or video file {name}")
+            raise MissingFileError(f"no image or video file {name}")
         if os.path.isdir(path):
             raise ImageError(f"{name} is a folder, not an image or video file")
         if os.path.getsize(path) == 0:

@@ -7,6 +7,7 @@ and integers only: no torch.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ class Processor:
     image_token_id  the id that marks an image; ORIGINAL_IMAGE_TOKEN tokenises the text around marks in chunks.
     template        the chat template for requests with messages.
     max_rows        the decoder's context length; a longer prompt is refused.
+    video_frames    how many frames of a video file are used, spaced uniformly (all, if frames are given as images).
     exif            turn images upright by their EXIF tag, as transformers does when it opens a file.
     """
 
@@ -70,6 +72,7 @@ class Processor:
     template: chat.ChatTemplate
     video_token_id: int | None = None
     max_rows: int | None = None
+    video_frames: int = 16
     exif: bool = True
     resample: Literal["pillow", "torchvision"] = "pillow"
     pillow: Literal["12", "13"] | None = None
@@ -112,9 +115,7 @@ class Processor:
         joined = np.concatenate(tiles) if tiles else np.zeros((0, 3, size, size), np.uint8)
         return Prepared(joined, build_plan(sequences, self.geometry.rows_per_tile, layout, first_positions))
 
-    def render(
-        self, request: dict, add_generation_prompt: bool = True
-    ) -> tuple[list[chat.Segment], list, list]:
+    def render(self, request: dict, add_generation_prompt: bool = True) -> tuple[list[chat.Segment], list, list]:
         """(segments of the prompt, image sources, video sources) of a request, marks still in the text."""
         _check_request(request)
         given = list(request.get("images") or [])
@@ -134,9 +135,7 @@ class Processor:
     def outline(self, request: dict, labels: bool = False) -> list[TextPiece | VisualMark]:
         """A request as token ids and marks in order, before any image is opened. Raises RequestError."""
         if labels and "messages" not in request:
-            raise RequestError(
-                'labels need "messages": a verbatim "prompt" does not say which part is the answer'
-            )
+            raise RequestError('labels need "messages": a verbatim "prompt" does not say which part is the answer')
         segments, image_sources, video_sources = self.render(request, add_generation_prompt=not labels)
         text = "".join(segment.text for segment in segments)
         marks = _MARK.findall(text)
@@ -148,9 +147,7 @@ class Processor:
                 )
         ids, supervised, places = self._encode(text, segments if labels else None, "messages" in request)
         if len(places) != len(marks):
-            raise RequestError(
-                f"the tokenizer found {len(places)} image tokens for {len(marks)} marks in the prompt"
-            )
+            raise RequestError(f"the tokenizer found {len(places)} image tokens for {len(marks)} marks in the prompt")
 
         queues = {"<image>": iter(image_sources), "<video>": iter(video_sources)}
         outline: list[TextPiece | VisualMark] = []
@@ -168,7 +165,8 @@ class Processor:
 
     def _visual_piece(self, mark: VisualMark, tiles: list[np.ndarray]) -> VisualPiece:
         if mark.kind == "<video>":
-            frames = images.read_video(mark.source)
+            from_file = isinstance(mark.source, (str, os.PathLike, bytes))
+            frames = images.read_video(mark.source, self.video_frames if from_file else None)
             tiles.append(np.concatenate([self._frame(frame) for frame in frames]))
             return VisualPiece(anyres.video_rows(self.geometry, len(frames)), MODALITY_VIDEO)
         image = images.open_image(mark.source, exif=self.exif)
@@ -199,20 +197,14 @@ class Processor:
         names = {mark: self.tokenizer.convert_ids_to_tokens(token) for mark, token in tokens.items()}
         if any(mark != name for mark, name in names.items()):
             if segments is not None and any(m in text and len(m) != len(n) for m, n in names.items()):
-                raise RequestError(
-                    f"labels need the image token to be spelt <image>, and this checkpoint's is {names}"
-                )
+                raise RequestError(f"labels need the image token to be spelt <image>, and this checkpoint's is {names}")
             text = _MARK.sub(lambda found: names[found[0]], text)
         # A rendered chat template brings its own first token, as transformers' apply_chat_template assumes.
         bos = self.tokenizer.bos_token
         special = not (rendered and bos is not None and text.startswith(bos))
-        encoded = self.tokenizer(
-            text, add_special_tokens=special, return_offsets_mapping=segments is not None
-        )
+        encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=segments is not None)
         ids = np.asarray(encoded["input_ids"], np.int32)
-        supervised = (
-            None if segments is None else _supervised(np.asarray(encoded["offset_mapping"]), segments)
-        )
+        supervised = None if segments is None else _supervised(np.asarray(encoded["offset_mapping"]), segments)
         return ids, supervised, np.flatnonzero(np.isin(ids, list(tokens.values())))
 
     def _encode_chunks(self, text: str, segments: list[chat.Segment] | None):
@@ -257,9 +249,7 @@ def _check_request(request: Any) -> None:
     if unknown:
         raise RequestError(f"unknown keys {sorted(unknown)}: a request has {sorted(REQUEST_KEYS)}")
     if ("prompt" in request) == ("messages" in request):
-        raise RequestError(
-            'give exactly one of "prompt" (verbatim) and "messages" (through the chat template)'
-        )
+        raise RequestError('give exactly one of "prompt" (verbatim) and "messages" (through the chat template)')
     if "prompt" in request and not isinstance(request["prompt"], str):
         raise RequestError(f'"prompt" must be a string, got {type(request["prompt"]).__name__}')
     if isinstance(request.get("images"), (str, bytes)):

@@ -1,0 +1,149 @@
+"""`llava-fast demo`: a picture of digits, a question, an answer, and how long each stage took beside transformers."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import llava_fast
+from llava_fast.demo import canvas, questions
+from llava_fast.errors import CheckpointError
+from llava_fast.inputs.images import open_image
+
+STAGES = ("image to tiles and token ids", "to the first token", "each further token")
+STAGE_TOKENS = 33  # the first and 32 more, so that a token's time is an average
+REPEATS = 5
+
+
+def model_path() -> Path:
+    """The directory of the demo model that ships with the package. Raises CheckpointError if it is not there."""
+    path = Path(str(files("llava_fast"))) / "demo_model"
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"the demo model is not in {path}: reinstall llava_fast, or train it (examples/digits)")
+    return path
+
+
+def run_demo(image: Path | None, question: str, seed: int, output: Path, compare: bool) -> None:
+    """Run the demo and print it. With `image`, the user's own picture is asked `question`; else a held-out canvas
+    is composed from `seed`, saved to `output`, and asked one question of each kind."""
+    console = Console()
+    path = model_path()
+    model = llava_fast.load(path, device="cpu")
+    if image is not None:
+        pixels = open_image(image)
+        asked = [(question, None)]
+    else:
+        rng = np.random.default_rng(seed)
+        composed = canvas.compose(rng, canvas.split_scans()[1], count=int(rng.integers(1, canvas.MAX_DIGITS + 1)))
+        pixels = composed.image
+        Image.fromarray(pixels).save(output)
+        console.print(f"A canvas of handwritten digits that the model has never seen, saved as [bold]{output}[/bold]")
+        asked = [(questions.ask(rng, kind), questions.answer(kind, composed.digits)) for kind in questions.KINDS]
+    if console.is_terminal:
+        console.print(_in_blocks(pixels, min(console.width, 72)))
+    height, width = pixels.shape[:2]
+    console.print(f"{width}x{height} pixels: {llava_fast.count_tokens(model, height, width)} visual tokens\n")
+
+    answers = model.generate([_request(text, pixels) for text, _ in asked], max_new_tokens=32)
+    for (text, expected), answer in zip(asked, answers, strict=True):
+        verdict = (
+            ""
+            if expected is None
+            else "  [green]right[/]"
+            if answer.text.strip() == expected
+            else (f"  [red]wrong[/], it is {expected!r}")
+        )
+        console.print(f"Q: {text}\nA: [bold]{answer.text.strip()}[/bold]{verdict}")
+    console.print()
+    console.print(_timing_table(model, path, _request(asked[0][0], pixels), compare))
+
+
+def _request(question: str, pixels: np.ndarray) -> dict:
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    return {"messages": [{"role": "user", "content": content}], "images": [pixels]}
+
+
+def _timing_table(model, path: Path, request: dict, compare: bool) -> Table:
+    """Milliseconds of each stage, llava_fast's and (with `compare`) transformers', on the same weights."""
+    ours = _stage_times(
+        lambda: model.prepare([request]), lambda n: model.generate([request], max_new_tokens=n, ignore_eos=True)
+    )
+    table = Table(title=f"milliseconds, median of {REPEATS}, CPU, {torch.get_num_threads()} threads, float32")
+    table.add_column("stage")
+    table.add_column("llava_fast", justify="right")
+    rows = [[stage, f"{own:.2f}"] for stage, own in zip(STAGES, ours, strict=True)]
+    if compare:
+        table.add_column("transformers", justify="right")
+        table.add_column("ratio", justify="right")
+        for row, own, theirs in zip(rows, ours, _transformers_times(path, model, request), strict=True):
+            row += [f"{theirs:.2f}", f"{theirs / own:.1f}x"]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _transformers_times(path: Path, model, request: dict) -> tuple[float, float, float]:
+    """The same three stages in transformers. Refuses to compare unless it gives the same tokens."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
+
+    theirs = LlavaNextForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+    processor = LlavaNextProcessor.from_pretrained(path)
+    segments, images, _ = model.processor.render(request)
+    prompt = "".join(segment.text for segment in segments)
+
+    def inputs():
+        return processor(images=Image.fromarray(images[0]), text=prompt, return_tensors="pt")
+
+    def generate(tokens: int):
+        prepared = inputs()
+        out = theirs.generate(**prepared, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        return out[0, prepared["input_ids"].shape[1] :].tolist()
+
+    # transformers keeps end tokens away while min_new_tokens lasts, so compare up to ours.
+    answer = model.generate([request], max_new_tokens=STAGE_TOKENS)[0].token_ids[:-1]
+    if generate(STAGE_TOKENS)[: len(answer)] != answer:
+        raise RuntimeError("transformers answered with other tokens, so no times are compared; please report this")
+    return _stage_times(inputs, generate)
+
+
+def _stage_times(prepare: Callable[[], object], generate: Callable[[int], object]) -> tuple[float, float, float]:
+    """Milliseconds to prepare, from there to the first token, and of each further token."""
+    first, all_tokens = (_median_ms(lambda n=n: generate(n)) for n in (1, STAGE_TOKENS))
+    prepared = _median_ms(prepare)
+    return prepared, max(first - prepared, 0.0), (all_tokens - first) / (STAGE_TOKENS - 1)
+
+
+def _median_ms(work: Callable[[], object]) -> float:
+    work()
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        work()
+        times.append(1e3 * (time.perf_counter() - start))
+    return sorted(times)[REPEATS // 2]
+
+
+def _in_blocks(pixels: np.ndarray, columns: int) -> Text:
+    """The picture as coloured half blocks: each character cell shows two pixels, one above the other."""
+    height, width = pixels.shape[:2]
+    columns = min(columns, width)
+    rows = max(1, min(round(height / width * columns / 2), 36))
+    small = np.asarray(Image.fromarray(pixels).resize((columns, 2 * rows), Image.Resampling.BILINEAR))
+    text = Text()
+    for y in range(0, 2 * rows, 2):
+        for x in range(columns):
+            upper, lower = ("#%02x%02x%02x" % tuple(int(v) for v in small[y + d, x]) for d in (0, 1))
+            text.append("\u2580", style=f"{upper} on {lower}")
+        text.append("\n")
+    return text

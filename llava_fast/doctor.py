@@ -1,0 +1,47 @@
+"""`llava-fast doctor`: what this machine has, and what each op would use here and why."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+import llava_fast
+from llava_fast import _C, ops
+from llava_fast.ops import backend
+
+PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "pillow", "numpy", "xformers", "av")
+
+
+def report() -> str:
+    """A few lines of plain text: versions, devices, the compiled extension, and a table of ops."""
+    lines = [f"llava_fast {llava_fast.__version__} on Python {platform.python_version()}, {platform.platform()}"]
+    lines += [f"  {name:<13} {_version(name)}" for name in PACKAGES]
+    lines += ["", "devices", f"  CPU: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            lines.append(f"  cuda:{index}: {torch.cuda.get_device_name(index)}, capability {major}.{minor}")
+    else:
+        lines.append("  CUDA: none usable here")
+    lines.append(
+        f"  llava_fast._C: built {'with' if _C.built_with_cuda() else 'without'} CUDA; "
+        f"CUDA kernels are {'usable' if _C.has_cuda() else 'not usable'} here"
+    )
+    lines += ["", f"ops (LLAVA_FAST_BACKEND={os.environ.get('LLAVA_FAST_BACKEND', 'auto')})"]
+    assert ops  # importing it registers every op's backends
+    for name, backends in sorted(backend.served().items()):
+        has = "; ".join(f"{kind}: {devices}" for kind, devices in backends.items())
+        lines.append(f"  {name:<13} {has}")
+    lines.append("  No op has a GPU kernel yet: on CUDA every op runs its PyTorch reference.")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
