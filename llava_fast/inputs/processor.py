@@ -115,28 +115,32 @@ class Processor:
         joined = np.concatenate(tiles) if tiles else np.zeros((0, 3, size, size), np.uint8)
         return Prepared(joined, build_plan(sequences, self.geometry.rows_per_tile, layout, first_positions))
 
-    def render(self, request: dict, add_generation_prompt: bool = True) -> tuple[list[chat.Segment], list, list]:
-        """(segments of the prompt, image sources, video sources) of a request, marks still in the text."""
+    def render(self, request: dict, labels: bool = False) -> tuple[list[chat.Segment], list, list]:
+        """(segments of the prompt, image sources, video sources) of a request, marks still in the text. Only with
+        `labels` is a conversation split into segments; otherwise the whole prompt is one."""
         _check_request(request)
         given = list(request.get("images") or [])
         videos = [] if request.get("video") is None else [request["video"]]
         if "prompt" in request:
             return [chat.Segment(request["prompt"], False)], given, videos
         messages, sources = chat.normalise_messages(request["messages"])
-        if sum(source is None for source in sources) != len(given):
+        empty = sum(source is None for source in sources)
+        if empty != len(given):
             raise RequestError(
-                f"the messages have {sum(source is None for source in sources)} image marks without a source and "
+                f"the messages have {empty} image marks without a source and "
                 f'"images" has {len(given)} items: give one image for each {{"type": "image"}}'
             )
         supply = iter(given)
         sources = [next(supply) if source is None else source for source in sources]
-        return self.template.segments(messages, add_generation_prompt=add_generation_prompt), sources, videos
+        if labels:
+            return self.template.segments(messages, add_generation_prompt=False), sources, videos
+        return [chat.Segment(self.template.render(messages, add_generation_prompt=True), False)], sources, videos
 
     def outline(self, request: dict, labels: bool = False) -> list[TextPiece | VisualMark]:
         """A request as token ids and marks in order, before any image is opened. Raises RequestError."""
         if labels and "messages" not in request:
             raise RequestError('labels need "messages": a verbatim "prompt" does not say which part is the answer')
-        segments, image_sources, video_sources = self.render(request, add_generation_prompt=not labels)
+        segments, image_sources, video_sources = self.render(request, labels)
         text = "".join(segment.text for segment in segments)
         marks = _MARK.findall(text)
         for mark, sources in (("<image>", image_sources), ("<video>", video_sources)):
@@ -199,9 +203,7 @@ class Processor:
             if segments is not None and any(m in text and len(m) != len(n) for m, n in names.items()):
                 raise RequestError(f"labels need the image token to be spelt <image>, and this checkpoint's is {names}")
             text = _MARK.sub(lambda found: names[found[0]], text)
-        # A rendered chat template brings its own first token, as transformers' apply_chat_template assumes.
-        bos = self.tokenizer.bos_token
-        special = not (rendered and bos is not None and text.startswith(bos))
+        special = not (rendered and self._brings_bos(text))
         encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=segments is not None)
         ids = np.asarray(encoded["input_ids"], np.int32)
         supervised = None if segments is None else _supervised(np.asarray(encoded["offset_mapping"]), segments)
@@ -213,7 +215,8 @@ class Processor:
         offset, bos = 0, self.tokenizer.bos_token_id
         chunks = _MARK.split(text)
         for number, chunk in enumerate(chunks):
-            encoded = self.tokenizer(chunk, return_offsets_mapping=segments is not None)
+            special = not self._brings_bos(chunk)
+            encoded = self.tokenizer(chunk, add_special_tokens=special, return_offsets_mapping=segments is not None)
             token_ids = list(encoded["input_ids"])
             drop = 1 if number and token_ids and token_ids[0] == bos else 0
             ids += token_ids[drop:]
@@ -228,6 +231,11 @@ class Processor:
                 offset += len(chunk) + len("<image>")
         marked = None if segments is None else np.concatenate(supervised)
         return np.asarray(ids, np.int32), marked, np.asarray(places)
+
+    def _brings_bos(self, text: str) -> bool:
+        """Whether a rendered template starts with the BOS token itself, so that the tokenizer must not add another."""
+        bos = self.tokenizer.bos_token
+        return bos is not None and text.startswith(bos)
 
     def check_length(self, pieces: list[Piece]) -> None:
         """Raises RequestError for an empty sequence and for one that the decoder's context cannot hold."""
