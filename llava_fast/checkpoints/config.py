@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llava_fast.errors import CheckpointError
+from llava_fast.errors import CheckpointError, ImageError
 from llava_fast.inputs.anyres import VisualGeometry
 from llava_fast.models.config import DecoderConfig, LlavaConfig, ProjectorConfig, RopeConfig, VisionConfig
 
@@ -229,7 +229,10 @@ def _geometry(hf, vision: VisionConfig, images: dict[str, Any], path: Path) -> V
             raise CheckpointError(f"{path}: vision_aspect_ratio is {hf.vision_aspect_ratio!r}; supported: anyres_max_N")
         tiled |= {"max_tiles": int(shape[1]), "multi_image_anyres": False, "video_pool": "bilinear"}
         tiled |= {"video_pool_stride": 2, "video_pool_stage": "after", "video_newline": "one_token"}
-    return VisualGeometry(**common, **tiled)
+    try:
+        return VisualGeometry(**common, **tiled)
+    except ImageError as problem:
+        raise CheckpointError(f"{path}: {problem}") from problem
 
 
 def _single_tile_aspect(images: dict[str, Any], tile: int, path: Path) -> str:

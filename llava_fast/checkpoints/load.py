@@ -70,6 +70,8 @@ def load_checkpoint(
         config, tower = read_original_config(described, vision_tower)
         if not any(name.startswith("vision_tower.") for name in tensors):
             tensors |= tower_tensors(tower, config.vision.num_layers)
+    elif vision_tower is not None:
+        raise CheckpointError(f"{described} holds its own tower, so vision_tower has no meaning; leave it out")
     else:
         config = read_hf_config(described)
     if config.decoder.tie_embeddings and (head := tensors.pop("decoder.lm_head.weight", None)) is not None:
