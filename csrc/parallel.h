@@ -4,21 +4,24 @@
 
 #include <atomic>
 #include <exception>
-#include <functional>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 namespace llava_fast {
 
-// Runs task(i) for i in [0, count) on up to `threads` threads, this one included; rethrows the first error.
-inline void parallel_for(int count, int threads, const std::function<void(int)>& task) {
+// Runs task(i, state) for i in [0, count) on up to `threads` threads, this one included, each of which has a State
+// of its own; rethrows the first error.
+template <class State, class Task>
+void parallel_for(int count, int threads, const Task& task) {
   std::atomic<int> next{0};
   std::exception_ptr error;
   std::mutex error_mutex;
   const auto work = [&] {
     try {
-      for (int i; (i = next.fetch_add(1)) < count;) task(i);
+      State state;
+      for (int i; (i = next.fetch_add(1)) < count;) task(i, state);
     } catch (...) {
       const std::lock_guard<std::mutex> lock(error_mutex);
       if (!error) error = std::current_exception();

@@ -33,11 +33,11 @@ struct KernelSet {
   size_t (*scratch_bytes)(const Axis& axis);
   // One to four rows through a horizontal axis (prepared with align 4): outputs [x0, x1), written from the
   // start of each dst row, each of which has kRowSlack bytes to spare.
-  void (*horizontal)(const uint8_t* src, ptrdiff_t src_stride, int rows, const Axis& axis, int x0, int x1,
-                     uint8_t* dst, ptrdiff_t dst_stride, uint8_t* scratch);
-  // Output row y of a vertical axis (prepared with align 1), `bytes` wide. `src` is input row `src_row`.
-  void (*vertical)(const uint8_t* src, ptrdiff_t src_stride, int src_row, const Axis& axis, int y, int bytes,
-                   uint8_t* dst);
+  void (*horizontal)(const uint8_t* src, ptrdiff_t src_stride, int rows, const Axis& axis, int x0, int x1, uint8_t* dst,
+                     ptrdiff_t dst_stride, uint8_t* scratch);
+  // Output row y of a vertical axis (prepared with align 1), `bytes` wide. `rows` are its input rows from
+  // taps.first[y] on: as many as its taps, then (weight 0) any readable row up to 4 * groups.
+  void (*vertical)(const uint8_t* const* rows, const Axis& axis, int y, int bytes, uint8_t* dst);
   // Splits `pixels` interleaved pixels into three planes; writes exactly `pixels` bytes to each.
   void (*planes)(const uint8_t* src, int pixels, uint8_t* red, uint8_t* green, uint8_t* blue);
 };
@@ -52,6 +52,10 @@ const KernelSet& avx512_kernels();
 // std::invalid_argument when that is unknown or this machine cannot run it.
 const KernelSet& select_kernels();
 std::vector<const char*> supported_kernel_names();
+
+// For `prepare`: lays the taps of each output out in groups of four from a multiple of `align`, zero-padded
+// to the same number of groups, and lets `split` turn each group into `words` integers.
+void group_taps(Axis& axis, int align, int words, void (*split)(const int32_t weights[4], int32_t* words));
 
 inline uint8_t clamp_to_byte(int32_t sum) {
   const int32_t value = sum >> kPrecisionBits;

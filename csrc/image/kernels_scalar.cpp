@@ -1,9 +1,4 @@
-// Portable inner loops of the exact resize, and the choice between instruction sets.
-#include <cstdlib>
-#include <cstring>
-#include <stdexcept>
-#include <string>
-
+// Portable inner loops of the exact resize: the plain statement of what the others compute.
 #include "image/kernels.h"
 
 namespace llava_fast {
@@ -15,8 +10,8 @@ void prepare(Axis&, int) {}  // works on the taps as they are
 
 size_t scratch_bytes(const Axis&) { return 0; }
 
-void horizontal(const uint8_t* src, ptrdiff_t src_stride, int rows, const Axis& axis, int x0, int x1,
-                uint8_t* dst, ptrdiff_t dst_stride, uint8_t*) {
+void horizontal(const uint8_t* src, ptrdiff_t src_stride, int rows, const Axis& axis, int x0, int x1, uint8_t* dst,
+                ptrdiff_t dst_stride, uint8_t*) {
   const Taps& taps = axis.taps;
   for (int row = 0; row < rows; ++row) {
     const uint8_t* in = src + row * src_stride;
@@ -37,18 +32,16 @@ void horizontal(const uint8_t* src, ptrdiff_t src_stride, int rows, const Axis& 
   }
 }
 
-void vertical(const uint8_t* src, ptrdiff_t src_stride, int src_row, const Axis& axis, int y, int bytes,
-              uint8_t* dst) {
+void vertical(const uint8_t* const* rows, const Axis& axis, int y, int bytes, uint8_t* dst) {
   constexpr int kBlock = 256;  // sums kept on the stack, so that the inner loop runs along a row
   const Taps& taps = axis.taps;
   const int32_t* weights = &taps.weights[static_cast<size_t>(y) * taps.width];
-  const uint8_t* top = src + (taps.first[y] - src_row) * src_stride;
   for (int begin = 0; begin < bytes; begin += kBlock) {
     const int size = bytes - begin < kBlock ? bytes - begin : kBlock;
     int32_t sums[kBlock];
     for (int i = 0; i < size; ++i) sums[i] = kRounding;
     for (int k = 0; k < taps.count[y]; ++k) {
-      const uint8_t* in = top + k * src_stride + begin;
+      const uint8_t* in = rows[k] + begin;
       for (int i = 0; i < size; ++i) sums[i] += weights[k] * in[i];
     }
     for (int i = 0; i < size; ++i) dst[begin + i] = clamp_to_byte(sums[i]);
@@ -63,36 +56,11 @@ void planes(const uint8_t* src, int pixels, uint8_t* red, uint8_t* green, uint8_
   }
 }
 
-std::vector<const KernelSet*> supported_kernels() {  // worst first
-  std::vector<const KernelSet*> sets = {&scalar_kernels()};
-#if 0
-  for (const KernelSet* set : {&avx2_kernels(), &avx512_kernels()})
-    if (set->supported()) sets.push_back(set);
-#endif
-  return sets;
-}
-
 }  // namespace
 
 const KernelSet& scalar_kernels() {
   static const KernelSet set = {"scalar", always, prepare, scratch_bytes, horizontal, vertical, planes};
   return set;
-}
-
-const KernelSet& select_kernels() {
-  const std::vector<const KernelSet*> sets = supported_kernels();
-  const char* wanted = std::getenv("LLAVA_FAST_SIMD");
-  if (wanted == nullptr || *wanted == '\0') return *sets.back();
-  for (const KernelSet* set : sets)
-    if (std::strcmp(set->name, wanted) == 0) return *set;
-  throw std::invalid_argument("LLAVA_FAST_SIMD=" + std::string(wanted) +
-                              " is not one of scalar, avx2, avx512 or not supported by this processor");
-}
-
-std::vector<const char*> supported_kernel_names() {
-  std::vector<const char*> names;
-  for (const KernelSet* set : supported_kernels()) names.push_back(set->name);
-  return names;
 }
 
 }  // namespace llava_fast

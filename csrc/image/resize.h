@@ -3,8 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
 
+#include "buffer.h"
 #include "image/kernels.h"
 
 namespace llava_fast {
@@ -21,24 +21,32 @@ struct ImageView {  // interleaved RGB, not owned
 enum class PillowOrder { kPillow12, kPillow13 };
 bool vertical_first(PillowOrder order, int in_height, int in_width, int out_height, int out_width);
 
+// Output rows that a thread makes at a time: few enough that the rows between the passes stay in the cache.
+constexpr int kBandRows = 64;
+
 // A resize of one image to one size; `rows` may be called from several threads at once.
 class Resizer {
  public:
   Resizer(const ImageView& src, int out_height, int out_width, PillowOrder order, const KernelSet& kernels);
 
   // Output rows [y0, y1), columns [x0, x1), into dst rows that have kRowSlack bytes to spare at their end.
-  // `scratch` is grown as needed and can be kept between calls.
-  void rows(int y0, int y1, int x0, int x1, uint8_t* dst, ptrdiff_t dst_stride,
-            std::vector<uint8_t>& scratch) const;
+  void rows(int y0, int y1, int x0, int x1, uint8_t* dst, ptrdiff_t dst_stride, Buffer& scratch) const;
 
  private:
   void horizontal_pass(const ImageView& in, int rows, int x0, int x1, uint8_t* dst, ptrdiff_t stride,
                        uint8_t* scratch) const;
+  // Output rows [y0, y1), `bytes` wide; `in` is input row `in_row`.
+  void vertical_pass(const uint8_t* in, ptrdiff_t in_stride, int in_row, int y0, int y1, int bytes, uint8_t* dst,
+                     ptrdiff_t stride) const;
 
   ImageView src_;
   const KernelSet& kernels_;
   bool horizontal_, vertical_, vertical_first_;  // which passes are needed, and their order
   Axis x_axis_, y_axis_;
 };
+
+// The whole resized image, [out_height, out_width, 3], to `out`.
+void resize(const ImageView& src, int out_height, int out_width, PillowOrder order, const KernelSet& kernels,
+            int threads, uint8_t* out);
 
 }  // namespace llava_fast

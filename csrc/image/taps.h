@@ -10,7 +10,7 @@
 
 namespace llava_fast {
 
-constexpr int kPrecisionBits = 32 - 8 - 2;               // fraction bits of a weight
+constexpr int kPrecisionBits = 32 - 8 - 2;                // fraction bits of a weight
 constexpr int32_t kRounding = 1 << (kPrecisionBits - 1);  // one half
 
 struct Taps {

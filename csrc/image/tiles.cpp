@@ -22,6 +22,16 @@ std::vector<uint8_t> squared(const ImageView& image, const std::array<uint8_t, 3
   return square;
 }
 
+// memcpy of a patch's row: for 8 to 16 bytes, the usual patches, without a call.
+inline void copy_few(uint8_t* dst, const uint8_t* src, int count) {
+  if (count < 8 || count > 16) {
+    std::memcpy(dst, src, count);
+    return;
+  }
+  std::memcpy(dst, src, 8);
+  std::memcpy(dst + count - 8, src + count - 8, 8);
+}
+
 // One view's place in the output, and the writing of canvas rows into its tiles.
 class TileWriter {
  public:
@@ -39,8 +49,7 @@ class TileWriter {
         planes(pixels, begin, end, row_.data(), tile);
         scatter_patches(y % tile, target);
       } else {
-        planes(pixels, begin, end, target + static_cast<size_t>(y % tile) * tile,
-               static_cast<size_t>(tile) * tile);
+        planes(pixels, begin, end, target + static_cast<size_t>(y % tile) * tile, static_cast<size_t>(tile) * tile);
       }
     }
   }
@@ -63,7 +72,7 @@ class TileWriter {
     for (int x = 0; x < side; ++x) {
       uint8_t* row = target + (static_cast<size_t>(y / patch) * side + x) * bytes;
       for (int c = 0; c < 3; ++c)
-        std::memcpy(row + (c * patch + y % patch) * patch, &row_[c * layout_.tile + x * patch], patch);
+        copy_few(row + (c * patch + y % patch) * patch, &row_[c * layout_.tile + x * patch], patch);
       if (y % patch == 0) std::memset(row + 3 * patch * patch, 0, bytes - 3 * patch * patch);
     }
   }
@@ -85,22 +94,26 @@ struct Band {
   int view, begin, end;  // canvas rows
 };
 
+struct Scratch {  // of one thread
+  Buffer pixels, middle;
+};
+
 void run_band(const TileView& view, const Job& job, const TileLayout& layout, const KernelSet& kernels, int begin,
-              int end) {
+              int end, Scratch& scratch) {
   // The part of the resized image that the canvas shows, in the resized image's own coordinates.
   const int x0 = std::clamp(-view.offset_x, 0, view.width);
   const int x1 = std::clamp(view.canvas_width - view.offset_x, x0, view.width);
   const int y0 = std::clamp(begin - view.offset_y, 0, view.height);
   const int y1 = std::clamp(end - view.offset_y, y0, view.height);
   const ptrdiff_t stride = 3 * static_cast<ptrdiff_t>(x1 - x0) + kRowSlack;
-  std::vector<uint8_t> pixels(static_cast<size_t>(y1 - y0) * stride), scratch;
-  job.resizer->rows(y0, y1, x0, x1, pixels.data(), stride, scratch);
+  uint8_t* pixels = scratch.pixels.get(static_cast<size_t>(y1 - y0) * stride);
+  job.resizer->rows(y0, y1, x0, x1, pixels, stride, scratch.middle);
 
   TileWriter writer(view, layout, kernels, job.out);
   for (int y = begin; y < end; ++y) {
     const int source = y - view.offset_y;
     if (x0 < x1 && y0 <= source && source < y1)
-      writer.row(y, &pixels[(source - y0) * stride], view.offset_x + x0, view.offset_x + x1);
+      writer.row(y, pixels + (source - y0) * stride, view.offset_x + x0, view.offset_x + x1);
     else
       writer.row(y, nullptr, 0, 0);
   }
@@ -110,15 +123,13 @@ void run_band(const TileView& view, const Job& job, const TileLayout& layout, co
 
 void check_view(const TileView& view, const TileLayout& layout) {
   if (view.height < 1 || view.width < 1) throw std::invalid_argument("make_tiles: a view's size must be at least 1x1");
-  if (view.canvas_height < layout.tile || view.canvas_width < layout.tile ||
-      view.canvas_height % layout.tile || view.canvas_width % layout.tile)
+  if (view.canvas_height < layout.tile || view.canvas_width < layout.tile || view.canvas_height % layout.tile ||
+      view.canvas_width % layout.tile)
     throw std::invalid_argument("make_tiles: a view's canvas must be a positive multiple of the tile size");
 }
 
-void make_tiles(const ImageView& image, const std::vector<TileView>& views, const TileLayout& layout,
-                PillowOrder order, int threads, uint8_t* out) {
-  constexpr int kBandRows = 64;  // small enough that a band's middle rows stay in the second-level cache
-  const KernelSet& kernels = select_kernels();
+void make_tiles(const ImageView& image, const std::vector<TileView>& views, const TileLayout& layout, PillowOrder order,
+                const KernelSet& kernels, int threads, uint8_t* out) {
   std::vector<Job> jobs;
   std::vector<Band> bands;
   for (const TileView& view : views) {
@@ -136,9 +147,9 @@ void make_tiles(const ImageView& image, const std::vector<TileView>& views, cons
       bands.push_back({static_cast<int>(jobs.size()), y, std::min(y + kBandRows, view.canvas_height)});
     jobs.push_back(std::move(job));
   }
-  parallel_for(static_cast<int>(bands.size()), threads, [&](int i) {
+  parallel_for<Scratch>(static_cast<int>(bands.size()), threads, [&](int i, Scratch& scratch) {
     const Band& band = bands[i];
-    run_band(views[band.view], jobs[band.view], layout, kernels, band.begin, band.end);
+    run_band(views[band.view], jobs[band.view], layout, kernels, band.begin, band.end, scratch);
   });
 }
 

@@ -10,11 +10,11 @@
 namespace llava_fast {
 
 struct TileView {
-  bool square;                  // first place the image in the middle of a `fill` square of its longer side
-  int height, width;            // then resize to this
-  int offset_y, offset_x;       // then place here (negative: crop) ...
+  bool square;                      // first place the image in the middle of a `fill` square of its longer side
+  int height, width;                // then resize to this
+  int offset_y, offset_x;           // then place here (negative: crop) ...
   int canvas_height, canvas_width;  // ... on a canvas of this size, both multiples of the tile
-  std::array<uint8_t, 3> fill;  // colour of the rest
+  std::array<uint8_t, 3> fill;      // colour of the rest
 };
 
 struct TileLayout {
@@ -33,7 +33,7 @@ struct TileLayout {
 void check_view(const TileView& view, const TileLayout& layout);
 
 // Writes every byte of `out`: the tiles of each view (checked) in turn, row-major.
-void make_tiles(const ImageView& image, const std::vector<TileView>& views, const TileLayout& layout,
-                PillowOrder order, int threads, uint8_t* out);
+void make_tiles(const ImageView& image, const std::vector<TileView>& views, const TileLayout& layout, PillowOrder order,
+                const KernelSet& kernels, int threads, uint8_t* out);
 
 }  // namespace llava_fast
