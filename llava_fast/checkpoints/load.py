@@ -22,6 +22,7 @@ from llava_fast.checkpoints.adapters import ADAPTER_CONFIG, add_lora, add_projec
 from llava_fast.checkpoints.config import read_hf_config, read_json, read_json_if_there
 from llava_fast.checkpoints.hub import resolve
 from llava_fast.checkpoints.original import is_original, read_original_config
+from llava_fast.checkpoints.save import read_side_files
 from llava_fast.checkpoints.tensor_files import StoredTensor, has_weights, name_tensors, open_weights
 from llava_fast.checkpoints.towers import tower_tensors
 from llava_fast.errors import CheckpointError
@@ -39,6 +40,7 @@ class LoadedCheckpoint:
     dtype           what parameters become: the one asked for, else that of the stored token embedding (checkpoints
                     mix: a CLIP tower from its own repository is float32 beside a float16 decoder).
     device          where they go.
+    side_files      the texts of the small files (chat template, processor configs) that saving writes back.
     """
 
     path: Path
@@ -47,6 +49,7 @@ class LoadedCheckpoint:
     tensors: Mapping[str, StoredTensor]
     dtype: torch.dtype
     device: torch.device
+    side_files: Mapping[str, str]
 
 
 def load_checkpoint(
@@ -83,6 +86,7 @@ def load_checkpoint(
         tensors=tensors,
         dtype=dtype or _stored_dtype(tensors, path),
         device=torch.device(device),
+        side_files=read_side_files(described),
     )
 
 
@@ -92,7 +96,8 @@ def load_weights(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Assign every parameter of `model` (built on the meta device or not) from the checkpoint.
+    """Assign every parameter of `model` (built on the meta device or not) from the checkpoint, and the side files
+    that `save` writes back.
 
     `device` and `dtype` default to the checkpoint's. Names and shapes are checked before anything is read:
     CheckpointError lists tensors that are missing, unexpected or of another shape, and nothing is assigned.
@@ -106,6 +111,7 @@ def load_weights(
         value = checkpoint.tensors[name].read().to(device=device, dtype=dtype)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
+    model.side_files = dict(checkpoint.side_files)
 
 
 def check_tensors(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor], path: Path) -> None:

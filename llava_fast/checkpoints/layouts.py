@@ -1,0 +1,291 @@
+"""A `LlavaConfig` written as config.json in either layout, and the processor files that Hugging Face's needs.
+
+A checkpoint saved in the layout it came in keeps its own config.json; these write one for the other layout.
+Hugging Face reads a pinpoint as (height, width) and the original as (width, height), so their sides are swapped:
+each image then gets the same tiles as before.
+
+Sources: as for config.py and original.py; transformers 5.23 convert_llava{,_next,_next_video,_onevision}_weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from llava_fast.checkpoints.towers import KNOWN_TOWERS
+from llava_fast.errors import CheckpointError
+from llava_fast.models.config import DecoderConfig, LlavaConfig, RopeConfig, VisionConfig
+
+_HF_CLASSES = {
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "llava_next_video": "LlavaNextVideoForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+}
+_ORIGINAL_TYPES = {
+    "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
+    "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
+    "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
+}
+
+
+def hf_model_type(config: LlavaConfig) -> str:
+    """Which of transformers' four LLaVA classes computes what this config says; CheckpointError if none does."""
+    if config.layout == "hf":
+        return config.model_type
+    geometry = config.geometry
+    if geometry.merge == "flat" and geometry.aspect in ("crop", "pad", "squash"):
+        return "llava"
+    if geometry.merge == "spatial_unpad" and geometry.aspect == "anyres":
+        if geometry.max_tiles is not None:
+            return "llava_onevision"
+        pools_first = geometry.video_pool in ("average", "max") and geometry.video_pool_stage == "before"
+        return "llava_next_video" if pools_first else "llava_next"
+    raise CheckpointError(
+        f"transformers has no LLaVA with image_aspect_ratio {geometry.aspect!r} and mm_patch_merge_type "
+        f"{geometry.merge!r}; save with layout='original'"
+    )
+
+
+def to_hf(config: LlavaConfig, image_token_id: int, video_token_id: int | None, vocab_size: int) -> dict[str, Any]:
+    """config.json in Hugging Face's layout. The ids and the vocabulary are those of the tokenizer saved with it,
+    which has an image token that original checkpoints lack."""
+    if config.projector.kind != "mlp" or config.projector.depth != 2:
+        raise CheckpointError(
+            f"transformers' LLaVA has a projector of two Linears, not {config.projector.kind!r} of depth "
+            f"{config.projector.depth}; save with layout='original'"
+        )
+    model_type, vision, layers = hf_model_type(config), config.vision, config.vision.feature_layers
+    text = _decoder_fields(dataclasses.replace(config.decoder, vocab_size=vocab_size))
+    text["rope_parameters"] = {"rope_theta": config.decoder.rope.theta, **_rope_scaling(config.decoder.rope)}  # 5.x
+    ids = {"bos_token_id": config.source.get("bos_token_id"), "pad_token_id": config.pad_token_id}
+    written = {
+        "architectures": [_HF_CLASSES[model_type]],
+        "model_type": model_type,
+        "image_token_index": image_token_id,
+        "projector_hidden_act": config.projector.activation,
+        "multimodal_projector_bias": config.projector.bias,
+        "vision_feature_layer": layers[0] if len(layers) == 1 else list(layers),
+        "vision_feature_select_strategy": _select_strategy(vision),
+        "pad_token_id": config.pad_token_id,
+        "tie_word_embeddings": config.decoder.tie_embeddings,
+        "text_config": {"model_type": config.decoder.family, **text, **ids, "eos_token_id": _eos(config)},
+        "vision_config": tower_fields(vision),
+    }
+    if model_type in ("llava", "llava_next", "llava_next_video"):
+        written["image_seq_length"] = config.geometry.rows_per_tile
+    if model_type != "llava":
+        written["image_grid_pinpoints"] = [list(pair) for pair in config.geometry.canvases]
+    if model_type in ("llava_next_video", "llava_onevision"):
+        written["video_token_index"] = video_token_id
+    if model_type == "llava_next_video":
+        written["spatial_pool_mode"] = config.geometry.video_pool
+        written["spatial_pool_stride"] = config.geometry.video_pool_stride
+    if model_type == "llava_onevision":
+        written["vision_aspect_ratio"] = f"anyres_max_{config.geometry.max_tiles}"
+    return written
+
+
+def to_original(config: LlavaConfig, tower_name: str) -> dict[str, Any]:
+    """config.json in the original layout; `tower_name` is its mm_vision_tower."""
+    model_type, architecture = _ORIGINAL_TYPES[config.decoder.family]
+    vision, geometry = config.vision, config.geometry
+    if len(vision.feature_layers) > 1 or (vision.kind == "siglip" and vision.feature_layers != (-1,)):
+        raise CheckpointError(
+            f"the original layout reads one hidden state of CLIP or the last of SigLIP, not {vision.feature_layers}"
+        )
+    projector = config.projector
+    if (projector.kind, projector.activation, projector.bias) != ("mlp", "gelu", True):
+        raise CheckpointError(f"the original layout has no projector like {projector}")
+    own = "crop" if vision.kind == "clip" else "squash"
+    ratios = {own: "square", "pad": "pad", "anyres": "anyres", "highres": "highres"}
+    if geometry.aspect not in ratios:
+        raise CheckpointError(f"the original layout does not {geometry.aspect} images for a {vision.kind} tower")
+    shrinks = geometry.max_tiles is not None
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        **_decoder_fields(config.decoder),
+        "bos_token_id": config.source.get("text_config", {}).get("bos_token_id"),
+        "eos_token_id": _eos(config),
+        "pad_token_id": config.pad_token_id,
+        "tie_word_embeddings": config.decoder.tie_embeddings,
+        "use_mm_proj": True,
+        "mm_hidden_size": vision.hidden_size,
+        "mm_projector_type": f"mlp{projector.depth}x_gelu",
+        "mm_vision_tower": tower_name,
+        "mm_vision_select_layer": vision.feature_layers[0] if vision.kind == "clip" else -2,
+        "mm_vision_select_feature": "cls_patch" if vision.keep_class_row else "patch",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "mm_patch_merge_type": geometry.merge,
+        "image_aspect_ratio": f"anyres_max_{geometry.max_tiles}" if shrinks else ratios[geometry.aspect],
+        "image_grid_pinpoints": [[width, height] for height, width in geometry.canvases] or None,
+        "unfreeze_mm_vision_tower": True,  # tells the original loader that the tower's weights are in the checkpoint
+        **_original_video(config),
+    }
+
+
+def tower_fields(vision: VisionConfig) -> dict[str, Any]:
+    """A transformers vision config, without a pooling head."""
+    head = {"vision_use_head": False} if vision.kind == "siglip" else {}
+    return head | {
+        "model_type": f"{vision.kind}_vision_model",
+        "hidden_size": vision.hidden_size,
+        "intermediate_size": vision.intermediate_size,
+        "num_hidden_layers": vision.num_layers,
+        "num_attention_heads": vision.num_heads,
+        "num_channels": 3,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "hidden_act": vision.activation,
+        "layer_norm_eps": vision.layer_norm_eps,
+    }
+
+
+def tower_processor_fields(vision: VisionConfig) -> dict[str, Any]:
+    """The image processor of a tower's own repository: CLIP's crops, SigLIP's squashes."""
+    square = {"height": vision.image_size, "width": vision.image_size}
+    fields = _pixel_fields(vision)
+    if vision.kind == "siglip":
+        return {"image_processor_type": "SiglipImageProcessor", "size": square, **fields}
+    size = {"size": {"shortest_edge": vision.image_size}, "crop_size": square, "do_center_crop": True}
+    return {"image_processor_type": "CLIPImageProcessor", **size, **fields}
+
+
+def own_tower(vision: VisionConfig) -> VisionConfig:
+    """The tower as its own repository has it: original LLaVA deletes SigLIP's last layer, and picks features."""
+    layers = vision.num_layers + (vision.kind == "siglip")
+    return dataclasses.replace(vision, num_layers=layers, feature_layers=(-2,), keep_class_row=False)
+
+
+def known_tower_name(vision: VisionConfig) -> str | None:
+    """The Hub repository that has exactly this tower, if it is one of the known ones."""
+    return next((name for name, known in KNOWN_TOWERS.items() if known == own_tower(vision)), None)
+
+
+def image_processor_fields(config: LlavaConfig) -> dict[str, Any]:
+    """preprocessor_config.json for transformers."""
+    geometry, size = config.geometry, config.geometry.tile_size
+    model_type = hf_model_type(config)
+    square = {"height": size, "width": size}
+    common = _pixel_fields(config.vision)
+    if model_type == "llava_onevision":
+        kind = {"image_processor_type": "LlavaOnevisionImageProcessor", "size": square, "do_pad": True}
+    elif config.vision.kind == "siglip" and model_type == "llava" and geometry.aspect == "squash":
+        kind = {"image_processor_type": "SiglipImageProcessor", "size": square}
+    else:
+        name = "LlavaImageProcessor" if model_type == "llava" else "LlavaNextImageProcessor"
+        kind = {"image_processor_type": name, "size": {"shortest_edge": size}, "crop_size": square}
+        kind |= {"do_center_crop": True, "do_pad": geometry.aspect in ("pad", "anyres")}
+    if model_type != "llava":
+        kind["image_grid_pinpoints"] = [list(pair) for pair in geometry.canvases]
+    return common | kind
+
+
+def video_processor_fields(config: LlavaConfig) -> dict[str, Any] | None:
+    """video_preprocessor_config.json for transformers; None for a model that takes no video."""
+    images, model_type = image_processor_fields(config), hf_model_type(config)
+    if model_type not in ("llava_next_video", "llava_onevision"):
+        return None
+    for field in ("image_processor_type", "image_grid_pinpoints", "do_pad"):
+        images.pop(field, None)
+    name = "LlavaNextVideoVideoProcessor" if model_type == "llava_next_video" else "LlavaOnevisionVideoProcessor"
+    return {"video_processor_type": name, **images}
+
+
+def processor_fields(config: LlavaConfig) -> dict[str, Any]:
+    """processor_config.json for transformers."""
+    model_type, vision = hf_model_type(config), config.vision
+    names = {kind: name.removesuffix("ForConditionalGeneration") + "Processor" for kind, name in _HF_CLASSES.items()}
+    strategy = {"vision_feature_select_strategy": _select_strategy(vision), "image_token": "<image>"}
+    if model_type == "llava_onevision":
+        return strategy | {
+            "processor_class": names[model_type],
+            "num_image_tokens": vision.patches_per_tile,
+            "vision_aspect_ratio": f"anyres_max_{config.geometry.max_tiles}",
+            "video_token": "<video>",
+        }
+    return strategy | {
+        "processor_class": names[model_type],
+        "patch_size": vision.patch_size,
+        "num_additional_image_tokens": int(vision.has_class_row),
+    }
+
+
+def _pixel_fields(vision: VisionConfig) -> dict[str, Any]:
+    return {
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(vision.image_mean),
+        "image_std": list(vision.image_std),
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+    }
+
+
+def _select_strategy(vision: VisionConfig) -> str:
+    return "full" if vision.keep_class_row or not vision.has_class_row else "default"
+
+
+def _eos(config: LlavaConfig) -> int | list[int] | None:
+    ids = list(config.eos_token_ids)
+    return (ids[0] if len(ids) == 1 else ids) or None
+
+
+def _decoder_fields(decoder: DecoderConfig) -> dict[str, Any]:
+    """A decoder config in 4.x fields (rope_theta, rope_scaling), which every transformers so far reads."""
+    fields = {
+        "vocab_size": decoder.vocab_size,
+        "hidden_size": decoder.hidden_size,
+        "intermediate_size": decoder.intermediate_size,
+        "num_hidden_layers": decoder.num_layers,
+        "num_attention_heads": decoder.num_heads,
+        "num_key_value_heads": decoder.num_kv_heads,
+        "head_dim": decoder.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": decoder.max_positions,
+        "rms_norm_eps": decoder.rms_norm_eps,
+        "rope_theta": decoder.rope.theta,
+        "tie_word_embeddings": decoder.tie_embeddings,
+    }
+    if decoder.rope.kind != "default":
+        scaling = _rope_scaling(decoder.rope)
+        fields["rope_scaling"] = scaling | {"type": scaling["rope_type"]}  # named so before 4.43
+    if decoder.family == "llama":
+        fields |= {"attention_bias": decoder.o_bias, "mlp_bias": decoder.mlp_bias}
+    if decoder.family == "mistral":
+        fields["sliding_window"] = decoder.window_of(0)
+    if decoder.family == "qwen2":
+        windows = decoder.sliding_windows or (None,) * decoder.num_layers
+        fields |= {
+            "use_sliding_window": any(windows),
+            "sliding_window": next((window for window in windows if window), None),
+            "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
+        }
+    return fields
+
+
+def _rope_scaling(rope: RopeConfig) -> dict[str, Any]:
+    scaling: dict[str, Any] = {"rope_type": rope.kind}
+    if rope.kind != "default":
+        scaling["factor"] = rope.factor
+    if rope.kind == "llama3":
+        scaling |= {
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_max_positions,
+        }
+    return scaling
+
+
+def _original_video(config: LlavaConfig) -> dict[str, Any]:
+    geometry = config.geometry
+    if geometry.video_pool == "none":
+        return {}
+    pool = {"mm_spatial_pool_mode": geometry.video_pool, "mm_spatial_pool_stride": geometry.video_pool_stride}
+    if geometry.video_pool_stage == "before":
+        return pool | {"mm_resampler_type": "spatial_pool", "mm_spatial_pool_out_channels": config.vision.hidden_size}
+    return pool | {"mm_newline_position": geometry.video_newline}

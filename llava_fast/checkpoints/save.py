@@ -1,0 +1,200 @@
+"""Saving a model in either layout, whole or not at all.
+
+Everything is written beside the destination and renamed into place at the end, so that a run that dies leaves the
+destination as it was. Weights go out shard by shard: at most one shard is copied to the host at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from llava_fast.checkpoints import layouts
+from llava_fast.checkpoints.names import to_stored
+from llava_fast.errors import CheckpointError
+from llava_fast.models.config import LlavaConfig
+
+SIDE_FILES = (
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+"""Small files of a checkpoint that are kept in memory with a loaded model, so that saving can write them back."""
+
+_HF_ONLY = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_ROWS_MULTIPLE = 64  # vocabularies are rounded up to this, as transformers' conversions do
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    layout: Literal["hf", "original"] = "hf",
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+) -> None:
+    """Write a LlavaModel as safetensors with config, tokenizer and processor files.
+
+    A model in the layout it was loaded from keeps its config.json and side files. In the other layout these are
+    derived, and each image gets the same tiles as before; an original checkpoint gains an `<image>` token for
+    Hugging Face's (new vocabulary rows hold the mean of the others, so that greedy decoding never picks one).
+
+    Raises CheckpointError, and leaves `path` as it was, if `path` holds something and `overwrite` is not set, or if
+    the layout cannot hold this model.
+    """
+    if layout not in ("hf", "original"):
+        raise CheckpointError(f"layout is {layout!r}; supported are 'hf' and 'original'")
+    path = Path(path).expanduser().resolve()
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path} is a file; give a directory to save into")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise CheckpointError(f"{path} is not empty; choose another directory or pass overwrite=True")
+    config, tensors, tokenizer = model.config, dict(model.named_parameters()), model.tokenizer
+    image_token_id, video_token_id = config.image_token_id, config.video_token_id
+    if layout == "hf" and config.layout == "original":
+        tokenizer, image_token_id, video_token_id = _with_visual_tokens(tokenizer, config)
+        tensors = _with_vocabulary(tensors, max(image_token_id, video_token_id or 0) + 1)
+    embedding = tensors["decoder.embed_tokens.weight"]
+    written = _config(config, layout, image_token_id, video_token_id, vocab_size=len(embedding))
+    written["dtype" if "dtype" in written else "torch_dtype"] = str(embedding.dtype).removeprefix("torch.")
+
+    with _written_whole(path) as directory:
+        _write_weights(directory, tensors, layout, config.projector.kind, max_shard_size)
+        _write_json(directory / "config.json", written)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+        _write_side_files(directory, config, layout, getattr(model, "side_files", {}))
+
+
+def read_side_files(path: Path) -> dict[str, str]:
+    """The texts of SIDE_FILES that a checkpoint directory has."""
+    return {name: (path / name).read_text(encoding="utf-8") for name in SIDE_FILES if (path / name).is_file()}
+
+
+def _config(
+    config: LlavaConfig, layout: str, image_token_id: int, video_token_id: int | None, vocab_size: int
+) -> dict[str, Any]:
+    if layout == config.layout == "hf" and config.source:
+        return dict(config.source)
+    if layout == "hf":
+        return layouts.to_hf(config, image_token_id, video_token_id, vocab_size)
+    name, _ = _tower_name(config)
+    if config.layout == "hf":
+        return layouts.to_original(config, name)
+    # The weights now include the tower, which the last field tells the original loader.
+    return config.source | {"mm_vision_tower": name, "unfreeze_mm_vision_tower": True}
+
+
+def _tower_name(config: LlavaConfig) -> tuple[str, str | None]:
+    """(mm_vision_tower, folder inside the checkpoint that describes the tower, None for a known one)."""
+    name = config.source.get("mm_vision_tower")
+    known = layouts.known_tower_name(config.vision)
+    if known is not None and (name is None or Path(name).name == Path(known).name):
+        return name or known, None
+    if name is None or Path(name).is_absolute() or ".." in Path(name).parts:
+        name = f"{config.vision.kind}_vision_tower"
+    return name, name
+
+
+def _write_side_files(directory: Path, config: LlavaConfig, layout: str, side_files: dict[str, str]) -> None:
+    for name, text in side_files.items():
+        if name not in _HF_ONLY or layout == config.layout == "hf":
+            (directory / name).write_text(text, encoding="utf-8")
+    has_processor = any((directory / name).exists() for name in _HF_ONLY)
+    if layout == "hf" and not has_processor:
+        _write_json(directory / "preprocessor_config.json", layouts.image_processor_fields(config))
+        _write_json(directory / "processor_config.json", layouts.processor_fields(config))
+        if (video := layouts.video_processor_fields(config)) is not None:
+            _write_json(directory / "video_preprocessor_config.json", video)
+    if layout == "original" and (folder := _tower_name(config)[1]) is not None:
+        (directory / folder).mkdir(parents=True)
+        _write_json(directory / folder / "config.json", layouts.tower_fields(layouts.own_tower(config.vision)))
+        _write_json(directory / folder / "preprocessor_config.json", layouts.tower_processor_fields(config.vision))
+
+
+def _write_weights(
+    directory: Path, tensors: dict[str, torch.Tensor], layout: str, projector_kind: str, max_shard_size: int | str
+) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards  # only saving needs it
+
+    stored = {to_stored(name, layout, projector_kind): tensor.detach() for name, tensor in tensors.items()}
+    if unmade := [name for name, tensor in stored.items() if tensor.is_meta]:
+        raise CheckpointError(f"{unmade[0]} is on the meta device and has no values; load weights before saving")
+    split = split_torch_state_dict_into_shards(stored, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: stored[name].cpu().contiguous() for name in names}
+        save_file(shard, directory / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        _write_json(directory / "model.safetensors.index.json", index)
+
+
+def _with_visual_tokens(tokenizer: Any, config: LlavaConfig) -> tuple[Any, int, int | None]:
+    """A copy of an original checkpoint's tokenizer that knows `<image>` (and `<video>`), and their ids."""
+    if tokenizer is None:
+        raise CheckpointError("layout 'hf' needs a tokenizer with an image token, and this model has no tokenizer")
+    from transformers import AddedToken
+
+    tokenizer = copy.deepcopy(tokenizer)
+    takes_video = layouts.hf_model_type(config) in ("llava_next_video", "llava_onevision")
+    marks = ["<image>", "<video>"] if takes_video else ["<image>"]
+    known = tokenizer.get_vocab()
+    new = [AddedToken(mark, special=True, normalized=False) for mark in marks if mark not in known]
+    tokenizer.add_tokens(new, special_tokens=True)
+    ids = tokenizer.convert_tokens_to_ids(marks)
+    return tokenizer, ids[0], ids[1] if takes_video else None
+
+
+def _with_vocabulary(tensors: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+    """The tensors with at least `rows` rows of vocabulary, new ones the mean of the others: a mean logit is never
+    the largest."""
+    have = len(tensors["decoder.embed_tokens.weight"])
+    if rows <= have:
+        return tensors
+    wanted = -(-rows // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
+    grown = dict(tensors)
+    for name in ("decoder.embed_tokens.weight", "decoder.lm_head.weight"):
+        if name in tensors:
+            mean = tensors[name].detach().float().mean(0, keepdim=True).to(tensors[name].dtype)
+            grown[name] = torch.cat([tensors[name].detach(), mean.expand(wanted - have, -1)])
+    return grown
+
+
+@contextlib.contextmanager
+def _written_whole(path: Path) -> Iterator[Path]:
+    """A new directory beside `path` that takes its place when the block ends, and vanishes if it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.saving-{os.getpid()}")
+    old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        yield new
+        if path.exists():
+            path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
