@@ -208,6 +208,7 @@ def _geometry(hf, vision: VisionConfig, images: dict[str, Any], path: Path) -> V
         "compat": "hf",
         "class_rows": int(vision.keep_class_row),
         "pad_color": mean_color(vision.image_mean),
+        "frame_aspect": "crop" if vision.kind == "clip" else "squash",
     }
     if hf.model_type == "llava":
         return VisualGeometry(aspect=_single_tile_aspect(images, vision.image_size, path), **common)

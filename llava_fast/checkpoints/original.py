@@ -135,6 +135,7 @@ def _geometry(source: dict[str, Any], vision: VisionConfig, merge: str, path: Pa
             max_tiles=int(shrink[1]) if shrink else None,
             class_rows=int(vision.keep_class_row),
             pad_color=mean_color(vision.image_mean),
+            frame_aspect=plain,
             **_video(source, merge, path),
         )
     except ImageError as problem:

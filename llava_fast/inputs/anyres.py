@@ -55,6 +55,9 @@ class VisualGeometry:
     merge       "flat", "spatial", "spatial_unpad"; LLaVA-NeXT also appends "_maxpool2x2" and "_nobase".
     max_tiles   N of anyres_max_N: more rows than N tiles hold are shrunk bilinearly. None: never.
     class_rows  1 when the tower's class row is kept ("full" / "cls_patch"), else 0.
+    frame_aspect  how a video frame becomes its one tile, whatever `aspect` images have: by the tower's own image
+                processor, CLIP's "crop" or SigLIP's "squash".
+    multi_image_anyres  False: images that share a request get one mean-coloured square tile each (OneVision).
     """
 
     tile_size: int
@@ -68,6 +71,7 @@ class VisualGeometry:
     pad_color: tuple[int, int, int] = (0, 0, 0)
     multi_image_anyres: bool = True
     single_tile_newline: bool = True
+    frame_aspect: Literal["squash", "crop"] = "squash"
     video_pool: Literal["none", "average", "max", "bilinear"] = "none"
     video_pool_stride: int = 2
     video_pool_stage: Literal["before", "after"] = "before"
@@ -199,18 +203,20 @@ def image_views(geometry: VisualGeometry, height: int, width: int, alone: bool =
     """The resizes that make an image's tiles, base view first.
 
     `alone` is False for an image that shares its request with others: LLaVA-OneVision then gives each a single
-    tile. Raises ImageError for an empty image.
+    padded tile. Raises ImageError for an empty image.
     """
     check_size(height, width)
-    tile = geometry.tile_size
+    tile, aspect = geometry.tile_size, geometry.aspect
     base = View(size=(tile, tile), offset=(0, 0), canvas=(tile, tile))
-    if geometry.aspect == "pad":
+    if aspect in ("anyres", "highres") and not (alone or geometry.multi_image_anyres):
+        aspect = "pad"
+    if aspect == "pad":
         return (dataclasses.replace(base, square=True, fill=geometry.pad_color),)
-    if geometry.aspect == "crop":
+    if aspect == "crop":
         return (_shortest_edge_crop(height, width, tile),)
-    if not _is_tiled(geometry, alone):
+    if aspect == "squash":
         return (base,)
-    if geometry.aspect == "highres":
+    if aspect == "highres":
         edge = max(max(pair) for pair in geometry.pinpoints)
         square = View(
             size=(edge, edge), offset=(0, 0), canvas=(edge, edge), square=True, fill=geometry.pad_color
@@ -223,10 +229,8 @@ def image_views(geometry: VisualGeometry, height: int, width: int, alone: bool =
 
 
 def frame_views(geometry: VisualGeometry, height: int, width: int) -> tuple[View, ...]:
-    """The resize that makes a video frame's one tile: padded or cropped where images are, else squashed."""
-    if geometry.aspect in ("anyres", "highres"):
-        geometry = dataclasses.replace(geometry, aspect="squash")
-    return image_views(geometry, height, width)
+    """The resize that makes a video frame's one tile; see `VisualGeometry.frame_aspect`."""
+    return image_views(dataclasses.replace(geometry, aspect=geometry.frame_aspect), height, width)
 
 
 @functools.lru_cache(maxsize=512)
@@ -311,10 +315,6 @@ def video_rows(geometry: VisualGeometry, frames: int) -> VisualRows:
 def count_image_rows(geometry: VisualGeometry, height: int, width: int) -> int:
     """Decoder rows of one image of this size: the length of `image_rows`, so the two cannot disagree."""
     return len(image_rows(geometry, height, width))
-
-
-def _is_tiled(geometry: VisualGeometry, alone: bool) -> bool:
-    return geometry.aspect in ("anyres", "highres") and (alone or geometry.multi_image_anyres)
 
 
 def _shortest_edge_crop(height: int, width: int, tile: int) -> View:
