@@ -9,10 +9,10 @@ hold); Hu et al. 2021 (LoRA); huggingface/peft's adapter_config.json fields.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,20 +27,6 @@ _PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _EXTRA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 _UNSUPPORTED = {"use_dora": False, "bias": "none", "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {}}
-
-
-@dataclass(frozen=True, eq=False)
-class MergedTensor(StoredTensor):
-    """A base weight [out, in] with LoRA factors `a` [rank, in] and `b` [out, rank]; merged when it is read."""
-
-    base: StoredTensor | None = None
-    a: StoredTensor | None = None
-    b: StoredTensor | None = None
-    scale: float = 1.0
-
-    def read(self) -> torch.Tensor:
-        update = self.b.read().float() @ self.a.read().float()
-        return update.mul_(self.scale).add_(self.base.read()).to(self.dtype)
 
 
 def find_projector_file(path: Path) -> Path | None:
@@ -73,10 +59,15 @@ def add_lora(base: Mapping[str, StoredTensor], path: Path) -> dict[str, StoredTe
                 f"{file}: LoRA of {name} is {list(b.shape)} x {list(a.shape)} and the base has {found}; "
                 "give the base model it was trained on as model_base"
             )
-        tensors[name] = MergedTensor(
-            weight.file, weight.key, weight.shape, weight.dtype, base=weight, a=a, b=b, scale=scale
-        )
+        merge = functools.partial(_merge, weight, a, b, scale)
+        tensors[name] = StoredTensor(weight.file, weight.key, weight.shape, weight.dtype, merge)
     return tensors
+
+
+def _merge(weight: StoredTensor, a: StoredTensor, b: StoredTensor, scale: float) -> torch.Tensor:
+    """W [out, in] + scale * B [out, rank] @ A [rank, in], in W's dtype."""
+    update = b.load().float() @ a.load().float()
+    return update.mul_(scale).add_(weight.load()).to(weight.dtype)
 
 
 def _scale(path: Path) -> float:

@@ -30,7 +30,11 @@ _ORIGINAL_TYPES = {
 
 
 def hf_model_type(config: LlavaConfig) -> str:
-    """Which of transformers' four LLaVA classes computes what this config says; CheckpointError if none does."""
+    """Which of transformers' four LLaVA classes computes what this config says of images; CheckpointError if none.
+
+    Of videos, transformers knows two kinds only: pooled before the projector (llava_next_video), or bilinear after it
+    (llava_onevision). Another kind becomes llava_next, which takes no video.
+    """
     if config.layout == "hf":
         return config.model_type
     geometry = config.geometry

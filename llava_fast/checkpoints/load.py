@@ -108,7 +108,7 @@ def load_weights(
     expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     check_tensors(expected, checkpoint.tensors, checkpoint.path)
     for name, parameter in parameters.items():
-        value = checkpoint.tensors[name].read().to(device=device, dtype=dtype)
+        value = checkpoint.tensors[name].load().to(device=device, dtype=dtype)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
     model.side_files = dict(checkpoint.side_files)
@@ -163,7 +163,7 @@ def _stored_dtype(tensors: Mapping[str, StoredTensor], path: Path) -> torch.dtyp
 
 def _check_tied(head: StoredTensor, embedding: StoredTensor | None) -> None:
     """A tied checkpoint may store the head as well; it must then be the embedding."""
-    if embedding is not None and not torch.equal(head.read(), embedding.read()):
+    if embedding is not None and not torch.equal(head.load(), embedding.load()):
         raise CheckpointError(
             f"{head.file}: {head.key!r} differs from the token embedding though config.json ties them; "
             "set tie_word_embeddings to false in config.json"

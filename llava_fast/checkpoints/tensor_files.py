@@ -1,12 +1,14 @@
 """The tensors of a checkpoint directory, by stored name, read one at a time through a memory map.
 
-Only headers are read until a tensor is asked for. A safetensors file is mapped once per tensor, so one that
-is converted gives its pages back at once, and one that is kept is a view of the file rather than a copy.
+Only headers are read until a tensor is asked for, and one that is kept as it is stored is a view of its file, not a
+copy.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -38,20 +40,31 @@ _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """One tensor in a file: what it is, without its data. `held` is set for .bin shards (a mapped tensor)."""
+    """One tensor in a file: what it is, and `load`, which reads it onto the CPU in its stored dtype."""
 
     file: Path
     key: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    held: torch.Tensor | None = None
+    load: Callable[[], torch.Tensor]
 
-    def read(self) -> torch.Tensor:
-        """The tensor on the CPU, in its stored dtype, backed by the file."""
-        if self.held is not None:
-            return self.held
-        with safe_open(self.file, framework="pt", device="cpu") as opened:
-            return opened.get_tensor(self.key)
+
+class _SafetensorsFile:
+    """A mapped file that is mapped anew every 4 MiB. A tensor that is kept keeps its mapping; one that is converted
+    or copied to a device lets it go, so that the pages it touched do not add up to the whole file."""
+
+    remap_after = 4 * 2**20
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.read_bytes = self.remap_after
+
+    def load(self, key: str, nbytes: int) -> torch.Tensor:
+        if self.read_bytes >= self.remap_after:
+            self.mapped = safe_open(self.file, framework="pt", device="cpu")
+            self.read_bytes = 0
+        self.read_bytes += nbytes
+        return self.mapped.get_tensor(key)
 
 
 def open_weights(path: Path) -> dict[str, StoredTensor]:
@@ -113,7 +126,12 @@ def _open_shards(path: Path, index: str) -> dict[str, StoredTensor]:
 
 
 def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
-    return {key: StoredTensor(file, key, shape, dtype) for key, shape, dtype in _safetensors_header(file)}
+    mapped = _SafetensorsFile(file)
+    tensors = {}
+    for key, shape, dtype in _safetensors_header(file):
+        load = functools.partial(mapped.load, key, math.prod(shape) * dtype.itemsize)
+        tensors[key] = StoredTensor(file, key, shape, dtype, load)
+    return tensors
 
 
 def _safetensors_header(file: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
@@ -148,4 +166,11 @@ def _open_pickle(file: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{file} cannot be read by torch.load ({problem}); download it again") from None
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise CheckpointError(f"{file} is not a plain dict of tensors, so it holds no model weights")
-    return {key: StoredTensor(file, key, tuple(t.shape), t.dtype, held=t) for key, t in content.items()}
+    return {
+        key: StoredTensor(file, key, tuple(tensor.shape), tensor.dtype, functools.partial(_identity, tensor))
+        for key, tensor in content.items()
+    }
+
+
+def _identity(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

@@ -41,6 +41,7 @@ from llava_fast.checkpoints.load import load_checkpoint
 from llava_fast.checkpoints.save import save
 from llava_fast.errors import CheckpointError
 from llava_fast.inputs.anyres import count_image_rows, image_views
+from llava_fast.inputs.processor import Processor
 
 CLASSES = {
     "llava": LlavaForConditionalGeneration,
@@ -386,3 +387,23 @@ def test_a_model_built_by_hand_writes_its_config(tmp_path, kind, rope):
     theirs = transformers_reads(kind, tmp_path / "b")
     wanted = hf_config(kind, text={"rope_parameters": rope}).text_config.rope_parameters
     assert theirs.config.text_config.rope_parameters.items() >= wanted.items()
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_next", "llava_onevision"])
+def test_answers_survive_the_other_layout(tmp_path, kind):
+    """The same prompt and image give the same logits, bit for bit, from both layouts of one model."""
+    save_hf(kind, tmp_path / "hf")
+    processor = {"do_pad": True, "size": {"shortest_edge": 28}, "crop_size": 28} if kind == "llava" else {}
+    (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps(processor))
+    words = tokenizer("<video>", "<image>")
+    model = reload(tmp_path / "hf")
+    save(model, tmp_path / "original", layout="original")
+    other = reload(tmp_path / "original")
+    image = np.random.default_rng(0).integers(0, 256, (41, 90, 3), dtype=np.uint8)
+    request = {"prompt": "w3 w4 <image> w5", "images": [image]}
+    outputs = []
+    for one in (model, other):
+        one.processor = Processor(one.config.geometry, words, one.config.image_token_id, template=None)
+        with torch.no_grad():
+            outputs.append(one.eval()(one.prepare([request]), logits="all").logits)
+    assert torch.equal(*outputs)

@@ -41,7 +41,7 @@ def tower(prefix):
 def stored(shapes):
     """What the files of a checkpoint would say of themselves: names, shapes, no values."""
     meta = {name: torch.empty(shape, dtype=torch.float16, device="meta") for name, shape in shapes.items()}
-    return {name: StoredTensor(Path("f"), name, tuple(t.shape), t.dtype, held=t) for name, t in meta.items()}
+    return {name: StoredTensor(Path("f"), name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in meta.items()}
 
 
 def count(shapes):
