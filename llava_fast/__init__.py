@@ -9,15 +9,21 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from llava_fast.api import count_tokens, load
+    from llava_fast.checkpoints.save import save
 
-_HOMES = {"load": "llava_fast.api", "count_tokens": "llava_fast.api", "ops": "llava_fast.ops"}
+_HOMES = {
+    "load": "llava_fast.api",
+    "count_tokens": "llava_fast.api",
+    "save": "llava_fast.checkpoints.save",
+}
 
-__all__ = ["__version__", "count_tokens", "load"]
+__all__ = ["__version__", "count_tokens", "load", "save"]
 
 
 def __getattr__(name: str):
     """Import the parts that need torch only when they are used, so that `import llava_fast` is quick."""
+    if name == "ops":
+        return importlib.import_module("llava_fast.ops")
     if name not in _HOMES:
         raise AttributeError(f"module 'llava_fast' has no attribute {name!r}")
-    module = importlib.import_module(_HOMES[name])
-    return module if _HOMES[name].endswith(name) else getattr(module, name)
+    return getattr(importlib.import_module(_HOMES[name]), name)

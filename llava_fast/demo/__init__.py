@@ -1,0 +1,6 @@
+"""The digits demo: canvases of handwritten digits and the questions the shipped demo model answers."""
+
+from llava_fast.demo.canvas import Canvas, compose, split_scans
+from llava_fast.demo.questions import KINDS, PHRASINGS, answer, ask
+
+__all__ = ["KINDS", "PHRASINGS", "Canvas", "answer", "ask", "compose", "split_scans"]
