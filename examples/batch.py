@@ -22,5 +22,5 @@ requests = [
     ask("What is in this picture?", sys.argv[2]),
     ask("How do these two differ?", sys.argv[2], sys.argv[3]),
 ]
-for request, answer in zip(requests, model.generate(requests, max_new_tokens=64), strict=True):
+for answer in model.generate(requests, max_new_tokens=64):
     print(f"{answer.usage.prompt_tokens} tokens, {answer.usage.visual_tokens} of them visual: {answer.text}")

@@ -143,7 +143,7 @@ def _in_blocks(pixels: np.ndarray, columns: int) -> Text:
     text = Text()
     for y in range(0, 2 * rows, 2):
         for x in range(columns):
-            upper, lower = ("#%02x%02x%02x" % tuple(int(v) for v in small[y + d, x]) for d in (0, 1))
+            upper, lower = (f"rgb({r},{g},{b})" for r, g, b in small[y : y + 2, x])
             text.append("\u2580", style=f"{upper} on {lower}")
         text.append("\n")
     return text
