@@ -79,8 +79,10 @@ def _scale(path: Path) -> float:
             raise CheckpointError(
                 f"{path / ADAPTER_CONFIG}: {field} {adapter[field]!r} is not supported; merge the adapter with peft"
             )
-    rank = adapter["r"]
-    return adapter["lora_alpha"] / (math.sqrt(rank) if adapter.get("use_rslora") else rank)
+    rank, alpha = adapter.get("r"), adapter.get("lora_alpha")
+    if not rank or alpha is None:
+        raise CheckpointError(f"{path / ADAPTER_CONFIG} states no r and lora_alpha, so LoRA cannot be scaled")
+    return alpha / (math.sqrt(rank) if adapter.get("use_rslora") else rank)
 
 
 def _factors(stored: Mapping[str, StoredTensor], file: Path) -> dict[str, tuple[StoredTensor, StoredTensor]]:

@@ -81,7 +81,10 @@ def read_original_config(path: Path, vision_tower: str | Path | None = None) -> 
 def _decoder(source: dict[str, Any], family: str, path: Path):
     from transformers import CONFIG_MAPPING  # seconds to import, as in config.py
 
-    text = CONFIG_MAPPING[family](**{field: source[field] for field in _DECODER_FIELDS if field in source})
+    try:
+        text = CONFIG_MAPPING[family](**{field: source[field] for field in _DECODER_FIELDS if field in source})
+    except Exception as problem:  # its validators raise a dozen unrelated types
+        raise CheckpointError(f"{path}: config.json describes no {family} decoder: {problem}") from problem
     return decoder_config(text, path, tied=bool(text.tie_word_embeddings))
 
 

@@ -131,6 +131,7 @@ def test_peft_reads_the_same_scale(tmp_path):
     "changes, message",
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"r": None}, "states no r and lora_alpha"),
         ({"use_dora": True}, "use_dora True is not supported"),
         ({"bias": "all"}, "bias 'all' is not supported"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),

@@ -235,6 +235,7 @@ def test_video(tmp_path, fields, video):
         ({"mm_resampler_type": "qformer"}, "mm_resampler_type 'qformer' is not supported"),
         ({"mm_resampler_type": "spatial_pool", "mm_spatial_pool_mode": "conv"}, "mm_spatial_pool_mode is 'conv'"),
         ({"mm_patch_merge_type": "spatial", "mm_newline_position": "grid"}, "needs an unpadding"),
+        ({"hidden_size": "wide"}, "describes no llama decoder"),
         ({"s2": True}, "s2 .* not supported"),
         ({"mm_vision_tower": None}, "no mm_vision_tower"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised"),
