@@ -17,10 +17,10 @@ from tiny_checkpoints import (
     hf_config,
     hf_model,
     save_hf,
+    tokenizer,
     write_original,
     write_tower,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
@@ -31,7 +31,6 @@ from transformers import (
     LlavaNextVideoForConditionalGeneration,
     LlavaOnevisionForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
 )
 
 from llava_fast.checkpoints import save as save_module
@@ -49,16 +48,6 @@ CLASSES = {
     "llava_next_video": LlavaNextVideoForConditionalGeneration,
     "llava_onevision": LlavaOnevisionForConditionalGeneration,
 }
-
-
-def tokenizer(*marks, size=94):
-    """A word-level tokenizer of `size` words, then `marks` as special tokens."""
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{number}": number for number in range(3, size)}
-    words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    fast.add_special_tokens({"additional_special_tokens": list(marks)})
-    return fast
 
 
 def with_tokenizer(model, *marks, size=94):
