@@ -73,6 +73,8 @@ def save(
     with _written_whole(path) as directory:
         _write_weights(directory, tensors, layout, config.projector.kind, max_shard_size)
         _write_json(directory / "config.json", written)
+        for file in directory.glob("*.safetensors"):  # safetensors writes files that only their owner can read
+            shutil.copymode(directory / "config.json", file)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         _write_side_files(directory, config, layout, getattr(model, "side_files", {}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from importlib.resources import files
@@ -94,9 +93,11 @@ def _timing_table(model, path: Path, request: dict, compare: bool) -> Table:
 
 def _transformers_times(path: Path, model, request: dict) -> tuple[float, float, float]:
     """The same three stages in transformers. Refuses to compare unless it gives the same tokens."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     theirs = LlavaNextForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
     processor = LlavaNextProcessor.from_pretrained(path)
     segments, images, _ = model.processor.render(request)
