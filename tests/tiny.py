@@ -1,0 +1,298 @@
+"""Tiny random models of the kinds transformers knows, saved once and held by both sides; shared by the tests."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionProcessor,
+    LlavaProcessor,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+import llava_fast
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<image>", "<video>", "<pad>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
+IMAGE_ID, VIDEO_ID, PAD_ID = SPECIAL.index("<image>"), SPECIAL.index("<video>"), SPECIAL.index("<pad>")
+MERGES = ["h e", "l l", "he ll", "hell o", "Ġ t", "Ġt he", "Ġ a", "# #", "## #", "E R", "E N"]
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "max_position_embeddings": 4096}
+
+
+@functools.lru_cache
+def tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the 256 bytes and a few merges; with `bos`, "<s>" comes first as Llama's does."""
+    tokens = SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens += [merge.replace(" ", "") for merge in MERGES]
+    inner = Tokenizer(
+        models.BPE({t: i for i, t in enumerate(tokens)}, [tuple(m.split()) for m in MERGES], unk_token="<unk>")
+    )
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    if bos:
+        inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token="</s>" if bos else "<|im_end|>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        additional_special_tokens=["<image>", "<video>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"],
+    )
+
+
+VOCABULARY = len(SPECIAL) + 256 + len(MERGES) + 4  # a few rows no token uses, as real checkpoints have
+
+
+@dataclass(frozen=True)
+class Case:
+    """One variant: transformers' kind, its decoder and what differs from the defaults."""
+
+    kind: str
+    text: Any = LlamaConfig
+    text_options: dict = field(default_factory=dict)
+    tower_options: dict = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
+    pinpoints: tuple = ((56, 112), (112, 56), (112, 112), (168, 56), (56, 168))
+    tile: int = 56
+    patch: int = 8
+    scale: float = 0.2
+
+
+def _grid(tile: int, most: int) -> tuple:
+    return tuple((tile * h, tile * w) for h in range(1, most + 1) for w in range(1, most + 1))
+
+
+ROPE_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+CASES = {
+    "llava15": Case("llava", tile=48),
+    "llava15_full": Case("llava", options={"vision_feature_select_strategy": "full"}, patch=14),
+    "llava15_layers": Case("llava", options={"vision_feature_layer": [-3, 1, -1]}),
+    "next": Case("llava_next"),
+    "next_first_layer": Case(
+        "llava_next", options={"vision_feature_layer": 1}, tile=48, pinpoints=((48, 96), (96, 48), (96, 96))
+    ),
+    "next_mistral_window": Case(
+        "llava_next",
+        MistralConfig,
+        {"sliding_window": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24},
+        tile=48,
+        pinpoints=_grid(48, 2),
+    ),
+    "next_llama3": Case(
+        "llava_next",
+        text_options={"rope_parameters": ROPE_LLAMA3, "num_attention_heads": 8, "num_key_value_heads": 2},
+        tile=40,
+        pinpoints=((40, 80), (80, 40), (80, 80), (120, 40), (40, 120)),
+    ),
+    "next_biases": Case(
+        "llava_next",
+        text_options={"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+        options={"tie_word_embeddings": True},
+        tile=48,
+        pinpoints=_grid(48, 3),
+    ),
+    "next_qwen": Case("llava_next", Qwen2Config, tile=48, pinpoints=((96, 96), (48, 144), (144, 48))),
+    "next_dynamic_rope": Case(
+        "llava_next",
+        text_options={
+            "max_position_embeddings": 96,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+        },
+        tile=32,
+        pinpoints=_grid(32, 2),
+    ),
+    "video": Case(
+        "llava_next_video",
+        text_options={"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        options={"spatial_pool_mode": "average"},
+    ),
+    "video_max_odd": Case("llava_next_video", MistralConfig, options={"spatial_pool_mode": "max"}, patch=11),
+    "onevision": Case(
+        "llava_onevision",
+        Qwen2Config,
+        options={"vision_aspect_ratio": "anyres_max_3", "tie_word_embeddings": True},
+        pinpoints=_grid(56, 4),
+    ),
+    "onevision_window": Case(
+        "llava_onevision",
+        Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1, "num_key_value_heads": 4},
+        options={"vision_aspect_ratio": "anyres_max_9", "vision_feature_layer": -2, "tie_word_embeddings": False},
+        tile=58,
+        patch=14,
+        pinpoints=_grid(58, 3),
+    ),
+}
+MODELS = {
+    "llava": (LlavaConfig, LlavaForConditionalGeneration),
+    "llava_next": (LlavaNextConfig, LlavaNextForConditionalGeneration),
+    "llava_next_video": (LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration),
+    "llava_onevision": (LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration),
+}
+
+
+def hf_config(case: Case):
+    config_class, _ = MODELS[case.kind]
+    tower = {**TOWER, "image_size": case.tile, "patch_size": case.patch, **case.tower_options}
+    vision = SiglipVisionConfig(vision_use_head=False, **tower)
+    if case.kind != "llava_onevision":
+        vision = CLIPVisionConfig(projection_dim=32, **tower)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PAD_ID}
+    text = case.text(**{"vocab_size": VOCABULARY, **TEXT, **heads, **ends, **case.text_options})
+    options = {"image_token_id": IMAGE_ID, "vision_feature_layer": -2, **case.options}
+    if case.kind != "llava":
+        options["image_grid_pinpoints"] = [list(pair) for pair in case.pinpoints]
+    if case.kind in ("llava_next_video", "llava_onevision"):
+        options["video_token_id"] = VIDEO_ID
+    return config_class(vision_config=vision, text_config=text, **options)
+
+
+def hf_model(case: Case, seed: int = 0):
+    """A random float32 transformers model, its weights scaled so that greedy answers do not repeat themselves."""
+    torch.manual_seed(seed)
+    model = MODELS[case.kind][1](hf_config(case)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            else:
+                parameter.normal_(0, case.scale if parameter.dim() > 1 else 0.1)
+    return model
+
+
+def image_processor(case: Case):
+    """transformers' own image processor of the PIL kind."""
+    square = {"height": case.tile, "width": case.tile}
+    pinpoints = [list(pair) for pair in case.pinpoints]
+    if case.kind == "llava":
+        return CLIPImageProcessorPil(size={"shortest_edge": case.tile}, crop_size=square)
+    if case.kind == "llava_onevision":
+        return LlavaOnevisionImageProcessorPil(size=square, image_grid_pinpoints=pinpoints)
+    return LlavaNextImageProcessorPil(
+        size={"shortest_edge": case.tile}, crop_size=square, image_grid_pinpoints=pinpoints
+    )
+
+
+def frame_processor(case: Case):
+    """What makes a video's frames: the same settings as transformers' video processor, which needs torchvision."""
+    square = {"height": case.tile, "width": case.tile}
+    if case.kind == "llava_onevision":
+        from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
+
+        return SiglipImageProcessorPil(
+            size=square, resample=PILImageResampling.BICUBIC, image_mean=OPENAI_CLIP_MEAN, image_std=OPENAI_CLIP_STD
+        )
+    return CLIPImageProcessorPil(size={"shortest_edge": case.tile}, crop_size=square)
+
+
+def hf_processor(case: Case):
+    """transformers' processor: LLaVA, NeXT or OneVision (without videos, whose part needs torchvision)."""
+    strategy = case.options.get("vision_feature_select_strategy", "default")
+    words, images = tokenizer(bos=case.kind != "llava_onevision"), image_processor(case)
+    if case.kind == "llava_onevision":
+        processor = LlavaOnevisionProcessor.__new__(LlavaOnevisionProcessor)
+        processor.image_processor, processor.tokenizer, processor.image_token = images, words, "<image>"
+        processor.num_image_tokens = (case.tile // case.patch) ** 2
+        processor.vision_feature_select_strategy = "full"
+        processor.vision_aspect_ratio = case.options["vision_aspect_ratio"]
+        return processor
+    kind = LlavaProcessor if case.kind == "llava" else LlavaNextProcessor
+    return kind(
+        image_processor=images,
+        tokenizer=words,
+        patch_size=case.patch,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=1,
+    )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same tiny checkpoint in transformers and here."""
+
+    case: Case
+    hf: Any
+    processor: Any
+    ours: Any
+
+    def reference_inputs(self, prompt: str, images: list[np.ndarray] = (), video: np.ndarray | None = None) -> dict:
+        """What transformers' model takes for a prompt with <image> and <video> marks."""
+        inputs: dict = {}
+        rows = []
+        if len(images):
+            pil = [Image.fromarray(image) for image in images]
+            onevision = self.case.kind == "llava_onevision"
+            inputs |= self.processor.image_processor([pil] if onevision else pil, return_tensors="pt")
+            rows = [len(self.processor.replace_image_token(inputs, i)) // len("<image>") for i in range(len(images))]
+        if video is not None:
+            frames = frame_processor(self.case)([Image.fromarray(frame) for frame in video], return_tensors="pt")
+            inputs["pixel_values_videos"] = frames["pixel_values"][None]
+        parts = prompt.split("<image>")
+        text = parts[0] + "".join("<image>" * count + part for count, part in zip(rows, parts[1:], strict=True))
+        if video is not None:
+            text = text.replace("<video>", "<video>" * self.video_rows(len(video)))
+        inputs |= self.ours.tokenizer(text, return_tensors="pt")
+        return inputs
+
+    def video_rows(self, frames: int) -> int:
+        side = self.case.tile // self.case.patch
+        if self.case.kind == "llava_onevision":
+            return frames * (-(-side // 2)) ** 2 + 1
+        return (side // 2) ** 2 * frames
+
+
+@functools.lru_cache
+def pair(name: str) -> Pair:
+    """The models of CASES[name], through a checkpoint on disk and `llava_fast.load`."""
+    case = CASES[name]
+    model, processor = hf_model(case), hf_processor(case)
+    with tempfile.TemporaryDirectory() as folder:
+        save(case, model, folder)
+        ours = llava_fast.load(folder)
+    return Pair(case, model, processor, ours)
+
+
+def save(case: Case, model, folder: str | Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer(bos=case.kind != "llava_onevision").save_pretrained(folder)
+    image_processor(case).save_pretrained(folder)
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A random uint8 image [height, width, 3]."""
+    return np.random.default_rng([seed, height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
