@@ -40,6 +40,8 @@ class Chat:
         Raises RequestError when the conversation outgrows the context, ImageError for a bad image.
         """
         chosen = GenerationOptions.of(**options)
+        if not isinstance(images, (list, tuple)):
+            raise RequestError(f"images must be a list, even of one image, got {type(images).__name__}")
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
         messages = [*self.messages, {"role": "user", "content": content}]
         sources = [*self._images, *images]
@@ -61,7 +63,6 @@ class Chat:
         row_of = self._cached[:common] + self._rows(rest, pieces)
         seen = [row for row in row_of if isinstance(row, int)]
         sequence = engine.new_sequence(self.model, chosen, seen, limit - total, chosen.seed)
-        self._cached = row_of[:common]
         for _ in engine.steps(self.model, batch, [sequence], cache):
             pass
         self._cached = row_of + sequence.token_ids[: cache.lengths[0] - total]
@@ -88,9 +89,7 @@ class Chat:
                 continue
             ids = part.ids.tolist()
             same = 0
-            while (
-                same < len(ids) and rows + same < len(self._cached) and self._cached[rows + same] == ids[same]
-            ):
+            while same < len(ids) and rows + same < len(self._cached) and self._cached[rows + same] == ids[same]:
                 same += 1
             if same == len(ids) and len(rest) == 1:
                 same -= 1
@@ -118,6 +117,7 @@ class Chat:
                 new.copy_rows(self._cache, keep)
             self._cache = new
         self._cache.lengths[0] = keep
+        self._cached = self._cached[:keep]
         return self._cache
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -125,8 +126,12 @@ class GenerationOptions:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 0:
-            raise RequestError(f"max_new_tokens must be 0 or more, got {self.max_new_tokens}")
+        if not isinstance(self.max_new_tokens, Integral) or self.max_new_tokens < 0:
+            raise RequestError(f"max_new_tokens must be a whole number, 0 or more, got {self.max_new_tokens!r}")
+        if not all(isinstance(s, str) for s in self.stop):
+            raise RequestError(f"stop must be a string or several, got {self.stop!r}")
+        if self.seed is not None and not (isinstance(self.seed, Integral) and 0 <= self.seed < 2**63):
+            raise RequestError(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed!r}")
 
     @classmethod
     def of(
@@ -141,7 +146,7 @@ class GenerationOptions:
         ignore_eos: bool = False,
     ) -> GenerationOptions:
         """From the keyword arguments of `generate`."""
-        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        stops = tuple(stop or ()) if isinstance(stop, (list, tuple, set, type(None))) else (stop,)
         sampling = SamplingOptions(temperature, top_p, top_k, repetition_penalty)
         return cls(max_new_tokens, sampling, stops, seed, ignore_eos)
 
@@ -150,18 +155,25 @@ def new_sequence(
     model: LlavaModel, options: GenerationOptions, prompt_ids: list[int], room: int, seed: int | None
 ) -> Sequence:
     """A sequence ready to run: `room` more rows fit its slot, `prompt_ids` count for the repetition penalty."""
-    template_stop = model.processor.template.stop if model.processor else ()
-    vocabulary = model.tokenizer.get_vocab()
-    end_ids = {vocabulary[s] for s in template_stop if s in vocabulary} | set(model.config.eos_token_ids)
-    stop = options.stop + tuple(s for s in template_stop if s not in vocabulary)
-    if options.ignore_eos:
-        end_ids, stop = set(), options.stop
+    stop, end_ids = options.stop, frozenset()
+    if not options.ignore_eos:
+        stop, end_ids = stop + model.processor.template.stop, frozenset(model.config.eos_token_ids)
+    # Special tokens leave no text behind, so a stop string that is one is met as a token.
+    special = {s: token for s in stop if (token := _special_id(model.tokenizer, s)) is not None}
     return Sequence(
         Sampler(options.sampling, seed, prompt_ids),
-        TextDecoder(model.tokenizer, stop),
-        frozenset(end_ids),
+        TextDecoder(model.tokenizer, tuple(s for s in stop if s not in special)),
+        end_ids | set(special.values()),
         max(0, min(options.max_new_tokens, room)),
     )
+
+
+def _special_id(tokenizer: Any, text: str) -> int | None:
+    """The id of the special token spelt `text`; None where `text` is ordinary."""
+    token = tokenizer.convert_tokens_to_ids(text)
+    if token is None or tokenizer.convert_ids_to_tokens(token) != text:
+        return None
+    return None if tokenizer.decode([token], skip_special_tokens=True) else token
 
 
 def text_ids(batch: Batch, sequence: int) -> list[int]:

@@ -77,9 +77,7 @@ class Llava(LlavaModel):
                 seed = options.seed + number
             room = limit - length
             if room <= 0 and options.max_new_tokens:
-                raise RequestError(
-                    f"request {number} fills the context of {limit} tokens: no room for an answer"
-                )
+                raise RequestError(f"request {number} fills the context of {limit} tokens: no room for an answer")
             ids = engine.text_ids(batch, number) if options.sampling.repetition_penalty != 1.0 else []
             sequences.append(engine.new_sequence(self, options, ids, room, seed))
         return batch, sequences, self.decoder.new_cache(len(requests), capacity)

@@ -7,6 +7,8 @@ Sources: Holtzman et al. 2020 (top-p); Fan et al. 2018 (top-k); Keskar et al. 20
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -24,16 +26,14 @@ class SamplingOptions:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise RequestError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise RequestError(f"top_p must be above 0 and at most 1 (off), got {self.top_p}")
-        if self.top_k < 0 or self.top_k != int(self.top_k):
-            raise RequestError(f"top_k must be 0 (off) or a positive whole number, got {self.top_k}")
-        if not self.repetition_penalty > 0:
-            raise RequestError(
-                f"repetition_penalty must be above 0 (1 is off), got {self.repetition_penalty}"
-            )
+        if not (isinstance(self.temperature, Real) and 0 <= self.temperature < inf):
+            raise RequestError(f"temperature must be 0 (greedy) or more, got {self.temperature!r}")
+        if not (isinstance(self.top_p, Real) and 0 < self.top_p <= 1):
+            raise RequestError(f"top_p must be above 0 and at most 1 (off), got {self.top_p!r}")
+        if not (isinstance(self.top_k, Integral) and self.top_k >= 0):
+            raise RequestError(f"top_k must be 0 (off) or a positive whole number, got {self.top_k!r}")
+        if not (isinstance(self.repetition_penalty, Real) and 0 < self.repetition_penalty < inf):
+            raise RequestError(f"repetition_penalty must be above 0 (1 is off), got {self.repetition_penalty!r}")
 
 
 class Sampler:
@@ -46,7 +46,7 @@ class Sampler:
         if seed is None:
             self.generator.seed()
         else:
-            self.generator.manual_seed(seed)
+            self.generator.manual_seed(int(seed))
         self.seen = set(seen)
 
     def __call__(self, logits: Tensor) -> int:
@@ -74,7 +74,7 @@ def penalise(logits: Tensor, seen: set[int], penalty: float) -> Tensor:
 
 def filtered_probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
     """float32 probabilities [vocabulary] after temperature, top-k and top-p; at least one token survives."""
-    logits = logits / options.temperature
+    logits = (logits - logits.max()) / options.temperature  # from the top, so that no small temperature overflows
     if options.top_k:
         kth = logits.topk(min(options.top_k, len(logits))).values[-1]
         logits = logits.masked_fill(logits < kth, -torch.inf)

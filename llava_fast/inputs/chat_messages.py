@@ -31,8 +31,8 @@ def normalise_messages(messages: Sequence[Mapping]) -> tuple[list[dict], list[An
         {"type": "image"} or {"type": "video"}. image_sources holds one entry per image in reading order: its
         source (a data URI, a path, or the object given), or None where the request's own list of images must
         supply it: an image item without a source, or a `<image>` mark inside a text. Texts stay as they are.
-    Raises RequestError, naming the message, for a wrong order of roles, an empty or unknown content, images
-    outside user messages, and web addresses.
+    Raises RequestError, naming the message, for a wrong order of roles, an empty user message, an unknown content,
+    images outside user messages, and web addresses. (An assistant's message may be empty: models do answer nothing.)
     """
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
         raise RequestError("messages must be a non-empty list of {'role': ..., 'content': ...}")
@@ -50,7 +50,7 @@ def normalise_messages(messages: Sequence[Mapping]) -> tuple[list[dict], list[An
         if role == "user" and index > 0 and normal[-1]["role"] == "user":
             raise RequestError(f"{where} follows another user message: merge the two into one")
         items = _normalise_content(message.get("content"), role, where, sources)
-        if role != "system" and not any(item["type"] != "text" or item["text"] for item in items):
+        if role == "user" and not any(item["type"] != "text" or item["text"] for item in items):
             raise RequestError(f"{where} is empty: give it a text or leave it out")
         normal.append({"role": role, "content": items})
     if normal[-1]["role"] == "system":

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -133,6 +134,7 @@ class Processor:
         supply = iter(given)
         sources = [next(supply) if source is None else source for source in sources]
         if labels:
+            _check_answers(messages)
             return self.template.segments(messages, add_generation_prompt=False), sources, videos
         return [chat.Segment(self.template.render(messages, add_generation_prompt=True), False)], sources, videos
 
@@ -142,6 +144,12 @@ class Processor:
             raise RequestError('labels need "messages": a verbatim "prompt" does not say which part is the answer')
         segments, image_sources, video_sources = self.render(request, labels)
         text = "".join(segment.text for segment in segments)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"the prompt holds half a surrogate pair at character {error.start}: check how it was decoded"
+            ) from None
         marks = _MARK.findall(text)
         for mark, sources in (("<image>", image_sources), ("<video>", video_sources)):
             if marks.count(mark) != len(sources):
@@ -170,10 +178,16 @@ class Processor:
     def _visual_piece(self, mark: VisualMark, tiles: list[np.ndarray]) -> VisualPiece:
         if mark.kind == "<video>":
             from_file = isinstance(mark.source, (str, os.PathLike, bytes))
-            frames = images.read_video(mark.source, self.video_frames if from_file else None)
+            try:
+                frames = images.read_video(mark.source, self.video_frames if from_file else None)
+            except TypeError as error:
+                raise RequestError(str(error)) from error
             tiles.append(np.concatenate([self._frame(frame) for frame in frames]))
             return VisualPiece(anyres.video_rows(self.geometry, len(frames)), MODALITY_VIDEO)
-        image = images.open_image(mark.source, exif=self.exif)
+        try:
+            image = images.open_image(mark.source, exif=self.exif)
+        except TypeError as error:
+            raise RequestError(str(error)) from error
         tiles.append(self._cut(image, mark.alone))
         return VisualPiece(anyres.image_rows(self.geometry, *image.shape[:2], mark.alone), MODALITY_IMAGE)
 
@@ -260,8 +274,18 @@ def _check_request(request: Any) -> None:
         raise RequestError('give exactly one of "prompt" (verbatim) and "messages" (through the chat template)')
     if "prompt" in request and not isinstance(request["prompt"], str):
         raise RequestError(f'"prompt" must be a string, got {type(request["prompt"]).__name__}')
-    if isinstance(request.get("images"), (str, bytes)):
-        raise RequestError('"images" must be a list, even of one image')
+    if not isinstance(request.get("images"), (list, tuple, type(None))):
+        raise RequestError(f'"images" must be a list, even of one image, got {type(request["images"]).__name__}')
+    seed = request.get("seed")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63):
+        raise RequestError(f'"seed" must be a whole number from 0 to 2**63 - 1, got {seed!r}')
+
+
+def _check_answers(messages: list[dict]) -> None:
+    """Labels without an answer would make a loss of nothing, so the sample is refused."""
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    if not answers or not all(any(item["text"] for item in content) for content in answers):
+        raise RequestError("labels need an assistant message, and text in each: this sample has nothing to learn from")
 
 
 def _supervised(offsets: np.ndarray, segments: list[chat.Segment]) -> np.ndarray:
