@@ -27,9 +27,10 @@ ImageView image_view(const Bytes& image) {
 }
 
 PillowOrder pillow_order(const std::string& pillow) {
+  if (pillow == "12.1") return PillowOrder::kPillow12_1;
   if (pillow == "12") return PillowOrder::kPillow12;
   if (pillow == "13") return PillowOrder::kPillow13;
-  throw std::invalid_argument("pillow must be \"12\" or \"13\", not \"" + pillow + "\"");
+  throw std::invalid_argument("pillow must be \"12.1\", \"12\" or \"13\", not \"" + pillow + "\"");
 }
 
 Bytes resize_image(const Bytes& image, int height, int width, const std::string& pillow, int threads) {

@@ -11,7 +11,9 @@ namespace llava_fast {
 bool vertical_first(PillowOrder order, int in_height, int in_width, int out_height, int out_width) {
   const int64_t rows_lost = static_cast<int64_t>(in_height) - out_height;
   const int64_t columns_lost = static_cast<int64_t>(in_width) - out_width;
-  return order == PillowOrder::kPillow13 && rows_lost > 0 && rows_lost > 2 * columns_lost;
+  if (rows_lost <= 0 || order == PillowOrder::kPillow12_1) return false;
+  if (order == PillowOrder::kPillow12) return in_height > 100 * static_cast<int64_t>(in_width);
+  return rows_lost > 2 * columns_lost;
 }
 
 Resizer::Resizer(const ImageView& src, int out_height, int out_width, PillowOrder order, const KernelSet& kernels)

@@ -16,9 +16,10 @@ struct ImageView {  // interleaved RGB, not owned
   ptrdiff_t stride;  // bytes between rows
 };
 
-// Which pass Pillow runs first. Up to 12: always the horizontal one. From 13 (python-pillow PR 9549): the
-// vertical one if the height shrinks, by more than twice as many rows as the width loses columns.
-enum class PillowOrder { kPillow12, kPillow13 };
+// Which pass Pillow runs first. Up to 12.1 always the horizontal one. 12.2 and 12.3 (python-pillow PR 9524): the
+// vertical one if the height shrinks and is more than 100 times the width. From 13 (PR 9549): the vertical one if
+// the height shrinks, by more than twice as many rows as the width loses columns.
+enum class PillowOrder { kPillow12_1, kPillow12, kPillow13 };
 bool vertical_first(PillowOrder order, int in_height, int in_width, int out_height, int out_width);
 
 // Output rows that a thread makes at a time: few enough that the rows between the passes stay in the cache.

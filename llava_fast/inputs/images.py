@@ -20,8 +20,15 @@ from llava_fast.errors import ImageError, MissingFileError
 if TYPE_CHECKING:
     from llava_fast.inputs.anyres import View
 
-PillowOrder = Literal["12", "13"]
-INSTALLED_PILLOW: PillowOrder = "13" if int(PIL.__version__.split(".")[0]) >= 13 else "12"
+PillowOrder = Literal["12.1", "12", "13"]
+
+
+def _installed_order() -> PillowOrder:
+    version = tuple(int(part) for part in PIL.__version__.split(".")[:2])
+    return "13" if version >= (13, 0) else "12" if version >= (12, 2) else "12.1"
+
+
+INSTALLED_PILLOW: PillowOrder = _installed_order()
 """The order of resize passes of the installed Pillow: see `resize`."""
 
 
@@ -43,9 +50,7 @@ def open_image(source: Any, exif: bool = True, alpha: Literal["drop", "white"] =
     if isinstance(source, Image.Image):
         return _from_pil(source, f"PIL image ({source.mode}, {source.width}x{source.height})", False, alpha)
     if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
-        raise TypeError(
-            f"an image is a path, bytes, data URI, PIL image or uint8 array, not {type(source).__name__}"
-        )
+        raise TypeError(f"an image is a path, bytes, data URI, PIL image or uint8 array, not {type(source).__name__}")
     name = _name(source)
     file = _file(source, name)
     try:
@@ -97,8 +102,9 @@ def resize(
 ) -> np.ndarray:
     """Pillow's bicubic resize, to the bit: uint8 [H, W, 3] to uint8 [*size, 3], size as (height, width).
 
-    pillow   which Pillow's order of passes: "12" (and before) runs the horizontal pass first; "13" the vertical one
-             when the height loses more than twice as many rows as the width loses columns (python-pillow PR 9549).
+    pillow   which Pillow's order of passes. "12.1" (and before): the horizontal pass first. "12" (12.2 and 12.3, PR
+             9524 of python-pillow): the vertical one if the height shrinks and is over 100 times the width. "13" (PR
+             9549): the vertical one if the height loses more than twice as many rows as the width loses columns.
              None: as the installed Pillow does.
     threads  0 for all the processor's, or what OMP_NUM_THREADS says.
     The instruction set is the best one here, or LLAVA_FAST_SIMD (scalar, avx2, avx512); the pixels are the same.
@@ -134,15 +140,13 @@ def make_tiles(
         raise ValueError(f'layout must be "planar" or "patch_rows", not {layout!r}')
     image = _pixels(image)
     options = (tile_size, pillow or INSTALLED_PILLOW, threads or _all_threads(), layout == "patch_rows", patch_size)
-    fields = [(view.square, view.size, view.offset, view.canvas, view.fill) for view in views]
     if resample == "pillow":
+        fields = [(view.square, view.size, view.offset, view.canvas, view.fill) for view in views]
         return _C.make_tiles(image, fields, *options)
-    # Each view resized by torch; the compiled code then only places and cuts.
-    stacks = [
-        _C.make_tiles(_torchvision_resize(_square(image, fill) if square else image, size), [(False, size, *rest)], *options)
-        for square, size, *rest in fields
-        for fill in [rest[-1]]
-    ]
+    stacks = []
+    for view in views:  # resized by torch; the compiled code then only places and cuts
+        resized = _torchvision_resize(_square(image, view.fill) if view.square else image, view.size)
+        stacks.append(_C.make_tiles(resized, [(False, view.size, view.offset, view.canvas, view.fill)], *options))
     return np.concatenate(stacks)
 
 

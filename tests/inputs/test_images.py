@@ -1,0 +1,528 @@
+"""Images: the resize is Pillow's to the bit, tiles are the original LLaVA's, any source reads or fails clearly."""
+
+import base64
+import hashlib
+import io
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_fast import _C
+from llava_fast.errors import ImageError
+from llava_fast.inputs import images
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+LEVELS = _C.simd_levels()
+ORDERS = ("12.1", "12", "13")
+
+
+def noise(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def pil_resize(image, height, width):
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def reference_resize(image, height, width, pillow):
+    """Pillow's resize with the order of passes of any version: a resize along one axis is the same in all."""
+    if pillow == images.INSTALLED_PILLOW:
+        return pil_resize(image, height, width)
+    rows_lost, columns_lost = image.shape[0] - height, image.shape[1] - width
+    tall = image.shape[0] > 100 * image.shape[1]
+    vertical_first = {"12.1": False, "12": rows_lost > 0 and tall, "13": rows_lost > max(0, 2 * columns_lost)}
+    if vertical_first[pillow]:
+        return pil_resize(pil_resize(image, height, image.shape[1]), height, width)
+    return pil_resize(pil_resize(image, image.shape[0], width), height, width)
+
+
+def view(size, offset=(0, 0), canvas=None, square=False, fill=(0, 0, 0)):
+    return SimpleNamespace(size=size, offset=offset, canvas=canvas or size, square=square, fill=fill)
+
+
+def reference_tiles(image, views, tile):
+    """What make_tiles says it does, one step at a time, [tiles, 3, tile, tile]."""
+    stack = []
+    for v in views:
+        source = Image.fromarray(image)
+        if v.square:
+            side = max(source.size)
+            square = Image.new("RGB", (side, side), v.fill)
+            square.paste(source, ((side - source.width) // 2, (side - source.height) // 2))
+            source = square
+        resized = source.resize(v.size[::-1], Image.Resampling.BICUBIC)
+        canvas = Image.new("RGB", v.canvas[::-1], v.fill)
+        canvas.paste(resized, v.offset[::-1])
+        pixels = np.asarray(canvas).transpose(2, 0, 1)
+        for y in range(0, v.canvas[0], tile):
+            for x in range(0, v.canvas[1], tile):
+                stack.append(pixels[:, y : y + tile, x : x + tile])
+    return np.stack(stack)
+
+
+# --- resize ---
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_resize_equals_pillow_at_random_sizes(seed, monkeypatch):
+    """1,000 pairs of sizes a seed, each in every order of the passes; the instruction sets take turns."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, 3 * 400 * 400, dtype=np.uint8)
+    differing = 0  # cases in which the order of the passes shows
+    for case in range(1000):
+        height, width, out_height, out_width = np.exp(rng.uniform(0, math.log(250), 4)).astype(int).tolist()
+        if case % 10 == 0:
+            out_height = height
+        if case % 10 == 1:
+            out_width = width
+        start = int(rng.integers(0, 1000))
+        image = pixels[start : start + 3 * height * width].reshape(height, width, 3)
+        results = []
+        for turn, pillow in enumerate(ORDERS):
+            monkeypatch.setenv("LLAVA_FAST_SIMD", LEVELS[(case + turn) % len(LEVELS)])
+            results.append(images.resize(image, (out_height, out_width), pillow=pillow, threads=1))
+            expected = reference_resize(image, out_height, out_width, pillow)
+            where = f"{width}x{height} to {out_width}x{out_height}, Pillow {pillow}"
+            np.testing.assert_array_equal(results[-1], expected, err_msg=where)
+        differing += not np.array_equal(results[0], results[2])
+    assert differing > 100
+
+
+def test_tall_images_are_where_pillow_12_differs():
+    """More than 100 times as high as wide, and shrunk: 12.2 and 12.3 run the vertical pass first, 12.1 does not."""
+    for before, after, same in (((301, 3), (20, 5), False), ((300, 3), (20, 5), True), ((301, 3), (302, 5), True)):
+        image = noise(*before)
+        older, newer = (images.resize(image, after, pillow=pillow) for pillow in ("12.1", "12"))
+        assert np.array_equal(older, newer) == same
+        np.testing.assert_array_equal(older, reference_resize(image, *after, "12.1"))
+        np.testing.assert_array_equal(newer, reference_resize(image, *after, "12"))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ((1, 4000), (336, 336)),
+        ((4000, 1), (336, 336)),
+        ((1, 1), (50, 70)),
+        ((40, 30), (800, 600)),
+        ((3000, 700), (1, 1)),
+        ((2500, 64), (7, 64)),
+        ((64, 2500), (64, 7)),
+        ((90, 17), (90, 17)),
+        ((768, 1024), (504, 672)),
+        ((336, 335), (336, 336)),
+    ],
+)
+def test_resize_equals_pillow_at_extreme_sizes(before, after, level, monkeypatch):
+    monkeypatch.setenv("LLAVA_FAST_SIMD", level)
+    image = noise(*before)
+    for pillow in ORDERS:
+        result = images.resize(image, after, pillow=pillow, threads=2)
+        np.testing.assert_array_equal(result, reference_resize(image, *after, pillow))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_extreme_pixels_clamp_as_in_pillow(level, monkeypatch):
+    """Black and white pixels drive the sums beyond a byte on both sides."""
+    monkeypatch.setenv("LLAVA_FAST_SIMD", level)
+    image = np.where(noise(61, 83) < 128, 0, 255).astype(np.uint8)
+    for size in ((244, 250), (40, 50), (200, 20)):
+        np.testing.assert_array_equal(images.resize(image, size), pil_resize(image, *size))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_threads_do_not_change_pixels(level, monkeypatch):
+    monkeypatch.setenv("LLAVA_FAST_SIMD", level)
+    image = noise(501, 703)
+    for size in ((336, 471), (900, 333), (130, 800)):
+        one = images.resize(image, size, threads=1)
+        np.testing.assert_array_equal(one, images.resize(image, size, threads=4))
+
+
+def test_default_order_is_the_installed_pillows():
+    image = noise(300, 40)
+    np.testing.assert_array_equal(images.resize(image, (30, 40 - 7)), pil_resize(image, 30, 33))
+
+
+def test_resize_reads_strided_arrays():
+    image = noise(60, 90)[::2, ::3]
+    np.testing.assert_array_equal(images.resize(image, (50, 20)), pil_resize(np.ascontiguousarray(image), 50, 20))
+
+
+@pytest.mark.parametrize("bad", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), [[1]]])
+def test_resize_refuses_other_arrays(bad):
+    with pytest.raises(ValueError, match=r"uint8 array \[height, width, 3\]"):
+        images.resize(bad, (2, 2))
+
+
+def test_resize_refuses_bad_options(monkeypatch):
+    image = noise(4, 4)
+    with pytest.raises(ValueError, match="at least 1x1"):
+        images.resize(image, (0, 3))
+    with pytest.raises(ValueError, match="at least one pixel"):
+        images.resize(image[:0], (3, 3))
+    with pytest.raises(ValueError, match='"12.1", "12" or "13"'):
+        images.resize(image, (3, 3), pillow="9")
+    monkeypatch.setenv("LLAVA_FAST_SIMD", "mmx")
+    with pytest.raises(ValueError, match="LLAVA_FAST_SIMD is mmx, and this processor runs scalar"):
+        images.resize(image, (3, 3))
+
+
+def test_threads_follow_omp_num_threads(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert images._all_threads() == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    assert images._all_threads() >= 1
+
+
+# --- tiles ---
+
+
+def original_views(width, height, pinpoints, tile=336):
+    """The original LLaVA's geometry: pinpoints are (width, height), the base view is squashed and comes first."""
+
+    def rank(pinpoint):
+        scale = min(pinpoint[0] / width, pinpoint[1] / height)
+        useful = min(int(width * scale) * int(height * scale), width * height)
+        return useful, useful - pinpoint[0] * pinpoint[1]
+
+    canvas_width, canvas_height = max(pinpoints, key=rank)  # the first of equals
+    scale_w, scale_h = canvas_width / width, canvas_height / height
+    if scale_w < scale_h:
+        size = (min(math.ceil(height * scale_w), canvas_height), canvas_width)
+    else:
+        size = (canvas_height, min(math.ceil(width * scale_h), canvas_width))
+    offset = ((canvas_height - size[0]) // 2, (canvas_width - size[1]) // 2)
+    return [view((tile, tile)), view(size, offset, (canvas_height, canvas_width))]
+
+
+TILE_FIXTURE = json.loads((FIXTURES / "anyres_tiles_llava.json").read_text())
+
+
+@pytest.mark.parametrize("width, height, hashes", TILE_FIXTURE["rows"])
+def test_tiles_are_the_original_llavas(width, height, hashes):
+    """Executed from the original code with Pillow 13 (see the fixture's "source")."""
+    image = noise(height, width, seed=width * 100003 + height)
+    tiles = images.make_tiles(image, original_views(width, height, TILE_FIXTURE["pinpoints_w_h"]), 336, pillow="13")
+    found = [hashlib.sha256(np.ascontiguousarray(tile.transpose(1, 2, 0)).tobytes()).hexdigest()[:16] for tile in tiles]
+    assert found == hashes
+
+
+VIEWS = {
+    "squash": [view((60, 60))],
+    "pad to a square": [view((60, 60), square=True, fill=(122, 116, 104))],
+    "centre crop": [view((60, 91), (0, -15), (60, 60))],
+    "crop both sides": [view((100, 131), (-20, -36), (60, 60))],
+    "grid": [view((60, 60)), view((90, 120), (15, 0), (120, 120), fill=(1, 2, 3))],
+    "narrow": [view((180, 7), (0, 26), (180, 60))],
+    "off the canvas": [view((60, 60), (-60, 0), (60, 60), fill=(9, 8, 7))],
+    "both": [view((70, 50), (-3, 6), (60, 60), square=True, fill=(255, 0, 50))],
+}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", VIEWS)
+def test_tiles_are_resized_placed_and_cut(name, level, monkeypatch):
+    monkeypatch.setenv("LLAVA_FAST_SIMD", level)
+    for height, width in ((77, 131), (131, 77), (60, 60), (3, 400)):
+        image = noise(height, width)
+        expected = reference_tiles(image, VIEWS[name], 60)
+        for threads in (1, 4):
+            tiles = images.make_tiles(image, VIEWS[name], 60, threads=threads)
+            np.testing.assert_array_equal(tiles, expected)
+        assert tiles.dtype == np.uint8 and tiles.flags.c_contiguous and tiles.flags.writeable
+
+
+@pytest.mark.parametrize("tile, patch", [(56, 14), (60, 14), (64, 16), (60, 6), (60, 20), (56, 56)])
+def test_patch_rows_are_patches_in_order(tile, patch):
+    """Rows of (channel, y, x), zeros up to a multiple of 16; pixels beyond the last whole patch are left out."""
+    views = [view((tile, tile)), view((tile, 2 * tile - 9), (0, 4), (tile, 2 * tile), fill=(5, 6, 7))]
+    image = noise(90, 130)
+    planar = images.make_tiles(image, views, tile)
+    side = tile // patch
+    whole = planar[:, :, : side * patch, : side * patch].reshape(3, 3, side, patch, side, patch)
+    expected = whole.transpose(0, 2, 4, 1, 3, 5).reshape(3, side * side, 3 * patch * patch)
+    rows = images.make_tiles(image, views, tile, layout="patch_rows", patch_size=patch)
+    assert rows.shape == (3, side * side, -(-3 * patch * patch // 16) * 16)
+    np.testing.assert_array_equal(rows[..., : 3 * patch * patch], expected)
+    assert not rows[..., 3 * patch * patch :].any()
+
+
+def test_torchvision_resample_is_torchs_antialiased_bicubic():
+    torch = pytest.importorskip("torch")
+    image = noise(70, 110)
+    pixels = torch.tensor(image).permute(2, 0, 1)[None]
+
+    def resized(source, size):
+        return torch.nn.functional.interpolate(source, size=size, mode="bicubic", antialias=True)[0].numpy()
+
+    tiles = images.make_tiles(image, [view((28, 28))], 28, resample="torchvision")
+    np.testing.assert_array_equal(tiles[0], resized(pixels, (28, 28)))
+    exact = images.make_tiles(image, [view((28, 28))], 28)
+    assert 0 < np.abs(tiles.astype(int) - exact).max() <= 2
+
+    padded = view((40, 40), (8, 8), (56, 56), square=True, fill=(10, 20, 30))
+    tiles = images.make_tiles(image, [padded], 56, resample="torchvision")
+    square = torch.tensor(padded.fill, dtype=torch.uint8).view(1, 3, 1, 1).repeat(1, 1, 110, 110)
+    square[:, :, 20:90] = pixels
+    np.testing.assert_array_equal(tiles[0][:, 8:48, 8:48], resized(square, (40, 40)))
+    assert (tiles[0][:, :8].reshape(3, -1) == np.array([[10], [20], [30]])).all()
+
+
+def test_bad_views_are_refused():
+    image = noise(20, 20)
+    with pytest.raises(ValueError, match="multiple of the tile"):
+        images.make_tiles(image, [view((20, 20), (0, 0), (28, 30))], 28)
+    with pytest.raises(ValueError, match="multiple of the tile"):
+        images.make_tiles(image, [view((20, 20), (0, 0), (0, 28))], 28)
+    with pytest.raises(ValueError, match="at least 1x1"):
+        images.make_tiles(image, [view((0, 20), (0, 0), (28, 28))], 28)
+    with pytest.raises(ValueError, match="patch size"):
+        images.make_tiles(image, [view((28, 28))], 28, layout="patch_rows", patch_size=29)
+    with pytest.raises(ValueError, match="resample"):
+        images.make_tiles(image, [view((28, 28))], 28, resample="nearest")
+    with pytest.raises(ValueError, match="layout"):
+        images.make_tiles(image, [view((28, 28))], 28, layout="rows")
+
+
+# --- open_image ---
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16"])
+def test_every_mode_converts_as_pillow_does(mode):
+    grey = Image.fromarray(noise(9, 12)[..., 0])
+    image = grey.convert("I").convert("I;16") if mode == "I;16" else Image.fromarray(noise(9, 12)).convert("RGB")
+    if mode in ("LA", "RGBA"):
+        image = image.convert(mode)
+        image.putalpha(grey)
+    elif mode in ("LAB", "HSV"):
+        image = Image.merge(mode, [grey, grey, grey])
+    elif mode != "I;16":
+        image = image.convert("L").convert(mode) if mode in ("1", "I", "F") else image.convert(mode)
+    assert image.mode == mode
+    pixels = images.open_image(image)
+    assert pixels.shape == (9, 12, 3) and pixels.dtype == np.uint8 and pixels.flags.c_contiguous
+    np.testing.assert_array_equal(pixels, np.asarray(image.convert("RGB")))
+
+
+def transparent_images():
+    grey = Image.fromarray(noise(9, 12, seed=1)[..., 0])
+    colour = Image.fromarray(noise(9, 12))
+    with_alpha = colour.copy()
+    with_alpha.putalpha(grey)
+    indexed = colour.convert("P")
+    palette = Image.open(io.BytesIO(encoded(indexed, transparency=indexed.getpixel((0, 0)))))
+    chunk = Image.open(io.BytesIO(encoded(colour, transparency=colour.getpixel((0, 0)))))
+    return {"RGBA": with_alpha, "LA": with_alpha.convert("LA"), "P": palette, "RGB": chunk}
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_transparency_is_dropped_or_blended_onto_white(mode):
+    """Dropped as in the original LLaVA and transformers' load_image; white as in its newer convert_to_rgb."""
+    image = transparent_images()[mode]
+    assert image.mode == mode
+    dropped, white = images.open_image(image), images.open_image(image, alpha="white")
+    np.testing.assert_array_equal(dropped, np.asarray(image.convert("RGB")))
+    rgba = np.asarray(image.convert("RGBA")).astype(float)
+    blended = rgba[..., :3] * rgba[..., 3:] / 255 + 255 - rgba[..., 3:]
+    assert np.abs(white - blended).max() <= 1 and not np.array_equal(white, dropped)
+
+
+def test_white_is_transformers_convert_to_rgb():
+    transforms = pytest.importorskip("transformers.image_transforms")
+    image = transparent_images()["RGBA"]
+    if "white" not in (transforms.convert_to_rgb.__doc__ or ""):
+        pytest.skip("this transformers drops transparency")
+    for source in (image, np.asarray(image)):
+        expected = transforms.convert_to_rgb(source, return_numpy=True)
+        np.testing.assert_array_equal(images.open_image(source, alpha="white"), expected)
+
+
+def test_every_kind_of_source_gives_the_same_pixels(tmp_path):
+    expected = noise(20, 31)
+    data = encoded(Image.fromarray(expected))
+    path = tmp_path / "a picture.png"
+    path.write_bytes(data)
+    uri = "data:image/png;base64," + base64.b64encode(data).decode()
+    sources = [path, str(path), data, bytearray(data), memoryview(data), uri, Image.fromarray(expected), expected]
+    for source in sources:
+        np.testing.assert_array_equal(images.open_image(source), expected)
+    svg_style = "data:image/png," + "".join(f"%{byte:02x}" for byte in data)
+    np.testing.assert_array_equal(images.open_image(svg_style), expected)
+
+
+def test_arrays_of_other_channels():
+    pixels = noise(5, 7)
+    np.testing.assert_array_equal(images.open_image(pixels[..., 0]), np.repeat(pixels[..., :1], 3, axis=2))
+    four = np.concatenate([pixels, pixels[..., :1]], axis=2)
+    np.testing.assert_array_equal(images.open_image(four), pixels)
+    assert images.open_image(four).flags.c_contiguous
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_turns_files_and_not_pil_images(orientation):
+    image = Image.fromarray(noise(16, 24))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image, exif=exif)
+    pixels = np.asarray(image)
+    rotate = {1: 0, 2: 0, 3: 2, 4: 2, 5: 3, 6: 3, 7: 1, 8: 1}[orientation]  # quarter turns, anticlockwise
+    upright = np.rot90(pixels, rotate)
+    if orientation in (2, 4, 5, 7):
+        upright = upright[:, ::-1]
+    np.testing.assert_array_equal(images.open_image(data), upright)
+    np.testing.assert_array_equal(images.open_image(data, exif=False), pixels)
+    np.testing.assert_array_equal(images.open_image(Image.open(io.BytesIO(data))), pixels)
+
+
+def test_bad_files_are_one_clear_error(tmp_path):
+    jpeg = encoded(Image.fromarray(noise(64, 64)), "JPEG")
+    png = encoded(Image.fromarray(noise(64, 64)))
+    cases = {
+        "cut.jpg": (jpeg[: len(jpeg) // 2], "cannot be decoded"),
+        "cut.png": (png[: len(png) // 2], "cannot be decoded"),
+        "head.png": (png[:20], "cannot be|not an image"),
+        "empty.jpg": (b"", "is empty"),
+        "text.jpg": (b"hello, this is no image", "is not an image"),
+    }
+    for name, (data, message) in cases.items():
+        path = tmp_path / name
+        path.write_bytes(data)
+        with pytest.raises(ImageError, match=message) as error:
+            images.open_image(path)
+        assert name in str(error.value)
+        with pytest.raises(ImageError, match=f"{len(data)} bytes.*({message})"):
+            images.open_image(data)
+
+
+def test_other_bad_sources(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.png"):
+        images.open_image(tmp_path / "nowhere.png")
+    with pytest.raises(ImageError, match="is a folder"):
+        images.open_image(tmp_path)
+    for scheme in ("http", "https", "HTTPS"):
+        with pytest.raises(ImageError, match="example.com/a.png.*download it"):
+            images.open_image(f"{scheme}://example.com/a.png")
+    with pytest.raises(ImageError, match="no comma"):
+        images.open_image("data:image/png;base64")
+    with pytest.raises(ImageError, match="not valid base64"):
+        images.open_image("data:image/png;base64,abcde")
+    with pytest.raises(ImageError, match="data URI.*is empty"):
+        images.open_image("data:image/png;base64,")
+    with pytest.raises(TypeError, match="not int"):
+        images.open_image(3)
+
+
+@pytest.mark.parametrize(
+    "array, message",
+    [
+        (np.zeros((4, 4, 3), np.float32), "float32"),
+        (np.zeros((4, 4, 2), np.uint8), r"\[4, 4, 2\]"),
+        (np.zeros((3, 4, 4, 3), np.uint8), r"\[3, 4, 4, 3\]"),
+        (np.zeros((0, 4, 3), np.uint8), "no pixels"),
+    ],
+)
+def test_bad_arrays(array, message):
+    with pytest.raises(ImageError, match=message):
+        images.open_image(array)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("limit", [3999, 1500])  # where Pillow warns, and where it raises by itself
+def test_too_many_pixels_are_refused(limit, monkeypatch):
+    data = encoded(Image.new("RGB", (80, 50)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(ImageError, match=f"4000 pixels.*limit.*{limit if limit == 3999 else 2 * limit}"):
+        images.open_image(data)
+    with pytest.raises(ImageError, match=f"4000 pixels and the limit is {limit}"):
+        images.open_image(Image.new("RGB", (80, 50)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert images.open_image(data).shape == (50, 80, 3)
+
+
+# --- read_video ---
+
+
+@pytest.fixture(scope="module")
+def video_file(tmp_path_factory):
+    """Eleven flat frames of 64x48, of brightness 20 * number."""
+    av = pytest.importorskip("av")
+    path = tmp_path_factory.mktemp("video") / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(11):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 20 * number, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def test_video_frames_are_spaced_as_in_llava_next(video_file):
+    every = images.read_video(video_file)
+    assert every.shape == (11, 48, 64, 3) and every.dtype == np.uint8
+    np.testing.assert_allclose(every.mean(axis=(1, 2, 3)), 20 * np.arange(11), atol=4)
+    for count in (1, 4, 11, 16):
+        numbers = np.linspace(0, 10, count).astype(int)
+        np.testing.assert_array_equal(images.read_video(str(video_file), count), every[numbers])
+    np.testing.assert_array_equal(images.read_video(video_file.read_bytes(), 3), every[[0, 5, 10]])
+
+
+def test_frames_given_as_they_are():
+    frames = np.stack([noise(6, 8, seed) for seed in range(5)])
+    np.testing.assert_array_equal(images.read_video(frames), frames)
+    np.testing.assert_array_equal(images.read_video(list(frames)), frames)
+    np.testing.assert_array_equal(images.read_video(frames, 3), frames[[0, 2, 4]])
+    mixed = [Image.fromarray(frames[0]), encoded(Image.fromarray(frames[1])), frames[2]]
+    np.testing.assert_array_equal(images.read_video(mixed, 2), frames[[0, 2]])
+
+
+def test_bad_videos(tmp_path, video_file):
+    with pytest.raises(ImageError, match="has no frames"):
+        images.read_video([])
+    with pytest.raises(ImageError, match="has no frames"):
+        images.read_video(np.zeros((0, 4, 4, 3), np.uint8))
+    with pytest.raises(ImageError, match="uint8"):
+        images.read_video(np.zeros((2, 4, 4, 3)))
+    with pytest.raises(ImageError, match="one size; these have 4x3, 5x3"):
+        images.read_video([noise(3, 4), noise(3, 5)])
+    with pytest.raises(ValueError, match="at least 1"):
+        images.read_video([noise(3, 4)], 0)
+    with pytest.raises(TypeError, match="not int"):
+        images.read_video(3)
+    with pytest.raises(FileNotFoundError, match="nowhere.mp4"):
+        images.read_video(tmp_path / "nowhere.mp4")
+    with pytest.raises(ImageError, match="web address"):
+        images.read_video("https://example.com/a.mp4")
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(video_file.read_bytes()[:100])
+    with pytest.raises(ImageError, match="broken.mp4.*cannot be read as a video"):
+        images.read_video(broken, 4)
+
+
+def test_sound_without_pictures(tmp_path):
+    wave = pytest.importorskip("wave")
+    pytest.importorskip("av")
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(bytes(800))
+    with pytest.raises(ImageError, match="sound.wav.*no video stream"):
+        images.read_video(tmp_path / "sound.wav")
+
+
+def test_video_without_pyav_names_the_extra(video_file, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    with pytest.raises(ImageError, match=r"pip install llava_fast\[video\]"):
+        images.read_video(video_file)
