@@ -17,6 +17,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from PIL import Image
 from tqdm import tqdm
 
 import llava_fast
@@ -25,32 +26,37 @@ from llava_fast.generation import engine
 from llava_fast.inputs import anyres
 
 BATCH = 50
+TILE = 48
 GREY = 122  # near CLIP's mean
 
-Edit = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
+Pixels = Callable[[np.ndarray], np.ndarray]
+Tiles = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
 
 
-def as_is(tiles: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    return tiles
+def blanked(image: np.ndarray) -> np.ndarray:
+    return np.full_like(image, GREY)
 
 
-def blanked(tiles: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    return torch.full_like(tiles, GREY)
+def base_alone(image: np.ndarray) -> np.ndarray:
+    """What the base view knows, at the image's own size: squashed to one tile, then enlarged again."""
+    small = Image.fromarray(image).resize((TILE, TILE), Image.Resampling.BICUBIC)
+    return np.asarray(small.resize(image.shape[1::-1], Image.Resampling.BICUBIC))
 
 
-def base_alone(tiles: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    return torch.cat([tiles[:1], torch.full_like(tiles[1:], GREY)])
+def shuffled(tiles: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Every tile of the grid moves to another place; the base view stays."""
+    turn = int(rng.integers(1, len(tiles) - 1))
+    order = rng.permutation(len(tiles) - 1)
+    moved = np.empty_like(order)
+    moved[order] = np.roll(order, turn)
+    return torch.cat([tiles[:1], tiles[1:][torch.from_numpy(moved)]])
 
 
-def tiles_shuffled(tiles: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    return torch.cat([tiles[:1], tiles[1:][torch.from_numpy(rng.permutation(len(tiles) - 1))]])
-
-
-CONDITIONS: dict[str, Edit] = {
-    "whole image": as_is,
-    "image blanked": blanked,
-    "base view alone": base_alone,
-    "tiles shuffled": tiles_shuffled,
+CONDITIONS: dict[str, tuple[Pixels | None, Tiles | None]] = {
+    "whole image": (None, None),
+    "image blanked": (blanked, None),
+    "base view alone": (base_alone, None),
+    "tiles shuffled": (None, shuffled),
 }
 
 
@@ -64,7 +70,7 @@ def main(
     _, held_out = split_scans()
     rng = np.random.default_rng(2026)
     drawn = [compose(rng, held_out) for _ in range(canvases)]
-    results = {name: evaluate(model, drawn, edit, name) for name, edit in CONDITIONS.items()}
+    results = {name: evaluate(model, drawn, *edits, name) for name, edits in CONDITIONS.items()}
     results["majority guess"] = majority_guess(drawn)
     report = {"canvases": canvases, "parameters": sum(p.numel() for p in model.parameters()), "results": results}
     (model_dir / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -73,30 +79,38 @@ def main(
 
 
 @torch.inference_mode()
-def evaluate(model, canvases: list[Canvas], edit: Edit, name: str) -> dict[str, float]:
-    """Share of exact answers for each kind of question, and "digits": of digits read right in their place."""
+def evaluate(model, canvases: list[Canvas], pixels: Pixels | None, tiles: Tiles | None, name: str) -> dict[str, float]:
+    """Share of exact answers to each kind of question, phrasings in turn; "none": of canvases without a digit that
+    are read as such; "digits": 1 - edits / digits, an edit being a digit missed, invented or misread."""
     rng = np.random.default_rng(7)
-    right, placed, written = Counter(), 0, 0
+    right, edits, written = Counter(), 0, 0
     for kind in KINDS:
-        for first in tqdm(range(0, len(canvases), BATCH), desc=f"{name}, {kind}", leave=False):
+        for number, first in enumerate(tqdm(range(0, len(canvases), BATCH), desc=f"{name}, {kind}", leave=False)):
             part = canvases[first : first + BATCH]
-            for canvas, text in zip(part, answers(model, part, PHRASINGS[kind][0], edit, rng), strict=True):
-                expected = answer(kind, canvas.digits)
-                right[kind] += text == expected
-                if kind == "read":
+            question = PHRASINGS[kind][number % len(PHRASINGS[kind])]
+            for canvas, text in zip(part, answers(model, part, question, pixels, tiles, rng), strict=True):
+                correct = text == answer(kind, canvas.digits)
+                right[kind] += correct
+                if kind == "read" and canvas.digits:
                     written += len(canvas.digits)
-                    if canvas.digits:
-                        placed += sum(a == b for a, b in zip(text.split(), expected.split(), strict=False))
-    return {"digits": placed / written, **{kind: right[kind] / len(canvases) for kind in KINDS}}
+                    edits += edit_distance(text.split(), [str(digit) for digit in canvas.digits])
+                elif kind == "read":
+                    right["none"] += correct
+    empty = sum(not canvas.digits for canvas in canvases)
+    shares = {kind: right[kind] / len(canvases) for kind in KINDS}
+    return {"digits": 1 - edits / written, **shares, "none": right["none"] / max(empty, 1)}
 
 
-def answers(model, canvases: list[Canvas], question: str, edit: Edit, rng: np.random.Generator) -> list[str]:
-    """The model's answers, its tiles edited between cutting and looking."""
+def answers(
+    model, canvases: list[Canvas], question: str, pixels: Pixels | None, tiles: Tiles | None, rng: np.random.Generator
+) -> list[str]:
+    """The model's answers, its pixels edited before or its tiles after cutting."""
     content = [{"type": "image"}, {"type": "text", "text": question}]
-    requests = [{"messages": [{"role": "user", "content": content}], "images": [c.image]} for c in canvases]
-    batch = model.prepare(requests)
-    counts = [anyres.image_rows(model.config.geometry, *c.image.shape[:2]).tiles for c in canvases]
-    batch = dataclasses.replace(batch, tiles=torch.cat([edit(tiles, rng) for tiles in batch.tiles.split(counts)]))
+    images = [pixels(c.image) if pixels else c.image for c in canvases]
+    batch = model.prepare([{"messages": [{"role": "user", "content": content}], "images": [i]} for i in images])
+    if tiles:
+        counts = [anyres.image_rows(model.config.geometry, *i.shape[:2]).tiles for i in images]
+        batch = dataclasses.replace(batch, tiles=torch.cat([tiles(part, rng) for part in batch.tiles.split(counts)]))
     options = engine.GenerationOptions.of(max_new_tokens=8)
     sequences = [engine.new_sequence(model, options, [], 8, None) for _ in canvases]
     cache = model.decoder.new_cache(len(canvases), max(batch.plan.lengths) + 8)
@@ -105,10 +119,20 @@ def answers(model, canvases: list[Canvas], question: str, edit: Edit, rng: np.ra
     return [sequence.text.text.strip() for sequence in sequences]
 
 
+def edit_distance(given: list[str], expected: list[str]) -> int:
+    """Levenshtein's: insertions, deletions and substitutions between two lists."""
+    row = list(range(len(expected) + 1))
+    for i, mine in enumerate(given, start=1):
+        diagonal, row[0] = row[0], i
+        for j, theirs in enumerate(expected, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (mine != theirs))
+    return row[-1]
+
+
 def majority_guess(canvases: list[Canvas]) -> dict[str, float]:
-    """What always giving each kind's commonest answer would score; for "digits", the commonest digit."""
+    """What always giving each kind's commonest answer would score; for "digits", the commonest digit once."""
     digits = Counter(digit for canvas in canvases for digit in canvas.digits)
-    scores = {"digits": digits.most_common(1)[0][1] / digits.total()}
+    scores = {"digits": max(count for count in digits.values()) / digits.total(), "none": 0.0}
     for kind in KINDS:
         given = Counter(answer(kind, canvas.digits) for canvas in canvases)
         scores[kind] = given.most_common(1)[0][1] / len(canvases)
@@ -117,8 +141,8 @@ def majority_guess(canvases: list[Canvas]) -> dict[str, float]:
 
 def table(results: dict[str, dict[str, float]]) -> str:
     """The results as a Markdown table, in percent."""
-    columns = ["digits", *KINDS]
-    names = {"digits": "digits right", "read": "canvas read exactly", "top_left": "top left"}
+    columns = ["digits", *KINDS, "none"]
+    names = {"digits": "digits right", "read": "read exactly", "top_left": "top left", "none": "no digit there"}
     lines = ["| | " + " | ".join(names.get(c, c) for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, scores in results.items():
         lines.append(f"| {name} | " + " | ".join(f"{100 * scores[c]:.1f}" for c in columns) + " |")
@@ -137,15 +161,16 @@ scikit-learn ships (`load_digits`; Alpaydin and Kaynak, UCI, CC BY 4.0), over pl
 `china.jpg` and `flower.jpg`: 0 to 5 digits a canvas, sides of 90 to 400 pixels, many shapes, sizes, strokes, contrasts,
 both polarities, slight rotation. {note}
 
-**Measured by** `examples/digits/evaluate.py` on {report["canvases"]} canvases of scans that training never saw (percent;
-an answer counts if it is exactly right, "digits right" counts digits in their place):
+**Measured by** `examples/digits/evaluate.py` on {report["canvases"]} canvases of scans that training never saw, in
+percent. An answer counts if it is exactly right; "digits right" is 1 - edits / digits, an edit being a digit missed,
+invented or misread; "no digit there" is the share of empty canvases read as "none".
 
 {table(report["results"])}
 
-"Image blanked" and "base view alone" paint tiles grey; "tiles shuffled" permutes the grid's tiles; "majority guess"
-always gives the commonest answer.
+"Image blanked" is all grey; "base view alone" is squashed to one tile and enlarged again, so it holds what the base view
+knows; "tiles shuffled" moves every tile of the grid; "majority guess" always gives the commonest answer.
 
-**Limits.** Scans of 8x8 pixels look only roughly like pen on paper: expect less on photographs. Larger digits than about
+**Limits.** Scans of 8x8 pixels look only roughly like pen on paper: expect less on photographs. Digits larger than about
 a quarter of the picture's longer side, more than five, or a busy background are outside what it was trained on.
 """
 
