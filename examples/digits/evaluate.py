@@ -167,11 +167,11 @@ invented or misread; "no digit there" is the share of empty canvases read as "no
 
 {table(report["results"])}
 
-"Image blanked" is all grey; "base view alone" is squashed to one tile and enlarged again, so it holds what the base view
-knows; "tiles shuffled" moves every tile of the grid; "majority guess" always gives the commonest answer.
+"Image blanked" is all grey; "base view alone" is squashed to one tile and enlarged again, so it holds what the base
+view knows; "tiles shuffled" moves every tile of the grid; "majority guess" always gives the commonest answer.
 
-**Limits.** Scans of 8x8 pixels look only roughly like pen on paper: expect less on photographs. Digits larger than about
-a quarter of the picture's longer side, more than five, or a busy background are outside what it was trained on.
+**Limits.** Scans of 8x8 pixels look only roughly like pen on paper: expect less on photographs. Digits larger than
+about a quarter of the longer side, more than five, or a busy background are outside what it was trained on.
 """
 
 
