@@ -37,10 +37,15 @@ def blanked(image: np.ndarray) -> np.ndarray:
     return np.full_like(image, GREY)
 
 
-def base_alone(image: np.ndarray) -> np.ndarray:
-    """What the base view knows, at the image's own size: squashed to one tile, then enlarged again."""
+def base_enlarged(image: np.ndarray) -> np.ndarray:
+    """What the base view knows, in a form the model is used to: squashed to one tile, then enlarged again."""
     small = Image.fromarray(image).resize((TILE, TILE), Image.Resampling.BICUBIC)
     return np.asarray(small.resize(image.shape[1::-1], Image.Resampling.BICUBIC))
+
+
+def base_alone(tiles: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """The base view as it is, the grid's tiles grey."""
+    return torch.cat([tiles[:1], torch.full_like(tiles[1:], GREY)])
 
 
 def shuffled(tiles: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
@@ -55,7 +60,8 @@ def shuffled(tiles: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 CONDITIONS: dict[str, tuple[Pixels | None, Tiles | None]] = {
     "whole image": (None, None),
     "image blanked": (blanked, None),
-    "base view alone": (base_alone, None),
+    "base view alone": (None, base_alone),
+    "base view enlarged": (base_enlarged, None),
     "tiles shuffled": (None, shuffled),
 }
 
@@ -167,8 +173,9 @@ invented or misread; "no digit there" is the share of empty canvases read as "no
 
 {table(report["results"])}
 
-"Image blanked" is all grey; "base view alone" is squashed to one tile and enlarged again, so it holds what the base
-view knows; "tiles shuffled" moves every tile of the grid; "majority guess" always gives the commonest answer.
+"Image blanked" is all grey; "base view alone" has the grid's tiles grey; "base view enlarged" is the image squashed to
+one tile and enlarged to its own size, so that the tiles show no more than the base view does; "tiles shuffled" moves
+every tile of the grid; "majority guess" always gives the commonest answer.
 
 **Limits.** Scans of 8x8 pixels look only roughly like pen on paper: expect less on photographs. Digits larger than
 about a quarter of the longer side, more than five, or a busy background are outside what it was trained on.
