@@ -1,0 +1,29 @@
+# make demo: train and run a tiny LLaVA end to end. make test: lint, types, tests. Both install into .venv once.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+NATIVE := $(shell find csrc -type f)
+INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: .venv/demo.stamp
+	$(BIN)/llava-fast demo
+
+test: .venv/test.stamp lint
+	$(BIN)/python -m pytest
+
+lint: .venv/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info llava_fast/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+# The compiled module is built by the install, so a changed source in csrc installs again.
+.venv/%.stamp: $(BIN)/python pyproject.toml setup.py constraints.txt $(NATIVE)
+	$(INSTALL) -e '.[$*]'
+	touch $@
