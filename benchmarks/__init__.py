@@ -1,0 +1,1 @@
+"""Benchmarks of llava_fast beside transformers: `python benchmarks/run.py --help`. See README.md here."""

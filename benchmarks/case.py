@@ -1,0 +1,175 @@
+"""A case: several providers of one result, how they are compared, and the rows that come of measuring them.
+
+The order is fixed: every provider first makes the result once (its peak memory is taken there), the results are
+compared with the reference's, and only then is anything timed. A provider that fails its check gets no ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks.checks import Check
+from benchmarks.floors import Floor
+from benchmarks.machine import Ceilings
+from benchmarks.memory import PeakMemory
+from benchmarks.timing import Quantiles, Timed, time_in_turns
+
+BACKENDS = ("llava_fast", "hf-eager", "hf-compile")
+REFERENCES = ("hf-eager", "hf-compile")
+"""What the others are checked against and compared with: the first of these that takes part."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run was asked for. `image_size` is (width, height); `context` None is what a prompt with the image
+    takes; `warmup` is in seconds."""
+
+    backends: tuple[str, ...] = ("llava_fast", "hf-eager")
+    image_size: tuple[int, int] = (1024, 768)
+    batch_size: int = 1
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int = 1
+    warmup: float = 1.0
+    iters: int = 20
+    new_tokens: int = 32
+    context: int | None = None
+    answer_tokens: int = 64
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One backend's way to the result. `run(i)` is timed; `prepare` runs before it and `finish` after it, off the
+    clock; `result` turns what `run` returned into what the check compares. `compiles`: the first call is no measure."""
+
+    backend: str
+    run: Callable[[int], Any]
+    result: Callable[[Any], Any] = lambda returned: returned
+    prepare: Callable[[], Any] = lambda: None
+    finish: Callable[[], Any] = lambda: None
+    compiles: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """`items` of `unit` are done by one call, for the rate. `check(result, reference result)` must pass."""
+
+    suite: str
+    model: str
+    real_width: bool
+    label: str
+    providers: Sequence[Provider]
+    check: Callable[[Any, Any], Check]
+    floor: Floor
+    items: float
+    unit: str
+    weight_bytes: int = 0
+
+
+@dataclass
+class Row:
+    """One line of a report. Times are seconds a call (see timing.Quantiles), `rate` is in `unit` a second, `ratio` is
+    how many times as fast as `reference`: None for the reference itself and wherever the check did not pass."""
+
+    suite: str
+    model: str
+    real_width: bool
+    case: str
+    backend: str
+    settings: dict
+    median: float
+    p20: float
+    p80: float
+    cpu: float | None
+    samples: int
+    rate: float
+    unit: str
+    peak_memory_bytes: int | None
+    weight_bytes: int
+    floor_seconds: float
+    floor_bound: str
+    floor_share: float
+    check: dict | None
+    reference: str | None
+    ratio: float | None
+    machine: dict = field(default_factory=dict)
+    versions: dict = field(default_factory=dict)
+    commit: str = ""
+    date: str = ""
+
+
+def measure(case: Case, settings: Settings, ceilings: Ceilings) -> list[Row]:
+    """A row for each provider of the case."""
+    device = torch.device(settings.device)
+    reference = next((name for name in REFERENCES if name in settings.backends), None)
+    results, peaks = {}, {}
+    for provider in case.providers:
+        if provider.compiles:
+            provider.prepare()
+            provider.run(0)
+            provider.finish()
+        provider.prepare()
+        with PeakMemory(device) as peak:
+            returned = provider.run(0)
+        results[provider.backend] = provider.result(returned)
+        peaks[provider.backend] = peak.bytes
+        del returned
+        provider.finish()
+    wanted = results.get(reference)
+    checks = {
+        name: case.check(result, wanted) for name, result in results.items() if wanted is not None and name != reference
+    }
+    results.clear()
+    wanted = None  # large results are not kept while timing
+
+    timed = [Timed(provider.run, provider.prepare, provider.finish) for provider in case.providers]
+    times = time_in_turns(timed, settings.iters, settings.warmup, device)
+    by_backend = {provider.backend: time for provider, time in zip(case.providers, times, strict=True)}
+    return [
+        _row(case, settings, ceilings, name, quantiles, peaks[name], checks.get(name), by_backend.get(reference))
+        for name, quantiles in by_backend.items()
+    ]
+
+
+def _row(
+    case: Case,
+    settings: Settings,
+    ceilings: Ceilings,
+    backend: str,
+    time: Quantiles,
+    peak: int | None,
+    check: Check | None,
+    reference: Quantiles | None,
+) -> Row:
+    floor = case.floor.seconds(ceilings)
+    return Row(
+        suite=case.suite,
+        model=case.model,
+        real_width=case.real_width,
+        case=case.label,
+        backend=backend,
+        settings=asdict(settings),
+        median=time.median,
+        p20=time.p20,
+        p80=time.p80,
+        cpu=time.cpu,
+        samples=time.samples,
+        rate=case.items / time.median,
+        unit=case.unit,
+        peak_memory_bytes=peak,
+        weight_bytes=case.weight_bytes,
+        floor_seconds=floor,
+        floor_bound=case.floor.bound(ceilings),
+        floor_share=floor / time.median,
+        check=asdict(check) if check else None,
+        reference=next(name for name in REFERENCES if name in settings.backends) if reference else None,
+        ratio=reference.median / time.median if reference and check and check.passed else None,
+    )

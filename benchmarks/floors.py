@@ -1,0 +1,156 @@
+"""The least work a stage can do: floating-point operations and bytes that must move, from a LlavaConfig alone.
+
+A phase takes at least max(flops / measured flops a second, bytes / measured bytes a second); phases add up. Bytes
+count each weight once a phase, and what a phase must read and write (tiles, cached keys and values, logits);
+activations in between may stay in caches, so they cost nothing here. A floor is a bound, not a promise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.machine import Ceilings
+from llava_fast.models.config import DecoderConfig, LlavaConfig, VisionConfig
+
+
+@dataclass(frozen=True)
+class Phase:
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Phases in turn; `repeats[i]` times phase i."""
+
+    phases: tuple[Phase, ...]
+
+    def seconds(self, ceilings: Ceilings) -> float:
+        return sum(max(_arithmetic(phase, ceilings), _traffic(phase, ceilings)) for phase in self.phases)
+
+    def bound(self, ceilings: Ceilings) -> str:
+        """Which ceiling most of the floor's time is spent at: "arithmetic" or "memory"."""
+        arithmetic = sum(
+            _arithmetic(phase, ceilings)
+            for phase in self.phases
+            if _arithmetic(phase, ceilings) > _traffic(phase, ceilings)
+        )
+        return "arithmetic" if arithmetic > self.seconds(ceilings) / 2 else "memory"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A batch in numbers: tiles, projected (kept) ViT rows, decoder rows of each sequence, rows that get logits."""
+
+    tiles: int
+    kept: int
+    lengths: tuple[int, ...]
+    logits: int
+
+
+def preprocess_floor(pixels: int, tile_values: int) -> Floor:
+    """Read every uint8 pixel once, write every tile value once. Arithmetic is not counted: integer multiply-adds have
+    no ceiling here."""
+    return Floor((Phase(0, 3 * pixels + tile_values),))
+
+
+def encode_floor(config: LlavaConfig, sizes: Sizes, itemsize: int) -> Floor:
+    rows = sum(sizes.lengths)
+    flops = vision_flops(config.vision, sizes.tiles) + 2 * sizes.kept * projector_weights(config)
+    weights = vision_weights(config.vision) + projector_weights(config)
+    pixels = sizes.tiles * 3 * config.vision.image_size**2
+    return Floor((Phase(flops, pixels + itemsize * (weights + 2 * rows * config.decoder.hidden_size)),))
+
+
+def prefill_floor(config: LlavaConfig, sizes: Sizes, itemsize: int) -> Floor:
+    """Encoding, then the decoder over every row, then logits of the rows that need them."""
+    decoder = config.decoder
+    pairs = sum(n * (n + 1) // 2 for n in sizes.lengths)
+    rows = sum(sizes.lengths)
+    flops = decoder_flops(decoder, rows, pairs) + head_flops(decoder, sizes.logits)
+    moved = decoder_weights(decoder) + head_weights(decoder) + rows * cache_values(decoder)
+    return Floor((*encode_floor(config, sizes, itemsize).phases, Phase(flops, itemsize * moved)))
+
+
+def decode_floor(decoder: DecoderConfig, context: int, batch: int, tokens: int, itemsize: int) -> Floor:
+    """`tokens` steps of one row a sequence, each reading every weight and the cache so far."""
+    return Floor(tuple(_step(decoder, context + step, batch, itemsize) for step in range(tokens)))
+
+
+def generate_floor(config: LlavaConfig, sizes: Sizes, tokens: int, itemsize: int) -> Floor:
+    """Prefill gives the first token, the rest are steps. Reading the images is left out (it is a thousandth)."""
+    context, batch = max(sizes.lengths), len(sizes.lengths)
+    steps = decode_floor(config.decoder, context, batch, tokens - 1, itemsize)
+    return Floor((*prefill_floor(config, sizes, itemsize).phases, *steps.phases))
+
+
+def train_floor(config: LlavaConfig, sizes: Sizes, itemsize: int) -> Floor:
+    """A frozen tower forward, the rest forward and twice that backward, logits of supervised rows only; weights read
+    by both passes, gradients written."""
+    decoder = config.decoder
+    pairs = sum(n * (n + 1) // 2 for n in sizes.lengths)
+    trained = 2 * sizes.kept * projector_weights(config)
+    trained += decoder_flops(decoder, sum(sizes.lengths), pairs) + head_flops(decoder, sizes.logits)
+    flops = vision_flops(config.vision, sizes.tiles) + 3 * trained
+    weights = projector_weights(config) + decoder_weights(decoder) + head_weights(decoder)
+    return Floor((Phase(flops, itemsize * (vision_weights(config.vision) + 3 * weights)),))
+
+
+def vision_weights(vision: VisionConfig) -> int:
+    """Weights of the layers that must run, biases and norms left out."""
+    layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
+    return vision.layers_needed * layer + 3 * vision.patch_size**2 * vision.hidden_size
+
+
+def vision_flops(vision: VisionConfig, tiles: int) -> float:
+    rows = vision.patches_per_tile + vision.has_class_row
+    layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
+    attention = 2 * rows * vision.hidden_size
+    patches = vision.patches_per_tile * 3 * vision.patch_size**2 * vision.hidden_size
+    return 2.0 * tiles * (rows * vision.layers_needed * (layer + attention) + patches)
+
+
+def projector_weights(config: LlavaConfig) -> int:
+    projector = config.projector
+    if projector.kind == "identity":
+        return 0
+    depth = 1 if projector.kind == "linear" else projector.depth
+    return projector.out_features * (projector.in_features + (depth - 1) * projector.out_features)
+
+
+def decoder_weights(decoder: DecoderConfig) -> int:
+    heads = decoder.head_dim * (2 * decoder.num_heads + 2 * decoder.num_kv_heads)
+    return decoder.num_layers * decoder.hidden_size * (heads + 3 * decoder.intermediate_size)
+
+
+def decoder_flops(decoder: DecoderConfig, rows: int, pairs: int) -> float:
+    """`pairs`: query-key pairs that causality allows, over all sequences."""
+    attention = 2 * decoder.num_layers * decoder.num_heads * decoder.head_dim * pairs
+    return 2.0 * (rows * decoder_weights(decoder) + attention)
+
+
+def head_weights(decoder: DecoderConfig) -> int:
+    return decoder.vocab_size * decoder.hidden_size
+
+
+def head_flops(decoder: DecoderConfig, rows: int) -> float:
+    return 2.0 * rows * head_weights(decoder)
+
+
+def cache_values(decoder: DecoderConfig) -> int:
+    """Cached numbers a row."""
+    return 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim
+
+
+def _step(decoder: DecoderConfig, context: int, batch: int, itemsize: int) -> Phase:
+    flops = decoder_flops(decoder, batch, batch * (context + 1)) + head_flops(decoder, batch)
+    moved = decoder_weights(decoder) + head_weights(decoder) + batch * context * cache_values(decoder)
+    return Phase(flops, itemsize * moved)
+
+
+def _arithmetic(phase: Phase, ceilings: Ceilings) -> float:
+    return phase.flops / ceilings.flops_per_second
+
+
+def _traffic(phase: Phase, ceilings: Ceilings) -> float:
+    return phase.bytes / ceilings.bytes_per_second

@@ -1,0 +1,96 @@
+"""What the suites feed both sides: photographs, prompts, and the tensors each side makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.case import Settings
+from benchmarks.floors import Sizes
+from benchmarks.subject import Subject
+from llava_fast.inputs.plan import MODALITY_TEXT
+from llava_fast.models.batch import Batch
+
+PROMPT = "USER: <image>\nWhat is shown in this picture? ASSISTANT:"
+ROTATED = 3
+"""Different inputs that the timed calls take in turn."""
+
+
+def photographs(settings: Settings, rotation: int = 0) -> list[Image.Image]:
+    """A batch of decoded photographs of the wanted size: scikit-learn's china.jpg, shifted, so that no two agree.
+    Where scikit-learn is not installed, seeded noise with the smoothness of a photograph."""
+    width, height = settings.image_size
+    pixels = np.asarray(_photograph().resize((width, height), Image.Resampling.LANCZOS))
+    shifts = (17 * (rotation * settings.batch_size + number) for number in range(settings.batch_size))
+    return [Image.fromarray(np.ascontiguousarray(np.roll(pixels, shift, axis=(0, 1)))) for shift in shifts]
+
+
+def requests(settings: Settings, rotation: int = 0) -> list[dict]:
+    """llava_fast's requests: one photograph and the prompt each."""
+    return [{"prompt": PROMPT, "images": [image]} for image in photographs(settings, rotation)]
+
+
+def hf_inputs(subject: Subject, settings: Settings, rotation: int = 0) -> dict[str, Any]:
+    """What transformers' model takes for the same batch, on its device and in its dtype."""
+    inputs = hf_process(subject, photographs(settings, rotation))
+    inputs["pixel_values"] = inputs["pixel_values"].to(subject.dtype)
+    return {name: value.to(subject.device) for name, value in inputs.items()}
+
+
+def hf_process(subject: Subject, images: list[Image.Image]) -> dict[str, Any]:
+    return dict(subject.hf_processor(images=images, text=[PROMPT] * len(images), return_tensors="pt"))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch as each side takes it."""
+
+    ours: Batch
+    hf: dict[str, Any]
+
+
+def prepared(subject: Subject, settings: Settings) -> list[Prepared]:
+    """`ROTATED` different batches."""
+    return [
+        Prepared(subject.ours.prepare(requests(settings, number)), hf_inputs(subject, settings, number))
+        for number in range(ROTATED)
+    ]
+
+
+def sizes(batch: Batch, logits: int | None = None) -> Sizes:
+    """What the floors need to know; `logits` rows get logits (default: one a sequence)."""
+    plan = batch.plan
+    kept = int(plan.sections["kept"][1][0])
+    return Sizes(plan.tiles, kept, plan.lengths, logits or len(plan.lengths))
+
+
+def describe(settings: Settings, batch: Batch) -> str:
+    """ "1 image of 1024x768, 2391 rows, 2340 of them visual"."""
+    plan = batch.plan
+    visual = int((plan.column("modality") > MODALITY_TEXT).sum())
+    width, height = settings.image_size
+    images = "1 image" if settings.batch_size == 1 else f"{settings.batch_size} images"
+    return f"{images} of {width}x{height}, {sum(plan.lengths)} rows, {visual} visual"
+
+
+def inference(work):
+    """`work` under torch.inference_mode."""
+
+    def run(number: int):
+        with torch.inference_mode():
+            return work(number)
+
+    return run
+
+
+def _photograph() -> Image.Image:
+    try:
+        from sklearn.datasets import load_sample_image
+    except ImportError:
+        noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        return Image.fromarray(noise).resize((640, 427), Image.Resampling.BICUBIC)
+    return Image.fromarray(load_sample_image("china.jpg"))

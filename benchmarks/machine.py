@@ -1,0 +1,97 @@
+"""What a result was measured on: machine, versions, commit, and the machine's own measured ceilings."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pillow")
+SOURCES = ("llava_fast", "csrc", "benchmarks/*.py", "benchmarks/suites", "setup.py")
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The most this machine was seen to do, with the threads of the run: the larger of a copy's and a matrix-vector
+    product's bytes a second, and a 2048-wide matrix product's operations a second in the run's dtype."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+
+def describe(device: str, threads: int) -> dict:
+    """`kind` is short ("cpu-2core", or a GPU's name); `load_before` the last minute's load average: other work on
+    the machine makes times noisy, and a reader should know."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    kind = f"cpu-{cores}core" if device == "cpu" else torch.cuda.get_device_name(device)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {
+        "kind": kind,
+        "cpu": _cpu_name(),
+        "cores": cores,
+        "threads": threads,
+        "device": device,
+        "load_before": load,
+    }
+
+
+def versions() -> dict[str, str]:
+    import llava_fast
+
+    found = {"python": platform.python_version(), "llava_fast": llava_fast.__version__}
+    return found | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def commit() -> str:
+    """The commit measured, with "+changes" if tracked or new sources differ from it; "unknown" outside a checkout."""
+    try:
+        head = _git("rev-parse", "--short=10", "HEAD")
+        return head + ("+changes" if _git("status", "--porcelain", "--", *SOURCES) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
+    """About two seconds: the best of many tries, since other work on the machine can only lower a ceiling."""
+    source = torch.ones(1 << 25, dtype=torch.float32, device=device)
+    target, vector = torch.empty_like(source), torch.ones(4096, device=device)
+    square = torch.ones(2048, 2048, dtype=dtype, device=device)
+    copy = 2 * source.nbytes / _best(lambda: target.copy_(source), device)
+    read = source.nbytes / _best(lambda: source.view(-1, 4096) @ vector, device)
+    product = 2 * 2048**3 / _best(lambda: square @ square, device)
+    return Ceilings(max(copy, read), product)
+
+
+def as_dict(ceilings: Ceilings) -> dict:
+    return asdict(ceilings)
+
+
+def _best(work: Callable[[], object], device: str, seconds: float = 0.7) -> float:
+    best, start = float("inf"), time.perf_counter()
+    while (now := time.perf_counter()) - start < seconds:
+        work()
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - now)
+    return best
+
+
+def _cpu_name() -> str:
+    try:
+        return re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)[1]
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

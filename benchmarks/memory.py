@@ -1,0 +1,64 @@
+"""Peak memory of one call, above what was resident before it.
+
+On Linux the kernel's own high-water mark is reset (proc(5): writing 5 to /proc/self/clear_refs resets VmHWM) after
+freed heap pages have gone back to the system, so nothing is missed between samples and an earlier call's peak does
+not count. On CUDA it is the caching allocator's peak. Elsewhere it is not measured (None).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+from pathlib import Path
+
+import torch
+
+
+class PeakMemory:
+    """`with PeakMemory(device) as peak: ...`, then `peak.bytes` (None where it cannot be measured)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        release(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before: int | None = torch.cuda.memory_allocated(self.device)
+        else:
+            self._before = _read_status("VmRSS") if _reset_high_water() else None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
+        elif self._before is not None:
+            self.bytes = max(0, _read_status("VmHWM") - self._before)
+
+
+def release(device: torch.device) -> None:
+    """Give memory that is free but still held back to the system."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):  # another C library: nothing to trim
+        pass
+
+
+def _reset_high_water() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _read_status(field: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)[1])

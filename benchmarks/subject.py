@@ -1,0 +1,173 @@
+"""The model under test: one set of weights, held once, run by llava_fast and by transformers."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.memory import release
+from benchmarks.shapes import SHAPES, build_config, write_directory
+from llava_fast.api import load_processor
+from llava_fast.checkpoints.config import read_hf_config
+from llava_fast.checkpoints.load import LoadedCheckpoint
+from llava_fast.checkpoints.names import from_stored, is_skipped
+from llava_fast.generation.llava import Llava
+
+BLOCK = (1 << 20) + 7
+"""Random values drawn for a shape's weights, then repeated: an odd length, so that no two rows of a matrix agree."""
+
+
+class Subject:
+    """A shape's name (see shapes.py) or a checkpoint directory in the Hugging Face layout, and what is made of it.
+
+    Parts are built when first used: preprocessing needs no weights. Raises ValueError for a name that is neither.
+    """
+
+    def __init__(self, model: str, layers: int | None, dtype: torch.dtype, device: str) -> None:
+        self.model = model
+        self.shape = SHAPES.get(model)
+        if self.shape is None and not (Path(model) / "config.json").is_file():
+            raise ValueError(
+                f"--model {model!r} is neither a shape ({', '.join(SHAPES)}) nor a directory with a config.json"
+            )
+        self.layers = layers if self.shape is not None and self.shape.real_width else None
+        self.dtype = dtype
+        self.device = torch.device(device)
+
+    @property
+    def label(self) -> str:
+        name = self.model if self.shape else Path(self.model).resolve().name
+        return f"{name}, {self.layers} layers" if self.layers else name
+
+    @property
+    def real_width(self) -> bool:
+        """Whether memory or arithmetic, not launch overhead, bounds it: a decoder at least 2048 wide."""
+        return self.config.decoder.hidden_size >= 2048
+
+    @cached_property
+    def directory(self) -> Path:
+        """Configuration and processor files."""
+        if self.shape is None:
+            return Path(self.model)
+        self._temporary = TemporaryDirectory()
+        write_directory(self.shape, self.layers, Path(self._temporary.name))
+        return Path(self._temporary.name)
+
+    @cached_property
+    def config(self):
+        return read_hf_config(self.directory)
+
+    @cached_property
+    def processor(self):
+        """llava_fast's processor."""
+        checkpoint = LoadedCheckpoint(
+            path=self.directory,
+            tokenizer_path=self.directory,
+            config=self.config,
+            tensors={},
+            dtype=self.dtype,
+            device=self.device,
+            side_files={},
+        )
+        return load_processor(checkpoint)
+
+    @cached_property
+    def hf_processor(self) -> Any:
+        """transformers' processor with its Pillow image processor, the bit-exact one."""
+        from transformers import AutoImageProcessor, AutoProcessor
+
+        processor = AutoProcessor.from_pretrained(self.directory)
+        processor.image_processor = AutoImageProcessor.from_pretrained(self.directory, backend="pil")
+        return processor
+
+    @cached_property
+    def hf(self) -> nn.Module:
+        """transformers' model, which holds the weights."""
+        if self.shape is None:
+            from transformers import AutoModelForImageTextToText
+
+            model = AutoModelForImageTextToText.from_pretrained(self.directory, dtype=self.dtype).to(self.device)
+        else:
+            model = self._hf_without_weights()
+            fill(model.named_parameters())
+        model.generation_config.eos_token_id = None  # answers run to the length asked for
+        return model.eval()
+
+    @cached_property
+    def hf_compiled(self) -> nn.Module:
+        """A second transformers model over the same weights, its forward compiled."""
+        model = self._hf_without_weights() if self.shape else type(self.hf)(self.hf.config)
+        model.load_state_dict(self.hf.state_dict(), assign=True)
+        model.generation_config = self.hf.generation_config
+        model.eval().requires_grad_(False)
+        model.forward = torch.compile(model.forward)
+        return model
+
+    @cached_property
+    def ours(self) -> Llava:
+        """llava_fast's model over the same weights: its parameters share the other's memory."""
+        with torch.device("meta"):
+            model = Llava(self.config, self.processor)
+        missing = {name for name, _ in model.named_parameters()}
+        for stored, value in self.hf.named_parameters():
+            name = None if is_skipped(stored) else from_stored(stored)
+            if name in missing:
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, nn.Parameter(value.data))
+                missing.remove(name)
+        if missing:
+            raise ValueError(f"transformers' model has no weights for {', '.join(sorted(missing)[:4])}")
+        return model.eval()
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(value.nbytes for value in self.hf.parameters())
+
+    def close(self) -> None:
+        """Free the models and the temporary directory."""
+        for part in ("ours", "hf_compiled", "hf", "processor", "hf_processor"):
+            self.__dict__.pop(part, None)
+        gc.collect()
+        release(self.device)
+        if "_temporary" in self.__dict__:
+            self._temporary.cleanup()
+
+    def _hf_without_weights(self) -> nn.Module:
+        from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+        from transformers.initialization import no_init_weights
+
+        kind = LlavaNextForConditionalGeneration if self.shape.anyres else LlavaForConditionalGeneration
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            with no_init_weights(), self.device:
+                return kind(build_config(self.shape, self.layers))
+        finally:
+            torch.set_default_dtype(before)
+
+
+@torch.no_grad()
+def fill(parameters: Iterator[tuple[str, Tensor]], seed: int = 0) -> None:
+    """Random weights whose greedy answers vary: Linears keep the variance of their input, norms are near 1.
+
+    One block of normal values is repeated, because drawing a billion values takes longer than the benchmark.
+    """
+    block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(seed))
+    for number, (name, value) in enumerate(parameters):
+        if value.dim() > 1:
+            scale, shift = 1 / math.sqrt(value[0].numel()), 0.0
+        else:
+            scale, shift = 0.05, float("norm" in name and name.endswith("weight"))
+        if "embed_tokens" in name:
+            scale = 1.0
+        source = (block * scale + shift).roll(1009 * number).to(value.device, value.dtype)
+        for part in value.view(-1).split(BLOCK):
+            part.copy_(source[: part.numel()])

@@ -1,0 +1,14 @@
+"""The suites by name. Each module makes the cases of one stage: `cases(subject, settings)` yields `Case`s."""
+
+from __future__ import annotations
+
+from benchmarks.suites import decode, encode, generate, prefill, preprocess, train_step
+
+SUITES = {
+    "preprocess": preprocess,
+    "encode": encode,
+    "prefill": prefill,
+    "decode": decode,
+    "generate": generate,
+    "train-step": train_step,
+}

@@ -1,0 +1,111 @@
+"""The command line end to end, on the tiny shape: every suite agrees with transformers and writes its rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.case import Settings
+from benchmarks.run import SUITE_NAMES, app
+from benchmarks.subject import Subject
+from benchmarks.suites import SUITES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    subject = Subject("tiny", None, torch.float32, "cpu")
+    yield subject
+    subject.close()
+
+
+def test_all_suites_at_the_tiny_shape(tmp_path):
+    output, picture = tmp_path / "rows.json", tmp_path / "rows.png"
+    options = ["--iters", "1", "--warmup", "0", "--image-size", "96x64", "--new-tokens", "4", "--batch-size", "2"]
+    done = run("all", "--model", "tiny", *options, "--output-json", str(output))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(output.read_text())["rows"]
+    assert {row["suite"] for row in rows} == set(SUITE_NAMES)
+    for row in rows:
+        ours = row["backend"] == "llava_fast"
+        assert (row["ratio"] is not None) == ours and (row["check"] is not None) == ours
+        assert row["median"] > 0 and row["rate"] > 0 and row["floor_seconds"] > 0
+    drawn = run("plot", str(output), str(picture))
+    assert drawn.returncode == 0, drawn.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_answers_are_varied_enough_to_compare(tiny):
+    settings = Settings(image_size=(96, 64), new_tokens=32)
+    (case,) = SUITES["decode"].cases(tiny, settings)
+    provider = case.providers[0]
+    provider.prepare()
+    (tokens,) = provider.run(0)
+    assert len(tokens) == 32 and len(set(tokens)) >= 8
+
+
+@pytest.mark.parametrize("suite", SUITE_NAMES)
+def test_a_wrong_model_fails_the_check(tiny, suite, monkeypatch):
+    """Change what each suite measures on our side only: its check must notice."""
+    settings = Settings(image_size=(96, 64), new_tokens=8, answer_tokens=8)
+    if suite == "preprocess":
+        monkeypatch.setattr(type(tiny.processor), "tiles", wrong_tiles)
+        assert not agrees(tiny, suite, settings)
+        return
+    linear = tiny.ours.projector.layers[2] if suite in ("encode", "train-step") else tiny.ours.decoder.lm_head
+    right = linear.weight
+    assert agrees(tiny, suite, settings)
+    linear.weight = torch.nn.Parameter(right.detach().flip(0))  # the other side keeps its own
+    try:
+        assert not agrees(tiny, suite, settings)
+    finally:
+        linear.weight = right
+
+
+def agrees(subject, suite, settings) -> bool:
+    case = next(iter(SUITES[suite].cases(subject, settings)))
+    results = {}
+    for provider in case.providers:
+        provider.prepare()
+        results[provider.backend] = provider.result(provider.run(0))
+        provider.finish()
+    return case.check(results["llava_fast"], results["hf-eager"]).passed
+
+
+def wrong_tiles(processor, image):
+    from llava_fast.inputs import anyres, images
+
+    pixels = images.open_image(image)
+    views = anyres.image_views(processor.geometry, *pixels.shape[:2], True)
+    tiles = images.make_tiles(pixels, views, processor.geometry.tile_size).copy()
+    tiles[0, 0, 0, 0] ^= 1
+    return tiles
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["encode", "--image-size", "big"], "WIDTHxHEIGHT"),
+        (["encode", "--dtype", "int8"], "choose from float32"),
+        (["encode", "--backend", "vllm"], "choose from llava_fast"),
+    ],
+)
+def test_wrong_options_say_what_is_right(arguments, message):
+    from typer.testing import CliRunner
+
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("\u2502", " ").split())
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
