@@ -1,0 +1,382 @@
+"""The processor: placeholder expansion and tiles as transformers makes them, labels from spans, clear errors."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from llava_fast.errors import ImageError, LlavaFastError, MissingFileError, RequestError
+from llava_fast.inputs import chat
+from llava_fast.inputs.anyres import VisualGeometry
+from llava_fast.inputs.plan import MODALITY_IMAGE, MODALITY_VIDEO, TEXT
+from llava_fast.inputs.processor import ORIGINAL_IMAGE_TOKEN, Processor
+
+PICTURES = [tiny.picture(60, 90), tiny.picture(200, 31), tiny.picture(5, 300)]
+
+
+def expanded_ids(plan) -> list[int]:
+    """The plan of one sequence as transformers writes it: a placeholder id per visual row."""
+    ids = plan.column("row").copy()
+    ids[plan.column("modality") == MODALITY_IMAGE] = tiny.IMAGE_ID
+    ids[plan.column("modality") == MODALITY_VIDEO] = tiny.VIDEO_ID
+    return ids.tolist()
+
+
+# ---------------------------------------------------------------- token expansion
+
+PROMPTS = [
+    ("<image>", 1),
+    ("<image>hello", 1),
+    ("the hello <image>", 1),
+    ("USER: <image>\nWhat is this? ASSISTANT:", 1),
+    ("a<image><image>b", 2),
+    ("  <image> one\n<image>\n two <image> ", 3),
+    ("nothing to see", 0),
+]
+
+
+@pytest.mark.parametrize(("prompt", "count"), PROMPTS)
+@pytest.mark.parametrize("name", ["llava15", "llava15_full", "next", "next_mistral_window", "onevision"])
+def test_expansion_is_transformers(name, prompt, count):
+    pair, images = tiny.pair(name), PICTURES[:count]
+    plan = pair.ours.processor.prepare([{"prompt": prompt, "images": images}]).plan
+    if name == "onevision":  # its processor cannot be called without torchvision
+        expected = pair.reference_inputs(prompt, images)["input_ids"][0]
+    else:
+        pil = [Image.fromarray(image) for image in images] or None
+        expected = pair.processor(images=pil, text=prompt, return_tensors="pt")["input_ids"][0]
+    assert expanded_ids(plan) == expected.tolist()
+
+
+@pytest.mark.parametrize("name", ["video", "onevision"])
+def test_video_expansion_is_transformers(name):
+    pair = tiny.pair(name)
+    frames = np.stack([tiny.picture(50, 80, seed) for seed in range(3)])
+    prompt = "see <video> and <image> there"
+    plan = pair.ours.processor.prepare([{"prompt": prompt, "images": PICTURES[:1], "video": frames}]).plan
+    assert expanded_ids(plan) == pair.reference_inputs(prompt, PICTURES[:1], frames)["input_ids"][0].tolist()
+
+
+def test_a_chat_templates_own_bos_is_not_doubled():
+    processor = tiny.pair("next").ours.processor
+    own = dataclasses.replace(processor, template=chat.checkpoint_template("{{ bos_token }}Hi", {"bos_token": "<s>"}))
+    messages = [{"role": "user", "content": "x"}]
+    ids = expanded_ids(own.prepare([{"messages": messages}]).plan)
+    assert ids[0] == 1 and ids.count(1) == 1
+    # A verbatim prompt is the caller's: what transformers' processor does with it happens here too.
+    verbatim = expanded_ids(processor.prepare([{"prompt": "<s>Hi"}]).plan)
+    assert verbatim == processor.tokenizer("<s>Hi")["input_ids"]
+
+
+def test_original_checkpoints_tokenise_the_text_between_marks_in_chunks():
+    """haotian-liu/LLaVA mm_utils.tokenizer_image_token: the first chunk's BOS stays, the other chunks' go."""
+    words = tiny.tokenizer()
+    processor = dataclasses.replace(tiny.pair("next").ours.processor, image_token_id=ORIGINAL_IMAGE_TOKEN)
+    for prompt, count in PROMPTS:
+        plan = processor.prepare([{"prompt": prompt, "images": PICTURES[:count]}]).plan
+        chunks = [words(chunk)["input_ids"][1:] for chunk in prompt.split("<image>")]
+        assert plan.column("row")[plan.column("source") == TEXT].tolist() == [1, *sum(chunks, [])]
+
+
+# ---------------------------------------------------------------- tiles
+
+SIZES = [(336, 336), (1, 1), (2, 500), (500, 2), (1, 4000), (4000, 1), (60, 90), (333, 500), (500, 333), (720, 1280)]
+SIZES += [tuple(int(side) for side in size) for size in np.random.default_rng(0).integers(1, 900, (14, 2))]
+
+
+def reference_tiles(case: tiny.Case, images: list[np.ndarray]) -> list[np.ndarray]:
+    """What transformers' own PIL processor cuts, before it rescales."""
+    pil = [Image.fromarray(image) for image in images]
+    pil = [pil] if case.kind == "llava_onevision" else pil
+    made = tiny.image_processor(case)(pil, do_rescale=False, do_normalize=False)["pixel_values"]
+    tiles = [np.asarray(one) for one in made]
+    return [one[None] if one.ndim == 3 else one for one in tiles]
+
+
+@pytest.mark.parametrize(
+    ("name", "tile", "patch"),
+    [("llava15", 48, 8), ("next", 336, 14), ("next", 56, 8), ("onevision", 96, 14)],
+)
+def test_tiles_are_transformers_to_the_bit(name, tile, patch):
+    case = dataclasses.replace(tiny.CASES[name], tile=tile, patch=patch)
+    if case.kind != "llava":
+        case = dataclasses.replace(case, pinpoints=tiny._grid(tile, 2 if tile == 336 else 4))
+    processor = tiny.pair(name).ours.processor
+    geometry = dataclasses.replace(
+        processor.geometry, tile_size=tile, patch_size=patch, pinpoints=() if case.kind == "llava" else case.pinpoints
+    )
+    processor = dataclasses.replace(processor, geometry=geometry)
+    for height, width in SIZES:
+        image = tiny.picture(height, width)
+        ours, theirs = processor.tiles(image), reference_tiles(case, [image])[0]
+        assert ours.dtype == np.uint8 and ours.shape == theirs.shape, (height, width)
+        assert (ours == theirs).all(), (height, width)
+
+
+def test_several_onevision_images_are_padded_squares_to_the_bit():
+    processor = tiny.pair("onevision").ours.processor
+    images = [tiny.picture(*size) for size in SIZES[:8]]
+    tiles = processor.prepare([{"prompt": "<image>" * len(images), "images": images}]).tiles
+    expected = reference_tiles(tiny.CASES["onevision"], images)
+    assert [len(tile) for tile in expected] == [1] * len(images)
+    assert (tiles == np.concatenate(expected)).all()
+
+
+@pytest.mark.parametrize("name", ["video", "onevision"])
+def test_frames_are_transformers_to_the_bit(name):
+    frames = np.stack([tiny.picture(50, 83, seed) for seed in range(3)])
+    tiles = tiny.pair(name).ours.processor.prepare([{"prompt": "<video>", "video": frames}]).tiles
+    reference = tiny.frame_processor(tiny.CASES[name])
+    expected = reference([Image.fromarray(f) for f in frames], do_rescale=False, do_normalize=False)["pixel_values"]
+    assert (tiles == np.stack(expected)).all()
+
+
+def test_an_image_is_the_same_however_it_is_given(tmp_path):
+    processor, image = tiny.pair("next").ours.processor, tiny.picture(70, 50)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    tiles = processor.tiles(image)
+    for source in (Image.fromarray(image), tmp_path / "a.png", str(tmp_path / "a.png"), data):
+        assert (processor.tiles(source) == tiles).all()
+    assert len(tiles) > 1 and tiles.shape[1:] == (3, 56, 56)
+
+
+def test_tiles_of_a_batch_come_in_request_order():
+    processor = tiny.pair("next").ours.processor
+    requests = [{"prompt": "<image>" * len(p), "images": p} for p in (PICTURES[:1], [], PICTURES[1:])]
+    tiles = processor.prepare(requests).tiles
+    assert (tiles == np.concatenate([processor.tiles(image) for image in PICTURES])).all()
+
+
+# ---------------------------------------------------------------- labels
+
+CONVERSATION = [
+    {"role": "user", "content": "What is <image> the hello?"},
+    {"role": "assistant", "content": "the hello café"},
+    {"role": "user", "content": "And? No."},
+    {"role": "assistant", "content": "No."},
+]
+ANSWERS = {
+    "plain": "the hello café\n",
+    "vicuna_v1": " the hello café</s> No.</s>",
+    "llava_v1": " the hello café</s> No.</s>",
+    "llama_2": " the hello café </s> No. </s>",
+    "llava_llama_2": " the hello café </s> No. </s>",
+    "mistral": " the hello café </s> No. </s>",
+    "chatml_direct": "the hello café<|im_end|>No.<|im_end|>",
+    "llava_llama_3": "the hello café<|eot_id|>No.<|eot_id|>",
+    "qwen": "the hello café<|im_end|>No.<|im_end|>",
+}
+
+
+def llama_tokenizer(every_piece: bool) -> PreTrainedTokenizerFast:
+    """SentencePiece-like: "▁" for spaces, bytes for the rest. `every_piece`: as Llama's legacy form, "▁" is put
+    before every piece between special tokens; else, as its newer form, before the first alone."""
+    letters = [chr(code) for code in range(33, 127)] + ["▁"]
+    tokens = [*tiny.SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *letters, "▁the", "▁N", "th", "he", "No"]
+    merges = [("▁t", "he"), ("t", "h"), ("▁", "t"), ("h", "e"), ("th", "e"), ("▁", "N"), ("N", "o")]
+    tokens += [token for pair in merges if (token := "".join(pair)) not in tokens]
+    inner = Tokenizer(
+        models.BPE({t: i for i, t in enumerate(tokens)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    if every_piece:
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>", "<video>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"],
+    )
+
+
+TOKENIZERS = {
+    "bytes": lambda: tiny.tokenizer(),
+    "bytes without bos": lambda: tiny.tokenizer(bos=False),
+    "llama": lambda: llama_tokenizer(False),
+    "llama legacy": lambda: llama_tokenizer(True),
+}
+
+
+def labelled(processor, messages, images=(PICTURES[0],)):
+    return processor.prepare([{"messages": messages, "images": list(images)}], labels=True).plan
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("image_token", [tiny.IMAGE_ID, ORIGINAL_IMAGE_TOKEN])
+@pytest.mark.parametrize("template", ANSWERS)
+def test_labels_are_exactly_the_answers_and_their_ends(template, image_token, tokenizer):
+    words = TOKENIZERS[tokenizer]()
+    processor = dataclasses.replace(
+        tiny.pair("next").ours.processor,
+        template=chat.builtin_template(template),
+        image_token_id=image_token,
+        tokenizer=words,
+    )
+    messages = CONVERSATION[:2] if template == "plain" else CONVERSATION
+    plan = labelled(processor, messages)
+    answers = words.decode(plan.column("supervised_target"))
+    if template == "plain":  # the answer follows the mark at once, where SentencePiece puts a space of its own
+        answers = answers.removeprefix(" ")
+    assert answers == ANSWERS[template]
+    # The shift: each supervised row is followed, in the sequence, by its target.
+    assert (plan.column("label")[plan.column("supervised_row") + 1] == plan.column("supervised_target")).all()
+    # Labels do not change what is tokenised.
+    text = processor.template.render(messages, add_generation_prompt=False)
+    if not (words.bos_token and text.startswith(words.bos_token)):
+        same = processor.prepare([{"prompt": text, "images": PICTURES[:1]}]).plan
+        assert (same.column("row") == plan.column("row")).all()
+
+
+ITEMS = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}{% for item in message.content %}"
+    "{% if item.type == 'image' %}<image>{% else %}{{ item.text }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+PLAIN_TEXTS = (
+    "{% for message in messages %}{{ message.role + ': ' + message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [(ITEMS, "the hello café<|im_end|>No.<|im_end|>"), (PLAIN_TEXTS, " the hello café</s> No.</s>")],
+)
+def test_labels_of_a_checkpoints_own_template(source, expected):
+    template = chat.checkpoint_template(source, {"eos_token": "</s>"})
+    processor = dataclasses.replace(tiny.pair("next").ours.processor, template=template)
+    plan = labelled(processor, CONVERSATION)
+    assert processor.tokenizer.decode(plan.column("supervised_target")) == expected
+
+
+def test_without_labels_nothing_is_supervised():
+    processor = tiny.pair("next").ours.processor
+    plan = processor.prepare([{"messages": CONVERSATION[:1], "images": PICTURES[:1]}]).plan
+    assert not plan.has_labels and (plan.column("label") == -100).all()
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"prompt": "no"}, 'labels need "messages"'),
+        ({"messages": [{"role": "user", "content": "a"}]}, "nothing to learn from"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}, "nothing to learn"),
+    ],
+)
+def test_a_sample_without_an_answer_is_refused(request_, message):
+    good = {"messages": CONVERSATION[2:]}
+    with pytest.raises(RequestError, match=f"^request 1: .*{message}"):
+        tiny.pair("next").ours.processor.prepare([good, request_], labels=True)
+
+
+# ---------------------------------------------------------------- errors
+
+
+def png(cut: int | None = None, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(PICTURES[0]).save(file, kind)
+    return file.getvalue()[:cut]
+
+
+ONE = [PICTURES[0]]
+WRONG = {
+    "more marks than images": ({"prompt": "<image> <image>", "images": ONE}, RequestError, "2 <image> marks and 1"),
+    "more images than marks": ({"prompt": "<image>", "images": ONE * 2}, RequestError, "1 <image> marks and 2"),
+    "no marks": ({"prompt": "x", "images": ONE}, RequestError, "0 <image> marks and 1"),
+    "no images": ({"prompt": "<image>"}, RequestError, "1 <image> marks and 0"),
+    "no video": ({"prompt": "<video>"}, RequestError, "1 <video> marks and 0"),
+    "unknown key": ({"prompt": "x", "image": PICTURES[0]}, RequestError, r"unknown keys \['image'\]"),
+    "both": ({"prompt": "x", "messages": []}, RequestError, "exactly one of"),
+    "neither": ({"images": []}, RequestError, "exactly one of"),
+    "images as str": ({"prompt": "<image>", "images": "a.png"}, RequestError, '"images" must be a list'),
+    "images as bytes": ({"prompt": "<image>", "images": png()}, RequestError, '"images" must be a list'),
+    "images as array": ({"prompt": "<image>", "images": PICTURES[0]}, RequestError, '"images" must be a list'),
+    "images as PIL": ({"prompt": "<image>", "images": Image.new("RGB", (3, 3))}, RequestError, "must be a list"),
+    "images as dict": ({"prompt": "<image>", "images": {"a": 1}}, RequestError, '"images" must be a list'),
+    "image of a wrong type": ({"prompt": "<image>", "images": [3]}, RequestError, "not int"),
+    "image None": ({"prompt": "<image>", "images": [None]}, RequestError, "not NoneType"),
+    "float image": ({"prompt": "<image>", "images": [np.zeros((9, 9, 3))]}, ImageError, "uint8"),
+    "no pixels": ({"prompt": "<image>", "images": [np.zeros((0, 9, 3), np.uint8)]}, ImageError, "no pixels"),
+    "truncated png": ({"prompt": "<image>", "images": [png(400)]}, ImageError, "truncated"),
+    "truncated jpeg": ({"prompt": "<image>", "images": [png(400, "JPEG")]}, ImageError, "cannot be|truncated"),
+    "no image at all": ({"prompt": "<image>", "images": [b"hello"]}, ImageError, "not an image"),
+    "empty file": ({"prompt": "<image>", "images": [b""]}, ImageError, "empty"),
+    "missing file": ({"prompt": "<image>", "images": ["/no/such.png"]}, MissingFileError, "no image or video file"),
+    "web address": ({"prompt": "<image>", "images": ["https://a/b.png"]}, ImageError, "not fetched"),
+    "web address in a message": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://a/b.png"}}]},
+            ]
+        },
+        RequestError,
+        "not fetched",
+    ),
+    "prompt of a wrong type": ({"prompt": b"x"}, RequestError, "must be a string"),
+    "half a surrogate": ({"prompt": "ab\ud800"}, RequestError, "surrogate pair at character 2"),
+    "too long": ({"prompt": "x" * 5000}, RequestError, "takes 5001 tokens .* holds 4096"),
+    "video of a wrong type": ({"prompt": "<video>", "video": 3}, RequestError, "not int"),
+    "no frames": ({"prompt": "<video>", "video": []}, ImageError, "no frames"),
+    "frames of two sizes": ({"prompt": "<video>", "video": PICTURES[:2]}, ImageError, "one size"),
+    "no messages": ({"messages": []}, RequestError, "non-empty list"),
+    "unknown role": ({"messages": [{"role": "bob", "content": "x"}]}, RequestError, "'bob'"),
+    "message marks": ({"messages": [{"role": "user", "content": "<image>"}]}, RequestError, "1 image marks"),
+    "message images": ({"messages": [{"role": "user", "content": "x"}], "images": ONE}, RequestError, "0 image marks"),
+    "seed text": ({"prompt": "x", "seed": "1"}, RequestError, '"seed" must be a whole number'),
+    "seed fraction": ({"prompt": "x", "seed": 1.5}, RequestError, '"seed" must be a whole number'),
+    "seed too large": ({"prompt": "x", "seed": 2**63}, RequestError, '"seed" must be a whole number'),
+    "no dict": ("hello", RequestError, "a request is a dict"),
+    "None": (None, RequestError, "a request is a dict"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_every_wrong_request_is_named(what):
+    wrong, kind, message = WRONG[what]
+    processor = tiny.pair("next").ours.processor
+    with pytest.raises(kind, match=f"(?s)^request 1: .*{message}") as caught:
+        processor.prepare([{"prompt": "fine"}, wrong])
+    assert isinstance(caught.value, LlavaFastError) and "\n" not in str(caught.value)
+    if isinstance(wrong, dict):
+        with pytest.raises(kind, match="^request mine: "):
+            processor.prepare([{**wrong, "id": "mine"}])
+
+
+def test_a_prompt_without_a_single_token_is_refused():
+    processor = tiny.pair("onevision").ours.processor  # its tokenizer adds no BOS
+    with pytest.raises(RequestError, match="^request 0: the prompt is empty"):
+        processor.prepare([{"prompt": ""}])
+    assert processor.prepare([{"prompt": "<image>", "images": ONE}]).plan.rows > 0
+
+
+def test_a_prompt_of_exactly_the_context_is_taken():
+    processor = dataclasses.replace(tiny.pair("next").ours.processor, max_rows=10)
+    assert processor.prepare([{"prompt": "x" * 9}]).plan.rows == 10
+    with pytest.raises(RequestError, match="takes 11 tokens"):
+        processor.prepare([{"prompt": "x" * 10}])
+
+
+def test_extreme_shapes_work():
+    processor = tiny.pair("next").ours.processor
+    for height, width in ((1, 4000), (4000, 1)):
+        request = {"prompt": "<image>", "images": [tiny.picture(height, width)]}
+        plan = processor.prepare([request]).plan
+        assert (plan.column("modality") == MODALITY_IMAGE).sum() >= 49
+
+
+def test_a_processor_needs_no_model():
+    """Tiles and geometry alone, at the real sizes."""
+    geometry = VisualGeometry(384, 14, "pad", pad_color=(122, 116, 104))
+    processor = Processor(geometry, tokenizer=None, image_token_id=0, template=None)
+    assert processor.tiles(PICTURES[0]).shape == (1, 3, 384, 384)
