@@ -173,6 +173,8 @@ def _execute(jobs: list[Job], threads: int, output_json: Path | None) -> None:
     _limit_threads(threads)
     import torch
 
+    if jobs[0][3].device != "cpu" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"{jobs[0][3].device!r}: there is no CUDA device here", param_hint="--device")
     torch.set_num_threads(threads)
     from benchmarks import machine, report
     from benchmarks.case import measure

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from benchmarks.case import Settings
 from benchmarks.run import SUITE_NAMES, app
@@ -95,11 +96,12 @@ def wrong_tiles(processor, image):
         (["encode", "--image-size", "big"], "WIDTHxHEIGHT"),
         (["encode", "--dtype", "int8"], "choose from float32"),
         (["encode", "--backend", "vllm"], "choose from llava_fast"),
+        (["encode", "--device", "cuda"], "no CUDA device here"),
     ],
 )
-def test_wrong_options_say_what_is_right(arguments, message):
-    from typer.testing import CliRunner
-
+def test_wrong_options_say_what_is_right(arguments, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.output.replace("\u2502", " ").split())
