@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +26,7 @@ def load(
     *,
     chat_template: str | None = None,
     resample: Literal["pillow", "torchvision"] = "pillow",
+    video_frames: int = 16,
     model_base: str | Path | None = None,
     vision_tower: str | Path | None = None,
 ) -> Llava:
@@ -34,29 +36,30 @@ def load(
     dtype          torch dtype or its name; "auto" is the checkpoint's own. Default: "auto", but float32 on a CPU.
     chat_template  name of a built-in template (see inputs.chat) to use instead of the checkpoint's.
     resample       "pillow" (bit-exact with Pillow) or "torchvision" (what transformers does where it is installed).
+    video_frames   how many frames of a video file are used, spaced uniformly.
     model_base     the model that a LoRA or projector-only directory was trained on.
     vision_tower   where an original checkpoint's tower is, if not where its config says.
 
     Weights are memory-mapped and assigned tensor by tensor. Raises CheckpointError, naming file and tensor.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device)
+    if resample not in ("pillow", "torchvision"):
+        raise CheckpointError(f"resample is {resample!r}: use 'pillow' or 'torchvision'")
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
     checkpoint = load_checkpoint(
         path_or_hub_id, dtype=_dtype(dtype), device=device, model_base=model_base, vision_tower=vision_tower
     )
     with torch.device("meta"):
-        model = Llava(checkpoint.config, load_processor(checkpoint, chat_template, resample))
+        processor = load_processor(checkpoint, str(path_or_hub_id), chat_template)
+        model = Llava(checkpoint.config, dataclasses.replace(processor, resample=resample, video_frames=video_frames))
     load_weights(model, checkpoint)
     return model.eval()
 
 
-def load_processor(
-    checkpoint: LoadedCheckpoint,
-    chat_template: str | None = None,
-    resample: Literal["pillow", "torchvision"] = "pillow",
-) -> Processor:
-    """The checkpoint's tokenizer, geometry and chat template. Raises CheckpointError without a tokenizer."""
+def load_processor(checkpoint: LoadedCheckpoint, name: str, chat_template: str | None = None) -> Processor:
+    """The checkpoint's tokenizer, geometry and chat template; `name` is what the user called it, from which the
+    original LLaVA guesses the template. Raises CheckpointError without a tokenizer."""
     from transformers import AutoTokenizer  # imported late: it takes a second
 
     config = checkpoint.config
@@ -69,35 +72,32 @@ def load_processor(
         tokenizer=tokenizer,
         image_token_id=config.image_token_id,
         video_token_id=config.video_token_id,
-        template=_chat_template(checkpoint, tokenizer, chat_template),
+        template=_chat_template(checkpoint, name, tokenizer, chat_template),
         max_rows=config.decoder.context_length,
         exif=config.layout == "hf",
-        resample=resample,
     )
 
 
 def count_tokens(
-    model_or_config: Llava | LlavaConfig | str | Path,
+    model_or_config: Llava | LlavaConfig,
     height: int,
     width: int,
     compat: anyres.Compat | None = None,
 ) -> int:
     """Visual tokens that an image of this size (pixels) costs. `compat` reads the pinpoints as Hugging Face ("hf")
     or the original code ("llava") does; default: as the checkpoint does. Raises ImageError for an empty image."""
-    if isinstance(model_or_config, (str, Path)):
-        model_or_config = load_checkpoint(model_or_config).config
     geometry = getattr(model_or_config, "config", model_or_config).geometry
     return anyres.count_image_rows(geometry.read_as(compat) if compat else geometry, height, width)
 
 
-def _chat_template(checkpoint: LoadedCheckpoint, tokenizer: Any, name: str | None) -> chat.ChatTemplate:
+def _chat_template(checkpoint: LoadedCheckpoint, name: str, tokenizer: Any, asked: str | None) -> chat.ChatTemplate:
     """The template asked for, else the checkpoint's own, else the one its name and decoder suggest."""
-    if name is not None:
-        return chat.builtin_template(name)
+    if asked is not None:
+        return chat.builtin_template(asked)
     source = _own_template(checkpoint.path) or tokenizer.chat_template
     if isinstance(source, str) and checkpoint.config.layout == "hf":
         return chat.checkpoint_template(source, tokenizer.special_tokens_map)
-    return chat.builtin_template(chat.default_template_name(str(checkpoint.path), checkpoint.config.decoder.family))
+    return chat.builtin_template(chat.default_template_name(name, checkpoint.config.decoder.family))
 
 
 def _own_template(path: Path) -> str | None:
@@ -110,6 +110,13 @@ def _own_template(path: Path) -> str | None:
             if isinstance(template, str):
                 return template
     return None
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    try:
+        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise CheckpointError(f"device {device!r} is unknown: use 'cpu', 'cuda' or 'cuda:1'") from None
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

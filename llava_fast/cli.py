@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -20,21 +21,21 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="A checkpoint directory (Hugging Face or original layout) or a Hub id.")]
-Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1 ... Default: CUDA if there is one.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: CUDA if there is one.")]
 Dtype = Annotated[
-    Optional[str], typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's (CPU: float32).")
+    str | None, typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's (CPU: float32).")
 ]
 Template = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(help="Use this built-in chat template, not the checkpoint's: vicuna_v1, llama_2, mistral, ..."),
 ]
-ModelBase = Annotated[Optional[str], typer.Option(help="The base model, for a LoRA or projector-only directory.")]
+ModelBase = Annotated[str | None, typer.Option(help="The base model, for a LoRA or projector-only directory.")]
 MaxNewTokens = Annotated[int, typer.Option(min=0, help="The most tokens an answer may have.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time; above 0 draws.")]
 TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens that make up this probability.")]
 TopK = Annotated[int, typer.Option(min=0, help="Draw among this many likeliest tokens (0: all).")]
-Seed = Annotated[Optional[int], typer.Option(help="Makes draws repeatable.")]
-System = Annotated[Optional[str], typer.Option(help="A system message before the conversation.")]
+Seed = Annotated[int | None, typer.Option(help="Makes draws repeatable.")]
+System = Annotated[str | None, typer.Option(help="A system message before the conversation.")]
 
 
 @app.command()
@@ -44,7 +45,7 @@ def generate(
         str, typer.Option("--prompt", "-p", help="The question. Images go before it unless it has <image> marks.")
     ],
     image: Annotated[list[str], typer.Option("--image", "-i", help="An image file; repeat for several.")] = [],  # noqa: B006
-    video: Annotated[Optional[Path], typer.Option(help="A video file (needs PyAV).")] = None,
+    video: Annotated[Path | None, typer.Option(help="A video file (needs PyAV).")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Use the prompt verbatim, without the chat template.")] = False,
     short: Annotated[
         bool, typer.Option("--short", help="Ask for a single word or phrase, as LLaVA-1.5's benchmarks do.")
@@ -170,7 +171,7 @@ def doctor() -> None:
 
 @app.command()
 def demo(
-    image: Annotated[Optional[Path], typer.Option(help="Read the digits of your own picture instead.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Read the digits of your own picture instead.")] = None,
     question: Annotated[str, typer.Option(help="What to ask of your own picture.")] = "What digits are written here?",
     seed: Annotated[int, typer.Option(help="Which held-out canvas to compose.")] = 0,
     output: Annotated[Path, typer.Option(help="Where the composed picture is saved.")] = Path("llava_fast_demo.png"),
@@ -214,11 +215,8 @@ def _request(prompt: str, images: list[str], video: Path | None, raw: bool, syst
 
 
 def _named_images(line: str) -> tuple[str, list[str]]:
-    """Split a chat line into its text and the existing files it names with @path."""
-    words, named = [], []
-    for word in line.split():
-        if word.startswith("@") and len(word) > 1:
-            named.append(word[1:])
-        else:
-            words.append(word)
-    return " ".join(words), named
+    """Split a chat line into its text and the images it names with @path. An @word that looks like no path stays."""
+    named = [name for name in re.findall(r"(?<!\S)@(\S+)", line) if Path(name).exists() or "/" in name or "." in name]
+    for name in named:
+        line = line.replace(f"@{name}", "", 1)
+    return line.strip(), named

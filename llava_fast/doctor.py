@@ -10,8 +10,8 @@ import platform
 import torch
 
 import llava_fast
-from llava_fast import _C, ops
-from llava_fast.ops import backend
+from llava_fast import _C
+from llava_fast.ops import backend  # importing the package registers every op
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "pillow", "numpy", "xformers", "av")
 
@@ -32,12 +32,18 @@ def report() -> str:
         f"CUDA kernels are {'usable' if _C.has_cuda() else 'not usable'} here"
     )
     lines += ["", f"ops (LLAVA_FAST_BACKEND={os.environ.get('LLAVA_FAST_BACKEND', 'auto')})"]
-    assert ops  # importing it registers every op's backends
     for name, backends in sorted(backend.served().items()):
-        has = "; ".join(f"{kind}: {devices}" for kind, devices in backends.items())
-        lines.append(f"  {name:<13} {has}")
-    lines.append("  No op has a GPU kernel yet: on CUDA every op runs its PyTorch reference.")
+        has = "; ".join(f"{kind} ({devices})" for kind, devices in backends.items())
+        lines.append(f"  {name:<13} on a CPU: {_choice(name, 'cpu')}; on CUDA: {_choice(name, 'cuda')}; has {has}")
+    lines.append("  An op takes a kernel by itself only where a committed result proved it. No GPU result exists yet.")
     return "\n".join(lines)
+
+
+def _choice(op: str, device: str) -> str:
+    try:
+        return backend.choose(op, device)
+    except backend.BackendError as error:
+        return f"none: {error}"
 
 
 def _version(package: str) -> str:

@@ -30,7 +30,7 @@ class Chat:
             self.messages.append({"role": "system", "content": self.system})
         self._images: list[Any] = []
         self._cache: KVCache | None = None
-        self._cached: list[Any] = []  # one entry a cached row: a token id, or the visual mark it belongs to
+        self._cached: list[Any] = []  # one entry a cached row: a token id, or (number of the mark, visual mark)
 
     @torch.inference_mode()
     def send(self, text: str, images: list[Any] | tuple = (), **options: Any) -> Generation:
@@ -60,7 +60,7 @@ class Chat:
                 "smaller images"
             )
         cache = self._grown_cache(common, min(total + chosen.max_new_tokens, limit))
-        row_of = self._cached[:common] + self._rows(rest, pieces)
+        row_of = self._cached[:common] + _rows(rest, pieces, first_mark=_marks(outline) - _marks(rest))
         seen = [row for row in row_of if isinstance(row, int)]
         sequence = engine.new_sequence(self.model, chosen, seen, limit - total, chosen.seed)
         for _ in engine.steps(self.model, batch, [sequence], cache):
@@ -69,22 +69,22 @@ class Chat:
         answer = sequence.text.text
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         self._images = sources
-        visual = sum(isinstance(row, VisualMark) for row in row_of)
+        visual = sum(isinstance(row, tuple) for row in row_of)
         usage = Usage(total, visual, len(sequence.token_ids))
         return Generation(answer, sequence.token_ids, sequence.finish_reason or "length", usage)
 
     def _new_part(self, outline: list) -> tuple[int, list]:
         """(rows that the cache already holds, what follows them); at least one row is always new."""
-        rows, rest = 0, list(outline)
+        rows, number, rest = 0, 0, list(outline)
         while rest:
             part = rest[0]
             if isinstance(part, VisualMark):
                 held = rows
-                while held < len(self._cached) and _same_mark(self._cached[held], part):
+                while held < len(self._cached) and _is_mark(self._cached[held], number, part):
                     held += 1
                 if held == rows:
                     break
-                rows = held
+                rows, number = held, number + 1
                 rest.pop(0)
                 continue
             ids = part.ids.tolist()
@@ -100,13 +100,6 @@ class Chat:
             rest.pop(0)
         return rows, rest
 
-    @staticmethod
-    def _rows(outline: list, pieces: list) -> list:
-        rows: list = []
-        for part, piece in zip(outline, pieces, strict=True):
-            rows += [part] * len(piece.rows) if isinstance(part, VisualMark) else piece.ids.tolist()
-        return rows
-
     def _grown_cache(self, keep: int, capacity: int) -> KVCache:
         """The conversation's cache with its first `keep` rows valid and room for `capacity`."""
         if self._cache is None or self._cache.capacity < capacity:
@@ -121,6 +114,25 @@ class Chat:
         return self._cache
 
 
-def _same_mark(cached: Any, mark: VisualMark) -> bool:
-    """An image is the same if it is the very object sent before, tiled the same way."""
-    return isinstance(cached, VisualMark) and cached.source is mark.source and cached.alone == mark.alone
+def _rows(outline: list, pieces: list, first_mark: int) -> list[Any]:
+    """What each row of the pieces is: a token id, or the visual mark it belongs to with its number."""
+    rows: list[Any] = []
+    number = first_mark
+    for part, piece in zip(outline, pieces, strict=True):
+        if isinstance(part, VisualMark):
+            rows += [(number, part)] * len(piece.rows)
+            number += 1
+        else:
+            rows += piece.ids.tolist()
+    return rows
+
+
+def _marks(outline: list) -> int:
+    return sum(isinstance(part, VisualMark) for part in outline)
+
+
+def _is_mark(cached: Any, number: int, mark: VisualMark) -> bool:
+    """An image is the same if it is the very object sent before, in the same place and tiled the same way."""
+    if not isinstance(cached, tuple) or cached[0] != number:
+        return False
+    return cached[1].source is mark.source and cached[1].alone == mark.alone

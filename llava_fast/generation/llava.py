@@ -18,7 +18,18 @@ class Llava(LlavaModel):
     """A loaded checkpoint: an ordinary nn.Module that also answers requests."""
 
     @torch.inference_mode()
-    def generate(self, requests: Sequence[dict] | dict, **options: Any) -> list[Generation]:
+    def generate(
+        self,
+        requests: Sequence[dict] | dict,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        ignore_eos: bool = False,
+    ) -> list[Generation]:
         """Answer a batch of requests; each gets what it would get alone.
 
         requests           dicts {"prompt" | "messages", "images", "video", "seed"}; see inputs.processor.
@@ -32,7 +43,9 @@ class Llava(LlavaModel):
 
         Raises RequestError or ImageError naming the request.
         """
-        chosen = GenerationOptions.of(**options)
+        chosen = GenerationOptions.of(
+            max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed, ignore_eos
+        )
         requests = [requests] if isinstance(requests, dict) else list(requests)
         if not requests:
             return []
@@ -46,11 +59,13 @@ class Llava(LlavaModel):
 
     def stream(self, request: dict, **options: Any) -> Iterator[str]:
         """Text pieces of one answer as they become certain: never half a character, never part of a stop string.
-        Their concatenation is what `generate` returns. Options as for `generate`."""
-        chosen = GenerationOptions.of(**options)
+        Their concatenation is what `generate` returns. Options and errors as for `generate`, raised at once."""
         with torch.inference_mode():
-            batch, sequences, cache = self._start([request], chosen)
-        running = engine.steps(self, batch, sequences, cache)
+            started = self._start([request], GenerationOptions.of(**options))
+        return self._pieces(engine.steps(self, *started))
+
+    @staticmethod
+    def _pieces(running: Iterator[list[tuple[engine.Sequence, str]]]) -> Iterator[str]:
         while True:
             # The mode is entered for each step, not across yields, where it would leak into the caller's code.
             with torch.inference_mode():
@@ -77,7 +92,8 @@ class Llava(LlavaModel):
                 seed = options.seed + number
             room = limit - length
             if room <= 0 and options.max_new_tokens:
-                raise RequestError(f"request {number} fills the context of {limit} tokens: no room for an answer")
+                name = request.get("id", number)
+                raise RequestError(f"request {name} fills the context of {limit} tokens: no room for an answer")
             ids = engine.text_ids(batch, number) if options.sampling.repetition_penalty != 1.0 else []
             sequences.append(engine.new_sequence(self, options, ids, room, seed))
         return batch, sequences, self.decoder.new_cache(len(requests), capacity)

@@ -52,12 +52,13 @@ class Sampler:
     def __call__(self, logits: Tensor) -> int:
         """The next token id from logits [vocabulary]."""
         options = self.options
+        logits = logits.float()
         if options.repetition_penalty != 1.0:
             logits = penalise(logits, self.seen, options.repetition_penalty)
         if options.temperature == 0:
             token = int(logits.argmax())
         else:
-            probabilities = filtered_probabilities(logits.float().cpu(), options)
+            probabilities = filtered_probabilities(logits.cpu(), options)
             token = int(torch.multinomial(probabilities, 1, generator=self.generator))
         self.seen.add(token)
         return token

@@ -78,14 +78,12 @@ class VisualGeometry:
     video_newline: Literal["grid", "frame", "one_token", "no_token"] = "no_token"
 
     def __post_init__(self) -> None:
+        if self.compat not in ("hf", "llava"):
+            raise ImageError(f"compat is {self.compat!r}: use 'hf' or 'llava'")
         if self.tile_size < 1 or self.patch_size < 1 or self.tile_size < self.patch_size:
-            raise ImageError(
-                f"tile of {self.tile_size} pixels cannot be cut into patches of {self.patch_size}"
-            )
+            raise ImageError(f"tile of {self.tile_size} pixels cannot be cut into patches of {self.patch_size}")
         if self.aspect in ("anyres", "highres") and not self.pinpoints:
-            raise ImageError(
-                f"aspect {self.aspect!r} needs image_grid_pinpoints, and the checkpoint lists none"
-            )
+            raise ImageError(f"aspect {self.aspect!r} needs image_grid_pinpoints, and the checkpoint lists none")
         for pair in self.pinpoints if self.aspect == "anyres" else ():
             if pair[0] % self.tile_size or pair[1] % self.tile_size:
                 raise ImageError(f"pinpoint {pair} is not a multiple of the tile size {self.tile_size}")
@@ -218,9 +216,7 @@ def image_views(geometry: VisualGeometry, height: int, width: int, alone: bool =
         return (base,)
     if aspect == "highres":
         edge = max(max(pair) for pair in geometry.pinpoints)
-        square = View(
-            size=(edge, edge), offset=(0, 0), canvas=(edge, edge), square=True, fill=geometry.pad_color
-        )
+        square = View(size=(edge, edge), offset=(0, 0), canvas=(edge, edge), square=True, fill=geometry.pad_color)
         return (base, square)
     canvas = best_canvas(height, width, geometry.canvases)
     size = fit_within(height, width, canvas)
@@ -249,9 +245,7 @@ def image_rows(geometry: VisualGeometry, height: int, width: int, alone: bool = 
     if not merge.startswith("spatial"):
         return _rows([np.arange(tiles * geometry.rows_per_tile, dtype=np.int32)], tiles)
     if geometry.class_rows:
-        raise ImageError(
-            "a class row cannot be stitched into a grid: use feature selection 'patch' with anyres"
-        )
+        raise ImageError("a class row cannot be stitched into a grid: use feature selection 'patch' with anyres")
 
     stitched = _stitch(geometry, grid)
     head = [] if "nobase" in merge else [base]
@@ -271,9 +265,7 @@ def image_rows(geometry: VisualGeometry, height: int, width: int, alone: bool = 
                     f"an image of {width}x{height} pixels leaves no rows after anyres_max_{geometry.max_tiles} "
                     "shrinks it; crop it or pad it to a less extreme shape"
                 )
-            return _mixed_rows(
-                head, _bilinear_taps(window, shape), shape, newline=True, tiles=tiles, reduce="sum"
-            )
+            return _mixed_rows(head, _bilinear_taps(window, shape), shape, newline=True, tiles=tiles, reduce="sum")
     return _rows([*head, *(part for line in window for part in (line, None))], tiles)
 
 

@@ -77,6 +77,10 @@ def _normalise_content(content: Any, role: str, where: str, sources: list[Any]) 
                 raise RequestError(f"{where} holds an item of type {kind!r}: move it to a user message")
             if kind != "video":
                 sources.append(_image_source(item, where))
+            elif len(item) > 1:
+                raise RequestError(
+                    f"{where}: give a video's file or frames under 'video' of the request, not in its item"
+                )
             items.append({"type": "video" if kind == "video" else "image"})
         else:
             raise RequestError(f"{where} holds an item of type {kind!r}: use 'text', 'image', 'image_url' or 'video'")

@@ -35,6 +35,7 @@ ORIGINAL_IMAGE_TOKEN = -200
 
 REQUEST_KEYS = {"prompt", "messages", "images", "video", "seed", "id"}
 _MARK = re.compile(r"<image>|<video>")
+_IMAGE_MARK = re.compile(r"<image>")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,6 @@ class Processor:
         requests: Sequence[dict],
         labels: bool = False,
         layout: Layout = "packed",
-        first_positions: list[int] | None = None,
     ) -> Prepared:
         """Tiles and plan of a batch of requests. With `labels`, assistant turns are supervised and requests must
         have messages. Raises RequestError (naming the request by its place or "id") and ImageError."""
@@ -102,7 +102,7 @@ class Processor:
             except (RequestError, ImageError) as error:
                 name = request.get("id", number) if isinstance(request, dict) else number
                 raise type(error)(f"request {name}: {error}") from None
-        return self.assemble(sequences, tiles, layout, first_positions)
+        return self.assemble(sequences, tiles, layout)
 
     def assemble(
         self,
@@ -111,7 +111,8 @@ class Processor:
         layout: Layout = "packed",
         first_positions: list[int] | None = None,
     ) -> Prepared:
-        """Pieces of each sequence and the tiles they refer to, as one batch."""
+        """Pieces of each sequence and the tiles they refer to, as one batch. `first_positions` are the rows that a
+        cache already holds of each sequence."""
         size = self.geometry.tile_size
         joined = np.concatenate(tiles) if tiles else np.zeros((0, 3, size, size), np.uint8)
         return Prepared(joined, build_plan(sequences, self.geometry.rows_per_tile, layout, first_positions))
@@ -150,14 +151,16 @@ class Processor:
             raise RequestError(
                 f"the prompt holds half a surrogate pair at character {error.start}: check how it was decoded"
             ) from None
-        marks = _MARK.findall(text)
+        # Without a video, "<video>" is ordinary text, in the original layout as in a question about HTML.
+        pattern = _MARK if video_sources or self.video_token_id is not None else _IMAGE_MARK
+        marks = pattern.findall(text)
         for mark, sources in (("<image>", image_sources), ("<video>", video_sources)):
             if marks.count(mark) != len(sources):
                 raise RequestError(
                     f"the prompt has {marks.count(mark)} {mark} marks and {len(sources)} were given: "
                     f"mark each one's place in the prompt with {mark}"
                 )
-        ids, supervised, places = self._encode(text, segments if labels else None, "messages" in request)
+        ids, supervised, places = self._encode(text, pattern, segments if labels else None, "messages" in request)
         if len(places) != len(marks):
             raise RequestError(f"the tokenizer found {len(places)} image tokens for {len(marks)} marks in the prompt")
 
@@ -177,7 +180,7 @@ class Processor:
 
     def _visual_piece(self, mark: VisualMark, tiles: list[np.ndarray]) -> VisualPiece:
         if mark.kind == "<video>":
-            from_file = isinstance(mark.source, (str, os.PathLike, bytes))
+            from_file = isinstance(mark.source, (str, os.PathLike, bytes, bytearray, memoryview))
             try:
                 frames = images.read_video(mark.source, self.video_frames if from_file else None)
             except TypeError as error:
@@ -207,27 +210,27 @@ class Processor:
             threads=self.threads,
         )
 
-    def _encode(self, text: str, segments: list[chat.Segment] | None, rendered: bool):
+    def _encode(self, text: str, marks: re.Pattern, segments: list[chat.Segment] | None, rendered: bool):
         """(ids, supervised or None, places of the image and video tokens among the ids)."""
         if self.image_token_id == ORIGINAL_IMAGE_TOKEN:
-            return self._encode_chunks(text, segments)
+            return self._encode_chunks(text, marks, segments)
         tokens = {"<image>": self.image_token_id, "<video>": self.video_token_id or self.image_token_id}
         names = {mark: self.tokenizer.convert_ids_to_tokens(token) for mark, token in tokens.items()}
         if any(mark != name for mark, name in names.items()):
             if segments is not None and any(m in text and len(m) != len(n) for m, n in names.items()):
                 raise RequestError(f"labels need the image token to be spelt <image>, and this checkpoint's is {names}")
-            text = _MARK.sub(lambda found: names[found[0]], text)
+            text = marks.sub(lambda found: names[found[0]], text)
         special = not (rendered and self._brings_bos(text))
         encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=segments is not None)
         ids = np.asarray(encoded["input_ids"], np.int32)
         supervised = None if segments is None else _supervised(np.asarray(encoded["offset_mapping"]), segments)
         return ids, supervised, np.flatnonzero(np.isin(ids, list(tokens.values())))
 
-    def _encode_chunks(self, text: str, segments: list[chat.Segment] | None):
+    def _encode_chunks(self, text: str, marks: re.Pattern, segments: list[chat.Segment] | None):
         """Original LLaVA tokenises the text between marks chunk by chunk and keeps the first chunk's BOS."""
         ids, supervised, places = [], [], []
         offset, bos = 0, self.tokenizer.bos_token_id
-        chunks = _MARK.split(text)
+        chunks = marks.split(text)
         for number, chunk in enumerate(chunks):
             special = not self._brings_bos(chunk)
             encoded = self.tokenizer(chunk, add_special_tokens=special, return_offsets_mapping=segments is not None)

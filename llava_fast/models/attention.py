@@ -47,9 +47,7 @@ def attend(
     out = torch.zeros_like(query_RHD) if sum(spans.lengths) < len(query_RHD) else torch.empty_like(query_RHD)
     pieces = []
     for number, (start, length) in enumerate(zip(spans.starts, spans.lengths, strict=True)):
-        query, key, value = (
-            t[start : start + length].transpose(0, 1)[None] for t in (query_RHD, key_RKD, value_RKD)
-        )
+        query, key, value = (t[start : start + length].transpose(0, 1)[None] for t in (query_RHD, key_RKD, value_RKD))
         if cache is not None:
             key, value = cache.append(layer, spans.slots[number], spans.before[number], key[0], value[0])
             key, value = key[None], value[None]
@@ -76,9 +74,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Te
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
 
 
-def _attend_dense(
-    query: Tensor, key: Tensor, value: Tensor, shape: tuple[int, int], window: int | None
-) -> Tensor:
+def _attend_dense(query: Tensor, key: Tensor, value: Tensor, shape: tuple[int, int], window: int | None) -> Tensor:
     """Equal-length sequences in one call. Fillers sit on the right, so causality alone hides them from real rows."""
     query, key, value = (t.unflatten(0, shape).transpose(1, 2) for t in (query, key, value))
     return _causal(query, key, value, window).transpose(1, 2).flatten(0, 1).flatten(1)
@@ -87,8 +83,10 @@ def _attend_dense(
 def _attend_one_row_each(
     query: Tensor, key: Tensor, value: Tensor, spans: Spans, layer: int, cache: KVCache, window: int | None
 ) -> Tensor:
-    """Decoding: one new row for each of the first slots. The query heads that share a key head become the rows of one small matrix,
-    so grouped heads cost no copies of the cache."""
+    """Decoding: one new row for each of the first slots. The query heads that share a key head become the rows
+    of one small matrix, so grouped heads cost no copies of the cache."""
+    if spans.slots != tuple(range(len(query))):
+        raise ValueError(f"decoding takes one row for each of the first slots, not slots {spans.slots}")
     count, heads, size = query.shape
     keys, values, mask = cache.append_one_each(layer, spans.before, key, value, window)
     grouped = query.view(count, keys.shape[1], heads // keys.shape[1], size)

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llava_fast.inputs.plan import Layout
+from llava_fast.errors import RequestError
+from llava_fast.inputs.plan import TEXT, Layout
 from llava_fast.inputs.processor import Processor
 from llava_fast.models.attention import Spans
 from llava_fast.models.batch import Batch
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.decoder import Decoder
 from llava_fast.models.kv_cache import KVCache
+from llava_fast.models.modules import is_plain
 from llava_fast.models.projector import Projector
 from llava_fast.models.vision import VisionTower
 from llava_fast.ops import mix_rows, token_pack
@@ -57,51 +59,51 @@ class LlavaModel(nn.Module):
         requests: list[dict],
         labels: bool = False,
         layout: Layout = "packed",
-        first_positions: list[int] | None = None,
     ) -> Batch:
         """Tiles and plan of a batch of requests (see inputs.processor), on the model's device."""
-        return Batch.from_prepared(
-            self.processor.prepare(requests, labels, layout, first_positions), self.device
-        )
+        if self.processor is None:
+            raise RequestError("this model has no processor: build it with llava_fast.load, or pass one to LlavaModel")
+        return Batch.from_prepared(self.processor.prepare(requests, labels, layout), self.device)
 
     def forward(self, batch: Batch, logits: Logits | None = None) -> LlavaOutput:
         """Logits of the rows asked for: each sequence's "last" (the default without labels), the "supervised" ones
         (the default with labels; the loss is over these), or "all" ([sequences, rows, vocabulary] if padded).
 
-        Raises ValueError for an unknown choice.
+        Raises ValueError for an unknown choice, or for "supervised" on a batch without labels.
         """
         logits = logits or ("supervised" if batch.plan.has_labels else "last")
         if logits not in ("last", "supervised", "all"):
             raise ValueError(f"logits must be 'last', 'supervised' or 'all', got {logits!r}")
+        if logits == "supervised" and not batch.plan.has_labels:
+            raise ValueError("no row of this batch is supervised: prepare it with labels=True and an assistant's turn")
         hidden_RC = self.hidden_states(self.inputs_embeds(batch), batch, batch.spans())
-        supervised = None
+        every = self.decoder.logits(hidden_RC) if logits == "all" else None
+        supervised = loss = None
         if batch.plan.has_labels:
-            supervised = self.decoder.logits(hidden_RC[batch.column("supervised_row").long()])
-        loss = None
-        if supervised is not None:
+            rows = batch.column("supervised_row").long()
+            supervised = self.decoder.logits(hidden_RC[rows]) if every is None else every[rows]
             loss = F.cross_entropy(supervised.float(), batch.column("supervised_target").long())
+        if every is not None:
+            dense = batch.spans().dense
+            return LlavaOutput(every.unflatten(0, dense) if dense else every, loss)
         if logits == "supervised" and supervised is not None:
             return LlavaOutput(supervised, loss)
-        if logits == "all":
-            out = self.decoder.logits(hidden_RC)
-            dense = batch.spans().dense
-            return LlavaOutput(out.unflatten(0, dense) if dense else out, loss)
-        rows = batch.column("last_row" if logits == "last" else "supervised_row").long()
-        return LlavaOutput(self.decoder.logits(hidden_RC[rows]), loss)
+        return LlavaOutput(self.decoder.logits(hidden_RC[batch.column("last_row").long()]), loss)
 
-    def hidden_states(
-        self, inputs_RC: Tensor, batch: Batch, spans: Spans, cache: KVCache | None = None
-    ) -> Tensor:
+    def hidden_states(self, inputs_RC: Tensor, batch: Batch, spans: Spans, cache: KVCache | None = None) -> Tensor:
         """Decoder outputs after the final norm, [rows, width]."""
         return self.decoder(inputs_RC, batch.column("position").long(), spans, cache)
 
     def inputs_embeds(self, batch: Batch) -> Tensor:
         """[rows, width]: text rows from the embedding table, visual rows from the projector, newlines."""
-        embedding = self.decoder.embed_tokens.weight
-        constant = self.image_newline[None] if self.config.has_newline else embedding[:0]
-        return token_pack(
-            batch.column("source"), batch.column("row"), embedding, self.visual_rows(batch), constant
-        )
+        embed, source, row = self.decoder.embed_tokens, batch.column("source"), batch.column("row")
+        table = embed.weight
+        if not is_plain(embed, nn.Embedding):  # its own forward, then the general op over what it returned
+            is_text = source == TEXT
+            table = embed(torch.where(is_text, row, 0).long())
+            row = torch.where(is_text, torch.arange(len(row), dtype=row.dtype, device=row.device), row)
+        constant = self.image_newline[None] if self.config.has_newline else table[:0]
+        return token_pack(source, row, table, self.visual_rows(batch), constant)
 
     def visual_rows(self, batch: Batch) -> Tensor:
         """The plan's visual table [visual rows, width]: only rows that reach the decoder are projected."""

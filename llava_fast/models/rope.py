@@ -29,15 +29,11 @@ class Rope(nn.Module):
         if self.config.kind == "dynamic":
             return self._dynamic(position_R, dtype, spans)
         device = position_R.device
-        reach = max(
-            (n + (spans.before[i] if spans.before else 0) for i, n in enumerate(spans.lengths)), default=0
-        )
+        reach = max((n + (spans.before[i] if spans.before else 0) for i, n in enumerate(spans.lengths)), default=0)
         table = self._table
         if table is None or len(table[0]) < reach or table[0].device != device or table[0].dtype != dtype:
-            rows = max(reach, min(self.max_positions, 2 * reach, 8192))
-            table = self._table = self._cos_sin(
-                torch.arange(rows, device=device), self._frequencies(device), dtype
-            )
+            rows = 2 * reach  # doubling, so that a growing answer rarely pays for a new table
+            table = self._table = self._cos_sin(torch.arange(rows, device=device), self._frequencies(device), dtype)
         return table[0][position_R], table[1][position_R]
 
     def _cos_sin(self, position: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -67,7 +63,8 @@ class Rope(nn.Module):
         return frequencies
 
     def _dynamic(self, position_R: Tensor, dtype: torch.dtype, spans: Spans) -> tuple[Tensor, Tensor]:
-        """The base grows with each sequence's own length, so a batch gives what each sequence gives alone."""
+        """The base grows with each sequence's own length, so a batch gives what each sequence gives alone. Keys cached
+        before it grew keep the base they were made with, as in transformers."""
         config, device = self.config, position_R.device
         theta = torch.full((len(position_R), 1), config.theta, dtype=torch.float32, device=device)
         for number, (start, length) in enumerate(zip(spans.starts, spans.lengths, strict=True)):

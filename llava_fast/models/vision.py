@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from llava_fast.models.activations import ACTIVATIONS
 from llava_fast.models.config import VisionConfig
+from llava_fast.models.modules import is_plain
 from llava_fast.ops import patch_embed
 
 
@@ -26,15 +27,16 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(rows, width)
 
     def forward(self, tiles: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        return patch_embed(
-            tiles,
-            self.patch_embedding.weight,
-            self.position_embedding.weight,
-            mean=mean,
-            std=std,
-            bias=self.patch_embedding.bias,
-            class_row=getattr(self, "class_embedding", None),
-        )
+        conv, position = self.patch_embedding, self.position_embedding.weight
+        class_row = getattr(self, "class_embedding", None)
+        if is_plain(conv, nn.Conv2d):
+            return patch_embed(tiles, conv.weight, position, mean=mean, std=std, bias=conv.bias, class_row=class_row)
+        if tiles.dtype == torch.uint8:
+            tiles = ((tiles / 255.0 - mean[:, None, None]) / std[:, None, None]).to(position.dtype)
+        rows = conv(tiles).flatten(2).transpose(1, 2)
+        if class_row is not None:
+            rows = torch.cat([class_row.expand(len(rows), 1, -1), rows], dim=1)
+        return rows + position
 
 
 class VisionAttention(nn.Module):
@@ -48,8 +50,7 @@ class VisionAttention(nn.Module):
     def forward(self, x_TNC: Tensor) -> Tensor:
         split = (self.heads, -1)
         query, key, value = (
-            proj(x_TNC).unflatten(-1, split).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(x_TNC).unflatten(-1, split).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         out_THND = F.scaled_dot_product_attention(query, key, value)
         return self.out_proj(out_THND.transpose(1, 2).flatten(2))
@@ -103,10 +104,10 @@ class VisionTower(nn.Module):
     def forward(self, tiles: Tensor) -> Tensor:
         """[T, 3, H, W] uint8 or normalised float -> [T, rows kept, features], in the weights' dtype."""
         config = self.config
-        weight = self.embeddings.patch_embedding.weight
+        like = self.embeddings.position_embedding.weight
         if tiles.is_floating_point():
-            tiles = tiles.to(weight.dtype)
-        mean, std = (weight.new_tensor(v, dtype=torch.float32) for v in (config.image_mean, config.image_std))
+            tiles = tiles.to(like.dtype)
+        mean, std = (like.new_tensor(v, dtype=torch.float32) for v in (config.image_mean, config.image_std))
         x_TNC = self.embeddings(tiles, mean, std)
         if config.has_class_row:
             x_TNC = self.pre_layrnorm(x_TNC)

@@ -2,7 +2,7 @@
 
 A ViT sees ((pixel / 255) - mean) / std through a strided convolution, which is a GEMM over flattened patches. The
 affine normalisation is folded: with x' = pixel - 128 (exact in bfloat16), weight' = weight / (255 std) and
-bias' = bias + sum(weight (128/255 - mean) / std).
+bias' = bias + sum(weight (128/255 - mean) / std). Products and bias are summed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from torch.nn import functional as F
 CENTRE = 128.0
 
 
-def fold_normalisation(
-    weight: Tensor, bias: Tensor | None, mean: Tensor, std: Tensor
-) -> tuple[Tensor, Tensor]:
+def fold_normalisation(weight: Tensor, bias: Tensor | None, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     """(weight', bias') for centred pixels. weight [width, 3, P, P] -> [width, 3*P*P] in its dtype; bias' float32.
 
     The bias is taken from the rounded weight', so that a uniform image still maps where it should in bfloat16.
@@ -51,8 +49,8 @@ def patch_embed(
     patch = weight.shape[-1]
     if tiles.dtype == torch.uint8:
         folded, offset = fold_normalisation(weight, bias, mean, std)
-        rows = patch_rows(tiles, patch).to(weight.dtype) - CENTRE
-        embedded = F.linear(rows, folded) + offset.to(weight.dtype)
+        rows = patch_rows(tiles, patch).to(offset.dtype) - CENTRE
+        embedded = F.linear(rows, folded.to(offset.dtype), offset).to(weight.dtype)
     else:
         embedded = F.linear(patch_rows(tiles, patch), weight.flatten(1), bias)
     if class_row is not None:
