@@ -295,7 +295,7 @@ WRONG = {
     "more images than marks": ({"prompt": "<image>", "images": ONE * 2}, RequestError, "1 <image> marks and 2"),
     "no marks": ({"prompt": "x", "images": ONE}, RequestError, "0 <image> marks and 1"),
     "no images": ({"prompt": "<image>"}, RequestError, "1 <image> marks and 0"),
-    "no video": ({"prompt": "<video>"}, RequestError, "1 <video> marks and 0"),
+    "no video mark": ({"prompt": "x", "video": ONE}, RequestError, "0 <video> marks and 1"),
     "unknown key": ({"prompt": "x", "image": PICTURES[0]}, RequestError, r"unknown keys \['image'\]"),
     "both": ({"prompt": "x", "messages": []}, RequestError, "exactly one of"),
     "neither": ({"images": []}, RequestError, "exactly one of"),
@@ -380,3 +380,10 @@ def test_a_processor_needs_no_model():
     geometry = VisualGeometry(384, 14, "pad", pad_color=(122, 116, 104))
     processor = Processor(geometry, tokenizer=None, image_token_id=0, template=None)
     assert processor.tiles(PICTURES[0]).shape == (1, 3, 384, 384)
+
+
+def test_a_video_mark_is_text_where_no_video_is_given():
+    processor = tiny.pair("next").ours.processor
+    assert processor.video_token_id is None
+    plan = processor.prepare([{"prompt": "How do I use the <video> tag?"}]).plan
+    assert plan.tiles == 0 and plan.lengths[0] > 5
