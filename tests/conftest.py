@@ -19,3 +19,12 @@ settings.load_profile("repeatable")
 def seeded():
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    from parity import TIES, WORST
+
+    for what, error in sorted(WORST.items()):
+        terminalreporter.write_line(f"worst relative error, {what}: {error:.1e}")
+    if TIES["tokens"]:
+        terminalreporter.write_line(f"greedy tokens against transformers: {TIES['tokens']}, ties {TIES['ties']}")
