@@ -1,6 +1,7 @@
 """Train the digits demo model from nothing: the tower first, then the whole LLaVA on questions and answers.
 
-python examples/digits/train.py OUT_DIR --tower-minutes 12 --minutes 28
+python examples/digits/train.py OUT_DIR
+python examples/digits/train.py OUT_DIR --more    # another round from where OUT_DIR is
 
 Minutes are of processor time: on two otherwise idle cores half as many pass on the clock. OUT_DIR is a Hugging Face
 llava_next directory that both llava_fast and transformers load. Training and held-out digits never share a scan.
@@ -24,6 +25,7 @@ import llava_fast
 from llava_fast.demo import KINDS, answer, ask, compose, split_scans
 
 LEARNING_RATE = 2e-3
+MORE_RATE = 0.5  # of the learning rate, when a trained model goes on
 TOWER_RATE = 0.15  # of the learning rate
 TOWER_FROZEN = 0.15  # share of the run in which the tower stays as stage 0 left it
 GROWING = 0.3  # share of the run over which canvases grow from one digit to five
@@ -36,11 +38,15 @@ def main(
     tower_minutes: Annotated[float, typer.Option(help="Processor minutes for the tower; 0 takes OUT_DIR's.")] = 12.0,
     minutes: Annotated[float, typer.Option(help="Processor minutes for the whole model.")] = 28.0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    more: Annotated[
+        bool, typer.Option("--more", help="Go on from OUT_DIR at full difficulty and a lower rate.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights and canvases.")] = 0,
 ) -> None:
     """Train the digits demo model and write it to OUTPUT, every few minutes and at the end."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
+    tower_minutes = 0.0 if more else tower_minutes
     scans, _ = split_scans()
     if tower_minutes:
         make_model(output, seed)
@@ -49,32 +55,36 @@ def main(
         initialise(model.vision_tower, torch.Generator().manual_seed(seed))
         train_tower(model.vision_tower, model.config.geometry, scans, tower_minutes)
         llava_fast.save(model, output, overwrite=True)
-    train(model, scans, minutes, seed, save_to=output)
+    train(model, scans, minutes, seed, output, more)
     llava_fast.save(model.eval(), output, overwrite=True)
 
 
-def train(model, scans: np.ndarray, minutes: float, seed: int, save_to: Path) -> None:
-    """An ordinary loop over `model(batch)`: AdamW, warm-up and cosine, the tower thawed after a while."""
+def train(model, scans: np.ndarray, minutes: float, seed: int, save_to: Path, more: bool) -> None:
+    """An ordinary loop over `model(batch)`: AdamW, warm-up and cosine, the tower thawed after a while. With `more`,
+    everything is trained on full canvases from the start."""
     rng = np.random.default_rng(seed + 1)
+    peak = LEARNING_RATE * (MORE_RATE if more else 1)
     model.train()
     tower = list(model.vision_tower.parameters())
     inside = {id(p) for p in tower}
     rest = [p for p in model.parameters() if id(p) not in inside]
     groups = [
-        {"params": [p for p in rest if p.dim() > 1], "weight_decay": 0.05, "rate": LEARNING_RATE},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "rate": LEARNING_RATE},
-        {"params": tower, "weight_decay": 0.01, "rate": LEARNING_RATE * TOWER_RATE},
+        {"params": [p for p in rest if p.dim() > 1], "weight_decay": 0.05, "rate": peak},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "rate": peak},
+        {"params": tower, "weight_decay": 0.01, "rate": peak * (1 if more else TOWER_RATE)},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), fused=True)
     losses: list[float] = []
     right: list[float] = []
     start, step, saved = time.process_time(), 0, 0.0
     with tqdm(total=100, desc="model", unit="%", bar_format="{l_bar}{bar}| {elapsed}{postfix}") as bar:
         while (done := (time.process_time() - start) / (60 * minutes)) < 1:
-            model.vision_tower.requires_grad_(done > TOWER_FROZEN)
+            model.vision_tower.requires_grad_(more or done > TOWER_FROZEN)
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * min(1, (step + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * done))
-            batch = model.prepare([example(rng, scans, done / GROWING) for _ in range(CANVASES)], labels=True)
+            batch = model.prepare(
+                [example(rng, scans, 1.0 if more else done / GROWING) for _ in range(CANVASES)], labels=True
+            )
             out = model(batch)
             out.loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
