@@ -144,7 +144,9 @@ def chat(
 def convert(
     model: Model,
     output: Annotated[Path, typer.Argument(help="The directory to write; it must not exist yet, or be empty.")],
-    layout: Annotated[str, typer.Option(help="hf (transformers) or original (the LLaVA repositories').")] = "hf",
+    layout: Annotated[
+        Literal["hf", "original"], typer.Option(help="hf (transformers) or original (the LLaVA repositories').")
+    ] = "hf",
     dtype: Dtype = None,
     model_base: ModelBase = None,
 ) -> None:
@@ -154,8 +156,6 @@ def convert(
     """
     import llava_fast
 
-    if layout not in ("hf", "original"):
-        raise typer.BadParameter(f"{layout!r}: choose hf or original", param_hint="--layout")
     llava = _load(model, "cpu", dtype or "auto", None, model_base)
     llava_fast.save(llava, output, layout=layout)
     typer.echo(f"wrote {output} in the {layout} layout")

@@ -20,8 +20,6 @@ def mix_rows(rows: Tensor, index: Tensor, weight: Tensor, reduce: str = "sum") -
     if reduce not in ("sum", "max"):
         raise ValueError(f"reduce must be 'sum' or 'max', got {reduce!r}")
     if index.shape != weight.shape or index.dim() != 2:
-        raise ValueError(
-            f"index {tuple(index.shape)} and weight {tuple(weight.shape)} must both be [mixed, taps]"
-        )
+        raise ValueError(f"index {tuple(index.shape)} and weight {tuple(weight.shape)} must both be [mixed, taps]")
     backend.choose("mix_rows")
     return reference.mix_rows(rows, index, weight, reduce)
