@@ -1,0 +1,136 @@
+"""The loss and every parameter's gradient against transformers', whichever layout a batch has."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from parity import assert_close, forget_rope
+
+from llava_fast.checkpoints.names import from_stored
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def samples(name: str) -> list[dict]:
+    """Conversations with one image, several, none, and a video where the kind has them."""
+    first, second, third = tiny.picture(60, 90), tiny.picture(1, 300), tiny.picture(90, 30)
+    turns = [user("<image> what?"), assistant("the hello"), user("and?"), assistant("a")]
+    made = [
+        {"messages": turns, "images": [first]},
+        {"messages": [user("text alone, somewhat longer than the others"), assistant("yes")]},
+        {"messages": [user("<image><image> or?"), assistant("No, the second.")], "images": [second, third]},
+    ]
+    if tiny.CASES[name].kind in ("llava_next_video", "llava_onevision"):
+        frames = np.stack([tiny.picture(50, 80, seed) for seed in range(2)])
+        made.append({"messages": [user("<video> moves?"), assistant("It does.")], "video": frames})
+    return made
+
+
+def reference_gradients(pair, requests: list[dict], plan) -> tuple[float, dict]:
+    """transformers' loss over the batch and its gradients by our names, one sample after another."""
+    pair.hf.zero_grad()
+    count = len(plan.column("supervised_row"))
+    total, starts = 0.0, plan.column("boundaries")
+    for number, request in enumerate(requests):
+        prompt = pair.ours.processor.template.render(request["messages"], add_generation_prompt=False)
+        inputs = pair.reference_inputs(prompt, request.get("images", ()), request.get("video"))
+        window = slice(int(starts[number]), int(starts[number]) + plan.lengths[number])
+        labels = torch.from_numpy(plan.column("label")[window].astype(np.int64))[None]
+        forget_rope(pair.hf)
+        loss = pair.hf(**inputs, labels=labels, num_items_in_batch=count).loss
+        loss.backward()
+        total += loss.item()
+    gradients = {from_stored(name): p.grad for name, p in pair.hf.named_parameters()}
+    return total, gradients
+
+
+def assert_same_gradients(what: str, model, expected: dict) -> None:
+    """Relative to each tensor's largest. One below 1e-6 of the model's largest is rounding about a true 0 (CLIP's
+    k_proj.bias: a shift of all keys changes no attention), so both need only lie below that. None matches None."""
+    floor = 1e-6 * max(g.abs().max().item() for g in expected.values() if g is not None)
+    for name, parameter in model.named_parameters():
+        found, reference = parameter.grad, expected[name]
+        if found is None or reference is None:
+            assert found is reference, name
+        elif reference.abs().max() < floor:
+            assert found.abs().max() < floor and name.endswith("k_proj.bias"), name
+        else:
+            assert_close(what, found, reference)
+
+
+@pytest.mark.parametrize("name", tiny.CASES)
+def test_loss_and_gradients(name):
+    pair, requests = tiny.pair(name), samples(name)
+    model = pair.ours
+    for layout in ("packed", "padded"):
+        batch = model.prepare(requests, labels=True, layout=layout)
+        if layout == "packed":
+            expected_loss, expected = reference_gradients(pair, requests, batch.plan)
+        model.zero_grad()
+        loss = model(batch).loss
+        loss.backward()
+        assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
+        assert_same_gradients(f"gradients, {layout}", model, expected)
+    model.zero_grad()
+    pair.hf.zero_grad()
+
+
+def test_gradients_after_generating():
+    """Tables that generation cached must not stop training."""
+    pair = tiny.pair("next")
+    pair.ours.generate(samples("next")[0] | {"messages": [user("<image> what?")]}, max_new_tokens=3)
+    test_loss_and_gradients("next")
+
+
+def test_a_frozen_tower_changes_no_other_gradient():
+    pair, requests = tiny.pair("next"), samples("next")
+    model = pair.ours
+    batch = model.prepare(requests, labels=True)
+    _, expected = reference_gradients(pair, requests, batch.plan)
+    try:
+        model.vision_tower.requires_grad_(False)
+        model.zero_grad()
+        model(batch).loss.backward()
+        frozen = {n: None if n.startswith("vision_tower.") else g for n, g in expected.items()}
+        assert_same_gradients("gradients, frozen tower", model, frozen)
+    finally:
+        model.requires_grad_(True)
+        model.zero_grad()
+        pair.hf.zero_grad()
+
+
+@pytest.mark.parametrize("name", ["llava15", "next", "onevision"])
+def test_a_text_only_batch_trains_the_decoder_alone(name):
+    model = tiny.pair(name).ours
+    model.zero_grad()
+    batch = model.prepare(samples(name)[1:2], labels=True)
+    model(batch).loss.backward()
+    for part, parameter in model.named_parameters():
+        if part.startswith("decoder."):
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, part
+        else:
+            assert parameter.grad is None or not parameter.grad.any(), part
+    model.zero_grad()
+
+
+def test_labels_and_logits_together():
+    """The choice of logits changes no loss; "supervised" are those the loss is over."""
+    model = tiny.pair("next").ours
+    batch = model.prepare(samples("next"), labels=True)
+    with torch.no_grad():
+        outs = {choice: model(batch, logits=choice) for choice in ("supervised", "last", "all")}
+    rows = batch.column("supervised_row").long()
+    assert len({out.loss.item() for out in outs.values()}) == 1
+    assert_close("logits, by choice", outs["supervised"].logits, outs["all"].logits[rows])
+    assert_close("logits, by choice", outs["last"].logits, outs["all"].logits[batch.column("last_row").long()])
+    target = batch.column("supervised_target").long()
+    expected = torch.nn.functional.cross_entropy(outs["supervised"].logits, target)
+    assert outs["last"].loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    with pytest.raises(ValueError, match="'last', 'supervised' or 'all'"):
+        model(batch, logits="first")
