@@ -1,13 +1,14 @@
 """Builds llava_fast._C: csrc/ compiled by ninja into one pybind11 module, with CUDA where nvcc is.
 
 Needs no torch. LLAVA_FAST_CUDA=0|1|auto (default auto) says whether the .cu files are compiled: auto means
-"if nvcc (CUDA 12 or 13) is on PATH", 1 makes a missing nvcc an error. CXX chooses the C++ compiler.
+"if nvcc (CUDA 12 or 13) is on PATH", 1 makes a missing nvcc an error. CXX is the C++ compiler, CXXFLAGS is added.
 Each configuration has its own folder under build/, so switching between them never links a stale object.
 """
 
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -DNDEBUG".split()
 NVCC_FLAGS = [
-    *("-std=c++17", "-O3", "-DNDEBUG", "--cudart=static"),
+    *("-std=c++17", "-O3", "-DNDEBUG", "--cudart=static", "-Werror=cross-execution-space-call"),
     *("-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off", "--fmad=false"),
     *("-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"),
 ]
@@ -49,47 +50,57 @@ def find_nvcc() -> tuple[str, str] | None:
     return nvcc, version[1]
 
 
-def ninja_file(folder: Path, module: str, nvcc: tuple[str, str] | None) -> str:
-    """The text of build.ninja: one object per source in csrc/, linked into `module` in `folder`."""
+def compiler() -> str:
+    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or "c++"
+
+
+def cxx_flags() -> list[str]:
+    return CXX_FLAGS + os.environ.get("CXXFLAGS", "").split()
+
+
+def quote(path: object) -> str:
+    """A path as a word of a shell command in build.ninja."""
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
+def escape(path: object) -> str:
+    """A path as a word of a build line in build.ninja."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def ninja_file(module: str, nvcc: tuple[str, str] | None) -> str:
+    """The text of build.ninja: one object per source in csrc/, linked into `module`."""
     import pybind11
 
-    def escape(path: object) -> str:
-        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-    cxx = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or "c++"
-    includes = [pybind11.get_include(), sysconfig.get_path("include")]
-    include_flags = " ".join(f'"-isystem{path}"' for path in includes) + f' "-I{ROOT / "csrc"}"'
-    defines = "-DLLAVA_FAST_BUILT_WITH_CUDA" if nvcc else ""
-    if sys.platform == "darwin":
-        link = f"{cxx} -bundle -undefined dynamic_lookup $in -o $out"
-    elif nvcc:
-        link = f"{nvcc[0]} -shared --cudart=static -ccbin {cxx} -Xlinker=--exclude-libs,ALL $in -o $out"
+    cxx = compiler()
+    csrc = ROOT / "csrc"
+    flags = [*cxx_flags(), f"-I{quote(csrc)}"]
+    flags += [f"-isystem {quote(path)}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    if nvcc:
+        flags.append("-DLLAVA_FAST_BUILT_WITH_CUDA")
+        link = f"{quote(nvcc[0])} -shared --cudart=static -arch=sm_80 -ccbin {cxx} -Xlinker=--exclude-libs,ALL"
+    elif sys.platform == "darwin":
+        link = f"{cxx} -bundle -undefined dynamic_lookup"
     else:
-        link = f"{cxx} -shared -pthread $in -o $out"
-    lines = [
-        "ninja_required_version = 1.5",
-        "rule cxx",
-        f"  command = {cxx} {' '.join(CXX_FLAGS)} {defines} {include_flags} -MD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule nvcc",
-        f"  command = {nvcc[0] if nvcc else 'nvcc'} -ccbin {cxx} {' '.join(NVCC_FLAGS)}"
-        f' "-I{ROOT / "csrc"}" -MD -MF $out.d -c $in -o $out',
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {link}",
-    ]
+        link = f"{cxx} -shared -pthread"
+    commands = {"cxx": f"{cxx} {' '.join(flags)}", "link": link}
+    if nvcc:
+        commands["nvcc"] = f"{quote(nvcc[0])} -ccbin {cxx} {' '.join(NVCC_FLAGS)} -I{quote(csrc)}"
+
+    lines = ["ninja_required_version = 1.5"]
+    for rule, command in commands.items():
+        if rule == "link":
+            lines += ["rule link", f"  command = {command} $in -o $out"]
+        else:
+            lines += [f"rule {rule}", f"  command = {command} -MD -MF $out.d -c $in -o $out"]
+            lines += ["  depfile = $out.d", "  deps = gcc"]
     objects = []
-    for pattern, rule in (("*.cpp", "cxx"), ("*.cu", "nvcc")):
-        for source in sorted((ROOT / "csrc").rglob(pattern)):
-            if rule == "nvcc" and not nvcc:
-                continue
-            name = escape("_".join(source.relative_to(ROOT / "csrc").parts) + ".o")
-            lines.append(f"build {name}: {rule} {escape(source)}")
-            objects.append(name)
-    lines += [f"build {escape(module)}: link {' '.join(objects)}", f"default {escape(module)}", ""]
-    return "\n".join(lines)
+    for rule, pattern in (("cxx", "*.cpp"), ("nvcc", "*.cu")):
+        for source in sorted(csrc.rglob(pattern)) if rule in commands else []:
+            objects.append(escape("_".join(source.relative_to(csrc).parts) + ".o"))
+            lines.append(f"build {objects[-1]}: {rule} {escape(source)}")
+    lines += [f"build {escape(module)}: link {' '.join(objects)}", f"default {escape(module)}"]
+    return "\n".join(lines) + "\n"
 
 
 class NinjaBuild(build_ext):
@@ -99,10 +110,10 @@ class NinjaBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         nvcc = find_nvcc()
         kind = f"cuda{nvcc[1]}" if nvcc else "cpu"
-        flags = hashlib.sha256(repr((CXX_FLAGS, NVCC_FLAGS, os.environ.get("CXX"), nvcc)).encode()).hexdigest()
-        folder = ROOT / "build" / f"{kind}-{sys.implementation.cache_tag}-{sysconfig.get_platform()}-{flags[:8]}"
+        key = hashlib.sha256(repr((compiler(), cxx_flags(), nvcc, NVCC_FLAGS)).encode()).hexdigest()[:8]
+        folder = ROOT / "build" / f"{kind}-{sys.implementation.cache_tag}-{sysconfig.get_platform()}-{key}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_file(folder, target.name, nvcc))
+        (folder / "build.ninja").write_text(ninja_file(target.name, nvcc))
         print(f"llava_fast: building {target.name} ({kind}) in {folder}", flush=True)
         subprocess.run([*find_ninja(), "-C", str(folder)], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)

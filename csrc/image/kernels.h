@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "device.h"
 #include "image/taps.h"
 
 namespace llava_fast {
@@ -57,7 +58,7 @@ std::vector<const char*> supported_kernel_names();
 // to the same number of groups, and lets `split` turn each group into `words` integers.
 void group_taps(Axis& axis, int align, int words, void (*split)(const int32_t weights[4], int32_t* words));
 
-inline uint8_t clamp_to_byte(int32_t sum) {
+LLAVA_FAST_DEVICE uint8_t clamp_to_byte(int32_t sum) {
   const int32_t value = sum >> kPrecisionBits;
   return static_cast<uint8_t>(value < 0 ? 0 : value > 255 ? 255 : value);
 }

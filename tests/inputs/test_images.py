@@ -254,6 +254,22 @@ def test_patch_rows_are_patches_in_order(tile, patch):
     assert not rows[..., 3 * patch * patch :].any()
 
 
+@pytest.mark.parametrize("patch", [None, 14, 20])
+@pytest.mark.parametrize("pillow", ORDERS)
+def test_cuda_threads_on_the_host_make_the_same_tiles(pillow, patch):
+    """The CUDA kernels' per-thread code, compiled for the host, over a batch of sizes; the kernels run no float."""
+    batch = [noise(*size) for size in ((77, 131), (131, 77), (60, 60), (230, 2), (3, 400))]
+    views = [[v for name in list(VIEWS)[i % 4 :: 2] for v in VIEWS[name]] for i in range(len(batch))]
+    layout = (False, 1) if patch is None else (True, patch)
+    fields = [[(v.square, v.size, v.offset, v.canvas, v.fill) for v in per_image] for per_image in views]
+    plan = _C.plan_tiles([image.shape[:2] for image in batch], fields, 60, pillow, *layout)
+    pixels = np.concatenate([image.ravel() for image in batch])
+    tiles = _C.run_tile_plan(plan, pixels, 60, *layout)
+    options = {"pillow": pillow} | ({} if patch is None else {"layout": "patch_rows", "patch_size": patch})
+    expected = [images.make_tiles(image, v, 60, **options) for image, v in zip(batch, views, strict=True)]
+    np.testing.assert_array_equal(tiles, np.concatenate(expected))
+
+
 def test_torchvision_resample_is_torchs_antialiased_bicubic():
     torch = pytest.importorskip("torch")
     image = noise(70, 110)
