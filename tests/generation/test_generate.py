@@ -1,0 +1,137 @@
+"""Generation on tiny models: a batch gives what each request gives alone, options do what they say, chat reuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers.generation import logits_process as theirs
+
+from llava_fast.errors import ImageError, RequestError
+from llava_fast.generation.sampling import SamplingOptions, filtered_probabilities, penalise
+
+SIZES = [(60, 90), (112, 112), (30, 200), (200, 31)]
+
+
+@pytest.fixture(scope="module", params=["next", "next_mistral_window", "next_qwen"])
+def model(request):
+    return tiny.pair(request.param).ours
+
+
+def requests() -> list[dict]:
+    mixed = [{"prompt": "<image>hello there", "images": [tiny.picture(h, w)]} for h, w in SIZES]
+    mixed.insert(1, {"prompt": "hello, and no picture at all"})
+    mixed.append({"prompt": "a <image> b <image> c", "images": [tiny.picture(40, 40), tiny.picture(50, 99)]})
+    return mixed
+
+
+def test_a_batch_gives_what_each_gives_alone(model):
+    together = model.generate(requests(), max_new_tokens=12, ignore_eos=True)
+    for request, answer in zip(requests(), together, strict=True):
+        alone = model.generate([request], max_new_tokens=12, ignore_eos=True)[0]
+        assert alone == answer
+    assert len({len(set(answer.token_ids)) for answer in together} - {1}) > 0
+
+
+def test_sequences_that_end_early_leave_the_others_as_they_were(model):
+    full = model.generate(requests(), max_new_tokens=16, ignore_eos=True)
+    stops = tuple({answer.text[3:5] for answer in full[:3] if len(answer.text) > 8} - {""})
+    cut = model.generate(requests(), max_new_tokens=16, ignore_eos=True, stop=stops)
+    assert stops and len({len(answer.token_ids) for answer in cut}) > 1
+    for before, after in zip(full, cut, strict=True):
+        assert before.token_ids[: len(after.token_ids)] == after.token_ids
+        assert before.text.startswith(after.text) and not any(stop in after.text for stop in stops)
+
+
+def test_a_draw_does_not_depend_on_the_place_in_the_batch(model):
+    seeded = [{**request, "seed": 100 + number} for number, request in enumerate(requests())]
+    options = {"max_new_tokens": 10, "temperature": 1.5, "top_k": 40, "top_p": 0.95, "ignore_eos": True}
+    forward = model.generate(seeded, **options)
+    backward = model.generate(seeded[::-1], **options)[::-1]
+    assert [a.token_ids for a in forward] == [a.token_ids for a in backward]
+    other = model.generate([{**request, "seed": 7} for request in requests()], **options)
+    assert [a.token_ids for a in other] != [a.token_ids for a in forward]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}, {"stop": ["h", "e"]}])
+def test_streamed_pieces_are_the_text(model, options):
+    request = requests()[0]
+    pieces = list(model.stream(request, max_new_tokens=40, **options))
+    assert "".join(pieces) == model.generate([request], max_new_tokens=40, **options)[0].text
+
+
+def test_limits(model):
+    nothing, one = (model.generate([requests()[0]], max_new_tokens=n, ignore_eos=True)[0] for n in (0, 1))
+    assert nothing.token_ids == [] and nothing.finish_reason == "length"
+    assert len(one.token_ids) == 1 and one.usage.completion_tokens == 1
+    assert model.generate([]) == []
+
+
+@pytest.mark.parametrize(
+    "option", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"repetition_penalty": 0}]
+)
+def test_options_out_of_range_are_refused(model, option):
+    with pytest.raises(RequestError, match=next(iter(option))):
+        model.generate([requests()[1]], **option)
+
+
+@pytest.mark.parametrize("top_k, top_p, temperature", [(0, 1.0, 0.7), (5, 1.0, 1.0), (0, 0.8, 1.3), (20, 0.6, 0.5)])
+def test_filters_are_transformers(top_k, top_p, temperature):
+    logits = torch.randn(20, 300, generator=torch.Generator().manual_seed(0)) * 3
+    expected = theirs.TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k:
+        expected = theirs.TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1:
+        expected = theirs.TopPLogitsWarper(top_p)(None, expected)
+    options = SamplingOptions(temperature, top_p, top_k)
+    ours = torch.stack([filtered_probabilities(row, options) for row in logits])
+    torch.testing.assert_close(ours, expected.softmax(-1), rtol=1e-5, atol=1e-8)
+
+
+def test_repetition_penalty_is_transformers():
+    logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(1))
+    seen = torch.tensor([[3, 5, 5, 299]])
+    expected = theirs.RepetitionPenaltyLogitsProcessor(1.3)(seen, logits.clone())[0]
+    assert torch.equal(penalise(logits[0], set(seen[0].tolist()), 1.3), expected)
+
+
+def test_chat_answers_as_a_fresh_request_would_and_encodes_an_image_once(model, monkeypatch):
+    tower, calls = model.vision_tower, []
+    forward = type(tower).forward
+    monkeypatch.setattr(type(tower), "forward", lambda self, tiles: calls.append(len(tiles)) or forward(self, tiles))
+    chat, picture = model.chat(), tiny.picture(60, 90)
+    chat.send("what is this?", images=[picture, picture], max_new_tokens=6)
+    chat.send("and this?", images=[tiny.picture(30, 200)], max_new_tokens=6)
+    third = chat.send("why?", max_new_tokens=6)
+    assert len(calls) == 2
+    history = {"messages": chat.messages[:-1], "images": [picture, picture, tiny.picture(30, 200)]}
+    assert model.generate([history], max_new_tokens=6)[0] == third
+
+
+def test_a_failed_turn_leaves_the_conversation_as_it_was(model):
+    chat = model.chat()
+    chat.send("hello", max_new_tokens=4)
+    before = list(chat.messages)
+    with pytest.raises(ImageError):
+        chat.send("look", images=[b"not an image"])
+    with pytest.raises(RequestError):
+        chat.send("x" * 10_000)
+    assert chat.messages == before
+    again = model.chat()
+    again.send("hello", max_new_tokens=4)
+    assert chat.send("more", max_new_tokens=4) == again.send("more", max_new_tokens=4)
+    chat.reset()
+    assert chat.messages == []
+
+
+def test_a_hook_on_the_embedding_is_obeyed_by_prompt_and_answer_alike(model):
+    request = requests()[1]
+    plain = model(model.prepare([request])).logits
+    handle = model.decoder.embed_tokens.register_forward_hook(lambda module, args, out: out * 2)
+    try:
+        hooked = model(model.prepare([request])).logits
+    finally:
+        handle.remove()
+    assert not torch.allclose(plain, hooked)
+    assert np.allclose(plain.detach(), model(model.prepare([request])).logits.detach())

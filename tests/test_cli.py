@@ -1,0 +1,74 @@
+"""The command line: every command answers --help, good input works, bad input is one line and exit code 1."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tiny
+
+
+def run(*arguments: str, text: str = "") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "llava_fast", *map(str, arguments)]
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny.save(tiny.CASES["next"], tiny.hf_model(tiny.CASES["next"]), folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("images") / "picture.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "convert", "doctor", "demo"])
+def test_help(command):
+    result = run(command, "--help")
+    assert result.returncode == 0 and "Usage" in result.stdout
+
+
+def test_generate_prints_one_json_object(model, picture):
+    result = run("generate", model, "-i", picture, "-p", "hello", "--json", "--max-new-tokens", "5")
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert len(answer["token_ids"]) <= 5 and answer["usage"]["visual_tokens"] > 49
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["-i", "missing.png"], "no image or video file 'missing.png'"),
+        (["--top-p", "2"], "top_p must be above 0"),
+        (["--chat-template", "nonsense"], "unknown chat template 'nonsense'"),
+        (["--dtype", "int8"], "dtype 'int8'"),
+        (["--device", "gpu"], "device 'gpu' is unknown"),
+    ],
+)
+def test_bad_input_is_one_line(model, arguments, says):
+    result = run("generate", model, "-p", "hello", *arguments)
+    assert result.returncode == 1 and result.stderr.startswith("error: ") and says in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_chat_answers_each_line_and_survives_a_bad_one(model, picture):
+    lines = f"what is in @{picture}\nand now @no/such.png\n/reset\n/quit\n"
+    result = run("chat", model, "--max-new-tokens", "3", text=lines)
+    assert result.returncode == 0 and "no/such.png" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_convert_there_and_back(model, tmp_path):
+    assert run("convert", model, tmp_path / "original", "--layout", "original").returncode == 0
+    again = run("convert", model, tmp_path / "original")
+    assert again.returncode == 1 and "is not empty" in again.stderr
