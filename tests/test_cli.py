@@ -8,9 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
-
 import tiny
+from PIL import Image
 
 
 def run(*arguments: str, text: str = "") -> subprocess.CompletedProcess:
