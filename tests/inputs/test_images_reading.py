@@ -1,0 +1,249 @@
+"""Every kind of image and video source reads, or fails with one clear error."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_fast.errors import ImageError
+from llava_fast.inputs import images
+
+
+def noise(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16"])
+def test_every_mode_converts_as_pillow_does(mode):
+    grey = Image.fromarray(noise(9, 12)[..., 0])
+    image = grey.convert("I").convert("I;16") if mode == "I;16" else Image.fromarray(noise(9, 12)).convert("RGB")
+    if mode in ("LA", "RGBA"):
+        image = image.convert(mode)
+        image.putalpha(grey)
+    elif mode in ("LAB", "HSV"):
+        image = Image.merge(mode, [grey, grey, grey])
+    elif mode != "I;16":
+        image = image.convert("L").convert(mode) if mode in ("1", "I", "F") else image.convert(mode)
+    assert image.mode == mode
+    pixels = images.open_image(image)
+    assert pixels.shape == (9, 12, 3) and pixels.dtype == np.uint8 and pixels.flags.c_contiguous
+    np.testing.assert_array_equal(pixels, np.asarray(image.convert("RGB")))
+
+
+def transparent_images():
+    grey = Image.fromarray(noise(9, 12, seed=1)[..., 0])
+    colour = Image.fromarray(noise(9, 12))
+    with_alpha = colour.copy()
+    with_alpha.putalpha(grey)
+    indexed = colour.convert("P")
+    palette = Image.open(io.BytesIO(encoded(indexed, transparency=indexed.getpixel((0, 0)))))
+    chunk = Image.open(io.BytesIO(encoded(colour, transparency=colour.getpixel((0, 0)))))
+    return {"RGBA": with_alpha, "LA": with_alpha.convert("LA"), "P": palette, "RGB": chunk}
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_transparency_is_dropped_or_blended_onto_white(mode):
+    """Dropped as in the original LLaVA and transformers' load_image; white as in its newer convert_to_rgb."""
+    image = transparent_images()[mode]
+    assert image.mode == mode
+    dropped, white = images.open_image(image), images.open_image(image, alpha="white")
+    np.testing.assert_array_equal(dropped, np.asarray(image.convert("RGB")))
+    rgba = np.asarray(image.convert("RGBA")).astype(float)
+    blended = rgba[..., :3] * rgba[..., 3:] / 255 + 255 - rgba[..., 3:]
+    assert np.abs(white - blended).max() <= 1 and not np.array_equal(white, dropped)
+
+
+def test_white_is_transformers_convert_to_rgb():
+    transforms = pytest.importorskip("transformers.image_transforms")
+    image = transparent_images()["RGBA"]
+    if "white" not in (transforms.convert_to_rgb.__doc__ or ""):
+        pytest.skip("this transformers drops transparency")
+    for source in (image, np.asarray(image)):
+        expected = transforms.convert_to_rgb(source, return_numpy=True)
+        np.testing.assert_array_equal(images.open_image(source, alpha="white"), expected)
+
+
+def test_every_kind_of_source_gives_the_same_pixels(tmp_path):
+    expected = noise(20, 31)
+    data = encoded(Image.fromarray(expected))
+    path = tmp_path / "a picture.png"
+    path.write_bytes(data)
+    uri = "data:image/png;base64," + base64.b64encode(data).decode()
+    sources = [path, str(path), data, bytearray(data), memoryview(data), uri, Image.fromarray(expected), expected]
+    for source in sources:
+        np.testing.assert_array_equal(images.open_image(source), expected)
+    svg_style = "data:image/png," + "".join(f"%{byte:02x}" for byte in data)
+    np.testing.assert_array_equal(images.open_image(svg_style), expected)
+
+
+def test_arrays_of_other_channels():
+    pixels = noise(5, 7)
+    np.testing.assert_array_equal(images.open_image(pixels[..., 0]), np.repeat(pixels[..., :1], 3, axis=2))
+    four = np.concatenate([pixels, pixels[..., :1]], axis=2)
+    np.testing.assert_array_equal(images.open_image(four), pixels)
+    assert images.open_image(four).flags.c_contiguous
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_turns_files_and_not_pil_images(orientation):
+    image = Image.fromarray(noise(16, 24))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image, exif=exif)
+    pixels = np.asarray(image)
+    rotate = {1: 0, 2: 0, 3: 2, 4: 2, 5: 3, 6: 3, 7: 1, 8: 1}[orientation]  # quarter turns, anticlockwise
+    upright = np.rot90(pixels, rotate)
+    if orientation in (2, 4, 5, 7):
+        upright = upright[:, ::-1]
+    np.testing.assert_array_equal(images.open_image(data), upright)
+    np.testing.assert_array_equal(images.open_image(data, exif=False), pixels)
+    np.testing.assert_array_equal(images.open_image(Image.open(io.BytesIO(data))), pixels)
+
+
+def test_bad_files_are_one_clear_error(tmp_path):
+    jpeg = encoded(Image.fromarray(noise(64, 64)), "JPEG")
+    png = encoded(Image.fromarray(noise(64, 64)))
+    cases = {
+        "cut.jpg": (jpeg[: len(jpeg) // 2], "cannot be decoded"),
+        "cut.png": (png[: len(png) // 2], "cannot be decoded"),
+        "head.png": (png[:20], "cannot be|not an image"),
+        "empty.jpg": (b"", "is empty"),
+        "text.jpg": (b"hello, this is no image", "is not an image"),
+    }
+    for name, (data, message) in cases.items():
+        path = tmp_path / name
+        path.write_bytes(data)
+        with pytest.raises(ImageError, match=message) as error:
+            images.open_image(path)
+        assert name in str(error.value)
+        with pytest.raises(ImageError, match=f"{len(data)} bytes.*({message})"):
+            images.open_image(data)
+
+
+def test_other_bad_sources(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.png"):
+        images.open_image(tmp_path / "nowhere.png")
+    with pytest.raises(ImageError, match="is a folder"):
+        images.open_image(tmp_path)
+    for scheme in ("http", "https", "HTTPS"):
+        with pytest.raises(ImageError, match="example.com/a.png.*download it"):
+            images.open_image(f"{scheme}://example.com/a.png")
+    with pytest.raises(ImageError, match="no comma"):
+        images.open_image("data:image/png;base64")
+    with pytest.raises(ImageError, match="not valid base64"):
+        images.open_image("data:image/png;base64,abcde")
+    with pytest.raises(ImageError, match="data URI.*is empty"):
+        images.open_image("data:image/png;base64,")
+    with pytest.raises(TypeError, match="not int"):
+        images.open_image(3)
+
+
+@pytest.mark.parametrize(
+    "array, message",
+    [
+        (np.zeros((4, 4, 3), np.float32), "float32"),
+        (np.zeros((4, 4, 2), np.uint8), r"\[4, 4, 2\]"),
+        (np.zeros((3, 4, 4, 3), np.uint8), r"\[3, 4, 4, 3\]"),
+        (np.zeros((0, 4, 3), np.uint8), "no pixels"),
+    ],
+)
+def test_bad_arrays(array, message):
+    with pytest.raises(ImageError, match=message):
+        images.open_image(array)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("limit", [3999, 1500])  # where Pillow warns, and where it raises by itself
+def test_too_many_pixels_are_refused(limit, monkeypatch):
+    data = encoded(Image.new("RGB", (80, 50)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(ImageError, match=f"4000 pixels.*limit.*{limit if limit == 3999 else 2 * limit}"):
+        images.open_image(data)
+    with pytest.raises(ImageError, match=f"4000 pixels and the limit is {limit}"):
+        images.open_image(Image.new("RGB", (80, 50)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert images.open_image(data).shape == (50, 80, 3)
+
+
+# --- read_video ---
+
+
+@pytest.fixture(scope="module")
+def video_file(tmp_path_factory):
+    """Eleven flat frames of 64x48, of brightness 20 * number."""
+    av = pytest.importorskip("av")
+    path = tmp_path_factory.mktemp("video") / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(11):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 20 * number, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def test_video_frames_are_spaced_as_in_llava_next(video_file):
+    every = images.read_video(video_file)
+    assert every.shape == (11, 48, 64, 3) and every.dtype == np.uint8
+    np.testing.assert_allclose(every.mean(axis=(1, 2, 3)), 20 * np.arange(11), atol=4)
+    for count in (1, 4, 11, 16):
+        numbers = np.linspace(0, 10, count).astype(int)
+        np.testing.assert_array_equal(images.read_video(str(video_file), count), every[numbers])
+    np.testing.assert_array_equal(images.read_video(video_file.read_bytes(), 3), every[[0, 5, 10]])
+
+
+def test_frames_given_as_they_are():
+    frames = np.stack([noise(6, 8, seed) for seed in range(5)])
+    np.testing.assert_array_equal(images.read_video(frames), frames)
+    np.testing.assert_array_equal(images.read_video(list(frames)), frames)
+    np.testing.assert_array_equal(images.read_video(frames, 3), frames[[0, 2, 4]])
+    mixed = [Image.fromarray(frames[0]), encoded(Image.fromarray(frames[1])), frames[2]]
+    np.testing.assert_array_equal(images.read_video(mixed, 2), frames[[0, 2]])
+
+
+def test_bad_videos(tmp_path, video_file):
+    with pytest.raises(ImageError, match="has no frames"):
+        images.read_video([])
+    with pytest.raises(ImageError, match="has no frames"):
+        images.read_video(np.zeros((0, 4, 4, 3), np.uint8))
+    with pytest.raises(ImageError, match="uint8"):
+        images.read_video(np.zeros((2, 4, 4, 3)))
+    with pytest.raises(ImageError, match="one size; these have 4x3, 5x3"):
+        images.read_video([noise(3, 4), noise(3, 5)])
+    with pytest.raises(ValueError, match="at least 1"):
+        images.read_video([noise(3, 4)], 0)
+    with pytest.raises(TypeError, match="not int"):
+        images.read_video(3)
+    with pytest.raises(FileNotFoundError, match="nowhere.mp4"):
+        images.read_video(tmp_path / "nowhere.mp4")
+    with pytest.raises(ImageError, match="web address"):
+        images.read_video("https://example.com/a.mp4")
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(video_file.read_bytes()[:100])
+    with pytest.raises(ImageError, match="broken.mp4.*cannot be read as a video"):
+        images.read_video(broken, 4)
+
+
+def test_sound_without_pictures(tmp_path):
+    wave = pytest.importorskip("wave")
+    pytest.importorskip("av")
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(bytes(800))
+    with pytest.raises(ImageError, match="sound.wav.*no video stream"):
+        images.read_video(tmp_path / "sound.wav")
+
+
+def test_video_without_pyav_names_the_extra(video_file, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    with pytest.raises(ImageError, match=r"pip install llava_fast\[video\]"):
+        images.read_video(video_file)
