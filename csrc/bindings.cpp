@@ -1,6 +1,7 @@
 // The Python module llava_fast._C: each folder binds its own functions.
 #include <pybind11/pybind11.h>
 
+#include "decode/bindings.h"
 #include "image/bindings.h"
 #include "image/tiles_cuda.h"
 
@@ -29,4 +30,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("built_with_cuda", &built_with_cuda, "Whether this module was compiled with CUDA code.");
   m.def("has_cuda", &has_cuda, "Whether CUDA code was compiled in and a usable device is here.");
   llava_fast::bind_image(m);
+  llava_fast::decode::bind(m);
 }

@@ -138,9 +138,7 @@ def build_plan(
 
     columns["kept"], columns["tile_of_kept"] = kept, kept // max(rows_per_tile, 1)
     columns["boundaries"] = boundaries
-    columns["last_row"] = np.array(
-        [s + n - 1 for s, n in zip(boundaries[:-1], lengths, strict=True)], np.int32
-    )
+    columns["last_row"] = np.array([s + n - 1 for s, n in zip(boundaries[:-1], lengths, strict=True)], np.int32)
     columns |= _supervision(columns) | _text_segments(columns) | mix_columns
     flat, sections = _pack(columns)
     return TokenPlan(layout, lengths, visual.tiles, total, mixes, flat, sections)

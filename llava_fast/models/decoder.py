@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from llava_fast.models.attention import Spans, attend
 from llava_fast.models.config import DecoderConfig
 from llava_fast.models.kv_cache import KVCache
+from llava_fast.models.native_step import step_weights
 from llava_fast.models.rope import Rope
+from llava_fast.ops.decoder_step import decoder_step
 
 
 class RMSNorm(nn.Module):
@@ -44,9 +46,7 @@ class DecoderAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=config.qkv_bias)
         self.o_proj = nn.Linear(heads, config.hidden_size, bias=config.o_bias)
 
-    def forward(
-        self, x_RC: Tensor, rotation: tuple[Tensor, Tensor], spans: Spans, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x_RC: Tensor, rotation: tuple[Tensor, Tensor], spans: Spans, cache: KVCache | None) -> Tensor:
         split = (-1, self.head_dim)
         query_RHD, key_RKD, value_RKD = (
             proj(x_RC).unflatten(-1, split) for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -83,11 +83,12 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, x_RC: Tensor, rotation: tuple[Tensor, Tensor], spans: Spans, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x_RC: Tensor, rotation: tuple[Tensor, Tensor], spans: Spans, cache: KVCache | None) -> Tensor:
         x_RC = x_RC + self.self_attn(self.input_layernorm(x_RC), rotation, spans, cache)
         return x_RC + self.mlp(self.post_attention_layernorm(x_RC))
+
+
+_PLAIN = frozenset({RMSNorm, DecoderAttention, DecoderMLP, DecoderLayer, nn.Linear})
 
 
 class Decoder(nn.Module):
@@ -103,22 +104,19 @@ class Decoder(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    @property
-    def head_weight(self) -> Tensor:
-        return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
-
     def forward(self, x_RC: Tensor, position_R: Tensor, spans: Spans, cache: KVCache | None = None) -> Tensor:
         """inputs_embeds [R, C] and position ids [R] to final hidden states [R, C]."""
         rotation = self.rope(position_R, x_RC.dtype, spans)
+        if cache is not None and (weights := step_weights(self, _PLAIN, x_RC, spans)) is not None:
+            cache.require(max(spans.before) + 1)
+            return decoder_step(x_RC, weights, *rotation, cache.keys, cache.values, spans.before)
         for layer in self.layers:
             x_RC = layer(x_RC, rotation, spans, cache)
         return self.norm(x_RC)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, C] -> [rows, vocabulary]."""
-        return (
-            F.linear(hidden, self.embed_tokens.weight) if self.config.tie_embeddings else self.lm_head(hidden)
-        )
+        return F.linear(hidden, self.embed_tokens.weight) if self.config.tie_embeddings else self.lm_head(hidden)
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
         config, weight = self.config, self.embed_tokens.weight

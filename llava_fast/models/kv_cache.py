@@ -35,7 +35,7 @@ class KVCache:
     def append(self, layer: int, slot: int, before: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store [K, rows, D] behind the first `before` rows of a slot; returns all its rows, [K, before+rows, D]."""
         after = before + key.shape[1]
-        self._check(after)
+        self.require(after)
         keys, values = self.keys[layer][slot], self.values[layer][slot]
         keys[:, before:after] = key
         values[:, before:after] = value
@@ -48,7 +48,7 @@ class KVCache:
         a mask [n, 1, 1, rows] of the valid ones, or None where all are."""
         keys, values = self.keys[layer], self.values[layer]
         count, longest = len(before), max(before) + 1
-        self._check(longest)
+        self.require(longest)
         if count == 1:
             keys[0, :, longest - 1] = key[0]
             values[0, :, longest - 1] = value[0]
@@ -94,7 +94,8 @@ class KVCache:
             self._step = ((before, window), (slot, at, mask))
         return self._step[1]
 
-    def _check(self, needed: int) -> None:
+    def require(self, needed: int) -> None:
+        """Raise RequestError unless a slot has room for `needed` rows."""
         if needed > self.capacity:
             raise RequestError(
                 f"the KV cache holds {self.capacity} rows a sequence and {needed} are needed: shorten the prompt, "

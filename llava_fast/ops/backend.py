@@ -1,8 +1,7 @@
 """Which implementation of an op runs: per process by LLAVA_FAST_BACKEND, per block by `use_backend`.
 
 "auto" takes the best one that is proven for the device; naming a backend that cannot serve a call is an error,
-never a silent fall-back. Today every op has the "reference" backend alone; Triton and csrc kernels register theirs
-with `serves`.
+never a silent fall-back.
 """
 
 from __future__ import annotations
@@ -12,18 +11,23 @@ import contextvars
 import os
 from collections.abc import Iterator
 
+from llava_fast.errors import LlavaFastError
+
 BACKENDS = ("auto", "triton", "native", "reference")
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("llava_fast_backend", default=None)
 _served: dict[str, dict[str, str]] = {}
+_proven: dict[tuple[str, str], str] = {}
 
 
-class BackendError(RuntimeError):
+class BackendError(LlavaFastError):
     """The chosen backend cannot serve this call."""
 
 
-def register(op: str, backend: str, devices: str) -> None:
-    """Record that `op` has `backend`, with a phrase for `doctor` on which devices."""
+def register(op: str, backend: str, devices: str, proven_on: tuple[str, ...] = ()) -> None:
+    """Record that `op` has `backend`, with a phrase for `doctor` on which devices; on the device types `proven_on`
+    ("cpu", "cuda") "auto" takes it."""
     _served.setdefault(op, {})[backend] = devices
+    _proven.update({(op, device): backend for device in proven_on})
 
 
 def served() -> dict[str, dict[str, str]]:
@@ -41,14 +45,25 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def choose(op: str) -> str:
-    """The backend `op` uses now. Raises BackendError when the one asked for does not serve it."""
-    name = _chosen.get() or _checked(os.environ.get("LLAVA_FAST_BACKEND", "auto"))
+def requested() -> str:
+    """The backend asked for, by `use_backend` or LLAVA_FAST_BACKEND; "auto" when none is."""
+    return _chosen.get() or _checked(os.environ.get("LLAVA_FAST_BACKEND", "auto"))
+
+
+def choose(op: str, device: str = "", unfit: str | None = None) -> str:
+    """The backend `op` uses now for tensors on a device of this type.
+
+    `unfit` says why only the reference can serve this very call, None that any can: "auto" then takes the
+    reference. Raises BackendError when the backend asked for does not serve the op, or not this call.
+    """
+    name = requested()
     if name == "auto":
-        return "reference"
+        return "reference" if unfit else _proven.get((op, device), "reference")
     if name not in _served.get(op, {}):
         known = ", ".join(_served.get(op, {})) or "none"
         raise BackendError(f"backend {name!r} does not serve the op {op!r} (it has: {known}); use 'auto'")
+    if unfit and name != "reference":
+        raise BackendError(f"backend {name!r} cannot run this {op}: {unfit}; use 'auto'")
     return name
 
 

@@ -1,0 +1,64 @@
+// llava_fast._C.decoder_step: sizes and addresses in, checked by llava_fast.ops.decoder_step.
+#include "decode/bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <stdexcept>
+
+#include "decode/step.h"
+
+namespace py = pybind11;
+
+namespace llava_fast::decode {
+namespace {
+
+constexpr size_t kWeightsPerLayer = 16;
+// A thread is worth starting for this many bytes of weights: reading them takes several times as long.
+constexpr int64_t kBytesPerThread = 16 << 20;
+
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+struct Sizes {
+  int64_t width, intermediate, heads, kv_heads, head_dim, capacity;
+};
+
+void decoder_step(uintptr_t x, uintptr_t cos, uintptr_t sin, const std::vector<int64_t>& before,
+                  const std::vector<uintptr_t>& weights, uintptr_t norm, const std::vector<int64_t>& windows,
+                  const std::vector<uintptr_t>& keys, const std::vector<uintptr_t>& values,
+                  const std::array<int64_t, 6>& sizes, float eps, int threads) {
+  const auto [width, intermediate, heads, kv_heads, head_dim, capacity] = sizes;
+  const size_t layers = windows.size();
+  if (before.empty() || weights.size() != kWeightsPerLayer * layers || keys.size() != layers ||
+      values.size() != layers)
+    throw std::invalid_argument("decoder_step: lists of unequal length");
+  Decoder decoder = {{}, at<const float>(norm), width, intermediate, heads, kv_heads, head_dim, capacity, eps};
+  for (size_t i = 0; i < layers; ++i) {
+    const uintptr_t* w = &weights[kWeightsPerLayer * i];
+    const auto linear = [&](int k, int64_t in) { return Linear{at<const float>(w[k]), at<const float>(w[k + 1]), in}; };
+    decoder.layers.push_back({at<const float>(w[0]), linear(1, width), linear(3, width), linear(5, width),
+                              linear(7, heads * head_dim), at<const float>(w[9]), linear(10, width),
+                              linear(12, width), linear(14, intermediate), at<float>(keys[i]),
+                              at<float>(values[i]), windows[i]});
+  }
+  const KernelSet& kernels = select_kernels();
+  const py::gil_scoped_release release;
+  const int64_t useful = std::max<int64_t>(1, weight_bytes(decoder) / kBytesPerThread);
+  step(decoder, before, at<const float>(cos), at<const float>(sin), at<float>(x),
+       static_cast<int>(std::min<int64_t>(threads, useful)), kernels);
+}
+
+}  // namespace
+
+void bind(py::module_& m) {
+  m.def("decoder_step", &decoder_step, py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("before"),
+        py::arg("weights"), py::arg("norm"), py::arg("windows"), py::arg("keys"), py::arg("values"),
+        py::arg("sizes"), py::arg("eps"), py::arg("threads"),
+        "One float32 decoder pass, in place in x; see llava_fast.ops.decoder_step, which checks what it passes.");
+}
+
+}  // namespace llava_fast::decode

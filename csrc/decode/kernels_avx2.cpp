@@ -1,0 +1,47 @@
+// The loops of a decoding step with AVX2 and fused multiply-add.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "decode/kernels.h"
+
+namespace llava_fast::decode {
+namespace {
+
+#define TARGET __attribute__((target("avx2,fma")))
+typedef __m256 Vec;
+typedef __m128 Four;
+typedef int32_t IntVec __attribute__((vector_size(32)));
+constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
+
+TARGET inline Vec splat(float x) { return _mm256_set1_ps(x); }
+TARGET inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+// The first `count` (fewer than kLanes) floats, zeros behind them.
+TARGET inline __m256i first_lanes(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+TARGET inline Vec load_first(const float* p, int64_t count) { return _mm256_maskload_ps(p, first_lanes(count)); }
+TARGET inline void store_first(float* p, Vec v, int64_t count) { _mm256_maskstore_ps(p, first_lanes(count), v); }
+// The sum of the lanes of each of four vectors.
+TARGET inline Four sum_each(Vec a, Vec b, Vec c, Vec d) {
+  const Vec ab = _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b);
+  const Vec cd = _mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d);
+  const Vec abcd = _mm256_shuffle_ps(ab, cd, 0x44) + _mm256_shuffle_ps(ab, cd, 0xee);
+  return _mm256_castps256_ps128(abcd) + _mm256_extractf128_ps(abcd, 1);
+}
+bool supported() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+#include "decode/kernels_body.h"
+
+}  // namespace
+
+const KernelSet& avx2_kernels() {
+  static const KernelSet set = {"avx2", supported, linear, rms_norm, swiglu, attend};
+  return set;
+}
+
+}  // namespace llava_fast::decode
+#endif

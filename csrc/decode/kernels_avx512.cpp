@@ -1,0 +1,46 @@
+// The loops of a decoding step with AVX-512.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "decode/kernels.h"
+
+namespace llava_fast::decode {
+namespace {
+
+#define TARGET __attribute__((target("avx512f")))
+typedef __m512 Vec;
+typedef __m128 Four;
+typedef int32_t IntVec __attribute__((vector_size(64)));
+constexpr int kLanes = 16;
+constexpr int kRegisters = 32;
+
+TARGET inline Vec splat(float x) { return _mm512_set1_ps(x); }
+TARGET inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+// The first `count` (fewer than kLanes) floats, zeros behind them.
+TARGET inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+TARGET inline Vec load_first(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first_lanes(count), p); }
+TARGET inline void store_first(float* p, Vec v, int64_t count) { _mm512_mask_storeu_ps(p, first_lanes(count), v); }
+// The sum of the lanes of each of four vectors.
+TARGET inline Four sum_each(Vec a, Vec b, Vec c, Vec d) {
+  const Vec ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
+  const Vec cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
+  const Vec abcd = _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xee);
+  const Vec folded = abcd + _mm512_shuffle_f32x4(abcd, abcd, 0x4e);
+  return _mm512_castps512_ps128(folded) + _mm512_extractf32x4_ps(folded, 1);
+}
+bool supported() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f");
+}
+
+#include "decode/kernels_body.h"
+
+}  // namespace
+
+const KernelSet& avx512_kernels() {
+  static const KernelSet set = {"avx512", supported, linear, rms_norm, swiglu, attend};
+  return set;
+}
+
+}  // namespace llava_fast::decode
+#endif

@@ -1,0 +1,204 @@
+// The loops themselves, written once. A file of one instruction set defines, in an anonymous namespace, TARGET,
+// Vec, IntVec, Four, kLanes, kRegisters, splat, multiply_add, load_first, store_first and sum_each, then includes
+// this. Rows need not be whole vectors: `load_first` fills up with zeros.
+
+struct __attribute__((packed, may_alias)) Unaligned {
+  Vec value;
+};
+TARGET inline Vec load(const float* p) { return reinterpret_cast<const Unaligned*>(p)->value; }
+TARGET inline void store(float* p, Vec v) { reinterpret_cast<Unaligned*>(p)->value = v; }
+TARGET inline Vec load_upto(const float* p, int64_t left) { return left < kLanes ? load_first(p, left) : load(p); }
+TARGET inline void store_upto(float* p, Vec v, int64_t left) {
+  if (left < kLanes)
+    store_first(p, v, left);
+  else
+    store(p, v);
+}
+TARGET inline float sum(Vec v) { return sum_each(v, v, v, v)[0]; }
+
+constexpr int kTileRows = 4;  // weight rows read side by side: enough streams for the memory prefetchers
+constexpr int kTileVectors = kRegisters >= 32 ? 4 : 3;  // vectors at a time: 4x4 or 4x3 sums fit the registers
+constexpr int kAhead = 128;                             // floats fetched ahead in each row
+
+// y[j, i] = weight[i] . x[j] for R weight rows and N vectors, all sums in registers; `add` adds to y instead.
+template <int R, int N>
+TARGET inline void tile(const float* weight, int64_t in, const float* x, int64_t x_stride, float* y,
+                        int64_t y_stride, bool add) {
+  Vec sums[R][N];
+#pragma GCC unroll 4
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) sums[i][j] = splat(0);
+  const float *w = weight, *const end = weight + in / kLanes * kLanes;
+  for (; w < end; w += kLanes, x += kLanes) {
+    Vec xs[N];
+    for (int j = 0; j < N; ++j) xs[j] = load(x + j * x_stride);
+    for (int i = 0; i < R; ++i) {
+      __builtin_prefetch(w + i * in + kAhead);
+      const Vec v = load(w + i * in);
+      for (int j = 0; j < N; ++j) sums[i][j] = multiply_add(v, xs[j], sums[i][j]);
+    }
+  }
+  if (const int64_t left = in % kLanes) {
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) {
+      const Vec last = load_first(x + j * x_stride, left);
+#pragma GCC unroll 4
+      for (int i = 0; i < R; ++i) sums[i][j] = multiply_add(load_first(w + i * in, left), last, sums[i][j]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < N; ++j) {
+    // Four at once: adding up the lanes of each alone would take longer than its products.
+    const Four totals = sum_each(sums[0][j], sums[1 % R][j], sums[2 % R][j], sums[3 % R][j]);
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i) y[j * y_stride + i] = add ? y[j * y_stride + i] + totals[i] : totals[i];
+  }
+}
+
+// The same for `rows` (at most kTileRows) weight rows.
+template <int N>
+TARGET inline void row_block(const float* weight, int64_t in, int64_t rows, const float* x, int64_t x_stride,
+                             float* y, int64_t y_stride, bool add) {
+  if (rows == kTileRows)
+    return tile<kTileRows, N>(weight, in, x, x_stride, y, y_stride, add);
+  for (int64_t i = 0; i < rows; ++i) tile<1, N>(weight + i * in, in, x, x_stride, y + i, y_stride, add);
+}
+
+TARGET void linear(const Linear& linear, int64_t begin, int64_t end, const float* x, int64_t x_stride,
+                   int64_t count, float* y, int64_t y_stride, bool add) {
+  if (linear.bias != nullptr) {
+    for (int64_t j = 0; j < count; ++j)
+      for (int64_t r = begin; r < end; ++r)
+        y[j * y_stride + r] = add ? y[j * y_stride + r] + linear.bias[r] : linear.bias[r];
+    add = true;
+  }
+  const int64_t in = linear.in;
+  for (int64_t r = begin; r < end; r += kTileRows) {
+    const int64_t rows = end - r < kTileRows ? end - r : kTileRows;
+    const float* weight = linear.weight + r * in;
+    for (int64_t j = 0; j < count; j += kTileVectors) {
+      const float* xs = x + j * x_stride;
+      float* ys = y + j * y_stride + r;
+      switch (count - j) {
+        case 1: row_block<1>(weight, in, rows, xs, x_stride, ys, y_stride, add); break;
+        case 2: row_block<2>(weight, in, rows, xs, x_stride, ys, y_stride, add); break;
+        case 3: row_block<3>(weight, in, rows, xs, x_stride, ys, y_stride, add); break;
+        default: row_block<kTileVectors>(weight, in, rows, xs, x_stride, ys, y_stride, add);
+      }
+    }
+  }
+}
+
+TARGET void rms_norm(const float* x, const float* weight, int64_t width, float eps, float* out) {
+  Vec squares = {};
+  for (int64_t c = 0; c < width; c += kLanes) {
+    const Vec v = load_upto(x + c, width - c);
+    squares = multiply_add(v, v, squares);
+  }
+  const float scale = 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(width) + eps);
+  for (int64_t c = 0; c < width; c += kLanes)
+    store_upto(out + c, load_upto(x + c, width - c) * splat(scale) * load_upto(weight + c, width - c), width - c);
+}
+
+// e^x to about 1e-7 relative, for x clamped to [-87, 88]: 2^n times a Taylor polynomial on |r| <= ln(2)/2, whose
+// remainder r^8/8! is below 6e-9. ln(2) is subtracted in two parts, the first short enough for n times it to be
+// exact. NaN stays NaN.
+TARGET inline Vec exponential(Vec x) {
+  x = x < splat(-87.0f) ? splat(-87.0f) : x;
+  x = x > splat(88.0f) ? splat(88.0f) : x;
+  const Vec round = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const Vec shifted = x * splat(1.44269504f) + round;
+  const Vec n = shifted - round;
+  const Vec r = multiply_add(n, splat(2.12194440e-4f), multiply_add(n, splat(-0.693359375f), x));
+  constexpr float kTerms[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  Vec p = splat(1.0f / 5040);
+  for (const float term : kTerms) p = multiply_add(p, r, splat(term));
+  const IntVec exponent = (IntVec)shifted - (IntVec)round + 127;
+  return p * (Vec)(exponent << 23);
+}
+
+TARGET void swiglu(float* gate, const float* up, int64_t width) {
+  for (int64_t c = 0; c < width; c += kLanes) {
+    const Vec g = load_upto(gate + c, width - c);
+    store_upto(gate + c, g / (splat(1.0f) + exponential(-g)) * load_upto(up + c, width - c), width - c);
+  }
+}
+
+// scores [padded] to exp(scores - max), entries from `rows` on being padding; returns their sum.
+TARGET float exponentials(float* scores, int64_t rows, int64_t padded) {
+  for (int64_t t = rows; t < padded; ++t) scores[t] = -__builtin_inff();
+  Vec most = load(scores);
+  for (int64_t t = kLanes; t < padded; t += kLanes) {
+    const Vec v = load(scores + t);
+    most = v > most ? v : most;
+  }
+  float lanes[kLanes], highest;
+  store(lanes, most);
+  highest = lanes[0];
+  for (const float lane : lanes) highest = lane > highest ? lane : highest;
+  Vec total = {};
+  for (int64_t t = 0; t < padded; t += kLanes) {
+    const Vec e = exponential(load(scores + t) - splat(highest));
+    store(scores + t, e);
+    total += e;
+  }
+  return sum(total);
+}
+
+// out[g] += sum over t of weights[g, t] * values[t], for N heads and the `left` first of V vectors of columns.
+template <int N, int V>
+TARGET inline void add_values(const float* weights, int64_t weights_stride, const float* values, int64_t rows,
+                              int64_t size, int64_t left, float* out) {
+  Vec sums[N][V];
+#pragma GCC unroll 4
+  for (int g = 0; g < N; ++g)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sums[g][v] = load_upto(out + g * size + v * kLanes, left - v * kLanes);
+  for (int64_t t = 0; t < rows; ++t)
+    for (int v = 0; v < V; ++v) {
+      const Vec value = load_upto(values + t * size + v * kLanes, left - v * kLanes);
+      for (int g = 0; g < N; ++g)
+        sums[g][v] = multiply_add(splat(weights[g * weights_stride + t]), value, sums[g][v]);
+    }
+#pragma GCC unroll 4
+  for (int g = 0; g < N; ++g)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store_upto(out + g * size + v * kLanes, sums[g][v], left - v * kLanes);
+}
+
+template <int N>
+TARGET inline void add_value_rows(const float* weights, int64_t weights_stride, const float* values, int64_t rows,
+                                  int64_t size, float* out) {
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= size; d += 4 * kLanes)
+    add_values<N, 4>(weights, weights_stride, values + d, rows, size, 4 * kLanes, out + d);
+  for (; d + 2 * kLanes <= size; d += 2 * kLanes)
+    add_values<N, 2>(weights, weights_stride, values + d, rows, size, 2 * kLanes, out + d);
+  for (; d < size; d += kLanes)
+    add_values<N, 1>(weights, weights_stride, values + d, rows, size, size - d, out + d);
+}
+
+TARGET void attend(const float* query, int64_t group, const float* keys, const float* values, int64_t rows,
+                   int64_t size, float* scores, float* out) {
+  constexpr int64_t kBlock = 32;  // rows that stay in the first-level cache for every head of the group
+  const int64_t padded = padded_rows(rows);
+  linear({keys, nullptr, size}, 0, rows, query, size, group, scores, padded, false);
+  for (int64_t d = 0; d < group * size; ++d) out[d] = 0;
+  float total[kTileVectors];
+  for (int64_t first = 0; first < group; first += kTileVectors) {
+    const int64_t heads = group - first < kTileVectors ? group - first : kTileVectors;
+    float* const mine = scores + first * padded;
+    for (int64_t g = 0; g < heads; ++g) total[g] = exponentials(mine + g * padded, rows, padded);
+    for (int64_t t = 0; t < rows; t += kBlock) {
+      const int64_t block = rows - t < kBlock ? rows - t : kBlock;
+      int64_t g = 0;
+      for (; g + 2 <= heads; g += 2)
+        add_value_rows<2>(mine + g * padded + t, padded, values + t * size, block, size, out + (first + g) * size);
+      if (g < heads)
+        add_value_rows<1>(mine + g * padded + t, padded, values + t * size, block, size, out + (first + g) * size);
+    }
+    for (int64_t g = 0; g < heads; ++g)
+      for (int64_t d = 0; d < size; ++d) out[(first + g) * size + d] /= total[g];
+  }
+}

@@ -1,0 +1,179 @@
+// A decoding step is bound by reading the weights once, so it is cut into few phases, each of which splits the
+// rows of its weights among the threads: q, k, v; attention; o; gate and up; down. Threads live for one step and
+// meet at a barrier after each phase.
+#include "decode/step.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <system_error>
+#include <thread>
+
+namespace llava_fast::decode {
+namespace {
+
+class Barrier {
+ public:
+  explicit Barrier(int parts) : parts_(parts) {}
+
+  void wait() {
+    constexpr int kSpins = 4096;  // some 10 us: longer than a phase's threads drift apart on idle cores
+    const int round = round_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == parts_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+      return;
+    }
+    for (int spin = 0; round_.load(std::memory_order_acquire) == round; ++spin)
+      if (spin >= kSpins) std::this_thread::yield();
+  }
+
+ private:
+  const int parts_;
+  std::atomic<int> arrived_{0}, round_{0};
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+Range share(int64_t total, int part, int parts) {
+  return {total * part / parts, total * (part + 1) / parts};
+}
+
+// What all threads read and write.
+struct Shared {
+  std::vector<float> q, k, v, attended, gate, up;
+};
+
+class Worker {
+ public:
+  Worker(const Decoder& decoder, const std::vector<int64_t>& before, const float* cos, const float* sin, float* x,
+         const KernelSet& kernels, Shared& shared)
+      : decoder_(decoder), before_(before), cos_(cos), sin_(sin), x_(x), kernels_(kernels), shared_(shared) {
+    const int64_t count = static_cast<int64_t>(before.size());
+    const int64_t rows = *std::max_element(before.begin(), before.end()) + 1;
+    normed_.resize(count * decoder.width);
+    scores_.resize(decoder.heads / decoder.kv_heads * padded_rows(rows));
+    query_.resize(decoder.heads / decoder.kv_heads * decoder.head_dim);
+  }
+
+  void run(int part, int parts, Barrier& barrier) {
+    const Decoder& d = decoder_;
+    const int64_t width = d.width, q_width = d.heads * d.head_dim, kv_width = d.kv_heads * d.head_dim;
+    for (const Layer& layer : d.layers) {
+      norm(layer.input_norm);
+      apply(layer.q, q_width, normed_.data(), shared_.q.data(), false, part, parts);
+      apply(layer.k, kv_width, normed_.data(), shared_.k.data(), false, part, parts);
+      apply(layer.v, kv_width, normed_.data(), shared_.v.data(), false, part, parts);
+      barrier.wait();
+      for (int64_t task = part; task < count() * d.kv_heads; task += parts)
+        attend(layer, task / d.kv_heads, task % d.kv_heads);
+      barrier.wait();
+      apply(layer.o, width, shared_.attended.data(), x_, true, part, parts);
+      barrier.wait();
+      norm(layer.post_norm);
+      apply(layer.gate, d.intermediate, normed_.data(), shared_.gate.data(), false, part, parts);
+      apply(layer.up, d.intermediate, normed_.data(), shared_.up.data(), false, part, parts);
+      const Range mine = share(d.intermediate, part, parts);
+      for (int64_t row = 0; row < count(); ++row) {
+        const int64_t at = row * d.intermediate + mine.begin;
+        kernels_.swiglu(&shared_.gate[at], &shared_.up[at], mine.end - mine.begin);
+      }
+      barrier.wait();
+      apply(layer.down, width, shared_.gate.data(), x_, true, part, parts);
+      barrier.wait();
+    }
+    for (int64_t row = part; row < count(); row += parts)
+      kernels_.rms_norm(x_ + row * width, d.norm, width, d.eps, x_ + row * width);
+  }
+
+ private:
+  int64_t count() const { return static_cast<int64_t>(before_.size()); }
+
+  // Each thread normalises all rows for itself: cheaper than one more barrier.
+  void norm(const float* weight) {
+    for (int64_t row = 0; row < count(); ++row)
+      kernels_.rms_norm(x_ + row * decoder_.width, weight, decoder_.width, decoder_.eps,
+                        &normed_[row * decoder_.width]);
+  }
+
+  void apply(const Linear& linear, int64_t out, const float* x, float* y, bool add, int part, int parts) {
+    const Range mine = share(out, part, parts);
+    kernels_.linear(linear, mine.begin, mine.end, x, linear.in, count(), y, out, add);
+  }
+
+  // Rotary embedding (Su et al. 2021), halves paired.
+  void rotate(const float* x, int64_t row, float scale, float* out) const {
+    const int64_t size = decoder_.head_dim, half = size / 2;
+    const float *cos = cos_ + row * size, *sin = sin_ + row * size;
+    for (int64_t i = 0; i < half; ++i) {
+      out[i] = (x[i] * cos[i] + x[i + half] * sin[i]) * scale;
+      out[i + half] = (x[i + half] * cos[i + half] + x[i] * sin[i + half]) * scale;
+    }
+  }
+
+  // The query heads of one row that share a key head: store the new key and value, then attend.
+  void attend(const Layer& layer, int64_t row, int64_t kv_head) {
+    const Decoder& d = decoder_;
+    const int64_t size = d.head_dim, group = d.heads / d.kv_heads, at = before_[row];
+    const int64_t head_start = (row * d.kv_heads + kv_head) * d.capacity * size;
+    float *keys = layer.keys + head_start, *values = layer.values + head_start;
+    rotate(&shared_.k[(row * d.kv_heads + kv_head) * size], row, 1.0f, keys + at * size);
+    std::copy_n(&shared_.v[(row * d.kv_heads + kv_head) * size], size, values + at * size);
+    const int64_t queries = (row * d.heads + kv_head * group) * size;
+    const float scale = 1.0f / std::sqrt(static_cast<float>(size));
+    for (int64_t g = 0; g < group; ++g) rotate(&shared_.q[queries + g * size], row, scale, &query_[g * size]);
+    const int64_t first = layer.window > 0 ? std::max<int64_t>(0, at + 1 - layer.window) : 0;
+    kernels_.attend(query_.data(), group, keys + first * size, values + first * size, at + 1 - first, size,
+                    scores_.data(), &shared_.attended[queries]);
+  }
+
+  const Decoder& decoder_;
+  const std::vector<int64_t>& before_;
+  const float *cos_, *sin_;
+  float* x_;
+  const KernelSet& kernels_;
+  Shared& shared_;
+  std::vector<float> normed_, scores_, query_;
+};
+
+}  // namespace
+
+int64_t weight_bytes(const Decoder& d) {
+  const int64_t attention = d.width * d.head_dim * 2 * (d.heads + d.kv_heads), mlp = 3 * d.width * d.intermediate;
+  return static_cast<int64_t>(d.layers.size()) * (attention + mlp) * static_cast<int64_t>(sizeof(float));
+}
+
+void step(const Decoder& decoder, const std::vector<int64_t>& before, const float* cos, const float* sin, float* x,
+          int threads, const KernelSet& kernels) {
+  const size_t count = before.size(), kv_width = decoder.kv_heads * decoder.head_dim;
+  const size_t q_width = decoder.heads * decoder.head_dim;
+  Shared shared;
+  for (std::vector<float>* buffer : {&shared.q, &shared.attended}) buffer->resize(count * q_width);
+  for (std::vector<float>* buffer : {&shared.k, &shared.v}) buffer->resize(count * kv_width);
+  for (std::vector<float>* buffer : {&shared.gate, &shared.up}) buffer->resize(count * decoder.intermediate);
+  // Memory is taken before any thread starts, so that none can fail on the way.
+  std::vector<Worker> workers(std::max(threads, 1), Worker(decoder, before, cos, sin, x, kernels, shared));
+  std::vector<std::thread> others;
+  others.reserve(workers.size());
+  std::atomic<Barrier*> start{nullptr};
+  std::atomic<int> parts{1};
+  const auto follow = [&](int part) {
+    Barrier* barrier;
+    while ((barrier = start.load(std::memory_order_acquire)) == nullptr) std::this_thread::yield();
+    workers[part].run(part, parts, *barrier);
+  };
+  try {
+    for (size_t part = 1; part < workers.size(); ++part) others.emplace_back(follow, static_cast<int>(part));
+  } catch (const std::system_error&) {
+    // The system gives no more threads: those that started share the work.
+  }
+  parts = static_cast<int>(others.size()) + 1;
+  Barrier barrier(parts);
+  start.store(&barrier, std::memory_order_release);
+  workers[0].run(0, parts, barrier);
+  for (std::thread& thread : others) thread.join();
+}
+
+}  // namespace llava_fast::decode

@@ -1,0 +1,40 @@
+"""The decoding step of csrc/decode: float32 on the CPU, on up to torch.get_num_threads() threads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llava_fast import _C
+from llava_fast.ops.decoder_step.weights import DecoderWeights
+
+
+def decoder_step(
+    x: Tensor,
+    weights: DecoderWeights,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    before: Sequence[int],
+) -> Tensor:
+    out = x.detach().clone(memory_format=torch.contiguous_format)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    sizes = (weights.width, weights.intermediate, weights.heads, weights.kv_heads, weights.head_dim)
+    _C.decoder_step(
+        out.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        before,
+        weights.pointers(),
+        weights.norm.data_ptr(),
+        weights.windows,
+        list(map(Tensor.data_ptr, keys)),
+        list(map(Tensor.data_ptr, values)),
+        (*sizes, keys[0].shape[2]),
+        weights.eps,
+        torch.get_num_threads(),
+    )
+    return out
