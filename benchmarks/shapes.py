@@ -35,15 +35,24 @@ class Shape:
     mlp: int
     layers: int
     heads: int
+    kv_heads: int
     vocabulary: int
     context: int
     pinpoints: tuple = ()
 
 
 _CLIP_L = {"vision_width": 1024, "vision_mlp": 4096, "vision_layers": 24, "vision_heads": 16}
-_LLAMA_7B = {"width": 4096, "mlp": 11008, "layers": 32, "heads": 32, "vocabulary": 32064, "context": 4096}
-_TINY = {"vision_width": 128, "vision_mlp": 512, "vision_layers": 4, "vision_heads": 4}
-_TINY |= {"width": 160, "mlp": 432, "layers": 4, "heads": 5, "vocabulary": 500, "context": 1024}
+_LLAMA_7B = {
+    "width": 4096,
+    "mlp": 11008,
+    "layers": 32,
+    "heads": 32,
+    "kv_heads": 32,
+    "vocabulary": 32064,
+    "context": 4096,
+}
+_TINY = {"vision_width": 128, "vision_mlp": 512, "vision_layers": 3, "vision_heads": 4}
+_TINY |= {"width": 128, "mlp": 352, "layers": 4, "heads": 4, "kv_heads": 2, "vocabulary": 352, "context": 1024}
 
 SHAPES = {
     shape.name: shape
@@ -58,9 +67,9 @@ SHAPES = {
 def build_config(shape: Shape, layers: int | None = None) -> Any:
     """A LlavaConfig or LlavaNextConfig of transformers.
 
-    `layers` cuts the decoder to that many layers, and the tower too if it has more. A cut tower hands on its last
-    layer instead of the one before: transformers runs every layer of a tower and llava_fast only those it needs, and
-    2 of 3 layers instead of 23 of 24 would flatter llava_fast.
+    `layers` cuts the decoder to that many layers, and the tower too if it has more. A cut or tiny tower hands on its
+    last layer instead of the one before: transformers runs every layer of a tower and llava_fast only those it needs,
+    and 2 of 3 layers instead of 23 of 24 would flatter llava_fast.
     """
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig
 
@@ -80,7 +89,7 @@ def build_config(shape: Shape, layers: int | None = None) -> Any:
         intermediate_size=shape.mlp,
         num_hidden_layers=layers or shape.layers,
         num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
         head_dim=shape.width // shape.heads,
         max_position_embeddings=shape.context,
         rms_norm_eps=1e-5,
@@ -92,7 +101,7 @@ def build_config(shape: Shape, layers: int | None = None) -> Any:
         "vision_config": vision,
         "text_config": text,
         "image_token_index": SPECIAL.index(IMAGE_TOKEN),
-        "vision_feature_layer": -1 if cut else -2,
+        "vision_feature_layer": -2 if shape.real_width and not cut else -1,
         "vision_feature_select_strategy": "default",
         "projector_hidden_act": "gelu",
         "tie_word_embeddings": False,

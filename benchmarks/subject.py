@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from benchmarks.memory import release
 from benchmarks.shapes import SHAPES, build_config, write_directory
-from llava_fast.api import load_processor
 from llava_fast.checkpoints.config import read_hf_config
-from llava_fast.checkpoints.load import LoadedCheckpoint
 from llava_fast.checkpoints.names import from_stored, is_skipped
 from llava_fast.generation.llava import Llava
+from llava_fast.inputs.chat import builtin_template
+from llava_fast.inputs.processor import Processor
 
 BLOCK = (1 << 20) + 7
 """Random values drawn for a shape's weights, then repeated: an odd length, so that no two rows of a matrix agree."""
@@ -66,18 +66,15 @@ class Subject:
         return read_hf_config(self.directory)
 
     @cached_property
-    def processor(self):
-        """llava_fast's processor."""
-        checkpoint = LoadedCheckpoint(
-            path=self.directory,
-            tokenizer_path=self.directory,
-            config=self.config,
-            tensors={},
-            dtype=self.dtype,
-            device=self.device,
-            side_files={},
+    def processor(self) -> Processor:
+        """llava_fast's processor. Prompts are verbatim here, so its chat template is never used."""
+        return Processor(
+            geometry=self.config.geometry,
+            tokenizer=self.hf_processor.tokenizer,
+            image_token_id=self.config.image_token_id,
+            template=builtin_template("vicuna_v1"),
+            max_rows=self.config.decoder.context_length,
         )
-        return load_processor(checkpoint)
 
     @cached_property
     def hf_processor(self) -> Any:
