@@ -30,7 +30,9 @@ class TextDecoder:
         if both.endswith("\ufffd"):
             return ""
         self._decoded += both[len(before) :]
-        self._context, self._done = self._done, len(self.ids)
+        if both != before:  # a context without text would make the next word the first, which loses its space
+            self._context = self._done
+        self._done = len(self.ids)
         return self._release(final=False)
 
     def finish(self) -> str:

@@ -20,7 +20,7 @@ from llava_fast.ops.decoder_step import DecoderWeights, LayerWeights
 if TYPE_CHECKING:
     from llava_fast.models.decoder import Decoder
 
-MAX_ROWS = 16  # above this PyTorch's matrix products win
+MAX_ROWS = 32  # above this PyTorch's matrix products catch up
 
 
 def step_weights(decoder: Decoder, plain: frozenset[type], x_RC: Tensor, spans: Spans) -> DecoderWeights | None:
