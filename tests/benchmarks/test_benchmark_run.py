@@ -27,20 +27,40 @@ def tiny():
     subject.close()
 
 
-def test_all_suites_at_the_tiny_shape(tmp_path):
+def test_all_suites_at_the_tiny_shape(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     output, picture = tmp_path / "rows.json", tmp_path / "rows.png"
     options = ["--iters", "1", "--warmup", "0", "--image-size", "96x64", "--new-tokens", "4", "--batch-size", "2"]
-    done = run("all", "--model", "tiny", *options, "--output-json", str(output))
-    assert done.returncode == 0, done.stdout + done.stderr
+    threads = torch.get_num_threads()
+    done = CliRunner().invoke(app, ["all", "--model", "tiny", *options, "--output-json", str(output)])
+    torch.set_num_threads(threads)
+    assert done.exit_code == 0, done.output
     rows = json.loads(output.read_text())["rows"]
     assert {row["suite"] for row in rows} == set(SUITE_NAMES)
     for row in rows:
         ours = row["backend"] == "llava_fast"
         assert (row["ratio"] is not None) == ours and (row["check"] is not None) == ours
         assert row["median"] > 0 and row["rate"] > 0 and row["floor_seconds"] > 0
-    drawn = run("plot", str(output), str(picture))
-    assert drawn.returncode == 0, drawn.stderr
+    drawn = CliRunner().invoke(app, ["plot", str(output), str(picture)])
+    assert drawn.exit_code == 0, drawn.output
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_it_runs_as_a_script_and_explains_itself():
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "decode", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "160"})
+    assert done.returncode == 0, done.stderr
+    for option in (
+        "--model",
+        "--layers",
+        "--image-size",
+        "--batch-size",
+        "--backend",
+        "--dtype",
+        "--warmup",
+        "--iters",
+    ):
+        assert f"--{option}" in done.stdout
 
 
 def test_answers_are_varied_enough_to_compare(tiny):
@@ -105,9 +125,3 @@ def test_wrong_options_say_what_is_right(arguments, message, monkeypatch):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.output.replace("\u2502", " ").split())
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
