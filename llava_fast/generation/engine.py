@@ -108,9 +108,12 @@ def decode_step(model: LlavaModel, tokens: list[int], cache: KVCache) -> Tensor:
     return model.decoder.logits(hidden)
 
 
+_GREEDY = SamplingOptions()
+
+
 def _choose(logits: Tensor, running: list[Sequence]) -> list[int]:
     """The next token of each running sequence; plain greedy needs one argmax and one transfer for all."""
-    if all(s.sampler.options == SamplingOptions() for s in running):
+    if all(s.sampler.options == _GREEDY for s in running):
         return logits.argmax(-1).tolist()
     return [sequence.sampler(row) for sequence, row in zip(running, logits, strict=True)]
 
@@ -152,9 +155,15 @@ class GenerationOptions:
 
 
 def new_sequence(
-    model: LlavaModel, options: GenerationOptions, prompt_ids: list[int], room: int, seed: int | None
+    model: LlavaModel,
+    options: GenerationOptions,
+    prompt_ids: list[int],
+    room: int,
+    seed: int | None,
+    pieces: bool = False,
 ) -> Sequence:
-    """A sequence ready to run: `room` more rows fit its slot, `prompt_ids` count for the repetition penalty."""
+    """A sequence ready to run: `room` more rows fit its slot, `prompt_ids` count for the repetition penalty, and
+    `pieces` says that its text is wanted as it grows."""
     stop, end_ids = options.stop, frozenset()
     if not options.ignore_eos:
         stop, end_ids = stop + model.processor.template.stop, frozenset(model.config.eos_token_ids)
@@ -162,7 +171,7 @@ def new_sequence(
     special = {s: token for s in stop if (token := _special_id(model.tokenizer, s)) is not None}
     return Sequence(
         Sampler(options.sampling, seed, prompt_ids),
-        TextDecoder(model.tokenizer, tuple(s for s in stop if s not in special)),
+        TextDecoder(model.tokenizer, tuple(s for s in stop if s not in special), pieces),
         end_ids | set(special.values()),
         max(0, min(options.max_new_tokens, room)),
     )

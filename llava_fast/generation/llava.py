@@ -80,7 +80,7 @@ class Llava(LlavaModel):
         """A conversation on one cache: an image is encoded once, however many questions follow."""
         return Chat(self, system)
 
-    def _start(self, requests: list[dict], options: GenerationOptions):
+    def _start(self, requests: list[dict], options: GenerationOptions, pieces: bool = False):
         """Prepared batch, sequences and a cache that holds prompt and answer of each."""
         batch = self.prepare(requests)
         limit = self.config.decoder.context_length
@@ -95,7 +95,7 @@ class Llava(LlavaModel):
                 name = request.get("id", number)
                 raise RequestError(f"request {name} fills the context of {limit} tokens: no room for an answer")
             ids = engine.text_ids(batch, number) if options.sampling.repetition_penalty != 1.0 else []
-            sequences.append(engine.new_sequence(self, options, ids, room, seed))
+            sequences.append(engine.new_sequence(self, options, ids, room, seed, pieces))
         return batch, sequences, self.decoder.new_cache(len(requests), capacity)
 
     @staticmethod

@@ -10,11 +10,13 @@ class TextDecoder:
 
     `push` returns the text that is now certain: characters whose bytes are not complete yet, and text that may turn
     out to be the start of a stop string, are held back. `stopped` tells that a stop string was met; nothing of it
-    or after it is ever returned. `text` is all returned so far.
+    or after it is ever returned. `text` is all returned so far. With `pieces` false and nothing to stop at, all text
+    comes from `finish`, decoded once: nobody reads it before.
     """
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = (), pieces: bool = True) -> None:
         self.tokenizer = tokenizer
+        self.pieces = pieces
         self.stop = tuple(s for s in stop if s)
         self.ids: list[int] = []
         self.text = ""
@@ -25,6 +27,8 @@ class TextDecoder:
 
     def push(self, token: int) -> str:
         self.ids.append(token)
+        if not self.pieces and not self.stop:
+            return ""
         before = self._decode(self.ids[self._context : self._done])
         both = self._decode(self.ids[self._context :])
         if both.endswith("\ufffd"):

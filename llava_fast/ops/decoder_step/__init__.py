@@ -22,7 +22,6 @@ backend.register("decoder_step", "reference", "any device")
 backend.register("decoder_step", "native", "CPU, float32", proven_on=("cpu",))
 
 
-@torch.no_grad()
 def decoder_step(
     x: Tensor,
     weights: DecoderWeights,
@@ -52,19 +51,21 @@ def decoder_step(
         raise ValueError(f"cos {list(cos.shape)} and sin {list(sin.shape)} must be [{rows}, 1, {head_dim}]")
     if len(keys) != len(weights.layers) or len(values) != len(keys):
         raise ValueError(f"{len(weights.layers)} layers, but {len(keys)} tables of keys, {len(values)} of values")
-    cache = {(table.shape, table.dtype, table.device) for table in (*keys, *values)}
-    slots, kv_heads, capacity, size = keys[0].shape
-    if len(cache) > 1 or (kv_heads, size) != (weights.kv_heads, head_dim) or slots < rows:
+    slots, kv_heads, capacity, size = shape = keys[0].shape
+    tables = (*keys, *values)
+    if slots < rows or kv_heads != weights.kv_heads or size != head_dim or any(t.shape != shape for t in tables):
         raise ValueError(
             f"every table of keys and values must be [{rows} or more slots, {weights.kv_heads}, capacity, {head_dim}], "
-            f"got {sorted(tuple(shape) for shape, _, _ in cache)}"
+            f"got {[tuple(table.shape) for table in tables]}"
         )
     if min(before) < 0 or max(before) >= capacity:
         raise ValueError(f"rows {list(before)} do not lie in a cache of {capacity} rows a slot")
-    if any(t.dtype != like.dtype or t.device != like.device for t in (x, cos, sin, keys[0])):
+    if any(t.dtype != like.dtype or t.device != like.device for t in (x, cos, sin, *tables)):
         raise ValueError(f"x, cos, sin and the cache must be {like.dtype} on {like.device}, as the weights are")
     unfit = weights.unfit
-    if unfit is None and not all(table.is_contiguous() for table in (*keys, *values)):
+    if unfit is None and not all(map(Tensor.is_contiguous, tables)):
         unfit = "a table of keys or values is not contiguous"
-    run = native if backend.choose("decoder_step", like.device.type, unfit) == "native" else reference
-    return run.decoder_step(x, weights, cos, sin, keys, values, before)
+    if backend.choose("decoder_step", like.device.type, unfit) == "native":
+        return native.decoder_step(x, weights, cos, sin, keys, values, before)
+    with torch.no_grad():
+        return reference.decoder_step(x, weights, cos, sin, keys, values, before)
