@@ -70,6 +70,7 @@ def test_sdist_holds_every_source(sdist):
     assert not list(sdist.rglob("*.so"))
 
 
+@pytest.mark.timeout(900)  # seconds where the machine is free, minutes where others use it
 def test_wheel_from_the_sdist_works_without_torch(sdist, tmp_path):
     """Unoptimised, to be quick."""
     build = "from setuptools import build_meta; print(build_meta.build_wheel('wheel'))"
