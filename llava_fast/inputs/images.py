@@ -45,6 +45,8 @@ def open_image(source: Any, exif: bool = True, alpha: Literal["drop", "white"] =
     Raises ImageError for anything that cannot be read, FileNotFoundError for a missing file, TypeError for another
     kind of source.
     """
+    if alpha not in ("drop", "white"):
+        raise ValueError(f'alpha must be "drop" or "white", not {alpha!r}')
     if isinstance(source, np.ndarray):
         return _from_array(source, alpha)
     if isinstance(source, Image.Image):

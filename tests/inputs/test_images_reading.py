@@ -144,6 +144,8 @@ def test_other_bad_sources(tmp_path):
         images.open_image("data:image/png;base64,")
     with pytest.raises(TypeError, match="not int"):
         images.open_image(3)
+    with pytest.raises(ValueError, match="alpha must be"):
+        images.open_image(noise(2, 2), alpha="black")
 
 
 @pytest.mark.parametrize(
