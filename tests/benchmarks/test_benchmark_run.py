@@ -50,16 +50,7 @@ def test_it_runs_as_a_script_and_explains_itself():
     command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "decode", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "160"})
     assert done.returncode == 0, done.stderr
-    for option in (
-        "--model",
-        "--layers",
-        "--image-size",
-        "--batch-size",
-        "--backend",
-        "--dtype",
-        "--warmup",
-        "--iters",
-    ):
+    for option in "model layers image-size batch-size backend dtype warmup iters quick output-json".split():
         assert f"--{option}" in done.stdout
 
 
