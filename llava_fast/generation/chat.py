@@ -47,11 +47,10 @@ class Chat:
         sources = [*self._images, *images]
         outline = self.model.processor.outline({"messages": messages, "images": sources})
         common, rest = self._new_part(outline)
-
-        tiles: list = []
-        pieces = self.model.processor.pieces(rest, tiles)
-        prepared = self.model.processor.assemble([pieces], tiles, first_positions=[common])
-        batch = Batch.from_prepared(prepared, self.model.device)
+        pieces, batch = self._prepare(rest, common)
+        if common and self._cache_is_outgrown(common + batch.plan.rows):
+            common, rest = 0, outline
+            pieces, batch = self._prepare(rest, common)
         total = common + batch.plan.rows
         limit = self.model.config.decoder.context_length
         if total >= limit:
@@ -61,7 +60,8 @@ class Chat:
             )
         cache = self._grown_cache(common, min(total + chosen.max_new_tokens, limit))
         row_of = self._cached[:common] + _rows(rest, pieces, first_mark=_marks(outline) - _marks(rest))
-        seen = [row for row in row_of if isinstance(row, int)]
+        placeholder = self.model.config.image_token_id  # which the repetition penalty counts, as transformers does
+        seen = [row if isinstance(row, int) else placeholder for row in row_of]
         sequence = engine.new_sequence(self.model, chosen, seen, limit - total, chosen.seed)
         for _ in engine.steps(self.model, batch, [sequence], cache):
             pass
@@ -73,6 +73,19 @@ class Chat:
         usage = Usage(total, visual, len(sequence.token_ids))
         return Generation(answer, sequence.token_ids, sequence.finish_reason or "length", usage)
 
+    def _prepare(self, outline: list, common: int) -> tuple[list, Batch]:
+        """The pieces of what follows the first `common` rows, and their batch."""
+        tiles: list = []
+        pieces = self.model.processor.pieces(outline, tiles)
+        prepared = self.model.processor.assemble([pieces], tiles, first_positions=[common])
+        return pieces, Batch.from_prepared(prepared, self.model.device)
+
+    def _cache_is_outgrown(self, rows: int) -> bool:
+        """Whether the cached keys have no use in a conversation of so many rows: past the decoder's own length,
+        dynamic RoPE turns every key by the conversation's length."""
+        decoder = self.model.config.decoder
+        return decoder.rope.kind == "dynamic" and rows > decoder.max_positions
+
     def _new_part(self, outline: list) -> tuple[int, list]:
         """(rows that the cache already holds, what follows them); at least one row is always new."""
         rows, number, rest = 0, 0, list(outline)
@@ -82,7 +95,7 @@ class Chat:
                 held = rows
                 while held < len(self._cached) and _is_mark(self._cached[held], number, part):
                     held += 1
-                if held == rows:
+                if held == rows or len(rest) == 1:
                     break
                 rows, number = held, number + 1
                 rest.pop(0)

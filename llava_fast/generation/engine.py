@@ -185,11 +185,13 @@ def _special_id(tokenizer: Any, text: str) -> int | None:
     return None if tokenizer.decode([token], skip_special_tokens=True) else token
 
 
-def text_ids(batch: Batch, sequence: int) -> list[int]:
-    """The text token ids of one sequence of a batch."""
+def prompt_ids(batch: Batch, sequence: int, image_token_id: int) -> list[int]:
+    """The token ids of one sequence's prompt that a repetition penalty counts: its text and, as in transformers,
+    the image placeholder where there are visual rows."""
     plan = batch.plan
     mine = (plan.column("sequence") == sequence) & (plan.column("source") == TEXT)
-    return plan.column("row")[mine].tolist()
+    placeholder = [image_token_id] if visual_tokens(batch, sequence) else []
+    return plan.column("row")[mine].tolist() + placeholder
 
 
 def visual_tokens(batch: Batch, sequence: int) -> int:

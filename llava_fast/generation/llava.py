@@ -94,7 +94,8 @@ class Llava(LlavaModel):
             if room <= 0 and options.max_new_tokens:
                 name = request.get("id", number)
                 raise RequestError(f"request {name} fills the context of {limit} tokens: no room for an answer")
-            ids = engine.text_ids(batch, number) if options.sampling.repetition_penalty != 1.0 else []
+            penalised = options.sampling.repetition_penalty != 1.0
+            ids = engine.prompt_ids(batch, number, self.config.image_token_id) if penalised else []
             sequences.append(engine.new_sequence(self, options, ids, room, seed, pieces))
         return batch, sequences, self.decoder.new_cache(len(requests), capacity)
 

@@ -48,7 +48,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class VisualMark:
-    """An image or video named in a prompt, not opened yet. `alone`: the only image of its request."""
+    """An image or video named in a prompt, not opened yet. `alone`: it is tiled as the only image of a request is."""
 
     kind: Literal["<image>", "<video>"]
     source: Any
@@ -83,7 +83,7 @@ class Processor:
     def tiles(self, image: Any, alone: bool = True) -> np.ndarray:
         """uint8 tiles [tiles, 3, H, W] of one image (path, bytes, data URI, PIL image, uint8 array), base view
         first. `alone` is False for one of several images in a request. Raises ImageError."""
-        return self._cut(images.open_image(image, exif=self.exif), alone)
+        return self._cut(self._open(image), alone)
 
     def prepare(
         self,
@@ -164,12 +164,13 @@ class Processor:
         if len(places) != len(marks):
             raise RequestError(f"the tokenizer found {len(places)} image tokens for {len(marks)} marks in the prompt")
 
+        alone = len(image_sources) == 1 or self.geometry.multi_image_anyres
         queues = {"<image>": iter(image_sources), "<video>": iter(video_sources)}
         outline: list[TextPiece | VisualMark] = []
         start = 0
         for mark, place in zip(marks, places, strict=True):
             outline.append(TextPiece(ids[start:place], supervised[start:place] if labels else None))
-            outline.append(VisualMark(mark, next(queues[mark]), alone=len(image_sources) == 1))
+            outline.append(VisualMark(mark, next(queues[mark]), alone))
             start = place + 1
         outline.append(TextPiece(ids[start:], supervised[start:] if labels else None))
         return [piece for piece in outline if not isinstance(piece, TextPiece) or len(piece.ids)]
@@ -188,7 +189,7 @@ class Processor:
             tiles.append(np.concatenate([self._frame(frame) for frame in frames]))
             return VisualPiece(anyres.video_rows(self.geometry, len(frames)), MODALITY_VIDEO)
         try:
-            image = images.open_image(mark.source, exif=self.exif)
+            image = self._open(mark.source)
         except TypeError as error:
             raise RequestError(str(error)) from error
         tiles.append(self._cut(image, mark.alone))
@@ -196,6 +197,12 @@ class Processor:
 
     def _cut(self, image: np.ndarray, alone: bool) -> np.ndarray:
         return self._make(image, anyres.image_views(self.geometry, *image.shape[:2], alone))
+
+    def _open(self, source: Any) -> np.ndarray:
+        """Pixels of an image. transformers drops transparency when it opens a file itself, and lays a picture or an
+        array it is given on white; the original LLaVA always drops it."""
+        given = not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview))
+        return images.open_image(source, exif=self.exif, alpha="white" if given and self.exif else "drop")
 
     def _frame(self, frame: np.ndarray) -> np.ndarray:
         return self._make(frame, anyres.frame_views(self.geometry, *frame.shape[:2]))
