@@ -387,3 +387,15 @@ def test_a_video_mark_is_text_where_no_video_is_given():
     assert processor.video_token_id is None
     plan = processor.prepare([{"prompt": "How do I use the <video> tag?"}]).plan
     assert plan.tiles == 0 and plan.lengths[0] > 5
+
+
+def test_transparency_is_laid_on_white_or_dropped_as_transformers_does(tmp_path):
+    pair = tiny.pair("next")
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 90, 4), dtype=np.uint8)
+    picture = Image.fromarray(pixels, "RGBA")
+    picture.save(tmp_path / "a.png")
+    theirs = pair.processor.image_processor
+    given = theirs(picture, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+    opened = theirs(Image.open(tmp_path / "a.png").convert("RGB"), do_rescale=False, do_normalize=False)
+    assert np.array_equal(pair.ours.processor.tiles(picture), given)
+    assert np.array_equal(pair.ours.processor.tiles(tmp_path / "a.png"), np.asarray(opened["pixel_values"][0]))
