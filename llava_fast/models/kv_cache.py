@@ -68,9 +68,12 @@ class KVCache:
         """Give slot `target` the rows of slot `source`."""
         if source == target:
             return
-        rows = self.lengths[target] = self.lengths[source]
+        stale, rows = self.lengths[target], self.lengths[source]
+        self.lengths[target] = rows
         for table in (*self.keys, *self.values):
             table[target, :, :rows] = table[source, :, :rows]
+            # A mask hides what lies behind, but not a NaN in it, and one answer must not spoil another.
+            table[target, :, rows:stale] = 0
 
     def copy_rows(self, other: KVCache, rows: int) -> None:
         """Take the first `rows` rows of slot 0 of a smaller cache."""
