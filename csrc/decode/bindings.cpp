@@ -33,17 +33,15 @@ void decoder_step(uintptr_t x, uintptr_t cos, uintptr_t sin, const std::vector<i
                   const std::array<int64_t, 6>& sizes, float eps, int threads) {
   const auto [width, intermediate, heads, kv_heads, head_dim, capacity] = sizes;
   const size_t layers = windows.size();
-  if (before.empty() || weights.size() != kWeightsPerLayer * layers || keys.size() != layers ||
-      values.size() != layers)
+  if (before.empty() || weights.size() != kWeightsPerLayer * layers || keys.size() != layers || values.size() != layers)
     throw std::invalid_argument("decoder_step: lists of unequal length");
   Decoder decoder = {{}, at<const float>(norm), width, intermediate, heads, kv_heads, head_dim, capacity, eps};
   for (size_t i = 0; i < layers; ++i) {
     const uintptr_t* w = &weights[kWeightsPerLayer * i];
     const auto linear = [&](int k, int64_t in) { return Linear{at<const float>(w[k]), at<const float>(w[k + 1]), in}; };
     decoder.layers.push_back({at<const float>(w[0]), linear(1, width), linear(3, width), linear(5, width),
-                              linear(7, heads * head_dim), at<const float>(w[9]), linear(10, width),
-                              linear(12, width), linear(14, intermediate), at<float>(keys[i]),
-                              at<float>(values[i]), windows[i]});
+                              linear(7, heads * head_dim), at<const float>(w[9]), linear(10, width), linear(12, width),
+                              linear(14, intermediate), at<float>(keys[i]), at<float>(values[i]), windows[i]});
   }
   const KernelSet& kernels = select_kernels();
   const py::gil_scoped_release release;
@@ -56,8 +54,8 @@ void decoder_step(uintptr_t x, uintptr_t cos, uintptr_t sin, const std::vector<i
 
 void bind(py::module_& m) {
   m.def("decoder_step", &decoder_step, py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("before"),
-        py::arg("weights"), py::arg("norm"), py::arg("windows"), py::arg("keys"), py::arg("values"),
-        py::arg("sizes"), py::arg("eps"), py::arg("threads"),
+        py::arg("weights"), py::arg("norm"), py::arg("windows"), py::arg("keys"), py::arg("values"), py::arg("sizes"),
+        py::arg("eps"), py::arg("threads"),
         "One float32 decoder pass, in place in x; see llava_fast.ops.decoder_step, which checks what it passes.");
 }
 

@@ -28,8 +28,8 @@ struct KernelSet {
   void (*swiglu)(float* gate, const float* up, int64_t width);
   // `group` query heads [group, size], already scaled, over `rows` keys and values [rows, size] that they share;
   // out [group, size]. `scores` is scratch for group * padded_rows(rows) floats.
-  void (*attend)(const float* query, int64_t group, const float* keys, const float* values, int64_t rows,
-                 int64_t size, float* scores, float* out);
+  void (*attend)(const float* query, int64_t group, const float* keys, const float* values, int64_t rows, int64_t size,
+                 float* scores, float* out);
 };
 
 constexpr int64_t padded_rows(int64_t rows) { return (rows + 15) / 16 * 16; }  // whole vectors of any set

@@ -1,6 +1,10 @@
 // The loops of a decoding step with AVX-512.
 #if defined(__x86_64__)
+#pragma GCC diagnostic push  // GCC 12 warns of its own undefined-value intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #include "decode/kernels.h"
 

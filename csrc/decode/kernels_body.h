@@ -22,8 +22,8 @@ constexpr int kAhead = 128;                             // floats fetched ahead 
 
 // y[j, i] = weight[i] . x[j] for R weight rows and N vectors, all sums in registers; `add` adds to y instead.
 template <int R, int N>
-TARGET inline void tile(const float* weight, int64_t in, const float* x, int64_t x_stride, float* y,
-                        int64_t y_stride, bool add) {
+TARGET inline void tile(const float* weight, int64_t in, const float* x, int64_t x_stride, float* y, int64_t y_stride,
+                        bool add) {
   Vec sums[R][N];
 #pragma GCC unroll 4
   for (int i = 0; i < R; ++i)
@@ -58,15 +58,14 @@ TARGET inline void tile(const float* weight, int64_t in, const float* x, int64_t
 
 // The same for `rows` (at most kTileRows) weight rows.
 template <int N>
-TARGET inline void row_block(const float* weight, int64_t in, int64_t rows, const float* x, int64_t x_stride,
-                             float* y, int64_t y_stride, bool add) {
-  if (rows == kTileRows)
-    return tile<kTileRows, N>(weight, in, x, x_stride, y, y_stride, add);
+TARGET inline void row_block(const float* weight, int64_t in, int64_t rows, const float* x, int64_t x_stride, float* y,
+                             int64_t y_stride, bool add) {
+  if (rows == kTileRows) return tile<kTileRows, N>(weight, in, x, x_stride, y, y_stride, add);
   for (int64_t i = 0; i < rows; ++i) tile<1, N>(weight + i * in, in, x, x_stride, y + i, y_stride, add);
 }
 
-TARGET void linear(const Linear& linear, int64_t begin, int64_t end, const float* x, int64_t x_stride,
-                   int64_t count, float* y, int64_t y_stride, bool add) {
+TARGET void linear(const Linear& linear, int64_t begin, int64_t end, const float* x, int64_t x_stride, int64_t count,
+                   float* y, int64_t y_stride, bool add) {
   if (linear.bias != nullptr) {
     for (int64_t j = 0; j < count; ++j)
       for (int64_t r = begin; r < end; ++r)
@@ -81,10 +80,17 @@ TARGET void linear(const Linear& linear, int64_t begin, int64_t end, const float
       const float* xs = x + j * x_stride;
       float* ys = y + j * y_stride + r;
       switch (count - j) {
-        case 1: row_block<1>(weight, in, rows, xs, x_stride, ys, y_stride, add); break;
-        case 2: row_block<2>(weight, in, rows, xs, x_stride, ys, y_stride, add); break;
-        case 3: row_block<3>(weight, in, rows, xs, x_stride, ys, y_stride, add); break;
-        default: row_block<kTileVectors>(weight, in, rows, xs, x_stride, ys, y_stride, add);
+        case 1:
+          row_block<1>(weight, in, rows, xs, x_stride, ys, y_stride, add);
+          break;
+        case 2:
+          row_block<2>(weight, in, rows, xs, x_stride, ys, y_stride, add);
+          break;
+        case 3:
+          row_block<3>(weight, in, rows, xs, x_stride, ys, y_stride, add);
+          break;
+        default:
+          row_block<kTileVectors>(weight, in, rows, xs, x_stride, ys, y_stride, add);
       }
     }
   }
@@ -158,8 +164,7 @@ TARGET inline void add_values(const float* weights, int64_t weights_stride, cons
   for (int64_t t = 0; t < rows; ++t)
     for (int v = 0; v < V; ++v) {
       const Vec value = load_upto(values + t * size + v * kLanes, left - v * kLanes);
-      for (int g = 0; g < N; ++g)
-        sums[g][v] = multiply_add(splat(weights[g * weights_stride + t]), value, sums[g][v]);
+      for (int g = 0; g < N; ++g) sums[g][v] = multiply_add(splat(weights[g * weights_stride + t]), value, sums[g][v]);
     }
 #pragma GCC unroll 4
   for (int g = 0; g < N; ++g)
@@ -175,8 +180,7 @@ TARGET inline void add_value_rows(const float* weights, int64_t weights_stride, 
     add_values<N, 4>(weights, weights_stride, values + d, rows, size, 4 * kLanes, out + d);
   for (; d + 2 * kLanes <= size; d += 2 * kLanes)
     add_values<N, 2>(weights, weights_stride, values + d, rows, size, 2 * kLanes, out + d);
-  for (; d < size; d += kLanes)
-    add_values<N, 1>(weights, weights_stride, values + d, rows, size, size - d, out + d);
+  for (; d < size; d += kLanes) add_values<N, 1>(weights, weights_stride, values + d, rows, size, size - d, out + d);
 }
 
 TARGET void attend(const float* query, int64_t group, const float* keys, const float* values, int64_t rows,

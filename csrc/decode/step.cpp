@@ -37,9 +37,7 @@ struct Range {
   int64_t begin, end;
 };
 
-Range share(int64_t total, int part, int parts) {
-  return {total * part / parts, total * (part + 1) / parts};
-}
+Range share(int64_t total, int part, int parts) { return {total * part / parts, total * (part + 1) / parts}; }
 
 // What all threads read and write.
 struct Shared {

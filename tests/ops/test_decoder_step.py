@@ -1,29 +1,40 @@
-"""The compiled decoding step against the modules it stands for, in every shape they take."""
+"""The compiled decoding step against the modules it stands for and its own reference, and when it may run."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import tiny
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
+from llava_fast import _C
+from llava_fast.errors import RequestError
+from llava_fast.models import native_step
 from llava_fast.models.attention import Spans
 from llava_fast.models.config import DecoderConfig
 from llava_fast.models.decoder import Decoder
-from llava_fast.models.native_step import step_weights
 from llava_fast.ops import use_backend
 from llava_fast.ops.backend import BackendError
+from llava_fast.ops.decoder_step import DecoderWeights, decoder_step, native, reference
 
 SHAPES = {
     "grouped heads": {},
     "own key heads": {"num_kv_heads": 4},
     "odd widths": {"hidden_size": 52, "head_dim": 18, "intermediate_size": 77, "num_kv_heads": 1},
+    "narrower than a vector": {"hidden_size": 3, "head_dim": 2, "intermediate_size": 5, "num_heads": 1},
+    "head of 128": {"head_dim": 128, "num_heads": 7, "num_kv_heads": 1},
     "biases": {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
     "windows": {"sliding_windows": (5, None, 3)},
 }
+LARGE = {"hidden_size": 704, "intermediate_size": 2046, "num_heads": 11, "num_kv_heads": 11, "head_dim": 64}
 
 
 def make(options: dict, dtype: torch.dtype = torch.float32) -> Decoder:
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, **options}
+    shape["num_kv_heads"] = min(shape["num_kv_heads"], shape["num_heads"])
     config = DecoderConfig("llama", 50, num_layers=3, max_positions=256, rms_norm_eps=1e-6, **shape)
     torch.manual_seed(3)
     decoder = Decoder(config)
@@ -32,89 +43,282 @@ def make(options: dict, dtype: torch.dtype = torch.float32) -> Decoder:
     return decoder.to(dtype).eval()
 
 
-def decode(decoder: Decoder, lengths: list[int], unused: float, steps: int = 4) -> torch.Tensor:
-    """Hidden states of some decoding steps after prompts of these lengths; unused cache rows hold `unused`."""
-    generator = torch.Generator().manual_seed(5)
-    width, count, dtype = decoder.config.hidden_size, len(lengths), decoder.norm.weight.dtype
-    cache = decoder.new_cache(count, max(lengths) + steps)
+@pytest.fixture
+def native_calls(monkeypatch) -> list[int]:
+    """The number of rows of each native step made in a test."""
+    calls = []
+    run = native.decoder_step
+
+    def spy(x, *rest):
+        calls.append(len(x))
+        return run(x, *rest)
+
+    monkeypatch.setattr(native, "decoder_step", spy)
+    return calls
+
+
+def one_row_each(before: list[int]) -> Spans:
+    slots = tuple(range(len(before)))
+    return Spans(slots, (1,) * len(before), slots, tuple(before))
+
+
+def decode(decoder: Decoder, lengths: list[int], unused: float = torch.nan, steps: int = 4) -> torch.Tensor:
+    """Hidden states [steps, sequences, width] after prompts of these lengths; unused cache rows hold `unused`.
+    A sequence's rows depend on its length alone."""
+    width, dtype = decoder.config.hidden_size, decoder.norm.weight.dtype
+    cache = decoder.new_cache(len(lengths), max(lengths) + steps)
     for table in (*cache.keys, *cache.values):
         table.fill_(unused)
+    rows = [torch.randn(n + steps, width, generator=torch.Generator().manual_seed(n)).to(dtype) for n in lengths]
     outputs = []
     with torch.inference_mode():
-        for slot, length in enumerate(lengths):
-            prompt = torch.randn(length, width, generator=generator).to(dtype)
-            decoder(prompt, torch.arange(length), Spans((0,), (length,), (slot,), (0,)), cache)
-        cache.lengths = list(lengths)
-        for _ in range(steps):
-            rows = torch.randn(count, width, generator=generator).to(dtype)
-            slots, before = tuple(range(count)), tuple(cache.lengths)
-            outputs.append(decoder(rows, torch.tensor(before), Spans(slots, (1,) * count, slots, before), cache))
-            cache.advance(slots, (1,) * count)
+        for slot, (length, row) in enumerate(zip(lengths, rows, strict=True)):
+            decoder(row[:length], torch.arange(length), Spans((0,), (length,), (slot,), (0,)), cache)
+        for step in range(steps):
+            at = [length + step for length in lengths]
+            x = torch.stack([row[i] for i, row in zip(at, rows, strict=True)])
+            outputs.append(decoder(x, torch.tensor(at), one_row_each(at), cache))
     return torch.stack(outputs)
 
 
+@pytest.mark.parametrize("level", _C.simd_levels())
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("lengths", [[9], [4, 11, 2], [3] * 16], ids=["one", "unequal", "sixteen"])
-def test_native_is_the_modules(shape, lengths):
-    got = decode(make(SHAPES[shape]), lengths, unused=torch.nan)
+@pytest.mark.parametrize("lengths", [[9], [40, 11, 2], [3, 19] * 8], ids=["one", "unequal", "sixteen"])
+def test_native_is_the_modules(shape, lengths, level, monkeypatch, native_calls):
+    monkeypatch.setenv("LLAVA_FAST_SIMD", level)
+    got = decode(make(SHAPES[shape]), lengths)
+    assert native_calls == [len(lengths)] * 4
     with use_backend("reference"):
         expected = decode(make(SHAPES[shape]), lengths, unused=0.0)
         exact = decode(make(SHAPES[shape], torch.float64), lengths, unused=0.0)
+    assert len(native_calls) == 4
     scale = exact.abs().max()
-    assert torch.isfinite(got).all()
     assert (got - expected).abs().max() <= 1e-5 * scale
     assert (got - exact).abs().max() <= 2 * (expected - exact).abs().max() + 1e-6 * scale
 
 
-def test_a_row_is_the_same_bits_whatever_its_neighbours_and_threads():
-    decoder = make({})
-    together = decode(decoder, [4, 11, 2], unused=torch.nan)
-    threads = torch.get_num_threads()
+def operands(shape: str, before: list[int], dtype: torch.dtype = torch.float32) -> tuple:
+    """x, weights, cos, sin, keys, values, before for the op, with NaN in every cache row that nothing may read."""
+    decoder = make({**SHAPES, "61 MB": LARGE}[shape], dtype)
+    cache = decoder.new_cache(len(before) + 1, max(before) + 3)
+    generator = torch.Generator().manual_seed(7)
+    for table in (*cache.keys, *cache.values):
+        table.copy_(torch.randn(table.shape, generator=generator))
+        table[len(before) :] = torch.nan
+        for slot, at in enumerate(before):
+            table[slot, :, at:] = torch.nan
+    x = torch.randn(len(before), decoder.config.hidden_size, generator=generator).to(dtype)
+    rotation = decoder.rope(torch.tensor(before), dtype, one_row_each(before))
+    return x, native_step.weights_of(decoder), *rotation, cache.keys, cache.values, tuple(before)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_native_is_its_reference_and_touches_one_cache_row_a_slot(shape):
+    before = [0, 17, 4]
+    x, weights, cos, sin, keys, values, _ = operands(shape, before)
+    mine, theirs = copy.deepcopy((keys, values)), copy.deepcopy((keys, values))
+    got = decoder_step(x, weights, cos, sin, *mine, before)
+    with use_backend("reference"):
+        expected = decoder_step(x, weights, cos, sin, *theirs, before)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    for table, written, initial in zip(sum(mine, []), sum(theirs, []), keys + values, strict=True):
+        torch.testing.assert_close(table, written, rtol=1e-4, atol=1e-5, equal_nan=True)
+        for slot, at in enumerate(before):
+            assert table[slot, :, at].isfinite().all()
+            table[slot, :, at] = torch.nan
+        assert torch.equal(table.nan_to_num(99.0), initial.nan_to_num(99.0))
+
+
+def test_reference_runs_in_float64():
+    got = reference.decoder_step(*operands("windows", [0, 17, 4]))
+    exact = reference.decoder_step(*operands("windows", [0, 17, 4], torch.float64))
+    assert exact.dtype == torch.float64
+    assert (got - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("level", _C.simd_levels())
+def test_a_row_is_the_same_bits_whatever_its_neighbours(level, monkeypatch):
+    monkeypatch.setenv("LLAVA_FAST_SIMD", level)
+    decoder = make(SHAPES["odd widths"])
+    lengths = [4, 11, 2, 7, 30, 9, 8]
+    together = decode(decoder, lengths)
+    for place, length in enumerate(lengths):
+        assert torch.equal(decode(decoder, [length])[:, 0], together[:, place])
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_do_not_change_a_bit(threads):
+    # Weights of 61 MB: a thread is started only for 16 MB of them.
+    x, weights, cos, sin, *cache, before = operands("61 MB", [4, 11, 2])
+    here = torch.get_num_threads()
     try:
-        torch.set_num_threads(2)
-        assert torch.equal(decode(decoder, [4, 11, 2], unused=torch.nan), together)
-    finally:
+        torch.set_num_threads(1)
+        alone = decoder_step(x, weights, cos, sin, *copy.deepcopy(cache), before)
         torch.set_num_threads(threads)
+        for _ in range(5):
+            assert torch.equal(decoder_step(x, weights, cos, sin, *copy.deepcopy(cache), before), alone)
+    finally:
+        torch.set_num_threads(here)
 
 
-def plain_weights(decoder: Decoder, rows: int = 1):
-    """What decides whether a pass of `rows` rows runs natively: the weights, or None."""
-    spans = Spans(tuple(range(rows)), (1,) * rows, tuple(range(rows)), (0,) * rows)
-    kinds = frozenset(map(type, decoder.modules()))
-    with torch.inference_mode():
-        return step_weights(decoder, kinds, torch.zeros(rows, decoder.config.hidden_size), spans)
+def wrap(decoder: Decoder) -> None:
+    decoder.layers[0].self_attn.q_proj = nn.Sequential(decoder.layers[0].self_attn.q_proj)
 
 
-def test_wrapped_hooked_and_cast_modules_keep_their_own_forward():
+def subclass(decoder: Decoder) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    decoder.layers[2].mlp.down_proj.__class__ = Doubled
+
+
+def replace_forward(decoder: Decoder) -> None:
+    norm = decoder.layers[1].input_layernorm
+    norm.forward = lambda x: x * norm.weight
+
+
+DISTURBANCES = {
+    "wrapped": wrap,
+    "subclass": subclass,
+    "forward replaced": replace_forward,
+    "forward hook": lambda d: d.layers[1].mlp.up_proj.register_forward_hook(lambda m, args, out: out * 2),
+    "pre-hook": lambda d: d.layers[0].mlp.register_forward_pre_hook(lambda m, args: (args[0] * 2,)),
+    "parametrised": lambda d: parametrizations.weight_norm(d.layers[0].self_attn.o_proj),
+}
+
+
+@pytest.mark.parametrize("what", DISTURBANCES)
+def test_a_disturbed_module_keeps_its_own_forward(what, native_calls):
+    decoder, expected = make({}), make({})
+    undisturbed = decode(decoder, [5, 2])
+    assert native_calls
+    native_calls.clear()
+    for either in (decoder, expected):
+        DISTURBANCES[what](either)
+    got = decode(decoder, [5, 2], unused=0.0)
+    with use_backend("reference"):
+        assert torch.equal(got, decode(expected, [5, 2], unused=0.0))
+    assert not native_calls
+    if what not in ("wrapped", "parametrised"):
+        assert not torch.allclose(got, undisturbed)
+
+
+def test_a_module_restored_runs_natively_again(native_calls):
     decoder = make({})
-    assert plain_weights(decoder) is not None
-    assert plain_weights(decoder, rows=1000) is None
-    handle = decoder.layers[1].mlp.up_proj.register_forward_hook(lambda module, args, out: out * 2)
-    assert plain_weights(decoder) is None
+    handle = decoder.layers[1].register_forward_hook(lambda m, args, out: out * 2)
+    parametrizations.weight_norm(decoder.layers[0].mlp.gate_proj)
+    decode(decoder, [5], unused=0.0)
     handle.remove()
-    assert plain_weights(decoder) is not None
-
-    kinds = frozenset(map(type, decoder.modules()))
-    attention = decoder.layers[0].self_attn
-    attention.q_proj = nn.Sequential(attention.q_proj)
-    with torch.inference_mode():
-        spans = Spans((0,), (1,), (0,), (0,))
-        assert step_weights(decoder, kinds, torch.zeros(1, 64), spans) is None
-    assert plain_weights(make({}, torch.bfloat16)) is None
-    assert step_weights(make({}), kinds, torch.zeros(1, 64), spans) is None  # gradients may be wanted
+    decode(decoder, [5], unused=0.0)
+    assert not native_calls
+    parametrize.remove_parametrizations(decoder.layers[0].mlp.gate_proj, "weight")
+    decode(decoder, [5])
+    assert native_calls
 
 
-def test_new_weights_are_seen():
+def test_gradients_autocast_other_dtypes_and_many_rows_take_the_modules(native_calls):
     decoder = make({})
-    before = decode(decoder, [5], unused=torch.nan)
+
+    def step(decoder: Decoder, rows: int = 1) -> torch.Tensor:
+        x = torch.randn(rows, 64, dtype=decoder.norm.weight.dtype)
+        at = [0] * rows
+        return decoder(x, torch.tensor(at), one_row_each(at), decoder.new_cache(rows, 2))
+
+    assert step(decoder).requires_grad
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        step(decoder)
     with torch.no_grad():
-        decoder.layers[2].mlp.down_proj.weight.mul_(1.5)
-    in_place = decode(decoder, [5], unused=torch.nan)
-    decoder.layers[2].mlp.down_proj.weight = nn.Parameter(decoder.layers[2].mlp.down_proj.weight / 1.5)
-    assert not torch.equal(before, in_place)
-    torch.testing.assert_close(decode(decoder, [5], unused=torch.nan), before)
+        step(make({}, torch.bfloat16))
+        step(make({}, torch.float64))
+        step(decoder, native_step.MAX_ROWS + 1)
+        assert not native_calls
+        step(decoder, native_step.MAX_ROWS)
+    assert native_calls == [native_step.MAX_ROWS]
+
+
+def test_weights_that_change_or_move_are_followed(native_calls):
+    decoder = make({})
+    first = decode(decoder, [5])
+    down = decoder.layers[2].mlp.down_proj
+    with torch.no_grad():
+        down.weight.mul_(1.5)
+    in_place = decode(decoder, [5])
+    assert not torch.allclose(first, in_place)
+    down.weight.data = down.weight.data / 1.5
+    torch.testing.assert_close(decode(decoder, [5]), first)
+    down.weight = nn.Parameter(down.weight.detach() * 1.5)
+    torch.testing.assert_close(decode(decoder, [5]), in_place)
+    decoder.to(torch.float64).to(torch.float32)
+    torch.testing.assert_close(decode(decoder, [5]), in_place)
+    decoder.load_state_dict(make({}).state_dict(), assign=True)
+    torch.testing.assert_close(decode(decoder, [5]), first)
+    assert len(native_calls) == 6 * 4
+
+
+def test_a_full_cache_is_refused():
+    decoder = make({})
+    with torch.inference_mode(), pytest.raises(RequestError, match="holds 3 rows"):
+        decoder(torch.randn(1, 64), torch.tensor([3]), one_row_each([3]), decoder.new_cache(1, 3))
+
+
+def test_operands_that_do_not_fit_are_refused():
+    x, weights, cos, sin, keys, values, before = operands("grouped heads", [0, 17, 4])
+    with pytest.raises(ValueError, match=r"x \[3, 63\] must be"):
+        decoder_step(x[:, 1:], weights, cos, sin, keys, values, before)
+    with pytest.raises(ValueError, match="cos"):
+        decoder_step(x, weights, cos[:2], sin, keys, values, before)
+    with pytest.raises(ValueError, match="3 layers, but 2 tables"):
+        decoder_step(x, weights, cos, sin, keys[:2], values, before)
+    with pytest.raises(ValueError, match="every table"):
+        decoder_step(x, weights, cos, sin, [*keys[:2], keys[2][:, :, :18]], values, before)
+    with pytest.raises(ValueError, match="do not lie in a cache of 20 rows"):
+        decoder_step(x, weights, cos, sin, keys, values, (0, 20, 4))
+    with pytest.raises(ValueError, match="do not lie in"):
+        decoder_step(x, weights, cos, sin, keys, values, (0, -1, 4))
+    with pytest.raises(ValueError, match="must be torch.float32"):
+        decoder_step(x.double(), weights, cos, sin, keys, values, before)
+    layers = list(weights.layers)
+    layers[1] = layers[1]._replace(o_bias=torch.zeros(9))
+    with pytest.raises(ValueError, match=r"layer 1's o_bias must be \[64\], got \[9\]"):
+        DecoderWeights(layers, weights.norm, 16, 1e-6)
+    with pytest.raises(ValueError, match="whole groups of heads"):
+        DecoderWeights(weights.layers, weights.norm, 17, 1e-6)
+
+
+def test_the_native_backend_says_what_it_cannot_take(monkeypatch):
+    x, weights, *rest = operands("grouped heads", [3], torch.float64)
+    assert decoder_step(x, weights, *rest).dtype == torch.float64
+    with use_backend("native"), pytest.raises(BackendError, match="it takes float32 on the CPU"):
+        decoder_step(x, weights, *rest)
+    with use_backend("triton"), pytest.raises(BackendError, match="does not serve the op 'decoder_step'"):
+        decoder_step(x, weights, *rest)
+    x, weights, cos, sin, keys, values, before = operands("grouped heads", [3])
+    keys[1] = keys[1].transpose(2, 3).contiguous().transpose(2, 3)
+    expected = decoder_step(x, weights, cos, sin, copy.deepcopy(keys), values, before)
+    with use_backend("native"), pytest.raises(BackendError, match="not contiguous"):
+        decoder_step(x, weights, cos, sin, keys, values, before)
+    assert expected.isfinite().all()
+    monkeypatch.setenv("LLAVA_FAST_SIMD", "mmx")
+    with pytest.raises(ValueError, match="LLAVA_FAST_SIMD is mmx"):
+        decoder_step(*operands("grouped heads", [3]))
 
 
 def test_an_unknown_backend_is_refused():
     with pytest.raises(BackendError, match="unknown backend 'cuda'"), use_backend("cuda"):
         pass
+
+
+@pytest.mark.parametrize("name", ["next", "next_mistral_window", "next_qwen"])
+def test_generate_gives_the_same_tokens_with_and_without(name, native_calls):
+    model = tiny.pair(name).ours
+    requests = [
+        {"prompt": "<image>hello there", "images": [tiny.picture(60, 90)]},
+        {"prompt": "hello, and no picture at all"},
+        {"prompt": "a <image> b", "images": [tiny.picture(30, 200)]},
+    ]
+    got = model.generate(requests, max_new_tokens=24, ignore_eos=True)
+    assert native_calls == [3] * 23
+    with use_backend("reference"):
+        assert model.generate(requests, max_new_tokens=24, ignore_eos=True) == got
+    assert len(native_calls) == 23
