@@ -77,7 +77,9 @@ class Case:
 @dataclass
 class Row:
     """One line of a report. Times are seconds a call (see timing.Quantiles), `rate` is in `unit` a second, `ratio` is
-    how many times as fast as `reference`: None for the reference itself and wherever the check did not pass."""
+    how many times as fast as `reference`: None for the reference itself and wherever the check did not pass.
+    `disturbed`: on one CPU thread, the row's or its reference's calls took over a tenth longer than their own
+    processor time, so other programs were in the way and the ratio may be off."""
 
     suite: str
     model: str
@@ -100,6 +102,7 @@ class Row:
     check: dict | None
     reference: str | None
     ratio: float | None
+    disturbed: bool
     machine: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
     commit: str = ""
@@ -172,4 +175,9 @@ def _row(
         check=asdict(check) if check else None,
         reference=next(name for name in REFERENCES if name in settings.backends) if reference else None,
         ratio=reference.median / time.median if reference and check and check.passed else None,
+        disturbed=settings.threads == 1 and any(_disturbed(each) for each in (time, reference) if each),
     )
+
+
+def _disturbed(time: Quantiles) -> bool:
+    return time.cpu is not None and time.median > 1.1 * time.cpu

@@ -57,7 +57,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         check = "reference" if row.backend == row.reference else "not checked"
     else:
         check = f"{'passed' if row.check['passed'] else 'FAILED'} ({row.check['value']:.1e})"
-    ratio = "" if row.ratio is None else f"{row.ratio:.2f}x"
+    ratio = "" if row.ratio is None else f"{row.ratio:.2f}x{' (disturbed)' * row.disturbed}"
     return (row.backend, *times, peak, f"{row.rate:.4g} {row.unit}/s", f"{100 * row.floor_share:.0f}%", check, ratio)
 
 

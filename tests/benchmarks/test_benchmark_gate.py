@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 
 import pytest
 import torch
@@ -97,6 +98,18 @@ def test_exit_code_and_json(tmp_path, monkeypatch, value, code):
         assert row["commit"] and row["date"]
         assert row["floor_share"] == pytest.approx(row["floor_seconds"] / row["median"])
     assert [dataclasses.asdict(row) for row in report.read_json(output)] == content["rows"]
+
+
+def test_a_disturbed_measurement_says_so():
+    waits = dataclasses.replace(
+        case(1.0),
+        providers=[Provider("hf-eager", lambda i: (time.sleep(0.02), torch.ones(4))[1]), case(1.0).providers[0]],
+    )
+    reference, ours = measure(waits, SETTINGS, CEILINGS)
+    assert reference.disturbed and ours.disturbed
+    assert "(disturbed)" in report.table([reference, ours])
+    two_threads = dataclasses.replace(SETTINGS, threads=2)
+    assert not any(row.disturbed for row in measure(waits, two_threads, CEILINGS))
 
 
 def test_plot_draws_only_what_passed(tmp_path):
