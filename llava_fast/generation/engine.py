@@ -102,10 +102,11 @@ def decode_step(model: LlavaModel, tokens: list[int], cache: KVCache) -> Tensor:
     count = len(tokens)
     slots, before = tuple(range(count)), tuple(cache.lengths[:count])
     spans = Spans(slots, (1,) * count, slots, before)
-    inputs = model.decoder.embed_tokens(torch.tensor(tokens, device=model.device))
-    hidden = model.decoder(inputs, torch.tensor(before, device=model.device), spans, cache)
+    decoder = model.decoder
+    token, position = torch.tensor([tokens, before], device=cache.keys[0].device)  # one transfer for both
+    hidden = decoder(decoder.embed_tokens(token), position, spans, cache)
     cache.advance(slots, spans.lengths)
-    return model.decoder.logits(hidden)
+    return decoder.logits(hidden)
 
 
 _GREEDY = SamplingOptions()
