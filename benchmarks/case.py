@@ -102,7 +102,7 @@ class Row:
     check: dict | None
     reference: str | None
     ratio: float | None
-    disturbed: bool
+    disturbed: bool = False
     machine: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
     commit: str = ""
