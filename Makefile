@@ -4,18 +4,23 @@ BIN := .venv/bin
 NATIVE := $(shell find csrc -type f)
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint check-kernels clean
 
 demo: .venv/demo.stamp
 	$(BIN)/llava-fast demo
 
 test: .venv/test.stamp lint
+	$(BIN)/python -m benchmarks.check_kernels
 	$(BIN)/python -m pytest
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Compile every kernel for sm_80 and sm_90 and judge it; WRITE=1 commits the table to what was found.
+check-kernels: .venv/test.stamp
+	$(BIN)/python -m benchmarks.check_kernels $(if $(WRITE),--write)
 
 clean:
 	rm -rf .venv build dist *.egg-info llava_fast/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -4,9 +4,13 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported anywhere
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined: without a GPU, kernels run in the interpreter
+
 import numpy as np
 import pytest
-import torch
 from hypothesis import settings
 
 # Tiny tensors gain nothing from a second thread, and on a busy machine two threads spin waiting for each other.
@@ -19,6 +23,14 @@ settings.load_profile("repeatable")
 def seeded():
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that an op allocates holds NaN until it is written, and an op that is not deterministic on CUDA raises."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -65,6 +65,8 @@ class TokenPlan:
     supervised_row, supervised_target                  [supervised]  rows whose next token is a label, and it
     text_row, text_token, text_segment                 rows with text sorted by token id, the distinct ids, and
                                                        where each id's rows start (for deterministic gradients)
+    visual_place                                       [visual rows]  the row that took each visual row, or -1
+    constant_row, constant_segment                     rows with a newline, and [0, their number]
 
     The visual table that VISUAL rows index is: the kept rows, then each mix of stage "before", then each of stage
     "after". `lengths` counts the real rows of each sequence; `tiles` the tiles of the whole batch.
@@ -109,7 +111,7 @@ def build_plan(
     """
     visual = _VisualTable(rows_per_tile)
     parts = [[_piece_columns(piece, visual) for piece in pieces] for pieces in sequences]
-    kept, mix_columns, mixes, number = visual.finish()
+    kept, mix_columns, mixes, number, visual_rows = visual.finish()
 
     lengths = tuple(sequence_length(pieces) for pieces in sequences)
     width = max(lengths, default=0)
@@ -139,7 +141,7 @@ def build_plan(
     columns["kept"], columns["tile_of_kept"] = kept, kept // max(rows_per_tile, 1)
     columns["boundaries"] = boundaries
     columns["last_row"] = np.array([s + n - 1 for s, n in zip(boundaries[:-1], lengths, strict=True)], np.int32)
-    columns |= _supervision(columns) | _text_segments(columns) | mix_columns
+    columns |= _supervision(columns) | _text_segments(columns) | _other_uses(columns, visual_rows) | mix_columns
     flat, sections = _pack(columns)
     return TokenPlan(layout, lengths, visual.tiles, total, mixes, flat, sections)
 
@@ -191,7 +193,7 @@ class _VisualTable:
         return provisional
 
     def finish(self):
-        """(kept ViT rows, columns of the mixes, mixes in table order, provisional -> final row numbers)."""
+        """(kept ViT rows, columns of the mixes, mixes in table order, provisional -> final numbers, rows in all)."""
         needed = [
             *self.direct,
             *(t.ravel() for k, ts in self.mixed.items() if k[0] == "after" for t, _ in ts),
@@ -220,7 +222,7 @@ class _VisualTable:
                 final[inside] = first + mixed[inside] % self.LIMIT
             return final.astype(np.int32)
 
-        return kept.astype(np.int32), columns, tuple(mixes), number
+        return kept.astype(np.int32), columns, tuple(mixes), number, size
 
 
 def _supervision(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -239,6 +241,19 @@ def _text_segments(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "text_row": rows[order],
         "text_token": tokens.astype(np.int32),
         "text_segment": np.append(first, len(rows)).astype(np.int32),
+    }
+
+
+def _other_uses(columns: dict[str, np.ndarray], visual_rows: int) -> dict[str, np.ndarray]:
+    """Which decoder row took each visual row (at most one does), and the rows of the one constant."""
+    taken = np.flatnonzero(columns["source"] == VISUAL).astype(np.int32)
+    place = np.full(visual_rows, -1, np.int32)
+    place[columns["row"][taken]] = taken
+    constant = np.flatnonzero(columns["source"] == CONSTANT).astype(np.int32)
+    return {
+        "visual_place": place,
+        "constant_row": constant,
+        "constant_segment": np.array([0, len(constant)], np.int32),
     }
 
 

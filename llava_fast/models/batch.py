@@ -10,6 +10,7 @@ from torch import Tensor
 from llava_fast.inputs.plan import TokenPlan
 from llava_fast.inputs.processor import Prepared
 from llava_fast.models.attention import Spans
+from llava_fast.ops.token_pack import RowUses
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,13 @@ class Batch:
     def weight(self, name: str) -> Tensor:
         """A float32 column, stored bit for bit among the integers."""
         return self.column(name).view(torch.float32)
+
+    def row_uses(self, constants: int) -> RowUses:
+        """The plan's placement the other way round, for the gradients of tables with so many constant rows."""
+        names = ("text_row", "text_token", "text_segment", "visual_place", "constant_row", "constant_segment")
+        columns = [self.column(name) for name in names]
+        columns[-1] = columns[-1][: constants + 1]
+        return RowUses(*columns)
 
     def spans(self, slots: tuple[int, ...] = (), before: tuple[int, ...] = ()) -> Spans:
         """Sequence boundaries for attention; with a cache, the slot of each sequence and the rows it holds."""

@@ -98,12 +98,16 @@ class LlavaModel(nn.Module):
         """[rows, width]: text rows from the embedding table, visual rows from the projector, newlines."""
         embed, source, row = self.decoder.embed_tokens, batch.column("source"), batch.column("row")
         table = embed.weight
+        constant = self.image_newline[None] if self.config.has_newline else table[:0]
+        uses = batch.row_uses(len(constant))
         if not is_plain(embed, nn.Embedding):  # its own forward, then the general op over what it returned
             is_text = source == TEXT
             table = embed(torch.where(is_text, row, 0).long())
-            row = torch.where(is_text, torch.arange(len(row), dtype=row.dtype, device=row.device), row)
-        constant = self.image_newline[None] if self.config.has_newline else table[:0]
-        return token_pack(source, row, table, self.visual_rows(batch), constant)
+            number = torch.arange(len(row) + 1, dtype=row.dtype, device=row.device)
+            row = torch.where(is_text, number[:-1], row)
+            text = uses.text_row
+            uses = uses._replace(text_token=text, text_segment=number[: len(text) + 1])
+        return token_pack(source, row, table, self.visual_rows(batch), constant, uses)
 
     def visual_rows(self, batch: Batch) -> Tensor:
         """The plan's visual table [visual rows, width]: only rows that reach the decoder are projected."""

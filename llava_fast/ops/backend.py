@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from llava_fast.errors import LlavaFastError
 
@@ -50,20 +50,21 @@ def requested() -> str:
     return _chosen.get() or _checked(os.environ.get("LLAVA_FAST_BACKEND", "auto"))
 
 
-def choose(op: str, device: str = "", unfit: str | None = None) -> str:
+def choose(op: str, device: str = "", unfit: Mapping[str, str | None] | None = None) -> str:
     """The backend `op` uses now for tensors on a device of this type.
 
-    `unfit` says why only the reference can serve this very call, None that any can: "auto" then takes the
+    `unfit` says for each backend why it cannot serve this very call (None or absent: it can); "auto" then takes the
     reference. Raises BackendError when the backend asked for does not serve the op, or not this call.
     """
-    name = requested()
+    name, unfit = requested(), unfit or {}
     if name == "auto":
-        return "reference" if unfit else _proven.get((op, device), "reference")
+        best = _proven.get((op, device), "reference")
+        return "reference" if unfit.get(best) else best
     if name not in _served.get(op, {}):
         known = ", ".join(_served.get(op, {})) or "none"
         raise BackendError(f"backend {name!r} does not serve the op {op!r} (it has: {known}); use 'auto'")
-    if unfit and name != "reference":
-        raise BackendError(f"backend {name!r} cannot run this {op}: {unfit}; use 'auto'")
+    if unfit.get(name):
+        raise BackendError(f"backend {name!r} cannot run this {op}: {unfit[name]}; use 'auto'")
     return name
 
 

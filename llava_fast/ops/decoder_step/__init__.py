@@ -65,7 +65,7 @@ def decoder_step(
     unfit = weights.unfit
     if unfit is None and not all(map(Tensor.is_contiguous, tables)):
         unfit = "a table of keys or values is not contiguous"
-    if backend.choose("decoder_step", like.device.type, unfit) == "native":
+    if backend.choose("decoder_step", like.device.type, {"native": unfit}) == "native":
         return native.decoder_step(x, weights, cos, sin, keys, values, before)
     with torch.no_grad():
         return reference.decoder_step(x, weights, cos, sin, keys, values, before)

@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
-from llava_fast.ops import backend
+from llava_fast.ops import backend, library, triton_support
 from llava_fast.ops.token_pack import reference
 
 backend.register("token_pack", "reference", "any device")
+backend.register("token_pack", "triton", "CUDA")
 
 
-def token_pack(source: Tensor, row: Tensor, embedding: Tensor, visual: Tensor, constant: Tensor) -> Tensor:
+class RowUses(NamedTuple):
+    """Who took which row, sorted, so that gradients are summed in a fixed order without a search on the device.
+
+    All int32, columns of the plan by the same names. text_row: rows that took a text embedding, by rising token id;
+    text_token: the distinct ids; text_segment: where each id's rows start, then their number. visual_place
+    [visual rows]: the one row that took each visual row, or -1. constant_row, constant_segment [constants + 1]: the
+    same for constant rows, one segment for each constant.
+    """
+
+    text_row: Tensor
+    text_token: Tensor
+    text_segment: Tensor
+    visual_place: Tensor
+    constant_row: Tensor
+    constant_segment: Tensor
+
+
+def token_pack(
+    source: Tensor, row: Tensor, embedding: Tensor, visual: Tensor, constant: Tensor, uses: RowUses | None = None
+) -> Tensor:
     """Rows gathered from three tables.
 
     source    int [rows]: 0 text embedding, 1 visual, 2 constant, -1 filler (a zero row).
     row       int [rows]: the row of that table (for text, the token id); ignored for fillers.
     embedding [vocabulary, width]; visual [n, width]; constant [m, width] (row 0: the newline).
-    Returns [rows, width] in embedding's dtype. Minimum bytes: each output row written once, each input row read.
+    uses      the same placement the other way round, for gradients; the Triton backward needs it.
+    Returns [rows, width] in embedding's dtype. Gradients flow to the three tables; each is summed in float32 in a
+    fixed order. Minimum bytes: each output row written once, each input row read once.
     Raises ValueError for tables of different width or indices of different length.
     """
     if source.shape != row.shape or source.dim() != 1:
@@ -27,5 +51,81 @@ def token_pack(source: Tensor, row: Tensor, embedding: Tensor, visual: Tensor, c
             f"tables differ in width: embedding {embedding.shape[-1]}, visual {visual.shape[-1]}, "
             f"constant {constant.shape[-1]}"
         )
-    backend.choose("token_pack")
+    if uses is not None and (len(uses.visual_place) != len(visual) or len(uses.constant_segment) != len(constant) + 1):
+        raise ValueError(
+            f"uses tell of {len(uses.visual_place)} visual and {len(uses.constant_segment) - 1} constant rows, but the "
+            f"tables have {len(visual)} and {len(constant)}"
+        )
+    return _token_pack(source, row, embedding, visual, constant, list(uses or ()))
+
+
+def _run(
+    source: Tensor, row: Tensor, embedding: Tensor, visual: Tensor, constant: Tensor, uses: list[Tensor]
+) -> Tensor:
+    tables = (embedding, visual, constant)
+    unfit = triton_support.unfit(source, row, *tables) or _unequal(tables)
+    if backend.choose("token_pack", embedding.device.type, {"triton": unfit}) == "triton":
+        from llava_fast.ops.token_pack import triton_kernels
+
+        return triton_kernels.token_pack(source.contiguous(), row.contiguous(), *(t.contiguous() for t in tables))
     return reference.token_pack(source, row, embedding, visual, constant)
+
+
+def _unequal(tables: tuple[Tensor, ...]) -> str | None:
+    dtypes = {table.dtype for table in tables}
+    return f"the tables' dtypes differ: {', '.join(map(str, dtypes))}" if len(dtypes) > 1 else None
+
+
+def _run_backward(
+    grad: Tensor, source: Tensor, row: Tensor, sizes: list[int], needed: list[bool], uses: list[Tensor]
+) -> tuple[Tensor, ...]:
+    unfit = triton_support.unfit(grad) or (None if uses else "no `uses` were given, so its rows are not sorted")
+    if backend.choose("token_pack", grad.device.type, {"triton": unfit}) == "triton":
+        from llava_fast.ops.token_pack import triton_kernels
+
+        grad, by = grad.contiguous(), RowUses(*uses)
+        found: tuple[Tensor | None, ...] = (
+            triton_kernels.embedding_gradient(grad, by.text_row, by.text_token, by.text_segment, sizes[0])
+            if needed[0]
+            else None,
+            triton_kernels.visual_gradient(grad, by.visual_place) if needed[1] else None,
+            triton_kernels.constant_gradient(grad, by.constant_row, by.constant_segment, sizes[2])
+            if needed[2]
+            else None,
+        )
+    else:
+        found = reference.token_pack_backward(grad, source, row, tuple(sizes), tuple(needed))
+    return tuple(grad.new_empty(0, grad.shape[1]) if table is None else table for table in found)
+
+
+def _save(ctx, inputs, output) -> None:
+    source, row, embedding, visual, constant, uses = inputs
+    ctx.save_for_backward(source, row, *uses)
+    ctx.tables = [(len(table), table.dtype) for table in (embedding, visual, constant)]
+
+
+def _backward(ctx, grad: Tensor):
+    source, row, *uses = ctx.saved_tensors
+    needed = list(ctx.needs_input_grad[2:5])
+    found = _token_pack_backward(grad, source, row, [size for size, _ in ctx.tables], needed, uses)
+    gradients = (
+        table.to(dtype) if want else None for table, want, (_, dtype) in zip(found, needed, ctx.tables, strict=True)
+    )
+    return (None, None, *gradients, [None] * len(uses))
+
+
+_token_pack_backward = library.define(
+    "token_pack_backward(Tensor grad, Tensor source, Tensor row, SymInt[] sizes, bool[] needed, Tensor[] uses)"
+    " -> (Tensor, Tensor, Tensor)",
+    _run_backward,
+    lambda grad, source, row, sizes, needed, uses: tuple(
+        grad.new_empty(size if want else 0, grad.shape[1]) for size, want in zip(sizes, needed, strict=True)
+    ),
+)
+_token_pack = library.define(
+    "token_pack(Tensor source, Tensor row, Tensor embedding, Tensor visual, Tensor constant, Tensor[] uses) -> Tensor",
+    _run,
+    lambda source, row, embedding, visual, constant, uses: embedding.new_empty(len(source), embedding.shape[1]),
+    _backward,
+    _save,
+)

@@ -1,0 +1,232 @@
+"""Compile every shipped Triton configuration and every CUDA source for sm_80 and sm_90, without a GPU, and judge them.
+
+python -m benchmarks.check_kernels           # compile, print the table, fail on a kernel worse than the committed table
+python -m benchmarks.check_kernels --write   # and commit to what was found: benchmarks/kernels.json, docs/kernels.md
+
+A kernel fails if it uses the stack (spills included), more shared memory than a block may have, no matrix instruction
+where its work is a matrix product, or tf32 that was not asked for; and if it needs more registers than committed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMITTED = ROOT / "benchmarks" / "kernels.json"
+PAGE = ROOT / "docs" / "kernels.md"
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have (CUDA programming guide, capabilities)
+MATRIX = {80: ("mma.sync",), 90: ("wgmma.mma_async", "mma.sync")}
+REGISTER_SLACK = 8  # a register allocation granule: what a patch release of a compiler may move
+
+
+def modules() -> list[str]:
+    """Names of the ops' modules that hold Triton kernels."""
+    folder = ROOT / "llava_fast" / "ops"
+    return sorted(f"llava_fast.ops.{path.parent.name}.{path.stem}" for path in folder.glob("*/triton_kernels.py"))
+
+
+def compile_triton(module: str, index: int) -> list[dict]:
+    """Compile one specimen of a module in all its configurations for both architectures."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    specimen = import_module(module).specimens()[index]
+    names = specimen.kernel.arg_names
+    found = []
+    for config, constants, options in specimen.compilations():
+        signature = {name: specimen.signature.get(name, "constexpr") for name in names}
+        attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in specimen.aligned}
+        for capability in (80, 90):
+            source = ASTSource(
+                specimen.kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes
+            )
+            made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+            ptx = made.asm["ptx"]
+            usage = resource_usage(made.asm["cubin"])[0]
+            found.append(
+                {
+                    "op": specimen.op,
+                    "kernel": specimen.kernel.__name__,
+                    "label": specimen.label,
+                    "config": config,
+                    "sm": capability,
+                    "registers": usage["registers"],
+                    "stack": usage["stack"],
+                    "shared": made.metadata.shared,
+                    "matrix": next((m for m in MATRIX[capability] if m in ptx), ""),
+                    "tf32": "tf32" in ptx,
+                    "wants_matrix": specimen.matrix,
+                    "wants_tf32": specimen.tf32,
+                }
+            )
+    return found
+
+
+def resource_usage(cubin: bytes) -> list[dict]:
+    """Registers and stack bytes of each function of a cubin or object, by the disassembler in the Triton wheel."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)"
+    return [
+        {"function": name, "registers": int(registers), "stack": int(stack), "shared": int(shared)}
+        for name, registers, stack, shared in re.findall(pattern, text)
+    ]
+
+
+def compile_cuda(source: Path) -> list[dict]:
+    """Compile one .cu of csrc with the build's own flags and read each kernel's resources."""
+    flags = re.search(r"NVCC_FLAGS = \[(.*?)\n\]", (ROOT / "setup.py").read_text(), re.S)[1]
+    flags = [
+        part
+        for part in re.findall(r'"([^"]+)"', flags)
+        if not part.startswith("-gencode") and part != "--cudart=static"
+    ]
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for capability in (80, 90):
+            out = Path(folder) / "out.cubin"
+            command = [
+                "nvcc",
+                *flags,
+                f"-arch=sm_{capability}",
+                "-cubin",
+                f"-I{ROOT / 'csrc'}",
+                str(source),
+                "-o",
+                str(out),
+            ]
+            subprocess.run(command, check=True)
+            for usage in resource_usage(out.read_bytes()):
+                name = subprocess.run(["c++filt", usage["function"]], capture_output=True, text=True).stdout.strip()
+                found.append(
+                    {
+                        "op": source.parent.name,
+                        "kernel": re.sub(r"\(anonymous namespace\)::|llava_fast::|\(.*", "", name),
+                        "label": source.name,
+                        "config": {},
+                        "sm": capability,
+                        "registers": usage["registers"],
+                        "stack": usage["stack"],
+                        "shared": usage["shared"],
+                        "matrix": "",
+                        "tf32": False,
+                        "wants_matrix": False,
+                        "wants_tf32": False,
+                    }
+                )
+    return found
+
+
+def nvcc_version() -> str:
+    text = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return "nvcc " + re.search(r"release ([\d.]+)", text)[1]
+
+
+def faults(row: dict, committed: dict | None) -> list[str]:
+    """What is wrong with one compiled kernel, in words."""
+    wrong = []
+    if row["stack"]:
+        wrong.append(f"{row['stack']} bytes of stack")
+    if row["shared"] > SHARED_LIMIT[row["sm"]]:
+        wrong.append(f"{row['shared']} bytes of shared memory, more than {SHARED_LIMIT[row['sm']]}")
+    if row["wants_matrix"] and not row["matrix"]:
+        wrong.append("no matrix instruction")
+    if row["tf32"] and not row["wants_tf32"]:
+        wrong.append("tf32 that was not asked for")
+    if committed and row["registers"] > committed["registers"] + REGISTER_SLACK:
+        wrong.append(f"{row['registers']} registers, {committed['registers']} committed")
+    return wrong
+
+
+def key(row: dict) -> str:
+    return json.dumps([row[name] for name in ("op", "kernel", "label", "config", "sm")])
+
+
+def markdown(rows: list[dict], versions: str) -> str:
+    """The table as a page of the documentation."""
+    lines = [
+        "# Compiled kernels",
+        "",
+        f"Made by `make check-kernels WRITE=1` with {versions}. Compiled, not run: nothing here is a speed.",
+        "",
+        "| op | kernel | of | configuration | sm | registers | stack | shared | matrix | tf32 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        config = " ".join(f"{name}={value}" for name, value in row["config"].items())
+        cells = [
+            row["op"],
+            row["kernel"],
+            row["label"],
+            config,
+            row["sm"],
+            row["registers"],
+            row["stack"],
+            row["shared"],
+        ]
+        cells += [row["matrix"] or "-", "yes" if row["tf32"] else "-"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    write: Annotated[bool, typer.Option(help="Commit to what was found instead of comparing with it.")] = False,
+    jobs: Annotated[int, typer.Option(help="Compilations at a time.")] = os.cpu_count() or 1,
+    only: Annotated[str, typer.Option(help="Only ops whose name contains this.")] = "",
+) -> None:
+    """Compile every shipped kernel for sm_80 and sm_90 and judge it."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    import triton
+
+    work = [(name, i) for name in modules() if only in name for i in range(len(import_module(name).specimens()))]
+    sources = sorted((ROOT / "csrc").rglob("*.cu")) if shutil.which("nvcc") else []
+    sources = [path for path in sources if only in path.parent.name]
+    rows: list[dict] = []
+    with ProcessPoolExecutor(jobs) as pool:
+        started = [pool.submit(compile_triton, *item) for item in work] + [
+            pool.submit(compile_cuda, p) for p in sources
+        ]
+        for future in tqdm(started, desc="compiling", unit="kernel"):
+            rows += future.result()
+    rows.sort(key=key)
+    committed = (
+        {key(row): row for row in json.loads(COMMITTED.read_text())} if COMMITTED.is_file() and not write else {}
+    )
+    failed = False
+    for row in rows:
+        wrong = faults(row, committed.get(key(row)))
+        failed |= bool(wrong)
+        if wrong:
+            print(f"{row['op']} {row['kernel']} ({row['label']}) {row['config']} sm_{row['sm']}: {'; '.join(wrong)}")
+    print(f"{len(rows)} compiled kernels of {len(work)} Triton specimens and {len(sources)} CUDA sources")
+    if not sources:
+        print("nvcc is not on PATH: csrc was not compiled")
+    if failed:
+        raise typer.Exit(1)
+    if write:
+        COMMITTED.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+        PAGE.write_text(markdown(rows, f"Triton {triton.__version__}, {nvcc_version() if sources else 'no nvcc'}"))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,162 @@
+"""token_pack in Triton: one program writes one row (or a part of a wide one); gradients by sorted uses, no atomics.
+
+Bytes: forward reads and writes each row once. Backward reads each gradient row once and writes each table once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llava_fast.ops import triton_support
+from llava_fast.ops.triton_support import Specimen
+
+CONSTANT_PARTS = 64  # a constant row's uses are summed in so many parts, then the parts in order
+
+
+@triton.jit
+def pack_kernel(source_ptr, row_ptr, embedding_ptr, visual_ptr, constant_ptr, out_ptr, width, BLOCK: tl.constexpr):
+    """out[r] = the table row that source[r], row[r] name; zeros for a filler."""
+    at = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    kind = tl.load(source_ptr + at)
+    first = tl.load(row_ptr + at).to(tl.int64) * width
+    text = tl.load(embedding_ptr + first + columns, mask=inside & (kind == 0), other=0.0)
+    visual = tl.load(visual_ptr + first + columns, mask=inside & (kind == 1), other=0.0)
+    constant = tl.load(constant_ptr + first + columns, mask=inside & (kind == 2), other=0.0)
+    chosen = tl.where(kind == 0, text, tl.where(kind == 1, visual, constant))
+    tl.store(out_ptr + at * width + columns, chosen, mask=inside)
+
+
+@triton.jit
+def take_rows_kernel(grad_ptr, place_ptr, out_ptr, width, BLOCK: tl.constexpr):
+    """out[i] = grad[place[i]]; zeros where place[i] is negative."""
+    at = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    place = tl.load(place_ptr + at).to(tl.int64)
+    rows = tl.load(grad_ptr + place * width + columns, mask=inside & (place >= 0), other=0.0)
+    tl.store(out_ptr + at * width + columns, rows, mask=inside)
+
+
+@triton.jit
+def sum_segments_kernel(
+    grad_ptr, order_ptr, segment_ptr, target_ptr, out_ptr, width, parts, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    """One part of one segment: out[target, part] = sum of grad[order[segment start .. end)], in float32, in order."""
+    segment, part = tl.program_id(0), tl.program_id(2)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    start = tl.load(segment_ptr + segment)
+    end = tl.load(segment_ptr + segment + 1)
+    share = tl.cdiv(end - start, parts)
+    start = start + part * share
+    end = tl.minimum(start + share, end)
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(start, end, ROWS):
+        uses = first + tl.arange(0, ROWS)
+        rows = tl.load(order_ptr + uses, mask=uses < end, other=0).to(tl.int64)
+        where = rows[:, None] * width + columns[None, :]
+        block = tl.load(grad_ptr + where, mask=(uses < end)[:, None] & inside[None, :], other=0.0)
+        total += tl.sum(block.to(tl.float32), axis=0)
+    target = tl.load(target_ptr + segment).to(tl.int64) * parts + part
+    tl.store(out_ptr + target * width + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sum_parts_kernel(parts_ptr, out_ptr, width, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[i] = the sum of parts[i], in order."""
+    at = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in range(PARTS):
+        total += tl.load(parts_ptr + (at * PARTS + part) * width + columns, mask=inside, other=0.0)
+    tl.store(out_ptr + at * width + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def token_pack(source: Tensor, row: Tensor, embedding: Tensor, visual: Tensor, constant: Tensor) -> Tensor:
+    rows, width = len(source), embedding.shape[1]
+    out = torch.empty(rows, width, dtype=embedding.dtype, device=embedding.device)
+    if out.numel():
+        config = triton_support.config("pack_kernel", out.device, rows)
+        grid = (rows, triton.cdiv(width, config["BLOCK"]))
+        pack_kernel[grid](source, row, embedding, visual, constant, out, width, **config)
+    return out
+
+
+def visual_gradient(grad: Tensor, visual_place: Tensor) -> Tensor:
+    """[visual rows, width]: each visual row's gradient is that of the one row that took it, if any did."""
+    rows, width = len(visual_place), grad.shape[1]
+    out = torch.empty(rows, width, dtype=grad.dtype, device=grad.device)
+    if out.numel():
+        config = triton_support.config("take_rows_kernel", out.device, rows)
+        take_rows_kernel[(rows, triton.cdiv(width, config["BLOCK"]))](grad, visual_place, out, width, **config)
+    return out
+
+
+def embedding_gradient(
+    grad: Tensor, text_row: Tensor, text_token: Tensor, text_segment: Tensor, vocabulary: int
+) -> Tensor:
+    """[vocabulary, width]: a segment of `text_row` holds the rows of one token id."""
+    width = grad.shape[1]
+    out = torch.zeros(vocabulary, width, dtype=grad.dtype, device=grad.device)
+    if len(text_token) and width:
+        config = triton_support.config("sum_segments_kernel", out.device, len(text_row))
+        grid = (len(text_token), triton.cdiv(width, config["BLOCK"]), 1)
+        sum_segments_kernel[grid](grad, text_row, text_segment, text_token, out, width, 1, **config)
+    return out
+
+
+def constant_gradient(grad: Tensor, constant_row: Tensor, constant_segment: Tensor, constants: int) -> Tensor:
+    """[constants, width]: every constant has a segment of `constant_row`; a long one is summed in parts."""
+    width = grad.shape[1]
+    out = torch.empty(constants, width, dtype=grad.dtype, device=grad.device)
+    if out.numel():
+        parts = torch.empty(constants, CONSTANT_PARTS, width, dtype=torch.float32, device=grad.device)
+        number = torch.arange(constants, dtype=torch.int32, device=grad.device)
+        config = triton_support.config("sum_segments_kernel", out.device, len(constant_row))
+        grid = (constants, triton.cdiv(width, config["BLOCK"]), CONSTANT_PARTS)
+        sum_segments_kernel[grid](grad, constant_row, constant_segment, number, parts, width, CONSTANT_PARTS, **config)
+        config = triton_support.config("sum_parts_kernel", out.device, constants)
+        sum_parts_kernel[(constants, triton.cdiv(width, config["BLOCK"]))](parts, out, width, CONSTANT_PARTS, **config)
+    return out
+
+
+def specimens() -> list[Specimen]:
+    """How each kernel is compiled for real use, for the compile check."""
+    found = []
+    for dtype in ("bf16", "fp16", "fp32"):
+        table = f"*{dtype}"
+        integers = {"source_ptr": "*i32", "row_ptr": "*i32"}
+        tables = {name: table for name in ("embedding_ptr", "visual_ptr", "constant_ptr", "out_ptr")}
+        aligned = (*tables, "width")
+        found.append(
+            Specimen("token_pack", pack_kernel, {**integers, **tables, "width": "i32"}, {}, dtype, aligned=aligned)
+        )
+        take = {"grad_ptr": table, "place_ptr": "*i32", "out_ptr": table, "width": "i32"}
+        found.append(
+            Specimen("token_pack", take_rows_kernel, take, {}, dtype, aligned=("grad_ptr", "out_ptr", "width"))
+        )
+        indices = {"order_ptr": "*i32", "segment_ptr": "*i32", "target_ptr": "*i32"}
+        for out in (table, "*fp32"):
+            segments = {"grad_ptr": table, **indices, "out_ptr": out, "width": "i32", "parts": "i32"}
+            found.append(
+                Specimen(
+                    "token_pack",
+                    sum_segments_kernel,
+                    segments,
+                    {},
+                    f"{dtype} to {out[1:]}",
+                    aligned=("grad_ptr", "out_ptr", "width"),
+                )
+            )
+        parts = {"parts_ptr": "*fp32", "out_ptr": table, "width": "i32"}
+        constants = {"PARTS": CONSTANT_PARTS}
+        found.append(
+            Specimen("token_pack", sum_parts_kernel, parts, constants, dtype, aligned=("parts_ptr", "out_ptr", "width"))
+        )
+    return found

@@ -1,0 +1,104 @@
+"""What the Triton kernels share: whether they can run here, which launch configuration, what the compile check needs.
+
+Launch configurations are data: a JSON table per GPU kind in `tuned/`, made by `benchmarks/tune.py`. "default.json"
+holds the starting values that no GPU has measured.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KINDS = ("A100", "H100", "H200")
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
+
+Config = dict[str, int]
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter (TRITON_INTERPRET=1), where CPU tensors will do."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def unfit(*tensors: Tensor | None) -> str | None:
+    """Why a Triton kernel cannot take these tensors; None if it can."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreting()):
+            return f"a tensor is on {tensor.device}, and Triton kernels run on CUDA (or with TRITON_INTERPRET=1)"
+        if tensor.dtype not in DTYPES and tensor.dtype != torch.int64:
+            return f"{tensor.dtype} is not among the dtypes it has ({', '.join(DTYPES.values())})"
+    return None
+
+
+def device_kind(device: torch.device) -> str:
+    """The table that serves a device: "a100", "h100", "h200" by its name, else "default"."""
+    if device.type != "cuda":
+        return "default"
+    name = torch.cuda.get_device_name(device)
+    return next((kind.lower() for kind in KINDS if kind in name), "default")
+
+
+def config(kernel: str, device: torch.device, rows: int) -> Config:
+    """The launch configuration of `kernel` for so many rows: the entry with the most `rows` not above that number."""
+    return dict(_entry(kernel, device_kind(device), rows.bit_length() if rows > 0 else 0))
+
+
+@functools.cache
+def _entry(kernel: str, kind: str, bits: int) -> Config:
+    entries = table(kind).get(kernel) or table("default")[kernel]
+    fitting = [entry for entry in entries if entry["rows"].bit_length() <= bits] or entries[:1]
+    return fitting[-1]["config"]
+
+
+@functools.cache
+def table(kind: str) -> dict[str, list[dict[str, Any]]]:
+    """Kernel -> [{"rows": least number of rows (a power of two or 0), "config": {...}}], by rising rows."""
+    path = files("llava_fast.ops") / "tuned" / f"{kind}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def shipped_configs(kernel: str) -> list[Config]:
+    """Every distinct configuration of `kernel` in any table."""
+    found: list[Config] = []
+    for kind in ("default", *(kind.lower() for kind in KINDS)):
+        for entry in table(kind).get(kernel, []):
+            if entry["config"] not in found:
+                found.append(entry["config"])
+    return found
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """One way a kernel is compiled, for `make check-kernels`.
+
+    signature: argument name -> Triton type ("*bf16", "i32", ...) of the run-time arguments; constants: name -> value
+    of the constexpr ones, without those that the launch configuration gives. `matrix`: it must use the matrix units;
+    `tf32`: it may use tf32.
+    """
+
+    op: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    label: str = ""
+    matrix: bool = False
+    tf32: bool = False
+    aligned: tuple[str, ...] = field(default=())
+
+    def compilations(self) -> Iterator[tuple[Config, dict[str, Any], dict[str, int]]]:
+        """(launch configuration, all constants, compiler options) of every shipped configuration."""
+        for found in shipped_configs(self.kernel.__name__):
+            options: dict[str, int] = {name: found[name] for name in ("num_warps", "num_stages") if name in found}
+            constants = {name: value for name, value in found.items() if name not in options}
+            yield found, {**self.constants, **constants}, options

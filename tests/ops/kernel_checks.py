@@ -1,0 +1,53 @@
+"""What every kernel's tests share: where they run, in which dtypes, and how far a result may lie from float64."""
+
+import torch
+from torch import Tensor
+
+from llava_fast.ops import use_backend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16)
+"""The interpreter's bfloat16 casts truncate, so bfloat16 is checked on a GPU."""
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""Largest ||out - exact|| / ||exact||: a few roundings of the dtype, whatever the sum's length (float32 sums)."""
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    """||found - exact|| / ||exact|| in float64; infinite for NaN, an unwritten output or another shape."""
+    assert found.shape == exact.shape, f"shape {tuple(found.shape)}, expected {tuple(exact.shape)}"
+    found, exact = found.detach().double().cpu(), exact.detach().double().cpu()
+    error = ((found - exact).norm() / exact.norm().clamp_min(1e-30)).item() if exact.numel() else 0.0
+    return error if error == error else float("inf")
+
+
+def check_op(op, args: list, trained: list[int], backend: str, exact_op=None, tolerance: float | None = None) -> None:
+    """Run `op` on `backend` and compare output and gradients with the reference (or `exact_op`) in float64.
+
+    `args` holds tensors and other values; floating tensors among them are cast to float64 for the reference.
+    `trained` are the indices of arguments that want a gradient; the others must get none.
+    """
+    exact_args = [a.detach().double().cpu() if _floating(a) else a.cpu() if isinstance(a, Tensor) else a for a in args]
+    args = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
+    for index in trained:
+        args[index].requires_grad_()
+        exact_args[index].requires_grad_()
+    with use_backend(backend):
+        out = op(*args)
+    exact = (exact_op or op)(*exact_args)
+    limit = tolerance or TOLERANCE[out.dtype]
+    assert relative(out, exact) <= limit, f"output: {relative(out, exact):.1e}"
+    if not trained:
+        assert not out.requires_grad
+        return
+    grad = torch.randn(exact.shape, dtype=torch.float64)
+    expected = torch.autograd.grad(exact, [exact_args[i] for i in trained], grad.to(out.dtype).double())
+    with use_backend(backend):
+        found = torch.autograd.grad(out, [args[i] for i in trained], grad.to(out.device, out.dtype))
+    for index, mine, theirs in zip(trained, found, expected, strict=True):
+        assert mine.dtype == args[index].dtype
+        assert relative(mine, theirs) <= limit, f"gradient of argument {index}: {relative(mine, theirs):.1e}"
+
+
+def _floating(value) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
