@@ -46,12 +46,16 @@ Piece = TextPiece | VisualPiece
 
 @dataclass(frozen=True)
 class Mix:
-    """Visual rows made by mixing others: which tap table, how it reduces, at which stage."""
+    """Visual rows made by mixing others: how they reduce, at which stage, and the names of the columns of their tap
+    table (index, weight) and of the same table sorted by the row a tap takes (use, start: see ops.mix_rows.TapUses;
+    only a plan with labels has those two)."""
 
     stage: Literal["before", "after"]
     reduce: Literal["sum", "max"]
     index: str
     weight: str
+    use: str
+    start: str
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,8 @@ def build_plan(
     """
     visual = _VisualTable(rows_per_tile)
     parts = [[_piece_columns(piece, visual) for piece in pieces] for pieces in sequences]
-    kept, mix_columns, mixes, number, visual_rows = visual.finish()
+    training = any(isinstance(p, TextPiece) and p.supervised is not None for pieces in sequences for p in pieces)
+    kept, mix_columns, mixes, number, visual_rows = visual.finish(training)
 
     lengths = tuple(sequence_length(pieces) for pieces in sequences)
     width = max(lengths, default=0)
@@ -192,7 +197,7 @@ class _VisualTable:
         self.direct.append(provisional[(rows.kind != NEWLINE) & ~is_mixed])
         return provisional
 
-    def finish(self):
+    def finish(self, with_uses: bool):
         """(kept ViT rows, columns of the mixes, mixes in table order, provisional -> final numbers, rows in all)."""
         needed = [
             *self.direct,
@@ -201,6 +206,7 @@ class _VisualTable:
         kept = np.unique(np.concatenate(needed)) if needed else np.zeros(0, np.int64)
         order = sorted(self.mixed, key=lambda key: key[0] != "before")
         start, size = {}, len(kept)
+        before = sum(len(t) for k, ts in self.mixed.items() if k[0] == "before" for t, _ in ts)
         mixes, columns = [], {}
         for key in order:
             stage, reduce, _ = key
@@ -208,8 +214,14 @@ class _VisualTable:
             weight = np.concatenate([weight for _, weight in self.mixed[key]]).astype(np.float32)
             if stage == "after":
                 index = np.searchsorted(kept, index)
-            mix = Mix(stage, reduce, f"mix{len(mixes)}_index", f"mix{len(mixes)}_weight")
+            name = f"mix{len(mixes)}"
+            mix = Mix(stage, reduce, f"{name}_index", f"{name}_weight", f"{name}_use", f"{name}_start")
+            sources = len(kept) + before if stage == "after" else self.tiles * self.rows_per_tile
             columns |= {mix.index: index.astype(np.int32), mix.weight: weight.view(np.int32)}
+            if with_uses:
+                use = np.argsort(index, axis=None, kind="stable").astype(np.int32)
+                ends = np.cumsum(np.bincount(index.ravel(), minlength=sources))
+                columns |= {mix.use: use, mix.start: np.append(0, ends).astype(np.int32)}
             mixes.append(mix)
             start[list(self.mixed).index(key)] = size
             size += len(index)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llava_fast.inputs.plan import TokenPlan
+from llava_fast.inputs.plan import Mix, TokenPlan
 from llava_fast.inputs.processor import Prepared
 from llava_fast.models.attention import Spans
+from llava_fast.ops.mix_rows import TapUses
 from llava_fast.ops.token_pack import RowUses
 
 
@@ -48,6 +49,10 @@ class Batch:
         columns = [self.column(name) for name in names]
         columns[-1] = columns[-1][: constants + 1]
         return RowUses(*columns)
+
+    def tap_uses(self, mix: Mix) -> TapUses | None:
+        """The mix's tap table the other way round, for gradients; None in a plan without labels."""
+        return TapUses(self.column(mix.use), self.column(mix.start)) if mix.use in self.plan.sections else None
 
     def spans(self, slots: tuple[int, ...] = (), before: tuple[int, ...] = ()) -> Spans:
         """Sequence boundaries for attention; with a cache, the slot of each sequence and the rows it holds."""

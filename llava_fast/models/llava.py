@@ -117,9 +117,13 @@ class LlavaModel(nn.Module):
         features = self.vision_tower(batch.tiles).flatten(0, 1)
         table = [features[batch.column("kept").long()]]
         for mix in (mix for mix in mixes if mix.stage == "before"):
-            table.append(mix_rows(features, batch.column(mix.index), batch.weight(mix.weight), mix.reduce))
+            table.append(
+                mix_rows(features, batch.column(mix.index), batch.weight(mix.weight), mix.reduce, batch.tap_uses(mix))
+            )
         projected = self.projector(torch.cat(table) if len(table) > 1 else table[0])
         table = [projected]
         for mix in (mix for mix in mixes if mix.stage == "after"):
-            table.append(mix_rows(projected, batch.column(mix.index), batch.weight(mix.weight), mix.reduce))
+            table.append(
+                mix_rows(projected, batch.column(mix.index), batch.weight(mix.weight), mix.reduce, batch.tap_uses(mix))
+            )
         return torch.cat(table) if len(table) > 1 else projected

@@ -1,0 +1,82 @@
+"""mix_rows: every backend against the reference in float64, gradients, torch.library's own checks."""
+
+import pytest
+import torch
+from kernel_checks import DEVICE, DTYPES, check_op
+from torch.nn import functional as F
+
+from llava_fast.ops import mix_rows, use_backend
+from llava_fast.ops.backend import BackendError
+from llava_fast.ops.mix_rows import TapUses
+
+BACKENDS = ("reference", "triton")
+
+
+def table(mixed: int, taps: int, rows: int):
+    """A random tap table with repeated and unused rows, its weights, and who uses which row."""
+    index = torch.randint(0, max(rows - 1, 1), (mixed, taps), dtype=torch.int32)
+    use = torch.argsort(index.flatten(), stable=True).int()
+    start = torch.cat([torch.zeros(1), torch.bincount(index.flatten(), minlength=rows).cumsum(0)]).int()
+    return index.to(DEVICE), torch.rand(mixed, taps, device=DEVICE), TapUses(use.to(DEVICE), start.to(DEVICE))
+
+
+@pytest.mark.parametrize("trained", [[], [0]], ids=str)
+@pytest.mark.parametrize("reduce", ["sum", "max"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_and_gradients(backend, dtype, reduce, trained, poisoned):
+    index, weight, uses = table(30, 4, 20)
+    rows = torch.randn(20, 72, device=DEVICE).to(dtype)
+    check_op(lambda r, i, w: mix_rows(r, i, w.float(), reduce, uses), [rows, index, weight], trained, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("mixed", "taps", "rows", "width"), [(1, 1, 1, 1), (0, 4, 5, 8), (577, 4, 100, 3), (6, 9, 7, 1030)]
+)
+def test_ragged_shapes(backend, mixed, taps, rows, width, poisoned):
+    index, weight, uses = table(mixed, taps, rows)
+    for reduce in ("sum", "max"):
+        values = [torch.randn(rows, width, device=DEVICE), index, weight]
+        check_op(lambda r, i, w, how=reduce: mix_rows(r, i, w.float(), how, uses), values, [0], backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_maximum_of_equals_sends_its_gradient_to_the_first_as_max_pooling_does(backend):
+    side, width = 4, 3
+    rows = torch.randint(0, 2, (side * side, width)).float().to(DEVICE).requires_grad_()
+    index = torch.arange(side * side).view(2, 2, 2, 2).transpose(1, 2).reshape(4, 4).int().to(DEVICE)
+    order = torch.argsort(index.flatten(), stable=True).int()
+    uses = TapUses(order, torch.arange(side * side + 1, dtype=torch.int32, device=DEVICE))
+    with use_backend(backend):
+        out = mix_rows(rows, index, torch.ones(4, 4, device=DEVICE), "max", uses)
+    grad = torch.randn(4, width, device=DEVICE)
+    picture = rows.detach().T.reshape(1, width, side, side).requires_grad_()
+    pooled = F.max_pool2d(picture, 2).flatten(2)[0].T
+    assert torch.equal(out, pooled)
+    with use_backend(backend):
+        found = torch.autograd.grad(out, rows, grad)[0]
+    expected = torch.autograd.grad(pooled, picture, grad)[0].flatten(2)[0].T
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "max"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_torch_library_contract(backend, reduce):
+    index, weight, uses = table(5, 4, 6)
+    rows = torch.randn(6, 8, device=DEVICE, requires_grad=True)
+    with use_backend(backend):
+        torch.library.opcheck(torch.ops.llava_fast.mix_rows.default, (rows, index, weight, reduce, list(uses)))
+        out = torch.compile(mix_rows, fullgraph=True, backend="aot_eager")(rows, index, weight, reduce, uses)
+        found = torch.autograd.grad(out.square().sum(), rows)
+        expected = torch.autograd.grad(mix_rows(rows, index, weight, reduce, uses).square().sum(), rows)
+    assert torch.equal(found[0], expected[0])
+
+
+def test_what_does_not_fit_is_refused():
+    index, weight, uses = table(5, 4, 6)
+    rows = torch.randn(6, 8, device=DEVICE, requires_grad=True)
+    with use_backend("triton"), pytest.raises(BackendError, match="no `uses` were given"):
+        mix_rows(rows, index, weight).sum().backward()
+    with pytest.raises(ValueError, match="uses tell of 6 rows"):
+        mix_rows(rows[:5], index, weight, "sum", uses)
