@@ -23,6 +23,8 @@ IGNORE = -100
 """Label of a row that is not supervised (PyTorch's ignore_index)."""
 
 Layout = Literal["packed", "padded"]
+Stage = Literal["before", "after"]
+Reduce = Literal["sum", "max"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Mix:
     table (index, weight) and of the same table sorted by the row a tap takes (use, start: see ops.mix_rows.TapUses;
     only a plan with labels has those two)."""
 
-    stage: Literal["before", "after"]
-    reduce: Literal["sum", "max"]
+    stage: Stage
+    reduce: Reduce
     index: str
     weight: str
     use: str
@@ -178,7 +180,7 @@ class _VisualTable:
         self.rows_per_tile = rows_per_tile
         self.tiles = 0
         self.direct: list[np.ndarray] = []
-        self.mixed: dict[tuple[str, str, int], list[tuple[np.ndarray, np.ndarray]]] = {}
+        self.mixed: dict[tuple[Stage, Reduce, int], list[tuple[np.ndarray, np.ndarray]]] = {}
 
     def add(self, rows: VisualRows) -> np.ndarray:
         first = self.tiles * self.rows_per_tile
@@ -207,7 +209,8 @@ class _VisualTable:
         order = sorted(self.mixed, key=lambda key: key[0] != "before")
         start, size = {}, len(kept)
         before = sum(len(t) for k, ts in self.mixed.items() if k[0] == "before" for t, _ in ts)
-        mixes, columns = [], {}
+        mixes: list[Mix] = []
+        columns: dict[str, np.ndarray] = {}
         for key in order:
             stage, reduce, _ = key
             index = np.concatenate([table for table, _ in self.mixed[key]])
