@@ -6,6 +6,7 @@ holds the starting values that no GPU has measured.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ KINDS = ("A100", "H100", "H200")
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
 
 Config = dict[str, int]
+_forced: dict[str, Config] = {}
 
 
 def interpreting() -> bool:
@@ -41,6 +43,12 @@ def unfit(*tensors: Tensor | None) -> str | None:
     return None
 
 
+def unequal(*tensors: Tensor) -> str | None:
+    """Why a Triton kernel that wants one dtype cannot take these tensors; None if it can."""
+    dtypes = dict.fromkeys(tensor.dtype for tensor in tensors)
+    return f"its tensors' dtypes differ: {', '.join(map(str, dtypes))}" if len(dtypes) > 1 else None
+
+
 def device_kind(device: torch.device) -> str:
     """The table that serves a device: "a100", "h100", "h200" by its name, else "default"."""
     if device.type != "cuda":
@@ -51,7 +59,21 @@ def device_kind(device: torch.device) -> str:
 
 def config(kernel: str, device: torch.device, rows: int) -> Config:
     """The launch configuration of `kernel` for so many rows: the entry with the most `rows` not above that number."""
+    if kernel in _forced:
+        return dict(_forced[kernel])
     return dict(_entry(kernel, device_kind(device), rows.bit_length() if rows > 0 else 0))
+
+
+@contextlib.contextmanager
+def forced(configs: dict[str, Config]) -> Iterator[None]:
+    """Inside the block these kernels run with these configurations: for tuning and for tests with small blocks."""
+    before = dict(_forced)
+    _forced.update(configs)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
 
 
 @functools.cache
@@ -84,7 +106,7 @@ class Specimen:
 
     signature: argument name -> Triton type ("*bf16", "i32", ...) of the run-time arguments; constants: name -> value
     of the constexpr ones, without those that the launch configuration gives. `matrix`: it must use the matrix units;
-    `tf32`: it may use tf32.
+    `tf32`: it may use tf32. `entry`: the name of its configurations in the tables, by default the kernel's.
     """
 
     op: str
@@ -95,10 +117,11 @@ class Specimen:
     matrix: bool = False
     tf32: bool = False
     aligned: tuple[str, ...] = field(default=())
+    entry: str = ""
 
     def compilations(self) -> Iterator[tuple[Config, dict[str, Any], dict[str, int]]]:
         """(launch configuration, all constants, compiler options) of every shipped configuration."""
-        for found in shipped_configs(self.kernel.__name__):
+        for found in shipped_configs(self.entry or self.kernel.__name__):
             options: dict[str, int] = {name: found[name] for name in ("num_warps", "num_stages") if name in found}
             constants = {name: value for name, value in found.items() if name not in options}
             yield found, {**self.constants, **constants}, options

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in one command of under ten minutes and without a network: builds csrc with CUDA,
+# runs the kernels' tests on the GPU and csrc under compute-sanitizer, tunes, and times every op and the whole path.
+#
+#   benchmarks/gpu_check.sh OUT_DIR
+#
+# Needs a GPU of capability 8.0 or later, nvcc 12 or 13, and python3 with torch, triton, transformers, pybind11, ninja,
+# setuptools and pytest. Results: OUT_DIR/gpu.json, OUT_DIR/<gpu>.json (launch configurations), logs. To keep them:
+#   cp OUT_DIR/gpu.json benchmarks/results/<date>-<gpu>-ops.json; cp OUT_DIR/<gpu>.json llava_fast/ops/tuned/
+set -uo pipefail
+out=$(realpath -m "${1:?usage: benchmarks/gpu_check.sh OUT_DIR}")
+cd "$(dirname "$0")/.."
+mkdir -p "$out"
+python=${PYTHON:-python3}
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+failed=0
+
+step() { # name, seconds allowed, command...: logs to OUT_DIR/name.log, remembers a failure, goes on
+  local name=$1 limit=$2
+  shift 2
+  echo "== $name"
+  local start=$SECONDS
+  if timeout "$limit" "$@" >"$out/$name.log" 2>&1; then echo "   ok, $((SECONDS - start)) s"; else
+    echo "   FAILED ($?), $((SECONDS - start)) s; the end of $out/$name.log:"
+    tail -n 15 "$out/$name.log"
+    failed=1
+  fi
+}
+
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || { echo "no GPU here"; exit 2; }
+LLAVA_FAST_CUDA=1 step build 150 "$python" setup.py build_ext --inplace
+step doctor 60 "$python" -m llava_fast doctor
+step tests 200 "$python" -m pytest -q -p no:cacheprovider --junitxml="$out/tests.xml" tests/ops
+if command -v compute-sanitizer >/dev/null; then
+  step sanitizer 100 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q -p no:cacheprovider tests/ops/test_image.py
+else
+  echo "== sanitizer: compute-sanitizer is not on PATH, not run"
+fi
+step tune 150 "$python" -m benchmarks.tune --output-dir "$out"
+step measure 200 "$python" -m benchmarks.gpu_check --output "$out/gpu.json" --tables "$out" --tests "$out/tests.xml"
+cat "$out/measure.log" | tail -n 40
+exit $failed

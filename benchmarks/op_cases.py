@@ -1,0 +1,157 @@
+"""The ops at the sizes of LLaVA-NeXT 7B: what to run, what to compare with, and the least each can cost.
+
+Shared by the tuning command and the GPU check. Sizes: CLIP-L/14-336 (577 rows of 1024 a tile, 576 of them kept), a
+decoder of width 4096, so many tiles, and 64 text tokens. Inputs are random and fresh for each case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llava_fast import ops
+from llava_fast.ops.mix_rows import TapUses
+from llava_fast.ops.token_pack import RowUses
+
+ROWS_PER_TILE, KEPT_PER_TILE, TEXT = 577, 576, 64
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Of the tower, its MLP, the decoder; pixels of a tile and of a patch; the vocabulary."""
+
+    vision: int = 1024
+    mlp: int = 4096
+    decoder: int = 4096
+    tile: int = 336
+    patch: int = 14
+    vocabulary: int = 32064
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One op at one size.
+
+    run      the op, on whatever backend is asked for; with `trained`, also its backward pass.
+    plain    the same in unfused PyTorch (cuBLAS), as a careful user would write it.
+    exact    the op's reference in float64.
+    kernels  the Triton kernels whose configuration decides its time; `rows` is what their tables are asked for.
+    """
+
+    op: str
+    label: str
+    rows: int
+    flops: float
+    bytes: float
+    kernels: tuple[str, ...]
+    run: Callable[[], Tensor]
+    plain: Callable[[], Tensor]
+    exact: Callable[[], Tensor]
+
+
+def cases(tiles: int, dtype: torch.dtype, device: str, widths: Widths) -> Iterator[OpCase]:
+    """Every op for an image of so many tiles."""
+    for make in (token_pack, token_pack_gradients, mix_rows):
+        torch.manual_seed(tiles)
+        yield make(tiles, dtype, torch.device(device), widths)
+
+
+def token_pack(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
+    source, row, tables, _ = _placement(tiles, dtype, device, widths)
+    moved = 2 * len(source) * widths.decoder * dtype.itemsize
+
+    def plain() -> Tensor:
+        out = tables[0][torch.where(source == 0, row, 0).long()]
+        out = out.masked_scatter((source == 1)[:, None], tables[1])
+        return torch.where((source == 2)[:, None], tables[2], out)
+
+    return OpCase(
+        "token_pack",
+        f"{tiles} tiles",
+        len(source),
+        0,
+        moved,
+        ("pack_kernel",),
+        lambda: ops.token_pack(source, row, *tables),
+        plain,
+        lambda: ops.token_pack(source, row, *(table.double() for table in tables)),
+    )
+
+
+def token_pack_gradients(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
+    source, row, tables, uses = _placement(tiles, dtype, device, widths)
+    grad = torch.randn(len(source), widths.decoder, dtype=dtype, device=device)
+    visual = tables[1].requires_grad_()
+
+    def gradient(table: Tensor, grad: Tensor) -> Tensor:
+        others = [other.to(table.dtype) for other in (tables[0], tables[2])]
+        return torch.autograd.grad(ops.token_pack(source, row, others[0], table, others[1], uses), table, grad)[0]
+
+    def plain() -> Tensor:
+        return grad[(source == 1).nonzero()[:, 0]]
+
+    return OpCase(
+        "token_pack_backward",
+        f"{tiles} tiles",
+        len(visual),
+        0,
+        4 * len(visual) * widths.decoder * dtype.itemsize,  # the forward pass runs too
+        ("take_rows_kernel",),
+        lambda: gradient(visual, grad),
+        plain,
+        lambda: gradient(visual.detach().double().requires_grad_(), grad.double()),
+    )
+
+
+def mix_rows(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
+    """2x2 average pooling of projected rows, as video does."""
+    side = 24
+    grid = torch.arange(tiles * side * side).view(tiles, side // 2, 2, side // 2, 2)
+    index = grid.permute(0, 1, 3, 2, 4).reshape(-1, 4).int().to(device)
+    weight = torch.full(index.shape, 0.25, device=device)
+    rows = torch.randn(tiles * side * side, widths.decoder, dtype=dtype, device=device)
+    uses = TapUses(torch.argsort(index.flatten(), stable=True).int(), torch.arange(len(rows) + 1, device=device).int())
+
+    def plain() -> Tensor:
+        picture = rows.view(tiles, side, side, -1).permute(0, 3, 1, 2)
+        return torch.nn.functional.avg_pool2d(picture, 2).permute(0, 2, 3, 1).flatten(0, 2)
+
+    return OpCase(
+        "mix_rows",
+        f"{tiles} tiles, 2x2",
+        len(index),
+        2 * index.numel() * widths.decoder,
+        (len(rows) + len(index)) * widths.decoder * dtype.itemsize,
+        ("mix_kernel",),
+        lambda: ops.mix_rows(rows, index, weight, uses=uses),
+        plain,
+        lambda: ops.mix_rows(rows.double(), index, weight),
+    )
+
+
+def _placement(
+    tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths
+) -> tuple[Tensor, Tensor, list[Tensor], RowUses]:
+    """(source, row, [embedding, visual, constant], uses): half the text, every kept row, a newline, the other half."""
+    kept = tiles * KEPT_PER_TILE
+    source = torch.tensor([0] * (TEXT // 2) + [1] * kept + [2] + [0] * (TEXT // 2), dtype=torch.int32)
+    tokens = torch.randint(0, widths.vocabulary, (TEXT,), dtype=torch.int32)
+    row = torch.zeros_like(source)
+    row[source == 0] = tokens
+    row[source == 1] = torch.arange(kept, dtype=torch.int32)
+    text_row = torch.nonzero(source == 0)[:, 0][torch.argsort(tokens, stable=True)]
+    distinct, counts = torch.unique(tokens, return_counts=True)
+    uses = (
+        text_row,
+        distinct,
+        torch.cat([torch.zeros(1), counts.cumsum(0)]),
+        torch.nonzero(source == 1)[:, 0],
+        torch.nonzero(source == 2)[:, 0],
+        torch.tensor([0, 1]),
+    )
+    sizes = (widths.vocabulary, kept, 1)
+    tables = [torch.randn(size, widths.decoder, dtype=dtype, device=device) for size in sizes]
+    return source.to(device), row.to(device), tables, RowUses(*(use.int().to(device) for use in uses))
