@@ -2,8 +2,20 @@
 
 from llava_fast.ops.backend import use_backend
 from llava_fast.ops.decoder_step import decoder_step
+from llava_fast.ops.layer_norm import add_layer_norm, double_layer_norm, layer_norm
+from llava_fast.ops.linear_act import linear_act
 from llava_fast.ops.mix_rows import mix_rows
 from llava_fast.ops.patch_embed import patch_embed
 from llava_fast.ops.token_pack import token_pack
 
-__all__ = ["decoder_step", "mix_rows", "patch_embed", "token_pack", "use_backend"]
+__all__ = [
+    "add_layer_norm",
+    "decoder_step",
+    "double_layer_norm",
+    "layer_norm",
+    "linear_act",
+    "mix_rows",
+    "patch_embed",
+    "token_pack",
+    "use_backend",
+]

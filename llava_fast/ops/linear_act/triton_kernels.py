@@ -1,0 +1,50 @@
+"""linear_act on the shared matrix product: bias and activation in its epilogue, gradients without atomics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llava_fast.ops import gemm
+from llava_fast.ops.triton_support import Specimen
+
+
+def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep: bool) -> tuple[Tensor, Tensor]:
+    """(output [.., out], the pre-activation [.., out] if `keep`, else empty)."""
+    shape = (*x.shape[:-1], len(weight))
+    rows = x.shape[:-1].numel()
+    pre = torch.empty(shape if keep else (0,), dtype=x.dtype, device=x.device)
+    out = gemm.gemm(x, weight, rows, bias=bias, activation=activation, pre=pre if keep else None)
+    return out.view(shape), pre
+
+
+def linear_act_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, pre: Tensor, activation: str, needed: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight and bias, None where not needed."""
+    rows = grad.shape[:-1].numel()
+    if activation:  # once, not in the operand loads: those read each entry once for every tile across
+        grad = gemm.activation(pre, activation, grad)
+    return (
+        gemm.gemm(grad, weight, rows, transposed=False).view(*grad.shape[:-1], weight.shape[1]) if needed[0] else None,
+        gemm.weight_gradient(grad, x, rows) if needed[1] else None,
+        gemm.sum_rows(grad, rows) if needed[2] else None,
+    )
+
+
+def specimens() -> list[Specimen]:
+    """CLIP's and SigLIP's first layers of the MLP, running and training."""
+    op = "linear_act"
+    found = []
+    for name, keep in (("quick_gelu", False), ("quick_gelu", True), ("gelu_pytorch_tanh", False)):
+        label = f"bf16 {name}{', kept' if keep else ''}"
+        found.append(gemm.gemm_specimen(op, "bf16", label, activation=name, bias=True, pre=keep))
+    found.append(gemm.gemm_specimen(op, "fp16", "fp16 quick_gelu", activation="quick_gelu", bias=True))
+    found.append(gemm.gemm_specimen(op, "fp32", "fp32 quick_gelu", activation="quick_gelu", bias=True))
+    for dtype in ("bf16", "fp32"):
+        found.append(gemm.gemm_specimen(op, dtype, f"{dtype} gradient of x", transposed=False))
+        found.append(gemm.weight_gradient_specimen(op, dtype, dtype))
+        found += gemm.sum_specimens(op, dtype)
+        found.append(gemm.activation_specimen(op, dtype, "quick_gelu", True))
+    found.append(gemm.weight_gradient_specimen(op, "bf16", "bf16, rows shared out", out="fp32"))
+    return found
