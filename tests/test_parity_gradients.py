@@ -132,5 +132,21 @@ def test_labels_and_logits_together():
     target = batch.column("supervised_target").long()
     expected = torch.nn.functional.cross_entropy(outs["supervised"].logits, target)
     assert outs["last"].loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    with pytest.raises(ValueError, match="'last', 'supervised' or 'all'"):
+    with pytest.raises(ValueError, match="'last', 'supervised', 'all', 'none', got 'first'"):
         model(batch, logits="first")
+
+
+@pytest.mark.parametrize("name", ["next", "onevision"])  # its own head, and one tied to the embeddings
+def test_the_loss_alone_has_the_same_value_and_gradients(name):
+    model = tiny.pair(name).ours
+    batch = model.prepare(samples(name), labels=True)
+    model.zero_grad()
+    loss = model(batch).loss
+    loss.backward()
+    expected = {part: None if p.grad is None else p.grad.clone() for part, p in model.named_parameters()}
+    model.zero_grad()
+    alone = model(batch, logits="none")
+    alone.loss.backward()
+    assert alone.logits is None and alone.loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert_same_gradients("gradients, loss alone", model, expected)
+    model.zero_grad()

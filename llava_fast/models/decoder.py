@@ -14,9 +14,11 @@ from torch.nn import functional as F
 from llava_fast.models.attention import Spans, attend
 from llava_fast.models.config import DecoderConfig
 from llava_fast.models.kv_cache import KVCache
+from llava_fast.models.modules import is_plain
 from llava_fast.models.native_step import step_weights
 from llava_fast.models.rope import Rope
 from llava_fast.ops.decoder_step import decoder_step
+from llava_fast.ops.linear_cross_entropy import linear_cross_entropy
 
 
 class RMSNorm(nn.Module):
@@ -117,6 +119,14 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, C] -> [rows, vocabulary]."""
         return F.linear(hidden, self.embed_tokens.weight) if self.config.tie_embeddings else self.lm_head(hidden)
+
+    def losses(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """Negative log-likelihood of each row's target: [rows, C], int [rows] -> float32 [rows]. Where the head is a
+        plain layer, no table of logits is made."""
+        tied = self.config.tie_embeddings
+        if tied or is_plain(self.lm_head, nn.Linear):
+            return linear_cross_entropy(hidden, (self.embed_tokens if tied else self.lm_head).weight, target)
+        return F.cross_entropy(self.logits(hidden).float(), target.long(), reduction="none")
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
         config, weight = self.config, self.embed_tokens.weight

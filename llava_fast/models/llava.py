@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,15 @@ from llava_fast.models.projector import Projector
 from llava_fast.models.vision import VisionTower
 from llava_fast.ops import mix_rows, token_pack
 
-Logits = Literal["last", "supervised", "all"]
+Logits = Literal["last", "supervised", "all", "none"]
 
 
 @dataclass(frozen=True)
 class LlavaOutput:
-    """`logits` [rows asked for, vocabulary] and, when the plan has labels, the mean `loss` over supervised rows."""
+    """`logits` [rows asked for, vocabulary] (None if "none" was asked for) and, when the plan has labels, the mean
+    `loss` over supervised rows."""
 
-    logits: Tensor
+    logits: Tensor | None
     loss: Tensor | None = None
 
 
@@ -67,16 +68,20 @@ class LlavaModel(nn.Module):
 
     def forward(self, batch: Batch, logits: Logits | None = None) -> LlavaOutput:
         """Logits of the rows asked for: each sequence's "last" (the default without labels), the "supervised" ones
-        (the default with labels; the loss is over these), or "all" ([sequences, rows, vocabulary] if padded).
+        (the default with labels; the loss is over these), or "all" ([sequences, rows, vocabulary] if padded). "none"
+        is for training: the loss alone, and no table of logits is ever made (ops.linear_cross_entropy).
 
-        Raises ValueError for an unknown choice, or for "supervised" on a batch without labels.
+        Raises ValueError for an unknown choice, or for "supervised" or "none" on a batch without labels.
         """
         logits = logits or ("supervised" if batch.plan.has_labels else "last")
-        if logits not in ("last", "supervised", "all"):
-            raise ValueError(f"logits must be 'last', 'supervised' or 'all', got {logits!r}")
-        if logits == "supervised" and not batch.plan.has_labels:
+        if logits not in get_args(Logits):
+            raise ValueError(f"logits must be one of {', '.join(map(repr, get_args(Logits)))}, got {logits!r}")
+        if logits in ("supervised", "none") and not batch.plan.has_labels:
             raise ValueError("no row of this batch is supervised: prepare it with labels=True and an assistant's turn")
         hidden_RC = self.hidden_states(self.inputs_embeds(batch), batch, batch.spans())
+        if logits == "none":
+            rows, target = batch.column("supervised_row").long(), batch.column("supervised_target")
+            return LlavaOutput(None, self.decoder.losses(hidden_RC[rows], target).mean())
         every = self.decoder.logits(hidden_RC) if logits == "all" else None
         supervised = loss = None
         if batch.plan.has_labels:

@@ -1,19 +1,25 @@
 """The fused operations, usable on their own: each validates its arguments and runs on the chosen backend."""
 
+from llava_fast.ops.assemble_inputs import assemble_inputs
 from llava_fast.ops.backend import use_backend
 from llava_fast.ops.decoder_step import decoder_step
+from llava_fast.ops.image import image_tiles
 from llava_fast.ops.layer_norm import add_layer_norm, double_layer_norm, layer_norm
 from llava_fast.ops.linear_act import linear_act
+from llava_fast.ops.linear_cross_entropy import linear_cross_entropy
 from llava_fast.ops.mix_rows import mix_rows
 from llava_fast.ops.patch_embed import patch_embed
 from llava_fast.ops.token_pack import token_pack
 
 __all__ = [
     "add_layer_norm",
+    "assemble_inputs",
     "decoder_step",
     "double_layer_norm",
+    "image_tiles",
     "layer_norm",
     "linear_act",
+    "linear_cross_entropy",
     "mix_rows",
     "patch_embed",
     "token_pack",

@@ -1,0 +1,93 @@
+"""linear_cross_entropy against PyTorch's own loss and in float64; chunks, gradients, torch.library's own checks."""
+
+import pytest
+import torch
+from kernel_checks import DEVICE, check_op
+from torch.nn import functional as F
+
+from llava_fast.ops import linear_cross_entropy, use_backend
+from llava_fast.ops.linear_cross_entropy import chunked
+
+BACKENDS = ("reference", "native")
+VOCABULARY, WIDTH = 37, 12
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 5 * VOCABULARY * 4)  # five rows of float32
+
+
+def inputs(rows, dtype=torch.float32, bias=True):
+    hidden, weight = torch.randn(rows, WIDTH, dtype=dtype), torch.randn(VOCABULARY, WIDTH, dtype=dtype)
+    target = torch.randint(0, VOCABULARY, (rows,), dtype=torch.int32)
+    made = [hidden, weight, target, torch.randn(VOCABULARY, dtype=dtype) if bias else None]
+    return [None if t is None else t.to(DEVICE) for t in made]
+
+
+@pytest.mark.parametrize("trained", [[], [0], [1], [3], [0, 1, 3]], ids=str)
+@pytest.mark.parametrize("rows", [1, 5, 23])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_losses_and_gradients(backend, rows, trained, poisoned):
+    check_op(linear_cross_entropy, inputs(rows), trained, backend, tolerance=4e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_is_the_usual_loss(backend):
+    hidden, weight, target, _ = inputs(11, bias=False)
+    with use_backend(backend):
+        found = linear_cross_entropy(hidden, weight, target)
+    torch.testing.assert_close(found, F.cross_entropy(hidden @ weight.T, target.long(), reduction="none"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_low_precision_is_at_most_twice_as_wrong_as_pytorch(backend):
+    hidden, weight, target, _ = inputs(64, torch.bfloat16, bias=False)
+    leaves = [t.detach().requires_grad_() for t in (hidden, weight)]
+    exact_leaves = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    plain_leaves = [t.detach().requires_grad_() for t in (hidden, weight)]
+    with use_backend(backend):
+        linear_cross_entropy(*leaves, target).mean().backward()
+    F.cross_entropy(exact_leaves[0] @ exact_leaves[1].T, target.long()).backward()
+    F.cross_entropy((plain_leaves[0] @ plain_leaves[1].T).float(), target.long()).backward()
+    for mine, plain, exact in zip(leaves, plain_leaves, exact_leaves, strict=True):
+        error, usual = ((t.grad.double() - exact.grad).norm() for t in (mine, plain))
+        assert error <= 2 * usual
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows(backend):
+    hidden, weight, target, bias = inputs(0)
+    hidden.requires_grad_(), weight.requires_grad_()
+    with use_backend(backend):
+        loss = linear_cross_entropy(hidden, weight, target, bias)
+        gradients = torch.autograd.grad(loss.sum(), (hidden, weight))
+    assert loss.shape == (0,) and gradients[0].shape == hidden.shape and not gradients[1].any()
+
+
+def test_the_table_of_logits_never_exists(monkeypatch):
+    sizes = []
+    whole = chunked.wide_logits
+    monkeypatch.setattr(chunked, "wide_logits", lambda *a: sizes.append(len(a[0])) or whole(*a))
+    hidden, weight, target, bias = inputs(23)
+    with use_backend("native"):
+        linear_cross_entropy(hidden.requires_grad_(), weight, target, bias).sum().backward()
+    assert max(sizes) == 5 and sum(sizes) == 2 * 23
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_torch_library_contract(backend):
+    hidden, weight, target, bias = inputs(7)
+    leaves = (hidden.requires_grad_(), weight.requires_grad_(), target, bias.requires_grad_())
+    with use_backend(backend):
+        torch.library.opcheck(torch.ops.llava_fast.linear_cross_entropy.default, leaves)
+        compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(*leaves), linear_cross_entropy(*leaves))
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    hidden, weight, target, bias = inputs(7)
+    for args in ((hidden[0], weight, target), (hidden, weight, target[:3]), (hidden, weight[:, :3], target)):
+        with pytest.raises(ValueError, match="must be"):
+            linear_cross_entropy(*args)
+    with pytest.raises(ValueError, match="vocabulary"):
+        linear_cross_entropy(hidden, weight, target, bias[:3])
