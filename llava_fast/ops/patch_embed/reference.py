@@ -19,16 +19,31 @@ def fold_normalisation(weight: Tensor, bias: Tensor | None, mean: Tensor, std: T
 
     The bias is taken from the rounded weight', so that a uniform image still maps where it should in bfloat16.
     """
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    std_C11, mean_C11 = std.to(wide)[:, None, None], mean.to(wide)[:, None, None]
-    folded = (weight.to(wide) / (255.0 * std_C11)).to(weight.dtype)
-    shift = CENTRE - 255.0 * mean_C11
+    wide = _wide(weight.dtype)
+    folded = (weight.to(wide) / (255.0 * std.to(wide)[:, None, None])).to(weight.dtype)
+    shift = CENTRE - 255.0 * mean.to(wide)[:, None, None]
     offset = (folded.to(wide) * shift).sum(dim=(1, 2, 3))
     return folded.flatten(1), offset if bias is None else offset + bias.to(wide)
 
 
+def fold_gradient(folded_grad: Tensor, offset_grad: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """The weight's gradient from those of weight' [width, 3, P, P] and bias' [width], rounding taken as the identity.
+
+    weight' = weight / (255 std) and bias' = bias + sum(weight' (128 - 255 mean)), so
+    d weight = (d weight' + d bias' (128 - 255 mean)) / (255 std).
+    """
+    wide = folded_grad.dtype
+    shift = CENTRE - 255.0 * mean.to(wide)[:, None, None]
+    return (folded_grad + offset_grad[:, None, None, None] * shift) / (255.0 * std.to(wide)[:, None, None])
+
+
 def patch_rows(tiles: Tensor, patch: int) -> Tensor:
-    """Planar tiles [tiles, 3, H, W] to patch rows [tiles, (H//P)*(W//P), 3*P*P] in (channel, y, x) order."""
+    """Tiles to patch rows [tiles, patches, 3*P*P] in (channel, y, x) order.
+
+    Planar tiles [tiles, 3, H, W] have (H//P)*(W//P) patches; [tiles, patches, row bytes] are rows already, padded.
+    """
+    if tiles.dim() == 3:
+        return tiles[..., : 3 * patch * patch]
     count, channels, height, width = tiles.shape
     grid_h, grid_w = height // patch, width // patch
     tiles = tiles[:, :, : grid_h * patch, : grid_w * patch]
@@ -55,4 +70,52 @@ def patch_embed(
         embedded = F.linear(patch_rows(tiles, patch), weight.flatten(1), bias)
     if class_row is not None:
         embedded = torch.cat([class_row.expand(len(embedded), 1, -1), embedded], dim=1)
-    return embedded + position
+    return (embedded + position).to(weight.dtype)
+
+
+def patch_embed_backward(
+    grad: Tensor,
+    tiles: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    std: Tensor,
+    shape: tuple[int, ...],
+    patch: int,
+    class_rows: int,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of tiles, weight, position, bias and class_row, summed in float32; None where not needed.
+
+    grad [tiles, rows, width], of which the first `class_rows` (0 or 1) rows of a tile are class rows; shape is the
+    tiles' shape. tiles is wanted only for the weight's gradient, weight only for that of (float) tiles.
+    """
+    wide = grad.to(_wide(grad.dtype))
+    patches = wide[:, class_rows:]
+    found: list[Tensor | None] = [None] * 5
+    if needed[0]:
+        found[0] = _unpatch(patches @ weight.to(wide.dtype).flatten(1), shape, patch)
+    if needed[1]:
+        rows = patch_rows(tiles, patch).to(wide.dtype)
+        is_pixels = tiles.dtype == torch.uint8
+        weight_grad = torch.einsum("tnw,tnk->wk", patches, rows - CENTRE if is_pixels else rows)
+        weight_grad = weight_grad.unflatten(1, (3, patch, patch))
+        found[1] = fold_gradient(weight_grad, patches.sum(dim=(0, 1)), mean, std) if is_pixels else weight_grad
+    if needed[2]:
+        found[2] = wide.sum(dim=0)
+    if needed[3]:
+        found[3] = patches.sum(dim=(0, 1))
+    if needed[4]:
+        found[4] = wide[:, 0].sum(dim=0)
+    return tuple(None if one is None else one.to(grad.dtype) for one in found)
+
+
+def _unpatch(rows: Tensor, shape: tuple[int, ...], patch: int) -> Tensor:
+    """patch_rows the other way round: pixels beyond the last whole patch are 0."""
+    height, width = shape[2] // patch, shape[3] // patch
+    blocks = rows.reshape(shape[0], height, width, 3, patch, patch).permute(0, 3, 1, 4, 2, 5)
+    whole = blocks.reshape(shape[0], 3, height * patch, width * patch)
+    return F.pad(whole, (0, shape[3] - width * patch, 0, shape[2] - height * patch))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
