@@ -8,7 +8,7 @@ import io
 import os
 import urllib.parse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import PIL
@@ -150,6 +150,54 @@ def make_tiles(
         resized = _torchvision_resize(_square(image, view.fill) if view.square else image, view.size)
         stacks.append(_C.make_tiles(resized, [(False, view.size, view.offset, view.canvas, view.fill)], *options))
     return np.concatenate(stacks)
+
+
+class TilePlan(NamedTuple):
+    """The tiles of a batch of images as integers, so that a device can make them (llava_fast.ops.image_tiles).
+
+    jobs          int32 [jobs, 28]: one view of one image each (TileJob in csrc/image/tile_plan.h).
+    words         int32: the filters' tables, each once.
+    tile          side of a tile; patch: side of a patch for patch rows, 0 for planar tiles.
+    tiles         tiles of the whole batch; pixel_bytes: bytes of all its images, one after another.
+    middle_bytes  memory between the two passes; first_pixels, canvas_pixels: the largest job of each.
+    taps          most taps of a filter.
+    """
+
+    jobs: np.ndarray
+    words: np.ndarray
+    tile: int
+    patch: int
+    tiles: int
+    pixel_bytes: int
+    middle_bytes: int
+    first_pixels: int
+    canvas_pixels: int
+    taps: int
+
+
+def plan_tiles(
+    sizes: Sequence[tuple[int, int]],
+    views: Sequence[Sequence[View]],
+    tile_size: int,
+    *,
+    pillow: PillowOrder | None = None,
+    patch_size: int = 0,
+) -> TilePlan:
+    """What `make_tiles` would do with images of these sizes (height, width), as integers; views: of each image.
+
+    patch_size  0 for planar tiles, else that of the layout "patch_rows". Raises ValueError as `make_tiles` does.
+    """
+    fields = [[(view.square, view.size, view.offset, view.canvas, view.fill) for view in of_one] for of_one in views]
+    layout = (patch_size > 0, patch_size or 1)
+    made = _C.plan_tiles([tuple(size) for size in sizes], fields, tile_size, pillow or INSTALLED_PILLOW, *layout)
+    jobs = made["jobs"].view(np.int32)
+    taps = int(jobs[:, _AXIS_WIDTHS].max()) if len(jobs) else 0
+    pixel_bytes = sum(3 * height * width for height, width in sizes)
+    work = (made["middle_bytes"], made["first_pixels"], made["canvas_pixels"])
+    return TilePlan(jobs, made["words"], tile_size, patch_size, made["tiles"], pixel_bytes, *work, taps)
+
+
+_AXIS_WIDTHS = [22, 26]  # the places of x.width and y.width among a TileJob's words
 
 
 def _pixels(image: np.ndarray) -> np.ndarray:
