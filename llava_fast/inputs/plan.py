@@ -149,7 +149,7 @@ def build_plan(
     columns["boundaries"] = boundaries
     columns["last_row"] = np.array([s + n - 1 for s, n in zip(boundaries[:-1], lengths, strict=True)], np.int32)
     columns |= _supervision(columns) | _text_segments(columns) | _other_uses(columns, visual_rows) | mix_columns
-    flat, sections = _pack(columns)
+    flat, sections = pack_columns(columns)
     return TokenPlan(layout, lengths, visual.tiles, total, mixes, flat, sections)
 
 
@@ -272,7 +272,7 @@ def _other_uses(columns: dict[str, np.ndarray], visual_rows: int) -> dict[str, n
     }
 
 
-def _pack(columns: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, tuple[int, tuple[int, ...]]]]:
+def pack_columns(columns: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, tuple[int, tuple[int, ...]]]]:
     """One flat int32 array and where each column lies in it; every column starts on a 16-byte boundary."""
     sections, start = {}, 0
     for name, column in columns.items():

@@ -1,0 +1,62 @@
+"""Plans of few sizes: filled up with tiles and rows that lead nowhere, so that one CUDA graph serves many batches.
+
+A graph is captured for fixed shapes. `bucket_of` rounds a plan's sizes up to a bucket, `fill` makes a plan of exactly
+that size: filler rows have index -1 everywhere, and what they touch is never read. Integers only, as plans are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from llava_fast.inputs.plan import FILLER, TokenPlan, pack_columns
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Tiles, projected (kept) ViT rows and decoder rows of a plan."""
+
+    tiles: int
+    kept: int
+    rows: int
+
+
+def bucket_of(plan: TokenPlan) -> Bucket:
+    """The smallest bucket that holds the plan: each size rounded up to two significant binary digits (1, 2, 3, 4, 6, 8,
+    12, 16, ...; rows from 64 up), so that at most a third of the work is for nothing."""
+    sizes = (plan.tiles, len(plan.column("kept")), plan.rows)
+    return Bucket(_round_up(sizes[0], 1), _round_up(sizes[1], 64), _round_up(sizes[2], 64))
+
+
+def fill(plan: TokenPlan, bucket: Bucket) -> TokenPlan:
+    """The plan with fillers at the end of its tiles, kept rows and decoder rows, for inference: it has only the columns
+    that `inputs_embeds` reads; those for gradients of text rows are empty.
+
+    Rows keep their numbers, so that the first `plan.rows` of what comes out are those of the plan. Raises ValueError
+    for a plan that does not fit the bucket, or whose rows are mixed (their tables have no filler).
+    """
+    if plan.mixes:
+        raise ValueError("a plan with mixed rows (pooled or shrunk features) cannot be filled up to a bucket")
+    kept = len(plan.column("kept"))
+    if plan.tiles > bucket.tiles or kept > bucket.kept or plan.rows > bucket.rows:
+        raise ValueError(f"a plan of {plan.tiles} tiles, {kept} kept rows and {plan.rows} rows does not fit {bucket}")
+    sizes = {"source": bucket.rows, "row": bucket.rows, "constant_row": bucket.rows}
+    sizes |= {"kept": bucket.kept, "visual_place": bucket.kept}
+    columns = {name: _filled(plan.column(name), size) for name, size in sizes.items()}
+    columns["constant_segment"] = plan.column("constant_segment")
+    columns |= {
+        name: np.zeros(size, np.int32) for name, size in (("text_row", 0), ("text_token", 0), ("text_segment", 1))
+    }
+    flat, sections = pack_columns(columns)
+    return replace(plan, tiles=bucket.tiles, rows=bucket.rows, flat=flat, sections=sections)
+
+
+def _filled(column: np.ndarray, size: int) -> np.ndarray:
+    return np.concatenate([column, np.full(size - len(column), FILLER, np.int32)])
+
+
+def _round_up(number: int, least: int) -> int:
+    number = max(number, least)
+    step = 1 << max(number.bit_length() - 2, 0)
+    return -(-number // step) * step

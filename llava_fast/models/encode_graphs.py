@@ -1,0 +1,72 @@
+"""The path from uint8 tiles to the decoder's inputs, replayed from CUDA graphs of a few sizes.
+
+Between capture and replay only the contents of two static tensors change: the tiles and the plan's integers. Opt-in:
+no GPU has measured it yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llava_fast.inputs.buckets import Bucket, bucket_of, fill
+from llava_fast.models.batch import Batch
+from llava_fast.models.llava import LlavaModel
+
+WARM_UP = 3  # passes before capture, on a side stream, as torch.cuda.graph asks
+
+
+@dataclass
+class _Captured:
+    batch: Batch
+    out: Tensor
+    graph: torch.cuda.CUDAGraph
+
+
+class EncodeGraphs:
+    """`graphs(batch)` is `model.inputs_embeds(batch)` without gradients, from a graph captured for the batch's bucket.
+
+    A bucket is captured when first met, or by `capture`. The rows returned are a view of the graph's own memory: the
+    next call for the same bucket overwrites them. Raises ValueError for a model that is not on CUDA or a plan that
+    mixes rows (pooled video, anyres_max): call model.inputs_embeds for those.
+    """
+
+    def __init__(self, model: LlavaModel) -> None:
+        if model.device.type != "cuda":
+            raise ValueError(f"CUDA graphs need a model on CUDA, this one is on {model.device}")
+        self.model = model
+        self.captured: dict[Bucket, _Captured] = {}
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        bucket = bucket_of(batch.plan)
+        filled = fill(batch.plan, bucket)
+        if bucket not in self.captured:
+            self.captured[bucket] = self._capture(filled_batch(batch, bucket))
+        found = self.captured[bucket]
+        found.batch.tiles[: len(batch.tiles)].copy_(batch.tiles)
+        found.batch.flat.copy_(torch.from_numpy(filled.flat).pin_memory(), non_blocking=True)
+        found.graph.replay()
+        return found.out[: batch.plan.rows]
+
+    def _capture(self, batch: Batch) -> _Captured:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                self.model.inputs_embeds(batch)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = self.model.inputs_embeds(batch)
+        return _Captured(batch, out, graph)
+
+
+def filled_batch(batch: Batch, bucket: Bucket) -> Batch:
+    """The batch filled up to a bucket (inputs.buckets): tiles of zeros, rows that lead nowhere."""
+    plan = fill(batch.plan, bucket)
+    tiles = batch.tiles.new_zeros(bucket.tiles, *batch.tiles.shape[1:])
+    tiles[: len(batch.tiles)] = batch.tiles
+    return Batch(tiles, plan, torch.from_numpy(plan.flat).to(batch.tiles.device))

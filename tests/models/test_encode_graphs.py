@@ -1,0 +1,67 @@
+"""Plans filled up to buckets give the same rows; where a GPU is, so do replayed graphs."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from llava_fast.inputs.buckets import Bucket, bucket_of, fill
+from llava_fast.models.encode_graphs import EncodeGraphs, filled_batch
+
+
+def batches(model):
+    """Batches of one and two requests, different in tiles and rows, one with text alone."""
+    rng = np.random.default_rng(0)
+    requests = [
+        {"prompt": "<image>\nWhat?", "images": [rng.integers(0, 256, (h, w, 3), np.uint8)]}
+        for h, w in ((30, 40), (20, 70), (64, 31))
+    ]
+    requests.append({"prompt": "No picture.", "images": []})
+    return [model.prepare(requests[:1]), model.prepare(requests[1:3]), model.prepare(requests[2:], layout="padded")]
+
+
+@pytest.mark.parametrize("name", ["next", "llava15"])
+@torch.no_grad()
+def test_fillers_change_no_row(name):
+    model = tiny.pair(name).ours
+    for batch in batches(model):
+        bucket = bucket_of(batch.plan)
+        assert bucket.tiles >= batch.plan.tiles and bucket.rows >= batch.plan.rows
+        for larger in (bucket, Bucket(bucket.tiles + 2, bucket.kept + 70, bucket.rows + 5)):
+            filled = filled_batch(batch, larger)
+            out = model.inputs_embeds(filled)
+            assert out.shape[0] == larger.rows and len(filled.tiles) == larger.tiles
+            torch.testing.assert_close(out[: batch.plan.rows], model.inputs_embeds(batch), rtol=1e-5, atol=1e-6)
+            assert not out[batch.plan.rows :].any()
+
+
+def test_buckets_waste_at_most_a_third():
+    model = tiny.pair("next").ours
+    plan = batches(model)[0].plan
+    from llava_fast.inputs.buckets import _round_up
+
+    for number in range(1, 5000):
+        rounded = _round_up(number, 1)
+        assert number <= rounded <= 1.5 * number and _round_up(rounded, 1) == rounded
+    assert len({_round_up(number, 64) for number in range(1, 5000)}) < 20
+    with pytest.raises(ValueError, match="does not fit"):
+        fill(plan, Bucket(plan.tiles - 1, 10_000, 10_000))
+
+
+def test_what_has_no_filler_is_refused():
+    video = tiny.pair("video").ours
+    frames = np.zeros((4, 30, 40, 3), np.uint8)
+    batch = video.prepare([{"prompt": "<video>\nWhat?", "video": frames}])
+    with pytest.raises(ValueError, match="mixed rows"):
+        fill(batch.plan, bucket_of(batch.plan))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="need a model on CUDA"):
+            EncodeGraphs(video)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_replay_is_what_the_model_gives():
+    model = tiny.pair("next").ours.to("cuda")
+    graphs = EncodeGraphs(model)
+    for batch in [*batches(model), *batches(model)]:
+        torch.testing.assert_close(graphs(batch), model.inputs_embeds(batch), rtol=1e-4, atol=1e-5)
