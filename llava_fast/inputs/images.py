@@ -175,6 +175,13 @@ class TilePlan(NamedTuple):
     taps: int
 
 
+class UncutImages(NamedTuple):
+    """Images whose tiles a device is to make: their pixels, uint8 [bytes], one image after another, and the plan."""
+
+    pixels: np.ndarray
+    plan: TilePlan
+
+
 def plan_tiles(
     sizes: Sequence[tuple[int, int]],
     views: Sequence[Sequence[View]],

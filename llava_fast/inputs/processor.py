@@ -38,11 +38,16 @@ _MARK = re.compile(r"<image>|<video>")
 _IMAGE_MARK = re.compile(r"<image>")
 
 
+Cut = np.ndarray | tuple[np.ndarray, Sequence[anyres.View]]
+"""The tiles of an image, or the image and its views where a device is to make them."""
+
+
 @dataclass(frozen=True)
 class Prepared:
-    """A batch on the host: uint8 tiles [tiles, 3, H, W] and the plan that places them."""
+    """A batch on the host: uint8 tiles [tiles, 3, H, W], or the images that a device is to cut into them, and the
+    plan that places them."""
 
-    tiles: np.ndarray
+    tiles: np.ndarray | images.UncutImages
     plan: TokenPlan
 
 
@@ -66,6 +71,8 @@ class Processor:
     max_rows        the decoder's context length; a longer prompt is refused.
     video_frames    how many frames of a video file are used, spaced uniformly (all, if frames are given as images).
     exif            turn images upright by their EXIF tag, as transformers does when it opens a file.
+    tiles_on        "host", or "device": a batch then carries whole images, and the device that it is moved to makes
+                    the tiles, the same to the bit. Only for resample="pillow".
     """
 
     geometry: anyres.VisualGeometry
@@ -79,11 +86,19 @@ class Processor:
     resample: Literal["pillow", "torchvision"] = "pillow"
     pillow: Literal["12", "13"] | None = None
     threads: int = 0
+    tiles_on: Literal["host", "device"] = "host"
+
+    def __post_init__(self) -> None:
+        if self.tiles_on not in ("host", "device"):
+            raise ValueError(f"tiles_on must be 'host' or 'device', got {self.tiles_on!r}")
+        if self.tiles_on == "device" and self.resample != "pillow":
+            raise ValueError(f"a device resizes as Pillow does, not as {self.resample}: use tiles_on='host'")
 
     def tiles(self, image: Any, alone: bool = True) -> np.ndarray:
         """uint8 tiles [tiles, 3, H, W] of one image (path, bytes, data URI, PIL image, uint8 array), base view
         first. `alone` is False for one of several images in a request. Raises ImageError."""
-        return self._cut(self._open(image), alone)
+        pixels = self._open(image)
+        return self._make(pixels, self._image_views(pixels, alone))
 
     def prepare(
         self,
@@ -93,7 +108,7 @@ class Processor:
     ) -> Prepared:
         """Tiles and plan of a batch of requests. With `labels`, assistant turns are supervised and requests must
         have messages. Raises RequestError (naming the request by its place or "id") and ImageError."""
-        tiles: list[np.ndarray] = []
+        tiles: list[Cut] = []
         sequences = []
         for number, request in enumerate(requests):
             try:
@@ -107,15 +122,15 @@ class Processor:
     def assemble(
         self,
         sequences: list[list[Piece]],
-        tiles: list[np.ndarray],
+        tiles: list[Cut],
         layout: Layout = "packed",
         first_positions: list[int] | None = None,
     ) -> Prepared:
         """Pieces of each sequence and the tiles they refer to, as one batch. `first_positions` are the rows that a
         cache already holds of each sequence."""
-        size = self.geometry.tile_size
-        joined = np.concatenate(tiles) if tiles else np.zeros((0, 3, size, size), np.uint8)
-        return Prepared(joined, build_plan(sequences, self.geometry.rows_per_tile, layout, first_positions))
+        return Prepared(
+            self._joined(tiles), build_plan(sequences, self.geometry.rows_per_tile, layout, first_positions)
+        )
 
     def render(self, request: dict, labels: bool = False) -> tuple[list[chat.Segment], list, list]:
         """(segments of the prompt, image sources, video sources) of a request, marks still in the text. Only with
@@ -175,37 +190,49 @@ class Processor:
         outline.append(TextPiece(ids[start:], supervised[start:] if labels else None))
         return [piece for piece in outline if not isinstance(piece, TextPiece) or len(piece.ids)]
 
-    def pieces(self, outline: Sequence[TextPiece | VisualMark], tiles: list[np.ndarray]) -> list[Piece]:
+    def pieces(self, outline: Sequence[TextPiece | VisualMark], tiles: list[Cut]) -> list[Piece]:
         """The pieces of a plan: each mark's image is opened, cut and appended to `tiles`. Raises ImageError."""
         return [self._visual_piece(part, tiles) if isinstance(part, VisualMark) else part for part in outline]
 
-    def _visual_piece(self, mark: VisualMark, tiles: list[np.ndarray]) -> VisualPiece:
+    def _visual_piece(self, mark: VisualMark, tiles: list[Cut]) -> VisualPiece:
         if mark.kind == "<video>":
             from_file = isinstance(mark.source, (str, os.PathLike, bytes, bytearray, memoryview))
             try:
                 frames = images.read_video(mark.source, self.video_frames if from_file else None)
             except TypeError as error:
                 raise RequestError(str(error)) from error
-            tiles.append(np.concatenate([self._frame(frame) for frame in frames]))
+            views = anyres.frame_views(self.geometry, *frames.shape[1:3])
+            tiles += [self._cut(frame, views) for frame in frames]
             return VisualPiece(anyres.video_rows(self.geometry, len(frames)), MODALITY_VIDEO)
         try:
             image = self._open(mark.source)
         except TypeError as error:
             raise RequestError(str(error)) from error
-        tiles.append(self._cut(image, mark.alone))
+        tiles.append(self._cut(image, self._image_views(image, mark.alone)))
         return VisualPiece(anyres.image_rows(self.geometry, *image.shape[:2], mark.alone), MODALITY_IMAGE)
 
-    def _cut(self, image: np.ndarray, alone: bool) -> np.ndarray:
-        return self._make(image, anyres.image_views(self.geometry, *image.shape[:2], alone))
+    def _image_views(self, image: np.ndarray, alone: bool) -> Sequence[anyres.View]:
+        return anyres.image_views(self.geometry, *image.shape[:2], alone)
+
+    def _cut(self, image: np.ndarray, views: Sequence[anyres.View]) -> Cut:
+        return (image, views) if self.tiles_on == "device" else self._make(image, views)
+
+    def _joined(self, tiles: list[Cut]) -> np.ndarray | images.UncutImages:
+        """The tiles of a batch, or its images if a device is to cut them."""
+        size = self.geometry.tile_size
+        uncut = [part for part in tiles if isinstance(part, tuple)]
+        if uncut:
+            sizes = [image.shape[:2] for image, _ in uncut]
+            plan = images.plan_tiles(sizes, [views for _, views in uncut], size, pillow=self.pillow)
+            return images.UncutImages(np.concatenate([image.ravel() for image, _ in uncut]), plan)
+        made = [part for part in tiles if not isinstance(part, tuple)]
+        return np.concatenate(made) if made else np.zeros((0, 3, size, size), np.uint8)
 
     def _open(self, source: Any) -> np.ndarray:
         """Pixels of an image. transformers drops transparency when it opens a file itself, and lays a picture or an
         array it is given on white; the original LLaVA always drops it."""
         given = not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview))
         return images.open_image(source, exif=self.exif, alpha="white" if given and self.exif else "drop")
-
-    def _frame(self, frame: np.ndarray) -> np.ndarray:
-        return self._make(frame, anyres.frame_views(self.geometry, *frame.shape[:2]))
 
     def _make(self, image: np.ndarray, views: Sequence[anyres.View]) -> np.ndarray:
         return images.make_tiles(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from llava_fast.inputs.images import UncutImages
 from llava_fast.inputs.plan import Mix, TokenPlan
 from llava_fast.inputs.processor import Prepared
 from llava_fast.models.attention import Spans
+from llava_fast.ops.image import TilePlan, image_tiles
 from llava_fast.ops.mix_rows import TapUses
 from llava_fast.ops.token_pack import RowUses
 
@@ -25,11 +28,19 @@ class Batch:
 
     @classmethod
     def from_prepared(cls, prepared: Prepared, device: torch.device | str = "cpu") -> Batch:
-        """Wrap host arrays as tensors (pinned on the way to a GPU)."""
-        tiles, flat = torch.from_numpy(prepared.tiles), torch.from_numpy(prepared.plan.flat)
-        if torch.device(device).type == "cuda":
-            tiles, flat = (t.pin_memory().to(device, non_blocking=True) for t in (tiles, flat))
-        return cls(tiles, prepared.plan, flat)
+        """Wrap host arrays as tensors (pinned on the way to a GPU); images not cut yet are cut on the device."""
+
+        def moved(array: np.ndarray) -> Tensor:
+            tensor = torch.from_numpy(array)
+            return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor
+
+        uncut = prepared.tiles
+        if isinstance(uncut, UncutImages):
+            tile_plan = TilePlan(moved(uncut.plan.jobs), moved(uncut.plan.words), *uncut.plan[2:])
+            tiles = image_tiles(moved(uncut.pixels), tile_plan)
+        else:
+            tiles = moved(uncut)
+        return cls(tiles, prepared.plan, moved(prepared.plan.flat))
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(self.tiles.to(device), self.plan, self.flat.to(device))
