@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from llava_fast.models.activations import ACTIVATIONS
 from llava_fast.models.config import VisionConfig
+from llava_fast.models.layer_norms import Pending, finish, finish_and_norm
+from llava_fast.models.merged_linear import MergingModule
 from llava_fast.models.modules import is_plain
 from llava_fast.ops import patch_embed
 
@@ -39,7 +41,7 @@ class VisionEmbeddings(nn.Module):
         return rows + position
 
 
-class VisionAttention(nn.Module):
+class VisionAttention(MergingModule):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         width = config.hidden_size
@@ -48,10 +50,8 @@ class VisionAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x_TNC: Tensor) -> Tensor:
-        split = (self.heads, -1)
-        query, key, value = (
-            proj(x_TNC).unflatten(-1, split).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projected = self.run_linears(x_TNC, self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (rows.unflatten(-1, (self.heads, -1)).transpose(1, 2) for rows in projected)
         out_THND = F.scaled_dot_product_attention(query, key, value)
         return self.out_proj(out_THND.transpose(1, 2).flatten(2))
 
@@ -76,8 +76,14 @@ class VisionLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x_TNC: Tensor) -> Tensor:
-        x_TNC = x_TNC + self.self_attn(self.layer_norm1(x_TNC))
-        return x_TNC + self.mlp(self.layer_norm2(x_TNC))
+        return finish(*self.run(x_TNC, None))
+
+    def run(self, x_TNC: Tensor, pending: Pending) -> tuple[Tensor, Pending]:
+        """The layer, of x after its pending step; its own last step, adding the MLP's result, is left pending, for the
+        next layer's LayerNorm reads that sum anyway."""
+        x_TNC, normed_TNC = finish_and_norm(x_TNC, pending, self.layer_norm1)
+        x_TNC, normed_TNC = finish_and_norm(x_TNC, self.self_attn(normed_TNC), self.layer_norm2)
+        return x_TNC, self.mlp(normed_TNC)
 
 
 class VisionEncoder(nn.Module):
@@ -109,13 +115,16 @@ class VisionTower(nn.Module):
             tiles = tiles.to(like.dtype)
         mean, std = (like.new_tensor(v, dtype=torch.float32) for v in (config.image_mean, config.image_std))
         x_TNC = self.embeddings(tiles, mean, std)
-        if config.has_class_row:
-            x_TNC = self.pre_layrnorm(x_TNC)
+        pending: Pending = self.pre_layrnorm if config.has_class_row else None
         wanted = [layer if layer >= 0 else config.num_layers + 1 + layer for layer in config.feature_layers]
-        states = {0: x_TNC} if 0 in wanted else {}
-        for depth, layer in enumerate(self.encoder.layers[: config.layers_needed], start=1):
-            x_TNC = layer(x_TNC)
+        states = {}
+        for depth, layer in enumerate(self.encoder.layers[: config.layers_needed]):
+            fused = is_plain(layer, VisionLayer)
+            if depth in wanted or not fused:
+                x_TNC, pending = finish(x_TNC, pending), None
             if depth in wanted:
                 states[depth] = x_TNC
-        features = torch.cat([states[layer] for layer in wanted], dim=-1) if len(wanted) > 1 else x_TNC
+            x_TNC, pending = layer.run(x_TNC, pending) if fused else (layer(x_TNC), None)
+        states[config.layers_needed] = finish(x_TNC, pending)
+        features = torch.cat([states[depth] for depth in wanted], dim=-1) if len(wanted) > 1 else states[wanted[0]]
         return features[:, 1:] if config.has_class_row and not config.keep_class_row else features
