@@ -8,11 +8,24 @@ from torch.nn import functional as F
 
 from llava_fast.inputs.anyres import View
 from llava_fast.inputs.images import make_tiles
-from llava_fast.ops import patch_embed, use_backend
+from llava_fast.ops import patch_embed, triton_support, use_backend
 from llava_fast.ops.backend import BackendError
 
 BACKENDS = ("reference", "triton")
 MEAN, STD = torch.tensor([0.48, 0.46, 0.41]), torch.tensor([0.27, 0.26, 0.28])
+
+
+GEMM = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4}
+WEIGHT_GRADIENT = {"PARTS": 3, "BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 4}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks():
+    """Without a GPU, blocks so small that tiny sizes take several, and the interpreter does not fill large ones."""
+    small = {f"patch_embed_kernel{suffix}": GEMM for suffix in ("", "_rows", "_fp32")}
+    small |= {f"patch_weight_gradient_kernel{suffix}": WEIGHT_GRADIENT for suffix in ("", "_rows", "_fp32")}
+    with triton_support.forced(small if DEVICE == "cpu" else {}):
+        yield
 
 
 def run(tiles, weight, position, bias, class_row, mean, std):

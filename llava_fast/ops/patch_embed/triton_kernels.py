@@ -228,7 +228,9 @@ def patch_embed(
     if out.numel():
         folded, offset = reference.fold_normalisation(weight, bias, mean, std)
         folded = F.pad(folded, (0, -folded.shape[1] % 16)).contiguous()
-        config = config or triton_support.config(_entry("patch_embed_kernel", weight.dtype), out.device, total)
+        config = config or triton_support.config(
+            _entry("patch_embed_kernel", weight.dtype, tiles.dim() == 3), out.device, total
+        )
         grid = (triton.cdiv(total, config["BLOCK_M"]) * triton.cdiv(channels, config["BLOCK_N"]),)
         patch_embed_kernel[grid](
             tiles.contiguous(),
@@ -264,14 +266,17 @@ def patch_embed_backward(
     _, of_weight, of_position, of_bias, of_class_row = needed
     grad = grad.contiguous()
     by_row = _sum_over_tiles(grad)
-    offset = by_row[class_rows:].sum(dim=0)
-    return (
-        None,
-        weight_gradient(grad, tiles, offset, mean, std, patch, class_rows) if of_weight and tiles is not None else None,
-        by_row.to(grad.dtype, copy=True) if of_position else None,
-        offset.to(grad.dtype, copy=True) if of_bias else None,
-        by_row[0].to(grad.dtype, copy=True) if of_class_row else None,
-    )
+    found: list[Tensor | None] = [None] * 5
+    if of_weight or of_bias:
+        offset = by_row[class_rows:].sum(dim=0)
+        if of_weight and tiles is not None:
+            found[1] = weight_gradient(grad, tiles, offset, mean, std, patch, class_rows)
+        found[3] = offset.to(grad.dtype) if of_bias else None
+    if of_class_row:
+        found[4] = by_row[0].to(grad.dtype, copy=True)  # a copy: an op's outputs share no memory
+    if of_position:
+        found[2] = by_row.to(grad.dtype)
+    return tuple(found)
 
 
 def weight_gradient(
@@ -291,7 +296,7 @@ def weight_gradient(
         return out.zero_()
     taps = 3 * patch * patch
     padded = triton.cdiv(taps, 16) * 16
-    entry = _entry("patch_weight_gradient_kernel", grad.dtype)
+    entry = _entry("patch_weight_gradient_kernel", grad.dtype, tiles.dim() == 3)
     config = config or triton_support.config(entry, out.device, count * rows)
     parts = torch.empty(config["PARTS"], channels, padded, dtype=torch.float32, device=grad.device)
     grid = (triton.cdiv(channels, config["BLOCK_M"]) * triton.cdiv(padded, config["BLOCK_N"]), config["PARTS"])
@@ -334,9 +339,10 @@ def _strides(shape: torch.Size, patch: int) -> tuple[int, int, int, int]:
     return max(shape[3] // patch, 1), shape[2], shape[3], 1
 
 
-def _entry(kernel: str, dtype: torch.dtype) -> str:
-    """float32 is multiplied without the matrix units, so it has launch configurations of its own."""
-    return f"{kernel}_fp32" if dtype == torch.float32 else kernel
+def _entry(kernel: str, dtype: torch.dtype, patch_rows: bool) -> str:
+    """The name of a kernel's launch configurations: float32, multiplied without the matrix units, has its own, and
+    so have patch rows, which are read in whole vectors."""
+    return f"{kernel}_fp32" if dtype == torch.float32 else f"{kernel}_rows" if patch_rows else kernel
 
 
 def _upcast(tensor: Tensor) -> bool:
@@ -366,7 +372,7 @@ def specimens() -> list[Specimen]:
                     label,
                     matrix=name != "fp32",
                     aligned=(*pointers, *aligned),
-                    entry=_entry("patch_embed_kernel", dtype),
+                    entry=_entry("patch_embed_kernel", dtype, patch_rows),
                 )
             )
             pointers = {"grad_ptr": f"*{name}", "tiles_ptr": "*u8", "parts_ptr": "*fp32"}
@@ -379,7 +385,7 @@ def specimens() -> list[Specimen]:
                     label,
                     matrix=name != "fp32",
                     aligned=(*pointers, *aligned),
-                    entry=_entry("patch_weight_gradient_kernel", dtype),
+                    entry=_entry("patch_weight_gradient_kernel", dtype, patch_rows),
                 )
             )
         pointers = dict.fromkeys(("parts_ptr", "offset_grad_ptr", "mean_ptr", "std_ptr"), "*fp32")
