@@ -1,0 +1,61 @@
+"""The projector in plain PyTorch, between taking kept rows and token_pack: with it, the specification of
+`llava_fast.ops.assemble_inputs`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llava_fast.ops.activations import activate, activation_gradient
+
+
+def project(
+    features: Tensor, kept: Tensor, weights: list[Tensor], biases: list[Tensor], activation: str
+) -> tuple[Tensor, list[Tensor]]:
+    """(projected rows [k, width], what was activated after each layer but the last)."""
+    x = _rows(features, kept)
+    pres = []
+    for number, weight in enumerate(weights):
+        if number:
+            pres.append(x)
+            x = activate(activation, x)
+        x = F.linear(x, weight, biases[number] if biases else None)
+    return x, pres
+
+
+def project_backward(
+    grad: Tensor,
+    features: Tensor,
+    kept: Tensor,
+    weights: list[Tensor],
+    pres: list[Tensor],
+    activation: str,
+    feature_rows: int,
+    needed: list[bool],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """Gradients of features, weights and biases (None where not `needed`, in this order) from that of the projected
+    rows, which is zero for fillers."""
+    depth = len(weights)
+    of_weights, of_biases = needed[1 : 1 + depth], needed[1 + depth :]
+    weight_grads: list[Tensor | None] = [None] * depth
+    bias_grads: list[Tensor | None] = [None] * len(of_biases)
+    for number in range(depth - 1, -1, -1):
+        if of_weights[number]:
+            x = activate(activation, pres[number - 1]) if number else _rows(features, kept)
+            weight_grads[number] = grad.T @ x
+        if of_biases and of_biases[number]:
+            bias_grads[number] = grad.sum(0)
+        if not (needed[0] or any(of_weights[:number]) or any(of_biases[:number])):
+            return None, weight_grads, bias_grads
+        grad = grad @ weights[number]
+        if number:
+            grad = activation_gradient(activation, grad, pres[number - 1])
+    out = grad.new_zeros(feature_rows + 1, grad.shape[1])  # the last row is the fillers'
+    out.index_copy_(0, torch.where(kept >= 0, kept, feature_rows).long(), grad)
+    return out[:feature_rows], weight_grads, bias_grads
+
+
+def _rows(features: Tensor, kept: Tensor) -> Tensor:
+    """features[kept]; a filler's row goes nowhere, so any will do."""
+    return features[kept.clamp(0).long()]

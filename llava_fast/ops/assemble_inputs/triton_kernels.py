@@ -1,0 +1,113 @@
+"""assemble_inputs on the shared matrix product: kept rows gathered in its first operand's loads, projected rows
+stored straight to their places, the others written beside them. No copy of the features, none of the projected rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llava_fast.ops import gemm
+from llava_fast.ops.token_pack import triton_kernels as token_pack
+from llava_fast.ops.triton_support import Specimen
+
+
+def assemble_inputs(
+    features: Tensor,
+    kept: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    source: Tensor,
+    row: Tensor,
+    embedding: Tensor,
+    constant: Tensor,
+    place: Tensor,
+    activation: str,
+    keep: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """(inputs_embeds [rows, width], what was activated after each layer; empty after those before layer `keep`)."""
+    out = torch.empty(len(source), embedding.shape[1], dtype=embedding.dtype, device=embedding.device)
+    token_pack.pack(source, row, embedding, None, constant, out)
+    gather: Tensor | None = kept
+    x = features
+    pres = []
+    for number, weight in enumerate(weights[:-1]):
+        pre = x.new_empty((len(kept), len(weight)) if number >= keep else (0, len(weight)))
+        bias = biases[number] if biases else None
+        kept_pre = pre if number >= keep else None
+        x = gemm.gemm(x, weight, len(kept), bias=bias, activation=activation, gather=gather, pre=kept_pre)
+        pres.append(pre)
+        gather = None
+    bias = biases[-1] if biases else None
+    gemm.gemm(x, weights[-1], len(kept), bias=bias, gather=gather, out=out, store=place)
+    return out, pres
+
+
+def project_backward(
+    grad: Tensor,
+    features: Tensor,
+    kept: Tensor,
+    place: Tensor,
+    weights: list[Tensor],
+    pres: list[Tensor],
+    activation: str,
+    feature_rows: int,
+    needed: list[bool],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """Gradients of features, weights and biases (None where not `needed`, in this order) from that of the output.
+
+    The output's gradient is read at the places of the projected rows, and features at kept rows; nothing is copied.
+    A hidden layer's rows are made again from what was activated, once, for the gradient of the weight after it.
+    """
+    depth, rows = len(weights), len(kept)
+    of_weights, of_biases = needed[1 : 1 + depth], needed[1 + depth :]
+    weight_grads: list[Tensor | None] = [None] * depth
+    bias_grads: list[Tensor | None] = [None] * len(of_biases)
+    gather: Tensor | None = place
+    for number in range(depth - 1, -1, -1):
+        if of_weights[number]:
+            x, x_gather = (gemm.activation(pres[number - 1], activation), None) if number else (features, kept)
+            weight_grads[number] = gemm.weight_gradient(grad, x, rows, grad_gather=gather, x_gather=x_gather)
+            del x
+        if of_biases and of_biases[number]:
+            bias_grads[number] = gemm.sum_rows(grad, rows, gather)
+        if not (needed[0] or any(of_weights[:number]) or any(of_biases[:number])):
+            return None, weight_grads, bias_grads
+        if number:
+            pre = pres[number - 1]
+            grad = gemm.gemm(
+                grad, weights[number], rows, transposed=False, gather=gather, slope=pre, activation=activation
+            )
+            gather = None
+    out = torch.zeros(feature_rows, weights[0].shape[1], dtype=grad.dtype, device=grad.device)
+    gemm.gemm(grad, weights[0], rows, transposed=False, gather=gather, out=out, store=kept)
+    return out, weight_grads, bias_grads
+
+
+def specimens() -> list[Specimen]:
+    """What LLaVA's mlp2x_gelu and linear projectors launch, running and training, with a trained tower or without."""
+    op, name = "assemble_inputs", "gelu"
+    last = {"bias": True, "store": True}
+    found = [token_pack.pack_specimen(op, dtype, visual=False) for dtype in ("bf16", "fp32")]
+    for dtype in ("bf16", "fp16", "fp32"):
+        first = gemm.gemm_specimen(op, dtype, f"{dtype} first layer", activation=name, bias=True, gather=True)
+        found += [first, gemm.gemm_specimen(op, dtype, f"{dtype} last layer", bias=True, store=True)]
+    for dtype in ("bf16", "fp32"):
+        found += [
+            gemm.gemm_specimen(
+                op, dtype, f"{dtype} first layer, kept", activation=name, bias=True, gather=True, pre=True
+            ),
+            gemm.gemm_specimen(
+                op, dtype, f"{dtype} gradient of hidden", transposed=False, gather=True, slope=True, activation=name
+            ),
+            gemm.weight_gradient_specimen(op, dtype, f"{dtype} last weight", grad_gather=True),
+            gemm.weight_gradient_specimen(op, dtype, f"{dtype} first weight", x_gather=True),
+            gemm.activation_specimen(op, dtype, name, grad=False),
+            *gemm.sum_specimens(op, dtype, gather=True),
+        ]
+    found += [
+        gemm.gemm_specimen(op, "bf16", "bf16 only layer", gather=True, **last),
+        gemm.gemm_specimen(op, "bf16", "bf16 gradient of features", transposed=False, store=True),
+        gemm.weight_gradient_specimen(op, "bf16", "bf16 only weight", grad_gather=True, x_gather=True),
+    ]
+    return found
