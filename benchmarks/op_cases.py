@@ -54,7 +54,15 @@ class OpCase:
 
 def cases(tiles: int, dtype: torch.dtype, device: str, widths: Widths) -> Iterator[OpCase]:
     """Every op for an image of so many tiles."""
-    for make in (token_pack, token_pack_gradients, mix_rows):
+    for make in (
+        token_pack,
+        token_pack_gradients,
+        mix_rows,
+        patch_embed,
+        patch_embed_rows,
+        patch_embed_gradients,
+        patch_embed_rows_gradients,
+    ):
         torch.manual_seed(tiles)
         yield make(tiles, dtype, torch.device(device), widths)
 
@@ -130,6 +138,88 @@ def mix_rows(tiles: int, dtype: torch.dtype, device: torch.device, widths: Width
         plain,
         lambda: ops.mix_rows(rows.double(), index, weight),
     )
+
+
+def patch_embed(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths, rows: bool = False) -> OpCase:
+    """CLIP's patch embedding from planar tiles, or from the patch rows that the image op can make instead."""
+    pixels, planar, weights, fixed = _patches(tiles, dtype, device, widths, rows)
+    out_rows = tiles * len(weights[1])
+    taps = weights[0][0].numel()
+    moved = pixels.numel() + (weights[0].numel() + weights[1].numel() * (1 + tiles)) * dtype.itemsize
+    return OpCase(
+        "patch_embed",
+        f"{tiles} tiles, {'rows' if rows else 'planar'}",
+        out_rows,
+        2 * out_rows * taps * widths.vision,
+        moved,
+        ("patch_embed_kernel_rows" if rows else "patch_embed_kernel",),
+        lambda: _embedded(pixels, weights, fixed),
+        lambda: _convolved(planar, weights, fixed),
+        lambda: _embedded(pixels, [weight.double() for weight in weights], fixed),
+    )
+
+
+def patch_embed_gradients(
+    tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths, rows: bool = False
+) -> OpCase:
+    """Both passes of the patch embedding; what is compared is the weight's gradient."""
+    pixels, planar, weights, fixed = _patches(tiles, dtype, device, widths, rows)
+    out_rows = tiles * len(weights[1])
+    taps = weights[0][0].numel()
+    grad = torch.randn(tiles, len(weights[1]), widths.vision, dtype=dtype, device=device)
+
+    def gradient(embed: Callable, given: Tensor, weights: list[Tensor]) -> Tensor:
+        weights = [weight.detach().requires_grad_() for weight in weights]
+        return torch.autograd.grad(embed(given, weights, fixed), weights, grad.to(weights[0].dtype))[0]
+
+    return OpCase(
+        "patch_embed_backward",
+        f"{tiles} tiles, {'rows' if rows else 'planar'}",
+        out_rows,
+        4 * out_rows * taps * widths.vision,  # the forward pass runs too
+        2 * pixels.numel() + (2 * grad.numel() + 2 * weights[0].numel()) * dtype.itemsize,
+        ("patch_weight_gradient_kernel_rows" if rows else "patch_weight_gradient_kernel",),
+        lambda: gradient(_embedded, pixels, weights),
+        lambda: gradient(_convolved, planar, weights),
+        lambda: gradient(_embedded, pixels, [weight.double() for weight in weights]),
+    )
+
+
+def patch_embed_rows(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
+    return patch_embed(tiles, dtype, device, widths, rows=True)
+
+
+def patch_embed_rows_gradients(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
+    return patch_embed_gradients(tiles, dtype, device, widths, rows=True)
+
+
+def _patches(
+    tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths, rows: bool
+) -> tuple[Tensor, Tensor, list[Tensor], dict[str, Tensor]]:
+    """(pixels in the form asked for, planar pixels, [weight, position, class row], mean and std)."""
+    side, patch = widths.tile // widths.patch, widths.patch
+    planar = torch.randint(0, 256, (tiles, 3, widths.tile, widths.tile), dtype=torch.uint8, device=device)
+    pixels = planar
+    if rows:
+        pixels = torch.nn.functional.unfold(planar.float(), patch, stride=patch).transpose(1, 2).to(torch.uint8)
+        pixels = torch.nn.functional.pad(pixels, (0, -pixels.shape[2] % 16))
+    sizes = ((widths.vision, 3, patch, patch), (side * side + 1, widths.vision), (widths.vision,))
+    weights = [torch.randn(size, dtype=dtype, device=device) / patch for size in sizes]
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    return pixels, planar, weights, {"mean": torch.tensor(mean, device=device), "std": torch.tensor(std, device=device)}
+
+
+def _embedded(pixels: Tensor, weights: list[Tensor], fixed: dict[str, Tensor]) -> Tensor:
+    return ops.patch_embed(pixels, weights[0], weights[1], class_row=weights[2], **fixed)
+
+
+def _convolved(planar: Tensor, weights: list[Tensor], fixed: dict[str, Tensor]) -> Tensor:
+    """Normalise, convolve, add the rest: as a ViT is written."""
+    weight, position, class_row = weights
+    mean, std = (fixed[name][:, None, None] for name in ("mean", "std"))
+    pixels = ((planar / 255.0 - mean) / std).to(weight.dtype)
+    rows = torch.nn.functional.conv2d(pixels, weight, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
+    return torch.cat([class_row.expand(len(rows), 1, -1), rows], dim=1) + position
 
 
 def _placement(

@@ -23,10 +23,26 @@ from llava_fast.ops.triton_support import Config
 
 TILES = (1, 5, 40)
 ROW_BLOCKS = [{"BLOCK": block, "num_warps": warps} for block in (512, 1024, 2048, 4096) for warps in (2, 4, 8)]
+PRODUCTS = [
+    {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+    for m, n, warps in ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8))
+    for k in (32, 64, 128)
+    for stages in (2, 3, 4)
+]
 CANDIDATES: dict[str, list[Config]] = {
     "pack_kernel": ROW_BLOCKS,
     "take_rows_kernel": ROW_BLOCKS,
     "mix_kernel": [config for config in ROW_BLOCKS if config["BLOCK"] <= 2048],
+    **dict.fromkeys(("patch_embed_kernel", "patch_embed_kernel_rows"), PRODUCTS),
+    **dict.fromkeys(
+        ("patch_weight_gradient_kernel", "patch_weight_gradient_kernel_rows"),
+        [
+            {**config, "PARTS": parts}
+            for config in PRODUCTS
+            for parts in (2, 8, 32)
+            if config["BLOCK_K"] < 128 and config["num_stages"] > 2
+        ],
+    ),
 }
 
 
