@@ -20,7 +20,7 @@ from llava_fast.models.kv_cache import KVCache
 from llava_fast.models.modules import is_plain
 from llava_fast.models.projector import Projector
 from llava_fast.models.vision import VisionTower
-from llava_fast.ops import mix_rows, token_pack
+from llava_fast.ops import assemble_inputs, backend, mix_rows, token_pack
 
 Logits = Literal["last", "supervised", "all", "none"]
 
@@ -100,11 +100,21 @@ class LlavaModel(nn.Module):
         return self.decoder(inputs_RC, batch.column("position").long(), spans, cache)
 
     def inputs_embeds(self, batch: Batch) -> Tensor:
-        """[rows, width]: text rows from the embedding table, visual rows from the projector, newlines."""
+        """[rows, width]: text rows from the embedding table, visual rows from the projector, newlines.
+
+        One op where a backend fuses projector and placement and every module is plain; else step by step.
+        """
         embed, source, row = self.decoder.embed_tokens, batch.column("source"), batch.column("row")
         table = embed.weight
         constant = self.image_newline[None] if self.config.has_newline else table[:0]
         uses = batch.row_uses(len(constant))
+        fused = batch.plan.tiles and not batch.plan.mixes and is_plain(embed, nn.Embedding)
+        if fused and backend.choose("assemble_inputs", table.device.type) != "reference":
+            parts = self.projector.plain_weights()
+            if parts is not None:
+                features, activation = self.vision_tower(batch.tiles).flatten(0, 1), self.config.projector.activation
+                kept = batch.column("kept")
+                return assemble_inputs(features, kept, *parts, source, row, table, constant, uses, activation)
         if not is_plain(embed, nn.Embedding):  # its own forward, then the general op over what it returned
             is_text = source == TEXT
             table = embed(torch.where(is_text, row, 0).long())

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from llava_fast.models.activations import ACTIVATIONS
 from llava_fast.models.config import ProjectorConfig
+from llava_fast.models.modules import is_plain
 
 
 class Activation(nn.Module):
@@ -39,3 +40,16 @@ class Projector(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features)
+
+    def plain_weights(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """(weights, biases; an empty list if it has none) if this is plain Linears with activations between, so that
+        an op may take them; None if it is another kind or anything is wrapped, hooked, sharded or quantised."""
+        linears, activations = list(self.layers)[::2], list(self.layers)[1::2]
+        plain = self.config.kind in ("linear", "mlp") and is_plain(self, Projector)
+        plain = plain and is_plain(self.layers, nn.Sequential) and all(is_plain(step, nn.Linear) for step in linears)
+        if not plain or not all(is_plain(step, Activation) for step in activations):
+            return None
+        weights = [linear.weight for linear in linears]
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        fits = len(biases) in (0, len(linears)) and all(type(part) is nn.Parameter for part in (*weights, *biases))
+        return (weights, biases) if fits else None
