@@ -86,5 +86,5 @@ def _join(weights: list[Tensor], biases: list) -> tuple[Tensor, Tensor | None]:
 
 
 def _forget(module: MergingModule) -> None:
-    if not torch.compiler.is_compiling():
+    if _joined and not torch.compiler.is_compiling():
         _joined.pop(module, None)

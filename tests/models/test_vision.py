@@ -50,14 +50,23 @@ def test_each_norm_is_one_op_with_the_step_before_it(name, feature_layers, doubl
     for op in ("layer_norm", "add_layer_norm", "double_layer_norm"):
         run = getattr(layer_norms, op)
         monkeypatch.setattr(layer_norms, op, lambda *a, op=op, run=run: calls.append(op) or run(*a))
-    assert torch.isfinite(tower(tiles)).all()
+    expected = tower(tiles)
+    assert not calls  # the steps themselves, where nothing fuses them
+    with use_backend("triton"):
+        torch.testing.assert_close(tower(tiles), expected, rtol=1e-4, atol=1e-5)
     assert calls.count("double_layer_norm") == doubles and calls.count("layer_norm") == alone
     assert len(calls) == 2 * tower.config.layers_needed
 
 
+@pytest.mark.parametrize("backend", ["auto", "triton"])
 @torch.no_grad()
-def test_what_is_hooked_or_replaced_runs_its_own_forward():
+def test_what_is_hooked_or_replaced_runs_its_own_forward(backend):
     tower, tiles = tower_and_tiles("llava15_layers")
+    with use_backend(backend):
+        check_own_forwards(tower, tiles)
+
+
+def check_own_forwards(tower, tiles):
     expected, layers, seen = tower(tiles), tower.encoder.layers, []
 
     class Wrapped(nn.Module):
@@ -75,7 +84,7 @@ def test_what_is_hooked_or_replaced_runs_its_own_forward():
         tower.pre_layrnorm.register_forward_hook(lambda module, args, out: seen.append("before")),
         layers[0].self_attn.q_proj.register_forward_hook(lambda module, args, out: seen.append("query")),
     ]
-    torch.testing.assert_close(tower(tiles), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tower(tiles), expected, rtol=1e-4, atol=1e-5)
     assert seen[:2] == ["before", "query"] and "norm" in seen and len(seen) == 4
     assert (len(tiles), tower.embeddings.position_embedding.num_embeddings, tower.config.hidden_size) in seen
     for hook in hooks:
@@ -83,7 +92,7 @@ def test_what_is_hooked_or_replaced_runs_its_own_forward():
     layers[1] = Wrapped(layers[1])
     layers[0].layer_norm1 = Wrapped(layers[0].layer_norm1)
     seen.clear()
-    torch.testing.assert_close(tower(tiles), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tower(tiles), expected, rtol=1e-4, atol=1e-5)
     assert seen == ["wrapped", "wrapped"]
     layers[0].layer_norm2.bias = None
     assert torch.isfinite(tower(tiles)).all()
