@@ -28,15 +28,21 @@ step() { # name, seconds allowed, command...: logs to OUT_DIR/name.log, remember
 }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || { echo "no GPU here"; exit 2; }
-LLAVA_FAST_CUDA=1 step build 150 "$python" setup.py build_ext --inplace
+LLAVA_FAST_CUDA=1 step build 120 "$python" setup.py build_ext --inplace
 step doctor 60 "$python" -m llava_fast doctor
-step tests 200 "$python" -m pytest -q -p no:cacheprovider --junitxml="$out/tests.xml" tests/ops
+step tests 150 "$python" -m pytest -q -p no:cacheprovider --junitxml="$out/tests.xml" tests/ops
 if command -v compute-sanitizer >/dev/null; then
-  step sanitizer 100 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q -p no:cacheprovider tests/ops/test_image.py
+  step sanitizer 60 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q -p no:cacheprovider tests/ops/test_image.py
 else
   echo "== sanitizer: compute-sanitizer is not on PATH, not run"
 fi
-step tune 150 "$python" -m benchmarks.tune --output-dir "$out"
-step measure 200 "$python" -m benchmarks.gpu_check --output "$out/gpu.json" --tables "$out" --tests "$out/tests.xml"
+step tune 200 "$python" -m benchmarks.tune --output-dir "$out"
+step measure 120 "$python" -m benchmarks.gpu_check --output "$out/gpu.json" --tables "$out" --tests "$out/tests.xml"
+path=("$python" -m benchmarks.run encode --model llava-next-7b-encoder --image-size 672x672 --dtype bfloat16 --device cuda)
+LLAVA_FAST_BACKEND=triton step path-triton 100 "${path[@]}" --backend llava_fast,hf-eager,hf-compile --iters 50 \
+  --output-json "$out/path-triton.json"
+LLAVA_FAST_BACKEND=reference step path-reference 60 "${path[@]}" --backend llava_fast,hf-eager --iters 50 \
+  --output-json "$out/path-reference.json"
+tail -n 8 "$out"/path-*.log
 cat "$out/measure.log" | tail -n 40
 exit $failed

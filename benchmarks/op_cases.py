@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from llava_fast import ops
 from llava_fast.ops.mix_rows import TapUses
@@ -39,6 +40,7 @@ class OpCase:
     plain    the same in unfused PyTorch (cuBLAS), as a careful user would write it.
     exact    the op's reference in float64.
     kernels  the Triton kernels whose configuration decides its time; `rows` is what their tables are asked for.
+    comparable  whether `plain` gives the same result, or only does the part of the work it is timed against.
     """
 
     op: str
@@ -50,6 +52,7 @@ class OpCase:
     run: Callable[[], Tensor]
     plain: Callable[[], Tensor]
     exact: Callable[[], Tensor]
+    comparable: bool = True
 
 
 def cases(tiles: int, dtype: torch.dtype, device: str, widths: Widths) -> Iterator[OpCase]:
@@ -62,6 +65,13 @@ def cases(tiles: int, dtype: torch.dtype, device: str, widths: Widths) -> Iterat
         patch_embed_rows,
         patch_embed_gradients,
         patch_embed_rows_gradients,
+        layer_norm,
+        double_layer_norm,
+        layer_norm_gradients,
+        linear_act,
+        linear_act_gradients,
+        assemble_inputs,
+        assemble_inputs_gradients,
     ):
         torch.manual_seed(tiles)
         yield make(tiles, dtype, torch.device(device), widths)
@@ -125,7 +135,7 @@ def mix_rows(tiles: int, dtype: torch.dtype, device: torch.device, widths: Width
 
     def plain() -> Tensor:
         picture = rows.view(tiles, side, side, -1).permute(0, 3, 1, 2)
-        return torch.nn.functional.avg_pool2d(picture, 2).permute(0, 2, 3, 1).flatten(0, 2)
+        return F.avg_pool2d(picture, 2).permute(0, 2, 3, 1).flatten(0, 2)
 
     return OpCase(
         "mix_rows",
@@ -201,8 +211,8 @@ def _patches(
     planar = torch.randint(0, 256, (tiles, 3, widths.tile, widths.tile), dtype=torch.uint8, device=device)
     pixels = planar
     if rows:
-        pixels = torch.nn.functional.unfold(planar.float(), patch, stride=patch).transpose(1, 2).to(torch.uint8)
-        pixels = torch.nn.functional.pad(pixels, (0, -pixels.shape[2] % 16))
+        pixels = F.unfold(planar.float(), patch, stride=patch).transpose(1, 2).to(torch.uint8)
+        pixels = F.pad(pixels, (0, -pixels.shape[2] % 16))
     sizes = ((widths.vision, 3, patch, patch), (side * side + 1, widths.vision), (widths.vision,))
     weights = [torch.randn(size, dtype=dtype, device=device) / patch for size in sizes]
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -218,8 +228,208 @@ def _convolved(planar: Tensor, weights: list[Tensor], fixed: dict[str, Tensor]) 
     weight, position, class_row = weights
     mean, std = (fixed[name][:, None, None] for name in ("mean", "std"))
     pixels = ((planar / 255.0 - mean) / std).to(weight.dtype)
-    rows = torch.nn.functional.conv2d(pixels, weight, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
+    rows = F.conv2d(pixels, weight, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
     return torch.cat([class_row.expand(len(rows), 1, -1), rows], dim=1) + position
+
+
+def layer_norm(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
+    """A residual add and the LayerNorm after it, as between the parts of a layer."""
+    (x, residual), weights = _normed(tiles, dtype, device, widths)
+
+    def run(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.add_layer_norm(x, residual, weight, bias, 1e-5)[1]
+
+    return OpCase(
+        "add_layer_norm",
+        f"{tiles} tiles",
+        len(x),
+        9 * x.numel(),
+        4 * x.numel() * dtype.itemsize,
+        ("layer_norm_kernel",),
+        lambda: run(x, residual, *weights[:2]),
+        lambda: F.layer_norm(x + residual, x.shape[1:], *weights[:2]),
+        lambda: run(x.double(), residual.double(), *(weight.double() for weight in weights[:2])),
+    )
+
+
+def double_layer_norm(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
+    """CLIP's pre-LayerNorm and layer 0's."""
+    (x, _), weights = _normed(tiles, dtype, device, widths)
+
+    def run(x: Tensor, weights: list[Tensor]) -> Tensor:
+        return ops.double_layer_norm(x, weights[0], weights[1], 1e-5, weights[2], weights[3], 1e-5)[1]
+
+    def plain() -> Tensor:
+        return F.layer_norm(F.layer_norm(x, x.shape[1:], *weights[:2]), x.shape[1:], *weights[2:])
+
+    return OpCase(
+        "double_layer_norm",
+        f"{tiles} tiles",
+        len(x),
+        16 * x.numel(),
+        3 * x.numel() * dtype.itemsize,
+        ("double_layer_norm_kernel",),
+        lambda: run(x, weights),
+        plain,
+        lambda: run(x.double(), [weight.double() for weight in weights]),
+    )
+
+
+def layer_norm_gradients(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
+    """Both passes; what is compared is the gradient of x."""
+    (x, grad), weights = _normed(tiles, dtype, device, widths)
+
+    def gradient(norm: Callable, x: Tensor, grad: Tensor, weights: list[Tensor]) -> Tensor:
+        leaves = [leaf.detach().requires_grad_() for leaf in (x, *weights[:2])]
+        return torch.autograd.grad(norm(*leaves), leaves, grad)[0]
+
+    def fused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.layer_norm(x, weight, bias, 1e-5)
+
+    return OpCase(
+        "layer_norm_backward",
+        f"{tiles} tiles",
+        len(x),
+        19 * x.numel(),
+        5 * x.numel() * dtype.itemsize,  # the forward pass runs too
+        ("layer_norm_backward_kernel",),
+        lambda: gradient(fused, x, grad, weights),
+        lambda: gradient(lambda x, w, b: F.layer_norm(x, x.shape[1:], w, b), x, grad, weights),
+        lambda: gradient(fused, x.double(), grad.double(), [weight.double() for weight in weights]),
+    )
+
+
+def linear_act(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
+    """The first linear layer of CLIP's MLP with its quick-GELU."""
+    x, weight, bias = _linear(tiles, dtype, device, widths)
+    moved = (x.numel() + weight.numel() + len(x) * widths.mlp) * dtype.itemsize
+    return OpCase(
+        "linear_act",
+        f"{tiles} tiles",
+        len(x),
+        2 * x.numel() * widths.mlp,
+        moved,
+        ("gemm_kernel",),
+        lambda: ops.linear_act(x, weight, bias, "quick_gelu"),
+        lambda: _quick_gelu(F.linear(x, weight, bias)),
+        lambda: ops.linear_act(x.double(), weight.double(), bias.double(), "quick_gelu"),
+    )
+
+
+def linear_act_gradients(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
+    """Both passes; what is compared is the weight's gradient."""
+    given = _linear(tiles, dtype, device, widths)
+    grad = torch.randn(len(given[0]), widths.mlp, dtype=dtype, device=device)
+
+    def gradient(layer: Callable, given: list[Tensor], grad: Tensor) -> Tensor:
+        leaves = [leaf.detach().requires_grad_() for leaf in given]
+        return torch.autograd.grad(layer(*leaves), leaves, grad)[1]
+
+    def fused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.linear_act(x, weight, bias, "quick_gelu")
+
+    rows, width = given[0].shape
+    return OpCase(
+        "linear_act_backward",
+        f"{tiles} tiles",
+        rows,
+        6 * rows * width * widths.mlp,
+        (3 * rows * width + 3 * given[1].numel() + 5 * grad.numel()) * dtype.itemsize,
+        ("weight_gradient_kernel",),
+        lambda: gradient(fused, given, grad),
+        lambda: gradient(lambda x, w, b: _quick_gelu(F.linear(x, w, b)), given, grad),
+        lambda: gradient(fused, [t.double() for t in given], grad.double()),
+    )
+
+
+def assemble_inputs(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
+    """Kept rows through LLaVA-1.5's projector into their places; plain is the two bare products over the kept rows."""
+    place, features, kept, layers = _projected(tiles, dtype, device, widths)
+    source, row, tables, uses = place
+    weights, biases = layers[:2], layers[2:]
+    rows = features[kept.long()]
+
+    def run(features: Tensor, layers: list[Tensor], embedding: Tensor, constant: Tensor) -> Tensor:
+        return ops.assemble_inputs(features, kept, layers[:2], layers[2:], source, row, embedding, constant, uses)
+
+    def plain() -> Tensor:
+        return F.gelu(rows @ weights[0].T + biases[0]) @ weights[1].T + biases[1]
+
+    exact_tables = [table.double() for table in (tables[0], tables[2])]
+    products = 2 * len(kept) * widths.decoder * (widths.vision + widths.decoder)
+    moved = features.numel() + sum(w.numel() for w in weights) + (2 * len(kept) + len(source)) * widths.decoder
+    return OpCase(
+        "assemble_inputs",
+        f"{tiles} tiles",
+        len(kept),
+        products,
+        moved * dtype.itemsize,
+        ("gemm_kernel",),
+        lambda: run(features, layers, tables[0], tables[2]),
+        plain,
+        lambda: run(features.double(), [layer.double() for layer in layers], *exact_tables),
+        comparable=False,
+    )
+
+
+def assemble_inputs_gradients(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
+    """Both passes of a trained projector over frozen features; what is compared is the first weight's gradient."""
+    place, features, kept, layers = _projected(tiles, dtype, device, widths)
+    source, row, tables, uses = place
+    grad = torch.randn(len(source), widths.decoder, dtype=dtype, device=device)
+
+    def gradient(features: Tensor, layers: list[Tensor], tables: list[Tensor], grad: Tensor, plain: bool) -> Tensor:
+        leaves = [layer.detach().requires_grad_() for layer in layers]
+        if plain:
+            hidden = F.gelu(F.linear(features[kept.long()], leaves[0], leaves[2]))
+            out, grad = F.linear(hidden, leaves[1], leaves[3]), grad[uses.visual_place.long()]
+        else:
+            out = ops.assemble_inputs(features, kept, leaves[:2], leaves[2:], source, row, tables[0], tables[2], uses)
+        return torch.autograd.grad(out, leaves, grad)[0]
+
+    exact = [[each.double() for each in group] for group in (layers, tables)]
+    forward = 2 * len(kept) * widths.decoder * (widths.vision + widths.decoder)
+    return OpCase(
+        "assemble_inputs_backward",
+        f"{tiles} tiles",
+        len(kept),
+        2 * forward + 2 * len(kept) * widths.decoder**2,
+        (2 * features.numel() + 4 * sum(w.numel() for w in layers[:2]) + 4 * grad.numel()) * dtype.itemsize,
+        ("weight_gradient_kernel",),
+        lambda: gradient(features, layers, tables, grad, False),
+        lambda: gradient(features, layers, tables, grad, True),
+        lambda: gradient(features.double(), exact[0], exact[1], grad.double(), False),
+    )
+
+
+def _normed(
+    tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths
+) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
+    """Two tables of rows, and weight and bias of two LayerNorms."""
+    rows = tiles * ROWS_PER_TILE
+    x, other = (torch.randn(rows, widths.vision, dtype=dtype, device=device) for _ in range(2))
+    return (x, other), [torch.randn(widths.vision, dtype=dtype, device=device) for _ in range(4)]
+
+
+def _linear(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> list[Tensor]:
+    """x, weight, bias of the MLP's first layer."""
+    sizes = ((tiles * ROWS_PER_TILE, widths.vision), (widths.mlp, widths.vision), (widths.mlp,))
+    x, weight, bias = (torch.randn(size, dtype=dtype, device=device) for size in sizes)
+    return [x, weight / widths.vision**0.5, bias]
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _projected(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths):
+    """(placement as of token_pack, features, kept, [weight, weight, bias, bias])."""
+    place = _placement(tiles, dtype, device, widths)
+    features = torch.randn(tiles * ROWS_PER_TILE, widths.vision, dtype=dtype, device=device)
+    kept = torch.arange(tiles * ROWS_PER_TILE).view(tiles, ROWS_PER_TILE)[:, 1:].flatten().int().to(device)
+    sizes = ((widths.decoder, widths.vision), (widths.decoder, widths.decoder), (widths.decoder,), (widths.decoder,))
+    layers = [torch.randn(size, dtype=dtype, device=device) / size[-1] ** 0.5 for size in sizes]
+    return place, features, kept, layers
 
 
 def _placement(

@@ -60,6 +60,17 @@ SHAPES = {
         Shape("tiny", False, True, tile=48, patch=8, pinpoints=PINPOINTS_48, **_TINY),
         Shape("llava-1.5-7b", True, False, tile=336, patch=14, **_CLIP_L, **_LLAMA_7B),
         Shape("llava-next-7b", True, True, tile=336, patch=14, pinpoints=PINPOINTS_336, **_CLIP_L, **_LLAMA_7B),
+        # The whole tower and projector, and a decoder of one layer, for suites that stop before the decoder.
+        Shape(
+            "llava-next-7b-encoder",
+            True,
+            True,
+            tile=336,
+            patch=14,
+            pinpoints=PINPOINTS_336,
+            **_CLIP_L,
+            **_LLAMA_7B | {"layers": 1},
+        ),
     )
 }
 

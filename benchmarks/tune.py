@@ -8,8 +8,12 @@ than the cache. The table is named for the GPU (a100, h100, h200) and is only da
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -25,23 +29,32 @@ TILES = (1, 5, 40)
 ROW_BLOCKS = [{"BLOCK": block, "num_warps": warps} for block in (512, 1024, 2048, 4096) for warps in (2, 4, 8)]
 PRODUCTS = [
     {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
-    for m, n, warps in ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8))
-    for k in (32, 64, 128)
-    for stages in (2, 3, 4)
+    for m, n, k, warps, stages in (
+        (64, 64, 64, 4, 4),
+        (64, 128, 64, 4, 4),
+        (128, 64, 64, 4, 4),
+        (128, 128, 32, 4, 4),
+        (128, 128, 64, 4, 3),
+        (128, 128, 64, 8, 3),
+        (128, 128, 64, 8, 4),
+        (64, 256, 64, 8, 3),
+        (128, 256, 64, 8, 3),
+    )
 ]
+WEIGHT_GRADIENTS = [config for config in PRODUCTS if config["BLOCK_M"] * config["BLOCK_N"] <= 128 * 128]
 CANDIDATES: dict[str, list[Config]] = {
     "pack_kernel": ROW_BLOCKS,
     "take_rows_kernel": ROW_BLOCKS,
     "mix_kernel": [config for config in ROW_BLOCKS if config["BLOCK"] <= 2048],
+    "layer_norm_kernel": [{"num_warps": warps} for warps in (1, 2, 4, 8)],
+    "double_layer_norm_kernel": [{"num_warps": warps} for warps in (1, 2, 4, 8)],
+    "layer_norm_backward_kernel": [{"num_warps": warps} for warps in (2, 4, 8, 16)],
+    "gemm_kernel": [{**config, "GROUP": 8} for config in PRODUCTS],
+    "weight_gradient_kernel": [{**config, "GROUP": 8} for config in WEIGHT_GRADIENTS],
     **dict.fromkeys(("patch_embed_kernel", "patch_embed_kernel_rows"), PRODUCTS),
     **dict.fromkeys(
         ("patch_weight_gradient_kernel", "patch_weight_gradient_kernel_rows"),
-        [
-            {**config, "PARTS": parts}
-            for config in PRODUCTS
-            for parts in (2, 8, 32)
-            if config["BLOCK_K"] < 128 and config["num_stages"] > 2
-        ],
+        [{**config, "PARTS": parts} for config in WEIGHT_GRADIENTS for parts in (4, 16)],
     ),
 }
 
@@ -97,12 +110,39 @@ def write_table(entries: dict[str, list[dict]], path: Path) -> None:
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
+def compile_all(share: int, shares: int) -> None:
+    """Run every `shares`-th candidate once, so that the compiler's cache on disk holds it before anything is timed."""
+    work = [
+        (case, kernel, candidate)
+        for case in cases(TILES[0], torch.bfloat16, "cuda", Widths())
+        for kernel in case.kernels
+        for candidate in CANDIDATES[kernel]
+    ]
+    for case, kernel, candidate in work[share::shares]:
+        with triton_support.forced({kernel: candidate}), use_backend("triton"), contextlib.suppress(Exception):
+            case.run()
+    torch.cuda.synchronize()
+
+
+def compile_in_parallel(processes: int) -> None:
+    """`compile_all` in so many processes: compiling takes the processor, not the GPU."""
+    command = [sys.executable, "-m", "benchmarks.tune", "--shares", str(processes), "--share"]
+    for process in [subprocess.Popen([*command, str(number)]) for number in range(processes)]:
+        process.wait()
+
+
 def main(
     output_dir: Annotated[Path, typer.Option(help="Where <gpu>.json is written.")] = Path("llava_fast/ops/tuned"),
+    share: Annotated[int, typer.Option(hidden=True)] = -1,
+    shares: Annotated[int, typer.Option(hidden=True)] = 1,
 ) -> None:
     """Tune every kernel in bfloat16 on the present GPU and write its table."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("tuning needs a CUDA GPU, and none is usable here")
+    if share >= 0:
+        compile_all(share, shares)
+        return
+    compile_in_parallel(min(12, os.cpu_count() or 1))
     kind = triton_support.device_kind(torch.device("cuda"))
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / f"{kind if kind != 'default' else 'other'}.json"
