@@ -14,12 +14,14 @@ from llava_fast.models import layer_norms, merged_linear
 from llava_fast.models.merged_linear import MergingModule
 from llava_fast.ops import use_backend
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ["llava15", "llava15_layers", "next_first_layer", "onevision"]
 
 
 def tower_and_tiles(name: str):
     model = tiny.pair(name).ours
-    return copy.deepcopy(model.vision_tower), torch.from_numpy(model.processor.tiles(tiny.picture(60, 90)))[:2]
+    tiles = torch.from_numpy(model.processor.tiles(tiny.picture(60, 90)))[:2]
+    return copy.deepcopy(model.vision_tower).to(DEVICE), tiles.to(DEVICE)
 
 
 @pytest.mark.parametrize("name", NAMES)
