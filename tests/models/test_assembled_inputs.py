@@ -6,7 +6,9 @@ import tiny
 import torch
 from torch import nn
 
+from llava_fast.inputs.buckets import bucket_of
 from llava_fast.models import llava
+from llava_fast.models.encode_graphs import filled_batch
 from llava_fast.ops import use_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,6 +57,17 @@ def test_one_op_gives_what_the_steps_give(case):
     assert calls == [1] and len(found) >= 8
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_fillers_of_a_bucket_change_nothing(case):
+    model, batch, calls = case
+    bucket = bucket_of(batch.plan)
+    filled = filled_batch(batch, bucket)
+    assert len(filled.plan.column("kept")) > len(batch.plan.column("kept"))
+    with use_backend("triton"), torch.no_grad():
+        expected, found = model.inputs_embeds(batch), model.inputs_embeds(filled)
+    assert len(calls) == 2 and len(found) == bucket.rows
+    assert torch.equal(found[: len(expected)], expected) and not found[len(expected) :].any()
 
 
 @pytest.mark.parametrize("what", ["layers.0", "layers.1", "layers", ""])
