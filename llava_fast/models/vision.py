@@ -6,6 +6,8 @@ transformers' CLIPVisionModel and SiglipVisionModel. Sources: Radford et al. 202
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -92,6 +94,13 @@ class VisionEncoder(nn.Module):
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_layers))
 
 
+@functools.cache
+def on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 values, copied to a device once: a copy a call would make the GPU wait, and no graph could hold it."""
+    with torch.inference_mode(False):  # so that a later training step may keep them
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+
 class VisionTower(nn.Module):
     """uint8 tiles (or normalised float ones) to the selected ViT features.
 
@@ -113,7 +122,7 @@ class VisionTower(nn.Module):
         like = self.embeddings.position_embedding.weight
         if tiles.is_floating_point():
             tiles = tiles.to(like.dtype)
-        mean, std = (like.new_tensor(v, dtype=torch.float32) for v in (config.image_mean, config.image_std))
+        mean, std = (on_device(tuple(v), like.device) for v in (config.image_mean, config.image_std))
         x_TNC = self.embeddings(tiles, mean, std)
         pending: Pending = self.pre_layrnorm if config.has_class_row else None
         wanted = [layer if layer >= 0 else config.num_layers + 1 + layer for layer in config.feature_layers]
