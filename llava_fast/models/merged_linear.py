@@ -27,13 +27,15 @@ class MergingModule(nn.Module):
     """
 
     def run_linears(self, x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
-        """The results of `linears` for one x [..., in features]: by one product if all are plain, or by their calls."""
-        if backend.requested() != "triton" or not _can_be_joined(linears):
+        """The results of `linears` for one x [..., in features]: by one product if all are plain, else (or when
+        torch.compile traces) by their calls."""
+        if torch.compiler.is_compiling() or backend.requested() != "triton" or not _can_be_joined(linears):
             _forget(self)
             return tuple(linear(x) for linear in linears)
         weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
         parts = weights if biases[0] is None else weights + biases
-        if _is_recorded(x) or any(part.requires_grad or part.is_inference() for part in parts):
+        captured = x.is_cuda and torch.cuda.is_current_stream_capturing()  # and replayed when what is kept may be gone
+        if captured or any(part.requires_grad or part.is_inference() for part in parts):
             _forget(self)
             weight, bias = _join(weights, biases)
         else:
@@ -76,15 +78,10 @@ def _can_be_joined(linears: tuple[nn.Module, ...]) -> bool:
     )
 
 
-def _is_recorded(x: Tensor) -> bool:
-    """Whether this call is recorded, to be replayed when what is kept now may long be gone."""
-    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
 def _join(weights: list[Tensor], biases: list) -> tuple[Tensor, Tensor | None]:
     return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
 
 
 def _forget(module: MergingModule) -> None:
-    if _joined and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and _joined:
         _joined.pop(module, None)

@@ -100,6 +100,17 @@ def check_own_forwards(tower, tiles):
     assert torch.isfinite(tower(tiles)).all()
 
 
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_the_tower_compiles_as_one_graph(backend):
+    tower, tiles = tower_and_tiles("llava15")
+    weight = tower.encoder.layers[0].layer_norm1.weight
+    with use_backend(backend):
+        found, expected = torch.compile(tower, fullgraph=True, backend="aot_eager")(tiles), tower(tiles)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        gradients = [torch.autograd.grad(features.square().sum(), weight)[0] for features in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
 class Pair(MergingModule):
     """Two Linears of one input."""
 
