@@ -11,7 +11,7 @@ import torch
 
 import llava_fast
 from llava_fast import _C
-from llava_fast.ops import backend  # importing the package registers every op
+from llava_fast.ops import backend, triton_support  # importing the package registers every op
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "pillow", "numpy", "xformers", "av")
 
@@ -32,9 +32,13 @@ def report() -> str:
         f"CUDA kernels are {'usable' if _C.has_cuda() else 'not usable'} here"
     )
     lines += ["", f"ops (LLAVA_FAST_BACKEND={os.environ.get('LLAVA_FAST_BACKEND', 'auto')})"]
+    width = max(map(len, backend.served()))
     for name, backends in sorted(backend.served().items()):
         has = "; ".join(f"{kind} ({devices})" for kind, devices in backends.items())
-        lines.append(f"  {name:<13} on a CPU: {_choice(name, 'cpu')}; on CUDA: {_choice(name, 'cuda')}; has {has}")
+        lines.append(f"  {name:<{width}} on a CPU: {_choice(name, 'cpu')}; on CUDA: {_choice(name, 'cuda')}; has {has}")
+    kind = triton_support.device_kind(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    measured = "measured on it" if triton_support.table(kind) and kind != "default" else "starting values, not measured"
+    lines.append(f"  Launch configurations of the Triton kernels: the table of {kind!r} ({measured})")
     lines.append("  An op takes a kernel by itself only where a committed result proved it. No GPU result exists yet.")
     return "\n".join(lines)
 
