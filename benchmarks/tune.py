@@ -37,8 +37,6 @@ PRODUCTS = [
         (128, 128, 64, 4, 3),
         (128, 128, 64, 8, 3),
         (128, 128, 64, 8, 4),
-        (64, 256, 64, 8, 3),
-        (128, 256, 64, 8, 3),
     )
 ]
 WEIGHT_GRADIENTS = [config for config in PRODUCTS if config["BLOCK_M"] * config["BLOCK_N"] <= 128 * 128]

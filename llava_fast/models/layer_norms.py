@@ -7,7 +7,6 @@ runs those same steps costs 20 microseconds of a call, which a small tower on a 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from llava_fast.models.modules import is_plain
@@ -26,8 +25,7 @@ def finish(x: Tensor, pending: Pending) -> Tensor:
 def finish_and_norm(x: Tensor, pending: Pending, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """(s, norm(s)) where s is x after its pending step. A norm that is wrapped or hooked runs its own forward."""
     adds = isinstance(pending, Tensor)
-    # A compiled graph takes the ops, which look at the backend whenever they run.
-    fuses = torch.compiler.is_compiling() or backend.choose("layer_norm", x.device.type) != "reference"
+    fuses = backend.fuses("layer_norm", x.device.type)
     if not (fuses and _is_plain_norm(norm) and (pending is None or adds or _is_plain_norm(pending))):
         s = finish(x, pending)
         return s, norm(s)

@@ -109,7 +109,7 @@ class LlavaModel(nn.Module):
         constant = self.image_newline[None] if self.config.has_newline else table[:0]
         uses = batch.row_uses(len(constant))
         fused = batch.plan.tiles and not batch.plan.mixes and is_plain(embed, nn.Embedding)
-        if fused and backend.choose("assemble_inputs", table.device.type) != "reference":
+        if fused and backend.fuses("assemble_inputs", table.device.type):
             parts = self.projector.plain_weights()
             if parts is not None:
                 features, activation = self.vision_tower(batch.tiles).flatten(0, 1), self.config.projector.activation

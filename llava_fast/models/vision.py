@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from llava_fast.models.activations import ACTIVATIONS
 from llava_fast.models.config import VisionConfig
 from llava_fast.models.layer_norms import Pending, finish, finish_and_norm
-from llava_fast.models.merged_linear import MergingModule
+from llava_fast.models.merged_linear import run_linears
 from llava_fast.models.modules import is_plain
-from llava_fast.ops import patch_embed
+from llava_fast.ops import backend, linear_act, patch_embed
 
 
 class VisionEmbeddings(nn.Module):
@@ -43,7 +43,7 @@ class VisionEmbeddings(nn.Module):
         return rows + position
 
 
-class VisionAttention(MergingModule):
+class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         width = config.hidden_size
@@ -52,7 +52,7 @@ class VisionAttention(MergingModule):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x_TNC: Tensor) -> Tensor:
-        projected = self.run_linears(x_TNC, self.q_proj, self.k_proj, self.v_proj)
+        projected = run_linears(x_TNC, self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (rows.unflatten(-1, (self.heads, -1)).transpose(1, 2) for rows in projected)
         out_THND = F.scaled_dot_product_attention(query, key, value)
         return self.out_proj(out_THND.transpose(1, 2).flatten(2))
@@ -63,10 +63,13 @@ class VisionMLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
+        fc1 = self.fc1
+        if backend.fuses("linear_act", x.device.type) and is_plain(fc1, nn.Linear):
+            return self.fc2(linear_act(x, fc1.weight, fc1.bias, self.activation))
+        return self.fc2(ACTIVATIONS[self.activation](fc1(x)))
 
 
 class VisionLayer(nn.Module):

@@ -74,8 +74,8 @@ def test_tables_that_are_views_are_handled(backend, poisoned):
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_the_order_of_a_long_sum_is_fixed(backend):
-    """Thousands of newlines: float32 sums within a few roundings, and the same bits again."""
-    source, row, uses = planned(2, 3, 5000)
+    """A thousand newlines: float32 sums within a few roundings, and the same bits again."""
+    source, row, uses = planned(2, 3, 1000)
     tables = [torch.randn(n, 16, device=DEVICE) for n in (VOCABULARY, 3, 1)]
     check_op(token_pack, [source, row, *tables, uses], [4], backend)
     tables[2].requires_grad_()
