@@ -1,0 +1,147 @@
+"""FastProcessor gives what transformers' PIL processors give: every field, every bit."""
+
+import pickle
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, LlavaNextProcessor, LlavaProcessor
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from llava_fast.errors import CheckpointError
+from llava_fast.integrations.processor import FastProcessor
+
+STOCK = {"llava15": LlavaProcessor, "next": LlavaNextProcessor}
+SIZES = [(1, 1), (1, 300), (300, 1), (48, 48), (56, 56), (97, 31), (31, 97), (200, 201), (333, 250), (640, 17)]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Name -> a directory with the configuration and the stock processor's files."""
+    found = {}
+    for name in STOCK:
+        folder = tmp_path_factory.mktemp(name)
+        tiny.hf_model(tiny.CASES[name]).config.save_pretrained(folder)
+        tiny.hf_processor(tiny.CASES[name]).save_pretrained(folder)
+        found[name] = folder
+    return found
+
+
+def stock(name):
+    return tiny.hf_processor(tiny.CASES[name])
+
+
+def assert_same(found, expected):
+    assert list(found) == list(expected)
+    for field in expected:
+        assert found[field].dtype == expected[field].dtype, field
+        assert torch.equal(found[field], expected[field]), field
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_every_field_and_every_bit(name, checkpoints):
+    fast = FastProcessor.from_pretrained(checkpoints[name])
+    assert isinstance(fast, STOCK[name])
+    rng = np.random.default_rng(0)
+    sizes = SIZES + [tuple(rng.integers(2, 400, 2)) for _ in range(30)]
+    for first in range(0, len(sizes), 5):
+        part = [Image.fromarray(tiny.picture(*size)) for size in sizes[first : first + 5]]
+        text = [f"<image> number {i}" for i in range(len(part))]
+        options = {"images": part, "text": text, "padding": True, "return_tensors": "pt"}
+        assert_same(fast(**options), stock(name)(**options))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "CMYK", "LA", "I;16"])
+@pytest.mark.parametrize("name", STOCK)
+def test_modes_and_arrays(name, mode, checkpoints):
+    fast, picture = FastProcessor.from_pretrained(checkpoints[name]), Image.fromarray(tiny.picture(60, 90))
+    picture = (
+        Image.fromarray(tiny.picture(60, 90)[..., 0].astype(np.uint16)) if mode == "I;16" else picture.convert(mode)
+    )
+    options = {"text": "<image> what", "return_tensors": "pt"}
+    assert_same(fast(images=picture, **options), stock(name)(images=picture, **options))
+    array = tiny.picture(50, 40)
+    assert_same(fast(images=[array], **options), stock(name)(images=[array], **options))
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    assert_same(fast(images=[tensor], **options), stock(name)(images=[tensor], **options))
+
+
+@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"resample": 2},
+        {"do_center_crop": False},
+        {"image_mean": [0.5] * 3},
+    ],
+    ids=str,
+)
+def test_other_settings_give_what_transformers_gives(name, settings, checkpoints):
+    fast, expected = FastProcessor.from_pretrained(checkpoints[name]), stock(name)
+    images = [Image.fromarray(tiny.picture(64, 64)) for _ in range(2)]
+    found = fast.image_processor(images, return_tensors="pt", **settings)
+    assert_same(found, expected.image_processor(images, return_tensors="pt", **settings))
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_uint8_tiles_are_the_same_before_normalisation(name, checkpoints):
+    fast = FastProcessor.from_pretrained(checkpoints[name], output="uint8", threads=1)
+    options = {"images": [tiny.picture(40, 90), tiny.picture(70, 30)], "text": ["<image> a", "<image> b"]}
+    options |= {"padding": True, "return_tensors": "pt"}
+    found, expected = fast(**options), stock(name)(**options)
+    assert "pixel_values" not in found and found["pixel_values_uint8"].dtype == torch.uint8
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in (fast.image_processor.image_mean, fast.image_processor.image_std)
+    )
+    normalised = (found["pixel_values_uint8"] / 255 - mean) / std
+    real = expected["pixel_values"].flatten(-3).any(-1)  # tiles, without those that only fill up
+    torch.testing.assert_close(normalised[real], expected["pixel_values"][real], rtol=1e-5, atol=1e-5)
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+    with pytest.raises(ValueError, match="output='uint8'"):
+        fast.image_processor([tiny.picture(9, 9)], do_normalize=False)
+
+
+def test_llavas_padded_square(checkpoints):
+    settings = {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}, "do_pad": True}
+    expected = LlavaImageProcessorPil(**settings)
+    folder = checkpoints["llava15"].parent / "padded"
+    tiny.hf_model(tiny.CASES["llava15"]).config.save_pretrained(folder)
+    LlavaProcessor(expected, tiny.tokenizer(), patch_size=8, vision_feature_select_strategy="default").save_pretrained(
+        folder
+    )
+    fast = FastProcessor.from_pretrained(folder)
+    for size in SIZES[3:]:
+        image = Image.fromarray(tiny.picture(*size))
+        assert_same(fast.image_processor(image, return_tensors="pt"), expected(image, return_tensors="pt"))
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_pickled_saved_and_templated(name, checkpoints, tmp_path):
+    fast = FastProcessor.from_pretrained(checkpoints[name], output="uint8", threads=1)
+    again = pickle.loads(pickle.dumps(fast))
+    image = tiny.picture(40, 90)
+    options = {"images": image, "text": "<image> a", "return_tensors": "pt"}
+    assert_same(again(**options), fast(**options))
+    fast.save_pretrained(tmp_path)
+    text = "".join(path.read_text() for path in tmp_path.glob("*config.json"))
+    assert "Fast" not in text and "threads" not in text
+    loaded = STOCK[name](
+        image_processor=type(stock(name).image_processor).from_pretrained(tmp_path),
+        tokenizer=AutoTokenizer.from_pretrained(tmp_path),
+        patch_size=fast.patch_size,
+        vision_feature_select_strategy=fast.vision_feature_select_strategy,
+        num_additional_image_tokens=fast.num_additional_image_tokens,
+    )
+    assert_same(loaded(**options), stock(name)(**options))
+
+
+def test_what_is_not_served_says_so(checkpoints, tmp_path):
+    with pytest.raises(ValueError, match="output must be one of"):
+        FastProcessor.from_pretrained(checkpoints["next"], output="bfloat16")
+    tiny.hf_model(tiny.CASES["onevision"]).config.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="'llava_onevision'"):
+        FastProcessor.from_pretrained(tmp_path)
