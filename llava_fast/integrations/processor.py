@@ -58,7 +58,7 @@ class FastTiles:
         made = [self._tiles(image, geometry) for image in images]
         if self.output == "float32":
             levels = self._levels(settings)
-            made = [np.stack([levels[c][tiles[:, c]] for c in range(3)], axis=1) for tiles in made]
+            made = [normalised(tiles, levels) for tiles in made]
         return self._packed(made, [image.shape[-2:] for image in images], settings)
 
     def _tiles(self, image: np.ndarray, geometry: VisualGeometry) -> np.ndarray:
@@ -71,6 +71,15 @@ class FastTiles:
         every = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
         rescaled = self.rescale(every, settings["rescale_factor"])
         return self.normalize(rescaled, settings["image_mean"], settings["image_std"])[:, 0]
+
+
+def normalised(tiles: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """uint8 [tiles, 3, T, T] through a table [3, 256] of each channel's values."""
+    out = np.empty(tiles.shape, levels.dtype)
+    for tile, made in zip(tiles, out, strict=True):
+        for channel in range(3):
+            np.take(levels[channel], tile[channel], out=made[channel], mode="clip")  # "clip" writes without a buffer
+    return out
 
 
 def square_tile(settings: dict[str, Any]) -> int | None:
