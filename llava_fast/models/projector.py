@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from llava_fast.models.activations import ACTIVATIONS
 from llava_fast.models.config import ProjectorConfig
 from llava_fast.models.modules import is_plain
+from llava_fast.ops.activations import ACTIVATIONS
 
 
 class Activation(nn.Module):

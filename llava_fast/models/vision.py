@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llava_fast.models.activations import ACTIVATIONS
 from llava_fast.models.config import VisionConfig
 from llava_fast.models.layer_norms import Pending, finish, finish_and_norm
 from llava_fast.models.merged_linear import run_linears
 from llava_fast.models.modules import is_plain
 from llava_fast.ops import backend, linear_act, patch_embed
+from llava_fast.ops.activations import ACTIVATIONS
 
 
 class VisionEmbeddings(nn.Module):
