@@ -1,17 +1,21 @@
-# make demo: train and run a tiny LLaVA end to end. make test: lint, types, tests. Both install into .venv once.
+# make demo: run a tiny trained LLaVA end to end. make test: lint, types, tests. Both install into .venv once.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 NATIVE := $(shell find csrc -type f)
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# Run once more with the oldest transformers that is supported (constraints-oldest.txt).
+WITH_OLDEST := tests/test_parity_logits.py tests/checkpoints/test_checkpoint_load.py tests/integrations
 
 .PHONY: demo test lint check-kernels clean
 
 demo: .venv/demo.stamp
 	$(BIN)/llava-fast demo
 
-test: .venv/test.stamp lint
+test: .venv/test.stamp .venv/oldest.stamp lint
 	$(BIN)/python -m benchmarks.check_kernels
 	$(BIN)/python -m pytest
+	PYTHONPATH=.venv/oldest $(BIN)/python -m pytest $(WITH_OLDEST)
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
@@ -27,6 +31,10 @@ clean:
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
+
+.venv/oldest.stamp: .venv/test.stamp constraints-oldest.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/oldest -r constraints-oldest.txt
+	touch $@
 
 # The compiled module is built by the install, so a changed source in csrc installs again.
 .venv/%.stamp: $(BIN)/python pyproject.toml setup.py constraints.txt $(NATIVE)

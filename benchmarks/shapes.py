@@ -14,7 +14,7 @@ from typing import Any
 IMAGE_TOKEN = "<image>"
 SPECIAL = ("<pad>", "<s>", "</s>", IMAGE_TOKEN)
 PINPOINTS_336 = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-PINPOINTS_48 = [[48, 96], [96, 48], [96, 96], [48, 144], [144, 48]]
+PINPOINTS_32 = [[32, 64], [64, 32], [64, 64], [32, 96], [96, 32]]
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ _LLAMA_7B = {
     "vocabulary": 32064,
     "context": 4096,
 }
-_TINY = {"vision_width": 128, "vision_mlp": 512, "vision_layers": 3, "vision_heads": 4}
+_TINY = {"vision_width": 128, "vision_mlp": 512, "vision_layers": 3, "vision_heads": 8}
 _TINY |= {"width": 128, "mlp": 352, "layers": 4, "heads": 4, "kv_heads": 2, "vocabulary": 352, "context": 1024}
 
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("tiny", False, True, tile=48, patch=8, pinpoints=PINPOINTS_48, **_TINY),
+        Shape("tiny", False, True, tile=32, patch=4, pinpoints=PINPOINTS_32, **_TINY),
         Shape("llava-1.5-7b", True, False, tile=336, patch=14, **_CLIP_L, **_LLAMA_7B),
         Shape("llava-next-7b", True, True, tile=336, patch=14, pinpoints=PINPOINTS_336, **_CLIP_L, **_LLAMA_7B),
         # The whole tower and projector, and a decoder of one layer, for suites that stop before the decoder.
