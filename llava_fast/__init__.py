@@ -10,14 +10,17 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from llava_fast.api import count_tokens, load
     from llava_fast.checkpoints.save import save
+    from llava_fast.integrations.transformers import accelerate, restore
 
 _HOMES = {
     "load": "llava_fast.api",
     "count_tokens": "llava_fast.api",
     "save": "llava_fast.checkpoints.save",
+    "accelerate": "llava_fast.integrations.transformers",
+    "restore": "llava_fast.integrations.transformers",
 }
 
-__all__ = ["__version__", "count_tokens", "load", "save"]
+__all__ = ["__version__", "accelerate", "count_tokens", "load", "restore", "save"]
 
 
 def __getattr__(name: str):

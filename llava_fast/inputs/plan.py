@@ -148,7 +148,7 @@ def build_plan(
     columns["kept"], columns["tile_of_kept"] = kept, kept // max(rows_per_tile, 1)
     columns["boundaries"] = boundaries
     columns["last_row"] = np.array([s + n - 1 for s, n in zip(boundaries[:-1], lengths, strict=True)], np.int32)
-    columns |= _supervision(columns) | _text_segments(columns) | _other_uses(columns, visual_rows) | mix_columns
+    columns |= _supervision(columns) | row_uses_columns(columns, visual_rows) | mix_columns
     flat, sections = pack_columns(columns)
     return TokenPlan(layout, lengths, visual.tiles, total, mixes, flat, sections)
 
@@ -245,6 +245,11 @@ def _supervision(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     label, sequence = columns["label"], columns["sequence"]
     row = np.flatnonzero((label[1:] != IGNORE) & (sequence[1:] == sequence[:-1])).astype(np.int32)
     return {"supervised_row": row, "supervised_target": label[1:][row]}
+
+
+def row_uses_columns(columns: dict[str, np.ndarray], visual_rows: int) -> dict[str, np.ndarray]:
+    """The placement that columns "source" and "row" give, the other way round (see ops.token_pack.RowUses)."""
+    return _text_segments(columns) | _other_uses(columns, visual_rows)
 
 
 def _text_segments(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

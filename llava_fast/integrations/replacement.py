@@ -1,0 +1,70 @@
+"""Replacing a method of one object, so that deepcopy and pickle carry the replacement over to the copy's own weights.
+
+A replacement is `functools.partial(function, module)` of a module-level function in the instance's own dict. A closure
+would go on using the weights it was made with; a bound method cannot be pickled inside the object it is bound to.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+logger = logging.getLogger("llava_fast.integrations")
+TOLD = "_llava_fast_told"
+
+
+def replace(module: nn.Module, name: str, function: Callable[..., Any]) -> bool:
+    """Let `module.name(...)` be `function(module, ...)`, under the signature of the method it replaces (Trainer and
+    generate read it). False, and nothing done, if something else has replaced it already."""
+    if name in vars(module):
+        return is_replaced(module, name)
+    bound = functools.partial(function, module)
+    bound.__signature__ = stock_signature(type(module), name)  # type: ignore[attr-defined]
+    setattr(module, name, bound)
+    return True
+
+
+def is_replaced(module: nn.Module, name: str) -> bool:
+    """Whether `module.name` is one of this package's replacements, and no one has wrapped it since."""
+    found = vars(module).get(name)
+    return isinstance(found, functools.partial) and found.func.__module__.startswith("llava_fast.")
+
+
+def put_back(module: nn.Module, name: str) -> bool:
+    """Undo `replace`; False if it was not replaced, or something has wrapped the replacement."""
+    if not is_replaced(module, name):
+        return False
+    delattr(module, name)
+    return True
+
+
+@functools.lru_cache(maxsize=256)
+def stock_signature(kind: type, name: str) -> inspect.Signature:
+    """The signature of a method as its instances show it, without annotations (not all of them can be pickled)."""
+    _, *parameters = inspect.signature(getattr(kind, name)).parameters.values()
+    return inspect.Signature([parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters])
+
+
+def by_name(module: nn.Module, name: str, args: tuple, kwargs: dict) -> dict:
+    """All arguments of a call by their names."""
+    if not args:
+        return kwargs
+    return dict(zip(stock_signature(type(module), name).parameters, args, strict=False)) | kwargs
+
+
+def stock(module: nn.Module, name: str, given: dict) -> Any:
+    """Call the method that was replaced."""
+    return getattr(type(module), name)(module, **given)
+
+
+def tell_stock(module: nn.Module, what: str, why: str) -> None:
+    """Log that a call takes the stock path, once for each reason."""
+    told = vars(module).setdefault(TOLD, set())
+    if why not in told:
+        told.add(why)
+        logger.warning("%s takes the stock path: %s", what, why)
