@@ -17,6 +17,7 @@ from llava_fast.errors import LlavaFastError
 
 BACKENDS = ("auto", "triton", "native", "reference")
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("llava_fast_backend", default=None)
+_open: dict[object, str] = {}  # the choices of all blocks that are open, in any thread
 _served: dict[str, dict[str, str]] = {}
 _proven: dict[tuple[str, str], str] = {}
 
@@ -39,17 +40,24 @@ def served() -> dict[str, dict[str, str]]:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the ops called inside the block on backend `name` ("auto", "triton", "native", "reference")."""
-    token = _chosen.set(_checked(name))
+    """Run the ops called inside the block on backend `name` ("auto", "triton", "native", "reference").
+
+    A thread without a block of its own follows the latest that is open: autograd runs a CUDA backward pass on threads
+    of its own, to which no context comes.
+    """
+    token, block = _chosen.set(_checked(name)), object()
+    _open[block] = name
     try:
         yield
     finally:
+        del _open[block]
         _chosen.reset(token)
 
 
 def requested() -> str:
     """The backend asked for, by `use_backend` or LLAVA_FAST_BACKEND; "auto" when none is."""
-    return _chosen.get() or _checked(os.environ.get("LLAVA_FAST_BACKEND", "auto"))
+    anywhere = [*_open.values()][-1:]
+    return _chosen.get() or (anywhere[0] if anywhere else _checked(os.environ.get("LLAVA_FAST_BACKEND", "auto")))
 
 
 def choose(op: str, device: str = "", unfit: Mapping[str, str | None] | None = None) -> str:

@@ -91,3 +91,15 @@ def test_shapes_that_do_not_fit_are_refused():
             linear_cross_entropy(*args)
     with pytest.raises(ValueError, match="vocabulary"):
         linear_cross_entropy(hidden, weight, target, bias[:3])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_views_lie_as_the_fake_kernel_says(backend):
+    hidden, weight, target, _ = inputs(7, bias=False)
+    view = hidden.T.contiguous().T.requires_grad_()
+    assert not view.is_contiguous()
+    with use_backend(backend):
+        loss = linear_cross_entropy(view, weight, target)
+        op = torch.ops.llava_fast.linear_cross_entropy_backward.default
+        given = (loss.detach(), view.detach(), weight, target, None, loss.detach(), [True, True, False])
+        torch.library.opcheck(op, given, test_utils="test_faketensor")

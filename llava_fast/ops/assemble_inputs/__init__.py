@@ -43,11 +43,14 @@ def assemble_inputs(
     FLOPs: 2 * k * (in * hidden + hidden * width) forward for two layers; each layer costs the same again for the
     gradient of its weight, and for the gradient of its input. Minimum bytes: kept feature rows read, hidden rows
     written and read, output rows written, weights read, all once; in training the hidden rows' pre-activation is
-    written too. The projected rows and the kept features are never copied.
+    written too. The projected rows and the kept features are never copied. Under autocast the projector runs in that
+    dtype, as nn.Linear does.
     Raises ValueError for shapes that do not fit and for an unknown activation.
     """
     activations.check(activation)
     _check(features, kept, weights, biases, source, row, embedding, constant, uses)
+    features, *layers = library.autocast(features, *weights, *biases)
+    weights, biases = layers[: len(weights)], layers[len(weights) :]
     keep = _first_kept(features, weights, biases) if torch.is_grad_enabled() else len(weights)
     return _assemble_inputs(
         features, kept, weights, biases, source, row, embedding, constant, list(uses), activation, keep

@@ -18,7 +18,8 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     x [.., in], weight [out, in] (nn.Linear's), bias [out] or None; activation by transformers' name ("quick_gelu",
     "gelu", "gelu_pytorch_tanh", "relu", "silu"), "" for none.
     Returns [.., out] in their dtype. Gradients flow to x, weight and bias; sums are float32. The pre-activation is
-    kept only if one of them wants a gradient, and the output never is.
+    kept only if one of them wants a gradient, and the output never is. Under autocast it runs in that dtype, as
+    nn.Linear does.
     Of n rows: 2 * n * in * out FLOPs forward, and again for each of the gradients of x and weight. Minimum bytes: x,
     weight and output once; in training the pre-activation is written once and read once more.
     Raises ValueError for shapes that do not fit and for an unknown activation.
@@ -28,6 +29,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         raise ValueError(f"x {tuple(x.shape)} must be [.., in] and weight {tuple(weight.shape)} [out, in]")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias {tuple(bias.shape)} must be [{len(weight)}], one entry for each row of weight")
+    x, weight, bias = library.autocast(x, weight, bias)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     return _linear_act(x, weight, bias, activation, bool(activation) and trains)[0]
 

@@ -18,8 +18,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, bias: T
     hidden [rows, width]; weight [vocabulary, width] and bias [vocabulary] as of nn.Linear; target int [rows], each in
     0 .. vocabulary - 1 (rows without a target are left out by the caller: that is what the plan's supervised rows are).
     Their mean or sum is the loss; sums over an answer are its log-probability. Gradients flow to hidden, weight and
-    bias, those of weight and bias summed in float32. FLOPs 2*rows*width*vocabulary forward, three times that backward
-    (logits are made twice); minimum bytes: hidden and weight once.
+    bias, those of weight and bias summed in float32. Under autocast the products are in that dtype.
+    FLOPs 2*rows*width*vocabulary forward, three times that backward (logits are made twice); minimum bytes: hidden and
+    weight once.
     Raises ValueError for shapes that do not fit. Source: Wijmans et al. 2024; Hsu et al. 2024.
     """
     if hidden.dim() != 2 or target.shape != hidden.shape[:1] or weight.shape[1:] != hidden.shape[1:]:
@@ -29,6 +30,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, bias: T
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias {tuple(bias.shape)} must be [{len(weight)} (vocabulary)]")
+    hidden, weight, bias = library.autocast(hidden, weight, bias)
     return _linear_cross_entropy(hidden, weight, target, bias)[0]
 
 

@@ -39,7 +39,7 @@ def linear_cross_entropy_backward(
     needed: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     wide = denominator.dtype
-    grad_hidden = torch.empty_like(hidden) if needed[0] else None
+    grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needed[0] else None
     grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needed[1] else None
     grad_bias = torch.zeros(len(weight), dtype=wide, device=weight.device) if needed[2] else None
     for rows in _chunks(len(hidden), len(weight), wide):

@@ -1,0 +1,108 @@
+"""What holds for every op, on any backend: threads, devices, second derivatives, autocast."""
+
+import contextlib
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from kernel_checks import DEVICE
+from torch.nn import functional as F
+
+from llava_fast.ops import assemble_inputs, backend, layer_norm, library, linear_act, linear_cross_entropy, use_backend
+from llava_fast.ops.token_pack import RowUses
+
+
+def normed():
+    x, weight, bias = (torch.randn(size, device=DEVICE, requires_grad=True) for size in ((4, 8), 8, 8))
+    return layer_norm(x, weight, bias, 1e-5), (x, weight, bias)
+
+
+def test_a_backward_pass_on_another_thread_follows_the_block(monkeypatch):
+    """As every CUDA backward pass does: autograd runs it on threads of its own."""
+    chosen = []
+    choose = backend.choose
+    monkeypatch.setattr(backend, "choose", lambda *given: chosen.append(choose(*given)) or chosen[-1])
+    with use_backend("triton"):
+        y, leaves = normed()
+        thread = threading.Thread(target=lambda: torch.autograd.grad(y.sum(), leaves))
+        thread.start()
+        thread.join()
+        with use_backend("reference"):
+            assert backend.requested() == "reference"
+        assert backend.requested() == "triton"
+    assert chosen == ["triton", "triton"]
+    assert not backend._open
+
+
+def test_another_gpu_is_made_the_current_one(monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def device(which):
+        entered.append(which)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    run = library.on_its_device(lambda first, second: second)
+    for name in ("cpu", "cuda:0", "cuda:1"):
+        assert run(SimpleNamespace(device=torch.device(name)), 7) == 7
+    assert entered == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_a_second_derivative_is_refused_and_a_first_one_is_not(name):
+    with use_backend(name):
+        y, leaves = normed()
+        (expected,) = torch.autograd.grad(y.square().sum(), leaves[:1], retain_graph=True)
+        (found,) = torch.autograd.grad(y.square().sum(), leaves[:1], create_graph=True)
+        assert torch.equal(found, expected)
+        with pytest.raises(RuntimeError, match="layer_norm has no second derivative"):
+            found.sum().backward()
+
+
+def test_linear_act_under_autocast_is_nn_linear_under_autocast():
+    x, weight, bias = (torch.randn(size, device=DEVICE, requires_grad=True) for size in ((4, 8), (6, 8), 6))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found, expected = linear_act(x, weight, bias, "gelu"), F.gelu(F.linear(x, weight, bias))
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+    mine, theirs = (torch.autograd.grad(y.float().sum(), (x, weight, bias)) for y in (found, expected))
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["reference", "native"])
+def test_linear_cross_entropy_under_autocast_is_the_usual_loss(name):
+    hidden, weight = (torch.randn(size, device=DEVICE, requires_grad=True) for size in ((9, 8), (30, 8)))
+    target = torch.randint(0, 30, (9,), device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16), use_backend(name):
+        found = linear_cross_entropy(hidden, weight, target).mean()
+        mine = torch.autograd.grad(found, (hidden, weight))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        expected = F.cross_entropy(F.linear(hidden, weight).float(), target)
+    theirs = torch.autograd.grad(expected, (hidden, weight))
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)
+
+
+def test_assemble_inputs_under_autocast_projects_in_its_dtype():
+    def integers(*values):
+        return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+    tables = [torch.randn(size, device=DEVICE, requires_grad=True) for size in ((5, 8), (6, 8), (4, 6), (7, 4), (1, 4))]
+    features, w0, w1, embedding, constant = tables
+    kept, source, row = integers(3, 1), integers(0, 1, 1), integers(6, 0, 1)
+    uses = RowUses(integers(0), integers(6), integers(0, 1), integers(1, 2), integers(), integers(0, 0))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = assemble_inputs(features, kept, [w0, w1], [], source, row, embedding, constant, uses)
+        projected = F.linear(F.gelu(F.linear(features[kept.long()], w0)), w1)
+    expected = torch.cat([embedding[6:], projected.float()])
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    mine, theirs = (torch.autograd.grad(y.sum(), tables[:4]) for y in (found, expected))
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
