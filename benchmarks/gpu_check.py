@@ -90,11 +90,7 @@ def main(
     if tables:
         install_tables(tables)
     ceilings = None if dry_run else machine.measure_ceilings("cuda", torch.bfloat16)
-    rows = []
-    for tiles in tqdm((1,) if dry_run else TILES, desc="measuring", unit="size"):
-        for dtype in (torch.float32,) if dry_run else (torch.bfloat16, torch.float16):
-            for case in cases(tiles, dtype, device, TINY if dry_run else Widths()):
-                rows.append(measure(case, dtype, ceilings))
+    rows: list[dict] = []
     result = {
         "machine": machine.describe(device, torch.get_num_threads()),
         "versions": machine.versions(),
@@ -103,9 +99,12 @@ def main(
         "tests": test_counts(tests) if tests and tests.is_file() else None,
         "ops": rows,
     }
-    output.write_text(json.dumps(result, indent=1) + "\n")
-    for row in rows:
-        print(line(row))
+    sizes = [(1, torch.float32)] if dry_run else [*((tiles, torch.bfloat16) for tiles in TILES), (5, torch.float16)]
+    for tiles, dtype in tqdm(sizes, desc="measuring", unit="size"):
+        for case in cases(tiles, dtype, device, TINY if dry_run else Widths()):
+            rows.append(measure(case, dtype, ceilings))
+            print(line(rows[-1]), flush=True)
+            output.write_text(json.dumps(result, indent=1) + "\n")  # each time: a run cut short keeps what it has
     if not all(row["right"] for row in rows):
         raise typer.Exit(1)
 

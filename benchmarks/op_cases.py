@@ -102,14 +102,14 @@ def token_pack(tiles: int, dtype: torch.dtype, device: torch.device, widths: Wid
 def token_pack_gradients(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
     source, row, tables, uses = _placement(tiles, dtype, device, widths)
     grad = torch.randn(len(source), widths.decoder, dtype=dtype, device=device)
-    visual = tables[1].requires_grad_()
+    visual, place = tables[1].requires_grad_(), uses.visual_place.long()
 
     def gradient(table: Tensor, grad: Tensor) -> Tensor:
         others = [other.to(table.dtype) for other in (tables[0], tables[2])]
         return torch.autograd.grad(ops.token_pack(source, row, others[0], table, others[1], uses), table, grad)[0]
 
     def plain() -> Tensor:
-        return grad[(source == 1).nonzero()[:, 0]]
+        return grad[place]  # no search for the rows: that would wait for the device, which no graph can hold
 
     return OpCase(
         "token_pack_backward",

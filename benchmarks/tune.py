@@ -58,10 +58,10 @@ CANDIDATES: dict[str, list[Config]] = {
 
 
 def milliseconds(work) -> float:
-    """Median time of one call on the GPU, launch gaps left out."""
+    """Median time of one call on the GPU, launch gaps left out: of ten replays of a graph of about 10 ms."""
     from triton.testing import do_bench_cudagraph
 
-    return do_bench_cudagraph(work, rep=30, return_mode="median")
+    return do_bench_cudagraph(work, rep=10, return_mode="median")
 
 
 def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -84,8 +84,11 @@ def best_config(case: OpCase, kernel: str, candidates: list[Config], limit: floa
     return (min(found, key=lambda pair: pair[0])[::-1]) if found else None
 
 
-def tune(dtype: torch.dtype, limit: float) -> dict[str, list[dict]]:
-    """Kernel -> entries by rows, as the tables hold them; neighbouring entries that agree are one."""
+def tune(dtype: torch.dtype, limit: float, path: Path) -> None:
+    """Write kernel -> entries by rows, as the tables hold them; neighbouring entries that agree are one.
+
+    Written after each case, so that a run cut short leaves a table of what it found.
+    """
     entries: dict[str, list[dict]] = {}
     for tiles in tqdm(TILES, desc="tuning", unit="size"):
         for case in cases(tiles, dtype, "cuda", Widths()):
@@ -95,7 +98,7 @@ def tune(dtype: torch.dtype, limit: float) -> dict[str, list[dict]]:
                     raise SystemExit(f"{kernel}: no candidate gives the right answer for {case.label}")
                 rows = 0 if tiles == TILES[0] else 1 << (case.rows.bit_length() - 1)
                 entries.setdefault(kernel, []).append({"rows": rows, "config": found[0], "ms": round(found[1], 5)})
-    return {kernel: _merged(each) for kernel, each in entries.items()}
+            write_table({kernel: _merged(each) for kernel, each in entries.items()}, path)
 
 
 def _merged(entries: list[dict]) -> list[dict]:
@@ -144,7 +147,7 @@ def main(
     kind = triton_support.device_kind(torch.device("cuda"))
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / f"{kind if kind != 'default' else 'other'}.json"
-    write_table(tune(torch.bfloat16, limit=1e-2), path)
+    tune(torch.bfloat16, 1e-2, path)
     print(f"wrote {path}")
 
 

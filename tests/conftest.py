@@ -4,6 +4,7 @@ import contextlib
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported anywhere
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or `poisoned` makes every matrix product on CUDA raise
 
 import torch
 
