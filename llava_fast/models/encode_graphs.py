@@ -14,6 +14,7 @@ from torch import Tensor
 from llava_fast.inputs.buckets import Bucket, bucket_of, fill
 from llava_fast.models.batch import Batch
 from llava_fast.models.llava import LlavaModel
+from llava_fast.ops import backend
 
 WARM_UP = 3  # passes before capture, on a side stream, as torch.cuda.graph asks
 
@@ -28,24 +29,30 @@ class _Captured:
 class EncodeGraphs:
     """`graphs(batch)` is `model.inputs_embeds(batch)` without gradients, from a graph captured for the batch's bucket.
 
-    A bucket is captured when first met, or by `capture`. The rows returned are a view of the graph's own memory: the
-    next call for the same bucket overwrites them. Raises ValueError for a model that is not on CUDA or a plan that
-    mixes rows (pooled video, anyres_max): call model.inputs_embeds for those.
+    A bucket is captured when first met with tiles of a form and a backend asked for. The rows returned are a view of
+    the graph's own memory: the next call for the same bucket overwrites them. A graph holds the addresses of the
+    weights: make new graphs after the model was moved or its weights were replaced. Raises ValueError for a model that
+    is not on CUDA or a plan that mixes rows (pooled video, anyres_max): call model.inputs_embeds for those.
     """
 
     def __init__(self, model: LlavaModel) -> None:
         if model.device.type != "cuda":
             raise ValueError(f"CUDA graphs need a model on CUDA, this one is on {model.device}")
         self.model = model
-        self.captured: dict[Bucket, _Captured] = {}
+        self.captured: dict[tuple, _Captured] = {}
 
-    @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
+        # Not in inference mode, whose tensors (the static ones, were a graph captured in it) nothing else may write.
+        with torch.cuda.device(self.model.device), torch.inference_mode(False), torch.no_grad():
+            return self._run(batch)
+
+    def _run(self, batch: Batch) -> Tensor:
         bucket = bucket_of(batch.plan)
         filled = fill(batch.plan, bucket)
-        if bucket not in self.captured:
-            self.captured[bucket] = self._capture(filled_batch(batch, bucket))
-        found = self.captured[bucket]
+        key = graph_key(batch, bucket)
+        if key not in self.captured:
+            self.captured[key] = self._capture(filled_batch(batch, bucket))
+        found = self.captured[key]
         found.batch.tiles[: len(batch.tiles)].copy_(batch.tiles)
         found.batch.flat.copy_(torch.from_numpy(filled.flat).pin_memory(), non_blocking=True)
         found.graph.replay()
@@ -59,9 +66,15 @@ class EncodeGraphs:
                 self.model.inputs_embeds(batch)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Its stream is of this device (the default one is the first capture's); other threads may go on using the GPU.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             out = self.model.inputs_embeds(batch)
         return _Captured(batch, out, graph)
+
+
+def graph_key(batch: Batch, bucket: Bucket) -> tuple:
+    """What a graph is captured for: sizes, the tiles' form (uint8 or normalised, planar or patch rows), the backend."""
+    return bucket, batch.tiles.dtype, batch.tiles.shape[1:], backend.requested()
 
 
 def filled_batch(batch: Batch, bucket: Bucket) -> Batch:

@@ -1,12 +1,15 @@
 """Plans filled up to buckets give the same rows; where a GPU is, so do replayed graphs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
 import torch
 
 from llava_fast.inputs.buckets import Bucket, bucket_of, fill
-from llava_fast.models.encode_graphs import EncodeGraphs, filled_batch
+from llava_fast.models.encode_graphs import EncodeGraphs, filled_batch, graph_key
+from llava_fast.ops import use_backend
 
 
 def batches(model):
@@ -33,6 +36,15 @@ def test_fillers_change_no_row(name):
             assert out.shape[0] == larger.rows and len(filled.tiles) == larger.tiles
             torch.testing.assert_close(out[: batch.plan.rows], model.inputs_embeds(batch), rtol=1e-5, atol=1e-6)
             assert not out[batch.plan.rows :].any()
+
+
+def test_a_graph_serves_only_tiles_of_its_form_and_its_backend():
+    batch = batches(tiny.pair("next").ours)[0]
+    bucket = bucket_of(batch.plan)
+    keys = {graph_key(batch, bucket), graph_key(replace(batch, tiles=batch.tiles.float()), bucket)}
+    with use_backend("triton"):
+        keys |= {graph_key(batch, bucket)}
+    assert len(keys) == 3
 
 
 def test_buckets_waste_at_most_a_third():
