@@ -57,23 +57,15 @@ def unfit(model: nn.Module, given: dict) -> str | None:
     if pixels.dim() not in ((4, 5) if anyres else (4,)) or not len(pixels):
         return f"pixel_values of shape {tuple(pixels.shape)}"
     tower = model.vision_tower
-    devices = (
-        {
-            part.device
-            for part in (pixels, ids, next(model.parameters()), tower_core(tower).embeddings.position_embedding.weight)
-            if part is not None
-        }
-        if type(tower).__module__ in TOWERS
-        else set()
-    )
-    if not devices:
+    if not any(kind.__module__ in TOWERS for kind in type(tower).__mro__):
         return f"the vision tower is a {type(tower).__name__}, and only CLIP's and SigLIP's are known"
+    parts = [pixels, *tower.embeddings.parameters(), *model.get_input_embeddings().parameters()]
+    devices = {str(part.device) for part in parts} | ({str(ids.device)} if ids is not None else set())
     if len(devices) > 1:
-        return f"the model or its inputs lie on several devices ({', '.join(sorted(map(str, devices)))})"
-    core = tower_core(tower)
-    if not all(untouched(part) for part in (tower, core, core.encoder)):
+        return f"the model and its inputs lie on several devices ({', '.join(sorted(devices))})"
+    if not all(untouched(part) for part in (tower, tower.encoder)):
         return "the vision tower is hooked or wrapped"
-    depth = len(core.encoder.layers)
+    depth = len(tower.encoder.layers)
     if not -depth - 1 <= layer <= depth:
         return f"vision_feature_layer {layer} of a tower with {depth} layers"
     if layer in (-1, depth) and getattr(tower.config, "tie_last_hidden_states", None):
@@ -95,14 +87,9 @@ def _option(model: nn.Module, given: dict, name: str):
     return getattr(model.config, name) if value is None else value
 
 
-def tower_core(tower: nn.Module) -> nn.Module:
-    """The module that holds embeddings and encoder: the tower, or its `vision_model` in older transformers."""
-    return getattr(tower, "vision_model", tower)
-
-
 def select(model: nn.Module, given: dict) -> Selection:
     layer = _option(model, given, "vision_feature_layer")
-    depth = len(tower_core(model.vision_tower).encoder.layers)
+    depth = len(model.vision_tower.encoder.layers)
     skipped = _option(model, given, "vision_feature_select_strategy") == "default"
     return Selection(layer if layer >= 0 else depth + 1 + layer, int(skipped))
 
@@ -110,7 +97,7 @@ def select(model: nn.Module, given: dict) -> Selection:
 def geometry(model: nn.Module, selection: Selection) -> VisualGeometry:
     """How the checkpoint reads an image. Raises ImageError for a layout that stock code does not have either."""
     config, vision = model.config, model.config.vision_config
-    has_class_row = hasattr(tower_core(model.vision_tower).embeddings, "class_embedding")
+    has_class_row = hasattr(model.vision_tower.embeddings, "class_embedding")
     if selection.skipped and not has_class_row:
         raise ImageError("feature selection 'default' cuts a patch off a tower without a class row")
     anyres = config.model_type in ANYRES
@@ -154,11 +141,10 @@ def plan_images(
 
 def tower_features(tower: nn.Module, pixels: Tensor, layers: int) -> Tensor:
     """Hidden states [tiles, rows, width] after so many layers; later layers do not run."""
-    core = tower_core(tower)
-    hidden = core.embeddings(pixels, interpolate_pos_encoding=False)
-    if hasattr(core, "pre_layrnorm"):
-        hidden = core.pre_layrnorm(hidden)
-    for layer in core.encoder.layers[:layers]:
+    hidden = tower.embeddings(pixels, interpolate_pos_encoding=False)
+    if hasattr(tower, "pre_layrnorm"):
+        hidden = tower.pre_layrnorm(hidden)
+    for layer in tower.encoder.layers[:layers]:
         hidden = layer(hidden, None)
     return hidden
 

@@ -16,6 +16,7 @@ so once in the log `llava_fast.integrations`. A graph that torch.compile traces 
 from __future__ import annotations
 
 import contextvars
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -117,9 +118,11 @@ def _find(model: nn.Module) -> nn.Module:
 
 def whole_forward(model: nn.Module, *args, **kwargs):
     """The stock forward; with labels, its loss over supervised rows alone."""
+    if torch.compiler.is_compiling():
+        return type(model).forward(model, *args, **kwargs)
     given = by_name(model, "forward", args, kwargs)
     labels = given.get("labels")
-    if labels is None or torch.compiler.is_compiling():
+    if labels is None:
         return stock(model, "forward", given)
     if why := _unfit_for_loss(model, given):
         tell_stock(model, "the loss", why)
@@ -153,8 +156,6 @@ def _loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
 
 def _output_class(model: nn.Module):
     """The class that the stock forward returns: it lies beside the model's own, which FSDP may have subclassed."""
-    import sys
-
     for kind in type(model).__mro__:
         if kind.__name__ in SUPPORTED:
             return getattr(
@@ -197,8 +198,10 @@ def _sizes(inner: nn.Module, given: dict):
 def inner_forward(model: nn.Module, *args, **kwargs):
     """The stock forward of decoder inputs made here from ids and pixels."""
     integers: Integers | None = kwargs.pop(INTEGERS, None)
+    if torch.compiler.is_compiling():
+        return type(model).forward(model, *args, **kwargs)
     given = by_name(model, "forward", args, kwargs)
-    if given.get("pixel_values") is None or torch.compiler.is_compiling():
+    if given.get("pixel_values") is None:
         return stock(model, "forward", given)
     why = hf_inputs.unfit(model, given) or (None if given.get("input_ids") is not None else "input_ids are not given")
     if why is None:
@@ -230,8 +233,10 @@ def encode_for_generation(model: nn.Module, *args, **kwargs):
 
 def inner_image_features(model: nn.Module, *args, **kwargs):
     """Within generate, image features alone; elsewhere the stock method, whose result shows the whole tower."""
+    if torch.compiler.is_compiling() or not _encoding.get():
+        return type(model).get_image_features(model, *args, **kwargs)
     given = by_name(model, "get_image_features", args, kwargs)
-    if not _encoding.get() or given.get("pixel_values") is None or torch.compiler.is_compiling():
+    if given.get("pixel_values") is None:
         return stock(model, "get_image_features", given)
     why = hf_inputs.unfit(model, given)
     if why is None:

@@ -16,7 +16,9 @@ from transformers import AutoModelForImageTextToText
 
 import llava_fast
 from llava_fast.inputs.anyres import image_rows
+from llava_fast.integrations import hf_inputs
 from llava_fast.integrations import transformers as integration
+from llava_fast.ops import assemble_inputs
 
 NAMES = ["llava15", "llava15_full", "next", "next_first_layer", "next_qwen", "next_biases", "video"]
 SIZES = {"a": [(60, 90)], "none": [], "two": [(1, 300), (90, 30)], "tall": [(200, 50)]}
@@ -401,6 +403,27 @@ def test_lora(first):
     llava_fast.accelerate(model)
     inputs = batch("next", labels=True)
     assert_same_gradients("accelerated gradients, LoRA", gradients(model, inputs)[1], gradients(stock, inputs)[1])
+
+
+def test_projector_and_placement_as_one_op(monkeypatch, no_fallback):
+    """assemble_inputs, which a GPU's kernel serves; here its reference."""
+    stock, model = fresh("next"), llava_fast.accelerate(fresh("next"))
+    taken = []
+    monkeypatch.setattr(hf_inputs, "_fuses", lambda *_: True)
+    monkeypatch.setattr(hf_inputs, "assemble_inputs", lambda *a: taken.append(1) or assemble_inputs(*a))
+    inputs = batch("next", labels=True)
+    assert_same_outputs("next", model, stock, inputs)
+    assert_same_gradients("accelerated gradients, one op", gradients(model, inputs)[1], gradients(stock, inputs)[1])
+    assert len(taken) == 2
+
+
+def test_a_compiled_graph_is_the_stock_one(no_fallback):
+    stock, model = fresh("next"), llava_fast.accelerate(fresh("next"))
+    inputs = batch("next", "none a", labels=True)
+    compiled = torch.compile(model, backend="eager")
+    assert_same_outputs("next", compiled, stock, inputs)
+    compiled = llava_fast.accelerate(torch.compile(fresh("next"), backend="eager"))
+    assert_same_outputs("next", compiled, stock, inputs)
 
 
 def test_backends_agree():
