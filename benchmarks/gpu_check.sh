@@ -59,4 +59,5 @@ else
 fi
 tail -n 8 "$out"/path-*.log
 tail -n 60 "$out/measure.log"
+tar -C "$out" -czf "$out/logs.tar.gz" --remove-files $(cd "$out" && ls ./*.log) # few files travel more easily
 exit $failed

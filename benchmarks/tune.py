@@ -9,7 +9,6 @@ than the cache. The table is named for the GPU (a100, h100, h200) and is only da
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import subprocess
@@ -70,39 +69,46 @@ def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def best_config(case: OpCase, kernel: str, candidates: list[Config], limit: float) -> tuple[Config, float] | None:
-    """The fastest candidate that is right, and its milliseconds; None if none is."""
+def timings(case: OpCase, kernel: str, candidates: list[Config], limit: float) -> dict[int, float]:
+    """Number of each candidate that gives the right answer -> its milliseconds."""
     exact = case.exact()
-    found: list[tuple[float, Config]] = []
-    for candidate in candidates:
+    found: dict[int, float] = {}
+    for number, candidate in enumerate(candidates):
         with triton_support.forced({kernel: candidate}), use_backend("triton"):
             try:
                 if relative(case.run(), exact) <= limit:
-                    found.append((milliseconds(case.run), candidate))
+                    found[number] = milliseconds(case.run)
             except Exception as error:  # a configuration that does not fit this GPU is no candidate
                 print(f"{kernel} {candidate}: {type(error).__name__}: {str(error)[:120]}")
-    return (min(found, key=lambda pair: pair[0])[::-1]) if found else None
+    return found
 
 
 def tune(dtype: torch.dtype, limit: float, path: Path) -> None:
-    """Write kernel -> entries by rows, as the tables hold them; neighbouring entries that agree are one.
-
-    Written after each case, so that a run cut short leaves a table of what it found.
-    """
-    entries: dict[str, list[dict]] = {}
+    """Write kernel -> entries by rows, as the tables hold them, after each case, so that a run cut short leaves some."""
+    measured: dict[tuple[str, int], list[dict[int, float]]] = {}
     for tiles in tqdm(TILES, desc="tuning", unit="size"):
         for case in cases(tiles, dtype, "cuda", Widths()):
             for kernel in case.kernels:
-                found = best_config(case, kernel, CANDIDATES[kernel], limit)
-                if found is None:
+                found = timings(case, kernel, CANDIDATES[kernel], limit)
+                if not found:
                     raise SystemExit(f"{kernel}: no candidate gives the right answer for {case.label}")
                 rows = 0 if tiles == TILES[0] else 1 << (case.rows.bit_length() - 1)
-                entries.setdefault(kernel, []).append({"rows": rows, "config": found[0], "ms": round(found[1], 5)})
-            write_table({kernel: _merged(each) for kernel, each in entries.items()}, path)
+                measured.setdefault((kernel, rows), []).append(found)
+            write_table(best_entries(measured), path)
 
 
-def _merged(entries: list[dict]) -> list[dict]:
-    return [next(group) for _, group in itertools.groupby(entries, key=lambda entry: entry["config"])]
+def best_entries(measured: dict[tuple[str, int], list[dict[int, float]]]) -> dict[str, list[dict]]:
+    """Kernel -> entries by rising rows. Where ops share a kernel, the candidate that is fastest over all of them;
+    neighbouring entries that agree are one."""
+    entries: dict[str, list[dict]] = {}
+    for (kernel, rows), parts in sorted(measured.items()):
+        right = set.intersection(*(set(part) for part in parts)) or set(parts[0])
+        total = {number: sum(part.get(number, 0.0) for part in parts) for number in right}
+        best = min(total, key=lambda number: total[number])
+        entry = {"rows": rows, "config": CANDIDATES[kernel][best], "ms": round(total[best], 5)}
+        if not entries.get(kernel) or entries[kernel][-1]["config"] != entry["config"]:
+            entries.setdefault(kernel, []).append(entry)
+    return entries
 
 
 def write_table(entries: dict[str, list[dict]], path: Path) -> None:

@@ -49,6 +49,7 @@ def unequal(*tensors: Tensor) -> str | None:
     return f"its tensors' dtypes differ: {', '.join(map(str, dtypes))}" if len(dtypes) > 1 else None
 
 
+@functools.cache
 def device_kind(device: torch.device) -> str:
     """The table that serves a device: "a100", "h100", "h200" by its name, else "default"."""
     if device.type != "cuda":

@@ -32,15 +32,20 @@ def test_tuning_takes_the_fastest_of_the_right_ones(monkeypatch):
     monkeypatch.setattr(
         tune, "milliseconds", lambda work: times[triton_support.config("k", torch.device("cpu"), 1)["BLOCK"]]
     )
-    best = tune.best_config(case, "k", [{"BLOCK": block} for block in times], limit=1e-3)
-    assert best == ({"BLOCK": 8}, 2.0)  # 4 is faster and wrong
+    candidates = [{"BLOCK": block} for block in times]
+    found = tune.timings(case, "k", candidates, limit=1e-3)
+    assert found == {0: 3.0, 2: 2.0}  # 4 is faster and wrong
+    monkeypatch.setitem(tune.CANDIDATES, "k", candidates)
+    assert tune.best_entries({("k", 0): [found]})["k"][0]["config"] == {"BLOCK": 8}
+    shared = tune.best_entries({("k", 0): [found, {0: 1.0, 1: 0.5, 2: 4.0}]})  # two ops, one kernel
+    assert shared["k"][0]["config"] == {"BLOCK": 2}
 
 
 def test_tables_are_written_and_read_back(tmp_path, monkeypatch):
-    entries = tune._merged([{"rows": 0, "config": {"BLOCK": 2}}, {"rows": 64, "config": {"BLOCK": 2}}])
-    assert entries == [{"rows": 0, "config": {"BLOCK": 2}}]
-    entries.append({"rows": 64, "config": {"BLOCK": 8}})
-    tune.write_table({"k": entries}, tmp_path / "x.json")
+    monkeypatch.setitem(tune.CANDIDATES, "k", [{"BLOCK": 2}, {"BLOCK": 8}])
+    entries = tune.best_entries({("k", 0): [{0: 1.0}], ("k", 16): [{0: 1.0}], ("k", 64): [{1: 1.0}]})
+    assert [entry["rows"] for entry in entries["k"]] == [0, 64]  # neighbours that agree are one
+    tune.write_table(entries, tmp_path / "x.json")
     monkeypatch.setattr(triton_support, "table", lambda kind: json.loads((tmp_path / "x.json").read_text()))
     found = {rows: triton_support.config("k", torch.device("cpu"), rows)["BLOCK"] for rows in (0, 1, 63, 64, 1000)}
     triton_support._entry.cache_clear()
