@@ -84,7 +84,7 @@ def timings(case: OpCase, kernel: str, candidates: list[Config], limit: float) -
 
 
 def tune(dtype: torch.dtype, limit: float, path: Path) -> None:
-    """Write kernel -> entries by rows, as the tables hold them, after each case, so that a run cut short leaves some."""
+    """Write kernel -> entries by rows, as tables hold them; after each case, so that a run cut short leaves some."""
     measured: dict[tuple[str, int], list[dict[int, float]]] = {}
     for tiles in tqdm(TILES, desc="tuning", unit="size"):
         for case in cases(tiles, dtype, "cuda", Widths()):
