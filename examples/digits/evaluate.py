@@ -26,7 +26,7 @@ from llava_fast.generation import engine
 from llava_fast.inputs import anyres
 
 BATCH = 50
-TILE = 48
+TILE = 32
 GREY = 122  # near CLIP's mean
 
 Pixels = Callable[[np.ndarray], np.ndarray]
@@ -178,7 +178,8 @@ one tile and enlarged to its own size, so that the tiles show no more than the b
 every tile of the grid; "majority guess" always gives the commonest answer.
 
 **Limits.** Scans of 8x8 pixels look only roughly like pen on paper: expect less on photographs. Digits larger than
-about a quarter of the longer side, more than five, or a busy background are outside what it was trained on.
+about a quarter of the longer side, more than five, ink within 90 of 255 levels of its background, or a busy background
+are outside what it was trained on.
 """
 
 

@@ -32,9 +32,9 @@ try:  # transformers keeps the Pillow processor in a module of its own from 5.x 
 except ImportError:
     from transformers import LlavaNextImageProcessor as ImageProcessor
 
-TILE = 48
-PATCH = 8
-GRIDS = [[48, 96], [96, 48], [96, 96], [48, 144], [144, 48]]  # (height, width)
+TILE = 32
+PATCH = 4
+GRIDS = [[32, 64], [64, 32], [64, 64], [32, 96], [96, 32]]  # (height, width)
 SPECIAL = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "image": "<image>"}
 
 # "USER: <image>\nquestion ASSISTANT: answer</s>USER: ...": the prompt that asks for an answer is a prefix of
@@ -104,7 +104,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> LlavaNextConfig:
         hidden_size=128,
         intermediate_size=512,
         num_hidden_layers=4,
-        num_attention_heads=4,
+        num_attention_heads=8,
         image_size=TILE,
         patch_size=PATCH,
         projection_dim=128,

@@ -26,7 +26,7 @@ GLYPH_CELL = 32
 NOISE_SIDE = 512
 VISIBLE = 64  # opacity (of 255) from which a pixel counts as ink
 WHITE = (255, 255, 255)
-MIN_CONTRAST = 70  # least difference in luminance between the ink and any background pixel before blur
+MIN_CONTRAST = 90  # least difference in luminance between the ink and any background pixel before blur
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def compose(
     scans: np.ndarray,
     count: int | None = None,
     long_side: tuple[int, int] = (90, 400),
-    size: tuple[float, float] = (0.15, 0.24),
+    size: tuple[float, float] = (0.16, 0.24),
     aspect: float | None = None,
     plain: bool = False,
 ) -> Canvas:
