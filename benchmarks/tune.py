@@ -38,7 +38,6 @@ PRODUCTS = [
         (128, 128, 64, 8, 4),
     )
 ]
-WEIGHT_GRADIENTS = [config for config in PRODUCTS if config["BLOCK_M"] * config["BLOCK_N"] <= 128 * 128]
 CANDIDATES: dict[str, list[Config]] = {
     "pack_kernel": ROW_BLOCKS,
     "take_rows_kernel": ROW_BLOCKS,
@@ -47,11 +46,11 @@ CANDIDATES: dict[str, list[Config]] = {
     "double_layer_norm_kernel": [{"num_warps": warps} for warps in (1, 2, 4, 8)],
     "layer_norm_backward_kernel": [{"num_warps": warps} for warps in (2, 4, 8, 16)],
     "gemm_kernel": [{**config, "GROUP": 8} for config in PRODUCTS],
-    "weight_gradient_kernel": [{**config, "GROUP": 8} for config in WEIGHT_GRADIENTS],
+    "weight_gradient_kernel": [{**config, "GROUP": 8} for config in PRODUCTS],
     **dict.fromkeys(("patch_embed_kernel", "patch_embed_kernel_rows"), PRODUCTS),
     **dict.fromkeys(
         ("patch_weight_gradient_kernel", "patch_weight_gradient_kernel_rows"),
-        [{**config, "PARTS": parts} for config in WEIGHT_GRADIENTS for parts in (4, 16)],
+        [{**config, "PARTS": parts} for config in PRODUCTS for parts in (4, 16)],
     ),
 }
 

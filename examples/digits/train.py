@@ -112,8 +112,10 @@ def train(model, scans: np.ndarray, minutes: float, seed: int, save_to: Path, mo
 
 def example(rng: np.random.Generator, scans: np.ndarray, grown: float, questions: int) -> dict:
     """A canvas and several questions about it, as one conversation. `grown` below 1 limits the number of digits."""
-    growing = int(rng.integers(1, 2 + round(4 * min(grown, 1.0))))
-    count = growing if grown < 1 else int(rng.choice(len(COUNT_SHARES), p=COUNT_SHARES))
+    if grown < 1:
+        count = int(rng.integers(1, 2 + round(4 * grown)))
+    else:
+        count = int(rng.choice(len(COUNT_SHARES), p=COUNT_SHARES))
     canvas = compose(rng, scans, count)
     others = [kind for kind in KINDS if kind != "read"]
     kinds = ["read", *rng.permutation(others)[: questions - 1]]

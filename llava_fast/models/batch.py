@@ -56,10 +56,8 @@ class Batch:
 
     def row_uses(self, constants: int) -> RowUses:
         """The plan's placement the other way round, for the gradients of tables with so many constant rows."""
-        names = ("text_row", "text_token", "text_segment", "visual_place", "constant_row", "constant_segment")
-        columns = [self.column(name) for name in names]
-        columns[-1] = columns[-1][: constants + 1]
-        return RowUses(*columns)
+        uses = RowUses(*(self.column(name) for name in RowUses._fields))
+        return uses._replace(constant_segment=uses.constant_segment[: constants + 1])
 
     def tap_uses(self, mix: Mix) -> TapUses | None:
         """The mix's tap table the other way round, for gradients; None in a plan without labels."""

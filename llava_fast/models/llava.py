@@ -108,14 +108,14 @@ class LlavaModel(nn.Module):
         table = embed.weight
         constant = self.image_newline[None] if self.config.has_newline else table[:0]
         uses = batch.row_uses(len(constant))
-        fused = batch.plan.tiles and not batch.plan.mixes and is_plain(embed, nn.Embedding)
-        if fused and backend.fuses("assemble_inputs", table.device.type):
+        plain = is_plain(embed, nn.Embedding)
+        if plain and batch.plan.tiles and not batch.plan.mixes and backend.fuses("assemble_inputs", table.device.type):
             parts = self.projector.plain_weights()
             if parts is not None:
                 features, activation = self.vision_tower(batch.tiles).flatten(0, 1), self.config.projector.activation
                 kept = batch.column("kept")
                 return assemble_inputs(features, kept, *parts, source, row, table, constant, uses, activation)
-        if not is_plain(embed, nn.Embedding):  # its own forward, then the general op over what it returned
+        if not plain:  # its own forward, then the general op over what it returned
             is_text = source == TEXT
             table = embed(torch.where(is_text, row, 0).long())
             number = torch.arange(len(row) + 1, dtype=row.dtype, device=row.device)

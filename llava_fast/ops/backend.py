@@ -56,8 +56,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 def requested() -> str:
     """The backend asked for, by `use_backend` or LLAVA_FAST_BACKEND; "auto" when none is."""
-    anywhere = [*_open.values()][-1:]
-    return _chosen.get() or (anywhere[0] if anywhere else _checked(os.environ.get("LLAVA_FAST_BACKEND", "auto")))
+    mine = _chosen.get() or next(reversed(_open.values()), None)
+    return mine or _checked(os.environ.get("LLAVA_FAST_BACKEND", "auto"))
 
 
 def choose(op: str, device: str = "", unfit: Mapping[str, str | None] | None = None) -> str:

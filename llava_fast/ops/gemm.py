@@ -266,7 +266,7 @@ def gemm(
         config = _config("gemm_kernel", a, rows)
         grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(columns, config["BLOCK_N"]),)
         pointers = (a, b, bias, out, pre, slope, gather, store)
-        gemm_kernel[grid](*pointers, rows, columns, inner, activation, transposed, _upcast(a), **config)
+        gemm_kernel[grid](*pointers, rows, columns, inner, activation, transposed, triton_support.upcast(a), **config)
     return out
 
 
@@ -293,7 +293,9 @@ def weight_gradient(
         shares = max(triton.cdiv(rows, share), 1)
         parts = out if shares == 1 else torch.empty(shares, *out.shape, dtype=torch.float32, device=out.device)
         pointers = (grad, x, grad_gather, x_gather, parts)
-        weight_gradient_kernel[(tiles, shares)](*pointers, rows, columns, inner, share, _upcast(grad), **config)
+        weight_gradient_kernel[(tiles, shares)](
+            *pointers, rows, columns, inner, share, triton_support.upcast(grad), **config
+        )
         if shares > 1:
             _sum_shares(parts, out)
     return out
@@ -333,11 +335,6 @@ def activation(x: Tensor, name: str, grad: Tensor | None = None) -> Tensor:
 def _config(kernel: str, like: Tensor, rows: int, own_float32: bool = True) -> Config:
     entry = f"{kernel}_fp32" if own_float32 and like.dtype == torch.float32 else kernel
     return triton_support.config(entry, like.device, rows)
-
-
-def _upcast(like: Tensor) -> bool:
-    """Whether operands are widened first: the interpreter's product of raw bfloat16 is wrong."""
-    return like.dtype == torch.bfloat16 and triton_support.interpreting()
 
 
 def gemm_specimen(

@@ -31,6 +31,11 @@ def interpreting() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+def upcast(like: Tensor) -> bool:
+    """Whether a kernel widens the operands of a product: the interpreter's product of raw bfloat16 is wrong."""
+    return like.dtype == torch.bfloat16 and interpreting()
+
+
 def unfit(*tensors: Tensor | None) -> str | None:
     """Why a Triton kernel cannot take these tensors; None if it can."""
     for tensor in tensors:

@@ -1,8 +1,5 @@
 """The untrained demo directory: its tokenizer, its chat template, and that transformers computes the same from it."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +7,6 @@ import torch
 import llava_fast
 from llava_fast.demo import PHRASINGS, answer, compose, split_scans
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "digits"))
 make_model = pytest.importorskip("make_model")
 
 

@@ -1,18 +1,13 @@
 """The demo's stage 0: attention begins as a convolution, and what makes it one stays through training."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+import tower as stage0
+from make_model import make_model
 
 import llava_fast
 from llava_fast.demo import split_scans
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "digits"))
-import tower as stage0  # noqa: E402
-from make_model import make_model  # noqa: E402
 
 
 @pytest.fixture()

@@ -12,7 +12,6 @@ from llava_fast.ops.backend import BackendError
 from llava_fast.ops.token_pack import RowUses
 
 BACKENDS = ("reference", "triton", "native")
-USES = ("text_row", "text_token", "text_segment", "visual_place", "constant_row", "constant_segment")
 VOCABULARY = 50
 
 
@@ -25,8 +24,10 @@ def planned(text: int, visual: int, newlines: int, layout="packed"):
         index = np.concatenate([rng.permutation(visual), np.zeros(newlines)]).astype(np.int32)
         pieces[0].append(VisualPiece(VisualRows(kind=kind, index=index, tiles=1)))
     plan = build_plan(pieces, max(visual, 1), layout)
-    column = {name: torch.from_numpy(plan.column(name).copy()).to(DEVICE) for name in (*USES, "source", "row")}
-    return column["source"], column["row"], RowUses(*(column[name] for name in USES))
+    column = {
+        name: torch.from_numpy(plan.column(name).copy()).to(DEVICE) for name in (*RowUses._fields, "source", "row")
+    }
+    return column["source"], column["row"], RowUses(*(column[name] for name in RowUses._fields))
 
 
 @pytest.mark.parametrize("trained", [[], [2], [3], [4], [2, 3, 4]], ids=str)

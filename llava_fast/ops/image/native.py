@@ -40,9 +40,8 @@ def image_tiles(
     out = pixels.new_empty(tiles_shape(tile, patch, tiles))
     if tiles:
         scratch = pixels.new_empty(middle_bytes)  # of the current stream, so it is safe to free it when this returns
-        with torch.cuda.device(pixels.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            addresses = (pixels.data_ptr(), scratch.data_ptr(), out.data_ptr(), stream)
-            sizes = (first_pixels, canvas_pixels)
-            _C.make_tiles_cuda(jobs.data_ptr(), len(jobs), words.data_ptr(), *layout, *sizes, *addresses)
+        stream = torch.cuda.current_stream().cuda_stream  # of the tensors' GPU: ops.library has made it the current one
+        addresses = (pixels.data_ptr(), scratch.data_ptr(), out.data_ptr(), stream)
+        sizes = (first_pixels, canvas_pixels)
+        _C.make_tiles_cuda(jobs.data_ptr(), len(jobs), words.data_ptr(), *layout, *sizes, *addresses)
     return out

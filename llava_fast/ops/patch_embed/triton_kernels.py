@@ -246,7 +246,7 @@ def patch_embed(
             patch,
             tiles.dim() == 3,
             int(class_row is not None),
-            _upcast(weight),
+            triton_support.upcast(weight),
             **config,
         )
     return out
@@ -311,7 +311,7 @@ def weight_gradient(
         patch,
         tiles.dim() == 3,
         class_rows,
-        _upcast(grad),
+        triton_support.upcast(grad),
         **config,
     )
     config = triton_support.config("fold_gradient_kernel", out.device, channels)
@@ -343,10 +343,6 @@ def _entry(kernel: str, dtype: torch.dtype, patch_rows: bool) -> str:
     """The name of a kernel's launch configurations: float32, multiplied without the matrix units, has its own, and
     so have patch rows, which are read in whole vectors."""
     return f"{kernel}_fp32" if dtype == torch.float32 else f"{kernel}_rows" if patch_rows else kernel
-
-
-def _upcast(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.bfloat16 and triton_support.interpreting()
 
 
 def specimens() -> list[Specimen]:

@@ -73,11 +73,10 @@ def _sum(
 
 
 def _call(name: str, out: Tensor, *arguments) -> None:
-    """The CPU function, or the CUDA one on the current stream of the output's device."""
+    """The CPU function, or the CUDA one on the current stream of the tensors' GPU (ops.library made it the current)."""
     if out.device.type == "cpu":
         getattr(_C, name)(*arguments, torch.get_num_threads())
-        return
-    with torch.cuda.device(out.device):
+    else:
         getattr(_C, f"{name}_cuda")(*arguments, torch.cuda.current_stream().cuda_stream)
 
 
