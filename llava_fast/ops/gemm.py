@@ -19,12 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llava_fast.ops import triton_support
+from llava_fast.ops import sums, triton_support
 from llava_fast.ops.triton_support import Config, Specimen
 
 PROGRAMS = 256  # a weight gradient with fewer tiles shares its rows out until there are about so many programs
 SHARE = 512  # but no program gets fewer rows than this
-SUM_SHARES = 64  # the same for sums over rows
 
 
 @triton.jit
@@ -196,37 +195,6 @@ def weight_gradient_kernel(
 
 
 @triton.jit
-def sum_rows_kernel(x_ptr, gather_ptr, out_ptr, rows, columns, share, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """out[s] = sum of x[gather[m]] over the `share` rows m from s * share, in float32; negative indices add nothing."""
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    start = tl.program_id(1) * share
-    end = tl.minimum(start + share, rows)
-    total = tl.zeros([BLOCK], tl.float32)
-    for first in range(start, end, ROWS):
-        m = first + tl.arange(0, ROWS)
-        row = m
-        if gather_ptr is not None:
-            row = tl.load(gather_ptr + m, mask=m < end, other=-1)
-        live = (m < end) & (row >= 0)
-        at = row.to(tl.int64)[:, None] * columns + n[None, :]
-        block = tl.load(x_ptr + at, mask=live[:, None] & (n < columns)[None, :], other=0.0)
-        total += tl.sum(block.to(tl.float32), axis=0)
-    tl.store(out_ptr + tl.program_id(1) * columns + n, total.to(out_ptr.dtype.element_ty), mask=n < columns)
-
-
-@triton.jit
-def sum_shares_kernel(parts_ptr, out_ptr, size, parts, BLOCK: tl.constexpr):
-    """out[i] = parts[0, i] + parts[1, i] + ..., in this order."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    part_at = parts_ptr + at
-    for _ in range(0, parts):
-        total += tl.load(part_at, mask=at < size, other=0.0)
-        part_at += size
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=at < size)
-
-
-@triton.jit
 def activation_kernel(x_ptr, grad_ptr, out_ptr, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     """out = the activation of x; with grad_ptr, grad times its derivative at x."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -297,29 +265,8 @@ def weight_gradient(
             *pointers, rows, columns, inner, share, triton_support.upcast(grad), **config
         )
         if shares > 1:
-            _sum_shares(parts, out)
+            sums.sum_shares(parts, out)
     return out
-
-
-def sum_rows(x: Tensor, rows: int, gather: Tensor | None = None) -> Tensor:
-    """[columns] = sum over m < rows of x[gather[m]] (negative: nothing), in x's dtype. Bytes: each row read once."""
-    columns = x.shape[-1]
-    out = torch.empty(columns, dtype=x.dtype, device=x.device)
-    if columns:
-        config = _config("sum_rows_kernel", x, rows, own_float32=False)
-        share = max(triton.cdiv(rows, SUM_SHARES), config["ROWS"])
-        shares = max(triton.cdiv(rows, share), 1)
-        parts = torch.empty(shares, columns, dtype=torch.float32, device=x.device)
-        grid = (triton.cdiv(columns, config["BLOCK"]), shares)
-        sum_rows_kernel[grid](x, gather, parts, rows, columns, share, **config)
-        _sum_shares(parts, out)
-    return out
-
-
-def _sum_shares(parts: Tensor, out: Tensor) -> None:
-    config = _config("sum_shares_kernel", out, len(parts), own_float32=False)
-    grid = (triton.cdiv(out.numel(), config["BLOCK"]),)
-    sum_shares_kernel[grid](parts, out, out.numel(), len(parts), **config)
 
 
 def activation(x: Tensor, name: str, grad: Tensor | None = None) -> Tensor:
@@ -370,25 +317,6 @@ def weight_gradient_specimen(
     sizes = ("rows", "columns", "inner", "share")
     tables = ["grad_ptr", "x_ptr", "out_ptr"]
     return _specimen(op, weight_gradient_kernel, dtype, label, tables, indices, sizes, constants, out)
-
-
-def sum_specimens(op: str, dtype: str, gather: bool = False) -> list[Specimen]:
-    """How `sum_rows` compiles, with the sum over shares that `weight_gradient` also uses."""
-    constants = {} if gather else {"gather_ptr": None}
-    indices = ["gather_ptr"] if gather else []
-    label = f"{dtype}, gathered" if gather else dtype
-    sizes = ("rows", "columns", "share")
-    return [
-        _specimen(op, sum_rows_kernel, dtype, label, ["x_ptr", "out_ptr"], indices, sizes, constants, "fp32"),
-        Specimen(
-            op,
-            sum_shares_kernel,
-            {"parts_ptr": "*fp32", "out_ptr": f"*{dtype}", "size": "i32", "parts": "i32"},
-            {},
-            dtype,
-            aligned=("parts_ptr", "out_ptr", "size"),
-        ),
-    ]
 
 
 def activation_specimen(op: str, dtype: str, name: str, grad: bool) -> Specimen:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava_fast.ops import gemm
+from llava_fast.ops import gemm, sums
 from llava_fast.ops.token_pack import triton_kernels as token_pack
 from llava_fast.ops.triton_support import Specimen
 
@@ -70,7 +70,7 @@ def project_backward(
             weight_grads[number] = gemm.weight_gradient(grad, x, rows, grad_gather=gather, x_gather=x_gather)
             del x
         if of_biases and of_biases[number]:
-            bias_grads[number] = gemm.sum_rows(grad, rows, gather)
+            bias_grads[number] = sums.sum_rows(grad, rows, gather)
         if not (needed[0] or any(of_weights[:number]) or any(of_biases[:number])):
             return None, weight_grads, bias_grads
         if number:
@@ -103,7 +103,7 @@ def specimens() -> list[Specimen]:
             gemm.weight_gradient_specimen(op, dtype, f"{dtype} last weight", grad_gather=True),
             gemm.weight_gradient_specimen(op, dtype, f"{dtype} first weight", x_gather=True),
             gemm.activation_specimen(op, dtype, name, grad=False),
-            *gemm.sum_specimens(op, dtype, gather=True),
+            *sums.sum_specimens(op, dtype, gather=True),
         ]
     found += [
         gemm.gemm_specimen(op, "bf16", "bf16 only layer", gather=True, **last),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava_fast.ops import gemm
+from llava_fast.ops import gemm, sums
 from llava_fast.ops.triton_support import Specimen
 
 
@@ -28,7 +28,7 @@ def linear_act_backward(
     return (
         gemm.gemm(grad, weight, rows, transposed=False).view(*grad.shape[:-1], weight.shape[1]) if needed[0] else None,
         gemm.weight_gradient(grad, x, rows) if needed[1] else None,
-        gemm.sum_rows(grad, rows) if needed[2] else None,
+        sums.sum_rows(grad, rows) if needed[2] else None,
     )
 
 
@@ -44,7 +44,7 @@ def specimens() -> list[Specimen]:
     for dtype in ("bf16", "fp32"):
         found.append(gemm.gemm_specimen(op, dtype, f"{dtype} gradient of x", transposed=False))
         found.append(gemm.weight_gradient_specimen(op, dtype, dtype))
-        found += gemm.sum_specimens(op, dtype)
+        found += sums.sum_specimens(op, dtype)
         found.append(gemm.activation_specimen(op, dtype, "quick_gelu", True))
     found.append(gemm.weight_gradient_specimen(op, "bf16", "bf16, rows shared out", out="fp32"))
     return found

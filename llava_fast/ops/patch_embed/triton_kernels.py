@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava_fast.ops import triton_support
+from llava_fast.ops import sums, triton_support
 from llava_fast.ops.patch_embed import reference
 from llava_fast.ops.triton_support import Config, Specimen
 
@@ -198,20 +198,6 @@ def fold_gradient_kernel(
     tl.store(out_ptr + channel * 3 * area + k, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def sum_tiles_kernel(grad_ptr, out_ptr, tiles, size, TILES: tl.constexpr, BLOCK: tl.constexpr):
-    """out[i] = the sum of grad[:, i] over tiles of `size` elements, in float32, in order."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    total = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, tiles, TILES):
-        tile = first + tl.arange(0, TILES)
-        where = tile.to(tl.int64)[:, None] * size + at[None, :]
-        block = tl.load(grad_ptr + where, mask=(tile < tiles)[:, None] & inside[None, :], other=0.0)
-        total += tl.sum(block.to(tl.float32), axis=0)
-    tl.store(out_ptr + at, total, mask=inside)
-
-
 def patch_embed(
     tiles: Tensor,
     weight: Tensor,
@@ -265,7 +251,7 @@ def patch_embed_backward(
     """As reference.patch_embed_backward, without a gradient of the tiles."""
     _, of_weight, of_position, of_bias, of_class_row = needed
     grad = grad.contiguous()
-    by_row = _sum_over_tiles(grad)
+    by_row = sums.sum_rows(grad.flatten(1), len(grad), dtype=torch.float32).view(grad.shape[1:])
     found: list[Tensor | None] = [None] * 5
     if of_weight or of_bias:
         offset = by_row[class_rows:].sum(dim=0)
@@ -319,16 +305,6 @@ def weight_gradient(
     fold_gradient_kernel[grid](
         parts, offset_grad, mean.float(), std.float(), out, channels, len(parts), patch, **config
     )
-    return out
-
-
-def _sum_over_tiles(grad: Tensor) -> Tensor:
-    """[rows, width] float32."""
-    out = torch.empty(grad.shape[1:], dtype=torch.float32, device=grad.device)
-    if out.numel():
-        config = triton_support.config("sum_tiles_kernel", out.device, out.numel())
-        grid = (triton.cdiv(out.numel(), config["BLOCK"]),)
-        sum_tiles_kernel[grid](grad, out, len(grad), out.numel(), **config)
     return out
 
 
@@ -388,7 +364,5 @@ def specimens() -> list[Specimen]:
         pointers["out_ptr"] = f"*{name}"
         fold = pointers | {"channels": "i32", "parts": "i32"}
         found.append(Specimen("patch_embed", fold_gradient_kernel, fold, {"PATCH": 14}, name, aligned=(*pointers,)))
-        pointers = {"grad_ptr": f"*{name}", "out_ptr": "*fp32"}
-        sums = pointers | {"tiles": "i32", "size": "i32"}
-        found.append(Specimen("patch_embed", sum_tiles_kernel, sums, {}, name, aligned=(*pointers, "size")))
+        found += sums.sum_specimens("patch_embed", name, out="fp32")
     return found

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llava_fast.ops import triton_support
+from llava_fast.ops import sums, triton_support
 from llava_fast.ops.triton_support import Specimen
 
 CONSTANT_PARTS = 64  # a constant row's uses are summed in so many parts, then the parts in order
@@ -53,7 +53,7 @@ def take_rows_kernel(grad_ptr, place_ptr, out_ptr, width, BLOCK: tl.constexpr):
 def sum_segments_kernel(
     grad_ptr, order_ptr, segment_ptr, target_ptr, out_ptr, width, parts, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
-    """One part of one segment: out[target, part] = sum of grad[order[segment start .. end)], in float32, in order."""
+    """One part of one segment: out[part, target] = sum of grad[order[segment start .. end)], in float32, in order."""
     segment, part = tl.program_id(0), tl.program_id(2)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -69,20 +69,8 @@ def sum_segments_kernel(
         where = rows[:, None] * width + columns[None, :]
         block = tl.load(grad_ptr + where, mask=(uses < end)[:, None] & inside[None, :], other=0.0)
         total += tl.sum(block.to(tl.float32), axis=0)
-    target = tl.load(target_ptr + segment).to(tl.int64) * parts + part
+    target = tl.load(target_ptr + segment).to(tl.int64) + part * tl.num_programs(0)
     tl.store(out_ptr + target * width + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def sum_parts_kernel(parts_ptr, out_ptr, width, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """out[i] = the sum of parts[i], in order."""
-    at = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    total = tl.zeros([BLOCK], tl.float32)
-    for part in range(PARTS):
-        total += tl.load(parts_ptr + (at * PARTS + part) * width + columns, mask=inside, other=0.0)
-    tl.store(out_ptr + at * width + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def token_pack(source: Tensor, row: Tensor, embedding: Tensor, visual: Tensor, constant: Tensor) -> Tensor:
@@ -128,13 +116,12 @@ def constant_gradient(grad: Tensor, constant_row: Tensor, constant_segment: Tens
     width = grad.shape[1]
     out = torch.empty(constants, width, dtype=grad.dtype, device=grad.device)
     if out.numel():
-        parts = torch.empty(constants, CONSTANT_PARTS, width, dtype=torch.float32, device=grad.device)
+        parts = torch.empty(CONSTANT_PARTS, constants, width, dtype=torch.float32, device=grad.device)
         number = torch.arange(constants, dtype=torch.int32, device=grad.device)
         config = triton_support.config("sum_segments_kernel", out.device, len(constant_row))
         grid = (constants, triton.cdiv(width, config["BLOCK"]), CONSTANT_PARTS)
         sum_segments_kernel[grid](grad, constant_row, constant_segment, number, parts, width, CONSTANT_PARTS, **config)
-        config = triton_support.config("sum_parts_kernel", out.device, constants)
-        sum_parts_kernel[(constants, triton.cdiv(width, config["BLOCK"]))](parts, out, width, CONSTANT_PARTS, **config)
+        sums.sum_shares(parts, out)
     return out
 
 
@@ -169,9 +156,5 @@ def specimens() -> list[Specimen]:
                     aligned=("grad_ptr", "out_ptr", "width"),
                 )
             )
-        parts = {"parts_ptr": "*fp32", "out_ptr": table, "width": "i32"}
-        constants = {"PARTS": CONSTANT_PARTS}
-        found.append(
-            Specimen("token_pack", sum_parts_kernel, parts, constants, dtype, aligned=("parts_ptr", "out_ptr", "width"))
-        )
+        found.append(sums.shares_specimen("token_pack", dtype))
     return found
