@@ -94,11 +94,11 @@ def select(model: nn.Module, given: dict) -> Selection:
     return Selection(layer if layer >= 0 else depth + 1 + layer, int(skipped))
 
 
-def geometry(model: nn.Module, selection: Selection) -> VisualGeometry:
-    """How the checkpoint reads an image. Raises ImageError for a layout that stock code does not have either."""
-    config, vision = model.config, model.config.vision_config
-    has_class_row = hasattr(model.vision_tower.embeddings, "class_embedding")
-    if selection.skipped and not has_class_row:
+def geometry(config, skipped: int, has_class_row: bool) -> VisualGeometry:
+    """How the checkpoint reads an image, `skipped` rows of each tile left out. Raises ImageError for a layout that
+    stock code does not have either."""
+    vision = config.vision_config
+    if skipped and not has_class_row:
         raise ImageError("feature selection 'default' cuts a patch off a tower without a class row")
     anyres = config.model_type in ANYRES
     return VisualGeometry(
@@ -107,7 +107,7 @@ def geometry(model: nn.Module, selection: Selection) -> VisualGeometry:
         aspect="anyres" if anyres else "squash",
         pinpoints=tuple((int(h), int(w)) for h, w in config.image_grid_pinpoints) if anyres else (),
         merge="spatial_unpad" if anyres else "flat",
-        class_rows=int(has_class_row and not selection.skipped),
+        class_rows=int(has_class_row and not skipped),
     )
 
 
@@ -123,7 +123,8 @@ def plan_images(
     model: nn.Module, pixels: Tensor, integers: Integers, selection: Selection, read_table: bool = True
 ) -> Images:
     """Images and the placement of their rows. Raises ImageError where pixels, sizes and image tokens disagree."""
-    shape = geometry(model, selection)
+    has_class_row = hasattr(model.vision_tower.embeddings, "class_embedding")
+    shape = geometry(model.config, selection.skipped, has_class_row)
     anyres = shape.aspect == "anyres"
     count = len(pixels) if integers.sizes is None else len(integers.sizes)
     rows = rows_of_images(shape, integers.sizes if anyres else None, count)

@@ -5,6 +5,7 @@ Shapes: B sequences of S tokens; rows are numbered b * S + s.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -85,10 +86,17 @@ def place_rows(
     read_table: bool,
     device: torch.device,
 ) -> Placement:
-    """The placement of image rows at the image tokens of `ids` in row-major order, or, with ids None, end to end.
+    """The placement that `placement_columns` describes, on a device; `read_table` as `placement` has it."""
+    return placement(to_device(placement_columns(images, ids, image_token, tower_rows), device), read_table)
+
+
+def placement_columns(
+    images: ImageRows, ids: np.ndarray | None, image_token: int, tower_rows: tuple[int, int]
+) -> dict[str, np.ndarray]:
+    """The int32 columns of a Placement and its uses, by name: image rows stand at the image tokens of `ids` in
+    row-major order, or, with ids None, end to end; text rows are read from the embedding table by token id.
 
     tower_rows  (rows that the tower gives for a tile, how many of them come before the first that is kept).
-    read_table  text rows are read from the embedding table by token id; False: from a table of B * S rows.
     Raises ImageError if image tokens and image rows differ in number.
     """
     total = len(images.index)
@@ -97,7 +105,7 @@ def place_rows(
     if len(place) != total:
         raise ImageError(f"{len(place)} image tokens, but the images have {total} rows")
     source = np.full(len(flat), TEXT, np.int32)
-    row = (flat if read_table else np.arange(len(flat))).astype(np.int32)
+    row = flat.astype(np.int32)
     source[place] = np.where(images.newline, CONSTANT, VISUAL)
     kept, number = np.unique(images.index[~images.newline], return_inverse=True)
     row[place[~images.newline]] = number
@@ -110,13 +118,20 @@ def place_rows(
         "kept": (kept // per_tile * of_tile + skipped + kept % per_tile).astype(np.int32),
         "place": place.astype(np.int32),
     }
-    columns |= row_uses_columns(columns, len(kept))
-    on_device = to_device(columns, device)
-    return Placement(*(on_device[name] for name in ("source", "row", "kept", "place")), _uses(on_device))
+    return columns | row_uses_columns(columns, len(kept))
 
 
-def _uses(columns: dict[str, Tensor]) -> RowUses:
-    return RowUses(*(columns[name] for name in RowUses._fields))
+def placement(columns: Mapping[str, Tensor], read_table: bool) -> Placement:
+    """A Placement of columns on a device, without a synchronisation. `read_table`: text rows are read from the
+    embedding table by token id; False: from a table of all B * S rows, each at its own place."""
+    source, row, kept, place = (columns[name] for name in ("source", "row", "kept", "place"))
+    uses = RowUses(*(columns[name] for name in RowUses._fields))
+    if not read_table:
+        row = torch.where(source == TEXT, torch.arange(len(row), dtype=row.dtype, device=row.device), row)
+        text = uses.text_row.sort().values
+        segments = torch.arange(len(text) + 1, dtype=text.dtype, device=text.device)
+        uses = uses._replace(text_row=text, text_token=text, text_segment=segments)
+    return Placement(source, row, kept, place, uses)
 
 
 def supervised_rows(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
