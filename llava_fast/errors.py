@@ -19,3 +19,21 @@ class RequestError(LlavaFastError):
 
 class CheckpointError(LlavaFastError):
     """A checkpoint that cannot be loaded or saved: missing shard, wrong shape, unknown model type."""
+
+
+class DataError(LlavaFastError):
+    """Training data that cannot be used: a file that is no JSON, turns out of order, marks without images.
+
+    `kind` sorts what is wrong, for reports."""
+
+    def __init__(self, message: str, kind: str = "malformed") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class RecipeError(LlavaFastError):
+    """A training recipe that cannot be run: an unknown field, a bad value, parts that do not go together."""
+
+
+class TrainingError(LlavaFastError):
+    """A training run that must stop: its loss is not finite or has jumped, or its checkpoint does not fit it."""

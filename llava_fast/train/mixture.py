@@ -1,0 +1,63 @@
+"""How often each source is seen in an epoch, and in what order: integers alone, the same on every process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from llava_fast.errors import DataError
+from llava_fast.train.data import Source
+
+
+def epoch_order(
+    table_sources: np.ndarray, sources: Sequence[Source], mixing: Literal["concat", "sqrt"], epoch: int, seed: int
+) -> np.ndarray:
+    """Sample numbers of an epoch, shuffled: int64 [samples in the epoch], the same for the same arguments.
+
+    table_sources   int [n], the source of each sample (`SampleTable.source_of`).
+    mixing          "concat": of a source of n samples, weight * n (rounded), at most its cap. "sqrt": shares are
+                    proportional to weight * sqrt(n) and add up to the number of samples, then caps apply.
+    Within a source samples take turns: none is seen again before all have been seen, over epochs too, so a weight
+    of 0.5 shows one half in one epoch and the other in the next. Raises DataError if nothing is left.
+    """
+    sizes = np.bincount(table_sources, minlength=len(sources))
+    picked = []
+    for number, count in enumerate(epoch_counts(sizes, sources, mixing)):
+        members = np.flatnonzero(table_sources == number)
+        picked.append(members[_turns(len(members), int(count), epoch, [seed, number])])
+    order = np.concatenate(picked)
+    if not len(order):
+        raise DataError("no sample is left in an epoch: raise the weights of its sources")
+    return np.random.default_rng([seed, epoch]).permutation(order)
+
+
+def epoch_counts(sizes: np.ndarray, sources: Sequence[Source], mixing: Literal["concat", "sqrt"]) -> np.ndarray:
+    """How many samples of each source an epoch has: int64 [sources]. sizes: int [sources]."""
+    weights = np.array([source.weight for source in sources]) * (sizes > 0)
+    if mixing == "sqrt":
+        shares = weights * np.sqrt(sizes)
+        counts = _whole(shares / shares.sum() * sizes.sum()) if shares.any() else np.zeros(len(sizes), np.int64)
+    else:
+        counts = np.rint(weights * sizes).astype(np.int64)
+    return np.minimum(counts, [source.cap or np.iinfo(np.int64).max for source in sources])
+
+
+def _whole(shares: np.ndarray) -> np.ndarray:
+    """Shares that add up to a whole number, as whole numbers with the same sum (largest remainders)."""
+    counts = np.floor(shares).astype(np.int64)
+    left = int(np.rint(shares.sum())) - int(counts.sum())
+    counts[np.argsort(counts - shares, kind="stable")[:left]] += 1
+    return counts
+
+
+def _turns(size: int, count: int, epoch: int, seed: list[int]) -> np.ndarray:
+    """The places of an epoch's `count` samples in a source of `size`: the stretch that is this epoch's of an endless
+    row of shuffles of the source."""
+    if not count:
+        return np.zeros(0, np.int64)
+    start = epoch * count
+    rounds = range(start // size, (start + count - 1) // size + 1)
+    row = np.concatenate([np.random.default_rng([*seed, each]).permutation(size) for each in rounds])
+    return row[start - rounds[0] * size :][:count]
