@@ -1,0 +1,145 @@
+"""A recipe: everything a training run depends on, in one YAML file, checked before anything is loaded.
+
+Field names are the file's keys; `llava-fast train --help` shows a small one, and recipes/ holds those of the papers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llava_fast.errors import RecipeError
+from llava_fast.train.data import Source
+
+PARTS = ("vision_tower", "projector", "decoder")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Data(_Section):
+    """What is trained on. Sources are described at `train.data.Source`."""
+
+    sources: list[Source] = Field(min_length=1)
+    mixing: Literal["concat", "sqrt"] = "concat"  # sqrt: a source's share is proportional to the root of its size
+    template: str | None = None  # a built-in chat template, instead of the checkpoint's own
+    label_mask: Literal["answers", "original"] = "answers"  # original: what the original trainers supervise
+    max_length: int | None = Field(None, ge=1)  # rows of a sample; default: what the decoder's context holds
+    too_long: Literal["drop", "cut"] = "drop"
+    batching: Literal["packed", "padded", "grouped"] = "packed"  # grouped: padded, and alike samples share a batch
+    workers: int = Field(2, ge=0)  # processes that open and cut images
+    video_frames: int = Field(16, ge=1)
+
+
+class Optimizer(_Section):
+    """AdamW, with the schedules of transformers."""
+
+    learning_rate: float = Field(gt=0)
+    rates: dict[Literal["vision_tower", "projector", "decoder"], float] = {}  # a part's own rate
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup: float = Field(0.03, ge=0, lt=1)  # share of all steps
+    weight_decay: float = Field(0.0, ge=0)  # of matrices; biases and norms have none
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    clip: float | None = Field(1.0, gt=0)  # largest gradient norm
+    states: Literal["float32", "8bit"] = "float32"
+
+
+class Lora(_Section):
+    """Low-rank adapters on the decoder's Linears, through PEFT (Hu et al. 2021)."""
+
+    rank: int = Field(128, ge=1)
+    alpha: float = Field(256, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Parallel(_Section):
+    """How several processes share the work. "auto": none alone, FSDP2 under torchrun."""
+
+    kind: Literal["auto", "none", "ddp", "fsdp2"] = "auto"
+    tensor: int = Field(1, ge=1)  # processes that share each decoder layer
+
+
+class Checkpoints(_Section):
+    every: int = Field(500, ge=1)  # optimiser steps
+    keep: int = Field(2, ge=1)
+
+
+class Recipe(_Section):
+    """A training run."""
+
+    model: str  # a checkpoint directory or Hub id to start from
+    output: Path  # checkpoints, metrics and the trained model go here
+    trainable: list[str] = ["projector"]  # parts, or patterns of parameter names (fnmatch)
+    lora: Lora | None = None
+    data: Data
+    optimizer: Optimizer
+    batch_size: int = Field(ge=1)  # samples of an optimiser step, over all processes and micro-batches
+    micro_batch: int = Field(1, ge=1)  # samples that a process runs at once (padded, grouped)
+    micro_batch_rows: int | None = Field(None, ge=1)  # rows that a process runs at once (packed); default max_length
+    epochs: float = Field(1, gt=0)
+    steps: int | None = Field(None, ge=1)  # ends the run earlier; the schedule is laid out over these
+    loss_average: Literal["step", "micro_batch"] = "step"  # micro_batch: a mean of means, as the original trainers
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    tf32: bool = True
+    recompute: Literal["none", "layers", "selective"] = "layers"  # activation checkpointing of decoder and tower
+    parallel: Parallel = Parallel()
+    checkpoints: Checkpoints = Checkpoints()
+    layout: Literal["hf", "original"] = "hf"  # of the exported model
+    spike: float | None = Field(10.0, gt=1)  # stop when the loss is so many times the median of the last 50 steps
+    seed: int = 0
+    tensorboard: bool = True
+    wandb: str | None = None  # project
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        if not self.trainable and self.lora is None:
+            raise ValueError("nothing is trained: name parts under `trainable`, or give `lora`")
+        if self.lora is not None and "decoder" in self.trainable:
+            raise ValueError("`lora` freezes the decoder's own weights: leave `decoder` out of `trainable`")
+        if self.data.batching == "packed" and self.loss_average == "micro_batch":
+            raise ValueError("`loss_average: micro_batch` is the original's, which pads: use `batching: grouped`")
+        return self
+
+
+def load_recipe(path: str | Path, changes: list[str] | None = None) -> Recipe:
+    """A recipe from a YAML file. `changes` are "key.key=value" strings, values in YAML. Raises RecipeError, naming
+    every field that is wrong."""
+    path = Path(path)
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"there is no recipe at {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from None
+    if not isinstance(given, dict):
+        raise RecipeError(f"{path} must hold a mapping of settings, such as `model: ...`")
+    for change in changes or []:
+        _change(given, change)
+    return parse_recipe(given, str(path))
+
+
+def parse_recipe(given: dict[str, Any], name: str = "the recipe") -> Recipe:
+    """A recipe from its parsed YAML. Raises RecipeError, naming every field that is wrong."""
+    try:
+        return Recipe.model_validate(given)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, each['loc'])) or 'recipe'}: {each['msg']}" for each in error.errors()]
+        raise RecipeError("\n".join([f"{name} is not a recipe that can be run:", *lines])) from None
+
+
+def _change(given: dict[str, Any], change: str) -> None:
+    key, equals, value = change.partition("=")
+    *path, last = key.split(".")
+    if not equals or not last:
+        raise RecipeError(f"{change!r} changes nothing: write key=value, as optimizer.learning_rate=1e-4")
+    for name in path:
+        given = given.setdefault(name, {})
+        if not isinstance(given, dict):
+            raise RecipeError(f"{change!r}: {name} is not a section of the recipe")
+    given[last] = yaml.safe_load(value)

@@ -1,0 +1,55 @@
+"""Recipes: what is refused, and that the error says which field."""
+
+import pytest
+
+from llava_fast.errors import RecipeError
+from llava_fast.train.recipe import load_recipe
+
+GOOD = """
+model: somewhere
+output: runs/x
+data: {sources: [{path: data.json}]}
+optimizer: {learning_rate: 1.0e-3}
+batch_size: 8
+"""
+
+
+def write(tmp_path, text: str):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_reads_and_changes(tmp_path):
+    recipe = load_recipe(write(tmp_path, GOOD), ["optimizer.learning_rate=2.0e-5", "trainable=[projector, decoder]"])
+    assert recipe.optimizer.learning_rate == 2e-5
+    assert recipe.trainable == ["projector", "decoder"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("batch_sise=3", "batch_sise"),
+        ("batch_size=0", "batch_size"),
+        ("data.sources=[]", "data.sources"),
+        ("optimizer.rates={tower: 1.0}", "optimizer.rates.tower"),
+        ("trainable=[]", "nothing is trained"),
+        ("loss_average=micro_batch", "grouped"),
+        ("model.x=1", "model is not a section"),
+        ("nonsense", "key=value"),
+    ],
+)
+def test_names_the_field_that_is_wrong(tmp_path, change, said):
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(write(tmp_path, GOOD), [change])
+
+
+@pytest.mark.parametrize(("text", "said"), [("- a", "mapping"), ("a: [", "not YAML"), ("{}", "learning_rate|model")])
+def test_not_a_recipe(tmp_path, text, said):
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(write(tmp_path, text))
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(RecipeError, match="no recipe at"):
+        load_recipe(tmp_path / "none.yaml")
