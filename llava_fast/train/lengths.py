@@ -1,0 +1,259 @@
+"""One pass over the data before any training: how long each sample is, and what is wrong with it.
+
+Worker processes tokenise each sample and read its images' sizes (or, asked to, all their pixels). What they find is
+kept on disk, so that a run that is started again, or a run after `llava-fast data check`, has it at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import warnings
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import llava_fast
+from llava_fast.errors import DataError, ImageError, MissingFileError, RequestError
+from llava_fast.inputs import images
+from llava_fast.inputs.plan import TextPiece, VisualPiece
+from llava_fast.inputs.processor import Processor
+from llava_fast.train.data import SampleTable
+
+LabelMask = Literal["answers", "original"]
+_CHUNK = 32  # samples that a worker does at once
+_PLAIN_SETTINGS = ("geometry", "image_token_id", "video_token_id", "template", "video_frames", "exif")
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Rows of each sample: `text`, `visual`, and how many of the text rows are `supervised`; int32 [n].
+
+    problems  what is wrong with a sample, in words, by its number; such a sample's rows are 0.
+    kinds     and of what kind that is: "missing file", "unreadable file", "roles and turns", "marks", "malformed",
+              "cannot be masked", "unexpected".
+    """
+
+    text: np.ndarray
+    visual: np.ndarray
+    supervised: np.ndarray
+    problems: dict[int, str]
+    kinds: dict[int, str]
+
+
+class _Found(NamedTuple):
+    """What is known of one sample."""
+
+    number: int
+    text: int = 0
+    visual: int = 0
+    supervised: int = 0
+    kind: str = ""
+    problem: str = ""
+
+
+def measure(
+    table: SampleTable,
+    processor: Processor | None,
+    labels: LabelMask,
+    workers: int,
+    cache: Path | None = None,
+    *,
+    decode: bool = False,
+    again: bool = True,
+    progress: bool = True,
+) -> Lengths:
+    """Measure all samples of a table.
+
+    processor  of the model to train; its `max_rows` plays no part. None: only looks for problems, all rows are 0.
+    workers    processes that do it; 0 does it in this one.
+    cache      a directory to keep results in, by a hash of the data and of the processor's settings; samples with a
+               problem are looked at `again` the next time, as their files may have been mended.
+    decode     open every image and video fully, so that a truncated file is found; otherwise their headers are read.
+    """
+    kept = None if cache is None else Path(cache) / f"{_key(table, processor, labels)}.npz"
+    found = None if kept is None else _read(kept, len(table), decode)
+    if found is None:
+        found = _Kept(_lengths(np.zeros((3, len(table)), np.int32), {}, {}), decode)
+        todo: Sequence[int] = range(len(table))
+    else:
+        todo = sorted(found.lengths.problems) if again else []
+    if todo:
+        chunks = _Chunks(table, processor, labels, found.decoded, todo)
+        found = _Kept(_merged(found.lengths, _run(chunks, workers, progress)), found.decoded)
+        if kept is not None:
+            _write(kept, found)
+    return found.lengths
+
+
+class _Chunks(Dataset):
+    """Samples to look at, a few at a time."""
+
+    def __init__(
+        self, table: SampleTable, processor: Processor | None, labels: LabelMask, decode: bool, numbers: Sequence[int]
+    ) -> None:
+        unlimited = processor and dataclasses.replace(processor, max_rows=None, threads=1)
+        self.table, self.processor, self.labels, self.decode, self.numbers = table, unlimited, labels, decode, numbers
+
+    def __len__(self) -> int:
+        return -(-len(self.numbers) // _CHUNK)
+
+    def __getitem__(self, chunk: int) -> list[_Found]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of odd files that it reads all the same
+            return [self._look(number) for number in self.numbers[chunk * _CHUNK : (chunk + 1) * _CHUNK]]
+
+    def _look(self, number: int) -> _Found:
+        try:
+            request = self.table[number].request
+            for image in request["images"]:
+                if self.decode or self.processor is None:
+                    images.open_image(image)
+            if "video" in request:
+                self._look_at_video(request["video"])
+            if self.processor is None:
+                return _Found(number)
+            rows = _count(self.processor, request, self.labels)
+            return _Found(number, *rows)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a sample brings about, the others are looked at too
+            kind, problem = _described(error)
+            name = self.table.name(number)
+            return _Found(number, kind=kind, problem=problem if problem.startswith(name) else f"{name}: {problem}")
+
+    def _look_at_video(self, path: str) -> None:
+        if not os.path.exists(path):
+            raise MissingFileError(f"no image or video file {path!r}")
+        if self.decode:
+            images.read_video(path, self.processor.video_frames if self.processor else 1)
+
+
+def _count(processor: Processor, request: dict[str, Any], labels: LabelMask) -> tuple[int, int, int]:
+    pieces = processor.pieces(processor.outline(request, labels=True), [])
+    texts = [piece for piece in pieces if isinstance(piece, TextPiece)]
+    visual = sum(len(piece.rows) for piece in pieces if isinstance(piece, VisualPiece))
+    supervised = sum(np.count_nonzero(piece.supervised) for piece in texts if piece.supervised is not None)
+    return sum(len(piece.ids) for piece in texts), visual, supervised
+
+
+def _described(error: Exception) -> tuple[str, str]:
+    """(kind, words) of what is wrong with a sample."""
+    if isinstance(error, DataError):
+        return error.kind, str(error)
+    for types, kind in (
+        (MissingFileError, "missing file"),
+        (ImageError, "unreadable file"),
+        (RequestError, "cannot be masked"),
+    ):
+        if isinstance(error, types):
+            return kind, str(error)
+    if isinstance(error, OSError):
+        return "unreadable file", str(error)
+    return "unexpected", f"{type(error).__name__}: {error}"
+
+
+def _run(chunks: _Chunks, workers: int, progress: bool) -> list[_Found]:
+    workers = min(workers, len(chunks))
+    loader = DataLoader(
+        chunks,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        multiprocessing_context="fork" if workers else None,  # workers share the table's memory
+        worker_init_fn=_start_worker,
+    )
+    found: list[_Found] = []
+    what = "reading samples and images" if chunks.decode else "measuring samples"
+    with tqdm(total=len(chunks.numbers), desc=what, unit=" samples", disable=not progress, dynamic_ncols=True) as bar:
+        for each in loader:
+            found += each
+            bar.update(len(each))
+    return found
+
+
+def _as_it_is(found: list[_Found]) -> list[_Found]:
+    return found
+
+
+def _start_worker(_: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or the tokenizer warns that its process was forked
+
+
+# ---------------------------------------------------------------- kept on disk
+
+
+class _Kept(NamedTuple):
+    """What a file holds: lengths, and whether images were opened fully for them."""
+
+    lengths: Lengths
+    decoded: bool
+
+
+def _merged(old: Lengths, found: list[_Found]) -> Lengths:
+    """`old`, with what was found since in its place."""
+    rows = np.stack([old.text, old.visual, old.supervised])
+    problems, kinds = dict(old.problems), dict(old.kinds)
+    for number, *counts, kind, problem in found:
+        rows[:, number] = counts
+        problems.pop(number, None)
+        kinds.pop(number, None)
+        if problem:
+            problems[number], kinds[number] = problem, kind
+    return _lengths(rows, problems, kinds)
+
+
+def _lengths(rows: np.ndarray, problems: dict[int, str], kinds: dict[int, str]) -> Lengths:
+    """rows: int32 [3, n], text, visual and supervised."""
+    order = sorted(problems)
+    return Lengths(rows[0], rows[1], rows[2], {i: problems[i] for i in order}, {i: kinds[i] for i in order})
+
+
+def _key(table: SampleTable, processor: Processor | None, labels: LabelMask) -> str:
+    """A hash of all that lengths depend on, but for the sizes of the images."""
+    settings: list[Any] = [llava_fast.__version__, table.fingerprint(), labels]
+    if processor is not None:
+        settings += [repr(getattr(processor, name)) for name in _PLAIN_SETTINGS]
+        tokenizer = processor.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        settings.append(backend.to_str() if backend else sorted(tokenizer.get_vocab().items()))
+        settings.append([repr(tokenizer.special_tokens_map), type(tokenizer).__name__])
+    return hashlib.blake2b(json.dumps(settings).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _read(path: Path, count: int, decode: bool) -> _Kept | None:
+    """What is kept, if it is whole and looked at images as closely as is asked now."""
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            rows = held["rows"]
+            notes = json.loads(str(held["notes"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    if rows.shape != (3, count) or (decode and not notes["decoded"]):
+        return None
+    problems = {int(number): text for number, text in notes["problems"].items()}
+    kinds = {int(number): kind for number, kind in notes["kinds"].items()}
+    return _Kept(_lengths(rows, problems, kinds), notes["decoded"])
+
+
+def _write(path: Path, kept: _Kept) -> None:
+    lengths = kept.lengths
+    notes = json.dumps({"decoded": kept.decoded, "problems": lengths.problems, "kinds": lengths.kinds})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("wb") as file:
+            np.savez(file, rows=np.stack([lengths.text, lengths.visual, lengths.supervised]), notes=np.array(notes))
+        part.replace(path)  # whole or not at all
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            part.unlink()
