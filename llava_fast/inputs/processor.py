@@ -133,26 +133,8 @@ class Processor:
         )
 
     def render(self, request: dict, labels: bool = False) -> tuple[list[chat.Segment], list, list]:
-        """(segments of the prompt, image sources, video sources) of a request, marks still in the text. Only with
-        `labels` is a conversation split into segments; otherwise the whole prompt is one."""
-        _check_request(request)
-        given = list(request.get("images") or [])
-        videos = [] if request.get("video") is None else [request["video"]]
-        if "prompt" in request:
-            return [chat.Segment(request["prompt"], False)], given, videos
-        messages, sources = chat.normalise_messages(request["messages"])
-        empty = sum(source is None for source in sources)
-        if empty != len(given):
-            raise RequestError(
-                f"the messages have {empty} image marks without a source and "
-                f'"images" has {len(given)} items: give one image for each {{"type": "image"}}'
-            )
-        supply = iter(given)
-        sources = [next(supply) if source is None else source for source in sources]
-        if labels:
-            _check_answers(messages)
-            return self.template.segments(messages, add_generation_prompt=False), sources, videos
-        return [chat.Segment(self.template.render(messages, add_generation_prompt=True), False)], sources, videos
+        """See `render_request`."""
+        return render_request(self.template, request, labels)
 
     def outline(self, request: dict, labels: bool = False) -> list[TextPiece | VisualMark]:
         """A request as token ids and marks in order, before any image is opened. Raises RequestError."""
@@ -257,7 +239,7 @@ class Processor:
         special = not (rendered and self._brings_bos(text))
         encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=segments is not None)
         ids = np.asarray(encoded["input_ids"], np.int32)
-        supervised = None if segments is None else _supervised(np.asarray(encoded["offset_mapping"]), segments)
+        supervised = None if segments is None else supervised_tokens(np.asarray(encoded["offset_mapping"]), segments)
         return ids, supervised, np.flatnonzero(np.isin(ids, list(tokens.values())))
 
     def _encode_chunks(self, text: str, marks: re.Pattern, segments: list[chat.Segment] | None):
@@ -273,7 +255,7 @@ class Processor:
             ids += token_ids[drop:]
             if segments is not None:
                 spans = np.asarray(encoded["offset_mapping"]).reshape(-1, 2)[drop:]
-                supervised.append(_supervised(np.where(spans[:, 1:] > 0, spans + offset, 0), segments))
+                supervised.append(supervised_tokens(np.where(spans[:, 1:] > 0, spans + offset, 0), segments))
             if number < len(chunks) - 1:
                 places.append(len(ids))
                 ids.append(ORIGINAL_IMAGE_TOKEN)
@@ -301,6 +283,31 @@ class Processor:
             )
 
 
+def render_request(
+    template: chat.ChatTemplate, request: dict, labels: bool = False
+) -> tuple[list[chat.Segment], list, list]:
+    """(segments of the prompt, image sources, video sources) of a request, marks still in the text. Only with
+    `labels` is a conversation split into segments; otherwise the whole prompt is one. Raises RequestError."""
+    _check_request(request)
+    given = list(request.get("images") or [])
+    videos = [] if request.get("video") is None else [request["video"]]
+    if "prompt" in request:
+        return [chat.Segment(request["prompt"], False)], given, videos
+    messages, sources = chat.normalise_messages(request["messages"])
+    empty = sum(source is None for source in sources)
+    if empty != len(given):
+        raise RequestError(
+            f"the messages have {empty} image marks without a source and "
+            f'"images" has {len(given)} items: give one image for each {{"type": "image"}}'
+        )
+    supply = iter(given)
+    sources = [next(supply) if source is None else source for source in sources]
+    if labels:
+        _check_answers(messages)
+        return template.segments(messages, add_generation_prompt=False), sources, videos
+    return [chat.Segment(template.render(messages, add_generation_prompt=True), False)], sources, videos
+
+
 def _check_request(request: Any) -> None:
     if not isinstance(request, dict):
         raise RequestError(f'a request is a dict with "prompt" or "messages", got {type(request).__name__}')
@@ -325,7 +332,7 @@ def _check_answers(messages: list[dict]) -> None:
         raise RequestError("labels need an assistant message, and text in each: this sample has nothing to learn from")
 
 
-def _supervised(offsets: np.ndarray, segments: list[chat.Segment]) -> np.ndarray:
+def supervised_tokens(offsets: np.ndarray, segments: list[chat.Segment]) -> np.ndarray:
     """Which tokens carry a label: those that end inside a supervised segment. A token that begins with the space
     before an answer ends inside it, so it counts; special tokens without text do not."""
     ends = np.cumsum([len(segment.text) for segment in segments])

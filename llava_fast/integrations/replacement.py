@@ -18,15 +18,22 @@ logger = logging.getLogger("llava_fast.integrations")
 TOLD = "_llava_fast_told"
 
 
-def replace(module: nn.Module, name: str, function: Callable[..., Any]) -> bool:
+def replace(module: nn.Module, name: str, function: Callable[..., Any], more: tuple[str, ...] = ()) -> bool:
     """Let `module.name(...)` be `function(module, ...)`, under the signature of the method it replaces (Trainer and
-    generate read it). False, and nothing done, if something else has replaced it already."""
+    generate read it) and `more` keywords. False, and nothing done, if something else has replaced it already."""
     if name in vars(module):
         return is_replaced(module, name)
     bound = functools.partial(function, module)
-    bound.__signature__ = stock_signature(type(module), name)  # type: ignore[attr-defined]
+    bound.__signature__ = _with_keywords(stock_signature(type(module), name), more)  # type: ignore[attr-defined]
     setattr(module, name, bound)
     return True
+
+
+def _with_keywords(signature: inspect.Signature, names: tuple[str, ...]) -> inspect.Signature:
+    parameters = list(signature.parameters.values())
+    rest = [parameters.pop()] if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else []
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
+    return signature.replace(parameters=[*parameters, *added, *rest])
 
 
 def is_replaced(module: nn.Module, name: str) -> bool:

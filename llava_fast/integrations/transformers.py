@@ -7,7 +7,8 @@ Methods of two modules are replaced, by instance (see `replacement`); classes, p
 - the inner model's forward: the tower stops at the selected layer, only kept rows are projected, and every row is put
   in its place by integers (see `hf_inputs`);
 - the inner model's get_image_features: the same, but only while generate encodes images ahead of the prompt. A direct
-  call still runs the whole tower, for its result shows the last hidden state.
+  call still runs the whole tower, for its result shows the last hidden state;
+- generate: it leaves out a collator's plan (`llava_plan_*`, see `shipped_plan`), which forward takes.
 
 The decoder's own layers are left as they are. A call that a replacement does not serve takes the stock path, and says
 so once in the log `llava_fast.integrations`. A graph that torch.compile traces is the stock one.
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_fast.errors import ImageError, LlavaFastError
-from llava_fast.integrations import hf_inputs
+from llava_fast.integrations import hf_inputs, shipped_plan
 from llava_fast.integrations.placement import Integers, read_integers, supervised_rows, to_device
 from llava_fast.integrations.replacement import (
     TOLD,
@@ -66,7 +67,7 @@ def accelerate(model: nn.Module, processor=None, *, training_logits: bool = True
     whole = _find(model)
     done = []
     for module, name, function, what in _replacements(whole):
-        if replace(module, name, function):
+        if replace(module, name, function, shipped_plan.NAMES if function is whole_forward else ()):
             done.append(what)
         else:
             logger.warning("%s stays: its %s was replaced by someone else", what, name)
@@ -96,6 +97,7 @@ def replaced(model: nn.Module) -> list[str]:
 def _replacements(whole: nn.Module) -> Iterator[tuple]:
     """(module, method, function, what it does in words)."""
     yield whole, "forward", whole_forward, "the loss (supervised rows only)"
+    yield whole, "generate", generate, "generate (it leaves out a collator's plan)"
     yield whole.model, "forward", inner_forward, "the tower's run (stops at the selected layer), projection, placement"
     if hasattr(type(whole), ENCODE):
         yield whole, ENCODE, encode_for_generation, "generate's encoding of images"
@@ -119,25 +121,32 @@ def _find(model: nn.Module) -> nn.Module:
 def whole_forward(model: nn.Module, *args, **kwargs):
     """The stock forward; with labels, its loss over supervised rows alone."""
     if torch.compiler.is_compiling():
-        return type(model).forward(model, *args, **kwargs)
+        return type(model).forward(model, *args, **shipped_plan.without(kwargs))
     given = by_name(model, "forward", args, kwargs)
+    plan = shipped_plan.find(given)
+    if not is_replaced(model.model, "forward"):
+        given = shipped_plan.without(given)
     labels = given.get("labels")
     if labels is None:
         return stock(model, "forward", given)
     if why := _unfit_for_loss(model, given):
         tell_stock(model, "the loss", why)
         return stock(model, "forward", given)
-    integers = read_integers(given.get("input_ids"), _sizes(model.model, given), labels)
-    rows, targets = supervised_rows(integers.labels)
-    if not len(rows) or targets.min() < 0 or targets.max() >= len(model.lm_head.weight):
-        return stock(model, "forward", given)  # which gives NaN, or raises
     inner = {name: value for name, value in given.items() if name not in ("labels", "logits_to_keep", "return_dict")}
-    if is_replaced(model.model, "forward"):
-        inner[INTEGERS] = integers
+    if plan is not None and len(plan["supervised_row"]):
+        rows, targets = shipped_plan.supervision(plan, labels)
+    else:
+        integers = read_integers(given.get("input_ids"), _sizes(model.model, given), labels)
+        on_host = supervised_rows(integers.labels)
+        if not len(on_host[0]) or on_host[1].min() < 0 or on_host[1].max() >= len(model.lm_head.weight):
+            return stock(model, "forward", given)  # which gives NaN, or raises
+        rows, targets = to_device(dict(zip(("rows", "targets"), on_host, strict=True)), labels.device).values()
+        if is_replaced(model.model, "forward"):
+            inner[INTEGERS] = integers
     outputs = model.model(**inner, return_dict=True)
     hidden = outputs[0]
-    columns = to_device({"rows": rows, "targets": targets}, hidden.device)
-    loss = _loss(model.lm_head, hidden.flatten(0, 1)[columns["rows"].long()], columns["targets"])
+    rows, targets = rows.to(hidden.device), targets.to(hidden.device)
+    loss = _loss(model.lm_head, hidden.flatten(0, 1)[rows.long()], targets)
     count = given.get("num_items_in_batch")
     loss = loss / (len(rows) if count is None else count.to(loss.device) if isinstance(count, Tensor) else count)
     skips = model.training and torch.is_grad_enabled() and vars(model).get(SKIPS_LOGITS, False)
@@ -199,8 +208,9 @@ def inner_forward(model: nn.Module, *args, **kwargs):
     """The stock forward of decoder inputs made here from ids and pixels."""
     integers: Integers | None = kwargs.pop(INTEGERS, None)
     if torch.compiler.is_compiling():
-        return type(model).forward(model, *args, **kwargs)
+        return type(model).forward(model, *args, **shipped_plan.without(kwargs))
     given = by_name(model, "forward", args, kwargs)
+    plan, given = shipped_plan.find(given), shipped_plan.without(given)
     if given.get("pixel_values") is None:
         return stock(model, "forward", given)
     why = hf_inputs.unfit(model, given) or (None if given.get("input_ids") is not None else "input_ids are not given")
@@ -208,8 +218,11 @@ def inner_forward(model: nn.Module, *args, **kwargs):
         ids, selection = given["input_ids"], hf_inputs.select(model, given)
         table = hf_inputs.reads_table(model.get_input_embeddings())
         try:
-            integers = integers or read_integers(ids, _sizes(model, given))
-            images = hf_inputs.plan_images(model, given["pixel_values"], integers, selection, table)
+            if plan is not None:
+                images = shipped_plan.images(model, given, plan, table)
+            else:
+                integers = integers or read_integers(ids, _sizes(model, given))
+                images = hf_inputs.plan_images(model, given["pixel_values"], integers, selection, table)
         except ImageError as error:
             why = str(error)
     if why is not None:
@@ -220,6 +233,11 @@ def inner_forward(model: nn.Module, *args, **kwargs):
     outputs = stock(model, "forward", rest)
     outputs["image_hidden_states"] = embeds.flatten(0, 1)[images.placement.place.long()]
     return outputs
+
+
+def generate(model: nn.Module, *args, **kwargs):
+    """The stock generate without a plan: it would spread the plan's columns over beams, and take the prompt apart."""
+    return type(model).generate(model, *args, **shipped_plan.without(kwargs))
 
 
 def encode_for_generation(model: nn.Module, *args, **kwargs):

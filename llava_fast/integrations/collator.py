@@ -1,0 +1,225 @@
+"""`Collator`: samples of text and images to a batch for a transformers LLaVA, with labels and the plan of the batch.
+
+Labels come from the spans of one tokenisation: the whole conversation is tokenised once, and a token is supervised if
+it ends inside an answer. A Collator holds a processor and a config, no model: a data loader's worker can have it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from llava_fast.errors import LlavaFastError, RequestError
+from llava_fast.inputs import chat, images
+from llava_fast.inputs.plan import IGNORE
+from llava_fast.inputs.processor import render_request, supervised_tokens
+from llava_fast.integrations import shipped_plan
+
+PIXELS = ("pixel_values", "pixel_values_uint8", "pixel_values_videos")
+FEATURES = ("input_ids", "attention_mask", "labels", *PIXELS, "image_sizes", "batch_num_images")
+
+
+class Collator:
+    """A collator for HF Trainer or a DataLoader: `Collator(processor, model)(samples)`.
+
+    processor     a LLaVA processor of transformers, or a FastProcessor.
+    model         the model, or its config.
+    labels        True: answers are supervised. False: prompts, for generate; an answer is left out.
+    end           what follows the answer of a sample with a "prompt". Default: the tokenizer's end of sequence; "" for
+                  nothing. (The end of a turn in messages is the chat template's affair.)
+    chat_template name of a built-in template (see inputs.chat) to use instead of the processor's.
+    padding_side  "left" or "right". Default: the tokenizer's; "left" without labels.
+    plan          True: the batch carries its plan as int32 tensors `llava_plan_*`, which an accelerated model's forward
+                  takes, so that it asks the device for nothing (a batch of videos, or of a model whose plan is not made
+                  ahead, carries none). False: for a model that is not accelerated, or nn.DataParallel.
+
+    A sample is one of
+      {"messages": [...], "images": [...]}  OpenAI form, through the chat template; assistant messages are supervised
+      {"prompt": str, "images": [...], "answer": str}  the prompt verbatim, `<image>` marking each image
+      {"input_ids": ...}  the processor's features of one sample, with its "labels" if they are wanted;
+                          `features(sample)` makes them of the other two forms
+    "images" are paths, bytes, PIL images or uint8 arrays. Any sample may have an "id", by which errors name it. HF
+    Trainer takes keys away that no model knows: TrainingArguments(remove_unused_columns=False) keeps them.
+
+    The batch is a dict: input_ids, attention_mask, labels int64 [B, S]; pixel_values as the processor gives them,
+    filled up to the most tiles; image_sizes; and the plan. Raises RequestError or ImageError, naming the sample, for
+    one that cannot be masked or read.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        model: Any,
+        *,
+        labels: bool = True,
+        end: str | None = None,
+        chat_template: str | None = None,
+        padding_side: str | None = None,
+        plan: bool = True,
+    ) -> None:
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.config = getattr(model, "config", model)
+        self.labels, self.plan = labels, plan
+        self.end = (self.tokenizer.eos_token or "") if end is None else end
+        self.padding_side = padding_side or (self.tokenizer.padding_side if labels else "left")
+        self.template = self._template(chat_template)
+        if self.padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side must be 'left' or 'right', got {self.padding_side!r}")
+        if self.tokenizer.pad_token_id is None:
+            raise ValueError(
+                "the tokenizer has no padding token: set tokenizer.pad_token, for instance to its unk_token"
+            )
+        if labels and not self.tokenizer.is_fast:
+            raise ValueError("labels need a fast tokenizer, which says where each token stands in the text")
+
+    def __call__(self, samples: Sequence[dict]) -> dict[str, Tensor]:
+        made = [self._named(sample, number) for number, sample in enumerate(samples)]
+        batch = self._padded(made)
+        if self.plan and self.config.model_type in shipped_plan.FAMILIES and "pixel_values_videos" not in batch:
+            pixels = next((batch[name] for name in PIXELS if name in batch), None)
+            labels, sizes = batch.get("labels"), batch.get("image_sizes")
+            batch |= shipped_plan.make(self.config, batch["input_ids"], labels, pixels, sizes)
+        return batch
+
+    def features(self, sample: dict) -> dict[str, Tensor]:
+        """One sample as the processor gives it: input_ids, attention_mask, labels [S], pixel_values [images, ...] and
+        image_sizes. Raises RequestError or ImageError."""
+        segments, sources = self._render(sample)
+        token = self.processor.image_token
+        text = "".join(segment.text for segment in segments)
+        if text.count(chat.IMAGE_MARK) != len(sources):
+            raise RequestError(f"{text.count(chat.IMAGE_MARK)} {chat.IMAGE_MARK} marks, but {len(sources)} images")
+        segments = [chat.Segment(s.text.replace(chat.IMAGE_MARK, token), s.supervised) for s in segments]
+        text = "".join(segment.text for segment in segments)
+        bos = self.tokenizer.bos_token
+        encoded = self.processor(
+            images=[_opened(source) for source in sources] or None,
+            text=text,
+            add_special_tokens=not ("messages" in sample and bos is not None and text.startswith(bos)),
+            return_offsets_mapping=self.labels,
+            return_tensors="pt",
+        )
+        ids = encoded["input_ids"][0]
+        out = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        out |= {name: encoded[name] for name in (*PIXELS, "image_sizes", "batch_num_images") if name in encoded}
+        if self.labels:
+            is_image = (ids == self.processor.image_token_id).numpy()
+            offsets = offsets_before_expansion(encoded["offset_mapping"][0].numpy(), is_image, text, token)
+            supervised = torch.from_numpy(supervised_tokens(offsets, segments))
+            if not supervised.any():
+                raise RequestError("no token of its answer is left to learn from")
+            out["labels"] = torch.where(supervised, ids, IGNORE)
+        return out
+
+    def _template(self, name: str | None) -> chat.ChatTemplate | None:
+        if name is not None:
+            return chat.builtin_template(name)
+        source = getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
+        return chat.checkpoint_template(source, self.tokenizer.special_tokens_map) if isinstance(source, str) else None
+
+    def _named(self, sample: dict, number: int) -> dict[str, Tensor]:
+        """The features of a sample; an error names it by its "id" or its place in the batch."""
+        name = sample.get("id", number)
+        try:
+            made = self._given(sample) if "input_ids" in sample else self.features(sample)
+            if self.labels and "labels" not in made:
+                raise RequestError("it has no labels: give features with labels, or Collator(..., labels=False)")
+            return made
+        except LlavaFastError as error:
+            raise type(error)(f"sample {name}: {error}") from None
+
+    def _given(self, sample: dict) -> dict[str, Tensor]:
+        """Features made elsewhere, the processor's own batch axis of one taken off."""
+        unknown = set(sample) - {*FEATURES, "id"}
+        if unknown:
+            raise RequestError(f"unknown features {sorted(unknown)}: a batch has {', '.join(FEATURES)}")
+        made = {name: torch.as_tensor(value) for name, value in sample.items() if name != "id" and value is not None}
+        for name in ("input_ids", "attention_mask", "labels"):
+            if name in made:
+                made[name] = made[name][0] if made[name].dim() == 2 and len(made[name]) == 1 else made[name]
+                if made[name].shape != made["input_ids"].shape or made[name].dim() != 1:
+                    raise RequestError(f"{name} has the shape {tuple(made[name].shape)}: give one sample's [S]")
+        if not self.labels:
+            made.pop("labels", None)
+        return {"attention_mask": torch.ones_like(made["input_ids"])} | made
+
+    def _render(self, sample: dict) -> tuple[list[chat.Segment], list]:
+        """(segments with `<image>` marks, image sources) of a sample."""
+        request = {name: value for name, value in sample.items() if name != "answer"}
+        if "prompt" not in sample and "messages" not in sample:
+            raise RequestError(
+                f'it has the keys {sorted(sample)}: give "messages", "prompt" or "input_ids" (HF Trainer leaves others '
+                "out: TrainingArguments(remove_unused_columns=False))"
+            )
+        if "messages" in sample and self.template is None:
+            raise RequestError("its messages need a chat template, and the processor has none: name a chat_template")
+        if "messages" in sample and not self.labels:
+            messages = list(sample["messages"])
+            last = messages[-1] if messages and isinstance(messages[-1], dict) else {}
+            request["messages"] = messages[:-1] if last.get("role") == "assistant" else messages
+        segments, sources, videos = render_request(self.template, request, self.labels)
+        if videos:
+            raise RequestError('a "video" is not collated: give the features that the processor makes of it')
+        if "prompt" in sample and self.labels:
+            answer = sample.get("answer")
+            if not isinstance(answer, str) or not answer:
+                raise RequestError('labels need a text under "answer": this sample has nothing to learn from')
+            if chat.IMAGE_MARK in answer:
+                raise RequestError(f"its answer holds {chat.IMAGE_MARK}: images belong to the prompt")
+            segments = [*segments, chat.Segment(answer if answer.endswith(self.end) else answer + self.end, True)]
+        return segments, sources
+
+    def _padded(self, made: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """One batch of all samples' features."""
+        batch = {}
+        for name, fill in (("input_ids", self.tokenizer.pad_token_id), ("attention_mask", 0), ("labels", IGNORE)):
+            if name in made[0]:
+                rows = [each[name].long() for each in made]
+                batch[name] = pad_sequence(rows, True, fill, self.padding_side)
+        for name in (*PIXELS, "image_sizes", "batch_num_images"):
+            parts = [each[name] for each in made if name in each]
+            if parts:
+                batch[name] = torch.cat(_to_most_tiles(parts) if name in PIXELS else parts)
+        return batch
+
+
+def _to_most_tiles(parts: list[Tensor]) -> list[Tensor]:
+    """Pixels [images, tiles, 3, H, W] filled up with zeros to the most tiles; [images, 3, H, W] as they are."""
+    if parts[0].dim() == 4:
+        return parts
+    most = max(part.shape[1] for part in parts)
+    return [torch.nn.functional.pad(part, (0, 0, 0, 0, 0, 0, 0, most - part.shape[1])) for part in parts]
+
+
+def offsets_before_expansion(offsets: np.ndarray, is_image: np.ndarray, text: str, token: str) -> np.ndarray:
+    """Where tokens stand in `text`, given where they stand once each image token in it has become as many as its image
+    has rows. offsets [S, 2]; is_image bool [S]. Image tokens get (0, 0), the place of what is not in the text.
+
+    Raises RequestError where runs of image tokens and of marks in the text differ in number.
+    """
+    at = np.flatnonzero(is_image)
+    first = np.flatnonzero(np.diff(at, prepend=-2) > 1) if len(at) else at
+    apart = np.flatnonzero(offsets[at[1:], 0] > offsets[at[:-1], 1]) + 1
+    first = np.union1d(first, apart)
+    last = np.append(first[1:], len(at)) - 1 if len(first) else first
+    marks = [len(found[0]) for found in re.finditer(f"(?:{re.escape(token)})+", text)]
+    if len(marks) != len(first):
+        raise RequestError(f"the tokenizer made {len(first)} runs of image tokens from {len(marks)} in the text")
+    ends = offsets[at[last], 1]
+    longer = np.cumsum([0, *(ends - offsets[at[first], 0] - np.array(marks, int))])
+    shift = longer[np.searchsorted(ends, offsets[:, 0], side="right")]
+    return np.where(is_image[:, None], 0, np.where(offsets[:, 1:] > 0, offsets - shift[:, None], 0))
+
+
+def _opened(source: Any) -> Any:
+    """An image as the processor takes it; files are opened as transformers opens them."""
+    if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
+        return images.open_image(source, exif=True, alpha="drop")
+    return source
