@@ -1,4 +1,4 @@
-"""The command line: llava-fast generate | chat | convert | doctor | demo."""
+"""The command line: llava-fast generate | chat | data | convert | doctor | demo."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from llava_fast.errors import LlavaFastError
+from llava_fast.train import data_cli
 
 app = typer.Typer(
     name="llava-fast",
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(data_cli.app, name="data")
 
 Model = Annotated[str, typer.Argument(help="A checkpoint directory (Hugging Face or original layout) or a Hub id.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: CUDA if there is one.")]

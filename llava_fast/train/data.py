@@ -50,9 +50,9 @@ class Source(BaseModel):
     path: str  # .json or .jsonl; a glob or "{a,b}.json" of such files; or a .yaml mixture in LLaVA-NeXT's form
     images: str = ""  # folder that image and video paths are relative to; default: that of the data file
     sampling: str = "all"  # the first, the last or a random part of it: "first:1000", "end:10%", "random:5%"
-    weight: float = Field(1.0, ge=0, allow_inf_nan=False)  # how often per epoch: 0.5 is half of it, 2 is twice
-    cap: int | None = Field(None, ge=1)  # at most so many samples of it per epoch
-    seed: int = Field(0, ge=0)  # of a random sampling
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)  # how often per epoch: 0.5 is half of it, 2 is twice
+    cap: int | None = Field(default=None, ge=1)  # at most so many samples of it per epoch
+    seed: int = Field(default=0, ge=0)  # of a random sampling
 
     _sampling = field_validator("sampling")(_checked_sampling)
 

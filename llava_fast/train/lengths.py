@@ -122,8 +122,10 @@ class _Chunks(Dataset):
                 self._look_at_video(request["video"])
             if self.processor is None:
                 return _Found(number)
-            rows = _count(self.processor, request, self.labels)
-            return _Found(number, *rows)
+            text, visual, supervised = _count(self.processor, request, self.labels)
+            if not supervised:
+                raise RequestError("the chat template marks none of its tokens as an answer")
+            return _Found(number, text, visual, supervised)
         except MemoryError:
             raise
         except Exception as error:  # whatever a sample brings about, the others are looked at too

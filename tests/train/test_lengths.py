@@ -10,7 +10,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from llava_fast.inputs.chat import builtin_template
+from llava_fast.inputs.chat import Segment, builtin_template
 from llava_fast.train.data import Source, read_sources
 from llava_fast.train.lengths import measure
 
@@ -112,6 +112,34 @@ def test_without_a_model_files_and_turns_are_looked_at(folder):
     found = measure(table_of(folder, *values), None, "answers", 0, decode=True, progress=False)
     assert list(found.kinds.values()) == ["missing file", "unreadable file", "marks"]
     assert not found.text.any()
+
+
+def test_a_template_that_marks_no_answer_is_a_problem(folder, processor):
+    class Unmarked:
+        def segments(self, messages, add_generation_prompt):
+            return [Segment("hello")]
+
+    found = measure(
+        table_of(folder, sample(None)),
+        dataclasses.replace(processor, template=Unmarked()),
+        "answers",
+        0,
+        progress=False,
+    )
+    assert found.kinds == {0: "cannot be masked"} and "marks none of its tokens" in found.problems[0]
+
+
+def test_an_error_nobody_thought_of_is_a_problem_of_its_sample(folder, processor, monkeypatch):
+    def refuse(source):
+        raise ZeroDivisionError("by zero") if source.endswith("b.png") else MemoryError
+
+    monkeypatch.setattr("llava_fast.inputs.images.open_image", refuse)
+    found = measure(
+        table_of(folder, sample("b.png"), sample(None)), processor, "answers", 0, decode=True, progress=False
+    )
+    assert found.kinds == {0: "unexpected"} and found.problems[0] == "data.json[0]: ZeroDivisionError: by zero"
+    with pytest.raises(MemoryError):  # is the machine's fault, not the sample's
+        measure(table_of(folder, sample("a.jpg")), processor, "answers", 0, decode=True, progress=False)
 
 
 @pytest.fixture

@@ -1,0 +1,308 @@
+"""`llava-fast data check`: everything that is wrong with training data, and how long it is, before any GPU time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from llava_fast.errors import CheckpointError, DataError
+from llava_fast.inputs.processor import Processor
+from llava_fast.train.data import SampleTable, Source, read_sources
+from llava_fast.train.lengths import LabelMask, Lengths, measure
+from llava_fast.train.mixture import epoch_counts
+
+_SHOWN = 20  # problems on screen; a JSON report has all
+_PICTURES = (".png", ".pdf", ".svg")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be checked: a recipe's data, or files by themselves. Without a `model` no tokens are counted."""
+
+    sources: list[Source]
+    model: str | None = None
+    mixing: Literal["concat", "sqrt"] = "concat"
+    template: str | None = None
+    labels: LabelMask = "answers"
+    max_length: int | None = None
+    video_frames: int | None = None
+    cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a check found. Lists hold plain values, as `to_json` gives them.
+
+    tokens      for each of text, visual, supervised and all (text and visual): sum, mean, p50, p95, max per sample;
+                empty if no model was given.
+    sources     for each: path, samples, samples per epoch, problems, too long, tokens.
+    problems    {"sample", "kind", "problem"}: each would stop a training, or be missing from it.
+    too_long    {"sample", "tokens"}: more than `max_length`; a recipe says whether they are dropped or cut.
+    keys_not_read  keys that samples have and training does not read, and how many samples have each.
+    lengths     of every sample, for a histogram; not in the JSON.
+    """
+
+    samples: int
+    max_length: int | None
+    tokens: dict[str, dict[str, float]]
+    sources: list[dict[str, Any]]
+    problems: list[dict[str, str]]
+    too_long: list[dict[str, Any]]
+    keys_not_read: dict[str, int]
+    lengths: Lengths = field(repr=False)
+
+    @property
+    def stops(self) -> bool:
+        """Whether this data would stop a training: it has problems, or nothing of it is short enough."""
+        return bool(self.problems) or len(self.too_long) == self.samples
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values."""
+        kept = {name: value for name, value in vars(self).items() if name != "lengths"}
+        kinds = Counter(each["kind"] for each in self.problems)
+        return {"stops_a_training": self.stops, "problem_kinds": dict(kinds), **kept}
+
+
+def plan_for(
+    path: str,
+    model: str | None = None,
+    images: str = "",
+    max_length: int | None = None,
+    template: str | None = None,
+    labels: LabelMask | None = None,
+) -> Plan:
+    """A plan for a recipe (a YAML file without `datasets:`) or for data files; what is given replaces a recipe's own.
+
+    Raises RecipeError or DataError.
+    """
+    from llava_fast.train.recipe import load_recipe
+
+    if path.lower().endswith((".yaml", ".yml")) and not _is_mixture(path):
+        recipe = load_recipe(path)
+        data = recipe.data
+        sources = [each.model_copy(update={"images": images}) if images else each for each in data.sources]
+        return Plan(
+            sources,
+            model or recipe.model,
+            data.mixing,
+            template or data.template,
+            labels or data.label_mask,
+            max_length or data.max_length,
+            data.video_frames,
+            recipe.output / "lengths",
+        )
+    return Plan(
+        [Source(path=path, images=images)],
+        model,
+        template=template,
+        labels=labels or "answers",
+        max_length=max_length,
+    )
+
+
+def check(plan: Plan, workers: int = 2, decode: bool = True, progress: bool = True) -> Report:
+    """Look at all samples of a plan. `decode`: open every image and video fully, not only its header.
+
+    Raises CheckpointError for a model that is none; what is wrong with the data goes into the report.
+    """
+    processor = None if plan.model is None else _processor(plan)
+    max_length = plan.max_length or (processor.max_rows if processor else None)
+    good = list(range(len(plan.sources)))
+    problems: list[dict[str, str]] = []
+    table: SampleTable | None
+    try:
+        table = read_sources(plan.sources)
+    except DataError:  # a file that cannot be read at all: name each, and look at the others
+        good, problems = _readable(plan.sources)
+        table = read_sources([plan.sources[number] for number in good]) if good else None
+    if table is None:
+        none = np.zeros(0, np.int32)
+        lengths = Lengths(none, none, none, {}, {})
+        return Report(0, max_length, {}, _by_source(plan, good, None, lengths, None), problems, [], {}, lengths)
+
+    lengths = measure(table, processor, plan.labels, workers, plan.cache, decode=decode, progress=progress)
+    rows = lengths.text + lengths.visual
+    over = np.flatnonzero(rows > max_length) if max_length else np.zeros(0, np.int64)
+    problems += [
+        {"sample": table.name(number), "kind": lengths.kinds[number], "problem": problem}
+        for number, problem in lengths.problems.items()
+    ]
+    return Report(
+        samples=len(table),
+        max_length=max_length,
+        tokens=_statistics(lengths) if processor else {},
+        sources=_by_source(plan, good, table, lengths, over),
+        problems=problems,
+        too_long=[{"sample": table.name(number), "tokens": int(rows[number])} for number in over.tolist()],
+        keys_not_read=dict(sorted(table.unread.items(), key=lambda each: -each[1])),
+        lengths=lengths,
+    )
+
+
+def show(report: Report, console: Console) -> None:
+    """The report on a screen."""
+    if report.tokens:
+        table = Table("tokens per sample", title_justify="left")
+        for column in ("sum", "mean", "p50", "p95", "max"):
+            table.add_column(column, justify="right")
+        for name, numbers in report.tokens.items():
+            table.add_row(name, *(f"{numbers[each]:,.0f}" for each in ("sum", "mean", "p50", "p95", "max")))
+        console.print(table)
+    table = Table()
+    table.add_column("source", overflow="fold")
+    for column in ("samples", "per epoch", "problems", "too long", "tokens"):
+        table.add_column(column, justify="right")
+    for each in report.sources:
+        table.add_row(_printable(each["path"]), *(f"{each[key]:,}" for key in list(each)[1:]))
+    console.print(table)
+
+    def say(text: str) -> None:
+        console.print(_printable(text), markup=False, highlight=False, soft_wrap=True)
+
+    if report.keys_not_read:
+        keys = ", ".join(f"{key} ({count:,})" for key, count in list(report.keys_not_read.items())[:10])
+        say(f"Keys that training does not read: {keys}")
+    if report.too_long:
+        longest = max(report.too_long, key=lambda each: each["tokens"])
+        say(
+            f"{len(report.too_long):,} of {report.samples:,} samples are longer than {report.max_length:,} tokens (the "
+            f"longest: {longest['sample']}, {longest['tokens']:,}): a recipe's `too_long` says what becomes of them"
+        )
+    if report.problems:
+        kinds = Counter(each["kind"] for each in report.problems)
+        say(f"{len(report.problems):,} problems: " + ", ".join(f"{n:,} {kind}" for kind, n in kinds.most_common()))
+        for each in report.problems[:_SHOWN]:
+            say(f"  [{each['kind']}] {each['problem']}")
+        if len(report.problems) > _SHOWN:
+            say(f"  ... and {len(report.problems) - _SHOWN:,} more; --json FILE lists every one")
+    if not report.stops:
+        say(f"{report.samples:,} samples, no problem found.")
+    elif not report.problems:
+        say("No sample is short enough to be trained on: raise the length, or use fewer or smaller images.")
+
+
+def save_histogram(report: Report, path: Path) -> None:
+    """A picture of how many samples have how many tokens. Raises DataError without tokens to count."""
+    from matplotlib.figure import Figure
+
+    if not report.tokens:
+        raise DataError("a histogram needs tokens: give a model, and data that can be read")
+    fine = ~np.isin(np.arange(report.samples), list(report.lengths.problems))
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    columns = _columns(report.lengths)
+    edges = np.linspace(0, max(int(columns["all"].max()), 1), 61).tolist()
+    axes.hist(columns.pop("all")[fine], edges, label="all", alpha=0.25)
+    for name, rows in columns.items():
+        axes.hist(rows[fine], edges, label=name, histtype="step", linewidth=1.5)
+    if report.max_length and report.max_length <= 2 * edges[-1]:
+        axes.axvline(report.max_length, color="black", linestyle="--", label=f"max length {report.max_length:,}")
+    axes.set(xlabel="tokens of a sample", ylabel="samples", yscale="log", title=f"{fine.sum():,} samples")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def check_picture_path(path: Path) -> None:
+    """Raises DataError now, not after an hour of measuring, for a histogram that could not be written."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise DataError("a histogram needs matplotlib: pip install llava_fast[plot]") from None
+    if path.suffix.lower() not in _PICTURES:
+        raise DataError(f"a histogram is a {', '.join(_PICTURES)} file, not {path.name}")
+    check_parent(path)
+
+
+def check_parent(path: Path) -> None:
+    """Raises DataError if there is no folder to write a file into."""
+    if not path.absolute().parent.is_dir():
+        raise DataError(f"there is no folder {path.absolute().parent} to write {path.name} into: make it first")
+
+
+def _is_mixture(path: str) -> bool:
+    try:
+        given = yaml.safe_load(Path(path).read_bytes())
+    except (OSError, ValueError, yaml.YAMLError):
+        return False  # what is wrong with it is said by whoever reads it as a recipe
+    return isinstance(given, dict) and "datasets" in given
+
+
+def _processor(plan: Plan) -> Processor:
+    """The model's processor; its weights are not read."""
+    from llava_fast.api import load_processor
+    from llava_fast.checkpoints.load import load_checkpoint
+
+    if plan.model is None:
+        raise CheckpointError("there is no model to take a processor from")
+    processor = load_processor(load_checkpoint(plan.model), plan.model, plan.template)
+    return dataclasses.replace(processor, video_frames=plan.video_frames or processor.video_frames)
+
+
+def _readable(sources: Sequence[Source]) -> tuple[list[int], list[dict[str, str]]]:
+    """(sources that can be read, problems of the others)."""
+    good, problems = [], []
+    for number, source in enumerate(sources):
+        try:
+            read_sources([source])
+            good.append(number)
+        except DataError as error:
+            problems.append({"sample": source.path, "kind": "data file", "problem": str(error)})
+    return good, problems
+
+
+def _columns(lengths: Lengths) -> dict[str, np.ndarray]:
+    return {
+        "text": lengths.text,
+        "visual": lengths.visual,
+        "supervised": lengths.supervised,
+        "all": lengths.text + lengths.visual,
+    }
+
+
+def _statistics(lengths: Lengths) -> dict[str, dict[str, float]]:
+    """Of samples without a problem."""
+    fine = ~np.isin(np.arange(len(lengths.text)), list(lengths.problems))
+    if not fine.any():
+        return {}
+    return {
+        name: {
+            "sum": int(rows[fine].sum(dtype=np.int64)),
+            "mean": round(float(rows[fine].mean()), 1),
+            "p50": float(np.percentile(rows[fine], 50)),
+            "p95": float(np.percentile(rows[fine], 95)),
+            "max": int(rows[fine].max()),
+        }
+        for name, rows in _columns(lengths).items()
+    }
+
+
+def _by_source(
+    plan: Plan, good: list[int], table: SampleTable | None, lengths: Lengths, over: np.ndarray | None
+) -> list[dict[str, Any]]:
+    sizes, bad, long, tokens = np.zeros((4, len(plan.sources)), np.int64)
+    if table is not None:
+        number = np.array(good)[table.source_of]
+        sizes += np.bincount(number, minlength=len(sizes))
+        bad += np.bincount(number[list(lengths.problems)], minlength=len(sizes))
+        long += np.bincount(number[over], minlength=len(sizes))
+        np.add.at(tokens, number, lengths.text + lengths.visual)
+    per_epoch = epoch_counts(sizes, plan.sources, plan.mixing)
+    names = ("path", "samples", "samples_per_epoch", "problems", "too_long", "tokens")
+    return [
+        dict(zip(names, (source.path, *(int(each[i]) for each in (sizes, per_epoch, bad, long, tokens))), strict=True))
+        for i, source in enumerate(plan.sources)
+    ]
+
+
+def _printable(text: str) -> str:
+    """Half a surrogate pair, which JSON can hold and a terminal cannot, is spelt out."""
+    return text.encode("utf-8", "backslashreplace").decode()
