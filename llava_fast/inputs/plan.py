@@ -4,11 +4,15 @@ Everything downstream follows the plan: which ViT rows are projected, where each
 rows go, positions, labels, sequence boundaries. Its columns are views of one flat int32 array, so that a batch
 ships to a device in one copy. Layout "packed" puts sequences end to end; "padded" gives each the same length with
 filler rows (source -1) on the right.
+
+A packed sequence may end in tails: other continuations of what comes before them, its prefix. Each tail's positions
+start where the prefix ends, and no tail sees another, so two answers to one question share its rows (train.preference).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -68,14 +72,18 @@ class TokenPlan:
     tile_of_kept, kept                                 [kept]  tile number and ViT row of each projected row
     last_row                                           [sequences]  the last real row of each sequence
     boundaries                                         [sequences + 1]  first row of each sequence, then the end
-    supervised_row, supervised_target                  [supervised]  rows whose next token is a label, and it
+    supervised_row, supervised_target                  [supervised]  rows whose next token is a label, and it; a
+                                                       prefix's last row is there once for each tail
+    supervised_sequence, supervised_tail               [supervised]  only with tails: the sequence of each target, and
+                                                       its tail, counted from 1 (0: the prefix)
     text_row, text_token, text_segment                 rows with text sorted by token id, the distinct ids, and
                                                        where each id's rows start (for deterministic gradients)
     visual_place                                       [visual rows]  the row that took each visual row, or -1
     constant_row, constant_segment                     rows with a newline, and [0, their number]
 
     The visual table that VISUAL rows index is: the kept rows, then each mix of stage "before", then each of stage
-    "after". `lengths` counts the real rows of each sequence; `tiles` the tiles of the whole batch.
+    "after". `lengths` counts the real rows of each sequence; `tiles` the tiles of the whole batch. `tails` holds the
+    row counts of each sequence's tails; it is empty if no sequence has any.
     """
 
     layout: Layout
@@ -85,6 +93,7 @@ class TokenPlan:
     mixes: tuple[Mix, ...]
     flat: np.ndarray
     sections: dict[str, tuple[int, tuple[int, ...]]]
+    tails: tuple[tuple[int, ...], ...] = ()
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
@@ -98,6 +107,11 @@ class TokenPlan:
     def has_labels(self) -> bool:
         return self.sections["supervised_row"][1][0] > 0
 
+    def with_columns(self, columns: dict[str, np.ndarray]) -> TokenPlan:
+        """This plan and other int32 columns (floats as their bits) that travel with it."""
+        flat, sections = pack_columns(self.columns | columns)
+        return replace(self, flat=flat, sections=sections)
+
 
 def sequence_length(pieces: list[Piece]) -> int:
     """Decoder rows one sequence takes."""
@@ -109,12 +123,16 @@ def build_plan(
     rows_per_tile: int,
     layout: Layout = "packed",
     first_positions: list[int] | None = None,
+    tails: Sequence[Sequence[int]] = (),
 ) -> TokenPlan:
     """The plan of a batch of sequences, each a list of text and visual pieces in order.
 
     Tiles are numbered in the order in which visual pieces appear. `first_positions` gives each sequence's first
-    position id (default 0): a chat turn continues where its cache ends.
+    position id (default 0): a chat turn continues where its cache ends. `tails` gives the row counts of the tails that
+    each sequence ends in (packed only); what comes before them is the prefix, of at least one row.
     """
+    if tails and layout != "packed":
+        raise ValueError("only a packed plan can have tails")
     visual = _VisualTable(rows_per_tile)
     parts = [[_piece_columns(piece, visual) for piece in pieces] for pieces in sequences]
     training = any(isinstance(p, TextPiece) and p.supervised is not None for pieces in sequences for p in pieces)
@@ -133,6 +151,7 @@ def build_plan(
         "sequence": np.full(total, -1, np.int32),
         "modality": np.full(total, -1, np.int32),
     }
+    tail_of, before = np.zeros(total, np.int32), np.arange(-1, total - 1, dtype=np.int32)
     for number_of, (pieces, start, length) in enumerate(zip(parts, boundaries[:-1], lengths, strict=True)):
         if not length:
             continue
@@ -140,7 +159,17 @@ def build_plan(
         for column, name in enumerate(("source", "row", "label", "modality")):
             columns[name][window] = np.concatenate([piece[column] for piece in pieces])
         first = first_positions[number_of] if first_positions else 0
-        columns["position"][window] = np.arange(first, first + length, dtype=np.int32)
+        of_sequence = tails[number_of] if tails else ()
+        prefix = length - sum(of_sequence)
+        if prefix < 1 and of_sequence:
+            raise ValueError(f"sequence {number_of} has {length} rows and tails of {list(of_sequence)}: no prefix")
+        position = [np.arange(prefix), *(np.arange(prefix, prefix + tail) for tail in of_sequence)]
+        columns["position"][window] = first + np.concatenate(position)
+        ends = start + prefix + np.cumsum([0, *of_sequence])
+        for tail, (begin, end) in enumerate(zip(ends[:-1], ends[1:], strict=True), 1):
+            tail_of[begin:end] = tail
+            if begin < end:
+                before[begin] = start + prefix - 1
         columns["sequence"][window] = number_of
     is_visual = columns["source"] == VISUAL
     columns["row"][is_visual] = number(columns["row"][is_visual])
@@ -148,9 +177,12 @@ def build_plan(
     columns["kept"], columns["tile_of_kept"] = kept, kept // max(rows_per_tile, 1)
     columns["boundaries"] = boundaries
     columns["last_row"] = np.array([s + n - 1 for s, n in zip(boundaries[:-1], lengths, strict=True)], np.int32)
-    columns |= _supervision(columns) | row_uses_columns(columns, visual_rows) | mix_columns
+    columns |= (
+        _supervision(columns, before, tail_of if tails else None) | row_uses_columns(columns, visual_rows) | mix_columns
+    )
     flat, sections = pack_columns(columns)
-    return TokenPlan(layout, lengths, visual.tiles, total, mixes, flat, sections)
+    each = tuple(tuple(int(tail) for tail in of_sequence) for of_sequence in tails)
+    return TokenPlan(layout, lengths, visual.tiles, total, mixes, flat, sections, each)
 
 
 def _piece_columns(piece: Piece, visual: _VisualTable) -> tuple[np.ndarray, ...]:
@@ -240,11 +272,18 @@ class _VisualTable:
         return kept.astype(np.int32), columns, tuple(mixes), number, size
 
 
-def _supervision(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Rows that predict a labelled token: the row before it in the same sequence."""
+def _supervision(
+    columns: dict[str, np.ndarray], before: np.ndarray, tail_of: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """Rows that predict a labelled token: the row before it in the same sequence. before, tail_of: int32 [rows], the
+    row that a row follows and the number of its tail."""
     label, sequence = columns["label"], columns["sequence"]
-    row = np.flatnonzero((label[1:] != IGNORE) & (sequence[1:] == sequence[:-1])).astype(np.int32)
-    return {"supervised_row": row, "supervised_target": label[1:][row]}
+    at = np.flatnonzero(label != IGNORE)
+    at = at[(before[at] >= 0) & (sequence[before[at]] == sequence[at])]
+    found = {"supervised_row": before[at], "supervised_target": label[at]}
+    if tail_of is not None:
+        found |= {"supervised_sequence": sequence[at], "supervised_tail": tail_of[at]}
+    return found
 
 
 def row_uses_columns(columns: dict[str, np.ndarray], visual_rows: int) -> dict[str, np.ndarray]:

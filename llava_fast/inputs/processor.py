@@ -125,12 +125,12 @@ class Processor:
         tiles: list[Cut],
         layout: Layout = "packed",
         first_positions: list[int] | None = None,
+        tails: Sequence[Sequence[int]] = (),
     ) -> Prepared:
         """Pieces of each sequence and the tiles they refer to, as one batch. `first_positions` are the rows that a
-        cache already holds of each sequence."""
-        return Prepared(
-            self._joined(tiles), build_plan(sequences, self.geometry.rows_per_tile, layout, first_positions)
-        )
+        cache already holds of each sequence, `tails` the rows of each tail that it ends in (see inputs.plan)."""
+        plan = build_plan(sequences, self.geometry.rows_per_tile, layout, first_positions, tails)
+        return Prepared(self._joined(tiles), plan)
 
     def render(self, request: dict, labels: bool = False) -> tuple[list[chat.Segment], list, list]:
         """See `render_request`."""

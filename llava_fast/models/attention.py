@@ -19,7 +19,8 @@ class Spans:
     """How rows group into sequences, on the host: sequence s has rows starts[s] : starts[s] + lengths[s].
 
     `slots[s]` is its place in the KV cache and `before[s]` the rows already cached there (with a cache only).
-    `dense` (sequences, width) says that rows form a rectangle, so one batched call serves all.
+    `dense` (sequences, width) says that rows form a rectangle, so one batched call serves all. `tails[s]` are the row
+    counts of sequence s's tails (see inputs.plan): a tail's rows see the prefix and the tail itself.
     """
 
     starts: tuple[int, ...]
@@ -27,6 +28,7 @@ class Spans:
     slots: tuple[int, ...] = ()
     before: tuple[int, ...] = ()
     dense: tuple[int, int] | None = None
+    tails: tuple[tuple[int, ...], ...] = ()
 
 
 def attend(
@@ -46,18 +48,34 @@ def attend(
         return _attend_dense(query_RHD, key_RKD, value_RKD, spans.dense, window)
     out = torch.zeros_like(query_RHD) if sum(spans.lengths) < len(query_RHD) else torch.empty_like(query_RHD)
     pieces = []
-    for number, (start, length) in enumerate(zip(spans.starts, spans.lengths, strict=True)):
+    none = not spans.lengths  # then one of no rows: the result stays a function of its inputs, for sharded training
+    for number, (start, length) in enumerate([(0, 0)] if none else zip(spans.starts, spans.lengths, strict=True)):
         query, key, value = (t[start : start + length].transpose(0, 1)[None] for t in (query_RHD, key_RKD, value_RKD))
         if cache is not None:
             key, value = cache.append(layer, spans.slots[number], spans.before[number], key[0], value[0])
             key, value = key[None], value[None]
-        pieces.append(_causal(query, key, value, window)[0].transpose(0, 1))
-    if not pieces:
-        return out.flatten(1)
+        tails = spans.tails[number] if spans.tails else ()
+        pieces += [part[0].transpose(0, 1) for part in _with_tails(query, key, value, window, tails)]
     if sum(spans.lengths) == len(query_RHD):
         return torch.cat(pieces).flatten(1)
     place = torch.cat([torch.arange(s, s + n) for s, n in zip(spans.starts, spans.lengths, strict=True)])
     return out.index_copy(0, place.to(out.device), torch.cat(pieces)).flatten(1)
+
+
+def _with_tails(query: Tensor, key: Tensor, value: Tensor, window: int | None, tails: tuple[int, ...]) -> list[Tensor]:
+    """What `_causal` gives for the prefix and the first tail, which are one ordinary sequence, and for each tail after
+    it, whose few queries see a copy of the prefix's keys and then their own."""
+    if len(tails) < 2:
+        return [_causal(query, key, value, window)]
+    total = query.shape[2]
+    prefix, sizes = total - sum(tails), (total - sum(tails[1:]), *tails[1:])
+    queries, keys, values = (t.split(sizes, 2) for t in (query, key, value))
+    out = [_causal(queries[0], keys[0], values[0], window)]
+    for query, own_key, own_value in zip(queries[1:], keys[1:], values[1:], strict=True):
+        if query.shape[2]:
+            seen = (torch.cat([t[:, :, :prefix], own], 2) for t, own in ((key, own_key), (value, own_value)))
+            out.append(_causal(query, *seen, window))
+    return out
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:

@@ -69,4 +69,4 @@ class Batch:
         starts = tuple(int(start) for start in plan.column("boundaries")[:-1])
         count = len(plan.lengths)
         dense = (count, plan.rows // count) if count and plan.rows and plan.layout == "padded" else None
-        return Spans(starts, plan.lengths, slots, before, dense)
+        return Spans(starts, plan.lengths, slots, before, dense, plan.tails)

@@ -68,6 +68,14 @@ class Rope(nn.Module):
         config, device = self.config, position_R.device
         theta = torch.full((len(position_R), 1), config.theta, dtype=torch.float32, device=device)
         for number, (start, length) in enumerate(zip(spans.starts, spans.lengths, strict=True)):
+            if spans.tails and (tails := spans.tails[number]):
+                alone = length - sum(tails) + max(tails)
+                if alone > self.max_positions:
+                    raise ValueError(
+                        f"dynamic RoPE turns a prompt by the length of what follows it, so answers that reach "
+                        f"{alone} positions (over {self.max_positions}) cannot share its rows: shorten them"
+                    )
+                continue
             reach = max(length + (spans.before[number] if spans.before else 0), self.max_positions)
             growth = config.factor * reach / self.max_positions - (config.factor - 1)
             theta[start : start + length] = config.theta * growth ** (self.head_dim / (self.head_dim - 2))
