@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -101,6 +101,7 @@ class SampleTable:
                 its place in that file, counted from 0.
     image_first what `messages_from_conversations` does with an `<image>` that is not at the front.
     unread      keys that samples have and nothing reads, and how many samples have each.
+    oddities    what is trained on although it looks like a mistake, and how many samples have it.
     """
 
     buffer: bytes
@@ -111,6 +112,7 @@ class SampleTable:
     files: list[DataFile]
     image_first: bool
     unread: dict[str, int]
+    oddities: dict[str, int]
 
     def __len__(self) -> int:
         return len(self.source_of)
@@ -118,7 +120,10 @@ class SampleTable:
     def __getitem__(self, number: int) -> Sample:
         """Raises DataError, naming the sample, for one that cannot be a request."""
         number = range(len(self))[number]  # raises IndexError, which ends iteration
-        value = self._value(number)
+        return self.sample(number, self._value(number))
+
+    def sample(self, number: int, value: Any) -> Sample:
+        """The sample that `value`, from the place of sample `number`, stands for. Raises DataError."""
         name = self._name(number, value)
         try:
             request = _request(value, self.files[self.file_of[number]].images, self.image_first)
@@ -148,8 +153,8 @@ class SampleTable:
         return name if given is None else f"{name} (id {str(given)[:100]})"
 
 
-def read_sources(sources: Sequence[Source], image_first: bool = True) -> SampleTable:
-    """Read the files of a run's sources.
+def read_sources(sources: Sequence[Source], image_first: bool = True, keys: Sequence[str] = READ_KEYS) -> SampleTable:
+    """Read the files of a run's sources, and these `keys` of each sample.
 
     Raises DataError, naming file, line and column, for a file that is missing or no JSON, and for a source without
     samples. What is wrong inside a sample is raised when that is asked for.
@@ -157,6 +162,7 @@ def read_sources(sources: Sequence[Source], image_first: bool = True) -> SampleT
     files: list[DataFile] = []
     rows: list[tuple[bytes, int, int, int]] = []  # sample, source, file, place
     unread: Counter[str] = Counter()
+    oddities: Counter[str] = Counter()
     for number, source in enumerate(sources):
         of_source: list[tuple[bytes, int, int, int]] = []
         for part, (paths, sampling) in enumerate(_parts(source.path)):
@@ -166,8 +172,9 @@ def read_sources(sources: Sequence[Source], image_first: bool = True) -> SampleT
                 files.append(DataFile(os.path.basename(path), path, os.path.abspath(folder)))
                 for place, value in enumerate(read_values(path)):
                     if isinstance(value, dict):
-                        unread.update(value.keys() - READ_KEYS)
-                        value = {key: value[key] for key in READ_KEYS if value.get(key) is not None}
+                        unread.update(value.keys() - keys)
+                        value = {key: value[key] for key in keys if value.get(key) is not None}
+                        oddities.update(_oddities(value))
                     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
                     of_part.append((text.encode("utf-8", "surrogatepass"), number, len(files) - 1, place))
             of_source += [of_part[i] for i in _chosen(len(of_part), sampling, [source.seed, part])]
@@ -183,7 +190,8 @@ def read_sources(sources: Sequence[Source], image_first: bool = True) -> SampleT
     alike = Counter(file.name for file in files)
     files = [file if alike[file.name] == 1 else file._replace(name=file.path) for file in files]
     buffer = b"".join(row[0] for row in rows)
-    return SampleTable(buffer, offsets, source_of, file_of, place_of, files, image_first, dict(unread))
+    columns = (offsets, source_of, file_of, place_of)
+    return SampleTable(buffer, *columns, files, image_first, dict(unread), dict(oddities))
 
 
 def _parts(path: str) -> list[tuple[list[str], str]]:
@@ -219,6 +227,15 @@ def _chosen(count: int, sampling: str, seed: list[int]) -> np.ndarray:
 
 
 # ---------------------------------------------------------------- samples
+
+
+def _oddities(value: dict[str, Any]) -> Iterator[str]:
+    turns = value.get("conversations")
+    if isinstance(turns, list) and turns and isinstance(turns[0], dict) and isinstance(turns[-1], dict):
+        if turns[0].get("from") == "gpt":
+            yield "begin with an answer, which is left out as in the original trainers"
+        if turns[-1].get("from") == "human":
+            yield "end with a question without an answer"
 
 
 def _request(value: Any, folder: str, image_first: bool) -> dict[str, Any]:

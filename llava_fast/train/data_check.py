@@ -20,7 +20,9 @@ from llava_fast.train.data import SampleTable, Source, read_sources
 from llava_fast.train.lengths import LabelMask, Lengths, measure
 from llava_fast.train.mixture import epoch_counts
 
+_BAD_FILE = "data file"
 _SHOWN = 20  # problems on screen; a JSON report has all
+_OR_SKIP = ", or write `on_problem: skip` under the recipe's `data`"
 _PICTURES = (".png", ".pdf", ".svg")
 
 
@@ -36,34 +38,43 @@ class Plan:
     max_length: int | None = None
     video_frames: int | None = None
     cache: Path | None = None
+    skips_problems: bool = False
+    cuts: bool = False
 
 
 @dataclass(frozen=True)
 class Report:
     """What a check found. Lists hold plain values, as `to_json` gives them.
 
+    left        samples that a training has: those without a problem, and short enough unless long ones are cut.
     tokens      for each of text, visual, supervised and all (text and visual): sum, mean, p50, p95, max per sample;
                 empty if no model was given.
     sources     for each: path, samples, samples per epoch, problems, too long, tokens.
     problems    {"sample", "kind", "problem"}: each would stop a training, or be missing from it.
-    too_long    {"sample", "tokens"}: more than `max_length`; a recipe says whether they are dropped or cut.
+    too_long    {"sample", "tokens"}: more than `max_length`; they are dropped, or cut if the recipe says so.
     keys_not_read  keys that samples have and training does not read, and how many samples have each.
+    oddities    what is trained on although it looks like a mistake, and how many samples have it.
+    skips_problems  the recipe says to train without samples that have a problem.
     lengths     of every sample, for a histogram; not in the JSON.
     """
 
     samples: int
+    left: int
     max_length: int | None
     tokens: dict[str, dict[str, float]]
     sources: list[dict[str, Any]]
     problems: list[dict[str, str]]
     too_long: list[dict[str, Any]]
     keys_not_read: dict[str, int]
+    oddities: dict[str, int]
+    skips_problems: bool
     lengths: Lengths = field(repr=False)
 
     @property
     def stops(self) -> bool:
-        """Whether this data would stop a training: it has problems, or nothing of it is short enough."""
-        return bool(self.problems) or len(self.too_long) == self.samples
+        """Whether this data would stop a training: a problem that is not skipped, or nothing left to train on."""
+        bad_files = any(each["kind"] == _BAD_FILE for each in self.problems)
+        return not self.left or bad_files or (bool(self.problems) and not self.skips_problems)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""
@@ -99,6 +110,8 @@ def plan_for(
             max_length or data.max_length,
             data.video_frames,
             recipe.output / "lengths",
+            data.on_problem == "skip",
+            data.too_long == "cut",
         )
     return Plan(
         [Source(path=path, images=images)],
@@ -127,7 +140,8 @@ def check(plan: Plan, workers: int = 2, decode: bool = True, progress: bool = Tr
     if table is None:
         none = np.zeros(0, np.int32)
         lengths = Lengths(none, none, none, {}, {})
-        return Report(0, max_length, {}, _by_source(plan, good, None, lengths, None), problems, [], {}, lengths)
+        by_source = _by_source(plan, good, None, lengths, None)
+        return Report(0, 0, max_length, {}, by_source, problems, [], {}, {}, plan.skips_problems, lengths)
 
     lengths = measure(table, processor, plan.labels, workers, plan.cache, decode=decode, progress=progress)
     rows = lengths.text + lengths.visual
@@ -138,12 +152,15 @@ def check(plan: Plan, workers: int = 2, decode: bool = True, progress: bool = Tr
     ]
     return Report(
         samples=len(table),
+        left=len(table) - len(lengths.problems) - len(over) * (not plan.cuts),
         max_length=max_length,
         tokens=_statistics(lengths) if processor else {},
         sources=_by_source(plan, good, table, lengths, over),
         problems=problems,
         too_long=[{"sample": table.name(number), "tokens": int(rows[number])} for number in over.tolist()],
         keys_not_read=dict(sorted(table.unread.items(), key=lambda each: -each[1])),
+        oddities=table.oddities,
+        skips_problems=plan.skips_problems,
         lengths=lengths,
     )
 
@@ -171,6 +188,8 @@ def show(report: Report, console: Console) -> None:
     if report.keys_not_read:
         keys = ", ".join(f"{key} ({count:,})" for key, count in list(report.keys_not_read.items())[:10])
         say(f"Keys that training does not read: {keys}")
+    for oddity, count in report.oddities.items():
+        say(f"{count:,} samples {oddity}.")
     if report.too_long:
         longest = max(report.too_long, key=lambda each: each["tokens"])
         say(
@@ -184,10 +203,14 @@ def show(report: Report, console: Console) -> None:
             say(f"  [{each['kind']}] {each['problem']}")
         if len(report.problems) > _SHOWN:
             say(f"  ... and {len(report.problems) - _SHOWN:,} more; --json FILE lists every one")
-    if not report.stops:
+    if not report.problems:
         say(f"{report.samples:,} samples, no problem found.")
-    elif not report.problems:
-        say("No sample is short enough to be trained on: raise the length, or use fewer or smaller images.")
+    if not report.left:
+        say("No sample is left to train on." + " Raise the length, or use smaller images." * bool(report.too_long))
+    elif report.stops:
+        say("A training would stop: mend or remove these samples" + _OR_SKIP * (not report.skips_problems) + ".")
+    elif report.problems:
+        say("A training leaves these samples out, as the recipe says.")
 
 
 def save_histogram(report: Report, path: Path) -> None:
@@ -255,7 +278,7 @@ def _readable(sources: Sequence[Source]) -> tuple[list[int], list[dict[str, str]
             read_sources([source])
             good.append(number)
         except DataError as error:
-            problems.append({"sample": source.path, "kind": "data file", "problem": str(error)})
+            problems.append({"sample": source.path, "kind": _BAD_FILE, "problem": str(error)})
     return good, problems
 
 
@@ -277,8 +300,8 @@ def _statistics(lengths: Lengths) -> dict[str, dict[str, float]]:
         name: {
             "sum": int(rows[fine].sum(dtype=np.int64)),
             "mean": round(float(rows[fine].mean()), 1),
-            "p50": float(np.percentile(rows[fine], 50)),
-            "p95": float(np.percentile(rows[fine], 95)),
+            "p50": round(float(np.percentile(rows[fine], 50)), 1),
+            "p95": round(float(np.percentile(rows[fine], 95)), 1),
             "max": int(rows[fine].max()),
         }
         for name, rows in _columns(lengths).items()

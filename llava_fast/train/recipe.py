@@ -31,6 +31,7 @@ class Data(_Section):
     max_length: int | None = Field(None, ge=1)  # rows of a sample; default: what the decoder's context holds
     too_long: Literal["drop", "cut"] = "drop"
     batching: Literal["packed", "padded", "grouped"] = "packed"  # grouped: padded, and alike samples share a batch
+    on_problem: Literal["stop", "skip"] = "stop"  # a sample that cannot be used (`llava-fast data check` lists them)
     workers: int = Field(2, ge=0)  # processes that open and cut images
     video_frames: int = Field(16, ge=1)
 

@@ -132,7 +132,7 @@ def test_too_long_is_said_and_stops_only_if_all_are(folder, tiny_next):
     assert {"sample": "data.json[3]", "tokens": report["tokens"]["all"]["max"]} in report["too_long"]
     assert report["sources"][0]["too_long"] == len(report["too_long"]) < 4
     result = run(path, *options, "--max-length", 5)
-    assert result.exit_code == 1 and "No sample is short enough" in result.output
+    assert result.exit_code == 1 and "No sample is left to train on. Raise the length" in result.output
 
 
 def test_a_recipe_is_checked_with_its_own_settings_and_its_training_needs_no_second_look(folder, tiny_next):
@@ -147,6 +147,37 @@ def test_a_recipe_is_checked_with_its_own_settings_and_its_training_needs_no_sec
     assert [each["samples_per_epoch"] for each in report["sources"]] == [8, 3]
     assert [each["problems"] for each in report["sources"]] == [0, 1] and report["max_length"] == 300
     assert len(list((folder / "run" / "lengths").glob("*.npz"))) == 1
+
+
+def test_a_recipe_may_skip_problems_but_not_everything(folder, tiny_next):
+    bad = sample("no.jpg")
+    sources = [{"path": write(folder, [*GOOD, bad])}]
+    result = run(recipe(folder, tiny_next, sources), "--workers", 0)
+    assert result.exit_code == 1 and "A training would stop" in result.output
+    result = run(recipe(folder, tiny_next, sources, on_problem="skip"), "--workers", 0)
+    assert result.exit_code == 0 and "A training leaves these samples out" in result.output
+    sources.append({"path": f"{folder}/none.json"})
+    assert run(recipe(folder, tiny_next, sources, on_problem="skip"), "--workers", 0).exit_code == 1
+    only_bad = [{"path": write(folder, [bad], "bad.json")}]
+    result = run(recipe(folder, tiny_next, only_bad, on_problem="skip"), "--workers", 0)
+    assert result.exit_code == 1 and "No sample is left to train on." in result.output
+
+
+def test_samples_that_are_cut_are_left_to_train_on(folder, tiny_next):
+    sources = [{"path": write(folder, GOOD)}]
+    left = {
+        policy: check(plan_for(recipe(folder, tiny_next, sources, max_length=5, too_long=policy)), 0, progress=False)
+        for policy in ("drop", "cut")
+    }
+    assert (left["drop"].left, left["cut"].left) == (0, 4) and left["drop"].stops and not left["cut"].stops
+
+
+def test_what_looks_like_a_mistake_is_said(folder):
+    turns = GOOD[2]["conversations"]
+    values = [{"conversations": turns[::-1]}, {"conversations": turns[1:] + turns}, *GOOD]
+    result = run(write(folder, values), "--workers", 0)
+    assert result.exit_code == 0 and "2 samples begin with an answer, which is left out" in result.output
+    assert "1 samples end with a question without an answer" in result.output
 
 
 def test_a_mixture_is_data(folder):
