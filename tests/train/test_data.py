@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from llava_fast.errors import DataError
@@ -174,6 +177,12 @@ def test_a_table_goes_to_another_process_and_has_a_fingerprint(tmp_path):
     assert table_of(tmp_path, sample("b")).fingerprint() != table.fingerprint()
     moved = read_sources([Source(path=str(tmp_path / "data.json"), images="/elsewhere")])
     assert moved.fingerprint() != table_of(tmp_path, sample("b")).fingerprint()
+
+
+def test_the_documented_sources_are_valid():
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (data,) = [yaml.safe_load(each)["data"] for each in re.findall(r"```yaml\n(data:.*?)```", text, re.S)]
+    assert len([Source(**each) for each in data["sources"]]) == 4
 
 
 # ---------------------------------------------------------------- what is wrong
