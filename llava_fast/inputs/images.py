@@ -73,7 +73,8 @@ def read_video(source: Any, num_frames: int | None = None) -> np.ndarray:
     """Frames of a video as uint8 [frames, height, width, 3].
 
     source      a path or the bytes of a video file (needs PyAV: `pip install llava_fast[video]`); or the frames
-                themselves: a list of anything `open_image` takes, all of one size, or a uint8 array [F, H, W, 3].
+                themselves: a folder of image files, in the order of their names; a list of anything `open_image`
+                takes, all of one size; or a uint8 array [F, H, W, 3].
     num_frames  take this many, spaced uniformly from the first to the last: frame numbers
                 np.linspace(0, total - 1, num_frames).astype(int), as the original LLaVA-NeXT does (a number repeats
                 when there are fewer frames than asked for). None: all of them.
@@ -81,6 +82,11 @@ def read_video(source: Any, num_frames: int | None = None) -> np.ndarray:
     """
     if num_frames is not None and num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, not {num_frames}")
+    name = "the list of video frames"
+    if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
+        name = f"the folder {_name(source)}"
+        files = os.scandir(os.fsdecode(source))
+        source = sorted(each.path for each in files if each.is_file() and not each.name.startswith("."))
     if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
         return _decode_video(source, num_frames)
     if isinstance(source, np.ndarray):
@@ -90,7 +96,7 @@ def read_video(source: Any, num_frames: int | None = None) -> np.ndarray:
         return np.ascontiguousarray(source if num_frames is None else source[_uniform(len(source), num_frames)])
     if not isinstance(source, Sequence):
         raise TypeError(f"a video is a path, bytes, list of frames or uint8 array, not {type(source).__name__}")
-    _require_frames(len(source), "the list of video frames")
+    _require_frames(len(source), name)
     wanted = range(len(source)) if num_frames is None else _uniform(len(source), num_frames)
     frames = [open_image(source[i]) for i in wanted]
     if len({frame.shape for frame in frames}) > 1:

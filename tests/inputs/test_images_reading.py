@@ -212,6 +212,21 @@ def test_frames_given_as_they_are():
     np.testing.assert_array_equal(images.read_video(mixed, 2), frames[[0, 2]])
 
 
+def test_a_folder_of_frames_is_a_video(tmp_path):
+    frames = np.stack([noise(6, 8, seed) for seed in range(12)])
+    (tmp_path / "nested").mkdir()
+    (tmp_path / ".hidden").write_text("no frame")
+    with pytest.raises(ImageError, match="the folder .* has no frames"):
+        images.read_video(tmp_path)
+    for number in np.random.default_rng(0).permutation(12):  # names say the order
+        Image.fromarray(frames[number]).save(tmp_path / f"{number:04d}.png")
+    np.testing.assert_array_equal(images.read_video(str(tmp_path)), frames)
+    np.testing.assert_array_equal(images.read_video(tmp_path, 3), frames[[0, 5, 11]])
+    (tmp_path / "0005.png").write_text("no frame")
+    with pytest.raises(ImageError, match="0005.png' is not an image"):
+        images.read_video(tmp_path, 3)
+
+
 def test_bad_videos(tmp_path, video_file):
     with pytest.raises(ImageError, match="has no frames"):
         images.read_video([])

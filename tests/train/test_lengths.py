@@ -61,6 +61,17 @@ def test_lengths_are_the_plans(folder, processor, workers):
         assert (rows.reshape(10, 4) == rows[:4]).all()
 
 
+def test_a_video_is_a_file_or_a_folder_of_frames(folder):
+    processor = dataclasses.replace(tiny.pair("video").ours.processor, template=builtin_template("vicuna_v1"))
+    (folder / "frames").mkdir()
+    for number in range(20):
+        Image.fromarray(tiny.picture(50, 60, number)).save(folder / "frames" / f"{number:02d}.png")
+    values = [sample(None, "<image>\nWhat?", video="frames"), sample(None, "<video>\nWhat?", video="frames")]
+    for decode in (False, True):
+        found = measure(table_of(folder, *values), processor, "answers", 0, decode=decode, progress=False)
+        assert not found.problems and found.visual.tolist() == [16 * 3 * 3] * 2  # 7x7 patches pooled, 16 frames
+
+
 def test_the_context_length_plays_no_part(folder, processor):
     short = dataclasses.replace(processor, max_rows=8)
     found = measure(table_of(folder, *GOOD), short, "answers", 0, progress=False)
