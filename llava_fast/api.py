@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from llava_fast.checkpoints.load import LoadedCheckpoint, load_checkpoint, load_weights
+from llava_fast.checkpoints.assemble import Assembly, open_checkpoint
+from llava_fast.checkpoints.load import LoadedCheckpoint, load_weights
 from llava_fast.errors import CheckpointError
 from llava_fast.generation.llava import Llava
 from llava_fast.inputs import anyres, chat
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def load(
-    path_or_hub_id: str | Path,
+    path_or_hub_id: str | Path | Assembly,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     *,
@@ -30,7 +31,8 @@ def load(
     model_base: str | Path | None = None,
     vision_tower: str | Path | None = None,
 ) -> Llava:
-    """A model ready to answer, from a Hugging Face or an original LLaVA checkpoint.
+    """A model ready to answer, from a Hugging Face or an original LLaVA checkpoint; or one to train, put together
+    from a language model and a vision tower (see checkpoints.assemble).
 
     device         default: the first CUDA device if there is one, else the CPU.
     dtype          torch dtype or its name; "auto" is the checkpoint's own. Default: "auto", but float32 on a CPU.
@@ -47,11 +49,11 @@ def load(
         raise CheckpointError(f"resample is {resample!r}: use 'pillow' or 'torchvision'")
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
-    checkpoint = load_checkpoint(
+    checkpoint, name = open_checkpoint(
         path_or_hub_id, dtype=_dtype(dtype), device=device, model_base=model_base, vision_tower=vision_tower
     )
     with torch.device("meta"):
-        processor = load_processor(checkpoint, str(path_or_hub_id), chat_template)
+        processor = load_processor(checkpoint, name, chat_template)
         model = Llava(checkpoint.config, dataclasses.replace(processor, resample=resample, video_frames=video_frames))
     load_weights(model, checkpoint)
     return model.eval()

@@ -51,7 +51,13 @@ def read_original_config(path: Path, vision_tower: str | Path | None = None) -> 
 
     Raises CheckpointError for anything this package cannot run, naming it and what is supported.
     """
-    source = read_json(path / "config.json")
+    return original_config(read_json(path / "config.json"), path, vision_tower)
+
+
+def original_config(
+    source: dict[str, Any], path: Path, vision_tower: str | Path | None = None
+) -> tuple[LlavaConfig, Tower]:
+    """As `read_original_config`, from what config.json holds, or would hold; `path` has the other files."""
     model_type = require(source.get("model_type"), tuple(FAMILIES), "model_type", path)
     refuse_quantised(source, path)
     if source.get("s2"):

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import yaml
@@ -20,6 +20,9 @@ from llava_fast.train.data import SampleTable, Source, read_sources
 from llava_fast.train.lengths import LabelMask, Lengths, measure
 from llava_fast.train.mixture import epoch_counts
 
+if TYPE_CHECKING:
+    from llava_fast.checkpoints.assemble import Assembly
+
 _BAD_FILE = "data file"
 _SHOWN = 20  # problems on screen; a JSON report has all
 _OR_SKIP = ", or write `on_problem: skip` under the recipe's `data`"
@@ -31,7 +34,7 @@ class Plan:
     """What is to be checked: a recipe's data, or files by themselves. Without a `model` no tokens are counted."""
 
     sources: list[Source]
-    model: str | None = None
+    model: str | Assembly | None = None
     mixing: Literal["concat", "sqrt"] = "concat"
     template: str | None = None
     labels: LabelMask = "answers"
@@ -262,11 +265,11 @@ def _is_mixture(path: str) -> bool:
 def _processor(plan: Plan) -> Processor:
     """The model's processor; its weights are not read."""
     from llava_fast.api import load_processor
-    from llava_fast.checkpoints.load import load_checkpoint
+    from llava_fast.checkpoints.assemble import open_checkpoint
 
     if plan.model is None:
         raise CheckpointError("there is no model to take a processor from")
-    processor = load_processor(load_checkpoint(plan.model), plan.model, plan.template)
+    processor = load_processor(*open_checkpoint(plan.model), plan.template)
     return dataclasses.replace(processor, video_frames=plan.video_frames or processor.video_frames)
 
 

@@ -6,15 +6,24 @@ Field names are the file's keys; `llava-fast train --help` shows a small one, an
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
+from llava_fast.checkpoints.assemble import Assembly
 from llava_fast.errors import RecipeError
 from llava_fast.train.data import Source
 
 PARTS = ("vision_tower", "projector", "decoder")
+SHIPPED = Path(__file__).parent / "recipes"
+
+
+def _form_of_model(given: Any) -> str:
+    return "checkpoint" if isinstance(given, str) else "parts"
+
+
+Model = Annotated[Annotated[str, Tag("checkpoint")] | Annotated[Assembly, Tag("parts")], Discriminator(_form_of_model)]
 
 
 class _Section(BaseModel):
@@ -74,7 +83,7 @@ class Checkpoints(_Section):
 class Recipe(_Section):
     """A training run."""
 
-    model: str  # a checkpoint directory or Hub id to start from
+    model: Model  # what to start from: a checkpoint directory or Hub id, or the parts to put together
     output: Path  # checkpoints, metrics and the trained model go here
     trainable: list[str] = ["projector"]  # parts, or patterns of parameter names (fnmatch)
     lora: Lora | None = None
@@ -109,13 +118,14 @@ class Recipe(_Section):
 
 
 def load_recipe(path: str | Path, changes: list[str] | None = None) -> Recipe:
-    """A recipe from a YAML file. `changes` are "key.key=value" strings, values in YAML. Raises RecipeError, naming
-    every field that is wrong."""
-    path = Path(path)
+    """A recipe from a YAML file, or one that comes with the package by its name. `changes` are "key.key=value"
+    strings, values in YAML; a number is a place in a list. Raises RecipeError, naming every field that is wrong."""
+    path = find_recipe(path)
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"there is no recipe at {path}") from None
+        names = ", ".join(shipped_recipes())
+        raise RecipeError(f"there is no recipe at {path}; those that come with the package: {names}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from None
     if not isinstance(given, dict):
@@ -123,6 +133,17 @@ def load_recipe(path: str | Path, changes: list[str] | None = None) -> Recipe:
     for change in changes or []:
         _change(given, change)
     return parse_recipe(given, str(path))
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file of a recipe: a path, or the name of one that comes with the package."""
+    shipped = SHIPPED / f"{path}.yaml"
+    return shipped if not Path(path).exists() and str(path) in shipped_recipes() else Path(path)
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(file.stem for file in SHIPPED.glob("*.yaml"))
 
 
 def parse_recipe(given: dict[str, Any], name: str = "the recipe") -> Recipe:
@@ -139,8 +160,15 @@ def _change(given: dict[str, Any], change: str) -> None:
     *path, last = key.split(".")
     if not equals or not last:
         raise RecipeError(f"{change!r} changes nothing: write key=value, as optimizer.learning_rate=1e-4")
+    section: Any = given
     for name in path:
-        given = given.setdefault(name, {})
-        if not isinstance(given, dict):
+        section = section.setdefault(name, {}) if isinstance(section, dict) else section[_place(section, name, change)]
+        if not isinstance(section, (dict, list)):
             raise RecipeError(f"{change!r}: {name} is not a section of the recipe")
-    given[last] = yaml.safe_load(value)
+    section[last if isinstance(section, dict) else _place(section, last, change)] = yaml.safe_load(value)
+
+
+def _place(section: list, name: str, change: str) -> int:
+    if not name.isdecimal() or int(name) >= len(section):
+        raise RecipeError(f"{change!r}: {name!r} is no place in a list of {len(section)}, counted from 0")
+    return int(name)

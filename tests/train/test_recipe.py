@@ -53,3 +53,18 @@ def test_not_a_recipe(tmp_path, text, said):
 def test_missing_file(tmp_path):
     with pytest.raises(RecipeError, match="no recipe at"):
         load_recipe(tmp_path / "none.yaml")
+
+
+def test_a_model_may_be_put_together(tmp_path):
+    path = write(tmp_path, GOOD.replace("model: somewhere", "model: {decoder: a, vision_tower: b}"))
+    recipe = load_recipe(path, ["model.decoder=c", "model.pinpoints=[[336, 672]]"])
+    assert (recipe.model.decoder, recipe.model.pinpoints) == ("c", [(336, 672)])
+    with pytest.raises(RecipeError, match=r"model\.parts\.tower"):
+        load_recipe(path, ["model.tower=x"])
+
+
+def test_a_place_in_a_list_is_changed_by_its_number(tmp_path):
+    recipe = load_recipe(write(tmp_path, GOOD), ["data.sources.0.path=other.json", "data.sources.0.images=pictures"])
+    assert (recipe.data.sources[0].path, recipe.data.sources[0].images) == ("other.json", "pictures")
+    with pytest.raises(RecipeError, match="'1' is no place in a list of 1"):
+        load_recipe(write(tmp_path, GOOD), ["data.sources.1.path=other.json"])

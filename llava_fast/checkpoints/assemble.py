@@ -1,0 +1,191 @@
+"""A LLaVA that is nowhere yet: a language model, a vision tower and a projector, put together for training.
+
+What results is an original LLaVA in memory (its config.json is written here, and read like any other), so that it is
+trained as the original code trains it. `save` gives it an `<image>` token where Hugging Face's layout needs one.
+
+Sources: haotian-liu/LLaVA c121f04 and LLaVA-VL/LLaVA-NeXT df17966, llava_arch.py (initialize_vision_modules).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from llava_fast.checkpoints.adapters import add_projector, find_projector_file
+from llava_fast.checkpoints.config import HF_MODEL_TYPES, read_json, require
+from llava_fast.checkpoints.hub import resolve
+from llava_fast.checkpoints.load import LoadedCheckpoint, load_checkpoint
+from llava_fast.checkpoints.original import is_original, original_config
+from llava_fast.checkpoints.tensor_files import StoredTensor, name_tensors, open_weights
+from llava_fast.checkpoints.towers import Tower, tower_tensors
+from llava_fast.errors import CheckpointError
+from llava_fast.models.config import LlavaConfig, ProjectorConfig
+from llava_fast.models.projector import Projector
+
+_MODEL_TYPES = {"llama": "llava_llama", "mistral": "llava_mistral", "qwen2": "llava_qwen"}
+
+
+class Rope(BaseModel):
+    """A context that is stretched, as LLaVA-NeXT's rope_scaling_type and rope_scaling_factor do it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["linear", "dynamic"] = "linear"
+    factor: float
+
+
+class Assembly(BaseModel):
+    """The parts of a LLaVA: the section `model:` of a recipe. Comments give the original command line's names."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    decoder: str  # a Llama, Mistral or Qwen2 language model, with its tokenizer
+    vision_tower: str  # a CLIP or SigLIP repository or directory
+    projector: str = "mlp2x_gelu"  # mlpNx_gelu, linear, identity, mlp2x_gelu_Norm (mm_projector_type)
+    projector_from: str | None = None  # a trained one: mm_projector.bin, its directory, or a whole LLaVA
+    feature_layer: int = -2  # mm_vision_select_layer
+    feature: Literal["patch", "cls_patch"] = "patch"  # mm_vision_select_feature
+    aspect: str = "pad"  # square, pad, anyres, anyres_max_N, highres (image_aspect_ratio)
+    pinpoints: str | list[tuple[int, int]] | None = None  # (width, height) pairs or "(1x1),...,(6x6)"
+    merge: str = "flat"  # flat, spatial, spatial_unpad, ... (mm_patch_merge_type)
+    video_pool: Literal["average", "max", "bilinear"] = "average"  # mm_spatial_pool_mode
+    video_pool_stride: int | None = None  # mm_spatial_pool_stride; default: frames keep all their rows
+    video_pool_stage: Literal["before", "after"] = "after"  # the projector; before: mm_resampler_type spatial_pool
+    video_newline: Literal["grid", "frame", "one_token", "no_token"] = "one_token"  # mm_newline_position
+    rope: Rope | None = None
+    seed: int = 0  # of a fresh projector and newline
+
+
+def open_checkpoint(
+    model: str | Path | Assembly,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> tuple[LoadedCheckpoint, str]:
+    """A checkpoint, or one put together, its weights still on disk; and what to call it. `options` are those of
+    `load_checkpoint`, and have no meaning for an assembly. Raises CheckpointError."""
+    if not isinstance(model, Assembly):
+        return load_checkpoint(model, dtype, device, **options), str(model)
+    if given := [name for name, value in options.items() if value is not None]:
+        raise CheckpointError(f"{given[0]} has no meaning for a model that is put together: its parts are all named")
+    return assemble(model, dtype, device), model.decoder
+
+
+def assemble(
+    assembly: Assembly, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> LoadedCheckpoint:
+    """Find the parts. A fresh projector begins as nn.Linear does, a newline as the original's.
+
+    Raises CheckpointError for a decoder that is none or is a LLaVA already, an unknown tower, and a projector that
+    does not fit.
+    """
+    base = resolve(assembly.decoder)
+    config, tower = describe(assembly, read_json(base / "config.json"), base)
+    tensors = name_tensors(open_weights(base))
+    if config.decoder.tie_embeddings:
+        tensors.pop("decoder.lm_head.weight", None)
+    tensors |= tower_tensors(tower, config.vision.num_layers)
+    fresh = _fresh_parts(config, assembly.seed)
+    given = {} if assembly.projector_from is None else _trained_parts(assembly.projector_from)
+    _check_fits(config.projector, fresh, given, assembly.projector_from)
+    tensors |= fresh | {name: tensor for name, tensor in given.items() if name in fresh}
+    generation = base / "generation_config.json"
+    return LoadedCheckpoint(
+        path=base,
+        tokenizer_path=base,
+        config=config,
+        tensors=tensors,
+        dtype=dtype or tensors["decoder.embed_tokens.weight"].dtype,
+        device=torch.device(device),
+        # A language model's own chat template knows no images, so it is left behind.
+        side_files={generation.name: generation.read_text(encoding="utf-8")} if generation.is_file() else {},
+    )
+
+
+def describe(assembly: Assembly, decoder: dict[str, Any], path: Path) -> tuple[LlavaConfig, Tower]:
+    """The config of a model that is put together, and where its tower is; from the decoder's config.json alone, whose
+    directory is `path`. Raises CheckpointError."""
+    if is_original(decoder) or decoder.get("model_type") in HF_MODEL_TYPES:
+        raise CheckpointError(f"{assembly.decoder} is a LLaVA already: write `model: {assembly.decoder}`")
+    family = require(decoder.get("model_type"), tuple(_MODEL_TYPES), "model_type of the decoder", path)
+    source = decoder | _fields(assembly, _MODEL_TYPES[family])
+    if assembly.rope is not None:
+        theta = (source.pop("rope_parameters", None) or {}).get("rope_theta", source.get("rope_theta", 10000.0))
+        scaling = {"rope_type": assembly.rope.kind, "type": assembly.rope.kind, "factor": assembly.rope.factor}
+        source |= {"rope_theta": theta, "rope_scaling": scaling}
+    config, tower = original_config(source, path)
+    return dataclasses.replace(config, source=source | {"mm_hidden_size": config.vision.hidden_size}), tower
+
+
+def _fields(assembly: Assembly, model_type: str) -> dict[str, Any]:
+    """config.json's fields that make a language model's a LLaVA's."""
+    classes = {"llava_llama": "LlavaLlama", "llava_mistral": "LlavaMistral", "llava_qwen": "LlavaQwen"}
+    fields: dict[str, Any] = {
+        "model_type": model_type,
+        "architectures": [classes[model_type] + "ForCausalLM"],
+        "use_mm_proj": True,
+        "mm_projector_type": assembly.projector,
+        "mm_vision_tower": assembly.vision_tower,
+        "mm_vision_select_layer": assembly.feature_layer,
+        "mm_vision_select_feature": assembly.feature,
+        "mm_patch_merge_type": assembly.merge,
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": assembly.aspect,
+        "image_grid_pinpoints": assembly.pinpoints,
+        "mm_newline_position": assembly.video_newline,
+    }
+    if assembly.video_pool_stride is not None:
+        fields |= {"mm_spatial_pool_mode": assembly.video_pool, "mm_spatial_pool_stride": assembly.video_pool_stride}
+        if assembly.video_pool_stage == "before":
+            fields["mm_resampler_type"] = "spatial_pool"
+    return fields
+
+
+def _fresh_parts(config: LlavaConfig, seed: int) -> dict[str, StoredTensor]:
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(seed)
+        made = {f"projector.{name}": value.detach() for name, value in Projector(config.projector).named_parameters()}
+        if config.has_newline:
+            width = config.decoder.hidden_size
+            made["image_newline"] = torch.randn(width) / width**0.5
+    return {
+        name: StoredTensor(Path("fresh"), name, tuple(value.shape), value.dtype, functools.partial(_itself, value))
+        for name, value in made.items()
+    }
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _trained_parts(where: str) -> dict[str, StoredTensor]:
+    """Projector and newline of a projector file, its directory, or a whole LLaVA."""
+    file: Path | None = Path(where).expanduser()
+    if not file.is_file():
+        file = find_projector_file(resolve(where))
+    tensors = add_projector({}, file) if file is not None else name_tensors(open_weights(resolve(where)))
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(("projector.", "image_newline"))}
+
+
+def _check_fits(
+    config: ProjectorConfig, wanted: dict[str, StoredTensor], given: dict[str, StoredTensor], where: str | None
+) -> None:
+    if where is None:
+        return
+    shapes = [
+        {name: each.shape for name, each in tensors.items() if name != "image_newline"} for tensors in (wanted, given)
+    ]
+    if shapes[0] != shapes[1]:
+        found = ", ".join(
+            f"{name.removeprefix('projector.layers.')} {list(shape)}" for name, shape in shapes[1].items()
+        )
+        raise CheckpointError(
+            f"projector_from: {where} holds {found or 'no projector'}; the recipe's is of kind {config.kind!r}, from "
+            f"{config.in_features} to {config.out_features} features"
+        )
