@@ -164,11 +164,18 @@ def convert(
 
 
 @app.command()
-def doctor() -> None:
-    """Say what this machine has, and which implementation each op would use here and why."""
+def doctor(
+    model: Annotated[
+        str | None, typer.Option(help="A Hugging Face checkpoint: say what accelerate would replace in it.")
+    ] = None,
+) -> None:
+    """Say what this machine has, which implementation each op would use here and why, and what accelerate replaces.
+
+    llava-fast doctor --model llava-hf/llava-v1.6-mistral-7b-hf
+    """
     from llava_fast.doctor import report
 
-    typer.echo(report())
+    typer.echo(report(model))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`llava-fast doctor`: what this machine has, and what each op would use here and why."""
+"""`llava-fast doctor`: what this machine has, what each op would use here and why, and what `accelerate` replaces."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from llava_fast.ops import backend, triton_support  # importing the package regi
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "pillow", "numpy", "xformers", "av")
 
 
-def report() -> str:
-    """A few lines of plain text: versions, devices, the compiled extension, and a table of ops."""
+def report(model: str | None = None) -> str:
+    """Plain text: versions, devices, the compiled extension, a table of ops, and what accelerate would replace, in
+    every family or in the Hugging Face checkpoint `model`. Raises CheckpointError, UnsupportedModelError."""
+    from llava_fast.integrations import report as accelerated  # imported late: transformers takes seconds
+
+    replaced = accelerated.families() if model is None else accelerated.of_path(model)
     lines = [f"llava_fast {llava_fast.__version__} on Python {platform.python_version()}, {platform.platform()}"]
     lines += [f"  {name:<13} {_version(name)}" for name in PACKAGES]
     lines += ["", "devices", f"  CPU: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"]
@@ -40,6 +44,7 @@ def report() -> str:
     measured = "measured on it" if triton_support.table(kind) and kind != "default" else "starting values, not measured"
     lines.append(f"  Launch configurations of the Triton kernels: the table of {kind!r} ({measured})")
     lines.append("  An op takes a kernel by itself only where a committed result proved it. No GPU result exists yet.")
+    lines += ["", *replaced]
     return "\n".join(lines)
 
 

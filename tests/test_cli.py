@@ -38,6 +38,13 @@ def test_help(command):
     assert result.returncode == 0 and "Usage" in result.stdout
 
 
+def test_doctor_tells_of_a_model(model, tmp_path):
+    result = run("doctor", "--model", model)
+    assert result.returncode == 0 and "replaced: " in result.stdout, result.stderr
+    result = run("doctor", "--model", tmp_path)
+    assert result.returncode == 1 and result.stderr.startswith("error: ") and "cannot build" in result.stderr
+
+
 def test_generate_prints_one_json_object(model, picture):
     result = run("generate", model, "-i", picture, "-p", "hello", "--json", "--max-new-tokens", "5")
     assert result.returncode == 0, result.stderr

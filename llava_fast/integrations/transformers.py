@@ -64,7 +64,7 @@ def accelerate(model: nn.Module, processor=None, *, training_logits: bool = True
                     logits [B, S, vocabulary] is then never made. True: logits are given, as the stock model does.
     Raises UnsupportedModelError for any other model.
     """
-    whole = _find(model)
+    whole = find(model)
     done = []
     for module, name, function, what in _replacements(whole):
         if replace(module, name, function, shipped_plan.NAMES if function is whole_forward else ()):
@@ -91,7 +91,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 def replaced(model: nn.Module) -> list[str]:
     """What of a model is replaced now, in words."""
-    return [what for module, name, _, what in _replacements(_find(model)) if is_replaced(module, name)]
+    return [what for module, name, _, what in _replacements(find(model)) if is_replaced(module, name)]
 
 
 def _replacements(whole: nn.Module) -> Iterator[tuple]:
@@ -104,7 +104,8 @@ def _replacements(whole: nn.Module) -> Iterator[tuple]:
         yield whole.model, "get_image_features", inner_image_features, "image features for generate"
 
 
-def _find(model: nn.Module) -> nn.Module:
+def find(model: nn.Module) -> nn.Module:
+    """The whole transformers model that is, or is inside, `model`. Raises UnsupportedModelError."""
     import transformers
 
     kinds = tuple(getattr(transformers, name) for name in SUPPORTED)
@@ -129,7 +130,7 @@ def whole_forward(model: nn.Module, *args, **kwargs):
     labels = given.get("labels")
     if labels is None:
         return stock(model, "forward", given)
-    if why := _unfit_for_loss(model, given):
+    if why := unfit_for_loss(model, given):
         tell_stock(model, "the loss", why)
         return stock(model, "forward", given)
     inner = {name: value for name, value in given.items() if name not in ("labels", "logits_to_keep", "return_dict")}
@@ -174,7 +175,8 @@ def _output_class(model: nn.Module):
     raise UnsupportedModelError(f"{type(model).__name__} is not served")
 
 
-def _unfit_for_loss(model: nn.Module, given: dict) -> str | None:
+def unfit_for_loss(model: nn.Module, given: dict) -> str | None:
+    """Why the loss of this call of a whole model must take the stock path, or None."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     head, labels, ids = model.lm_head, given["labels"], given.get("input_ids")

@@ -1,0 +1,94 @@
+"""What `accelerate` would replace, and what would take the stock path and why, in words: for `llava-fast doctor`.
+
+Models are built on the meta device, from a config alone: no weight is read, and nothing is computed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llava_fast.errors import CheckpointError, ImageError
+from llava_fast.integrations import hf_inputs, shipped_plan
+from llava_fast.integrations import transformers as integration
+
+CALLS = (
+    "A call takes the stock path, and says so once in the log llava_fast.integrations, that asks for hidden states,",
+    "attentions, a tuple or several feature layers, or gives precomputed embeddings; so does a module that is hooked,",
+    "wrapped or split over devices. A graph that torch.compile traces is the stock one.",
+)
+
+
+def families() -> list[str]:
+    """What would be replaced in each family of transformers that `accelerate` serves, one line for each thing."""
+    import transformers
+
+    lines = ["accelerate(model) replaces, in transformers' models"]
+    for name in integration.SUPPORTED:
+        kind = getattr(transformers, name)
+        config = kind.config_class()
+        config.text_config.num_hidden_layers = 1  # all layers are alike, and large ones take their time
+        with torch.device("meta"):
+            model = integration.accelerate(kind(config))
+        lines += [f"  {name}", *(f"    {what}" for what in integration.replaced(model))]
+    return [*lines, *(f"  {line}" for line in CALLS)]
+
+
+def of_path(path: str | Path) -> list[str]:
+    """The same for one Hugging Face checkpoint, of which only the config is read. Raises CheckpointError for a config
+    that cannot be read, UnsupportedModelError for a model that `accelerate` does not know."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if hasattr(config, "mm_vision_tower"):
+            raise ValueError("it is an original LLaVA checkpoint: `llava-fast convert` writes what transformers reads")
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: transformers cannot build its model ({error})") from error
+    return [f"accelerate on {path}", *of_model(integration.accelerate(model))]
+
+
+def of_model(model: nn.Module) -> list[str]:
+    """What is replaced now in a model, and what of it would take the stock path whatever a call asks for. Raises
+    UnsupportedModelError."""
+    whole = integration.find(model)
+    inner = whole.model
+    lines = [f"  {type(whole).__name__}", *(f"    replaced: {what}" for what in integration.replaced(model))]
+    stock = [f"the image path: {why}" for why in [_why_images(inner)] if why]
+    labels = torch.empty(1, 2, dtype=torch.long, device="meta")
+    stock += [f"the loss: {why}" for why in [integration.unfit_for_loss(whole, {"labels": labels})] if why]
+    lines += [f"    stock, in each call: {what}" for what in stock]
+    if not stock:
+        lines.append("    stock, in each call: nothing")
+    if hf_inputs.projector_weights(inner) is None:
+        lines.append("    the projector runs its own forward: its weights are not read by a kernel")
+    if not hf_inputs.reads_table(inner.get_input_embeddings()):
+        lines.append("    the embedding runs its own forward: its table is not read by a kernel")
+    served = inner.config.model_type in shipped_plan.FAMILIES
+    lines.append(f"    a collator's plan: {'taken' if served else 'not made for this family; forward makes its own'}")
+    return lines
+
+
+def _why_images(inner: nn.Module) -> str | None:
+    """Why images would take the stock path in an ordinary call."""
+    config, device = inner.config, next(inner.parameters()).device
+    side = config.vision_config.image_size
+    anyres = config.model_type != "llava"
+    given = {
+        "input_ids": torch.empty(1, 2, dtype=torch.long, device=device),
+        "pixel_values": torch.empty(1, *[2] * anyres, 3, side, side, device=device),
+        "image_sizes": torch.empty(1, 2, dtype=torch.long, device=device) if anyres else None,
+        "return_dict": True,
+    }
+    why = hf_inputs.unfit(inner, given)
+    if why is None:
+        selection = hf_inputs.select(inner, given)
+        try:
+            hf_inputs.geometry(config, selection.skipped, hasattr(inner.vision_tower.embeddings, "class_embedding"))
+        except ImageError as error:
+            why = str(error)
+    return why
