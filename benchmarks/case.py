@@ -6,7 +6,7 @@ compared with the reference's, and only then is anything timed. A provider that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -72,6 +72,7 @@ class Case:
     items: float
     unit: str
     weight_bytes: int = 0
+    reference: str | None = None  # the provider that others are compared with, where it is none of REFERENCES
 
 
 @dataclass
@@ -112,7 +113,7 @@ class Row:
 def measure(case: Case, settings: Settings, ceilings: Ceilings) -> list[Row]:
     """A row for each provider of the case."""
     device = torch.device(settings.device)
-    reference = next((name for name in REFERENCES if name in settings.backends), None)
+    reference = case.reference or next((name for name in REFERENCES if name in settings.backends), None)
     results, peaks = {}, {}
     for provider in case.providers:
         if provider.compiles:
@@ -137,7 +138,7 @@ def measure(case: Case, settings: Settings, ceilings: Ceilings) -> list[Row]:
     times = time_in_turns(timed, settings.iters, settings.warmup, device)
     by_backend = {provider.backend: time for provider, time in zip(case.providers, times, strict=True)}
     return [
-        _row(case, settings, ceilings, name, quantiles, peaks[name], checks.get(name), by_backend.get(reference))
+        _row(case, settings, ceilings, name, quantiles, peaks[name], checks.get(name), reference, by_backend)
         for name, quantiles in by_backend.items()
     ]
 
@@ -150,8 +151,10 @@ def _row(
     time: Quantiles,
     peak: int | None,
     check: Check | None,
-    reference: Quantiles | None,
+    reference_name: str | None,
+    times: Mapping[str, Quantiles],
 ) -> Row:
+    reference = times.get(reference_name) if reference_name else None
     floor = case.floor.seconds(ceilings)
     return Row(
         suite=case.suite,
@@ -173,7 +176,7 @@ def _row(
         floor_bound=case.floor.bound(ceilings),
         floor_share=floor / time.median,
         check=asdict(check) if check else None,
-        reference=next(name for name in REFERENCES if name in settings.backends) if reference else None,
+        reference=reference_name if reference else None,
         ratio=reference.median / time.median if reference and check and check.passed else None,
         disturbed=settings.threads == 1 and any(_disturbed(each) for each in (time, reference) if each),
     )

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 if TYPE_CHECKING:
     from benchmarks.case import Row, Settings
 
-SUITE_NAMES = ("preprocess", "encode", "prefill", "decode", "generate", "train-step")
+SUITE_NAMES = ("preprocess", "encode", "prefill", "decode", "generate", "train-step", "dpo")
 DTYPES = ("float32", "bfloat16", "float16")
 
 app = typer.Typer(
@@ -132,6 +132,7 @@ _HELP = {
     "decode": "Greedy tokens behind a full cache, by each side's own generation loop.",
     "generate": "Photographs and prompts to text, everything included.",
     "train-step": "Forward, loss and backward of a batch with labels; the vision tower is frozen.",
+    "dpo": "A preference pair's loss and gradients: image and question run once, against two ordinary sequences.",
     "all": "Every suite in turn.",
 }
 for _name in _HELP:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.suites import decode, encode, generate, prefill, preprocess, train_step
+from benchmarks.suites import decode, dpo, encode, generate, prefill, preprocess, train_step
 
 SUITES = {
     "preprocess": preprocess,
@@ -11,4 +11,5 @@ SUITES = {
     "decode": decode,
     "generate": generate,
     "train-step": train_step,
+    "dpo": dpo,
 }

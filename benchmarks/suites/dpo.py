@@ -1,0 +1,94 @@
+"""One step of preference tuning on a pair: forward, DPO loss, backward, with the reference's log-probabilities given.
+
+"llava_fast" runs image and question once for both answers (see train.pairs); "two-pass" runs the same model on two
+ordinary sequences, each with the image, as the original trainers do. The vision tower is frozen, the rest trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch import Tensor
+
+from benchmarks import checks
+from benchmarks.case import Case, Provider, Settings
+from benchmarks.floors import Sizes, train_floor
+from benchmarks.inputs import ROTATED, describe, requests
+from benchmarks.subject import Subject
+from benchmarks.suites.train_step import digest
+from llava_fast.inputs.plan import Piece, TextPiece
+from llava_fast.models.batch import Batch
+from llava_fast.train.pair_loss import answer_log_probs, preference_losses
+
+BETA = 0.1
+
+
+def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
+    count = settings.answer_tokens
+    answers = [_answer(4, count), _answer(90, count)]
+    shared = [_batch(subject, settings, number, [answers]) for number in range(ROTATED)]
+    twice = [_batch(subject, settings, number, [[answer] for answer in answers]) for number in range(ROTATED)]
+
+    def shared_loss(number: int) -> Tensor:
+        batch = shared[number % ROTATED]
+        log_probs, _ = answer_log_probs(subject.ours(batch, logits="none").losses, batch.plan)
+        return preference_losses(BETA * log_probs).mean()
+
+    def two_pass_loss(number: int) -> Tensor:
+        losses = subject.ours(twice[number % ROTATED], logits="none").losses
+        return preference_losses(-BETA * losses.view(-1, 2, count).sum(2)).mean()
+
+    plan = shared[0].plan
+    alone = [sum(plan.lengths) // len(plan.lengths) - count, count] * len(plan.lengths)  # a tail's look back is extra
+    sizes = Sizes(plan.tiles, len(plan.column("kept")), tuple(alone), 2 * count * len(plan.lengths))
+    yield Case(
+        suite="dpo",
+        model=subject.label,
+        real_width=subject.real_width,
+        label=f"{describe(settings, shared[0])}, two answers of {count} tokens",
+        providers=[_provider(subject, "llava_fast", shared_loss), _provider(subject, "two-pass", two_pass_loss)],
+        check=checks.same_training(settings.dtype),
+        floor=train_floor(subject.config, sizes, subject.dtype.itemsize),
+        items=2 * len(plan.lengths),
+        unit="answers",
+        weight_bytes=subject.weight_bytes,
+        reference="two-pass",
+    )
+
+
+def _answer(first: int, count: int) -> TextPiece:
+    return TextPiece(first + np.arange(count, dtype=np.int32) * 7 % 200, np.ones(count, bool))
+
+
+def _batch(subject: Subject, settings: Settings, rotation: int, answers: list[list[TextPiece]]) -> Batch:
+    """Each request once for each of `answers`, which then ends in these pieces: one, or two as tails."""
+    processor, tiles = subject.processor, []
+    sequences: list[list[Piece]] = []
+    for request in requests(settings, rotation):
+        for ends in answers:
+            sequences.append([*processor.pieces(processor.outline(request), tiles), *ends])
+    tails = [[len(end.ids) for end in answers[0]]] * len(sequences) if len(answers[0]) > 1 else ()
+    return Batch.from_prepared(processor.assemble(sequences, tiles, tails=tails), subject.device)
+
+
+def _provider(subject: Subject, name: str, loss) -> Provider:
+    def prepare() -> None:
+        for key, value in subject.ours.named_parameters():
+            value.requires_grad_("vision_tower." not in key)
+
+    def run(number: int) -> Tensor:
+        value = loss(number)
+        value.backward()
+        return value.detach()
+
+    def result(value: Tensor) -> dict[str, Tensor]:
+        named = {key: each.grad for key, each in subject.ours.named_parameters()}
+        digests = {key: digest(gradient) for key, gradient in named.items() if gradient is not None}
+        return {"loss": value.double().cpu()[None], **digests}
+
+    def finish() -> None:
+        for value in subject.ours.parameters():
+            value.grad = None  # freed, not zeroed: the other side needs the room
+
+    return Provider(name, run, result, prepare, finish)

@@ -1,0 +1,194 @@
+"""Preference data: a question and two answers to it, of which one is preferred.
+
+A pair is an object {"id", "image" | "images" | "video", "prompt", "chosen", "rejected"}, as in LLaVA-NeXT-Video's and
+LLaVA-Hound's DPO data ("answer" is read where there is no "chosen"). "prompt" is a text, or the turns before the answer
+in LLaVA's or the OpenAI form; images that it does not place with `<image>` come before it.
+
+Question and answers meet in one sequence: what both have in common (image, question, equal first words of the answers)
+is there once, and each answer's rest follows it as a tail (see inputs.plan).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from llava_fast.errors import DataError, LlavaFastError
+from llava_fast.inputs.chat_messages import IMAGE_MARK, VIDEO_MARK
+from llava_fast.inputs.plan import Piece, TextPiece
+from llava_fast.inputs.processor import Cut, Prepared, Processor, VisualMark
+from llava_fast.train.data import Sample, SampleTable, Source, read_sources
+from llava_fast.train.lengths import Lengths
+
+PAIR_KEYS = ("id", "image", "images", "video", "prompt", "chosen", "answer", "rejected")
+"""What of a pair is read; everything else in it is left alone."""
+
+CHOSEN, REJECTED = 0, 1
+
+
+class Answers(SampleTable):
+    """Both answers of each pair as ordinary samples: 2 i is pair i with its chosen answer, 2 i + 1 with the other."""
+
+    def __len__(self) -> int:
+        return 2 * super().__len__()
+
+    def __getitem__(self, number: int) -> Sample:
+        """Raises DataError, naming the pair, for one that cannot be trained on."""
+        pair, which = divmod(range(len(self))[number], 2)
+        value = self._value(pair)
+        try:
+            return self.sample(pair, _with_answer(value, which))
+        except DataError as error:
+            name = super().name(pair)
+            raise error if str(error).startswith(name) else DataError(f"{name}: {error}", error.kind) from None
+
+    def name(self, number: int) -> str:
+        return super().name(number // 2)
+
+    def rows(self, lengths: Lengths) -> tuple[Lengths, Lengths]:
+        """From the lengths of all answers, those of pairs: the longer of the two alone, and both behind what they
+        share (at most so many rows)."""
+        text, supervised = (each.reshape(-1, 2) for each in (lengths.text, lengths.supervised))
+        visual = lengths.visual[::2]
+        notes = ({number // 2: note for number, note in each.items()} for each in (lengths.problems, lengths.kinds))
+        problems, kinds = notes
+        alone = Lengths(text.max(1), visual, supervised.min(1), problems, kinds)
+        return alone, Lengths(text[:, CHOSEN] + supervised[:, REJECTED], visual, alone.supervised, problems, kinds)
+
+
+def read_pairs(sources: Sequence[Source]) -> Answers:
+    """Read the files of a run's sources, as `data.read_sources` does, with its errors."""
+    return Answers(**vars(read_sources(sources, keys=PAIR_KEYS)))
+
+
+def _with_answer(value: Any, which: int) -> dict[str, Any]:
+    """A pair with one of its answers, in the form of an ordinary sample. Raises DataError."""
+    if not isinstance(value, dict):
+        raise DataError("a pair must be an object with prompt, chosen and rejected")
+    turns = value.get("prompt")
+    if isinstance(turns, str):
+        turns = [{"from": "human", "value": turns}]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise DataError("it has no prompt: it needs a text, or the list of turns before the answer", "roles and turns")
+    if turns[-1].get("from", turns[-1].get("role")) not in ("human", "user"):
+        raise DataError("its prompt must end with a turn from 'human', which the answers follow", "roles and turns")
+    answers = [_text(value, "chosen" if "chosen" in value else "answer"), _text(value, "rejected")]
+    if answers[CHOSEN] == answers[REJECTED]:
+        raise DataError("its two answers are the same, so neither can be preferred: leave it out")
+    given = {key: value[key] for key in ("id", "image", "images", "video") if key in value}
+    answer = {"from": "gpt", "value": answers[which]}
+    return {**given, "conversations": [*_marked(turns, value), answer]}
+
+
+def _text(value: dict[str, Any], key: str) -> str:
+    """An answer: a text, or (as TRL's data has it) a list of the one turn that holds it."""
+    given = value.get(key)
+    if isinstance(given, list) and len(given) == 1 and isinstance(given[0], dict):
+        given = given[0].get("value", given[0].get("content"))
+    if not isinstance(given, str) or not given.strip():
+        raise DataError(f"it has no text under {key!r}: a pair needs prompt, chosen and rejected", "roles and turns")
+    return given
+
+
+def _marked(turns: list[dict[str, Any]], value: dict[str, Any]) -> list[dict[str, Any]]:
+    """The turns with a mark for each image, at the front where the prompt places none."""
+    images = value.get("images", value.get("image"))
+    count = len(images) if isinstance(images, list) else int(images not in (None, ""))
+    marks = [IMAGE_MARK] * count + [VIDEO_MARK] * (value.get("video") not in (None, "", []))
+    texts = [turn.get("value", turn.get("content")) for turn in turns]
+    if any(not isinstance(text, str) or IMAGE_MARK in text or VIDEO_MARK in text for text in texts):
+        return turns
+    first = next(i for i, turn in enumerate(turns) if turn.get("from", turn.get("role")) in ("human", "user"))
+    text = "".join(f"{mark}\n" for mark in marks) + texts[first]
+    return [*turns[:first], {"from": "human", "value": text}, *turns[first + 1 :]]
+
+
+@dataclass(frozen=True)
+class SharedPair:
+    """What both answers share, opened images included, and how each goes on from there."""
+
+    prefix: list[Piece]
+    tails: tuple[TextPiece, TextPiece]
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return [*self.prefix, *self.tails]
+
+
+def shared_pair(processor: Processor, chosen: dict, rejected: dict, tiles: list[Cut]) -> SharedPair:
+    """Two requests that differ in their answer, as a pair; the images are opened once and appended to `tiles`.
+
+    Raises RequestError or ImageError as `Processor.prepare` does, and DataError if tokens do not tell them apart.
+    """
+    outlines = [_last_answer(processor.outline(request, labels=True)) for request in (chosen, rejected)]
+    (*before, first), (*before_other, second) = outlines
+    if not isinstance(first, TextPiece) or not isinstance(second, TextPiece) or not _same(before, before_other):
+        raise DataError("its two answers do not follow the same question")
+    both = min(len(first.ids), len(second.ids))
+    differs = first.ids[:both] != second.ids[:both]
+    differs |= _flags(first)[:both] != _flags(second)[:both]
+    shared = int(differs.argmax()) if differs.any() else both
+    if shared == max(len(first.ids), len(second.ids)):
+        raise DataError("its two answers are the same tokens, so neither can be preferred: leave it out")
+    common = TextPiece(first.ids[:shared], _flags(first)[:shared])
+    prefix = processor.pieces([*before, common], tiles)
+    tails = tuple(TextPiece(each.ids[shared:], _flags(each)[shared:]) for each in (first, second))
+    for tail in tails:
+        processor.check_length([*prefix, tail])
+    return SharedPair(prefix, (tails[CHOSEN], tails[REJECTED]))
+
+
+def _flags(piece: TextPiece) -> np.ndarray:
+    return np.zeros(len(piece.ids), bool) if piece.supervised is None else piece.supervised
+
+
+def _last_answer(outline: list[TextPiece | VisualMark]) -> list[TextPiece | VisualMark]:
+    """An outline that ends with its last answer, which alone is supervised: the answers before it are the prompt's."""
+    *before, last = outline
+    if not isinstance(last, TextPiece) or not _flags(last).any():
+        raise DataError("its answer has no token of its own to learn")
+    flags = _flags(last)
+    end = len(flags) - int(flags[::-1].argmax())
+    breaks = np.flatnonzero(~flags[:end])
+    start = int(breaks[-1]) + 1 if len(breaks) else 0
+    quiet = [TextPiece(part.ids) if isinstance(part, TextPiece) else part for part in before]
+    return [*quiet, TextPiece(last.ids[:end], np.arange(end) >= start)]
+
+
+def _same(one: list[TextPiece | VisualMark], other: list[TextPiece | VisualMark]) -> bool:
+    return len(one) == len(other) and all(
+        np.array_equal(a.ids, b.ids) if isinstance(a, TextPiece) and isinstance(b, TextPiece) else type(a) is type(b)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+class PairBatches(Dataset):
+    """A micro-batch of pairs by their numbers, each one sequence with two tails: what a worker makes.
+
+    references  float32 [pairs, 2], the reference's log-probabilities of both answers, which then travel with the plan
+                as its column "reference" [sequences, 2].
+    """
+
+    def __init__(self, answers: Answers, processor: Processor, references: np.ndarray | None = None) -> None:
+        self.answers, self.processor, self.references = answers, processor, references
+
+    def __getitem__(self, numbers: list[int]) -> tuple[Prepared, list[str]]:
+        tiles: list[Cut] = []
+        pairs, names = [], []
+        for number in numbers:
+            chosen, rejected = self.answers[2 * number], self.answers[2 * number + 1]
+            names.append(chosen.name)
+            try:
+                pairs.append(shared_pair(self.processor, chosen.request, rejected.request, tiles))
+            except LlavaFastError as error:
+                raise type(error)(f"{chosen.name}: {error}") from None
+        tails = [[len(tail.ids) for tail in pair.tails] for pair in pairs]
+        prepared = self.processor.assemble([pair.pieces for pair in pairs], tiles, tails=tails)
+        if self.references is None:
+            return prepared, names
+        column = {"reference": self.references[numbers].astype(np.float32).reshape(-1, 2).view(np.int32)}
+        return Prepared(prepared.tiles, prepared.plan.with_columns(column)), names
