@@ -1,0 +1,207 @@
+"""Model classes for lmms-eval: `--model llava_fast --model_args pretrained=PATH,dtype=bfloat16`.
+
+lmms-eval finds them by this package's entry point (`manifest`): `LlavaFastChat` for tasks as messages, its default, and
+`LlavaFast` for tasks as text and pictures (`--force_simple`), which is also what its loglikelihood and multiple-choice
+tasks need. Nothing in llava_fast imports this file; it needs lmms-eval, which llava_fast does not bring.
+
+What was not run: lmms-eval itself. The interface is that of its public sources of 2026 (api/model.py, api/task.py,
+models/registry_v2.py), and the tests stand on a stub of it. One process only: data parallel runs are refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from lmms_eval.api.model import lmms
+from lmms_eval.api.registry import register_model
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import llava_fast
+from llava_fast.errors import RequestError
+
+logger = logging.getLogger("llava_fast.integrations")
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tiff", ".webp")
+"""Endings of paths that are pictures; lmms-eval takes any other path for a video."""
+WITHOUT_EFFECT = {"do_sample", "num_beams", "use_cache", "image_aspect_ratio"}
+"""Settings of a task that are read elsewhere or that the checkpoint decides."""
+
+
+def manifest():
+    """What lmms-eval's registry reads from the entry point group "lmms_eval.models"."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest("llava_fast", f"{__name__}.LlavaFast", f"{__name__}.LlavaFastChat")
+
+
+@register_model("llava_fast")
+class LlavaFast(lmms):
+    """A checkpoint that `llava_fast.load` reads, for tasks that give a text and pictures.
+
+    pretrained     a Hugging Face or original LLaVA checkpoint.
+    device, dtype, chat_template, video_frames   as `llava_fast.load` has them.
+    batch_size     requests answered at once; an answer does not depend on its neighbours.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str,
+        device: str | None = None,
+        dtype: str | None = None,
+        batch_size: int | str = 1,
+        chat_template: str | None = None,
+        video_frames: int = 16,
+        max_batch_size: int | None = None,
+    ) -> None:
+        self.pretrained = pretrained  # lmms-eval names its cache by it
+        super().__init__()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise RequestError("llava_fast evaluates in one process: start lmms-eval without accelerate or torchrun")
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise RequestError(f"batch_size is a whole number above 0, not {batch_size!r}")
+        self.batch_size = int(batch_size)
+        settings = {"chat_template": chat_template, "video_frames": video_frames}
+        self.model = llava_fast.load(pretrained, device=device, dtype=dtype, **settings)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.model.tokenizer
+
+    def generate_until(self, requests: list) -> list[str]:
+        """The answer to each lmms-eval Instance, in order. A task's "until" ends an answer and is not part of it.
+        Raises RequestError or ImageError naming the sample, and RequestError for beam search."""
+        read = [self._read(instance.args) for instance in requests]
+        answers: list[str] = [""] * len(requests)
+        alike: dict[str, list[int]] = {}
+        for number, (_, options) in enumerate(read):
+            alike.setdefault(repr(sorted(options.items())), []).append(number)
+        with tqdm(total=len(requests), desc="llava_fast") as progress:
+            for numbers in alike.values():
+                for first in range(0, len(numbers), self.batch_size):
+                    part = numbers[first : first + self.batch_size]
+                    made = self.model.generate([read[number][0] for number in part], **read[part[0]][1])
+                    for number, generation in zip(part, made, strict=True):
+                        answers[number] = generation.text
+                        context, settings = requests[number].args[0], read[number][1]
+                        self.cache_hook.add_partial("generate_until", (context, settings), generation.text)
+                    progress.update(len(part))
+        return answers
+
+    def loglikelihood(self, requests: list) -> list[tuple[float, bool]]:
+        """For each Instance (the mean loss of the target's tokens, end of turn included; whether greedy decoding would
+        say them). lmms-eval's own models return a loss under this name, and its tasks take the smallest."""
+        found: list[tuple[float, bool]] = []
+        for first in tqdm(range(0, len(requests), self.batch_size), desc="llava_fast"):
+            part = requests[first : first + self.batch_size]
+            found += self._score([self._with_target(instance.args) for instance in part])
+        return found
+
+    def generate_until_multi_round(self, requests: list) -> list[str]:
+        raise NotImplementedError("llava_fast does not serve lmms-eval's tasks of several rounds")
+
+    def _read(self, args: tuple) -> tuple[dict, dict]:
+        """(request, options of generate) of a generate_until Instance."""
+        context, settings, doc_to_visual, doc_id, task, split = args
+        visuals = doc_to_visual(self.task_dict[task][split][doc_id])
+        return _request([{"role": "user", "content": context}], visuals, args[3:]), _options(settings)
+
+    @torch.inference_mode()
+    def _score(self, requests: list[dict]) -> list[tuple[float, bool]]:
+        batch = self.model.prepare(requests, labels=True)
+        logits = self.model(batch, logits="supervised").logits.float()
+        target = batch.column("supervised_target").long()
+        losses = F.cross_entropy(logits, target, reduction="none").cpu()
+        hits = (logits.argmax(-1) == target).cpu()
+        of = torch.from_numpy(batch.plan.column("sequence")[batch.plan.column("supervised_row")])
+        return [(losses[of == number].mean().item(), bool(hits[of == number].all())) for number in range(len(requests))]
+
+    def _with_target(self, args: tuple) -> dict:
+        if len(args) != 6:
+            raise RequestError("a loglikelihood without a document (acc_mutual_info) is not served")
+        context, target, doc_to_visual, doc_id, task, split = args
+        doc = self.task_dict[task][split][doc_id]
+        target = target if isinstance(target, str) else target(doc)
+        turns = [{"role": "user", "content": context}, {"role": "assistant", "content": str(target).strip()}]
+        return _request(turns, doc_to_visual(doc), args[3:])
+
+
+@register_model("llava_fast_chat")
+class LlavaFastChat(LlavaFast):
+    """The same for tasks that give messages."""
+
+    is_simple = False
+
+    def _read(self, args: tuple) -> tuple[dict, dict]:
+        _, doc_to_messages, settings, doc_id, task, split = args
+        turns, visuals = [], []
+        for message in doc_to_messages(self.task_dict[task][split][doc_id]):
+            content = message["content"]
+            if not isinstance(content, str):
+                visuals += [item["url"] for item in content if item["type"] != "text"]
+                content = [_item(item) for item in content]
+            turns.append({"role": message["role"], "content": content})
+        return _request(turns, visuals, args[3:]), _options(settings)
+
+
+def _item(item: dict) -> dict:
+    """A message's item as the engine has it; what it shows is given beside the messages."""
+    if item["type"] not in ("text", "image", "video"):
+        raise RequestError(f"llava_fast reads text, images and videos, not {item['type']!r}")
+    return item if item["type"] == "text" else {"type": item["type"]}
+
+
+def _request(turns: list[dict], visuals: Any, place: tuple) -> dict:
+    """An engine's request, named by task, split and document. Where no turn marks what is shown, the first turn's text
+    gets it in front."""
+    doc_id, task, split = place
+    shown = list(_flat(visuals))
+    videos = [each for each in shown if isinstance(each, str) and not each.lower().endswith(PICTURES)]
+    images = [each for each in shown if not any(each is video for video in videos)]
+    if len(videos) > 1:
+        raise RequestError(f"request {task}/{split}/{doc_id}: {len(videos)} videos, and one is served")
+    first = turns[0]["content"]
+    if isinstance(first, str):
+        kinds = [("image", len(images)), ("video", len(videos))]
+        items = [{"type": kind} for kind, count in kinds for _ in range(count) if f"<{kind}>" not in first]
+        turns = [{**turns[0], "content": [*items, {"type": "text", "text": first}]}, *turns[1:]]
+    request: dict[str, Any] = {"messages": turns, "images": images, "id": f"{task}/{split}/{doc_id}"}
+    return request | ({"video": videos[0]} if videos else {})
+
+
+def _flat(visuals: Any) -> Iterable:
+    """Pictures and paths out of lists of lists; None holds none."""
+    if isinstance(visuals, (list, tuple)):
+        for each in visuals:
+            yield from _flat(each)
+    elif visuals is not None:
+        yield visuals
+
+
+def _options(settings: dict) -> dict[str, Any]:
+    """A task's generation settings as options of `Llava.generate`."""
+    if (settings.get("num_beams") or 1) > 1:
+        raise RequestError(f"beam search (num_beams={settings['num_beams']}) is not served: set num_beams=1")
+    temperature = settings.get("temperature")
+    if temperature is None:
+        temperature = 1.0 if settings.get("do_sample") else 0.0
+    options = {
+        "max_new_tokens": settings.get("max_new_tokens", settings.get("max_gen_toks", 1024)),
+        "temperature": 0.0 if settings.get("do_sample") is False else float(temperature),
+        "stop": settings.get("until"),
+    }
+    names = {"top_p", "top_k", "repetition_penalty", "seed"}
+    options |= {name: settings[name] for name in names if settings.get(name) is not None}
+    unknown = set(settings) - WITHOUT_EFFECT - names - {"max_new_tokens", "max_gen_toks", "temperature", "until"}
+    if unknown:
+        logger.warning("generation settings %s have no effect here", sorted(unknown))
+    return options
