@@ -1,4 +1,4 @@
-"""The command line: llava-fast generate | chat | data | convert | doctor | demo."""
+"""The command line: llava-fast generate | chat | train | data | convert | doctor | demo."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from llava_fast.errors import LlavaFastError
-from llava_fast.train import data_cli
+from llava_fast.train import data_cli, recipe_cli
 
 app = typer.Typer(
     name="llava-fast",
@@ -21,6 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data_cli.app, name="data")
+app.add_typer(recipe_cli.app, name="recipe")
 
 Model = Annotated[str, typer.Argument(help="A checkpoint directory (Hugging Face or original layout) or a Hub id.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: CUDA if there is one.")]
@@ -140,6 +141,40 @@ def chat(
             continue
         waiting = []
         typer.echo(answer.text)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe: a YAML file, such as the one above.")],
+    set_: Annotated[
+        list[str], typer.Option("--set", "-s", help="Change a field: -s optimizer.learning_rate=1e-5; repeatable.")
+    ] = [],  # noqa: B006
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the newest checkpoint in the recipe's output, if there is one.")
+    ] = True,
+) -> None:
+    """Train a model on LLaVA-format data, as a recipe says. Killed at any moment, the same command goes on.
+
+    \b
+    model: llava-hf/llava-1.5-7b-hf
+    output: runs/mine
+    trainable: [projector, decoder]
+    data:
+      sources: [{path: data.json, images: images/}]
+    optimizer: {learning_rate: 2e-5}
+    batch_size: 128
+
+    One process: llava-fast train recipe.yaml. Eight GPUs: torchrun --nproc-per-node 8 -m llava_fast train recipe.yaml.
+    The output holds metrics.jsonl, tensorboard/, checkpoints/ and, at the end, model/.
+    """
+    import logging
+
+    from llava_fast.train.recipe import load_recipe
+    from llava_fast.train.trainer import train as run
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    loaded = load_recipe(recipe, set_)
+    typer.echo(f"the trained model is in {run(loaded, resume)}")
 
 
 @app.command()

@@ -11,7 +11,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,12 +44,15 @@ def save(
     layout: Literal["hf", "original"] = "hf",
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a LlavaModel as safetensors with config, tokenizer and processor files.
 
     A model in the layout it was loaded from keeps its config.json and side files. In the other layout these are
     derived, and each image gets the same tiles as before; an original checkpoint gains an `<image>` token for
     Hugging Face's (new vocabulary rows hold the mean of the others, so that greedy decoding never picks one).
+
+    tensors  all weights by their names in the model, instead of its own: gathered ones of a model that is sharded.
 
     Raises CheckpointError, and leaves `path` as it was, if `path` holds something and `overwrite` is not set, or if
     the layout cannot hold this model.
@@ -61,7 +64,8 @@ def save(
         raise CheckpointError(f"{path} is a file; give a directory to save into")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise CheckpointError(f"{path} is not empty; choose another directory or pass overwrite=True")
-    config, tensors, tokenizer = model.config, dict(model.named_parameters()), model.tokenizer
+    tensors = dict(model.named_parameters()) if tensors is None else dict(tensors)
+    config, tokenizer = model.config, model.tokenizer
     image_token_id, video_token_id = config.image_token_id, config.video_token_id
     if layout == "hf" and config.layout == "original":
         tokenizer, image_token_id, video_token_id = _with_visual_tokens(tokenizer, config)

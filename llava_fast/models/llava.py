@@ -28,10 +28,11 @@ Logits = Literal["last", "supervised", "all", "none"]
 @dataclass(frozen=True)
 class LlavaOutput:
     """`logits` [rows asked for, vocabulary] (None if "none" was asked for) and, when the plan has labels, the mean
-    `loss` over supervised rows."""
+    `loss` over supervised rows; with "none" also each one's own, `losses` [supervised rows] float32."""
 
     logits: Tensor | None
     loss: Tensor | None = None
+    losses: Tensor | None = None
 
 
 class LlavaModel(nn.Module):
@@ -46,6 +47,8 @@ class LlavaModel(nn.Module):
         if config.has_newline:
             self.image_newline = nn.Parameter(torch.zeros(config.decoder.hidden_size))
         self.decoder = Decoder(config.decoder)
+        self.runs_every_part = False
+        """Run tower and projector on zero tiles where a batch has none: under sharded training every process must."""
 
     @property
     def tokenizer(self):
@@ -69,19 +72,22 @@ class LlavaModel(nn.Module):
     def forward(self, batch: Batch, logits: Logits | None = None) -> LlavaOutput:
         """Logits of the rows asked for: each sequence's "last" (the default without labels), the "supervised" ones
         (the default with labels; the loss is over these), or "all" ([sequences, rows, vocabulary] if padded). "none"
-        is for training: the loss alone, and no table of logits is ever made (ops.linear_cross_entropy).
+        is for training: losses alone, and no table of logits is ever made (ops.linear_cross_entropy); it also takes a
+        batch of no sequences, whose loss is 0, for a process that has nothing to do in a step.
 
         Raises ValueError for an unknown choice, or for "supervised" or "none" on a batch without labels.
         """
         logits = logits or ("supervised" if batch.plan.has_labels else "last")
         if logits not in get_args(Logits):
             raise ValueError(f"logits must be one of {', '.join(map(repr, get_args(Logits)))}, got {logits!r}")
-        if logits in ("supervised", "none") and not batch.plan.has_labels:
+        idle = logits == "none" and not batch.plan.lengths
+        if logits in ("supervised", "none") and not batch.plan.has_labels and not idle:
             raise ValueError("no row of this batch is supervised: prepare it with labels=True and an assistant's turn")
         hidden_RC = self.hidden_states(self.inputs_embeds(batch), batch, batch.spans())
         if logits == "none":
             rows, target = batch.column("supervised_row").long(), batch.column("supervised_target")
-            return LlavaOutput(None, self.decoder.losses(hidden_RC[rows], target).mean())
+            losses = self.decoder.losses(hidden_RC[rows], target)
+            return LlavaOutput(None, losses.sum() / max(len(losses), 1), losses)
         every = self.decoder.logits(hidden_RC) if logits == "all" else None
         supervised = loss = None
         if batch.plan.has_labels:
@@ -127,7 +133,7 @@ class LlavaModel(nn.Module):
     def visual_rows(self, batch: Batch) -> Tensor:
         """The plan's visual table [visual rows, width]: only rows that reach the decoder are projected."""
         mixes = batch.plan.mixes
-        if not batch.plan.tiles:
+        if not batch.plan.tiles and not self.runs_every_part:
             return self.decoder.embed_tokens.weight[:0]
         features = self.vision_tower(batch.tiles).flatten(0, 1)
         table = [features[batch.column("kept").long()]]

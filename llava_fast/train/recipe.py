@@ -68,6 +68,15 @@ class Lora(_Section):
     targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+class Dpo(_Section):
+    """Preference tuning (Rafailov et al. 2023), run by `llava-fast dpo`."""
+
+    beta: float = Field(0.1, gt=0)  # how closely the model keeps to the reference
+    sft_weight: float = Field(0.0, ge=0)  # of the chosen answers' mean negative log-likelihood, added to the loss
+    reference: Literal["precomputed", "base"] = "precomputed"  # base: the model without its adapters (lora)
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)  # share of pairs thought to be the wrong way round
+
+
 class Parallel(_Section):
     """How several processes share the work. "auto": none alone, FSDP2 under torchrun."""
 
@@ -87,6 +96,7 @@ class Recipe(_Section):
     output: Path  # checkpoints, metrics and the trained model go here
     trainable: list[str] = ["projector"]  # parts, or patterns of parameter names (fnmatch)
     lora: Lora | None = None
+    dpo: Dpo | None = None  # preference tuning
     data: Data
     optimizer: Optimizer
     batch_size: int = Field(ge=1)  # samples of an optimiser step, over all processes and micro-batches

@@ -1,0 +1,124 @@
+"""From a schedule to micro-batches: workers open and cut images and build plans while the device computes.
+
+The position in the data is the step alone, so a loader starts anywhere, and with any number of processes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from llava_fast.errors import LlavaFastError, TrainingError
+from llava_fast.inputs.plan import Layout
+from llava_fast.inputs.processor import Cut, Prepared, Processor
+from llava_fast.train.data import SampleTable
+from llava_fast.train.lengths import Lengths
+from llava_fast.train.packing import Split, split_packed, split_padded
+from llava_fast.train.recipe import Recipe
+from llava_fast.train.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one process runs in one optimiser step: its micro-batches, the names of their samples, and how long the
+    device waited for them (seconds)."""
+
+    step: int
+    micro_batches: list[Prepared]
+    names: list[str]
+    wait: float
+
+
+class MicroBatches(Dataset):
+    """A micro-batch by its sample numbers: what a worker makes."""
+
+    def __init__(self, table: SampleTable, processor: Processor, labels: str, layout: Layout) -> None:
+        self.table, self.processor, self.labels, self.layout = table, processor, labels, layout
+
+    def __getitem__(self, numbers: list[int]) -> tuple[Prepared, list[str]]:
+        tiles: list[Cut] = []
+        sequences, names = [], []
+        for number in numbers:
+            sample = self.table[number]
+            names.append(sample.name)
+            try:
+                outline = self.processor.outline(sample.request, self.labels)
+                sequences.append(self.processor.pieces(outline, tiles))
+                self.processor.check_length(sequences[-1])
+            except LlavaFastError as error:
+                raise type(error)(f"{sample.name}: {error}") from None
+        return self.processor.assemble(sequences, tiles, self.layout), names
+
+
+class Loader:
+    """Iterates over the steps of a run from any of them. Iteration is deterministic.
+
+    processes, rank  how many processes share a step, and which of them this is.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        table: SampleTable,
+        lengths: Lengths,
+        schedule: Schedule,
+        processor: Processor,
+        processes: int = 1,
+        rank: int = 0,
+    ) -> None:
+        self.recipe, self.lengths, self.schedule = recipe, lengths, schedule
+        self.processes, self.rank = processes, rank
+        layout: Layout = "packed" if recipe.data.batching == "packed" else "padded"
+        self.micro_batches = MicroBatches(table, processor, recipe.data.label_mask, layout)
+        self.most_rows = recipe.micro_batch_rows or processor.max_rows or int(np.max(self.rows(range(len(table)))))
+
+    def rows(self, samples) -> np.ndarray:
+        """Decoder rows of each of these samples."""
+        at = np.asarray(samples, np.int64)
+        return self.lengths.text[at] + self.lengths.visual[at]
+
+    def split(self, step: int) -> Split:
+        """The samples of a step, by process and micro-batch."""
+        samples = [int(number) for number in self.schedule.samples(step)]
+        if self.recipe.data.batching == "packed":
+            return split_packed(samples, self.rows(samples), self.processes, self.most_rows)
+        return split_padded(samples, self.processes, self.recipe.micro_batch)
+
+    def steps(self, first: int) -> Iterator[StepBatch]:
+        """Batches of this process from step `first` to the end of the run."""
+        mine = (self.split(step)[self.rank] for step in range(first, self.schedule.total))
+        workers = self.recipe.data.workers
+        flat = _Numbers(mine)
+        loaded = iter(
+            DataLoader(
+                self.micro_batches,
+                batch_size=None,
+                sampler=flat,  # type: ignore[arg-type]
+                num_workers=workers,
+                prefetch_factor=4 if workers else None,
+                multiprocessing_context="fork" if workers else None,
+            )
+        )
+        for step in range(first, self.schedule.total):
+            started = time.perf_counter()
+            made = [next(loaded, None) for _ in self.split(step)[self.rank]]
+            if any(each is None for each in made):
+                raise TrainingError(f"the loader ended before step {step}")
+            batches = [prepared for prepared, _ in made]  # type: ignore[misc]
+            names = [name for _, each in made for name in each]  # type: ignore[misc]
+            yield StepBatch(step, batches, names, time.perf_counter() - started)
+
+
+class _Numbers:
+    """The sampler: sample numbers of one micro-batch after the other, made when a worker is free."""
+
+    def __init__(self, splits: Iterator[list[list[int]]]) -> None:
+        self.splits = splits
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for micro_batches in self.splits:
+            yield from micro_batches

@@ -1,0 +1,97 @@
+"""What a run reports: a progress bar, `metrics.jsonl`, TensorBoard and, if asked for, Weights & Biases."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llava_fast.errors import RecipeError
+from llava_fast.train.recipe import Recipe
+
+FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """Reports steps of a run. Only the first process writes. A resumed run goes on in the same files, and steps that
+    it repeats are taken out first, so that no step stands there twice."""
+
+    def __init__(self, recipe: Recipe, total: int, first: int, writes: bool) -> None:
+        self.writes, self.path = writes, recipe.output / FILE
+        self._board = self._wandb = None
+        if not writes:
+            return
+        recipe.output.mkdir(parents=True, exist_ok=True)
+        cut_after(self.path, first)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._bar = tqdm(total=total, initial=first, desc="train", unit="step", dynamic_ncols=True)
+        if recipe.tensorboard:
+            self._board = _tensorboard(recipe.output / "tensorboard", first)
+        if recipe.wandb is not None:
+            self._wandb = _wandb(recipe)
+
+    def report(self, values: dict[str, Any]) -> None:
+        """One step: `values` holds "step" (counted from 1) and numbers (None: not known here)."""
+        if not self.writes:
+            return
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float)) and name != "step"}
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, values["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=values["step"])
+        self._bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['lr']:.1e}", refresh=False)
+        self._bar.update()
+
+    def flush(self) -> None:
+        """What was reported is on disk: called before a checkpoint, which a run goes on from."""
+        if self.writes:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self.writes:
+            self._file.close()
+            self._bar.close()
+            for other in (self._board, self._wandb):
+                if other is not None:
+                    getattr(other, "close", getattr(other, "finish", None))()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The steps in a metrics file; a last line cut short by a kill is left out."""
+    steps = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            steps.append(json.loads(line))
+    return steps
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Leave only the first `step` steps in a metrics file."""
+    kept = [values for values in read_metrics(path) if values["step"] <= step]
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(values) + "\n" for values in kept), encoding="utf-8")
+    part.replace(path)
+
+
+def _tensorboard(directory: Path, first: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        tqdm.write("tensorboard is not installed (pip install tensorboard): metrics.jsonl has the same figures")
+        return None
+    return SummaryWriter(str(directory), purge_step=first + 1)
+
+
+def _wandb(recipe: Recipe):
+    try:
+        import wandb
+    except ImportError:
+        raise RecipeError("wandb: the package is not installed: pip install wandb, or leave the field out") from None
+    return wandb.init(project=recipe.wandb, dir=str(recipe.output), config=recipe.model_dump(mode="json"))

@@ -1,0 +1,71 @@
+"""What is trained, and how fast: freezing, parameter groups, AdamW and its schedule."""
+
+from __future__ import annotations
+
+import math
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.optim import Optimizer as TorchOptimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from llava_fast.errors import RecipeError
+from llava_fast.train.recipe import PARTS, Optimizer, Recipe
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to. The newline row goes with the projector, as in LLaVA."""
+    return next((piece for piece in name.split(".") if piece in PARTS), "projector")
+
+
+def freeze(model: nn.Module, recipe: Recipe) -> list[str]:
+    """Let only what the recipe names require gradients; returns the names of what does. Raises RecipeError for a
+    name that matches nothing. Tower layers behind the selected one never run, so they stay frozen."""
+    trained = set()
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in recipe.trainable:
+        found = {name for name in names if part_of(name) == pattern or fnmatchcase(name, pattern)}
+        if not found:
+            raise RecipeError(f"trainable: {pattern!r} is no part ({', '.join(PARTS)}) and matches no parameter's name")
+        trained |= found
+    tower = model.vision_tower
+    unused = [*tower.encoder.layers[tower.config.layers_needed :], tower.post_layernorm]
+    never_run = {id(parameter) for module in unused for parameter in module.parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained and id(parameter) not in never_run or "lora_" in name)
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def build_optimizer(model: nn.Module, settings: Optimizer) -> TorchOptimizer:
+    """AdamW over the parameters that require gradients, in groups by part and by whether they decay."""
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((part_of(name), parameter.dim() > 1), []).append(parameter)
+    rates: dict[str, float] = {str(part): rate for part, rate in settings.rates.items()}
+    each = [
+        {
+            "params": parameters,
+            "lr": rates.get(part, settings.learning_rate),
+            "weight_decay": settings.weight_decay if decays else 0.0,
+            "name": f"{part} {'matrices' if decays else 'vectors'}",
+        }
+        for (part, decays), parameters in groups.items()
+    ]
+    options = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
+    if settings.states == "8bit":
+        try:
+            from torchao.optim import AdamW8bit
+        except ImportError:
+            raise RecipeError("optimizer.states: 8bit needs torchao: pip install torchao") from None
+        return AdamW8bit(each, **options)
+    return torch.optim.AdamW(each, **options, fused=True)
+
+
+def build_schedule(optimizer: TorchOptimizer, settings: Optimizer, total: int) -> LRScheduler:
+    """The learning rate over `total` steps, by transformers' schedules (warm-up rounded up, as its Trainer does)."""
+    from transformers import get_scheduler
+
+    warmup = math.ceil(total * settings.warmup)
+    return get_scheduler(settings.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=total)

@@ -1,0 +1,142 @@
+"""Several processes as one trainer: who this process is, and how a model is spread over all of them.
+
+Processes form a mesh [data, tensor]: those along "data" run different samples, those along "tensor" share each decoder
+layer of the same samples. Sources: Zhao et al. 2023 (FSDP), Shoeybi et al. 2019 (tensor parallel).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from llava_fast.errors import RecipeError
+from llava_fast.models.llava import LlavaModel
+from llava_fast.train.recipe import Parallel, Recipe
+
+# A decoder layer's Linears: by output features, and back to whole rows (Megatron's split: one sum a block).
+_TENSOR_PLAN = {
+    **{f"self_attn.{name}_proj": ColwiseParallel for name in "qkv"},
+    "self_attn.o_proj": RowwiseParallel,
+    "mlp.gate_proj": ColwiseParallel,
+    "mlp.up_proj": ColwiseParallel,
+    "mlp.down_proj": RowwiseParallel,
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of a run. `rank` and `size` count those that run different samples; `mesh` is
+    [data, tensor], None alone."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.mesh is None or dist.get_rank() == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all samples' processes, in place."""
+        if self.mesh is not None and self.size > 1:
+            dist.all_reduce(value, group=self.mesh.get_group("data"))
+        return value
+
+    def together(self) -> None:
+        """Wait for every process."""
+        if self.mesh is not None:
+            dist.barrier()
+
+
+def join_world(settings: Parallel) -> World:
+    """Take part in what torchrun started; alone, a world of one. Raises RecipeError if the processes cannot be shared
+    out as the recipe says."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count % settings.tensor:
+        raise RecipeError(f"parallel.tensor: {settings.tensor} does not divide the {count} processes of this run")
+    if "RANK" not in os.environ:
+        return World(0, 1, device)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    shape = (count // settings.tensor, settings.tensor)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "tensor"))
+    return World(mesh["data"].get_local_rank(), shape[0], device, mesh)
+
+
+def parallelize(model: LlavaModel, recipe: Recipe, world: World) -> nn.Module:
+    """The model as all processes run it. Call it before the optimizer is made; parameters change. Order: tensor
+    parallel, then FSDP2 or DDP."""
+    settings = recipe.parallel
+    if world.mesh is None or settings.kind == "none":
+        return model
+    model.runs_every_part = True
+    if settings.tensor > 1:
+        _share_layers(model, world.mesh["tensor"])
+    if settings.kind == "ddp":
+        if settings.tensor > 1:
+            raise RecipeError("parallel: tensor above 1 goes with fsdp2, not with ddp")
+        ids = [world.device] if world.device.type == "cuda" else None
+        return DistributedDataParallel(model, ids, process_group=world.mesh.get_group("data"), broadcast_buffers=False)
+    _shard(model, world.mesh["data"], recipe)
+    return model
+
+
+def _share_layers(model: LlavaModel, mesh: DeviceMesh) -> None:
+    config = model.config.decoder
+    for what, number in (("query", config.num_heads), ("key", config.num_kv_heads)):
+        if number % mesh.size():
+            raise RecipeError(f"parallel.tensor: {mesh.size()} does not divide the decoder's {number} {what} heads")
+    for layer in model.decoder.layers:
+        parallelize_module(layer, mesh, {name: style() for name, style in _TENSOR_PLAN.items()})
+
+
+def _shard(model: LlavaModel, mesh: DeviceMesh, recipe: Recipe) -> None:
+    """FSDP2: each decoder layer a unit, the tower one unit, the rest (embedding, head, projector) the root's. A
+    frozen tower is small and runs in full on every process, so it is replicated and never gathered."""
+    for parameter in model.parameters():  # a unit has one dtype; a shard in float32 costs little
+        parameter.data = parameter.data.float()
+    policy = MixedPrecisionPolicy(getattr(torch, recipe.precision), torch.float32, cast_forward_inputs=False)
+    tower = model.vision_tower
+    trained = [parameter for parameter in tower.parameters() if parameter.requires_grad]
+    replicated: set[nn.Parameter] = set()
+    if trained:
+        fully_shard(tower, mesh=mesh, mp_policy=policy)
+    else:
+        tower.to(getattr(torch, recipe.precision))
+        replicated = set(tower.parameters())
+    for layer in model.decoder.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=replicated)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], most: float | None) -> float:
+    """Scale gradients so that their norm is at most `most` (None: leave them); returns the norm before. Parameters
+    may be spread over different meshes."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    by_mesh = defaultdict(list)
+    for grad in grads:
+        by_mesh[grad.device_mesh if isinstance(grad, DTensor) else None].append(grad)
+    norms = [torch.nn.utils.get_total_norm(group) for group in by_mesh.values()]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    norm = math.hypot(*(float(each) for each in whole)) if whole else 0.0
+    if most is not None and norm > most:
+        torch._foreach_mul_(grads, most / (norm + 1e-6))
+    return norm

@@ -1,0 +1,282 @@
+"""The training loop: from a recipe to a trained model, through kills and restarts.
+
+One optimiser step is: fetch the step's micro-batches, run each forward and backward, clip, update, report. The loss is
+the negative log-likelihood summed over the supervised tokens of the whole step (all processes and micro-batches),
+divided by their number, so that neither micro-batches nor processes change it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import logging
+import resource
+import statistics
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
+
+import llava_fast
+from llava_fast.errors import DataError, TrainingError
+from llava_fast.generation.llava import Llava
+from llava_fast.inputs.processor import Prepared, Processor
+from llava_fast.models.batch import Batch
+from llava_fast.train.checkpoint import Checkpoints
+from llava_fast.train.data import read_sources
+from llava_fast.train.lengths import Lengths, measure
+from llava_fast.train.loader import Loader, StepBatch
+from llava_fast.train.metrics import Metrics
+from llava_fast.train.mixture import epoch_order
+from llava_fast.train.optim import build_optimizer, build_schedule, freeze
+from llava_fast.train.parallel import World, clip_gradients, join_world, parallelize
+from llava_fast.train.recipe import Recipe
+from llava_fast.train.schedule import Schedule
+
+logger = logging.getLogger("llava_fast.train")
+_RECENT = 50  # steps that a spike is judged by
+
+
+def train(recipe: Recipe, resume: bool = True) -> Path:
+    """Run a recipe to its end and export the model; returns the model's directory (`output`/model).
+
+    resume  go on from the newest checkpoint in the recipe's output, if there is one. False refuses to run over it.
+    Raises RecipeError, DataError or CheckpointError before the first step, TrainingError when a run must stop.
+    """
+    world = join_world(recipe.parallel)
+    torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
+    torch.backends.cudnn.allow_tf32 = recipe.tf32
+    model = load_model(recipe, world)
+    trainer = Trainer(recipe, model, build_loader(recipe, model.processor, world), world)
+    trainer.run(resume)
+    return trainer.export()
+
+
+def load_model(recipe: Recipe, world: World) -> Llava:
+    """The recipe's model on this process's device: what is trained in float32, the rest in the precision asked for."""
+    model = llava_fast.load(recipe.model, device="cpu", dtype="auto", chat_template=recipe.data.template)
+    freeze(model, recipe)
+    frozen = getattr(torch, recipe.precision)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(world.device, torch.float32 if parameter.requires_grad else frozen)
+    changes = {"max_rows": recipe.data.max_length} if recipe.data.max_length else {}
+    model.processor = dataclasses.replace(model.processor, video_frames=recipe.data.video_frames, **changes)
+    return model.train()
+
+
+def build_loader(recipe: Recipe, processor: Processor, world: World) -> Loader:
+    """The recipe's data, measured once and scheduled. Raises DataError, with what is wrong, before any training."""
+    table = read_sources(recipe.data.sources)
+    if not world.first:
+        world.together()  # the first process measures, the others read what it found
+    lengths = measure(
+        table,
+        processor,
+        recipe.data.label_mask,
+        recipe.data.workers,
+        recipe.output / "lengths",
+        again=world.first,
+        progress=world.first,
+    )
+    if world.first:
+        world.together()
+    usable = usable_samples(recipe, lengths, processor)
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+        numbers = epoch_order(table.source_of, recipe.data.sources, recipe.data.mixing, epoch, recipe.seed)
+        return numbers[usable[numbers]]
+
+    schedule = Schedule.of(order, recipe.batch_size, recipe.epochs, recipe.steps)
+    single = dataclasses.replace(processor, threads=1)  # workers are the parallelism
+    return Loader(recipe, table, lengths, schedule, single, world.size, world.rank)
+
+
+def usable_samples(recipe: Recipe, lengths: Lengths, processor: Processor) -> np.ndarray:
+    """bool [samples]: those to train on. Raises DataError for samples with a problem unless the recipe skips them, and
+    if none is left."""
+    problems = lengths.problems
+    if problems and recipe.data.on_problem == "stop":
+        shown = "\n".join(f"  {text}" for text in list(problems.values())[:5])
+        raise DataError(
+            f"{len(problems)} samples cannot be trained on:\n{shown}\n`llava-fast data check` lists all; mend them, or "
+            "set data.on_problem: skip"
+        )
+    sound = np.ones(len(lengths.text), bool)
+    sound[list(problems)] = False
+    fits = lengths.text + lengths.visual <= (processor.max_rows or np.iinfo(np.int32).max)
+    usable = sound & fits & (lengths.supervised > 0)
+    logger.info(
+        "%d samples: %d to train on, %d with a problem, %d longer than %s rows",
+        *(len(sound), usable.sum(), len(problems), (sound & ~fits).sum(), processor.max_rows),
+    )
+    if not usable.any():
+        raise DataError("no sample is left to train on: `llava-fast data check` says why")
+    return usable
+
+
+class Trainer:
+    """Runs a recipe's steps. `model` is a LlavaModel with its parameters frozen or not as the recipe says."""
+
+    def __init__(self, recipe: Recipe, model: Llava, loader: Loader, world: World) -> None:
+        self.recipe, self.loader, self.world = recipe, loader, world
+        self.bare = model
+        self.model = parallelize(model, recipe, world)
+        self.total = loader.schedule.total
+        self.optimizer = build_optimizer(self.model, recipe.optimizer)
+        self.schedule = build_schedule(self.optimizer, recipe.optimizer, self.total)
+        self.checkpoints = Checkpoints(recipe.output / "checkpoints", recipe.checkpoints.keep)
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.recent: deque[float] = deque(maxlen=_RECENT)
+
+    def run(self, resume: bool = True) -> None:
+        """From the newest checkpoint, or the beginning, to the end."""
+        first = self.resume() if resume else 0
+        if not resume and self.checkpoints.steps():
+            raise TrainingError(f"{self.checkpoints.directory} holds a run: choose another output, or resume it")
+        metrics = Metrics(self.recipe, self.total, first, self.world.first)
+        with contextlib.closing(metrics):
+            for batch in self.loader.steps(first):
+                metrics.report(self.step(batch))
+                done = batch.step + 1
+                if done % self.recipe.checkpoints.every == 0 or done == self.total:
+                    metrics.flush()
+                    self.checkpoints.save(done, self.state(done))
+
+    def step(self, step_batch: StepBatch) -> dict[str, Any]:
+        """One optimiser step; returns what it reports. Raises TrainingError, before anything is changed, if the loss
+        or the gradient is not finite, or the loss has jumped."""
+        started = time.perf_counter()
+        torch.manual_seed(hash((self.recipe.seed, step_batch.step, self.world.rank)))  # so a resumed step is the same
+        counted = torch.tensor([sum(_supervised(made) for made in step_batch.micro_batches)], device=self.world.device)
+        tokens = int(self.world.sum(counted))
+        micro = max(len(step_batch.micro_batches), 1)
+        loss = torch.zeros(1, device=self.world.device)
+        for prepared in step_batch.micro_batches:
+            share = self._loss(Batch.from_prepared(prepared, self.world.device), tokens, micro)
+            share.backward()
+            loss += share.detach() / self.world.size
+        value = float(self.world.sum(loss))
+        norm = clip_gradients(self.trained, self.recipe.optimizer.clip)
+        self._check(value, norm, step_batch)
+        rate = self.schedule.get_last_lr()[0]
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        seconds = time.perf_counter() - started + step_batch.wait
+        samples, rows = (
+            self.world.sum(torch.tensor([n], device=self.world.device)).item()
+            for n in (len(step_batch.names), sum(sum(made.plan.lengths) for made in step_batch.micro_batches))
+        )
+        return {
+            "step": step_batch.step + 1,
+            "loss": value,
+            "lr": rate,
+            "gradient_norm": norm,
+            "supervised_tokens": tokens,
+            "samples_per_second": samples / seconds,
+            "tokens_per_second": rows / seconds,
+            "data_wait": step_batch.wait,
+            "peak_memory": self._peak_memory(),
+        }
+
+    def _loss(self, batch: Batch, tokens: int, micro_batches: int) -> Tensor:
+        """This micro-batch's part of the step's loss, times the number of processes (gradients are averaged over
+        them)."""
+        precision = getattr(torch, self.recipe.precision)
+        cast = precision != torch.float32 and not isinstance(self.model, FSDPModule)  # which casts by itself
+        with torch.autocast(self.world.device.type, precision, enabled=cast):
+            losses = self.model(batch, logits="none").losses
+        if self.recipe.loss_average == "micro_batch":
+            return losses.sum() / max(len(losses), 1) / micro_batches
+        return losses.sum() * (self.world.size / max(tokens, 1))
+
+    def _check(self, loss: float, norm: float, step_batch: StepBatch) -> None:
+        usual = statistics.median(self.recent) if len(self.recent) == _RECENT else None
+        spiked = usual is not None and self.recipe.spike is not None and loss > self.recipe.spike * usual
+        if spiked or not np.isfinite(loss) or not np.isfinite(norm):
+            what = (
+                f"{loss / usual:.1f} times the usual {usual:.4f}" if spiked and usual else f"gradient norm {norm:.4g}"
+            )
+            raise TrainingError(
+                f"step {step_batch.step + 1}: the loss is {loss:.4g} ({what}). Nothing was updated. The step's samples "
+                f"on process {self.world.rank}: {', '.join(step_batch.names)}"
+            )
+        self.recent.append(loss)
+
+    def _peak_memory(self) -> int:
+        """Bytes: of the GPU, or of this process on a CPU."""
+        if self.world.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.world.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def state(self, step: int) -> dict[str, Any]:
+        """All that a run goes on from. Frozen weights are not in it: they are the recipe's model's."""
+        model, optimizer = get_state_dict(
+            self.model, self.optimizer, options=StateDictOptions(ignore_frozen_params=True)
+        )
+        return {
+            "model": model,
+            "optimizer": optimizer,
+            "schedule": self.schedule.state_dict(),
+            "run": {"step": step, "data": self._data_mark(), "recent": list(self.recent)},
+        }
+
+    def resume(self) -> int:
+        """Load the newest checkpoint; the number of steps done, 0 without one."""
+        steps = self.checkpoints.steps()
+        if not steps:
+            return 0
+        state = self.state(0)
+        mark = state["run"]["data"]
+        self.checkpoints.load(steps[-1], state)
+        if state["run"]["data"] != mark:
+            raise TrainingError(
+                f"the data, seed or batch size is not what {self.checkpoints.path(steps[-1])} was made with, so "
+                "samples would be lost or repeated: restore them, or choose another output"
+            )
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=StateDictOptions(ignore_frozen_params=True, strict=False),
+        )
+        self.schedule.load_state_dict(state["schedule"])
+        self.recent.extend(state["run"]["recent"])
+        logger.info("resumed after step %d", state["run"]["step"])
+        return int(state["run"]["step"])
+
+    def _data_mark(self) -> str:
+        """Changes when the order of samples does."""
+        schedule = self.loader.schedule
+        marked = hashlib.sha256(np.ascontiguousarray(schedule.order(0), dtype=np.int64).tobytes())
+        return f"{marked.hexdigest()[:16]}-{schedule.batch_size}-{self.recipe.seed}"
+
+    def export(self) -> Path:
+        """The trained model as a checkpoint that `llava_fast.load` and others read, in the recipe's precision."""
+        path = self.recipe.output / "model"
+        dtype = getattr(torch, self.recipe.precision)
+        whole = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if self.world.first:
+            tensors = {name: tensor.to(dtype) for name, tensor in whole.items()}
+            llava_fast.save(self.bare, path, layout=self.recipe.layout, overwrite=True, tensors=tensors)
+        self.world.together()
+        return path
+
+
+def _supervised(prepared: Prepared) -> int:
+    return len(prepared.plan.column("supervised_row"))

@@ -1,0 +1,143 @@
+"""The trainer on a CPU: what it computes, that it goes on bit for bit, and how it stops."""
+
+import numpy as np
+import pytest
+import torch
+
+import llava_fast
+from llava_fast.errors import RecipeError, TrainingError
+from llava_fast.train import trainer as training
+from llava_fast.train.metrics import FILE, read_metrics
+from llava_fast.train.parallel import World
+from llava_fast.train.trainer import Trainer, build_loader, load_model, train
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def losses(recipe) -> list[float]:
+    return [values["loss"] for values in read_metrics(recipe.output / FILE)]
+
+
+def build(recipe) -> Trainer:
+    model = load_model(recipe, ALONE)
+    return Trainer(recipe, model, build_loader(recipe, model.processor, ALONE), ALONE)
+
+
+def test_learns_and_exports(make_recipe):
+    recipe = make_recipe(epochs=4, optimizer={"learning_rate": 3e-3})
+    path = train(recipe)
+    found = losses(recipe)
+    assert len(found) == 12
+    assert found[-1] < 0.7 * found[0]
+    before, after = llava_fast.load(recipe.model), llava_fast.load(path)
+    changed = {
+        name.split(".")[0]
+        for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True)
+        if not torch.equal(old, new)
+    }
+    assert changed == {"projector", "decoder", "image_newline"}
+
+
+@pytest.mark.parametrize("batching", ["padded", "grouped"])
+def test_packed_equals_padded(make_recipe, tmp_path, batching):
+    packed = make_recipe(epochs=2, micro_batch_rows=700)
+    padded = make_recipe(epochs=2, micro_batch=2, data={"batching": "padded"}, output=str(tmp_path / "padded"))
+    for recipe in (packed, padded):
+        train(recipe)
+    np.testing.assert_allclose(losses(packed), losses(padded), rtol=1e-5)
+
+
+def test_micro_batches_do_not_change_the_loss(make_recipe, tmp_path):
+    whole = make_recipe(micro_batch_rows=100000)
+    small = make_recipe(micro_batch_rows=1, output=str(tmp_path / "small"))
+    for recipe in (whole, small):
+        train(recipe)
+    np.testing.assert_allclose(losses(whole), losses(small), rtol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_run_goes_on_bit_for_bit(make_recipe, tmp_path, monkeypatch, workers):
+    whole = make_recipe(epochs=3, checkpoints={"every": 2}, data={"workers": workers})
+    train(whole)
+    killed = whole.model_copy(update={"output": tmp_path / "killed"})
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, batch: 1 / 0 if batch.step == 5 else step(self, batch))
+    with pytest.raises(ZeroDivisionError):
+        train(killed)
+    assert len(losses(killed)) == 5  # one more than its checkpoint holds
+    monkeypatch.setattr(Trainer, "step", step)
+    train(killed)
+    assert losses(killed) == losses(whole)
+    assert [values["step"] for values in read_metrics(killed.output / FILE)] == list(range(1, 10))
+    first, second = (llava_fast.load(recipe.output / "model") for recipe in (whole, killed))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_refuses_to_run_over_another_run(make_recipe):
+    recipe = make_recipe()
+    train(recipe)
+    with pytest.raises(TrainingError, match="holds a run"):
+        train(recipe, resume=False)
+
+
+def test_refuses_to_resume_with_other_data(make_recipe):
+    recipe = make_recipe()
+    train(recipe)
+    with pytest.raises(TrainingError, match="data, seed or batch size"):
+        train(recipe.model_copy(update={"seed": 5}))
+
+
+def test_keeps_so_many_checkpoints(make_recipe):
+    recipe = make_recipe(epochs=2, checkpoints={"every": 1, "keep": 2})
+    train(recipe)
+    assert sorted(each.name for each in (recipe.output / "checkpoints").iterdir()) == ["step-000005", "step-000006"]
+
+
+def test_only_what_is_named_is_trained(make_recipe):
+    trainer = build(make_recipe(trainable=["projector", "decoder.layers.1.*"]))
+    names = {name for name, parameter in trainer.bare.named_parameters() if parameter.requires_grad}
+    assert names and all(name.startswith(("projector", "image_newline", "decoder.layers.1.")) for name in names)
+    with pytest.raises(RecipeError, match="'brain' is no part"):
+        build(make_recipe(trainable=["brain"]))
+
+
+def test_a_part_has_its_own_rate(make_recipe):
+    recipe = make_recipe(
+        trainable=["vision_tower", "projector", "decoder"],
+        optimizer={"learning_rate": 1e-3, "rates": {"vision_tower": 2e-4}, "weight_decay": 0.1},
+    )
+    groups = {group["name"]: (group["lr"], group["weight_decay"]) for group in build(recipe).optimizer.param_groups}
+    assert groups["vision_tower matrices"] == (2e-4, 0.1)
+    assert groups["decoder vectors"] == (1e-3, 0.0)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_samples_names(make_recipe):
+    recipe = make_recipe()
+    trainer = build(recipe)
+    batch = next(trainer.loader.steps(0))
+    weight = trainer.bare.decoder.norm.weight
+    with torch.no_grad():
+        weight[0] = float("nan")
+    before = trainer.bare.projector.layers[0].weight.clone()
+    with pytest.raises(TrainingError, match=r"step 1: .*sample-\d"):
+        trainer.step(batch)
+    assert torch.equal(before, trainer.bare.projector.layers[0].weight)
+
+
+def test_a_spike_stops(make_recipe, monkeypatch):
+    monkeypatch.setattr(training, "_RECENT", 2)
+    trainer = build(make_recipe(epochs=3))
+    trainer.recent.extend([0.01, 0.01])
+    with pytest.raises(TrainingError, match="times the usual 0.0100"):
+        trainer.step(next(trainer.loader.steps(0)))
+
+
+def test_bfloat16_follows_float32(make_recipe, tmp_path):
+    exact, rounded = make_recipe(epochs=2), make_recipe(epochs=2, precision="bfloat16", output=str(tmp_path / "bf16"))
+    for recipe in (exact, rounded):
+        train(recipe)
+    np.testing.assert_allclose(losses(rounded), losses(exact), rtol=0.02)
+    trainer = build(rounded)
+    kinds = {parameter.dtype for parameter in trainer.bare.parameters() if parameter.requires_grad}
+    assert kinds == {torch.float32}
+    assert trainer.bare.vision_tower.embeddings.position_embedding.weight.dtype == torch.bfloat16
