@@ -12,11 +12,13 @@ from parity import assert_close
 from PIL import Image
 from test_accelerate import assert_same_gradients, assert_same_outputs, fresh, gradients
 from torch.utils.data import DataLoader
+from transformers import Trainer
 
 import llava_fast
 from llava_fast.errors import ImageError, RequestError
 from llava_fast.integrations import placement, shipped_plan
 from llava_fast.integrations.collator import Collator, offsets_before_expansion
+from llava_fast.integrations.processor import FastProcessor
 from llava_fast.integrations.shipped_plan import NAMES, PlanError
 
 FAMILIES = ["llava15", "next", "next_qwen", "video"]
@@ -273,6 +275,32 @@ def test_a_compiled_model_leaves_the_plan_out():
     batch = collator()(samples())
     found = torch.compile(model, backend="eager")(**batch)
     assert_close("compiled, with a plan", found.logits, stock(**shipped_plan.without(batch)).logits, 1e-5)
+
+
+def test_trainers_column_removal_keeps_the_names():
+    """What Trainer asks the model before it takes columns away (the rest of it needs `accelerate`)."""
+    kept = []
+    for model in (llava_fast.accelerate(fresh("next")), fresh("next")):
+        trainer = Trainer.__new__(Trainer)
+        trainer.model, trainer.label_names, trainer._signature_columns = model, [], None
+        trainer._set_signature_columns_if_needed()
+        kept.append(set(trainer._signature_columns))
+    assert kept[0] >= {*NAMES, "input_ids", "pixel_values", "image_sizes", "labels"}
+    assert not kept[1] & set(NAMES)
+
+
+@pytest.mark.parametrize("output", ["float32", "uint8"])
+@pytest.mark.parametrize("name", ["llava15", "next"])
+def test_with_a_fast_processor(name, output, tmp_path):
+    tiny.save(tiny.CASES[name], fresh(name), tmp_path)
+    tiny.hf_processor(tiny.CASES[name]).save_pretrained(tmp_path)
+    fast = FastProcessor.from_pretrained(tmp_path, output=output, threads=1)
+    found, expected = Collator(fast, fresh(name), chat_template=TEMPLATE)(samples()), collator(name)(samples())
+    if output == "uint8":
+        pixels = found.pop("pixel_values_uint8")
+        assert pixels.dtype == torch.uint8 and pixels.shape == expected.pop("pixel_values").shape
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_features_and_workers():
