@@ -163,6 +163,15 @@ def test_a_mixture(tmp_path):
     assert ids(read_sources([Source(path=str(mixture), sampling="first:2")])) == ["a3", "b0"]
 
 
+def test_parts_of_a_mixture_are_drawn_apart(tmp_path):
+    path = write(tmp_path / "data.json", [sample(str(i)) for i in range(40)])
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text("datasets:" + f"\n- {{json_path: {path}, sampling_strategy: 'random:50%'}}" * 2)
+    drawn = ids(read_sources([Source(path=str(mixture))]))
+    assert len(drawn) == 40 and drawn[:20] != drawn[20:]
+    assert drawn != ids(read_sources([Source(path=str(mixture), seed=1)]))
+
+
 def test_sources_are_told_apart_and_files_of_one_name_too(tmp_path):
     paths = [write(tmp_path / folder / "data.json", [sample(), sample()]) for folder in ("one", "two")]
     table = read_sources([Source(path=paths[0]), Source(path=paths[1], sampling="first:1")])

@@ -24,7 +24,7 @@ def test_an_epoch_is_a_shuffle_of_everything():
     for order in orders:
         assert order.dtype == np.int64 and sorted(order) == list(range(100))
         assert list(order) != sorted(order) and 5 < (table[order[:50]] == 0).sum() < 25  # sources are mixed
-    assert list(orders[0]) != list(orders[1])
+    assert list(orders[0]) != list(orders[1]) and list(table[orders[0]]) != list(table[orders[1]])
     assert list(orders[0]) != list(epoch_order(table, sources, "concat", 0, seed=2))
     assert list(orders[0]) == list(epoch_order(table, sources, "concat", 0, seed=1))
 
