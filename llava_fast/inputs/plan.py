@@ -133,7 +133,7 @@ def build_plan(
     """
     if tails and layout != "packed":
         raise ValueError("only a packed plan can have tails")
-    visual = _VisualTable(rows_per_tile)
+    visual = VisualTable(rows_per_tile)
     parts = [[_piece_columns(piece, visual) for piece in pieces] for pieces in sequences]
     training = any(isinstance(p, TextPiece) and p.supervised is not None for pieces in sequences for p in pieces)
     kept, mix_columns, mixes, number, visual_rows = visual.finish(training)
@@ -185,8 +185,8 @@ def build_plan(
     return TokenPlan(layout, lengths, visual.tiles, total, mixes, flat, sections, each)
 
 
-def _piece_columns(piece: Piece, visual: _VisualTable) -> tuple[np.ndarray, ...]:
-    """(source, row, label, modality) of one piece; visual rows are numbered provisionally (see _VisualTable)."""
+def _piece_columns(piece: Piece, visual: VisualTable) -> tuple[np.ndarray, ...]:
+    """(source, row, label, modality) of one piece; visual rows are numbered provisionally (see VisualTable)."""
     if isinstance(piece, TextPiece):
         ids = np.asarray(piece.ids, dtype=np.int32)
         label = np.full(len(ids), IGNORE, np.int32)
@@ -199,7 +199,7 @@ def _piece_columns(piece: Piece, visual: _VisualTable) -> tuple[np.ndarray, ...]
     return source, row, np.full(len(row), IGNORE, np.int32), np.full(len(row), piece.modality, np.int32)
 
 
-class _VisualTable:
+class VisualTable:
     """Collects the visual rows of a batch and numbers them: kept ViT rows first, then the mixes by stage.
 
     Until `finish` knows how many rows each part holds, a direct row is its ViT row number and a mixed row is

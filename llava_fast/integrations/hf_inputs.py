@@ -1,24 +1,36 @@
-"""From a Hugging Face LLaVA's pixels to the decoder's inputs: the tower up to the selected layer, only kept rows
-projected, every row put in its place by integers.
+"""From a Hugging Face LLaVA's images and videos to the decoder's inputs: the tower up to the selected layer, only rows
+that are kept or mixed into others projected, every row put in its place by integers.
 
 `unfit` says at each call why a model or a call must take the stock path; the other functions assume it said nothing.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from llava_fast.errors import ImageError
-from llava_fast.inputs.anyres import VisualGeometry
-from llava_fast.integrations.placement import Integers, Placement, place_rows, rows_of_images
+from llava_fast.inputs.anyres import VisualGeometry, video_rows
+from llava_fast.integrations.placement import (
+    Integers,
+    Placement,
+    placement,
+    placement_columns,
+    rows_of_images,
+    to_device,
+)
+from llava_fast.integrations.uint8_pixels import Normalisation
 from llava_fast.models.modules import is_plain
-from llava_fast.ops import assemble_inputs, backend, token_pack
+from llava_fast.models.vision import on_device
+from llava_fast.ops import assemble_inputs, backend, patch_embed, token_pack
 from llava_fast.ops.activations import ACTIVATIONS
 
-ANYRES = ("llava_next", "llava_next_video")
+ANYRES = ("llava_next", "llava_next_video", "llava_onevision")
+POOLS = {"average": nn.AvgPool2d, "max": nn.MaxPool2d}
 TOWERS = ("transformers.models.clip.modeling_clip", "transformers.models.siglip.modeling_siglip")
 
 
@@ -35,7 +47,8 @@ def untouched(module: nn.Module) -> bool:
 
 
 def unfit(model: nn.Module, given: dict) -> str | None:
-    """Why this call of an inner LLaVA model (its forward or get_image_features) must take the stock path, or None."""
+    """Why this call of an inner LLaVA model (its forward, get_image_features or get_video_features), with the names of
+    normalised pixels, must take the stock path, or None."""
     asked = [name for name in ("output_hidden_states", "output_attentions") if _asked(model, given, name)]
     if asked:
         return f"{' and '.join(asked)} asked for"
@@ -45,21 +58,23 @@ def unfit(model: nn.Module, given: dict) -> str | None:
     layer = _option(model, given, "vision_feature_layer")
     if not isinstance(layer, int) or isinstance(layer, bool):
         return f"a list of feature layers is asked for ({layer!r})"
-    for name in ("inputs_embeds", "mm_encoder_outputs", "pixel_values_videos"):
+    for name in ("inputs_embeds", "mm_encoder_outputs"):
         if given.get(name) is not None:
             return f"{name} is given"
+    pixels, frames, ids = given.get("pixel_values"), given.get("pixel_values_videos"), given.get("input_ids")
     anyres = model.config.model_type in ANYRES
     if not anyres and given.get("image_sizes") is not None:
         return "image_sizes is given"
-    if anyres and given.get("image_sizes") is None:
-        return "image_sizes is not given"
-    pixels, ids = given["pixel_values"], given.get("input_ids")
-    if pixels.dim() not in ((4, 5) if anyres else (4,)) or not len(pixels):
-        return f"pixel_values of shape {tuple(pixels.shape)}"
+    if pixels is not None:
+        if anyres and given.get("image_sizes") is None:
+            return "image_sizes is not given"
+        if pixels.dim() not in ((4, 5) if anyres else (4,)) or not len(pixels):
+            return f"pixel_values of shape {tuple(pixels.shape)}"
     tower = model.vision_tower
     if not any(kind.__module__ in TOWERS for kind in type(tower).__mro__):
         return f"the vision tower is a {type(tower).__name__}, and only CLIP's and SigLIP's are known"
-    parts = [pixels, *tower.embeddings.parameters(), *model.get_input_embeddings().parameters()]
+    visual = [part for part in (pixels, frames) if part is not None]
+    parts = [*visual, *tower.embeddings.parameters(), *model.get_input_embeddings().parameters()]
     devices = {str(part.device) for part in parts} | ({str(ids.device)} if ids is not None else set())
     if len(devices) > 1:
         return f"the model and its inputs lie on several devices ({', '.join(sorted(devices))})"
@@ -70,6 +85,18 @@ def unfit(model: nn.Module, given: dict) -> str | None:
         return f"vision_feature_layer {layer} of a tower with {depth} layers"
     if layer in (-1, depth) and getattr(tower.config, "tie_last_hidden_states", None):
         return "the tower's last hidden state is tied to its last LayerNorm"
+    return None if frames is None else _unfit_for_videos(model, frames, select(model, given).skipped)
+
+
+def _unfit_for_videos(model: nn.Module, frames: Tensor, skipped: int) -> str | None:
+    if frames.dim() != 5 or not frames.numel():
+        return f"pixel_values_videos of shape {tuple(frames.shape)}"
+    if hasattr(model.vision_tower.embeddings, "class_embedding") and not skipped:
+        return "a video with the tower's class row"
+    if model.config.model_type == "llava_next_video":
+        pooler, kind = model.vision_resampler, POOLS.get(model.config.spatial_pool_mode)
+        if kind is None or not untouched(pooler) or not is_plain(pooler.pool, kind):
+            return "the pooler of videos is hooked, wrapped or has weights"
     return None
 
 
@@ -94,55 +121,84 @@ def select(model: nn.Module, given: dict) -> Selection:
     return Selection(layer if layer >= 0 else depth + 1 + layer, int(skipped))
 
 
-def geometry(config, skipped: int, has_class_row: bool) -> VisualGeometry:
-    """How the checkpoint reads an image, `skipped` rows of each tile left out. Raises ImageError for a layout that
-    stock code does not have either."""
+def geometry(config, skipped: int, has_class_row: bool, aspect_ratio: str | None = None) -> VisualGeometry:
+    """How the checkpoint reads an image or a video, `skipped` rows of each tile left out; `aspect_ratio` "anyres_max_N"
+    is LLaVA-OneVision's, by default its config's. Raises ImageError for a layout that stock code does not have either.
+    """
     vision = config.vision_config
     if skipped and not has_class_row:
         raise ImageError("feature selection 'default' cuts a patch off a tower without a class row")
-    anyres = config.model_type in ANYRES
-    return VisualGeometry(
-        tile_size=vision.image_size,
-        patch_size=vision.patch_size,
-        aspect="anyres" if anyres else "squash",
-        pinpoints=tuple((int(h), int(w)) for h, w in config.image_grid_pinpoints) if anyres else (),
-        merge="spatial_unpad" if anyres else "flat",
-        class_rows=int(has_class_row and not skipped),
-    )
+    options: dict[str, Any] = {}
+    if config.model_type in ANYRES:
+        pinpoints = tuple((int(h), int(w)) for h, w in config.image_grid_pinpoints)
+        options |= {"aspect": "anyres", "merge": "spatial_unpad", "pinpoints": pinpoints}
+    if config.model_type == "llava_next_video" and config.spatial_pool_mode in POOLS:
+        options |= {"video_pool": config.spatial_pool_mode, "video_pool_stride": config.spatial_pool_stride}
+    if config.model_type == "llava_onevision":
+        ratio = aspect_ratio or config.vision_aspect_ratio
+        most = re.fullmatch(r"anyres_max_(\d+)", ratio)
+        if most is None:
+            raise ImageError(f"vision_aspect_ratio {ratio!r} is not of the form 'anyres_max_9'")
+        options |= {"max_tiles": int(most[1]), "multi_image_anyres": False, "video_pool": "bilinear"}
+        options |= {"video_pool_stage": "after", "video_newline": "one_token"}
+    class_rows = int(has_class_row and not skipped)
+    return VisualGeometry(vision.image_size, vision.patch_size, class_rows=class_rows, **options)
 
 
-class Images(NamedTuple):
-    """A call's images: their pixels [tiles, 3, H, W], where their rows go, and how many rows each has."""
+class Visuals(NamedTuple):
+    """A call's images and videos: the tiles of images and the frames of videos [tiles, 3, H, W] by the names they came
+    under, where their rows go, and how many rows each image (or, without images, each video) has."""
 
-    pixels: Tensor
+    tiles: dict[str, Tensor]
     placement: Placement
     lengths: list[int]
 
 
-def plan_images(
-    model: nn.Module, pixels: Tensor, integers: Integers, selection: Selection, read_table: bool = True
-) -> Images:
-    """Images and the placement of their rows. Raises ImageError where pixels, sizes and image tokens disagree."""
+def plan_visuals(
+    model: nn.Module, given: Mapping[str, Any], integers: Integers, selection: Selection, read_table: bool = True
+) -> Visuals:
+    """Images and videos and the placement of their rows. Raises ImageError where pixels, sizes and tokens disagree."""
     has_class_row = hasattr(model.vision_tower.embeddings, "class_embedding")
-    shape = geometry(model.config, selection.skipped, has_class_row)
-    anyres = shape.aspect == "anyres"
-    count = len(pixels) if integers.sizes is None else len(integers.sizes)
-    rows = rows_of_images(shape, integers.sizes if anyres else None, count)
-    if pixels.dim() == 5:
-        if len(pixels) != count or max(rows.tiles) > pixels.shape[1]:
-            raise ImageError(f"pixel_values {tuple(pixels.shape)} do not hold {count} images of {rows.tiles} tiles")
-        pixels = torch.cat([tiles[:number] for tiles, number in zip(pixels, rows.tiles, strict=True)])
-    if len(pixels) != sum(rows.tiles):
-        raise ImageError(f"{len(pixels)} tiles are given, but the images have {sum(rows.tiles)}")
+    shape = geometry(model.config, selection.skipped, has_class_row, given.get("vision_aspect_ratio"))
+    pixels, frames = given.get("pixel_values"), given.get("pixel_values_videos")
+    tiles, images, videos = {}, [], []
+    if pixels is not None:
+        anyres = shape.aspect == "anyres"
+        count = len(pixels) if integers.sizes is None else len(integers.sizes)
+        images = rows_of_images(shape, integers.sizes if anyres else None, count, integers.counts)
+        tiles["pixel_values"] = _tiles(pixels, [rows.tiles for rows in images])
+    if frames is not None:
+        videos = [video_rows(shape, frames.shape[1])] * len(frames)
+        tiles["pixel_values_videos"] = frames.flatten(0, 1)
     tower_rows = (shape.rows_per_tile + selection.skipped, selection.skipped)
-    token = model.config.image_token_id
-    placement = place_rows(rows, integers.ids, token, tower_rows, read_table, pixels.device)
-    return Images(pixels, placement, rows.lengths)
+    config = model.config
+    tokens = config.image_token_id, getattr(config, "video_token_id", None)
+    columns, mixes = placement_columns(
+        images, integers.ids, tokens[0], tower_rows, videos, tokens[1], torch.is_grad_enabled()
+    )
+    device = next(iter(tiles.values())).device
+    at = placement(to_device(columns, device), read_table, mixes)
+    return Visuals(tiles, at, [len(rows) for rows in images or videos])
 
 
-def tower_features(tower: nn.Module, pixels: Tensor, layers: int) -> Tensor:
-    """Hidden states [tiles, rows, width] after so many layers; later layers do not run."""
-    hidden = tower.embeddings(pixels, interpolate_pos_encoding=False)
+def _tiles(pixels: Tensor, counts: list[int]) -> Tensor:
+    """The tiles of all images end to end, without those that fill up [images, most, 3, H, W]."""
+    if pixels.dim() == 5:
+        if len(pixels) != len(counts) or max(counts) > pixels.shape[1]:
+            raise ImageError(f"pixel_values {tuple(pixels.shape)} do not hold {len(counts)} images of {counts} tiles")
+        pixels = torch.cat([tiles[:number] for tiles, number in zip(pixels, counts, strict=True)])
+    if len(pixels) != sum(counts):
+        raise ImageError(f"{len(pixels)} tiles are given, but the images have {sum(counts)}")
+    return pixels
+
+
+def tower_features(
+    tower: nn.Module, tiles: Mapping[str, Tensor], layers: int, uint8: Mapping[str, Normalisation]
+) -> Tensor:
+    """Hidden states [tiles, rows, width] after so many layers; later layers do not run. `uint8`: the normalisation that
+    tiles of these names still need."""
+    each = [_embedded(tower.embeddings, pixels, uint8.get(name)) for name, pixels in tiles.items()]
+    hidden = _joined(each)
     if hasattr(tower, "pre_layrnorm"):
         hidden = tower.pre_layrnorm(hidden)
     for layer in tower.encoder.layers[:layers]:
@@ -150,44 +206,86 @@ def tower_features(tower: nn.Module, pixels: Tensor, layers: int) -> Tensor:
     return hidden
 
 
-def projected_rows(model: nn.Module, features: Tensor, kept: Tensor, skipped: int) -> Tensor:
-    """The kept rows, projected. A projector with hooks sees all tiles, as it does in the stock model."""
-    projector = model.multi_modal_projector
+def _embedded(embeddings: nn.Module, pixels: Tensor, normalisation: Normalisation | None) -> Tensor:
+    """[tiles, rows, width]; the normalisation is folded into the patches' weights where they are ordinary ones."""
+    if normalisation is None:
+        return embeddings(pixels, interpolate_pos_encoding=False)
+    conv, position = embeddings.patch_embedding, embeddings.position_embedding
+    plain = untouched(embeddings) and type(embeddings).__module__ in TOWERS
+    if plain and is_plain(conv, nn.Conv2d) and is_plain(position, nn.Embedding):
+        class_row = getattr(embeddings, "class_embedding", None)
+        weights = [part for part in (conv.weight, position.weight, conv.bias, class_row) if part is not None]
+        if all(type(part) is nn.Parameter and part.dtype == conv.weight.dtype for part in weights):
+            mean, std = (on_device(part, pixels.device) for part in normalisation.folded())
+            return patch_embed(
+                pixels, conv.weight, position.weight, mean=mean, std=std, bias=conv.bias, class_row=class_row
+            )
+    return embeddings(normalisation.normalised(pixels), interpolate_pos_encoding=False)
+
+
+def visual_rows(model: nn.Module, features: Tensor, visuals: Visuals, skipped: int) -> Tensor:
+    """The visual table [kept rows, then mixed ones; width]: rows that nothing takes are not projected."""
+    projector, at = model.multi_modal_projector, visuals.placement
+    flat, kept = features.flatten(0, 1), at.kept.long()
+    first = [mix.of(flat) for mix in at.mixes if mix.stage == "before"]
     if all(untouched(part) for part in projector.modules()):
-        return projector(features.flatten(0, 1)[kept.long()])
+        projected = projector(_joined([flat[kept], *first]))
+    else:
+        projected = _joined(_projected_as_stock(projector, features, visuals, first, kept, skipped))
+    return _joined([projected, *(mix.of(projected) for mix in at.mixes if mix.stage == "after")])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _projected_as_stock(
+    projector: nn.Module, features: Tensor, visuals: Visuals, first: list[Tensor], kept: Tensor, skipped: int
+) -> list[Tensor]:
+    """Kept rows, then those already mixed, by a projector with hooks: it sees what it sees in the stock model, all
+    tiles of images, then all frames of videos."""
     rows = features.shape[1]
-    projected = projector(features[:, skipped:])
-    kept = kept.long()
-    return projected.flatten(0, 1)[kept - (kept // rows + 1) * skipped]
+    parts = dict(zip(visuals.tiles, features.split([len(part) for part in visuals.tiles.values()]), strict=True))
+    frames = parts.pop("pixel_values_videos", None) if first else None
+    done = [projector(part[:, skipped:]).flatten(0, 1) for part in parts.values()]
+    picked = [torch.cat(done)[kept - (kept // rows + 1) * skipped]] if done else []
+    return picked + [projector(part.unflatten(0, (len(frames), -1))).flatten(0, 1) for part in first]
 
 
-def image_features(model: nn.Module, images: Images, selection: Selection) -> list[Tensor]:
-    """What stock get_image_features gives as pooler_output: each image's rows in order, [rows, width]."""
-    features = tower_features(model.vision_tower, images.pixels, selection.layers)
-    at = images.placement
-    visual = projected_rows(model, features, at.kept, selection.skipped)
-    constant = _newline(model, visual)
-    packed = token_pack(at.source, at.row, visual[:0], visual, constant, at.uses)
-    return list(packed.split(images.lengths))
+def feature_list(
+    model: nn.Module, visuals: Visuals, selection: Selection, uint8: Mapping[str, Normalisation]
+) -> list[Tensor]:
+    """What stock get_image_features gives as pooler_output: each image's (or video's) rows in order, [rows, width]."""
+    features = tower_features(model.vision_tower, visuals.tiles, selection.layers, uint8)
+    at, visual = visuals.placement, visual_rows(model, features, visuals, selection.skipped)
+    packed = token_pack(at.source, at.row, visual[:0], visual, _newline(model, visual), at.uses)
+    return list(packed.split(visuals.lengths))
 
 
-def inputs_embeds(model: nn.Module, ids: Tensor, images: Images, selection: Selection, read_table: bool) -> Tensor:
-    """[B, S, width]: text rows from the embedding, image rows from tower and projector.
+def inputs_embeds(
+    model: nn.Module,
+    ids: Tensor,
+    visuals: Visuals,
+    selection: Selection,
+    read_table: bool,
+    uint8: Mapping[str, Normalisation],
+) -> Tensor:
+    """[B, S, width]: text rows from the embedding, visual rows from tower and projector.
 
     One op where a backend fuses them and every module is plain; else step by step.
     """
-    features = tower_features(model.vision_tower, images.pixels, selection.layers)
-    embed, at = model.get_input_embeddings(), images.placement
+    features = tower_features(model.vision_tower, visuals.tiles, selection.layers, uint8)
+    embed, at = model.get_input_embeddings(), visuals.placement
     table = embed.weight if read_table else embed(ids).flatten(0, 1)
     weights = projector_weights(model)
-    if weights is not None and _fuses(features, weights, table):
+    if weights is not None and not at.mixes and _fuses(features, weights, table):
         name = model.config.projector_hidden_act
         constant = _newline(model, table)
         flat = assemble_inputs(
             features.flatten(0, 1), at.kept, *weights, at.source, at.row, table, constant, at.uses, name
         )
     else:
-        visual = projected_rows(model, features, at.kept, selection.skipped).to(table.dtype)
+        visual = visual_rows(model, features, visuals, selection.skipped).to(table.dtype)
         flat = token_pack(at.source, at.row, table, visual, _newline(model, table), at.uses)
     return flat.view(*ids.shape, -1)
 

@@ -1,12 +1,13 @@
-"""Where image rows go among the rows of a batch that a Hugging Face processor made: integers in, index columns out.
+"""Where the rows of images and videos go among the rows of a batch that a Hugging Face processor made: integers in,
+index columns out.
 
 Shapes: B sequences of S tokens; rows are numbered b * S + s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -14,23 +15,26 @@ import torch
 from torch import Tensor
 
 from llava_fast.errors import ImageError
-from llava_fast.inputs.anyres import NEWLINE, VisualGeometry, image_rows
-from llava_fast.inputs.plan import CONSTANT, IGNORE, TEXT, VISUAL, pack_columns, row_uses_columns
+from llava_fast.inputs.anyres import FEATURE, NEWLINE, VisualGeometry, VisualRows, image_rows
+from llava_fast.inputs.plan import CONSTANT, IGNORE, TEXT, VISUAL, Mix, VisualTable, pack_columns, row_uses_columns
+from llava_fast.ops import mix_rows
+from llava_fast.ops.mix_rows import TapUses
 from llava_fast.ops.token_pack import RowUses
 
 
 class Integers(NamedTuple):
     """What a batch says in integers, on the host: ids and labels int64 [B, S], sizes int64 [images, 2] as (height,
-    width); None for what was not given."""
+    width), counts int64 [groups] the images of each group that shares a prompt; None for what was not given."""
 
     ids: np.ndarray | None
     sizes: np.ndarray | None
     labels: np.ndarray | None = None
+    counts: np.ndarray | None = None
 
 
-def read_integers(ids: Tensor | None, sizes, labels: Tensor | None = None) -> Integers:
+def read_integers(ids: Tensor | None, sizes, labels: Tensor | None = None, counts=None) -> Integers:
     """The integers of a batch on the host: one copy, one synchronisation, if they are on a device."""
-    given = [None if part is None else torch.as_tensor(part) for part in (ids, sizes, labels)]
+    given = [None if part is None else torch.as_tensor(part) for part in (ids, sizes, labels, counts)]
     away = next((part.device for part in given if part is not None and part.device.type != "cpu"), None)
     if away is not None:
         flat = torch.cat([part.to(away).reshape(-1).long() for part in given if part is not None]).cpu()
@@ -39,89 +43,114 @@ def read_integers(ids: Tensor | None, sizes, labels: Tensor | None = None) -> In
     return Integers(*(None if part is None else part.detach().long().numpy() for part in given))
 
 
-class ImageRows(NamedTuple):
-    """The rows of all images end to end, and how many tiles and rows each image has.
-
-    newline bool [rows]; index int64 [rows]: the row among all tiles' kept rows that each is made of (0 for newlines).
-    """
-
-    newline: np.ndarray
-    index: np.ndarray
-    tiles: list[int]
-    lengths: list[int]
-
-
-def rows_of_images(geometry: VisualGeometry, sizes: np.ndarray | None, count: int) -> ImageRows:
-    """Rows of `count` images; `sizes` [count, 2] is needed only for AnyRes. Raises ImageError for a size that the
-    geometry cannot read."""
+def rows_of_images(
+    geometry: VisualGeometry, sizes: np.ndarray | None, count: int, counts: np.ndarray | None = None
+) -> list[VisualRows]:
+    """The rows of each of `count` images; `sizes` [count, 2] is needed only for AnyRes, `counts` where images sharing
+    a prompt are not tiled. Raises ImageError for numbers that disagree or a size that the geometry cannot read."""
     if sizes is not None and len(sizes) != count:
         raise ImageError(f"{count} images, but {len(sizes)} image sizes")
+    alone = [True] * count if counts is None else np.repeat(counts == 1, counts).tolist()
+    if len(alone) != count:
+        raise ImageError(f"{count} images, but batch_num_images tells of {len(alone)}")
     edge = geometry.tile_size
-    each = [image_rows(geometry, *((edge, edge) if sizes is None else map(int, sizes[i]))) for i in range(count)]
-    tiles = [rows.tiles for rows in each]
-    first = np.cumsum([0, *tiles]) * geometry.rows_per_tile
-    none = [np.zeros(0, np.int64)]
-    newline = np.concatenate([*none, *(rows.kind for rows in each)]) == NEWLINE
-    index = np.concatenate([*none, *(rows.index + start for rows, start in zip(each, first, strict=False))])
-    return ImageRows(newline, np.where(newline, 0, index).astype(np.int64), tiles, [len(rows) for rows in each])
+    each = [(edge, edge)] * count if sizes is None else [(int(height), int(width)) for height, width in sizes]
+    return [image_rows(geometry, *size, single) for size, single in zip(each, alone, strict=True)]
+
+
+class MixTable(NamedTuple):
+    """Visual rows made of others on a device: see inputs.plan.Mix and ops.mix_rows."""
+
+    stage: str
+    reduce: str
+    index: Tensor
+    weight: Tensor
+    uses: TapUses | None
+
+    def of(self, rows: Tensor) -> Tensor:
+        return mix_rows(rows, self.index, self.weight, self.reduce, self.uses)
 
 
 @dataclass(frozen=True)
 class Placement:
     """Index columns on a device, int32 (see ops.token_pack): source, row [rows]; kept [kept] the tower's rows to
-    project, the tower's class row counted; place [image rows] the rows that images take."""
+    project, the tower's class row counted; place, video_place the rows that images and videos take; mixes, whose rows
+    follow the kept ones in the visual table."""
 
     source: Tensor
     row: Tensor
     kept: Tensor
     place: Tensor
+    video_place: Tensor
     uses: RowUses
-
-
-def place_rows(
-    images: ImageRows,
-    ids: np.ndarray | None,
-    image_token: int,
-    tower_rows: tuple[int, int],
-    read_table: bool,
-    device: torch.device,
-) -> Placement:
-    """The placement that `placement_columns` describes, on a device; `read_table` as `placement` has it."""
-    return placement(to_device(placement_columns(images, ids, image_token, tower_rows), device), read_table)
+    mixes: tuple[MixTable, ...] = ()
 
 
 def placement_columns(
-    images: ImageRows, ids: np.ndarray | None, image_token: int, tower_rows: tuple[int, int]
-) -> dict[str, np.ndarray]:
-    """The int32 columns of a Placement and its uses, by name: image rows stand at the image tokens of `ids` in
-    row-major order, or, with ids None, end to end; text rows are read from the embedding table by token id.
+    images: Sequence[VisualRows],
+    ids: np.ndarray | None,
+    image_token: int,
+    tower_rows: tuple[int, int],
+    videos: Sequence[VisualRows] = (),
+    video_token: int | None = None,
+    with_tap_uses: bool = False,
+) -> tuple[dict[str, np.ndarray], tuple[Mix, ...]]:
+    """The int32 columns of a Placement and its uses, by name, and its mixes. Image rows stand at the image tokens of
+    `ids` in row-major order, video rows at the video tokens, or, with ids None, end to end; text rows are read from the
+    embedding table by token id. Tiles of images come before the frames of videos.
 
-    tower_rows  (rows that the tower gives for a tile, how many of them come before the first that is kept).
-    Raises ImageError if image tokens and image rows differ in number.
+    tower_rows     (rows that the tower gives for a tile, how many of them come before the first that is kept).
+    with_tap_uses  also the mixes' tables the other way round, for gradients.
+    Raises ImageError if image tokens and image rows, or video tokens and video rows, differ in number.
     """
-    total = len(images.index)
-    flat = np.full(total, image_token) if ids is None else ids.reshape(-1)
-    place = np.flatnonzero(flat == image_token)
-    if len(place) != total:
-        raise ImageError(f"{len(place)} image tokens, but the images have {total} rows")
+    table = VisualTable(tower_rows[0])
+    added = [(rows.kind == NEWLINE, table.add(in_tower(rows, *tower_rows))) for rows in (*images, *videos)]
+    kept, mix_columns, mixes, final, visual_rows = table.finish(with_tap_uses)
+    none = np.zeros(0, np.int64)
+    newline = np.concatenate([none, *(part for part, _ in added)]).astype(bool)
+    number = final(np.concatenate([none, *(part for _, part in added)]))
+    of_images = sum(len(rows) for rows in images)
+    if ids is None:
+        flat = np.full(len(newline), image_token)
+        place, video_place = np.split(np.arange(len(newline)), [of_images])
+    else:
+        flat = ids.reshape(-1)
+        place, video_place = (_places(flat, token) for token in (image_token, video_token if videos else None))
+    for what, places, rows in (
+        ("image", place, of_images),
+        ("video", video_place, len(newline) - of_images),
+    ):
+        if len(places) != rows:
+            raise ImageError(f"{len(places)} {what} tokens, but the {what}s have {rows} rows")
+    taken = np.concatenate([place, video_place])
     source = np.full(len(flat), TEXT, np.int32)
     row = flat.astype(np.int32)
-    source[place] = np.where(images.newline, CONSTANT, VISUAL)
-    kept, number = np.unique(images.index[~images.newline], return_inverse=True)
-    row[place[~images.newline]] = number
-    row[place[images.newline]] = 0
-    of_tile, skipped = tower_rows
+    source[taken] = np.where(newline, CONSTANT, VISUAL)
+    row[taken] = np.where(newline, 0, number)
+    columns = {"source": source, "row": row, "kept": kept}
+    columns |= {"place": place.astype(np.int32), "video_place": video_place.astype(np.int32)}
+    return columns | row_uses_columns(columns, visual_rows) | mix_columns, mixes
+
+
+def _places(flat: np.ndarray, token: int | None) -> np.ndarray:
+    return np.zeros(0, np.int64) if token is None else np.flatnonzero(flat == token)
+
+
+def in_tower(rows: VisualRows, of_tile: int, skipped: int) -> VisualRows:
+    """Rows that count each tile's kept rows, counting all `of_tile` rows that the tower gives, `skipped` come first."""
+    if not skipped:
+        return rows
     per_tile = of_tile - skipped
-    columns = {
-        "source": source,
-        "row": row,
-        "kept": (kept // per_tile * of_tile + skipped + kept % per_tile).astype(np.int32),
-        "place": place.astype(np.int32),
-    }
-    return columns | row_uses_columns(columns, len(kept))
+
+    def moved(index: np.ndarray) -> np.ndarray:
+        return index // per_tile * of_tile + skipped + index % per_tile
+
+    index = np.where(rows.kind == FEATURE, moved(rows.index), rows.index)
+    taps = None if rows.taps is None else (moved(rows.taps[0]), rows.taps[1])
+    return replace(rows, index=index, taps=taps)
 
 
-def placement(columns: Mapping[str, Tensor], read_table: bool) -> Placement:
+def placement(columns: Mapping[str, Tensor], read_table: bool, mixes: Sequence[Mix] = ()) -> Placement:
     """A Placement of columns on a device, without a synchronisation. `read_table`: text rows are read from the
     embedding table by token id; False: from a table of all B * S rows, each at its own place."""
     source, row, kept, place = (columns[name] for name in ("source", "row", "kept", "place"))
@@ -131,7 +160,13 @@ def placement(columns: Mapping[str, Tensor], read_table: bool) -> Placement:
         text = uses.text_row.sort().values
         segments = torch.arange(len(text) + 1, dtype=text.dtype, device=text.device)
         uses = uses._replace(text_row=text, text_token=text, text_segment=segments)
-    return Placement(source, row, kept, place, uses)
+    tables = tuple(_mix_table(columns, mix) for mix in mixes)
+    return Placement(source, row, kept, place, columns.get("video_place", place[:0]), uses, tables)
+
+
+def _mix_table(columns: Mapping[str, Tensor], mix: Mix) -> MixTable:
+    uses = TapUses(columns[mix.use], columns[mix.start]) if mix.use in columns else None
+    return MixTable(mix.stage, mix.reduce, columns[mix.index], columns[mix.weight].view(torch.float32), uses)
 
 
 def supervised_rows(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

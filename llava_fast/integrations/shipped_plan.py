@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llava_fast.errors import ImageError, LlavaFastError
 from llava_fast.integrations import placement
-from llava_fast.integrations.hf_inputs import ANYRES, Images, geometry
+from llava_fast.integrations.hf_inputs import ANYRES, Visuals, geometry
 from llava_fast.ops.token_pack import RowUses
 
 PREFIX = "llava_plan_"
@@ -24,7 +24,7 @@ NAMES = tuple(PREFIX + name for name in COLUMNS)
 """source, row, kept, place and the uses are those of placement.Placement; tile [tiles] numbers each real tile among the
 tiles of pixel_values, those that fill up counted; supervised_row, supervised_target [rows with a label] are the rows
 whose next token carries a label, and it (both empty without labels)."""
-FAMILIES = ("llava", *ANYRES)
+FAMILIES = ("llava", "llava_next", "llava_next_video")
 """The model types whose batches (images and text) a plan is made for."""
 
 
@@ -49,11 +49,12 @@ def make(
     integers = placement.read_integers(ids, image_sizes, labels)
     images = placement.rows_of_images(shape, integers.sizes, 0 if pixels is None else len(pixels))
     most = pixels.shape[1] if pixels is not None and pixels.dim() == 5 else 1
-    if images.tiles and max(images.tiles) > most:
-        raise ImageError(f"an image has {max(images.tiles)} tiles, but pixel_values hold {most} of each")
+    tiles = [rows.tiles for rows in images]
+    if tiles and max(tiles) > most:
+        raise ImageError(f"an image has {max(tiles)} tiles, but pixel_values hold {most} of each")
     tower_rows = (shape.rows_per_tile + skipped, skipped)
-    columns = placement.placement_columns(images, integers.ids, config.image_token_id, tower_rows)
-    real = [image * most + np.arange(tiles) for image, tiles in enumerate(images.tiles)]
+    columns, _ = placement.placement_columns(images, integers.ids, config.image_token_id, tower_rows)
+    real = [image * most + np.arange(number) for image, number in enumerate(tiles)]
     columns["tile"] = np.concatenate([np.zeros(0, np.int64), *real])
     none = np.zeros(0, np.int64)
     rows, targets = (none, none) if integers.labels is None else placement.supervised_rows(integers.labels)
@@ -96,7 +97,7 @@ def find(given: Mapping[str, Any]) -> dict[str, Tensor] | None:
     return plan
 
 
-def images(model, given: Mapping[str, Any], plan: dict[str, Tensor], read_table: bool) -> Images:
+def visuals(model, given: Mapping[str, Any], plan: dict[str, Tensor], read_table: bool) -> Visuals:
     """The images of a call and the placement of their rows. Raises PlanError where the plan does not fit them."""
     strategy = given.get("vision_feature_select_strategy")
     if strategy not in (None, model.config.vision_feature_select_strategy):
@@ -112,7 +113,7 @@ def images(model, given: Mapping[str, Any], plan: dict[str, Tensor], read_table:
         _check_ids(ids.flatten(), plan, model.config.image_token_id)
     if count != len(tiles):
         tiles = tiles[plan["tile"].long()]
-    return Images(tiles, placement.placement(plan, read_table), [])
+    return Visuals({"pixel_values": tiles}, placement.placement(plan, read_table), [])
 
 
 def supervision(plan: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,13 +4,16 @@ Methods of two modules are replaced, by instance (see `replacement`); classes, p
 
 - the whole model's forward: with labels, the loss and its gradients are made of supervised rows alone, by
   ops.linear_cross_entropy;
-- the inner model's forward: the tower stops at the selected layer, only kept rows are projected, and every row is put
-  in its place by integers (see `hf_inputs`);
-- the inner model's get_image_features: the same, but only while generate encodes images ahead of the prompt. A direct
-  call still runs the whole tower, for its result shows the last hidden state;
-- generate: it leaves out a collator's plan (`llava_plan_*`, see `shipped_plan`), which forward takes.
+- the inner model's forward: the tower stops at the selected layer, only kept rows of images and videos are projected,
+  and every row is put in its place by integers (see `hf_inputs`);
+- the inner model's get_image_features and get_video_features: the same, but only while generate encodes ahead of the
+  prompt. A direct call still runs the whole tower, for its result shows the last hidden state;
+- generate: it leaves out a collator's plan (`llava_plan_*`, see `shipped_plan`), which forward takes;
+- prepare_inputs_for_generation: uint8 pixels (see `uint8_pixels`) go to the first step alone, as normalised ones do.
 
-The decoder's own layers are left as they are. A call that a replacement does not serve takes the stock path, and says
+- the decoder's RMSNorm, MLP and attention: each is one op less, or leaner, where an op serves (see `hf_decoder`).
+
+Elsewhere the decoder's layers run as they are. Any other call that a replacement does not serve takes the stock path, and says
 so once in the log `llava_fast.integrations`. A graph that torch.compile traces is the stock one.
 """
 
@@ -24,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_fast.errors import ImageError, LlavaFastError
-from llava_fast.integrations import hf_inputs, shipped_plan
+from llava_fast.integrations import hf_decoder, hf_inputs, shipped_plan, uint8_pixels
 from llava_fast.integrations.placement import Integers, read_integers, supervised_rows, to_device
 from llava_fast.integrations.replacement import (
     TOLD,
@@ -34,6 +37,7 @@ from llava_fast.integrations.replacement import (
     put_back,
     replace,
     stock,
+    stock_signature,
     tell_stock,
 )
 from llava_fast.models.modules import is_plain
@@ -43,11 +47,15 @@ SUPPORTED = (
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
     "LlavaNextVideoForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration",
 )
+NEW_NAMES = (*shipped_plan.NAMES, *uint8_pixels.NAMES)
+"""Keywords that the whole model's forward takes besides those of the stock one."""
 ENCODE = "_prepare_multimodal_encoder_kwargs_for_generation"
 SKIPS_LOGITS = "_llava_fast_skips_training_logits"
 INTEGERS = "llava_fast_integers"
-_encoding: contextvars.ContextVar[bool] = contextvars.ContextVar("llava_fast_encoding", default=False)
+_encoding: contextvars.ContextVar[dict | None] = contextvars.ContextVar("llava_fast_encoding", default=None)
+"""While generate encodes images and videos: what their pixels, by name, still need (see uint8_pixels.take)."""
 
 
 class UnsupportedModelError(LlavaFastError):
@@ -57,21 +65,26 @@ class UnsupportedModelError(LlavaFastError):
 def accelerate(model: nn.Module, processor=None, *, training_logits: bool = True) -> nn.Module:
     """Speed up a transformers LLaVA in place, and return it. `restore` undoes it.
 
-    model           a Llava, LlavaNext or LlavaNextVideo ForConditionalGeneration, or a wrapper that holds one (PEFT).
-                    Videos take the stock path.
-    processor       not used yet: for uint8 pixels, which are not served.
+    model           a Llava, LlavaNext, LlavaNextVideo or LlavaOnevision ForConditionalGeneration, or a wrapper that
+                    holds one (PEFT).
+    processor       the model's processor, which tells how pixels are normalised: with it the model also takes the uint8
+                    tiles of FastProcessor(output="uint8"), as `pixel_values_uint8` (of videos,
+                    `pixel_values_videos_uint8`). Without it they raise uint8_pixels.PixelError. (A stock or restored
+                    model's generate refuses these names; its forward takes any name and does nothing with it.)
     training_logits False: in training mode, a call with labels gives its loss alone, and `logits` is None; the table of
                     logits [B, S, vocabulary] is then never made. True: logits are given, as the stock model does.
-    Raises UnsupportedModelError for any other model.
+    Raises UnsupportedModelError for any other model, PixelError for a processor without image settings.
     """
     whole = find(model)
-    done = []
+    done: dict[str, None] = {}  # in order, each once: a decoder's layers are many
     for module, name, function, what in _replacements(whole):
-        if replace(module, name, function, shipped_plan.NAMES if function is whole_forward else ()):
-            done.append(what)
+        if replace(module, name, function, NEW_NAMES if function is whole_forward else ()):
+            done[what] = None
         else:
             logger.warning("%s stays: its %s was replaced by someone else", what, name)
     vars(whole)[SKIPS_LOGITS] = not training_logits
+    if processor is not None:
+        uint8_pixels.remember(whole.model, processor)
     logger.info("%s: replaced %s", type(whole).__name__, "; ".join(done) or "nothing")
     return model
 
@@ -84,24 +97,29 @@ def restore(model: nn.Module) -> nn.Module:
         if name in vars(module) and not put_back(module, name):
             logger.warning("%s stays: something has wrapped %s.%s since", what, type(module).__name__, name)
     for module in model.modules():
-        for name in (TOLD, SKIPS_LOGITS):
+        for name in (TOLD, SKIPS_LOGITS, uint8_pixels.SETTING):
             vars(module).pop(name, None)
     return model
 
 
 def replaced(model: nn.Module) -> list[str]:
     """What of a model is replaced now, in words."""
-    return [what for module, name, _, what in _replacements(find(model)) if is_replaced(module, name)]
+    done = (what for module, name, _, what in _replacements(find(model)) if is_replaced(module, name))
+    return list(dict.fromkeys(done))
 
 
 def _replacements(whole: nn.Module) -> Iterator[tuple]:
     """(module, method, function, what it does in words)."""
     yield whole, "forward", whole_forward, "the loss (supervised rows only)"
     yield whole, "generate", generate, "generate (it leaves out a collator's plan)"
+    yield whole, "prepare_inputs_for_generation", prepare_inputs, "the inputs of generate's steps (uint8 pixels)"
     yield whole.model, "forward", inner_forward, "the tower's run (stops at the selected layer), projection, placement"
     if hasattr(type(whole), ENCODE):
         yield whole, ENCODE, encode_for_generation, "generate's encoding of images"
         yield whole.model, "get_image_features", inner_image_features, "image features for generate"
+        if hasattr(type(whole.model), "get_video_features"):
+            yield whole.model, "get_video_features", inner_video_features, "video features for generate"
+    yield from hf_decoder.replacements(whole)
 
 
 def find(model: nn.Module) -> nn.Module:
@@ -122,11 +140,11 @@ def find(model: nn.Module) -> nn.Module:
 def whole_forward(model: nn.Module, *args, **kwargs):
     """The stock forward; with labels, its loss over supervised rows alone."""
     if torch.compiler.is_compiling():
-        return type(model).forward(model, *args, **shipped_plan.without(kwargs))
+        return type(model).forward(model, *args, **_as_stock(model.model, kwargs))
     given = by_name(model, "forward", args, kwargs)
     plan = shipped_plan.find(given)
     if not is_replaced(model.model, "forward"):
-        given = shipped_plan.without(given)
+        given = _as_stock(model.model, given)
     labels = given.get("labels")
     if labels is None:
         return stock(model, "forward", given)
@@ -137,7 +155,7 @@ def whole_forward(model: nn.Module, *args, **kwargs):
     if plan is not None and len(plan["supervised_row"]):
         rows, targets = shipped_plan.supervision(plan, labels)
     else:
-        integers = read_integers(given.get("input_ids"), _sizes(model.model, given), labels)
+        integers = _integers(model.model, given, labels)
         on_host = supervised_rows(integers.labels)
         if not len(on_host[0]) or on_host[1].min() < 0 or on_host[1].max() >= len(model.lm_head.weight):
             return stock(model, "forward", given)  # which gives NaN, or raises
@@ -200,40 +218,55 @@ def unfit_for_loss(model: nn.Module, given: dict) -> str | None:
     return None
 
 
-def _sizes(inner: nn.Module, given: dict):
-    """image_sizes where they are read: only with pixels, and only AnyRes models do."""
-    wanted = given.get("pixel_values") is not None and inner.config.model_type in hf_inputs.ANYRES
-    return given.get("image_sizes") if wanted else None
+def _integers(inner: nn.Module, given: dict, labels: Tensor | None = None) -> Integers:
+    """What is read of a call: image_sizes and batch_num_images only with pixels, and where the model reads them."""
+    family = inner.config.model_type
+    tiled = any(given.get(name) is not None for name in ("pixel_values", "pixel_values_uint8"))
+    sizes = given.get("image_sizes") if tiled and family in hf_inputs.ANYRES else None
+    counts = given.get("batch_num_images") if tiled and family == "llava_onevision" else None
+    return read_integers(given.get("input_ids"), sizes, labels, counts)
+
+
+def _as_stock(inner: nn.Module, given: dict) -> dict:
+    """The arguments of a call as a stock model takes them: no plan, and pixels normalised."""
+    return uint8_pixels.normalise(*uint8_pixels.take(inner, shipped_plan.without(given)))
 
 
 def inner_forward(model: nn.Module, *args, **kwargs):
     """The stock forward of decoder inputs made here from ids and pixels."""
     integers: Integers | None = kwargs.pop(INTEGERS, None)
     if torch.compiler.is_compiling():
-        return type(model).forward(model, *args, **shipped_plan.without(kwargs))
+        return type(model).forward(model, *args, **_as_stock(model, kwargs))
     given = by_name(model, "forward", args, kwargs)
-    plan, given = shipped_plan.find(given), shipped_plan.without(given)
-    if given.get("pixel_values") is None:
+    plan, (given, uint8) = shipped_plan.find(given), uint8_pixels.take(model, shipped_plan.without(given))
+    pixels = [name for name in uint8_pixels.NAMES.values() if given.get(name) is not None]
+    if not pixels:
         return stock(model, "forward", given)
     why = hf_inputs.unfit(model, given) or (None if given.get("input_ids") is not None else "input_ids are not given")
     if why is None:
         ids, selection = given["input_ids"], hf_inputs.select(model, given)
         table = hf_inputs.reads_table(model.get_input_embeddings())
         try:
-            if plan is not None:
-                images = shipped_plan.images(model, given, plan, table)
+            if plan is not None and pixels == ["pixel_values"] and model.config.model_type in shipped_plan.FAMILIES:
+                visuals = shipped_plan.visuals(model, given, plan, table)
             else:
-                integers = integers or read_integers(ids, _sizes(model, given))
-                images = hf_inputs.plan_images(model, given["pixel_values"], integers, selection, table)
+                integers = integers or _integers(model, given)
+                told = given | {"vision_aspect_ratio": None}  # the stock forward goes by the config, whatever is given
+                visuals = hf_inputs.plan_visuals(model, told, integers, selection, table)
         except ImageError as error:
             why = str(error)
     if why is not None:
         tell_stock(model, "the image path", why)
-        return stock(model, "forward", given)
-    embeds = hf_inputs.inputs_embeds(model, ids, images, selection, table)
-    rest = given | {"input_ids": None, "pixel_values": None, "image_sizes": None, "inputs_embeds": embeds}
-    outputs = stock(model, "forward", rest)
-    outputs["image_hidden_states"] = embeds.flatten(0, 1)[images.placement.place.long()]
+        return stock(model, "forward", uint8_pixels.normalise(given, uint8))
+    embeds = hf_inputs.inputs_embeds(model, ids, visuals, selection, table, uint8)
+    gone = dict.fromkeys(("input_ids", "image_sizes", *pixels))
+    outputs = stock(model, "forward", given | gone | {"inputs_embeds": embeds})
+    at, rows = visuals.placement, embeds.flatten(0, 1)
+    if "pixel_values" in pixels:
+        outputs["image_hidden_states"] = rows[at.place.long()]
+    if "pixel_values_videos" in pixels:
+        found = rows[at.video_place.long()]
+        outputs["video_hidden_states"] = found.flatten() if _flattens_videos(model) else found
     return outputs
 
 
@@ -242,33 +275,62 @@ def generate(model: nn.Module, *args, **kwargs):
     return type(model).generate(model, *args, **shipped_plan.without(kwargs))
 
 
+def _flattens_videos(model: nn.Module) -> bool:
+    """Whether video_hidden_states has one dimension, as LLaVA-NeXT-Video's has since generate encodes ahead."""
+    ahead = "mm_encoder_outputs" in stock_signature(type(model), "forward").parameters
+    return ahead and model.config.model_type == "llava_next_video"
+
+
+def prepare_inputs(model: nn.Module, *args, **kwargs) -> dict:
+    """The stock step of generate that says what forward takes: uint8 pixels come and go as normalised ones do."""
+    came = [name for name in uint8_pixels.NAMES if kwargs.get(name) is not None]
+    given = {name: value for name, value in kwargs.items() if name not in came}
+    given |= {uint8_pixels.NAMES[name]: kwargs[name] for name in came}
+    made = type(model).prepare_inputs_for_generation(model, *args, **given)
+    return made | {name: made.pop(uint8_pixels.NAMES[name], None) for name in came}
+
+
 def encode_for_generation(model: nn.Module, *args, **kwargs):
-    """The stock step of generate that encodes images ahead, with image features made here."""
-    token = _encoding.set(True)
+    """The stock step of generate that encodes images and videos ahead, with features made here."""
+    given = by_name(model, ENCODE, args, kwargs)
+    options, uint8 = uint8_pixels.take(model.model, given["model_kwargs"])
+    for name, method in (("pixel_values", "get_image_features"), ("pixel_values_videos", "get_video_features")):
+        if name in uint8 and not is_replaced(model.model, method):
+            options |= uint8_pixels.normalise(options, {name: uint8.pop(name)})
+    token = _encoding.set(uint8)
     try:
-        return stock(model, ENCODE, by_name(model, ENCODE, args, kwargs))
+        return stock(model, ENCODE, given | {"model_kwargs": options})
     finally:
         _encoding.reset(token)
 
 
 def inner_image_features(model: nn.Module, *args, **kwargs):
     """Within generate, image features alone; elsewhere the stock method, whose result shows the whole tower."""
-    if torch.compiler.is_compiling() or not _encoding.get():
-        return type(model).get_image_features(model, *args, **kwargs)
-    given = by_name(model, "get_image_features", args, kwargs)
-    if given.get("pixel_values") is None:
-        return stock(model, "get_image_features", given)
+    return _features(model, "get_image_features", args, kwargs)
+
+
+def inner_video_features(model: nn.Module, *args, **kwargs):
+    """Within generate, video features alone; elsewhere the stock method."""
+    return _features(model, "get_video_features", args, kwargs)
+
+
+def _features(model: nn.Module, method: str, args: tuple, kwargs: dict):
+    encoding = _encoding.get()
+    if torch.compiler.is_compiling() or encoding is None:
+        return getattr(type(model), method)(model, *args, **kwargs)
+    given = by_name(model, method, args, kwargs)
+    uint8 = {name: normalisation for name, normalisation in encoding.items() if name in given}
     why = hf_inputs.unfit(model, given)
     if why is None:
         selection = hf_inputs.select(model, given)
         try:
-            integers = read_integers(None, _sizes(model, given))
-            images = hf_inputs.plan_images(model, given["pixel_values"], integers, selection)
+            visuals = hf_inputs.plan_visuals(model, given, _integers(model, given), selection)
         except ImageError as error:
             why = str(error)
     if why is not None:
         tell_stock(model, "the image path", why)
-        return stock(model, "get_image_features", given)
+        return stock(model, method, uint8_pixels.normalise(given, uint8))
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    return BaseModelOutputWithPooling(pooler_output=hf_inputs.image_features(model, images, selection))
+    rows: list[Tensor] | Tensor = hf_inputs.feature_list(model, visuals, selection, uint8)
+    return BaseModelOutputWithPooling(pooler_output=rows if method == "get_image_features" else torch.stack(rows))

@@ -20,6 +20,7 @@ from llava_fast.integrations import placement, shipped_plan
 from llava_fast.integrations.collator import Collator, offsets_before_expansion
 from llava_fast.integrations.processor import FastProcessor
 from llava_fast.integrations.shipped_plan import NAMES, PlanError
+from llava_fast.integrations.transformers import NEW_NAMES
 
 FAMILIES = ["llava15", "next", "next_qwen", "video"]
 TEMPLATE = "vicuna_v1"
@@ -241,7 +242,8 @@ def test_a_stock_models_forward_is_not_changed_by_the_names():
 def test_forwards_signature_is_stocks_and_the_plans():
     model, stock = llava_fast.accelerate(fresh("next")), fresh("next")
     found, expected = (inspect.signature(each.forward).parameters for each in (model, stock))
-    assert [name for name in found if name not in NAMES] == list(expected) and set(NAMES) < set(found)
+    assert set(NAMES) < set(NEW_NAMES) < set(found)
+    assert [name for name in found if name not in NEW_NAMES] == list(expected)
     llava_fast.restore(model)
     assert list(inspect.signature(model.forward).parameters) == list(expected)
 
@@ -348,6 +350,17 @@ def test_a_template_that_hides_its_answers_is_refused():
     made = Collator(processor, tiny.hf_config(tiny.CASES["next"]))
     with pytest.raises(RequestError, match="sample 0: .*not prefix-stable"):
         made([{"messages": talk("a", "b", "c", "d")}])
+
+
+def test_a_template_that_writes_the_first_token_gets_no_second():
+    processor = tiny.hf_processor(tiny.CASES["next"])
+    turn = "{{ m['role'] }}: {% for item in m['content'] %}{{ item['text'] }}{% endfor %}\n"
+    processor.chat_template = "{{ bos_token }}{% for m in messages %}" + turn + "{% endfor %}"
+    processor.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    made = Collator(processor, tiny.hf_config(tiny.CASES["next"]))([{"messages": talk("a", "b")}])
+    assert made["input_ids"][0].tolist().count(1) == 1
+    labels = made["labels"][0]
+    assert tiny.tokenizer().decode(labels[labels >= 0]).strip() == "b"
 
 
 def test_settings_that_cannot_work_say_so():
