@@ -1,0 +1,80 @@
+"""The command line's `llava-fast recipe`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llava_fast.errors import RecipeError
+
+app = typer.Typer(
+    help="Recipes: those of the papers, and one made from an original command line.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.command("list")
+def list_recipes() -> None:
+    """Name the recipes that come with the package, each with what it is for."""
+    from llava_fast.train.recipe import SHIPPED, shipped_recipes
+
+    names = shipped_recipes()
+    for name in names:
+        first = (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+        typer.echo(f"{name:{max(map(len, names))}}  {first.removeprefix('# ')}")
+
+
+@app.command()
+def show(
+    recipe: Annotated[str, typer.Argument(help="A name from `llava-fast recipe list`, or a YAML file.")],
+    set_: Annotated[
+        list[str], typer.Option("--set", "-s", help="Change a field: -s optimizer.learning_rate=1e-5; repeatable.")
+    ] = [],  # noqa: B006
+) -> None:
+    """Print a recipe, with its comments, after checking it; with changes, print every field that a run would have.
+
+    llava-fast recipe show llava-1.5-stage2 > mine.yaml
+    """
+    import yaml
+
+    from llava_fast.train.recipe import find_recipe, load_recipe
+
+    loaded = load_recipe(recipe, set_)
+    if set_:
+        typer.echo(yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False), nl=False)
+    else:
+        typer.echo(find_recipe(recipe).read_text(encoding="utf-8"), nl=False)
+
+
+@app.command("from-args", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def from_args(
+    context: typer.Context,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="How many GPUs it ran on, if the command itself does not say.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--write", help="Write the recipe here instead of printing it.")
+    ] = None,
+) -> None:
+    """Turn the command line of an original LLaVA or LLaVA-NeXT training, or the script that holds it, into a recipe.
+
+    \b
+    llava-fast recipe from-args --gpus 8 scripts/v1_5/finetune.sh
+    llava-fast recipe from-args -- torchrun --nproc_per_node 8 llava/train/train_mem.py --version v1 ...
+
+    What has no meaning here, or is not known, is listed in the recipe's comments.
+    """
+    from llava_fast.train.from_args import recipe_from_args
+
+    if not context.args:
+        raise RecipeError("give a script, or a command line after `--`: llava-fast recipe from-args finetune.sh")
+    text = recipe_from_args(context.args, gpus)
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        output.write_text(text, encoding="utf-8")
+        typer.echo(f"wrote {output}")

@@ -1,0 +1,85 @@
+"""The recipes that come with the package: each can be read, by name, and says what the papers say."""
+
+import pytest
+from typer.testing import CliRunner
+
+from llava_fast.checkpoints.assemble import Assembly
+from llava_fast.errors import RecipeError
+from llava_fast.train import recipe_cli
+from llava_fast.train.recipe import SHIPPED, load_recipe, shipped_recipes
+
+# rate, other rates, global batch, epochs, what is trained: PARITY's table, from the papers and the published scripts
+TABLE = {
+    "llava-stage1": (2e-3, {}, 128, 1, ["projector"]),
+    "llava-stage2": (2e-5, {}, 32, 3, ["projector", "decoder"]),
+    "llava-1.5-stage1": (1e-3, {}, 256, 1, ["projector"]),
+    "llava-1.5-stage2": (2e-5, {}, 128, 1, ["projector", "decoder"]),
+    "llava-1.5-lora": (2e-4, {"projector": 2e-5}, 128, 1, ["projector"]),
+    "llava-next": (1e-5, {"vision_tower": 2e-6}, 32, 1, ["vision_tower", "projector", "decoder"]),
+    "llava-next-video-dpo": (5e-7, {}, 128, 3, ["vision_tower", "projector", "decoder"]),
+}
+
+
+def test_all_are_here():
+    assert sorted(TABLE) == shipped_recipes()
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_says_what_the_papers_say(name):
+    recipe = load_recipe(name, ["output=elsewhere"])
+    settings = recipe.optimizer
+    found = (settings.learning_rate, settings.rates, recipe.batch_size, recipe.epochs, recipe.trainable)
+    assert found == TABLE[name]
+    assert (settings.weight_decay, recipe.precision, recipe.tf32) == (0.0, "bfloat16", True)
+    assert (settings.schedule, settings.warmup) == (("linear", 0.1) if recipe.dpo else ("cosine", 0.03))
+    if recipe.dpo:
+        assert recipe.dpo.beta == 0.1
+    else:
+        assert recipe.data.label_mask == "original"
+        assert isinstance(recipe.model, Assembly)
+    comments = (SHIPPED / f"{name}.yaml").read_text()
+    assert "# Source:" in comments and "# Published time" in comments
+
+
+def test_the_two_stages_fit_together():
+    for first, second in [("llava-stage1", "llava-stage2"), ("llava-1.5-stage1", "llava-1.5-stage2")]:
+        one, two = load_recipe(first), load_recipe(second)
+        assert two.model.projector_from == f"{one.output}/model"
+        same = {"decoder", "vision_tower", "projector", "feature_layer"}
+        assert one.model.model_dump(include=same) == two.model.model_dump(include=same)
+    assert load_recipe("llava-1.5-lora").lora.rank == 128
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_exact_batches_that_its_comments_name_are_accepted(name):
+    lines = (SHIPPED / f"{name}.yaml").read_text().splitlines()
+    asked = [word for line in lines if "loss_average" in line for word in line.split("-s ")[1:]]
+    changes = [word.strip() for word in asked if word.startswith(("data.batching", "micro_batch", "loss_average"))]
+    recipe = load_recipe(name, changes)
+    assert recipe.loss_average == ("step" if recipe.dpo else "micro_batch")
+
+
+def test_an_unknown_name_lists_those_that_there_are():
+    with pytest.raises(RecipeError, match="no recipe at llava-2; those that come with the package: llava-1.5-lora, "):
+        load_recipe("llava-2")
+
+
+def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llava-next").write_text((SHIPPED / "llava-stage1.yaml").read_text())
+    assert load_recipe("llava-next").batch_size == 128
+
+
+def test_list_and_show():
+    run = CliRunner()
+    listed = run.invoke(recipe_cli.app, ["list"]).stdout.splitlines()
+    assert len(listed) == len(TABLE) and all(len(line.split("  ", 1)[1].strip()) > 20 for line in listed)
+    shown = run.invoke(recipe_cli.app, ["show", "llava-1.5-stage1"]).stdout
+    assert shown == (SHIPPED / "llava-1.5-stage1.yaml").read_text()
+
+
+def test_show_with_changes_is_a_whole_recipe(tmp_path):
+    text = CliRunner().invoke(recipe_cli.app, ["show", "llava-1.5-lora", "-s", "batch_size=64"]).stdout
+    (tmp_path / "mine.yaml").write_text(text)
+    wanted = load_recipe("llava-1.5-lora", ["batch_size=64"])
+    assert load_recipe(tmp_path / "mine.yaml") == wanted
