@@ -161,6 +161,7 @@ def _recipe(args: Arguments, gpus: int, is_dpo: bool) -> dict[str, Any]:
     }
     if is_dpo:
         given.pop("micro_batch")
+        args.note("pairs longer than max_length are left out, where the original cut their answers")
         args.note("batch_size counts pairs; pairs are packed, so per_device_train_batch_size has no further meaning")
     if (steps := args.take("max_steps", -1)) > 0:
         given["steps"] = steps
@@ -279,7 +280,7 @@ def _data(args: Arguments, is_next: bool, is_dpo: bool) -> dict[str, Any]:
         "sources": [source],
         "label_mask": "answers" if is_dpo else "original",
         "max_length": args.take("model_max_length", 4096 if is_next else 512),
-        "too_long": "cut",
+        "too_long": "drop" if is_dpo else "cut",
         "batching": "packed" if is_dpo else "padded",
         "workers": args.take("dataloader_num_workers", 0),
     }

@@ -132,7 +132,7 @@ def test_dpo(tmp_path):
     more = "--beta 0.2 --gamma 0 --dpo_alpha=1.0 --gradient_accumulation_steps 16 --per_device_train_batch_size 1"
     made, text = recipe(tmp_path, words(more, script="llava/train/train_dpo.py"))
     assert (made.dpo.beta, made.dpo.sft_weight, made.batch_size) == (0.2, 0.0, 128)
-    assert (made.data.batching, made.loss_average) == ("packed", "step")
+    assert (made.data.batching, made.loss_average, made.data.too_long) == ("packed", "step", "drop")
     assert "NOT CARRIED OVER" not in text
     assert recipe(tmp_path, words(script="llava/train/train_dpo.py"))[0].dpo.sft_weight == 1.0  # the original's default
     assert (
