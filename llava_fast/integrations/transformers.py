@@ -1,6 +1,7 @@
 """`accelerate(model)`: a Hugging Face LLaVA that is already loaded, faster and in less memory, with the same answers.
 
-Methods of two modules are replaced, by instance (see `replacement`); classes, parameters and state_dict keys stay:
+Methods of the model and of its parts are replaced, by instance (see `replacement`); classes, parameters and state_dict
+keys stay:
 
 - the whole model's forward: with labels, the loss and its gradients are made of supervised rows alone, by
   ops.linear_cross_entropy;
@@ -9,12 +10,12 @@ Methods of two modules are replaced, by instance (see `replacement`); classes, p
 - the inner model's get_image_features and get_video_features: the same, but only while generate encodes ahead of the
   prompt. A direct call still runs the whole tower, for its result shows the last hidden state;
 - generate: it leaves out a collator's plan (`llava_plan_*`, see `shipped_plan`), which forward takes;
-- prepare_inputs_for_generation: uint8 pixels (see `uint8_pixels`) go to the first step alone, as normalised ones do.
+- prepare_inputs_for_generation: uint8 pixels (see `uint8_pixels`) go to the first step alone, as normalised ones do;
+- the forwards of the decoder's RMSNorm, MLP and attention: RMSNorm, SwiGLU and RoPE are one op each where that is the
+  faster, and stock elsewhere, without a word in the log (see `hf_decoder`).
 
-- the decoder's RMSNorm, MLP and attention: each is one op less, or leaner, where an op serves (see `hf_decoder`).
-
-Elsewhere the decoder's layers run as they are. Any other call that a replacement does not serve takes the stock path, and says
-so once in the log `llava_fast.integrations`. A graph that torch.compile traces is the stock one.
+A call that another replacement does not serve takes the stock path, and says so once in the log
+`llava_fast.integrations`. A graph that torch.compile traces is the stock one.
 """
 
 from __future__ import annotations
