@@ -51,12 +51,20 @@ def open_image(source: Any, exif: bool = True, alpha: Literal["drop", "white"] =
         return _from_array(source, alpha)
     if isinstance(source, Image.Image):
         return _from_pil(source, f"PIL image ({source.mode}, {source.width}x{source.height})", False, alpha)
+    image, name = open_header(source)
+    with image:
+        return _from_pil(image, name, exif, alpha)
+
+
+def open_header(source: Any) -> tuple[Image.Image, str]:
+    """A path, bytes or data URI as a PIL image of which only the header is read, and what an error calls it. Raises
+    as `open_image` does."""
     if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
         raise TypeError(f"an image is a path, bytes, data URI, PIL image or uint8 array, not {type(source).__name__}")
-    name = _name(source)
-    file = _file(source, name)
+    name = source_name(source)
+    file = source_file(source, name)
     try:
-        image = Image.open(file)
+        return Image.open(file), name
     except Image.UnidentifiedImageError:
         raise ImageError(f"{name} is not an image of a kind that Pillow reads") from None
     except Image.DecompressionBombError as error:
@@ -65,8 +73,6 @@ def open_image(source: Any, exif: bool = True, alpha: Literal["drop", "white"] =
         raise
     except Exception as error:  # Pillow's format plugins raise many kinds on bad files
         raise ImageError(f"{name} cannot be read: {error}") from error
-    with image:
-        return _from_pil(image, name, exif, alpha)
 
 
 def read_video(source: Any, num_frames: int | None = None) -> np.ndarray:
@@ -84,9 +90,8 @@ def read_video(source: Any, num_frames: int | None = None) -> np.ndarray:
         raise ValueError(f"num_frames must be at least 1, not {num_frames}")
     name = "the list of video frames"
     if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
-        name = f"the folder {_name(source)}"
-        files = os.scandir(os.fsdecode(source))
-        source = sorted(each.path for each in files if each.is_file() and not each.name.startswith("."))
+        name = f"the folder {source_name(source)}"
+        source = frame_files(source)
     if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
         return _decode_video(source, num_frames)
     if isinstance(source, np.ndarray):
@@ -103,6 +108,12 @@ def read_video(source: Any, num_frames: int | None = None) -> np.ndarray:
         sizes = sorted({f"{frame.shape[1]}x{frame.shape[0]}" for frame in frames})
         raise ImageError(f"the frames of a video must have one size; these have {', '.join(sizes)}")
     return np.stack(frames)
+
+
+def frame_files(folder: str | os.PathLike) -> list[str]:
+    """The files of a folder of frames, in the order of their names."""
+    files = os.scandir(os.fsdecode(folder))
+    return sorted(each.path for each in files if each.is_file() and not each.name.startswith("."))
 
 
 def resize(
@@ -245,7 +256,8 @@ def _torchvision_resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return resized[0].permute(1, 2, 0).contiguous().numpy()
 
 
-def _name(source: Any) -> str:
+def source_name(source: Any) -> str:
+    """What an error calls an image or video."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"the image or video given as {len(source)} bytes"
     if isinstance(source, str) and source.startswith("data:"):
@@ -254,7 +266,7 @@ def _name(source: Any) -> str:
     return repr(text if len(text) <= 200 else text[:200] + "...")
 
 
-def _file(source: Any, name: str) -> Any:
+def source_file(source: Any, name: str) -> Any:
     """What to open: a path, or the bytes as a file."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
@@ -304,14 +316,19 @@ def _from_array(image: np.ndarray, alpha: str) -> np.ndarray:
     return np.ascontiguousarray(image[..., :3])
 
 
-def _from_pil(image: Image.Image, name: str, exif: bool, alpha: str) -> np.ndarray:
-    pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+def check_pixels(width: int, height: int, name: str) -> None:
+    """Raises ImageError for an image without pixels, and for one of more than Pillow's limit."""
+    pixels, limit = width * height, Image.MAX_IMAGE_PIXELS
     if limit is not None and pixels > limit:
         raise ImageError(
             f"{name} has {pixels} pixels and the limit is {limit}: shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS"
         )
     if pixels == 0:
         raise ImageError(f"{name} has no pixels")
+
+
+def _from_pil(image: Image.Image, name: str, exif: bool, alpha: str) -> np.ndarray:
+    check_pixels(image.width, image.height, name)
     try:
         image.load()
         if exif:
@@ -335,22 +352,35 @@ def _require_frames(count: int, name: str) -> None:
         raise ImageError(f"{name} has no frames")
 
 
-def _decode_video(source: Any, num_frames: int | None) -> np.ndarray:
+def open_video(source: Any) -> Any:
+    """A path, or the bytes of a video file, as a PyAV container that has a video stream. Raises ImageError."""
+    av = _pyav()
+    name = source_name(source)
+    try:
+        container = av.open(source_file(source, name))
+    except av.FFmpegError as error:
+        raise ImageError(f"{name} cannot be read as a video: {error}") from error
+    if not container.streams.video:
+        container.close()
+        raise ImageError(f"{name} has no video stream")
+    return container
+
+
+def _pyav() -> Any:
     try:
         import av
     except ImportError:
         raise ImageError("reading a video file needs PyAV: pip install llava_fast[video]") from None
-    name = _name(source)
-    file = _file(source, name)
+    return av
+
+
+def _decode_video(source: Any, num_frames: int | None) -> np.ndarray:
+    av, name = _pyav(), source_name(source)
 
     def decode(wanted: set[int] | None) -> tuple[dict[int, np.ndarray], int]:
         """The wanted frames (None: all) and how many the file really has."""
-        if isinstance(file, io.BytesIO):
-            file.seek(0)
         frames, total = {}, 0
-        with av.open(file) as container:
-            if not container.streams.video:
-                raise ImageError(f"{name} has no video stream")
+        with open_video(source) as container:
             container.streams.video[0].thread_type = "AUTO"
             for frame in container.decode(video=0):
                 if wanted is None or total in wanted:

@@ -7,6 +7,7 @@ and integers only: no torch.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ from typing import Any, Literal
 import numpy as np
 
 from llava_fast.errors import ImageError, RequestError
-from llava_fast.inputs import anyres, chat, images
+from llava_fast.inputs import anyres, chat, headers, images
+from llava_fast.inputs.length import RowCounts, count_rows
 from llava_fast.inputs.plan import (
     MODALITY_IMAGE,
     MODALITY_VIDEO,
@@ -37,6 +39,11 @@ REQUEST_KEYS = {"prompt", "messages", "images", "video", "seed", "id"}
 _MARK = re.compile(r"<image>|<video>")
 _IMAGE_MARK = re.compile(r"<image>")
 
+
+Labels = bool | Literal["answers", "original"]
+"""What of a conversation is supervised. "answers", or True: all that the model has to generate after each generation
+prompt. "original": what the original trainers put a loss on (see chat_templates), role headers of qwen and llama_3
+included; for most templates the same. False: nothing."""
 
 Cut = np.ndarray | tuple[np.ndarray, Sequence[anyres.View]]
 """The tiles of an image, or the image and its views where a device is to make them."""
@@ -103,11 +110,11 @@ class Processor:
     def prepare(
         self,
         requests: Sequence[dict],
-        labels: bool = False,
+        labels: Labels = False,
         layout: Layout = "packed",
     ) -> Prepared:
-        """Tiles and plan of a batch of requests. With `labels`, assistant turns are supervised and requests must
-        have messages. Raises RequestError (naming the request by its place or "id") and ImageError."""
+        """Tiles and plan of a batch of requests. With `labels`, requests must have messages. Raises RequestError
+        (naming the request by its place or "id") and ImageError."""
         tiles: list[Cut] = []
         sequences = []
         for number, request in enumerate(requests):
@@ -132,12 +139,41 @@ class Processor:
         plan = build_plan(sequences, self.geometry.rows_per_tile, layout, first_positions, tails)
         return Prepared(self._joined(tiles), plan)
 
-    def render(self, request: dict, labels: bool = False) -> tuple[list[chat.Segment], list, list]:
+    def count(self, request: dict, labels: Labels = False) -> RowCounts:
+        """The rows that a request takes, as its plan has them, from its text and the headers of its files: no pixel is
+        decoded, so a truncated file passes. Raises RequestError and ImageError, but not for a request that is too
+        long."""
+        outline = self.outline(request, labels)
+        return count_rows(outline, self.rows_of(outline))
+
+    def rows_of(self, outline: Sequence[TextPiece | VisualMark]) -> list[int]:
+        """Decoder rows of each part of an outline, from the headers of its files. Raises ImageError."""
+        return [len(part.ids) if isinstance(part, TextPiece) else self._mark_rows(part) for part in outline]
+
+    def _mark_rows(self, mark: VisualMark) -> int:
+        try:
+            if mark.kind == "<video>":
+                frames = headers.frame_count(mark.source, self._frames_of(mark.source))
+                return len(anyres.video_rows(self.geometry, frames))
+            size = headers.image_size(mark.source, self.exif)
+        except TypeError as error:
+            raise RequestError(str(error)) from error
+        return len(anyres.image_rows(self.geometry, *size, mark.alone))
+
+    def _frames_of(self, video: Any) -> int | None:
+        """How many frames of a video are used; None: all, as the caller has chosen them."""
+        from_file = isinstance(video, (str, os.PathLike, bytes, bytearray, memoryview))
+        return self.video_frames if from_file else None
+
+    def render(self, request: dict, labels: Labels = False) -> tuple[list[chat.Segment], list, list]:
         """See `render_request`."""
         return render_request(self.template, request, labels)
 
-    def outline(self, request: dict, labels: bool = False) -> list[TextPiece | VisualMark]:
-        """A request as token ids and marks in order, before any image is opened. Raises RequestError."""
+    def outline(self, request: dict, labels: Labels = False) -> list[TextPiece | VisualMark]:
+        """A request as token ids and marks in order, before any image is opened. Raises RequestError, also where
+        labels are asked for and no token would carry one."""
+        if labels not in (False, True, "answers", "original"):
+            raise ValueError(f"labels are False, True, 'answers' or 'original', not {labels!r}")
         if labels and "messages" not in request:
             raise RequestError('labels need "messages": a verbatim "prompt" does not say which part is the answer')
         segments, image_sources, video_sources = self.render(request, labels)
@@ -157,7 +193,13 @@ class Processor:
                     f"the prompt has {marks.count(mark)} {mark} marks and {len(sources)} were given: "
                     f"mark each one's place in the prompt with {mark}"
                 )
+        if labels == "original":  # from here on, what is supervised is what the original trainers supervise
+            segments = [chat.Segment(each.text, each.supervised_original) for each in segments]
         ids, supervised, places = self._encode(text, pattern, segments if labels else None, "messages" in request)
+        if labels == "original":
+            supervised |= np.isin(ids, self._original_label_ids)
+        if labels and not supervised.any():
+            raise RequestError("the tokenizer leaves nothing of the answers: this sample has nothing to learn from")
         if len(places) != len(marks):
             raise RequestError(f"the tokenizer found {len(places)} image tokens for {len(marks)} marks in the prompt")
 
@@ -178,9 +220,8 @@ class Processor:
 
     def _visual_piece(self, mark: VisualMark, tiles: list[Cut]) -> VisualPiece:
         if mark.kind == "<video>":
-            from_file = isinstance(mark.source, (str, os.PathLike, bytes, bytearray, memoryview))
             try:
-                frames = images.read_video(mark.source, self.video_frames if from_file else None)
+                frames = images.read_video(mark.source, self._frames_of(mark.source))
             except TypeError as error:
                 raise RequestError(str(error)) from error
             views = anyres.frame_views(self.geometry, *frames.shape[1:3])
@@ -265,6 +306,15 @@ class Processor:
         marked = None if segments is None else np.concatenate(supervised)
         return np.asarray(ids, np.int32), marked, np.asarray(places)
 
+    @functools.cached_property
+    def _original_label_ids(self) -> list[int]:
+        """The tokens that the original trainer supervises wherever they stand. A text that is not one token of this
+        tokenizer plays no part, as there."""
+        encoded = [
+            self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in self.template.original_label_tokens
+        ]
+        return [ids[0] for ids in encoded if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id]
+
     def _brings_bos(self, text: str) -> bool:
         """Whether a rendered template starts with the BOS token itself, so that the tokenizer must not add another."""
         bos = self.tokenizer.bos_token
@@ -284,7 +334,7 @@ class Processor:
 
 
 def render_request(
-    template: chat.ChatTemplate, request: dict, labels: bool = False
+    template: chat.ChatTemplate, request: dict, labels: Labels = False
 ) -> tuple[list[chat.Segment], list, list]:
     """(segments of the prompt, image sources, video sources) of a request, marks still in the text. Only with
     `labels` is a conversation split into segments; otherwise the whole prompt is one. Raises RequestError."""
@@ -326,10 +376,11 @@ def _check_request(request: Any) -> None:
 
 
 def _check_answers(messages: list[dict]) -> None:
-    """Labels without an answer would make a loss of nothing, so the sample is refused."""
+    """Labels without an answer would make a loss of nothing, so the sample is refused. Of several answers some may be
+    empty, as in the original trainers: their end of turn is learnt."""
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    if not answers or not all(any(item["text"] for item in content) for content in answers):
-        raise RequestError("labels need an assistant message, and text in each: this sample has nothing to learn from")
+    if not any(item["text"] for content in answers for item in content):
+        raise RequestError("labels need an assistant message with text in it: this sample has nothing to learn from")
 
 
 def supervised_tokens(offsets: np.ndarray, segments: list[chat.Segment]) -> np.ndarray:

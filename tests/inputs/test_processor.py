@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from real_tokenizers import TOKENIZERS
 
 from llava_fast.errors import ImageError, LlavaFastError, MissingFileError, RequestError
 from llava_fast.inputs import chat
@@ -171,39 +170,6 @@ ANSWERS = {
     "chatml_direct": "the hello café<|im_end|>No.<|im_end|>",
     "llava_llama_3": "the hello café<|eot_id|>No.<|eot_id|>",
     "qwen": "the hello café<|im_end|>No.<|im_end|>",
-}
-
-
-def llama_tokenizer(every_piece: bool) -> PreTrainedTokenizerFast:
-    """SentencePiece-like: "▁" for spaces, bytes for the rest. `every_piece`: as Llama's legacy form, "▁" is put
-    before every piece between special tokens; else, as its newer form, before the first alone."""
-    letters = [chr(code) for code in range(33, 127)] + ["▁"]
-    tokens = [*tiny.SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *letters, "▁the", "▁N", "th", "he", "No"]
-    merges = [("▁t", "he"), ("t", "h"), ("▁", "t"), ("h", "e"), ("th", "e"), ("▁", "N"), ("N", "o")]
-    tokens += [token for pair in merges if (token := "".join(pair)) not in tokens]
-    inner = Tokenizer(
-        models.BPE({t: i for i, t in enumerate(tokens)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    )
-    if every_piece:
-        inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        inner.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
-    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>", "<video>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"],
-    )
-
-
-TOKENIZERS = {
-    "bytes": lambda: tiny.tokenizer(),
-    "bytes without bos": lambda: tiny.tokenizer(bos=False),
-    "llama": lambda: llama_tokenizer(False),
-    "llama legacy": lambda: llama_tokenizer(True),
 }
 
 

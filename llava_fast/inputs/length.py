@@ -1,0 +1,73 @@
+"""How many decoder rows a sample takes, and how one that is too long for the decoder is shortened or left out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeVar
+
+import numpy as np
+
+from llava_fast.inputs.plan import TextPiece
+
+LengthPolicy = Literal["drop", "cut"]
+Part = TypeVar("Part")
+"""A TextPiece, or an image or video in any form: a VisualPiece, or a mark that is not opened yet."""
+
+
+class RowCounts(NamedTuple):
+    """Decoder rows of one sample by what they hold, newlines among the visual ones. `supervised` counts the targets of
+    the loss, as a plan's `supervised_row` does: a label on the very first row has nothing before it to predict it."""
+
+    text: int
+    visual: int
+    supervised: int
+
+    @property
+    def all(self) -> int:
+        return self.text + self.visual
+
+
+def count_rows(parts: Sequence[Part], rows: Sequence[int]) -> RowCounts:
+    """Rows of one sample's parts; rows[i] is the length of parts[i]."""
+    text = sum(count for part, count in zip(parts, rows, strict=True) if isinstance(part, TextPiece))
+    labels = [np.zeros(0, bool)]
+    for part, count in zip(parts, rows, strict=True):
+        given = part.supervised if isinstance(part, TextPiece) else None
+        labels.append(np.zeros(count, bool) if given is None else given)
+    return RowCounts(text, sum(rows) - text, int(np.count_nonzero(np.concatenate(labels)[1:])))
+
+
+def fit(parts: Sequence[Part], rows: Sequence[int], max_rows: int, policy: LengthPolicy) -> list[Part] | None:
+    """The parts of a sample that `max_rows` decoder rows hold, or None for a sample to leave out.
+
+    rows[i] is the length of parts[i]: `Processor.rows_of(outline)` before any image is opened, else those of a plan's
+    pieces. A sample that fits is returned as it is.
+    policy  "drop": a sample that is too long is left out. "cut": its end is. Text is cut after any token; an image or
+            video that does not fit whole goes, with everything behind it. What then has no supervised row left is
+            left out, as there is nothing to learn from it.
+
+    The original trainers (LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal in llava/model/llava_arch.py) keep
+    the first `tokenizer_model_max_length` rows whatever they are: of an image there, they keep its first rows, and
+    they keep a sample without any label left.
+    """
+    if policy not in ("drop", "cut"):
+        raise ValueError(f"a length policy is 'drop' or 'cut', not {policy!r}")
+    if sum(rows) <= max_rows:
+        return list(parts)
+    if policy == "drop":
+        return None
+    kept: list[Part] = []
+    kept_rows: list[int] = []
+    for part, count in zip(parts, rows, strict=True):
+        room = max_rows - sum(kept_rows)
+        whole = count <= room
+        if not whole and isinstance(part, TextPiece) and room > 0:
+            labels = None if part.supervised is None else part.supervised[:room]
+            kept.append(dataclasses.replace(part, ids=part.ids[:room], supervised=labels))
+            kept_rows.append(room)
+        if not whole:
+            break
+        kept.append(part)
+        kept_rows.append(count)
+    return kept if count_rows(kept, kept_rows).supervised else None
