@@ -7,7 +7,6 @@ kept on disk, so that a run that is started again, or a run after `llava-fast da
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -24,8 +23,7 @@ from tqdm import tqdm
 
 import llava_fast
 from llava_fast.errors import DataError, ImageError, MissingFileError, RequestError
-from llava_fast.inputs import images
-from llava_fast.inputs.plan import TextPiece, VisualPiece
+from llava_fast.inputs import headers, images
 from llava_fast.inputs.processor import Processor
 from llava_fast.train.data import SampleTable
 
@@ -101,8 +99,7 @@ class _Chunks(Dataset):
     def __init__(
         self, table: SampleTable, processor: Processor | None, labels: LabelMask, decode: bool, numbers: Sequence[int]
     ) -> None:
-        unlimited = processor and dataclasses.replace(processor, max_rows=None, threads=1)
-        self.table, self.processor, self.labels, self.decode, self.numbers = table, unlimited, labels, decode, numbers
+        self.table, self.processor, self.labels, self.decode, self.numbers = table, processor, labels, decode, numbers
 
     def __len__(self) -> int:
         return -(-len(self.numbers) // _CHUNK)
@@ -115,17 +112,11 @@ class _Chunks(Dataset):
     def _look(self, number: int) -> _Found:
         try:
             request = self.table[number].request
-            for image in request["images"]:
-                if self.decode or self.processor is None:
-                    images.open_image(image)
-            if "video" in request:
-                self._look_at_video(request["video"])
+            if self.decode or self.processor is None:  # otherwise counting reads the headers
+                self._open(request["images"], request.get("video"))
             if self.processor is None:
                 return _Found(number)
-            text, visual, supervised = _count(self.processor, request, self.labels)
-            if not supervised:
-                raise RequestError("the chat template marks none of its tokens as an answer")
-            return _Found(number, text, visual, supervised)
+            return _Found(number, *self.processor.count(request, self.labels))
         except MemoryError:
             raise
         except Exception as error:  # whatever a sample brings about, the others are looked at too
@@ -133,19 +124,17 @@ class _Chunks(Dataset):
             name = self.table.name(number)
             return _Found(number, kind=kind, problem=problem if problem.startswith(name) else f"{name}: {problem}")
 
-    def _look_at_video(self, path: str) -> None:
-        if not os.path.exists(path):
-            raise MissingFileError(f"no image or video file {path!r}")
-        if self.decode:
-            images.read_video(path, self.processor.video_frames if self.processor else 1)
-
-
-def _count(processor: Processor, request: dict[str, Any], labels: LabelMask) -> tuple[int, int, int]:
-    pieces = processor.pieces(processor.outline(request, labels=True), [])
-    texts = [piece for piece in pieces if isinstance(piece, TextPiece)]
-    visual = sum(len(piece.rows) for piece in pieces if isinstance(piece, VisualPiece))
-    supervised = sum(np.count_nonzero(piece.supervised) for piece in texts if piece.supervised is not None)
-    return sum(len(piece.ids) for piece in texts), visual, supervised
+    def _open(self, pictures: Sequence[str], video: str | None) -> None:
+        exif, frames = (self.processor.exif, self.processor.video_frames) if self.processor else (True, 1)
+        for picture in pictures:
+            if self.decode:
+                images.open_image(picture, exif)
+            else:
+                headers.image_size(picture, exif)
+        if video is not None and self.decode:
+            images.read_video(video, frames)
+        elif video is not None:
+            headers.frame_count(video, frames)
 
 
 def _described(error: Exception) -> tuple[str, str]:

@@ -121,6 +121,8 @@ def test_headers_only_still_finds_what_is_no_image(folder, tiny_next):
     path = write(folder, [sample("page.jpg"), sample("no.jpg"), sample("empty.jpg")])
     result = run(path, "-m", tiny_next, "--template", "vicuna_v1", "--headers-only", "--workers", 0)
     assert result.exit_code == 1 and "3 problems: 2 unreadable file, 1 missing file" in result.output
+    path = write(folder, [sample("cut.jpg")])
+    assert run(path, "-m", tiny_next, "--template", "vicuna_v1", "--headers-only", "--workers", 0).exit_code == 0
 
 
 def test_too_long_is_said_and_stops_only_if_all_are(folder, tiny_next):

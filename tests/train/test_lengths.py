@@ -54,7 +54,7 @@ def test_lengths_are_the_plans(folder, processor, workers):
     assert not found.problems and found.text.dtype == np.int32
     for number in range(4):
         plan = processor.prepare([table[number].request], labels=True).plan
-        assert found.text[number] + found.visual[number] == plan.lengths[0]
+        assert found.text[number] + found.visual[number] == plan.lengths[0] and found.text[number] > 0
         assert found.supervised[number] == len(plan.column("supervised_row")) > 0
         assert (found.visual[number] > 0) == (number != 2)
     for rows in (found.text, found.visual, found.supervised):
@@ -116,6 +116,16 @@ def test_a_truncated_file_is_found_when_pixels_are_read(folder, processor):
     found = measure(table_of(folder, *values), processor, "answers", 0, decode=True, progress=False)
     assert found.kinds == {0: "unreadable file", 1: "unreadable file"}
     assert "cannot be decoded" in found.problems[0] and "cannot be read as a video" in found.problems[1]
+    for reader in (processor, None):  # the header is whole, and says all that a length needs
+        found = measure(table_of(folder, *values), reader, "answers", 0, progress=False)
+        assert list(found.problems) == [1] and (reader is None or found.visual[0] == found.visual[2] > 0)
+
+
+def test_labels_of_the_original_trainers(folder, processor):
+    qwen = dataclasses.replace(processor, template=builtin_template("qwen_1_5"))
+    table = table_of(folder, *GOOD)
+    ours, originals = (measure(table, qwen, labels, 0, progress=False) for labels in ("answers", "original"))
+    assert (originals.supervised > ours.supervised).all() and (originals.text == ours.text).all()
 
 
 def test_without_a_model_files_and_turns_are_looked_at(folder):
@@ -137,11 +147,11 @@ def test_a_template_that_marks_no_answer_is_a_problem(folder, processor):
         0,
         progress=False,
     )
-    assert found.kinds == {0: "cannot be masked"} and "marks none of its tokens" in found.problems[0]
+    assert found.kinds == {0: "cannot be masked"} and found.text[0] == 0
 
 
 def test_an_error_nobody_thought_of_is_a_problem_of_its_sample(folder, processor, monkeypatch):
-    def refuse(source):
+    def refuse(source, exif):
         raise ZeroDivisionError("by zero") if source.endswith("b.png") else MemoryError
 
     monkeypatch.setattr("llava_fast.inputs.images.open_image", refuse)
@@ -190,6 +200,7 @@ def test_what_was_kept_serves_nothing_else(folder, processor, looked_at):
         (table, dataclasses.replace(processor, template=builtin_template("mistral_instruct")), "answers"),
         (table, dataclasses.replace(processor, geometry=tiny.pair("llava15").ours.processor.geometry), "answers"),
         (table, dataclasses.replace(processor, tokenizer=tiny.tokenizer(bos=False)), "answers"),
+        (table, processor, "original"),
         (table, None, "answers"),
         (table_of(folder, sample(question="Why?")), processor, "answers"),
     ]
