@@ -17,8 +17,16 @@ from llava_fast.models.kv_cache import KVCache
 from llava_fast.models.modules import is_plain
 from llava_fast.models.native_step import step_weights
 from llava_fast.models.rope import Rope
+from llava_fast.ops import add_rms_norm, backend, rms_norm, rope, swiglu
 from llava_fast.ops.decoder_step import decoder_step
 from llava_fast.ops.linear_cross_entropy import linear_cross_entropy
+
+
+def fuses(op: str, x: Tensor) -> bool:
+    """Whether a kernel is to run in place of PyTorch's steps. Backend "native" has none of these: it serves whole
+    decoding steps (see native_step). A graph that torch.compile traces fuses the steps itself."""
+    served = not torch.compiler.is_compiling() and backend.requested() in ("auto", "triton")
+    return served and backend.fuses(op, x.device.type)
 
 
 class RMSNorm(nn.Module):
@@ -30,6 +38,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if fuses("rms_norm", x):
+            return rms_norm(x, self.weight, self.eps)
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -54,7 +64,10 @@ class DecoderAttention(nn.Module):
             proj(x_RC).unflatten(-1, split) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         cos, sin = rotation
-        query_RHD, key_RKD = rotate(query_RHD, cos, sin), rotate(key_RKD, cos, sin)
+        if fuses("rope", x_RC):
+            query_RHD, key_RKD = rope(query_RHD, key_RKD, cos, sin, is_signed=True)
+        else:
+            query_RHD, key_RKD = rotate(query_RHD, cos, sin), rotate(key_RKD, cos, sin)
         return self.o_proj(attend(query_RHD, key_RKD, value_RKD, spans, self.layer, cache, self.window))
 
 
@@ -74,7 +87,8 @@ class DecoderMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(swiglu(gate, up) if fuses("swiglu", x) else F.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):
@@ -86,8 +100,14 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x_RC: Tensor, rotation: tuple[Tensor, Tensor], spans: Spans, cache: KVCache | None) -> Tensor:
-        x_RC = x_RC + self.self_attn(self.input_layernorm(x_RC), rotation, spans, cache)
-        return x_RC + self.mlp(self.post_attention_layernorm(x_RC))
+        norm = self.post_attention_layernorm
+        change_RC = self.self_attn(self.input_layernorm(x_RC), rotation, spans, cache)
+        if fuses("rms_norm", x_RC) and is_plain(norm, RMSNorm) and type(norm.weight) is nn.Parameter:
+            x_RC, normed_RC = add_rms_norm(x_RC, change_RC, norm.weight, norm.eps)
+        else:
+            x_RC = x_RC + change_RC
+            normed_RC = norm(x_RC)
+        return x_RC + self.mlp(normed_RC)
 
 
 _PLAIN = frozenset({RMSNorm, DecoderAttention, DecoderMLP, DecoderLayer, nn.Linear})
