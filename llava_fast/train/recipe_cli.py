@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -78,3 +78,41 @@ def from_args(
     else:
         output.write_text(text, encoding="utf-8")
         typer.echo(f"wrote {output}")
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe's file, or a name from `llava-fast recipe list`.")],
+    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs it would run on.")] = 8,
+    gpu: Annotated[
+        Literal["A100-40G", "A100-80G", "H100", "H100-PCIe", "H200"], typer.Option(help="Their kind.")
+    ] = "A100-80G",
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Samples of an epoch. Default: counted, if the data is here.")
+    ] = None,
+    tokens_per_sample: Annotated[
+        int | None, typer.Option(min=1, help="Decoder rows of a mean sample, images included (see `data check`).")
+    ] = None,
+    tiles_per_sample: Annotated[
+        int | None, typer.Option(min=0, help="Image tiles of a mean sample. Default: those of a 1024x768 image.")
+    ] = None,
+    share: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Share of the GPUs' peak that is thought to be reached.")
+    ] = 0.4,
+    set_: Annotated[
+        list[str], typer.Option("--set", "-s", help="Change a field: -s optimizer.learning_rate=1e-5; repeatable.")
+    ] = [],  # noqa: B006
+) -> None:
+    """Estimate memory per GPU and hours before anything is started, and say how each figure was calculated.
+
+    \b
+    llava-fast plan llava-1.5-stage2 --gpus 8 --samples 665298
+    llava-fast plan recipe.yaml --gpus 16 --gpu H100 --tokens-per-sample 2900
+
+    Only the model's config is read. No figure has been measured: compare the first steps of a run with it.
+    """
+    from llava_fast.train.cost import plan as estimate
+    from llava_fast.train.recipe import load_recipe
+
+    loaded = load_recipe(recipe, set_)
+    made = estimate(loaded, gpus, gpu, samples, tokens_per_sample, tiles_per_sample, share)
+    typer.echo(made.to_text())

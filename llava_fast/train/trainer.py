@@ -37,6 +37,7 @@ from llava_fast.inputs.processor import Prepared, Processor
 from llava_fast.models.batch import Batch
 from llava_fast.train.checkpoint import Checkpoints
 from llava_fast.train.data import read_sources
+from llava_fast.train.flops import Utilisation
 from llava_fast.train.lengths import Lengths, measure
 from llava_fast.train.loader import Loader, StepBatch
 from llava_fast.train.metrics import Metrics
@@ -138,6 +139,8 @@ class Trainer:
         self.total = loader.schedule.total
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
         self.schedule = build_schedule(self.optimizer, recipe.optimizer, self.total)
+        gpus = world.mesh.size() if world.mesh is not None else 1
+        self.utilisation = Utilisation(model, world.device, recipe.precision, recipe.tf32, gpus)
         self.checkpoints = Checkpoints(recipe.output / "checkpoints", recipe.checkpoints.keep)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.recent: deque[float] = deque(maxlen=_RECENT)
@@ -177,10 +180,9 @@ class Trainer:
         self.schedule.step()
         self.optimizer.zero_grad()
         seconds = time.perf_counter() - started + step_batch.wait
-        samples, rows = (
-            self.world.sum(torch.tensor([n], device=self.world.device)).item()
-            for n in (len(step_batch.names), sum(sum(made.plan.lengths) for made in step_batch.micro_batches))
-        )
+        plans = [made.plan for made in step_batch.micro_batches]
+        own = (len(step_batch.names), sum(sum(plan.lengths) for plan in plans), sum(map(self.utilisation.flops, plans)))
+        samples, rows, flops = self.world.sum(torch.tensor(own, dtype=torch.float64, device=self.world.device)).tolist()
         return {
             "step": step_batch.step + 1,
             "loss": value,
@@ -189,6 +191,7 @@ class Trainer:
             "supervised_tokens": tokens,
             "samples_per_second": samples / seconds,
             "tokens_per_second": rows / seconds,
+            "mfu": self.utilisation.share(flops, seconds),
             "data_wait": step_batch.wait,
             "peak_memory": self._peak_memory(),
         }

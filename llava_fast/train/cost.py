@@ -1,0 +1,374 @@
+"""What a run will cost, from its recipe and the model's shape alone: `llava-fast plan`.
+
+Nothing is measured and no weight is read. Every figure says how it was calculated, so that it can be checked by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from llava_fast.checkpoints.assemble import Assembly, describe
+from llava_fast.checkpoints.config import read_hf_config, read_json
+from llava_fast.checkpoints.hub import resolve
+from llava_fast.checkpoints.original import is_original, read_original_config
+from llava_fast.errors import DataError, RecipeError
+from llava_fast.inputs.anyres import image_rows
+from llava_fast.models.config import LlavaConfig
+from llava_fast.models.llava import LlavaModel
+from llava_fast.ops.linear_cross_entropy.chunked import CHUNK_BYTES
+from llava_fast.train.data import read_sources
+from llava_fast.train.flops import GPUS, Forward, forward_flops, peak_flops, step_flops
+from llava_fast.train.mixture import epoch_counts
+from llava_fast.train.optim import freeze, part_of
+from llava_fast.train.recipe import PARTS, Recipe
+
+KNOWN_DECODERS = Path(__file__).parent / "known_decoders.json"
+"""The shapes (config.json) of decoders that recipes name, for planning where there is no network."""
+
+USUAL_IMAGE = (768, 1024)
+"""Height and width of the image that a sample is thought to hold, unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of a plan: what it is, its value, and how that was calculated."""
+
+    what: str
+    value: float
+    unit: str
+    how: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a sample is thought to hold: decoder rows, image tiles, and rows that have a label."""
+
+    rows: int
+    tiles: int
+    supervised: int
+    how: str
+
+
+@dataclass(frozen=True)
+class CostPlan:
+    """Figures by section, in order; sums are in `total_memory` (bytes a GPU) and `hours` (None: not known)."""
+
+    sections: dict[str, list[Figure]]
+    total_memory: float
+    hours: float | None
+
+    def to_text(self) -> str:
+        lines = []
+        for title, figures in self.sections.items():
+            lines += ["", title] if lines else [title]
+            lines += [f"  {each.what:<30}{_shown(each.value, each.unit):>14}   {each.how}" for each in figures]
+        return "\n".join(lines)
+
+
+def plan(
+    recipe: Recipe,
+    gpus: int,
+    gpu: str = "A100-80G",
+    samples: int | None = None,
+    rows: int | None = None,
+    tiles: int | None = None,
+    share: float = 0.4,
+) -> CostPlan:
+    """What a recipe will cost on `gpus` GPUs of a kind (see flops.GPUS).
+
+    samples  of an epoch; default: the recipe's data is counted if it is here, else hours are not known.
+    rows     decoder rows of a mean sample, tiles: its image tiles; default: one 1024x768 image and a text.
+    share    of the GPU's peak that is thought to be reached; nothing has been measured yet.
+    Raises RecipeError for an unknown GPU, CheckpointError for a model that cannot be described.
+    """
+    if gpu not in GPUS:
+        raise RecipeError(f"no figures are known of a GPU {gpu!r}: choose one of {', '.join(GPUS)}")
+    config = config_of(recipe.model)
+    counts = count_parameters(config, recipe)
+    sample = _sample(config, recipe, rows, tiles)
+    if samples is None:
+        samples = _count_samples(recipe)
+    memory = _memory(config, recipe, counts, sample, gpus)
+    total = sum(each.value for each in memory)
+    fits = "fits" if total <= GPUS[gpu].memory else "DOES NOT FIT"
+    memory.append(Figure("all", total, "B", f"{fits} in the {_shown(GPUS[gpu].memory, 'B')} of an {gpu}"))
+    time, hours = _time(config, recipe, counts, sample, samples, gpus, gpu, share)
+    sections = {
+        "Parameters": _parameters(counts),
+        "A sample": [
+            Figure("decoder rows", sample.rows, "", sample.how),
+            Figure("image tiles", sample.tiles, "", f"of {config.vision.image_size} pixels"),
+        ],
+        f"Memory of each of {gpus} GPUs": memory,
+        "Time": time,
+    }
+    return CostPlan(sections, total, hours)
+
+
+def config_of(model: str | Assembly) -> LlavaConfig:
+    """The shape of a recipe's model. Of a Hub repository only the small files are fetched; of decoders that recipes
+    name, none. Raises CheckpointError."""
+    if isinstance(model, Assembly):
+        known = json.loads(KNOWN_DECODERS.read_text(encoding="utf-8"))
+        here = Path(model.decoder).expanduser()
+        if not here.is_dir() and here.name in known:
+            return describe(model, known[here.name], here)[0]
+        path = resolve(model.decoder, only=["*.json"])
+        return describe(model, read_json(path / "config.json"), path)[0]
+    path = resolve(model, only=["*.json"])
+    original = is_original(read_json(path / "config.json"))
+    return read_original_config(path)[0] if original else read_hf_config(path)
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters by part: all and trained ones; those of the adapters; and of the largest units of sharding."""
+
+    all: dict[str, int]
+    trained: dict[str, int]
+    adapters: int
+    layer: int  # one decoder layer
+    outside: int  # of decoder layers and tower: embedding, head, projector
+    head: int
+
+
+def count_parameters(config: LlavaConfig, recipe: Recipe) -> ParameterCounts:
+    """Counted in a model without storage, frozen as the recipe says. Raises RecipeError for what matches nothing."""
+    with torch.device("meta"):
+        model = LlavaModel(config)
+    freeze(model, recipe)
+    everything, trained = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        everything[part_of(name)] += parameter.numel()
+        trained[part_of(name)] += parameter.numel() * parameter.requires_grad
+    adapters = 0
+    if recipe.lora is not None:
+        for name, module in model.decoder.named_modules():
+            if name.rpartition(".")[2] in recipe.lora.targets and isinstance(module, torch.nn.Linear):
+                adapters += recipe.lora.rank * (module.in_features + module.out_features)
+    layer = sum(parameter.numel() for parameter in model.decoder.layers[0].parameters())
+    layers = layer * config.decoder.num_layers
+    return ParameterCounts(
+        everything,
+        trained,
+        adapters,
+        layer,
+        outside=everything["decoder"] - layers + everything["projector"],
+        head=config.decoder.vocab_size * config.decoder.hidden_size,
+    )
+
+
+def _parameters(counts: ParameterCounts) -> list[Figure]:
+    figures = [Figure(part, counts.all[part], "", f"{_shown(counts.trained[part], '')} trained") for part in PARTS]
+    if counts.adapters:
+        figures.append(Figure("adapters", counts.adapters, "", "rank x (in + out) of each target; all trained"))
+    return figures
+
+
+def _sample(config: LlavaConfig, recipe: Recipe, rows: int | None, tiles: int | None) -> Sample:
+    visual = image_rows(config.geometry, *USUAL_IMAGE)
+    plain = recipe.data.template in ("plain", "v0_plain")
+    text = 40 if plain else 250
+    supervised = text if plain else text // 2
+    pair = supervised if recipe.dpo is not None else 0
+    if rows is None:
+        rows = len(visual) + text + pair
+        how = f"assumed: {len(visual)} of a 1024x768 image, {text} of text" + f", {pair} of a second answer" * bool(
+            pair
+        )
+    else:
+        how = "as given"
+    if recipe.data.max_length is not None and rows > recipe.data.max_length:
+        rows, how = recipe.data.max_length, f"max_length ({how} {rows})"
+    return Sample(rows, visual.tiles if tiles is None else tiles, min(supervised + pair, rows), how)
+
+
+def _count_samples(recipe: Recipe) -> int | None:
+    """Samples of an epoch, if the data is here."""
+    try:
+        table = read_sources(recipe.data.sources)
+    except DataError:
+        return None
+    sizes = np.bincount(table.source_of, minlength=len(recipe.data.sources))
+    return int(epoch_counts(sizes, recipe.data.sources, recipe.data.mixing).sum())
+
+
+def _memory(config: LlavaConfig, recipe: Recipe, counts: ParameterCounts, sample: Sample, gpus: int) -> list[Figure]:
+    """Bytes of one GPU, item by item."""
+    kind, narrow = _kind(recipe, gpus), 2 if recipe.precision == "bfloat16" else 4
+    trained = sum(counts.trained.values()) + counts.adapters
+    everything = sum(counts.all.values()) + counts.adapters
+    tower_runs_alone = not counts.trained["vision_tower"]
+    state = 8 if recipe.optimizer.states == "float32" else 2
+    if kind == "fsdp2":
+        whole = counts.all["vision_tower"] if tower_runs_alone else 0
+        figures = [
+            Figure("weights, sharded", 4 * (everything - whole) / gpus, "B", f"4 bytes each, over {gpus} GPUs"),
+            Figure("frozen tower", narrow * whole, "B", f"{narrow} bytes each, whole on every GPU"),
+            Figure("gradients", 4 * trained / gpus, "B", f"4 bytes of each trained weight, over {gpus} GPUs"),
+            Figure("AdamW", state * trained / gpus, "B", f"{state} bytes of each trained weight, over {gpus} GPUs"),
+            _gathered(recipe, counts, narrow, tower_runs_alone),
+        ]
+    else:
+        figures = [
+            Figure("trained weights", 4 * trained, "B", "float32"),
+            Figure("frozen weights", narrow * (everything - trained), "B", f"{narrow} bytes each"),
+            Figure("gradients", 4 * trained, "B", "float32"),
+            Figure("AdamW", state * trained, "B", f"{state} bytes of each trained weight"),
+        ]
+        if kind == "ddp":
+            figures.append(Figure("DDP's buckets", 4 * trained, "B", "a second copy of the gradients"))
+        if narrow == 2:
+            figures.append(Figure("weights in bfloat16", 2 * trained, "B", "autocast keeps them for a forward pass"))
+    rows, how = _micro_batch(config, recipe, sample)
+    tiles = math.ceil(rows / sample.rows * sample.tiles)
+    figures += _activations(config, recipe, counts, rows, tiles, how, narrow)
+    chunk = CHUNK_BYTES * (2 + narrow / 4)
+    gradient = 4 * counts.head if counts.trained["decoder"] else 0
+    figures += [
+        Figure(
+            "loss",
+            chunk + gradient,
+            "B",
+            "a chunk of logits and its gradient" + ", the head's in float32" * bool(gradient),
+        ),
+        Figure("CUDA, NCCL, fragments", 2 * 2**30, "B", "assumed"),
+    ]
+    return [each for each in figures if each.value]
+
+
+def _gathered(recipe: Recipe, counts: ParameterCounts, narrow: int, tower_runs_alone: bool) -> Figure:
+    tensor = recipe.parallel.tensor
+    units = counts.outside + 2 * counts.layer / tensor
+    units += 0 if tower_runs_alone else counts.all["vision_tower"]
+    gradients = 4 * max(counts.outside * bool(counts.trained["decoder"]), counts.layer / tensor)
+    how = "embedding, head, projector, two decoder layers; the largest unit's gradients in float32"
+    return Figure("gathered weights", narrow * units + gradients, "B", how)
+
+
+def _kind(recipe: Recipe, gpus: int) -> str:
+    kind = recipe.parallel.kind
+    return "none" if gpus == 1 else "fsdp2" if kind == "auto" else kind
+
+
+def _micro_batch(config: LlavaConfig, recipe: Recipe, sample: Sample) -> tuple[int, str]:
+    """Decoder rows that a GPU runs at once."""
+    longest = recipe.data.max_length or config.decoder.context_length
+    if recipe.data.batching == "packed":
+        if recipe.micro_batch_rows is not None:
+            return recipe.micro_batch_rows, f"{recipe.micro_batch_rows:,} rows (micro_batch_rows)"
+        return longest, f"{longest:,} rows (a longest sample)"
+    rows = recipe.micro_batch * sample.rows
+    return rows, f"{rows:,} rows: {recipe.micro_batch} samples of a mean length, and more where longer ones meet"
+
+
+def _activations(
+    config: LlavaConfig, recipe: Recipe, counts: ParameterCounts, rows: int, tiles: int, how: str, narrow: int
+) -> list[Figure]:
+    """What is kept of a forward pass, and what the layer at work holds."""
+    decoder, vision = config.decoder, config.vision
+    width, heads, kv = (
+        decoder.hidden_size,
+        decoder.num_heads * decoder.head_dim,
+        decoder.num_kv_heads * decoder.head_dim,
+    )
+    inner = 4 * decoder.intermediate_size  # gate, up, silu(gate), their product
+    whole = 8 * width + narrow * (4 * width + 2 * heads + 2 * kv + inner)  # two norms keep their inputs in float32
+    products = narrow * (2 * width + 2 * heads + 2 * kv + 2 * decoder.intermediate_size)
+    kept, what = {
+        "none": (whole, "all that a layer's backward pass reads"),
+        "layers": (narrow * width, "each layer's input"),
+        "selective": (products, "each layer's input and products"),
+    }[recipe.recompute]
+    figures = [Figure("decoder, kept", decoder.num_layers * rows * kept, "B", f"{what}, {how}")]
+    if recipe.recompute != "none":
+        figures.append(Figure("decoder, at work", rows * whole, "B", "one layer, run again"))
+    patches = tiles * (vision.patches_per_tile + vision.has_class_row)
+    layer = narrow * (8 * vision.hidden_size + 2 * vision.intermediate_size)
+    if counts.trained["vision_tower"]:
+        each = layer if recipe.recompute == "none" else narrow * vision.hidden_size
+        figures.append(Figure("tower, kept", vision.layers_needed * patches * each, "B", f"{tiles:,} tiles"))
+    figures.append(Figure("tower, at work", patches * layer, "B", f"one layer over {tiles:,} tiles"))
+    pixels = 3 * vision.image_size**2
+    figures.append(Figure("tiles", tiles * pixels, "B", "uint8 pixels"))
+    return figures
+
+
+def _time(
+    config: LlavaConfig,
+    recipe: Recipe,
+    counts: ParameterCounts,
+    sample: Sample,
+    samples: int | None,
+    gpus: int,
+    gpu: str,
+    share: float,
+) -> tuple[list[Figure], float | None]:
+    trained = {part for part in PARTS if counts.trained[part]}
+    shape = ([sample.rows], sample.tiles)
+    forward = forward_flops(config, *shape, sample.supervised)
+    model = step_flops(config, *shape, trained, sample.supervised, adapters=counts.adapters)
+    again = _recomputed(forward, recipe, bool(counts.trained["vision_tower"]))
+    peak = peak_flops(GPUS[gpu], recipe.precision, recipe.tf32)
+    speed = gpus * peak * share
+    step = recipe.batch_size * (model + again)
+    figures = [
+        Figure(
+            "forward pass of a sample", sum(forward), "FLOP", "2 a weight and row; attention 4 x width a pair of rows"
+        ),
+        Figure("training on a sample", model, "FLOP", "and the backward pass, as far back as anything is trained"),
+        Figure("run again for it", again, "FLOP", f"recompute: {recipe.recompute}, and the loss's logits"),
+        Figure("a step", step, "FLOP", f"{recipe.batch_size} samples"),
+        Figure("reached", speed, "FLOP/s", f"assumed: {share:.0%} of {gpus} x {peak / 1e12:.0f} TFLOP/s ({gpu})"),
+        Figure("a step", step / speed, "s", "the two figures above"),
+    ]
+    if recipe.steps is None and samples is None:
+        figures.append(Figure("hours", math.nan, "", "not known: the data is not here; give --samples"))
+        return figures, None
+    steps = math.ceil(math.ceil(samples / recipe.batch_size) * recipe.epochs) if samples is not None else math.inf
+    steps = min(steps, recipe.steps or math.inf)
+    hours = steps * step / speed / 3600
+    how = f"{samples:,} samples x {recipe.epochs:g} epochs" if samples is not None else "the recipe's steps"
+    figures.append(Figure("steps", steps, "", how))
+    if recipe.dpo is not None and recipe.dpo.reference == "precomputed" and samples is not None:
+        first = samples * sum(forward) / speed / 3600
+        figures.append(Figure("the reference", first, "h", "one forward pass over all pairs"))
+        hours += first
+    figures.append(Figure("hours", hours, "h", "at this speed, if data and network keep up"))
+    return figures, hours
+
+
+def _recomputed(forward: Forward, recipe: Recipe, tower_trained: bool) -> float:
+    """Operations that are done a second time for the backward pass: not counted as the model's."""
+    again = forward.head  # see ops.linear_cross_entropy
+    if recipe.recompute == "layers":
+        again += forward.decoder + forward.decoder_attention
+        again += (forward.tower + forward.tower_attention) * tower_trained
+    if recipe.recompute == "selective":
+        again += forward.decoder_attention + forward.tower_attention * tower_trained
+    return again
+
+
+_SCALES: dict[str, Callable[[float], str]] = {
+    "B": lambda value: f"{value / 2**30:,.1f} GiB" if value >= 2**28 else f"{value / 2**20:,.0f} MiB",
+    "s": lambda value: f"{value:,.2f} s",
+    "h": lambda value: f"{value:,.1f} h",
+}
+
+
+def _shown(value: float, unit: str) -> str:
+    if unit in _SCALES:
+        return _SCALES[unit](value)
+    if math.isnan(value):
+        return "?"
+    for size, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= size:
+            return f"{value / size:,.2f} {letter}{unit}"
+    return f"{value:,.0f} {unit}".rstrip()

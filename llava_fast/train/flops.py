@@ -1,0 +1,196 @@
+"""Floating-point operations of a training step, and what GPUs can do: arithmetic on a model's shape.
+
+A product of [m, k] and [k, n] is 2 m k n operations. What is recomputed is not counted, as Chowdhery et al. 2022 (PaLM)
+define the utilisation of a model (MFU). Peaks are those of dense bfloat16 products in NVIDIA's data sheets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+import torch
+
+from llava_fast.inputs.plan import TokenPlan
+from llava_fast.models.config import DecoderConfig, LlavaConfig, VisionConfig
+from llava_fast.models.llava import LlavaModel
+from llava_fast.train.optim import part_of
+
+
+class Gpu(NamedTuple):
+    """A kind of GPU: dense bfloat16 and TF32 products (FLOP/s), float32 ones without tensor cores, memory (bytes)."""
+
+    bfloat16: float
+    tf32: float
+    float32: float
+    memory: float
+
+
+_GIB = 2**30
+GPUS = {
+    "A100-40G": Gpu(312e12, 156e12, 19.5e12, 40 * _GIB),
+    "A100-80G": Gpu(312e12, 156e12, 19.5e12, 80 * _GIB),
+    "H100": Gpu(989e12, 494e12, 67e12, 80 * _GIB),
+    "H100-PCIe": Gpu(756e12, 378e12, 51e12, 80 * _GIB),
+    "H200": Gpu(989e12, 494e12, 67e12, 141e9),
+}
+
+
+def known_gpu(device_name: str) -> Gpu | None:
+    """A GPU by the name that CUDA gives it ("NVIDIA A100-SXM4-80GB"); None for one that is not in the table."""
+    name = device_name.upper()
+    if "H100" in name:
+        return GPUS["H100-PCIe"] if "PCIE" in name else GPUS["H100"] if "NVL" not in name else None
+    if "H200" in name:
+        return GPUS["H200"] if "NVL" not in name else None
+    if "A100" in name:
+        return GPUS["A100-40G"] if "40GB" in name else GPUS["A100-80G"]
+    return None
+
+
+def peak_flops(gpu: Gpu | None, precision: str, tf32: bool = True) -> float | None:
+    """FLOP/s of matrix products in a recipe's precision; None for a GPU that is not known."""
+    if gpu is None:
+        return None
+    return gpu.bfloat16 if precision == "bfloat16" else gpu.tf32 if tf32 else gpu.float32
+
+
+class Forward(NamedTuple):
+    """Operations of one forward pass, by what decides whether the backward pass repeats them."""
+
+    tower: float  # products with weights
+    tower_attention: float
+    projector: float
+    decoder: float  # products with weights
+    decoder_attention: float
+    head: float
+
+
+def forward_flops(
+    config: LlavaConfig, lengths: Iterable[int], tiles: int, supervised: int | None = None, projected: int | None = None
+) -> Forward:
+    """Operations of a forward pass over sequences of these lengths (decoder rows, visual ones included).
+
+    tiles       image tiles that the tower runs on.
+    supervised  rows that the head runs on; default: all.
+    projected   rows that the projector runs on; default: all that the tower makes.
+    """
+    lengths = list(lengths)
+    rows, vision, decoder = sum(lengths), config.vision, config.decoder
+    patches = tiles * vision.patches_per_tile
+    return Forward(
+        tower=_tower(vision, tiles),
+        tower_attention=4.0
+        * tiles
+        * (vision.patches_per_tile + vision.has_class_row) ** 2
+        * vision.hidden_size
+        * vision.layers_needed,
+        projector=2.0 * projector_weights(config) * (patches if projected is None else projected),
+        decoder=2.0 * rows * decoder.num_layers * layer_weights(decoder),
+        decoder_attention=_attention(decoder, lengths),
+        head=2.0 * decoder.vocab_size * decoder.hidden_size * (rows if supervised is None else supervised),
+    )
+
+
+def step_flops(
+    config: LlavaConfig,
+    lengths: Iterable[int],
+    tiles: int,
+    trained: Collection[str],
+    supervised: int | None = None,
+    projected: int | None = None,
+    adapters: int = 0,
+) -> float:
+    """Operations of a training step, forward and backward, over sequences of these lengths.
+
+    trained   parts with weights that are trained: "vision_tower", "projector", "decoder". A part that is trained in
+              part counts as trained.
+    adapters  weights of LoRA adapters on the decoder.
+    The rest as for `forward_flops`. What lies behind everything that is trained has no backward pass; what is frozen
+    in front of it passes gradients on, and makes none for its weights.
+    """
+    lengths = list(lengths)
+    forward = forward_flops(config, lengths, tiles, supervised, projected)
+    tower, projector, decoder = (part in trained for part in ("vision_tower", "projector", "decoder"))
+    through_projector = tower or projector
+    through_decoder = float(bool(through_projector or decoder or adapters))
+    return (
+        forward.tower * (1 + 2 * tower)
+        + forward.tower_attention * (1 + 2 * tower)
+        + forward.projector * (1 + projector + tower)
+        + forward.projector * _behind_first(config) * (projector and not tower)
+        + (forward.decoder + forward.head) * (1 + through_decoder + decoder)
+        + forward.decoder_attention * (1 + 2 * through_decoder)
+        + 6.0 * sum(lengths) * adapters
+    )
+
+
+def layer_weights(config: DecoderConfig) -> int:
+    """Weights of the matrices of one decoder layer."""
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return config.hidden_size * (2 * heads + 2 * kv_heads + 3 * config.intermediate_size)
+
+
+def projector_weights(config: LlavaConfig) -> int:
+    """Weights of the projector's matrices."""
+    projector = config.projector
+    if projector.kind == "identity":
+        return 0
+    depth = 1 if projector.kind == "linear" else projector.depth
+    return projector.out_features * (projector.in_features + (depth - 1) * projector.out_features)
+
+
+def _behind_first(config: LlavaConfig) -> float:
+    """Share of the projector's products behind its first layer, which pass gradients on to that."""
+    first = config.projector.in_features * config.projector.out_features
+    weights = projector_weights(config)
+    return 1 - first / weights if weights else 0.0
+
+
+def _tower(config: VisionConfig, tiles: int) -> float:
+    """Patch embedding and the products of the layers that run."""
+    rows = config.patches_per_tile + config.has_class_row
+    layer = config.hidden_size * (4 * config.hidden_size + 2 * config.intermediate_size)
+    embedding = 3 * config.patch_size**2 * config.hidden_size
+    return 2.0 * tiles * (config.patches_per_tile * embedding + rows * config.layers_needed * layer)
+
+
+def _attention(config: DecoderConfig, lengths: list[int]) -> float:
+    """Both products of causal attention: each row with itself and the rows before it, or its window of them."""
+    pairs = 0
+    for layer in range(config.num_layers):
+        window = config.window_of(layer)
+        pairs += sum(_pairs(length, window) for length in lengths)
+    return 4.0 * config.num_heads * config.head_dim * pairs
+
+
+def _pairs(length: int, window: int | None) -> int:
+    seen = min(length, window or length)
+    return seen * (seen + 1) // 2 + (length - seen) * seen
+
+
+class Utilisation:
+    """What share of its GPUs' peak a trainer reaches (MFU).
+
+    model is the one that is trained, frozen as it will be; gpus is how many share a step.
+    """
+
+    def __init__(self, model: LlavaModel, device: torch.device, precision: str, tf32: bool, gpus: int) -> None:
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.config = model.config
+        self.trained = {part_of(name) for name in trained if "lora_" not in name}
+        self.adapters = sum(parameter.numel() for name, parameter in trained.items() if "lora_" in name)
+        gpu = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        peak = peak_flops(gpu, precision, tf32)
+        self.peak = None if peak is None else peak * gpus
+
+    def flops(self, plan: TokenPlan) -> float:
+        """Operations of training on one micro-batch."""
+        supervised, projected = len(plan.column("supervised_row")), len(plan.column("kept"))
+        return step_flops(
+            self.config, plan.lengths, plan.tiles, self.trained, supervised, projected, adapters=self.adapters
+        )
+
+    def share(self, flops: float, seconds: float) -> float | None:
+        """MFU of so many operations, of all processes, in so many seconds; None where the peak is not known."""
+        return None if self.peak is None else flops / (seconds * self.peak)
