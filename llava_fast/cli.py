@@ -144,22 +144,27 @@ def chat(
         typer.echo(answer.text)
 
 
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe: a YAML file, such as the one above.")]
+Changes = Annotated[
+    list[str], typer.Option("--set", "-s", help="Change a field: -s optimizer.learning_rate=1e-5; repeatable.")
+]
+Resume = Annotated[bool, typer.Option(help="Go on from the newest checkpoint in the recipe's output, if there is one.")]
+
+
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe: a YAML file, such as the one above.")],
-    set_: Annotated[
-        list[str], typer.Option("--set", "-s", help="Change a field: -s optimizer.learning_rate=1e-5; repeatable.")
-    ] = [],  # noqa: B006
-    resume: Annotated[
-        bool, typer.Option(help="Go on from the newest checkpoint in the recipe's output, if there is one.")
-    ] = True,
+    recipe: RecipeFile,
+    set_: Changes = [],  # noqa: B006
+    resume: Resume = True,
 ) -> None:
     """Train a model on LLaVA-format data, as a recipe says. Killed at any moment, the same command goes on.
 
     \b
     model: llava-hf/llava-1.5-7b-hf
     output: runs/mine
-    trainable: [projector, decoder]
+    trainable:
+      - projector
+      - decoder
     data:
       sources: [{path: data.json, images: images/}]
     optimizer: {learning_rate: 2e-5}
@@ -172,6 +177,44 @@ def train(
 
     from llava_fast.train.recipe import load_recipe
     from llava_fast.train.trainer import train as run
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    loaded = load_recipe(recipe, set_)
+    typer.echo(f"the trained model is in {run(loaded, resume)}")
+
+
+@app.command()
+def dpo(
+    recipe: RecipeFile,
+    set_: Changes = [],  # noqa: B006
+    resume: Resume = True,
+) -> None:
+    """Teach a model which of two answers is preferred (DPO), as a recipe says. Killed, the same command goes on.
+
+    \b
+    model: llava-hf/LLaVA-NeXT-Video-7B-hf
+    output: runs/preferred
+    trainable:
+      - projector
+      - decoder
+    dpo: {beta: 0.1}
+    data:
+      sources: [{path: pairs.jsonl, images: frames/}]
+    optimizer: {learning_rate: 5e-7, schedule: linear, warmup: 0.1}
+    batch_size: 128
+
+    A line of pairs.jsonl, with "image" or "video", or neither:
+
+    \b
+    {"id": 7, "image": "7.jpg", "prompt": "What is this?", "chosen": "A red cup.", "rejected": "A dog."}
+
+    The starting model's log-probabilities are computed first and kept in the output's references/. Watch reward_margin
+    and reward_accuracy in metrics.jsonl go up.
+    """
+    import logging
+
+    from llava_fast.train.preference import dpo as run
+    from llava_fast.train.recipe import load_recipe
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     loaded = load_recipe(recipe, set_)

@@ -28,11 +28,13 @@ Logits = Literal["last", "supervised", "all", "none"]
 @dataclass(frozen=True)
 class LlavaOutput:
     """`logits` [rows asked for, vocabulary] (None if "none" was asked for) and, when the plan has labels, the mean
-    `loss` over supervised rows; with "none" also each one's own, `losses` [supervised rows] float32."""
+    `loss` over supervised rows; with "none" also each one's own, `losses` [supervised rows] float32, and the decoder's
+    `inputs_embeds` [rows, width]."""
 
     logits: Tensor | None
     loss: Tensor | None = None
     losses: Tensor | None = None
+    inputs_embeds: Tensor | None = None
 
 
 class LlavaModel(nn.Module):
@@ -69,11 +71,13 @@ class LlavaModel(nn.Module):
             raise RequestError("this model has no processor: build it with llava_fast.load, or pass one to LlavaModel")
         return Batch.from_prepared(self.processor.prepare(requests, labels, layout), self.device)
 
-    def forward(self, batch: Batch, logits: Logits | None = None) -> LlavaOutput:
+    def forward(self, batch: Batch, logits: Logits | None = None, inputs_embeds: Tensor | None = None) -> LlavaOutput:
         """Logits of the rows asked for: each sequence's "last" (the default without labels), the "supervised" ones
         (the default with labels; the loss is over these), or "all" ([sequences, rows, vocabulary] if padded). "none"
         is for training: losses alone, and no table of logits is ever made (ops.linear_cross_entropy); it also takes a
         batch of no sequences, whose loss is 0, for a process that has nothing to do in a step.
+
+        inputs_embeds  what another pass over the batch made of it, so that tower and projector need not run again.
 
         Raises ValueError for an unknown choice, or for "supervised" or "none" on a batch without labels.
         """
@@ -83,11 +87,12 @@ class LlavaModel(nn.Module):
         idle = logits == "none" and not batch.plan.lengths
         if logits in ("supervised", "none") and not batch.plan.has_labels and not idle:
             raise ValueError("no row of this batch is supervised: prepare it with labels=True and an assistant's turn")
-        hidden_RC = self.hidden_states(self.inputs_embeds(batch), batch, batch.spans())
+        inputs_RC = self.inputs_embeds(batch) if inputs_embeds is None else inputs_embeds
+        hidden_RC = self.hidden_states(inputs_RC, batch, batch.spans())
         if logits == "none":
             rows, target = batch.column("supervised_row").long(), batch.column("supervised_target")
             losses = self.decoder.losses(hidden_RC[rows], target)
-            return LlavaOutput(None, losses.sum() / max(len(losses), 1), losses)
+            return LlavaOutput(None, losses.sum() / max(len(losses), 1), losses, inputs_RC)
         every = self.decoder.logits(hidden_RC) if logits == "all" else None
         supervised = loss = None
         if batch.plan.has_labels:

@@ -73,7 +73,7 @@ class Loader:
         self.recipe, self.lengths, self.schedule = recipe, lengths, schedule
         self.processes, self.rank = processes, rank
         layout: Layout = "packed" if recipe.data.batching == "packed" else "padded"
-        self.micro_batches = MicroBatches(table, processor, recipe.data.label_mask, layout)
+        self.micro_batches: Dataset = MicroBatches(table, processor, recipe.data.label_mask, layout)
         self.most_rows = recipe.micro_batch_rows or processor.max_rows or int(np.max(self.rows(range(len(table)))))
 
     def rows(self, samples) -> np.ndarray:

@@ -124,6 +124,17 @@ class Recipe(_Section):
             raise ValueError("`lora` freezes the decoder's own weights: leave `decoder` out of `trainable`")
         if self.data.batching == "packed" and self.loss_average == "micro_batch":
             raise ValueError("`loss_average: micro_batch` is the original's, which pads: use `batching: grouped`")
+        if self.dpo is not None:
+            kept = (self.data.batching, self.data.too_long, self.data.label_mask, self.loss_average)
+            if kept != ("packed", "drop", "answers", "step"):
+                raise ValueError(
+                    "`dpo` goes with data.batching: packed, data.too_long: drop, data.label_mask: answers and "
+                    "loss_average: step"
+                )
+            if self.dpo.reference == "base" and self.lora is None:
+                raise ValueError(
+                    "`dpo.reference: base` is the model without its adapters: give `lora`, or `precomputed`"
+                )
         return self
 
 

@@ -16,12 +16,13 @@ import resource
 import statistics
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -31,12 +32,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 
 import llava_fast
-from llava_fast.errors import DataError, TrainingError
+from llava_fast.errors import DataError, RecipeError, TrainingError
 from llava_fast.generation.llava import Llava
 from llava_fast.inputs.processor import Prepared, Processor
 from llava_fast.models.batch import Batch
+from llava_fast.models.llava import LlavaOutput
 from llava_fast.train.checkpoint import Checkpoints
-from llava_fast.train.data import read_sources
+from llava_fast.train.data import SampleTable, read_sources
 from llava_fast.train.flops import Utilisation
 from llava_fast.train.lengths import Lengths, measure
 from llava_fast.train.loader import Loader, StepBatch
@@ -51,17 +53,18 @@ logger = logging.getLogger("llava_fast.train")
 _RECENT = 50  # steps that a spike is judged by
 
 
-def train(recipe: Recipe, resume: bool = True) -> Path:
+def train(recipe: Recipe, resume: bool = True, build: Callable[[Recipe, Llava, World], Trainer] | None = None) -> Path:
     """Run a recipe to its end and export the model; returns the model's directory (`output`/model).
 
     resume  go on from the newest checkpoint in the recipe's output, if there is one. False refuses to run over it.
+    build   makes the trainer; default: one over the recipe's samples (preference tuning has its own).
     Raises RecipeError, DataError or CheckpointError before the first step, TrainingError when a run must stop.
     """
     world = join_world(recipe.parallel)
     torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
     torch.backends.cudnn.allow_tf32 = recipe.tf32
     model = load_model(recipe, world)
-    trainer = Trainer(recipe, model, build_loader(recipe, model.processor, world), world)
+    trainer = (build or build_trainer)(recipe, model, world)
     trainer.run(resume)
     return trainer.export()
 
@@ -78,9 +81,25 @@ def load_model(recipe: Recipe, world: World) -> Llava:
     return model.train()
 
 
+def build_trainer(recipe: Recipe, model: Llava, world: World) -> Trainer:
+    """A trainer over the recipe's samples. Raises RecipeError for a recipe of preference tuning."""
+    if recipe.dpo is not None:
+        raise RecipeError("the recipe has a section `dpo`: run `llava-fast dpo`, or leave the section out")
+    return Trainer(recipe, model, build_loader(recipe, model.processor, world), world)
+
+
 def build_loader(recipe: Recipe, processor: Processor, world: World) -> Loader:
     """The recipe's data, measured once and scheduled. Raises DataError, with what is wrong, before any training."""
     table = read_sources(recipe.data.sources)
+    lengths = measure_together(recipe, table, processor, world)
+    usable = usable_samples(recipe, lengths, processor)
+    single = dataclasses.replace(processor, threads=1)  # workers are the parallelism
+    schedule = schedule_of(recipe, table, usable)
+    return Loader(recipe, table, lengths, schedule, single, world.size, world.rank)
+
+
+def measure_together(recipe: Recipe, table: SampleTable, processor: Processor, world: World) -> Lengths:
+    """The lengths of all samples."""
     if not world.first:
         world.together()  # the first process measures, the others read what it found
     lengths = measure(
@@ -94,16 +113,18 @@ def build_loader(recipe: Recipe, processor: Processor, world: World) -> Loader:
     )
     if world.first:
         world.together()
-    usable = usable_samples(recipe, lengths, processor)
+    return lengths
+
+
+def schedule_of(recipe: Recipe, table: SampleTable, usable: np.ndarray) -> Schedule:
+    """Which of the usable samples (bool [samples]) each step takes."""
 
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
         numbers = epoch_order(table.source_of, recipe.data.sources, recipe.data.mixing, epoch, recipe.seed)
         return numbers[usable[numbers]]
 
-    schedule = Schedule.of(order, recipe.batch_size, recipe.epochs, recipe.steps)
-    single = dataclasses.replace(processor, threads=1)  # workers are the parallelism
-    return Loader(recipe, table, lengths, schedule, single, world.size, world.rank)
+    return Schedule.of(order, recipe.batch_size, recipe.epochs, recipe.steps)
 
 
 def usable_samples(recipe: Recipe, lengths: Lengths, processor: Processor) -> np.ndarray:
@@ -164,7 +185,7 @@ class Trainer:
         or the gradient is not finite, or the loss has jumped."""
         started = time.perf_counter()
         torch.manual_seed(hash((self.recipe.seed, step_batch.step, self.world.rank)))  # so a resumed step is the same
-        counted = torch.tensor([sum(_supervised(made) for made in step_batch.micro_batches)], device=self.world.device)
+        counted = torch.tensor([sum(self._count(made) for made in step_batch.micro_batches)], device=self.world.device)
         tokens = int(self.world.sum(counted))
         micro = max(len(step_batch.micro_batches), 1)
         loss = torch.zeros(1, device=self.world.device)
@@ -199,13 +220,17 @@ class Trainer:
     def _loss(self, batch: Batch, tokens: int, micro_batches: int) -> Tensor:
         """This micro-batch's part of the step's loss, times the number of processes (gradients are averaged over
         them)."""
-        precision = getattr(torch, self.recipe.precision)
-        cast = precision != torch.float32 and not isinstance(self.model, FSDPModule)  # which casts by itself
-        with torch.autocast(self.world.device.type, precision, enabled=cast):
-            losses = self.model(batch, logits="none").losses
+        losses = self._forward(batch).losses
         if self.recipe.loss_average == "micro_batch":
             return losses.sum() / max(len(losses), 1) / micro_batches
         return losses.sum() * (self.world.size / max(tokens, 1))
+
+    def _forward(self, batch: Batch, **options: Any) -> LlavaOutput:
+        return forward(self.model, batch, self.recipe.precision, **options)
+
+    def _count(self, prepared: Prepared) -> int:
+        """What of a micro-batch the loss is a mean over: supervised tokens."""
+        return len(prepared.plan.column("supervised_row"))
 
     def _check(self, loss: float, norm: float, step_batch: StepBatch) -> None:
         usual = statistics.median(self.recent) if len(self.recent) == _RECENT else None
@@ -281,5 +306,9 @@ class Trainer:
         return path
 
 
-def _supervised(prepared: Prepared) -> int:
-    return len(prepared.plan.column("supervised_row"))
+def forward(model: nn.Module, batch: Batch, precision: str, **options: Any) -> LlavaOutput:
+    """A model's losses on a batch, in the precision asked for."""
+    dtype = getattr(torch, precision)
+    cast = dtype != torch.float32 and not isinstance(model, FSDPModule)  # which casts by itself
+    with torch.autocast(batch.flat.device.type, dtype, enabled=cast):
+        return model(batch, logits="none", **options)

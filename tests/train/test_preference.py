@@ -1,0 +1,291 @@
+"""Preference tuning: the loss against two passes, the reference in both forms, and runs that move preferences."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import yaml
+from PIL import Image
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+import llava_fast
+from llava_fast.cli import app
+from llava_fast.errors import DataError, RecipeError
+from llava_fast.models.batch import Batch
+from llava_fast.train import preference
+from llava_fast.train.metrics import FILE, read_metrics
+from llava_fast.train.parallel import World
+from llava_fast.train.preference import adapters_off, build_trainer, dpo
+from llava_fast.train.trainer import load_model, train
+
+ALONE = World(0, 1, torch.device("cpu"))
+ANSWERS = ["a red cup", "two green cups near a table", "nothing", "a small box on the table", "the red box says hello"]
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory):
+    """12 pairs: of two answers, the one earlier in ANSWERS is preferred. Some have an image, some share first words."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(0)
+    with (folder / "pairs.jsonl").open("w") as file:
+        for number in range(12):
+            better, worse = sorted(rng.choice(len(ANSWERS), 2, replace=False))
+            pair = {"id": f"pair-{number}", "prompt": "what is near?", "chosen": ANSWERS[better]}
+            pair["rejected"] = ANSWERS[worse] if number % 3 else f"{ANSWERS[better]} {ANSWERS[worse]}"
+            if number % 4:
+                pair["image"] = f"{number}.png"
+                size = [int(side) for side in rng.integers(30, 130, 2)]
+                Image.fromarray(tiny.picture(*size, seed=number)).save(folder / pair["image"])
+            file.write(json.dumps(pair) + "\n")
+    return folder / "pairs.jsonl"
+
+
+@pytest.fixture
+def recipe(make_recipe, pairs_file):
+    """Recipes over the pairs; `settings` are those of `dpo`."""
+
+    def make(settings=None, **changes):
+        data = {"sources": [{"path": str(pairs_file)}]} | changes.pop("data", {})
+        return make_recipe(**{"dpo": settings or {}, "batch_size": 6, "data": data} | changes)
+
+    return make
+
+
+def steps(made) -> list[dict]:
+    return read_metrics(made.output / FILE)
+
+
+def two_pass(trainer, settings) -> tuple[float, dict]:
+    """The loss of step 1 and its gradients, from each answer as an ordinary sequence; the reference is the model."""
+    model, answers = trainer.bare, trainer.loader.micro_batches.answers
+    reference = llava_fast.load(trainer.recipe.model, chat_template="vicuna_v1")
+    chosen = [int(number) for number in trainer.loader.schedule.samples(0)]
+    total = torch.zeros(())
+    for number in chosen:
+        log_probs, bases = [], []
+        for which in (0, 1):
+            batch = model.prepare([answers[2 * number + which].request], labels=True)
+            log_probs.append(-model(batch, logits="none").losses)
+            with torch.no_grad():
+                bases.append(-reference(batch, logits="none").losses.sum())
+        margin = settings["beta"] * (log_probs[0].sum() - bases[0] - log_probs[1].sum() + bases[1])
+        smooth = settings["label_smoothing"]
+        each = -(1 - smooth) * F.logsigmoid(margin) - smooth * F.logsigmoid(-margin)
+        total = total + each - settings["sft_weight"] * log_probs[0].mean()
+    loss = total / len(chosen)
+    model.zero_grad()
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("rows", [1, 100000])
+def test_a_step_equals_two_passes(recipe, rows):
+    settings = {"beta": 0.3, "label_smoothing": 0.1, "sft_weight": 0.5}
+    made = recipe(settings, micro_batch_rows=rows, optimizer={"clip": None})
+    trainer = build_trainer(made, load_model(made, ALONE), ALONE)
+    with torch.no_grad():  # away from the reference, where every margin is 0
+        for parameter in trainer.trained:
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    expected, gradients = two_pass(trainer, settings)
+    found: dict = {}
+    trainer.optimizer.zero_grad()
+    trainer.optimizer.step = lambda: found.update(
+        {n: p.grad.clone() for n, p in trainer.bare.named_parameters() if p.grad is not None}
+    )
+    values = trainer.step(next(trainer.loader.steps(0)))
+    assert values["loss"] == pytest.approx(expected, rel=1e-5)
+    assert values["pairs"] == 6
+    assert found.keys() == gradients.keys() and len(found) > 20
+    for name, wanted in gradients.items():
+        assert float((found[name] - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max()), name
+
+
+def test_learns_the_preferences(recipe):
+    made = recipe(epochs=8, optimizer={"learning_rate": 1e-3})
+    path = dpo(made)
+    found = steps(made)
+    assert len(found) == 16
+    assert found[0]["dpo_loss"] == pytest.approx(np.log(2), abs=1e-4)  # the model is its own reference
+    assert found[0]["reward_margin"] == pytest.approx(0, abs=1e-3)
+    assert found[-1]["loss"] < 0.5 and found[-1]["reward_margin"] > 0.5 and found[-1]["reward_accuracy"] == 1
+    # What the exported model says of each pair, by ordinary sequences.
+    before, after = (llava_fast.load(each, chat_template="vicuna_v1") for each in (made.model, path))
+    answers = build_trainer(made, load_model(made, ALONE), ALONE).loader.micro_batches.answers
+    moved = []
+    with torch.no_grad():
+        for number in range(12):
+            margins = []
+            for model in (before, after):
+                losses = [
+                    model(model.prepare([answers[2 * number + which].request], labels=True), logits="none").losses.sum()
+                    for which in (0, 1)
+                ]
+                margins.append(float(losses[1] - losses[0]))
+            moved.append(margins[1] - margins[0])
+    assert min(moved) > 0
+
+
+def test_the_sft_term_keeps_chosen_answers_likely(recipe, tmp_path):
+    plain = recipe(epochs=4, output=str(tmp_path / "plain"))
+    held = recipe({"sft_weight": 1.0}, epochs=4, output=str(tmp_path / "held"))
+    for made in (plain, held):
+        dpo(made)
+    assert steps(held)[-1]["sft_loss"] < 0.8 * steps(plain)[-1]["sft_loss"]
+
+
+def test_a_killed_run_goes_on_with_the_same_reference(recipe, tmp_path, monkeypatch):
+    whole = recipe(epochs=3, checkpoints={"every": 2}, output=str(tmp_path / "whole"))
+    dpo(whole)
+    killed = whole.model_copy(update={"output": tmp_path / "killed"})
+    step = preference.DpoTrainer.step
+    monkeypatch.setattr(
+        preference.DpoTrainer, "step", lambda self, batch: 1 / 0 if batch.step == 3 else step(self, batch)
+    )
+    with pytest.raises(ZeroDivisionError):
+        dpo(killed)
+    monkeypatch.setattr(preference.DpoTrainer, "step", step)
+    (kept,) = (killed.output / "references").iterdir()
+    monkeypatch.setattr(preference, "split_packed", None)  # a second pass over the data would need it
+    dpo(killed)
+    assert list((killed.output / "references").iterdir()) == [kept]
+    assert [values["loss"] for values in steps(killed)] == [values["loss"] for values in steps(whole)]
+
+
+def test_another_model_or_other_data_has_another_reference(recipe, pairs_file, tmp_path):
+    made = recipe()
+    first = build_trainer(made, load_model(made, ALONE), ALONE).loader.micro_batches.references
+    changed = load_model(made, ALONE)
+    with torch.no_grad():
+        changed.decoder.norm.weight.mul_(1.5)
+    second = build_trainer(made, changed, ALONE).loader.micro_batches.references
+    other = tmp_path / "other.jsonl"
+    other.write_text(pairs_file.read_text().replace("what is near?", "what is it?"))
+    data = {"sources": [{"path": str(other), "images": str(pairs_file.parent)}]}
+    third = build_trainer(recipe(data=data), load_model(made, ALONE), ALONE).loader.micro_batches.references
+    assert len(list((made.output / "references").iterdir())) == 3
+    assert (first != second).all() and (first != third).all()
+
+
+@pytest.fixture
+def adapted():
+    """Puts adapters on a model's decoder: in place, or by PEFT's own wrapper."""
+    peft = pytest.importorskip("peft")
+
+    def adapt(model, wrapped: bool, start_at_zero: bool = True):
+        model.requires_grad_(False)
+        config = peft.LoraConfig(
+            r=4, target_modules=r"decoder\.layers.*(q_proj|v_proj)", init_lora_weights=start_at_zero, lora_dropout=0.0
+        )
+        torch.manual_seed(0)
+        return peft.get_peft_model(model, config) if wrapped else peft.inject_adapter_in_model(config, model)
+
+    return adapt
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_base_without_its_adapters(recipe, adapted, wrapped):
+    made = recipe()
+    model = load_model(made, ALONE)
+    batch = Batch.from_prepared(next(build_trainer(made, model, ALONE).loader.steps(0)).micro_batches[0])
+    with torch.no_grad():
+        plain = model(batch, logits="none").losses
+        tuned = adapted(model, wrapped, start_at_zero=False)
+        assert not torch.allclose(tuned(batch, logits="none").losses, plain, rtol=1e-2)
+        with adapters_off(tuned):
+            assert torch.equal(tuned(batch, logits="none").losses, plain)
+        assert not torch.allclose(tuned(batch, logits="none").losses, plain, rtol=1e-2)
+    assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in tuned.named_parameters())
+
+
+def test_a_run_against_the_base_equals_one_against_precomputed(recipe, adapted, tmp_path, monkeypatch):
+    losses = []
+    for reference in ("base", "precomputed"):
+        made = recipe(
+            {"reference": reference},
+            lora={"rank": 4},
+            trainable=[],
+            epochs=4,
+            optimizer={"learning_rate": 5e-3},
+            output=str(tmp_path / reference),
+        )
+        model = adapted(load_model(made, ALONE), wrapped=False)
+        trainer = build_trainer(made, model, ALONE)
+        tower_runs = []
+        hook = model.vision_tower.register_forward_hook(lambda *_: tower_runs.append(1))  # noqa: B023
+        trainer.run()
+        hook.remove()
+        losses.append([values["loss"] for values in steps(made)])
+        assert len(tower_runs) == 8  # once a batch, also where the reference runs beside it
+        assert losses[-1][-1] < 0.9 * losses[-1][0]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_adapters_off_needs_adapters(recipe):
+    pytest.importorskip("peft")
+    made = recipe()
+    with pytest.raises(RecipeError, match="needs a model with adapters"), adapters_off(load_model(made, ALONE)):
+        pass
+
+
+def test_the_base_allows_nothing_else_to_be_trained(recipe, adapted):
+    made = recipe({"reference": "base"}, lora={"rank": 4}, trainable=["projector"])
+    model = adapted(load_model(made, ALONE), wrapped=False)
+    model.projector.requires_grad_(True)
+    with pytest.raises(RecipeError, match="nothing else may be trained"):
+        build_trainer(made, model, ALONE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"settings": {"beta": 0}}, "dpo.beta"),
+        ({"settings": {"label_smoothing": 0.5}}, "dpo.label_smoothing"),
+        ({"settings": {"refernce": "base"}}, "dpo.refernce"),
+        ({"settings": {"reference": "base"}}, "give `lora`"),
+        ({"data": {"batching": "grouped"}}, "batching: packed"),
+        ({"data": {"label_mask": "original"}}, "label_mask: answers"),
+        ({"data": {"too_long": "cut"}}, "too_long: drop"),
+    ],
+)
+def test_recipes_that_cannot_be_run(recipe, changes, said):
+    with pytest.raises(RecipeError, match=said):
+        recipe(**changes)
+
+
+def test_each_command_has_its_recipes(recipe, make_recipe):
+    with pytest.raises(RecipeError, match="llava-fast dpo"):
+        train(recipe())
+    with pytest.raises(RecipeError, match="llava-fast train"):
+        dpo(make_recipe())
+
+
+def test_the_command(recipe, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe().model_dump(mode="json")))
+    done = CliRunner().invoke(app, ["dpo", str(path), "--set", "steps=1"])
+    assert done.exit_code == 0, done.output
+    assert f"the trained model is in {tmp_path / 'run' / 'model'}" in done.output
+
+
+def test_a_bad_pair_is_named_before_anything_runs(recipe, pairs_file, tmp_path):
+    lines = pairs_file.read_text().splitlines()
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("\n".join([*lines, json.dumps({"id": "odd", "prompt": "what?", "chosen": "a", "rejected": "a"})]))
+    made = recipe(data={"sources": [{"path": str(bad), "images": str(pairs_file.parent)}]})
+    with pytest.raises(DataError, match=r"bad.jsonl\[12\] \(id odd\): its two answers are the same"):
+        dpo(made)
+
+
+def test_long_pairs_are_left_out(recipe, caplog):
+    made = recipe()
+    loader = build_trainer(made, load_model(made, ALONE), ALONE).loader
+    limit = int(loader.lengths.text[loader.lengths.visual == 0].max())  # no pair with an image fits
+    made = recipe(data={"max_length": limit})
+    with caplog.at_level("INFO"):
+        loader = build_trainer(made, load_model(made, ALONE), ALONE).loader
+    assert f"12 samples: 3 to train on, 0 with a problem, 9 longer than {limit} rows" in caplog.text
+    assert len(loader.schedule.order(0)) == 3
+    assert np.isnan(loader.micro_batches.references[:, 0]).sum() == 9
