@@ -7,52 +7,18 @@ decoder of width 4096, so many tiles, and 64 text tokens. Inputs are random and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.decoder_cases import DECODER_CASES
+from benchmarks.op_case import OpCase, Widths
 from llava_fast import ops
 from llava_fast.ops.mix_rows import TapUses
 from llava_fast.ops.token_pack import RowUses
 
 ROWS_PER_TILE, KEPT_PER_TILE, TEXT = 577, 576, 64
-
-
-@dataclass(frozen=True)
-class Widths:
-    """Of the tower, its MLP, the decoder; pixels of a tile and of a patch; the vocabulary."""
-
-    vision: int = 1024
-    mlp: int = 4096
-    decoder: int = 4096
-    tile: int = 336
-    patch: int = 14
-    vocabulary: int = 32064
-
-
-@dataclass(frozen=True)
-class OpCase:
-    """One op at one size.
-
-    run      the op, on whatever backend is asked for; with `trained`, also its backward pass.
-    plain    the same in unfused PyTorch (cuBLAS), as a careful user would write it.
-    exact    the op's reference in float64.
-    kernels  the Triton kernels whose configuration decides its time; `rows` is what their tables are asked for.
-    comparable  whether `plain` gives the same result, or only does the part of the work it is timed against.
-    """
-
-    op: str
-    label: str
-    rows: int
-    flops: float
-    bytes: float
-    kernels: tuple[str, ...]
-    run: Callable[[], Tensor]
-    plain: Callable[[], Tensor]
-    exact: Callable[[], Tensor]
-    comparable: bool = True
 
 
 def cases(tiles: int, dtype: torch.dtype, device: str, widths: Widths) -> Iterator[OpCase]:
@@ -72,6 +38,7 @@ def cases(tiles: int, dtype: torch.dtype, device: str, widths: Widths) -> Iterat
         linear_act_gradients,
         assemble_inputs,
         assemble_inputs_gradients,
+        *DECODER_CASES,
     ):
         torch.manual_seed(tiles)
         yield make(tiles, dtype, torch.device(device), widths)

@@ -1,0 +1,43 @@
+"""What a case of one op is: sizes, floors, and the three ways to compute it; the cases are in op_cases.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Of the tower, its MLP, the decoder; pixels of a tile and of a patch; the vocabulary."""
+
+    vision: int = 1024
+    mlp: int = 4096
+    decoder: int = 4096
+    tile: int = 336
+    patch: int = 14
+    vocabulary: int = 32064
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One op at one size.
+
+    run      the op, on whatever backend is asked for; with `trained`, also its backward pass.
+    plain    the same in unfused PyTorch (cuBLAS), as a careful user would write it.
+    exact    the op's reference in float64.
+    kernels  the Triton kernels whose configuration decides its time; `rows` is what their tables are asked for.
+    comparable  whether `plain` gives the same result, or only does the part of the work it is timed against.
+    """
+
+    op: str
+    label: str
+    rows: int
+    flops: float
+    bytes: float
+    kernels: tuple[str, ...]
+    run: Callable[[], Tensor]
+    plain: Callable[[], Tensor]
+    exact: Callable[[], Tensor]
+    comparable: bool = True
