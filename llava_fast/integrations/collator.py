@@ -20,9 +20,9 @@ from llava_fast.errors import LlavaFastError, RequestError
 from llava_fast.inputs import chat, images
 from llava_fast.inputs.plan import IGNORE
 from llava_fast.inputs.processor import render_request, supervised_tokens
-from llava_fast.integrations import shipped_plan
+from llava_fast.integrations import shipped_plan, uint8_pixels
 
-PIXELS = ("pixel_values", "pixel_values_uint8", "pixel_values_videos")
+PIXELS = (*uint8_pixels.NAMES.values(), *uint8_pixels.NAMES)
 FEATURES = ("input_ids", "attention_mask", "labels", *PIXELS, "image_sizes", "batch_num_images")
 
 
@@ -82,7 +82,8 @@ class Collator:
     def __call__(self, samples: Sequence[dict]) -> dict[str, Tensor]:
         made = [self._named(sample, number) for number, sample in enumerate(samples)]
         batch = self._padded(made)
-        if self.plan and self.config.model_type in shipped_plan.FAMILIES and "pixel_values_videos" not in batch:
+        videos = any(name.startswith("pixel_values_videos") for name in batch)
+        if self.plan and self.config.model_type in shipped_plan.FAMILIES and not videos:
             pixels = next((batch[name] for name in PIXELS if name in batch), None)
             labels, sizes = batch.get("labels"), batch.get("image_sizes")
             batch |= shipped_plan.make(self.config, batch["input_ids"], labels, pixels, sizes)

@@ -10,17 +10,33 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, BatchFeature, LlavaNextProcessor, LlavaProcessor, PreTrainedConfig
+from transformers import (
+    AutoTokenizer,
+    BatchFeature,
+    LlavaNextProcessor,
+    LlavaNextVideoProcessor,
+    LlavaOnevisionProcessor,
+    LlavaProcessor,
+    PreTrainedConfig,
+)
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import PILImageResampling
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
+from transformers.video_processing_utils import BaseVideoProcessor
 
 from llava_fast.errors import CheckpointError
 from llava_fast.inputs import images as pixels
 from llava_fast.inputs.anyres import VisualGeometry, image_views
+from llava_fast.integrations.tiles import levels_of, normalised, square_tile, squashed_tile
+from llava_fast.integrations.uint8_pixels import NAMES
+from llava_fast.integrations.video_processor import (
+    FastFrames,
+    FastLlavaNextVideoVideoProcessor,
+    FastLlavaOnevisionVideoProcessor,
+)
 
 OUTPUTS = ("float32", "uint8")
 SETTINGS = (
@@ -29,8 +45,11 @@ SETTINGS = (
     "num_additional_image_tokens",
     "chat_template",
     "image_token",
+    "video_token",
+    "num_image_tokens",
+    "vision_aspect_ratio",
 )
-"""What a LLaVA processor has besides its image processor and its tokenizer."""
+"""What a LLaVA processor may have besides its image and video processors and its tokenizer."""
 
 
 class FastTiles:
@@ -46,7 +65,7 @@ class FastTiles:
         ours = ("image_processor_type", "output", "threads")
         return self.stock_class(**{name: value for name, value in self.to_dict().items() if name not in ours})
 
-    def _preprocess(self, images: list[np.ndarray], **settings: Any) -> BatchFeature:
+    def _preprocess(self, images: list[np.ndarray], *counts: list[int], **settings: Any) -> BatchFeature:
         geometry = self.geometry(settings)
         if geometry is None or not all(image.dtype == np.uint8 and len(image) == 3 for image in images):
             if self.output == "uint8":
@@ -54,42 +73,18 @@ class FastTiles:
                     "FastProcessor(output='uint8') needs uint8 RGB images, bicubic resizing to square tiles, and the "
                     "checkpoint's own crop, rescaling and normalisation switched on; use output='float32' for others"
                 )
-            return super()._preprocess(images, **settings)
-        made = [self._tiles(image, geometry) for image in images]
+            return super()._preprocess(images, *counts, **settings)
+        alone = [count == 1 for count in counts[0] for _ in range(count)] if counts else [True] * len(images)
+        made = [self._tiles(image, geometry, single) for image, single in zip(images, alone, strict=True)]
         if self.output == "float32":
-            levels = self._levels(settings)
+            levels = levels_of(settings)
             made = [normalised(tiles, levels) for tiles in made]
-        return self._packed(made, [image.shape[-2:] for image in images], settings)
+        return self._packed(made, [image.shape[-2:] for image in images], settings, *counts)
 
-    def _tiles(self, image: np.ndarray, geometry: VisualGeometry) -> np.ndarray:
-        height, width = image.shape[-2:]
+    def _tiles(self, image: np.ndarray, geometry: VisualGeometry, alone: bool) -> np.ndarray:
+        views = image_views(geometry, *image.shape[-2:], alone)
         whole = np.ascontiguousarray(image.transpose(1, 2, 0))
-        return pixels.make_tiles(whole, image_views(geometry, height, width), geometry.tile_size, threads=self.threads)
-
-    def _levels(self, settings: dict[str, Any]) -> np.ndarray:
-        """[3, 256]: what transformers' own arithmetic makes of each pixel value in each channel."""
-        every = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
-        rescaled = self.rescale(every, settings["rescale_factor"])
-        return self.normalize(rescaled, settings["image_mean"], settings["image_std"])[:, 0]
-
-
-def normalised(tiles: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """uint8 [tiles, 3, T, T] through a table [3, 256] of each channel's values."""
-    out = np.empty(tiles.shape, levels.dtype)
-    for tile, made in zip(tiles, out, strict=True):
-        for channel in range(3):
-            np.take(levels[channel], tile[channel], out=made[channel], mode="clip")  # "clip" writes without a buffer
-    return out
-
-
-def square_tile(settings: dict[str, Any]) -> int | None:
-    """The side of the tile that these settings resize and crop to; None if they do anything else."""
-    size, crop = settings["size"], settings["crop_size"]
-    steps = all(settings[name] for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"))
-    if not steps or settings["resample"] != PILImageResampling.BICUBIC or not crop:
-        return None
-    side = size.shortest_edge or size.height
-    return side if {side, size.width or side, crop.height, crop.width} == {side} and not size.longest_edge else None
+        return pixels.make_tiles(whole, views, geometry.tile_size, threads=self.threads)
 
 
 class FastCLIPImageProcessor(FastTiles, CLIPImageProcessorPil):
@@ -139,6 +134,31 @@ class FastLlavaNextImageProcessor(FastTiles, LlavaNextImageProcessorPil):
         return BatchFeature(data=data, tensor_type=settings["return_tensors"])
 
 
+class FastLlavaOnevisionImageProcessor(FastTiles, LlavaOnevisionImageProcessorPil):
+    """AnyRes, squashed base view; images that share a prompt get a padded square each."""
+
+    stock_class = LlavaOnevisionImageProcessorPil
+
+    def geometry(self, settings: dict[str, Any]) -> VisualGeometry | None:
+        tile = squashed_tile(settings)
+        pinpoints = tuple(tuple(pair) for pair in settings["image_grid_pinpoints"])
+        if tile is None or settings["crop_size"] or any(side % tile for pair in pinpoints for side in pair):
+            return None
+        return VisualGeometry(
+            tile_size=tile,
+            patch_size=1,
+            aspect="anyres",
+            pinpoints=pinpoints,
+            multi_image_anyres=False,
+            pad_color=tuple(int(value * 255) for value in self.image_mean),
+        )
+
+    def _packed(self, made: list[np.ndarray], sizes: list, settings: dict[str, Any], counts: list[int]) -> BatchFeature:
+        made = self._pad_for_batching(made) if settings["do_pad"] else made
+        data = {"pixel_values": made, "image_sizes": sizes, "batch_num_images": counts}
+        return BatchFeature(data=data, tensor_type=settings["return_tensors"])
+
+
 class FastOutput:
     """Over a processor of transformers: uint8 tiles go by a name that no stock model takes by mistake."""
 
@@ -146,8 +166,9 @@ class FastOutput:
 
     def stock(self) -> ProcessorMixin:
         """transformers' own processor with the same settings."""
-        known = {name: getattr(self, name) for name in SETTINGS}
-        return self.stock_class(image_processor=self.image_processor.stock(), tokenizer=self.tokenizer, **known)
+        known = {name: getattr(self, name) for name in SETTINGS if hasattr(self, name)}
+        known |= {"image_processor": self.image_processor.stock(), "tokenizer": self.tokenizer}
+        return self.stock_class(**known)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any):
         """Save what transformers loads without llava_fast; FastProcessor.from_pretrained reads it too."""
@@ -155,9 +176,32 @@ class FastOutput:
 
     def __call__(self, *args: Any, **kwargs: Any) -> BatchFeature:
         made = super().__call__(*args, **kwargs)
-        if self.image_processor.output == "uint8" and "pixel_values" in made:
-            made["pixel_values_uint8"] = made.pop("pixel_values")
+        if self.image_processor.output == "uint8":
+            for uint8, stands in NAMES.items():
+                if stands in made:
+                    made[uint8] = made.pop(stands)
         return made
+
+
+class FastVideoOutput(FastOutput):
+    """The same for a processor that also takes videos."""
+
+    def stock(self) -> ProcessorMixin:
+        """transformers' own processor with the same settings; without torchvision its video part serves to be saved,
+        not to be called."""
+        known = {name: getattr(self, name) for name in SETTINGS if hasattr(self, name)}
+        known |= {"image_processor": self.image_processor.stock(), "tokenizer": self.tokenizer}
+        kind = type(self.stock_class.__name__, (AnyVideoProcessor, self.stock_class), {})
+        return kind(video_processor=self.video_processor.stock(), **known)
+
+
+class AnyVideoProcessor:
+    """Over a processor: without torchvision transformers' check of its parts knows no video processor."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type:
+        if argument_name == "video_processor" and isinstance(argument, BaseVideoProcessor):
+            return BaseVideoProcessor
+        return super().check_argument_for_proper_class(argument_name, argument)
 
 
 class FastLlavaProcessor(FastOutput, LlavaProcessor):
@@ -172,39 +216,67 @@ class FastLlavaNextProcessor(FastOutput, LlavaNextProcessor):
     stock_class = LlavaNextProcessor
 
 
+class FastLlavaNextVideoProcessor(FastVideoOutput, AnyVideoProcessor, LlavaNextVideoProcessor):
+    """LlavaNextVideoProcessor with fast tiles and frames."""
+
+    stock_class = LlavaNextVideoProcessor
+
+
+class FastLlavaOnevisionProcessor(FastVideoOutput, AnyVideoProcessor, LlavaOnevisionProcessor):
+    """LlavaOnevisionProcessor with fast tiles and frames."""
+
+    stock_class = LlavaOnevisionProcessor
+
+
+KINDS = {
+    "llava": (FastLlavaProcessor, None),
+    "llava_next": (FastLlavaNextProcessor, None),
+    "llava_next_video": (FastLlavaNextVideoProcessor, FastLlavaNextVideoVideoProcessor),
+    "llava_onevision": (FastLlavaOnevisionProcessor, FastLlavaOnevisionVideoProcessor),
+}
+"""Model type -> its processor and what makes its videos' frames."""
+
+
 class FastProcessor:
     """`FastProcessor.from_pretrained(path)`: a drop-in for `AutoProcessor.from_pretrained(path)`."""
 
     @staticmethod
     def from_pretrained(path: str, output: str = "float32", threads: int = 0, **kwargs: Any) -> FastOutput:
-        """A transformers processor (LlavaProcessor or LlavaNextProcessor) whose image part is fast.
+        """A transformers processor (Llava-, LlavaNext-, LlavaNextVideo- or LlavaOnevisionProcessor) whose image and
+        video parts are fast.
 
-        output   "float32": `pixel_values`, equal to those of transformers' PIL processors in every bit. "uint8":
-                 `pixel_values_uint8`, the tiles before normalisation, a quarter of the bytes; stock models refuse it.
+        output   "float32": `pixel_values` and `pixel_values_videos`, equal to those of transformers' PIL image
+                 processors in every bit, frame by frame for videos. "uint8": `pixel_values_uint8` and
+                 `pixel_values_videos_uint8`, the tiles before normalisation, a quarter of the bytes; for a model that
+                 `accelerate` was given this processor for. A stock model's generate refuses them.
         threads  of one call; 0 is all cores. A data loader's worker wants 1.
         Works without torchvision. Raises CheckpointError for a model type it does not serve, ValueError for another
         output.
         """
         if output not in OUTPUTS:
             raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
-        kinds = {"llava": FastLlavaProcessor, "llava_next": FastLlavaNextProcessor}
         model_type = PreTrainedConfig.get_config_dict(path, **kwargs)[0].get("model_type")
-        if model_type not in kinds:
+        if model_type not in KINDS:
             raise CheckpointError(
-                f"FastProcessor serves the model types {', '.join(kinds)}; {path} is {model_type!r}: use transformers' "
+                f"FastProcessor serves the model types {', '.join(KINDS)}; {path} is {model_type!r}: use transformers' "
                 f"AutoProcessor for it"
             )
-        kind = kinds[model_type]
+        kind, frames = KINDS[model_type]
         settings, _ = kind.get_processor_dict(path, **kwargs)
-        image_processor = _image_processor(path, model_type, kwargs)
-        image_processor.output, image_processor.threads = output, threads
+        parts: dict[str, FastTiles | FastFrames] = {"image_processor": _image_processor(path, model_type, kwargs)}
+        if frames is not None:
+            parts["video_processor"] = frames.from_pretrained(path, **kwargs)
+        for part in parts.values():
+            part.output, part.threads = output, threads
         known = {name: settings[name] for name in SETTINGS if name in settings}
-        return kind(image_processor=image_processor, tokenizer=AutoTokenizer.from_pretrained(path, **kwargs), **known)
+        return kind(tokenizer=AutoTokenizer.from_pretrained(path, **kwargs), **parts, **known)
 
 
 def _image_processor(path: str, model_type: str, kwargs: dict[str, Any]) -> FastTiles:
     """The checkpoint's settings, in the class that serves them."""
-    if model_type == "llava_next":
+    if model_type == "llava_onevision":
+        return FastLlavaOnevisionImageProcessor.from_pretrained(path, **kwargs)
+    if model_type in ("llava_next", "llava_next_video"):
         return FastLlavaNextImageProcessor.from_pretrained(path, **kwargs)
     settings, _ = CLIPImageProcessorPil.get_image_processor_dict(path, **kwargs)
     named = settings.get("image_processor_type", "")

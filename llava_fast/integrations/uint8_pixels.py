@@ -39,6 +39,15 @@ class Normalisation(NamedTuple):
         scale = 255 * self.factor
         return tuple(value / scale for value in self.mean), tuple(value / scale for value in self.std)
 
+    def levels(self) -> np.ndarray:
+        """float32 [3, 256]: what transformers' arithmetic makes of each pixel value in each channel."""
+        from transformers.image_transforms import normalize, rescale
+
+        every = np.ascontiguousarray(np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256)))
+        rescaled = rescale(every, self.factor, data_format="channels_first", input_data_format="channels_first")
+        made = normalize(rescaled, self.mean, self.std, "channels_first", "channels_first")
+        return np.ascontiguousarray(made[:, 0], np.float32)
+
     @torch.compiler.disable
     def normalised(self, pixels: Tensor) -> Tensor:
         """uint8 [..., 3, H, W] to float32 [..., 3, H, W], the values that transformers' processor gives."""
@@ -48,14 +57,8 @@ class Normalisation(NamedTuple):
 
 @functools.cache
 def _levels(normalisation: Normalisation, device: torch.device) -> Tensor:
-    """float32 [3, 256]: what transformers' arithmetic makes of each pixel value in each channel."""
-    from transformers.image_transforms import normalize, rescale
-
-    every = np.ascontiguousarray(np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256)))
-    rescaled = rescale(every, normalisation.factor, data_format="channels_first", input_data_format="channels_first")
-    made = normalize(rescaled, normalisation.mean, normalisation.std, "channels_first", "channels_first")
     with torch.inference_mode(False):  # so that a later training step may keep it
-        return torch.from_numpy(made[:, 0].astype(np.float32)).to(device)
+        return torch.from_numpy(normalisation.levels()).to(device)
 
 
 def remember(inner: nn.Module, processor: Any) -> None:

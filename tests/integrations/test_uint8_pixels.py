@@ -16,6 +16,7 @@ from test_accelerate import assert_same_gradients, fresh, gradients, no_fallback
 
 import llava_fast
 from llava_fast.integrations import uint8_pixels
+from llava_fast.integrations.collator import Collator
 from llava_fast.integrations.processor import FastProcessor
 from llava_fast.integrations.uint8_pixels import NAMES, Normalisation, PixelError
 
@@ -196,6 +197,20 @@ def test_what_is_wrong_is_said():
     plain.do_normalize = False
     with pytest.raises(PixelError, match="with a processor that rescales and normalises"):
         llava_fast.accelerate(fresh("next"), plain)(**as_uint8(inputs, "next"))
+
+
+@pytest.mark.parametrize("name", ["llava15", "next"])
+def test_from_collator_to_loss(name, tmp_path, no_fallback):  # noqa: F811
+    """With the plan of the batch, made from the shapes of uint8 tiles."""
+    tiny.hf_config(tiny.CASES[name]).save_pretrained(tmp_path)
+    tiny.hf_processor(tiny.CASES[name]).save_pretrained(tmp_path)
+    fast, plain = (FastProcessor.from_pretrained(tmp_path, output=output) for output in ("uint8", "float32"))
+    stock, model = fresh(name), llava_fast.accelerate(fresh(name), fast)
+    samples = [{"prompt": "<image> a", "answer": "b", "images": [tiny.picture(40, 90)]}]
+    samples += [{"prompt": "no picture", "answer": "c"}]
+    given, expected = (Collator(made, stock.config, plan=made is fast)(samples) for made in (fast, plain))
+    assert "llava_plan_place" in given and given["pixel_values_uint8"].dtype == torch.uint8
+    assert_close("uint8 loss", model(**given).loss, stock(**expected).loss, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["llava15", "next"])

@@ -1,0 +1,88 @@
+"""Frames of videos for FastProcessor: transformers' own LLaVA video processors, with frames made by csrc.
+
+Sampling and checking of videos are transformers' code; the frames equal, in every bit, what the PIL image processor
+with the same settings makes of each (transformers' own video processors resize by torchvision, which differs by up to 2
+levels). They need no torchvision: without it transformers' own make no frame.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import BatchFeature
+from transformers.models.llava_next_video.video_processing_llava_next_video import LlavaNextVideoVideoProcessor
+from transformers.models.llava_onevision.video_processing_llava_onevision import LlavaOnevisionVideoProcessor
+from transformers.utils import is_torchvision_available
+from transformers.video_processing_utils import BaseVideoProcessor
+
+from llava_fast.inputs import images as pixels
+from llava_fast.inputs.anyres import VisualGeometry, image_views
+from llava_fast.integrations.tiles import levels_of, normalised, square_tile, squashed_tile
+
+
+class FastFrames:
+    """Over a video processor of transformers: the same fields, made faster. FastProcessor sets `output` and
+    `threads`."""
+
+    output = "float32"
+    threads = 0
+    stock_class: type
+
+    def stock(self) -> BaseVideoProcessor:
+        """transformers' own video processor with the same settings."""
+        ours = ("video_processor_type", "output", "threads")
+        return self.stock_class(**{name: value for name, value in self.to_dict().items() if name not in ours})
+
+    def convert_to_rgb(self, video: Tensor) -> Tensor:
+        return video if video.shape[-3] == 3 else super().convert_to_rgb(video)
+
+    def _preprocess(self, videos: list[Tensor], **settings: Any) -> BatchFeature:
+        geometry = frame_geometry(settings)
+        if geometry is None or not all(video.dtype == torch.uint8 and video.shape[-3] == 3 for video in videos):
+            if self.output == "uint8":
+                raise ValueError(
+                    "FastProcessor(output='uint8') needs uint8 RGB frames, bicubic resizing to a square, rescaling and "
+                    "normalisation; use output='float32' for others"
+                )
+            if not is_torchvision_available():
+                raise ImportError(
+                    "these settings or frames are transformers' own to serve, and its video processor needs "
+                    "torchvision: install it, or give uint8 RGB frames, bicubic resizing to a square, rescaling and "
+                    "normalisation"
+                )
+            return super()._preprocess(videos, **settings)
+        made = [self._frames(video, geometry) for video in videos]
+        if self.output == "float32":
+            levels = levels_of(settings)
+            made = [normalised(frames, levels) for frames in made]
+        data = {"pixel_values_videos": [torch.from_numpy(frames) for frames in made]}
+        return BatchFeature(data=data, tensor_type=settings.get("return_tensors"))
+
+    def _frames(self, video: Tensor, geometry: VisualGeometry) -> np.ndarray:
+        """uint8 [frames, 3, H, W] to uint8 [frames, 3, T, T]."""
+        whole = np.ascontiguousarray(video.cpu().numpy().transpose(0, 2, 3, 1))
+        views, tile = image_views(geometry, *whole.shape[1:3]), geometry.tile_size
+        return np.concatenate([pixels.make_tiles(frame, views, tile, threads=self.threads) for frame in whole])
+
+
+def frame_geometry(settings: dict[str, Any]) -> VisualGeometry | None:
+    """How a frame becomes its tile; None for settings that are not served."""
+    if (tile := square_tile(settings)) is not None and settings["size"].shortest_edge:
+        return VisualGeometry(tile_size=tile, patch_size=1, aspect="crop")
+    tile = squashed_tile(settings)
+    return None if tile is None else VisualGeometry(tile_size=tile, patch_size=1, aspect="squash")
+
+
+class FastLlavaNextVideoVideoProcessor(FastFrames, LlavaNextVideoVideoProcessor):
+    """LLaVA-NeXT-Video's: the shorter side to the tile, then the middle."""
+
+    stock_class = LlavaNextVideoVideoProcessor
+
+
+class FastLlavaOnevisionVideoProcessor(FastFrames, LlavaOnevisionVideoProcessor):
+    """LLaVA-OneVision's: squashed to a square."""
+
+    stock_class = LlavaOnevisionVideoProcessor
