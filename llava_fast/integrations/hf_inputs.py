@@ -307,6 +307,8 @@ def projector_weights(model: nn.Module) -> tuple[list[Tensor], list[Tensor]] | N
     linears = [projector.linear_1, projector.linear_2] if hasattr(projector, "linear_2") else []
     if not linears or not untouched(projector) or not untouched(projector.act):
         return None
+    if not type(projector).__module__.startswith("transformers."):
+        return None  # a wrapper shows the attributes of what it wraps
     if not all(is_plain(linear, nn.Linear) for linear in linears):
         return None
     if model.config.projector_hidden_act not in ACTIVATIONS:

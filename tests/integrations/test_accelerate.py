@@ -389,20 +389,6 @@ def test_other_models_are_refused_by_name():
         llava_fast.accelerate(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("first", ["accelerate", "peft"])
-def test_lora(first):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "linear_1"], init_lora_weights=False)
-    torch.manual_seed(1)
-    stock = peft.get_peft_model(fresh("next"), config)
-    torch.manual_seed(1)
-    model = fresh("next")
-    model = peft.get_peft_model(llava_fast.accelerate(model) if first == "accelerate" else model, config)
-    llava_fast.accelerate(model)
-    inputs = batch("next", labels=True)
-    assert_same_gradients("accelerated gradients, LoRA", gradients(model, inputs)[1], gradients(stock, inputs)[1])
-
-
 def test_projector_and_placement_as_one_op(monkeypatch, no_fallback):
     """assemble_inputs, which a GPU's kernel serves; here its reference."""
     stock, model = fresh("next"), llava_fast.accelerate(fresh("next"))
