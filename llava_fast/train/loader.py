@@ -13,10 +13,11 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from llava_fast.errors import LlavaFastError, TrainingError
+from llava_fast.inputs.length import fit
 from llava_fast.inputs.plan import Layout
 from llava_fast.inputs.processor import Cut, Prepared, Processor
 from llava_fast.train.data import SampleTable
-from llava_fast.train.lengths import Lengths
+from llava_fast.train.lengths import LabelMask, Lengths
 from llava_fast.train.packing import Split, split_packed, split_padded
 from llava_fast.train.recipe import Recipe
 from llava_fast.train.schedule import Schedule
@@ -36,8 +37,8 @@ class StepBatch:
 class MicroBatches(Dataset):
     """A micro-batch by its sample numbers: what a worker makes."""
 
-    def __init__(self, table: SampleTable, processor: Processor, labels: str, layout: Layout) -> None:
-        self.table, self.processor, self.labels, self.layout = table, processor, labels, layout
+    def __init__(self, table: SampleTable, processor: Processor, labels: LabelMask, layout: Layout, cut: bool) -> None:
+        self.table, self.processor, self.labels, self.layout, self.cut = table, processor, labels, layout, cut
 
     def __getitem__(self, numbers: list[int]) -> tuple[Prepared, list[str]]:
         tiles: list[Cut] = []
@@ -47,6 +48,9 @@ class MicroBatches(Dataset):
             names.append(sample.name)
             try:
                 outline = self.processor.outline(sample.request, self.labels)
+                if self.cut and self.processor.max_rows:
+                    rows = self.processor.rows_of(outline)
+                    outline = fit(outline, rows, self.processor.max_rows, "cut") or outline
                 sequences.append(self.processor.pieces(outline, tiles))
                 self.processor.check_length(sequences[-1])
             except LlavaFastError as error:
@@ -73,7 +77,9 @@ class Loader:
         self.recipe, self.lengths, self.schedule = recipe, lengths, schedule
         self.processes, self.rank = processes, rank
         layout: Layout = "packed" if recipe.data.batching == "packed" else "padded"
-        self.micro_batches: Dataset = MicroBatches(table, processor, recipe.data.label_mask, layout)
+        self.micro_batches: Dataset = MicroBatches(
+            table, processor, recipe.data.label_mask, layout, recipe.data.too_long == "cut"
+        )
         self.most_rows = recipe.micro_batch_rows or processor.max_rows or int(np.max(self.rows(range(len(table)))))
 
     def rows(self, samples) -> np.ndarray:

@@ -23,7 +23,8 @@ def split_packed(samples: Sequence[int], rows: np.ndarray, processes: int, most_
     it fits (Graham 1969); micro-batches then go in turn to the processes. Deterministic.
     """
     order = sorted(range(len(samples)), key=lambda i: (-int(rows[i]), i))
-    each = max(1, math.ceil(int(np.sum(rows)) / (most_rows * processes)))
+    each = min(math.ceil(int(np.sum(rows)) / (most_rows * processes)), math.ceil(len(samples) / processes))
+    each = max(each, 1)
     while True:
         bins = [(0, number) for number in range(each * processes)]
         held: list[list[int]] = [[] for _ in bins]

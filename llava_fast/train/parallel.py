@@ -94,7 +94,8 @@ def parallelize(model: LlavaModel, recipe: Recipe, world: World) -> nn.Module:
         if settings.tensor > 1:
             raise RecipeError("parallel: tensor above 1 goes with fsdp2, not with ddp")
         ids = [world.device] if world.device.type == "cuda" else None
-        return DistributedDataParallel(model, ids, process_group=world.mesh.get_group("data"), broadcast_buffers=False)
+        group = world.mesh.get_group("data")
+        return DistributedDataParallel(model, ids, process_group=group, forward_sync_buffers=False)
     _shard(model, world.mesh["data"], recipe)
     return model
 

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 
 import llava_fast
-from llava_fast.errors import DataError, RecipeError, TrainingError
+from llava_fast.errors import RecipeError, TrainingError
 from llava_fast.generation.llava import Llava
 from llava_fast.inputs.processor import Prepared, Processor
 from llava_fast.models.batch import Batch
@@ -48,6 +48,7 @@ from llava_fast.train.optim import build_optimizer, build_schedule, freeze
 from llava_fast.train.parallel import World, clip_gradients, join_world, parallelize
 from llava_fast.train.recipe import Recipe
 from llava_fast.train.schedule import Schedule
+from llava_fast.train.usable import usable_samples
 
 logger = logging.getLogger("llava_fast.train")
 _RECENT = 50  # steps that a spike is judged by
@@ -92,7 +93,7 @@ def build_loader(recipe: Recipe, processor: Processor, world: World) -> Loader:
     """The recipe's data, measured once and scheduled. Raises DataError, with what is wrong, before any training."""
     table = read_sources(recipe.data.sources)
     lengths = measure_together(recipe, table, processor, world)
-    usable = usable_samples(recipe, lengths, processor)
+    usable, lengths = usable_samples(recipe, table, lengths, processor, quiet=not world.first)
     single = dataclasses.replace(processor, threads=1)  # workers are the parallelism
     schedule = schedule_of(recipe, table, usable)
     return Loader(recipe, table, lengths, schedule, single, world.size, world.rank)
@@ -125,29 +126,6 @@ def schedule_of(recipe: Recipe, table: SampleTable, usable: np.ndarray) -> Sched
         return numbers[usable[numbers]]
 
     return Schedule.of(order, recipe.batch_size, recipe.epochs, recipe.steps)
-
-
-def usable_samples(recipe: Recipe, lengths: Lengths, processor: Processor) -> np.ndarray:
-    """bool [samples]: those to train on. Raises DataError for samples with a problem unless the recipe skips them, and
-    if none is left."""
-    problems = lengths.problems
-    if problems and recipe.data.on_problem == "stop":
-        shown = "\n".join(f"  {text}" for text in list(problems.values())[:5])
-        raise DataError(
-            f"{len(problems)} samples cannot be trained on:\n{shown}\n`llava-fast data check` lists all; mend them, or "
-            "set data.on_problem: skip"
-        )
-    sound = np.ones(len(lengths.text), bool)
-    sound[list(problems)] = False
-    fits = lengths.text + lengths.visual <= (processor.max_rows or np.iinfo(np.int32).max)
-    usable = sound & fits & (lengths.supervised > 0)
-    logger.info(
-        "%d samples: %d to train on, %d with a problem, %d longer than %s rows",
-        *(len(sound), usable.sum(), len(problems), (sound & ~fits).sum(), processor.max_rows),
-    )
-    if not usable.any():
-        raise DataError("no sample is left to train on: `llava-fast data check` says why")
-    return usable
 
 
 class Trainer:

@@ -33,6 +33,7 @@ def test_packed_split_loses_nothing_and_keeps_to_the_limit(rows, processes, most
     split = split_packed(samples, np.array(rows, int), processes, most)
     assert len(split) == processes
     assert len({len(each) for each in split}) == 1
+    assert len(split[0]) <= max(1, -(-len(rows) // processes))  # no more than one sample in each needs
     batches = [batch for each in split for batch in each]
     assert sorted(number for batch in batches for number in batch) == samples
     for batch in batches:

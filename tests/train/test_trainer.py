@@ -1,11 +1,13 @@
 """The trainer on a CPU: what it computes, that it goes on bit for bit, and how it stops."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 import llava_fast
-from llava_fast.errors import RecipeError, TrainingError
+from llava_fast.errors import DataError, RecipeError, TrainingError
 from llava_fast.train import trainer as training
 from llava_fast.train.metrics import FILE, read_metrics
 from llava_fast.train.parallel import World
@@ -141,3 +143,30 @@ def test_bfloat16_follows_float32(make_recipe, tmp_path):
     kinds = {parameter.dtype for parameter in trainer.bare.parameters() if parameter.requires_grad}
     assert kinds == {torch.float32}
     assert trainer.bare.vision_tower.embeddings.position_embedding.weight.dtype == torch.bfloat16
+
+
+def test_long_samples_are_dropped_or_cut(make_recipe, tmp_path):
+    taken = {}
+    for policy in ("drop", "cut"):
+        recipe = make_recipe(data={"max_length": 450, "too_long": policy}, output=str(tmp_path / policy))
+        loader = build(recipe).loader
+        batches = [made for batch in loader.steps(0) for made in batch.micro_batches]
+        lengths = [length for made in batches for length in made.plan.lengths]
+        assert max(lengths) <= 450
+        assert all(made.plan.has_labels for made in batches)
+        assert sorted(lengths) == sorted(
+            loader.rows(np.concatenate([loader.schedule.samples(s) for s in range(loader.schedule.total)]))
+        )
+        taken[policy] = len(lengths)
+    assert taken["drop"] == 14  # of 22; of the eight longer ones, some keep a part of their answers
+    assert 14 < taken["cut"] < 22
+
+
+def test_a_sample_with_a_problem_stops_or_is_skipped(make_recipe, tiny_data, tmp_path):
+    records = json.loads(tiny_data.read_text())
+    records[5]["image"] = "gone.png"
+    (tmp_path / "broken.json").write_text(json.dumps(records))
+    sources = [{"path": str(tmp_path / "broken.json"), "images": str(tiny_data.parent)}]
+    with pytest.raises(DataError, match=r"(?s)1 samples cannot .*sample-5.*gone\.png"):
+        train(make_recipe(data={"sources": sources}))
+    train(make_recipe(data={"sources": sources, "on_problem": "skip"}))
