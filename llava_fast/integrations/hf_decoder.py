@@ -12,8 +12,9 @@ replaced (see `replacement`), and each asks at every call whether it may:
   keeps nothing more or less, but makes one new tensor of each where the stock one makes five.
 
 An op is taken where a backend fuses it. On a CPU, where no kernel serves, the references of rms_norm and rope are
-faster than the stock modules from LEAST values on; below that, and for swiglu's backward pass, they are not, and the
-stock path runs. Hooks on these modules, and wrapped or quantised projections, work as ever: they are called.
+faster than the stock modules for float32 from LEAST values on; below that, in half precision, and for swiglu's backward
+pass, they are not, and the stock path runs. Hooks on these modules, and wrapped or quantised projections, work as ever:
+they are called.
 """
 
 from __future__ import annotations
@@ -60,14 +61,15 @@ def _serves(op: str, x: Tensor) -> bool:
     """Whether `op` is to be called for hidden states x."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype not in DTYPES:
         return False
-    return backend.fuses(op, x.device.type) or (x.is_cpu and x.numel() >= LEAST)
+    if x.is_cpu and backend.requested() == "auto":
+        return x.dtype == torch.float32 and x.numel() >= LEAST
+    return backend.fuses(op, x.device.type)
 
 
 def rms_norm_forward(module: Any, hidden_states: Tensor) -> Tensor:
-    weight = module.weight
-    if type(weight) is not nn.Parameter or not _serves("rms_norm", hidden_states):
-        return stock(module, "forward", {"hidden_states": hidden_states})
-    return rms_norm(hidden_states, weight, module.variance_epsilon)
+    if _serves("rms_norm", hidden_states) and type(module.weight) is nn.Parameter:
+        return rms_norm(hidden_states, module.weight, module.variance_epsilon)
+    return type(module).forward(module, hidden_states)
 
 
 def _is_silu(module: nn.Module) -> bool:

@@ -118,9 +118,8 @@ def test_few_rows_on_a_cpu_are_stock(calls):
     assert calls == {"rms_norm": 1, "rope": 0, "swiglu": 0}
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_and_autocast(dtype, monkeypatch):
-    monkeypatch.setattr(hf_decoder, "LEAST", 1)
+def test_half_precision_and_autocast(calls, dtype=torch.float16):
+    """float16 alone: the interpreter's bfloat16 casts truncate."""
     stock, model = fresh("next"), llava_fast.accelerate(fresh("next"))
     exact = copy.deepcopy(stock).double()
     inputs = few_rows("next")
@@ -129,11 +128,12 @@ def test_half_precision_and_autocast(dtype, monkeypatch):
         for cast in (True, False):
             if not cast:
                 stock, model = stock.to(dtype), model.to(dtype)
-            with torch.autocast("cpu", dtype, enabled=cast):
+            with torch.autocast("cpu", dtype, enabled=cast), use_backend("triton"):
                 found, expected = model(**inputs).logits, stock(**inputs).logits
             assert found.dtype == expected.dtype
             errors = [(out.double() - truth).abs().max() for out in (found, expected)]
             assert errors[0] <= 2 * errors[1]
+    assert calls == {"rms_norm": 14, "rope": 6, "swiglu": 6}
 
 
 def test_a_float64_model_is_stock(monkeypatch):
@@ -144,9 +144,8 @@ def test_a_float64_model_is_stock(monkeypatch):
         assert torch.equal(model(**few_rows("next")).logits, stock(**few_rows("next")).logits)
 
 
-def test_less_is_kept_for_the_backward_pass(monkeypatch):
+def test_less_is_kept_for_the_backward_pass():
     """Bytes that autograd keeps of a layer's norm and MLP, counted once each."""
-    monkeypatch.setattr(hf_decoder, "LEAST", 1)
     stock, model = (fresh("next").bfloat16() for _ in "ab")
     llava_fast.accelerate(model)
 
@@ -162,9 +161,9 @@ def test_less_is_kept_for_the_backward_pass(monkeypatch):
         [each.model.language_model.layers[0].get_submodule(part) for each in (model, stock)]
         for part in ("input_layernorm", "mlp")
     )
-    assert kept(norm[0]) < 0.4 * kept(norm[1])  # 2 bytes a value beside 2 + 4
     with use_backend("triton"):
-        assert kept(mlp[0]) <= kept(mlp[1]) - 100 * 128 * 2
+        assert kept(norm[0]) < 0.4 * kept(norm[1])  # 2 bytes a value beside 2 + 4
+        assert kept(mlp[0]) <= kept(mlp[1]) - 100 * 128 * 2  # without silu(gate)
 
 
 def test_hooks_and_lora_and_a_parametrised_weight(calls, monkeypatch):
