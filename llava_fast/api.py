@@ -11,6 +11,7 @@ import torch
 
 from llava_fast.checkpoints.assemble import Assembly, open_checkpoint
 from llava_fast.checkpoints.load import LoadedCheckpoint, load_weights
+from llava_fast.checkpoints.save import NOTE_FILE
 from llava_fast.errors import CheckpointError
 from llava_fast.generation.llava import Llava
 from llava_fast.inputs import anyres, chat
@@ -93,7 +94,10 @@ def count_tokens(
 
 
 def _chat_template(checkpoint: LoadedCheckpoint, name: str, tokenizer: Any, asked: str | None) -> chat.ChatTemplate:
-    """The template asked for, else the checkpoint's own, else the one its name and decoder suggest."""
+    """The template asked for, else the one it was trained with here, else the checkpoint's own, else the one that its
+    name and decoder suggest."""
+    if asked is None and NOTE_FILE in checkpoint.side_files:
+        asked = json.loads(checkpoint.side_files[NOTE_FILE]).get("chat_template")
     if asked is not None:
         return chat.builtin_template(asked)
     source = _own_template(checkpoint.path) or tokenizer.chat_template

@@ -24,7 +24,11 @@ from llava_fast.checkpoints.names import to_stored
 from llava_fast.errors import CheckpointError
 from llava_fast.models.config import LlavaConfig
 
+NOTE_FILE = "llava_fast.json"
+"""What a checkpoint says to llava_fast alone: "chat_template", the built-in template it was trained with."""
+
 SIDE_FILES = (
+    NOTE_FILE,
     "generation_config.json",
     "chat_template.jinja",
     "chat_template.json",

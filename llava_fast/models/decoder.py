@@ -16,6 +16,7 @@ from llava_fast.models.config import DecoderConfig
 from llava_fast.models.kv_cache import KVCache
 from llava_fast.models.modules import is_plain
 from llava_fast.models.native_step import step_weights
+from llava_fast.models.recompute import Recompute, run_layer
 from llava_fast.models.rope import Rope
 from llava_fast.ops import add_rms_norm, backend, rms_norm, rope, swiglu
 from llava_fast.ops.decoder_step import decoder_step
@@ -123,6 +124,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rope = Rope(config.rope, config.head_dim, config.max_positions)
+        self.recompute: Recompute = "none"
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -133,7 +135,7 @@ class Decoder(nn.Module):
             cache.require(max(spans.before) + 1)
             return decoder_step(x_RC, weights, *rotation, cache.keys, cache.values, spans.before)
         for layer in self.layers:
-            x_RC = layer(x_RC, rotation, spans, cache)
+            x_RC = run_layer(self.recompute, layer, x_RC, rotation, spans, cache)
         return self.norm(x_RC)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from llava_fast.models.config import VisionConfig
 from llava_fast.models.layer_norms import Pending, finish, finish_and_norm
 from llava_fast.models.merged_linear import run_linears
 from llava_fast.models.modules import is_plain
+from llava_fast.models.recompute import Recompute, run_layer
 from llava_fast.ops import backend, linear_act, patch_embed
 from llava_fast.ops.activations import ACTIVATIONS
 
@@ -117,6 +118,7 @@ class VisionTower(nn.Module):
         if config.has_class_row:
             self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.encoder = VisionEncoder(config)
+        self.recompute: Recompute = "none"
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, tiles: Tensor) -> Tensor:
@@ -136,7 +138,10 @@ class VisionTower(nn.Module):
                 x_TNC, pending = finish(x_TNC, pending), None
             if depth in wanted:
                 states[depth] = x_TNC
-            x_TNC, pending = layer.run(x_TNC, pending) if fused else (layer(x_TNC), None)
+            if fused:
+                x_TNC, pending = run_layer(self.recompute, layer.run, x_TNC, pending)
+            else:
+                x_TNC = run_layer(self.recompute, layer, x_TNC)
         states[config.layers_needed] = finish(x_TNC, pending)
         features = torch.cat([states[depth] for depth in wanted], dim=-1) if len(wanted) > 1 else states[wanted[0]]
         return features[:, 1:] if config.has_class_row and not config.keep_class_row else features

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 import logging
 import resource
 import statistics
@@ -32,11 +33,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 
 import llava_fast
+from llava_fast.checkpoints.save import NOTE_FILE
 from llava_fast.errors import RecipeError, TrainingError
 from llava_fast.generation.llava import Llava
 from llava_fast.inputs.processor import Prepared, Processor
 from llava_fast.models.batch import Batch
 from llava_fast.models.llava import LlavaOutput
+from llava_fast.models.recompute import set_recompute
 from llava_fast.train.checkpoint import Checkpoints
 from llava_fast.train.data import SampleTable, read_sources
 from llava_fast.train.flops import Utilisation
@@ -134,6 +137,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, model: Llava, loader: Loader, world: World) -> None:
         self.recipe, self.loader, self.world = recipe, loader, world
         self.bare = model
+        set_recompute(model, recipe.recompute)
         self.model = parallelize(model, recipe, world)
         self.total = loader.schedule.total
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
@@ -278,6 +282,9 @@ class Trainer:
         dtype = getattr(torch, self.recipe.precision)
         whole = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if self.world.first:
+            if self.recipe.data.template:  # else the base model's own goes with it
+                note = json.dumps({"chat_template": self.bare.processor.template.name})
+                self.bare.side_files = {**getattr(self.bare, "side_files", {}), NOTE_FILE: note}
             tensors = {name: tensor.to(dtype) for name, tensor in whole.items()}
             llava_fast.save(self.bare, path, layout=self.recipe.layout, overwrite=True, tensors=tensors)
         self.world.together()

@@ -8,6 +8,7 @@ import torch
 
 import llava_fast
 from llava_fast.errors import DataError, RecipeError, TrainingError
+from llava_fast.models.batch import Batch
 from llava_fast.train import trainer as training
 from llava_fast.train.metrics import FILE, read_metrics
 from llava_fast.train.parallel import World
@@ -26,12 +27,13 @@ def build(recipe) -> Trainer:
 
 
 def test_learns_and_exports(make_recipe):
-    recipe = make_recipe(epochs=4, optimizer={"learning_rate": 3e-3})
+    recipe = make_recipe(epochs=4, optimizer={"learning_rate": 3e-3}, data={"template": "mistral"})
     path = train(recipe)
     found = losses(recipe)
     assert len(found) == 12
     assert found[-1] < 0.7 * found[0]
     before, after = llava_fast.load(recipe.model), llava_fast.load(path)
+    assert (before.processor.template.name, after.processor.template.name) == ("vicuna_v1", "mistral")
     changed = {
         name.split(".")[0]
         for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True)
@@ -170,3 +172,25 @@ def test_a_sample_with_a_problem_stops_or_is_skipped(make_recipe, tiny_data, tmp
     with pytest.raises(DataError, match=r"(?s)1 samples cannot .*sample-5.*gone\.png"):
         train(make_recipe(data={"sources": sources}))
     train(make_recipe(data={"sources": sources, "on_problem": "skip"}))
+
+
+def test_recomputing_changes_memory_alone(make_recipe, tmp_path):
+    found, kept = {}, {}
+    for how in ("none", "layers", "selective"):
+        parts = ["vision_tower", "projector", "decoder"]
+        trainer = build(make_recipe(recompute=how, trainable=parts, output=str(tmp_path / how)))
+        batch = next(trainer.loader.steps(0))
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], id_):
+            made = Batch.from_prepared(batch.micro_batches[0])
+            loss = trainer.bare(made, logits="none").losses.sum()
+        loss.backward()
+        found[how] = [parameter.grad.clone() for parameter in trainer.trained]
+        kept[how] = sum(sizes)
+    assert kept["layers"] < 0.5 * kept["none"]
+    for how in ("layers", "selective"):
+        assert all(torch.equal(a, b) for a, b in zip(found[how], found["none"], strict=True))
+
+
+def id_(tensor):
+    return tensor

@@ -1,0 +1,55 @@
+"""Activation checkpointing: layers that run again in the backward pass instead of keeping what they computed.
+
+Source: Chen et al. 2016. "selective" keeps what costs most to make again: attention's result and every second matrix
+product (Korthikanti et al. 2022 chose by cost too).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+Recompute = Literal["none", "layers", "selective"]
+
+_aten = torch.ops.aten
+_PRODUCTS = (_aten.mm.default, _aten.addmm.default, _aten.bmm.default)
+_ATTENTION = (
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+)
+
+
+def run_layer(how: Recompute, function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), a layer's forward, keeping as little for the backward pass as `how` says."""
+    if how == "none" or not torch.is_grad_enabled():
+        return function(*args)
+    if how == "layers":
+        return checkpoint(function, *args, use_reentrant=False)
+    return checkpoint(function, *args, use_reentrant=False, context_fn=_selective)
+
+
+def _selective():
+    return create_selective_checkpoint_contexts(
+        functools.partial(_keep, {True: itertools.count(), False: itertools.count()})
+    )
+
+
+def _keep(products: dict[bool, itertools.count], ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    if op in _ATTENTION or op in _PRODUCTS and next(products[ctx.is_recompute]) % 2:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def set_recompute(model: nn.Module, how: Recompute) -> None:
+    """Let the decoder and the tower of a LlavaModel recompute their layers; the tower only if it is trained."""
+    model.decoder.recompute = how
+    trained = any(parameter.requires_grad for parameter in model.vision_tower.parameters())
+    model.vision_tower.recompute = how if trained else "none"
