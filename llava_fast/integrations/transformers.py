@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_fast.errors import ImageError, LlavaFastError
-from llava_fast.integrations import hf_decoder, hf_inputs, shipped_plan, uint8_pixels
+from llava_fast.integrations import hf_decoder, hf_inputs, sharded, shipped_plan, uint8_pixels
 from llava_fast.integrations.placement import Integers, read_integers, supervised_rows, to_device
 from llava_fast.integrations.replacement import (
     TOLD,
@@ -242,6 +242,8 @@ def inner_forward(model: nn.Module, *args, **kwargs):
     plan, (given, uint8) = shipped_plan.find(given), uint8_pixels.take(model, shipped_plan.without(given))
     pixels = [name for name in uint8_pixels.NAMES.values() if given.get(name) is not None]
     if not pixels:
+        if sharded.waited_for(model, given):
+            given = given | {"input_ids": None, "inputs_embeds": sharded.embeds_of_text(model, given)}
         return stock(model, "forward", given)
     why = hf_inputs.unfit(model, given) or (None if given.get("input_ids") is not None else "input_ids are not given")
     if why is None:

@@ -1,0 +1,42 @@
+"""Batches without an image in a model that FSDP2 has sharded (`fully_shard`).
+
+Each process then waits for all others wherever a shard is gathered or a gradient is summed, so a process that has no
+image must go through tower and projector all the same. Stock transformers does not: where the tower's layers are
+sharded the processes wait for each other for ever; where they are not, gradients of different lengths meet in one sum.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed, nn
+
+from llava_fast.integrations import hf_inputs
+
+
+def waited_for(model: nn.Module, given: dict) -> bool:
+    """Whether other processes may have images where this call of an inner LLaVA model has none: its parts are sharded,
+    and it is no later step of generate."""
+    if given.get("input_ids") is None or not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    cache = given.get("past_key_values")
+    if cache is not None and cache.get_seq_length():
+        return False
+    sharded = any(isinstance(part, FSDPModule) for part in model.modules())
+    return sharded and hf_inputs.unfit(model, given) is None
+
+
+def embeds_of_text(model: nn.Module, given: dict) -> Tensor:
+    """[B, S, width], the embeddings of input_ids. Tower and projector run on a blank tile, in the order in which they
+    run on images, and get a gradient of zero."""
+    tower, selection = model.vision_tower, hf_inputs.select(model, given)
+    weight, edge = tower.embeddings.patch_embedding.weight, model.config.vision_config.image_size
+    blank = torch.zeros(1, 3, edge, edge, dtype=weight.dtype, device=weight.device)
+    rows = hf_inputs.tower_features(tower, {"pixel_values": blank}, selection.layers, {})[0, selection.skipped :]
+    embeds = model.get_input_embeddings()(given["input_ids"])
+    nothing = model.multi_modal_projector(rows).sum()
+    newline = getattr(model, "image_newline", None)
+    if newline is not None:
+        nothing = nothing + newline.sum()
+    return embeds + (0 * nothing).to(embeds)
