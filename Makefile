@@ -5,7 +5,7 @@ NATIVE := $(shell find csrc -type f)
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # Run once more with the oldest transformers that is supported (constraints-oldest.txt).
-WITH_OLDEST := tests/test_parity_logits.py tests/checkpoints/test_checkpoint_load.py tests/integrations
+WITH_OLDEST := tests/test_parity_logits.py tests/checkpoints/test_checkpoint_load.py tests/integrations tests/test_examples.py
 
 .PHONY: demo test lint check-kernels clean
 
