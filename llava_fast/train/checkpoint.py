@@ -1,33 +1,39 @@
 """Checkpoints of a run: written whole or not at all, found again, pruned.
 
-A checkpoint is a directory `step-000500` of PyTorch's distributed checkpoint format. It is written under another
-name, flushed to disk, and renamed once every process has finished; one that lacks its name was never finished.
+A checkpoint is a directory `step-000500` of PyTorch's distributed checkpoint format. It is copied to the host, written
+under another name by a thread while the run goes on, flushed to disk, and renamed once every process has finished; one
+that lacks its name was never finished.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from llava_fast.errors import TrainingError
 
+# Said of every checkpoint of a run alone, also by the thread that writes it.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+
 _NAME = re.compile(r"step-(\d{6,})")
 
 
 class Checkpoints:
-    """The checkpoints in a directory. All processes call `save` and `load` together."""
+    """The checkpoints in a directory. All processes call each method together."""
 
     def __init__(self, directory: Path, keep: int) -> None:
         self.directory, self.keep = directory, keep
+        self._writing: tuple[Future, Path, Path] | None = None
+        self._group = None if _alone() else dist.new_group(backend="gloo")  # the writing threads' own
 
     def path(self, step: int) -> Path:
         return self.directory / f"step-{step:06d}"
@@ -38,29 +44,51 @@ class Checkpoints:
             return []
         return sorted(int(found[1]) for each in self.directory.iterdir() if (found := _NAME.fullmatch(each.name)))
 
-    def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write `state`, a nested dict of tensors and plain values, as the checkpoint of `step`."""
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Copy `state`, a nested dict of tensors and plain values, and write it as the checkpoint of `step` while the
+        run goes on. It exists once `poll` or `finish` has found it written."""
+        self.finish()
         final = self.path(step)
         part = final.with_name(f".{final.name}.part")
         if _first():
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-        _together()
-        with _alone_is_fine():
-            dcp.save(state, storage_writer=dcp.FileSystemWriter(part, sync_files=True), no_dist=_alone())
-        _together()
+        self._together()
+        writer = dcp.FileSystemWriter(part, sync_files=True)
+        future = dcp.async_save(state, storage_writer=writer, process_group=self._group, no_dist=_alone())
+        self._writing = (future, part, final)  # type: ignore[assignment]
+
+    def poll(self) -> None:
+        """Give the checkpoint that is being written its name, if every process has finished."""
+        if self._writing is None:
+            return
+        done = torch.tensor([int(self._writing[0].done())])
+        if not _alone():
+            dist.all_reduce(done, dist.ReduceOp.MIN)
+        if done.item():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being written is there."""
+        if self._writing is None:
+            return
+        (future, part, final), self._writing = self._writing, None
+        future.result()
+        self._together()
         if _first():
             _flush(part)
             _commit(part, final)
             self._prune()
-        _together()
-        return final
+        self._together()
+
+    def _together(self) -> None:
+        if self._group is not None:
+            dist.barrier()
 
     def load(self, step: int, state: dict[str, Any]) -> None:
         """Fill `state` in place from a checkpoint. Raises TrainingError if it does not fit."""
         try:
-            with _alone_is_fine():
-                dcp.load(state, storage_reader=dcp.FileSystemReader(self.path(step)), no_dist=_alone())
+            dcp.load(state, storage_reader=dcp.FileSystemReader(self.path(step)), no_dist=_alone())
         except (dcp.CheckpointException, RuntimeError, ValueError, KeyError) as error:
             raise TrainingError(
                 f"{self.path(step)} does not fit this recipe's model and optimizer: {error}. "
@@ -93,20 +121,8 @@ def _alone() -> bool:
     return not dist.is_initialized()
 
 
-@contextlib.contextmanager
-def _alone_is_fine() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield
-
-
 def _first() -> bool:
     return _alone() or dist.get_rank() == 0
-
-
-def _together() -> None:
-    if not _alone():
-        dist.barrier()
 
 
 def _flush(directory: Path) -> None:

@@ -156,11 +156,18 @@ class Trainer:
         metrics = Metrics(self.recipe, self.total, first, self.world.first)
         with contextlib.closing(metrics):
             for batch in self.loader.steps(first):
-                metrics.report(self.step(batch))
+                try:
+                    metrics.report(self.step(batch))
+                except TrainingError:  # on every process alike
+                    self.checkpoints.finish()
+                    raise
+                self.checkpoints.poll()
                 done = batch.step + 1
                 if done % self.recipe.checkpoints.every == 0 or done == self.total:
                     metrics.flush()
+                    self.checkpoints.finish()  # one copy on the host at a time
                     self.checkpoints.save(done, self.state(done))
+            self.checkpoints.finish()
 
     def step(self, step_batch: StepBatch) -> dict[str, Any]:
         """One optimiser step; returns what it reports. Raises TrainingError, before anything is changed, if the loss
