@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 import llava_fast
 from llava_fast.checkpoints.save import NOTE_FILE
@@ -178,7 +179,9 @@ class Trainer:
         tokens = int(self.world.sum(counted))
         micro = max(len(step_batch.micro_batches), 1)
         loss = torch.zeros(1, device=self.world.device)
-        for prepared in step_batch.micro_batches:
+        for number, prepared in enumerate(step_batch.micro_batches, start=1):
+            if isinstance(self.model, DistributedDataParallel):  # sums gradients of processes once a step
+                self.model.require_backward_grad_sync = number == micro
             share = self._loss(Batch.from_prepared(prepared, self.world.device), tokens, micro)
             share.backward()
             loss += share.detach() / self.world.size
