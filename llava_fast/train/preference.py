@@ -63,7 +63,7 @@ def build_trainer(recipe: Recipe, model: Llava, world: World) -> DpoTrainer:
     alone, shared = answers.rows(training.measure_together(recipe, answers, processor, world))
     usable, alone = usable_samples(recipe, answers, alone, processor, quiet=not world.first)
     single = dataclasses.replace(processor, threads=1)  # workers are the parallelism
-    schedule = training.schedule_of(recipe, answers, usable)
+    schedule = training.schedule_of(recipe, answers, usable, shared)
     loader = Loader(recipe, answers, shared, schedule, single, world.size, world.rank)
     loader.micro_batches = PairBatches(answers, single)
     if recipe.dpo.reference == "precomputed":

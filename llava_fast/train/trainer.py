@@ -47,7 +47,7 @@ from llava_fast.train.flops import Utilisation
 from llava_fast.train.lengths import Lengths, measure
 from llava_fast.train.loader import Loader, StepBatch
 from llava_fast.train.metrics import Metrics
-from llava_fast.train.mixture import epoch_order
+from llava_fast.train.mixture import epoch_order, grouped_order
 from llava_fast.train.optim import build_optimizer, build_schedule, freeze
 from llava_fast.train.parallel import World, clip_gradients, join_world, parallelize
 from llava_fast.train.recipe import Recipe
@@ -76,6 +76,10 @@ def train(recipe: Recipe, resume: bool = True, build: Callable[[Recipe, Llava, W
 
 def load_model(recipe: Recipe, world: World) -> Llava:
     """The recipe's model on this process's device: what is trained in float32, the rest in the precision asked for."""
+    if recipe.lora is not None:
+        raise RecipeError(
+            "`lora` is not trained here yet: examples/finetune_hf_trainer.py --lora trains adapters with PEFT"
+        )
     model = llava_fast.load(recipe.model, device="cpu", dtype="auto", chat_template=recipe.data.template)
     freeze(model, recipe)
     frozen = getattr(torch, recipe.precision)
@@ -99,7 +103,7 @@ def build_loader(recipe: Recipe, processor: Processor, world: World) -> Loader:
     lengths = measure_together(recipe, table, processor, world)
     usable, lengths = usable_samples(recipe, table, lengths, processor, quiet=not world.first)
     single = dataclasses.replace(processor, threads=1)  # workers are the parallelism
-    schedule = schedule_of(recipe, table, usable)
+    schedule = schedule_of(recipe, table, usable, lengths)
     return Loader(recipe, table, lengths, schedule, single, world.size, world.rank)
 
 
@@ -121,13 +125,17 @@ def measure_together(recipe: Recipe, table: SampleTable, processor: Processor, w
     return lengths
 
 
-def schedule_of(recipe: Recipe, table: SampleTable, usable: np.ndarray) -> Schedule:
+def schedule_of(recipe: Recipe, table: SampleTable, usable: np.ndarray, lengths: Lengths) -> Schedule:
     """Which of the usable samples (bool [samples]) each step takes."""
 
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
         numbers = epoch_order(table.source_of, recipe.data.sources, recipe.data.mixing, epoch, recipe.seed)
-        return numbers[usable[numbers]]
+        numbers = numbers[usable[numbers]]
+        if recipe.data.batching != "grouped":
+            return numbers
+        rows, visual = (lengths.text + lengths.visual)[numbers], lengths.visual[numbers] > 0
+        return grouped_order(numbers, rows, visual, recipe.batch_size, recipe.seed + epoch)
 
     return Schedule.of(order, recipe.batch_size, recipe.epochs, recipe.steps)
 

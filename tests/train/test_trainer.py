@@ -42,8 +42,7 @@ def test_learns_and_exports(make_recipe):
     assert changed == {"projector", "decoder", "image_newline"}
 
 
-@pytest.mark.parametrize("batching", ["padded", "grouped"])
-def test_packed_equals_padded(make_recipe, tmp_path, batching):
+def test_packed_equals_padded(make_recipe, tmp_path):
     packed = make_recipe(epochs=2, micro_batch_rows=700)
     padded = make_recipe(epochs=2, micro_batch=2, data={"batching": "padded"}, output=str(tmp_path / "padded"))
     for recipe in (packed, padded):
@@ -103,6 +102,11 @@ def test_only_what_is_named_is_trained(make_recipe):
     assert names and all(name.startswith(("projector", "image_newline", "decoder.layers.1.")) for name in names)
     with pytest.raises(RecipeError, match="'brain' is no part"):
         build(make_recipe(trainable=["brain"]))
+
+
+def test_adapters_are_refused_by_name(make_recipe):
+    with pytest.raises(RecipeError, match="`lora` is not trained here yet"):
+        train(make_recipe(trainable=["projector"], lora={}))
 
 
 def test_a_part_has_its_own_rate(make_recipe):
