@@ -69,6 +69,8 @@ def train(recipe: Recipe, resume: bool = True, build: Callable[[Recipe, Llava, W
     torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
     torch.backends.cudnn.allow_tf32 = recipe.tf32
     model = load_model(recipe, world)
+    if recipe.lora is not None and not any("lora_" in name for name, _ in model.named_parameters()):
+        raise RecipeError("`lora` is not trained here yet: examples/finetune_hf_trainer.py --lora does it through PEFT")
     trainer = (build or build_trainer)(recipe, model, world)
     trainer.run(resume)
     return trainer.export()
@@ -76,10 +78,6 @@ def train(recipe: Recipe, resume: bool = True, build: Callable[[Recipe, Llava, W
 
 def load_model(recipe: Recipe, world: World) -> Llava:
     """The recipe's model on this process's device: what is trained in float32, the rest in the precision asked for."""
-    if recipe.lora is not None:
-        raise RecipeError(
-            "`lora` is not trained here yet: examples/finetune_hf_trainer.py --lora trains adapters with PEFT"
-        )
     model = llava_fast.load(recipe.model, device="cpu", dtype="auto", chat_template=recipe.data.template)
     freeze(model, recipe)
     frozen = getattr(torch, recipe.precision)
