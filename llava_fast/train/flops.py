@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from llava_fast.inputs.plan import TokenPlan
@@ -123,6 +124,13 @@ def step_flops(
         + forward.decoder_attention * (1 + 2 * through_decoder)
         + 6.0 * sum(lengths) * adapters
     )
+
+
+def sequence_flops(config: DecoderConfig, lengths: Iterable[int]) -> np.ndarray:
+    """Operations of the decoder's layers, forward, on each sequence alone: float64 [sequences]. Attention grows with
+    the square of the length."""
+    row = 2.0 * config.num_layers * layer_weights(config)
+    return np.array([row * length + _attention(config, [length]) for length in map(int, lengths)], np.float64)
 
 
 def layer_weights(config: DecoderConfig) -> int:

@@ -16,7 +16,9 @@ from llava_fast.errors import LlavaFastError, TrainingError
 from llava_fast.inputs.length import fit
 from llava_fast.inputs.plan import Layout
 from llava_fast.inputs.processor import Cut, Prepared, Processor
+from llava_fast.models.config import DecoderConfig
 from llava_fast.train.data import SampleTable
+from llava_fast.train.flops import sequence_flops
 from llava_fast.train.lengths import LabelMask, Lengths
 from llava_fast.train.packing import Split, split_packed, split_padded
 from llava_fast.train.recipe import Recipe
@@ -61,6 +63,7 @@ class MicroBatches(Dataset):
 class Loader:
     """Iterates over the steps of a run from any of them. Iteration is deterministic.
 
+    decoder          the model's, whose operations packed micro-batches are balanced by.
     processes, rank  how many processes share a step, and which of them this is.
     """
 
@@ -71,11 +74,12 @@ class Loader:
         lengths: Lengths,
         schedule: Schedule,
         processor: Processor,
+        decoder: DecoderConfig,
         processes: int = 1,
         rank: int = 0,
     ) -> None:
         self.recipe, self.lengths, self.schedule = recipe, lengths, schedule
-        self.processes, self.rank = processes, rank
+        self.decoder, self.processes, self.rank = decoder, processes, rank
         layout: Layout = "packed" if recipe.data.batching == "packed" else "padded"
         self.micro_batches: Dataset = MicroBatches(
             table, processor, recipe.data.label_mask, layout, recipe.data.too_long == "cut"
@@ -91,8 +95,13 @@ class Loader:
         """The samples of a step, by process and micro-batch."""
         samples = [int(number) for number in self.schedule.samples(step)]
         if self.recipe.data.batching == "packed":
-            return split_packed(samples, self.rows(samples), self.processes, self.most_rows)
+            return self.pack(samples)
         return split_padded(samples, self.processes, self.recipe.micro_batch)
+
+    def pack(self, samples: list[int]) -> Split:
+        """Samples in packed micro-batches, by process."""
+        rows = self.rows(samples)
+        return split_packed(samples, rows, sequence_flops(self.decoder, rows), self.processes, self.most_rows)
 
     def steps(self, first: int) -> Iterator[StepBatch]:
         """Batches of this process from step `first` to the end of the run."""

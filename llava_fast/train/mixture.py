@@ -64,13 +64,13 @@ def _turns(size: int, count: int, epoch: int, seed: list[int]) -> np.ndarray:
 
 
 def grouped_order(numbers: np.ndarray, rows: np.ndarray, visual: np.ndarray, batch_size: int, seed: int) -> np.ndarray:
-    """An epoch's order in which alike samples share a step, as in the original trainers (LengthGroupedSampler with
+    """An epoch's order in which alike samples share a step, after the original trainers (LengthGroupedSampler with
     group_by_modality_length in llava/train/llava_trainer.py, haotian-liu/LLaVA).
 
     numbers  sample numbers in a random order; rows[i], visual[i] the length of numbers[i] and whether it has an image.
     Samples with images and those without are cut into steps apart, the steps are shuffled, and what fills no step
-    comes last. Within a step the longest comes first, so that a micro-batch holds samples of one length. The draws are
-    not the original's own.
+    comes last. Within a step the longest comes first, so that a micro-batch holds samples of one length; the
+    original deals them out evenly instead, long and short ones to each micro-batch. The draws are not its own either.
     """
     steps, rest = [], []
     for kind in (visual, ~visual):

@@ -6,7 +6,6 @@ processes equally busy.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Sequence
 
@@ -16,27 +15,45 @@ Split = list[list[list[int]]]
 """split[process][micro-batch] is a list of sample numbers. Every process has as many micro-batches."""
 
 
-def split_packed(samples: Sequence[int], rows: np.ndarray, processes: int, most_rows: int) -> Split:
-    """Micro-batches of at most `most_rows` rows (a longer sample has one to itself), balanced by rows.
+def split_packed(samples: Sequence[int], rows: np.ndarray, costs: np.ndarray, processes: int, most_rows: int) -> Split:
+    """Micro-batches of at most `most_rows` rows (a longer sample has one to itself), balanced by cost.
 
-    samples  sample numbers; rows[i] the length of samples[i]. Longest first, each into the emptiest micro-batch that
-    it fits (Graham 1969); micro-batches then go in turn to the processes. Deterministic.
+    samples  sample numbers; rows[i] and costs[i] the length of samples[i] and how much work it is, in any unit.
+    Costliest first, each into the least busy micro-batch that it fits (Graham 1969). The processes' micro-batches of
+    one turn are then alike, and the busiest goes to the process with the least work so far. Deterministic.
     """
-    order = sorted(range(len(samples)), key=lambda i: (-int(rows[i]), i))
-    each = min(math.ceil(int(np.sum(rows)) / (most_rows * processes)), math.ceil(len(samples) / processes))
-    each = max(each, 1)
-    while True:
-        bins = [(0, number) for number in range(each * processes)]
-        held: list[list[int]] = [[] for _ in bins]
-        for i in order:
-            filled, number = bins[0]
-            if held[number] and filled + int(rows[i]) > most_rows:
-                break
-            heapq.heapreplace(bins, (filled + int(rows[i]), number))
-            held[number].append(samples[i])
-        else:
-            return [held[process::processes] for process in range(processes)]
-        each += 1
+    order = sorted(range(len(samples)), key=lambda i: (-float(costs[i]), i))
+    most = max(math.ceil(len(samples) / processes), 1)  # enough for each sample to have one to itself
+    each = min(max(math.ceil(int(np.sum(rows)) / (most_rows * processes)), 1), most)
+    while (held := _filled(order, rows, costs, each * processes, most_rows)) is None:
+        each = min(each + max(each // 50, 1), most)  # a whole data set at once takes thousands
+    busy = [float(np.sum(costs[batch])) for batch in held]
+    by_load = sorted(range(len(held)), key=lambda number: (-busy[number], number))
+    split: Split = [[] for _ in range(processes)]
+    load = [0.0] * processes
+    for turn in range(0, len(held), processes):
+        idlest = sorted(range(processes), key=lambda process: (load[process], process))
+        for process, number in zip(idlest, by_load[turn : turn + processes], strict=True):
+            split[process].append([samples[i] for i in held[number]])
+            load[process] += busy[number]
+    return split
+
+
+def _filled(
+    order: list[int], rows: np.ndarray, costs: np.ndarray, count: int, most_rows: int
+) -> list[list[int]] | None:
+    """Places in so many micro-batches; None if they do not fit."""
+    held: list[list[int]] = [[] for _ in range(count)]
+    busy, filled = np.zeros(count), np.zeros(count, np.int64)
+    for i in order:
+        fits = (filled == 0) | (filled + rows[i] <= most_rows)
+        if not fits.any():
+            return None
+        number = int(np.where(fits, busy, np.inf).argmin())
+        held[number].append(i)
+        busy[number] += costs[i]
+        filled[number] += rows[i]
+    return held
 
 
 def split_padded(samples: Sequence[int], processes: int, micro_batch: int) -> Split:

@@ -28,7 +28,6 @@ from llava_fast.inputs.processor import Prepared
 from llava_fast.models.batch import Batch
 from llava_fast.train import trainer as training
 from llava_fast.train.loader import Loader, StepBatch
-from llava_fast.train.packing import split_packed
 from llava_fast.train.pair_loss import answer_log_probs, preference_losses
 from llava_fast.train.pairs import PairBatches, read_pairs
 from llava_fast.train.parallel import World
@@ -64,7 +63,7 @@ def build_trainer(recipe: Recipe, model: Llava, world: World) -> DpoTrainer:
     usable, alone = usable_samples(recipe, answers, alone, processor, quiet=not world.first)
     single = dataclasses.replace(processor, threads=1)  # workers are the parallelism
     schedule = training.schedule_of(recipe, answers, usable, shared)
-    loader = Loader(recipe, answers, shared, schedule, single, world.size, world.rank)
+    loader = Loader(recipe, answers, shared, schedule, single, model.config.decoder, world.size, world.rank)
     loader.micro_batches = PairBatches(answers, single)
     if recipe.dpo.reference == "precomputed":
         mark = hashlib.blake2b(digest_size=16)
@@ -165,7 +164,7 @@ def reference_log_probs(
     if world.sum(torch.tensor([world.first and path.exists()], dtype=torch.int32, device=world.device)).item():
         return np.load(path)
     found = torch.zeros(len(loader.lengths.text), 2, device=world.device)
-    mine = split_packed(pairs.tolist(), loader.rows(pairs), world.size, loader.most_rows)[world.rank]
+    mine = loader.pack(pairs.tolist())[world.rank]
     workers = recipe.data.workers
     batches = DataLoader(
         loader.micro_batches,

@@ -92,17 +92,18 @@ def build_trainer(recipe: Recipe, model: Llava, world: World) -> Trainer:
     """A trainer over the recipe's samples. Raises RecipeError for a recipe of preference tuning."""
     if recipe.dpo is not None:
         raise RecipeError("the recipe has a section `dpo`: run `llava-fast dpo`, or leave the section out")
-    return Trainer(recipe, model, build_loader(recipe, model.processor, world), world)
+    return Trainer(recipe, model, build_loader(recipe, model, world), world)
 
 
-def build_loader(recipe: Recipe, processor: Processor, world: World) -> Loader:
+def build_loader(recipe: Recipe, model: Llava, world: World) -> Loader:
     """The recipe's data, measured once and scheduled. Raises DataError, with what is wrong, before any training."""
+    processor = model.processor
     table = read_sources(recipe.data.sources)
     lengths = measure_together(recipe, table, processor, world)
     usable, lengths = usable_samples(recipe, table, lengths, processor, quiet=not world.first)
     single = dataclasses.replace(processor, threads=1)  # workers are the parallelism
     schedule = schedule_of(recipe, table, usable, lengths)
-    return Loader(recipe, table, lengths, schedule, single, world.size, world.rank)
+    return Loader(recipe, table, lengths, schedule, single, model.config.decoder, world.size, world.rank)
 
 
 def measure_together(recipe: Recipe, table: SampleTable, processor: Processor, world: World) -> Lengths:

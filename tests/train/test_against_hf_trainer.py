@@ -21,7 +21,7 @@ class Samples(torch.utils.data.Dataset):
 
     def __init__(self, recipe) -> None:
         model = load_model(recipe, World(0, 1, torch.device("cpu")))
-        schedule = build_loader(recipe, model.processor, World(0, 1, torch.device("cpu"))).schedule
+        schedule = build_loader(recipe, model, World(0, 1, torch.device("cpu"))).schedule
         numbers = np.concatenate([schedule.samples(step) for step in range(STEPS)])
         table = read_sources(recipe.data.sources)
         pair = Pair(CASES["next"], None, hf_processor(CASES["next"]), llava_fast.load(recipe.model))

@@ -199,7 +199,7 @@ def test_a_trainer_reports_its_utilisation(make_recipe):
     recipe = make_recipe(trainable=["projector", "decoder"], micro_batch_rows=700)
     world = World(0, 1, torch.device("cpu"))
     model = load_model(recipe, world)
-    trainer = Trainer(recipe, model, build_loader(recipe, model.processor, world), world)
+    trainer = Trainer(recipe, model, build_loader(recipe, model, world), world)
     batch, other = list(trainer.loader.steps(0))[:2]
     assert len(batch.micro_batches) > 1
     assert trainer.step(batch)["mfu"] is None  # no one knows a CPU's peak

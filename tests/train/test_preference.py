@@ -148,7 +148,7 @@ def test_a_killed_run_goes_on_with_the_same_reference(recipe, tmp_path, monkeypa
         dpo(killed)
     monkeypatch.setattr(preference.DpoTrainer, "step", step)
     (kept,) = (killed.output / "references").iterdir()
-    monkeypatch.setattr(preference, "split_packed", None)  # a second pass over the data would need it
+    monkeypatch.setattr(preference, "tqdm", None)  # a second pass over the data would need it
     dpo(killed)
     assert list((killed.output / "references").iterdir()) == [kept]
     assert [values["loss"] for values in steps(killed)] == [values["loss"] for values in steps(whole)]

@@ -5,6 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llava_fast.models.config import DecoderConfig
+from llava_fast.train.flops import sequence_flops
 from llava_fast.train.packing import split_packed, split_padded
 from llava_fast.train.schedule import Schedule
 
@@ -30,7 +32,8 @@ def test_length_of_a_run(epochs, steps, total):
 @given(st.lists(st.integers(1, 60), min_size=0, max_size=40), st.integers(1, 4), st.integers(20, 80))
 def test_packed_split_loses_nothing_and_keeps_to_the_limit(rows, processes, most):
     samples = [100 + number for number in range(len(rows))]
-    split = split_packed(samples, np.array(rows, int), processes, most)
+    lengths = np.array(rows, int)
+    split = split_packed(samples, lengths, lengths.astype(float) ** 2, processes, most)
     assert len(split) == processes
     assert len({len(each) for each in split}) == 1
     assert len(split[0]) <= max(1, -(-len(rows) // processes))  # no more than one sample in each needs
@@ -41,11 +44,23 @@ def test_packed_split_loses_nothing_and_keeps_to_the_limit(rows, processes, most
 
 
 def test_packed_split_balances_processes():
-    rows = np.random.default_rng(0).integers(50, 2000, 128)
-    split = split_packed(range(128), rows, 8, 4096)
-    loads = [sum(rows[number] for batch in each for number in batch) for each in split]
-    assert max(loads) <= 1.05 * min(loads)
-    assert len(split[0]) <= 1.5 * rows.sum() / (8 * 4096) + 1
+    decoder = DecoderConfig("llama", 32000, 1024, 2816, 2, 16, 16, 64, 4096, 1e-5)
+    rng = np.random.default_rng(0)
+    rows = np.where(rng.random(128) < 0.2, rng.integers(3000, 4000, 128), rng.integers(50, 700, 128))
+    costs = sequence_flops(decoder, rows)
+    assert costs[rows.argmax()] / costs[rows.argmin()] > 1.2 * rows.max() / rows.min()  # attention counts
+
+    def busiest(balanced_by: np.ndarray) -> tuple[float, float]:
+        """The largest load over the mean: of a process, and in one turn (the mean over turns)."""
+        split = split_packed(range(128), rows, balanced_by, 8, 4096)
+        assert len(split[0]) <= 1.5 * rows.sum() / (8 * 4096) + 1
+        loads = np.array([[costs[batch].sum() for batch in each] for each in split])
+        turns = loads.max(0).sum() / loads.mean(0).sum()  # processes wait for each other at each micro-batch
+        return loads.sum(1).max() / loads.sum(1).mean(), turns
+
+    by_costs, by_rows = busiest(costs), busiest(rows)
+    assert by_costs[0] < 1.02 and by_costs[1] < 1.03
+    assert by_costs[0] < by_rows[0] and by_costs[1] < by_rows[1]
 
 
 def test_padded_split_is_the_original_order():

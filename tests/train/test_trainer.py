@@ -23,7 +23,7 @@ def losses(recipe) -> list[float]:
 
 def build(recipe) -> Trainer:
     model = load_model(recipe, ALONE)
-    return Trainer(recipe, model, build_loader(recipe, model.processor, ALONE), ALONE)
+    return Trainer(recipe, model, build_loader(recipe, model, ALONE), ALONE)
 
 
 def test_learns_and_exports(make_recipe):
