@@ -1,4 +1,4 @@
-"""The command line: llava-fast generate | chat | train | data | convert | doctor | demo."""
+"""The command line: llava-fast generate | chat | train | plot | data | convert | doctor | demo."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.add_typer(data_cli.app, name="data")
 app.add_typer(recipe_cli.app, name="recipe")
 app.command()(recipe_cli.plan)
+app.command()(recipe_cli.plot)
 
 Model = Annotated[str, typer.Argument(help="A checkpoint directory (Hugging Face or original layout) or a Hub id.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: CUDA if there is one.")]

@@ -237,14 +237,14 @@ def save_histogram(report: Report, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def check_picture_path(path: Path) -> None:
-    """Raises DataError now, not after an hour of measuring, for a histogram that could not be written."""
+def check_picture_path(path: Path, what: str = "a histogram") -> None:
+    """Raises DataError now, not after an hour of measuring, for a picture that could not be written."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise DataError("a histogram needs matplotlib: pip install llava_fast[plot]") from None
+        raise DataError(f"{what} needs matplotlib: pip install llava_fast[plot]") from None
     if path.suffix.lower() not in _PICTURES:
-        raise DataError(f"a histogram is a {', '.join(_PICTURES)} file, not {path.name}")
+        raise DataError(f"{what} is a {', '.join(_PICTURES)} file, not {path.name}")
     check_parent(path)
 
 

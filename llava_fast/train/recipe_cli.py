@@ -1,4 +1,4 @@
-"""The command line's `llava-fast recipe`."""
+"""The command line's `llava-fast recipe`, and what stands before and after a run: `plan` and `plot`."""
 
 from __future__ import annotations
 
@@ -116,3 +116,28 @@ def plan(
     loaded = load_recipe(recipe, set_)
     made = estimate(loaded, gpus, gpu, samples, tokens_per_sample, tiles_per_sample, share)
     typer.echo(made.to_text())
+
+
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="The `output` directories of one run or several.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The picture to write. Default: curves.png in the first run's directory."),
+    ] = None,
+) -> None:
+    """Draw a run's curves: loss, learning rate, gradient norm, tokens a second, seconds waited for data, and rewards.
+
+    \b
+    llava-fast plot runs/llava-1.5-stage2
+    llava-fast plot runs/a runs/b -o both.png
+
+    It can be run while a training goes on. Needs matplotlib (pip install llava_fast[plot]).
+    """
+    from llava_fast.train.data_check import check_picture_path
+    from llava_fast.train.plot import read_runs, save_curves
+
+    found = read_runs(runs)
+    path = output or runs[0] / "curves.png"
+    check_picture_path(path, "a picture of curves")
+    save_curves(found, path)
+    typer.echo(f"wrote {path}")
