@@ -131,7 +131,7 @@ def plot(
     llava-fast plot runs/llava-1.5-stage2
     llava-fast plot runs/a runs/b -o both.png
 
-    It can be run while a training goes on. Needs matplotlib (pip install llava_fast[plot]).
+    It can be run while a training goes on, and needs matplotlib.
     """
     from llava_fast.train.data_check import check_picture_path
     from llava_fast.train.plot import read_runs, save_curves
