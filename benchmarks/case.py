@@ -48,7 +48,8 @@ class Settings:
 @dataclass(frozen=True)
 class Provider:
     """One backend's way to the result. `run(i)` is timed; `prepare` runs before it and `finish` after it, off the
-    clock; `result` turns what `run` returned into what the check compares. `compiles`: the first call is no measure."""
+    clock; `result` turns what `run` returned into what the check compares. `compiles`: the first call is no measure.
+    `peak` measures memory where it is not that of one call in this process."""
 
     backend: str
     run: Callable[[int], Any]
@@ -56,6 +57,7 @@ class Provider:
     prepare: Callable[[], Any] = lambda: None
     finish: Callable[[], Any] = lambda: None
     compiles: bool = False
+    peak: Callable[[], int | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Case:
     unit: str
     weight_bytes: int = 0
     reference: str | None = None  # the provider that others are compared with, where it is none of REFERENCES
+    calls: int = 1  # timed calls for each one asked for: a short stage beside long ones needs more
 
 
 @dataclass
@@ -127,6 +130,8 @@ def measure(case: Case, settings: Settings, ceilings: Ceilings) -> list[Row]:
         peaks[provider.backend] = peak.bytes
         del returned
         provider.finish()
+        if provider.peak is not None:
+            peaks[provider.backend] = provider.peak()
     wanted = results.get(reference)
     checks = {
         name: case.check(result, wanted) for name, result in results.items() if wanted is not None and name != reference
@@ -135,7 +140,7 @@ def measure(case: Case, settings: Settings, ceilings: Ceilings) -> list[Row]:
     wanted = None  # large results are not kept while timing
 
     timed = [Timed(provider.run, provider.prepare, provider.finish) for provider in case.providers]
-    times = time_in_turns(timed, settings.iters, settings.warmup, device)
+    times = time_in_turns(timed, settings.iters * case.calls, settings.warmup, device)
     by_backend = {provider.backend: time for provider, time in zip(case.providers, times, strict=True)}
     return [
         _row(case, settings, ceilings, name, quantiles, peaks[name], checks.get(name), reference, by_backend)

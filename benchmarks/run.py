@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 if TYPE_CHECKING:
     from benchmarks.case import Row, Settings
 
-SUITE_NAMES = ("preprocess", "encode", "prefill", "decode", "generate", "train-step", "dpo")
+SUITE_NAMES = ("preprocess", "encode", "prefill", "decode", "generate", "train-step", "dpo", "accelerate")
 DTYPES = ("float32", "bfloat16", "float16")
 
 app = typer.Typer(
@@ -133,6 +133,8 @@ _HELP = {
     "generate": "Photographs and prompts to text, everything included.",
     "train-step": "Forward, loss and backward of a batch with labels; the vision tower is frozen.",
     "dpo": "A preference pair's loss and gradients: image and question run once, against two ordinary sequences.",
+    "accelerate": "A transformers model and processor, stock against accelerated: training step and its peak memory, "
+    "a forward, pixels. Always against hf-eager; --new-tokens is how many are supervised.",
     "all": "Every suite in turn.",
 }
 for _name in _HELP:
@@ -200,12 +202,16 @@ def _execute(jobs: list[Job], threads: int, output_json: Path | None) -> None:
         )
         subject = Subject(model, layers, settings.torch_dtype, settings.device)
         for suite in suites:
+            done: list[Row] = []
             for case in SUITES[suite].cases(subject, settings):
                 new = measure(case, settings, ceilings)
                 for row in new:
                     row.machine, row.versions, row.commit, row.date = measured, versions, commit, date
-                rows += new
+                done += new
                 typer.echo("\n" + report.table(new))
+            rows += done
+            if hasattr(SUITES[suite], "summary"):
+                typer.echo("\n" + SUITES[suite].summary(done))
         subject.close()
     if output_json is not None:
         report.write_json(rows, output_json)

@@ -101,12 +101,16 @@ class Subject:
     @cached_property
     def hf_compiled(self) -> nn.Module:
         """A second transformers model over the same weights, its forward compiled."""
+        model = self.hf_twin()
+        model.forward = torch.compile(model.forward)
+        return model
+
+    def hf_twin(self) -> nn.Module:
+        """Another transformers model over the same weights, each time a new one."""
         model = self._hf_without_weights() if self.shape else type(self.hf)(self.hf.config)
         model.load_state_dict(self.hf.state_dict(), assign=True)
         model.generation_config = self.hf.generation_config
-        model.eval().requires_grad_(False)
-        model.forward = torch.compile(model.forward)
-        return model
+        return model.eval().requires_grad_(False)
 
     @cached_property
     def ours(self) -> Llava:

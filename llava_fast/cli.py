@@ -1,4 +1,4 @@
-"""The command line: llava-fast generate | chat | train | plot | data | convert | doctor | demo."""
+"""The command line: llava-fast generate | chat | train | plot | data | convert | merge-lora | doctor | demo."""
 
 from __future__ import annotations
 
@@ -239,6 +239,37 @@ def convert(
     import llava_fast
 
     llava = _load(model, "cpu", dtype or "auto", None, model_base)
+    llava_fast.save(llava, output, layout=layout)
+    typer.echo(f"wrote {output} in the {layout} layout")
+
+
+@app.command("merge-lora")
+def merge_lora(
+    adapter: Annotated[str, typer.Argument(help="A directory with adapter_config.json, or a Hub id.")],
+    output: Annotated[Path, typer.Argument(help="The directory to write; it must not exist yet, or be empty.")],
+    model_base: Annotated[
+        str | None, typer.Option(help="The model that the adapter was trained on. Default: the one that it names.")
+    ] = None,
+    layout: Annotated[
+        Literal["hf", "original"] | None, typer.Option(help="As for convert. Default: the model's own.")
+    ] = None,
+    dtype: Dtype = None,
+    chat_template: Template = None,
+) -> None:
+    """Write a whole model from a LoRA adapter and its base: each weight is W + alpha / rank * B @ A, rounded once.
+
+    \b
+    llava-fast merge-lora runs/mine/adapter ./mine --model-base llava-hf/llava-1.5-7b-hf
+    llava-fast merge-lora liuhaotian/llava-v1.5-7b-lora ./merged --model-base lmsys/vicuna-7b-v1.5 --layout hf
+
+    A training with `lora` has already written its merged model, in the output's model/.
+    """
+    import llava_fast
+    from llava_fast.checkpoints.adapters import check_adapter
+
+    check_adapter(adapter)
+    llava = _load(adapter, "cpu", dtype or "auto", chat_template, model_base)
+    layout = layout or llava.config.layout
     llava_fast.save(llava, output, layout=layout)
     typer.echo(f"wrote {output} in the {layout} layout")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.suites import decode, dpo, encode, generate, prefill, preprocess, train_step
+from benchmarks.suites import accelerate, decode, dpo, encode, generate, prefill, preprocess, train_step
 
 SUITES = {
     "preprocess": preprocess,
@@ -12,4 +12,5 @@ SUITES = {
     "generate": generate,
     "train-step": train_step,
     "dpo": dpo,
+    "accelerate": accelerate,
 }

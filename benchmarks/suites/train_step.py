@@ -27,9 +27,9 @@ whole gradients of both sides would not fit beside the model on a small machine.
 
 
 def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
-    answer = 4 + np.arange(settings.answer_tokens, dtype=np.int32) * 7 % 200
-    ours = [_our_batch(subject, settings, number, answer) for number in range(ROTATED)]
-    theirs = [_hf_batch(subject, settings, number, answer) for number in range(ROTATED)]
+    wanted = answer(settings)
+    ours = [our_batch(subject, settings, number, wanted) for number in range(ROTATED)]
+    theirs = [hf_batch(subject, settings, number, wanted) for number in range(ROTATED)]
 
     def hf(model: nn.Module) -> Callable[[int], Tensor]:
         return lambda number: model.forward(**theirs[number % ROTATED], use_cache=False).loss
@@ -45,7 +45,7 @@ def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
         model=subject.label,
         real_width=subject.real_width,
         label=f"{describe(settings, ours[0])}, {supervised} supervised",
-        providers=[_provider(name, *makers[name]()) for name in settings.backends],
+        providers=[provider(name, *makers[name]()) for name in settings.backends],
         check=checks.same_training(settings.dtype),
         floor=train_floor(subject.config, sizes(ours[0], supervised), subject.dtype.itemsize),
         items=sum(ours[0].plan.lengths),
@@ -62,7 +62,13 @@ def digest(gradient: Tensor) -> Tensor:
     return torch.cat([sample.double(), whole]).cpu()
 
 
-def _provider(name: str, model: nn.Module, loss: Callable[[int], Tensor]) -> Provider:
+def answer(settings: Settings) -> np.ndarray:
+    """The token ids that are supervised."""
+    return 4 + np.arange(settings.answer_tokens, dtype=np.int32) * 7 % 200
+
+
+def provider(name: str, model: nn.Module, loss: Callable[[int], Tensor]) -> Provider:
+    """A step of `model`, llava_fast's or transformers': `loss(i)`, then backward into all but the vision tower."""
     trained = {key: value for key, value in model.named_parameters() if "vision_tower." not in key}
 
     def prepare() -> None:
@@ -87,7 +93,7 @@ def _provider(name: str, model: nn.Module, loss: Callable[[int], Tensor]) -> Pro
     return Provider(name, run, result, prepare, finish, compiles=name == "hf-compile")
 
 
-def _our_batch(subject: Subject, settings: Settings, rotation: int, answer: np.ndarray) -> Batch:
+def our_batch(subject: Subject, settings: Settings, rotation: int, answer: np.ndarray) -> Batch:
     processor, tiles, sequences = subject.processor, [], []
     for request in requests(settings, rotation):
         *before, prompt = processor.outline(request)
@@ -97,7 +103,7 @@ def _our_batch(subject: Subject, settings: Settings, rotation: int, answer: np.n
     return Batch.from_prepared(processor.assemble(sequences, tiles), subject.device)
 
 
-def _hf_batch(subject: Subject, settings: Settings, rotation: int, answer: np.ndarray) -> dict[str, Tensor]:
+def hf_batch(subject: Subject, settings: Settings, rotation: int, answer: np.ndarray) -> dict[str, Tensor]:
     inputs = hf_inputs(subject, settings, rotation)
     answers = torch.from_numpy(answer).long().to(subject.device).expand(settings.batch_size, -1)
     ids = inputs["input_ids"]

@@ -1,7 +1,7 @@
 """Directories that hold only a part of a model: a trained projector, or LoRA factors with what else was trained.
 
 Both need the base they were trained on. LoRA is merged as it is read: W + scale * B @ A, computed in float32 and
-rounded once to the base's dtype.
+rounded once to the base's dtype. `save_adapter` writes such a directory as the original's trainer does.
 
 Sources: haotian-liu/LLaVA c121f04 model/builder.py (which files, which prefixes) and train/train.py (what they
 hold); Hu et al. 2021 (LoRA); huggingface/peft's adapter_config.json fields.
@@ -14,13 +14,18 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from llava_fast.checkpoints.config import read_json
-from llava_fast.checkpoints.names import from_stored
+from llava_fast.checkpoints.hub import resolve
+from llava_fast.checkpoints.names import from_stored, to_stored
+from llava_fast.checkpoints.save import write_json, written_whole
 from llava_fast.checkpoints.tensor_files import StoredTensor, name_tensors, open_file
 from llava_fast.errors import CheckpointError
+from llava_fast.models.config import LlavaConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
 _PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
@@ -62,6 +67,40 @@ def add_lora(base: Mapping[str, StoredTensor], path: Path) -> dict[str, StoredTe
         merge = functools.partial(_merge, weight, a, b, scale)
         tensors[name] = StoredTensor(weight.file, weight.key, weight.shape, weight.dtype, merge)
     return tensors
+
+
+def check_adapter(path_or_hub_id: str | Path) -> None:
+    """Raises CheckpointError for what is no adapter directory."""
+    path = resolve(path_or_hub_id)
+    if not (path / ADAPTER_CONFIG).exists():
+        raise CheckpointError(f"{path} holds no {ADAPTER_CONFIG}, so there is no adapter to merge")
+
+
+def save_adapter(
+    path: Path,
+    settings: Mapping[str, Any],
+    factors: Mapping[str, torch.Tensor],
+    others: Mapping[str, torch.Tensor],
+    config: LlavaConfig,
+) -> None:
+    """Write an adapter directory, in place of what is there; `add_lora` and the original's loader read it.
+
+    settings  adapter_config.json, PEFT's fields.
+    factors   LoRA factors by our names: decoder.layers.0.self_attn.q_proj.lora_A.weight.
+    others    what else was trained, by our names.
+    config    the model's. An original LLaVA's goes with the adapter, whose base may be a bare language model.
+    """
+    kind = config.projector.kind
+    with written_whole(path) as directory:
+        write_json(directory / ADAPTER_CONFIG, dict(settings))
+        stored = {f"base_model.model.{to_stored(name, 'original')}": value for name, value in factors.items()}
+        file = directory / _ADAPTER_FILES[0]
+        save_file({name: value.contiguous() for name, value in stored.items()}, file, metadata={"format": "pt"})
+        file.chmod((directory / ADAPTER_CONFIG).stat().st_mode)  # safetensors' files are their owner's alone
+        extra = {f"base_model.model.{to_stored(name, 'original', kind)}": value for name, value in others.items()}
+        torch.save(extra, directory / _EXTRA_FILES[1])
+        if config.layout == "original":
+            write_json(directory / "config.json", config.source)
 
 
 def _merge(weight: StoredTensor, a: StoredTensor, b: StoredTensor, scale: float) -> torch.Tensor:

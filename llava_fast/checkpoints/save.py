@@ -78,9 +78,9 @@ def save(
     written = _config(config, layout, image_token_id, video_token_id, vocab_size=len(embedding))
     written["dtype" if "dtype" in written else "torch_dtype"] = str(embedding.dtype).removeprefix("torch.")
 
-    with _written_whole(path) as directory:
+    with written_whole(path) as directory:
         _write_weights(directory, tensors, layout, config.projector.kind, max_shard_size)
-        _write_json(directory / "config.json", written)
+        write_json(directory / "config.json", written)
         for file in directory.glob("*.safetensors"):  # safetensors writes files that only their owner can read
             shutil.copymode(directory / "config.json", file)
         if tokenizer is not None:
@@ -124,14 +124,14 @@ def _write_side_files(directory: Path, config: LlavaConfig, layout: str, side_fi
             (directory / name).write_text(text, encoding="utf-8")
     has_processor = any((directory / name).exists() for name in _HF_ONLY)
     if layout == "hf" and not has_processor:
-        _write_json(directory / "preprocessor_config.json", layouts.image_processor_fields(config))
-        _write_json(directory / "processor_config.json", layouts.processor_fields(config))
+        write_json(directory / "preprocessor_config.json", layouts.image_processor_fields(config))
+        write_json(directory / "processor_config.json", layouts.processor_fields(config))
         if (video := layouts.video_processor_fields(config)) is not None:
-            _write_json(directory / "video_preprocessor_config.json", video)
+            write_json(directory / "video_preprocessor_config.json", video)
     if layout == "original" and (folder := _tower_name(config)[1]) is not None:
         (directory / folder).mkdir(parents=True)
-        _write_json(directory / folder / "config.json", layouts.tower_fields(layouts.own_tower(config.vision)))
-        _write_json(directory / folder / "preprocessor_config.json", layouts.tower_processor_fields(config.vision))
+        write_json(directory / folder / "config.json", layouts.tower_fields(layouts.own_tower(config.vision)))
+        write_json(directory / folder / "preprocessor_config.json", layouts.tower_processor_fields(config.vision))
 
 
 def _write_weights(
@@ -148,7 +148,7 @@ def _write_weights(
         save_file(shard, directory / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        _write_json(directory / "model.safetensors.index.json", index)
+        write_json(directory / "model.safetensors.index.json", index)
 
 
 def _with_visual_tokens(tokenizer: Any, config: LlavaConfig) -> tuple[Any, int, int | None]:
@@ -183,7 +183,7 @@ def _with_vocabulary(tensors: dict[str, torch.Tensor], rows: int) -> dict[str, t
 
 
 @contextlib.contextmanager
-def _written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path) -> Iterator[Path]:
     """A new directory beside `path` that takes its place when the block ends, and vanishes if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.saving-{os.getpid()}")
@@ -206,5 +206,5 @@ def _written_whole(path: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

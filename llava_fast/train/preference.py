@@ -144,8 +144,11 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     if not layers:
         raise RecipeError("dpo.reference: base needs a model with adapters: give `lora`, or use `precomputed`")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for layer in layers:
         layer.enable_adapters(False)
+    for parameter in trained:  # PEFT freezes them, and FSDP2 would keep what it sees in the first pass
+        parameter.requires_grad_(True)
     try:
         yield
     finally:

@@ -122,6 +122,8 @@ class Recipe(_Section):
             raise ValueError("nothing is trained: name parts under `trainable`, or give `lora`")
         if self.lora is not None and "decoder" in self.trainable:
             raise ValueError("`lora` freezes the decoder's own weights: leave `decoder` out of `trainable`")
+        if self.lora is not None and self.parallel.tensor > 1:
+            raise ValueError("`lora` is not shared out by `parallel.tensor`: leave it at 1; fsdp2 shards adapters too")
         if self.data.batching == "packed" and self.loss_average == "micro_batch":
             raise ValueError("`loss_average: micro_batch` is the original's, which pads: use `batching: grouped`")
         if self.dpo is not None:

@@ -46,6 +46,7 @@ from llava_fast.train.data import SampleTable, read_sources
 from llava_fast.train.flops import Utilisation
 from llava_fast.train.lengths import Lengths, measure
 from llava_fast.train.loader import Loader, StepBatch
+from llava_fast.train.lora import add_adapters, export_adapter, merged
 from llava_fast.train.metrics import Metrics
 from llava_fast.train.mixture import epoch_order, grouped_order
 from llava_fast.train.optim import build_optimizer, build_schedule, freeze
@@ -69,8 +70,6 @@ def train(recipe: Recipe, resume: bool = True, build: Callable[[Recipe, Llava, W
     torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
     torch.backends.cudnn.allow_tf32 = recipe.tf32
     model = load_model(recipe, world)
-    if recipe.lora is not None and not any("lora_" in name for name, _ in model.named_parameters()):
-        raise RecipeError("`lora` is not trained here yet: examples/finetune_hf_trainer.py --lora does it through PEFT")
     trainer = (build or build_trainer)(recipe, model, world)
     trainer.run(resume)
     return trainer.export()
@@ -80,6 +79,8 @@ def load_model(recipe: Recipe, world: World) -> Llava:
     """The recipe's model on this process's device: what is trained in float32, the rest in the precision asked for."""
     model = llava_fast.load(recipe.model, device="cpu", dtype="auto", chat_template=recipe.data.template)
     freeze(model, recipe)
+    if recipe.lora is not None:
+        add_adapters(model, recipe)
     frozen = getattr(torch, recipe.precision)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(world.device, torch.float32 if parameter.requires_grad else frozen)
@@ -294,7 +295,8 @@ class Trainer:
         return f"{marked.hexdigest()[:16]}-{schedule.batch_size}-{self.recipe.seed}"
 
     def export(self) -> Path:
-        """The trained model as a checkpoint that `llava_fast.load` and others read, in the recipe's precision."""
+        """The trained model as a checkpoint that `llava_fast.load` and others read, in the recipe's precision; with
+        `lora`, merged, and the adapter alone beside it (`output`/adapter)."""
         path = self.recipe.output / "model"
         dtype = getattr(torch, self.recipe.precision)
         whole = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -302,6 +304,10 @@ class Trainer:
             if self.recipe.data.template:  # else the base model's own goes with it
                 note = json.dumps({"chat_template": self.bare.processor.template.name})
                 self.bare.side_files = {**getattr(self.bare, "side_files", {}), NOTE_FILE: note}
+            if self.recipe.lora is not None:
+                trained = [name for name, parameter in self.bare.named_parameters() if parameter.requires_grad]
+                export_adapter(self.recipe.output / "adapter", whole, trained, self.bare, self.recipe)
+                whole = merged(whole, self.recipe.lora)
             tensors = {name: tensor.to(dtype) for name, tensor in whole.items()}
             llava_fast.save(self.bare, path, layout=self.recipe.layout, overwrite=True, tensors=tensors)
         self.world.together()

@@ -104,11 +104,6 @@ def test_only_what_is_named_is_trained(make_recipe):
         build(make_recipe(trainable=["brain"]))
 
 
-def test_adapters_are_refused_by_name(make_recipe):
-    with pytest.raises(RecipeError, match="`lora` is not trained here yet"):
-        train(make_recipe(trainable=["projector"], lora={}))
-
-
 def test_a_part_has_its_own_rate(make_recipe):
     recipe = make_recipe(
         trainable=["vision_tower", "projector", "decoder"],

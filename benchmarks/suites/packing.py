@@ -1,0 +1,101 @@
+"""One training step over samples of mixed lengths: packed end to end, or padded to the longest of each micro-batch.
+
+Both are llava_fast's own trainer layouts over the same samples: "llava_fast" is `data.batching: packed`, "padded" the
+other. A micro-batch of either has at most as many rows. The tower is frozen, the rest trained; no optimizer step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import checks
+from benchmarks.case import Case, Provider, Settings
+from benchmarks.floors import Sizes, train_floor
+from benchmarks.inputs import requests
+from benchmarks.subject import Subject
+from benchmarks.suites.train_step import digest
+from llava_fast.inputs.plan import Layout, TextPiece
+from llava_fast.inputs.processor import Prepared
+from llava_fast.models.batch import Batch
+from llava_fast.train.flops import sequence_flops
+from llava_fast.train.packing import split_packed, split_padded
+
+SAMPLES = 32
+MICRO_BATCH = 4
+"""Samples of a padded micro-batch."""
+
+
+def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
+    plan = _assemble(subject, settings, list(range(SAMPLES)), "packed").plan
+    rows = np.array(plan.lengths)
+    costs = sequence_flops(subject.config.decoder, rows)
+    padded = split_padded(range(SAMPLES), 1, MICRO_BATCH)[0]
+    most = max(len(batch) * int(rows[batch].max()) for batch in padded)
+    packed = split_packed(range(SAMPLES), rows, costs, 1, most)[0]
+    through = sum(len(batch) * int(rows[batch].max()) for batch in padded)
+    supervised = len(plan.column("supervised_row"))
+    sizes = Sizes(plan.tiles, len(plan.column("kept")), plan.lengths, supervised)
+    yield Case(
+        suite="packing",
+        model=subject.label,
+        real_width=subject.real_width,
+        label=f"{SAMPLES} samples of {rows.min()} to {rows.max()} rows, {rows.sum()} in all, {through} when padded; "
+        f"micro-batches of at most {most}",
+        providers=[
+            _provider(subject, "llava_fast", _batches(subject, settings, packed, "packed"), supervised),
+            _provider(subject, "padded", _batches(subject, settings, padded, "padded"), supervised),
+        ],
+        check=checks.same_training(settings.dtype),
+        floor=train_floor(subject.config, sizes, subject.dtype.itemsize),
+        items=int(rows.sum()),
+        unit="rows",
+        weight_bytes=subject.weight_bytes,
+        reference="padded",
+    )
+
+
+def _assemble(subject: Subject, settings: Settings, numbers: list[int], layout: Layout) -> Prepared:
+    """Samples with a photograph or (every second one) without, and answers of log-normal lengths: many short ones and
+    a few long ones, as conversations have."""
+    processor, tiles, sequences = subject.processor, [], []
+    picture = requests(settings)[0]
+    for number in numbers:
+        rng = np.random.default_rng(number)
+        length = int(np.clip(rng.lognormal(np.log(settings.answer_tokens), 0.9), 4, 6 * settings.answer_tokens))
+        question = picture if number % 2 else {"prompt": "USER: What is this? ASSISTANT:"}
+        answer = TextPiece(rng.integers(4, 200, length).astype(np.int32), np.ones(length, bool))
+        sequences.append([*processor.pieces(processor.outline(question), tiles), answer])
+    return processor.assemble(sequences, tiles, layout)
+
+
+def _batches(subject: Subject, settings: Settings, split: list[list[int]], layout: Layout) -> list[Batch]:
+    return [Batch.from_prepared(_assemble(subject, settings, numbers, layout), subject.device) for numbers in split]
+
+
+def _provider(subject: Subject, name: str, batches: list[Batch], supervised: int) -> Provider:
+    def prepare() -> None:
+        for key, value in subject.ours.named_parameters():
+            value.requires_grad_("vision_tower." not in key)
+
+    def run(number: int) -> Tensor:
+        total = torch.zeros((), device=subject.device)
+        for batch in batches:
+            loss = subject.ours(batch, logits="none").losses.sum() / supervised
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def result(value: Tensor) -> dict[str, Tensor]:
+        named = {key: each.grad for key, each in subject.ours.named_parameters()}
+        digests = {key: digest(gradient) for key, gradient in named.items() if gradient is not None}
+        return {"loss": value.double().cpu()[None], **digests}
+
+    def finish() -> None:
+        for value in subject.ours.parameters():
+            value.grad = None  # so that steps do not add up
+
+    return Provider(name, run, result, prepare, finish)
