@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from llava_fast.errors import LlavaFastError
-from llava_fast.train import data_cli, recipe_cli
+from llava_fast.train.data import cli as data_cli
+from llava_fast.train.recipes import cli as recipe_cli
 
 app = typer.Typer(
     name="llava-fast",
@@ -214,7 +215,7 @@ def dpo(
     """
     import logging
 
-    from llava_fast.train.preference import dpo as run
+    from llava_fast.train.preference.tuning import dpo as run
     from llava_fast.train.recipe import load_recipe
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -19,7 +19,7 @@ from benchmarks.subject import Subject
 from benchmarks.suites.train_step import digest
 from llava_fast.inputs.plan import Piece, TextPiece
 from llava_fast.models.batch import Batch
-from llava_fast.train.pair_loss import answer_log_probs, preference_losses
+from llava_fast.train.preference.loss import answer_log_probs, preference_losses
 
 BETA = 0.1
 

@@ -21,8 +21,8 @@ from benchmarks.suites.train_step import digest
 from llava_fast.inputs.plan import Layout, TextPiece
 from llava_fast.inputs.processor import Prepared
 from llava_fast.models.batch import Batch
-from llava_fast.train.flops import sequence_flops
-from llava_fast.train.packing import split_packed, split_padded
+from llava_fast.train.data.packing import split_packed, split_padded
+from llava_fast.train.estimate.flops import sequence_flops
 
 SAMPLES = 32
 MICRO_BATCH = 4

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from llava_fast.checkpoints.assemble import Assembly
 from llava_fast.errors import RecipeError
-from llava_fast.train.data import Source
+from llava_fast.train.data.samples import Source
 
 PARTS = ("vision_tower", "projector", "decoder")
 SHIPPED = Path(__file__).parent / "recipes"

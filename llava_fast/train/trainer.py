@@ -42,18 +42,18 @@ from llava_fast.models.batch import Batch
 from llava_fast.models.llava import LlavaOutput
 from llava_fast.models.recompute import set_recompute
 from llava_fast.train.checkpoint import Checkpoints
-from llava_fast.train.data import SampleTable, read_sources
-from llava_fast.train.flops import Utilisation
-from llava_fast.train.lengths import Lengths, measure
-from llava_fast.train.loader import Loader, StepBatch
+from llava_fast.train.data.lengths import Lengths, measure
+from llava_fast.train.data.loader import Loader, StepBatch
+from llava_fast.train.data.mixture import epoch_order, grouped_order
+from llava_fast.train.data.samples import SampleTable, read_sources
+from llava_fast.train.data.schedule import Schedule
+from llava_fast.train.data.usable import usable_samples
+from llava_fast.train.estimate.flops import Utilisation
 from llava_fast.train.lora import add_adapters, export_adapter, merged
 from llava_fast.train.metrics import Metrics
-from llava_fast.train.mixture import epoch_order, grouped_order
 from llava_fast.train.optim import build_optimizer, build_schedule, freeze
 from llava_fast.train.parallel import World, clip_gradients, join_world, parallelize
 from llava_fast.train.recipe import Recipe
-from llava_fast.train.schedule import Schedule
-from llava_fast.train.usable import usable_samples
 
 logger = logging.getLogger("llava_fast.train")
 _RECENT = 50  # steps that a spike is judged by

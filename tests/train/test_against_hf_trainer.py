@@ -8,7 +8,7 @@ from torch.utils.data import SequentialSampler
 from transformers import LlavaNextForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
 import llava_fast
-from llava_fast.train.data import read_sources
+from llava_fast.train.data.samples import read_sources
 from llava_fast.train.metrics import FILE, read_metrics
 from llava_fast.train.parallel import World
 from llava_fast.train.trainer import build_loader, load_model, train

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from llava_fast import cli
 from llava_fast.errors import RecipeError
-from llava_fast.train import cost
-from llava_fast.train.cost import config_of, count_parameters, plan
-from llava_fast.train.flops import GPUS, Utilisation, forward_flops, known_gpu, peak_flops, step_flops
+from llava_fast.train.estimate import cost
+from llava_fast.train.estimate.cost import config_of, count_parameters, plan
+from llava_fast.train.estimate.flops import GPUS, Utilisation, forward_flops, known_gpu, peak_flops, step_flops
 from llava_fast.train.optim import freeze
 from llava_fast.train.parallel import World
 from llava_fast.train.recipe import load_recipe

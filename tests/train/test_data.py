@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from llava_fast.errors import DataError
-from llava_fast.train.data import Source, read_sources
+from llava_fast.train.data.samples import Source, read_sources
 
 
 def turns(*texts):

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from llava_fast.cli import app
 from llava_fast.errors import CheckpointError, DataError, RecipeError
-from llava_fast.train.data_check import check, plan_for
+from llava_fast.train.data.check import check, plan_for
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})
 

@@ -5,9 +5,9 @@ import yaml
 from typer.testing import CliRunner
 
 from llava_fast.errors import RecipeError
-from llava_fast.train import recipe_cli
-from llava_fast.train.from_args import recipe_from_args
 from llava_fast.train.recipe import load_recipe
+from llava_fast.train.recipes import cli as recipe_cli
+from llava_fast.train.recipes.from_args import recipe_from_args
 
 LEAST = "--model_name_or_path vicuna --vision_tower clip --data_path d.json --output_dir out"
 
@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_a_comment(tmp_path, arguments, said):
 
 def test_every_argument_is_in_the_recipe_or_in_its_comments(tmp_path):
     """Of a command with every argument that LLaVA and LLaVA-NeXT declare, each has been taken or is listed."""
-    from llava_fast.train import from_args
+    from llava_fast.train.recipes import from_args
 
     given = {name: "1" for name in (*from_args._NO_MEANING, *from_args._OFF)} | {"unheard_of": "x"}
     more = " ".join(f"--{name} {value}" for name, value in given.items())

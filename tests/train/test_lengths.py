@@ -11,8 +11,8 @@ import tiny
 from PIL import Image
 
 from llava_fast.inputs.chat import Segment, builtin_template
-from llava_fast.train.data import Source, read_sources
-from llava_fast.train.lengths import measure
+from llava_fast.train.data.lengths import measure
+from llava_fast.train.data.samples import Source, read_sources
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_an_error_nobody_thought_of_is_a_problem_of_its_sample(folder, processor
 @pytest.fixture
 def looked_at(monkeypatch):
     """Numbers of the samples that are looked at, not taken from the cache."""
-    from llava_fast.train import lengths
+    from llava_fast.train.data import lengths
 
     seen = []
     look = lengths._Chunks._look

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from llava_fast.errors import DataError
-from llava_fast.train.data import Source
-from llava_fast.train.mixture import epoch_counts, epoch_order, grouped_order
+from llava_fast.train.data.mixture import epoch_counts, epoch_order, grouped_order
+from llava_fast.train.data.samples import Source
 
 
 def mixed(*options):

@@ -12,10 +12,10 @@ import llava_fast
 from llava_fast.errors import DataError, LlavaFastError
 from llava_fast.inputs.plan import TextPiece, VisualPiece
 from llava_fast.models.batch import Batch
-from llava_fast.train.data import Source
-from llava_fast.train.lengths import measure
-from llava_fast.train.pair_loss import answer_log_probs, preference_losses
-from llava_fast.train.pairs import PairBatches, read_pairs, shared_pair
+from llava_fast.train.data.lengths import measure
+from llava_fast.train.data.samples import Source
+from llava_fast.train.preference.loss import answer_log_probs, preference_losses
+from llava_fast.train.preference.pairs import PairBatches, read_pairs, shared_pair
 
 PAIR = {"id": "p0", "image": "a.png", "prompt": "what is it?", "chosen": "a red cup", "rejected": "a red table"}
 

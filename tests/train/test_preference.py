@@ -15,10 +15,10 @@ import llava_fast
 from llava_fast.cli import app
 from llava_fast.errors import DataError, RecipeError
 from llava_fast.models.batch import Batch
-from llava_fast.train import preference
 from llava_fast.train.metrics import FILE, read_metrics
 from llava_fast.train.parallel import World
-from llava_fast.train.preference import adapters_off, build_trainer, dpo
+from llava_fast.train.preference import tuning as preference
+from llava_fast.train.preference.tuning import adapters_off, build_trainer, dpo
 from llava_fast.train.trainer import load_model, train
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_fast.models.config import DecoderConfig
-from llava_fast.train.flops import sequence_flops
-from llava_fast.train.packing import split_packed, split_padded
-from llava_fast.train.schedule import Schedule
+from llava_fast.train.data.packing import split_packed, split_padded
+from llava_fast.train.data.schedule import Schedule
+from llava_fast.train.estimate.flops import sequence_flops
 
 
 def shuffled(epoch: int) -> np.ndarray:

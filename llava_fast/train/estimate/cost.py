@@ -23,9 +23,9 @@ from llava_fast.inputs.anyres import image_rows
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.llava import LlavaModel
 from llava_fast.ops.linear_cross_entropy.chunked import CHUNK_BYTES
-from llava_fast.train.data import read_sources
-from llava_fast.train.flops import GPUS, Forward, forward_flops, peak_flops, step_flops
-from llava_fast.train.mixture import epoch_counts
+from llava_fast.train.data.mixture import epoch_counts
+from llava_fast.train.data.samples import read_sources
+from llava_fast.train.estimate.flops import GPUS, Forward, forward_flops, peak_flops, step_flops
 from llava_fast.train.optim import freeze, part_of
 from llava_fast.train.recipe import PARTS, Recipe
 

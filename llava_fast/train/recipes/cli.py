@@ -68,7 +68,7 @@ def from_args(
 
     What has no meaning here, or is not known, is listed in the recipe's comments.
     """
-    from llava_fast.train.from_args import recipe_from_args
+    from llava_fast.train.recipes.from_args import recipe_from_args
 
     if not context.args:
         raise RecipeError("give a script, or a command line after `--`: llava-fast recipe from-args finetune.sh")
@@ -110,7 +110,7 @@ def plan(
 
     Only the model's config is read. No figure has been measured: compare the first steps of a run with it.
     """
-    from llava_fast.train.cost import plan as estimate
+    from llava_fast.train.estimate.cost import plan as estimate
     from llava_fast.train.recipe import load_recipe
 
     loaded = load_recipe(recipe, set_)
@@ -133,7 +133,7 @@ def plot(
 
     It can be run while a training goes on, and needs matplotlib.
     """
-    from llava_fast.train.data_check import check_picture_path
+    from llava_fast.train.data.check import check_picture_path
     from llava_fast.train.plot import read_runs, save_curves
 
     found = read_runs(runs)

@@ -27,12 +27,12 @@ from llava_fast.generation.llava import Llava
 from llava_fast.inputs.processor import Prepared
 from llava_fast.models.batch import Batch
 from llava_fast.train import trainer as training
-from llava_fast.train.loader import Loader, StepBatch
-from llava_fast.train.pair_loss import answer_log_probs, preference_losses
-from llava_fast.train.pairs import PairBatches, read_pairs
+from llava_fast.train.data.loader import Loader, StepBatch
+from llava_fast.train.data.usable import usable_samples
 from llava_fast.train.parallel import World
+from llava_fast.train.preference.loss import answer_log_probs, preference_losses
+from llava_fast.train.preference.pairs import PairBatches, read_pairs
 from llava_fast.train.recipe import Dpo, Recipe
-from llava_fast.train.usable import usable_samples
 
 logger = logging.getLogger("llava_fast.train")
 

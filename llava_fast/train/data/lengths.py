@@ -25,7 +25,7 @@ import llava_fast
 from llava_fast.errors import DataError, ImageError, MissingFileError, RequestError
 from llava_fast.inputs import headers, images
 from llava_fast.inputs.processor import Processor
-from llava_fast.train.data import SampleTable
+from llava_fast.train.data.samples import SampleTable
 
 LabelMask = Literal["answers", "original"]
 _CHUNK = 32  # samples that a worker does at once

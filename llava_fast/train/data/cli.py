@@ -80,7 +80,7 @@ def check(
     """
     from rich.console import Console
 
-    from llava_fast.train import data_check
+    from llava_fast.train.data import check as data_check
 
     if histogram is not None:
         data_check.check_picture_path(histogram)

@@ -17,12 +17,12 @@ from llava_fast.inputs.length import fit
 from llava_fast.inputs.plan import Layout
 from llava_fast.inputs.processor import Cut, Prepared, Processor
 from llava_fast.models.config import DecoderConfig
-from llava_fast.train.data import SampleTable
-from llava_fast.train.flops import sequence_flops
-from llava_fast.train.lengths import LabelMask, Lengths
-from llava_fast.train.packing import Split, split_packed, split_padded
+from llava_fast.train.data.lengths import LabelMask, Lengths
+from llava_fast.train.data.packing import Split, split_packed, split_padded
+from llava_fast.train.data.samples import SampleTable
+from llava_fast.train.data.schedule import Schedule
+from llava_fast.train.estimate.flops import sequence_flops
 from llava_fast.train.recipe import Recipe
-from llava_fast.train.schedule import Schedule
 
 
 @dataclass(frozen=True)

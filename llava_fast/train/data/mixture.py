@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from llava_fast.errors import DataError
-from llava_fast.train.data import Source
+from llava_fast.train.data.samples import Source
 
 
 def epoch_order(

@@ -16,9 +16,9 @@ from rich.table import Table
 
 from llava_fast.errors import CheckpointError, DataError
 from llava_fast.inputs.processor import Processor
-from llava_fast.train.data import SampleTable, Source, read_sources
-from llava_fast.train.lengths import LabelMask, Lengths, measure
-from llava_fast.train.mixture import epoch_counts
+from llava_fast.train.data.lengths import LabelMask, Lengths, measure
+from llava_fast.train.data.mixture import epoch_counts
+from llava_fast.train.data.samples import SampleTable, Source, read_sources
 
 if TYPE_CHECKING:
     from llava_fast.checkpoints.assemble import Assembly

@@ -15,7 +15,7 @@ import yaml
 
 from llava_fast.errors import RecipeError, RequestError
 from llava_fast.train.recipe import parse_recipe
-from llava_fast.train.shell_script import read_command
+from llava_fast.train.recipes.shell_script import read_command
 
 # Arguments that say how the original ran and not what it computed; each with why nothing is lost.
 _NO_MEANING = {

@@ -28,7 +28,7 @@ from llava_fast.inputs.chat_messages import (
     messages_from_conversations,
     normalise_messages,
 )
-from llava_fast.train.files import expand, read_text, read_values
+from llava_fast.train.data.files import expand, read_text, read_values
 
 READ_KEYS = ("id", "image", "images", "video", "conversations", "messages")
 """What of a sample is read; everything else in it is left alone."""

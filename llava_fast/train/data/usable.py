@@ -11,8 +11,8 @@ from tqdm import tqdm
 from llava_fast.errors import DataError
 from llava_fast.inputs.length import count_rows, fit
 from llava_fast.inputs.processor import Processor
-from llava_fast.train.data import SampleTable
-from llava_fast.train.lengths import LabelMask, Lengths
+from llava_fast.train.data.lengths import LabelMask, Lengths
+from llava_fast.train.data.samples import SampleTable
 from llava_fast.train.recipe import Recipe
 
 logger = logging.getLogger("llava_fast.train")

@@ -21,8 +21,8 @@ from llava_fast.errors import DataError, LlavaFastError
 from llava_fast.inputs.chat_messages import IMAGE_MARK, VIDEO_MARK
 from llava_fast.inputs.plan import Piece, TextPiece
 from llava_fast.inputs.processor import Cut, Prepared, Processor, VisualMark
-from llava_fast.train.data import Sample, SampleTable, Source, read_sources
-from llava_fast.train.lengths import Lengths
+from llava_fast.train.data.lengths import Lengths
+from llava_fast.train.data.samples import Sample, SampleTable, Source, read_sources
 
 PAIR_KEYS = ("id", "image", "images", "video", "prompt", "chosen", "answer", "rejected")
 """What of a pair is read; everything else in it is left alone."""
