@@ -4,6 +4,10 @@ BIN := .venv/bin
 NATIVE := $(shell find csrc -type f)
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# Tests run in so many processes, of one thread each.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
 # Run once more with the oldest transformers that is supported (constraints-oldest.txt).
 WITH_OLDEST := tests/test_parity_logits.py tests/checkpoints/test_checkpoint_load.py tests/integrations tests/test_examples.py
 
@@ -14,8 +18,8 @@ demo: .venv/demo.stamp
 
 test: .venv/test.stamp .venv/oldest.stamp lint
 	$(BIN)/python -m benchmarks.check_kernels
-	$(BIN)/python -m pytest
-	PYTHONPATH=.venv/oldest $(BIN)/python -m pytest $(WITH_OLDEST)
+	$(PYTEST)
+	PYTHONPATH=.venv/oldest $(PYTEST) $(WITH_OLDEST)
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
