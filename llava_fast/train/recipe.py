@@ -39,7 +39,7 @@ class Data(_Section):
     label_mask: Literal["answers", "original"] = "answers"  # original: what the original trainers supervise
     max_length: int | None = Field(None, ge=1)  # rows of a sample; default: what the decoder's context holds
     too_long: Literal["drop", "cut"] = "drop"
-    batching: Literal["packed", "padded", "grouped"] = "packed"  # grouped: padded, and alike samples share a batch
+    batching: Literal["packed", "padded", "grouped"] = "packed"  # grouped: padded, in the original's groups
     on_problem: Literal["stop", "skip"] = "stop"  # a sample that cannot be used (`llava-fast data check` lists them)
     workers: int = Field(2, ge=0)  # processes that open and cut images
     video_frames: int = Field(16, ge=1)
@@ -126,6 +126,8 @@ class Recipe(_Section):
             raise ValueError("`lora` is not shared out by `parallel.tensor`: leave it at 1; fsdp2 shards adapters too")
         if self.data.batching == "packed" and self.loss_average == "micro_batch":
             raise ValueError("`loss_average: micro_batch` is the original's, which pads: use `batching: grouped`")
+        if self.data.batching == "grouped" and self.batch_size % self.micro_batch:
+            raise ValueError("`batching: grouped` deals a batch out evenly: make batch_size a multiple of micro_batch")
         if self.dpo is not None:
             kept = (self.data.batching, self.data.too_long, self.data.label_mask, self.loss_average)
             if kept != ("packed", "drop", "answers", "step"):

@@ -42,9 +42,10 @@ from llava_fast.models.batch import Batch
 from llava_fast.models.llava import LlavaOutput
 from llava_fast.models.recompute import set_recompute
 from llava_fast.train.checkpoint import Checkpoints
+from llava_fast.train.data.grouping import grouped_order, word_counts
 from llava_fast.train.data.lengths import Lengths, measure
 from llava_fast.train.data.loader import Loader, StepBatch
-from llava_fast.train.data.mixture import epoch_order, grouped_order
+from llava_fast.train.data.mixture import epoch_order
 from llava_fast.train.data.samples import SampleTable, read_sources
 from llava_fast.train.data.schedule import Schedule
 from llava_fast.train.data.usable import usable_samples
@@ -127,15 +128,17 @@ def measure_together(recipe: Recipe, table: SampleTable, processor: Processor, w
 
 def schedule_of(recipe: Recipe, table: SampleTable, usable: np.ndarray, lengths: Lengths) -> Schedule:
     """Which of the usable samples (bool [samples]) each step takes."""
+    words = word_counts(table) if recipe.data.batching == "grouped" else None
 
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
         numbers = epoch_order(table.source_of, recipe.data.sources, recipe.data.mixing, epoch, recipe.seed)
         numbers = numbers[usable[numbers]]
-        if recipe.data.batching != "grouped":
+        if words is None:
             return numbers
-        rows, visual = (lengths.text + lengths.visual)[numbers], lengths.visual[numbers] > 0
-        return grouped_order(numbers, rows, visual, recipe.batch_size, recipe.seed + epoch)
+        visual = lengths.visual[numbers] > 0
+        seed = [recipe.seed, epoch, 0, 1]  # no other draw's
+        return grouped_order(numbers, words[numbers], visual, recipe.batch_size, recipe.micro_batch, seed)
 
     return Schedule.of(order, recipe.batch_size, recipe.epochs, recipe.steps)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llava_fast.errors import DataError
-from llava_fast.train.data.mixture import epoch_counts, epoch_order, grouped_order
+from llava_fast.train.data.mixture import epoch_counts, epoch_order
 from llava_fast.train.data.samples import Source
 
 
@@ -68,25 +68,3 @@ def test_nothing_left_is_an_error():
         epoch_order(table_of(3), mixed({"weight": 0}), "sqrt", 0, 0)
     with pytest.raises(DataError, match="no sample is left"):
         epoch_order(table_of(3), mixed({"weight": 0.1}), "concat", 0, 0)
-
-
-def test_alike_samples_share_a_step():
-    rng = np.random.default_rng(0)
-    numbers = rng.permutation(103)
-    visual = rng.random(103) < 0.6
-    rows = np.where(visual, 600, 0) + rng.integers(10, 400, 103)
-    order = grouped_order(numbers, rows, visual, 8, seed=3)
-    assert sorted(order) == list(range(103))
-    assert np.array_equal(order, grouped_order(numbers, rows, visual, 8, seed=3))
-    assert not np.array_equal(order, grouped_order(numbers, rows, visual, 8, seed=4))
-    place = np.argsort(numbers)  # of each number among `rows` and `visual`
-    steps = [place[order[start : start + 8]] for start in range(0, 103, 8)]
-    mixed = [number for number, step in enumerate(steps) if len(set(visual[step])) == 2]
-    assert all(number >= len(steps) - 2 for number in mixed)  # only what filled no step
-    assert all((np.diff(rows[step]) <= 0).all() for step in steps)
-
-    def padding(numbers: np.ndarray) -> int:
-        pairs = [rows[place[numbers[start : start + 2]]] for start in range(0, 103, 2)]
-        return sum(int((pair.max() - pair).sum()) for pair in pairs)
-
-    assert padding(order) < 0.3 * padding(numbers)

@@ -61,24 +61,3 @@ def _turns(size: int, count: int, epoch: int, seed: list[int]) -> np.ndarray:
     rounds = range(start // size, (start + count - 1) // size + 1)
     row = np.concatenate([np.random.default_rng([*seed, each]).permutation(size) for each in rounds])
     return row[start - rounds[0] * size :][:count]
-
-
-def grouped_order(numbers: np.ndarray, rows: np.ndarray, visual: np.ndarray, batch_size: int, seed: int) -> np.ndarray:
-    """An epoch's order in which alike samples share a step, after the original trainers (LengthGroupedSampler with
-    group_by_modality_length in llava/train/llava_trainer.py, haotian-liu/LLaVA).
-
-    numbers  sample numbers in a random order; rows[i], visual[i] the length of numbers[i] and whether it has an image.
-    Samples with images and those without are cut into steps apart, the steps are shuffled, and what fills no step
-    comes last. Within a step the longest comes first, so that a micro-batch holds samples of one length; the
-    original deals them out evenly instead, long and short ones to each micro-batch. The draws are not its own either.
-    """
-    steps, rest = [], []
-    for kind in (visual, ~visual):
-        places = np.flatnonzero(kind)
-        whole = len(places) - len(places) % batch_size
-        steps += list(places[:whole].reshape(-1, batch_size))
-        rest.append(places[whole:])
-    shuffled = [steps[i] for i in np.random.default_rng(seed).permutation(len(steps))]
-    last = np.concatenate(rest)
-    cut = [*shuffled, *(last[start : start + batch_size] for start in range(0, len(last), batch_size))]
-    return numbers[np.concatenate([step[np.argsort(-rows[step], kind="stable")] for step in cut])]

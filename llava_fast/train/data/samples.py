@@ -120,7 +120,7 @@ class SampleTable:
     def __getitem__(self, number: int) -> Sample:
         """Raises DataError, naming the sample, for one that cannot be a request."""
         number = range(len(self))[number]  # raises IndexError, which ends iteration
-        return self.sample(number, self._value(number))
+        return self.sample(number, self.value(number))
 
     def sample(self, number: int, value: Any) -> Sample:
         """The sample that `value`, from the place of sample `number`, stands for. Raises DataError."""
@@ -133,7 +133,7 @@ class SampleTable:
 
     def name(self, number: int) -> str:
         """What errors call a sample, as "data.json[12] (id 000123)"."""
-        return self._name(number, self._value(number))
+        return self._name(number, self.value(number))
 
     def fingerprint(self) -> str:
         """A hash of the samples and of where their images are."""
@@ -143,7 +143,8 @@ class SampleTable:
         found.update(json.dumps([[file.images for file in self.files], self.image_first]).encode())
         return found.hexdigest()
 
-    def _value(self, number: int) -> Any:
+    def value(self, number: int) -> Any:
+        """What the data file holds at a sample's place, of the keys that are read."""
         encoded = self.buffer[self.offsets[number] : self.offsets[number + 1]]
         return json.loads(encoded.decode("utf-8", "surrogatepass"))
 

@@ -39,7 +39,7 @@ class Answers(SampleTable):
     def __getitem__(self, number: int) -> Sample:
         """Raises DataError, naming the pair, for one that cannot be trained on."""
         pair, which = divmod(range(len(self))[number], 2)
-        value = self._value(pair)
+        value = self.value(pair)
         try:
             return self.sample(pair, _with_answer(value, which))
         except DataError as error:
