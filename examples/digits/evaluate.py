@@ -162,10 +162,10 @@ A LLaVA-NeXT of {report["parameters"]:,} parameters (CLIP tower, two-layer proje
 `llava_next` layout) that answers questions about handwritten digits. It exists so that the whole engine can be tried
 and tested on something real; it knows nothing else.
 
-**Made by** `examples/digits/train.py` from random weights, on canvases composed on the fly from the 8x8 scans that
-scikit-learn ships (`load_digits`; Alpaydin and Kaynak, UCI, CC BY 4.0), over plain colours and crops of its
-`china.jpg` and `flower.jpg`: 0 to 5 digits a canvas, sides of 90 to 400 pixels, many shapes, sizes, strokes, contrasts,
-both polarities, slight rotation. {note}
+**Made by** the scripts and recipes of `examples/digits`, with this package's own trainer, on canvases composed from the
+8x8 scans that scikit-learn ships (`load_digits`; Alpaydin and Kaynak, UCI, CC BY 4.0), over plain colours and crops of
+its `china.jpg` and `flower.jpg`: 0 to 5 digits a canvas, sides of 90 to 400 pixels, many shapes, sizes, strokes,
+contrasts, both polarities, slight rotation. {note}
 
 **Measured by** `examples/digits/evaluate.py` on {report["canvases"]} canvases of scans that training never saw, in
 percent. An answer counts if it is exactly right; "digits right" is 1 - edits / digits, an edit being a digit missed,

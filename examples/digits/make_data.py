@@ -1,0 +1,93 @@
+"""Compose the demo model's training data: canvases as PNG files, and LLaVA-format JSON beside them.
+
+    python examples/digits/make_data.py OUT_DIR
+
+    OUT_DIR/easy.json         canvases of one or two digits, for stage 1
+    OUT_DIR/full.json         canvases of none to five, for stage 2
+    OUT_DIR/preferences.jsonl canvases whose digits, read in rising order, are preferred to reading order, for DPO
+    OUT_DIR/images/           what they name
+
+Every canvas has questions of all kinds, as one conversation. Canvas number n is the same however many are made. Only
+training scans are used; evaluate.py asks about the others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from PIL import Image
+from tqdm import tqdm
+
+from llava_fast.demo import KINDS, Canvas, answer, ask, compose, split_scans
+
+EASY_SHARES = (0.0, 0.5, 0.5)  # of canvases with 0, 1, 2 digits
+FULL_SHARES = (0.04, 0.08, 0.12, 0.2, 0.26, 0.3)  # 0 to 5: order is hard
+PAIR_SHARES = (0.0, 0.0, 0.25, 0.25, 0.25, 0.25)
+
+
+def main(
+    output: Annotated[Path, typer.Argument(help="The directory to write.")],
+    easy: Annotated[int, typer.Option(help="Canvases of one or two digits.")] = 8000,
+    full: Annotated[int, typer.Option(help="Canvases of none to five digits.")] = 40000,
+    pairs: Annotated[int, typer.Option(help="Canvases with a preferred and a rejected reading.")] = 1000,
+    workers: Annotated[int, typer.Option(help="Processes that compose.")] = 2,
+) -> None:
+    """Write the digits training data to OUTPUT: about 45 KB and a few milliseconds a canvas."""
+    (output / "images").mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(workers) as pool:
+
+        def made(name: str, number: int, make: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
+            return list(tqdm(pool.map(make, range(number), chunksize=64), name, number, unit="canvas"))
+
+        for name, number, shares in (("easy", easy, EASY_SHARES), ("full", full, FULL_SHARES)):
+            samples = made(name, number, partial(conversation, output, name, shares))
+            (output / f"{name}.json").write_text(json.dumps(samples), encoding="utf-8")
+        lines = [json.dumps(sample) for sample in made("preferences", pairs, partial(preference, output)) if sample]
+        (output / "preferences.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def conversation(output: Path, name: str, shares: tuple[float, ...], number: int) -> dict[str, Any]:
+    """A canvas, written to a file, and a question of each kind about it."""
+    rng, canvas, image = draw(output, name, shares, number)
+    turns = []
+    for place, kind in enumerate(rng.permutation(KINDS)):
+        question = ask(rng, kind)
+        turns.append({"from": "human", "value": question if place else f"<image>\n{question}"})
+        turns.append({"from": "gpt", "value": answer(kind, canvas.digits)})
+    return {"id": f"{name}-{number}", "image": image, "conversations": turns}
+
+
+def preference(output: Path, number: int) -> dict[str, Any]:
+    """A request to read a canvas, with the digits in rising order as the chosen answer and in reading order as the
+    rejected one; empty where they are the same."""
+    rng, canvas, image = draw(output, "preferences", PAIR_SHARES, number)
+    chosen, rejected = answer("read", sorted(canvas.digits)), answer("read", canvas.digits)
+    if chosen == rejected:
+        return {}
+    question = f"<image>\n{ask(rng, 'read')}"
+    return {"id": f"pair-{number}", "image": image, "prompt": question, "chosen": chosen, "rejected": rejected}
+
+
+@cache
+def training_scans() -> np.ndarray:
+    return split_scans()[0]
+
+
+def draw(output: Path, name: str, shares: tuple[float, ...], number: int) -> tuple[np.random.Generator, Canvas, str]:
+    """The generator of canvas `number`, the canvas, and its picture's path in `output`."""
+    rng = np.random.default_rng([len(name), number])
+    canvas = compose(rng, training_scans(), int(rng.choice(len(shares), p=shares)))
+    image = f"images/{name}-{number}.png"
+    Image.fromarray(canvas.image).save(output / image, compress_level=1)
+    return rng, canvas, image
+
+
+if __name__ == "__main__":
+    typer.run(main)
