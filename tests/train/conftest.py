@@ -1,11 +1,15 @@
 """A tiny LLaVA-format data set beside a tiny checkpoint, and recipes over them."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+import yaml
 from PIL import Image
 
 from llava_fast.train.recipe import Recipe, parse_recipe
@@ -53,12 +57,12 @@ def tiny_data(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("tiny_data"))
 
 
-@pytest.fixture
-def make_recipe(tiny_next, tiny_data, tmp_path):
-    """Recipes over the tiny checkpoint and data; keywords replace top-level fields, `data` and `optimizer` add to
-    theirs."""
+@pytest.fixture(scope="session")
+def recipe_in(tiny_next, tiny_data):
+    """Recipes over the tiny checkpoint and data with an output directory; keywords replace top-level fields, `data` and
+    `optimizer` add to theirs."""
 
-    def make(**changes) -> Recipe:
+    def make(output: Path, **changes) -> Recipe:
         data = {
             "sources": [{"path": str(tiny_data), "images": str(tiny_data.parent)}],
             "template": "vicuna_v1",
@@ -67,7 +71,7 @@ def make_recipe(tiny_next, tiny_data, tmp_path):
         optimizer = {"learning_rate": 1e-3, "warmup": 0.0} | changes.pop("optimizer", {})
         given = {
             "model": str(tiny_next),
-            "output": str(tmp_path / "run"),
+            "output": str(output),
             "trainable": ["projector", "decoder"],
             "data": data,
             "optimizer": optimizer,
@@ -78,3 +82,37 @@ def make_recipe(tiny_next, tiny_data, tmp_path):
         return parse_recipe(given | changes)
 
     return make
+
+
+@pytest.fixture
+def make_recipe(recipe_in, tmp_path):
+    """`recipe_in` a directory of the test's own."""
+    return lambda **changes: recipe_in(tmp_path / "run", **changes)
+
+
+@pytest.fixture(scope="session")
+def _launcher():
+    command = [sys.executable, str(Path(__file__).with_name("processes.py"))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+def run(_launcher):
+    """Runs a recipe (`llava-fast train`, or `dpo`) in processes of its own that may be killed: see processes.py.
+    Returns their exit statuses, and fails if one is not 0 where nothing was to be killed."""
+
+    def launch(recipe: Recipe, processes: int = 1, **options) -> list[int]:
+        path, log = recipe.output.with_suffix(".yaml"), recipe.output.with_suffix(".log")
+        path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+        log.unlink(missing_ok=True)
+        request = {"recipe": str(path), "log": str(log), "processes": processes, **options}
+        print(json.dumps(request), file=_launcher.stdin, flush=True)
+        statuses = json.loads(_launcher.stdout.readline())
+        assert options or not any(statuses), log.read_text()[-4000:]
+        return statuses
+
+    return launch

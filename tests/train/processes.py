@@ -1,21 +1,37 @@
-"""What each of several processes runs in the tests of parallel training: `python processes.py RECIPE [KILL]`.
+"""Runs recipes in processes that may be killed: `python processes.py` reads a request a line and answers each.
 
-KILL is "where:count": this process kills itself with SIGKILL when it comes to that place for the count-th time.
+    {"recipe": PATH, "log": PATH, "processes": 2, "kill": "step:5", "after": 1.5}  ->  [-9, -9]
+
+The answer is the processes' exit statuses. Everything is imported once, and each process is forked, so that a run
+starts in a fraction of a second. All processes of a run are a process group, which dies whole, with SIGKILL:
+
+    kill   "where:count": when one of them comes to that place for the count-th time (see PLACES).
+    after  so many seconds after the start, wherever they are.
 """
 
+import contextlib
+import json
 import os
 import signal
+import socket
 import sys
+import time
+import traceback
 from pathlib import Path
 
 import torch
 
 torch.set_num_threads(1)
 
+import transformers  # noqa: E402
+
 from llava_fast.train import checkpoint  # noqa: E402
 from llava_fast.train.checkpoint import Checkpoints  # noqa: E402
+from llava_fast.train.preference.tuning import dpo  # noqa: E402
 from llava_fast.train.recipe import load_recipe  # noqa: E402
 from llava_fast.train.trainer import Trainer, train  # noqa: E402
+
+LIMIT = 240  # seconds: then a run hangs, and is killed
 
 
 def kill_at(owner, name: str, count: int, after: bool = False) -> None:
@@ -62,8 +78,67 @@ PLACES = {
     "half_pruned": lambda count: kill_at(checkpoint.shutil, "rmtree", count),
 }
 
+
+def run(recipe: str, log: str, processes: int = 1, kill: str = "", after: float | None = None) -> list[int]:
+    """Run a recipe; the exit statuses of its processes."""
+    port = _free_port()
+    group, pids = 0, []
+    for rank in range(processes):
+        pid = os.fork()
+        if not pid:
+            os.setpgid(0, group)
+            _be_one(recipe, log, rank, processes, port, kill)
+        with contextlib.suppress(OSError):  # it may have done so itself
+            os.setpgid(pid, group)
+        group = group or pid
+        pids.append(pid)
+    statuses: dict[int, int] = {}
+    ends = time.monotonic() + (LIMIT if after is None else after)
+    while len(statuses) < processes:
+        if time.monotonic() > ends:
+            os.killpg(group, signal.SIGKILL)
+            ends += LIMIT
+        for pid in set(pids) - statuses.keys():
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                statuses[pid] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    return [statuses[pid] for pid in pids]
+
+
+def _be_one(recipe: str, log: str, rank: int, processes: int, port: int, kill: str) -> None:
+    """What a forked process does, to its end."""
+    status = 1
+    try:
+        said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        if processes > 1:
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        if kill:
+            where, count = kill.split(":")
+            PLACES[where](int(count))
+        loaded = load_recipe(Path(recipe))
+        (train if loaded.dpo is None else dpo)(loaded)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        where, count = sys.argv[2].split(":")
-        PLACES[where](int(count))
-    train(load_recipe(Path(sys.argv[1])))
+    # What a run imports only when it needs it.
+    _ = transformers.AutoTokenizer, transformers.get_scheduler
+    with contextlib.suppress(ImportError):
+        import peft  # noqa: F401
+    for line in sys.stdin:
+        print(json.dumps(run(**json.loads(line))), flush=True)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_parallel import SHAPES, run
+from test_parallel import SHAPES
 from typer.testing import CliRunner
 
 import llava_fast
@@ -137,7 +137,7 @@ def test_a_killed_run_goes_on_bit_for_bit(recipe, tmp_path, monkeypatch, precisi
 
 
 @pytest.mark.parametrize("shape", ["ddp", "fsdp2"])
-def test_two_processes_give_the_losses_of_one(recipe, tmp_path, shape):
+def test_two_processes_give_the_losses_of_one(recipe, run, tmp_path, shape):
     alone = recipe(batch_size=3, steps=5, micro_batch_rows=1, output=str(tmp_path / "alone"))
     train(alone)
     parallel = alone.parallel.model_copy(update=SHAPES[shape])
