@@ -62,7 +62,7 @@ def recipe_in(tiny_next, tiny_data):
     """Recipes over the tiny checkpoint and data with an output directory; keywords replace top-level fields, `data` and
     `optimizer` add to theirs."""
 
-    def make(output: Path, **changes) -> Recipe:
+    def make(output: Path, /, **changes) -> Recipe:
         data = {
             "sources": [{"path": str(tiny_data), "images": str(tiny_data.parent)}],
             "template": "vicuna_v1",
