@@ -70,7 +70,7 @@ def load_checkpoint(
     path = resolve(path_or_hub_id)
     described, base, tensors = _find_tensors(path, model_base)
     if is_original(read_json(described / "config.json")):
-        config, tower = read_original_config(described, vision_tower)
+        config, tower = read_original_config(described, vision_tower or _tower_inside(base, described))
         if not any(name.startswith("vision_tower.") for name in tensors):
             tensors |= tower_tensors(tower, config.vision.num_layers)
     elif vision_tower is not None:
@@ -86,7 +86,7 @@ def load_checkpoint(
         tensors=tensors,
         dtype=dtype or _stored_dtype(tensors, path),
         device=torch.device(device),
-        side_files=read_side_files(described),
+        side_files=read_side_files(described) | read_side_files(path),
     )
 
 
@@ -152,6 +152,12 @@ def _find_tensors(path: Path, model_base: str | Path | None) -> tuple[Path, Path
     if model_base is not None:
         raise CheckpointError(f"{path} is a whole model, so model_base has no meaning; leave it out")
     return path, None, name_tensors(open_weights(path))
+
+
+def _tower_inside(base: Path | None, described: Path) -> Path | None:
+    """The tower of an adapter's base, if the base is a whole LLaVA that holds it."""
+    name = read_json(described / "config.json").get("mm_vision_tower")
+    return base / name if base is not None and name and (base / name).is_dir() else None
 
 
 def _stored_dtype(tensors: Mapping[str, StoredTensor], path: Path) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Low-rank adapters in a recipe's model: PEFT puts them into the decoder's Linears, and merges them at the end.
+"""Low-rank adapters in a recipe's model: PEFT puts them into the decoder's Linears; at the end they are merged.
 
 An adapted Linear's own weight is called `....base_layer.weight`, its factors `....lora_A.default.weight` and `lora_B`.
 Source: Hu et al. 2021; huggingface/peft.
@@ -6,6 +6,7 @@ Source: Hu et al. 2021; huggingface/peft.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_fast.checkpoints.adapters import save_adapter
+from llava_fast.checkpoints.adapters import merge, save_adapter
+from llava_fast.checkpoints.save import NOTE_FILE
 from llava_fast.errors import RecipeError
 from llava_fast.generation.llava import Llava
 from llava_fast.train.optim import part_of
@@ -43,18 +45,21 @@ def add_adapters(model: Llava, recipe: Recipe) -> None:
 
 
 def merged(whole: Mapping[str, Tensor], settings: Lora) -> dict[str, Tensor]:
-    """A model's tensors, by the names it has without adapters, from those with adapters: each adapted weight as PEFT
-    merges it, computed in float32 and rounded once to the weight's dtype. `whole` stays as it is."""
-    found = {_own_name(name): value for name, value in whole.items() if not _is_factor(name)}
-    for name in whole:
-        module, mark, _ = name.partition(f".lora_A{_ADAPTER}.weight")
-        if mark:
-            found[f"{module}.weight"] = _merge_one(module, whole, settings)
+    """A model's tensors, by the names it has without adapters, from those with adapters: each adapted weight is
+    W + alpha / rank * B @ A, computed in float32 and rounded once to its dtype. `whole` stays as it is."""
+    found = {}
+    for name, value in whole.items():
+        if not _is_factor(name):
+            module, _, leaf = name.partition(".base_layer.")
+            if leaf == "weight":
+                a, b = (whole[f"{module}.lora_{half}{_ADAPTER}.weight"] for half in "AB")
+                value = merge(value, a, b, settings.alpha / settings.rank)
+            found[_own_name(name)] = value
     return found
 
 
 def export_adapter(path: Path, whole: Mapping[str, Tensor], trained: list[str], model: Llava, recipe: Recipe) -> None:
-    """Write the adapter, and what else was trained, apart from the base: the original LLaVA's files.
+    """Write the adapter, and what else was trained, apart from the base, for PEFT and the original LLaVA.
 
     whole    all tensors of the model with adapters, on the CPU.
     trained  the names of those that required gradients.
@@ -68,12 +73,18 @@ def export_adapter(path: Path, whole: Mapping[str, Tensor], trained: list[str], 
     if not isinstance(start, str):  # the base, a language model, has neither projector nor newline row
         parts = {"projector", *map(part_of, kept)} - {"decoder"}
         kept |= {name for name in whole if part_of(name) in parts}
+    if model.config.layout == "hf":  # the tower's Linears have the decoder's names, and PEFT would adapt them too
+        config.target_modules = rf".*language_model.*\.({'|'.join(recipe.lora.targets)})"
+        if kept >= {name for name in whole if name.startswith("projector.")}:
+            config.modules_to_save = ["multi_modal_projector"]
+    settings = json.loads(json.dumps(config.to_dict(), default=sorted))  # PEFT's sets become lists
     save_adapter(
         path,
-        _plain(config.to_dict()),
-        {name.replace(_ADAPTER, ""): whole[name] for name in whole if _is_factor(name)},
-        {_own_name(name): whole[name] for name in whole if name in kept},
+        settings,
+        {name.replace(_ADAPTER, ""): value for name, value in whole.items() if _is_factor(name)},
+        {_own_name(name): value for name, value in whole.items() if name in kept},
         model.config,
+        model.side_files.get(NOTE_FILE),
     )
 
 
@@ -87,32 +98,9 @@ def _peft_config(settings: Lora) -> Any:
     )
 
 
-def _merge_one(module: str, whole: Mapping[str, Tensor], settings: Lora) -> Tensor:
-    from peft import inject_adapter_in_model
-
-    prefix = f"{module}."
-    own = {name.removeprefix(prefix): value for name, value in whole.items() if name.startswith(prefix)}
-    weight = own["base_layer.weight"].clone()  # PEFT merges in place
-    with torch.device("meta"):
-        alone = nn.ModuleDict({"q": nn.Linear(weight.shape[1], weight.shape[0], bias="base_layer.bias" in own)})
-        alone = inject_adapter_in_model(_peft_config(settings.model_copy(update={"targets": ["q"]})), alone)
-    alone.q.load_state_dict({**own, "base_layer.weight": weight}, assign=True)
-    alone.q.merge()
-    return alone.q.base_layer.weight.detach()
-
-
 def _is_factor(name: str) -> bool:
     return "lora_" in name
 
 
 def _own_name(name: str) -> str:
     return name.replace(".base_layer.", ".")
-
-
-def _plain(value: Any) -> Any:
-    """PEFT's fields as JSON holds them: sets become sorted lists, enumerations their values."""
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, (set, list, tuple)):
-        return sorted(value) if isinstance(value, set) else [_plain(each) for each in value]
-    return getattr(value, "value", value)

@@ -34,6 +34,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 import llava_fast
+from llava_fast.checkpoints.adapters import save_projector
 from llava_fast.checkpoints.save import NOTE_FILE
 from llava_fast.errors import RecipeError, TrainingError
 from llava_fast.generation.llava import Llava
@@ -52,7 +53,7 @@ from llava_fast.train.data.usable import usable_samples
 from llava_fast.train.estimate.flops import Utilisation
 from llava_fast.train.lora import add_adapters, export_adapter, merged
 from llava_fast.train.metrics import Metrics
-from llava_fast.train.optim import build_optimizer, build_schedule, freeze
+from llava_fast.train.optim import build_optimizer, build_schedule, freeze, part_of
 from llava_fast.train.parallel import World, clip_gradients, join_world, parallelize
 from llava_fast.train.recipe import Recipe
 
@@ -299,7 +300,8 @@ class Trainer:
 
     def export(self) -> Path:
         """The trained model as a checkpoint that `llava_fast.load` and others read, in the recipe's precision; with
-        `lora`, merged, and the adapter alone beside it (`output`/adapter)."""
+        `lora`, merged, and the adapter alone beside it (`output`/adapter). A projector that was trained alone is beside
+        it too (`output`/projector), in float32."""
         path = self.recipe.output / "model"
         dtype = getattr(torch, self.recipe.precision)
         whole = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -307,10 +309,14 @@ class Trainer:
             if self.recipe.data.template:  # else the base model's own goes with it
                 note = json.dumps({"chat_template": self.bare.processor.template.name})
                 self.bare.side_files = {**getattr(self.bare, "side_files", {}), NOTE_FILE: note}
+            trained = [name for name, parameter in self.bare.named_parameters() if parameter.requires_grad]
             if self.recipe.lora is not None:
-                trained = [name for name, parameter in self.bare.named_parameters() if parameter.requires_grad]
                 export_adapter(self.recipe.output / "adapter", whole, trained, self.bare, self.recipe)
                 whole = merged(whole, self.recipe.lora)
+            elif {part_of(name) for name in trained} == {"projector"}:
+                alone = {name: tensor for name, tensor in whole.items() if part_of(name) == "projector"}
+                note_file = self.bare.side_files.get(NOTE_FILE)
+                save_projector(self.recipe.output / "projector", alone, self.bare.config, note_file)
             tensors = {name: tensor.to(dtype) for name, tensor in whole.items()}
             llava_fast.save(self.bare, path, layout=self.recipe.layout, overwrite=True, tensors=tensors)
         self.world.together()

@@ -1,6 +1,7 @@
 """Adapters of a recipe: what they train, how a run goes on, and the two exports that must be one model."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -60,6 +61,7 @@ def test_learns_with_the_base_untouched_and_exports_one_model_twice(recipe):
     assert sorted(file.name for file in adapter.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "llava_fast.json",
         "non_lora_trainables.bin",
     ]
     batch = merged.prepare([{"prompt": "USER: hello ASSISTANT:"}])
@@ -67,7 +69,8 @@ def test_learns_with_the_base_untouched_and_exports_one_model_twice(recipe):
         logits = [model(batch, logits="all").logits for model in (merged, loaded, base)]
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logits[2], logits[0], rtol=1e-2, atol=1e-2)
-    assert same(llava_fast.load(adapter, chat_template="vicuna_v1"), loaded)  # it names its base
+    named = llava_fast.load(adapter)  # it names its base and its template
+    assert same(named, loaded) and named.processor.template.name == "vicuna_v1"
     stored = json.loads((adapter / "adapter_config.json").read_text())
     assert (stored["r"], stored["lora_alpha"], stored["peft_type"]) == (4, 8, "LORA")
 
@@ -85,20 +88,43 @@ def test_the_merged_model_is_the_one_that_was_trained(recipe):
         )
 
 
-def test_the_original_reads_the_adapters_names(recipe):
+def test_peft_reads_it_on_the_base_in_transformers(recipe):
+    from peft import PeftModel
+    from transformers import LlavaNextForConditionalGeneration
+
+    made = recipe(steps=2)
+    wanted = LlavaNextForConditionalGeneration.from_pretrained(train(made)).state_dict()
+    base = LlavaNextForConditionalGeneration.from_pretrained(made.model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys")
+        adapted = PeftModel.from_pretrained(base, made.output / "adapter")
+    found = adapted.merge_and_unload().state_dict()
+    others = torch.load(made.output / "adapter" / "non_lora_trainables.bin", weights_only=True)
+    (name,) = others  # a parameter of no module, which PEFT cannot hold
+    found["model.image_newline"] = others["base_model.model.model.image_newline"]
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_the_original_reads_it_beside_an_original_base(recipe, tiny_next, tmp_path):
     from safetensors.torch import load_file
 
-    made = recipe(steps=1)
-    train(made)
-    factors = load_file(made.output / "adapter" / "adapter_model.safetensors")
+    base = tmp_path / "base"
+    llava_fast.save(llava_fast.load(tiny_next), base, layout="original")
+    made = recipe(steps=1, model=str(base), layout="original")
+    path, adapter = train(made), made.output / "adapter"
+    assert same(llava_fast.load(path), llava_fast.load(adapter, model_base=base))
+    factors = load_file(adapter / "adapter_model.safetensors")
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in factors
-    assert len(factors) == 2 * len(ADAPTED) * llava_fast.load(made.model).config.decoder.num_layers
-    others = torch.load(made.output / "adapter" / "non_lora_trainables.bin", weights_only=True)
+    assert len(factors) == 2 * len(ADAPTED) * llava_fast.load(base).config.decoder.num_layers
+    others = torch.load(adapter / "non_lora_trainables.bin", weights_only=True)
     assert {name.rpartition(".")[0] for name in others} == {
         "base_model.model.model",
         "base_model.model.model.mm_projector.0",
         "base_model.model.model.mm_projector.2",
     }
+    assert json.loads((adapter / "config.json").read_text())["model_type"].startswith("llava_")
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -159,8 +185,7 @@ def test_merge_lora(recipe, tmp_path):
     assert done.exit_code == 0, done.output
     assert f"wrote {tmp_path / 'merged'} in the hf layout" in done.output
     merged, exported = llava_fast.load(tmp_path / "merged"), llava_fast.load(path)
-    for (name, value), other in zip(merged.named_parameters(), exported.parameters(), strict=True):
-        torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-6, msg=name)
+    assert same(merged, exported) and merged.processor.template.name == exported.processor.template.name
     done = CliRunner().invoke(app, ["merge-lora", str(made.model), str(tmp_path / "other")])
     assert isinstance(done.exception, CheckpointError) and "no adapter to merge" in str(done.exception)
 

@@ -60,9 +60,15 @@ def test_both_stages(make_recipe, parts, tmp_path):
     assert torch.equal(one.decoder.layers[0].mlp.up_proj.weight, begun.decoder.layers[0].mlp.up_proj.weight)
     assert not torch.equal(one.projector.layers[0].weight, begun.projector.layers[0].weight)
 
+    alone = tmp_path / "one" / "projector"
+    stored = torch.load(alone / "mm_projector.bin", weights_only=True)
+    assert {name.rpartition(".")[0] for name in stored} == {"model.mm_projector.0", "model.mm_projector.2"}
+    read = llava_fast.load(alone, model_base=parts["decoder"])
+    assert torch.equal(read.projector.layers[2].weight, one.projector.layers[2].weight)
+
     tiled = {"aspect": "anyres", "pinpoints": [[56, 112], [112, 56], [112, 112]], "merge": "spatial_unpad"}
     second = make_recipe(
-        model=parts | tiled | {"projector_from": str(tmp_path / "one" / "model")},
+        model=parts | tiled | {"projector_from": str(alone)},
         data={"sources": sources},
         output=str(tmp_path / "two"),
     )
