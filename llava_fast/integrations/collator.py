@@ -37,8 +37,8 @@ class Collator:
     chat_template name of a built-in template (see inputs.chat) to use instead of the processor's.
     padding_side  "left" or "right". Default: the tokenizer's; "left" without labels.
     plan          True: the batch carries its plan as int32 tensors `llava_plan_*`, which an accelerated model's forward
-                  takes, so that it asks the device for nothing (a batch of videos, or of a model whose plan is not made
-                  ahead, carries none). False: for a model that is not accelerated, or nn.DataParallel.
+                  takes, so that it asks the device for nothing. False: for a model that is not accelerated, or
+                  nn.DataParallel.
 
     A sample is one of
       {"messages": [...], "images": [...]}  OpenAI form, through the chat template; assistant messages are supervised
@@ -82,11 +82,13 @@ class Collator:
     def __call__(self, samples: Sequence[dict]) -> dict[str, Tensor]:
         made = [self._named(sample, number) for number, sample in enumerate(samples)]
         batch = self._padded(made)
-        videos = any(name.startswith("pixel_values_videos") for name in batch)
-        if self.plan and self.config.model_type in shipped_plan.FAMILIES and not videos:
-            pixels = next((batch[name] for name in PIXELS if name in batch), None)
-            labels, sizes = batch.get("labels"), batch.get("image_sizes")
-            batch |= shipped_plan.make(self.config, batch["input_ids"], labels, pixels, sizes)
+        if self.plan:
+            pixels, frames = (
+                next((batch[name] for name in (uint8, stands) if name in batch), None)
+                for uint8, stands in uint8_pixels.NAMES.items()
+            )
+            labels, sizes, counts = (batch.get(name) for name in ("labels", "image_sizes", "batch_num_images"))
+            batch |= shipped_plan.make(self.config, batch["input_ids"], labels, pixels, sizes, frames, counts)
         return batch
 
     def features(self, sample: dict) -> dict[str, Tensor]:
@@ -187,15 +189,21 @@ class Collator:
         for name in (*PIXELS, "image_sizes", "batch_num_images"):
             parts = [each[name] for each in made if name in each]
             if parts:
-                batch[name] = torch.cat(_to_most_tiles(parts) if name in PIXELS else parts)
+                batch[name] = torch.cat(_to_most_tiles(name, parts) if name in PIXELS else parts)
         return batch
 
 
-def _to_most_tiles(parts: list[Tensor]) -> list[Tensor]:
-    """Pixels [images, tiles, 3, H, W] filled up with zeros to the most tiles; [images, 3, H, W] as they are."""
+def _to_most_tiles(name: str, parts: list[Tensor]) -> list[Tensor]:
+    """Pixels [images, tiles, 3, H, W] filled up with zeros to the most tiles; [images, 3, H, W] as they are. Raises
+    RequestError for videos of different lengths, whose frames cannot be filled up."""
     if parts[0].dim() == 4:
         return parts
     most = max(part.shape[1] for part in parts)
+    if "videos" in name and any(part.shape[1] != most for part in parts):
+        raise RequestError(
+            f"the videos of a batch must have as many frames each, got {[part.shape[1] for part in parts]}: sample as "
+            "many of each, or batch videos of one length"
+        )
     return [torch.nn.functional.pad(part, (0, 0, 0, 0, 0, 0, 0, most - part.shape[1])) for part in parts]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from transformers import (
     AutoTokenizer,
     BatchFeature,
@@ -64,6 +65,12 @@ class FastTiles:
         """transformers' own image processor with the same settings."""
         ours = ("image_processor_type", "output", "threads")
         return self.stock_class(**{name: value for name, value in self.to_dict().items() if name not in ours})
+
+    def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
+        """[3, H, W]. A PIL image that is RGB already is read once, where transformers copies it three times."""
+        if isinstance(image, Image.Image) and image.mode == "RGB":
+            return np.moveaxis(np.asarray(image), -1, 0)
+        return super().process_image(image, *args, **kwargs)
 
     def _preprocess(self, images: list[np.ndarray], *counts: list[int], **settings: Any) -> BatchFeature:
         geometry = self.geometry(settings)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from llava_fast.errors import CheckpointError, ImageError
-from llava_fast.integrations import hf_inputs, shipped_plan
+from llava_fast.integrations import hf_inputs
 from llava_fast.integrations import transformers as integration
 
 CALLS = (
@@ -68,8 +68,6 @@ def of_model(model: nn.Module) -> list[str]:
         lines.append("    the projector runs its own forward: its weights are not read by a kernel")
     if not hf_inputs.reads_table(inner.get_input_embeddings()):
         lines.append("    the embedding runs its own forward: its table is not read by a kernel")
-    served = inner.config.model_type in shipped_plan.FAMILIES
-    lines.append(f"    a collator's plan: {'taken' if served else 'not made for this family; forward makes its own'}")
     return lines
 
 

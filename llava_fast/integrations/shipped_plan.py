@@ -14,18 +14,22 @@ import torch
 from torch import Tensor
 
 from llava_fast.errors import ImageError, LlavaFastError
+from llava_fast.inputs.anyres import video_rows
+from llava_fast.inputs.plan import Mix
 from llava_fast.integrations import placement
-from llava_fast.integrations.hf_inputs import ANYRES, Visuals, geometry
+from llava_fast.integrations.hf_inputs import ANYRES, POOLS, Visuals, geometry
 from llava_fast.ops.token_pack import RowUses
 
 PREFIX = "llava_plan_"
-COLUMNS = ("source", "row", "kept", "place", "tile", *RowUses._fields, "supervised_row", "supervised_target")
+MIX = ("mix_index", "mix_weight", "mix_use", "mix_start")
+SUPERVISED = ("supervised_row", "supervised_target")
+COLUMNS = ("source", "row", "kept", "place", "video_place", "tile", "frame", *RowUses._fields, *MIX, *SUPERVISED)
 NAMES = tuple(PREFIX + name for name in COLUMNS)
-"""source, row, kept, place and the uses are those of placement.Placement; tile [tiles] numbers each real tile among the
-tiles of pixel_values, those that fill up counted; supervised_row, supervised_target [rows with a label] are the rows
-whose next token carries a label, and it (both empty without labels)."""
-FAMILIES = ("llava", "llava_next", "llava_next_video")
-"""The model types whose batches (images and text) a plan is made for."""
+"""source, row, kept, place, video_place and the uses are those of placement.Placement; tile [tiles] numbers each real
+tile among the tiles of pixel_values, those that fill up counted, and frame [frames] those of pixel_values_videos; mix_*
+are the tap table of rows that are made of others (mix_weight holds the bits of float32; see inputs.plan.Mix), the last
+two only with labels; supervised_row, supervised_target [rows with a label] are the rows whose next token carries a
+label, and it. What a batch does not have is empty."""
 
 
 class PlanError(LlavaFastError):
@@ -33,27 +37,47 @@ class PlanError(LlavaFastError):
 
 
 def make(
-    config, ids: Tensor, labels: Tensor | None = None, pixels: Tensor | None = None, image_sizes: Tensor | None = None
+    config,
+    ids: Tensor,
+    labels: Tensor | None = None,
+    pixels: Tensor | None = None,
+    image_sizes: Tensor | None = None,
+    frames: Tensor | None = None,
+    batch_num_images: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The plan of a batch on the CPU, one tensor for each of NAMES.
+    """The plan of a batch on the CPU, one tensor for each of NAMES; none where only the stock path serves its videos.
 
-    config       the model's.
-    ids, labels  int64 [B, S].
-    pixels       as the processor pads them: [images, most, 3, H, W] for AnyRes, else [images, 3, H, W].
-    image_sizes  int [images, 2] as (height, width), for AnyRes.
-    Raises ImageError where image tokens and image rows differ in number, PlanError for a label outside the vocabulary.
+    config            the model's.
+    ids, labels       int64 [B, S].
+    pixels            as the processor pads them: [images, most, 3, H, W] for AnyRes, else [images, 3, H, W].
+    image_sizes       int [images, 2] as (height, width), for AnyRes.
+    frames            of videos, [videos, frames, 3, H, W].
+    batch_num_images  int [groups], LLaVA-OneVision's: how many images each prompt with images has.
+    Raises ImageError where image or video tokens and their rows differ in number, PlanError for a label outside the
+    vocabulary.
     """
     has_class_row = config.vision_config.model_type == "clip_vision_model"
     skipped = int(config.vision_feature_select_strategy == "default")
+    if frames is not None and (_kind_of_mix(config) is None or has_class_row and not skipped):
+        return {}
     shape = geometry(config, skipped, has_class_row)
-    integers = placement.read_integers(ids, image_sizes, labels)
-    images = placement.rows_of_images(shape, integers.sizes, 0 if pixels is None else len(pixels))
+    integers = placement.read_integers(ids, image_sizes, labels, batch_num_images)
+    images = placement.rows_of_images(shape, integers.sizes, 0 if pixels is None else len(pixels), integers.counts)
+    videos = [] if frames is None else [video_rows(shape, frames.shape[1])] * len(frames)
     most = pixels.shape[1] if pixels is not None and pixels.dim() == 5 else 1
     tiles = [rows.tiles for rows in images]
     if tiles and max(tiles) > most:
         raise ImageError(f"an image has {max(tiles)} tiles, but pixel_values hold {most} of each")
     tower_rows = (shape.rows_per_tile + skipped, skipped)
-    columns, _ = placement.placement_columns(images, integers.ids, config.image_token_id, tower_rows)
+    tokens = config.image_token_id, getattr(config, "video_token_id", None)
+    columns, mixes = placement.placement_columns(
+        images, integers.ids, tokens[0], tower_rows, videos, tokens[1], labels is not None
+    )
+    if [(mix.stage, mix.reduce) for mix in mixes] not in ([], [_kind_of_mix(config)]):
+        raise PlanError(f"no plan tells of the pooling of this {config.model_type}: use Collator(..., plan=False)")
+    empty = {name: np.zeros((0, 1) if name in MIX[:2] else 0, np.int64) for name in MIX}
+    columns = empty | {name.replace("mix0_", "mix_"): column for name, column in columns.items()}
+    columns["frame"] = np.arange(sum(rows.tiles for rows in videos))
     real = [image * most + np.arange(number) for image, number in enumerate(tiles)]
     columns["tile"] = np.concatenate([np.zeros(0, np.int64), *real])
     none = np.zeros(0, np.int64)
@@ -61,8 +85,16 @@ def make(
     vocabulary = config.text_config.vocab_size
     if len(targets) and not 0 <= targets.min() <= targets.max() < vocabulary:
         raise PlanError(f"labels lie in {targets.min()}..{targets.max()}, and the vocabulary has {vocabulary} tokens")
-    columns |= {"supervised_row": rows, "supervised_target": targets}
+    columns |= dict(zip(SUPERVISED, (rows, targets), strict=True))
     return {PREFIX + name: torch.from_numpy(columns[name].astype(np.int32)) for name in COLUMNS}
+
+
+def _kind_of_mix(config) -> tuple[str, str] | None:
+    """(stage, reduce) of the rows that this model makes of others: shrunk images and pooled videos."""
+    if config.model_type == "llava_onevision":
+        return "after", "sum"
+    mode = getattr(config, "spatial_pool_mode", None)
+    return ("before", "max" if mode == "max" else "sum") if mode in POOLS else None
 
 
 def without(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,28 +130,44 @@ def find(given: Mapping[str, Any]) -> dict[str, Tensor] | None:
 
 
 def visuals(model, given: Mapping[str, Any], plan: dict[str, Tensor], read_table: bool) -> Visuals:
-    """The images of a call and the placement of their rows. Raises PlanError where the plan does not fit them."""
+    """The images and videos of a call and the placement of their rows. Raises PlanError where the plan does not fit."""
     strategy = given.get("vision_feature_select_strategy")
     if strategy not in (None, model.config.vision_feature_select_strategy):
         raise PlanError(f"the plan is not for vision_feature_select_strategy={strategy!r}: leave the {PREFIX}* out")
-    pixels, ids = given["pixel_values"], given["input_ids"]
-    anyres = model.config.model_type in ANYRES
-    tiles = pixels.flatten(0, 1) if pixels.dim() == 5 else pixels
-    count = len(plan["tile"])
-    if count > len(tiles) or (pixels.dim() == 4 or not anyres) and count != len(tiles):
-        raise PlanError(f"the plan is of {count} tiles, but pixel_values are {tuple(pixels.shape)}")
-    plan = {name: column.to(pixels.device, non_blocking=True) for name, column in plan.items()}
+    pixels, frames, ids = given.get("pixel_values"), given.get("pixel_values_videos"), given["input_ids"]
+    for name, part, column in (("pixel_values", pixels, "tile"), ("pixel_values_videos", frames, "frame")):
+        count = len(plan[column])
+        there = 0 if part is None else part.shape[:-3].numel()
+        fills_up = name == "pixel_values" and part is not None and part.dim() == 5 and model.config.model_type in ANYRES
+        if count > there or count != there and not fills_up:
+            came = "did not come" if part is None else f"are {tuple(part.shape)}"
+            raise PlanError(f"the plan is of {count} {column}s, but {name} {came}")
+    device = ids.device if pixels is None and frames is None else (frames if pixels is None else pixels).device
+    plan = {name: column.to(device, non_blocking=True) for name, column in plan.items()}
     if ids.device.type == "cpu":
-        _check_ids(ids.flatten(), plan, model.config.image_token_id)
-    if count != len(tiles):
-        tiles = tiles[plan["tile"].long()]
-    return Visuals({"pixel_values": tiles}, placement.placement(plan, read_table), [])
+        _check_ids(ids.flatten(), plan, model.config)
+    made = {}
+    if pixels is not None:
+        tiles = pixels.flatten(0, -4)
+        made["pixel_values"] = tiles if len(tiles) == len(plan["tile"]) else tiles[plan["tile"].long()]
+    if frames is not None:
+        made["pixel_values_videos"] = frames.flatten(0, 1)
+    return Visuals(made, placement.placement(plan, read_table, _mixes(model.config, plan)), [])
+
+
+def _mixes(config, plan: dict[str, Tensor]) -> list[Mix]:
+    """The mix of a plan, if it has one, and takes its two columns for gradients out of a plan that has them empty."""
+    if not len(plan["mix_index"]):
+        return []
+    if not len(plan["mix_start"]):
+        del plan["mix_use"], plan["mix_start"]
+    return [Mix(*_kind_of_mix(config), *MIX)]
 
 
 def supervision(plan: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
     """(rows, targets) of the loss, on the device of labels [B, S]. Raises PlanError if a look costs nothing and labels
     are others than those the plan was made of."""
-    rows, targets = (plan[name].to(labels.device, non_blocking=True) for name in COLUMNS[-2:])
+    rows, targets = (plan[name].to(labels.device, non_blocking=True) for name in SUPERVISED)
     if labels.device.type == "cpu":
         expected = placement.supervised_rows(labels.numpy())
         if not all(np.array_equal(a, b) for a, b in zip((rows.numpy(), targets.numpy()), expected, strict=True)):
@@ -127,8 +175,10 @@ def supervision(plan: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor
     return rows, targets
 
 
-def _check_ids(ids: Tensor, plan: dict[str, Tensor], image_token: int) -> None:
+def _check_ids(ids: Tensor, plan: dict[str, Tensor], config) -> None:
     text = plan["text_row"].long()
-    same_places = torch.equal(plan["place"].long(), (ids == image_token).nonzero()[:, 0])
+    tokens = {"place": config.image_token_id, "video_place": getattr(config, "video_token_id", None)}
+    there = [(plan[name].long(), token) for name, token in tokens.items() if len(plan[name])]
+    same_places = all(torch.equal(place, (ids == token).nonzero()[:, 0]) for place, token in there)
     if not same_places or not torch.equal(plan["row"][text].long(), ids[text]):
         raise PlanError(f"input_ids were changed after the plan was made: collate again, or leave the {PREFIX}* out")

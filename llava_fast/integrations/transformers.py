@@ -78,11 +78,14 @@ def accelerate(model: nn.Module, processor=None, *, training_logits: bool = True
     """
     whole = find(model)
     done: dict[str, None] = {}  # in order, each once: a decoder's layers are many
+    stays: dict[str, str] = {}
     for module, name, function, what in _replacements(whole):
         if replace(module, name, function, NEW_NAMES if function is whole_forward else ()):
             done[what] = None
         else:
-            logger.warning("%s stays: its %s was replaced by someone else", what, name)
+            stays[what] = name
+    for what, name in stays.items():
+        logger.warning("%s stays: its %s was replaced by someone else", what, name)
     vars(whole)[SKIPS_LOGITS] = not training_logits
     if processor is not None:
         uint8_pixels.remember(whole.model, processor)
@@ -250,7 +253,7 @@ def inner_forward(model: nn.Module, *args, **kwargs):
         ids, selection = given["input_ids"], hf_inputs.select(model, given)
         table = hf_inputs.reads_table(model.get_input_embeddings())
         try:
-            if plan is not None and pixels == ["pixel_values"] and model.config.model_type in shipped_plan.FAMILIES:
+            if plan is not None:
                 visuals = shipped_plan.visuals(model, given, plan, table)
             else:
                 integers = integers or _integers(model, given)

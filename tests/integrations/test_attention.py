@@ -5,8 +5,8 @@ import copy
 import pytest
 import tiny
 import torch
+from against_stock import assert_same_gradients, batch, fresh, gradients
 from parity import assert_close, assert_same_answer
-from test_accelerate import assert_same_gradients, batch, fresh, gradients
 from transformers import AttentionInterface
 
 import llava_fast

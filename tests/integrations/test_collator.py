@@ -4,13 +4,14 @@ import contextlib
 import inspect
 import pickle
 
+import against_stock
 import numpy as np
 import pytest
 import tiny
 import torch
+from against_stock import assert_same_gradients, assert_same_outputs, both, fresh, gradients, shallow
 from parity import assert_close
 from PIL import Image
-from test_accelerate import assert_same_gradients, assert_same_outputs, fresh, gradients
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
@@ -40,6 +41,20 @@ def samples() -> list[dict]:
         {"messages": talk("hello", "and hello to you, of whom no picture is here")},
         {"prompt": "USER: <image><image>\nhm? ", "answer": "no", "images": [tiny.picture(200, 20)] * 2},
     ]
+
+
+MADE_ELSEWHERE = [("video", "both film none"), ("video_max_odd", "film"), ("onevision", "both two large none film")]
+"""Batches whose features the processor made (a Collator takes no video as a file), all with pooled or shrunk rows."""
+
+
+def features(name: str, which: str) -> list[dict]:
+    """Features of against_stock.SAMPLES, one sample each."""
+    made = []
+    for key in which.split():
+        each = against_stock.batch(name, key, labels=True)
+        made.append({field: value[0] if field in ("input_ids", "labels") else value for field, value in each.items()})
+        del made[-1]["attention_mask"]
+    return made
 
 
 def collator(name: str = "next", **options) -> Collator:
@@ -84,19 +99,43 @@ def test_pixels_and_sizes_are_the_processors(name):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_outputs_and_gradients_with_a_plan_are_stocks(name, side):
-    stock, model = fresh(name), llava_fast.accelerate(fresh(name))
-    batch = collator(name, padding_side=side)(samples())
+@pytest.mark.parametrize("name, which", [*((name, None) for name in FAMILIES), *MADE_ELSEWHERE])
+def test_outputs_and_gradients_with_a_plan_are_stocks(name, which, side, no_fallback):
+    stock, model = both(name)
+    batch = collator(name, padding_side=side)(features(name, which) if which else samples())
     plain = shipped_plan.without(batch)
     assert set(batch) - set(plain) == set(NAMES)
     with torch.no_grad():
         found, expected = model(**batch), stock(**plain)
-    assert_close("logits with a plan", found.logits, expected.logits, 1e-5)
-    assert_close("image_hidden_states with a plan", found.image_hidden_states, expected.image_hidden_states, 1e-5)
+    for field in ("logits", "image_hidden_states", "video_hidden_states"):
+        if expected.get(field) is not None:
+            assert_close(f"{field} with a plan", found[field], expected[field], 1e-5)
     (out, found), (expected_out, expected) = gradients(model, batch), gradients(stock, plain)
     assert_close("loss with a plan", out.loss, expected_out.loss, 1e-5)
     assert_same_gradients("gradients with a plan", found, expected)
+
+
+def test_the_mixes_of_plans_are_those_of_the_models():
+    """Rows pooled before and after the projector, with and without tables for gradients."""
+    for name, which in MADE_ELSEWHERE:
+        for labels in (False, True):
+            batch = collator(name, labels=labels)(features(name, which))
+            mixed, taps = batch["llava_plan_mix_index"].shape
+            assert mixed and taps == 4
+            assert len(batch["llava_plan_mix_use"]) == (mixed * taps if labels else 0)
+
+
+def test_videos_of_different_lengths_are_refused():
+    short, long = features("video", "film both")
+    short["pixel_values_videos"] = short["pixel_values_videos"][:, :2]
+    with pytest.raises(RequestError, match=r"as many frames each, got \[2, 3\]"):
+        collator("video")([short, long])
+
+
+def test_no_plan_is_made_of_videos_that_the_stock_path_serves():
+    made = collator("video")
+    made.config.spatial_pool_mode = "conv"
+    assert not set(NAMES) & set(made(features("video", "film none")))
 
 
 @pytest.mark.parametrize("where", ["embedding", "projector", "head"])
@@ -120,21 +159,22 @@ def test_text_alone_and_no_labels():
     )
     batch = collator(labels=False)(samples())
     assert "labels" not in batch and batch["llava_plan_supervised_row"].numel() == 0
-    assert_same_outputs("next", lambda **given: model(**given), stock, shipped_plan.without(batch))
+    assert_same_outputs(lambda **given: model(**given), stock, shipped_plan.without(batch))
     with torch.no_grad():
         found, expected = model(**batch), stock(**shipped_plan.without(batch))
     assert_close("logits with a plan", found.logits, expected.logits, 1e-5)
 
 
 @pytest.mark.parametrize("labels", [False, True])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_nothing_on_the_device_is_read(name, labels, monkeypatch):
+@pytest.mark.parametrize("name, which", [*((name, None) for name in FAMILIES), *MADE_ELSEWHERE])
+def test_nothing_on_the_device_is_read(name, which, labels, monkeypatch):
     """A meta tensor has no values: whatever would wait for a GPU to tell them raises. (An attention mask is left out:
     transformers itself reads it, to see whether it masks anything.)"""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # autocast knows no meta device
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    given = features(name, which) if which else samples()
     model = llava_fast.accelerate(fresh(name)).to("meta")
-    batch = {key: value.to("meta") for key, value in collator(name, labels=labels)(samples()).items()}
+    batch = {key: value.to("meta") for key, value in collator(name, labels=labels)(given).items()}
     del batch["attention_mask"]
     out = model(**batch)
     assert out.logits.shape[:2] == batch["input_ids"].shape and (out.loss is not None) == labels
@@ -172,6 +212,13 @@ def changed(batch: dict, how: str) -> dict:
         del batch["llava_plan_kept"]
     if how == "fewer tiles":
         batch["pixel_values"] = batch["pixel_values"][:1]
+    if how == "no video":
+        del batch["pixel_values_videos"]
+    if how == "fewer frames":
+        batch["pixel_values_videos"] = batch["pixel_values_videos"][:, :2]
+    if how == "another place of the video":
+        batch["input_ids"] = batch["input_ids"].roll(1, 1)
+        del batch["labels"]
     if how == "another selection":
         batch["vision_feature_select_strategy"] = "full"
     if how == "no ids":
@@ -187,14 +234,18 @@ def changed(batch: dict, how: str) -> dict:
         ("other labels", "labels were changed"),
         ("a name missing", "llava_plan_kept did not come"),
         ("fewer tiles", "the plan is of .* tiles, but pixel_values"),
+        ("no video", "the plan is of 6 frames, but pixel_values_videos did not come"),
+        ("fewer frames", "the plan is of 6 frames, but pixel_values_videos are"),
+        ("another place of the video", "input_ids were changed"),
         ("another selection", "vision_feature_select_strategy='full'"),
         ("no ids", "without input_ids"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused(how, says):
-    model = llava_fast.accelerate(fresh("next"))
+    name = "video" if "video" in how or "frames" in how else "next"
+    model = llava_fast.accelerate(fresh(name))
     with pytest.raises(PlanError, match=says):
-        model(**changed(collator()(samples()), how))
+        model(**changed(collator(name)(features(name, "both film") if name == "video" else samples()), how))
 
 
 @pytest.mark.parametrize("replicas", [2, 3])
@@ -273,7 +324,7 @@ def test_ddp_in_one_process(tmp_path):
 
 
 def test_a_compiled_model_leaves_the_plan_out():
-    stock, model = fresh("next"), llava_fast.accelerate(fresh("next"))
+    stock, model = shallow("next"), llava_fast.accelerate(shallow("next"))
     batch = collator()(samples())
     found = torch.compile(model, backend="eager")(**batch)
     assert_close("compiled, with a plan", found.logits, stock(**shipped_plan.without(batch)).logits, 1e-5)

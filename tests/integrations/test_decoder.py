@@ -7,8 +7,8 @@ import pickle
 import pytest
 import tiny
 import torch
+from against_stock import assert_same_gradients, assert_same_outputs, batch, gradients
 from parity import assert_close
-from test_accelerate import assert_same_gradients, assert_same_outputs, batch, gradients
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -57,7 +57,7 @@ def test_kernels_give_what_stock_gives(name, calls):
     stock, model = fresh(name), llava_fast.accelerate(fresh(name))
     inputs = few_rows(name)
     with use_backend("triton"):
-        assert_same_outputs(name, model, stock, inputs)
+        assert_same_outputs(model, stock, inputs)
     assert calls == {"rms_norm": 7, "rope": 3, "swiglu": 3}
 
 
@@ -103,7 +103,7 @@ def test_many_rows_on_a_cpu(name, calls, monkeypatch):
     stock, model = fresh(name), llava_fast.accelerate(fresh(name))
     for side in ("left", "right"):
         inputs = batch(name, side=side, labels=True)
-        assert_same_outputs(name, model, stock, inputs)
+        assert_same_outputs(model, stock, inputs)
     assert_same_gradients("gradients through the references", gradients(model, inputs)[1], gradients(stock, inputs)[1])
     assert calls["rms_norm"] and calls["rope"] and not calls["swiglu"]
 
@@ -185,7 +185,7 @@ def test_hooks_and_lora_and_a_parametrised_weight(calls, monkeypatch):
         parametrize.register_parametrization(layers[1].input_layernorm, "weight", Doubled())
         layers[2].mlp.act_fn = nn.GELU()
     inputs = few_rows("next", labels=True)
-    assert_same_outputs("next", model, stock, inputs)
+    assert_same_outputs(model, stock, inputs)
     assert_same_gradients("gradients beside hooks", gradients(model, inputs)[1], gradients(stock, inputs)[1])
     assert calls["rms_norm"] == 12 and calls["rope"] == 6  # two passes, without the norm that is parametrised
     llava_fast.restore(model)

@@ -5,14 +5,13 @@ import inspect
 import pickle
 from types import SimpleNamespace
 
+import against_stock
 import numpy as np
 import pytest
-import test_accelerate
-import test_accelerate_visuals as visuals
 import tiny
 import torch
+from against_stock import assert_same_gradients, assert_same_tokens, fresh, gradients, shallow
 from parity import assert_close
-from test_accelerate import assert_same_gradients, fresh, gradients, no_fallback  # noqa: F401
 
 import llava_fast
 from llava_fast.integrations import uint8_pixels
@@ -37,9 +36,8 @@ def both(name: str):
 
 def batch(name: str, labels: bool = False, side: str = "left") -> dict:
     """Normalised pixels, as a stock model takes them."""
-    if name in ("video", "onevision"):
-        return visuals.batch(name, "both two film text", side, labels)
-    return test_accelerate.batch(name, "a none two tall", side, labels)
+    which = "both two film none" if name in ("video", "onevision") else "a none two tall"
+    return against_stock.batch(name, which, side, labels)
 
 
 def as_uint8(inputs: dict, name: str) -> dict:
@@ -68,7 +66,7 @@ def test_a_table_of_levels_gives_the_processors_own_bits(factor):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logits_loss_and_gradients(name, side, no_fallback):  # noqa: F811
+def test_logits_loss_and_gradients(name, side, no_fallback):
     stock, model = both(name)
     inputs = batch(name, labels=True, side=side)
     (found_out, found), (expected_out, expected) = gradients(model, as_uint8(inputs, name)), gradients(stock, inputs)
@@ -107,7 +105,7 @@ def test_the_stock_path_gets_normalised_pixels(asked):
 
 
 def test_a_compiled_graph_gets_normalised_pixels():
-    stock, model = both("next")
+    stock, model = shallow("next"), llava_fast.accelerate(shallow("next"), processor("next"))
     inputs = batch("next", labels=True)
     with torch.no_grad():
         found = torch.compile(model, backend="eager")(**as_uint8(inputs, "next"))
@@ -124,9 +122,10 @@ def test_an_inner_model_that_someone_else_wrapped_gets_normalised_pixels():
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"do_sample": True}, {"use_cache": False}])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_generate(name, how, no_fallback):  # noqa: F811
+def test_generate(name, how, no_fallback):
     inputs = batch(name)
-    visuals.assert_same_tokens(*both(name), inputs, how, as_uint8(inputs, name))
+    stock, model = both(name)
+    assert_same_tokens(model, stock, inputs, as_uint8(inputs, name), **how)
 
 
 def test_generates_steps_after_the_first_get_no_pixels():
@@ -200,7 +199,7 @@ def test_what_is_wrong_is_said():
 
 
 @pytest.mark.parametrize("name", ["llava15", "next"])
-def test_from_collator_to_loss(name, tmp_path, no_fallback):  # noqa: F811
+def test_from_collator_to_loss(name, tmp_path, no_fallback):
     """With the plan of the batch, made from the shapes of uint8 tiles."""
     tiny.hf_config(tiny.CASES[name]).save_pretrained(tmp_path)
     tiny.hf_processor(tiny.CASES[name]).save_pretrained(tmp_path)

@@ -1,14 +1,11 @@
-"""Further ways to run an accelerated model, against the stock one: assisted generation, half precision, training under
-torch.compile."""
-
-import copy
+"""Further ways to run an accelerated model: assisted generation, and training under torch.compile."""
 
 import pytest
 import torch
 import transformers
+from against_stock import assert_same_gradients, batch, fresh, gradients, shallow
 from packaging.version import Version
 from parity import assert_close
-from test_accelerate import assert_same_gradients, batch, fresh, gradients, no_fallback  # noqa: F401
 from transformers import LlamaForCausalLM
 
 import llava_fast
@@ -18,7 +15,7 @@ GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_t
 
 @pytest.mark.parametrize("how", ["assistant", "prompt lookup", "same model"])
 @pytest.mark.parametrize("name", ["llava15", "next"])
-def test_assisted_generation(name, how, no_fallback):  # noqa: F811
+def test_assisted_generation(name, how, no_fallback):
     """One prompt at a time, as transformers has it; the assistant reads text alone."""
     if how == "assistant" and Version(transformers.__version__) < Version("5.23"):
         pytest.skip("5.17 gives images to a text-only assistant, which refuses them")
@@ -36,32 +33,12 @@ def test_assisted_generation(name, how, no_fallback):  # noqa: F811
     assert answers[0] == answers[1] == plain
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["llava15", "next", "next_qwen"])
-def test_half_precision(name, dtype, no_fallback):  # noqa: F811
-    """Errors against float64 of logits and of all gradients are at most twice those of the stock model."""
-    exact = fresh(name).double()
-    stock = fresh(name).to(dtype)
-    model = llava_fast.accelerate(copy.deepcopy(stock))
-    inputs = batch(name, labels=True)
-    wide = inputs | {"pixel_values": inputs["pixel_values"].double()}
-    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-    truth, right = gradients(exact, wide)
-    errors = []
-    for each in (model, stock):
-        out, found = gradients(each, inputs)
-        assert out.logits.dtype == dtype
-        wrong = [(found[k].double() - right[k]).norm() for k in right if right[k] is not None and right[k].any()]
-        errors.append(torch.stack([(out.logits.double() - truth.logits).norm(), torch.stack(wrong).norm()]))
-    assert (errors[0] <= 2 * errors[1]).all(), errors
-
-
-def test_training_under_compile(no_fallback):  # noqa: F811
+def test_training_under_compile(no_fallback):
     """The graph that is traced is the stock one (test_accelerate has the forward pass in both orders)."""
     torch._dynamo.reset()
     inputs = batch("llava15", "a", labels=True)
-    expected_out, expected = gradients(fresh("llava15"), inputs)
-    model = llava_fast.accelerate(fresh("llava15"))
+    expected_out, expected = gradients(shallow("llava15"), inputs)
+    model = llava_fast.accelerate(shallow("llava15"))
     model.compile(backend="eager")
     out, found = gradients(model, inputs)
     assert_close("compiled loss", out.loss, expected_out.loss, 1e-5)

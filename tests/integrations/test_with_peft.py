@@ -6,8 +6,8 @@ import peft
 import pytest
 import tiny
 import torch
+from against_stock import assert_same_gradients, assert_same_outputs, batch, fresh, gradients
 from parity import assert_same_answer
-from test_accelerate import assert_same_gradients, assert_same_outputs, batch, fresh, gradients, no_fallback  # noqa: F401
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
@@ -62,7 +62,7 @@ def fused(first, monkeypatch) -> list:
 def test_loss_and_gradients(first, setting, fused):
     stock, model = both(first, setting)
     for inputs in (batch("next", labels=True), batch("next", "none", labels=True)):
-        assert_same_outputs("next", model, stock, inputs)
+        assert_same_outputs(model, stock, inputs)
         if setting == "projector" and "pixel_values" not in inputs:
             continue  # nothing has a gradient
         found, expected = gradients(model, inputs)[1], gradients(stock, inputs)[1]
@@ -72,9 +72,9 @@ def test_loss_and_gradients(first, setting, fused):
 
 
 @pytest.mark.parametrize("setting", ["decoder", "projector", "all"])
-def test_the_fast_paths_are_taken(setting, no_fallback):  # noqa: F811
+def test_the_fast_paths_are_taken(setting, no_fallback):
     stock, model = both("peft", setting)
-    assert_same_outputs("next", model, stock, batch("next", labels=True))
+    assert_same_outputs(model, stock, batch("next", labels=True))
 
 
 @pytest.mark.parametrize("setting", ["all", "whole parts", "new tokens"])
@@ -83,17 +83,17 @@ def test_disabled_merged_and_unloaded(first, setting, fused):
     stock, model = both(first, setting)
     inputs = batch("next", labels=True)
     with stock.disable_adapter(), model.disable_adapter():
-        assert_same_outputs("next", model, stock, inputs)
-        assert_same_outputs("next", model, fresh("next"), inputs)
-    assert_same_outputs("next", model, stock, inputs)
+        assert_same_outputs(model, stock, inputs)
+        assert_same_outputs(model, fresh("next"), inputs)
+    assert_same_outputs(model, stock, inputs)
     stock.merge_adapter()
     model.merge_adapter()
-    assert_same_outputs("next", model, stock, inputs)
+    assert_same_outputs(model, stock, inputs)
     stock.unmerge_adapter()
     model.unmerge_adapter()
     merged, expected = model.merge_and_unload(), stock.merge_and_unload()
     assert integration.replaced(merged)
-    assert_same_outputs("next", merged, expected, inputs)
+    assert_same_outputs(merged, expected, inputs)
     for each in (merged, expected):
         each.requires_grad_(True)
     assert_same_gradients("gradients, merged", gradients(merged, inputs)[1], gradients(expected, inputs)[1])
@@ -105,7 +105,7 @@ def test_two_adapters():
         torch.manual_seed(2)
         model.add_adapter("other", peft.LoraConfig(r=3, init_lora_weights=False, **SETTINGS["projector"]))
         model.set_adapter("other")
-    assert_same_outputs("next", models[1], models[0], batch("next", labels=True))
+    assert_same_outputs(models[1], models[0], batch("next", labels=True))
 
 
 @FIRST
@@ -116,16 +116,16 @@ def test_save_and_load(first, tmp_path):
     weights = [(tmp_path / side / "adapter_model.safetensors").read_bytes() for side in ("stock", "ours")]
     assert weights[0] == weights[1]
     loaded = peft.PeftModel.from_pretrained(llava_fast.accelerate(fresh("next")), tmp_path / "ours")
-    assert_same_outputs("next", loaded, stock, batch("next"))
-    assert_same_outputs("next", peft.PeftModel.from_pretrained(fresh("next"), tmp_path / "ours"), model, batch("next"))
+    assert_same_outputs(loaded, stock, batch("next"))
+    assert_same_outputs(peft.PeftModel.from_pretrained(fresh("next"), tmp_path / "ours"), model, batch("next"))
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
-    assert_same_outputs("next", merged, stock, batch("next"))
+    assert_same_outputs(merged, stock, batch("next"))
 
 
 @pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
 @FIRST
-def test_generate(first, task, no_fallback):  # noqa: F811
+def test_generate(first, task, no_fallback):
     models = both(first, "all", task_type=task)
     inputs, answers = batch("next"), []
     for model in models:
@@ -151,7 +151,7 @@ def test_restore_and_copies():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert_same_outputs("next", twin, stock, inputs)
+    assert_same_outputs(twin, stock, inputs)
     llava_fast.restore(twin)
     assert integration.replaced(twin) == []
-    assert_same_outputs("next", twin, stock, inputs)
+    assert_same_outputs(twin, stock, inputs)

@@ -10,8 +10,8 @@ import os
 
 import pytest
 import torch
+from against_stock import assert_same_gradients, batch, fresh
 from parity import assert_close
-from test_accelerate import assert_same_gradients, batch, fresh
 from torch import distributed, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from test_accelerate import assert_same_outputs, batch, fresh, no_fallback  # noqa: F401
+from against_stock import assert_same_outputs, batch, fresh
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
 import llava_fast
@@ -85,7 +85,7 @@ def assert_same_training(found: Recording, expected: Recording) -> None:
 
 
 @pytest.mark.parametrize("name, plan", [("llava15", True), ("next", True), ("next", False)])
-def test_ten_steps(name, plan, tmp_path, no_fallback):  # noqa: F811
+def test_ten_steps(name, plan, tmp_path, no_fallback):
     stock = trainer(fresh(name), name, tmp_path / "stock")
     ours = trainer(llava_fast.accelerate(fresh(name)), name, tmp_path / "ours", plan)
     stock.train()
@@ -108,7 +108,7 @@ def test_ten_steps(name, plan, tmp_path, no_fallback):  # noqa: F811
     ],
     ids=["accumulation", "checkpointing", "reentrant checkpointing"],
 )
-def test_options_of_trainer(options, tmp_path, no_fallback):  # noqa: F811
+def test_options_of_trainer(options, tmp_path, no_fallback):
     options = options | {"max_steps": 3}
     stock = trainer(fresh("next"), "next", tmp_path / "stock", **options)
     ours = trainer(llava_fast.accelerate(fresh("next")), "next", tmp_path / "ours", True, **options)
@@ -117,7 +117,7 @@ def test_options_of_trainer(options, tmp_path, no_fallback):  # noqa: F811
     assert_same_training(ours, stock)
 
 
-def test_without_logits_in_training(tmp_path, no_fallback):  # noqa: F811
+def test_without_logits_in_training(tmp_path, no_fallback):
     stock = trainer(fresh("next"), "next", tmp_path / "stock", max_steps=3)
     model = llava_fast.accelerate(fresh("next"), training_logits=False)
     ours = trainer(model, "next", tmp_path / "ours", True, max_steps=3)
@@ -126,7 +126,7 @@ def test_without_logits_in_training(tmp_path, no_fallback):  # noqa: F811
     assert_same_training(ours, stock)
 
 
-def test_a_checkpoint_of_one_goes_on_in_the_other(tmp_path, no_fallback):  # noqa: F811
+def test_a_checkpoint_of_one_goes_on_in_the_other(tmp_path, no_fallback):
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     whole = trainer(fresh("next"), "next", tmp_path / "stock", **saving)
     whole.train()
@@ -148,5 +148,5 @@ def test_save_and_reload(tmp_path):
     assert loaded.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
     inputs = batch("next") | {"use_cache": False}  # which Trainer leaves switched off
-    assert_same_outputs("next", ours.model.eval(), loaded, inputs)
-    assert_same_outputs("next", llava_fast.accelerate(loaded), llava_fast.restore(ours.model), inputs)
+    assert_same_outputs(ours.model.eval(), loaded, inputs)
+    assert_same_outputs(llava_fast.accelerate(loaded), llava_fast.restore(ours.model), inputs)
