@@ -40,6 +40,8 @@ class LlavaOutput:
 class LlavaModel(nn.Module):
     """A LLaVA of any variant, by its config. An ordinary nn.Module: gradients flow to whatever requires them."""
 
+    side_files: dict[str, str]  # the texts of its checkpoint's small files, once one is loaded: `save` writes them back
+
     def __init__(self, config: LlavaConfig, processor: Processor | None = None) -> None:
         super().__init__()
         self.config = config

@@ -58,9 +58,10 @@ class Metrics:
         if self.writes:
             self._file.close()
             self._bar.close()
-            for other in (self._board, self._wandb):
-                if other is not None:
-                    getattr(other, "close", getattr(other, "finish", None))()
+            if self._board is not None:
+                self._board.close()
+            if self._wandb is not None:
+                self._wandb.finish()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

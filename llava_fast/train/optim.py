@@ -11,6 +11,7 @@ from torch.optim import Optimizer as TorchOptimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from llava_fast.errors import RecipeError
+from llava_fast.models.llava import LlavaModel
 from llava_fast.train.recipe import PARTS, Optimizer, Recipe
 
 
@@ -19,7 +20,7 @@ def part_of(name: str) -> str:
     return next((piece for piece in name.split(".") if piece in PARTS), "projector")
 
 
-def freeze(model: nn.Module, recipe: Recipe) -> list[str]:
+def freeze(model: LlavaModel, recipe: Recipe) -> list[str]:
     """Let only what the recipe names require gradients; returns the names of what does. Raises RecipeError for a
     name that matches nothing. Tower layers behind the selected one never run, so they stay frozen."""
     trained = set()
@@ -53,14 +54,14 @@ def build_optimizer(model: nn.Module, settings: Optimizer) -> TorchOptimizer:
         }
         for (part, decays), parameters in groups.items()
     ]
-    options = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
+    rate, betas, eps = settings.learning_rate, settings.betas, settings.eps
     if settings.states == "8bit":
         try:
             from torchao.optim import AdamW8bit
         except ImportError:
             raise RecipeError("optimizer.states: 8bit needs torchao: pip install torchao") from None
-        return AdamW8bit(each, **options)
-    return torch.optim.AdamW(each, **options, fused=True)
+        return AdamW8bit(each, lr=rate, betas=betas, eps=eps)
+    return torch.optim.AdamW(each, lr=rate, betas=betas, eps=eps, fused=True)
 
 
 def build_schedule(optimizer: TorchOptimizer, settings: Optimizer, total: int) -> LRScheduler:

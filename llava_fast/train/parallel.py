@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from llava_fast.errors import RecipeError
@@ -26,7 +26,7 @@ from llava_fast.models.llava import LlavaModel
 from llava_fast.train.recipe import Parallel, Recipe
 
 # A decoder layer's Linears: by output features, and back to whole rows (Megatron's split: one sum a block).
-_TENSOR_PLAN = {
+_TENSOR_PLAN: dict[str, Callable[[], ParallelStyle]] = {
     **{f"self_attn.{name}_proj": ColwiseParallel for name in "qkv"},
     "self_attn.o_proj": RowwiseParallel,
     "mlp.gate_proj": ColwiseParallel,

@@ -63,7 +63,7 @@ class Lora(_Section):
     """Low-rank adapters on the decoder's Linears, through PEFT (Hu et al. 2021)."""
 
     rank: int = Field(128, ge=1)
-    alpha: float = Field(256, gt=0)
+    alpha: int = Field(256, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -86,9 +86,17 @@ def load_model(recipe: Recipe, world: World) -> Llava:
     frozen = getattr(torch, recipe.precision)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(world.device, torch.float32 if parameter.requires_grad else frozen)
-    changes = {"max_rows": recipe.data.max_length} if recipe.data.max_length else {}
-    model.processor = dataclasses.replace(model.processor, video_frames=recipe.data.video_frames, **changes)
+    processor = processor_of(model)
+    most = recipe.data.max_length or processor.max_rows
+    model.processor = dataclasses.replace(processor, video_frames=recipe.data.video_frames, max_rows=most)
     return model.train()
+
+
+def processor_of(model: Llava) -> Processor:
+    """The model's processor. Raises RecipeError for a model made without one."""
+    if model.processor is None:
+        raise RecipeError("the model has no processor: load it with llava_fast.load")
+    return model.processor
 
 
 def build_trainer(recipe: Recipe, model: Llava, world: World) -> Trainer:
@@ -100,7 +108,7 @@ def build_trainer(recipe: Recipe, model: Llava, world: World) -> Trainer:
 
 def build_loader(recipe: Recipe, model: Llava, world: World) -> Loader:
     """The recipe's data, measured once and scheduled. Raises DataError, with what is wrong, before any training."""
-    processor = model.processor
+    processor = processor_of(model)
     table = read_sources(recipe.data.sources)
     lengths = measure_together(recipe, table, processor, world)
     usable, lengths = usable_samples(recipe, table, lengths, processor, quiet=not world.first)
@@ -224,12 +232,12 @@ class Trainer:
     def _loss(self, batch: Batch, tokens: int, micro_batches: int) -> Tensor:
         """This micro-batch's part of the step's loss, times the number of processes (gradients are averaged over
         them)."""
-        losses = self._forward(batch).losses
+        losses, _ = self._forward(batch)
         if self.recipe.loss_average == "micro_batch":
             return losses.sum() / max(len(losses), 1) / micro_batches
         return losses.sum() * (self.world.size / max(tokens, 1))
 
-    def _forward(self, batch: Batch, **options: Any) -> LlavaOutput:
+    def _forward(self, batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
         return forward(self.model, batch, self.recipe.precision, **options)
 
     def _count(self, prepared: Prepared) -> int:
@@ -304,10 +312,11 @@ class Trainer:
         it too (`output`/projector), in float32."""
         path = self.recipe.output / "model"
         dtype = getattr(torch, self.recipe.precision)
-        whole = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        everything = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        whole = cast(dict[str, Tensor], everything)
         if self.world.first:
             if self.recipe.data.template:  # else the base model's own goes with it
-                note = json.dumps({"chat_template": self.bare.processor.template.name})
+                note = json.dumps({"chat_template": processor_of(self.bare).template.name})
                 self.bare.side_files = {**getattr(self.bare, "side_files", {}), NOTE_FILE: note}
             trained = [name for name, parameter in self.bare.named_parameters() if parameter.requires_grad]
             if self.recipe.lora is not None:
@@ -323,9 +332,12 @@ class Trainer:
         return path
 
 
-def forward(model: nn.Module, batch: Batch, precision: str, **options: Any) -> LlavaOutput:
-    """A model's losses on a batch, in the precision asked for."""
+def forward(model: nn.Module, batch: Batch, precision: str, **options: Any) -> tuple[Tensor, Tensor]:
+    """A model's losses on a batch [supervised rows], float32, computed in the precision asked for; and the decoder's
+    inputs [rows, width]."""
     dtype = getattr(torch, precision)
     cast = dtype != torch.float32 and not isinstance(model, FSDPModule)  # which casts by itself
     with torch.autocast(batch.flat.device.type, dtype, enabled=cast):
-        return model(batch, logits="none", **options)
+        out: LlavaOutput = model(batch, logits="none", **options)
+    assert out.losses is not None and out.inputs_embeds is not None  # the batch has labels
+    return out.losses, out.inputs_embeds

@@ -92,8 +92,8 @@ def test_a_step_equals_two_passes(recipe, rows, recompute):
     expected, gradients = two_pass(trainer, settings)
     found: dict = {}
     trainer.optimizer.zero_grad()
-    trainer.optimizer.step = lambda: found.update(
-        {n: p.grad.clone() for n, p in trainer.bare.named_parameters() if p.grad is not None}
+    trainer.optimizer.register_step_pre_hook(
+        lambda *_: found.update({n: p.grad.clone() for n, p in trainer.bare.named_parameters() if p.grad is not None})
     )
     values = trainer.step(next(trainer.loader.steps(0)))
     assert values["loss"] == pytest.approx(expected, rel=1e-5)

@@ -65,7 +65,7 @@ class CostPlan:
     hours: float | None
 
     def to_text(self) -> str:
-        lines = []
+        lines: list[str] = []
         for title, figures in self.sections.items():
             lines += ["", title] if lines else [title]
             lines += [f"  {each.what:<30}{_shown(each.value, each.unit):>14}   {each.how}" for each in figures]

@@ -51,9 +51,9 @@ def dpo(recipe: Recipe, resume: bool = True) -> Path:
 
 def build_trainer(recipe: Recipe, model: Llava, world: World) -> DpoTrainer:
     """A trainer over the recipe's pairs; the reference's log-probabilities are made first, if they are to be."""
-    processor = model.processor
-    if processor is None or recipe.dpo is None:
-        raise RecipeError("preference tuning needs a model with a processor and a recipe with a section `dpo`")
+    processor = training.processor_of(model)
+    if recipe.dpo is None:
+        raise RecipeError("preference tuning needs a recipe with a section `dpo`")
     rope = model.config.decoder.rope
     if rope.kind == "dynamic":  # it turns a prompt by the length of what follows, so longer answers cannot share one
         most = min(processor.max_rows or model.config.decoder.max_positions, model.config.decoder.max_positions)
@@ -108,9 +108,9 @@ class DpoTrainer(training.Trainer):
             if self.settings.reference == "base":
                 with torch.no_grad(), adapters_off(self.model):
                     self._forward(batch)
-            return self._forward(batch).losses.sum()
+            return self._forward(batch)[0].sum()
         reference, inputs = self._reference(batch)
-        losses = self._forward(batch, inputs_embeds=inputs).losses
+        losses, _ = self._forward(batch, inputs_embeds=inputs)
         policy, tokens = answer_log_probs(losses, batch.plan)
         rewards = self.settings.beta * (policy - reference)
         each = preference_losses(rewards, self.settings.label_smoothing)
@@ -128,9 +128,9 @@ class DpoTrainer(training.Trainer):
         if self.settings.reference == "precomputed":
             return batch.weight("reference"), None
         with torch.no_grad(), adapters_off(self.model):
-            out = self._forward(batch)
-        reference, _ = answer_log_probs(out.losses, batch.plan)
-        return reference, out.inputs_embeds if self.inputs_are_the_bases else None
+            losses, inputs = self._forward(batch)
+        reference, _ = answer_log_probs(losses, batch.plan)
+        return reference, inputs if self.inputs_are_the_bases else None
 
 
 @contextlib.contextmanager
@@ -181,8 +181,8 @@ def reference_log_probs(
     with tqdm(total=sum(map(len, mine)), desc="reference", unit=" pairs", disable=not world.first) as bar:
         for numbers, (prepared, _) in zip(mine, batches, strict=True):
             if numbers:
-                out = training.forward(model, Batch.from_prepared(prepared, world.device), recipe.precision)
-                found[numbers] = answer_log_probs(out.losses, prepared.plan)[0]
+                losses, _ = training.forward(model, Batch.from_prepared(prepared, world.device), recipe.precision)
+                found[numbers] = answer_log_probs(losses, prepared.plan)[0]
             bar.update(len(numbers))
     model.train(was_training)
     whole = world.sum(found).cpu().numpy()
