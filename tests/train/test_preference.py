@@ -1,6 +1,8 @@
 """Preference tuning: the loss against two passes, the reference in both forms, and runs that move preferences."""
 
+import functools
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import tiny
 import torch
 import yaml
 from PIL import Image
+from test_parallel import SHAPES
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
@@ -152,6 +155,50 @@ def test_a_killed_run_goes_on_with_the_same_reference(recipe, tmp_path, monkeypa
     dpo(killed)
     assert list((killed.output / "references").iterdir()) == [kept]
     assert [values["loss"] for values in steps(killed)] == [values["loss"] for values in steps(whole)]
+
+
+@pytest.fixture(scope="module")
+def uneven(recipe_in, pairs_file, tmp_path_factory):
+    """Recipes of 5 steps that leave one of two processes with fewer pairs, or none; by reference, after a run alone."""
+
+    def make(reference: str):
+        alone = recipe_in(
+            tmp_path_factory.mktemp(reference) / "alone",
+            dpo={"beta": 0.3, "sft_weight": 0.5, "reference": reference},
+            data={"sources": [{"path": str(pairs_file)}]},
+            batch_size=5,
+            steps=5,
+            epochs=2,
+            micro_batch_rows=1,
+            recompute="none",
+            checkpoints={"every": 2},
+            **({"lora": {"rank": 4}, "trainable": []} if reference == "base" else {}),
+        )
+        dpo(alone)
+        return alone
+
+    return functools.cache(make)
+
+
+@pytest.mark.parametrize(
+    ("shape", "reference"),
+    [*((shape, "precomputed") for shape in SHAPES), ("ddp", "base"), ("fsdp2", "base")],
+)
+def test_two_processes_give_the_losses_of_one(uneven, run, tmp_path, shape, reference):
+    pytest.importorskip("peft")
+    alone = uneven(reference)
+    parallel = alone.parallel.model_copy(update=SHAPES[shape])
+    shared = alone.model_copy(update={"output": tmp_path / "shared", "parallel": parallel})
+    run(shared, processes=2)
+    for name in ("loss", "dpo_loss", "sft_loss", "reward_chosen", "reward_margin", "pairs"):
+        found, wanted = ([values[name] for values in steps(made)] for made in (shared, alone))
+        near = 1e-5 * name.startswith("reward")  # rewards begin at 0, as differences of log-probabilities of about -50
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=near, err_msg=name)
+    if (shape, reference) == ("fsdp2", "precomputed"):
+        killed = shared.model_copy(update={"output": tmp_path / "killed"})
+        assert -signal.SIGKILL in run(killed, processes=2, kill="step:4")
+        run(killed, processes=2)
+        assert [values["loss"] for values in steps(killed)] == [values["loss"] for values in steps(shared)]
 
 
 def test_another_model_or_other_data_has_another_reference(recipe, pairs_file, tmp_path):
