@@ -14,7 +14,9 @@ VOCABULARY, WIDTH = 37, 12
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(chunked, "CHUNK_BYTES", 5 * VOCABULARY * 4)  # five rows of float32
+    for name in ("CHUNK_BYTES", "CPU_CHUNK_BYTES"):
+        monkeypatch.setattr(chunked, name, 23 * 16 * 4)  # three parts for 23 rows of float32
+    monkeypatch.setattr(chunked, "LEAST_COLUMNS", 10)  # four for 64 rows
 
 
 def inputs(rows, dtype=torch.float32, bias=True):
@@ -65,13 +67,16 @@ def test_no_rows(backend):
 
 
 def test_the_table_of_logits_never_exists(monkeypatch):
-    sizes = []
+    shapes = []
     whole = chunked.wide_logits
-    monkeypatch.setattr(chunked, "wide_logits", lambda *a: sizes.append(len(a[0])) or whole(*a))
+    monkeypatch.setattr(chunked, "wide_logits", lambda *a: shapes.append((len(a[0]), len(a[1]))) or whole(*a))
     hidden, weight, target, bias = inputs(23)
     with use_backend("native"):
         linear_cross_entropy(hidden.requires_grad_(), weight, target, bias).sum().backward()
-    assert max(sizes) == 5 and sum(sizes) == 2 * 23
+        assert shapes == 2 * [(23, 13), (23, 13), (23, 11)]
+        shapes.clear()
+        linear_cross_entropy(*inputs(1000, bias=False)[:3])
+    assert set(shapes) == {(1000, 10), (1000, 7)}  # no thinner than LEAST_COLUMNS
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

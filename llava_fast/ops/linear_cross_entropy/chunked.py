@@ -1,32 +1,41 @@
-"""The loss of an output head a chunk of rows at a time: never more than CHUNK_BYTES of logits exist.
+"""The loss of an output head a part of the vocabulary at a time: a table of logits for all of it never exists.
 
 The backward pass makes the logits again, as activation checkpointing would: one more matrix product instead of
 rows x vocabulary of memory. Method: Wijmans et al. 2024 (Cut Cross-Entropy) and Hsu et al. 2024 (Liger Kernel), in
-PyTorch's own matrix products. Weight and bias gradients are summed over the chunks in float32.
+PyTorch's own matrix products. Parts of the vocabulary rather than of the rows, so that each weight is read once a pass
+and its gradient is one product over all rows, summed in float32 and written in place; the gradient of the hidden rows,
+which is small, is summed over the parts in float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from llava_fast.ops.linear_cross_entropy.reference import logit_gradient, wide_logits
+from llava_fast.ops.linear_cross_entropy.reference import wide_logits
 
 CHUNK_BYTES = 64 << 20
-
-
-def rows_a_chunk(vocabulary: int, itemsize: int = 4) -> int:
-    return max(1, CHUNK_BYTES // (vocabulary * itemsize))
+"""Of logits at once, in float32. On a CPU:"""
+CPU_CHUNK_BYTES = 4 << 20  # they stay in its caches
+LEAST_COLUMNS = 1024
+"""Tokens of the vocabulary at once, however many rows there are: thinner products are slow."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    loss, denominator = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(2))
-    for rows in _chunks(len(hidden), len(weight), wide):
-        logits = wide_logits(hidden[rows], weight, bias)
-        denominator[rows] = logits.logsumexp(dim=1)
-        loss[rows] = denominator[rows] - logits.gather(1, target[rows].long()[:, None])[:, 0]
-    return loss, denominator
+    denominator = torch.full((len(hidden),), float("-inf"), dtype=wide, device=hidden.device)
+    logit = torch.zeros_like(denominator)  # of each row's target
+    for part in _parts(hidden, len(weight), wide):
+        logits = wide_logits(hidden, weight[part], None if bias is None else bias[part])
+        inside, column = _place(target, part)
+        logit += logits.gather(1, column).where(inside, 0)[:, 0]
+        largest = logits.amax(1, keepdim=True)
+        sums = logits.sub_(largest).exp_().sum(1)  # as logsumexp does, without a second table
+        denominator = torch.logaddexp(denominator, sums.log_() + largest[:, 0])
+        del logits  # before the next part's are made
+    return denominator - logit, denominator
 
 
 def linear_cross_entropy_backward(
@@ -39,25 +48,37 @@ def linear_cross_entropy_backward(
     needed: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     wide = denominator.dtype
-    grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needed[0] else None
-    grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needed[1] else None
-    grad_bias = torch.zeros(len(weight), dtype=wide, device=weight.device) if needed[2] else None
-    for rows in _chunks(len(hidden), len(weight), wide):
-        share = logit_gradient(grad[rows], wide_logits(hidden[rows], weight, bias), target[rows], denominator[rows])
+    grad_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if needed[0] else None
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needed[1] else None
+    grad_bias = torch.empty_like(bias) if needed[2] and bias is not None else None
+    for part in _parts(hidden, len(weight), wide):
+        logits = wide_logits(hidden, weight[part], None if bias is None else bias[part])
+        share = logits.sub_(denominator[:, None]).exp_()
+        inside, column = _place(target, part)
+        share.scatter_add_(1, column, inside.to(wide).neg_()).mul_(grad.to(wide)[:, None])
         if grad_bias is not None:
-            grad_bias += share.sum(0)
+            grad_bias[part] = share.sum(0)
         narrow = share.to(weight.dtype)  # the matrix units' operands; sums stay in float32 inside a product
-        if grad_hidden is not None:
-            grad_hidden[rows] = narrow @ weight
+        if grad_hidden is not None and narrow.dtype == wide:
+            grad_hidden.addmm_(narrow, weight[part])
+        elif grad_hidden is not None:
+            grad_hidden += narrow @ weight[part]
         if grad_weight is not None:
-            grad_weight += narrow.T @ hidden[rows]
-    return (
-        grad_hidden,
-        grad_weight.to(weight.dtype) if grad_weight is not None else None,
-        grad_bias.to(bias.dtype) if grad_bias is not None and bias is not None else None,
-    )
+            torch.mm(narrow.T, hidden, out=grad_weight[part])
+        del logits, share, narrow  # before the next part's are made
+    return grad_hidden.to(hidden.dtype) if grad_hidden is not None else None, grad_weight, grad_bias
 
 
-def _chunks(rows: int, vocabulary: int, wide: torch.dtype) -> list[slice]:
-    size = rows_a_chunk(vocabulary, wide.itemsize)
-    return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+def _parts(hidden: Tensor, vocabulary: int, wide: torch.dtype) -> Iterator[slice]:
+    """Equal parts of the vocabulary, as large as may be."""
+    size = CPU_CHUNK_BYTES if hidden.is_cpu else CHUNK_BYTES
+    most = max(size // max(len(hidden) * wide.itemsize, 1), LEAST_COLUMNS)
+    size = -(-vocabulary // -(-vocabulary // most))
+    return (slice(first, min(first + size, vocabulary)) for first in range(0, vocabulary, size))
+
+
+def _place(target: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    """Whether each row's target is in this part, and its column there (any column where it is not): both [rows, 1]."""
+    column = target.long()[:, None] - part.start
+    inside = (column >= 0) & (column < part.stop - part.start)
+    return inside, column.clamp_(0, part.stop - part.start - 1)
