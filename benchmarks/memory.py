@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from torch import Tensor
 
 
 class PeakMemory:
@@ -39,6 +43,28 @@ class PeakMemory:
             self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
         elif self._before is not None:
             self.bytes = max(0, _read_status("VmHWM") - self._before)
+
+
+def peak_beside_gradients(work: Callable[[], object], weights: Iterable[Tensor]) -> int:
+    """Bytes of CPU tensors that `work` needs at its highest, what was there before and the gradients that it leaves in
+    `weights` not counted. From each allocation and release that PyTorch's profiler records, so it is exact, but what a
+    library takes by itself (a matrix product's scratch, a heap's gaps) is not in it. Start without gradients: one that
+    is added to another is counted, as long as it is there."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    with TemporaryDirectory() as directory:
+        profile.export_chrome_trace(f"{directory}/trace.json")
+        events = json.loads(Path(directory, "trace.json").read_text())["traceEvents"]
+    recorded = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
+    steps = [(event["args"]["Addr"], event["args"]["Bytes"]) for event in recorded]
+    latest = {address: number for number, (address, size) in enumerate(steps) if size > 0}
+    left = {weight.grad.untyped_storage().data_ptr() for weight in weights if weight.grad is not None}
+    gradients = {latest[address] for address in left if address in latest}
+    live = peak = 0
+    for number, (_, size) in enumerate(steps):
+        live += 0 if number in gradients else size
+        peak = max(peak, live)
+    return peak
 
 
 def release(device: torch.device) -> None:

@@ -17,7 +17,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 if TYPE_CHECKING:
     from benchmarks.case import Row, Settings
 
-SUITE_NAMES = ("preprocess", "encode", "prefill", "decode", "generate", "train-step", "dpo", "accelerate")
+SUITE_NAMES = (
+    "preprocess",
+    "encode",
+    "prefill",
+    "decode",
+    "generate",
+    "train-step",
+    "loss",
+    "packing",
+    "dpo",
+    "accelerate",
+)
 DTYPES = ("float32", "bfloat16", "float16")
 
 app = typer.Typer(
@@ -132,6 +143,8 @@ _HELP = {
     "decode": "Greedy tokens behind a full cache, by each side's own generation loop.",
     "generate": "Photographs and prompts to text, everything included.",
     "train-step": "Forward, loss and backward of a batch with labels; the vision tower is frozen.",
+    "loss": "The output head and its loss: supervised rows in parts, against a table of logits for every row.",
+    "packing": "A step's samples of mixed lengths, packed end to end, against padded to the longest.",
     "dpo": "A preference pair's loss and gradients: image and question run once, against two ordinary sequences.",
     "accelerate": "A transformers model and processor, stock against accelerated: training step and its peak memory, "
     "a forward, pixels. Always against hf-eager; --new-tokens is how many are supervised.",

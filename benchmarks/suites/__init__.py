@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.suites import accelerate, decode, dpo, encode, generate, prefill, preprocess, train_step
+from benchmarks.suites import accelerate, decode, dpo, encode, generate, loss, packing, prefill, preprocess, train_step
 
 SUITES = {
     "preprocess": preprocess,
@@ -11,6 +11,8 @@ SUITES = {
     "decode": decode,
     "generate": generate,
     "train-step": train_step,
+    "loss": loss,
+    "packing": packing,
     "dpo": dpo,
     "accelerate": accelerate,
 }

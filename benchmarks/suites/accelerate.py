@@ -21,7 +21,7 @@ from benchmarks import checks
 from benchmarks.case import Case, Provider, Row, Settings
 from benchmarks.floors import Floor, Phase, decoder_flops, decoder_weights, prefill_floor, preprocess_floor, train_floor
 from benchmarks.inputs import PROMPT, ROTATED, describe, inference, photographs, sizes
-from benchmarks.memory import PeakMemory
+from benchmarks.memory import PeakMemory, peak_beside_gradients
 from benchmarks.subject import Subject
 from benchmarks.suites import train_step
 from benchmarks.suites.preprocess import joined
@@ -115,8 +115,9 @@ def _peak(name: str, subject: Subject, settings: Settings) -> Callable[[], int |
 
 
 def peak_of_step(name: str, model: str, layers: int | None, device: str, settings: Settings) -> int | None:
-    """Bytes that a second step needs beside weights and the first one's gradients, which stay and are added to. For a
-    process that does nothing else: neither the other side's memory nor what a first call sets up is in it."""
+    """Bytes that a step needs at its highest beside weights and their gradients. For a process that does nothing else;
+    a first step has set up what stays. On a CPU it counts tensors (see memory.peak_beside_gradients); on CUDA the
+    allocator's peak of a step that adds to the first one's gradients."""
     torch.set_num_threads(settings.threads)
     subject = Subject(model, layers, settings.torch_dtype, device)
     try:
@@ -126,6 +127,9 @@ def peak_of_step(name: str, model: str, layers: int | None, device: str, setting
         step = _step(name, subject.hf, [batch])
         step.prepare()
         step.run(0)
+        if subject.device.type == "cpu":
+            step.finish()
+            return peak_beside_gradients(lambda: step.run(0), subject.hf.parameters())
         with PeakMemory(subject.device) as peak:
             step.run(0)
         return peak.bytes

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from benchmarks.case import Settings
 from benchmarks.run import SUITE_NAMES, app
 from benchmarks.subject import Subject
-from benchmarks.suites import SUITES
-from llava_fast.models import attention
+from benchmarks.suites import SUITES, loss
+from llava_fast.models import attention, decoder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,7 +41,7 @@ def test_all_suites_at_the_tiny_shape(tmp_path, monkeypatch):
     for row in rows:
         ours = row["backend"] != row["reference"]
         assert (row["ratio"] is not None) == ours and (row["check"] is not None) == ours
-        assert ours or row["backend"] in ("hf-eager", "two-pass")
+        assert ours or row["backend"] in ("hf-eager", "two-pass", "padded")
         assert row["median"] > 0 and row["rate"] > 0 and row["floor_seconds"] > 0
     assert "ESTIMATE for 32 layers from 1, accelerate:" in done.output
     drawn = CliRunner().invoke(app, ["plot", str(output), str(picture)])
@@ -79,6 +79,18 @@ def test_a_wrong_model_fails_the_check(tiny, suite, monkeypatch):
         monkeypatch.setattr(attention, "_with_tails", lambda *given: [attention._causal(*given[:4])])
         assert not agrees(tiny, suite, settings)
         return
+    if suite == "packing":  # here too: let packed samples see those before them
+        assert agrees(tiny, suite, settings)
+        right = attention.attend
+        monkeypatch.setattr(decoder, "attend", lambda q, k, v, spans, *rest: right(q, k, v, as_one(spans), *rest))
+        assert not agrees(tiny, suite, settings)
+        return
+    if suite == "loss":  # our side takes the rows after those that predict
+        assert agrees(tiny, suite, settings)
+        right = loss.supervised_rows
+        monkeypatch.setattr(loss, "supervised_rows", lambda labels: (right(labels)[0] + 1, right(labels)[1]))
+        assert not agrees(tiny, suite, settings)
+        return
     if suite == "accelerate":
         twin, other = tiny.hf_twin(), tiny.hf_twin()
         monkeypatch.setattr(tiny, "hf_twin", iter([twin, other] * 3).__next__)
@@ -94,6 +106,13 @@ def test_a_wrong_model_fails_the_check(tiny, suite, monkeypatch):
         assert not agrees(tiny, suite, settings)
     finally:
         linear.weight = right
+
+
+def as_one(spans):
+    """Packed sequences as one; padded ones as they are."""
+    if spans.dense:
+        return spans
+    return attention.Spans((0,), (sum(spans.lengths),))
 
 
 def agrees(subject, suite, settings, ours="llava_fast") -> bool:
