@@ -1,4 +1,4 @@
-"""Write docs/performance.md: what each op must cost at LLaVA-NeXT 7B's sizes, and what was measured where a GPU was.
+"""Write docs/performance.md: what each op must cost at LLaVA-NeXT 7B's sizes, and what was measured on GPUs and CPUs.
 
 python -m benchmarks.performance_page
 """
@@ -13,6 +13,8 @@ import typer
 
 from benchmarks.machine import ROOT, Ceilings
 from benchmarks.op_cases import OpCase, Widths, cases
+from benchmarks.report import read_json
+from benchmarks.suites import SUITES
 
 TILES = (1, 5, 40)
 DATASHEETS = {"A100": Ceilings(2.039e12, 312e12), "H200": Ceilings(4.8e12, 989e12)}
@@ -52,7 +54,7 @@ def measured(results: list[Path]) -> list[str]:
     for path in results:
         result = json.loads(path.read_text())
         kind, commit = result["machine"]["kind"], result["commit"]
-        lines += [f"## {kind} ([{path.name}](../benchmarks/results/{path.name}), commit {commit})", ""]
+        lines += [f"### {kind} ([{path.name}](../benchmarks/results/{path.name}), commit {commit})", ""]
         lines += [
             "| op | image of | dtype | ms | PyTorch, ms | share of the measured floor |",
             "|---|---|---|---|---|---|",
@@ -64,14 +66,49 @@ def measured(results: list[Path]) -> list[str]:
     return lines
 
 
-def page(results: list[Path]) -> str:
+def measured_on_cpus(results: list[Path]) -> list[str]:
+    """A table for each result file, and what its suite says of it."""
+    lines = [
+        "A transformers model and its processor, stock and accelerated; the loss alone; packing. Widths of a 7B model,",
+        "weights random, float32. What each suite times, how it counts memory: [benchmarks](../benchmarks/README.md).",
+        "",
+    ]
+    for path in results:
+        rows = read_json(path)
+        row = rows[0]
+        threads, versions = row.machine["threads"], row.versions
+        lines += [
+            f"### {row.suite}",
+            "",
+            f"{row.machine['cpu']}, {threads} of {row.machine['cores']} cores, torch {versions['torch']}, transformers "
+            f"{versions['transformers']}, commit {row.commit} ([{path.name}](../benchmarks/results/{path.name})).",
+            "",
+            "| case | side | ms | peak, MiB | times as fast |",
+            "|---|---|---|---|---|",
+        ]
+        for before, each in zip([None, *rows], rows, strict=False):
+            case = "" if before and before.case == each.case else each.case
+            peak = "" if each.peak_memory_bytes is None else f"{each.peak_memory_bytes / 2**20:.0f}"
+            ratio = "" if each.ratio is None else f"{each.ratio:.2f}{' (disturbed)' * each.disturbed}"
+            lines.append(f"| {case} | {each.backend} | {1e3 * each.median:.4g} | {peak} | {ratio} |")
+        lines += ["", "```", SUITES[row.suite].summary(rows), "```", ""]
+    return lines
+
+
+def page(results: list[Path], on_cpus: list[Path]) -> str:
     widths = Widths()
     text = [
-        "# Performance on GPUs: floors, and what was measured",
+        "# Performance: what was measured, and floors",
         "",
-        "Made by `python -m benchmarks.performance_page` from `benchmarks/op_cases.py`.",
+        "Made by `python -m benchmarks.performance_page` from `benchmarks/results/` and `benchmarks/op_cases.py`.",
+        "",
+        "## On GPUs",
         "",
         *measured(results),
+        "",
+        "## On CPUs",
+        "",
+        *measured_on_cpus(on_cpus),
         "",
         "## Floors",
         "",
@@ -89,8 +126,11 @@ def page(results: list[Path]) -> str:
 
 def main() -> None:
     """Write docs/performance.md."""
-    results = sorted((ROOT / "benchmarks" / "results").glob("*-ops.json"))
-    (ROOT / "docs" / "performance.md").write_text(page(results))
+    results = ROOT / "benchmarks" / "results"
+    on_cpus = [
+        path for suite in ("accelerate", "loss", "packing") for path in sorted(results.glob(f"*-cpu-*-{suite}.json"))
+    ]
+    (ROOT / "docs" / "performance.md").write_text(page(sorted(results.glob("*-ops.json")), on_cpus))
 
 
 if __name__ == "__main__":
