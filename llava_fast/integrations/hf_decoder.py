@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_fast.integrations.replacement import is_replaced, stock
+from llava_fast.integrations.replacement import is_replaced
 from llava_fast.models.modules import is_plain
 from llava_fast.ops import backend, rms_norm, rope, swiglu
 
@@ -57,6 +57,12 @@ def _is_stock(kind: type[nn.Module], function: Callable) -> bool:
     return known and kind.forward.__module__ == kind.__module__
 
 
+def _small(x: Tensor) -> bool:
+    """Whether hidden states are so few that only the stock path serves them, found out in a few microseconds: a step
+    of generation asks at every module."""
+    return not torch.compiler.is_compiling() and x.is_cpu and x.numel() < LEAST and backend.requested() == "auto"
+
+
 def _serves(op: str, x: Tensor) -> bool:
     """Whether `op` is to be called for hidden states x."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype not in DTYPES:
@@ -67,7 +73,7 @@ def _serves(op: str, x: Tensor) -> bool:
 
 
 def rms_norm_forward(module: Any, hidden_states: Tensor) -> Tensor:
-    if _serves("rms_norm", hidden_states) and type(module.weight) is nn.Parameter:
+    if not _small(hidden_states) and _serves("rms_norm", hidden_states) and type(module.weight) is nn.Parameter:
         return rms_norm(hidden_states, module.weight, module.variance_epsilon)
     return type(module).forward(module, hidden_states)
 
@@ -78,8 +84,8 @@ def _is_silu(module: nn.Module) -> bool:
 
 
 def mlp_forward(module: Any, x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or not _is_silu(module.act_fn):
-        return stock(module, "forward", {"x": x})
+    if _small(x) or torch.compiler.is_compiling() or not _is_silu(module.act_fn):
+        return type(module).forward(module, x)
     gate, up = module.gate_proj(x), module.up_proj(x)
     plain = type(gate) is type(up) is Tensor and gate.dtype == up.dtype and gate.dtype in DTYPES
     if plain and backend.fuses("swiglu", gate.device.type):
@@ -97,9 +103,9 @@ def attention_forward(
     past_key_values=None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    if position_embeddings is None or not _serves("rope", hidden_states):
-        given = {name: value for name, value in locals().items() if name in ATTENTION[:-1]}
-        return stock(module, "forward", given | kwargs)
+    if position_embeddings is None or _small(hidden_states) or not _serves("rope", hidden_states):
+        given = (position_embeddings, attention_mask, past_key_values)
+        return type(module).forward(module, hidden_states, *given, **kwargs)
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     batch_and_rows = hidden_states.shape[:-1]
