@@ -40,14 +40,14 @@ app = typer.Typer(
 Model = Annotated[
     str,
     typer.Option(
-        help="A shape with random weights (tiny, llava-1.5-7b, llava-next-7b) or a checkpoint directory in the "
-        "Hugging Face layout. Several, with commas, run one after the other."
+        help="A shape with random weights (tiny, tinyllama-1.1b, llava-1.5-7b, llava-next-7b) or a checkpoint "
+        "directory in the Hugging Face layout. Several, with commas, run one after the other."
     ),
 ]
 Layers = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Cut a 7B shape to this many decoder and tower layers; its widths stay. Default: all of them."
+        min=1, help="Cut a wide shape to this many decoder and tower layers; its widths stay. Default: all of them."
     ),
 ]
 ImageSize = Annotated[str, typer.Option(help="WIDTHxHEIGHT of the photograph, in pixels.")]

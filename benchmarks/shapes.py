@@ -1,8 +1,9 @@
 """Named shapes: a transformers configuration and its processors, made without any download.
 
 `llava-1.5-7b` and `llava-next-7b` have the real widths (their config.json files: llava-hf/llava-1.5-7b-hf and
-llava-hf/llava-v1.6-vicuna-7b-hf); `tiny` has the demo model's. Weights are random, see subject.py. The tokenizer is
-a stand-in of the same vocabulary size: bytes, then made-up words.
+llava-hf/llava-v1.6-vicuna-7b-hf), `tinyllama-1.1b` those of CLIP-L and TinyLlama-1.1B; `tiny`
+has the demo model's. Weights are random, see subject.py. The tokenizer is a stand-in of the same vocabulary size:
+bytes, then made-up words.
 """
 
 from __future__ import annotations
@@ -51,6 +52,15 @@ _LLAMA_7B = {
     "vocabulary": 32064,
     "context": 4096,
 }
+_TINYLLAMA = {
+    "width": 2048,
+    "mlp": 5632,
+    "layers": 22,
+    "heads": 32,
+    "kv_heads": 4,
+    "vocabulary": 32064,
+    "context": 2048,
+}
 _TINY = {"vision_width": 128, "vision_mlp": 512, "vision_layers": 3, "vision_heads": 8}
 _TINY |= {"width": 128, "mlp": 352, "layers": 4, "heads": 4, "kv_heads": 2, "vocabulary": 352, "context": 1024}
 
@@ -59,6 +69,7 @@ SHAPES = {
     for shape in (
         Shape("tiny", False, True, tile=32, patch=4, pinpoints=PINPOINTS_32, **_TINY),
         Shape("llava-1.5-7b", True, False, tile=336, patch=14, **_CLIP_L, **_LLAMA_7B),
+        Shape("tinyllama-1.1b", True, False, tile=336, patch=14, **_CLIP_L, **_TINYLLAMA),
         Shape("llava-next-7b", True, True, tile=336, patch=14, pinpoints=PINPOINTS_336, **_CLIP_L, **_LLAMA_7B),
         # The whole tower and projector, and a decoder of one layer, for suites that stop before the decoder.
         Shape(
