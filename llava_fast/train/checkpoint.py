@@ -91,7 +91,7 @@ class Checkpoints:
             dcp.load(state, storage_reader=dcp.FileSystemReader(self.path(step)), no_dist=_alone())
         except (dcp.CheckpointException, RuntimeError, ValueError, KeyError) as error:
             raise TrainingError(
-                f"{self.path(step)} does not fit this recipe's model and optimizer: {error}. "
+                f"{self.path(step)} does not fit this recipe's model and optimizer: {_last_line(error)} "
                 "Start again in another output directory, or go back to the recipe that wrote it"
             ) from error
 
@@ -100,6 +100,12 @@ class Checkpoints:
             _hide(self.path(step))
         for leftover in [*self.directory.glob(".step-*.old"), *self.directory.glob(".step-*.part")]:
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _last_line(error: Exception) -> str:
+    """What went wrong: a CheckpointException's text is each process's stack trace."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" .")]
+    return lines[-1] if lines else type(error).__name__
 
 
 def _commit(part: Path, final: Path) -> None:

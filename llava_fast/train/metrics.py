@@ -26,13 +26,13 @@ class Metrics:
         if not writes:
             return
         recipe.output.mkdir(parents=True, exist_ok=True)
+        if recipe.wandb is not None:
+            self._wandb = _wandb(recipe)
+        if recipe.tensorboard:
+            self._board = _tensorboard(recipe.output / "tensorboard", first)
         cut_after(self.path, first)
         self._file = self.path.open("a", encoding="utf-8")
         self._bar = tqdm(total=total, initial=first, desc="train", unit="step", dynamic_ncols=True)
-        if recipe.tensorboard:
-            self._board = _tensorboard(recipe.output / "tensorboard", first)
-        if recipe.wandb is not None:
-            self._wandb = _wandb(recipe)
 
     def report(self, values: dict[str, Any]) -> None:
         """One step: `values` holds "step" (counted from 1) and numbers (None: not known here)."""

@@ -5,6 +5,8 @@ Field names are the file's keys; `llava-fast train --help` shows a small one, an
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -151,6 +153,8 @@ def load_recipe(path: str | Path, changes: list[str] | None = None) -> Recipe:
     except FileNotFoundError:
         names = ", ".join(shipped_recipes())
         raise RecipeError(f"there is no recipe at {path}; those that come with the package: {names}") from None
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read as a recipe: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from None
     if not isinstance(given, dict):
@@ -176,8 +180,20 @@ def parse_recipe(given: dict[str, Any], name: str = "the recipe") -> Recipe:
     try:
         return Recipe.model_validate(given)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, each['loc'])) or 'recipe'}: {each['msg']}" for each in error.errors()]
+        lines = [f"  {'.'.join(map(str, each['loc'])) or 'recipe'}: {_said(each)}" for each in error.errors()]
         raise RecipeError("\n".join([f"{name} is not a recipe that can be run:", *lines])) from None
+
+
+def _said(problem: Mapping[str, Any]) -> str:
+    """What is wrong with a field, in our words where pydantic's are those of its code."""
+    if problem["type"] == "missing":
+        return "it is missing"
+    if problem["type"] != "extra_forbidden":
+        return problem["msg"].removeprefix("Value error, ")
+    sections = (Recipe, Data, Source, Optimizer, Lora, Dpo, Parallel, Checkpoints, Assembly)
+    known = [name for section in sections for name in section.model_fields]
+    near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
+    return "there is no such field" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _change(given: dict[str, Any], change: str) -> None:
@@ -190,7 +206,10 @@ def _change(given: dict[str, Any], change: str) -> None:
         section = section.setdefault(name, {}) if isinstance(section, dict) else section[_place(section, name, change)]
         if not isinstance(section, (dict, list)):
             raise RecipeError(f"{change!r}: {name} is not a section of the recipe")
-    section[last if isinstance(section, dict) else _place(section, last, change)] = yaml.safe_load(value)
+    try:
+        section[last if isinstance(section, dict) else _place(section, last, change)] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{change!r}: the value is not YAML ({' '.join(str(error).split())})") from None
 
 
 def _place(section: list, name: str, change: str) -> int:

@@ -15,6 +15,7 @@ import json
 import logging
 import resource
 import statistics
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -58,7 +60,9 @@ from llava_fast.train.parallel import World, clip_gradients, join_world, paralle
 from llava_fast.train.recipe import Recipe
 
 logger = logging.getLogger("llava_fast.train")
+RECIPE_FILE = "recipe.yaml"  # in a run's output: the recipe that it was begun with, or last resumed with
 _RECENT = 50  # steps that a spike is judged by
+_KEPT = ("model", "trainable", "lora", "dpo", "optimizer")  # fields that a resumed run takes from its checkpoint
 
 
 def train(recipe: Recipe, resume: bool = True, build: Callable[[Recipe, Llava, World], Trainer] | None = None) -> Path:
@@ -69,12 +73,25 @@ def train(recipe: Recipe, resume: bool = True, build: Callable[[Recipe, Llava, W
     Raises RecipeError, DataError or CheckpointError before the first step, TrainingError when a run must stop.
     """
     world = join_world(recipe.parallel)
+    if world.first:
+        check_output(recipe.output)
     torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
     torch.backends.cudnn.allow_tf32 = recipe.tf32
     model = load_model(recipe, world)
     trainer = (build or build_trainer)(recipe, model, world)
     trainer.run(resume)
     return trainer.export()
+
+
+def check_output(path: Path) -> None:
+    """Make the output directory, and see that it can be written to. Raises RecipeError now, not when the first
+    checkpoint is due."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise RecipeError(f"output: nothing can be written to {path} ({error.strerror}): choose another") from None
 
 
 def load_model(recipe: Recipe, world: World) -> Llava:
@@ -174,6 +191,9 @@ class Trainer:
         first = self.resume() if resume else 0
         if not resume and self.checkpoints.steps():
             raise TrainingError(f"{self.checkpoints.directory} holds a run: choose another output, or resume it")
+        if self.world.first:
+            text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
+            (self.recipe.output / RECIPE_FILE).write_text(text, encoding="utf-8")
         metrics = Metrics(self.recipe, self.total, first, self.world.first)
         with contextlib.closing(metrics):
             for batch in self.loader.steps(first):
@@ -280,6 +300,7 @@ class Trainer:
         steps = self.checkpoints.steps()
         if not steps:
             return 0
+        self._check_recipe()
         state = self.state(0)
         mark = state["run"]["data"]
         self.checkpoints.load(steps[-1], state)
@@ -299,6 +320,23 @@ class Trainer:
         self.recent.extend(state["run"]["recent"])
         logger.info("resumed after step %d", state["run"]["step"])
         return int(state["run"]["step"])
+
+    def _check_recipe(self) -> None:
+        """Raises TrainingError if the output is another recipe's; other differences are said."""
+        path = self.recipe.output / RECIPE_FILE
+        if not path.exists():
+            return
+        before, now = yaml.safe_load(path.read_text(encoding="utf-8")), self.recipe.model_dump(mode="json")
+        other = [name for name in before if name in now and before[name] != now[name]]
+        if wrong := [name for name in _KEPT if name in other]:
+            name = wrong[0]
+            raise TrainingError(
+                f"{self.recipe.output} holds a run of another recipe: {', '.join(wrong)} changed ({name} was "
+                f"{before[name]!r} and is {now[name]!r}). Choose another output; to go on with that run, restore what "
+                f"{path} holds"
+            )
+        if other and self.world.first:
+            logger.info("what changed since this run was begun: %s", ", ".join(other))
 
     def _data_mark(self) -> str:
         """Changes when the order of samples does."""

@@ -239,6 +239,8 @@ def test_a_wrong_recipe_or_model_is_an_error(folder):
         plan_for(f"{folder}/recipe.yaml")
     with pytest.raises(RecipeError, match="there is no recipe"):
         plan_for(f"{folder}/no.yaml")
+    with pytest.raises(DataError, match="data and no recipe, so --set a=1"):
+        plan_for(write(folder, GOOD), changes=["a=1"])
     with pytest.raises(CheckpointError):
         check(plan_for(write(folder, GOOD), model=f"{folder}/no-model"), workers=0)
 
@@ -248,3 +250,11 @@ def test_help_teaches():
     assert result.exit_code == 0
     for word in ("--histogram", "--json", "--max-length", '"conversations"', "recipe.yaml"):
         assert word in result.output
+
+
+def test_a_recipe_is_found_by_its_name_and_changed(folder, tiny_next):
+    data = write(folder, [sample("no.jpg", id="000007")])
+    made = plan_for("llava-1.5-stage1", changes=[f"model={tiny_next}", f"data.sources.0.path={data}"])
+    assert (made.template, made.model, made.sources[0].path) == ("plain", str(tiny_next), str(data))
+    found = run("llava-1.5-stage1", "-s", f"model={tiny_next}", "-s", f"data.sources.0.path={data}", "--workers", 0)
+    assert found.exit_code == 1 and "missing file" in found.stdout and "000007" in found.stdout

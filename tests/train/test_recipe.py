@@ -29,7 +29,10 @@ def test_reads_and_changes(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("batch_sise=3", "batch_sise"),
+        ("batch_sise=3", "batch_sise: there is no such field; did you mean batch_size?"),
+        ("data.qqq=3", r"data\.qqq: there is no such field$"),
+        ("optimizer={}", "optimizer.learning_rate: it is missing"),
+        ("batch_size=x: y: z", "the value is not YAML"),
         ("batch_size=0", "batch_size"),
         ("data.sources=[]", "data.sources"),
         ("optimizer.rates={tower: 1.0}", "optimizer.rates.tower"),
@@ -48,6 +51,11 @@ def test_names_the_field_that_is_wrong(tmp_path, change, said):
 def test_not_a_recipe(tmp_path, text, said):
     with pytest.raises(RecipeError, match=said):
         load_recipe(write(tmp_path, text))
+
+
+def test_a_directory_is_no_recipe(tmp_path):
+    with pytest.raises(RecipeError, match="cannot be read as a recipe"):
+        load_recipe(tmp_path)
 
 
 def test_missing_file(tmp_path):

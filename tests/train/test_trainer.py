@@ -90,6 +90,29 @@ def test_refuses_to_resume_with_other_data(make_recipe):
         train(recipe.model_copy(update={"seed": 5}))
 
 
+def test_refuses_to_resume_another_recipe(make_recipe, caplog):
+    recipe = make_recipe(steps=1)
+    train(recipe)
+    with pytest.raises(TrainingError, match=r"another recipe: trainable changed .*'decoder'.* and is \['projector'\]"):
+        train(recipe.model_copy(update={"trainable": ["projector"]}))
+    (recipe.output / training.RECIPE_FILE).unlink()  # as in a run of an older version
+    with pytest.raises(TrainingError, match="does not fit") as caught:
+        train(recipe.model_copy(update={"trainable": ["vision_tower"]}))
+    assert "Traceback" not in str(caught.value) and "vision_tower" in str(caught.value)
+    with caplog.at_level("INFO", "llava_fast.train"):
+        train(recipe.model_copy(update={"steps": 2}))
+        train(recipe.model_copy(update={"steps": 3}))
+    assert "since this run was begun: steps" in caplog.text and len(losses(recipe)) == 3
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/none"])
+def test_an_output_that_cannot_be_written_stops_at_once(make_recipe, tmp_path, monkeypatch, place):
+    monkeypatch.setattr(training, "load_model", lambda *_: 1 / 0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match="output: nothing can be written to"):
+        train(make_recipe(output=str(tmp_path / place)))
+
+
 def test_keeps_so_many_checkpoints(make_recipe):
     recipe = make_recipe(epochs=2, checkpoints={"every": 1, "keep": 2})
     train(recipe)

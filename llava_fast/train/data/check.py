@@ -93,15 +93,18 @@ def plan_for(
     max_length: int | None = None,
     template: str | None = None,
     labels: LabelMask | None = None,
+    changes: Sequence[str] = (),
 ) -> Plan:
-    """A plan for a recipe (a YAML file without `datasets:`) or for data files; what is given replaces a recipe's own.
+    """A plan for a recipe (a YAML file without `datasets:`, or the name of one that comes with the package) or for data
+    files; what is given replaces a recipe's own, and `changes` are those of `load_recipe`.
 
     Raises RecipeError or DataError.
     """
-    from llava_fast.train.recipe import load_recipe
+    from llava_fast.train.recipe import find_recipe, load_recipe
 
+    path = str(find_recipe(path))
     if path.lower().endswith((".yaml", ".yml")) and not _is_mixture(path):
-        recipe = load_recipe(path)
+        recipe = load_recipe(path, list(changes))
         data = recipe.data
         sources = [each.model_copy(update={"images": images}) if images else each for each in data.sources]
         return Plan(
@@ -116,6 +119,8 @@ def plan_for(
             data.on_problem == "skip",
             data.too_long == "cut",
         )
+    if changes:
+        raise DataError(f"{path} is data and no recipe, so --set {changes[0]} has nothing to change")
     return Plan(
         [Source(path=path, images=images)],
         model,

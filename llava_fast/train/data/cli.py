@@ -27,7 +27,9 @@ def data() -> None:
 def check(
     recipe_or_data: Annotated[
         str,
-        typer.Argument(help="A recipe; or data: .json, .jsonl, a quoted glob, '{a,b}.json', or a .yaml mixture."),
+        typer.Argument(
+            help="A recipe or its name; or data: .json, .jsonl, a quoted glob, '{a,b}.json', a .yaml mixture."
+        ),
     ],
     model: Annotated[
         str | None,
@@ -53,11 +55,15 @@ def check(
         bool, typer.Option("--headers-only", help="Read image sizes only: quick, but a truncated file passes.")
     ] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read samples and images.")] = 4,
+    set_: Annotated[
+        list[str], typer.Option("--set", "-s", help="Change a recipe's field: -s data.max_length=4096; repeatable.")
+    ] = [],  # noqa: B006
 ) -> None:
     """Say what is wrong with training data, and how long its samples are, before any GPU time is spent.
 
     \b
     llava-fast data check recipe.yaml
+    llava-fast data check llava-1.5-stage1 -s data.sources.0.path=mine.json
     llava-fast data check data.json --images pictures/ -m llava-hf/llava-1.5-7b-hf
     llava-fast data check 'part-*.jsonl' --json report.json --histogram lengths.png
 
@@ -86,7 +92,7 @@ def check(
         data_check.check_picture_path(histogram)
     if json_output is not None:
         data_check.check_parent(json_output)
-    plan = data_check.plan_for(recipe_or_data, model, images, max_length, template, label_mask)
+    plan = data_check.plan_for(recipe_or_data, model, images, max_length, template, label_mask, set_)
     if histogram is not None and plan.model is None:
         raise DataError("a histogram counts tokens, which needs a model: give --model")
     report = data_check.check(plan, workers, decode=not headers_only)
