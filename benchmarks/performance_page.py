@@ -67,31 +67,34 @@ def measured(results: list[Path]) -> list[str]:
 
 
 def measured_on_cpus(results: list[Path]) -> list[str]:
-    """A table for each result file, and what its suite says of it."""
+    """A table for each model of each result file, and what its suite says of it."""
     lines = [
-        "A transformers model and its processor, stock and accelerated; the loss alone; packing. Widths of a 7B model,",
-        "weights random, float32. What each suite times, how it counts memory: [benchmarks](../benchmarks/README.md).",
+        "A transformers model and its processor, stock and accelerated; the loss alone; packing. Weights are random,",
+        "float32. What each suite times and how it counts memory: [benchmarks](../benchmarks/README.md).",
         "",
     ]
     for path in results:
-        rows = read_json(path)
-        row = rows[0]
-        threads, versions = row.machine["threads"], row.versions
-        lines += [
-            f"### {row.suite}",
-            "",
-            f"{row.machine['cpu']}, {threads} of {row.machine['cores']} cores, torch {versions['torch']}, transformers "
-            f"{versions['transformers']}, commit {row.commit} ([{path.name}](../benchmarks/results/{path.name})).",
-            "",
-            "| case | side | ms | peak, MiB | times as fast |",
-            "|---|---|---|---|---|",
-        ]
-        for before, each in zip([None, *rows], rows, strict=False):
-            case = "" if before and before.case == each.case else each.case
-            peak = "" if each.peak_memory_bytes is None else f"{each.peak_memory_bytes / 2**20:.0f}"
-            ratio = "" if each.ratio is None else f"{each.ratio:.2f}{' (disturbed)' * each.disturbed}"
-            lines.append(f"| {case} | {each.backend} | {1e3 * each.median:.4g} | {peak} | {ratio} |")
-        lines += ["", "```", SUITES[row.suite].summary(rows), "```", ""]
+        every = read_json(path)
+        for model in dict.fromkeys(row.model for row in every):
+            rows = [row for row in every if row.model == model]
+            row = rows[0]
+            lines += [
+                f"### {row.suite}: {model}",
+                "",
+                f"{row.machine['cpu']}, {row.machine['threads']} of {row.machine['cores']} cores, torch "
+                f"{row.versions['torch']}, transformers {row.versions['transformers']}, commit {row.commit} "
+                f"([{path.name}](../benchmarks/results/{path.name})).",
+                "",
+                "| case | side | ms | processor time, ms | peak, MiB | times as fast |",
+                "|---|---|---|---|---|---|",
+            ]
+            for before, each in zip([None, *rows], rows, strict=False):
+                case = "" if before and before.case == each.case else each.case
+                cpu = "" if each.cpu is None else f"{1e3 * each.cpu:.4g}"
+                peak = "" if each.peak_memory_bytes is None else f"{each.peak_memory_bytes / 2**20:.0f}"
+                ratio = "" if each.ratio is None else f"{each.ratio:.2f}{' (disturbed)' * each.disturbed}"
+                lines.append(f"| {case} | {each.backend} | {1e3 * each.median:.4g} | {cpu} | {peak} | {ratio} |")
+            lines += ["", "```", SUITES[row.suite].summary(rows), "```", ""]
     return lines
 
 
