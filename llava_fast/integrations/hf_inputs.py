@@ -6,6 +6,7 @@ that are kept or mixed into others projected, every row put in its place by inte
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -46,6 +47,13 @@ def untouched(module: nn.Module) -> bool:
     return is_plain(module, type(module))
 
 
+def only_gathered(module: nn.Module) -> bool:
+    """No forward of its own, and no hooks but those with which FSDP2 gathers and frees its weights (`fully_shard`)."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    owners = (type(getattr(hook, "__self__", None)).__module__ for hook in hooks)
+    return "forward" not in vars(module) and all(owner.startswith("torch.distributed.fsdp.") for owner in owners)
+
+
 def unfit(model: nn.Module, given: dict) -> str | None:
     """Why this call of an inner LLaVA model (its forward, get_image_features or get_video_features), with the names of
     normalised pixels, must take the stock path, or None."""
@@ -78,7 +86,7 @@ def unfit(model: nn.Module, given: dict) -> str | None:
     devices = {str(part.device) for part in parts} | ({str(ids.device)} if ids is not None else set())
     if len(devices) > 1:
         return f"the model and its inputs lie on several devices ({', '.join(sorted(devices))})"
-    if not all(untouched(part) for part in (tower, tower.encoder)):
+    if not only_gathered(tower) or not untouched(tower.encoder):
         return "the vision tower is hooked or wrapped"
     depth = len(tower.encoder.layers)
     if not -depth - 1 <= layer <= depth:
@@ -197,6 +205,19 @@ def tower_features(
 ) -> Tensor:
     """Hidden states [tiles, rows, width] after so many layers; later layers do not run. `uint8`: the normalisation that
     tiles of these names still need."""
+    if untouched(tower):
+        return _hidden_states(tower, tiles, layers, uint8)
+    # FSDP2 gathers the weights where the tower is called, so this must be its call.
+    vars(tower)["forward"] = functools.partial(_hidden_states, tower)
+    try:
+        return tower(tiles, layers, uint8)
+    finally:
+        del vars(tower)["forward"]
+
+
+def _hidden_states(
+    tower: nn.Module, tiles: Mapping[str, Tensor], layers: int, uint8: Mapping[str, Normalisation]
+) -> Tensor:
     each = [_embedded(tower.embeddings, pixels, uint8.get(name)) for name, pixels in tiles.items()]
     hidden = _joined(each)
     if hasattr(tower, "pre_layrnorm"):

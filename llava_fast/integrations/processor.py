@@ -255,7 +255,8 @@ class FastProcessor:
         output   "float32": `pixel_values` and `pixel_values_videos`, equal to those of transformers' PIL image
                  processors in every bit, frame by frame for videos. "uint8": `pixel_values_uint8` and
                  `pixel_values_videos_uint8`, the tiles before normalisation, a quarter of the bytes; for a model that
-                 `accelerate` was given this processor for. A stock model's generate refuses them.
+                 `accelerate` was given this processor for. A stock or restored model's generate refuses them, but its
+                 forward ignores them in silence, as it does any unknown keyword, and answers as if there were no image.
         threads  of one call; 0 is all cores. A data loader's worker wants 1.
         Works without torchvision. Raises CheckpointError for a model type it does not serve, ValueError for another
         output.

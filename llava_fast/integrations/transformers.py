@@ -71,7 +71,8 @@ def accelerate(model: nn.Module, processor=None, *, training_logits: bool = True
     processor       the model's processor, which tells how pixels are normalised: with it the model also takes the uint8
                     tiles of FastProcessor(output="uint8"), as `pixel_values_uint8` (of videos,
                     `pixel_values_videos_uint8`). Without it they raise uint8_pixels.PixelError. (A stock or restored
-                    model's generate refuses these names; its forward takes any name and does nothing with it.)
+                    model's generate refuses these names; its forward ignores any name it does not know, so that
+                    it answers as if there were no image: do not restore a model that is fed them.)
     training_logits False: in training mode, a call with labels gives its loss alone, and `logits` is None; the table of
                     logits [B, S, vocabulary] is then never made. True: logits are given, as the stock model does.
     Raises UnsupportedModelError for any other model, PixelError for a processor without image settings.

@@ -175,7 +175,7 @@ def test_float32(row, told, monkeypatch):
 
 @pytest.mark.parametrize("row", cells(HALF))
 def test_half_precision(row, told, monkeypatch):
-    """Errors against float64 of logits, loss and all gradients are at most twice those of the stock model."""
+    """Errors against float64 of the logits, and of all gradients together, are at most twice the stock model's."""
     monkeypatch.setattr(hf_decoder, "LEAST", 1)
     stock, model = pair(row)
     exact = pair(row)[0].double()

@@ -181,6 +181,10 @@ def test_a_restored_model_knows_nothing_of_them():
     for each in (stock, model):
         with pytest.raises(ValueError, match="not used by the model: .'pixel_values_uint8'"):
             each.generate(**as_uint8(batch("next"), "next"), max_new_tokens=2)
+        # forward ignores what it does not know, which docs/huggingface.md warns of
+        without = {key: value for key, value in batch("next").items() if "pixel" not in key}
+        with torch.no_grad():
+            assert torch.equal(each(**as_uint8(batch("next"), "next")).logits, each(**without).logits)
 
 
 def test_what_is_wrong_is_said():
