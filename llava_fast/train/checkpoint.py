@@ -102,7 +102,7 @@ class Checkpoints:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _last_line(error: Exception) -> str:
+def _last_line(error: BaseException) -> str:
     """What went wrong: a CheckpointException's text is each process's stack trace."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" .")]
     return lines[-1] if lines else type(error).__name__
