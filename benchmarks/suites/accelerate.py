@@ -255,9 +255,10 @@ def summary(rows: Sequence[Row]) -> str:
         (f"processor {FLOATS}", "FastProcessor", 3.0),
         (f"processor {UINT8}", "FastProcessor", 5.0),
     ):
-        ratio = _row(rows, case, backend).ratio
+        row = _row(rows, case, backend)
+        ratio = row.ratio
         if ratio is not None:
-            verdict = "reached" if ratio >= asked else "MISSED"
+            verdict = "disturbed, measure again" if row.disturbed else "reached" if ratio >= asked else "MISSED"
             lines.append(f"  {case}, {backend}: {ratio:.2f}x (asked {asked:g}x: {verdict})")
     for backend in (FAST, WITH_LOGITS):
         mine, stock = _row(rows, STEP, backend), _row(rows, STEP, STOCK)
@@ -278,7 +279,8 @@ def _estimate(rows: Sequence[Row]) -> list[str]:
             continue
         more = REAL_LAYERS - 1
         ratio = (stock.median + more * stock_layer.median) / (mine.median + more * layer.median)
-        line = f"  ESTIMATE for {REAL_LAYERS} layers from 1, {backend}: step {ratio:.2f}x"
+        line = f"  ESTIMATE for {REAL_LAYERS} layers from 1, {backend}: "
+        line += "step disturbed, measure again" if mine.disturbed or layer.disturbed else f"step {ratio:.2f}x"
         if mine.peak_memory_bytes is not None:
             peak = mine.peak_memory_bytes + more * layer.peak_memory_bytes
             line += f", peak {peak / (stock.peak_memory_bytes + more * stock_layer.peak_memory_bytes):.2f} of stock"

@@ -59,6 +59,12 @@ def test_the_summary_is_silent_about_a_row_that_failed():
     assert "accelerate:" not in text and "accelerate, logits: 1.25x" in text
 
 
+def test_a_disturbed_time_gets_no_verdict():
+    text = accelerate.summary([dataclasses.replace(each, disturbed=True) for each in rows()])
+    assert "2.00x (asked 1.3x: disturbed, measure again)" in text and "0.50 of stock (asked 0.6: reached)" in text
+    assert "accelerate: step disturbed, measure again, peak 0.58 of stock" in text
+
+
 def test_a_peak_measured_elsewhere_and_more_calls_take_their_place():
     plain = case(1.0)
     providers = [dataclasses.replace(each, peak=lambda: 123) for each in plain.providers]
