@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import resource
+import shutil
 import statistics
 import tempfile
 import time
@@ -228,7 +229,7 @@ class Trainer:
         value = float(self.world.sum(loss))
         norm = clip_gradients(self.trained, self.recipe.optimizer.clip)
         self._check(value, norm, step_batch)
-        rate = self.schedule.get_last_lr()[0]
+        rate = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
@@ -353,6 +354,9 @@ class Trainer:
         everything = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         whole = cast(dict[str, Tensor], everything)
         if self.world.first:
+            for kind in ("saving", "replaced"):  # left over by an export that was killed
+                for leftover in self.recipe.output.glob(f".*.{kind}-*"):
+                    shutil.rmtree(leftover)
             if self.recipe.data.template:  # else the base model's own goes with it
                 note = json.dumps({"chat_template": processor_of(self.bare).template.name})
                 self.bare.side_files = {**getattr(self.bare, "side_files", {}), NOTE_FILE: note}

@@ -31,7 +31,7 @@ from llava_fast.train.preference.tuning import dpo  # noqa: E402
 from llava_fast.train.recipe import load_recipe  # noqa: E402
 from llava_fast.train.trainer import Trainer, train  # noqa: E402
 
-LIMIT = 240  # seconds: then a run hangs, and is killed
+LIMIT = 600  # seconds: then a run hangs, and is killed
 
 
 def kill_at(owner, name: str, count: int, after: bool = False) -> None:
