@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from llava_fast import cli
 from llava_fast.errors import RecipeError
+from llava_fast.models.batch import Batch
 from llava_fast.train.estimate import cost
 from llava_fast.train.estimate.cost import config_of, count_parameters, plan
 from llava_fast.train.estimate.flops import GPUS, Utilisation, forward_flops, known_gpu, peak_flops, step_flops
@@ -236,3 +237,39 @@ def test_the_command_line(make_recipe):
     )
     assert "give --samples" in shown.stdout and "as given" in shown.stdout
     assert "llava-1.5-lora" in run.invoke(cli.app, ["recipe", "list"]).stdout
+
+
+def test_memory_is_what_a_step_holds(make_recipe):
+    """Weights, gradients and optimizer states to the byte; what is kept of a forward pass, counted tensor by tensor as
+    autograd saves it, within a quarter (the projector's part, large in a model this small, is not in the plan)."""
+    recipe = make_recipe(recompute="none", micro_batch_rows=3000, batch_size=8)
+    world = World(0, 1, torch.device("cpu"))
+    model = load_model(recipe, world)
+    trainer = Trainer(recipe, model, build_loader(recipe, model, world), world)
+    batch = next(trainer.loader.steps(0))
+    made = batch.micro_batches[0]
+    rows, tiles = sum(made.plan.lengths), made.plan.tiles
+    samples = len(made.plan.lengths)
+    changed = recipe.model_copy(update={"micro_batch_rows": rows})
+    said = figures(plan(changed, 1, rows=rows // samples, tiles=tiles // samples), "Memory of each of 1 GPUs")
+
+    kept: dict[int, int] = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    for parameter in model.parameters():
+        keep(parameter)
+    weights = dict(kept)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = trainer._loss(Batch.from_prepared(made), 1, 1)
+    activations = sum(size for place, size in kept.items() if place not in weights)
+    loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert said["gradients"] == sum(parameter.grad.nbytes for parameter in trained)
+    assert said["trained weights"] + said["frozen weights"] == sum(each.nbytes for each in model.parameters())
+    trainer.optimizer.step()
+    states = [value for state in trainer.optimizer.state.values() for value in state.values() if value.dim()]
+    assert said["AdamW"] == sum(value.nbytes for value in states)
+    assert said["decoder, kept"] == pytest.approx(activations, rel=0.25)
