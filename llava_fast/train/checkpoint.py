@@ -18,6 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+from torch.utils._pytree import tree_leaves
 
 from llava_fast.errors import TrainingError
 
@@ -46,7 +50,8 @@ class Checkpoints:
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Copy `state`, a nested dict of tensors and plain values, and write it as the checkpoint of `step` while the
-        run goes on. It exists once `poll` or `finish` has found it written."""
+        run goes on; the run waits where the copy cannot be made. It exists once `poll` or `finish` has found it
+        written."""
         self.finish()
         final = self.path(step)
         part = final.with_name(f".{final.name}.part")
@@ -54,9 +59,14 @@ class Checkpoints:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
         self._together()
-        writer = dcp.FileSystemWriter(part, sync_files=True)
-        future = dcp.async_save(state, storage_writer=writer, process_group=self._group, no_dist=_alone())
-        self._writing = (future, part, final)  # type: ignore[assignment]
+        how: dict[str, Any] = {"storage_writer": dcp.FileSystemWriter(part, sync_files=True), "no_dist": _alone()}
+        future: Any = Future()
+        if all(_can_be_staged(leaf) for leaf in tree_leaves(state)):
+            future = dcp.async_save(state, process_group=self._group, **how)
+        else:
+            dcp.save(state, process_group=self._group, **how)
+            future.set_result(None)
+        self._writing = (future, part, final)
 
     def poll(self) -> None:
         """Give the checkpoint that is being written its name, if every process has finished."""
@@ -100,6 +110,13 @@ class Checkpoints:
             _hide(self.path(step))
         for leftover in [*self.directory.glob(".step-*.old"), *self.directory.glob(".step-*.part")]:
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _can_be_staged(value: Any) -> bool:
+    """Whether DCP can copy it to the host beforehand. Not so tensors that hold others, as torchao's 8-bit states."""
+    if isinstance(value, DTensor):
+        value = value.to_local()
+    return not isinstance(value, Tensor) or type(value) in (Tensor, Parameter)
 
 
 def _last_line(error: BaseException) -> str:

@@ -2,13 +2,58 @@
 
 import sys
 
+import numpy as np
 import pytest
+import torch
 
+import llava_fast
 from llava_fast.errors import RecipeError
-from llava_fast.train.trainer import train
+from llava_fast.train.metrics import FILE, read_metrics
+from llava_fast.train.trainer import Trainer, train
 
 
-def test_8_bits_need_torchao(make_recipe, monkeypatch):
+@pytest.fixture
+def recipe(make_recipe, tmp_path):
+    """Recipes of 4 steps, whose states are float32 or take 8 bits."""
+
+    def make(states: str):
+        return make_recipe(
+            trainable=["decoder.layers.1.mlp.*"],
+            optimizer={"states": states},
+            output=str(tmp_path / states),
+            batch_size=2,
+            steps=4,
+            recompute="none",
+            checkpoints={"every": 2},
+        )
+
+    return make
+
+
+def losses(made) -> list[float]:
+    return [values["loss"] for values in read_metrics(made.output / FILE)]
+
+
+def test_8_bits_need_torchao(recipe, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     with pytest.raises(RecipeError, match="optimizer.states: 8bit needs torchao: pip install torchao"):
-        train(make_recipe(optimizer={"states": "8bit"}))
+        train(recipe("8bit"))
+
+
+def test_8_bits_follow_float32_and_go_on_bit_for_bit(recipe, tmp_path, monkeypatch):
+    pytest.importorskip("torchao")
+    exact, rounded = recipe("float32"), recipe("8bit")
+    for made in (exact, rounded):
+        train(made)
+    np.testing.assert_allclose(losses(rounded), losses(exact), rtol=1e-2)
+    assert losses(rounded) != losses(exact)
+    killed = rounded.model_copy(update={"output": tmp_path / "killed"})
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, batch: 1 / 0 if batch.step == 3 else step(self, batch))
+    with pytest.raises(ZeroDivisionError):
+        train(killed)
+    monkeypatch.setattr(Trainer, "step", step)
+    train(killed)
+    assert losses(killed) == losses(rounded)
+    first, second = (llava_fast.load(each.output / "model") for each in (rounded, killed))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
