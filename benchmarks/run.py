@@ -69,6 +69,7 @@ Context = Annotated[
     int | None,
     typer.Option(min=1, help="Rows already cached (decode). Default: what a prompt with one image takes."),
 ]
+Only = Annotated[str, typer.Option(help="Cases with these words in their title alone.")]
 OutputJson = Annotated[Path | None, typer.Option(help="Write every row here as JSON.")]
 Quick = Annotated[
     bool, typer.Option("--quick", help="The tiny shape and a 7B width of two layers, few calls: see README.md.")
@@ -110,6 +111,7 @@ def _add_suite(name: str) -> None:
         iters: Iters = 20,
         new_tokens: NewTokens = 32,
         context: Context = None,
+        only: Only = "",
         quick: Quick = False,
         output_json: OutputJson = None,
     ) -> None:
@@ -131,7 +133,7 @@ def _add_suite(name: str) -> None:
             new_tokens=new_tokens,
             context=context,
         )
-        _execute([(one, layers, suites, settings) for one in model.split(",")], threads, output_json)
+        _execute([(one, layers, suites, settings) for one in model.split(",")], threads, output_json, only)
 
     app.command(name, help=_HELP[name])(command)
 
@@ -184,7 +186,7 @@ def _quick_jobs(suites: tuple[str, ...]) -> list[Job]:
     return [("tiny", None, suites, tiny), ("llava-next-7b", 2, wide_suites, wide)]
 
 
-def _execute(jobs: list[Job], threads: int, output_json: Path | None) -> None:
+def _execute(jobs: list[Job], threads: int, output_json: Path | None, only: str = "") -> None:
     """Run the jobs, printing each case when it is done. Exits with 1 if a check failed."""
     _limit_threads(threads)
     import torch
@@ -217,13 +219,15 @@ def _execute(jobs: list[Job], threads: int, output_json: Path | None) -> None:
         for suite in suites:
             done: list[Row] = []
             for case in SUITES[suite].cases(subject, settings):
+                if only not in case.label:
+                    continue
                 new = measure(case, settings, ceilings)
                 for row in new:
                     row.machine, row.versions, row.commit, row.date = measured, versions, commit, date
                 done += new
                 typer.echo("\n" + report.table(new))
             rows += done
-            if hasattr(SUITES[suite], "summary"):
+            if hasattr(SUITES[suite], "summary") and not only:
                 typer.echo("\n" + SUITES[suite].summary(done))
         subject.close()
     if output_json is not None:

@@ -7,9 +7,11 @@ be pickled to a data loader's worker.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from transformers import (
     AutoTokenizer,
@@ -182,12 +184,27 @@ class FastOutput:
         return self.stock().save_pretrained(save_directory, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> BatchFeature:
-        made = super().__call__(*args, **kwargs)
+        if kwargs.get("return_tensors") == "pt" and "text_kwargs" not in kwargs:
+            made = self._with_tensors(*args, **{name: kwargs[name] for name in kwargs if name != "return_tensors"})
+        else:
+            made = super().__call__(*args, **kwargs)
         if self.image_processor.output == "uint8":
             for uint8, stands in NAMES.items():
                 if stands in made:
                     made[uint8] = made.pop(stands)
         return made
+
+    def _with_tensors(self, *args: Any, **kwargs: Any) -> BatchFeature:
+        """The call with return_tensors="pt". Thousands of token numbers become tensors by way of numpy, an order faster
+        than one Python integer after the other."""
+        for part in ("images_kwargs", "videos_kwargs")[: 1 + hasattr(self, "video_processor")]:
+            kwargs[part] = {"return_tensors": "pt", **kwargs.get(part, {})}
+        made = super().__call__(*args, **kwargs)
+        for name, value in made.items():
+            if isinstance(value, list):
+                with contextlib.suppress(ValueError, TypeError, OverflowError):  # rows of unlike lengths, no numbers
+                    made[name] = torch.from_numpy(np.array(value, dtype=np.int64))
+        return made.convert_to_tensors("pt")  # the rest, or transformers' own complaint about it
 
 
 class FastVideoOutput(FastOutput):
