@@ -4,7 +4,7 @@
 
     OUT_DIR/easy.json         canvases of one or two digits, for stage 1
     OUT_DIR/full.json         canvases of none to five, for stage 2
-    OUT_DIR/preferences.jsonl canvases whose digits, read in rising order, are preferred to reading order, for DPO
+    OUT_DIR/preferences.jsonl canvases of two to five, of which the first digit alone is the preferred reading, for DPO
     OUT_DIR/images/           what they name
 
 Every canvas has questions of all kinds, as one conversation. Canvas number n is the same however many are made. Only
@@ -49,7 +49,7 @@ def main(
         for name, number, shares in (("easy", easy, EASY_SHARES), ("full", full, FULL_SHARES)):
             samples = made(name, number, partial(conversation, output, name, shares))
             (output / f"{name}.json").write_text(json.dumps(samples), encoding="utf-8")
-        lines = [json.dumps(sample) for sample in made("preferences", pairs, partial(preference, output)) if sample]
+        lines = [json.dumps(sample) for sample in made("preferences", pairs, partial(preference, output))]
         (output / "preferences.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -65,12 +65,9 @@ def conversation(output: Path, name: str, shares: tuple[float, ...], number: int
 
 
 def preference(output: Path, number: int) -> dict[str, Any]:
-    """A request to read a canvas, with the digits in rising order as the chosen answer and in reading order as the
-    rejected one; empty where they are the same."""
+    """A request to read a canvas; chosen is its first digit alone, rejected all of them."""
     rng, canvas, image = draw(output, "preferences", PAIR_SHARES, number)
-    chosen, rejected = answer("read", sorted(canvas.digits)), answer("read", canvas.digits)
-    if chosen == rejected:
-        return {}
+    chosen, rejected = answer("top_left", canvas.digits), answer("read", canvas.digits)
     question = f"<image>\n{ask(rng, 'read')}"
     return {"id": f"pair-{number}", "image": image, "prompt": question, "chosen": chosen, "rejected": rejected}
 

@@ -2,8 +2,8 @@
 
     python examples/digits/preferences.py BEFORE AFTER
 
-Of canvases whose digits are not in rising order, in percent: answers that sort them (preferred), answers in reading
-order (rejected before all else), and answers with the right digits in whatever order.
+Of canvases of two to five digits, in percent: answers that are one digit alone, those that are the first digit alone
+(preferred), and those that read the whole canvas rightly (rejected).
 """
 
 from __future__ import annotations
@@ -28,36 +28,34 @@ def main(
     canvases: Annotated[int, typer.Option(help="How many held-out canvases.")] = 500,
 ) -> None:
     """Print the shares of both models."""
-    asked = unsorted_canvases(canvases)
-    print(f"{len(asked)} held-out canvases\n{'':8}  rising order  reading order  right digits")
+    asked = draw_canvases(canvases)
+    print(f"{len(asked)} held-out canvases\n{'':8}  one digit alone  the right one  all, rightly")
     for name, path in (("before", before), ("after", after)):
-        rising, reading, right = shares(llava_fast.load(path, device="cpu"), asked)
-        print(f"{name:8}  {rising:11.1%}  {reading:13.1%}  {right:12.1%}")
+        alone, right, whole = shares(llava_fast.load(path, device="cpu"), asked)
+        print(f"{name:8}  {alone:15.1%}  {right:13.1%}  {whole:12.1%}")
 
 
-def unsorted_canvases(number: int) -> list[Canvas]:
-    """Canvases of two to five held-out scans that are not in rising order."""
+def draw_canvases(number: int) -> list[Canvas]:
+    """Canvases of two to five held-out scans."""
     rng = np.random.default_rng(2027)
     _, held_out = split_scans()
-    drawn = []
-    while len(drawn) < number:
-        canvas = compose(rng, held_out, int(rng.integers(2, 6)))
-        if canvas.digits != sorted(canvas.digits):
-            drawn.append(canvas)
-    return drawn
+    return [compose(rng, held_out, int(rng.integers(2, 6))) for _ in range(number)]
 
 
 @torch.inference_mode()
 def shares(model: llava_fast.Llava, asked: list[Canvas]) -> tuple[float, float, float]:
-    """Shares of answers in rising order, in reading order, and with the right digits."""
+    """Shares of answers that are one digit alone, that are the first digit alone, and that read all rightly."""
     rng = np.random.default_rng(7)
     counts = np.zeros(3)
     for number, first in enumerate(range(0, len(asked), BATCH)):
         part = asked[first : first + BATCH]
         question = PHRASINGS["read"][number % len(PHRASINGS["read"])]
         for canvas, text in zip(part, answers(model, part, question, None, None, rng), strict=True):
-            rising, reading = answer("read", sorted(canvas.digits)), answer("read", canvas.digits)
-            counts += [text == rising, text == reading, sorted(text.split()) == rising.split()]
+            counts += [
+                text.isdigit() and len(text) == 1,
+                text == answer("top_left", canvas.digits),
+                text == answer("read", canvas.digits),
+            ]
     return tuple(counts / len(asked))
 
 
