@@ -22,6 +22,7 @@ from llava_fast.inputs.chat_messages import (
     normalise_messages,
     take_system,
     with_response_format,
+    with_video_times,
 )
 from llava_fast.inputs.chat_templates import TURN_FORMATS, TurnFormat, default_template_name
 
@@ -37,6 +38,7 @@ __all__ = [
     "messages_from_conversations",
     "normalise_messages",
     "with_response_format",
+    "with_video_times",
 ]
 
 

@@ -149,6 +149,27 @@ def with_response_format(text: str, style: str) -> str:
     return f"{text}\n{RESPONSE_FORMATS[style]}"
 
 
+def with_video_times(messages: Sequence[Mapping], duration: float, times: Sequence[float]) -> list[dict]:
+    """Normalised messages in which the question that holds the video begins with the video and LLaVA-NeXT's time
+    instruction (add_time_instruction in llava/train/train.py): how long it lasts, and when its frames are (seconds).
+
+    The sentence is the one that models were trained with, to the missing space.
+    """
+    located = ",".join(f"{time:.2f}s" for time in times)
+    instruction = (
+        f"The video lasts for {duration:.2f} seconds, and {len(times)} frames are uniformly sampled from it. "
+        f"These frames are located at {located}.Please answer the following questions related to this video."
+    )
+    timed = []
+    for message in messages:
+        text = content_text(message["content"])
+        if message["role"] == "user" and VIDEO_MARK in text:
+            text = f"{VIDEO_MARK}\n{instruction}\n{text.replace(VIDEO_MARK, '')}"
+            message = {**message, "content": [{"type": "text", "text": text}]}
+        timed.append(dict(message))
+    return timed
+
+
 def content_text(items: Sequence[Mapping]) -> str:
     """Items as one text, in the order given: texts as they are, a newline between image and neighbour.
 

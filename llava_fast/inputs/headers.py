@@ -10,7 +10,7 @@ import io
 import os
 import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -18,6 +18,9 @@ from PIL.PngImagePlugin import PngImageFile
 
 from llava_fast.errors import ImageError
 from llava_fast.inputs import images
+
+FOLDER_RATE = 2.0
+"""Frames a second of a folder of frames: what LLaVA-NeXT takes ShareGPTVideo's to have (llava/train/train.py)."""
 
 _HEADER_SAYS_ALL = {"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP"}  # others are decoded: TIFF turns itself, icons choose
 _TURNED = {5, 6, 7, 8}  # orientations whose sides change places
@@ -57,6 +60,26 @@ def frame_count(source: Any, num_frames: int | None = None) -> int:
     if isinstance(source, np.ndarray) or not isinstance(source, Sequence) or not source:
         return len(images.read_video(source, num_frames))
     return len(source) if num_frames is None else num_frames
+
+
+class VideoTimes(NamedTuple):
+    """How long a video lasts, and when each of the frames taken from it is; seconds."""
+
+    duration: float
+    frames: list[float]
+
+
+def video_times(source: Any, num_frames: int) -> VideoTimes:
+    """When the frames of `images.read_video(source, num_frames)` are, from what a file's header says of its frames and
+    their average rate: frame i at i / rate, as LLaVA-NeXT has it (process_video_with_decord in llava/utils.py). A
+    folder of frames has FOLDER_RATE. Raises ImageError for a video without times, and what `frame_count` raises."""
+    if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
+        total, rate = frame_count(source), FOLDER_RATE
+    elif isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
+        total, rate = images.frames_and_rate(source)
+    else:
+        raise ImageError("frames given as images do not say when they are: give a video file or a folder of frames")
+    return VideoTimes(total / rate, [int(number) / rate for number in images.uniform_frames(total, num_frames)])
 
 
 def _shape(pixels: np.ndarray) -> tuple[int, int]:

@@ -98,11 +98,11 @@ def read_video(source: Any, num_frames: int | None = None) -> np.ndarray:
         if source.dtype != np.uint8 or source.ndim != 4 or source.shape[-1] != 3 or 0 in source.shape[1:]:
             raise ImageError(f"a video array must be uint8 [frames, H, W, 3], not {source.dtype} {source.shape}")
         _require_frames(len(source), "the video array")
-        return np.ascontiguousarray(source if num_frames is None else source[_uniform(len(source), num_frames)])
+        return np.ascontiguousarray(source if num_frames is None else source[uniform_frames(len(source), num_frames)])
     if not isinstance(source, Sequence):
         raise TypeError(f"a video is a path, bytes, list of frames or uint8 array, not {type(source).__name__}")
     _require_frames(len(source), name)
-    wanted = range(len(source)) if num_frames is None else _uniform(len(source), num_frames)
+    wanted = range(len(source)) if num_frames is None else uniform_frames(len(source), num_frames)
     frames = [open_image(source[i]) for i in wanted]
     if len({frame.shape for frame in frames}) > 1:
         sizes = sorted({f"{frame.shape[1]}x{frame.shape[0]}" for frame in frames})
@@ -343,7 +343,8 @@ def _from_pil(image: Image.Image, name: str, exif: bool, alpha: str) -> np.ndarr
         raise ImageError(f"{name} cannot be decoded: {error}") from error
 
 
-def _uniform(total: int, count: int) -> np.ndarray:
+def uniform_frames(total: int, count: int) -> np.ndarray:
+    """int64 [count]: the numbers of frames, spaced uniformly from the first to the last, that `read_video` takes."""
     return np.linspace(0, total - 1, count).astype(int)
 
 
@@ -364,6 +365,23 @@ def open_video(source: Any) -> Any:
         container.close()
         raise ImageError(f"{name} has no video stream")
     return container
+
+
+def frames_and_rate(source: Any) -> tuple[int, float]:
+    """How many frames a video file's header says it has (if it does not, how many packets there are), and their average
+    number a second. No frame is decoded. Raises ImageError, also where the file says neither."""
+    name = source_name(source)
+    with open_video(source) as container:
+        stream = container.streams.video[0]
+        try:
+            total = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+        except _pyav().FFmpegError as error:
+            raise ImageError(f"{name} cannot be read as a video: {error}") from error
+        rate = float(stream.average_rate or 0)
+    _require_frames(total, name)
+    if not rate:
+        raise ImageError(f"{name} does not say how many frames it has a second, so their times are unknown")
+    return total, rate
 
 
 def _pyav() -> Any:
@@ -395,7 +413,7 @@ def _decode_video(source: Any, num_frames: int | None) -> np.ndarray:
         else:
             # Headers may lie about the number of frames, so they are counted before they are chosen.
             total = decode(set())[1]
-            order = _uniform(total, num_frames) if total else []
+            order = uniform_frames(total, num_frames) if total else []
             frames = decode({int(i) for i in order})[0] if total else {}
     except av.FFmpegError as error:
         raise ImageError(f"{name} cannot be read as a video: {error}") from error

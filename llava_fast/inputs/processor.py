@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal
@@ -77,6 +77,8 @@ class Processor:
     template        the chat template for requests with messages.
     max_rows        the decoder's context length; a longer prompt is refused.
     video_frames    how many frames of a video file are used, spaced uniformly (all, if frames are given as images).
+    time_instruction  messages about a video also say how long it lasts and when its frames are, in the words that
+                    LLaVA-NeXT trains with (chat_messages.with_video_times). It must be a file or a folder of frames.
     exif            turn images upright by their EXIF tag, as transformers does when it opens a file.
     tiles_on        "host", or "device": a batch then carries whole images, and the device that it is moved to makes
                     the tiles, the same to the bit. Only for resample="pillow".
@@ -89,6 +91,7 @@ class Processor:
     video_token_id: int | None = None
     max_rows: int | None = None
     video_frames: int = 16
+    time_instruction: bool = False
     exif: bool = True
     resample: Literal["pillow", "torchvision"] = "pillow"
     pillow: Literal["12", "13"] | None = None
@@ -167,11 +170,15 @@ class Processor:
 
     def render(self, request: dict, labels: Labels = False) -> tuple[list[chat.Segment], list, list]:
         """See `render_request`."""
-        return render_request(self.template, request, labels)
+        return render_request(self.template, request, labels, self._times_of if self.time_instruction else None)
+
+    def _times_of(self, video: Any) -> headers.VideoTimes:
+        return headers.video_times(video, self.video_frames)
 
     def outline(self, request: dict, labels: Labels = False) -> list[TextPiece | VisualMark]:
-        """A request as token ids and marks in order, before any image is opened. Raises RequestError, also where
-        labels are asked for and no token would carry one."""
+        """A request as token ids and marks in order, before any image is opened; only a time instruction reads the
+        video's header. Raises RequestError, also where labels are asked for and no token would carry one, and
+        ImageError for a video without times."""
         if labels not in (False, True, "answers", "original"):
             raise ValueError(f"labels are False, True, 'answers' or 'original', not {labels!r}")
         if labels and "messages" not in request:
@@ -334,10 +341,14 @@ class Processor:
 
 
 def render_request(
-    template: chat.ChatTemplate, request: dict, labels: Labels = False
+    template: chat.ChatTemplate,
+    request: dict,
+    labels: Labels = False,
+    times_of: Callable[[Any], headers.VideoTimes] | None = None,
 ) -> tuple[list[chat.Segment], list, list]:
     """(segments of the prompt, image sources, video sources) of a request, marks still in the text. Only with
-    `labels` is a conversation split into segments; otherwise the whole prompt is one. Raises RequestError."""
+    `labels` is a conversation split into segments; otherwise the whole prompt is one. `times_of` a video: messages get
+    its time instruction. Raises RequestError, and what `times_of` raises."""
     _check_request(request)
     given = list(request.get("images") or [])
     videos = [] if request.get("video") is None else [request["video"]]
@@ -352,6 +363,8 @@ def render_request(
         )
     supply = iter(given)
     sources = [next(supply) if source is None else source for source in sources]
+    if times_of is not None and videos:
+        messages = chat.with_video_times(messages, *times_of(videos[0]))
     if labels:
         _check_answers(messages)
         return template.segments(messages, add_generation_prompt=False), sources, videos

@@ -45,6 +45,7 @@ class Data(_Section):
     on_problem: Literal["stop", "skip"] = "stop"  # a sample that cannot be used (`llava-fast data check` lists them)
     workers: int = Field(2, ge=0)  # processes that open and cut images
     video_frames: int = Field(16, ge=1)
+    time_instruction: bool = False  # a video's question begins with its duration and its frames' times
 
 
 class Optimizer(_Section):

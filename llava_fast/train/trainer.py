@@ -105,8 +105,11 @@ def load_model(recipe: Recipe, world: World) -> Llava:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(world.device, torch.float32 if parameter.requires_grad else frozen)
     processor = processor_of(model)
-    most = recipe.data.max_length or processor.max_rows
-    model.processor = dataclasses.replace(processor, video_frames=recipe.data.video_frames, max_rows=most)
+    data = recipe.data
+    most = data.max_length or processor.max_rows
+    model.processor = dataclasses.replace(
+        processor, video_frames=data.video_frames, time_instruction=data.time_instruction, max_rows=most
+    )
     return model.train()
 
 

@@ -144,6 +144,43 @@ def test_bad_videos_are_what_reading_them_says(tmp_path, video_file):
                 read(video, 4)
 
 
+def test_times_of_frames(video_file, tmp_path):
+    """Five frames, ten a second. Frame i is at i / rate, also where a number repeats; a folder has two a second."""
+    for video in (video_file, str(video_file), video_file.read_bytes()):
+        assert headers.video_times(video, 3) == (0.5, [0.0, 0.2, 0.4])
+        assert headers.video_times(video, 7) == (0.5, pytest.approx([0.0, 0.0, 0.1, 0.2, 0.2, 0.3, 0.4]))
+    for number in range(5):
+        Image.fromarray(tiny.picture(6, 8)).save(tmp_path / f"{number}.png")
+    assert headers.video_times(tmp_path, 2) == (2.5, [0.0, 2.0])
+
+
+def test_times_where_the_header_has_no_number_of_frames(video_file, tmp_path):
+    av = pytest.importorskip("av")
+    path = tmp_path / "clip.mkv"
+    with av.open(str(video_file)) as old, av.open(str(path), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                new.mux(packet)
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames == 0
+    assert headers.video_times(path, 3) == (0.5, [0.0, 0.2, 0.4])
+
+
+def test_a_video_without_times_is_refused(tmp_path, video_file):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.mp4").write_text("no video at all")
+    for video, error, message in (
+        (tmp_path / "nowhere.mp4", MissingFileError, "nowhere"),
+        (tmp_path / "empty", ImageError, "the folder .* has no frames"),
+        (tmp_path / "text.mp4", ImageError, "cannot be read as a video"),
+        (np.zeros((3, 4, 4, 3), np.uint8), ImageError, "do not say when they are: give a video file"),
+    ):
+        with pytest.raises(error, match=message):
+            headers.video_times(video, 4)
+
+
 # ---------------------------------------------------------------- counts are the plan's
 
 QUESTION = [{"role": "user", "content": "<image>\nWhat is the hello?"}, {"role": "assistant", "content": "the hello"}]
@@ -169,6 +206,9 @@ def test_counts_are_the_plans(model, exif, labels, video_file):
     if model in ("onevision", "video"):
         samples["video"] = {"messages": VIDEO, "video": str(video_file)}
         samples["frames"] = {"messages": VIDEO, "video": np.stack([tiny.picture(20, 30)] * 3)}
+        timed = dataclasses.replace(processor, time_instruction=True)
+        assert timed.count(samples["video"], labels).text > processor.count(samples["video"], labels).text + 100
+        assert timed.count(samples["video"], labels).all == timed.prepare([samples["video"]], labels=labels).plan.rows
     for name, sample in samples.items():
         plan = processor.prepare([sample], labels=labels).plan
         text = int((plan.column("modality") == MODALITY_TEXT).sum())

@@ -355,6 +355,32 @@ def test_a_video_mark_is_text_where_no_video_is_given():
     assert plan.tiles == 0 and plan.lengths[0] > 5
 
 
+def test_the_time_instruction_is_llava_nexts(tmp_path):
+    """Word for word: with its missing space, and with the newline that follows a mark left in front of the question."""
+    for number in range(5):
+        Image.fromarray(tiny.picture(6, 8)).save(tmp_path / f"{number}.png")
+    ours = tiny.pair("video").ours.processor
+    processor = dataclasses.replace(ours, template=chat.builtin_template("qwen"), video_frames=3, time_instruction=True)
+    said = (
+        "<video>\nThe video lasts for 2.50 seconds, and 3 frames are uniformly sampled from it. These frames are "
+        "located at 0.00s,1.00s,2.00s.Please answer the following questions related to this video.\n\nWhat?"
+    )
+    items = [{"type": "video"}, {"type": "text", "text": "What?"}]
+    for content in ("<video>\nWhat?", items):
+        answer = {"role": "assistant", "content": "A cat."}
+        messages = [{"role": "user", "content": content}, answer, {"role": "user", "content": "Why?"}, answer]
+        request = {"messages": messages, "video": str(tmp_path)}
+        for labels in (False, True):
+            text = "".join(segment.text for segment in processor.render(request, labels)[0])
+            assert said in text and text.count("The video lasts") == 1
+        without = dataclasses.replace(processor, time_instruction=False).render(request)[0][0].text
+        assert without == processor.render(request)[0][0].text.replace(said, "<video>\nWhat?")
+    picture = {"messages": [{"role": "user", "content": "<image>\nWhat?"}], "images": [tiny.picture(6, 8)]}
+    assert "The video lasts" not in processor.render(picture)[0][0].text
+    with pytest.raises(ImageError, match="request 0: frames given as images do not say when they are"):
+        processor.prepare([request | {"video": np.zeros((3, 4, 4, 3), np.uint8)}])
+
+
 def test_transparency_is_laid_on_white_or_dropped_as_transformers_does(tmp_path):
     pair = tiny.pair("next")
     pixels = np.random.default_rng(0).integers(0, 256, (70, 90, 4), dtype=np.uint8)

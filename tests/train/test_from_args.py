@@ -101,6 +101,13 @@ def test_llava_next(tmp_path):
     assert "dataloader_drop_last True: " in text
 
 
+def test_the_time_instruction_of_llava_video(tmp_path):
+    made, text = recipe(tmp_path, words(NEXT + " --add_time_instruction True --force_sample True"))
+    assert made.data.time_instruction and "time_instruction" not in text.split("model:")[0]
+    assert "force_sample" not in text and "a video shorter" not in text
+    assert not recipe(tmp_path, words(NEXT + " --add_time_instruction False"))[0].data.time_instruction
+
+
 @pytest.mark.parametrize(
     ("arguments", "trained"),
     [
@@ -149,7 +156,8 @@ def test_dpo(tmp_path):
         ("--brand_new", "--brand_new: nothing here does this"),
         ("--mm_use_im_start_end True", "--mm_use_im_start_end True: nothing here does this"),
         ("--fp16 True", "--fp16 True: set precision"),
-        ("--add_time_instruction True", "--add_time_instruction True: nothing here does this"),
+        ("--force_sample True", "--force_sample True: nothing here does this"),
+        ("--frames_upbound 32", "a video shorter than frames_upbound seconds"),
         ("--version v0", "version v0: there is no such template"),
         ("--optim adafactor", "optim adafactor: AdamW is used"),
         ("--lr_scheduler_type polynomial", "lr_scheduler_type polynomial: supported are"),

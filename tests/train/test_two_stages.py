@@ -16,7 +16,11 @@ from transformers import (
 )
 
 import llava_fast
-from llava_fast.train.trainer import train
+from llava_fast.train.metrics import FILE, read_metrics
+from llava_fast.train.parallel import World
+from llava_fast.train.trainer import build_loader, load_model, train
+
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -86,3 +90,54 @@ def test_both_stages(make_recipe, parts, tmp_path):
         ours = two(batch, logits="all").logits
         theirs = stock.model.language_model(inputs_embeds=embeds[None]).last_hidden_state[0]
         torch.testing.assert_close(ours, stock.lm_head(theirs), rtol=1e-4, atol=1e-4)
+
+
+def films(folder, samples=8):
+    """Questions about videos, a file and a folder of frames in turn."""
+    av = pytest.importorskip("av")
+    with av.open(str(folder / "film.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(12):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(tiny.picture(48, 64, number), format="rgb24")))
+        container.mux(stream.encode())
+    (folder / "frames").mkdir()
+    for number in range(5):
+        Image.fromarray(tiny.picture(50, 70, number)).save(folder / "frames" / f"{number}.png")
+    records = []
+    for number in range(samples):
+        turns = [
+            {"from": "human", "value": "<image>\nWhat?"},
+            {"from": "gpt", "value": ["a box", "the cup"][number % 2]},
+        ]
+        records.append({"id": str(number), "video": ["film.mp4", "frames"][number % 2], "conversations": turns})
+    (folder / "films.json").write_text(json.dumps(records))
+    return [{"path": str(folder / "films.json")}]
+
+
+def test_a_training_on_videos(make_recipe, parts, tmp_path):
+    """What LLaVA-Video's command line asks for: pooled frames, a newline a row, longer positions, the frames' times."""
+    shape = {"video_pool": "average", "video_pool_stride": 2, "video_newline": "grid", "merge": "spatial_unpad"}
+    rope = {"kind": "linear", "factor": 2.0}
+    data = {"sources": films(tmp_path), "template": "qwen", "video_frames": 4, "time_instruction": True}
+    settings = {"batch_size": 4, "epochs": 4, "layout": "original", "optimizer": {"learning_rate": 5e-3}}
+    recipe = make_recipe(model=parts | {"aspect": "square"} | shape | {"rope": rope}, data=data, **settings)
+    begun = load_model(recipe, ALONE)
+    loader = build_loader(recipe, begun, ALONE)
+    assert loader.lengths.visual.tolist() == [4 * 3 * (3 + 1)] * 8  # 7x7 patches pooled, a newline after each row
+    step = next(loader.steps(0))
+    measured = loader.rows(loader.schedule.samples(0)).sum()
+    assert sum(each.plan.rows for each in step.micro_batches) == measured
+    silent = recipe.model_copy(update={"data": recipe.data.model_copy(update={"time_instruction": False})})
+    assert (build_loader(silent, load_model(silent, ALONE), ALONE).lengths.text + 100 < loader.lengths.text).all()
+
+    path = train(recipe)
+    losses = [row["loss"] for row in read_metrics(tmp_path / "run" / FILE)]
+    assert len(losses) == 8 and losses[-1] < 0.75 * losses[0]
+    config = json.loads((path / "config.json").read_text())
+    assert (config["mm_spatial_pool_mode"], config["mm_spatial_pool_stride"]) == ("average", 2)
+    assert config["mm_newline_position"] == "grid"
+    assert config["rope_scaling"]["factor"] == 2.0
+    made = llava_fast.load(path)
+    assert made.config.geometry == begun.config.geometry and made.config.decoder == begun.config.decoder
+    assert not torch.equal(made.image_newline, begun.image_newline)

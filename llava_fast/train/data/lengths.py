@@ -29,7 +29,15 @@ from llava_fast.train.data.samples import SampleTable
 
 LabelMask = Literal["answers", "original"]
 _CHUNK = 32  # samples that a worker does at once
-_PLAIN_SETTINGS = ("geometry", "image_token_id", "video_token_id", "template", "video_frames", "exif")
+_PLAIN_SETTINGS = (
+    "geometry",
+    "image_token_id",
+    "video_token_id",
+    "template",
+    "exif",
+    "video_frames",
+    "time_instruction",
+)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,6 @@ _OFF = {  # arguments that are only known by their harmless value
     "fp16": False,
     "freeze_mm_vision_resampler": False,
     "tune_mm_vision_resampler": False,
-    "add_time_instruction": False,
     "force_sample": False,
     "early_mix_text": False,
     "s2": False,
@@ -288,6 +287,10 @@ def _data(args: Arguments, is_next: bool, is_dpo: bool) -> dict[str, Any]:
         data["batching"] = "grouped"
     if (frames := args.take("frames_upbound", 0)) > 0:
         data["video_frames"] = frames
+        if not args.take("force_sample", False):
+            args.note("a video shorter than frames_upbound seconds gives one frame a second there, video_frames here")
+    if args.take("add_time_instruction", False):
+        data["time_instruction"] = True
     version = args.take("version") or "v0"
     if (template := _template(version)) is not None:
         data["template"] = template
