@@ -43,6 +43,7 @@ class Plan:
     cache: Path | None = None
     skips_problems: bool = False
     cuts: bool = False
+    time_instruction: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def plan_for(
             recipe.output / "lengths",
             data.on_problem == "skip",
             data.too_long == "cut",
+            data.time_instruction,
         )
     if changes:
         raise DataError(f"{path} is data and no recipe, so --set {changes[0]} has nothing to change")
@@ -275,7 +277,8 @@ def _processor(plan: Plan) -> Processor:
     if plan.model is None:
         raise CheckpointError("there is no model to take a processor from")
     processor = load_processor(*open_checkpoint(plan.model), plan.template)
-    return dataclasses.replace(processor, video_frames=plan.video_frames or processor.video_frames)
+    frames = plan.video_frames or processor.video_frames
+    return dataclasses.replace(processor, video_frames=frames, time_instruction=plan.time_instruction)
 
 
 def _readable(sources: Sequence[Source]) -> tuple[list[int], list[dict[str, str]]]:
