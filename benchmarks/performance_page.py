@@ -77,12 +77,12 @@ def measured_on_cpus(results: list[Path]) -> list[str]:
         every = read_json(path)
         for model in dict.fromkeys(row.model for row in every):
             rows = [row for row in every if row.model == model]
-            row = rows[0]
+            row, commits = rows[0], ", ".join(dict.fromkeys(str(each.commit) for each in rows))
             lines += [
                 f"### {row.suite}: {model}",
                 "",
                 f"{row.machine['cpu']}, {row.machine['threads']} of {row.machine['cores']} cores, torch "
-                f"{row.versions['torch']}, transformers {row.versions['transformers']}, commit {row.commit} "
+                f"{row.versions['torch']}, transformers {row.versions['transformers']}, commit {commits} "
                 f"([{path.name}](../benchmarks/results/{path.name})).",
                 "",
                 "| case | side | ms | processor time, ms | peak, MiB | times as fast |",
