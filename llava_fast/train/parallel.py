@@ -75,7 +75,13 @@ def join_world(settings: Parallel) -> World:
     if "RANK" not in os.environ:
         return World(0, 1, device)
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        store, rank, size = next(dist.rendezvous("env://"))
+        if (
+            os.environ.get("GROUP_WORLD_SIZE") == "1"
+        ):  # torchrun's store outlives its workers: leave dead ones' addresses
+            store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     shape = (count // settings.tensor, settings.tensor)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "tensor"))
     return World(mesh["data"].get_local_rank(), shape[0], device, mesh)

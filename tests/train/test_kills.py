@@ -1,10 +1,15 @@
-"""Kills of all processes of a run at moments that nobody chose."""
+"""Kills at moments that nobody chose: of all processes of a run, and of one worker, which torchrun starts again."""
 
+import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from llava_fast.train.metrics import FILE, read_metrics
 
@@ -54,3 +59,27 @@ def test_ten_kills_of_all_processes_at_random_moments(whole, run, tmp_path):
         assert losses(killed) == losses(whole)
         assert [each.name for each in (killed.output / "checkpoints").iterdir()] == ["step-000006"]
         assert {each.name for each in killed.output.iterdir()} == {each.name for each in whole.output.iterdir()}
+
+
+@pytest.mark.timeout(900)
+def test_a_worker_that_dies_is_started_again(whole, tmp_path):
+    """By torchrun, with the others; the run goes on from its newest checkpoint."""
+    recipe = whole.model_copy(update={"output": tmp_path / "elastic", "steps": 40, "epochs": 4})
+    path = tmp_path / "elastic.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "--max-restarts", "2", "-m", "llava_fast", "train", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True) as agent:
+        try:
+            while agent.poll() is None and not list((recipe.output / "checkpoints").glob("step-*")):
+                time.sleep(0.05)
+            first, second = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+            os.kill(int(second), signal.SIGKILL)
+            _, said = agent.communicate(timeout=240)
+        finally:
+            agent.terminate()  # it takes its workers, which are sessions of their own, along
+    assert agent.returncode == 0, said[-4000:]
+    assert "resumed after step" in said
+    assert len(losses(recipe)) == 40
+    assert (recipe.output / "model" / "config.json").exists()
