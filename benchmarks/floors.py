@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from benchmarks.machine import Ceilings
 from llava_fast.models.config import DecoderConfig, LlavaConfig, VisionConfig
+from llava_fast.train.estimate.flops import layer_weights, projector_weights
 
 
 @dataclass(frozen=True)
@@ -110,17 +111,8 @@ def vision_flops(vision: VisionConfig, tiles: int) -> float:
     return 2.0 * tiles * (rows * vision.layers_needed * (layer + attention) + patches)
 
 
-def projector_weights(config: LlavaConfig) -> int:
-    projector = config.projector
-    if projector.kind == "identity":
-        return 0
-    depth = 1 if projector.kind == "linear" else projector.depth
-    return projector.out_features * (projector.in_features + (depth - 1) * projector.out_features)
-
-
 def decoder_weights(decoder: DecoderConfig) -> int:
-    heads = decoder.head_dim * (2 * decoder.num_heads + 2 * decoder.num_kv_heads)
-    return decoder.num_layers * decoder.hidden_size * (heads + 3 * decoder.intermediate_size)
+    return decoder.num_layers * layer_weights(decoder)
 
 
 def decoder_flops(decoder: DecoderConfig, rows: int, pairs: int) -> float:

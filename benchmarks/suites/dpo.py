@@ -12,11 +12,11 @@ import numpy as np
 from torch import Tensor
 
 from benchmarks import checks
-from benchmarks.case import Case, Provider, Settings
+from benchmarks.case import Case, Settings
 from benchmarks.floors import Sizes, train_floor
 from benchmarks.inputs import ROTATED, describe, requests
 from benchmarks.subject import Subject
-from benchmarks.suites.train_step import digest
+from benchmarks.suites.train_step import provider
 from llava_fast.inputs.plan import Piece, TextPiece
 from llava_fast.models.batch import Batch
 from llava_fast.train.preference.loss import answer_log_probs, preference_losses
@@ -47,7 +47,10 @@ def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
         model=subject.label,
         real_width=subject.real_width,
         label=f"{describe(settings, shared[0])}, two answers of {count} tokens",
-        providers=[_provider(subject, "llava_fast", shared_loss), _provider(subject, "two-pass", two_pass_loss)],
+        providers=[
+            provider("llava_fast", subject.ours, shared_loss),
+            provider("two-pass", subject.ours, two_pass_loss),
+        ],
         check=checks.same_training(settings.dtype),
         floor=train_floor(subject.config, sizes, subject.dtype.itemsize),
         items=2 * len(plan.lengths),
@@ -70,25 +73,3 @@ def _batch(subject: Subject, settings: Settings, rotation: int, answers: list[li
             sequences.append([*processor.pieces(processor.outline(request), tiles), *ends])
     tails = [[len(end.ids) for end in answers[0]]] * len(sequences) if len(answers[0]) > 1 else ()
     return Batch.from_prepared(processor.assemble(sequences, tiles, tails=tails), subject.device)
-
-
-def _provider(subject: Subject, name: str, loss) -> Provider:
-    def prepare() -> None:
-        for key, value in subject.ours.named_parameters():
-            value.requires_grad_("vision_tower." not in key)
-
-    def run(number: int) -> Tensor:
-        value = loss(number)
-        value.backward()
-        return value.detach()
-
-    def result(value: Tensor) -> dict[str, Tensor]:
-        named = {key: each.grad for key, each in subject.ours.named_parameters()}
-        digests = {key: digest(gradient) for key, gradient in named.items() if gradient is not None}
-        return {"loss": value.double().cpu()[None], **digests}
-
-    def finish() -> None:
-        for value in subject.ours.parameters():
-            value.grad = None  # freed, not zeroed: the other side needs the room
-
-    return Provider(name, run, result, prepare, finish)

@@ -9,6 +9,7 @@ micro-batch of either has at most as many rows. The tower is frozen, the rest tr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from benchmarks.case import Case, Provider, Row, Settings
 from benchmarks.floors import Sizes, train_floor
 from benchmarks.inputs import requests
 from benchmarks.subject import Subject
-from benchmarks.suites.train_step import digest
+from benchmarks.suites.train_step import provider
 from llava_fast.inputs.plan import Layout, TextPiece
 from llava_fast.inputs.processor import Prepared
 from llava_fast.models.batch import Batch
@@ -82,10 +83,6 @@ def _batches(subject: Subject, settings: Settings, split: list[list[int]], layou
 
 
 def _provider(subject: Subject, name: str, batches: list[Batch], supervised: int) -> Provider:
-    def prepare() -> None:
-        for key, value in subject.ours.named_parameters():
-            value.requires_grad_("vision_tower." not in key)
-
     def run(number: int) -> Tensor:
         total = torch.zeros((), device=subject.device)
         for batch in batches:
@@ -94,16 +91,7 @@ def _provider(subject: Subject, name: str, batches: list[Batch], supervised: int
             total += loss.detach()
         return total
 
-    def result(value: Tensor) -> dict[str, Tensor]:
-        named = {key: each.grad for key, each in subject.ours.named_parameters()}
-        digests = {key: digest(gradient) for key, gradient in named.items() if gradient is not None}
-        return {"loss": value.double().cpu()[None], **digests}
-
-    def finish() -> None:
-        for value in subject.ours.parameters():
-            value.grad = None  # so that steps do not add up
-
-    return Provider(name, run, result, prepare, finish)
+    return replace(provider(name, subject.ours, run), run=run)  # which goes backward itself, a micro-batch at a time
 
 
 def summary(rows: Sequence[Row]) -> str:

@@ -202,8 +202,10 @@ class FastOutput:
         made = super().__call__(*args, **kwargs)
         for name, value in made.items():
             if isinstance(value, list):
-                with contextlib.suppress(ValueError, TypeError, OverflowError):  # rows of unlike lengths, no numbers
-                    made[name] = torch.from_numpy(np.array(value, dtype=np.int64))
+                with contextlib.suppress(ValueError, OverflowError):  # rows of unlike lengths
+                    numbers = np.array(value)
+                    if numbers.dtype.kind == "i" or not numbers.size:  # no token at all makes int64 too
+                        made[name] = torch.from_numpy(numbers.astype(np.int64, copy=False))
         return made.convert_to_tensors("pt")  # the rest, or transformers' own complaint about it
 
 

@@ -11,15 +11,9 @@ import numpy as np
 import pytest
 import yaml
 
-from llava_fast.train.metrics import FILE, read_metrics
+from runs import losses
 
 KILLS = 10
-
-
-def losses(recipe) -> list[float]:
-    values = read_metrics(recipe.output / FILE)
-    assert [each["step"] for each in values] == list(range(1, len(values) + 1))  # none missing, none twice
-    return [each["loss"] for each in values]
 
 
 @pytest.fixture(scope="module")

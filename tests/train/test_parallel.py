@@ -6,20 +6,14 @@ import numpy as np
 import pytest
 
 from llava_fast.train.checkpoint import Checkpoints
-from llava_fast.train.metrics import FILE, read_metrics
 from llava_fast.train.trainer import train
+from runs import losses
 
 SHAPES = {
     "ddp": {"kind": "ddp"},
     "fsdp2": {"kind": "fsdp2"},
     "tensor": {"kind": "fsdp2", "tensor": 2},
 }
-
-
-def losses(recipe) -> list[float]:
-    values = read_metrics(recipe.output / FILE)
-    assert [each["step"] for each in values] == list(range(1, len(values) + 1))  # none missing, none twice
-    return [each["loss"] for each in values]
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from llava_fast.train.parallel import World
 from llava_fast.train.preference import tuning as preference
 from llava_fast.train.preference.tuning import adapters_off, build_trainer, dpo
 from llava_fast.train.trainer import load_model, train
+from runs import break_off
 
 ALONE = World(0, 1, torch.device("cpu"))
 ANSWERS = ["a red cup", "two green cups near a table", "nothing", "a small box on the table", "the red box says hello"]
@@ -143,13 +144,7 @@ def test_a_killed_run_goes_on_with_the_same_reference(recipe, tmp_path, monkeypa
     whole = recipe(epochs=3, checkpoints={"every": 2}, output=str(tmp_path / "whole"))
     dpo(whole)
     killed = whole.model_copy(update={"output": tmp_path / "killed"})
-    step = preference.DpoTrainer.step
-    monkeypatch.setattr(
-        preference.DpoTrainer, "step", lambda self, batch: 1 / 0 if batch.step == 3 else step(self, batch)
-    )
-    with pytest.raises(ZeroDivisionError):
-        dpo(killed)
-    monkeypatch.setattr(preference.DpoTrainer, "step", step)
+    break_off(killed, 3, dpo)
     (kept,) = (killed.output / "references").iterdir()
     monkeypatch.setattr(preference, "tqdm", None)  # a second pass over the data would need it
     dpo(killed)
