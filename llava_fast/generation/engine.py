@@ -113,10 +113,10 @@ _GREEDY = SamplingOptions()
 
 
 def _choose(logits: Tensor, running: list[Sequence]) -> list[int]:
-    """The next token of each running sequence; plain greedy needs one argmax and one transfer for all."""
+    """The next token of each running sequence, by one transfer from the device for all."""
     if all(s.sampler.options == _GREEDY for s in running):
         return logits.argmax(-1).tolist()
-    return [sequence.sampler(row) for sequence, row in zip(running, logits, strict=True)]
+    return [sequence.sampler(row) for sequence, row in zip(running, logits.cpu(), strict=True)]
 
 
 @dataclass(frozen=True)

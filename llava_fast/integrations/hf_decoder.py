@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_fast.integrations.replacement import is_replaced
-from llava_fast.models.modules import is_plain
+from llava_fast.models.modules import is_plain, is_plain_parameter
 from llava_fast.ops import backend, rms_norm, rope, swiglu
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
@@ -73,7 +73,7 @@ def _serves(op: str, x: Tensor) -> bool:
 
 
 def rms_norm_forward(module: Any, hidden_states: Tensor) -> Tensor:
-    if not _small(hidden_states) and _serves("rms_norm", hidden_states) and type(module.weight) is nn.Parameter:
+    if not _small(hidden_states) and _serves("rms_norm", hidden_states) and is_plain_parameter(module.weight):
         return rms_norm(hidden_states, module.weight, module.variance_epsilon)
     return type(module).forward(module, hidden_states)
 

@@ -25,7 +25,7 @@ from llava_fast.integrations.placement import (
     to_device,
 )
 from llava_fast.integrations.uint8_pixels import Normalisation
-from llava_fast.models.modules import is_plain
+from llava_fast.models.modules import is_plain, is_plain_parameter
 from llava_fast.models.vision import on_device
 from llava_fast.ops import assemble_inputs, backend, patch_embed, token_pack
 from llava_fast.ops.activations import ACTIVATIONS
@@ -236,7 +236,7 @@ def _embedded(embeddings: nn.Module, pixels: Tensor, normalisation: Normalisatio
     if plain and is_plain(conv, nn.Conv2d) and is_plain(position, nn.Embedding):
         class_row = getattr(embeddings, "class_embedding", None)
         weights = [part for part in (conv.weight, position.weight, conv.bias, class_row) if part is not None]
-        if all(type(part) is nn.Parameter and part.dtype == conv.weight.dtype for part in weights):
+        if all(is_plain_parameter(part) and part.dtype == conv.weight.dtype for part in weights):
             mean, std = (on_device(part, pixels.device) for part in normalisation.folded())
             return patch_embed(
                 pixels, conv.weight, position.weight, mean=mean, std=std, bias=conv.bias, class_row=class_row
@@ -315,7 +315,7 @@ def reads_table(embed: nn.Module) -> bool:
     """Whether text rows may be read from the embedding's weight: an exact nn.Embedding without special gradients."""
     return (
         is_plain(embed, nn.Embedding)
-        and type(embed.weight) is nn.Parameter
+        and is_plain_parameter(embed.weight)
         and embed.max_norm is None
         and not (embed.sparse or embed.scale_grad_by_freq)
         and (embed.padding_idx is None or not embed.weight.requires_grad)
@@ -336,7 +336,7 @@ def projector_weights(model: nn.Module) -> tuple[list[Tensor], list[Tensor]] | N
         return None
     weights = [linear.weight for linear in linears]
     biases = [linear.bias for linear in linears if linear.bias is not None]
-    plain = len(biases) in (0, len(linears)) and all(type(part) is nn.Parameter for part in (*weights, *biases))
+    plain = len(biases) in (0, len(linears)) and all(is_plain_parameter(part) for part in (*weights, *biases))
     return (weights, biases) if plain else None
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from llava_fast.models.attention import Spans, attend
 from llava_fast.models.config import DecoderConfig
 from llava_fast.models.kv_cache import KVCache
-from llava_fast.models.modules import is_plain
+from llava_fast.models.modules import is_plain, is_plain_parameter
 from llava_fast.models.native_step import step_weights
 from llava_fast.models.recompute import Recompute, run_layer
 from llava_fast.models.rope import Rope
@@ -103,7 +103,7 @@ class DecoderLayer(nn.Module):
     def forward(self, x_RC: Tensor, rotation: tuple[Tensor, Tensor], spans: Spans, cache: KVCache | None) -> Tensor:
         norm = self.post_attention_layernorm
         change_RC = self.self_attn(self.input_layernorm(x_RC), rotation, spans, cache)
-        if fuses("rms_norm", x_RC) and is_plain(norm, RMSNorm) and type(norm.weight) is nn.Parameter:
+        if fuses("rms_norm", x_RC) and is_plain(norm, RMSNorm) and is_plain_parameter(norm.weight):
             x_RC, normed_RC = add_rms_norm(x_RC, change_RC, norm.weight, norm.eps)
         else:
             x_RC = x_RC + change_RC

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from llava_fast.models.modules import is_plain
+from llava_fast.models.modules import is_plain, is_plain_parameter
 from llava_fast.ops import add_layer_norm, backend, double_layer_norm, layer_norm
 
 Pending = Tensor | nn.Module | None
@@ -39,5 +39,5 @@ def finish_and_norm(x: Tensor, pending: Pending, norm: nn.Module) -> tuple[Tenso
 def _is_plain_norm(module: nn.Module) -> bool:
     """Whether it is a LayerNorm over the last dimension with ordinary parameters (not sharded, none missing)."""
     return is_plain(module, nn.LayerNorm) and all(
-        type(parameter) is nn.Parameter and parameter.dim() == 1 for parameter in (module.weight, module.bias)
+        is_plain_parameter(parameter) and parameter.dim() == 1 for parameter in (module.weight, module.bias)
     )

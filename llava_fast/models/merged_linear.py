@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llava_fast.models.modules import is_plain
+from llava_fast.models.modules import is_plain, is_plain_parameter
 from llava_fast.ops import backend
 
 
@@ -29,6 +29,6 @@ def _can_be_joined(linears: tuple[nn.Module, ...]) -> bool:
     """Whether all are plain Linears, of ordinary parameters (none sharded or quantised), all or none with a bias."""
     return (
         all(is_plain(linear, nn.Linear) for linear in linears)
-        and all(type(linear.weight) is nn.Parameter for linear in linears)
+        and all(is_plain_parameter(linear.weight) for linear in linears)
         and {type(linear.bias) for linear in linears} in ({nn.Parameter}, {type(None)})
     )

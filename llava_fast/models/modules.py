@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -15,4 +16,12 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and "forward" not in vars(module)
+    )
+
+
+def is_plain_parameter(parameter: object) -> bool:
+    """True for an ordinary parameter: not None, sharded (DTensor) or quantised. What stands for one while a program is
+    traced (torch's FakeTensorMode) is one too."""
+    return type(parameter) is nn.Parameter or (
+        isinstance(parameter, FakeTensor) and isinstance(parameter, nn.Parameter)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from llava_fast.models.config import ProjectorConfig
-from llava_fast.models.modules import is_plain
+from llava_fast.models.modules import is_plain, is_plain_parameter
 from llava_fast.ops.activations import ACTIVATIONS
 
 
@@ -51,5 +51,5 @@ class Projector(nn.Module):
             return None
         weights = [linear.weight for linear in linears]
         biases = [linear.bias for linear in linears if linear.bias is not None]
-        fits = len(biases) in (0, len(linears)) and all(type(part) is nn.Parameter for part in (*weights, *biases))
+        fits = len(biases) in (0, len(linears)) and all(is_plain_parameter(part) for part in (*weights, *biases))
         return (weights, biases) if fits else None

@@ -1,0 +1,82 @@
+"""A GPU of fake tensors: shapes, dtypes and devices are tracked, nothing is computed (torch's FakeTensorMode).
+
+What it shows without a GPU: no operation mixes tensors of the CPU with tensors of the GPU, and how often the host reads
+a value back from the device, for which it waits on a GPU. Fake tensors may say "cuda" in a PyTorch without CUDA, but
+autograd asks for that device's streams: device.cpp gives it some. `load` must come before torch is imported, so this
+runs in a process of its own (programs.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+_implementations: dict[str, Callable] = {}  # of operators defined in Python, by name
+
+
+def load(folder: Path) -> None:
+    """Compile device.cpp into a folder and load it, before torch."""
+    found = importlib.util.find_spec("torch")
+    assert found and found.origin
+    torch = Path(found.origin).parent
+    library = folder / "device.so"
+    flags = ["-std=c++20", "-O0", "-shared", "-fPIC", "-w", f"-I{torch}/include", f"-L{torch}/lib"]
+    source = Path(__file__).with_name("device.cpp")
+    subprocess.run(["g++", *flags, str(source), "-lc10", "-ltorch_cpu", "-o", str(library)], check=True)
+    ctypes.CDLL(str(torch / "lib" / "libtorch_cpu.so"), ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(library))
+
+    from torch import cuda
+    from torch.library import Library
+
+    cuda.current_device = lambda: 0
+    cuda.is_bf16_supported = lambda *_: True
+    cuda.amp.common.amp_definitely_not_available = lambda: False
+    register = Library.impl
+
+    def impl(self, name, function, key="", **options):
+        if key == "CompositeExplicitAutograd":
+            _implementations[name] = function
+        return register(self, name, function, key, **options)
+
+    Library.impl = impl
+
+
+@contextlib.contextmanager
+def fake_gpu() -> Iterator[list[str]]:
+    """Tensors made inside are fake. Gives a list that grows by the name of the operation whenever the host reads from
+    the device; what it reads is 1."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from llava_fast.ops.backend import requested
+
+    reads: list[str] = []
+    aten = torch.ops.aten
+
+    def on(tensor, kind: str) -> bool:
+        return isinstance(tensor, torch.Tensor) and tensor.device.type == kind
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if function in (aten.item.default, aten._local_scalar_dense.default):
+                if on(args[0], "cuda"):
+                    reads.append("item")
+                return 1.0 if args[0].is_floating_point() else 1
+            if function in (aten.pin_memory.default, aten._pin_memory.default):  # fake tensors know no such thing
+                return args[0]
+            if function.namespace == "llava_fast" and requested() != "triton":  # not its shapes alone: the reference
+                return _implementations[function.name().split("::")[1]](*args, **kwargs)
+            out = function(*args, **kwargs)
+            if on(out, "cpu") and any(on(arg, "cuda") for arg in args[:2]):
+                reads.append(f"{function} to the host")
+            return out
+
+    with FakeTensorMode(allow_non_fake_inputs=True), Reads():
+        yield reads

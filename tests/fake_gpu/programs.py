@@ -1,0 +1,214 @@
+"""Programs on a GPU of fake tensors (device.py): each a function that raises if it goes wrong.
+
+    python tests/fake_gpu/programs.py
+
+runs them all and prints, as JSON, what each raised, or null. test_fake_gpu.py is the test.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from device import fake_gpu, load
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        load(Path(folder))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import tiny
+import torch
+from torch import nn
+
+import llava_fast
+from llava_fast.generation.llava import Llava
+from llava_fast.inputs.plan import TextPiece
+from llava_fast.integrations.collator import Collator
+from llava_fast.models.batch import Batch
+from llava_fast.models.recompute import set_recompute
+from llava_fast.ops import use_backend
+from llava_fast.train.optim import build_optimizer, freeze
+from llava_fast.train.parallel import clip_gradients
+from llava_fast.train.preference.loss import answer_log_probs
+from llava_fast.train.recipe import parse_recipe
+from llava_fast.train.trainer import forward
+
+BACKENDS = ("auto", "triton")
+MODELS = ("llava15", "next", "next_qwen", "next_mistral_window", "video", "video_max_odd", "onevision")
+
+
+def talk(question: str, **visual) -> dict:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "the end"}], **visual}
+
+
+def requests(name: str) -> list[dict]:
+    """One with images or a video, one with a single image, one of text alone."""
+    film = {"video": [tiny.picture(30, 40)] * 4}
+    first = talk("<video>\nhello", **film) if "video" in name else talk("<image> or <image>?", images=PICTURES)
+    return [first, talk("<image>\nhello", images=PICTURES[:1]), talk("hello")]
+
+
+RECIPE = {
+    "model": "none",
+    "output": "none",
+    "trainable": ["projector", "decoder"],
+    "data": {"sources": [{"path": "none"}]},
+    "optimizer": {"learning_rate": 1e-3},
+    "batch_size": 8,
+}
+PICTURES = [tiny.picture(90, 130), tiny.picture(40, 30)]
+
+
+def on_gpu(name: str, **changes) -> Llava:
+    """The tiny model of that name, on the GPU; its processor with changes."""
+    ours = tiny.pair(name).ours
+    with torch.device("cuda"):
+        return Llava(ours.config, dataclasses.replace(ours.processor, **changes))
+
+
+def all_on_gpu(model: nn.Module) -> None:
+    """Every parameter and every gradient is, and gradients there are."""
+    found = [part for each in model.parameters() for part in (each, each.grad) if part is not None]
+    assert {each.device.type for each in found} == {"cuda"} and len(found) > len(list(model.parameters()))
+
+
+def encoding(name: str, backend: str, **changes) -> None:
+    """From pixels to the decoder's inputs nothing is read back."""
+    with fake_gpu() as reads, use_backend(backend), torch.no_grad():
+        model = on_gpu(name, **changes)
+        inputs = model.inputs_embeds(model.prepare(requests(name)))
+    assert inputs.device.type == "cuda" and not reads, reads
+
+
+def training(name: str, backend: str, layout: str, logits: str) -> None:
+    """Nor in both passes of a training step, with everything trained."""
+    with fake_gpu() as reads, use_backend(backend):
+        model = on_gpu(name)
+        model(model.prepare(requests(name), labels=True, layout=layout), logits=logits).loss.backward()
+        all_on_gpu(model)
+    assert not reads, reads
+
+
+def preferring(backend: str) -> None:
+    """Nor with two answers behind one prompt (preference tuning)."""
+    with fake_gpu() as reads, use_backend(backend):
+        model, tiles = on_gpu("next"), []
+        outline = model.processor.outline({"prompt": "<image> hello", "images": PICTURES[:1]})
+        answers = [TextPiece(np.full(rows, 9, np.int64), np.ones(rows, bool)) for rows in (5, 3)]
+        sequence = [*model.processor.pieces(outline, tiles), *answers]
+        batch = Batch.from_prepared(model.processor.assemble([sequence], tiles, tails=[(5, 3)]), "cuda")
+        losses, _ = forward(model, batch, "bfloat16")
+        answer_log_probs(losses, batch.plan)[0].sum().backward()
+        all_on_gpu(model)
+    assert not reads, reads
+
+
+def idling(backend: str) -> None:
+    """Nor where a process of a sharded run has no sample in a step."""
+    with fake_gpu() as reads, use_backend(backend):
+        model = on_gpu("next")
+        model.runs_every_part = True
+        model(model.prepare([], labels=True), logits="none").loss.backward()
+        all_on_gpu(model)
+    assert not reads, reads
+
+
+def generating(name: str, **options) -> None:
+    """A step of decoding moves its tokens (a fake list reads them one by one), or the logits to draw from, once."""
+    with fake_gpu() as reads:
+        made = on_gpu(name).generate(requests(name), max_new_tokens=4, ignore_eos=True, **options)
+    assert [len(each.token_ids) for each in made] == [4, 4, 4]
+    assert len(reads) == (4 if options else 4 * 3), reads
+
+
+def optimizing(precision: str, recompute: str, backend: str) -> None:
+    """A step of a recipe's optimizer: of it all the gradients' norm is read."""
+    recipe = parse_recipe(RECIPE)
+    with fake_gpu() as reads, use_backend(backend):
+        model = on_gpu("next")
+        freeze(model, recipe)
+        set_recompute(model, recompute)
+        optimizer = build_optimizer(model, recipe.optimizer)
+        losses, _ = forward(model, model.prepare(requests("next"), labels=True), precision)
+        losses.sum().backward()
+        all_on_gpu(model)
+        clip_gradients([each for each in model.parameters() if each.requires_grad], 1.0)
+        optimizer.step()
+    assert reads == ["item"], reads
+
+
+def accelerated(name: str, backend: str) -> None:
+    """transformers' model, accelerated and with a collator's plan: nothing is read back in either pass."""
+    case = tiny.CASES[name]
+    samples = [{"messages": each["messages"], "images": each.get("images", [])} for each in requests("next")]
+    given = Collator(tiny.hf_processor(case), tiny.hf_config(case), chat_template="vicuna_v1")(samples)
+    with fake_gpu() as reads, use_backend(backend):
+        with torch.device("cuda"):
+            model = llava_fast.accelerate(tiny.hf_model(case).train(), training_logits=False)
+        model(**{name: value.to("cuda") for name, value in given.items()}).loss.backward()
+        all_on_gpu(model)
+    assert not reads, reads
+
+
+def mixing() -> None:
+    """Goes wrong: a program that leaves a tensor behind."""
+    with fake_gpu():
+        torch.ones(2, device="cuda") + torch.ones(2)
+
+
+def reading() -> None:
+    """Goes wrong: a program that asks the device."""
+    with fake_gpu() as reads:
+        torch.ones(2, device="cuda").sum().item()
+    assert not reads, reads
+
+
+def main() -> None:
+    """Run every program."""
+    programs: dict[str, Callable[[], None]] = {}
+
+    def add(function: Callable[..., None], *args, **options) -> None:
+        programs[" ".join((function.__name__, *map(str, args), *options))] = functools.partial(
+            function, *args, **options
+        )
+
+    for name in MODELS:
+        tiny.pair(name)  # made of real tensors
+        add(generating, name)
+        add(training, name, "auto", "padded", "supervised")
+    for backend in BACKENDS:
+        for name in MODELS:
+            add(encoding, name, backend)
+            add(training, name, backend, "packed", "none")
+        for name in ("llava15", "next", "next_qwen"):
+            add(accelerated, name, backend)
+        add(encoding, "next", backend, tiles_on="device")
+        add(optimizing, "bfloat16", "selective", backend)
+        add(preferring, backend)
+        add(idling, backend)
+    add(generating, "next", temperature=0.7, top_p=0.9, top_k=5, repetition_penalty=1.1, seed=3)
+    add(training, "next", "auto", "packed", "all")
+    add(optimizing, "bfloat16", "layers", "auto")
+    add(optimizing, "float32", "none", "auto")
+    add(mixing)
+    add(reading)
+    results: dict[str, str | None] = {}
+    for name, run in programs.items():
+        try:
+            run()
+            results[name] = None
+        except Exception:
+            results[name] = traceback.format_exc()
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
