@@ -87,51 +87,72 @@ def join_world(settings: Parallel) -> World:
     return World(mesh["data"].get_local_rank(), shape[0], device, mesh)
 
 
+def place(parameters: Iterable[nn.Parameter], recipe: Recipe, world: World) -> None:
+    """Move parameters to this process's device: what is trained in float32, the rest in the recipe's precision."""
+    frozen = getattr(torch, recipe.precision)
+    for parameter in parameters:
+        parameter.data = parameter.data.to(world.device, torch.float32 if parameter.requires_grad else frozen)
+
+
+def is_sharded(recipe: Recipe, world: World) -> bool:
+    """Whether each process is to hold a part of every layer."""
+    return world.mesh is not None and recipe.parallel.kind in ("auto", "fsdp2")
+
+
 def parallelize(model: LlavaModel, recipe: Recipe, world: World) -> nn.Module:
-    """The model as all processes run it. Call it before the optimizer is made; parameters change. Order: tensor
-    parallel, then FSDP2 or DDP."""
+    """The model as all processes run it. Call it before the optimizer is made; parameters change. A model that is to be
+    sharded may still be on the host (see `place`): its layers come to the device one by one."""
     settings = recipe.parallel
     if world.mesh is None or settings.kind == "none":
         return model
     model.runs_every_part = True
+    if is_sharded(recipe, world):
+        _shard(model, recipe, world)
+        return model
     if settings.tensor > 1:
-        _share_layers(model, world.mesh["tensor"])
-    if settings.kind == "ddp":
-        if settings.tensor > 1:
-            raise RecipeError("parallel: tensor above 1 goes with fsdp2, not with ddp")
-        ids = [world.device] if world.device.type == "cuda" else None
-        group = world.mesh.get_group("data")
-        return DistributedDataParallel(model, ids, process_group=group, forward_sync_buffers=False)
-    _shard(model, world.mesh["data"], recipe)
-    return model
+        raise RecipeError("parallel: tensor above 1 goes with fsdp2, not with ddp")
+    ids = [world.device] if world.device.type == "cuda" else None
+    group = world.mesh.get_group("data")
+    return DistributedDataParallel(model, ids, process_group=group, forward_sync_buffers=False)
 
 
-def _share_layers(model: LlavaModel, mesh: DeviceMesh) -> None:
+def _shard(model: LlavaModel, recipe: Recipe, world: World) -> None:
+    """Tensor parallel, then FSDP2: each decoder layer a unit, the tower one unit, the rest (embedding, head, projector)
+    the root's. A frozen tower is small and runs in full on every process, so it is replicated and never gathered."""
+    assert world.mesh is not None
+    mesh, tensor = world.mesh["data"], world.mesh["tensor"]
+    policy = MixedPrecisionPolicy(getattr(torch, recipe.precision), torch.float32, cast_forward_inputs=False)
+
+    def to_device(unit: nn.Module) -> None:  # a unit has one dtype; a shard in float32 costs little
+        for parameter in unit.parameters():
+            if not isinstance(parameter, DTensor) and parameter not in replicated:
+                parameter.data = parameter.data.to(world.device, torch.float32)
+
+    tower = model.vision_tower
+    replicated: set[nn.Parameter] = set()
+    if any(parameter.requires_grad for parameter in tower.parameters()):
+        to_device(tower)
+        fully_shard(tower, mesh=mesh, mp_policy=policy)
+    else:
+        replicated = set(tower.parameters())
+        place(replicated, recipe, world)
+    if tensor.size() > 1:
+        _check_heads(model, tensor)
+    for layer in model.decoder.layers:
+        to_device(layer)
+        if tensor.size() > 1:
+            parallelize_module(layer, tensor, {name: style() for name, style in _TENSOR_PLAN.items()})
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    to_device(model)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=replicated)
+
+
+def _check_heads(model: LlavaModel, mesh: DeviceMesh) -> None:
+    """Raise RecipeError unless a tensor mesh can share a layer's heads out."""
     config = model.config.decoder
     for what, number in (("query", config.num_heads), ("key", config.num_kv_heads)):
         if number % mesh.size():
             raise RecipeError(f"parallel.tensor: {mesh.size()} does not divide the decoder's {number} {what} heads")
-    for layer in model.decoder.layers:
-        parallelize_module(layer, mesh, {name: style() for name, style in _TENSOR_PLAN.items()})
-
-
-def _shard(model: LlavaModel, mesh: DeviceMesh, recipe: Recipe) -> None:
-    """FSDP2: each decoder layer a unit, the tower one unit, the rest (embedding, head, projector) the root's. A
-    frozen tower is small and runs in full on every process, so it is replicated and never gathered."""
-    for parameter in model.parameters():  # a unit has one dtype; a shard in float32 costs little
-        parameter.data = parameter.data.float()
-    policy = MixedPrecisionPolicy(getattr(torch, recipe.precision), torch.float32, cast_forward_inputs=False)
-    tower = model.vision_tower
-    trained = [parameter for parameter in tower.parameters() if parameter.requires_grad]
-    replicated: set[nn.Parameter] = set()
-    if trained:
-        fully_shard(tower, mesh=mesh, mp_policy=policy)
-    else:
-        tower.to(getattr(torch, recipe.precision))
-        replicated = set(tower.parameters())
-    for layer in model.decoder.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=replicated)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], most: float | None) -> float:

@@ -57,7 +57,7 @@ from llava_fast.train.estimate.flops import Utilisation
 from llava_fast.train.lora import add_adapters, export_adapter, merged
 from llava_fast.train.metrics import Metrics
 from llava_fast.train.optim import build_optimizer, build_schedule, freeze, part_of
-from llava_fast.train.parallel import World, clip_gradients, join_world, parallelize
+from llava_fast.train.parallel import World, clip_gradients, is_sharded, join_world, parallelize, place
 from llava_fast.train.recipe import Recipe
 
 logger = logging.getLogger("llava_fast.train")
@@ -96,14 +96,14 @@ def check_output(path: Path) -> None:
 
 
 def load_model(recipe: Recipe, world: World) -> Llava:
-    """The recipe's model on this process's device: what is trained in float32, the rest in the precision asked for."""
+    """The recipe's model on this process's device: what is trained in float32, the rest in the precision asked for. One
+    that is to be sharded stays on the host as its checkpoint holds it, so that no device ever holds all of it."""
     model = llava_fast.load(recipe.model, device="cpu", dtype="auto", chat_template=recipe.data.template)
     freeze(model, recipe)
     if recipe.lora is not None:
         add_adapters(model, recipe)
-    frozen = getattr(torch, recipe.precision)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(world.device, torch.float32 if parameter.requires_grad else frozen)
+    if not is_sharded(recipe, world):
+        place(model.parameters(), recipe, world)
     processor = processor_of(model)
     data = recipe.data
     most = data.max_length or processor.max_rows

@@ -4,9 +4,16 @@ import signal
 
 import numpy as np
 import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
+from llava_fast.train import parallel
 from llava_fast.train.checkpoint import Checkpoints
-from llava_fast.train.trainer import train
+from llava_fast.train.parallel import join_world
+from llava_fast.train.trainer import load_model, train
 from runs import losses
 
 SHAPES = {
@@ -29,6 +36,37 @@ def small(recipe_in, tmp_path_factory):
     )
     train(recipe)
     return recipe
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """The settings of torchrun for one process, which is left at the end."""
+    settings = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("trainable", [["projector", "decoder"], ["vision_tower", "projector", "decoder"]])
+def test_a_model_is_sharded_layer_by_layer(recipe_in, tmp_path, monkeypatch, alone, trainable):
+    """So that a device need not hold all of it, nor the host a copy: what no unit has taken stays as it is on disk."""
+    tiny.save(tiny.CASES["next"], tiny.hf_model(tiny.CASES["next"]).bfloat16(), tmp_path / "half")
+    changes = {"model": str(tmp_path / "half"), "parallel": {"kind": "auto"}, "trainable": trainable}
+    recipe = recipe_in(tmp_path / "run", **changes)
+    world = join_world(recipe.parallel)
+    model = load_model(recipe, world)
+    layers = model.decoder.layers
+    waiting = []
+
+    def shard(unit, **options):
+        waiting.append([layer[0].dtype for layer in map(list, map(nn.Module.parameters, layers))].count(torch.bfloat16))
+        return fully_shard(unit, **options)
+
+    monkeypatch.setattr(parallel, "fully_shard", shard)
+    parallel.parallelize(model, recipe, world)
+    assert waiting == [len(layers)] * (len(trainable) == 3) + [*reversed(range(len(layers))), 0]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -29,7 +29,7 @@ from llava_fast.models.batch import Batch
 from llava_fast.train import trainer as training
 from llava_fast.train.data.loader import Loader, StepBatch
 from llava_fast.train.data.usable import usable_samples
-from llava_fast.train.parallel import World
+from llava_fast.train.parallel import World, place
 from llava_fast.train.preference.loss import answer_log_probs, preference_losses
 from llava_fast.train.preference.pairs import PairBatches, read_pairs
 from llava_fast.train.recipe import Dpo, Recipe
@@ -166,6 +166,7 @@ def reference_log_probs(
     """
     if world.sum(torch.tensor([world.first and path.exists()], dtype=torch.int32, device=world.device)).item():
         return np.load(path)
+    place(model.parameters(), recipe, world)  # whole, also one that is sharded later
     found = torch.zeros(len(loader.lengths.text), 2, device=world.device)
     mine = loader.pack(pairs.tolist())[world.rank]
     workers = recipe.data.workers
