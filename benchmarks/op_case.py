@@ -1,4 +1,4 @@
-"""What a case of one op is: sizes, floors, and the three ways to compute it; the cases are in op_cases.py."""
+"""What a case of one op is: sizes, floors, and the three ways to compute it; the cases are in *_cases.py."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ class OpCase:
     exact    the op's reference in float64.
     kernels  the Triton kernels whose configuration decides its time; `rows` is what their tables are asked for.
     comparable  whether `plain` gives the same result, or only does the part of the work it is timed against.
+    backend  of the op, to be measured.
+    limit    the error allowed, ||found - exact|| / ||exact||; None: what the dtype allows.
     """
 
     op: str
@@ -41,3 +43,5 @@ class OpCase:
     plain: Callable[[], Tensor]
     exact: Callable[[], Tensor]
     comparable: bool = True
+    backend: str = "triton"
+    limit: float | None = None

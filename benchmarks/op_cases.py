@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.decoder_cases import DECODER_CASES
+from benchmarks.image_cases import image_tiles
 from benchmarks.op_case import OpCase, Widths
 from llava_fast import ops
 from llava_fast.ops.mix_rows import TapUses
@@ -21,8 +22,10 @@ from llava_fast.ops.token_pack import RowUses
 ROWS_PER_TILE, KEPT_PER_TILE, TEXT = 577, 576, 64
 
 
-def cases(tiles: int, dtype: torch.dtype, device: str, widths: Widths) -> Iterator[OpCase]:
-    """Every op for an image of so many tiles."""
+def cases(
+    tiles: int, dtype: torch.dtype, device: str, widths: Widths, also: tuple[Callable[..., OpCase], ...] = ()
+) -> Iterator[OpCase]:
+    """Every op for an image of so many tiles, one at a time; `also` makes cases that only some want."""
     for make in (
         token_pack,
         token_pack_gradients,
@@ -38,7 +41,9 @@ def cases(tiles: int, dtype: torch.dtype, device: str, widths: Widths) -> Iterat
         linear_act_gradients,
         assemble_inputs,
         assemble_inputs_gradients,
+        image_tiles,
         *DECODER_CASES,
+        *also,
     ):
         torch.manual_seed(tiles)
         yield make(tiles, dtype, torch.device(device), widths)
