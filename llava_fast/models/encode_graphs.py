@@ -21,6 +21,7 @@ WARM_UP = 3  # passes before capture, on a side stream, as torch.cuda.graph asks
 
 @dataclass
 class _Captured:
+    weights: tuple[int, ...]
     batch: Batch
     out: Tensor
     graph: torch.cuda.CUDAGraph
@@ -29,10 +30,10 @@ class _Captured:
 class EncodeGraphs:
     """`graphs(batch)` is `model.inputs_embeds(batch)` without gradients, from a graph captured for the batch's bucket.
 
-    A bucket is captured when first met with tiles of a form and a backend asked for. The rows returned are a view of
-    the graph's own memory: the next call for the same bucket overwrites them. A graph holds the addresses of the
-    weights: make new graphs after the model was moved or its weights were replaced. Raises ValueError for a model that
-    is not on CUDA or a plan that mixes rows (pooled video, anyres_max): call model.inputs_embeds for those.
+    A bucket is captured when first met with tiles of a form and a backend asked for, and again after the weights were
+    replaced (a graph holds their addresses; values that change in place are followed). The rows returned are a view of
+    the graph's own memory: the next call for the same bucket overwrites them. Raises ValueError for a model that is not
+    on CUDA or a plan that mixes rows (pooled video, anyres_max): call model.inputs_embeds for those.
     """
 
     def __init__(self, model: LlavaModel) -> None:
@@ -50,9 +51,10 @@ class EncodeGraphs:
         bucket = bucket_of(batch.plan)
         filled = fill(batch.plan, bucket)
         key = graph_key(batch, bucket)
-        if key not in self.captured:
-            self.captured[key] = self._capture(filled_batch(batch, bucket))
-        found = self.captured[key]
+        found = self.captured.get(key)
+        if found is None or found.weights != weight_addresses(self.model):
+            self.captured.pop(key, None)  # its memory first
+            found = self.captured[key] = self._capture(filled_batch(batch, bucket))
         found.batch.tiles[: len(batch.tiles)].copy_(batch.tiles)
         found.batch.flat.copy_(torch.from_numpy(filled.flat).pin_memory(), non_blocking=True)
         found.graph.replay()
@@ -69,7 +71,14 @@ class EncodeGraphs:
         # Its stream is of this device (the default one is the first capture's); other threads may go on using the GPU.
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             out = self.model.inputs_embeds(batch)
-        return _Captured(batch, out, graph)
+        return _Captured(weight_addresses(self.model), batch, out, graph)
+
+
+def weight_addresses(model: LlavaModel) -> tuple[int, ...]:
+    """Where all that the path to the decoder's inputs reads lies; other numbers once a weight was replaced."""
+    own = (*model.vision_tower.parameters(), *model.projector.parameters(), model.decoder.embed_tokens.weight)
+    newline = (model.image_newline,) if model.config.has_newline else ()
+    return tuple(parameter.data_ptr() for parameter in (*own, *newline))
 
 
 def graph_key(batch: Batch, bucket: Bucket) -> tuple:

@@ -30,5 +30,7 @@ def _can_be_joined(linears: tuple[nn.Module, ...]) -> bool:
     return (
         all(is_plain(linear, nn.Linear) for linear in linears)
         and all(is_plain_parameter(linear.weight) for linear in linears)
-        and {type(linear.bias) for linear in linears} in ({nn.Parameter}, {type(None)})
+        and (
+            all(linear.bias is None for linear in linears) or all(is_plain_parameter(linear.bias) for linear in linears)
+        )
     )

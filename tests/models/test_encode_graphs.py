@@ -1,14 +1,16 @@
 """Plans filled up to buckets give the same rows; where a GPU is, so do replayed graphs."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from torch import nn
 
 from llava_fast.inputs.buckets import Bucket, bucket_of, fill
-from llava_fast.models.encode_graphs import EncodeGraphs, filled_batch, graph_key
+from llava_fast.models.encode_graphs import EncodeGraphs, filled_batch, graph_key, weight_addresses
 from llava_fast.ops import use_backend
 
 
@@ -47,6 +49,20 @@ def test_a_graph_serves_only_tiles_of_its_form_and_its_backend():
     assert len(keys) == 3
 
 
+def test_weights_that_were_replaced_are_seen_and_values_that_changed_are_not():
+    model = copy.deepcopy(tiny.pair("next").ours)
+    before = weight_addresses(model)
+    with torch.no_grad():
+        for part in (model.image_newline, model.projector.layers[0].bias, model.decoder.embed_tokens.weight):
+            part.add_(1)
+            assert weight_addresses(model) == before
+            part.data = part.data.clone()
+            assert weight_addresses(model) != before
+            before = weight_addresses(model)
+    model.vision_tower.encoder.layers[0].mlp.fc1 = nn.Linear(32, 64)
+    assert weight_addresses(model) != before
+
+
 def test_buckets_waste_at_most_a_third():
     model = tiny.pair("next").ours
     plan = batches(model)[0].plan
@@ -77,3 +93,5 @@ def test_a_replay_is_what_the_model_gives():
     graphs = EncodeGraphs(model)
     for batch in [*batches(model), *batches(model)]:
         torch.testing.assert_close(graphs(batch), model.inputs_embeds(batch), rtol=1e-4, atol=1e-5)
+    model.projector.layers[0].weight.data = model.projector.layers[0].weight.data * 2
+    torch.testing.assert_close(graphs(batch), model.inputs_embeds(batch), rtol=1e-4, atol=1e-5)
