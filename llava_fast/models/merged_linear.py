@@ -27,10 +27,9 @@ def run_linears(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
 
 def _can_be_joined(linears: tuple[nn.Module, ...]) -> bool:
     """Whether all are plain Linears, of ordinary parameters (none sharded or quantised), all or none with a bias."""
+    biases = [linear.bias for linear in linears if linear.bias is not None]
     return (
         all(is_plain(linear, nn.Linear) for linear in linears)
-        and all(is_plain_parameter(linear.weight) for linear in linears)
-        and (
-            all(linear.bias is None for linear in linears) or all(is_plain_parameter(linear.bias) for linear in linears)
-        )
+        and all(is_plain_parameter(part) for part in (*(linear.weight for linear in linears), *biases))
+        and len(biases) in (0, len(linears))
     )
