@@ -343,9 +343,10 @@ class Trainer:
             logger.info("what changed since this run was begun: %s", ", ".join(other))
 
     def _data_mark(self) -> str:
-        """Changes when the order of samples does."""
+        """Changes when the samples or their order do."""
         schedule = self.loader.schedule
         marked = hashlib.sha256(np.ascontiguousarray(schedule.order(0), dtype=np.int64).tobytes())
+        marked.update(self.loader.contents.encode())
         return f"{marked.hexdigest()[:16]}-{schedule.batch_size}-{self.recipe.seed}"
 
     def export(self) -> Path:

@@ -86,6 +86,21 @@ def test_refuses_to_resume_with_other_data(make_recipe):
         train(recipe.model_copy(update={"seed": 5}))
 
 
+def test_refuses_to_resume_with_data_that_was_edited_but_not_moved(make_recipe, tiny_data, tmp_path):
+    def over(folder, text):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "data.json").write_text(text)
+        source = {"path": str(tmp_path / folder / "data.json"), "images": str(tiny_data.parent)}
+        return make_recipe(steps=1, data={"sources": [source]})
+
+    records = json.loads(tiny_data.read_text())
+    train(over("first", json.dumps(records)))
+    train(over("elsewhere", json.dumps(records, indent=1)))
+    records[3]["conversations"][-1]["value"] = "another answer"
+    with pytest.raises(TrainingError, match="data, seed or batch size"):
+        train(over("edited", json.dumps(records)))
+
+
 def test_refuses_to_resume_another_recipe(make_recipe, caplog):
     recipe = make_recipe(steps=1)
     train(recipe)

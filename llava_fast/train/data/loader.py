@@ -78,7 +78,7 @@ class Loader:
         processes: int = 1,
         rank: int = 0,
     ) -> None:
-        self.recipe, self.lengths, self.schedule = recipe, lengths, schedule
+        self.recipe, self.lengths, self.schedule, self.contents = recipe, lengths, schedule, table.contents()
         self.decoder, self.processes, self.rank = decoder, processes, rank
         layout: Layout = "packed" if recipe.data.batching == "packed" else "padded"
         self.micro_batches: Dataset = MicroBatches(

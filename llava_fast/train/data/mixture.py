@@ -30,7 +30,7 @@ def epoch_order(
     order = np.concatenate(picked)
     if not len(order):
         raise DataError("no sample is left in an epoch: raise the weights of its sources")
-    return np.random.default_rng([seed, epoch]).permutation(order)
+    return np.random.default_rng([seed, epoch, 0, 2]).permutation(order)  # no other draw's
 
 
 def epoch_counts(sizes: np.ndarray, sources: Sequence[Source], mixing: Literal["concat", "sqrt"]) -> np.ndarray:

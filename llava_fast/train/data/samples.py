@@ -135,13 +135,17 @@ class SampleTable:
         """What errors call a sample, as "data.json[12] (id 000123)"."""
         return self._name(number, self.value(number))
 
-    def fingerprint(self) -> str:
-        """A hash of the samples and of where their images are."""
+    def contents(self) -> str:
+        """A hash of the samples, wherever their files and images are."""
         found = hashlib.blake2b(self.buffer, digest_size=16)
         for part in (self.offsets, self.file_of):
             found.update(part.tobytes())
-        found.update(json.dumps([[file.images for file in self.files], self.image_first]).encode())
         return found.hexdigest()
+
+    def fingerprint(self) -> str:
+        """A hash of the samples and of where their images are."""
+        places = json.dumps([[file.images for file in self.files], self.image_first])
+        return hashlib.blake2b((self.contents() + places).encode(), digest_size=16).hexdigest()
 
     def value(self, number: int) -> Any:
         """What the data file holds at a sample's place, of the keys that are read."""
