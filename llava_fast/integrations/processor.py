@@ -90,6 +90,20 @@ class FastTiles:
             made = [normalised(tiles, levels) for tiles in made]
         return self._packed(made, [image.shape[-2:] for image in images], settings, *counts)
 
+    def _batch(self, made: list[np.ndarray], settings: dict[str, Any]) -> list[np.ndarray] | np.ndarray:
+        """The tiles of images with zeros up to the most that one has, as transformers fills them up; where tensors are
+        asked for, in one array, so that none is copied once more."""
+        if not settings["do_pad"]:
+            return made
+        if settings["return_tensors"] is None:
+            return self._pad_for_batching(made)
+        if len(made) == 1:
+            return made[0][None]
+        out = np.zeros((len(made), max(map(len, made)), *made[0].shape[1:]), made[0].dtype)
+        for place, tiles in zip(out, made, strict=True):
+            place[: len(tiles)] = tiles
+        return out
+
     def _tiles(self, image: np.ndarray, geometry: VisualGeometry, alone: bool) -> np.ndarray:
         views = image_views(geometry, *image.shape[-2:], alone)
         whole = np.ascontiguousarray(image.transpose(1, 2, 0))
@@ -138,8 +152,7 @@ class FastLlavaNextImageProcessor(FastTiles, LlavaNextImageProcessorPil):
         return VisualGeometry(tile_size=tile, patch_size=1, aspect="anyres", pinpoints=pinpoints)
 
     def _packed(self, made: list[np.ndarray], sizes: list, settings: dict[str, Any]) -> BatchFeature:
-        made = self._pad_for_batching(made) if settings["do_pad"] else made
-        data = {"pixel_values": made, "image_sizes": sizes}
+        data = {"pixel_values": self._batch(made, settings), "image_sizes": sizes}
         return BatchFeature(data=data, tensor_type=settings["return_tensors"])
 
 
@@ -163,8 +176,7 @@ class FastLlavaOnevisionImageProcessor(FastTiles, LlavaOnevisionImageProcessorPi
         )
 
     def _packed(self, made: list[np.ndarray], sizes: list, settings: dict[str, Any], counts: list[int]) -> BatchFeature:
-        made = self._pad_for_batching(made) if settings["do_pad"] else made
-        data = {"pixel_values": made, "image_sizes": sizes, "batch_num_images": counts}
+        data = {"pixel_values": self._batch(made, settings), "image_sizes": sizes, "batch_num_images": counts}
         return BatchFeature(data=data, tensor_type=settings["return_tensors"])
 
 
