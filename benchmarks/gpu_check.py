@@ -33,6 +33,7 @@ def measure(case: OpCase, dtype: torch.dtype, ceilings: machine.Ceilings | None)
     """One case as a row: errors against float64 (the kernel's and plain PyTorch's), and with ceilings the times."""
     exact = case.exact()
     row: dict = {"op": case.op, "label": case.label, "dtype": str(dtype).removeprefix("torch."), "rows": case.rows}
+    row["backend"] = case.backend
     with use_backend(case.backend):
         row["error"] = relative(case.run(), exact)
     row["plain_error"] = relative(case.plain(), exact) if case.comparable else None
@@ -47,7 +48,7 @@ def measure(case: OpCase, dtype: torch.dtype, ceilings: machine.Ceilings | None)
         floor = max(case.flops / ceilings.flops_per_second, case.bytes / ceilings.bytes_per_second)
         row["floor_ms"] = 1e3 * floor
         row["share_of_floor"] = row["floor_ms"] / row["ms"]
-        row["faster"] = row["ms"] < min(row["plain_ms"], row["reference_ms"])
+        row["faster"] = case.backend != "reference" and row["ms"] < min(row["plain_ms"], row["reference_ms"])
     return row
 
 

@@ -22,7 +22,8 @@ def image_tiles(
     tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths, from_host: bool = False
 ) -> OpCase:
     """Photographs of 16:9, each to a base view and the 2x2 tiles of its larger one (a single tile: the base view
-    alone). Plain is torch's antialiased bicubic on the device, as torchvision resizes there: equal but for rounding."""
+    alone). Plain is torch's antialiased bicubic on the device, as torchvision resizes there, which does not round and
+    clamp between its passes."""
     count, side = max(1, tiles // (1 + GRID**2)), widths.tile
     height, width = (side * GRID * part // ASPECT[0] for part in ASPECT)
     canvas = (GRID * side, GRID * side)
@@ -69,7 +70,7 @@ def image_tiles(
 
     return OpCase(
         "image_tiles_from_host" if from_host else "image_tiles",
-        f"{plan.tiles} tiles of {width}x{height}",
+        f"{plan.tiles} tiles, {count} of {width}x{height}",
         plan.tiles,
         0,
         images.size * len(views) + 2 * plan.middle_bytes + plan.tiles * 3 * side**2,
@@ -77,7 +78,6 @@ def image_tiles(
         run,
         plain,
         exact,
-        comparable=False,
         backend="native" if device.type != "cuda" or hasattr(_C, "make_tiles_cuda") else "reference",
         limit=0.0,
     )

@@ -214,7 +214,7 @@ class FastOutput:
         made = super().__call__(*args, **kwargs)
         for name, value in made.items():
             if isinstance(value, list):
-                with contextlib.suppress(ValueError, OverflowError):  # rows of unlike lengths
+                with contextlib.suppress(ValueError, TypeError, OverflowError):  # rows of unlike lengths, no numbers
                     numbers = np.array(value)
                     if numbers.dtype.kind == "i" or not numbers.size:  # no token at all makes int64 too
                         made[name] = torch.from_numpy(numbers.astype(np.int64, copy=False))

@@ -53,7 +53,8 @@ class EncodeGraphs:
         key = graph_key(batch, bucket)
         found = self.captured.get(key)
         if found is None or found.weights != weight_addresses(self.model):
-            self.captured.pop(key, None)  # its memory first
+            found = None  # and with it the old graph's memory goes, before the next takes its own
+            self.captured.pop(key, None)
             found = self.captured[key] = self._capture(filled_batch(batch, bucket))
         found.batch.tiles[: len(batch.tiles)].copy_(batch.tiles)
         found.batch.flat.copy_(torch.from_numpy(filled.flat).pin_memory(), non_blocking=True)
@@ -75,7 +76,7 @@ class EncodeGraphs:
 
 
 def weight_addresses(model: LlavaModel) -> tuple[int, ...]:
-    """Where all that the path to the decoder's inputs reads lies; other numbers once a weight was replaced."""
+    """Where what the path to the decoder's inputs reads lies; other numbers once a weight was replaced."""
     own = (*model.vision_tower.parameters(), *model.projector.parameters(), model.decoder.embed_tokens.weight)
     newline = (model.image_newline,) if model.config.has_newline else ()
     return tuple(parameter.data_ptr() for parameter in (*own, *newline))

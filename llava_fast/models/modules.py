@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses import FakeTensor
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

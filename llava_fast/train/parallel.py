@@ -72,6 +72,8 @@ def join_world(settings: Parallel) -> World:
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count % settings.tensor:
         raise RecipeError(f"parallel.tensor: {settings.tensor} does not divide the {count} processes of this run")
+    if count > 1 and settings.kind == "none":
+        raise RecipeError(f"parallel.kind: none is for one process, and there are {count}: take ddp or fsdp2, or auto")
     if "RANK" not in os.environ:
         return World(0, 1, device)
     if not dist.is_initialized():
@@ -91,7 +93,8 @@ def place(parameters: Iterable[nn.Parameter], recipe: Recipe, world: World) -> N
     """Move parameters to this process's device: what is trained in float32, the rest in the recipe's precision."""
     frozen = getattr(torch, recipe.precision)
     for parameter in parameters:
-        parameter.data = parameter.data.to(world.device, torch.float32 if parameter.requires_grad else frozen)
+        dtype = torch.float32 if parameter.requires_grad else frozen
+        parameter.data = parameter.data.to(world.device).to(dtype)  # the fewer bytes move
 
 
 def is_sharded(recipe: Recipe, world: World) -> bool:
@@ -109,8 +112,6 @@ def parallelize(model: LlavaModel, recipe: Recipe, world: World) -> nn.Module:
     if is_sharded(recipe, world):
         _shard(model, recipe, world)
         return model
-    if settings.tensor > 1:
-        raise RecipeError("parallel: tensor above 1 goes with fsdp2, not with ddp")
     ids = [world.device] if world.device.type == "cuda" else None
     group = world.mesh.get_group("data")
     return DistributedDataParallel(model, ids, process_group=group, forward_sync_buffers=False)
@@ -123,11 +124,14 @@ def _shard(model: LlavaModel, recipe: Recipe, world: World) -> None:
     mesh, tensor = world.mesh["data"], world.mesh["tensor"]
     policy = MixedPrecisionPolicy(getattr(torch, recipe.precision), torch.float32, cast_forward_inputs=False)
 
-    def to_device(unit: nn.Module) -> None:  # a unit has one dtype; a shard in float32 costs little
-        for parameter in unit.parameters():
-            if not isinstance(parameter, DTensor) and parameter not in replicated:
-                parameter.data = parameter.data.to(world.device, torch.float32)
+    def to_device(unit: nn.Module) -> None:
+        left = [each for each in unit.parameters() if not isinstance(each, DTensor) and each not in replicated]
+        place(left, recipe, world)
+        for parameter in left:  # a unit has one dtype; a shard in float32 costs little
+            parameter.data = parameter.data.float()
 
+    if tensor.size() > 1:
+        _check_heads(model, tensor)
     tower = model.vision_tower
     replicated: set[nn.Parameter] = set()
     if any(parameter.requires_grad for parameter in tower.parameters()):
@@ -136,8 +140,6 @@ def _shard(model: LlavaModel, recipe: Recipe, world: World) -> None:
     else:
         replicated = set(tower.parameters())
         place(replicated, recipe, world)
-    if tensor.size() > 1:
-        _check_heads(model, tensor)
     for layer in model.decoder.layers:
         to_device(layer)
         if tensor.size() > 1:

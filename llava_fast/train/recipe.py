@@ -125,6 +125,8 @@ class Recipe(_Section):
             raise ValueError("nothing is trained: name parts under `trainable`, or give `lora`")
         if self.lora is not None and "decoder" in self.trainable:
             raise ValueError("`lora` freezes the decoder's own weights: leave `decoder` out of `trainable`")
+        if self.parallel.tensor > 1 and self.parallel.kind in ("none", "ddp"):
+            raise ValueError(f"`parallel.tensor` above 1 goes with `fsdp2`, not with `{self.parallel.kind}`")
         if self.lora is not None and self.parallel.tensor > 1:
             raise ValueError("`lora` is not shared out by `parallel.tensor`: leave it at 1; fsdp2 shards adapters too")
         if self.data.batching == "packed" and self.loss_average == "micro_batch":

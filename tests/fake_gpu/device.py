@@ -1,7 +1,8 @@
 """A GPU of fake tensors: shapes, dtypes and devices are tracked, nothing is computed (torch's FakeTensorMode).
 
 What it shows without a GPU: no operation mixes tensors of the CPU with tensors of the GPU, and how often the host reads
-a value back from the device, for which it waits on a GPU. Fake tensors may say "cuda" in a PyTorch without CUDA, but
+a value back from the device, for which it waits on a GPU. (A copy to the device from memory that is not pinned makes it
+wait too, and is not seen.) Fake tensors may say "cuda" in a PyTorch without CUDA, but
 autograd asks for that device's streams: device.cpp gives it some. `load` must come before torch is imported, so this
 runs in a process of its own (programs.py).
 """
@@ -15,7 +16,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-_implementations: dict[str, Callable] = {}  # of operators defined in Python, by name
+IMPLEMENTATIONS: dict[str, Callable] = {}  # of operators defined in Python, by name
 
 
 def load(folder: Path) -> None:
@@ -40,7 +41,7 @@ def load(folder: Path) -> None:
 
     def impl(self, name, function, key="", **options):
         if key == "CompositeExplicitAutograd":
-            _implementations[name] = function
+            IMPLEMENTATIONS[name] = function
         return register(self, name, function, key, **options)
 
     Library.impl = impl
@@ -53,6 +54,7 @@ def fake_gpu() -> Iterator[list[str]]:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
 
     from llava_fast.ops.backend import requested
 
@@ -72,9 +74,10 @@ def fake_gpu() -> Iterator[list[str]]:
             if function in (aten.pin_memory.default, aten._pin_memory.default):  # fake tensors know no such thing
                 return args[0]
             if function.namespace == "llava_fast" and requested() != "triton":  # not its shapes alone: the reference
-                return _implementations[function.name().split("::")[1]](*args, **kwargs)
+                with self:
+                    return IMPLEMENTATIONS[function.name().split("::")[1]](*args, **kwargs)
             out = function(*args, **kwargs)
-            if on(out, "cpu") and any(on(arg, "cuda") for arg in args[:2]):
+            if any(on(each, "cpu") for each in tree_leaves(out)) and any(on(arg, "cuda") for arg in args[:2]):
                 reads.append(f"{function} to the host")
             return out
 

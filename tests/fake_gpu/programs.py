@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from device import fake_gpu, load
+from device import IMPLEMENTATIONS, fake_gpu, load
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
@@ -34,7 +34,7 @@ from llava_fast.inputs.plan import TextPiece
 from llava_fast.integrations.collator import Collator
 from llava_fast.models.batch import Batch
 from llava_fast.models.recompute import set_recompute
-from llava_fast.ops import use_backend
+from llava_fast.ops import rms_norm, use_backend
 from llava_fast.train.optim import build_optimizer, freeze
 from llava_fast.train.parallel import clip_gradients
 from llava_fast.train.preference.loss import answer_log_probs
@@ -171,6 +171,17 @@ def reading() -> None:
     assert not reads, reads
 
 
+def reading_inside() -> None:
+    """Goes wrong: an op that asks the device."""
+    given = torch.ones(4, 8), torch.ones(8)
+    stays = IMPLEMENTATIONS["rms_norm"]
+    IMPLEMENTATIONS["rms_norm"] = lambda x, *rest: stays(x.cpu().to("cuda"), *rest)
+    with fake_gpu() as reads:
+        rms_norm(*(each.to("cuda") for each in given), 1e-5)
+    IMPLEMENTATIONS["rms_norm"] = stays
+    assert not reads, reads
+
+
 def main() -> None:
     """Run every program."""
     programs: dict[str, Callable[[], None]] = {}
@@ -200,6 +211,7 @@ def main() -> None:
     add(optimizing, "float32", "none", "auto")
     add(mixing)
     add(reading)
+    add(reading_inside)
     results: dict[str, str | None] = {}
     for name, run in programs.items():
         try:

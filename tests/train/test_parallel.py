@@ -9,10 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
+from llava_fast.errors import RecipeError
 from llava_fast.train import parallel
 from llava_fast.train.checkpoint import Checkpoints
-from llava_fast.train.parallel import join_world
+from llava_fast.train.parallel import World, join_world
+from llava_fast.train.preference.tuning import weights_mark
 from llava_fast.train.trainer import load_model, train
 from runs import losses
 
@@ -67,6 +70,31 @@ def test_a_model_is_sharded_layer_by_layer(recipe_in, tmp_path, monkeypatch, alo
     parallel.parallelize(model, recipe, world)
     assert waiting == [len(layers)] * (len(trainable) == 3) + [*reversed(range(len(layers))), 0]
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_frozen_weights_are_rounded_alike_however_they_are_placed(recipe_in, tmp_path, alone):
+    """To the recipe's precision, from a checkpoint of a finer one: alone, sharded, and sharded after it was whole."""
+    changes = {"precision": "bfloat16", "trainable": ["projector"], "parallel": {"kind": "fsdp2"}}
+    recipe = recipe_in(tmp_path / "run", **changes)
+    world, single = join_world(recipe.parallel), World(0, 1, torch.device("cpu"))
+    unsharded, sharded, both = load_model(recipe, single), load_model(recipe, world), load_model(recipe, world)
+    assert sharded.decoder.embed_tokens.weight.dtype == torch.float32
+    assert weights_mark(sharded, recipe) == weights_mark(unsharded, recipe)
+    parallel.place(both.parameters(), recipe, world)
+    for model in (sharded, both):
+        parallel.parallelize(model, recipe, world)
+        found = dict(model.named_parameters())
+        for name, expected in unsharded.named_parameters():
+            whole = found[name].full_tensor() if isinstance(found[name], DTensor) else found[name]
+            torch.testing.assert_close(whole.float(), expected.float(), rtol=0, atol=0, msg=name)
+
+
+def test_kinds_that_do_not_fit_the_processes_are_refused(recipe_in, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="none is for one process, and there are 2"):
+        join_world(recipe_in(tmp_path, parallel={"kind": "none"}).parallel)
+    with pytest.raises(RecipeError, match="goes with `fsdp2`, not with `ddp`"):
+        recipe_in(tmp_path, parallel={"kind": "ddp", "tensor": 2})
 
 
 @pytest.mark.parametrize("shape", SHAPES)

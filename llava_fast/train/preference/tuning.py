@@ -67,7 +67,7 @@ def build_trainer(recipe: Recipe, model: Llava, world: World) -> DpoTrainer:
     loader.micro_batches = PairBatches(answers, single)
     if recipe.dpo.reference == "precomputed":
         mark = hashlib.blake2b(digest_size=16)
-        for part in (answers.fingerprint(), processor.template.name, weights_mark(model), recipe.precision):
+        for part in (answers.fingerprint(), processor.template.name, weights_mark(model, recipe), recipe.precision):
             mark.update(part.encode())
         for column in (shared.text, shared.visual, usable):  # tokenizer, tiles and frames; pairs left out have no value
             mark.update(column.tobytes())
@@ -198,12 +198,15 @@ def reference_log_probs(
     return whole
 
 
-def weights_mark(model: nn.Module) -> str:
-    """A hash of an even sample of each weight, adapters left out (they change nothing at the start)."""
+def weights_mark(model: nn.Module, recipe: Recipe) -> str:
+    """A hash of an even sample of each weight as `place` rounds it, adapters left out (they change nothing at the
+    start)."""
+    frozen = getattr(torch, recipe.precision)
     mark = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
             flat = parameter.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // _SAMPLED)].float().cpu().numpy()
+            dtype = torch.float32 if parameter.requires_grad else frozen
+            sample = flat[:: max(1, flat.numel() // _SAMPLED)].to(dtype).float().cpu().numpy()
             mark.update(f"{name} {tuple(parameter.shape)}".encode() + sample.tobytes())
     return mark.hexdigest()
