@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from benchmarks.machine import Ceilings
 from llava_fast.models.config import DecoderConfig, LlavaConfig, VisionConfig
-from llava_fast.train.estimate.flops import layer_weights, projector_weights
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ def preprocess_floor(pixels: int, tile_values: int) -> Floor:
 
 def encode_floor(config: LlavaConfig, sizes: Sizes, itemsize: int) -> Floor:
     rows = sum(sizes.lengths)
-    flops = vision_flops(config.vision, sizes.tiles) + 2 * sizes.kept * projector_weights(config)
-    weights = vision_weights(config.vision) + projector_weights(config)
+    flops = vision_flops(config.vision, sizes.tiles) + 2 * sizes.kept * config.projector.matrix_size
+    weights = vision_weights(config.vision) + config.projector.matrix_size
     pixels = sizes.tiles * 3 * config.vision.image_size**2
     return Floor((Phase(flops, pixels + itemsize * (weights + 2 * rows * config.decoder.hidden_size)),))
 
@@ -90,10 +89,10 @@ def train_floor(config: LlavaConfig, sizes: Sizes, itemsize: int) -> Floor:
     by both passes, gradients written."""
     decoder = config.decoder
     pairs = sum(n * (n + 1) // 2 for n in sizes.lengths)
-    trained = 2 * sizes.kept * projector_weights(config)
+    trained = 2 * sizes.kept * config.projector.matrix_size
     trained += decoder_flops(decoder, sum(sizes.lengths), pairs) + head_flops(decoder, sizes.logits)
     flops = vision_flops(config.vision, sizes.tiles) + 3 * trained
-    weights = projector_weights(config) + decoder_weights(decoder) + head_weights(decoder)
+    weights = config.projector.matrix_size + decoder_weights(decoder) + head_weights(decoder)
     return Floor((Phase(flops, itemsize * (vision_weights(config.vision) + 3 * weights)),))
 
 
@@ -112,7 +111,7 @@ def vision_flops(vision: VisionConfig, tiles: int) -> float:
 
 
 def decoder_weights(decoder: DecoderConfig) -> int:
-    return decoder.num_layers * layer_weights(decoder)
+    return decoder.num_layers * decoder.layer_matrix_size
 
 
 def decoder_flops(decoder: DecoderConfig, rows: int, pairs: int) -> float:

@@ -57,6 +57,14 @@ class ProjectorConfig:
     activation: Literal["gelu", "gelu_pytorch_tanh", "relu", "silu"] = "gelu"
     bias: bool = True
 
+    @property
+    def matrix_size(self) -> int:
+        """Entries of its matrices; each costs a row a multiplication and an addition."""
+        if self.kind == "identity":
+            return 0
+        depth = 1 if self.kind == "linear" else self.depth
+        return self.out_features * (self.in_features + (depth - 1) * self.out_features)
+
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -90,6 +98,12 @@ class DecoderConfig:
     mlp_bias: bool = False
     tie_embeddings: bool = False
     sliding_windows: tuple[int | None, ...] | None = None
+
+    @property
+    def layer_matrix_size(self) -> int:
+        """Entries of a layer's matrices; each costs a row a multiplication and an addition."""
+        attention = self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        return self.hidden_size * (attention + 3 * self.intermediate_size)
 
     @property
     def context_length(self) -> int:

@@ -25,12 +25,13 @@ def define(
     """Register `run` for every device under `schema` and return the callable `torch.ops.llava_fast.<name>.default`.
 
     The first argument is a tensor: where it lies on a GPU, that GPU is the current one while `run` launches kernels.
+    Tensors on different devices raise ValueError.
     `fake` gives the outputs' shapes and dtypes. `save(ctx, inputs, output)` keeps what `backward(ctx, *gradients)`
     needs; without them the op has no gradient. A second derivative raises RuntimeError.
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, on_its_device(run), "CompositeExplicitAutograd")
+    LIBRARY.impl(name, on_its_device(name, run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"llava_fast::{name}", fake, lib=LIBRARY)
     if backward is not None:
         once = _first_derivative(name, backward)
@@ -50,12 +51,17 @@ def autocast(*tensors: Tensor | None) -> list[Tensor]:
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]  # type: ignore[misc]
 
 
-def on_its_device(run: Callable) -> Callable:
-    """`run` with the device of its first argument as the current one: Triton launches on the current device."""
+def on_its_device(name: str, run: Callable) -> Callable:
+    """`run` with the device of its first argument as the current one (Triton launches on the current device), and an
+    error for a tensor on another: kernels take addresses as they are."""
 
     @functools.wraps(run)
     def on_device(first: Tensor, *rest):
         device = first.device
+        for given in rest:
+            for other in given if isinstance(given, list) else (given,):
+                if isinstance(other, Tensor) and other.device != device:
+                    raise ValueError(f"{name}: its tensors are on {device} and {other.device}: move them to one device")
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return run(first, *rest)
         with torch.cuda.device(device):

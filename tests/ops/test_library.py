@@ -45,7 +45,7 @@ def test_another_gpu_is_made_the_current_one(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    run = library.on_its_device(lambda first, second: second)
+    run = library.on_its_device("op", lambda first, second: second)
     for name in ("cpu", "cuda:0", "cuda:1"):
         assert run(SimpleNamespace(device=torch.device(name)), 7) == 7
     assert entered == [torch.device("cuda:1")]
@@ -106,3 +106,12 @@ def test_assemble_inputs_under_autocast_projects_in_its_dtype():
     for a, b in zip(mine, theirs, strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+def test_tensors_on_different_devices_are_refused():
+    run = library.on_its_device("op", lambda *given: len(given))
+    here, elsewhere = torch.zeros(2), torch.zeros(2, device="meta")
+    assert run(here, here, [here], None, 3) == 5
+    for given in ([elsewhere], [here, [here, elsewhere]]):
+        with pytest.raises(ValueError, match="op: its tensors are on cpu and meta"):
+            run(here, *given)

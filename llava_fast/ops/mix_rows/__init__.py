@@ -60,8 +60,9 @@ def _run_backward(
     if backend.choose("mix_rows", grad.device.type, {"triton": unfit}) == "triton":
         from llava_fast.ops.mix_rows import triton_kernels
 
-        grad, rows, index, weight = (t.contiguous() for t in (grad, rows, index, weight))
-        return triton_kernels.mix_rows_backward(grad, rows, index, weight, reduce, *uses)
+        grad, rows, index, weight = (table.contiguous() for table in (grad, rows, index, weight))
+        use, start = (column.contiguous() for column in uses)
+        return triton_kernels.mix_rows_backward(grad, rows, index, weight, reduce, use, start)
     return reference.mix_rows_backward(grad, rows, index, weight, reduce, source_rows)
 
 

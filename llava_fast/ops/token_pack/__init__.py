@@ -104,7 +104,7 @@ def _run_backward(
     if chosen == "reference":
         found = reference.token_pack_backward(grad, source, row, tuple(sizes), tuple(needed))
     else:
-        kernels, grad, by = _kernels(chosen), grad.contiguous(), RowUses(*uses)
+        kernels, grad, by = _kernels(chosen), grad.contiguous(), RowUses(*(use.contiguous() for use in uses))
         text = (by.text_row, by.text_token, by.text_segment)
         found = (
             kernels.embedding_gradient(grad, *text, sizes[0]) if needed[0] else None,

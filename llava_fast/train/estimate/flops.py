@@ -86,8 +86,8 @@ def forward_flops(
         * (vision.patches_per_tile + vision.has_class_row) ** 2
         * vision.hidden_size
         * vision.layers_needed,
-        projector=2.0 * projector_weights(config) * (patches if projected is None else projected),
-        decoder=2.0 * rows * decoder.num_layers * layer_weights(decoder),
+        projector=2.0 * config.projector.matrix_size * (patches if projected is None else projected),
+        decoder=2.0 * rows * decoder.num_layers * decoder.layer_matrix_size,
         decoder_attention=_attention(decoder, lengths),
         head=2.0 * decoder.vocab_size * decoder.hidden_size * (rows if supervised is None else supervised),
     )
@@ -129,29 +129,14 @@ def step_flops(
 def sequence_flops(config: DecoderConfig, lengths: Iterable[int]) -> np.ndarray:
     """Operations of the decoder's layers, forward, on each sequence alone: float64 [sequences]. Attention grows with
     the square of the length."""
-    row = 2.0 * config.num_layers * layer_weights(config)
+    row = 2.0 * config.num_layers * config.layer_matrix_size
     return np.array([row * length + _attention(config, [length]) for length in map(int, lengths)], np.float64)
-
-
-def layer_weights(config: DecoderConfig) -> int:
-    """Weights of the matrices of one decoder layer."""
-    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return config.hidden_size * (2 * heads + 2 * kv_heads + 3 * config.intermediate_size)
-
-
-def projector_weights(config: LlavaConfig) -> int:
-    """Weights of the projector's matrices."""
-    projector = config.projector
-    if projector.kind == "identity":
-        return 0
-    depth = 1 if projector.kind == "linear" else projector.depth
-    return projector.out_features * (projector.in_features + (depth - 1) * projector.out_features)
 
 
 def _behind_first(config: LlavaConfig) -> float:
     """Share of the projector's products behind its first layer, which pass gradients on to that."""
     first = config.projector.in_features * config.projector.out_features
-    weights = projector_weights(config)
+    weights = config.projector.matrix_size
     return 1 - first / weights if weights else 0.0
 
 
