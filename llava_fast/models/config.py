@@ -32,6 +32,11 @@ class VisionConfig:
         return self.kind == "clip"
 
     @property
+    def drops_class_row(self) -> bool:
+        """Whether the class row runs with the others and is then left out."""
+        return self.has_class_row and not self.keep_class_row
+
+    @property
     def patches_per_tile(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 

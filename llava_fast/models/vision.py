@@ -121,8 +121,9 @@ class VisionTower(nn.Module):
         self.recompute: Recompute = "none"
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, tiles: Tensor) -> Tensor:
-        """[T, 3, H, W] uint8 or normalised float -> [T, rows kept, features], in the weights' dtype."""
+    def forward(self, tiles: Tensor, all_rows: bool = False) -> Tensor:
+        """[T, 3, H, W] uint8 or normalised float -> [T, rows kept, features], in the weights' dtype; with `all_rows` a
+        class row that is not kept too, so that the rows of all tiles lie end to end."""
         config = self.config
         like = self.embeddings.position_embedding.weight
         if tiles.is_floating_point():
@@ -144,4 +145,4 @@ class VisionTower(nn.Module):
                 x_TNC = run_layer(self.recompute, layer, x_TNC)
         states[config.layers_needed] = finish(x_TNC, pending)
         features = torch.cat([states[depth] for depth in wanted], dim=-1) if len(wanted) > 1 else states[wanted[0]]
-        return features[:, 1:] if config.has_class_row and not config.keep_class_row else features
+        return features[:, 1:] if config.drops_class_row and not all_rows else features

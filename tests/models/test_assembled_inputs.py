@@ -21,7 +21,8 @@ class Features(nn.Module):
         super().__init__()
         self.features = nn.Parameter(features)
 
-    def forward(self, tiles):
+    def forward(self, tiles, all_rows):
+        assert all_rows
         return self.features
 
 
@@ -33,7 +34,7 @@ def case(monkeypatch):
     requests = [{"prompt": "<image>\nhello the", "images": [image]}, {"prompt": "hello"}]
     with torch.no_grad():
         batch = model.prepare(requests, layout="padded")
-        monkeypatch.setitem(model._modules, "vision_tower", Features(model.vision_tower(batch.tiles)))
+        monkeypatch.setitem(model._modules, "vision_tower", Features(model.vision_tower(batch.tiles, all_rows=True)))
     calls = []
     whole = llava.assemble_inputs
     monkeypatch.setattr(llava, "assemble_inputs", lambda *args: calls.append(1) or whole(*args))
@@ -57,6 +58,27 @@ def test_one_op_gives_what_the_steps_give(case):
     assert calls == [1] and len(found) >= 8
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["next", "llava15_full", "onevision", "video"])
+def test_projected_rows_are_those_the_tower_keeps_and_nothing_is_copied(name):
+    """With a class row that is dropped, kept, or not there; mixed after the projector, or before."""
+    model = tiny.pair(name).ours
+    film = {"prompt": "<video>\nhello", "video": [tiny.picture(40, 60)] * 2}
+    request = film if name == "video" else {"prompt": "<image>\nhello", "images": [tiny.picture(40, 90)]}
+    made = []
+
+    def tower(module, args, kwargs, out):
+        made.append(out)
+
+    handle = model.vision_tower.register_forward_hook(tower, with_kwargs=True)
+    with torch.no_grad():
+        batch = model.prepare([request])
+        features, kept = model._features(batch)
+        expected = model.vision_tower(batch.tiles).flatten(0, 1)
+    handle.remove()
+    assert torch.equal(features[kept.long()], expected[batch.column("kept").long()])
+    assert (features.data_ptr() == made[0].data_ptr()) == (name != "video")
 
 
 def test_fillers_of_a_bucket_change_nothing(case):
