@@ -4,7 +4,8 @@ python -m benchmarks.check_kernels           # compile, print the table, fail on
 python -m benchmarks.check_kernels --write   # and commit to what was found: benchmarks/kernels.json, docs/kernels.md
 
 A kernel fails if it uses the stack (spills included), more shared memory than a block may have, no matrix instruction
-where its work is a matrix product, or tf32 that was not asked for; and if it needs more registers than committed.
+where its work is a matrix product, or tf32 that was not asked for. Against the committed table it fails if it needs
+more registers or shared memory, has a lesser matrix instruction (mma in place of wgmma) or is not there at all.
 """
 
 from __future__ import annotations
@@ -149,13 +150,45 @@ def faults(row: dict, committed: dict | None) -> list[str]:
         wrong.append(f"{row['stack']} bytes of stack")
     if row["shared"] > SHARED_LIMIT[row["sm"]]:
         wrong.append(f"{row['shared']} bytes of shared memory, more than {SHARED_LIMIT[row['sm']]}")
+    by_rank = (*MATRIX[row["sm"]], "")  # the fastest first
     if row["wants_matrix"] and not row["matrix"]:
         wrong.append("no matrix instruction")
+    elif committed and by_rank.index(row["matrix"]) > by_rank.index(committed["matrix"]):
+        wrong.append(f"{row['matrix'] or 'no matrix instruction'}, {committed['matrix']} committed")
     if row["tf32"] and not row["wants_tf32"]:
         wrong.append("tf32 that was not asked for")
     if committed and row["registers"] > committed["registers"] + REGISTER_SLACK:
         wrong.append(f"{row['registers']} registers, {committed['registers']} committed")
+    if committed and row["shared"] > committed["shared"]:
+        wrong.append(f"{row['shared']} bytes of shared memory, {committed['shared']} committed")
     return wrong
+
+
+def judge(rows: list[dict], committed: list[dict] | None) -> list[str]:
+    """A line for each kernel with faults; `committed` is the table to compare with, None: there is none."""
+    table = {key(row): row for row in committed or []}
+    lines = []
+    for row in rows:
+        wrong = faults(row, table.get(key(row)))
+        if committed is not None and key(row) not in table:
+            wrong.append("not in the committed table (write it with --write)")
+        if wrong:
+            lines.append(
+                f"{row['op']} {row['kernel']} ({row['label']}) {row['config']} sm_{row['sm']}: {'; '.join(wrong)}"
+            )
+    return lines
+
+
+def cuda_sources(only: str = "", allow_missing_nvcc: bool = False) -> list[Path]:
+    """The .cu files of csrc whose op's name contains `only`; none without nvcc, which must be allowed."""
+    sources = [path for path in sorted((ROOT / "csrc").rglob("*.cu")) if only in path.parent.name]
+    if not sources or shutil.which("nvcc"):
+        return sources
+    what = f"nvcc is not on PATH: {len(sources)} CUDA sources of csrc are not compiled"
+    if not allow_missing_nvcc:
+        raise typer.BadParameter(f"{what}; put nvcc 12 or 13 there, or pass --allow-missing-nvcc")
+    print(what)
+    return []
 
 
 def key(row: dict) -> str:
@@ -193,14 +226,20 @@ def main(
     write: Annotated[bool, typer.Option(help="Commit to what was found instead of comparing with it.")] = False,
     jobs: Annotated[int, typer.Option(help="Compilations at a time.")] = os.cpu_count() or 1,
     only: Annotated[str, typer.Option(help="Only ops whose name contains this.")] = "",
+    allow_missing_nvcc: Annotated[
+        bool,
+        typer.Option(help="Without nvcc, check Triton's kernels alone instead of failing."),
+    ] = False,
+    quiet: Annotated[bool, typer.Option(help="Print faults alone, not the table.")] = False,
 ) -> None:
     """Compile every shipped kernel for sm_80 and sm_90 and judge it."""
+    if write and (only or allow_missing_nvcc):
+        raise typer.BadParameter("--write needs every kernel: leave out --only and --allow-missing-nvcc")
+    sources = cuda_sources(only, allow_missing_nvcc)
     os.environ.pop("TRITON_INTERPRET", None)
     import triton
 
     work = [(name, i) for name in modules() if only in name for i in range(len(import_module(name).specimens()))]
-    sources = sorted((ROOT / "csrc").rglob("*.cu")) if shutil.which("nvcc") else []
-    sources = [path for path in sources if only in path.parent.name]
     rows: list[dict] = []
     with ProcessPoolExecutor(jobs) as pool:
         started = [pool.submit(compile_triton, *item) for item in work] + [
@@ -209,23 +248,20 @@ def main(
         for future in tqdm(started, desc="compiling", unit="kernel"):
             rows += future.result()
     rows.sort(key=key)
-    committed = (
-        {key(row): row for row in json.loads(COMMITTED.read_text())} if COMMITTED.is_file() and not write else {}
+    page = markdown(rows, f"Triton {triton.__version__}, {nvcc_version() if sources else 'no nvcc'}")
+    if not quiet:
+        print(page)
+    wrong = judge(rows, json.loads(COMMITTED.read_text()) if COMMITTED.is_file() and not write else None)
+    print(
+        *wrong,
+        f"{len(rows)} compiled kernels of {len(work)} Triton specimens and {len(sources)} CUDA sources",
+        sep="\n",
     )
-    failed = False
-    for row in rows:
-        wrong = faults(row, committed.get(key(row)))
-        failed |= bool(wrong)
-        if wrong:
-            print(f"{row['op']} {row['kernel']} ({row['label']}) {row['config']} sm_{row['sm']}: {'; '.join(wrong)}")
-    print(f"{len(rows)} compiled kernels of {len(work)} Triton specimens and {len(sources)} CUDA sources")
-    if not sources:
-        print("nvcc is not on PATH: csrc was not compiled")
-    if failed:
+    if wrong:
         raise typer.Exit(1)
     if write:
         COMMITTED.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-        PAGE.write_text(markdown(rows, f"Triton {triton.__version__}, {nvcc_version() if sources else 'no nvcc'}"))
+        PAGE.write_text(page)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 from importlib import import_module
 
 import pytest
+import typer
 
 from benchmarks import check_kernels
 
@@ -40,14 +41,52 @@ GOOD = {
     ],
 )
 def test_faults(change, fault):
-    found = check_kernels.faults({**GOOD, **change}, GOOD)
+    """Whatever was committed: here the same shared memory and matrix instruction, which alone say nothing."""
+    row = {**GOOD, **change}
+    found = check_kernels.faults(row, {**row, "registers": 32})
     assert (not found) if fault is None else (len(found) == 1 and fault in found[0])
+
+
+@pytest.mark.parametrize(
+    ("committed", "found", "fault"),
+    [
+        ({}, {"shared": 1040}, "1040 bytes of shared memory, 1024 committed"),
+        ({}, {"shared": 1008, "registers": 20}, None),
+        ({"sm": 90, "matrix": "wgmma.mma_async"}, {"sm": 90}, "mma.sync, wgmma.mma_async committed"),
+        ({"sm": 90}, {"sm": 90, "matrix": "wgmma.mma_async"}, None),
+        ({"wants_matrix": False}, {"wants_matrix": False, "matrix": ""}, "no matrix instruction, mma.sync committed"),
+        ({"wants_matrix": False, "matrix": ""}, {"wants_matrix": False, "matrix": ""}, None),
+        ({"label": "fp16"}, {}, "not in the committed table"),
+    ],
+)
+def test_what_is_worse_than_the_committed_table(committed, found, fault):
+    lines = check_kernels.judge([{**GOOD, **found}], [{**GOOD, **committed}])
+    assert (not lines) if fault is None else (len(lines) == 1 and lines[0].endswith(fault) or fault in lines[0])
+    assert not check_kernels.judge([{**GOOD, **found}], None)  # as --write does
+
+
+def test_without_nvcc_csrc_is_left_out_only_where_that_is_allowed(monkeypatch, capsys):
+    monkeypatch.setattr(check_kernels.shutil, "which", lambda name: None)
+    with pytest.raises(typer.BadParameter, match="nvcc is not on PATH.*--allow-missing-nvcc"):
+        check_kernels.main(only="image")
+    assert check_kernels.cuda_sources("image", allow_missing_nvcc=True) == []
+    assert "CUDA sources of csrc are not compiled" in capsys.readouterr().out
+    assert check_kernels.cuda_sources("layer_norm") == []  # it has none
+    monkeypatch.setattr(check_kernels.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert [path.parent.name for path in check_kernels.cuda_sources("image")] == ["image"]
+
+
+def test_a_table_of_some_kernels_is_not_written():
+    for given in ({"only": "image"}, {"allow_missing_nvcc": True}):
+        with pytest.raises(typer.BadParameter, match="--write needs every kernel"):
+            check_kernels.main(write=True, **given)
 
 
 def test_the_committed_table_is_clean_and_complete():
     rows = json.loads(check_kernels.COMMITTED.read_text())
     assert not [check_kernels.faults(row, row) for row in rows if check_kernels.faults(row, row)]
     committed = {check_kernels.key(row) for row in rows}
+    assert len(committed) == len(rows)
     for module in check_kernels.modules():
         for specimen in import_module(module).specimens():
             for config, _, _ in specimen.compilations():

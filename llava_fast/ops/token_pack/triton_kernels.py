@@ -144,7 +144,7 @@ def specimens() -> list[Specimen]:
             Specimen("token_pack", take_rows_kernel, take, {}, dtype, aligned=("grad_ptr", "out_ptr", "width"))
         )
         indices = {"order_ptr": "*i32", "segment_ptr": "*i32", "target_ptr": "*i32"}
-        for out in (table, "*fp32"):
+        for out in dict.fromkeys((table, "*fp32")):
             segments = {"grad_ptr": table, **indices, "out_ptr": out, "width": "i32", "parts": "i32"}
             found.append(
                 Specimen(
