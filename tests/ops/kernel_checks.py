@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from llava_fast.ops import use_backend
 
@@ -22,26 +23,29 @@ def relative(found: Tensor, exact: Tensor) -> float:
 
 
 def check_op(op, args: list, trained: list[int], backend: str, exact_op=None, tolerance: float | None = None) -> None:
-    """Run `op` on `backend` and compare output and gradients with the reference (or `exact_op`) in float64.
+    """Run `op` on `backend` and compare output and gradients with the reference (or `exact_op`) in float64 on the CPU.
 
-    `args` holds tensors and other values; floating tensors among them are cast to float64 for the reference.
-    `trained` are the indices of arguments that want a gradient; the others must get none.
+    `args` holds tensors, lists and named tuples of them, and other values; `op` must hold no tensors of its own, or
+    the exact side would meet some of the device's. Floating tensors are cast to float64 for the reference.
+    `trained` are the indices of tensors that want a gradient; the others must get none.
     """
-    exact_args = [a.detach().double().cpu() if _floating(a) else a.cpu() if isinstance(a, Tensor) else a for a in args]
-    args = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
+    exact_args = tree_map_only(Tensor, _exact, args)
+    args = tree_map_only(Tensor, Tensor.detach, args)  # no copies: a copy of a strided view is contiguous
     for index in trained:
         args[index].requires_grad_()
         exact_args[index].requires_grad_()
     with use_backend(backend):
         out = op(*args)
-    exact = (exact_op or op)(*exact_args)
+    with use_backend("reference"):  # "auto" may be the very kernel that is checked
+        exact = (exact_op or op)(*exact_args)
     limit = tolerance or TOLERANCE[out.dtype]
     assert relative(out, exact) <= limit, f"output: {relative(out, exact):.1e}"
     if not trained:
         assert not out.requires_grad
         return
     grad = torch.randn(exact.shape, dtype=torch.float64)
-    expected = torch.autograd.grad(exact, [exact_args[i] for i in trained], grad.to(out.dtype).double())
+    with use_backend("reference"):
+        expected = torch.autograd.grad(exact, [exact_args[i] for i in trained], grad.to(out.dtype).double())
     with use_backend(backend):
         found = torch.autograd.grad(out, [args[i] for i in trained], grad.to(out.device, out.dtype))
     for index, mine, theirs in zip(trained, found, expected, strict=True):
@@ -49,5 +53,6 @@ def check_op(op, args: list, trained: list[int], backend: str, exact_op=None, to
         assert relative(mine, theirs) <= limit, f"gradient of argument {index}: {relative(mine, theirs):.1e}"
 
 
-def _floating(value) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _exact(tensor: Tensor) -> Tensor:
+    """Its own copy on the CPU, in float64 if it is floating."""
+    return tensor.detach().to("cpu", torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)

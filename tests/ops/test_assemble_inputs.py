@@ -110,7 +110,10 @@ def test_nothing_at_all(backend, poisoned):
 def test_views_are_handled(backend, poisoned):
     case = Case(30, 20, 5, 2, (24, 32, 16))
     case.tensors = [t.T.contiguous().T if t.dim() == 2 else t.repeat_interleave(2)[::2] for t in case.tensors]
-    assert not any(t.is_contiguous() for t in case.tensors[:4])
+    indices = (case.kept, case.source, case.row, *case.uses)
+    case.kept, case.source, case.row, *uses = (t.repeat_interleave(2)[::2] for t in indices)
+    case.uses = RowUses(*uses)
+    assert not any(t.is_contiguous() for t in (*case.tensors[:4], case.kept, case.source, case.row, *case.uses[:4]))
     case.check(backend, list(range(7)))
 
 
@@ -164,6 +167,20 @@ def test_torch_library_contract(backend):
         expected = torch.autograd.grad(case.op(*tensors).square().sum(), tensors)
     for mine, theirs in zip(found, expected, strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_backwards_contract(backend):
+    case = Case(12, 9, 5, 2, (8, 12, 8), fillers=1)
+    features, *layers = case.tensors[:5]
+    grad = torch.randn(len(case.source), 8, device=DEVICE)
+    pres = [torch.randn(len(case.kept), 12, device=DEVICE)]
+    backward = torch.ops.llava_fast.assemble_inputs_backward.default
+    with use_backend(backend):
+        for wanted in (range(5), [0], [1], [2], [3], [4], []):
+            given = (grad, features, case.kept, layers[:2], pres, case.source, case.row, list(case.uses), "gelu", 12)
+            needed = [i in wanted for i in range(5)]
+            torch.library.opcheck(backward, (*given, needed), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_arguments_are_checked():

@@ -13,7 +13,7 @@ from llava_fast.ops import image_tiles, use_backend
 from llava_fast.ops.backend import BackendError
 from llava_fast.ops.image import TilePlan
 
-BACKENDS = ("reference", "native") if DEVICE == "cpu" or hasattr(_C, "make_tiles_cuda") else ("reference",)
+BACKENDS = ("reference", "native") if DEVICE == "cpu" or _C.has_cuda() else ("reference",)
 PILLOW = ("12.1", "12", "13")
 
 

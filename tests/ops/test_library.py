@@ -1,15 +1,27 @@
 """What holds for every op, on any backend: threads, devices, second derivatives, autocast."""
 
 import contextlib
+import os
+import shutil
 import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 from kernel_checks import DEVICE
+from torch._inductor import config as inductor
 from torch.nn import functional as F
 
-from llava_fast.ops import assemble_inputs, backend, layer_norm, library, linear_act, linear_cross_entropy, use_backend
+from llava_fast.ops import (
+    assemble_inputs,
+    backend,
+    layer_norm,
+    library,
+    linear_act,
+    linear_cross_entropy,
+    token_pack,
+    use_backend,
+)
 from llava_fast.ops.token_pack import RowUses
 
 
@@ -115,3 +127,27 @@ def test_tensors_on_different_devices_are_refused():
     for given in ([elsewhere], [here, [here, elsewhere]]):
         with pytest.raises(ValueError, match="op: its tensors are on cpu and meta"):
             run(here, *given)
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
+def test_inductor_compiles_around_the_ops():
+    """torch.compile's own backend: the ops stay as they are, what lies between them becomes C++."""
+
+    def chain(x, weight, bias, embedding, constant):
+        y = layer_norm(x * 2 + 1, bias, bias, 1e-5)
+        visual = linear_act(y, weight, bias, "gelu").tanh() + x
+        return token_pack(source, row, embedding, visual, constant, uses).square() * 0.5
+
+    def integers(*values):
+        return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+    source, row = integers(0, 1, 1, 2, -1), integers(2, 1, 0, 0, 0)
+    uses = RowUses(integers(0), integers(2), integers(0, 1), integers(2, 1), integers(3), integers(0, 1))
+    tables = [torch.randn(size, device=DEVICE, requires_grad=True) for size in ((2, 8), (8, 8), 8, (4, 8), (1, 8))]
+    with inductor.patch(compile_threads=1):  # no pool of processes for a handful of loops
+        out = torch.compile(chain, fullgraph=True)(*tables)
+        found = torch.autograd.grad(out.sum(), tables)
+    expected = chain(*tables)
+    torch.testing.assert_close(out, expected)
+    for mine, theirs in zip(found, torch.autograd.grad(expected.sum(), tables), strict=True):
+        torch.testing.assert_close(mine, theirs)

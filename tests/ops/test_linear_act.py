@@ -152,6 +152,19 @@ def test_torch_library_contract(backend, activation):
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ["", "gelu"])
+def test_the_backwards_contract(backend, activation):
+    """Empty tensors stand for what the forward pass did not keep."""
+    grad, x, weight, pre = random(2, 5, 6), random(2, 5, 8), random(6, 8), random(2, 5, 6)
+    backward = torch.ops.llava_fast.linear_act_backward.default
+    with use_backend(backend):
+        for needed in ([True, True, True], [True, False, False], [False, True, False], [False, False, True]):
+            kept = (x if needed[1] else x.new_empty(0), weight if needed[0] else x.new_empty(0))
+            given = (grad, *kept, pre if activation else pre.new_empty(0), activation, needed)
+            torch.library.opcheck(backward, given, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_arguments_are_checked():
     x, weight, bias = random(3, 8), random(4, 8), random(4)
     with pytest.raises(ValueError, match=r"weight \(4, 7\)"):

@@ -89,6 +89,17 @@ def test_torch_library_contract(backend):
         assert torch.equal(compiled(*leaves), linear_cross_entropy(*leaves))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_backwards_contract(backend):
+    hidden, weight, target, bias = inputs(7)
+    grad, denominator = torch.randn(7, device=DEVICE), (hidden @ weight.T + bias).logsumexp(1)
+    backward = torch.ops.llava_fast.linear_cross_entropy_backward.default
+    with use_backend(backend):
+        for needed in ([True, True, True], [True, False, False], [False, True, False], [False, False, True]):
+            given = (grad, hidden, weight, target, bias, denominator, needed)
+            torch.library.opcheck(backward, given, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_shapes_that_do_not_fit_are_refused():
     hidden, weight, target, bias = inputs(7)
     for args in ((hidden[0], weight, target), (hidden, weight, target[:3]), (hidden, weight[:, :3], target)):

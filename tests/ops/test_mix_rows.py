@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from llava_fast.ops import mix_rows, use_backend
 from llava_fast.ops.backend import BackendError
-from llava_fast.ops.mix_rows import TapUses
+from llava_fast.ops.mix_rows import TapUses, reference
 
 BACKENDS = ("reference", "triton")
 
@@ -20,6 +20,16 @@ def table(mixed: int, taps: int, rows: int):
     return index.to(DEVICE), torch.rand(mixed, taps, device=DEVICE), TapUses(use.to(DEVICE), start.to(DEVICE))
 
 
+def mix(rows, index, weight, reduce, uses):
+    """mix_rows with weights in float32, which check_op gives in float64."""
+    return mix_rows(rows, index, weight.float(), reduce, uses)
+
+
+def every_second(tensor):
+    """The same values in a strided view."""
+    return tensor.repeat_interleave(2, dim=-1)[..., ::2]
+
+
 @pytest.mark.parametrize("trained", [[], [0]], ids=str)
 @pytest.mark.parametrize("reduce", ["sum", "max"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -27,7 +37,7 @@ def table(mixed: int, taps: int, rows: int):
 def test_rows_and_gradients(backend, dtype, reduce, trained, poisoned):
     index, weight, uses = table(30, 4, 20)
     rows = torch.randn(20, 72, device=DEVICE).to(dtype)
-    check_op(lambda r, i, w: mix_rows(r, i, w.float(), reduce, uses), [rows, index, weight], trained, backend)
+    check_op(mix, [rows, index, weight, reduce, uses], trained, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -37,8 +47,23 @@ def test_rows_and_gradients(backend, dtype, reduce, trained, poisoned):
 def test_ragged_shapes(backend, mixed, taps, rows, width, poisoned):
     index, weight, uses = table(mixed, taps, rows)
     for reduce in ("sum", "max"):
-        values = [torch.randn(rows, width, device=DEVICE), index, weight]
-        check_op(lambda r, i, w, how=reduce: mix_rows(r, i, w.float(), how, uses), values, [0], backend)
+        check_op(mix, [torch.randn(rows, width, device=DEVICE), index, weight, reduce, uses], [0], backend)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "max"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_are_handled(backend, reduce, poisoned):
+    index, weight, uses = table(15, 4, 10)
+    rows = torch.randn(24, 10, device=DEVICE).T
+    index, weight, uses = every_second(index), weight.T.contiguous().T, TapUses(*map(every_second, uses))
+    assert not any(tensor.is_contiguous() for tensor in (rows, index, weight, *uses))
+    check_op(mix, [rows, index, weight, reduce, uses], [0], backend)
+    leaf = rows.detach().requires_grad_()
+    with use_backend(backend):
+        mix_rows(leaf, index, weight, reduce, uses).sum().backward()  # an expanded gradient
+    plain = rows.detach().requires_grad_()
+    reference.mix_rows(plain, index, weight, reduce).sum().backward()
+    torch.testing.assert_close(leaf.grad, plain.grad)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -71,6 +96,18 @@ def test_torch_library_contract(backend, reduce):
         found = torch.autograd.grad(out.square().sum(), rows)
         expected = torch.autograd.grad(mix_rows(rows, index, weight, reduce, uses).square().sum(), rows)
     assert torch.equal(found[0], expected[0])
+
+
+@pytest.mark.parametrize("reduce", ["sum", "max"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_backwards_contract(backend, reduce):
+    index, weight, uses = table(5, 4, 6)
+    rows, grad = torch.randn(6, 8, device=DEVICE), torch.randn(5, 8, device=DEVICE)
+    saved = rows if reduce == "max" else rows[:0]  # what the forward pass keeps
+    backward = torch.ops.llava_fast.mix_rows_backward.default
+    with use_backend(backend):
+        given = (grad, saved, index, weight, reduce, 6, list(uses))
+        torch.library.opcheck(backward, given, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_what_does_not_fit_is_refused():

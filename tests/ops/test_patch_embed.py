@@ -121,6 +121,17 @@ def test_ragged_shapes(backend, shape, form, poisoned):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_the_577_rows_of_clip(backend, poisoned):
+    """24 x 24 patches and a class row, as CLIP's 336-pixel tower has: no block of rows ends where a tile does."""
+    args = made(tiles=2, size=(336, 336), width=5)
+    assert len(args[2]) == 577
+    large = {"patch_embed_kernel_fp32": {**GEMM, "BLOCK_M": 128}}  # for the interpreter's sake
+    large |= {"patch_weight_gradient_kernel_fp32": {**WEIGHT_GRADIENT, "BLOCK_K": 128}}
+    with triton_support.forced(large if DEVICE == "cpu" else {}):
+        check_op(run, args, [1, 2, 3, 4], backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_patch_rows_of_the_image_reader(backend):
     image = np.random.randint(0, 256, (50, 40, 3), dtype=np.uint8)
     views = [View(size=(28, 30), offset=(0, -1), canvas=(30, 60))]
@@ -183,6 +194,21 @@ def test_torch_library_contract(backend, clip):
         found = torch.autograd.grad(out.square().sum(), weights)
         expected = torch.autograd.grad(run(*args).square().sum(), weights)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_backwards_contract(backend):
+    tiles, weight, position, _, _, mean, std = made(tiles=2, size=(9, 8), patch=4, width=8)
+    grad = torch.randn(2, *position.shape, device=DEVICE)
+    backward, shape = torch.ops.llava_fast.patch_embed_backward.default, list(tiles.shape)
+    checks = ("test_schema", "test_faketensor")
+    with use_backend(backend):
+        for wanted in ([1, 2, 3, 4], [1], [2], [3], [4]):  # weight, position, bias, class row
+            needed = [i in wanted for i in range(5)]
+            given = (grad, tiles if needed[1] else None, None, mean, std, shape, 4, 1, needed)
+            torch.library.opcheck(backward, given, test_utils=checks)
+    needed = [True, False, False, False, False]  # float tiles
+    torch.library.opcheck(backward, (grad, None, weight, mean, std, shape, 4, 1, needed), test_utils=checks)
 
 
 def test_nothing_is_saved_for_what_is_frozen():

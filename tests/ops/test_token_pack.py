@@ -5,13 +5,14 @@ import pytest
 import torch
 from kernel_checks import DEVICE, DTYPES, check_op
 
+from llava_fast import _C
 from llava_fast.inputs.anyres import FEATURE, NEWLINE, VisualRows
 from llava_fast.inputs.plan import TextPiece, VisualPiece, build_plan
 from llava_fast.ops import token_pack, use_backend
 from llava_fast.ops.backend import BackendError
 from llava_fast.ops.token_pack import RowUses
 
-BACKENDS = ("reference", "triton", "native")
+BACKENDS = ("reference", "triton", "native") if DEVICE == "cpu" or _C.has_cuda() else ("reference", "triton")
 VOCABULARY = 50
 
 
@@ -73,6 +74,16 @@ def test_tables_that_are_views_are_handled(backend, poisoned):
     check_op(token_pack, [source, row, *tables, uses], [2, 3, 4], backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_indices_that_are_views_are_handled(backend, poisoned):
+    """As columns of a table [rows, 2] are."""
+    source, row, uses = planned(10, 6, 2)
+    columns = [torch.stack([column, torch.zeros_like(column)], dim=1)[:, 0] for column in (source, row, *uses)]
+    assert not any(column.is_contiguous() for column in columns)
+    tables = [torch.randn(n, 16, device=DEVICE) for n in (VOCABULARY, 6, 1)]
+    check_op(token_pack, [*columns[:2], *tables, RowUses(*columns[2:])], [2, 3, 4], backend)
+
+
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_the_order_of_a_long_sum_is_fixed(backend):
     """A thousand newlines: float32 sums within a few roundings, and the same bits again."""
@@ -99,6 +110,17 @@ def test_torch_library_contract(backend):
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_backwards_contract(backend):
+    source, row, uses = planned(6, 4, 2)
+    grad = torch.randn(len(source), 8, device=DEVICE)
+    backward = torch.ops.llava_fast.token_pack_backward.default
+    with use_backend(backend):
+        for needed in ([True, True, True], [True, False, False], [False, True, False], [False, False, True]):
+            given = (grad, source, row, [VOCABULARY, 4, 1], needed, list(uses))
+            torch.library.opcheck(backward, given, test_utils=("test_schema", "test_faketensor"))
+
+
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_what_a_kernel_cannot_do_is_refused(backend):
     source, row, uses = planned(6, 4, 2)
@@ -109,7 +131,8 @@ def test_what_a_kernel_cannot_do_is_refused(backend):
             out.sum().backward()
         with pytest.raises(BackendError, match="dtypes differ"):
             token_pack(source, row, tables[0], tables[1].half(), tables[2], uses)
-    with use_backend("native"), pytest.raises(BackendError, match="takes int32"):
-        token_pack(source.long(), row.long(), *tables, uses)
+    if backend == "native":
+        with use_backend(backend), pytest.raises(BackendError, match="takes int32"):
+            token_pack(source.long(), row.long(), *tables, uses)
     with pytest.raises(ValueError, match="uses tell of 4 visual"):
         token_pack(source, row, tables[0], tables[1][:3], tables[2], uses)
