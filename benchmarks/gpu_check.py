@@ -1,16 +1,21 @@
-"""Measure every op on this GPU against float64, against unfused PyTorch, and against its floor; write one JSON.
+"""Measure every op on this GPU against float64, unfused PyTorch and its floor; and join what gpu_check.sh found.
 
-python -m benchmarks.gpu_check --output gpu.json            # on a GPU; benchmarks/gpu_check.sh runs it after the tests
-python -m benchmarks.gpu_check --output x.json --dry-run    # anywhere: tiny sizes in Triton's interpreter, no times
+python -m benchmarks.gpu_check measure --output ops.json            # on a GPU; gpu_check.sh runs it
+python -m benchmarks.gpu_check measure --output x.json --dry-run    # anywhere: tiny sizes, no times
+python -m benchmarks.gpu_check collect OUT_DIR                      # everything in OUT_DIR into OUT_DIR/gpu.json
 
 An op may become the default on CUDA only if a committed result says "right" and "faster" for it.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import json
-import shutil
+import os
+import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -19,98 +24,221 @@ import typer
 from tqdm import tqdm
 
 from benchmarks import machine
-from benchmarks.image_cases import image_tiles_from_host
-from benchmarks.op_cases import OpCase, Widths, cases
-from benchmarks.tune import milliseconds, relative
+from benchmarks.op_cases import MAKERS, MEASURED_BESIDE, OpCase, Widths, made
+from benchmarks.tune import compile_in_parallel, milliseconds, relative, said, waits, wall_milliseconds
 from llava_fast.ops import triton_support, use_backend
 
-TILES = (1, 5, 40)
+TILES = (5, 40, 1)  # a 672x672 image first: a run cut short has measured what matters most
 TINY = Widths(vision=32, mlp=48, decoder=48, tile=28, patch=14, vocabulary=100)
 WORST = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+TIMES = ("ms", "plain_ms", "bare_ms", "copy_ms", "reference_ms")
+
+app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
 
 
 def measure(case: OpCase, dtype: torch.dtype, ceilings: machine.Ceilings | None) -> dict:
-    """One case as a row: errors against float64 (the kernel's and plain PyTorch's), and with ceilings the times."""
-    exact = case.exact()
+    """One case as a row: errors against float64 (the kernel's and plain PyTorch's), and with ceilings the times.
+
+    ms: the op; plain_ms, bare_ms: see OpCase; copy_ms: a copy that reads and writes as many bytes as the op must;
+    reference_ms: the op's reference; "by_wall_clock" names those that a CUDA graph cannot hold. What raised is in
+    "exception", and the rest is measured all the same.
+    """
     row: dict = {"op": case.op, "label": case.label, "dtype": str(dtype).removeprefix("torch."), "rows": case.rows}
-    row["backend"] = case.backend
-    with use_backend(case.backend):
-        row["error"] = relative(case.run(), exact)
-    row["plain_error"] = relative(case.plain(), exact) if case.comparable else None
+    row |= {"backend": case.backend, "right": False, "plain_error": None}
+    try:
+        exact = case.exact()
+        with use_backend(case.backend):
+            row["error"] = relative(case.run(), exact)
+        if case.comparable:
+            row["plain_error"] = relative(case.plain(), exact)
+    except Exception as error:
+        return row | {"exception": said(error)}
     usual = max(2 * row["plain_error"], WORST[dtype] / 10) if case.comparable else WORST[dtype]
     row["right"] = row["error"] <= (usual if case.limit is None else case.limit)
     if ceilings and row["right"]:  # a wrong result gets no time
-        with use_backend(case.backend):
-            row["ms"] = milliseconds(case.run)
-        with use_backend("reference"):
-            row["reference_ms"] = milliseconds(case.run)
-        row["plain_ms"] = milliseconds(case.plain)
-        floor = max(case.flops / ceilings.flops_per_second, case.bytes / ceilings.bytes_per_second)
-        row["floor_ms"] = 1e3 * floor
-        row["share_of_floor"] = row["floor_ms"] / row["ms"]
-        row["faster"] = case.backend != "reference" and row["ms"] < min(row["plain_ms"], row["reference_ms"])
+        del exact
+        row |= times(case)
+        row["floor_ms"] = 1e3 * max(case.flops / ceilings.flops_per_second, case.bytes / ceilings.bytes_per_second)
+        if "ms" in row:
+            row["share_of_floor"] = row["floor_ms"] / row["ms"]
+            others = [row[name] for name in ("plain_ms", "reference_ms") if name in row]
+            row["faster"] = case.backend != "reference" and "plain_ms" in row and row["ms"] < min(others)
     return row
 
 
-def install_tables(folder: Path) -> None:
-    """Use the freshly tuned tables from here on (they are copied into the package's own folder)."""
-    target = Path(triton_support.__file__).parent / "tuned"
-    for kind in triton_support.KINDS:
-        made = folder / f"{kind.lower()}.json"
-        if made.is_file():
-            shutil.copy2(made, target / made.name)
-    triton_support.table.cache_clear()
+def times(case: OpCase) -> dict:
+    """Milliseconds by the names of TIMES, of those that a case has."""
+    ways: dict[str, tuple[str, Callable[[], object] | None]] = {
+        "ms": (case.backend, case.run),
+        "plain_ms": ("auto", case.plain),
+        "bare_ms": ("auto", case.bare),
+        "copy_ms": ("auto", copy_of(case.bytes)),
+        "reference_ms": ("reference", case.run),
+    }
+    row: dict = {"by_wall_clock": []}
+    wrong = []
+    for name, (backend, work) in ways.items():
+        if work is None or (case.wall and name == "copy_ms"):
+            continue
+        try:
+            with use_backend(backend):
+                wall = case.wall or waits(work)
+                row[name] = (wall_milliseconds if wall else milliseconds)(work)
+                row["by_wall_clock"] += [name] * wall
+        except Exception as error:
+            wrong.append(f"{name}: {said(error)}")
+    return row | ({"exception": "; ".join(wrong)} if wrong else {})
+
+
+def copy_of(moved: float) -> Callable[[], object]:
+    """A copy on the GPU that reads and writes so many bytes together."""
+
+    @functools.cache
+    def tensors() -> tuple[torch.Tensor, torch.Tensor]:
+        source = torch.ones(max(1, int(moved) // 2), dtype=torch.uint8, device="cuda")
+        return torch.empty_like(source), source
+
+    def work() -> object:
+        target, source = tensors()
+        return target.copy_(source)
+
+    return work
+
+
+def use_tables(folder: Path) -> None:
+    """Use the table that benchmarks.tune wrote there from here on, in front of the shipped one."""
+    kind = triton_support.device_kind(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    path = folder / f"{kind if kind != 'default' else 'other'}.json"
+    if not path.is_file():
+        raise typer.BadParameter(f"there is no {path}: run benchmarks.tune first", param_hint="--tables")
+    tuned, shipped = json.loads(path.read_text()), triton_support.table
+
+    def table(asked: str) -> dict:
+        return shipped(asked) | (tuned if asked == kind else {})
+
+    triton_support.table = functools.cache(table)
     triton_support._entry.cache_clear()
-
-
-def test_counts(report: Path) -> dict[str, int]:
-    """Tests, failures, errors and skips of a JUnit file."""
-    suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
-    return {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
 
 
 def line(row: dict) -> str:
     """One row for a terminal."""
-    text = f"{row['op']:24} {row['label']:18} {row['dtype']:9} error {row['error']:.1e}"
-    if row["plain_error"] is not None:
+    text = f"{row['op']:24} {row['label']:18} {row['dtype']:9}"
+    if "error" in row:
+        text += f" error {row['error']:.1e}"
+    if row.get("plain_error") is not None:
         text += f" (plain {row['plain_error']:.1e})"
-    if "ms" in row:
-        text += f" {row['ms']:9.4f} ms, plain {row['plain_ms']:9.4f} ms, floor share {row['share_of_floor']:.2f}"
-    return text
+    text += "".join(f" {name} {row[name]:.4f}" for name in TIMES if name in row)
+    text += "" if row["right"] else " NOT RIGHT"
+    return text + (f" {row['exception']}" if "exception" in row else "")
 
 
-def main(
-    output: Annotated[Path, typer.Option(help="The JSON to write.")],
+def context_is_lost() -> bool:
+    """Whether a kernel's fault, or a failed capture, has ended this process's work on the GPU."""
+    try:
+        torch.cuda.synchronize()
+        torch.randn(1, device="cuda").item()
+    except Exception:
+        return True
+    return False
+
+
+@app.command("measure")
+def measure_ops(
+    output: Annotated[Path, typer.Option(help="The JSON to write. Rows that it has are kept, not measured again.")],
     tables: Annotated[Path | None, typer.Option(help="A folder with freshly tuned tables to use.")] = None,
-    tests: Annotated[Path | None, typer.Option(help="JUnit results of the tests on this GPU, to be kept.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Tiny sizes on the CPU, no times: does the script hold?")] = False,
 ) -> None:
     """Measure every op and write the results."""
     if not dry_run and not torch.cuda.is_available():
         raise typer.BadParameter("no CUDA GPU is usable here; --dry-run checks the script itself")
-    device = "cpu" if dry_run else "cuda"
+    device, widths = ("cpu", TINY) if dry_run else ("cuda", Widths())
     if tables:
-        install_tables(tables)
+        use_tables(tables)
+    rows: list[dict] = json.loads(output.read_text())["ops"] if output.is_file() else []
+    done = {(row["case"], row["tiles"], row["dtype"]) for row in rows}
+    if not (dry_run or done or tables):
+        compile_in_parallel(shipped=True)
     ceilings = None if dry_run else machine.measure_ceilings("cuda", torch.bfloat16)
-    rows: list[dict] = []
-    result = {
-        "machine": machine.describe(device, torch.get_num_threads()),
-        "versions": machine.versions(),
-        "commit": machine.commit(),
-        "ceilings": machine.as_dict(ceilings) if ceilings else None,
-        "tests": test_counts(tests) if tests and tests.is_file() else None,
-        "ops": rows,
-    }
+    result = {"ceilings": machine.as_dict(ceilings) if ceilings else None, "ops": rows}
     sizes = [(1, torch.float32)] if dry_run else [*((tiles, torch.bfloat16) for tiles in TILES), (5, torch.float16)]
     for tiles, dtype in tqdm(sizes, desc="measuring", unit="size"):
-        widths = TINY if dry_run else Widths()
-        for case in cases(tiles, dtype, device, widths, also=(image_tiles_from_host,)):
-            rows.append(measure(case, dtype, ceilings))
+        for make in (*MAKERS, *MEASURED_BESIDE):
+            key = {"case": make.__name__, "tiles": tiles, "dtype": str(dtype).removeprefix("torch.")}
+            if tuple(key.values()) in done:
+                continue
+            key["tables"] = "tuned" if tables else "shipped"
+            try:
+                row = measure(made(make, tiles, dtype, device, widths), dtype, ceilings)
+            except Exception as error:
+                row = {"op": make.__name__, "label": f"{tiles} tiles", "right": False, "exception": said(error)}
+            rows.append(key | row)
             print(line(rows[-1]), flush=True)
             output.write_text(json.dumps(result, indent=1) + "\n")  # each time: a run cut short keeps what it has
-    if not all(row["right"] for row in rows):
+            if not dry_run and "exception" in row and context_is_lost():
+                print("the GPU takes no more work from this process: going on in a fresh one", flush=True)
+                os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu_check", *sys.argv[1:]])
+    if not all(row["right"] and "exception" not in row for row in rows):
         raise typer.Exit(1)
 
 
+def test_counts(folder: Path) -> dict:
+    """Sums over the JUnit files of a folder: tests, failures, errors, skipped, names of the failed; and the files
+    (`exits`: a line "file status" each) that left none, because pytest crashed or was cut short."""
+    counts: dict = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
+    counts |= {"failed": [], "crashed": []}
+    for entry in (folder / "exits").read_text().splitlines():
+        name, status = entry.rsplit(" ", 1)
+        try:
+            suite = next(ElementTree.parse(folder / f"{Path(name).stem}.xml").getroot().iter("testsuite"))
+        except (OSError, ElementTree.ParseError, StopIteration):
+            suite = None
+        if suite is None or status not in ("0", "1"):
+            counts["crashed"].append(f"{name} (exit status {status})")
+        if suite is not None:
+            for what in ("tests", "failures", "errors", "skipped"):
+                counts[what] += int(suite.get(what, 0))
+            bad = (
+                case
+                for case in suite.iter("testcase")
+                if case.find("failure") is not None or case.find("error") is not None
+            )
+            counts["failed"] += [f"{name}::{case.get('name')}" for case in bad]
+    counts["crashed"].sort()
+    return counts
+
+
+@app.command()
+def collect(folder: Annotated[Path, typer.Argument(help="The OUT_DIR of gpu_check.sh.")]) -> None:
+    """Join the results of all steps in FOLDER/gpu.json. One that is there already, of the same commit, is added to."""
+    path = folder / "gpu.json"
+    on_gpu = torch.cuda.is_available()
+    versions = machine.versions() | {"triton": importlib.metadata.version("triton"), "cuda": torch.version.cuda}
+    result: dict = {"commit": machine.commit()}
+    if path.is_file():
+        before = json.loads(path.read_text())
+        if before["commit"] == result["commit"]:
+            result = before
+        else:
+            path.rename(folder / f"gpu-{before['commit']}.json")
+    result["machine"] = machine.describe("cuda" if on_gpu else "cpu", torch.get_num_threads())
+    result["versions"] = versions
+    rows = {(row["case"], row["tiles"], row["dtype"]): row for row in result.get("ops", [])}
+    for name in ("ops", "ops-tuned"):  # a tuned row takes the place of the shipped configuration's
+        if (folder / f"{name}.json").is_file():
+            found = json.loads((folder / f"{name}.json").read_text())
+            result["ceilings"] = found["ceilings"]
+            rows |= {(row["case"], row["tiles"], row["dtype"]): row for row in found["ops"]}
+    result["ops"] = list(rows.values())
+    if (folder / "tests" / "exits").is_file():
+        result["tests"] = test_counts(folder / "tests")
+    for each in sorted(folder.glob("path*.json")):
+        result.setdefault("path", {})[each.stem] = json.loads(each.read_text())["rows"]
+    if (folder / "steps").is_file():
+        steps = (entry.split(": ", 1) for entry in (folder / "steps").read_text().splitlines())
+        result["steps"] = result.get("steps", {}) | dict(steps)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -22,7 +22,8 @@ SOURCES = ("llava_fast", "csrc", "benchmarks/*.py", "benchmarks/suites", "setup.
 @dataclass(frozen=True)
 class Ceilings:
     """The most this machine was seen to do, with the threads of the run: the larger of a copy's and a matrix-vector
-    product's bytes a second, and a 2048-wide matrix product's operations a second in the run's dtype."""
+    product's bytes a second, and a 2048-wide (on a GPU 8192-wide) matrix product's operations a second in the run's
+    dtype."""
 
     bytes_per_second: float
     flops_per_second: float
@@ -52,23 +53,27 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit measured, with "+changes" if tracked or new sources differ from it; "unknown" outside a checkout."""
+    """The commit measured, with "+changes" if tracked or new sources differ from it; outside a checkout what the
+    variable LLAVA_FAST_COMMIT says, or "unknown"."""
     try:
         head = _git("rev-parse", "--short=10", "HEAD")
         return head + ("+changes" if _git("status", "--porcelain", "--", *SOURCES) else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("LLAVA_FAST_COMMIT", "unknown")
 
 
 def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     """About two seconds: the best of many tries, since other work on the machine can only lower a ceiling. On one CPU
-    thread tries are timed by processor time."""
-    source = torch.ones(1 << 25, dtype=torch.float32, device=device)
+    thread tries are timed by processor time. On a GPU a try is several calls between two events, so that gaps between
+    launches do not lower a ceiling, and the product's values are random, since a GPU is faster on equal ones."""
+    on_cpu = torch.device(device).type == "cpu"
+    source = torch.ones(1 << (25 if on_cpu else 28), dtype=torch.float32, device=device)
     target, vector = torch.empty_like(source), torch.ones(4096, device=device)
-    square = torch.ones(2048, 2048, dtype=dtype, device=device)
+    side = 2048 if on_cpu else 8192
+    square = torch.randn(side, side, dtype=dtype, device=device)
     copy = 2 * source.nbytes / _best(lambda: target.copy_(source), device)
     read = source.nbytes / _best(lambda: source.view(-1, 4096) @ vector, device)
-    product = 2 * 2048**3 / _best(lambda: square @ square, device)
+    product = 2 * side**3 / _best(lambda: square @ square, device)
     return Ceilings(max(copy, read), product)
 
 
@@ -77,15 +82,29 @@ def as_dict(ceilings: Ceilings) -> dict:
 
 
 def _best(work: Callable[[], object], device: str, seconds: float = 0.7) -> float:
+    if torch.device(device).type != "cpu":
+        return _best_on_gpu(work, seconds)
     # One thread's own processor time is what the processor can do while it is ours, however busy the machine is.
     clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     best, start = float("inf"), time.perf_counter()
     while time.perf_counter() - start < seconds:
         before = clock()
         work()
-        if device != "cpu":
-            torch.cuda.synchronize(device)
         best = min(best, clock() - before)
+    return best
+
+
+def _best_on_gpu(work: Callable[[], object], seconds: float, calls: int = 10) -> float:
+    work()  # loads the kernel
+    best, started = float("inf"), time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            work()
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end) / 1e3 / calls)
     return best
 
 

@@ -31,6 +31,8 @@ class OpCase:
     comparable  whether `plain` gives the same result, or only does the part of the work it is timed against.
     backend  of the op, to be measured.
     limit    the error allowed, ||found - exact|| / ||exact||; None: what the dtype allows.
+    bare     what a target is stated against, where that is not `plain` (docs/performance.md, "Targets").
+    wall     its times are the wall clock's, host work included, instead of the GPU's alone.
     """
 
     op: str
@@ -45,3 +47,5 @@ class OpCase:
     comparable: bool = True
     backend: str = "triton"
     limit: float | None = None
+    bare: Callable[[], object] | None = None
+    wall: bool = False

@@ -1,52 +1,39 @@
 """The ops at the sizes of LLaVA-NeXT 7B: what to run, what to compare with, and the least each can cost.
 
 Shared by the tuning command and the GPU check. Sizes: CLIP-L/14-336 (577 rows of 1024 a tile, 576 of them kept), a
-decoder of width 4096, so many tiles, and 64 text tokens. Inputs are random and fresh for each case.
+decoder of width 4096, so many tiles, a newline after every 24 visual rows, and 64 text tokens. Inputs are random and
+fresh for each case.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.decoder_cases import DECODER_CASES
-from benchmarks.image_cases import image_tiles
+from benchmarks.image_cases import image_patch_rows, image_tiles, image_tiles_from_host
 from benchmarks.op_case import OpCase, Widths
 from llava_fast import ops
 from llava_fast.ops.mix_rows import TapUses
 from llava_fast.ops.token_pack import RowUses
 
-ROWS_PER_TILE, KEPT_PER_TILE, TEXT = 577, 576, 64
+ROWS_PER_TILE, KEPT_PER_TILE, LINE, TEXT = 577, 576, 24, 64
 
 
-def cases(
-    tiles: int, dtype: torch.dtype, device: str, widths: Widths, also: tuple[Callable[..., OpCase], ...] = ()
-) -> Iterator[OpCase]:
-    """Every op for an image of so many tiles, one at a time; `also` makes cases that only some want."""
-    for make in (
-        token_pack,
-        token_pack_gradients,
-        mix_rows,
-        patch_embed,
-        patch_embed_rows,
-        patch_embed_gradients,
-        patch_embed_rows_gradients,
-        layer_norm,
-        double_layer_norm,
-        layer_norm_gradients,
-        linear_act,
-        linear_act_gradients,
-        assemble_inputs,
-        assemble_inputs_gradients,
-        image_tiles,
-        *DECODER_CASES,
-        *also,
-    ):
-        torch.manual_seed(tiles)
-        yield make(tiles, dtype, torch.device(device), widths)
+def cases(tiles: int, dtype: torch.dtype, device: str, widths: Widths) -> Iterator[OpCase]:
+    """Every op for an image of so many tiles, one at a time."""
+    for make in MAKERS:
+        yield made(make, tiles, dtype, device, widths)
+
+
+def made(make: Callable[..., OpCase], tiles: int, dtype: torch.dtype, device: str, widths: Widths) -> OpCase:
+    """One case with random inputs that are the same at each call."""
+    torch.manual_seed(tiles)
+    return make(tiles, dtype, torch.device(device), widths)
 
 
 def token_pack(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
@@ -96,19 +83,56 @@ def token_pack_gradients(tiles: int, dtype: torch.dtype, device: torch.device, w
     )
 
 
-def mix_rows(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
-    """2x2 average pooling of projected rows, as video does."""
-    side = 24
-    grid = torch.arange(tiles * side * side).view(tiles, side // 2, 2, side // 2, 2)
-    index = grid.permute(0, 1, 3, 2, 4).reshape(-1, 4).int().to(device)
-    weight = torch.full(index.shape, 0.25, device=device)
-    rows = torch.randn(tiles * side * side, widths.decoder, dtype=dtype, device=device)
-    uses = TapUses(torch.argsort(index.flatten(), stable=True).int(), torch.arange(len(rows) + 1, device=device).int())
+def token_pack_native(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
+    """csrc's form beside the Triton one: the faster of the two is to be the default."""
+    case = token_pack(tiles, dtype, device, widths)
+    return replace(case, op="token_pack_native", kernels=(), backend="native")
+
+
+def token_pack_native_gradients(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
+    case = token_pack_gradients(tiles, dtype, device, widths)
+    return replace(case, op="token_pack_native_backward", kernels=(), backend="native")
+
+
+def token_pack_table_gradients(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
+    """Both passes with a trained embedding and newline; what is compared is the gradient of the tokens' embeddings and
+    of the newline."""
+    source, row, tables, uses = _placement(tiles, dtype, device, widths)
+    grad = torch.randn(len(source), widths.decoder, dtype=dtype, device=device)
+    tokens, text_row, newline_row = row[uses.text_row.long()].long(), uses.text_row.long(), uses.constant_row.long()
+    distinct = uses.text_token.long()
+
+    def gradient(tables: list[Tensor], grad: Tensor) -> Tensor:
+        leaves = [table.detach().requires_grad_() for table in (tables[0], tables[2])]
+        out = ops.token_pack(source, row, leaves[0], tables[1], leaves[1], uses)
+        of_embedding, of_constant = torch.autograd.grad(out, leaves, grad)
+        return torch.cat([of_embedding[distinct], of_constant])
 
     def plain() -> Tensor:
-        picture = rows.view(tiles, side, side, -1).permute(0, 3, 1, 2)
-        return F.avg_pool2d(picture, 2).permute(0, 2, 3, 1).flatten(0, 2)
+        of_embedding = torch.zeros_like(tables[0]).index_add_(0, tokens, grad[text_row])
+        return torch.cat([of_embedding[distinct], grad[newline_row].sum(0, keepdim=True)])
 
+    return OpCase(
+        "token_pack_tables_backward",
+        f"{tiles} tiles",
+        TEXT,
+        TEXT * widths.decoder,
+        (widths.vocabulary + 2 * len(source) + TEXT + len(newline_row)) * widths.decoder * dtype.itemsize,
+        ("sum_segments_kernel",),
+        lambda: gradient(tables, grad),
+        plain,
+        lambda: gradient([table.double() for table in tables], grad.double()),
+    )
+
+
+def token_pack_native_table_gradients(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
+    case = token_pack_table_gradients(tiles, dtype, device, widths)
+    return replace(case, op="token_pack_native_tables_backward", kernels=(), backend="native")
+
+
+def mix_rows(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
+    """2x2 average pooling of projected rows, as video does."""
+    rows, index, weight, uses = _pooled(tiles, dtype, device, widths)
     return OpCase(
         "mix_rows",
         f"{tiles} tiles, 2x2",
@@ -117,9 +141,50 @@ def mix_rows(tiles: int, dtype: torch.dtype, device: torch.device, widths: Width
         (len(rows) + len(index)) * widths.decoder * dtype.itemsize,
         ("mix_kernel",),
         lambda: ops.mix_rows(rows, index, weight, uses=uses),
-        plain,
+        lambda: _avg_pool(rows, tiles),
         lambda: ops.mix_rows(rows.double(), index, weight),
     )
+
+
+def mix_rows_gradients(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
+    """Both passes of the same; what is compared is the gradient of the rows."""
+    rows, index, weight, uses = _pooled(tiles, dtype, device, widths)
+    grad = torch.randn(len(index), widths.decoder, dtype=dtype, device=device)
+
+    def gradient(mix: Callable[[Tensor], Tensor], rows: Tensor, grad: Tensor) -> Tensor:
+        leaf = rows.detach().requires_grad_()
+        return torch.autograd.grad(mix(leaf), leaf, grad)[0]
+
+    def fused(rows: Tensor) -> Tensor:
+        return ops.mix_rows(rows, index, weight, uses=uses)
+
+    return OpCase(
+        "mix_rows_backward",
+        f"{tiles} tiles, 2x2",
+        len(rows),
+        4 * index.numel() * widths.decoder,  # the forward pass runs too
+        2 * (len(rows) + len(index)) * widths.decoder * dtype.itemsize,
+        ("mix_backward_kernel",),
+        lambda: gradient(fused, rows, grad),
+        lambda: gradient(lambda rows: _avg_pool(rows, tiles), rows, grad),
+        lambda: gradient(fused, rows.double(), grad.double()),
+    )
+
+
+def _pooled(
+    tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths
+) -> tuple[Tensor, Tensor, Tensor, TapUses]:
+    """(rows, index, weight, uses) of mix_rows for a 2x2 average of each tile's rows."""
+    grid = torch.arange(tiles * KEPT_PER_TILE).view(tiles, LINE // 2, 2, LINE // 2, 2)
+    index = grid.permute(0, 1, 3, 2, 4).reshape(-1, 4).int().to(device)
+    rows = torch.randn(tiles * KEPT_PER_TILE, widths.decoder, dtype=dtype, device=device)
+    uses = TapUses(torch.argsort(index.flatten(), stable=True).int(), torch.arange(len(rows) + 1, device=device).int())
+    return rows, index, torch.full(index.shape, 0.25, device=device), uses
+
+
+def _avg_pool(rows: Tensor, tiles: int) -> Tensor:
+    picture = rows.view(tiles, LINE, LINE, -1).permute(0, 3, 1, 2)
+    return F.avg_pool2d(picture, 2).permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def patch_embed(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths, rows: bool = False) -> OpCase:
@@ -247,6 +312,36 @@ def double_layer_norm(tiles: int, dtype: torch.dtype, device: torch.device, widt
     )
 
 
+def double_layer_norm_gradients(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
+    """Both passes of CLIP's two, a gradient coming to either result; what is compared is the gradient of x."""
+    (x, grad), weights = _normed(tiles, dtype, device, widths)
+    grad_sum = torch.randn_like(x)
+
+    def gradient(norms: Callable, given: list[Tensor], grads: list[Tensor]) -> Tensor:
+        leaves = [leaf.detach().requires_grad_() for leaf in given]
+        return torch.autograd.grad(norms(*leaves), leaves, grads)[0]
+
+    def fused(x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.double_layer_norm(x, weights[0], weights[1], 1e-5, weights[2], weights[3], 1e-5)
+
+    def plain(x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        first = F.layer_norm(x, x.shape[1:], *weights[:2])
+        return first, F.layer_norm(first, x.shape[1:], *weights[2:])
+
+    given, grads = [x, *weights], [grad_sum, grad]
+    return OpCase(
+        "double_layer_norm_backward",
+        f"{tiles} tiles",
+        len(x),
+        39 * x.numel(),
+        10 * x.numel() * dtype.itemsize,  # the forward pass runs too
+        (),  # layer_norm_backward decides its kernel's configuration
+        lambda: gradient(fused, given, grads),
+        lambda: gradient(plain, given, grads),
+        lambda: gradient(fused, [each.double() for each in given], [each.double() for each in grads]),
+    )
+
+
 def layer_norm_gradients(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
     """Both passes; what is compared is the gradient of x."""
     (x, grad), weights = _normed(tiles, dtype, device, widths)
@@ -315,17 +410,23 @@ def linear_act_gradients(tiles: int, dtype: torch.dtype, device: torch.device, w
 
 
 def assemble_inputs(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
-    """Kept rows through LLaVA-1.5's projector into their places; plain is the two bare products over the kept rows."""
+    """Kept rows through LLaVA-1.5's projector into their places. Plain gathers, projects and places step by step; bare
+    is the two products over the kept rows alone, without biases and activation."""
     place, features, kept, layers = _projected(tiles, dtype, device, widths)
     source, row, tables, uses = place
     weights, biases = layers[:2], layers[2:]
-    rows = features[kept.long()]
+    rows, places = features[kept.long()], uses.visual_place.long()
 
     def run(features: Tensor, layers: list[Tensor], embedding: Tensor, constant: Tensor) -> Tensor:
         return ops.assemble_inputs(features, kept, layers[:2], layers[2:], source, row, embedding, constant, uses)
 
     def plain() -> Tensor:
-        return F.gelu(rows @ weights[0].T + biases[0]) @ weights[1].T + biases[1]
+        hidden = F.gelu(F.linear(features[kept.long()], weights[0], biases[0]))
+        out = torch.where((source == 2)[:, None], tables[2], tables[0][torch.where(source == 0, row, 0).long()])
+        return out.index_copy_(0, places, F.linear(hidden, weights[1], biases[1]))
+
+    def bare() -> Tensor:
+        return torch.mm(torch.mm(rows, weights[0].T), weights[1].T)
 
     exact_tables = [table.double() for table in (tables[0], tables[2])]
     products = 2 * len(kept) * widths.decoder * (widths.vision + widths.decoder)
@@ -340,7 +441,7 @@ def assemble_inputs(tiles: int, dtype: torch.dtype, device: torch.device, widths
         lambda: run(features, layers, tables[0], tables[2]),
         plain,
         lambda: run(features.double(), [layer.double() for layer in layers], *exact_tables),
-        comparable=False,
+        bare=bare,
     )
 
 
@@ -407,9 +508,11 @@ def _projected(tiles: int, dtype: torch.dtype, device: torch.device, widths: Wid
 def _placement(
     tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths
 ) -> tuple[Tensor, Tensor, list[Tensor], RowUses]:
-    """(source, row, [embedding, visual, constant], uses): half the text, every kept row, a newline, the other half."""
+    """(source, row, [embedding, visual, constant], uses): half the text, every kept row with a newline after each line
+    of them, the other half."""
     kept = tiles * KEPT_PER_TILE
-    source = torch.tensor([0] * (TEXT // 2) + [1] * kept + [2] + [0] * (TEXT // 2), dtype=torch.int32)
+    text, lines = [0] * (TEXT // 2), ([1] * LINE + [2]) * (kept // LINE)
+    source = torch.tensor(text + lines + text, dtype=torch.int32)
     tokens = torch.randint(0, widths.vocabulary, (TEXT,), dtype=torch.int32)
     row = torch.zeros_like(source)
     row[source == 0] = tokens
@@ -422,8 +525,39 @@ def _placement(
         torch.cat([torch.zeros(1), counts.cumsum(0)]),
         torch.nonzero(source == 1)[:, 0],
         torch.nonzero(source == 2)[:, 0],
-        torch.tensor([0, 1]),
+        torch.tensor([0, kept // LINE]),
     )
     sizes = (widths.vocabulary, kept, 1)
     tables = [torch.randn(size, widths.decoder, dtype=dtype, device=device) for size in sizes]
     return source.to(device), row.to(device), tables, RowUses(*(use.int().to(device) for use in uses))
+
+
+MAKERS: tuple[Callable[..., OpCase], ...] = (
+    token_pack,
+    token_pack_gradients,
+    token_pack_table_gradients,
+    mix_rows,
+    mix_rows_gradients,
+    patch_embed,
+    patch_embed_rows,
+    patch_embed_gradients,
+    patch_embed_rows_gradients,
+    layer_norm,
+    double_layer_norm,
+    layer_norm_gradients,
+    double_layer_norm_gradients,
+    linear_act,
+    linear_act_gradients,
+    assemble_inputs,
+    assemble_inputs_gradients,
+    image_tiles,
+    image_patch_rows,
+    *DECODER_CASES,
+)
+MEASURED_BESIDE = (
+    token_pack_native,
+    token_pack_native_gradients,
+    token_pack_native_table_gradients,
+    image_tiles_from_host,
+)
+"""Other ways to the same results: measured, and neither tuned nor in the table of floors."""

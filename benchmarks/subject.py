@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.memory import release
-from benchmarks.shapes import SHAPES, build_config, write_directory
+from benchmarks.shapes import SHAPES, build_config, build_processor, write_directory
 from llava_fast.checkpoints.config import read_hf_config
 from llava_fast.checkpoints.names import from_stored, is_skipped
 from llava_fast.generation.llava import Llava
@@ -78,7 +78,10 @@ class Subject:
 
     @cached_property
     def hf_processor(self) -> Any:
-        """transformers' processor with its Pillow image processor, the bit-exact one."""
+        """transformers' processor with its Pillow image processor, the bit-exact one. A shape's needs no torchvision,
+        without which transformers 5.17 has no AutoImageProcessor."""
+        if self.shape is not None:
+            return build_processor(self.shape)
         from transformers import AutoImageProcessor, AutoProcessor
 
         processor = AutoProcessor.from_pretrained(self.directory)

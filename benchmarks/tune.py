@@ -2,8 +2,10 @@
 
 python -m benchmarks.tune --output-dir llava_fast/ops/tuned
 
-Each candidate must give the right answer before it is timed. Times are medians of CUDA-graph replays over inputs larger
-than the cache. The table is named for the GPU (a100, h100, h200) and is only data (llava_fast/ops/triton_support.py).
+Each candidate must give the right answer before it is timed. Times are medians of CUDA-graph replays on the same
+inputs: those of 40 tiles are larger than any cache, those of 1 and 5 tiles may lie in it, as they do behind the op that
+made them. A kernel without a right candidate is named and left out, so that it keeps its shipped configuration. The
+table is named for the GPU (a100, h100, h200) and is only data (llava_fast/ops/triton_support.py).
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -20,11 +24,11 @@ import torch
 import typer
 from tqdm import tqdm
 
-from benchmarks.op_cases import OpCase, Widths, cases
+from benchmarks.op_cases import MAKERS, OpCase, Widths, made
 from llava_fast.ops import triton_support, use_backend
 from llava_fast.ops.triton_support import Config
 
-TILES = (1, 5, 40)
+TILES = (5, 40, 1)  # a 672x672 image first: a run cut short has tuned what matters most
 ROW_BLOCKS = [{"BLOCK": block, "num_warps": warps} for block in (512, 1024, 2048, 4096) for warps in (2, 4, 8)]
 PRODUCTS = [
     {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
@@ -41,7 +45,10 @@ PRODUCTS = [
 CANDIDATES: dict[str, list[Config]] = {
     "pack_kernel": ROW_BLOCKS,
     "take_rows_kernel": ROW_BLOCKS,
-    "mix_kernel": [config for config in ROW_BLOCKS if config["BLOCK"] <= 2048],
+    "sum_segments_kernel": [
+        {"BLOCK": block, "ROWS": rows, "num_warps": 4} for block in (256, 512, 1024) for rows in (4, 8, 16)
+    ],
+    **dict.fromkeys(("mix_kernel", "mix_backward_kernel"), [c for c in ROW_BLOCKS if c["BLOCK"] <= 2048]),
     "layer_norm_kernel": [{"num_warps": warps} for warps in (1, 2, 4, 8)],
     "double_layer_norm_kernel": [{"num_warps": warps} for warps in (1, 2, 4, 8)],
     "layer_norm_backward_kernel": [{"num_warps": warps} for warps in (2, 4, 8, 16)],
@@ -67,6 +74,40 @@ def milliseconds(work) -> float:
     return do_bench_cudagraph(work, rep=10, return_mode="median")
 
 
+def waits(work) -> bool:
+    """Whether the host waits for the GPU within `work`. A CUDA graph cannot hold that, and a capture that fails leaves
+    PyTorch's random generator unusable."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
+def wall_milliseconds(work, calls: int = 30) -> float:
+    """Median time of one call by the wall clock, until the GPU has done it."""
+    for _ in range(3):
+        work()
+    times = []
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def said(error: Exception) -> str:
+    """An exception as one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
     """||found - exact|| / ||exact||; NaN counts as infinitely wrong."""
     error = ((found.double() - exact.double()).norm() / exact.double().norm()).item()
@@ -83,22 +124,30 @@ def timings(case: OpCase, kernel: str, candidates: list[Config], limit: float) -
                 if relative(case.run(), exact) <= limit:
                     found[number] = milliseconds(case.run)
             except Exception as error:  # a configuration that does not fit this GPU is no candidate
-                print(f"{kernel} {candidate}: {type(error).__name__}: {str(error)[:120]}")
+                print(f"{kernel} {candidate}: {said(error)}")
     return found
 
 
-def tune(dtype: torch.dtype, limit: float, path: Path) -> None:
-    """Write kernel -> entries by rows, as tables hold them; after each case, so that a run cut short leaves some."""
+def tune(dtype: torch.dtype, limit: float, path: Path, device: str = "cuda", widths: Widths | None = None) -> list[str]:
+    """Write kernel -> entries by rows, as tables hold them; after each case, so that a run cut short leaves some.
+    Returns what could not be tuned, in words."""
     measured: dict[tuple[str, int], list[dict[int, float]]] = {}
+    failed: list[str] = []
     for tiles in tqdm(TILES, desc="tuning", unit="size"):
-        for case in cases(tiles, dtype, "cuda", Widths()):
-            for kernel in case.kernels:
-                found = timings(case, kernel, CANDIDATES[kernel], limit)
-                if not found:
-                    raise SystemExit(f"{kernel}: no candidate gives the right answer for {case.label}")
-                rows = 0 if tiles == TILES[0] else 1 << (case.rows.bit_length() - 1)
-                measured.setdefault((kernel, rows), []).append(found)
+        for make in MAKERS:
+            try:
+                case = made(make, tiles, dtype, device, widths or Widths())
+                for kernel in case.kernels:
+                    found = timings(case, kernel, CANDIDATES[kernel], limit)
+                    rows = 0 if tiles == min(TILES) else 1 << (case.rows.bit_length() - 1)
+                    if found:
+                        measured.setdefault((kernel, rows), []).append(found)
+                    else:
+                        failed.append(f"{kernel}: no candidate gives the right answer for {case.op}, {case.label}")
+            except Exception as error:
+                failed.append(f"{make.__name__}, {tiles} tiles: {said(error)}")
             write_table(best_entries(measured), path)
+    return failed
 
 
 def best_entries(measured: dict[tuple[str, int], list[dict[int, float]]]) -> dict[str, list[dict]]:
@@ -121,23 +170,29 @@ def write_table(entries: dict[str, list[dict]], path: Path) -> None:
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def compile_all(share: int, shares: int) -> None:
-    """Run every `shares`-th candidate once, so that the compiler's cache on disk holds it before anything is timed."""
-    work = [
-        (case, kernel, candidate)
-        for case in cases(TILES[0], torch.bfloat16, "cuda", Widths())
-        for kernel in case.kernels
-        for candidate in CANDIDATES[kernel]
-    ]
-    for case, kernel, candidate in work[share::shares]:
-        with triton_support.forced({kernel: candidate}), use_backend("triton"), contextlib.suppress(Exception):
-            case.run()
+def compile_all(share: int, shares: int, shipped: bool) -> None:
+    """Run every `shares`-th candidate once, so that the compiler's cache on disk holds it before anything is timed; or,
+    of every `shares`-th op, the shipped configurations in the dtypes that are measured."""
+    work = []
+    for number, make in enumerate(MAKERS):
+        if shipped and number % shares == share:
+            work += [(make, dtype, {}) for dtype in (torch.bfloat16, torch.float16)]
+        elif not shipped:
+            with contextlib.suppress(Exception):
+                kernels = made(make, 1, torch.bfloat16, "meta", Widths()).kernels
+                work += [(make, torch.bfloat16, {name: each}) for name in kernels for each in CANDIDATES[name]]
+    for make, dtype, configs in work if shipped else work[share::shares]:
+        with triton_support.forced(configs), contextlib.suppress(Exception):
+            case = made(make, 1, dtype, "cuda", Widths())
+            with use_backend(case.backend):
+                case.run()
     torch.cuda.synchronize()
 
 
-def compile_in_parallel(processes: int) -> None:
-    """`compile_all` in so many processes: compiling takes the processor, not the GPU."""
-    command = [sys.executable, "-m", "benchmarks.tune", "--shares", str(processes), "--share"]
+def compile_in_parallel(shipped: bool) -> None:
+    """`compile_all` in as many processes as there are cores: compiling takes the processor, not the GPU."""
+    processes = min(12, os.cpu_count() or 1)
+    command = [sys.executable, "-m", "benchmarks.tune", *["--shipped"] * shipped, "--shares", str(processes), "--share"]
     for process in [subprocess.Popen([*command, str(number)]) for number in range(processes)]:
         process.wait()
 
@@ -146,19 +201,22 @@ def main(
     output_dir: Annotated[Path, typer.Option(help="Where <gpu>.json is written.")] = Path("llava_fast/ops/tuned"),
     share: Annotated[int, typer.Option(hidden=True)] = -1,
     shares: Annotated[int, typer.Option(hidden=True)] = 1,
+    shipped: Annotated[bool, typer.Option("--shipped", hidden=True)] = False,
 ) -> None:
     """Tune every kernel in bfloat16 on the present GPU and write its table."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("tuning needs a CUDA GPU, and none is usable here")
     if share >= 0:
-        compile_all(share, shares)
+        compile_all(share, shares, shipped)
         return
-    compile_in_parallel(min(12, os.cpu_count() or 1))
+    compile_in_parallel(shipped=False)
     kind = triton_support.device_kind(torch.device("cuda"))
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / f"{kind if kind != 'default' else 'other'}.json"
-    tune(torch.bfloat16, 1e-2, path)
-    print(f"wrote {path}")
+    failed = tune(torch.bfloat16, 1e-2, path)
+    print(f"wrote {path}", *failed, sep="\n")
+    if failed:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":
