@@ -170,7 +170,8 @@ def measure_ops(
             try:
                 row = measure(made(make, tiles, dtype, device, widths), dtype, ceilings)
             except Exception as error:
-                row = {"op": make.__name__, "label": f"{tiles} tiles", "right": False, "exception": said(error)}
+                row = {"op": make.__name__, "label": f"{tiles} tiles", "backend": OpCase.backend}
+                row |= {"right": False, "exception": said(error)}
             rows.append(key | row)
             print(line(rows[-1]), flush=True)
             output.write_text(json.dumps(result, indent=1) + "\n")  # each time: a run cut short keeps what it has

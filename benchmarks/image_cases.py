@@ -86,7 +86,7 @@ def image_tiles(
         made = np.concatenate([make_tiles(image, views, side, **layout) for image in images])
         return torch.from_numpy(made).to(device).double()
 
-    name = "image_tiles_from_host" if from_host else "image_patch_rows" if patch else "image_tiles"
+    name = "image_tiles_from_host" if from_host else "image_tiles_patch_rows" if patch else "image_tiles"
     of_tile = (side // patch) ** 2 * (3 * patch**2 + -3 * patch**2 % 16) if patch else 3 * side**2
     return OpCase(
         name,

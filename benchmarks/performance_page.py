@@ -59,6 +59,8 @@ def measured(results: list[Path]) -> list[str]:
         versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "triton", "transformers"))
         lines += [f"### {kind} ([{path.name}](../benchmarks/results/{path.name}), commit {commit})", ""]
         lines += [f"{versions}, CUDA {result['versions']['cuda']}. {_tests(result.get('tests'))}", ""]
+        if steps := result.get("steps"):
+            lines += [f"Steps of the check: {'; '.join(f'{name} {how}' for name, how in steps.items())}.", ""]
         lines += ["#### Targets", "", "| target | measured | |", "|---|---|---|"]
         lines += [f"| {asked} | {found} | {verdict} |" for asked, found, verdict in targets(result)]
         lines += ["", *_path_table(result), *_op_table(result)]

@@ -57,7 +57,7 @@ def test_an_op_that_raises_is_a_row_and_the_rest_goes_on(tmp_path, monkeypatch):
         "RuntimeError: an illegal memory access",
         None,
     ]
-    assert [row["right"] for row in rows] == [False, False, True]
+    assert [row["right"] for row in rows] == [False, False, True] and all("backend" in row for row in rows)
 
     later = values(broken)  # a run that goes on in a fresh process keeps the rows that are there
     later.__name__ = "case3"
@@ -67,6 +67,57 @@ def test_an_op_that_raises_is_a_row_and_the_rest_goes_on(tmp_path, monkeypatch):
         gpu_check.measure_ops(output, dry_run=True)
     again = json.loads(output.read_text())["ops"]
     assert again[:3] == rows and again[3]["case"] == "case3" and len(again) == 4
+
+
+def test_after_a_fault_of_the_gpu_a_fresh_process_goes_on(tmp_path, monkeypatch):
+    class Replaced(Exception):
+        pass
+
+    def execv(path: str, arguments: list[str]):
+        raise Replaced(arguments)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "compile_in_parallel", lambda shipped: None)
+    monkeypatch.setattr(gpu_check, "context_is_lost", lambda: True)
+    monkeypatch.setattr(machine, "measure_ceilings", lambda *_: machine.Ceilings(1.0, 1.0))
+    monkeypatch.setattr(gpu_check, "MAKERS", (values(broken), values(broken)))
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "measure", "--output", "x"])
+    with pytest.raises(Replaced, match="'benchmarks.gpu_check', 'measure', '--output', 'x'"):
+        gpu_check.measure_ops(tmp_path / "out.json")
+    rows = json.loads((tmp_path / "out.json").read_text())["ops"]
+    assert len(rows) == 1 and "illegal" in rows[0]["exception"]
+
+
+def test_work_that_waits_for_the_gpu_is_known_before_a_graph_takes_it(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def waiting():
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    assert tune.waits(waiting) and not tune.waits(lambda: None)
+    with pytest.raises(RuntimeError, match="illegal"):
+        tune.waits(broken)
+    assert modes == ["error", "default"] * 3
+
+
+def test_a_ceiling_of_a_gpu_is_the_best_time_of_one_of_several_calls(monkeypatch):
+    class Event:
+        times = [50.0, 20.0]  # milliseconds of all calls between two events
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None: ...
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, end) -> float:
+            return self.times.pop() if len(self.times) > 1 else self.times[0]
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert machine._best_on_gpu(lambda: None, seconds=0.05, calls=10) == pytest.approx(0.002)
 
 
 def test_a_time_that_cannot_be_taken_leaves_the_others(monkeypatch):

@@ -95,11 +95,13 @@ def test_what_was_not_measured_is_said(result):
 
 def test_the_page_holds_a_result_with_rows_that_failed(result, tmp_path):
     result["ops"].append(op("rope", 5, right=False, exception="RuntimeError: a | b"))
+    result["steps"] = {"build": "ok, 9 s", "sanitizer": "refused by this machine: no"}
     result["tests"]["crashed"] = ["tests/ops/test_rope.py (exit status 139)"]
     path = tmp_path / "2030-01-01-h200-gpu.json"
     path.write_text(json.dumps(result))
     text = "\n".join(performance_page.measured([path]))
     assert "| rope | 5 tiles | triton | bfloat16 |  |  |  |  |  |  | RuntimeError: a / b |" in text
+    assert "Steps of the check: build ok, 9 s; sanitizer refused by this machine: no." in text
     assert "Crashed or cut off: tests/ops/test_rope.py (exit status 139)." in text
     assert "| Triton | llava_fast | 10.000 | 0 | yes |" in text and "|  | hf-compile | 12.000 | 0 |  |" in text
     del result["path"], result["tests"]
