@@ -166,6 +166,8 @@ tail -n 100 "$out/measure.log" "$out/measure-tuned.log" 2>/dev/null
 for log in "$out"/path*.log; do [[ -f $log ]] && tail -n 8 "$log"; done
 timeout 30 "$python" -m benchmarks.gpu_check collect "$out" || failed=1
 cat "$out/steps"
-(cd "$out" && tar -czf "logs-$(date +%H%M%S).tar.gz" --remove-files ./*.log $([[ -d tests ]] && echo tests)) # few files travel easily
+cd "$out" && logs=(./*.log) # into one archive: few files travel more easily
+if [[ -d tests ]]; then logs+=(tests); fi
+tar -czf "logs-$(date +%H%M%S).tar.gz" --remove-files "${logs[@]}"
 echo "$SECONDS s"
 exit $failed
