@@ -85,29 +85,28 @@ def project_backward(
 
 
 def specimens() -> list[Specimen]:
-    """What LLaVA's mlp2x_gelu and linear projectors launch, running and training, with a trained tower or without."""
+    """What LLaVA's mlp2x_gelu and linear projectors launch, running and training, with a trained tower or without; the
+    linear projector and a trained tower in 16 bits."""
     op, name = "assemble_inputs", "gelu"
-    last = {"bias": True, "store": True}
-    found = [token_pack.pack_specimen(op, dtype, visual=False) for dtype in ("bf16", "fp32")]
+    found = []
     for dtype in ("bf16", "fp16", "fp32"):
-        first = gemm.gemm_specimen(op, dtype, f"{dtype} first layer", activation=name, bias=True, gather=True)
-        found += [first, gemm.gemm_specimen(op, dtype, f"{dtype} last layer", bias=True, store=True)]
-    for dtype in ("bf16", "fp32"):
+        first = {"activation": name, "bias": True, "gather": True}
+        hidden = {"activation": name, "slope": True, "gather": True, "transposed": False}
         found += [
-            gemm.gemm_specimen(
-                op, dtype, f"{dtype} first layer, kept", activation=name, bias=True, gather=True, pre=True
-            ),
-            gemm.gemm_specimen(
-                op, dtype, f"{dtype} gradient of hidden", transposed=False, gather=True, slope=True, activation=name
-            ),
+            token_pack.pack_specimen(op, dtype, visual=False),
+            gemm.gemm_specimen(op, dtype, f"{dtype} first layer", **first),
+            gemm.gemm_specimen(op, dtype, f"{dtype} first layer, kept", **first, pre=True),
+            gemm.gemm_specimen(op, dtype, f"{dtype} last layer", bias=True, store=True),
+            gemm.gemm_specimen(op, dtype, f"{dtype} gradient of hidden", **hidden),
             gemm.weight_gradient_specimen(op, dtype, f"{dtype} last weight", grad_gather=True),
             gemm.weight_gradient_specimen(op, dtype, f"{dtype} first weight", x_gather=True),
             gemm.activation_specimen(op, dtype, name, grad=False),
             *sums.sum_specimens(op, dtype, gather=True),
         ]
-    found += [
-        gemm.gemm_specimen(op, "bf16", "bf16 only layer", gather=True, **last),
-        gemm.gemm_specimen(op, "bf16", "bf16 gradient of features", transposed=False, store=True),
-        gemm.weight_gradient_specimen(op, "bf16", "bf16 only weight", grad_gather=True, x_gather=True),
-    ]
+    for dtype in ("bf16", "fp16"):
+        found += [
+            gemm.gemm_specimen(op, dtype, f"{dtype} only layer", gather=True, bias=True, store=True),
+            gemm.gemm_specimen(op, dtype, f"{dtype} gradient of features", transposed=False, store=True),
+            gemm.weight_gradient_specimen(op, dtype, f"{dtype} only weight", grad_gather=True, x_gather=True),
+        ]
     return found

@@ -33,18 +33,21 @@ def linear_act_backward(
 
 
 def specimens() -> list[Specimen]:
-    """CLIP's and SigLIP's first layers of the MLP, running and training."""
+    """First layers of the MLPs of CLIP (quick GELU; erf GELU in OpenCLIP's) and SigLIP (tanh GELU), running and
+    training; in float32 quick GELU stands for all."""
     op = "linear_act"
     found = []
-    for name, keep in (("quick_gelu", False), ("quick_gelu", True), ("gelu_pytorch_tanh", False)):
-        label = f"bf16 {name}{', kept' if keep else ''}"
-        found.append(gemm.gemm_specimen(op, "bf16", label, activation=name, bias=True, pre=keep))
-    found.append(gemm.gemm_specimen(op, "fp16", "fp16 quick_gelu", activation="quick_gelu", bias=True))
+    for dtype in ("bf16", "fp16"):
+        for name in ("quick_gelu", "gelu", "gelu_pytorch_tanh"):
+            for keep in (False, True):
+                label = f"{dtype} {name}{', kept' if keep else ''}"
+                found.append(gemm.gemm_specimen(op, dtype, label, activation=name, bias=True, pre=keep))
+            found.append(gemm.activation_specimen(op, dtype, name, True))
+        found.append(gemm.weight_gradient_specimen(op, dtype, f"{dtype}, rows shared out", out="fp32"))
     found.append(gemm.gemm_specimen(op, "fp32", "fp32 quick_gelu", activation="quick_gelu", bias=True))
-    for dtype in ("bf16", "fp32"):
+    found.append(gemm.activation_specimen(op, "fp32", "quick_gelu", True))
+    for dtype in ("bf16", "fp16", "fp32"):
         found.append(gemm.gemm_specimen(op, dtype, f"{dtype} gradient of x", transposed=False))
         found.append(gemm.weight_gradient_specimen(op, dtype, dtype))
         found += sums.sum_specimens(op, dtype)
-        found.append(gemm.activation_specimen(op, dtype, "quick_gelu", True))
-    found.append(gemm.weight_gradient_specimen(op, "bf16", "bf16, rows shared out", out="fp32"))
     return found
