@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-
-from runs import losses
+from training_runs import losses
 
 KILLS = 10
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from test_parallel import SHAPES
+from training_runs import break_off, losses
 from typer.testing import CliRunner
 
 import llava_fast
@@ -15,7 +16,6 @@ from llava_fast.errors import CheckpointError, RecipeError
 from llava_fast.train import trainer as training
 from llava_fast.train.parallel import World
 from llava_fast.train.trainer import load_model, train
-from runs import break_off, losses
 
 pytest.importorskip("peft")
 

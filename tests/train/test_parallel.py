@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from training_runs import losses
 
 from llava_fast.errors import RecipeError
 from llava_fast.train import parallel
@@ -17,7 +18,6 @@ from llava_fast.train.checkpoint import Checkpoints
 from llava_fast.train.parallel import World, join_world
 from llava_fast.train.preference.tuning import weights_mark
 from llava_fast.train.trainer import load_model, train
-from runs import losses
 
 SHAPES = {
     "ddp": {"kind": "ddp"},
