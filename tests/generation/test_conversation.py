@@ -25,7 +25,9 @@ def encoded(model, monkeypatch) -> list[int]:
     """A growing list of how many tiles each call of the tower had."""
     calls = []
     forward = model.vision_tower.forward
-    monkeypatch.setattr(model.vision_tower, "forward", lambda tiles: calls.append(len(tiles)) or forward(tiles))
+    monkeypatch.setattr(
+        model.vision_tower, "forward", lambda tiles, **how: calls.append(len(tiles)) or forward(tiles, **how)
+    )
     return calls
 
 

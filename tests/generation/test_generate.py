@@ -99,7 +99,7 @@ def test_repetition_penalty_is_transformers():
 def test_chat_answers_as_a_fresh_request_would_and_encodes_an_image_once(model, monkeypatch):
     tower, calls = model.vision_tower, []
     forward = type(tower).forward
-    monkeypatch.setattr(type(tower), "forward", lambda self, tiles: calls.append(len(tiles)) or forward(self, tiles))
+    monkeypatch.setattr(type(tower), "forward", lambda *args, **how: calls.append(args) or forward(*args, **how))
     chat, picture = model.chat(), tiny.picture(60, 90)
     chat.send("what is this?", images=[picture, picture], max_new_tokens=6)
     chat.send("and this?", images=[tiny.picture(30, 200)], max_new_tokens=6)

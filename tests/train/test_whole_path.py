@@ -130,7 +130,7 @@ def test_the_same_answers_throughout(recipe_in, run, parts, sources, requests, f
         lora={"rank": 8, "alpha": 16},
         trainable=["projector"],
         data={"sources": sources["mixed"], "template": "mistral"},
-        optimizer={"learning_rate": 1e-2},
+        optimizer={"learning_rate": 3e-3},
         epochs=2,
         micro_batch_rows=400,
         recompute="none",
