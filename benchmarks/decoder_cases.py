@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.op_case import OpCase, Widths
+from benchmarks.op_case import OpCase, Widths, doubled, first_gradient
 from llava_fast import ops
 
 TEXT, HEAD, EPS = 64, 128, 1e-5
@@ -20,17 +18,6 @@ def _rows(tiles: int, widths: Widths) -> int:
 
 def _random(count: int, *shape: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     return [torch.randn(shape, dtype=dtype, device=device) for _ in range(count)]
-
-
-def _gradient(run: Callable, given: list[Tensor], grads: list[Tensor]) -> Tensor:
-    """Both passes; the first argument's gradient."""
-    leaves = [leaf.detach().requires_grad_() for leaf in given]
-    outs = run(*leaves)
-    return torch.autograd.grad(outs if isinstance(outs, tuple) else (outs,), leaves, grads)[0]
-
-
-def _double(tensors: list[Tensor]) -> list[Tensor]:
-    return [tensor.double() for tensor in tensors]
 
 
 def _plain_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -60,7 +47,7 @@ def rms_norm(tiles: int, dtype: torch.dtype, device: torch.device, widths: Width
         ("rms_norm_kernel",),
         lambda: run(*given, weight),
         lambda: _plain_norm(given[0] + given[1], weight),
-        lambda: run(*_double([*given, weight])),
+        lambda: run(*doubled([*given, weight])),
     )
 
 
@@ -76,9 +63,9 @@ def rms_norm_gradients(tiles: int, dtype: torch.dtype, device: torch.device, wid
         13 * rows * width,
         5 * rows * width * dtype.itemsize,  # the forward pass runs too
         ("rms_norm_backward_kernel",),
-        lambda: _gradient(_norm, given, [grad]),
-        lambda: _gradient(_plain_norm, given, [grad]),
-        lambda: _gradient(_norm, _double(given), [grad.double()]),
+        lambda: first_gradient(_norm, given, [grad]),
+        lambda: first_gradient(_plain_norm, given, [grad]),
+        lambda: first_gradient(_norm, doubled(given), [grad.double()]),
     )
 
 
@@ -112,7 +99,7 @@ def rope(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -
         ("rope_kernel",),
         lambda: ops.rope(*given, *tables)[0],
         lambda: _plain_rope(*given, *tables)[0],
-        lambda: ops.rope(*_double(given), *_double(tables))[0],
+        lambda: ops.rope(*doubled(given), *doubled(tables))[0],
     )
 
 
@@ -120,7 +107,7 @@ def rope_gradients(tiles: int, dtype: torch.dtype, device: torch.device, widths:
     """Both passes; what is compared is the gradient of the queries."""
     given, tables = _turned(tiles, dtype, device, widths)
     grads = [torch.randn_like(x) for x in given]
-    values, exact = 2 * given[0].numel(), _double(tables)
+    values, exact = 2 * given[0].numel(), doubled(tables)
     return OpCase(
         "rope_backward",
         f"{tiles} tiles",
@@ -128,9 +115,9 @@ def rope_gradients(tiles: int, dtype: torch.dtype, device: torch.device, widths:
         6 * values,
         4 * values * dtype.itemsize,
         ("rope_kernel",),
-        lambda: _gradient(lambda q, k: ops.rope(q, k, *tables), given, grads),
-        lambda: _gradient(lambda q, k: _plain_rope(q, k, *tables), given, grads),
-        lambda: _gradient(lambda q, k: ops.rope(q, k, *exact), _double(given), _double(grads)),
+        lambda: first_gradient(lambda q, k: ops.rope(q, k, *tables), given, grads),
+        lambda: first_gradient(lambda q, k: _plain_rope(q, k, *tables), given, grads),
+        lambda: first_gradient(lambda q, k: ops.rope(q, k, *exact), doubled(given), doubled(grads)),
     )
 
 
@@ -168,9 +155,9 @@ def swiglu_gradients(tiles: int, dtype: torch.dtype, device: torch.device, width
         18 * gate.numel(),
         8 * gate.numel() * dtype.itemsize,  # the forward pass runs too
         ("swiglu_backward_kernel",),
-        lambda: _gradient(ops.swiglu, [gate, up], [grad]),
-        lambda: _gradient(_plain_swiglu, [gate, up], [grad]),
-        lambda: _gradient(ops.swiglu, _double([gate, up]), [grad.double()]),
+        lambda: first_gradient(ops.swiglu, [gate, up], [grad]),
+        lambda: first_gradient(_plain_swiglu, [gate, up], [grad]),
+        lambda: first_gradient(ops.swiglu, doubled([gate, up]), [grad.double()]),
     )
 
 

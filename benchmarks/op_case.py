@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -49,3 +50,14 @@ class OpCase:
     limit: float | None = None
     bare: Callable[[], object] | None = None
     wall: bool = False
+
+
+def first_gradient(run: Callable, given: list[Tensor], grads: list[Tensor]) -> Tensor:
+    """Both passes; the first argument's gradient."""
+    leaves = [leaf.detach().requires_grad_() for leaf in given]
+    outs = run(*leaves)
+    return torch.autograd.grad(outs if isinstance(outs, tuple) else (outs,), leaves, grads)[0]
+
+
+def doubled(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.double() for tensor in tensors]

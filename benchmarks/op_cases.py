@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from benchmarks.decoder_cases import DECODER_CASES
 from benchmarks.image_cases import image_patch_rows, image_tiles, image_tiles_from_host
-from benchmarks.op_case import OpCase, Widths
+from benchmarks.op_case import OpCase, Widths, doubled, first_gradient
 from llava_fast import ops
 from llava_fast.ops.mix_rows import TapUses
 from llava_fast.ops.token_pack import RowUses
@@ -151,10 +151,6 @@ def mix_rows_gradients(tiles: int, dtype: torch.dtype, device: torch.device, wid
     rows, index, weight, uses = _pooled(tiles, dtype, device, widths)
     grad = torch.randn(len(index), widths.decoder, dtype=dtype, device=device)
 
-    def gradient(mix: Callable[[Tensor], Tensor], rows: Tensor, grad: Tensor) -> Tensor:
-        leaf = rows.detach().requires_grad_()
-        return torch.autograd.grad(mix(leaf), leaf, grad)[0]
-
     def fused(rows: Tensor) -> Tensor:
         return ops.mix_rows(rows, index, weight, uses=uses)
 
@@ -165,9 +161,9 @@ def mix_rows_gradients(tiles: int, dtype: torch.dtype, device: torch.device, wid
         4 * index.numel() * widths.decoder,  # the forward pass runs too
         2 * (len(rows) + len(index)) * widths.decoder * dtype.itemsize,
         ("mix_backward_kernel",),
-        lambda: gradient(fused, rows, grad),
-        lambda: gradient(lambda rows: _avg_pool(rows, tiles), rows, grad),
-        lambda: gradient(fused, rows.double(), grad.double()),
+        lambda: first_gradient(fused, [rows], [grad]),
+        lambda: first_gradient(lambda rows: _avg_pool(rows, tiles), [rows], [grad]),
+        lambda: first_gradient(fused, [rows.double()], [grad.double()]),
     )
 
 
@@ -317,10 +313,6 @@ def double_layer_norm_gradients(tiles: int, dtype: torch.dtype, device: torch.de
     (x, grad), weights = _normed(tiles, dtype, device, widths)
     grad_sum = torch.randn_like(x)
 
-    def gradient(norms: Callable, given: list[Tensor], grads: list[Tensor]) -> Tensor:
-        leaves = [leaf.detach().requires_grad_() for leaf in given]
-        return torch.autograd.grad(norms(*leaves), leaves, grads)[0]
-
     def fused(x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
         return ops.double_layer_norm(x, weights[0], weights[1], 1e-5, weights[2], weights[3], 1e-5)
 
@@ -336,9 +328,9 @@ def double_layer_norm_gradients(tiles: int, dtype: torch.dtype, device: torch.de
         39 * x.numel(),
         10 * x.numel() * dtype.itemsize,  # the forward pass runs too
         (),  # layer_norm_backward decides its kernel's configuration
-        lambda: gradient(fused, given, grads),
-        lambda: gradient(plain, given, grads),
-        lambda: gradient(fused, [each.double() for each in given], [each.double() for each in grads]),
+        lambda: first_gradient(fused, given, grads),
+        lambda: first_gradient(plain, given, grads),
+        lambda: first_gradient(fused, doubled(given), doubled(grads)),
     )
 
 
@@ -346,13 +338,10 @@ def layer_norm_gradients(tiles: int, dtype: torch.dtype, device: torch.device, w
     """Both passes; what is compared is the gradient of x."""
     (x, grad), weights = _normed(tiles, dtype, device, widths)
 
-    def gradient(norm: Callable, x: Tensor, grad: Tensor, weights: list[Tensor]) -> Tensor:
-        leaves = [leaf.detach().requires_grad_() for leaf in (x, *weights[:2])]
-        return torch.autograd.grad(norm(*leaves), leaves, grad)[0]
-
     def fused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return ops.layer_norm(x, weight, bias, 1e-5)
 
+    given = [x, *weights[:2]]
     return OpCase(
         "layer_norm_backward",
         f"{tiles} tiles",
@@ -360,9 +349,9 @@ def layer_norm_gradients(tiles: int, dtype: torch.dtype, device: torch.device, w
         19 * x.numel(),
         5 * x.numel() * dtype.itemsize,  # the forward pass runs too
         ("layer_norm_backward_kernel",),
-        lambda: gradient(fused, x, grad, weights),
-        lambda: gradient(lambda x, w, b: F.layer_norm(x, x.shape[1:], w, b), x, grad, weights),
-        lambda: gradient(fused, x.double(), grad.double(), [weight.double() for weight in weights]),
+        lambda: first_gradient(fused, given, [grad]),
+        lambda: first_gradient(lambda x, w, b: F.layer_norm(x, x.shape[1:], w, b), given, [grad]),
+        lambda: first_gradient(fused, doubled(given), [grad.double()]),
     )
 
 

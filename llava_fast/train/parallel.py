@@ -78,9 +78,7 @@ def join_world(settings: Parallel) -> World:
         return World(0, 1, device)
     if not dist.is_initialized():
         store, rank, size = next(dist.rendezvous("env://"))
-        if (
-            os.environ.get("GROUP_WORLD_SIZE") == "1"
-        ):  # torchrun's store outlives its workers: leave dead ones' addresses
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store outlives its workers: leave dead ones' entries
             store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
@@ -91,10 +89,13 @@ def join_world(settings: Parallel) -> World:
 
 def place(parameters: Iterable[nn.Parameter], recipe: Recipe, world: World) -> None:
     """Move parameters to this process's device: what is trained in float32, the rest in the recipe's precision."""
-    frozen = getattr(torch, recipe.precision)
     for parameter in parameters:
-        dtype = torch.float32 if parameter.requires_grad else frozen
-        parameter.data = parameter.data.to(world.device).to(dtype)  # the fewer bytes move
+        parameter.data = parameter.data.to(world.device).to(placed_dtype(parameter, recipe))  # the fewer bytes move
+
+
+def placed_dtype(parameter: nn.Parameter, recipe: Recipe) -> torch.dtype:
+    """What `place` gives a parameter."""
+    return torch.float32 if parameter.requires_grad else getattr(torch, recipe.precision)
 
 
 def is_sharded(recipe: Recipe, world: World) -> bool:

@@ -129,13 +129,21 @@ def test_a_video_file_is_not_decoded(video_file, monkeypatch):
     assert headers.frame_count(video_file, 16) == 16
 
 
-def test_bad_videos_are_what_reading_them_says(tmp_path, video_file):
+@pytest.fixture
+def bad_videos(tmp_path):
+    """(what is no video, the error, what it says) each."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.mp4").write_text("no video at all")
-    for video, error, message in (
+    return [
         (tmp_path / "nowhere.mp4", MissingFileError, "nowhere"),
         (tmp_path / "empty", ImageError, "the folder .* has no frames"),
         (tmp_path / "text.mp4", ImageError, "cannot be read as a video"),
+    ]
+
+
+def test_bad_videos_are_what_reading_them_says(bad_videos, video_file):
+    for video, error, message in (
+        *bad_videos,
         ([], ImageError, "has no frames"),
         (3, TypeError, "not int"),
     ):
@@ -168,13 +176,9 @@ def test_times_where_the_header_has_no_number_of_frames(video_file, tmp_path):
     assert headers.video_times(path, 3) == (0.5, [0.0, 0.2, 0.4])
 
 
-def test_a_video_without_times_is_refused(tmp_path, video_file):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "text.mp4").write_text("no video at all")
+def test_a_video_without_times_is_refused(bad_videos, video_file):
     for video, error, message in (
-        (tmp_path / "nowhere.mp4", MissingFileError, "nowhere"),
-        (tmp_path / "empty", ImageError, "the folder .* has no frames"),
-        (tmp_path / "text.mp4", ImageError, "cannot be read as a video"),
+        *bad_videos,
         (np.zeros((3, 4, 4, 3), np.uint8), ImageError, "do not say when they are: give a video file"),
     ):
         with pytest.raises(error, match=message):

@@ -29,7 +29,7 @@ from llava_fast.models.batch import Batch
 from llava_fast.train import trainer as training
 from llava_fast.train.data.loader import Loader, StepBatch
 from llava_fast.train.data.usable import usable_samples
-from llava_fast.train.parallel import World, place
+from llava_fast.train.parallel import World, place, placed_dtype
 from llava_fast.train.preference.loss import answer_log_probs, preference_losses
 from llava_fast.train.preference.pairs import PairBatches, read_pairs
 from llava_fast.train.recipe import Dpo, Recipe
@@ -201,12 +201,10 @@ def reference_log_probs(
 def weights_mark(model: nn.Module, recipe: Recipe) -> str:
     """A hash of an even sample of each weight as `place` rounds it, adapters left out (they change nothing at the
     start)."""
-    frozen = getattr(torch, recipe.precision)
     mark = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
             flat = parameter.detach().flatten()
-            dtype = torch.float32 if parameter.requires_grad else frozen
-            sample = flat[:: max(1, flat.numel() // _SAMPLED)].to(dtype).float().cpu().numpy()
+            sample = flat[:: max(1, flat.numel() // _SAMPLED)].to(placed_dtype(parameter, recipe)).float().cpu().numpy()
             mark.update(f"{name} {tuple(parameter.shape)}".encode() + sample.tobytes())
     return mark.hexdigest()
