@@ -85,7 +85,7 @@ def test_forward_backward_and_decoding(reference, model):
     tiles = make_tiles(image, image_views(geometry, 336, 336), 336)
     rows = image_rows(geometry, 336, 336)
     pieces = [TextPiece(before), VisualPiece(rows), TextPiece(after, supervised)]
-    batch = Batch.from_prepared(Prepared(tiles, build_plan([pieces], geometry.rows_per_tile)))
+    batch = Batch.from_prepared(Prepared(tiles, build_plan([pieces], geometry.tower_rows_per_tile)))
     ids = np.concatenate([before, np.full(576, IMAGE_TOKEN), after]).astype(np.int64)
     pixels = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=336)([image], return_tensors="pt")
     inputs = {"input_ids": torch.from_numpy(ids)[None], "pixel_values": pixels["pixel_values"]}

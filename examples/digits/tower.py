@@ -135,7 +135,7 @@ def train_tower(tower: VisionTower, geometry: anyres.VisualGeometry, scans: np.n
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * min(1, (step + 1) / 50) * (0.51 + 0.49 * math.cos(math.pi * done))
             tiles, labels = dense_batch(rng, geometry, scans, plain=max(0.0, 1 - done / PLAIN_UNTIL))
-            logits = head(tower(tiles))
+            logits = head(tower(tiles)[:, geometry.dropped_rows :])
             ink = labels != NO_DIGIT
             loss = 0.7 * F.cross_entropy(logits[ink], labels[ink]) + 0.3 * F.cross_entropy(logits[~ink], labels[~ink])
             loss.backward()

@@ -207,6 +207,7 @@ def _geometry(hf, vision: VisionConfig, images: dict[str, Any], path: Path) -> V
         "patch_size": vision.patch_size,
         "compat": "hf",
         "class_rows": int(vision.keep_class_row),
+        "dropped_rows": int(vision.drops_class_row),
         "pad_color": mean_color(vision.image_mean),
         "frame_aspect": "crop" if vision.kind == "clip" else "squash",
     }

@@ -143,6 +143,7 @@ def _geometry(source: dict[str, Any], vision: VisionConfig, merge: str, path: Pa
             merge=merge,
             max_tiles=int(shrink[1]) if shrink else None,
             class_rows=int(vision.keep_class_row),
+            dropped_rows=int(vision.drops_class_row),
             pad_color=mean_color(vision.image_mean),
             frame_aspect=plain,
             **_video(source, merge, path),

@@ -55,6 +55,7 @@ class VisualGeometry:
     merge       "flat", "spatial", "spatial_unpad"; LLaVA-NeXT also appends "_maxpool2x2" and "_nobase".
     max_tiles   N of anyres_max_N: more rows than N tiles hold are shrunk bilinearly. None: never.
     class_rows  1 when the tower's class row is kept ("full" / "cls_patch"), else 0.
+    dropped_rows  1 when the tower gives a class row that is left out, else 0.
     frame_aspect  how a video frame becomes its one tile, whatever `aspect` images have: by the tower's own image
                 processor, CLIP's "crop" or SigLIP's "squash".
     multi_image_anyres  False: images that share a request get one mean-coloured square tile each (OneVision).
@@ -68,6 +69,7 @@ class VisualGeometry:
     merge: str = "flat"
     max_tiles: int | None = None
     class_rows: int = 0
+    dropped_rows: int = 0
     pad_color: tuple[int, int, int] = (0, 0, 0)
     multi_image_anyres: bool = True
     single_tile_newline: bool = True
@@ -99,6 +101,11 @@ class VisualGeometry:
         return self.side * self.side + self.class_rows
 
     @property
+    def tower_rows_per_tile(self) -> int:
+        """Rows that the tower gives for one tile, also those that are left out."""
+        return self.rows_per_tile + self.dropped_rows
+
+    @property
     def canvases(self) -> tuple[tuple[int, int], ...]:
         """The pinpoints as (height, width), in the order listed: on a tie the first listed wins."""
         return self.pinpoints if self.compat == "hf" else tuple((h, w) for w, h in self.pinpoints)
@@ -113,7 +120,7 @@ class VisualRows:
     """What one image or video contributes to the decoder, in order.
 
     kind   int8 [rows]: FEATURE, MIXED or NEWLINE.
-    index  int32 [rows]: ViT row (tile * rows_per_tile + row in tile), row of `taps`, or 0 for a newline.
+    index  int32 [rows]: ViT row (tile * tower_rows_per_tile + row in tile), row of `taps`, or 0 for a newline.
     taps   (int32 [mixed, K] ViT rows, float32 [mixed, K] weights) or None.
     reduce how taps combine: "sum" of weighted rows, or "max" (weights unused).
     stage  whether mixing happens "before" or "after" the projector.
@@ -233,7 +240,7 @@ def frame_views(geometry: VisualGeometry, height: int, width: int) -> tuple[View
 def image_rows(geometry: VisualGeometry, height: int, width: int, alone: bool = True) -> VisualRows:
     """The decoder rows of one image of this size. Arguments as for `image_views`; arrays are read-only."""
     views = image_views(geometry, height, width, alone)
-    base = np.arange(geometry.rows_per_tile, dtype=np.int32)
+    base = _kept_rows(geometry, 1)
     merge = geometry.merge
     if len(views) == 1:
         newline = "unpad" in merge and geometry.single_tile_newline
@@ -243,7 +250,7 @@ def image_rows(geometry: VisualGeometry, height: int, width: int, alone: bool = 
     grid = (canvas[0] // geometry.tile_size, canvas[1] // geometry.tile_size)
     tiles = 1 + grid[0] * grid[1]
     if not merge.startswith("spatial"):
-        return _rows([np.arange(tiles * geometry.rows_per_tile, dtype=np.int32)], tiles)
+        return _rows([_kept_rows(geometry, tiles)], tiles)
     if geometry.class_rows:
         raise ImageError("a class row cannot be stitched into a grid: use feature selection 'patch' with anyres")
 
@@ -274,9 +281,9 @@ def video_rows(geometry: VisualGeometry, frames: int) -> VisualRows:
     """The decoder rows of a video of `frames` frames, each one tile (1xN), pooled as the checkpoint asks."""
     if frames < 1:
         raise ImageError("a video of no frames: give at least one frame")
-    side, per_tile = geometry.side, geometry.rows_per_tile
-    local = np.arange(side * side, dtype=np.int32).reshape(side, side) + geometry.class_rows
-    starts = np.arange(frames, dtype=np.int32) * per_tile
+    side = geometry.side
+    local = _patch_rows(geometry).reshape(side, side)
+    starts = np.arange(frames, dtype=np.int32) * geometry.tower_rows_per_tile
     position = geometry.video_newline
     if geometry.video_pool == "none":
         lines = [row + start for start in starts for row in local]
@@ -318,11 +325,23 @@ def _shortest_edge_crop(height: int, width: int, tile: int) -> View:
     return View(size=size, offset=(-((size[0] - tile) // 2), -((size[1] - tile) // 2)), canvas=(tile, tile))
 
 
+def _patch_rows(geometry: VisualGeometry) -> np.ndarray:
+    """The patches of one tile as rows of the tower: int32 [side * side]."""
+    return np.arange(geometry.tower_rows_per_tile - geometry.side**2, geometry.tower_rows_per_tile, dtype=np.int32)
+
+
+def _kept_rows(geometry: VisualGeometry, tiles: int) -> np.ndarray:
+    """The rows of the tower that are kept of the first `tiles` tiles, in order: int32 [tiles * rows_per_tile]."""
+    of_all = np.arange(tiles * geometry.tower_rows_per_tile, dtype=np.int32)
+    return of_all.reshape(tiles, -1)[:, geometry.dropped_rows :].reshape(-1)
+
+
 def _stitch(geometry: VisualGeometry, grid: tuple[int, int]) -> np.ndarray:
     """ViT row numbers of the grid tiles laid out as one picture: int32 [grid_h * side, grid_w * side]."""
     side = geometry.side
-    rows = np.arange(grid[0] * grid[1] * side * side, dtype=np.int32).reshape(*grid, side, side)
-    return rows.transpose(0, 2, 1, 3).reshape(grid[0] * side, grid[1] * side) + side * side
+    tile = np.arange(1, 1 + grid[0] * grid[1], dtype=np.int32) * geometry.tower_rows_per_tile  # 0 is the base view
+    rows = (tile[:, None] + _patch_rows(geometry)).reshape(*grid, side, side)
+    return rows.transpose(0, 2, 1, 3).reshape(grid[0] * side, grid[1] * side)
 
 
 def _block_taps(picture: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,9 @@
 """Plans of few sizes: filled up with tiles and rows that lead nowhere, so that one CUDA graph serves many batches.
 
 A graph is captured for fixed shapes. `bucket_of` rounds a plan's sizes up to a bucket, `fill` makes a plan of exactly
-that size: filler rows have index -1 everywhere, and what they touch is never read. Integers only, as plans are.
+that size: filler rows have index -1 everywhere, and what they touch is never read. Columns tile_count and kept_count
+[1] hold the true numbers, so that they lie in the device's memory, where a replayed graph reads them: a kernel makes
+nothing for the tiles and kept rows after them. Integers only, as plans are.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ def fill(plan: TokenPlan, bucket: Bucket) -> TokenPlan:
     sizes = {"source": bucket.rows, "row": bucket.rows, "constant_row": bucket.rows}
     sizes |= {"kept": bucket.kept, "visual_place": bucket.kept}
     columns = {name: _filled(plan.column(name), size) for name, size in sizes.items()}
+    columns |= {"tile_count": np.array([plan.tiles], np.int32), "kept_count": np.array([kept], np.int32)}
     columns["constant_segment"] = plan.column("constant_segment")
     columns |= {
         name: np.zeros(size, np.int32) for name, size in (("text_row", 0), ("text_token", 0), ("text_segment", 1))

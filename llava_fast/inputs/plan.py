@@ -69,7 +69,8 @@ class TokenPlan:
     """The plan of a batch. `columns[name]` is an int32 view of `flat`:
 
     source, row, position, label, sequence, modality   [rows]  one entry per decoder row, fillers -1
-    tile_of_kept, kept                                 [kept]  tile number and ViT row of each projected row
+    tile_of_kept, kept                                 [kept]  tile number and ViT row of each projected row, among
+                                                       all rows that the tower gives
     last_row                                           [sequences]  the last real row of each sequence
     boundaries                                         [sequences + 1]  first row of each sequence, then the end
     supervised_row, supervised_target                  [supervised]  rows whose next token is a label, and it; a
@@ -120,7 +121,7 @@ def sequence_length(pieces: list[Piece]) -> int:
 
 def build_plan(
     sequences: list[list[Piece]],
-    rows_per_tile: int,
+    tower_rows_per_tile: int,
     layout: Layout = "packed",
     first_positions: list[int] | None = None,
     tails: Sequence[Sequence[int]] = (),
@@ -133,7 +134,7 @@ def build_plan(
     """
     if tails and layout != "packed":
         raise ValueError("only a packed plan can have tails")
-    visual = VisualTable(rows_per_tile)
+    visual = VisualTable(tower_rows_per_tile)
     parts = [[_piece_columns(piece, visual) for piece in pieces] for pieces in sequences]
     training = any(isinstance(p, TextPiece) and p.supervised is not None for pieces in sequences for p in pieces)
     kept, mix_columns, mixes, number, visual_rows = visual.finish(training)
@@ -174,7 +175,7 @@ def build_plan(
     is_visual = columns["source"] == VISUAL
     columns["row"][is_visual] = number(columns["row"][is_visual])
 
-    columns["kept"], columns["tile_of_kept"] = kept, kept // max(rows_per_tile, 1)
+    columns["kept"], columns["tile_of_kept"] = kept, kept // max(tower_rows_per_tile, 1)
     columns["boundaries"] = boundaries
     columns["last_row"] = np.array([s + n - 1 for s, n in zip(boundaries[:-1], lengths, strict=True)], np.int32)
     columns |= (
@@ -208,14 +209,14 @@ class VisualTable:
 
     LIMIT = 1 << 26
 
-    def __init__(self, rows_per_tile: int) -> None:
-        self.rows_per_tile = rows_per_tile
+    def __init__(self, tower_rows_per_tile: int) -> None:
+        self.tower_rows_per_tile = tower_rows_per_tile
         self.tiles = 0
         self.direct: list[np.ndarray] = []
         self.mixed: dict[tuple[Stage, Reduce, int], list[tuple[np.ndarray, np.ndarray]]] = {}
 
     def add(self, rows: VisualRows) -> np.ndarray:
-        first = self.tiles * self.rows_per_tile
+        first = self.tiles * self.tower_rows_per_tile
         self.tiles += rows.tiles
         index = rows.index.astype(np.int64)
         is_mixed = rows.kind == MIXED
@@ -251,7 +252,7 @@ class VisualTable:
                 index = np.searchsorted(kept, index)
             name = f"mix{len(mixes)}"
             mix = Mix(stage, reduce, f"{name}_index", f"{name}_weight", f"{name}_use", f"{name}_start")
-            sources = len(kept) + before if stage == "after" else self.tiles * self.rows_per_tile
+            sources = len(kept) + before if stage == "after" else self.tiles * self.tower_rows_per_tile
             columns |= {mix.index: index.astype(np.int32), mix.weight: weight.view(np.int32)}
             if with_uses:
                 use = np.argsort(index, axis=None, kind="stable").astype(np.int32)

@@ -139,7 +139,7 @@ class Processor:
     ) -> Prepared:
         """Pieces of each sequence and the tiles they refer to, as one batch. `first_positions` are the rows that a
         cache already holds of each sequence, `tails` the rows of each tail that it ends in (see inputs.plan)."""
-        plan = build_plan(sequences, self.geometry.rows_per_tile, layout, first_positions, tails)
+        plan = build_plan(sequences, self.geometry.tower_rows_per_tile, layout, first_positions, tails)
         return Prepared(self._joined(tiles), plan)
 
     def count(self, request: dict, labels: Labels = False) -> RowCounts:

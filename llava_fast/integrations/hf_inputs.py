@@ -149,8 +149,8 @@ def geometry(config, skipped: int, has_class_row: bool, aspect_ratio: str | None
             raise ImageError(f"vision_aspect_ratio {ratio!r} is not of the form 'anyres_max_9'")
         options |= {"max_tiles": int(most[1]), "multi_image_anyres": False, "video_pool": "bilinear"}
         options |= {"video_pool_stage": "after", "video_newline": "one_token"}
-    class_rows = int(has_class_row and not skipped)
-    return VisualGeometry(vision.image_size, vision.patch_size, class_rows=class_rows, **options)
+    options |= {"class_rows": int(has_class_row and not skipped), "dropped_rows": skipped}
+    return VisualGeometry(vision.image_size, vision.patch_size, **options)
 
 
 class Visuals(NamedTuple):
@@ -178,11 +178,10 @@ def plan_visuals(
     if frames is not None:
         videos = [video_rows(shape, frames.shape[1])] * len(frames)
         tiles["pixel_values_videos"] = frames.flatten(0, 1)
-    tower_rows = (shape.rows_per_tile + selection.skipped, selection.skipped)
-    config = model.config
+    config, of_tile = model.config, shape.tower_rows_per_tile
     tokens = config.image_token_id, getattr(config, "video_token_id", None)
     columns, mixes = placement_columns(
-        images, integers.ids, tokens[0], tower_rows, videos, tokens[1], torch.is_grad_enabled()
+        images, integers.ids, tokens[0], of_tile, videos, tokens[1], torch.is_grad_enabled()
     )
     device = next(iter(tiles.values())).device
     at = placement(to_device(columns, device), read_table, mixes)

@@ -7,7 +7,7 @@ Shapes: B sequences of S tokens; rows are numbered b * S + s.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llava_fast.errors import ImageError
-from llava_fast.inputs.anyres import FEATURE, NEWLINE, VisualGeometry, VisualRows, image_rows
+from llava_fast.inputs.anyres import NEWLINE, VisualGeometry, VisualRows, image_rows
 from llava_fast.inputs.plan import CONSTANT, IGNORE, TEXT, VISUAL, Mix, VisualTable, pack_columns, row_uses_columns
 from llava_fast.ops import mix_rows
 from llava_fast.ops.mix_rows import TapUses
@@ -90,7 +90,7 @@ def placement_columns(
     images: Sequence[VisualRows],
     ids: np.ndarray | None,
     image_token: int,
-    tower_rows: tuple[int, int],
+    tower_rows_per_tile: int,
     videos: Sequence[VisualRows] = (),
     video_token: int | None = None,
     with_tap_uses: bool = False,
@@ -99,12 +99,11 @@ def placement_columns(
     `ids` in row-major order, video rows at the video tokens, or, with ids None, end to end; text rows are read from the
     embedding table by token id. Tiles of images come before the frames of videos.
 
-    tower_rows     (rows that the tower gives for a tile, how many of them come before the first that is kept).
     with_tap_uses  also the mixes' tables the other way round, for gradients.
     Raises ImageError if image tokens and image rows, or video tokens and video rows, differ in number.
     """
-    table = VisualTable(tower_rows[0])
-    added = [(rows.kind == NEWLINE, table.add(in_tower(rows, *tower_rows))) for rows in (*images, *videos)]
+    table = VisualTable(tower_rows_per_tile)
+    added = [(rows.kind == NEWLINE, table.add(rows)) for rows in (*images, *videos)]
     kept, mix_columns, mixes, final, visual_rows = table.finish(with_tap_uses)
     none = np.zeros(0, np.int64)
     newline = np.concatenate([none, *(part for part, _ in added)]).astype(bool)
@@ -134,20 +133,6 @@ def placement_columns(
 
 def _places(flat: np.ndarray, token: int | None) -> np.ndarray:
     return np.zeros(0, np.int64) if token is None else np.flatnonzero(flat == token)
-
-
-def in_tower(rows: VisualRows, of_tile: int, skipped: int) -> VisualRows:
-    """Rows that count each tile's kept rows, counting all `of_tile` rows that the tower gives, `skipped` come first."""
-    if not skipped:
-        return rows
-    per_tile = of_tile - skipped
-
-    def moved(index: np.ndarray) -> np.ndarray:
-        return index // per_tile * of_tile + skipped + index % per_tile
-
-    index = np.where(rows.kind == FEATURE, moved(rows.index), rows.index)
-    taps = None if rows.taps is None else (moved(rows.taps[0]), rows.taps[1])
-    return replace(rows, index=index, taps=taps)
 
 
 def placement(columns: Mapping[str, Tensor], read_table: bool, mixes: Sequence[Mix] = ()) -> Placement:

@@ -68,10 +68,9 @@ def make(
     tiles = [rows.tiles for rows in images]
     if tiles and max(tiles) > most:
         raise ImageError(f"an image has {max(tiles)} tiles, but pixel_values hold {most} of each")
-    tower_rows = (shape.rows_per_tile + skipped, skipped)
     tokens = config.image_token_id, getattr(config, "video_token_id", None)
     columns, mixes = placement.placement_columns(
-        images, integers.ids, tokens[0], tower_rows, videos, tokens[1], labels is not None
+        images, integers.ids, tokens[0], shape.tower_rows_per_tile, videos, tokens[1], labels is not None
     )
     if [(mix.stage, mix.reduce) for mix in mixes] not in ([], [_kind_of_mix(config)]):
         raise PlanError(f"no plan tells of the pooling of this {config.model_type}: use Collator(..., plan=False)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -49,6 +50,12 @@ class Batch:
         """A column of the plan (see TokenPlan) on the device, int32."""
         start, shape = self.plan.sections[name]
         return self.flat[start : start + torch.Size(shape).numel()].view(shape)
+
+    def count(self, what: Literal["tile", "kept"]) -> Tensor | None:
+        """How many of the tiles or kept rows are real, int32 [1] on the device, in a batch that was filled up to a
+        bucket (inputs.buckets); else None, for all are."""
+        name = f"{what}_count"
+        return self.column(name) if name in self.plan.sections else None
 
     def weight(self, name: str) -> Tensor:
         """A float32 column, stored bit for bit among the integers."""

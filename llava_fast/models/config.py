@@ -137,3 +137,11 @@ class LlavaConfig:
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     source: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        given = self.vision.patches_per_tile + self.vision.has_class_row
+        if self.geometry.tower_rows_per_tile != given:
+            raise ValueError(
+                f"the tower gives {given} rows a tile, and the geometry counts {self.geometry.tower_rows_per_tile}: "
+                "set its tile_size and patch_size, and class_rows or dropped_rows to 1 for a CLIP tower"
+            )

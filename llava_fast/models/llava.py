@@ -125,8 +125,9 @@ class LlavaModel(nn.Module):
         if plain and batch.plan.tiles and not batch.plan.mixes and backend.fuses("assemble_inputs", table.device.type):
             parts = self.projector.plain_weights()
             if parts is not None:
-                (features, kept), activation = self._features(batch), self.config.projector.activation
-                return assemble_inputs(features, kept, *parts, source, row, table, constant, uses, activation)
+                features, kept = self._features(batch), batch.column("kept")
+                activation, count = self.config.projector.activation, batch.count("kept")
+                return assemble_inputs(features, kept, *parts, source, row, table, constant, uses, activation, count)
         if not plain:  # its own forward, then the general op over what it returned
             is_text = source == TEXT
             table = embed(torch.where(is_text, row, 0).long())
@@ -141,8 +142,8 @@ class LlavaModel(nn.Module):
         mixes = batch.plan.mixes
         if not batch.plan.tiles and not self.runs_every_part:
             return self.decoder.embed_tokens.weight[:0]
-        features, kept = self._features(batch)
-        table = [features[kept.long()]]
+        features = self._features(batch)
+        table = [features[batch.column("kept").long()]]
         for mix in (mix for mix in mixes if mix.stage == "before"):
             table.append(
                 mix_rows(features, batch.column(mix.index), batch.weight(mix.weight), mix.reduce, batch.tap_uses(mix))
@@ -155,15 +156,6 @@ class LlavaModel(nn.Module):
             )
         return torch.cat(table) if len(table) > 1 else projected
 
-    def _features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The tower's rows [n, features], and for each row to be projected which of them it is (negative: none).
-
-        A class row that is dropped is still among them, for to leave it out would copy all others; not where rows are
-        mixed before the projector, whose tables count without it.
-        """
-        vision, kept = self.config.vision, batch.column("kept")
-        counts_class_rows = vision.drops_class_row and all(mix.stage == "after" for mix in batch.plan.mixes)
-        features = self.vision_tower(batch.tiles, all_rows=counts_class_rows).flatten(0, 1)
-        if counts_class_rows:
-            kept = kept + torch.div(kept, vision.patches_per_tile, rounding_mode="floor") + 1  # -1 stays -1
-        return features, kept
+    def _features(self, batch: Batch) -> Tensor:
+        """The tower's rows of all tiles end to end [tiles * rows, features]."""
+        return self.vision_tower(batch.tiles, count=batch.count("tile")).flatten(0, 1)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from llava_fast.models.config import VisionConfig
 from llava_fast.models.layer_norms import Pending, finish, finish_and_norm
-from llava_fast.models.merged_linear import run_linears
+from llava_fast.models.merged_linear import lay_end_to_end, run_linears
 from llava_fast.models.modules import is_plain
 from llava_fast.models.recompute import Recompute, run_layer
 from llava_fast.ops import backend, linear_act, patch_embed
@@ -31,11 +31,13 @@ class VisionEmbeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(3, width, patch, patch, bias=not config.has_class_row)
         self.position_embedding = nn.Embedding(rows, width)
 
-    def forward(self, tiles: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    def forward(self, tiles: Tensor, mean: Tensor, std: Tensor, count: Tensor | None = None) -> Tensor:
         conv, position = self.patch_embedding, self.position_embedding.weight
         class_row = getattr(self, "class_embedding", None)
         if is_plain(conv, nn.Conv2d):
-            return patch_embed(tiles, conv.weight, position, mean=mean, std=std, bias=conv.bias, class_row=class_row)
+            return patch_embed(
+                tiles, conv.weight, position, mean=mean, std=std, bias=conv.bias, class_row=class_row, count=count
+            )
         if tiles.dtype == torch.uint8:
             tiles = ((tiles / 255.0 - mean[:, None, None]) / std[:, None, None]).to(position.dtype)
         rows = conv(tiles).flatten(2).transpose(1, 2)
@@ -51,6 +53,13 @@ class VisionAttention(nn.Module):
         self.heads = config.num_heads
         self.k_proj, self.v_proj, self.q_proj = (nn.Linear(width, width) for _ in range(3))
         self.out_proj = nn.Linear(width, width)
+
+    def _apply(self, fn, recurse=True):
+        """What `.to` and the like do to parameters, one by one: off the CPU the three are laid end to end again."""
+        super()._apply(fn, recurse)
+        if self.q_proj.weight.device.type != "cpu":
+            lay_end_to_end(self.q_proj, self.k_proj, self.v_proj)
+        return self
 
     def forward(self, x_TNC: Tensor) -> Tensor:
         projected = run_linears(x_TNC, self.q_proj, self.k_proj, self.v_proj)
@@ -121,15 +130,16 @@ class VisionTower(nn.Module):
         self.recompute: Recompute = "none"
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, tiles: Tensor, all_rows: bool = False) -> Tensor:
-        """[T, 3, H, W] uint8 or normalised float -> [T, rows kept, features], in the weights' dtype; with `all_rows` a
-        class row that is not kept too, so that the rows of all tiles lie end to end."""
+    def forward(self, tiles: Tensor, count: Tensor | None = None) -> Tensor:
+        """[T, 3, H, W] uint8 or normalised float -> [T, rows, features], in the weights' dtype. A class row is among
+        them whether or not the plan takes it: to leave it out would copy all others. `count` int32 [1]: only the first
+        so many tiles are real, and nothing may read the others' features."""
         config = self.config
         like = self.embeddings.position_embedding.weight
         if tiles.is_floating_point():
             tiles = tiles.to(like.dtype)
         mean, std = (on_device(tuple(v), like.device) for v in (config.image_mean, config.image_std))
-        x_TNC = self.embeddings(tiles, mean, std)
+        x_TNC = self.embeddings(tiles, mean, std, count)
         pending: Pending = self.pre_layrnorm if config.has_class_row else None
         wanted = [layer if layer >= 0 else config.num_layers + 1 + layer for layer in config.feature_layers]
         states = {}
@@ -144,5 +154,4 @@ class VisionTower(nn.Module):
             else:
                 x_TNC = run_layer(self.recompute, layer, x_TNC)
         states[config.layers_needed] = finish(x_TNC, pending)
-        features = torch.cat([states[depth] for depth in wanted], dim=-1) if len(wanted) > 1 else states[wanted[0]]
-        return features[:, 1:] if config.drops_class_row and not all_rows else features
+        return torch.cat([states[depth] for depth in wanted], dim=-1) if len(wanted) > 1 else states[wanted[0]]

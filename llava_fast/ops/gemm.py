@@ -87,6 +87,7 @@ def gemm_kernel(
     slope_ptr,
     gather_ptr,
     store_ptr,
+    count_ptr,
     rows,
     columns,
     inner,
@@ -98,12 +99,16 @@ def gemm_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One tile of the product. Pointers may be None: no bias, nothing kept, every row in its place.
+    """One tile of the product. Pointers may be None: no bias, nothing kept, every row in its place, all rows made.
 
     a [.., inner]; b [columns, inner] if TRANSPOSED (nn.Linear's weight), else [inner, columns]. With slope_ptr
     [rows, columns] the sum is multiplied by the activation's derivative there; else it is activated, and pre_ptr
-    [rows, columns] gets it before.
+    [rows, columns] gets it before. With count_ptr only the first count rows are made.
     """
+    if count_ptr is not None:
+        rows = tl.minimum(rows, tl.load(count_ptr))
+        if tl.program_id(0) >= tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N):
+            return
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -217,6 +222,7 @@ def gemm(
     gather: Tensor | None = None,
     out: Tensor | None = None,
     store: Tensor | None = None,
+    count: Tensor | None = None,
     pre: Tensor | None = None,
     slope: Tensor | None = None,
 ) -> Tensor:
@@ -225,6 +231,7 @@ def gemm(
     a [.., inner], b [columns, inner] ([inner, columns]), bias [columns], all of one dtype and contiguous.
     gather, store int32 [rows]: row m is made from a's row gather[m] (negative: zeros) and written to row store[m] of
     `out` (negative: nowhere; no two alike). pre [rows, columns] receives the sum with its bias before the activation.
+    count int32 [1]: rows from count[0] on need not be made, and their memory is left as it was.
     slope [rows, columns]: multiply by the activation's derivative there instead of activating.
     """
     inner, columns = a.shape[-1], b.shape[0] if transposed else b.shape[1]
@@ -233,7 +240,7 @@ def gemm(
     if rows and columns:
         config = _config("gemm_kernel", a, rows)
         grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(columns, config["BLOCK_N"]),)
-        pointers = (a, b, bias, out, pre, slope, gather, store)
+        pointers = (a, b, bias, out, pre, slope, gather, store, count)
         gemm_kernel[grid](*pointers, rows, columns, inner, activation, transposed, triton_support.upcast(a), **config)
     return out
 
@@ -295,14 +302,15 @@ def gemm_specimen(
     slope: bool = False,
     gather: bool = False,
     store: bool = False,
+    count: bool = False,
     transposed: bool = True,
 ) -> Specimen:
     """How `gemm` compiles with these options."""
     given = {"bias_ptr": bias, "pre_ptr": pre, "slope_ptr": slope}
     tables = [name for name, use in {"a_ptr": True, "b_ptr": True, **given, "out_ptr": True}.items() if use]
-    indices = [name for name, use in {"gather_ptr": gather, "store_ptr": store}.items() if use]
-    absent = [name for name in ("bias_ptr", "pre_ptr", "slope_ptr", "gather_ptr", "store_ptr") if name not in tables]
-    constants: dict[str, Any] = {name: None for name in absent if name not in indices}
+    integers = {"gather_ptr": gather, "store_ptr": store, "count_ptr": count}
+    indices = [name for name, use in integers.items() if use]
+    constants: dict[str, Any] = {name: None for name, use in (given | integers).items() if not use}
     constants |= {"ACTIVATION": activation, "TRANSPOSED": transposed, "UPCAST": False}
     return _specimen(op, gemm_kernel, dtype, label, tables, indices, ("rows", "columns", "inner"), constants)
 

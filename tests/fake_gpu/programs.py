@@ -7,13 +7,13 @@ runs them all and prints, as JSON, what each raised, or null. test_fake_gpu.py i
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from device import IMPLEMENTATIONS, fake_gpu, load
@@ -30,9 +30,12 @@ from torch import nn
 
 import llava_fast
 from llava_fast.generation.llava import Llava
+from llava_fast.inputs.buckets import bucket_of
 from llava_fast.inputs.plan import TextPiece
 from llava_fast.integrations.collator import Collator
 from llava_fast.models.batch import Batch
+from llava_fast.models.encode_graphs import filled_batch
+from llava_fast.models.merged_linear import lay_end_to_end, run_linears
 from llava_fast.models.recompute import set_recompute
 from llava_fast.ops import rms_norm, use_backend
 from llava_fast.train.optim import build_optimizer, freeze
@@ -71,7 +74,7 @@ def on_gpu(name: str, **changes) -> Llava:
     """The tiny model of that name, on the GPU; its processor with changes."""
     ours = tiny.pair(name).ours
     with torch.device("cuda"):
-        return Llava(ours.config, dataclasses.replace(ours.processor, **changes))
+        return Llava(ours.config, replace(ours.processor, **changes))
 
 
 def all_on_gpu(model: nn.Module) -> None:
@@ -86,6 +89,28 @@ def encoding(name: str, backend: str, **changes) -> None:
         model = on_gpu(name, **changes)
         inputs = model.inputs_embeds(model.prepare(requests(name)))
     assert inputs.device.type == "cuda" and not reads, reads
+
+
+def filling(name: str, backend: str) -> None:
+    """Nor in a batch that was filled up to a graph's bucket."""
+    with fake_gpu() as reads, use_backend(backend), torch.no_grad():
+        model = on_gpu(name)
+        batch = model.prepare(requests(name))
+        filled = filled_batch(batch, replace(bucket_of(batch.plan), tiles=len(batch.tiles) + 1))
+        inputs = model.inputs_embeds(filled)
+    assert len(inputs) == filled.plan.rows and inputs.device.type == "cuda" and not reads, reads
+
+
+def laying() -> None:
+    """Weights of queries, keys and values that lie end to end are joined as they lie."""
+    with fake_gpu(), use_backend("triton"), torch.no_grad():
+        attention = on_gpu("next").vision_tower.encoder.layers[0].self_attn
+        linears = attention.q_proj, attention.k_proj, attention.v_proj
+        lay_end_to_end(*linears)
+        (storage,) = {each.weight.untyped_storage()._cdata for each in linears}
+        rows = torch.randn(2, 5, linears[0].in_features, device="cuda")
+        query, _, value = run_linears(rows, *linears)
+    assert storage and query.shape == value.shape and query.untyped_storage()._cdata == value.untyped_storage()._cdata
 
 
 def training(name: str, backend: str, layout: str, logits: str) -> None:
@@ -202,9 +227,11 @@ def main() -> None:
         for name in ("llava15", "next", "next_qwen"):
             add(accelerated, name, backend)
         add(encoding, "next", backend, tiles_on="device")
+        add(filling, "next", backend)
         add(optimizing, "bfloat16", "selective", backend)
         add(preferring, backend)
         add(idling, backend)
+    add(laying)
     add(generating, "next", temperature=0.7, top_p=0.9, top_k=5, repetition_penalty=1.1, seed=3)
     add(training, "next", "auto", "packed", "all")
     add(optimizing, "bfloat16", "layers", "auto")

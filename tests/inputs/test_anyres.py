@@ -275,34 +275,45 @@ def merged(features, newline, merge, grid, height, width, compat, max_tiles=None
     return lines if "nobase" in merge else torch.cat([base, lines])
 
 
+def with_dropped_row(features: torch.Tensor, dropped: int) -> torch.Tensor:
+    """What a tower gives whose class row is left out: [tiles, rows, width] with NaN in front, which would show."""
+    return torch.cat([torch.full((len(features), dropped, features.shape[2]), torch.nan), features], dim=1)
+
+
 MERGES = ["flat", "spatial", "spatial_unpad", "spatial_maxpool2x2", "spatial_unpad_nobase", "spatial_maxpool2x2_nobase"]
 SHAPES = [(60, 90), (200, 31), (31, 200), (1, 300), (300, 1), (98, 98), (500, 499), (7, 5)]
 
 
+@pytest.mark.parametrize("dropped", [0, 1])
 @pytest.mark.parametrize("patch", [14, 20])
 @pytest.mark.parametrize("compat", ["hf", "llava"])
 @pytest.mark.parametrize(("merge", "max_tiles"), [(m, None) for m in MERGES] + [("spatial_unpad", n) for n in (1, 2)])
-def test_merges_equal_the_original_on_tensors(merge, max_tiles, compat, patch):
+def test_merges_equal_the_original_on_tensors(merge, max_tiles, compat, patch, dropped):
     """Sides of 7 and 4 patches; the projector is nonlinear, so pooling on its wrong side would show."""
-    geometry = VisualGeometry(98, patch, "anyres", tiny._grid(98, 3), compat, merge, max_tiles)
+    grid = tiny._grid(98, 3)
+    geometry = VisualGeometry(98, patch, "anyres", grid, compat, merge, max_tiles, dropped_rows=dropped)
     newline = torch.randn(5)
     for height, width in SHAPES:
         rows = anyres.image_rows(geometry, height, width)
         canvas = anyres.image_views(geometry, height, width)[1].canvas
         features = torch.randn(rows.tiles, geometry.rows_per_tile, 5)
-        got = by_plan(rows, features, newline, torch.exp)
+        got = by_plan(rows, with_dropped_row(features, dropped), newline, torch.exp)
         grid = (canvas[0] // 98, canvas[1] // 98)
         expected = merged(features.exp(), newline, merge, grid, height, width, compat, max_tiles)
         assert got.shape == expected.shape == (len(rows), 5)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("class_rows", [0, 1])
+CLASS_ROWS = [(0, 0), (1, 0), (0, 1)]  # kept, dropped
+
+
+@pytest.mark.parametrize(("class_rows", "dropped"), CLASS_ROWS)
 @pytest.mark.parametrize("merge", ["flat", "spatial", "spatial_unpad"])
-def test_a_single_tile_keeps_all_its_rows(merge, class_rows):
-    geometry = VisualGeometry(98, 14, "pad", merge=merge, class_rows=class_rows)
+def test_a_single_tile_keeps_all_its_rows(merge, class_rows, dropped):
+    geometry = VisualGeometry(98, 14, "pad", merge=merge, class_rows=class_rows, dropped_rows=dropped)
     features, newline = torch.randn(1, 49 + class_rows, 5), torch.randn(5)
-    got = by_plan(anyres.image_rows(geometry, 30, 50), features, newline, torch.exp)
+    rows = anyres.image_rows(geometry, 30, 50)
+    got = by_plan(rows, with_dropped_row(features, dropped), newline, torch.exp)
     expected = features[0].exp()
     if "unpad" in merge:
         expected = torch.cat([expected, newline[None]])
@@ -334,19 +345,20 @@ def pooled_video(features, newline, pool, stride, stage, position, project):
     return torch.cat([lines, newline[None]]) if position == "one_token" else lines
 
 
-@pytest.mark.parametrize("class_rows", [0, 1])
+@pytest.mark.parametrize(("class_rows", "dropped"), CLASS_ROWS)
 @pytest.mark.parametrize("position", ["grid", "frame", "one_token", "no_token"])
 @pytest.mark.parametrize("stage", ["before", "after"])
 @pytest.mark.parametrize(
     ("pool", "stride"), [("none", 2), ("average", 2), ("average", 3), ("max", 2), ("bilinear", 2), ("bilinear", 4)]
 )
-def test_video_pooling_and_newlines_equal_the_original_on_tensors(pool, stride, stage, position, class_rows):
+def test_video_pooling_and_newlines_equal_the_original_on_tensors(pool, stride, stage, position, class_rows, dropped):
     newline = torch.randn(5)
     for patch in (14, 16):  # sides of 7 and 6 patches
         geometry = VisualGeometry(
             98,
             patch,
             class_rows=class_rows,
+            dropped_rows=dropped,
             video_pool=pool,
             video_pool_stride=stride,
             video_pool_stage=stage,
@@ -354,7 +366,7 @@ def test_video_pooling_and_newlines_equal_the_original_on_tensors(pool, stride, 
         )
         features = torch.randn(3, geometry.rows_per_tile, 5)
         rows = anyres.video_rows(geometry, 3)
-        got = by_plan(rows, features, newline, torch.exp)
+        got = by_plan(rows, with_dropped_row(features, dropped), newline, torch.exp)
         expected = pooled_video(features[:, class_rows:], newline, pool, stride, stage, position, torch.exp)
         assert got.shape == expected.shape
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)

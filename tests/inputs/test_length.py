@@ -336,7 +336,7 @@ def test_a_cut_before_images_are_opened_is_the_cut_of_the_plans_pieces():
     rows = processor.rows_of(outline)
     pieces = processor.pieces(outline, [])
     assert [sequence_length([piece]) for piece in pieces] == rows
-    whole = build_plan([pieces], processor.geometry.rows_per_tile)
+    whole = build_plan([pieces], processor.geometry.tower_rows_per_tile)
     for max_rows in (sum(rows) - 3, sum(rows) - rows[-1] - 1):
         cut, tiles = fit(outline, rows, max_rows, "cut"), []
         plan = processor.assemble([processor.pieces(cut, tiles)], tiles).plan

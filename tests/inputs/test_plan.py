@@ -1,5 +1,7 @@
 """TokenPlan: its invariants on random batches, supervision, text segments, layouts, and the empty cases."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -28,7 +30,7 @@ SHRUNK = VisualGeometry(
     28, 7, "anyres", GRID, "hf", "spatial_unpad", max_tiles=1, video_pool="bilinear", video_pool_stage="after"
 )
 POOLED = VisualGeometry(28, 7, "anyres", GRID, "llava", "spatial_maxpool2x2", video_pool="max")
-GEOMETRIES = [UNPAD, SHRUNK, POOLED]
+GEOMETRIES = [UNPAD, SHRUNK, POOLED, *(dataclasses.replace(g, dropped_rows=1) for g in (UNPAD, SHRUNK, POOLED))]
 
 
 def text_piece(draw_supervised: bool):
@@ -78,7 +80,7 @@ def expected_sources(sequences, geometry):
             if isinstance(piece, TextPiece):
                 rows += [("text", int(i)) for i in piece.ids]
                 continue
-            visual, first = piece.rows, first_tile * geometry.rows_per_tile
+            visual, first = piece.rows, first_tile * geometry.tower_rows_per_tile
             for kind, index in zip(visual.kind.tolist(), visual.index.tolist(), strict=True):
                 if kind == NEWLINE:
                     rows.append(("newline", 0))
@@ -98,7 +100,7 @@ def expected_sources(sequences, geometry):
 @given(batches(), st.sampled_from(["packed", "padded"]))
 def test_every_row_comes_from_where_its_piece_says(batch, layout):
     geometry, sequences = batch
-    plan = build_plan(sequences, geometry.rows_per_tile, layout)
+    plan = build_plan(sequences, geometry.tower_rows_per_tile, layout)
     expected, tiles = expected_sources(sequences, geometry)
     assert plan.tiles == tiles and plan.lengths == tuple(len(rows) for rows in expected)
     assert plan.lengths == tuple(sequence_length(pieces) for pieces in sequences)
@@ -116,17 +118,17 @@ def test_every_row_comes_from_where_its_piece_says(batch, layout):
 @given(batches(), st.sampled_from(["packed", "padded"]))
 def test_invariants(batch, layout):
     geometry, sequences = batch
-    plan = build_plan(sequences, geometry.rows_per_tile, layout)
+    plan = build_plan(sequences, geometry.tower_rows_per_tile, layout)
     columns = plan.columns
     kept = columns["kept"]
-    assert (np.diff(kept) > 0).all() and (kept >= 0).all() and (kept < plan.tiles * geometry.rows_per_tile).all()
-    assert (columns["tile_of_kept"] == kept // geometry.rows_per_tile).all()
+    assert (np.diff(kept) > 0).all() and (kept >= 0).all() and (kept < plan.tiles * geometry.tower_rows_per_tile).all()
+    assert (columns["tile_of_kept"] == kept // geometry.tower_rows_per_tile).all()
     table = len(kept) + sum(len(columns[mix.index]) for mix in plan.mixes)
     source, row = columns["source"], columns["row"]
     assert ((row >= 0) == (source != FILLER)).all()
     assert (row[source == VISUAL] < table).all() and (row[source == CONSTANT] == 0).all()
     for mix in plan.mixes:
-        bound = len(kept) if mix.stage == "after" else plan.tiles * geometry.rows_per_tile
+        bound = len(kept) if mix.stage == "after" else plan.tiles * geometry.tower_rows_per_tile
         assert (columns[mix.index] >= 0).all() and (columns[mix.index] < bound).all()
         assert mix.reduce == "max" or np.allclose(columns[mix.weight].view(np.float32).sum(1), 1, atol=1e-6)
     # Every projected row is used: directly, or as a tap of a mix made after the projector.
@@ -149,7 +151,7 @@ def test_invariants(batch, layout):
 @given(batches(), st.sampled_from(["packed", "padded"]))
 def test_supervision_is_the_usual_shift_within_each_sequence(batch, layout):
     geometry, sequences = batch
-    plan = build_plan(sequences, geometry.rows_per_tile, layout)
+    plan = build_plan(sequences, geometry.tower_rows_per_tile, layout)
     rows, targets = [], []
     for start, pieces in zip(plan.column("boundaries").tolist()[:-1], sequences, strict=True):
         label = []
@@ -172,7 +174,7 @@ def test_supervision_is_the_usual_shift_within_each_sequence(batch, layout):
 @given(batches())
 def test_text_segments_sort_the_text_rows_by_token(batch):
     geometry, sequences = batch
-    plan = build_plan(sequences, geometry.rows_per_tile)
+    plan = build_plan(sequences, geometry.tower_rows_per_tile)
     rows, tokens, segments = (plan.column(name) for name in ("text_row", "text_token", "text_segment"))
     assert sorted(rows.tolist()) == np.flatnonzero(plan.column("source") == TEXT).tolist()
     assert (np.diff(tokens) > 0).all() and len(segments) == len(tokens) + 1 and segments[-1] == len(rows)
@@ -185,7 +187,7 @@ def test_text_segments_sort_the_text_rows_by_token(batch):
 @given(batches())
 def test_packed_and_padded_hold_the_same_sequences(batch):
     geometry, sequences = batch
-    packed, padded = (build_plan(sequences, geometry.rows_per_tile, layout) for layout in ("packed", "padded"))
+    packed, padded = (build_plan(sequences, geometry.tower_rows_per_tile, layout) for layout in ("packed", "padded"))
     assert packed.lengths == padded.lengths and packed.mixes == padded.mixes
     for name in ("kept", "supervised_target", "text_token", "text_segment", *(m.index for m in packed.mixes)):
         assert (packed.column(name) == padded.column(name)).all()
@@ -209,7 +211,7 @@ def test_modalities_are_told_apart():
         TextPiece(np.array([7])),
         VisualPiece(anyres.video_rows(UNPAD, 1), MODALITY_VIDEO),
     ]
-    modality = build_plan([pieces], UNPAD.rows_per_tile).column("modality").tolist()
+    modality = build_plan([pieces], UNPAD.tower_rows_per_tile).column("modality").tolist()
     image, video = len(pieces[0].rows), len(pieces[2].rows)
     assert modality == [MODALITY_IMAGE] * image + [MODALITY_TEXT] + [MODALITY_VIDEO] * video
 

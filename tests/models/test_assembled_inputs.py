@@ -1,6 +1,7 @@
 """inputs_embeds by one op, where a kernel backend is asked for, against the same step by step."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from llava_fast.inputs.buckets import bucket_of
 from llava_fast.models import llava
 from llava_fast.models.encode_graphs import filled_batch
-from llava_fast.ops import use_backend
+from llava_fast.ops import gemm, use_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -23,8 +24,7 @@ class Features(nn.Module):
         super().__init__()
         self.features = nn.Parameter(features)
 
-    def forward(self, tiles, all_rows):
-        assert all_rows
+    def forward(self, tiles, count=None):
         return self.features
 
 
@@ -36,7 +36,7 @@ def case(monkeypatch):
     requests = [{"prompt": "<image>\nhello the", "images": [image]}, {"prompt": "hello"}]
     with torch.no_grad():
         batch = model.prepare(requests, layout="padded")
-        monkeypatch.setitem(model._modules, "vision_tower", Features(model.vision_tower(batch.tiles, all_rows=True)))
+        monkeypatch.setitem(model._modules, "vision_tower", Features(model.vision_tower(batch.tiles)))
     calls = []
     whole = llava.assemble_inputs
     monkeypatch.setattr(llava, "assemble_inputs", lambda *args: calls.append(1) or whole(*args))
@@ -62,27 +62,6 @@ def test_one_op_gives_what_the_steps_give(case):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
 
 
-@pytest.mark.parametrize("name", ["next", "llava15_full", "onevision", "video"])
-def test_projected_rows_are_those_the_tower_keeps_and_nothing_is_copied(name):
-    """With a class row that is dropped, kept, or not there; mixed after the projector, or before."""
-    model = tiny.pair(name).ours
-    film = {"prompt": "<video>\nhello", "video": [tiny.picture(40, 60)] * 2}
-    request = film if name == "video" else {"prompt": "<image>\nhello", "images": [tiny.picture(40, 90)]}
-    made = []
-
-    def tower(module, args, kwargs, out):
-        made.append(out)
-
-    handle = model.vision_tower.register_forward_hook(tower, with_kwargs=True)
-    with torch.no_grad():
-        batch = model.prepare([request])
-        features, kept = model._features(batch)
-        expected = model.vision_tower(batch.tiles).flatten(0, 1)
-    handle.remove()
-    assert torch.equal(features[kept.long()], expected[batch.column("kept").long()])
-    assert (features.data_ptr() == made[0].data_ptr()) == (name != "video")
-
-
 def test_fillers_of_a_bucket_change_nothing(case):
     model, batch, calls = case
     bucket = bucket_of(batch.plan)
@@ -92,6 +71,34 @@ def test_fillers_of_a_bucket_change_nothing(case):
         expected, found = model.inputs_embeds(batch), model.inputs_embeds(filled)
     assert len(calls) == 2 and len(found) == bucket.rows
     assert torch.equal(found[: len(expected)], expected) and not found[len(expected) :].any()
+
+
+def test_a_bucket_says_how_many_tiles_and_rows_are_real(case):
+    model, batch, _ = case
+    assert batch.count("tile") is None and batch.count("kept") is None
+    filled = filled_batch(batch, replace(bucket_of(batch.plan), tiles=batch.plan.tiles + 2))
+    assert filled.count("tile").tolist() == [batch.plan.tiles] and len(filled.tiles) == batch.plan.tiles + 2
+    assert filled.count("kept").tolist() == [len(batch.plan.column("kept"))]
+
+
+@pytest.mark.parametrize("name", ["next", "onevision"])
+def test_the_counts_reach_the_kernels(name, monkeypatch):
+    """The whole path from tiles: nothing is multiplied for fillers, in patch_embed and in the projector."""
+    model = copy.deepcopy(tiny.pair(name).ours).to(DEVICE)
+    with torch.no_grad(), use_backend("triton"):
+        batch = model.prepare([{"prompt": "<image>\nhello", "images": [tiny.picture(30, 200)]}])
+        filled = filled_batch(batch, replace(bucket_of(batch.plan), tiles=len(batch.tiles) + 2))
+        expected, found = model.inputs_embeds(batch), model.inputs_embeds(filled)
+        rows = []
+        embed = model.vision_tower.embeddings.register_forward_hook(lambda module, args, out: rows.append(out))
+        counts = []
+        multiply = gemm.gemm
+        monkeypatch.setattr(gemm, "gemm", lambda *a, **k: counts.append(k.get("count")) or multiply(*a, **k))
+        model.inputs_embeds(filled)
+        embed.remove()
+    torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-4, atol=1e-5)
+    assert not rows[0][len(batch.tiles) :].any() and rows[0][: len(batch.tiles)].any()
+    assert [c.tolist() for c in counts if c is not None] == [[len(batch.plan.column("kept"))]] * 2
 
 
 @pytest.mark.parametrize("what", ["layers.0", "layers.1", "layers", ""])

@@ -19,7 +19,7 @@ def text(start: int, count: int, supervised: bool = True) -> TextPiece:
 def test_the_plan_of_a_sequence_with_tails():
     plan = build_plan(
         [[text(20, 3, False), text(40, 1), text(50, 2), text(70, 3)], [text(20, 2, False), text(30, 1), text(31, 1)]],
-        rows_per_tile=1,
+        tower_rows_per_tile=1,
         tails=[(2, 3), (1, 1)],
     )
     assert plan.lengths == (9, 4) and plan.tails == ((2, 3), (1, 1))
@@ -32,7 +32,7 @@ def test_the_plan_of_a_sequence_with_tails():
 
 
 def test_an_ordinary_sequence_beside_one_with_tails():
-    plan = build_plan([[text(20, 3)], [text(20, 2), text(30, 2)]], rows_per_tile=1, tails=[(), (1, 1)])
+    plan = build_plan([[text(20, 3)], [text(20, 2), text(30, 2)]], tower_rows_per_tile=1, tails=[(), (1, 1)])
     assert plan.column("position").tolist() == [0, 1, 2, 0, 1, 2, 2]
     assert plan.column("supervised_row").tolist() == [0, 1, 3, 4, 4]
 
@@ -46,7 +46,7 @@ def test_refuses(tails, layout, said):
 
 
 def test_other_columns_travel_with_a_plan():
-    plan = build_plan([[text(20, 3)]], rows_per_tile=1)
+    plan = build_plan([[text(20, 3)]], tower_rows_per_tile=1)
     more = plan.with_columns({"reference": np.array([[0.5, -2.0]], np.float32).view(np.int32)})
     batch = Batch(torch.zeros(0), more, torch.from_numpy(more.flat))
     assert batch.weight("reference").tolist() == [[0.5, -2.0]]
@@ -115,7 +115,7 @@ def test_equals_two_ordinary_sequences(name, sizes):
 def test_dynamic_rope_refuses_answers_that_would_turn_the_prompt():
     pair = tiny.pair("next_dynamic_rope")
     model = pair.ours
-    plan = build_plan([[text(20, 50), text(30, 60), text(90, 10)]], rows_per_tile=1, tails=[(60, 10)])
+    plan = build_plan([[text(20, 50), text(30, 60), text(90, 10)]], tower_rows_per_tile=1, tails=[(60, 10)])
     batch = Batch(torch.zeros(0, 3, 32, 32, dtype=torch.uint8), plan, torch.from_numpy(plan.flat))
     with pytest.raises(ValueError, match="dynamic RoPE"):
         model(batch, logits="none")

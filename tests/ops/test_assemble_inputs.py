@@ -39,6 +39,7 @@ class Case:
         self.uses = RowUses(*(column[name] for name in USES))
         self.layers = len(widths) - 1
         self.has_bias = bias
+        self.count = None
         made = [torch.randn(rows, widths[0])]
         made += [torch.randn(out, width) / width**0.5 for width, out in zip(widths, widths[1:], strict=False)]
         made += [torch.randn(out) for out in widths[1:]] if bias else []
@@ -49,7 +50,7 @@ class Case:
         features, *rest, embedding, constant = tensors
         weights, biases = list(rest[: self.layers]), list(rest[self.layers :])
         given = (features, self.kept, weights, biases, self.source, self.row, embedding, constant, self.uses)
-        return assemble_inputs(*given, activation)
+        return assemble_inputs(*given, activation, self.count)
 
     def exact(self, *tensors, activation="gelu"):
         """The same through plain autograd: index, linear, activation, and token_pack of what came out."""
@@ -76,6 +77,19 @@ def test_each_subset_that_trains(backend, trained, poisoned):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dtypes(backend, dtype, poisoned):
     Case(70, 50, 12, 4, (32, 48, 32), dtype, fillers=5).check(backend, list(range(7)))
+
+
+@pytest.mark.parametrize("trained", [[], [0], range(5)], ids=str)
+@pytest.mark.parametrize(
+    ("kept", "widths"), [(45, (24, 32, 40)), (45, (24, 32)), (1, (8, 16, 8)), (0, (8, 16, 8))], ids=str
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fillers_after_a_count(backend, kept, widths, trained, poisoned):
+    """As a bucket has them: blocks of fillers alone, and one with both."""
+    case = Case(60, kept, 20, 3, widths, fillers=64)
+    case.count = torch.tensor([kept], dtype=torch.int32, device=DEVICE)
+    with triton_support.forced({kernel: SMALL for kernel in KERNELS}):
+        case.check(backend, list(trained))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -139,7 +153,8 @@ def test_only_what_training_needs_is_kept(backend):
         for number, tensor in enumerate(case.tensors):
             tensor.requires_grad_(number == index)
         with use_backend(backend):
-            saved = case.op(*case.tensors).grad_fn.saved_tensors
+            out = case.op(*case.tensors)
+        saved = out.grad_fn.saved_tensors
         own = [t for t in saved if t.is_floating_point() and not any(t is w for w in case.tensors[1:4])]
         assert sum(t.numel() for t in own) == elements, index
 
@@ -155,13 +170,15 @@ def test_same_bits_twice(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_torch_library_contract(backend):
+@pytest.mark.parametrize("counted", [False, True])
+def test_torch_library_contract(backend, counted):
     case = Case(12, 9, 5, 2, (8, 12, 8), fillers=1)
+    case.count = torch.tensor([9], dtype=torch.int32, device=DEVICE) if counted else None
     tensors = [tensor.requires_grad_() for tensor in case.tensors]
     features, w0, w1, b0, b1, embedding, constant = tensors
     given = (features, case.kept, [w0, w1], [b0, b1], case.source, case.row, embedding, constant, list(case.uses))
     with use_backend(backend):
-        torch.library.opcheck(torch.ops.llava_fast.assemble_inputs.default, (*given, "gelu", 0))
+        torch.library.opcheck(torch.ops.llava_fast.assemble_inputs.default, (*given, "gelu", 0, case.count))
         out = torch.compile(case.op, fullgraph=True, backend="aot_eager")(*tensors)
         found = torch.autograd.grad(out.square().sum(), tensors)
         expected = torch.autograd.grad(case.op(*tensors).square().sum(), tensors)

@@ -99,6 +99,20 @@ def test_gathered_and_stored_rows(dtype, transposed, small_blocks, poisoned):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [0, 1, 16, 17, 45, 99])
+def test_rows_after_the_count_are_left_as_they_were(count, dtype, small_blocks):
+    """Blocks that hold none of the first `count` rows do nothing."""
+    a, b = random(45, 20, dtype=dtype), random(33, 20, dtype=dtype)
+    out = torch.full((45, 33), 7.0, dtype=dtype, device=DEVICE)
+    counted = torch.tensor([count], dtype=torch.int32, device=DEVICE)
+    gemm.gemm(a, b, 45, out=out, count=counted)
+    count = min(count, 45)
+    if count:
+        assert relative(out[:count], (a.double() @ b.double().T)[:count]) <= TOLERANCE[dtype]
+    assert (out[count:] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_epilogues(dtype, small_blocks, poisoned):
     a, b, slope = random(45, 20, dtype=dtype), random(33, 20, dtype=dtype), random(45, 33, dtype=dtype)
     pre = torch.empty(45, 33, dtype=dtype, device=DEVICE)

@@ -28,8 +28,8 @@ def small_blocks():
         yield
 
 
-def run(tiles, weight, position, bias, class_row, mean, std):
-    return patch_embed(tiles, weight, position, mean=mean, std=std, bias=bias, class_row=class_row)
+def run(tiles, weight, position, bias, class_row, mean, std, count=None):
+    return patch_embed(tiles, weight, position, mean=mean, std=std, bias=bias, class_row=class_row, count=count)
 
 
 def made(tiles=3, size=(28, 28), patch=14, width=24, bias=True, class_row=True, dtype=torch.float32):
@@ -153,6 +153,30 @@ def test_views_are_handled(backend, poisoned):
     check_op(run, args, [1, 2, 3, 4], backend)
 
 
+@pytest.mark.parametrize("form", ["planar", "patch rows", "float"])
+@pytest.mark.parametrize("count", [0, 1, 3, 5])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tiles_after_the_count_are_zeros_and_get_nothing(backend, count, form, poisoned):
+    """5 rows a tile, 32 a block: blocks with all, some and none of their tiles; some width beyond a block."""
+    args = [*made(tiles=15, width=40), None]
+    if form == "patch rows":
+        args[0] = as_patch_rows(args[0], 14)
+    if form == "float":
+        backend, args[0] = "reference", torch.randn(15, 3, 28, 28, device=DEVICE)
+    weights = [a.requires_grad_() for a in args[1:5]]
+    grad = torch.randn(15, 5, 40, device=DEVICE)
+    with use_backend(backend):
+        few = run(args[0][: 3 * count], *args[1:])
+        expected = torch.autograd.grad(few, weights, grad[: 3 * count])
+        args[7] = torch.tensor([3 * count], dtype=torch.int32, device=DEVICE)
+        found = run(*args)
+        gradients = torch.autograd.grad(found, weights, grad)
+    torch.testing.assert_close(found[: 3 * count], few, rtol=1e-5, atol=1e-5)
+    assert not found[3 * count :].any()
+    for mine, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
 def test_float_tiles_take_a_gradient():
     args = made(size=(30, 33), dtype=torch.float64)
     args[0] = torch.randn(3, 3, 30, 33, dtype=torch.float64, device=DEVICE)
@@ -182,13 +206,15 @@ def test_the_order_of_sums_is_fixed():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("clip", [True, False])
-def test_torch_library_contract(backend, clip):
-    args = made(tiles=2, size=(8, 8), patch=4, width=8, bias=not clip, class_row=clip)
+@pytest.mark.parametrize("counted", [True, False])
+def test_torch_library_contract(backend, clip, counted):
+    count = torch.tensor([1], dtype=torch.int32, device=DEVICE) if counted else None
+    args = [*made(tiles=2, size=(8, 8), patch=4, width=8, bias=not clip, class_row=clip), count]
     weights = [a.requires_grad_() for a in args[1:5] if a is not None]
-    tiles, weight, position, bias, class_row, mean, std = args
+    tiles, weight, position, bias, class_row, mean, std, _ = args
     with use_backend(backend):
         torch.library.opcheck(
-            torch.ops.llava_fast.patch_embed.default, (tiles, weight, position, mean, std, bias, class_row)
+            torch.ops.llava_fast.patch_embed.default, (tiles, weight, position, mean, std, bias, class_row, count)
         )
         out = torch.compile(run, fullgraph=True, backend="aot_eager")(*args)
         found = torch.autograd.grad(out.square().sum(), weights)
@@ -214,7 +240,8 @@ def test_the_backwards_contract(backend):
 def test_nothing_is_saved_for_what_is_frozen():
     args = made()
     args[2].requires_grad_()
-    assert all(saved is None or saved.numel() == 3 for saved in run(*args).grad_fn.saved_tensors)
+    out = run(*args)
+    assert all(saved is None or saved.numel() == 3 for saved in out.grad_fn.saved_tensors)
 
 
 def test_what_does_not_fit_is_refused():

@@ -24,6 +24,7 @@ def assemble_inputs(
     constant: Tensor,
     uses: RowUses,
     activation: str = "gelu",
+    count: Tensor | None = None,
 ) -> Tensor:
     """Projected feature rows, text embeddings and constant rows, each in its place: inputs_embeds [rows, width].
 
@@ -37,6 +38,8 @@ def assemble_inputs(
     embedding [vocabulary, width]; constant [m, width] (row 0: the newline).
     uses      the same placement the other way round; its visual_place [k] is the decoder row that each projected row
               goes to, or negative. It must agree with source and row, as the plan's columns do.
+    count     int [1] on the same device: all kept rows from count[0] on are fillers, which a kernel then need not
+              project (where gradients are wanted it does). None: there may be fillers anywhere.
     Returns [rows, width] in embedding's dtype. Gradients flow to features (zeros where not kept), every weight and
     bias, embedding and constant; sums are float32 in a fixed order, and nothing is kept or computed for what is frozen.
 
@@ -48,16 +51,16 @@ def assemble_inputs(
     Raises ValueError for shapes that do not fit and for an unknown activation.
     """
     activations.check(activation)
-    _check(features, kept, weights, biases, source, row, embedding, constant, uses)
+    _check(features, kept, weights, biases, source, row, embedding, constant, uses, count)
     features, *layers = library.autocast(features, *weights, *biases)
     weights, biases = layers[: len(weights)], layers[len(weights) :]
     keep = _first_kept(features, weights, biases) if torch.is_grad_enabled() else len(weights)
     return _assemble_inputs(
-        features, kept, weights, biases, source, row, embedding, constant, list(uses), activation, keep
+        features, kept, weights, biases, source, row, embedding, constant, list(uses), activation, keep, count
     )[0]
 
 
-def _check(features, kept, weights, biases, source, row, embedding, constant, uses) -> None:
+def _check(features, kept, weights, biases, source, row, embedding, constant, uses, count) -> None:
     if source.shape != row.shape or source.dim() != 1:
         raise ValueError(f"source {tuple(source.shape)} and row {tuple(row.shape)} must both be [rows]")
     if not weights or len(biases) not in (0, len(weights)):
@@ -78,6 +81,8 @@ def _check(features, kept, weights, biases, source, row, embedding, constant, us
             f"uses tell of {len(uses.visual_place)} visual and {len(uses.constant_segment) - 1} constant rows, but "
             f"{len(kept)} rows are kept and there are {len(constant)} constants"
         )
+    if count is not None and count.shape != (1,):
+        raise ValueError(f"count must be [1], got {tuple(count.shape)}")
 
 
 def _first_kept(features: Tensor, weights: list[Tensor], biases: list[Tensor]) -> int:
@@ -105,6 +110,7 @@ def _run(
     uses: list[Tensor],
     activation: str,
     keep: int,
+    count: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
     tables = [features, *weights, *biases, embedding, constant]
     unfit = triton_support.unfit(*tables, kept, source, row) or triton_support.unequal(*tables)
@@ -123,6 +129,7 @@ def _run(
             RowUses(*uses).visual_place.contiguous(),
             activation,
             keep,
+            count,
         )
     visual, pres = reference.project(features, kept, weights, biases, activation)
     out = token_pack(source, row, embedding, visual, constant, RowUses(*uses))
@@ -167,7 +174,7 @@ def _run_backward(
 
 
 def _fake(
-    features, kept, weights, biases, source, row, embedding, constant, uses, activation, keep
+    features, kept, weights, biases, source, row, embedding, constant, uses, activation, keep, count
 ) -> tuple[Tensor, list[Tensor]]:
     out = embedding.new_empty(source.shape[0], embedding.shape[1])
     rows = kept.shape[0]
@@ -184,7 +191,7 @@ def _fake_backward(
 
 
 def _save(ctx, inputs, output) -> None:
-    features, kept, weights, biases, source, row, embedding, constant, uses, activation, _ = inputs
+    features, kept, weights, biases, source, row, embedding, constant, uses, activation, *_ = inputs
     pres = output[1]
     ctx.counts = (len(weights), len(pres), len(biases))
     ctx.needed = [t.requires_grad for t in (features, *weights, *biases)]
@@ -221,7 +228,7 @@ def _backward(ctx, grad: Tensor | None, _):
         made = ((of_embedding, ctx.packs[0]), (of_constant, ctx.packs[2]))
         packed = [g.to(dtype) if want else None for (g, want), (_, dtype) in zip(made, ctx.tables, strict=True)]
     of_weights, of_biases = found[1 : 1 + layers], found[1 + layers :]
-    return found[0], None, of_weights, of_biases, None, None, *packed, [None] * len(uses), None, None
+    return found[0], None, of_weights, of_biases, None, None, *packed, [None] * len(uses), None, None, None
 
 
 _assemble_inputs_backward = library.define(
@@ -232,7 +239,8 @@ _assemble_inputs_backward = library.define(
 )
 _assemble_inputs = library.define(
     "assemble_inputs(Tensor features, Tensor kept, Tensor[] weights, Tensor[] biases, Tensor source, Tensor row,"
-    " Tensor embedding, Tensor constant, Tensor[] uses, str activation, int keep) -> (Tensor, Tensor[])",
+    " Tensor embedding, Tensor constant, Tensor[] uses, str activation, int keep, Tensor? count)"
+    " -> (Tensor, Tensor[])",
     _run,
     _fake,
     _backward,

@@ -24,8 +24,13 @@ def assemble_inputs(
     place: Tensor,
     activation: str,
     keep: int,
+    count: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """(inputs_embeds [rows, width], what was activated after each layer; empty after those before layer `keep`)."""
+    """(inputs_embeds [rows, width], what was activated after each layer; empty after those before layer `keep`).
+
+    Where anything is kept for a backward pass, which reads all rows of it, `count` is not made use of.
+    """
+    count = count if keep == len(weights) else None
     out = torch.empty(len(source), embedding.shape[1], dtype=embedding.dtype, device=embedding.device)
     token_pack.pack(source, row, embedding, None, constant, out)
     gather: Tensor | None = kept
@@ -35,11 +40,11 @@ def assemble_inputs(
         pre = x.new_empty((len(kept), len(weight)) if number >= keep else (0, len(weight)))
         bias = biases[number] if biases else None
         kept_pre = pre if number >= keep else None
-        x = gemm.gemm(x, weight, len(kept), bias=bias, activation=activation, gather=gather, pre=kept_pre)
+        x = gemm.gemm(x, weight, len(kept), bias=bias, activation=activation, gather=gather, count=count, pre=kept_pre)
         pres.append(pre)
         gather = None
     bias = biases[-1] if biases else None
-    gemm.gemm(x, weights[-1], len(kept), bias=bias, gather=gather, out=out, store=place)
+    gemm.gemm(x, weights[-1], len(kept), bias=bias, gather=gather, out=out, store=place, count=count)
     return out, pres
 
 
@@ -97,6 +102,8 @@ def specimens() -> list[Specimen]:
             gemm.gemm_specimen(op, dtype, f"{dtype} first layer", **first),
             gemm.gemm_specimen(op, dtype, f"{dtype} first layer, kept", **first, pre=True),
             gemm.gemm_specimen(op, dtype, f"{dtype} last layer", bias=True, store=True),
+            gemm.gemm_specimen(op, dtype, f"{dtype} first layer, counted", **first, count=True),
+            gemm.gemm_specimen(op, dtype, f"{dtype} last layer, counted", bias=True, store=True, count=True),
             gemm.gemm_specimen(op, dtype, f"{dtype} gradient of hidden", **hidden),
             gemm.weight_gradient_specimen(op, dtype, f"{dtype} last weight", grad_gather=True),
             gemm.weight_gradient_specimen(op, dtype, f"{dtype} first weight", x_gather=True),

@@ -21,6 +21,7 @@ def patch_embed(
     std: Tensor,
     bias: Tensor | None = None,
     class_row: Tensor | None = None,
+    count: Tensor | None = None,
 ) -> Tensor:
     """Patch embeddings with class row and position embedding.
 
@@ -30,6 +31,8 @@ def patch_embed(
     weight     [width, 3, P, P], the convolution's weight. bias [width] or None.
     position   [rows, width] with rows = (H//P)*(W//P), plus one first where `class_row` [width] is given.
     mean, std  [3], of pixels in 0..1; they get no gradient.
+    count      int32 [1] on the tiles' device: only the first count[0] tiles are there, and the others, which fill a
+               graph's bucket up, have rows of zeros and no part in any gradient. None: all are.
     Returns [tiles, rows, width] in the weight's dtype. FLOPs 2*tiles*patches*3*P*P*width; minimum bytes: the
     tiles, the weight and the rows, once each. The weight's gradient takes as many FLOPs again, and at least the
     bytes of the rows' gradient and the tiles. Gradients are summed in float32 in a fixed order.
@@ -61,10 +64,11 @@ def patch_embed(
         ("class_row", class_row, width),
         ("mean", mean, 3),
         ("std", std, 3),
+        ("count", count, 1),
     ):
         if vector is not None and vector.shape != (size,):
             raise ValueError(f"{name} must be [{size}], got {tuple(vector.shape)}")
-    return _patch_embed(tiles, weight, position, mean, std, bias, class_row)
+    return _patch_embed(tiles, weight, position, mean, std, bias, class_row, count)
 
 
 def _run(
@@ -75,14 +79,15 @@ def _run(
     std: Tensor,
     bias: Tensor | None,
     class_row: Tensor | None,
+    count: Tensor | None,
 ) -> Tensor:
     unfit = triton_support.unfit(tiles, weight, position, mean, std, bias, class_row) or _unfit(tiles, weight)
     unfit = unfit or _unequal(weight, position, class_row)
     if backend.choose("patch_embed", weight.device.type, {"triton": unfit}) == "triton":
         from llava_fast.ops.patch_embed import triton_kernels
 
-        return triton_kernels.patch_embed(tiles, weight, position, mean, std, bias, class_row)
-    return reference.patch_embed(tiles, weight, bias, position, class_row, mean, std)
+        return triton_kernels.patch_embed(tiles, weight, position, mean, std, bias, class_row, count)
+    return reference.patch_embed(tiles, weight, bias, position, class_row, mean, std, count)
 
 
 def _unfit(tiles: Tensor | None, grad_or_weight: Tensor) -> str | None:
@@ -127,19 +132,20 @@ def _fake_backward(grad, tiles, weight, mean, std, shape, patch, class_rows, nee
 
 
 def _save(ctx, inputs, output) -> None:
-    tiles, weight, position, mean, std, bias, class_row = inputs
+    tiles, weight, position, mean, std, bias, class_row, count = inputs
     wants_tiles, wants_weight = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(tiles if wants_weight else None, weight if wants_tiles else None, mean, std)
+    ctx.save_for_backward(tiles if wants_weight else None, weight if wants_tiles else None, mean, std, count)
     ctx.shape, ctx.patch, ctx.class_rows = tiles.shape, weight.shape[-1], int(class_row is not None)
     ctx.dtypes = [None if one is None else one.dtype for one in (tiles, weight, position, bias, class_row)]
 
 
 def _backward(ctx, grad: Tensor):
-    tiles, weight, mean, std = ctx.saved_tensors
+    tiles, weight, mean, std, count = ctx.saved_tensors
+    grad = grad if count is None else reference.first_tiles(grad, count)
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5, 6)]
     found = _patch_embed_backward(grad, tiles, weight, mean, std, list(ctx.shape), ctx.patch, ctx.class_rows, needed)
     cast = [one.to(dtype) if want else None for one, want, dtype in zip(found, needed, ctx.dtypes, strict=True)]
-    return cast[0], cast[1], cast[2], None, None, cast[3], cast[4]
+    return cast[0], cast[1], cast[2], None, None, cast[3], cast[4], None
 
 
 _patch_embed_backward = library.define(
@@ -150,9 +156,9 @@ _patch_embed_backward = library.define(
 )
 _patch_embed = library.define(
     "patch_embed(Tensor tiles, Tensor weight, Tensor position, Tensor mean, Tensor std, Tensor? bias,"
-    " Tensor? class_row) -> Tensor",
+    " Tensor? class_row, Tensor? count) -> Tensor",
     _run,
-    lambda tiles, weight, position, mean, std, bias, class_row: weight.new_empty(len(tiles), *position.shape),
+    lambda tiles, weight, position, mean, std, bias, class_row, count: weight.new_empty(len(tiles), *position.shape),
     _backward,
     _save,
 )

@@ -59,6 +59,7 @@ def patch_embed(
     class_row: Tensor | None,
     mean: Tensor,
     std: Tensor,
+    count: Tensor | None,
 ) -> Tensor:
     """Rows of the ViT: [tiles, (1 +) patches, width]. See `llava_fast.ops.patch_embed` for the arguments."""
     patch = weight.shape[-1]
@@ -70,7 +71,14 @@ def patch_embed(
         embedded = F.linear(patch_rows(tiles, patch), weight.flatten(1), bias)
     if class_row is not None:
         embedded = torch.cat([class_row.expand(len(embedded), 1, -1), embedded], dim=1)
-    return (embedded + position).to(weight.dtype)
+    rows = (embedded + position).to(weight.dtype)
+    return rows if count is None else first_tiles(rows, count)
+
+
+def first_tiles(rows: Tensor, count: Tensor) -> Tensor:
+    """rows [tiles, ..] with zeros in place of those of the tiles from count[0] on."""
+    is_first = torch.arange(len(rows), device=rows.device) < count
+    return torch.where(is_first[:, None, None], rows, 0.0)
 
 
 def patch_embed_backward(

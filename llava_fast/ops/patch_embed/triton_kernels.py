@@ -11,6 +11,8 @@ parts of the weight's gradient.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -71,6 +73,7 @@ def patch_embed_kernel(
     position_ptr,
     class_row_ptr,
     out_ptr,
+    count_ptr,
     total,
     rows,
     columns,
@@ -86,7 +89,8 @@ def patch_embed_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[r] = round(pixels[r] @ weight.T + offset) + position[r % rows]; class_row in place of the product."""
+    """out[r] = round(pixels[r] @ weight.T + offset) + position[r % rows]; class_row in place of the product. With
+    count_ptr the rows of tiles from count on are zeros, and nothing is multiplied for them."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     padded: tl.constexpr = (3 * PATCH * PATCH + 15) // 16 * 16
     blocks = tl.cdiv(channels, BLOCK_N)
@@ -94,8 +98,11 @@ def patch_embed_kernel(
     row = first + tl.arange(0, BLOCK_M)
     channel = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     is_channel = channel < channels
+    end = padded
+    if count_ptr is not None:
+        end = tl.where(first < tl.load(count_ptr) * rows, padded, 0)
     total_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, padded, BLOCK_K):
+    for start in range(0, end, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         pixels = centred_pixels(
             tiles_ptr, first, row, total, k, rows, columns, height, width, row_bytes, PATCH, PATCH_ROWS, CLASS_ROWS
@@ -113,6 +120,8 @@ def patch_embed_kernel(
     inside = (row < total)[:, None] & is_channel[None, :]
     position = tl.load(position_ptr + (place[:, None] * channels + channel[None, :]), mask=inside, other=0.0)
     out = (embedded.to(tl.float32) + position.to(tl.float32)).to(dtype)
+    if count_ptr is not None:
+        out = tl.where((row < tl.load(count_ptr) * rows)[:, None], out, 0.0)
     target = out_ptr + first.to(tl.int64) * channels
     tl.store(target + ((row - first)[:, None] * channels + channel[None, :]), out, mask=inside)
 
@@ -206,6 +215,7 @@ def patch_embed(
     std: Tensor,
     bias: Tensor | None,
     class_row: Tensor | None,
+    count: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
     channels, patch = weight.shape[0], weight.shape[-1]
@@ -215,7 +225,7 @@ def patch_embed(
         folded, offset = reference.fold_normalisation(weight, bias, mean, std)
         folded = F.pad(folded, (0, -folded.shape[1] % 16)).contiguous()
         config = config or triton_support.config(
-            _entry("patch_embed_kernel", weight.dtype, tiles.dim() == 3), out.device, total
+            _entry("patch_embed_kernel", weight.dtype == torch.float32, tiles.dim() == 3), out.device, total
         )
         grid = (triton.cdiv(total, config["BLOCK_M"]) * triton.cdiv(channels, config["BLOCK_N"]),)
         patch_embed_kernel[grid](
@@ -225,6 +235,7 @@ def patch_embed(
             position.contiguous(),
             None if class_row is None else class_row.contiguous(),
             out,
+            count,
             total,
             rows,
             *_strides(tiles.shape, patch),
@@ -282,7 +293,7 @@ def weight_gradient(
         return out.zero_()
     taps = 3 * patch * patch
     padded = triton.cdiv(taps, 16) * 16
-    entry = _entry("patch_weight_gradient_kernel", grad.dtype, tiles.dim() == 3)
+    entry = _entry("patch_weight_gradient_kernel", grad.dtype == torch.float32, tiles.dim() == 3)
     config = config or triton_support.config(entry, out.device, count * rows)
     parts = torch.empty(config["PARTS"], channels, padded, dtype=torch.float32, device=grad.device)
     grid = (triton.cdiv(channels, config["BLOCK_M"]) * triton.cdiv(padded, config["BLOCK_N"]), config["PARTS"])
@@ -315,54 +326,66 @@ def _strides(shape: torch.Size, patch: int) -> tuple[int, int, int, int]:
     return max(shape[3] // patch, 1), shape[2], shape[3], 1
 
 
-def _entry(kernel: str, dtype: torch.dtype, patch_rows: bool) -> str:
+def _entry(kernel: str, is_float32: bool, patch_rows: bool) -> str:
     """The name of a kernel's launch configurations: float32, multiplied without the matrix units, has its own, and
     so have patch rows, which are read in whole vectors."""
-    return f"{kernel}_fp32" if dtype == torch.float32 else f"{kernel}_rows" if patch_rows else kernel
+    return f"{kernel}_fp32" if is_float32 else f"{kernel}_rows" if patch_rows else kernel
+
+
+INTEGERS = dict.fromkeys(("total", "rows", "columns", "height", "width", "row_bytes", "channels"), "i32")
 
 
 def specimens() -> list[Specimen]:
     """How each kernel is compiled for real use, for the compile check."""
     found = []
-    integers = dict.fromkeys(("total", "rows", "columns", "height", "width", "row_bytes", "channels"), "i32")
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+    for name in ("bf16", "fp16", "fp32"):
         # CLIP ViT-L/14 has a class row, SigLIP none; a weight of P = 16 fills its rows, one of 14 is padded.
         for patch, class_rows, patch_rows in ((14, 1, False), (14, 1, True), (14, 0, False), (16, 0, True)):
-            sizes = {"PATCH": patch, "PATCH_ROWS": patch_rows, "CLASS_ROWS": class_rows, "UPCAST": False}
-            label = f"{name} P={patch} {'patch rows' if patch_rows else 'planar'}{' class row' if class_rows else ''}"
-            aligned = ("channels", "row_bytes") if patch_rows else ("channels", "height", "width")
-            pointers = dict.fromkeys(("weight_ptr", "position_ptr", "out_ptr"), f"*{name}")
-            pointers |= {"tiles_ptr": "*u8", "offset_ptr": "*fp32"}
-            constants = sizes if class_rows else {**sizes, "class_row_ptr": None}
-            pointers |= {"class_row_ptr": f"*{name}"} if class_rows else {}
-            found.append(
-                Specimen(
-                    "patch_embed",
-                    patch_embed_kernel,
-                    pointers | integers,
-                    constants,
-                    label,
-                    matrix=name != "fp32",
-                    aligned=(*pointers, *aligned),
-                    entry=_entry("patch_embed_kernel", dtype, patch_rows),
-                )
-            )
-            pointers = {"grad_ptr": f"*{name}", "tiles_ptr": "*u8", "parts_ptr": "*fp32"}
-            found.append(
-                Specimen(
-                    "patch_embed",
-                    patch_weight_gradient_kernel,
-                    pointers | integers,
-                    sizes,
-                    label,
-                    matrix=name != "fp32",
-                    aligned=(*pointers, *aligned),
-                    entry=_entry("patch_weight_gradient_kernel", dtype, patch_rows),
-                )
-            )
+            found += [
+                _forward_specimen(name, patch, class_rows, patch_rows),
+                _backward_specimen(name, patch, class_rows, patch_rows),
+            ]
+        found += [_forward_specimen(name, 14, 1, patch_rows, counted=True) for patch_rows in (False, True)]
         pointers = dict.fromkeys(("parts_ptr", "offset_grad_ptr", "mean_ptr", "std_ptr"), "*fp32")
         pointers["out_ptr"] = f"*{name}"
         fold = pointers | {"channels": "i32", "parts": "i32"}
         found.append(Specimen("patch_embed", fold_gradient_kernel, fold, {"PATCH": 14}, name, aligned=(*pointers,)))
         found += sums.sum_specimens("patch_embed", name)[:1]
     return [*found, sums.shares_specimen("patch_embed", "fp32")]  # whatever the rows' dtype, their sum is float32
+
+
+def _forward_specimen(dtype: str, patch: int, class_rows: int, patch_rows: bool, counted: bool = False) -> Specimen:
+    pointers = dict.fromkeys(("weight_ptr", "position_ptr", "out_ptr"), f"*{dtype}")
+    pointers |= {"tiles_ptr": "*u8", "offset_ptr": "*fp32"}
+    optional = {"class_row_ptr": (f"*{dtype}", class_rows), "count_ptr": ("*i32", counted)}
+    pointers |= {argument: kind for argument, (kind, given) in optional.items() if given}
+    absent = {argument: None for argument, (_, given) in optional.items() if not given}
+    return _specimen(patch_embed_kernel, dtype, patch, class_rows, patch_rows, pointers, absent, counted)
+
+
+def _backward_specimen(dtype: str, patch: int, class_rows: int, patch_rows: bool) -> Specimen:
+    pointers = {"grad_ptr": f"*{dtype}", "tiles_ptr": "*u8", "parts_ptr": "*fp32"}
+    return _specimen(patch_weight_gradient_kernel, dtype, patch, class_rows, patch_rows, pointers, {})
+
+
+def _specimen(
+    kernel: Any,
+    dtype: str,
+    patch: int,
+    class_rows: int,
+    patch_rows: bool,
+    pointers: dict[str, str],
+    absent: dict[str, None],
+    counted: bool = False,
+) -> Specimen:
+    form = "patch rows" if patch_rows else "planar"
+    return Specimen(
+        "patch_embed",
+        kernel,
+        pointers | INTEGERS,
+        {"PATCH": patch, "PATCH_ROWS": patch_rows, "CLASS_ROWS": class_rows, "UPCAST": False} | absent,
+        f"{dtype} P={patch} {form}{' class row' if class_rows else ''}{' counted' if counted else ''}",
+        matrix=dtype != "fp32",
+        aligned=(*pointers, "channels", *(("row_bytes",) if patch_rows else ("height", "width"))),
+        entry=_entry(kernel.__name__, dtype == "fp32", patch_rows),
+    )
