@@ -242,7 +242,7 @@ def test_the_command_line(make_recipe):
 
 def test_memory_is_what_a_step_holds(make_recipe):
     """Weights, gradients and optimizer states to the byte; what is kept of a forward pass, counted tensor by tensor as
-    autograd saves it, within a quarter (the projector's part, large in a model this small, is not in the plan)."""
+    autograd saves it, within a tenth (on a CPU each sequence's attention leaves its result twice)."""
     recipe = make_recipe(recompute="none", micro_batch_rows=3000, batch_size=8)
     world = World(0, 1, torch.device("cpu"))
     model = load_model(recipe, world)
@@ -273,4 +273,5 @@ def test_memory_is_what_a_step_holds(make_recipe):
     trainer.optimizer.step()
     states = [value for state in trainer.optimizer.state.values() for value in state.values() if value.dim()]
     assert said["AdamW"] == sum(value.nbytes for value in states)
-    assert said["decoder, kept"] == pytest.approx(activations, rel=0.25)
+    kept_by_plan = sum(size for what, size in said.items() if what.endswith(", kept"))
+    assert kept_by_plan == pytest.approx(activations, rel=0.1)

@@ -296,6 +296,13 @@ def _activations(
         each = layer if recipe.recompute == "none" else narrow * vision.hidden_size
         figures.append(Figure("tower, kept", vision.layers_needed * patches * each, "B", f"{tiles:,} tiles"))
     figures.append(Figure("tower, at work", patches * layer, "B", f"one layer over {tiles:,} tiles"))
+    figures.append(Figure("last norm, kept", rows * width * (4 + narrow), "B", "its input in float32, and its output"))
+    if counts.trained["vision_tower"] or counts.trained["projector"]:
+        projector = config.projector
+        hidden = (projector.depth - 1) * projector.out_features if projector.kind == "mlp" else 0
+        each = narrow * (projector.in_features + 2 * hidden)
+        how = f"features and hidden rows of {tiles:,} tiles, if unpadding drops none"
+        figures.append(Figure("projector, kept", tiles * vision.patches_per_tile * each, "B", how))
     pixels = 3 * vision.image_size**2
     figures.append(Figure("tiles", tiles * pixels, "B", "uint8 pixels"))
     return figures
