@@ -4,7 +4,8 @@ python -m benchmarks.check_kernels           # compile, print the table, fail on
 python -m benchmarks.check_kernels --write   # and commit to what was found: benchmarks/kernels.json, docs/kernels.md
 
 A kernel fails if it uses the stack (spills included), more shared memory than a block may have, no matrix instruction
-where its work is a matrix product, or tf32 that was not asked for. Against the committed table it fails if it needs
+where its work is a matrix product, matrix instructions that wait for one another (ptxas says so of wgmma that it cannot
+keep in flight), or tf32 that was not asked for. Against the committed table it fails if it needs
 more registers or shared memory, has a lesser matrix instruction (mma in place of wgmma) or is not there at all.
 """
 
@@ -68,6 +69,7 @@ def compile_triton(module: str, index: int) -> list[dict]:
                     "stack": usage["stack"],
                     "shared": made.metadata.shared,
                     "matrix": next((m for m in MATRIX[capability] if m in ptx), ""),
+                    "serial": is_serial(ptx, capability),
                     "tf32": "tf32" in ptx,
                     "wants_matrix": specimen.matrix,
                     "wants_tf32": specimen.tf32,
@@ -92,6 +94,21 @@ def resource_usage(cubin: bytes) -> list[dict]:
         {"function": name, "registers": int(registers), "stack": int(stack), "shared": int(shared)}
         for name, registers, stack, shared in re.findall(pattern, text)
     ]
+
+
+def is_serial(ptx: str, capability: int) -> bool:
+    """Whether ptxas cannot keep the asynchronous matrix instructions of this PTX in flight, by its own words."""
+    if "wgmma.mma_async" not in ptx:
+        return False
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        source, made = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(ptx)
+        command = [tool, "-v", f"--gpu-name=sm_{capability}a", source, "-o", made]
+        said = subprocess.run(command, capture_output=True, text=True, check=True)
+    return "instructions are serialized" in said.stdout + said.stderr
 
 
 def compile_cuda(source: Path) -> list[dict]:
@@ -130,6 +147,7 @@ def compile_cuda(source: Path) -> list[dict]:
                         "stack": usage["stack"],
                         "shared": usage["shared"],
                         "matrix": "",
+                        "serial": False,
                         "tf32": False,
                         "wants_matrix": False,
                         "wants_tf32": False,
@@ -155,6 +173,8 @@ def faults(row: dict, committed: dict | None) -> list[str]:
         wrong.append("no matrix instruction")
     elif committed and by_rank.index(row["matrix"]) > by_rank.index(committed["matrix"]):
         wrong.append(f"{row['matrix'] or 'no matrix instruction'}, {committed['matrix']} committed")
+    if row["serial"]:
+        wrong.append("matrix instructions that wait for one another")
     if row["tf32"] and not row["wants_tf32"]:
         wrong.append("tf32 that was not asked for")
     if committed and row["registers"] > committed["registers"] + REGISTER_SLACK:

@@ -18,6 +18,7 @@ GOOD = {
     "stack": 0,
     "shared": 1024,
     "matrix": "mma.sync",
+    "serial": False,
     "tf32": False,
     "wants_matrix": True,
     "wants_tf32": False,
@@ -34,6 +35,7 @@ GOOD = {
         ({"shared": 228 * 1024, "sm": 90}, "shared memory"),
         ({"matrix": ""}, "no matrix instruction"),
         ({"matrix": "", "wants_matrix": False}, None),
+        ({"serial": True}, "wait for one another"),
         ({"tf32": True}, "tf32 that was not asked for"),
         ({"tf32": True, "wants_tf32": True}, None),
         ({"registers": 41}, "41 registers, 32 committed"),
@@ -45,6 +47,45 @@ def test_faults(change, fault):
     row = {**GOOD, **change}
     found = check_kernels.faults(row, {**row, "registers": 32})
     assert (not found) if fault is None else (len(found) == 1 and fault in found[0])
+
+
+WGMMA = """
+.version 8.0
+.target sm_90a
+.address_size 64
+.visible .entry kernel(.param .u64 out)
+{
+    .reg .f32 %f<5>;
+    .reg .b64 %rd<4>;
+    ld.param.u64 %rd1, [out];
+    mov.b64 %rd2, 0;
+    mov.b64 %rd3, 0;
+    mov.f32 %f1, 0f00000000;
+    mov.f32 %f2, 0f00000000;
+    mov.f32 %f3, 0f00000000;
+    mov.f32 %f4, 0f00000000;
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f1, %f2, %f3, %f4}, %rd2, %rd3, 1, 1, 1, 0, 0;
+    wgmma.commit_group.sync.aligned;
+    BETWEEN
+    wgmma.wait_group.sync.aligned 0;
+    st.global.v4.f32 [%rd1], {%f1, %f2, %f3, %f4};
+    ret;
+}
+"""
+
+
+WRITTEN_IN_FLIGHT = """
+    mov.f32 %f1, 0f3f800000;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f1, %f2, %f3, %f4}, %rd2, %rd3, 1, 1, 1, 0, 0;
+    wgmma.commit_group.sync.aligned;
+"""
+
+
+@pytest.mark.parametrize(("between", "serial"), [("", False), (WRITTEN_IN_FLIGHT, True)])
+def test_products_that_wait_for_one_another_are_seen(between, serial):
+    assert check_kernels.is_serial(WGMMA.replace("BETWEEN", between), 90) is serial
+    assert not check_kernels.is_serial("mma.sync", 80)
 
 
 @pytest.mark.parametrize(

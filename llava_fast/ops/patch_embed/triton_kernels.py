@@ -98,17 +98,21 @@ def patch_embed_kernel(
     row = first + tl.arange(0, BLOCK_M)
     channel = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     is_channel = channel < channels
-    end = padded
+    target = out_ptr + first.to(tl.int64) * channels
     if count_ptr is not None:
-        end = tl.where(first < tl.load(count_ptr) * rows, padded, 0)
+        if first >= tl.load(count_ptr) * rows:
+            inside = (row < total)[:, None] & is_channel[None, :]
+            zeros = tl.zeros([BLOCK_M, BLOCK_N], dtype)
+            tl.store(target + ((row - first)[:, None] * channels + channel[None, :]), zeros, mask=inside)
+            return
     total_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, end, BLOCK_K):
+    for start in range(0, padded, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         pixels = centred_pixels(
             tiles_ptr, first, row, total, k, rows, columns, height, width, row_bytes, PATCH, PATCH_ROWS, CLASS_ROWS
         ).to(dtype)
-        inside = (k < padded)[:, None] & is_channel[None, :]
-        weight = tl.load(weight_ptr + (channel[None, :] * padded + k[:, None]), mask=inside, other=0.0)
+        given = (k < padded)[:, None] & is_channel[None, :]
+        weight = tl.load(weight_ptr + (channel[None, :] * padded + k[:, None]), mask=given, other=0.0)
         if UPCAST:
             pixels, weight = pixels.to(tl.float32), weight.to(tl.float32)
         total_MN = tl.dot(pixels, weight, total_MN, input_precision="ieee")
@@ -122,7 +126,6 @@ def patch_embed_kernel(
     out = (embedded.to(tl.float32) + position.to(tl.float32)).to(dtype)
     if count_ptr is not None:
         out = tl.where((row < tl.load(count_ptr) * rows)[:, None], out, 0.0)
-    target = out_ptr + first.to(tl.int64) * channels
     tl.store(target + ((row - first)[:, None] * channels + channel[None, :]), out, mask=inside)
 
 
