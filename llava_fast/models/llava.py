@@ -38,12 +38,20 @@ class LlavaOutput:
 
 
 class LlavaModel(nn.Module):
-    """A LLaVA of any variant, by its config. An ordinary nn.Module: gradients flow to whatever requires them."""
+    """A LLaVA of any variant, by its config. An ordinary nn.Module: gradients flow to whatever requires them. Raises
+    ValueError for a processor whose geometry counts other rows a tile than the config's."""
 
     side_files: dict[str, str]  # the texts of its checkpoint's small files, once one is loaded: `save` writes them back
 
     def __init__(self, config: LlavaConfig, processor: Processor | None = None) -> None:
         super().__init__()
+        if processor is not None:
+            made, given = (geometry.tower_rows_per_tile for geometry in (processor.geometry, config.geometry))
+            if made != given:
+                raise ValueError(
+                    f"the tower gives {given} rows a tile, and the processor's geometry counts {made}: make it from "
+                    "config.geometry"
+                )
         self.config = config
         self.processor = processor
         self.vision_tower = VisionTower(config.vision)

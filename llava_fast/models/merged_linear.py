@@ -8,6 +8,7 @@ call, which moves a few megabytes. No joined copy is kept: it would go stale whe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,18 +31,28 @@ def run_linears(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
 def lay_end_to_end(*linears: nn.Module) -> None:
     """Move the weights of `linears` end to end in memory, and their biases, if they are ones that `run_linears` joins.
 
-    The parameters stay the same objects with the same values, so optimizers, state dicts and checkpoints see no
-    difference. They part again when they move to another device or dtype one by one."""
+    The parameters stay the same objects with the same values, but share one storage, which `give_own_storages` hides
+    from checkpoints. They part again when they move to another device or dtype one by one."""
     if not _can_be_joined(linears):
         return
     for name in ("weight", "bias"):
         parts = [getattr(linear, name) for linear in linears]
         if parts[0] is None or _lie_end_to_end(parts):
             continue
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(parts[0].is_inference()), torch.no_grad():
             joined = torch.cat(parts)
         for part, moved in zip(parts, joined.split([len(part) for part in parts]), strict=True):
             part.data = moved
+
+
+def give_own_storages(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: object) -> None:
+    """A hook on `module`'s state_dict: its tensors that share a storage become the same memory under storages of their
+    own. safetensors refuses tensors that do not fill their storage, and accelerate writes only one of those that share
+    one. With keep_vars=True, which gives parameters, they are left as they are."""
+    for name in (prefix + name for name, _ in module.named_parameters()):
+        tensor = state_dict.get(name)
+        if type(tensor) is Tensor and not tensor.is_meta and tensor.untyped_storage().nbytes() > tensor.nbytes:
+            state_dict[name] = torch.from_dlpack(tensor.view(torch.uint8)).view(tensor.dtype)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -63,13 +74,14 @@ def _lie_end_to_end(parts: Sequence[Tensor]) -> bool:
 
 
 def _can_be_joined(linears: Sequence[nn.Module]) -> bool:
-    """Whether all are plain Linears, of ordinary parameters (none sharded or quantised) of one dtype, all or none with
-    a bias."""
+    """Whether all are plain Linears, of ordinary parameters (none sharded or quantised) of one dtype on one device, all
+    or none with a bias."""
+    if not all(is_plain(linear, nn.Linear) for linear in linears):
+        return False  # and may have no weight, or one that is made when it is asked for
     biases = [linear.bias for linear in linears if linear.bias is not None]
     parts = [*(linear.weight for linear in linears), *biases]
     return (
-        all(is_plain(linear, nn.Linear) for linear in linears)
-        and all(is_plain_parameter(part) for part in parts)
-        and len({part.dtype for part in parts}) == 1
+        all(is_plain_parameter(part) for part in parts)
+        and len({(part.dtype, part.device) for part in parts}) == 1
         and len(biases) in (0, len(linears))
     )

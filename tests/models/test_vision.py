@@ -5,11 +5,13 @@ import copy
 import dataclasses
 
 import pytest
+import safetensors.torch
 import tiny
 import torch
 from parity import assert_close
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 import llava_fast
 from llava_fast.models import layer_norms, merged_linear
@@ -200,6 +202,64 @@ def test_a_tower_laid_end_to_end_is_saved_copied_and_trained_as_any(tmp_path):
     torch.optim.SGD([query], lr=1.0).step()
     torch.testing.assert_close(query.detach(), expected[f"{PREFIX}.q_proj.weight"] - 1)
     torch.testing.assert_close(key.detach(), expected[f"{PREFIX}.k_proj.weight"], rtol=0, atol=0)
+
+
+def own_storage(tensor):
+    return tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_a_state_dict_gives_weights_laid_end_to_end_storages_of_their_own(tmp_path):
+    """safetensors refuses a part of a storage, and accelerate would write only one of the tensors that share one."""
+    tower = copy.deepcopy(tiny.pair("next").ours.vision_tower)
+    attention = tower.encoder.layers[0].self_attn
+    merged_linear.lay_end_to_end(attention.q_proj, attention.k_proj, attention.v_proj)
+    assert not own_storage(attention.k_proj.weight)
+    state = tower.state_dict()
+    assert all(map(own_storage, state.values()))
+    safetensors.torch.save_model(tower, str(tmp_path / "tower.safetensors"))
+    stored = safetensors.torch.load_file(tmp_path / "tower.safetensors")
+    torch.testing.assert_close(stored, dict(tower.named_parameters()), rtol=0, atol=0)
+    for name, parameter in tower.named_parameters():  # the memory is the parameters'
+        state[name].fill_(2)
+        assert (parameter == 2).all()
+    kept = tower.state_dict(keep_vars=True)
+    assert all(kept[name] is parameter for name, parameter in tower.named_parameters())
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("wrapped", ["wrapper", "spectral_norm"])
+def test_a_tower_with_a_wrapped_linear_runs_and_moves(wrapped):
+    """It may have no weight of its own, or one that is made, by a step of its own, each time it is asked for."""
+    tower = copy.deepcopy(tiny.pair("next").ours.vision_tower)
+    attention = tower.encoder.layers[0].self_attn
+    if wrapped == "wrapper":
+        attention.q_proj = Wrapper(attention.q_proj)
+    else:
+        parametrizations.spectral_norm(attention.q_proj)
+    x = torch.randn(1, 3, 32)
+    with torch.no_grad(), use_backend("triton"):
+        assert attention(x).shape == x.shape
+    before = {name: buffer.clone() for name, buffer in tower.named_buffers()}
+    tower.to("cpu")
+    torch.testing.assert_close(dict(tower.named_buffers()), before, rtol=0, atol=0)
+    tower.to("meta")
+    assert attention.k_proj.weight.is_meta
+
+
+def test_a_tower_moves_in_inference_mode():
+    tower = copy.deepcopy(tiny.pair("next").ours.vision_tower)
+    with torch.inference_mode():
+        tower.to("meta")
+    attention = tower.encoder.layers[0].self_attn
+    assert not own_storage(attention.q_proj.weight)
 
 
 def test_only_plain_linears_of_one_kind_are_joined():

@@ -141,7 +141,10 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad: Tensor):
     tiles, weight, mean, std, count = ctx.saved_tensors
-    grad = grad if count is None else reference.first_tiles(grad, count)
+    if count is not None:
+        grad = reference.first_tiles(grad, count)
+        if tiles is not None and tiles.is_floating_point():  # a filler may hold NaN, and zero times that is no zero
+            tiles = reference.first_tiles(tiles, count)
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5, 6)]
     found = _patch_embed_backward(grad, tiles, weight, mean, std, list(ctx.shape), ctx.patch, ctx.class_rows, needed)
     cast = [one.to(dtype) if want else None for one, want, dtype in zip(found, needed, ctx.dtypes, strict=True)]

@@ -78,7 +78,7 @@ def patch_embed(
 def first_tiles(rows: Tensor, count: Tensor) -> Tensor:
     """rows [tiles, ..] with zeros in place of those of the tiles from count[0] on."""
     is_first = torch.arange(len(rows), device=rows.device) < count
-    return torch.where(is_first[:, None, None], rows, 0.0)
+    return torch.where(is_first.view(-1, *[1] * (rows.dim() - 1)), rows, 0.0)
 
 
 def patch_embed_backward(
