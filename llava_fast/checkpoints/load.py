@@ -111,7 +111,6 @@ def load_weights(
         value = checkpoint.tensors[name].load().to(device=device, dtype=dtype)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
-    model.to(device)  # all are there; a module may lay its own out as that device likes them
     model.side_files = dict(checkpoint.side_files)
 
 

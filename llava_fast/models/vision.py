@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from llava_fast.models.config import VisionConfig
 from llava_fast.models.layer_norms import Pending, finish, finish_and_norm
-from llava_fast.models.merged_linear import give_own_storages, lay_end_to_end, run_linears
+from llava_fast.models.merged_linear import run_linears
 from llava_fast.models.modules import is_plain
 from llava_fast.models.recompute import Recompute, run_layer
 from llava_fast.ops import backend, linear_act, patch_embed
@@ -53,14 +53,6 @@ class VisionAttention(nn.Module):
         self.heads = config.num_heads
         self.k_proj, self.v_proj, self.q_proj = (nn.Linear(width, width) for _ in range(3))
         self.out_proj = nn.Linear(width, width)
-        self.register_state_dict_post_hook(give_own_storages)
-
-    def _apply(self, fn, recurse=True):
-        """What `.to` and the like do to parameters, one by one: off the CPU the three are laid end to end again."""
-        super()._apply(fn, recurse)
-        if all(parameter.device.type != "cpu" for parameter in self.parameters()):
-            lay_end_to_end(self.q_proj, self.k_proj, self.v_proj)
-        return self
 
     def forward(self, x_TNC: Tensor) -> Tensor:
         projected = run_linears(x_TNC, self.q_proj, self.k_proj, self.v_proj)

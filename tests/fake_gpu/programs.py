@@ -35,7 +35,6 @@ from llava_fast.inputs.plan import TextPiece
 from llava_fast.integrations.collator import Collator
 from llava_fast.models.batch import Batch
 from llava_fast.models.encode_graphs import filled_batch
-from llava_fast.models.merged_linear import lay_end_to_end, run_linears
 from llava_fast.models.recompute import set_recompute
 from llava_fast.ops import rms_norm, use_backend
 from llava_fast.train.optim import build_optimizer, freeze
@@ -99,18 +98,6 @@ def filling(name: str, backend: str) -> None:
         filled = filled_batch(batch, replace(bucket_of(batch.plan), tiles=len(batch.tiles) + 1))
         inputs = model.inputs_embeds(filled)
     assert len(inputs) == filled.plan.rows and inputs.device.type == "cuda" and not reads, reads
-
-
-def laying() -> None:
-    """Weights of queries, keys and values that lie end to end are joined as they lie."""
-    with fake_gpu(), use_backend("triton"), torch.no_grad():
-        attention = on_gpu("next").vision_tower.encoder.layers[0].self_attn
-        linears = attention.q_proj, attention.k_proj, attention.v_proj
-        lay_end_to_end(*linears)
-        (storage,) = {each.weight.untyped_storage()._cdata for each in linears}
-        rows = torch.randn(2, 5, linears[0].in_features, device="cuda")
-        query, _, value = run_linears(rows, *linears)
-    assert storage and query.shape == value.shape and query.untyped_storage()._cdata == value.untyped_storage()._cdata
 
 
 def training(name: str, backend: str, layout: str, logits: str) -> None:
@@ -231,7 +218,6 @@ def main() -> None:
         add(optimizing, "bfloat16", "selective", backend)
         add(preferring, backend)
         add(idling, backend)
-    add(laying)
     add(generating, "next", temperature=0.7, top_p=0.9, top_k=5, repetition_penalty=1.1, seed=3)
     add(training, "next", "auto", "packed", "all")
     add(optimizing, "bfloat16", "layers", "auto")
