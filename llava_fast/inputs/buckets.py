@@ -25,10 +25,11 @@ class Bucket:
 
 
 def bucket_of(plan: TokenPlan) -> Bucket:
-    """The smallest bucket that holds the plan: each size rounded up to two significant binary digits (1, 2, 3, 4, 6, 8,
-    12, 16, ...; rows from 64 up), so that at most a third of the work is for nothing."""
-    sizes = (plan.tiles, len(plan.column("kept")), plan.rows)
-    return Bucket(_round_up(sizes[0], 1), _round_up(sizes[1], 64), _round_up(sizes[2], 64))
+    """The smallest bucket that holds the plan. Tiles are rounded up to three significant binary digits (1 to 8, 10, 12,
+    14, 16, 20, ...), for the tower runs on every one: at most a fifth of them is for nothing. Rows, whose fillers cost
+    next to nothing, are rounded up to two (64, 96, 128, 192, ...)."""
+    kept = len(plan.column("kept"))
+    return Bucket(_round_up(plan.tiles, 1, digits=3), _round_up(kept, 64), _round_up(plan.rows, 64))
 
 
 def fill(plan: TokenPlan, bucket: Bucket) -> TokenPlan:
@@ -59,7 +60,8 @@ def _filled(column: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([column, np.full(size - len(column), FILLER, np.int32)])
 
 
-def _round_up(number: int, least: int) -> int:
+def _round_up(number: int, least: int, digits: int = 2) -> int:
+    """The next number of so many significant binary digits."""
     number = max(number, least)
-    step = 1 << max(number.bit_length() - 2, 0)
+    step = 1 << max(number.bit_length() - digits, 0)
     return -(-number // step) * step
