@@ -81,23 +81,19 @@ def test_a_bucket_says_how_many_tiles_and_rows_are_real(case):
     assert filled.count("kept").tolist() == [len(batch.plan.column("kept"))]
 
 
-@pytest.mark.parametrize("name", ["next", "onevision"])
-def test_the_counts_reach_the_kernels(name, monkeypatch):
+def test_the_counts_reach_the_kernels(monkeypatch):
     """The whole path from tiles: nothing is multiplied for fillers, in patch_embed and in the projector."""
-    model = copy.deepcopy(tiny.pair(name).ours).to(DEVICE)
-    with torch.no_grad(), use_backend("triton"):
+    model, multiply, rows, counts = copy.deepcopy(tiny.pair("next").ours).to(DEVICE), gemm.gemm, [], []
+    model.vision_tower.embeddings.register_forward_hook(lambda module, args, out: rows.append(out))
+    monkeypatch.setattr(gemm, "gemm", lambda *a, **k: counts.append(k.get("count")) or multiply(*a, **k))
+    with torch.no_grad():
         batch = model.prepare([{"prompt": "<image>\nhello", "images": [tiny.picture(30, 200)]}])
-        filled = filled_batch(batch, replace(bucket_of(batch.plan), tiles=len(batch.tiles) + 2))
-        expected, found = model.inputs_embeds(batch), model.inputs_embeds(filled)
-        rows = []
-        embed = model.vision_tower.embeddings.register_forward_hook(lambda module, args, out: rows.append(out))
-        counts = []
-        multiply = gemm.gemm
-        monkeypatch.setattr(gemm, "gemm", lambda *a, **k: counts.append(k.get("count")) or multiply(*a, **k))
-        model.inputs_embeds(filled)
-        embed.remove()
+        tiles = len(batch.tiles)
+        with use_backend("triton"):
+            found = model.inputs_embeds(filled_batch(batch, replace(bucket_of(batch.plan), tiles=tiles + 2)))
+        expected = model.inputs_embeds(batch)
     torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-4, atol=1e-5)
-    assert not rows[0][len(batch.tiles) :].any() and rows[0][: len(batch.tiles)].any()
+    assert not rows[0][tiles:].any() and rows[0][:tiles].any()
     assert [c.tolist() for c in counts if c is not None] == [[len(batch.plan.column("kept"))]] * 2
 
 
