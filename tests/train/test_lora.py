@@ -145,10 +145,10 @@ def test_what_is_trained_is_float32_and_drawn_by_the_seed(recipe, precision):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_killed_run_goes_on_bit_for_bit(recipe, tmp_path, precision):
-    whole = recipe(epochs=3, checkpoints={"every": 2}, lora={"dropout": 0.1}, precision=precision)
+    whole = recipe(epochs=2, checkpoints={"every": 2}, lora={"dropout": 0.1}, precision=precision)
     train(whole)
     killed = whole.model_copy(update={"output": tmp_path / "killed"})
-    break_off(killed, 5)
+    break_off(killed, 3)
     train(killed)
     assert losses(killed) == losses(whole)
     assert same(*(llava_fast.load(each.output / "model") for each in (whole, killed)))
