@@ -17,7 +17,7 @@ demo: .venv/demo.stamp
 	$(BIN)/llava-fast demo
 
 test: .venv/test.stamp .venv/oldest.stamp lint
-	$(BIN)/python -m benchmarks.check_kernels --quiet --allow-missing-nvcc
+	$(BIN)/python -m benchmarks.check_kernels --quiet --allow-missing-nvcc --changed
 	$(PYTEST)
 	PYTHONPATH=.venv/oldest $(PYTEST) $(WITH_OLDEST)
 
@@ -26,7 +26,8 @@ lint: .venv/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Compile every kernel for sm_80 and sm_90 and judge it; WRITE=1 commits the table to what was found.
+# Compile every kernel for sm_80 and sm_90 and judge it; WRITE=1 commits the table to what was found. (`test` takes from
+# the table what has the same source and compiler.)
 check-kernels: .venv/test.stamp
 	$(BIN)/python -m benchmarks.check_kernels $(if $(WRITE),--write)
 

@@ -2,15 +2,18 @@
 
 python -m benchmarks.check_kernels           # compile, print the table, fail on a kernel worse than the committed table
 python -m benchmarks.check_kernels --write   # and commit to what was found: benchmarks/kernels.json, docs/kernels.md
+python -m benchmarks.check_kernels --changed # compile only what differs from the committed table in source or compiler
 
 A kernel fails if it uses the stack (spills included), more shared memory than a block may have, no matrix instruction
 where its work is a matrix product, matrix instructions that wait for one another (ptxas says so of wgmma that it cannot
 keep in flight), or tf32 that was not asked for. Against the committed table it fails if it needs
-more registers or shared memory, has a lesser matrix instruction (mma in place of wgmma) or is not there at all.
+more registers or shared memory, has a lesser matrix instruction (mma in place of wgmma) or is not there at all. A row's
+`source` is Triton's own identity of what is compiled, with the compiler's version: equal ones compile to the same.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -20,7 +23,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
@@ -30,6 +33,7 @@ COMMITTED = ROOT / "benchmarks" / "kernels.json"
 PAGE = ROOT / "docs" / "kernels.md"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have (CUDA programming guide, capabilities)
 MATRIX = {80: ("mma.sync",), 90: ("wgmma.mma_async", "mma.sync")}
+COMPILED = ("registers", "stack", "shared", "matrix", "serial", "tf32")
 REGISTER_SLACK = 8  # a register allocation granule: what a patch release of a compiler may move
 
 
@@ -39,8 +43,9 @@ def modules() -> list[str]:
     return sorted(f"llava_fast.ops.{path.parent.name}.{path.stem}" for path in folder.glob("*/triton_kernels.py"))
 
 
-def compile_triton(module: str, index: int) -> list[dict]:
-    """Compile one specimen of a module in all its configurations for both architectures."""
+def compile_triton(module: str, index: int, known: dict[str, dict]) -> list[dict]:
+    """Compile one specimen of a module in all its configurations for both architectures. `known` has what sources that
+    need no compiling are known to come to."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -55,9 +60,11 @@ def compile_triton(module: str, index: int) -> list[dict]:
             source = ASTSource(
                 specimen.kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes
             )
-            made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-            ptx = made.asm["ptx"]
-            usage = resource_usage(made.asm["cubin"])[0]
+            identity = f"{source.hash()} {sorted(options.items())} {capability} {triton.__version__}"
+            identity = hashlib.sha256(identity.encode()).hexdigest()[:16]
+            if identity not in known:
+                made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+                known = known | {identity: compiled(made, capability)}
             found.append(
                 {
                     "op": specimen.op,
@@ -65,17 +72,27 @@ def compile_triton(module: str, index: int) -> list[dict]:
                     "label": specimen.label,
                     "config": config,
                     "sm": capability,
-                    "registers": usage["registers"],
-                    "stack": usage["stack"],
-                    "shared": made.metadata.shared,
-                    "matrix": next((m for m in MATRIX[capability] if m in ptx), ""),
-                    "serial": is_serial(ptx, capability),
-                    "tf32": "tf32" in ptx,
+                    **{name: known[identity][name] for name in COMPILED},
                     "wants_matrix": specimen.matrix,
                     "wants_tf32": specimen.tf32,
+                    "source": identity,
                 }
             )
     return found
+
+
+def compiled(made: Any, capability: int) -> dict:
+    """What Triton's compiler made, by the names in COMPILED."""
+    ptx = made.asm["ptx"]
+    usage = resource_usage(made.asm["cubin"])[0]
+    return {
+        "registers": usage["registers"],
+        "stack": usage["stack"],
+        "shared": made.metadata.shared,
+        "matrix": next((m for m in MATRIX[capability] if m in ptx), ""),
+        "serial": is_serial(ptx, capability),
+        "tf32": "tf32" in ptx,
+    }
 
 
 def resource_usage(cubin: bytes) -> list[dict]:
@@ -151,6 +168,7 @@ def compile_cuda(source: Path) -> list[dict]:
                         "tf32": False,
                         "wants_matrix": False,
                         "wants_tf32": False,
+                        "source": "",
                     }
                 )
     return found
@@ -244,6 +262,10 @@ def markdown(rows: list[dict], versions: str) -> str:
 
 def main(
     write: Annotated[bool, typer.Option(help="Commit to what was found instead of comparing with it.")] = False,
+    changed: Annotated[
+        bool,
+        typer.Option(help="Compile only Triton kernels that differ from the committed table in source or compiler."),
+    ] = False,
     jobs: Annotated[int, typer.Option(help="Compilations at a time.")] = os.cpu_count() or 1,
     only: Annotated[str, typer.Option(help="Only ops whose name contains this.")] = "",
     allow_missing_nvcc: Annotated[
@@ -253,16 +275,18 @@ def main(
     quiet: Annotated[bool, typer.Option(help="Print faults alone, not the table.")] = False,
 ) -> None:
     """Compile every shipped kernel for sm_80 and sm_90 and judge it."""
-    if write and (only or allow_missing_nvcc):
-        raise typer.BadParameter("--write needs every kernel: leave out --only and --allow-missing-nvcc")
+    if write and (only or allow_missing_nvcc or changed):
+        raise typer.BadParameter("--write compiles every kernel: leave out --only, --changed and --allow-missing-nvcc")
     sources = cuda_sources(only, allow_missing_nvcc)
     os.environ.pop("TRITON_INTERPRET", None)
     import triton
 
     work = [(name, i) for name in modules() if only in name for i in range(len(import_module(name).specimens()))]
+    committed = json.loads(COMMITTED.read_text()) if COMMITTED.is_file() and not write else None
+    known = {row["source"]: row for row in committed or [] if changed and row["source"]}
     rows: list[dict] = []
     with ProcessPoolExecutor(jobs) as pool:
-        started = [pool.submit(compile_triton, *item) for item in work] + [
+        started = [pool.submit(compile_triton, *item, known) for item in work] + [
             pool.submit(compile_cuda, p) for p in sources
         ]
         for future in tqdm(started, desc="compiling", unit="kernel"):
@@ -271,10 +295,13 @@ def main(
     page = markdown(rows, f"Triton {triton.__version__}, {nvcc_version() if sources else 'no nvcc'}")
     if not quiet:
         print(page)
-    wrong = judge(rows, json.loads(COMMITTED.read_text()) if COMMITTED.is_file() and not write else None)
+    wrong = judge(rows, committed)
     print(
         *wrong,
-        f"{len(rows)} compiled kernels of {len(work)} Triton specimens and {len(sources)} CUDA sources",
+        f"{len(rows)} kernels of {len(work)} Triton specimens and {len(sources)} CUDA sources"
+        + (
+            f", {sum(row['source'] in known for row in rows)} of them known from the committed table" if changed else ""
+        ),
         sep="\n",
     )
     if wrong:

@@ -1,6 +1,9 @@
 """What the compile check calls a fault, and that the committed table has none and covers every shipped kernel."""
 
 import json
+import os
+import subprocess
+import sys
 from importlib import import_module
 
 import pytest
@@ -22,6 +25,7 @@ GOOD = {
     "tf32": False,
     "wants_matrix": True,
     "wants_tf32": False,
+    "source": "",
 }
 
 
@@ -118,8 +122,8 @@ def test_without_nvcc_csrc_is_left_out_only_where_that_is_allowed(monkeypatch, c
 
 
 def test_a_table_of_some_kernels_is_not_written():
-    for given in ({"only": "image"}, {"allow_missing_nvcc": True}):
-        with pytest.raises(typer.BadParameter, match="--write needs every kernel"):
+    for given in ({"only": "image"}, {"allow_missing_nvcc": True}, {"changed": True}):
+        with pytest.raises(typer.BadParameter, match="--write compiles every kernel"):
             check_kernels.main(write=True, **given)
 
 
@@ -149,3 +153,28 @@ def test_every_kernel_has_a_specimen_and_every_table_entry_a_kernel():
     assert {name.removesuffix("_fp32").removesuffix("_rows") for name in tables} <= {
         name.removesuffix("_fp32").removesuffix("_rows") for name in kernels
     }
+
+
+KNOWN = """
+import json, sys, triton
+from benchmarks import check_kernels
+
+table = json.loads(check_kernels.COMMITTED.read_text())
+known = {row["source"]: row for row in table if row["source"]}
+made = []
+triton.compile = lambda *args, **options: made.append(1) or sys.exit(3)
+if sys.argv[1] == "unknown":
+    known = {}
+if sys.argv[1] == "compiler":
+    triton.__version__ = "0.0.0"
+found = check_kernels.compile_triton("llava_fast.ops.token_pack.triton_kernels", 0, known)
+assert found and not made and all(row in table for row in found)
+"""
+
+
+@pytest.mark.parametrize(("what", "status"), [("known", 0), ("unknown", 3), ("compiler", 3)])
+def test_only_what_is_known_of_this_compiler_is_not_compiled(what, status):
+    """In a process of its own: here kernels are interpreted, and have no identity."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", KNOWN, what], env=environment, cwd=check_kernels.ROOT)
+    assert done.returncode == status
