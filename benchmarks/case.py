@@ -18,7 +18,8 @@ from benchmarks.machine import Ceilings
 from benchmarks.memory import PeakMemory
 from benchmarks.timing import Quantiles, Timed, time_in_turns
 
-BACKENDS = ("llava_fast", "hf-eager", "hf-compile")
+GRAPHS = "llava_fast-graphs"
+BACKENDS = ("llava_fast", GRAPHS, "hf-eager", "hf-compile")
 REFERENCES = ("hf-eager", "hf-compile")
 """What the others are checked against and compared with: the first of these that takes part."""
 

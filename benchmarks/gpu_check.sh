@@ -7,6 +7,7 @@
 #   build           csrc with CUDA (if that fails, without), then what `llava_fast doctor` says of this machine
 #   path            uint8 tiles to inputs_embeds of NeXT-7B on the Triton kernels, beside transformers as it is
 #   path-compiled   the same beside transformers under torch.compile
+#   path-graphs     the same replayed from CUDA graphs
 #   measure         every op: its error against float64, its time beside PyTorch, a copy and its floor
 #   tests           the kernels' tests on the GPU, one pytest process for each file
 #   path-reference  the path on the ops' PyTorch references: unfused, cuBLAS
@@ -18,7 +19,7 @@
 # step starves a later one. Work that is cut off keeps what it has. Two calls can share the work, build being quick
 # the second time:
 #   benchmarks/gpu_check.sh out build path path-compiled measure tests
-#   benchmarks/gpu_check.sh out build path-reference tune measure-tuned sanitizer
+#   benchmarks/gpu_check.sh out build path-graphs path-reference tune measure-tuned sanitizer
 #
 # Everything comes together in OUT_DIR/gpu.json. A call adds to the one that it finds there, if the commit is the same,
 # so a new OUT_DIR goes on with an earlier call's work if that call's gpu.json is put into it first. Logs are in
@@ -35,9 +36,9 @@
 
 set -uo pipefail
 usage() { sed -n '2,/^$/s/^#\( \|$\)//p' "$0"; }
-declare -A share=([build]=70 [path]=45 [path-compiled]=100 [measure]=90 [tests]=90 [path-reference]=30 [tune]=60
+declare -A share=([build]=70 [path]=45 [path-compiled]=100 [measure]=90 [tests]=90 [path-graphs]=30 [path-reference]=30 [tune]=60
   [measure-tuned]=35 [sanitizer]=40)
-order=(build path path-compiled measure tests path-reference tune measure-tuned sanitizer)
+order=(build path path-compiled measure tests path-graphs path-reference tune measure-tuned sanitizer)
 case ${1:-} in
   -h | --help) usage && exit 0 ;;
   "" | -*) usage >&2 && exit 2 ;;
@@ -128,6 +129,7 @@ for name in "${order[@]}"; do
       ;;
     path) encode path triton llava_fast,hf-eager ;;
     path-compiled) encode path-compiled triton llava_fast,hf-compile ;;
+    path-graphs) encode path-graphs triton llava_fast-graphs,hf-eager ;;
     path-reference) encode path-reference reference llava_fast,hf-eager ;;
     measure)
       step measure "$python" -m benchmarks.gpu_check measure --output "$out/ops.json"

@@ -55,8 +55,9 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Requests in a batch, one ph
 Backend = Annotated[
     str,
     typer.Option(
-        help="Which sides run, with commas: llava_fast, hf-eager (transformers as it is), hf-compile (transformers "
-        "under torch.compile; minutes to compile on a CPU). Ratios are against hf-eager, or hf-compile without it."
+        help="Which sides run, with commas: llava_fast, llava_fast-graphs (encode on CUDA alone), hf-eager "
+        "(transformers as it is), hf-compile (transformers under torch.compile; minutes to compile on a CPU). "
+        "Ratios are against hf-eager, or hf-compile without it."
     ),
 ]
 Dtype = Annotated[str, typer.Option(help=f"Of weights and arithmetic: {', '.join(DTYPES)}.")]
@@ -122,7 +123,7 @@ def _add_suite(name: str) -> None:
         from benchmarks.case import Settings
 
         settings = Settings(
-            backends=_backends(backend),
+            backends=_backends(backend, suites, device),
             image_size=_image_size(image_size),
             batch_size=batch_size,
             dtype=_choice(dtype, DTYPES, "--dtype"),
@@ -246,12 +247,14 @@ def _limit_threads(threads: int) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def _backends(text: str) -> tuple[str, ...]:
-    from benchmarks.case import BACKENDS
+def _backends(text: str, suites: tuple[str, ...], device: str) -> tuple[str, ...]:
+    from benchmarks.case import BACKENDS, GRAPHS
 
     names = tuple(dict.fromkeys(text.split(",")))
     for name in names:
         _choice(name, BACKENDS, "--backend")
+    if GRAPHS in names and (suites != ("encode",) or not device.startswith("cuda")):
+        raise typer.BadParameter(f"{GRAPHS} is a side of `encode --device cuda` alone", param_hint="--backend")
     return names
 
 

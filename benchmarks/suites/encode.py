@@ -1,22 +1,23 @@
 """Tiles to the decoder's inputs: vision tower, projector, and packing among the text rows.
 
-llava_fast starts from uint8 tiles, transformers from the normalised float tensor its processor made. On CUDA one more
-side, "llava_fast, graphs", replays the same from CUDA graphs (models.encode_graphs).
+llava_fast starts from uint8 tiles, transformers from the normalised float tensor its processor made. The side
+"llava_fast-graphs" (CUDA alone) replays llava_fast's from CUDA graphs: models.encode_graphs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import checks
-from benchmarks.case import Case, Provider, Settings
+from benchmarks.case import GRAPHS, Case, Provider, Settings
 from benchmarks.floors import encode_floor
-from benchmarks.inputs import describe, inference, prepared, sizes
+from benchmarks.inputs import Prepared, describe, inference, prepared, sizes
 from benchmarks.subject import Subject
 from llava_fast.models.encode_graphs import EncodeGraphs
+from llava_fast.models.llava import LlavaModel
 
 
 def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
@@ -24,30 +25,30 @@ def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
     model = subject.ours
     providers = {
         "llava_fast": lambda: lambda i: model.inputs_embeds(batches[i % len(batches)].ours),
+        GRAPHS: lambda: _graphs(model, batches),
         "hf-eager": lambda: lambda i: hf_encode(subject.hf, **batches[i % len(batches)].hf),
         "hf-compile": lambda: _compiled(subject, batches),
     }
-    sides = [
-        Provider(name, inference(providers[name]()), lambda x: x.flatten(0, -2), compiles=name == "hf-compile")
-        for name in settings.backends
-    ]
-    if subject.device.type == "cuda" and "llava_fast" in settings.backends:
-        graphs = EncodeGraphs(model)
-        replay = inference(lambda i: graphs(batches[i % len(batches)].ours))
-        # What a replay works on was taken when the graph was captured, so a replay's own peak says nothing.
-        sides.append(Provider("llava_fast, graphs", replay, torch.clone, compiles=True, peak=lambda: None))
     yield Case(
         suite="encode",
         model=subject.label,
         real_width=subject.real_width,
         label=describe(settings, batches[0].ours),
-        providers=sides,
+        providers=[_provider(name, inference(providers[name]())) for name in settings.backends],
         check=checks.close("inputs_embeds", settings.dtype),
         floor=encode_floor(subject.config, sizes(batches[0].ours), subject.dtype.itemsize),
         items=settings.batch_size,
         unit="images",
         weight_bytes=subject.weight_bytes,
     )
+
+
+def _provider(name: str, run: Callable[[int], Tensor]) -> Provider:
+    # A replay's result is overwritten by the next, and what it works on was taken when its graph was captured, so its
+    # own peak says nothing.
+    if name == GRAPHS:
+        return Provider(name, run, torch.clone, compiles=True, peak=lambda: None)
+    return Provider(name, run, lambda x: x.flatten(0, -2), compiles=name == "hf-compile")
 
 
 def hf_encode(hf: nn.Module, input_ids: Tensor, pixel_values: Tensor, **rest: Tensor) -> Tensor:
@@ -58,6 +59,11 @@ def hf_encode(hf: nn.Module, input_ids: Tensor, pixel_values: Tensor, **rest: Te
     features = torch.cat(model.get_image_features(pixel_values, **rest).pooler_output)
     mask = model.get_placeholder_mask(input_ids, inputs_embeds=embeds, image_features=features)
     return embeds.masked_scatter(mask, features.to(embeds.dtype))
+
+
+def _graphs(model: LlavaModel, batches: list[Prepared]) -> Callable[[int], Tensor]:
+    graphs = EncodeGraphs(model)
+    return lambda i: graphs(batches[i % len(batches)].ours)
 
 
 def _compiled(subject: Subject, batches: list):

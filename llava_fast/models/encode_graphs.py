@@ -1,4 +1,4 @@
-"""The path from uint8 tiles to the decoder's inputs, replayed from CUDA graphs of a few sizes.
+"""The path from uint8 tiles to the decoder's inputs, replayed from CUDA graphs, one for each bucket of sizes.
 
 Between capture and replay only the contents of two static tensors change: the tiles and the plan's integers. Opt-in:
 no GPU has measured it yet.
@@ -31,9 +31,10 @@ class EncodeGraphs:
     """`graphs(batch)` is `model.inputs_embeds(batch)` without gradients, from a graph captured for the batch's bucket.
 
     A bucket is captured when first met with tiles of a form and a backend asked for, and again after the weights were
-    replaced (a graph holds their addresses; values that change in place are followed). The graphs work in one pool of
-    memory, and the rows returned are a view of it: any next call may overwrite them. Raises ValueError for a model
-    that is not on CUDA or a plan that mixes rows (pooled video, anyres_max): call model.inputs_embeds for those.
+    replaced (a graph holds their addresses; values that change in place are followed). Each graph holds the memory
+    that it works in, and none is dropped; the rows returned are a view of it, which the next call for the same bucket
+    overwrites. Raises ValueError for a model that is not on CUDA or a plan that mixes rows (pooled video, anyres_max):
+    call model.inputs_embeds for those.
     """
 
     def __init__(self, model: LlavaModel) -> None:
@@ -41,7 +42,6 @@ class EncodeGraphs:
             raise ValueError(f"CUDA graphs need a model on CUDA, this one is on {model.device}")
         self.model = model
         self.captured: dict[tuple, _Captured] = {}
-        self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, batch: Batch) -> Tensor:
         # Not in inference mode, whose tensors (the static ones, were a graph captured in it) nothing else may write.
@@ -71,7 +71,7 @@ class EncodeGraphs:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Its stream is of this device (the default one is the first capture's); other threads may go on using the GPU.
-        with torch.cuda.graph(graph, self.pool, stream=side, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             out = self.model.inputs_embeds(batch)
         return _Captured(weight_addresses(self.model), batch, out, graph)
 

@@ -142,6 +142,8 @@ def wrong_tiles(processor, image):
         (["encode", "--dtype", "int8"], "choose from float32"),
         (["encode", "--backend", "vllm"], "choose from llava_fast"),
         (["encode", "--device", "cuda"], "no CUDA device here"),
+        (["encode", "--backend", "llava_fast-graphs"], "encode --device cuda"),
+        (["prefill", "--device", "cuda", "--backend", "llava_fast-graphs,hf-eager"], "encode --device cuda"),
     ],
 )
 def test_wrong_options_say_what_is_right(arguments, message, monkeypatch):

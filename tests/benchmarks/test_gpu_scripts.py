@@ -269,8 +269,8 @@ def script(tmp_path):
 def test_the_script_does_its_steps_and_joins_what_they_found(script, tmp_path):
     status, steps, text = script(COLLECT="1", LLAVA_FAST_COMMIT="abc")
     assert list(steps) == [
-        *("build", "build-without-cuda", "path", "path-compiled", "measure", "tests", "path-reference", "tune"),
-        *("measure-tuned", "sanitizer"),
+        *("build", "build-without-cuda", "path", "path-compiled", "measure", "tests", "path-graphs", "path-reference"),
+        *("tune", "measure-tuned", "sanitizer"),
     ]
     assert steps["build"].startswith("failed with exit status 1") and steps["build-without-cuda"].startswith("ok")
     assert steps["tests"].startswith("failed")  # one file crashed
@@ -278,7 +278,8 @@ def test_the_script_does_its_steps_and_joins_what_they_found(script, tmp_path):
     others = set(steps) - {"build", "tests", "sanitizer"}
     assert all(steps[name].startswith("ok") for name in others) and status == 1, text
     result = json.loads((tmp_path / "out" / "gpu.json").read_text())
-    assert result["path"] == {"path": ["triton"], "path-compiled": ["triton"], "path-reference": ["reference"]}
+    on_triton = dict.fromkeys(("path", "path-compiled", "path-graphs"), ["triton"])
+    assert result["path"] == on_triton | {"path-reference": ["reference"]}
     assert [row["from"] for row in result["ops"]] == ["ops-tuned.json"] and result["steps"] == steps
     files = len(list((machine.ROOT / "tests" / "ops").glob("test_*.py"))) + 3
     assert result["tests"]["tests"] == 3 * (files - 1) and result["tests"]["skipped"] == files - 1

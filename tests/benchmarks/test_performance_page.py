@@ -89,14 +89,6 @@ def test_a_path_that_is_slow_heavy_or_wrong_misses(result):
     assert [verdicts(result)[place] for place in (1, 7)] == ["MISSED", "MISSED"]
 
 
-def test_the_faster_of_launches_and_graphs_counts_and_one_that_is_wrong_misses(result):
-    for ours, right, verdict in ((0.005, True, "reached"), (0.005, False, "MISSED"), (0.100, True, "MISSED")):
-        sides = [side("llava_fast", 0.015, 40, True), side("llava_fast, graphs", ours, 0, right)]
-        result["path"]["path"] = [*sides, side("hf-eager", 0.021, 100)]
-        asked, found, said = targets(result)[1]
-        assert said == verdict and ("graphs" in found) == (ours < 0.015)
-
-
 def test_what_was_not_measured_is_said(result):
     assert verdicts({"machine": {"kind": "NVIDIA H200"}, "ops": []}) == ["not measured"] * 8
 

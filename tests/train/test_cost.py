@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from llava_fast import cli
 from llava_fast.errors import RecipeError
 from llava_fast.models.batch import Batch
+from llava_fast.models.config import ProjectorConfig
 from llava_fast.train.estimate import cost
 from llava_fast.train.estimate.cost import config_of, count_parameters, plan
 from llava_fast.train.estimate.flops import GPUS, Utilisation, forward_flops, known_gpu, peak_flops, step_flops
@@ -143,6 +144,22 @@ def test_sharding_divides_what_is_trained_and_replicas_do_not():
     assert figures(plan(small, 8), "Memory of each of 8 GPUs")["AdamW"] == pytest.approx(trained * 2 / 8, rel=1e-3)
     assert plan(recipe, 8).total_memory == pytest.approx(sum(value for key, value in eight.items() if key != "all"))
     assert "DOES NOT FIT" in plan(recipe, 1).to_text() and "DOES NOT FIT" not in plan(recipe, 8).to_text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "depth", "trained", "values"),
+    [
+        ("linear", 1, True, 10),
+        ("linear", 1, False, 0),
+        ("mlp", 2, True, 10 + 2 * 7),  # features; the hidden row before and after its activation
+        ("mlp", 2, False, 7),
+        ("mlp", 3, True, 10 + 4 * 7),
+        ("yi", 2, True, 10 + 2 * 7 + 2 * 7),
+        ("identity", 1, True, 0),
+    ],
+)
+def test_what_a_projector_keeps_of_a_row(kind, depth, trained, values):
+    assert cost._kept_by_projector(ProjectorConfig(kind, 10, 7, depth), trained) == values
 
 
 def test_recomputing_trades_memory_for_time():

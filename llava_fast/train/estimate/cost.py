@@ -20,7 +20,7 @@ from llava_fast.checkpoints.hub import resolve
 from llava_fast.checkpoints.original import is_original, read_original_config
 from llava_fast.errors import DataError, RecipeError
 from llava_fast.inputs.anyres import image_rows
-from llava_fast.models.config import LlavaConfig
+from llava_fast.models.config import LlavaConfig, ProjectorConfig
 from llava_fast.models.llava import LlavaModel
 from llava_fast.ops.linear_cross_entropy.chunked import CHUNK_BYTES
 from llava_fast.train.data.mixture import epoch_counts
@@ -298,14 +298,22 @@ def _activations(
     figures.append(Figure("tower, at work", patches * layer, "B", f"one layer over {tiles:,} tiles"))
     figures.append(Figure("last norm, kept", rows * width * (4 + narrow), "B", "its input in float32, and its output"))
     if counts.trained["vision_tower"] or counts.trained["projector"]:
-        projector = config.projector
-        hidden = (projector.depth - 1) * projector.out_features if projector.kind == "mlp" else 0
-        each = narrow * (projector.in_features + 2 * hidden)
+        each = narrow * _kept_by_projector(config.projector, bool(counts.trained["projector"]))
         how = f"features and hidden rows of {tiles:,} tiles, if unpadding drops none"
         figures.append(Figure("projector, kept", tiles * vision.patches_per_tile * each, "B", how))
     pixels = 3 * vision.image_size**2
     figures.append(Figure("tiles", tiles * pixels, "B", "uint8 pixels"))
     return figures
+
+
+def _kept_by_projector(projector: ProjectorConfig, trained: bool) -> int:
+    """Values of a row that its backward pass reads: what an activation or LayerNorm takes, and, where weights are
+    trained, what they are multiplied with."""
+    if projector.kind == "identity":
+        return 0
+    hidden = 0 if projector.kind == "linear" else projector.depth - 1
+    norms = projector.depth if projector.kind == "yi" else 0
+    return trained * projector.in_features + (hidden * (1 + trained) + norms) * projector.out_features
 
 
 def _time(
