@@ -6,10 +6,11 @@ python -m benchmarks.check_kernels --changed # compile only what differs from th
 
 A kernel fails if it uses the stack (spills included), more shared memory than a block may have, no matrix instruction
 where its work is a matrix product, matrix instructions that wait for one another (ptxas says so of wgmma that it cannot
-keep in flight), or tf32 that was not asked for. Against the committed table it fails if it needs
-more registers or shared memory, has a lesser matrix instruction (mma in place of wgmma) or is not there at all. A row's
-`source` is Triton's hash of what is compiled, with options, architecture and Triton's version, whose wheel brings
-ptxas. It does not see this script: whoever changes what is read of a compiled kernel writes the table anew.
+keep in flight), or tf32 that was not asked for. Against the committed table it fails if it needs more registers or
+shared memory, has a lesser matrix instruction (mma in place of wgmma) or is not there at all.
+
+A row's `source` is Triton's hash of what is compiled, with options, architecture and Triton's version, whose wheel
+brings ptxas. It does not see this script: whoever changes what is read of a compiled kernel writes the table anew.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@
 #   build           csrc with CUDA (if that fails, without), then what `llava_fast doctor` says of this machine
 #   path            uint8 tiles to inputs_embeds of NeXT-7B on the Triton kernels, beside transformers as it is
 #   path-compiled   the same beside transformers under torch.compile
-#   path-graphs     the same replayed from CUDA graphs
 #   measure         every op: its error against float64, its time beside PyTorch, a copy and its floor
 #   tests           the kernels' tests on the GPU, one pytest process for each file
+#   path-graphs     the path on the Triton kernels, replayed from CUDA graphs
 #   path-reference  the path on the ops' PyTorch references: unfused, cuBLAS
 #   tune            launch configurations: OUT_DIR/<gpu>.json
 #   measure-tuned   every op again, with those
@@ -36,8 +36,8 @@
 
 set -uo pipefail
 usage() { sed -n '2,/^$/s/^#\( \|$\)//p' "$0"; }
-declare -A share=([build]=70 [path]=45 [path-compiled]=100 [measure]=90 [tests]=90 [path-graphs]=30 [path-reference]=30 [tune]=60
-  [measure-tuned]=35 [sanitizer]=40)
+declare -A share=([build]=70 [path]=45 [path-compiled]=100 [measure]=90 [tests]=90 [path-graphs]=30
+  [path-reference]=30 [tune]=60 [measure-tuned]=35 [sanitizer]=40)
 order=(build path path-compiled measure tests path-graphs path-reference tune measure-tuned sanitizer)
 case ${1:-} in
   -h | --help) usage && exit 0 ;;

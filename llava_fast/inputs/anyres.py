@@ -327,7 +327,7 @@ def _shortest_edge_crop(height: int, width: int, tile: int) -> View:
 
 def _patch_rows(geometry: VisualGeometry) -> np.ndarray:
     """The patches of one tile as rows of the tower: int32 [side * side]."""
-    return np.arange(geometry.tower_rows_per_tile - geometry.side**2, geometry.tower_rows_per_tile, dtype=np.int32)
+    return np.arange(geometry.side**2, dtype=np.int32) + geometry.dropped_rows + geometry.class_rows
 
 
 def _kept_rows(geometry: VisualGeometry, tiles: int) -> np.ndarray:

@@ -26,8 +26,8 @@ class Bucket:
 
 def bucket_of(plan: TokenPlan) -> Bucket:
     """The smallest bucket that holds the plan. Tiles are rounded up to three significant binary digits (1 to 8, 10, 12,
-    14, 16, 20, ...), for the tower runs on every one: at most a fifth of them is for nothing. Rows, whose fillers cost
-    next to nothing, are rounded up to two (64, 96, 128, 192, ...)."""
+    14, 16, 20, ...), for the tower runs on every one: at most a fifth of them is for nothing. Rows, whose fillers
+    the kernels leave out, are rounded up to two (64, 96, 128, 192, ...)."""
     kept = len(plan.column("kept"))
     return Bucket(_round_up(plan.tiles, 1, digits=3), _round_up(kept, 64), _round_up(plan.rows, 64))
 

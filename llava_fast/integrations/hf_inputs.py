@@ -178,10 +178,10 @@ def plan_visuals(
     if frames is not None:
         videos = [video_rows(shape, frames.shape[1])] * len(frames)
         tiles["pixel_values_videos"] = frames.flatten(0, 1)
-    config, of_tile = model.config, shape.tower_rows_per_tile
+    config = model.config
     tokens = config.image_token_id, getattr(config, "video_token_id", None)
     columns, mixes = placement_columns(
-        images, integers.ids, tokens[0], of_tile, videos, tokens[1], torch.is_grad_enabled()
+        images, integers.ids, tokens[0], shape.tower_rows_per_tile, videos, tokens[1], torch.is_grad_enabled()
     )
     device = next(iter(tiles.values())).device
     at = placement(to_device(columns, device), read_table, mixes)
