@@ -163,8 +163,8 @@ def new_sequence(
     seed: int | None,
     pieces: bool = False,
 ) -> Sequence:
-    """A sequence ready to run: `room` more rows fit its slot, `prompt_ids` count for the repetition penalty, and
-    `pieces` says that its text is wanted as it grows."""
+    """A sequence ready to run: `room` more rows fit its slot and `prompt_ids` count for the repetition penalty. With
+    `pieces`, each step returns the text that it made certain; without, a caller gets all text at the end."""
     stop, end_ids = options.stop, frozenset()
     if not options.ignore_eos:
         stop, end_ids = stop + model.processor.template.stop, frozenset(model.config.eos_token_ids)

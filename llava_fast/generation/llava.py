@@ -61,7 +61,7 @@ class Llava(LlavaModel):
         """Text pieces of one answer as they become certain: never half a character, never part of a stop string.
         Their concatenation is what `generate` returns. Options and errors as for `generate`, raised at once."""
         with torch.inference_mode():
-            started = self._start([request], GenerationOptions.of(**options))
+            started = self._start([request], GenerationOptions.of(**options), pieces=True)
         return self._pieces(engine.steps(self, *started))
 
     @staticmethod
@@ -81,7 +81,7 @@ class Llava(LlavaModel):
         return Chat(self, system)
 
     def _start(self, requests: list[dict], options: GenerationOptions, pieces: bool = False):
-        """Prepared batch, sequences and a cache that holds prompt and answer of each."""
+        """Prepared batch, sequences and a cache that holds prompt and answer of each. `pieces`: as for TextDecoder."""
         batch = self.prepare(requests)
         limit = self.config.decoder.context_length
         capacity = min(max(batch.plan.lengths) + options.max_new_tokens, limit)

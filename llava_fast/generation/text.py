@@ -10,8 +10,8 @@ class TextDecoder:
 
     `push` returns the text that is now certain: characters whose bytes are not complete yet, and text that may turn
     out to be the start of a stop string, are held back. `stopped` tells that a stop string was met; nothing of it
-    or after it is ever returned. `text` is all returned so far. With `pieces` false and nothing to stop at, all text
-    comes from `finish`, decoded once: nobody reads it before.
+    or after it is ever returned. `text` is all returned so far. If `pieces` is False and there is no stop string,
+    push() returns "" and finish() returns everything, decoded once: only for callers that do not stream.
     """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = (), pieces: bool = True) -> None:

@@ -25,9 +25,9 @@ from llava_fast.integrations.placement import (
     to_device,
 )
 from llava_fast.integrations.uint8_pixels import Normalisation
-from llava_fast.models.modules import is_plain, is_plain_parameter
+from llava_fast.models.modules import fuses_projector, is_plain, is_plain_parameter
 from llava_fast.models.vision import on_device
-from llava_fast.ops import assemble_inputs, backend, patch_embed, token_pack
+from llava_fast.ops import assemble_inputs, patch_embed, token_pack
 from llava_fast.ops.activations import ACTIVATIONS
 
 ANYRES = ("llava_next", "llava_next_video", "llava_onevision")
@@ -298,7 +298,7 @@ def inputs_embeds(
     embed, at = model.get_input_embeddings(), visuals.placement
     table = embed.weight if read_table else embed(ids).flatten(0, 1)
     weights = projector_weights(model)
-    if weights is not None and not at.mixes and _fuses(features, weights, table):
+    if weights is not None and not at.mixes and fuses_projector(features, *weights, table):
         name = model.config.projector_hidden_act
         constant = _newline(model, table)
         flat = assemble_inputs(
@@ -337,12 +337,6 @@ def projector_weights(model: nn.Module) -> tuple[list[Tensor], list[Tensor]] | N
     biases = [linear.bias for linear in linears if linear.bias is not None]
     plain = len(biases) in (0, len(linears)) and all(is_plain_parameter(part) for part in (*weights, *biases))
     return (weights, biases) if plain else None
-
-
-def _fuses(features: Tensor, weights: tuple[list[Tensor], list[Tensor]], table: Tensor) -> bool:
-    device = table.device.type
-    same = {features.dtype, table.dtype, *(part.dtype for part in (*weights[0], *weights[1]))}
-    return len(same) == 1 and not torch.is_autocast_enabled(device) and backend.fuses("assemble_inputs", device)
 
 
 def _newline(model: nn.Module, like: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from llava_fast.models.batch import Batch
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.decoder import Decoder
 from llava_fast.models.kv_cache import KVCache
-from llava_fast.models.modules import is_plain
+from llava_fast.models.modules import fuses_projector, is_plain
 from llava_fast.models.projector import Projector
 from llava_fast.models.vision import VisionTower
-from llava_fast.ops import assemble_inputs, backend, mix_rows, token_pack
+from llava_fast.ops import assemble_inputs, mix_rows, token_pack
 
 Logits = Literal["last", "supervised", "all", "none"]
 
@@ -125,17 +125,16 @@ class LlavaModel(nn.Module):
 
         One op where a backend fuses projector and placement and every module is plain; else step by step.
         """
+        features = self._features(batch)
         embed, source, row = self.decoder.embed_tokens, batch.column("source"), batch.column("row")
         table = embed.weight
-        constant = self.image_newline[None] if self.config.has_newline else table[:0]
-        uses = batch.row_uses(len(constant))
+        newline = self.image_newline[None].to(table.dtype) if self.config.has_newline else table[:0]
+        uses = batch.row_uses(len(newline))
         plain = is_plain(embed, nn.Embedding)
-        if plain and batch.plan.tiles and not batch.plan.mixes and backend.fuses("assemble_inputs", table.device.type):
-            parts = self.projector.plain_weights()
-            if parts is not None:
-                features, kept = self._features(batch), batch.column("kept")
-                activation, count = self.config.projector.activation, batch.count("kept")
-                return assemble_inputs(features, kept, *parts, source, row, table, constant, uses, activation, count)
+        projector = self.projector.plain_weights() if plain and not batch.plan.mixes else None
+        if features is not None and projector is not None and fuses_projector(features, *projector, table):
+            kept, activation, count = batch.column("kept"), self.config.projector.activation, batch.count("kept")
+            return assemble_inputs(features, kept, *projector, source, row, table, newline, uses, activation, count)
         if not plain:  # its own forward, then the general op over what it returned
             is_text = source == TEXT
             table = embed(torch.where(is_text, row, 0).long())
@@ -143,14 +142,19 @@ class LlavaModel(nn.Module):
             row = torch.where(is_text, number[:-1], row)
             text = uses.text_row
             uses = uses._replace(text_token=text, text_segment=number[: len(text) + 1])
-        return token_pack(source, row, table, self.visual_rows(batch), constant, uses)
+        visual = table[:0] if features is None else self._visual_rows(features, batch).to(table.dtype)
+        return token_pack(source, row, table, visual, newline, uses)
 
-    def visual_rows(self, batch: Batch) -> Tensor:
+    def _features(self, batch: Batch) -> Tensor | None:
+        """The tower's rows of all tiles end to end [tiles * rows, features]; None without tiles, unless every part is
+        to run."""
+        if not batch.plan.tiles and not self.runs_every_part:
+            return None
+        return self.vision_tower(batch.tiles, count=batch.count("tile")).flatten(0, 1)
+
+    def _visual_rows(self, features: Tensor, batch: Batch) -> Tensor:
         """The plan's visual table [visual rows, width]: only rows that reach the decoder are projected."""
         mixes = batch.plan.mixes
-        if not batch.plan.tiles and not self.runs_every_part:
-            return self.decoder.embed_tokens.weight[:0]
-        features = self._features(batch)
         table = [features[batch.column("kept").long()]]
         for mix in (mix for mix in mixes if mix.stage == "before"):
             table.append(
@@ -163,7 +167,3 @@ class LlavaModel(nn.Module):
                 mix_rows(projected, batch.column(mix.index), batch.weight(mix.weight), mix.reduce, batch.tap_uses(mix))
             )
         return torch.cat(table) if len(table) > 1 else projected
-
-    def _features(self, batch: Batch) -> Tensor:
-        """The tower's rows of all tiles end to end [tiles * rows, features]."""
-        return self.vision_tower(batch.tiles, count=batch.count("tile")).flatten(0, 1)

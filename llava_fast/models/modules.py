@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+
+from llava_fast.ops import backend
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -25,3 +28,11 @@ def is_plain_parameter(parameter: object) -> bool:
     return type(parameter) is nn.Parameter or (
         isinstance(parameter, FakeTensor) and isinstance(parameter, nn.Parameter)
     )
+
+
+def fuses_projector(features: Tensor, weights: list[Tensor], biases: list[Tensor], table: Tensor) -> bool:
+    """Whether projector and placement run as one op (ops.assemble_inputs): a backend fuses them, all operands have one
+    dtype, and autocast, which would give the projected rows another dtype than the embedding `table`, is off."""
+    dtypes = {part.dtype for part in (features, table, *weights, *biases)}
+    device = table.device.type
+    return len(dtypes) == 1 and not torch.is_autocast_enabled(device) and backend.fuses("assemble_inputs", device)

@@ -8,6 +8,7 @@ import torch
 from parity import assert_same_answer, forget_rope, reference_greedy
 
 from llava_fast.errors import RequestError
+from llava_fast.generation import engine
 from llava_fast.generation.engine import Sequence
 from llava_fast.generation.sampling import Sampler, SamplingOptions
 from llava_fast.generation.text import TextDecoder
@@ -184,6 +185,20 @@ def test_streams_can_be_interleaved_and_left():
     next(left)
     left.close()
     assert model.generate(REQUESTS[:1], **options)[0].text == expected[0]
+
+
+@pytest.mark.parametrize("stop", [None, "a stop string that never comes"])
+def test_a_stream_gives_text_as_soon_as_it_is_certain(stop, monkeypatch):
+    model, steps = tiny.pair("next").ours, []
+    step = engine.decode_step
+    monkeypatch.setattr(engine, "decode_step", lambda *given: steps.append(1) or step(*given))
+    options = {"max_new_tokens": 24, "ignore_eos": True, "stop": stop}
+    arrived = [(len(steps), piece) for piece in model.stream(REQUESTS[0], **options)]
+    assert len(steps) == 23 and len(arrived) > 8
+    assert arrived[0][0] < 12  # the first piece came while all other tokens were still to be made
+    assert len({after for after, _ in arrived}) == len(arrived)  # each piece as its own step ended
+    steps.clear()
+    assert "".join(piece for _, piece in arrived) == model.generate(REQUESTS[:1], **options)[0].text
 
 
 def test_a_stream_leaves_gradients_on_for_its_caller():

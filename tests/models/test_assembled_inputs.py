@@ -115,3 +115,23 @@ def test_text_alone_goes_step_by_step(case):
     with use_backend("triton"), torch.no_grad():
         model.inputs_embeds(model.prepare([{"prompt": "hello"}]).to(DEVICE))
     assert not calls
+
+
+def test_parts_of_other_dtypes_go_step_by_step(case):
+    """A tower and projector in float32 before a decoder in float16, as accelerate takes them too."""
+    model, batch, calls = case
+    model.decoder.half()
+    expected, found = (run(model, batch, backend) for backend in ("reference", "triton"))
+    assert not calls and found[0].dtype == torch.float16
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=2e-3 * theirs.abs().max().item())
+
+
+def test_autocast_goes_step_by_step(case):
+    model, batch, calls = case
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        with use_backend("reference"):
+            expected = model.inputs_embeds(batch)
+        with use_backend("triton"):
+            assert torch.equal(model.inputs_embeds(batch), expected)
+    assert not calls and expected.dtype == torch.float32
