@@ -1,4 +1,4 @@
-"""Reading images and videos into uint8 arrays, and cutting an image into the uint8 tiles of a vision tower."""
+"""Reading images into uint8 arrays, and cutting an image into the uint8 tiles of a vision tower."""
 
 from __future__ import annotations
 
@@ -73,47 +73,6 @@ def open_header(source: Any) -> tuple[Image.Image, str]:
         raise
     except Exception as error:  # Pillow's format plugins raise many kinds on bad files
         raise ImageError(f"{name} cannot be read: {error}") from error
-
-
-def read_video(source: Any, num_frames: int | None = None) -> np.ndarray:
-    """Frames of a video as uint8 [frames, height, width, 3].
-
-    source      a path or the bytes of a video file (needs PyAV: `pip install llava_fast[video]`); or the frames
-                themselves: a folder of image files, in the order of their names; a list of anything `open_image`
-                takes, all of one size; or a uint8 array [F, H, W, 3].
-    num_frames  take this many, spaced uniformly from the first to the last: frame numbers
-                np.linspace(0, total - 1, num_frames).astype(int), as the original LLaVA-NeXT does (a number repeats
-                when there are fewer frames than asked for). None: all of them.
-    Raises ImageError for a video that cannot be read or has no frames, ValueError for num_frames below 1.
-    """
-    if num_frames is not None and num_frames < 1:
-        raise ValueError(f"num_frames must be at least 1, not {num_frames}")
-    name = "the list of video frames"
-    if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
-        name = f"the folder {source_name(source)}"
-        source = frame_files(source)
-    if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
-        return _decode_video(source, num_frames)
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim != 4 or source.shape[-1] != 3 or 0 in source.shape[1:]:
-            raise ImageError(f"a video array must be uint8 [frames, H, W, 3], not {source.dtype} {source.shape}")
-        _require_frames(len(source), "the video array")
-        return np.ascontiguousarray(source if num_frames is None else source[uniform_frames(len(source), num_frames)])
-    if not isinstance(source, Sequence):
-        raise TypeError(f"a video is a path, bytes, list of frames or uint8 array, not {type(source).__name__}")
-    _require_frames(len(source), name)
-    wanted = range(len(source)) if num_frames is None else uniform_frames(len(source), num_frames)
-    frames = [open_image(source[i]) for i in wanted]
-    if len({frame.shape for frame in frames}) > 1:
-        sizes = sorted({f"{frame.shape[1]}x{frame.shape[0]}" for frame in frames})
-        raise ImageError(f"the frames of a video must have one size; these have {', '.join(sizes)}")
-    return np.stack(frames)
-
-
-def frame_files(folder: str | os.PathLike) -> list[str]:
-    """The files of a folder of frames, in the order of their names."""
-    files = os.scandir(os.fsdecode(folder))
-    return sorted(each.path for each in files if each.is_file() and not each.name.startswith("."))
 
 
 def resize(
@@ -341,81 +300,3 @@ def _from_pil(image: Image.Image, name: str, exif: bool, alpha: str) -> np.ndarr
         raise
     except Exception as error:  # truncated or corrupt data: Pillow's decoders raise many kinds
         raise ImageError(f"{name} cannot be decoded: {error}") from error
-
-
-def uniform_frames(total: int, count: int) -> np.ndarray:
-    """int64 [count]: the numbers of frames, spaced uniformly from the first to the last, that `read_video` takes."""
-    return np.linspace(0, total - 1, count).astype(int)
-
-
-def _require_frames(count: int, name: str) -> None:
-    if count == 0:
-        raise ImageError(f"{name} has no frames")
-
-
-def open_video(source: Any) -> Any:
-    """A path, or the bytes of a video file, as a PyAV container that has a video stream. Raises ImageError."""
-    av = _pyav()
-    name = source_name(source)
-    try:
-        container = av.open(source_file(source, name))
-    except av.FFmpegError as error:
-        raise ImageError(f"{name} cannot be read as a video: {error}") from error
-    if not container.streams.video:
-        container.close()
-        raise ImageError(f"{name} has no video stream")
-    return container
-
-
-def frames_and_rate(source: Any) -> tuple[int, float]:
-    """How many frames a video file's header says it has (if it does not, how many packets there are), and their average
-    number a second. No frame is decoded. Raises ImageError, also where the file says neither."""
-    name = source_name(source)
-    with open_video(source) as container:
-        stream = container.streams.video[0]
-        try:
-            total = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-        except _pyav().FFmpegError as error:
-            raise ImageError(f"{name} cannot be read as a video: {error}") from error
-        rate = float(stream.average_rate or 0)
-    _require_frames(total, name)
-    if not rate:
-        raise ImageError(f"{name} does not say how many frames it has a second, so their times are unknown")
-    return total, rate
-
-
-def _pyav() -> Any:
-    try:
-        import av
-    except ImportError:
-        raise ImageError("reading a video file needs PyAV: pip install llava_fast[video]") from None
-    return av
-
-
-def _decode_video(source: Any, num_frames: int | None) -> np.ndarray:
-    av, name = _pyav(), source_name(source)
-
-    def decode(wanted: set[int] | None) -> tuple[dict[int, np.ndarray], int]:
-        """The wanted frames (None: all) and how many the file really has."""
-        frames, total = {}, 0
-        with open_video(source) as container:
-            container.streams.video[0].thread_type = "AUTO"
-            for frame in container.decode(video=0):
-                if wanted is None or total in wanted:
-                    frames[total] = frame.to_ndarray(format="rgb24")
-                total += 1
-        return frames, total
-
-    try:
-        if num_frames is None:
-            frames, total = decode(None)
-            order: Any = range(total)
-        else:
-            # Headers may lie about the number of frames, so they are counted before they are chosen.
-            total = decode(set())[1]
-            order = uniform_frames(total, num_frames) if total else []
-            frames = decode({int(i) for i in order})[0] if total else {}
-    except av.FFmpegError as error:
-        raise ImageError(f"{name} cannot be read as a video: {error}") from error
-    _require_frames(total, name)
-    return np.stack([frames[int(i)] for i in order])

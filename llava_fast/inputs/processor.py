@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from llava_fast.errors import ImageError, RequestError
-from llava_fast.inputs import anyres, chat, headers, images
+from llava_fast.inputs import anyres, chat, headers, images, videos
 from llava_fast.inputs.length import RowCounts, count_rows
 from llava_fast.inputs.plan import (
     MODALITY_IMAGE,
@@ -156,7 +156,7 @@ class Processor:
     def _mark_rows(self, mark: VisualMark) -> int:
         try:
             if mark.kind == "<video>":
-                frames = headers.frame_count(mark.source, self._frames_of(mark.source))
+                frames = videos.frame_count(mark.source, self._frames_of(mark.source))
                 return len(anyres.video_rows(self.geometry, frames))
             size = headers.image_size(mark.source, self.exif)
         except TypeError as error:
@@ -172,8 +172,8 @@ class Processor:
         """See `render_request`."""
         return render_request(self.template, request, labels, self._times_of if self.time_instruction else None)
 
-    def _times_of(self, video: Any) -> headers.VideoTimes:
-        return headers.video_times(video, self.video_frames)
+    def _times_of(self, video: Any) -> videos.VideoTimes:
+        return videos.video_times(video, self.video_frames)
 
     def outline(self, request: dict, labels: Labels = False) -> list[TextPiece | VisualMark]:
         """A request as token ids and marks in order, before any image is opened; only a time instruction reads the
@@ -228,7 +228,7 @@ class Processor:
     def _visual_piece(self, mark: VisualMark, tiles: list[Cut]) -> VisualPiece:
         if mark.kind == "<video>":
             try:
-                frames = images.read_video(mark.source, self._frames_of(mark.source))
+                frames = videos.read_video(mark.source, self._frames_of(mark.source))
             except TypeError as error:
                 raise RequestError(str(error)) from error
             views = anyres.frame_views(self.geometry, *frames.shape[1:3])
@@ -344,7 +344,7 @@ def render_request(
     template: chat.ChatTemplate,
     request: dict,
     labels: Labels = False,
-    times_of: Callable[[Any], headers.VideoTimes] | None = None,
+    times_of: Callable[[Any], videos.VideoTimes] | None = None,
 ) -> tuple[list[chat.Segment], list, list]:
     """(segments of the prompt, image sources, video sources) of a request, marks still in the text. Only with
     `labels` is a conversation split into segments; otherwise the whole prompt is one. `times_of` a video: messages get

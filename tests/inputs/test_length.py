@@ -4,6 +4,7 @@ import dataclasses
 import io
 from itertools import pairwise
 
+import made_videos
 import numpy as np
 import pytest
 import tiny
@@ -99,92 +100,6 @@ def test_bad_files_are_what_opening_them_says(tmp_path, monkeypatch):
         headers.image_size(turned("JPEG", 1))
 
 
-# ---------------------------------------------------------------- videos
-
-
-@pytest.fixture(scope="module")
-def video_file(tmp_path_factory):
-    av = pytest.importorskip("av")
-    path = tmp_path_factory.mktemp("video") / "clip.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for number in range(5):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(tiny.picture(48, 64, number), format="rgb24")))
-        container.mux(stream.encode())
-    return path
-
-
-@pytest.mark.parametrize("count", [None, 1, 4, 9])
-def test_frames_of_every_kind_of_video(video_file, tmp_path, count):
-    frames = np.stack([tiny.picture(6, 8, seed) for seed in range(3)])
-    for number, frame in enumerate(frames):
-        Image.fromarray(frame).save(tmp_path / f"{number}.png")
-    for video in (video_file, str(video_file), video_file.read_bytes(), tmp_path, frames, list(frames)):
-        assert headers.frame_count(video, count) == len(images.read_video(video, count))
-
-
-def test_a_video_file_is_not_decoded(video_file, monkeypatch):
-    monkeypatch.setattr(images, "read_video", None)
-    assert headers.frame_count(video_file, 16) == 16
-
-
-@pytest.fixture
-def bad_videos(tmp_path):
-    """(what is no video, the error, what it says) each."""
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "text.mp4").write_text("no video at all")
-    return [
-        (tmp_path / "nowhere.mp4", MissingFileError, "nowhere"),
-        (tmp_path / "empty", ImageError, "the folder .* has no frames"),
-        (tmp_path / "text.mp4", ImageError, "cannot be read as a video"),
-    ]
-
-
-def test_bad_videos_are_what_reading_them_says(bad_videos, video_file):
-    for video, error, message in (
-        *bad_videos,
-        ([], ImageError, "has no frames"),
-        (3, TypeError, "not int"),
-    ):
-        for read in (headers.frame_count, images.read_video):
-            with pytest.raises(error, match=message):
-                read(video, 4)
-
-
-def test_times_of_frames(video_file, tmp_path):
-    """Five frames, ten a second. Frame i is at i / rate, also where a number repeats; a folder has two a second."""
-    for video in (video_file, str(video_file), video_file.read_bytes()):
-        assert headers.video_times(video, 3) == (0.5, [0.0, 0.2, 0.4])
-        assert headers.video_times(video, 7) == (0.5, pytest.approx([0.0, 0.0, 0.1, 0.2, 0.2, 0.3, 0.4]))
-    for number in range(5):
-        Image.fromarray(tiny.picture(6, 8)).save(tmp_path / f"{number}.png")
-    assert headers.video_times(tmp_path, 2) == (2.5, [0.0, 2.0])
-
-
-def test_times_where_the_header_has_no_number_of_frames(video_file, tmp_path):
-    av = pytest.importorskip("av")
-    path = tmp_path / "clip.mkv"
-    with av.open(str(video_file)) as old, av.open(str(path), "w") as new:
-        stream = new.add_stream_from_template(old.streams.video[0])
-        for packet in old.demux(video=0):
-            if packet.size:
-                packet.stream = stream
-                new.mux(packet)
-    with av.open(str(path)) as container:
-        assert container.streams.video[0].frames == 0
-    assert headers.video_times(path, 3) == (0.5, [0.0, 0.2, 0.4])
-
-
-def test_a_video_without_times_is_refused(bad_videos, video_file):
-    for video, error, message in (
-        *bad_videos,
-        (np.zeros((3, 4, 4, 3), np.uint8), ImageError, "do not say when they are: give a video file"),
-    ):
-        with pytest.raises(error, match=message):
-            headers.video_times(video, 4)
-
-
 # ---------------------------------------------------------------- counts are the plan's
 
 QUESTION = [{"role": "user", "content": "<image>\nWhat is the hello?"}, {"role": "assistant", "content": "the hello"}]
@@ -199,6 +114,12 @@ SAMPLES = {
     },
 }
 VIDEO = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "And?"}]}, QUESTION[1]]
+
+
+@pytest.fixture(scope="module")
+def video_file(tmp_path_factory):
+    frames = [tiny.picture(48, 64, number) for number in range(5)]
+    return made_videos.write(tmp_path_factory.mktemp("video") / "clip.mp4", frames)
 
 
 @pytest.mark.parametrize("labels", [False, "answers", "original"])

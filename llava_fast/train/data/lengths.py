@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import llava_fast
 from llava_fast.errors import DataError, ImageError, MissingFileError, RequestError
-from llava_fast.inputs import headers, images
+from llava_fast.inputs import headers, images, videos
 from llava_fast.inputs.processor import Processor
 from llava_fast.train.data.samples import SampleTable
 
@@ -140,9 +140,9 @@ class _Chunks(Dataset):
             else:
                 headers.image_size(picture, exif)
         if video is not None and self.decode:
-            images.read_video(video, frames)
+            videos.read_video(video, frames)
         elif video is not None:
-            headers.frame_count(video, frames)
+            videos.frame_count(video, frames)
 
 
 def _described(error: Exception) -> tuple[str, str]:

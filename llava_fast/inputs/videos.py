@@ -1,0 +1,213 @@
+"""The frames of a video: how many there are, when they are, and their pixels.
+
+Headers and packets may say another number of frames than a decoder returns, so wherever a number of frames matters it
+is that of `_decoded`, which reading uses too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+from collections.abc import Collection, Generator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from llava_fast.errors import ImageError
+from llava_fast.inputs.images import open_image, source_file, source_name
+
+FOLDER_RATE = 2.0
+"""Frames a second of a folder of frames: what LLaVA-NeXT takes ShareGPTVideo's to have (llava/train/train.py)."""
+
+_FILE = (str, os.PathLike, bytes, bytearray, memoryview)
+
+
+def read_video(source: Any, num_frames: int | None = None) -> np.ndarray:
+    """Frames of a video as uint8 [frames, height, width, 3].
+
+    source      a path or the bytes of a video file (needs PyAV: `pip install llava_fast[video]`); or the frames
+                themselves: a folder of image files (see `frame_files`); a list of anything `open_image` takes; or a
+                uint8 array [F, H, W, 3]. All frames have one size.
+    num_frames  take this many, spaced uniformly from the first to the last: frame numbers
+                np.linspace(0, total - 1, num_frames).astype(int), as the original LLaVA-NeXT does (a number repeats
+                when there are fewer frames than asked for). None: all of them.
+    Raises ImageError for a video that cannot be read, has no frames or changes its size, ValueError for num_frames
+    below 1.
+    """
+    if num_frames is not None and num_frames < 1:
+        raise ValueError(f"num_frames must be at least 1, not {num_frames}")
+    name = "the list of video frames"
+    if _is_folder(source):
+        name = f"the folder {source_name(source)}"
+        source = frame_files(source)
+    if isinstance(source, _FILE):
+        return _read_file(source, num_frames)
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 4 or source.shape[-1] != 3 or 0 in source.shape[1:]:
+            raise ImageError(f"a video array must be uint8 [frames, H, W, 3], not {source.dtype} {source.shape}")
+        if not len(source):
+            raise ImageError("the video array has no frames")
+        return np.ascontiguousarray(source if num_frames is None else source[uniform_frames(len(source), num_frames)])
+    if not isinstance(source, Sequence):
+        raise TypeError(f"a video is a path, bytes, list of frames or uint8 array, not {type(source).__name__}")
+    if not source:
+        raise ImageError(f"{name} has no frames")
+    wanted = range(len(source)) if num_frames is None else uniform_frames(len(source), num_frames)
+    frames = [open_image(source[i]) for i in wanted]
+    if len({frame.shape for frame in frames}) > 1:
+        sizes = sorted({f"{frame.shape[1]}x{frame.shape[0]}" for frame in frames})
+        raise ImageError(f"{name} must have frames of one size; these have {', '.join(sizes)}")
+    return np.stack(frames)
+
+
+def frame_count(source: Any, num_frames: int | None = None) -> int:
+    """How many frames `read_video(source, num_frames)` returns. Raises what it raises for a missing file, one that is
+    no video or that this FFmpeg cannot decode, or no frames. Of a video file the first frame is decoded; if all frames
+    are wanted, each."""
+    if _is_folder(source):
+        total = len(frame_files(source))
+    elif isinstance(source, _FILE):
+        if num_frames is not None:
+            with contextlib.closing(_decoded(source, ())) as frames:
+                next(frames)
+        total = _total(source) if num_frames is None else num_frames
+    elif isinstance(source, np.ndarray) or not isinstance(source, Sequence) or not source:
+        total = len(read_video(source, num_frames))
+    else:
+        total = len(source)
+    return total if num_frames is None else num_frames
+
+
+class VideoTimes(NamedTuple):
+    """How long a video lasts, and when each of the frames taken from it is; seconds."""
+
+    duration: float
+    frames: list[float]
+
+
+def video_times(source: Any, num_frames: int) -> VideoTimes:
+    """When the frames of `read_video(source, num_frames)` are: frame i at i / rate, the average rate that a file's
+    header says, as LLaVA-NeXT has it (process_video_with_decord in llava/utils.py). A folder of frames has FOLDER_RATE.
+    A file's frames are counted by decoding them. Raises ImageError for a video without times, and what `read_video`
+    raises."""
+    if _is_folder(source):
+        total, rate = frame_count(source), FOLDER_RATE
+    elif isinstance(source, _FILE):
+        total, rate = _total(source), _rate(source)
+    else:
+        raise ImageError("frames given as images do not say when they are: give a video file or a folder of frames")
+    return VideoTimes(total / rate, [int(number) / rate for number in uniform_frames(total, num_frames)])
+
+
+def frame_files(folder: str | os.PathLike) -> list[str]:
+    """The frames of a folder, in the order of their names: files with the suffix of an image that Pillow reads. Hidden
+    files, folders and others (Thumbs.db, a text) are no frames. Raises ImageError if there is none."""
+    kinds = _image_suffixes()
+    with os.scandir(os.fsdecode(folder)) as entries:
+        files = sorted(
+            each.path
+            for each in entries
+            if each.is_file() and not each.name.startswith(".") and os.path.splitext(each.name)[1].lower() in kinds
+        )
+    if not files:
+        raise ImageError(f"the folder {source_name(folder)} has no frames: image files, such as .jpg or .png")
+    return files
+
+
+def uniform_frames(total: int, count: int) -> np.ndarray:
+    """int64 [count]: the numbers of frames, spaced uniformly from the first to the last, that `read_video` takes."""
+    return np.linspace(0, total - 1, count).astype(int)
+
+
+@functools.cache
+def _image_suffixes() -> frozenset[str]:
+    kinds = Image.registered_extensions()  # which also registers what Pillow opens
+    return frozenset(suffix for suffix, kind in kinds.items() if kind in Image.OPEN)
+
+
+def _is_folder(source: Any) -> bool:
+    return isinstance(source, (str, os.PathLike)) and os.path.isdir(source)
+
+
+# ---------------------------------------------------------------- video files
+
+
+def _read_file(source: Any, num_frames: int | None) -> np.ndarray:
+    if num_frames is None:
+        return np.stack([frame for frame in _decoded(source) if frame is not None])
+    order = uniform_frames(_total(source), num_frames).tolist()
+    with contextlib.closing(_decoded(source, set(order))) as frames:
+        found = {n: frame for n, frame in enumerate(itertools.islice(frames, order[-1] + 1)) if frame is not None}
+    if len(found) < len(set(order)):
+        raise ImageError(f"{source_name(source)} changed while it was read")
+    return np.stack([found[number] for number in order])
+
+
+def _total(source: Any) -> int:
+    """How many frames a video file has, decoded."""
+    if not isinstance(source, (str, os.PathLike)) or not os.path.exists(source):  # bytes, a data URI; or it is refused
+        return sum(1 for _ in _decoded(source, ()))
+    about = os.stat(source)
+    return _total_of_file(os.path.abspath(os.fsdecode(source)), about.st_size, about.st_mtime_ns)
+
+
+@functools.lru_cache(4096)
+def _total_of_file(path: str, size: int, changed: int) -> int:
+    """Counted once, as long as the file keeps its size and the time of its last change."""
+    return sum(1 for _ in _decoded(path, ()))
+
+
+def _decoded(source: Any, wanted: Collection[int] | None = None) -> Generator[np.ndarray | None]:
+    """The frames of a video file in order: uint8 [height, width, 3] of those `wanted` (None: all), None for others.
+    Raises ImageError, also for a video without frames and for one whose size changes."""
+    av, name = _pyav(), source_name(source)
+    first = None
+    try:
+        with _opened(source, name) as container:
+            container.streams.video[0].thread_type = "AUTO"
+            for number, frame in enumerate(container.decode(video=0)):
+                size = f"{frame.width}x{frame.height}"
+                first = first or size
+                if size != first:
+                    raise ImageError(
+                        f"{name} changes its size from {first} to {size} at frame {number}: convert it to one size"
+                    )
+                yield frame.to_ndarray(format="rgb24") if wanted is None or number in wanted else None
+    except av.FFmpegError as error:
+        raise ImageError(f"{name} cannot be read as a video: {error}") from error
+    if first is None:
+        raise ImageError(f"{name} has no frames")
+
+
+def _rate(source: Any) -> float:
+    """Frames a second, on average, as the header of a video file says. Raises ImageError."""
+    name = source_name(source)
+    with _opened(source, name) as container:
+        rate = container.streams.video[0].average_rate
+    if not rate:
+        raise ImageError(f"{name} does not say how many frames it has a second, so their times are unknown")
+    return float(rate)
+
+
+def _opened(source: Any, name: str) -> Any:
+    """A path, or the bytes of a video file, as a PyAV container that has a video stream. Raises ImageError."""
+    av = _pyav()
+    try:
+        container = av.open(source_file(source, name))
+    except av.FFmpegError as error:
+        raise ImageError(f"{name} cannot be read as a video: {error}") from error
+    if not container.streams.video:
+        container.close()
+        raise ImageError(f"{name} has no video stream")
+    return container
+
+
+def _pyav() -> Any:
+    try:
+        import av
+    except ImportError:
+        raise ImageError("reading a video file needs PyAV: pip install llava_fast[video]") from None
+    return av

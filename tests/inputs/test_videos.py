@@ -1,0 +1,293 @@
+"""Videos of every kind are read, counted as they are read, or refused with one clear error."""
+
+import io
+
+import made_videos
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from llava_fast.errors import ImageError, MissingFileError
+from llava_fast.inputs import videos
+
+
+def noise(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+# ---------------------------------------------------------------- reading
+
+
+@pytest.fixture(scope="module")
+def video_file(tmp_path_factory):
+    """Eleven flat frames of 64x48, of brightness 20 * number."""
+    frames = [np.full((48, 64, 3), 20 * number, np.uint8) for number in range(11)]
+    return made_videos.write(tmp_path_factory.mktemp("video") / "clip.mp4", frames)
+
+
+def test_video_frames_are_spaced_as_in_llava_next(video_file):
+    every = videos.read_video(video_file)
+    assert every.shape == (11, 48, 64, 3) and every.dtype == np.uint8
+    np.testing.assert_allclose(every.mean(axis=(1, 2, 3)), 20 * np.arange(11), atol=4)
+    for count in (1, 4, 11, 16):
+        numbers = np.linspace(0, 10, count).astype(int)
+        np.testing.assert_array_equal(videos.read_video(str(video_file), count), every[numbers])
+    np.testing.assert_array_equal(videos.read_video(video_file.read_bytes(), 3), every[[0, 5, 10]])
+
+
+def test_frames_given_as_they_are():
+    frames = np.stack([noise(6, 8, seed) for seed in range(5)])
+    np.testing.assert_array_equal(videos.read_video(frames), frames)
+    np.testing.assert_array_equal(videos.read_video(list(frames)), frames)
+    np.testing.assert_array_equal(videos.read_video(frames, 3), frames[[0, 2, 4]])
+    mixed = [Image.fromarray(frames[0]), encoded(Image.fromarray(frames[1])), frames[2]]
+    np.testing.assert_array_equal(videos.read_video(mixed, 2), frames[[0, 2]])
+
+
+def test_a_folder_of_frames_is_a_video(tmp_path):
+    frames = np.stack([noise(6, 8, seed) for seed in range(12)])
+    (tmp_path / "nested").mkdir()
+    (tmp_path / ".hidden").write_text("no frame")
+    with pytest.raises(ImageError, match="the folder .* has no frames"):
+        videos.read_video(tmp_path)
+    for number in np.random.default_rng(0).permutation(12):  # names say the order
+        Image.fromarray(frames[number]).save(tmp_path / f"{number:04d}.png")
+    np.testing.assert_array_equal(videos.read_video(str(tmp_path)), frames)
+    np.testing.assert_array_equal(videos.read_video(tmp_path, 3), frames[[0, 5, 11]])
+    (tmp_path / "0005.png").write_text("no frame")
+    with pytest.raises(ImageError, match="0005.png' is not an image"):
+        videos.read_video(tmp_path, 3)
+
+
+def test_bad_videos(tmp_path, video_file):
+    with pytest.raises(ImageError, match="has no frames"):
+        videos.read_video([])
+    with pytest.raises(ImageError, match="has no frames"):
+        videos.read_video(np.zeros((0, 4, 4, 3), np.uint8))
+    with pytest.raises(ImageError, match="uint8"):
+        videos.read_video(np.zeros((2, 4, 4, 3)))
+    with pytest.raises(ImageError, match="one size; these have 4x3, 5x3"):
+        videos.read_video([noise(3, 4), noise(3, 5)])
+    with pytest.raises(ValueError, match="at least 1"):
+        videos.read_video([noise(3, 4)], 0)
+    with pytest.raises(TypeError, match="not int"):
+        videos.read_video(3)
+    with pytest.raises(FileNotFoundError, match="nowhere.mp4"):
+        videos.read_video(tmp_path / "nowhere.mp4")
+    with pytest.raises(ImageError, match="web address"):
+        videos.read_video("https://example.com/a.mp4")
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(video_file.read_bytes()[:100])
+    with pytest.raises(ImageError, match="broken.mp4.*cannot be read as a video"):
+        videos.read_video(broken, 4)
+
+
+def test_sound_without_pictures(tmp_path):
+    wave = pytest.importorskip("wave")
+    pytest.importorskip("av")
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(bytes(800))
+    with pytest.raises(ImageError, match="sound.wav.*no video stream"):
+        videos.read_video(tmp_path / "sound.wav")
+
+
+def test_video_without_pyav_names_the_extra(video_file, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    with pytest.raises(ImageError, match=r"pip install llava_fast\[video\]"):
+        videos.read_video(video_file)
+
+
+# ---------------------------------------------------------------- counting
+
+
+@pytest.fixture(scope="module")
+def five_frames(tmp_path_factory):
+    frames = [tiny.picture(48, 64, number) for number in range(5)]
+    return made_videos.write(tmp_path_factory.mktemp("video") / "five.mp4", frames)
+
+
+@pytest.mark.parametrize("count", [None, 1, 4, 9])
+def test_frames_of_every_kind_of_video(five_frames, tmp_path, count):
+    frames = np.stack([tiny.picture(6, 8, seed) for seed in range(3)])
+    for number, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / f"{number}.png")
+    for video in (five_frames, str(five_frames), five_frames.read_bytes(), tmp_path, frames, list(frames)):
+        assert videos.frame_count(video, count) == len(videos.read_video(video, count))
+
+
+def test_only_the_first_frame_of_a_file_is_decoded_to_count_so_many(five_frames, monkeypatch):
+    monkeypatch.setattr(videos, "_total", None)
+    assert videos.frame_count(five_frames, 16) == 16
+
+
+@pytest.fixture
+def bad_videos(tmp_path):
+    """(what is no video, the error, what it says) each."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.mp4").write_text("no video at all")
+    return [
+        (tmp_path / "nowhere.mp4", MissingFileError, "nowhere"),
+        (tmp_path / "empty", ImageError, "the folder .* has no frames"),
+        (tmp_path / "text.mp4", ImageError, "cannot be read as a video"),
+    ]
+
+
+def test_bad_videos_are_what_reading_them_says(bad_videos, five_frames):
+    for video, error, message in (
+        *bad_videos,
+        ([], ImageError, "has no frames"),
+        (3, TypeError, "not int"),
+    ):
+        for read in (videos.frame_count, videos.read_video):
+            with pytest.raises(error, match=message):
+                read(video, 4)
+
+
+def test_times_of_frames(five_frames, tmp_path):
+    """Five frames, ten a second. Frame i is at i / rate, also where a number repeats; a folder has two a second."""
+    for video in (five_frames, str(five_frames), five_frames.read_bytes()):
+        assert videos.video_times(video, 3) == (0.5, [0.0, 0.2, 0.4])
+        assert videos.video_times(video, 7) == (0.5, pytest.approx([0.0, 0.0, 0.1, 0.2, 0.2, 0.3, 0.4]))
+    for number in range(5):
+        Image.fromarray(tiny.picture(6, 8)).save(tmp_path / f"{number}.png")
+    assert videos.video_times(tmp_path, 2) == (2.5, [0.0, 2.0])
+
+
+def test_times_where_the_header_has_no_number_of_frames(five_frames, tmp_path):
+    av = pytest.importorskip("av")
+    path = tmp_path / "clip.mkv"
+    with av.open(str(five_frames)) as old, av.open(str(path), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                new.mux(packet)
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames == 0
+    assert videos.video_times(path, 3) == (0.5, [0.0, 0.2, 0.4])
+
+
+def test_a_video_without_times_is_refused(bad_videos, five_frames):
+    for video, error, message in (
+        *bad_videos,
+        (np.zeros((3, 4, 4, 3), np.uint8), ImageError, "do not say when they are: give a video file"),
+    ):
+        with pytest.raises(error, match=message):
+            videos.video_times(video, 4)
+
+
+# ---------------------------------------------------------------- what is counted is what is read
+
+KINDS = [
+    ("mp4", "mpeg4", {}),
+    ("mp4", "mpeg4", {"max_b_frames": 2}),
+    ("mp4", "libx264", {"max_b_frames": 2}),
+    ("mkv", "ffv1", {}),
+    ("avi", "mpeg4", {}),
+    ("avi", "mjpeg", {}),
+    ("mov", "mjpeg", {}),
+    ("ts", "mpeg2video", {"max_b_frames": 2}),
+    ("mpg", "mpeg2video", {}),
+    ("mjpeg", "mjpeg", {}),
+    ("webm", "libvpx", {"options": {"auto-alt-ref": "1", "lag-in-frames": "4"}}),
+    ("gif", "gif", {}),
+    ("apng", "apng", {}),
+    ("flv", "flv", {}),
+    ("wmv", "wmv2", {}),
+]
+
+
+def check_counts(video) -> str | int:
+    """How many frames are read, or what is said where they cannot be; counts and times must agree with it."""
+    try:
+        total = len(videos.read_video(video))
+    except ImageError as error:
+        for read in (videos.read_video, videos.video_times):
+            with pytest.raises(ImageError) as caught:
+                read(video, 3)
+            assert str(caught.value) == str(error)
+        return str(error)
+    assert videos.frame_count(video) == total
+    assert len(videos.read_video(video, 3)) == videos.frame_count(video, 3) == 3
+    try:
+        duration, times = videos.video_times(video, total)
+    except ImageError as error:
+        assert "does not say how many frames it has a second" in str(error)
+    else:
+        assert times == pytest.approx(np.arange(total) * duration / total)
+    return total
+
+
+@given(kind=st.sampled_from(KINDS), gaps=st.lists(st.integers(1, 5), min_size=1, max_size=12), kept=st.floats(0.2, 2))
+@settings(max_examples=30, deadline=None)
+def test_counts_are_what_is_read(tmp_path_factory, kind, gaps, kept):
+    """Of whole files and of files cut short, at a constant rate and at a variable one."""
+    suffix, codec, options = kind
+    path = tmp_path_factory.mktemp("made") / f"clip.{suffix}"
+    frames = [tiny.picture(48, 64, number) for number in range(len(gaps))]
+    constant = suffix in ("ts", "mpg", "avi", "mjpeg", "flv")  # they keep no other times, or fill gaps
+    made_videos.write(path, frames, codec, None if constant else np.cumsum(gaps).tolist(), **options)
+    assert check_counts(path) in range(1, len(frames) + 1)  # an encoder may leave one out, whatever its header says
+    if kept < 1:
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
+        check_counts(path)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("pictures", [1, 4])
+def test_an_image_given_as_a_video(tmp_path, kind, pictures):
+    """A still image is one frame; an animated WebP, which FFmpeg does not decode, is refused at once."""
+    path = tmp_path / f"image.{kind.lower()}"
+    frames = [Image.fromarray(noise(48, 64, seed)) for seed in range(pictures)]
+    animated = {"save_all": True, "append_images": frames[1:], "duration": 100} if kind not in ("JPEG", "BMP") else {}
+    frames[0].save(path, **animated)
+    found = check_counts(path)
+    if kind == "WEBP" and pictures > 1:
+        assert "image.webp' cannot be read as a video" in found
+        with pytest.raises(ImageError, match="cannot be read as a video"):
+            videos.frame_count(path, 3)
+    else:
+        assert found == (pictures if kind in ("PNG", "GIF") else 1)
+
+
+def test_a_large_jpeg_is_one_frame(tmp_path):
+    path = tmp_path / "large.jpg"
+    Image.fromarray(noise(400, 600)).save(path, quality=95)
+    for video in (path, path.read_bytes()):
+        assert check_counts(video) == 1
+
+
+def test_a_video_whose_size_changes_is_refused(tmp_path):
+    """Whichever frames are wanted."""
+    path = tmp_path / "two.mjpeg"
+    path.write_bytes(b"".join(encoded(Image.fromarray(noise(48, side)), "JPEG") for side in (64, 64, 32, 64)))
+    said = r"two.mjpeg' changes its size from 64x48 to 32x48 at frame 2: convert it to one size"
+    for number in (None, 1, 2):
+        with pytest.raises(ImageError, match=said):
+            videos.read_video(path, number)
+    with pytest.raises(ImageError, match=said):
+        videos.video_times(path, 2)
+
+
+def test_what_in_a_folder_is_a_frame(tmp_path):
+    for name in ("Thumbs.db", ".DS_Store", "desktop.ini", "frames.txt", "7.jpg.part", ".8.png"):
+        (tmp_path / name).write_bytes(b"no frame")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(ImageError, match="has no frames: image files"):
+        videos.frame_count(tmp_path, 4)
+    for name in ("1.png", "2.PNG", "3.jpg"):
+        Image.fromarray(noise(6, 8)).save(tmp_path / name)
+    assert check_counts(tmp_path) == 3
+    Image.fromarray(noise(7, 8)).save(tmp_path / "4.png")
+    with pytest.raises(ImageError, match=f"the folder .*{tmp_path.name}' must .* one size; these have 8x6, 8x7"):
+        videos.read_video(tmp_path)
