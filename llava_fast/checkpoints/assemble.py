@@ -16,8 +16,10 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from llava_fast.checkpoints import fields
 from llava_fast.checkpoints.adapters import add_projector, find_projector_file
-from llava_fast.checkpoints.config import HF_MODEL_TYPES, read_json, require
+from llava_fast.checkpoints.config import HF_MODEL_TYPES, require
+from llava_fast.checkpoints.files import check_fields, read_json, read_text
 from llava_fast.checkpoints.hub import resolve
 from llava_fast.checkpoints.load import LoadedCheckpoint, load_checkpoint
 from llava_fast.checkpoints.original import is_original, original_config
@@ -103,7 +105,7 @@ def assemble(
         dtype=dtype or tensors["decoder.embed_tokens.weight"].dtype,
         device=torch.device(device),
         # A language model's own chat template knows no images, so it is left behind.
-        side_files={generation.name: generation.read_text(encoding="utf-8")} if generation.is_file() else {},
+        side_files={generation.name: read_text(generation)} if generation.is_file() else {},
     )
 
 
@@ -112,7 +114,8 @@ def describe(assembly: Assembly, decoder: dict[str, Any], path: Path) -> tuple[L
     directory is `path`. Raises CheckpointError."""
     if is_original(decoder) or decoder.get("model_type") in HF_MODEL_TYPES:
         raise CheckpointError(f"{assembly.decoder} is a LLaVA already: write `model: {assembly.decoder}`")
-    family = require(decoder.get("model_type"), tuple(_MODEL_TYPES), "model_type of the decoder", path)
+    family = require(decoder.get("model_type"), tuple(_MODEL_TYPES), "model_type of the decoder", path / "config.json")
+    check_fields(decoder, fields.Decoder, path / "config.json")
     source = decoder | _fields(assembly, _MODEL_TYPES[family])
     if assembly.rope is not None:
         theta = (source.pop("rope_parameters", None) or {}).get("rope_theta", source.get("rope_theta", 10000.0))
@@ -125,7 +128,10 @@ def describe(assembly: Assembly, decoder: dict[str, Any], path: Path) -> tuple[L
 def _fields(assembly: Assembly, model_type: str) -> dict[str, Any]:
     """config.json's fields that make a language model's a LLaVA's."""
     classes = {"llava_llama": "LlavaLlama", "llava_mistral": "LlavaMistral", "llava_qwen": "LlavaQwen"}
-    fields: dict[str, Any] = {
+    pinpoints = assembly.pinpoints
+    if isinstance(pinpoints, list):
+        pinpoints = [list(pair) for pair in pinpoints]  # as JSON has them
+    given: dict[str, Any] = {
         "model_type": model_type,
         "architectures": [classes[model_type] + "ForCausalLM"],
         "use_mm_proj": True,
@@ -137,14 +143,14 @@ def _fields(assembly: Assembly, model_type: str) -> dict[str, Any]:
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "image_aspect_ratio": assembly.aspect,
-        "image_grid_pinpoints": assembly.pinpoints,
+        "image_grid_pinpoints": pinpoints,
         "mm_newline_position": assembly.video_newline,
     }
     if assembly.video_pool_stride is not None:
-        fields |= {"mm_spatial_pool_mode": assembly.video_pool, "mm_spatial_pool_stride": assembly.video_pool_stride}
+        given |= {"mm_spatial_pool_mode": assembly.video_pool, "mm_spatial_pool_stride": assembly.video_pool_stride}
         if assembly.video_pool_stage == "before":
-            fields["mm_resampler_type"] = "spatial_pool"
-    return fields
+            given["mm_resampler_type"] = "spatial_pool"
+    return given
 
 
 def _fresh_parts(config: LlavaConfig, seed: int) -> dict[str, StoredTensor]:

@@ -9,11 +9,13 @@ image and video processors beside them.
 
 from __future__ import annotations
 
-import json
+import copy
 import re
 from pathlib import Path
 from typing import Any
 
+from llava_fast.checkpoints import fields
+from llava_fast.checkpoints.files import Fields, check_fields, read_json, read_json_if_there
 from llava_fast.errors import CheckpointError, ImageError
 from llava_fast.inputs.anyres import VisualGeometry
 from llava_fast.models.config import DecoderConfig, LlavaConfig, ProjectorConfig, RopeConfig, VisionConfig
@@ -24,24 +26,7 @@ _DECODERS = ("llama", "mistral", "qwen2")
 _TOWER_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 _PROJECTOR_ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "relu", "silu")
 _ROPES = ("default", "linear", "dynamic", "llama3")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; CheckpointError if it is absent or is no JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} holds no {path.name}: it is no LLaVA checkpoint") from None
-    except (OSError, ValueError) as problem:
-        raise CheckpointError(f"{path} cannot be read as JSON ({problem}); download it again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, not an object")
-    return content
-
-
-def read_json_if_there(path: Path) -> dict[str, Any]:
-    """As `read_json`, and {} for a file that is absent."""
-    return read_json(path) if path.exists() else {}
+_LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def read_hf_config(path: str | Path) -> LlavaConfig:
@@ -49,26 +34,25 @@ def read_hf_config(path: str | Path) -> LlavaConfig:
 
     Raises CheckpointError for anything this package cannot run, naming it and what is supported.
     """
-    path = Path(path)
-    source = read_json(path / "config.json")
-    model_type = require(source.get("model_type"), HF_MODEL_TYPES, "model_type", path)
-    refuse_quantised(source, path)
-    hf = auto_config(path)
+    path, file = Path(path), Path(path) / "config.json"
+    source = read_json(file, fields.HfConfig)
+    model_type = require(source.get("model_type"), HF_MODEL_TYPES, "model_type", file)
+    refuse_quantised(source, file)
+    hf = auto_config(source, file)
     text, tower, images = hf.text_config, hf.vision_config, _image_processor(path)
 
     layers = hf.vision_feature_layer
     feature_layers = tuple(layers) if isinstance(layers, (list, tuple)) else (layers,)
     keeps_all = hf.vision_feature_select_strategy == "full"
-    kind = _TOWERS[require(tower.model_type, tuple(_TOWERS), "vision_config.model_type", path)]
+    kind = _TOWERS[require(tower.model_type, tuple(_TOWERS), "vision_config.model_type", file)]
     if kind == "siglip" and not keeps_all:
         raise CheckpointError(
-            f"{path}: vision_feature_select_strategy 'default' drops a class row; SigLIP has none, "
-            "so set it to 'full' in config.json"
+            f"{file}: vision_feature_select_strategy 'default' drops a class row; SigLIP has none, so set it to 'full'"
         )
     vision = tower_config(
         tower,
         kind,
-        path,
+        file,
         feature_layers=feature_layers,
         keep_class_row=keeps_all and kind == "clip",
         **_normalisation(images),
@@ -77,29 +61,38 @@ def read_hf_config(path: str | Path) -> LlavaConfig:
         kind="mlp",
         in_features=vision.feature_size,
         out_features=text.hidden_size,
-        activation=require(hf.projector_hidden_act, _PROJECTOR_ACTIVATIONS, "projector_hidden_act", path),
+        activation=require(hf.projector_hidden_act, _PROJECTOR_ACTIVATIONS, "projector_hidden_act", file),
         bias=hf.multimodal_projector_bias,
     )
-    generation = read_json_if_there(path / "generation_config.json")
+    decoder = decoder_config(text, file, tied=bool(hf.tie_word_embeddings))
+    if hf.image_token_id is None:
+        raise CheckpointError(f"{file}: image_token_id is null; give the id of the tokenizer's <image>")
+    generation = read_json_if_there(path / "generation_config.json", fields.Generation)
     return LlavaConfig(
         vision=vision,
         projector=projector,
-        decoder=decoder_config(text, path, tied=bool(hf.tie_word_embeddings)),
-        geometry=_geometry(hf, vision, images, path),
+        decoder=decoder,
+        geometry=_geometry(hf, vision, images, file),
         layout="hf",
         model_type=model_type,
         image_token_id=hf.image_token_id,
         video_token_id=getattr(hf, "video_token_id", None),
         has_newline=model_type != "llava",
-        eos_token_ids=token_ids(generation.get("eos_token_id", text.eos_token_id)),
+        eos_token_ids=eos_token_ids(generation, source.get("eos_token_id"), text.eos_token_id),
         pad_token_id=_first(generation.get("pad_token_id"), source.get("pad_token_id"), text.pad_token_id),
         source=source,
     )
 
 
-def tower_config(tower, kind: str, path: Path, **choices) -> VisionConfig:
+def tower_config(tower, kind: str, file: Path, **choices) -> VisionConfig:
     """A VisionConfig from a transformers CLIP or SigLIP vision config; `choices` are its remaining fields."""
-    return VisionConfig(
+    _check_whole(tower, fields.Tower, file)
+    if tower.hidden_size % tower.num_attention_heads:
+        raise CheckpointError(
+            f"{file}: a tower of hidden_size {tower.hidden_size} has no {tower.num_attention_heads} equal "
+            "num_attention_heads"
+        )
+    config = VisionConfig(
         kind=kind,
         hidden_size=tower.hidden_size,
         intermediate_size=tower.intermediate_size,
@@ -107,16 +100,33 @@ def tower_config(tower, kind: str, path: Path, **choices) -> VisionConfig:
         num_heads=tower.num_attention_heads,
         image_size=tower.image_size,
         patch_size=tower.patch_size,
-        activation=require(tower.hidden_act, _TOWER_ACTIVATIONS, "vision_config.hidden_act", path),
+        activation=require(tower.hidden_act, _TOWER_ACTIVATIONS, "vision_config.hidden_act", file),
         layer_norm_eps=tower.layer_norm_eps,
         **choices,
     )
+    check_feature_layers(config, file)
+    return config
 
 
-def decoder_config(text, path: Path, tied: bool) -> DecoderConfig:
+def check_feature_layers(tower: VisionConfig, file: Path) -> None:
+    """Raises CheckpointError for a hidden state that the tower does not have."""
+    for layer in tower.feature_layers:
+        if not -tower.num_layers - 1 <= layer <= tower.num_layers:
+            raise CheckpointError(f"{file}: feature layer {layer} is none of a tower of {tower.num_layers} layers")
+
+
+def decoder_config(text, file: Path, tied: bool) -> DecoderConfig:
     """A DecoderConfig from a transformers Llama, Mistral or Qwen2 config."""
-    family = require(text.model_type, _DECODERS, "text_config.model_type", path)
-    require(text.hidden_act, ("silu",), "text_config.hidden_act", path)
+    family = require(text.model_type, _DECODERS, "text_config.model_type", file)
+    _check_whole(text, fields.Decoder, file)
+    require(text.hidden_act, ("silu",), "text_config.hidden_act", file)
+    kv_heads = text.num_key_value_heads or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if text.num_attention_heads % kv_heads or head_dim % 2 or not head_dim:
+        raise CheckpointError(
+            f"{file}: {text.num_attention_heads} num_attention_heads, {kv_heads} num_key_value_heads and a head_dim of "
+            f"{head_dim} do not go together"
+        )
     windows = None
     if family == "mistral" and text.sliding_window is not None:
         windows = (text.sliding_window,) * text.num_hidden_layers
@@ -129,11 +139,11 @@ def decoder_config(text, path: Path, tied: bool) -> DecoderConfig:
         intermediate_size=text.intermediate_size,
         num_layers=text.num_hidden_layers,
         num_heads=text.num_attention_heads,
-        num_kv_heads=text.num_key_value_heads or text.num_attention_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
         max_positions=text.max_position_embeddings,
         rms_norm_eps=text.rms_norm_eps,
-        rope=_rope(text, path),
+        rope=_rope(text, file),
         qkv_bias=family == "qwen2" or bool(getattr(text, "attention_bias", False)),
         o_bias=bool(getattr(text, "attention_bias", False)),
         mlp_bias=bool(getattr(text, "mlp_bias", False)),
@@ -142,22 +152,29 @@ def decoder_config(text, path: Path, tied: bool) -> DecoderConfig:
     )
 
 
-def require(value: Any, supported: tuple[str, ...], field: str, path: Path) -> Any:
+def _check_whole(config: Any, kind: type[Fields], file: Path) -> None:
+    """The bounds of the file's own fields, for what transformers made of them: nothing may be left out."""
+    check_fields({name: getattr(config, name, None) for name in kind.model_fields}, kind, file, sparse=False)
+
+
+def require(value: Any, supported: tuple[str, ...], field: str, file: Path) -> Any:
     """`value` if it is supported, else a CheckpointError that names the field and lists what is."""
     if value not in supported:
-        raise CheckpointError(f"{path}: {field} is {value!r}; supported are {', '.join(supported)}")
+        raise CheckpointError(f"{file}: {field} is {value!r}; supported are {', '.join(supported)}")
     return value
 
 
-def refuse_quantised(source: dict[str, Any], path: Path) -> None:
+def refuse_quantised(source: dict[str, Any], file: Path) -> None:
     if source.get("quantization_config"):
         method = source["quantization_config"].get("quant_method", "unknown")
-        raise CheckpointError(f"{path} is quantised ({method}); load the unquantised checkpoint it was made from")
+        raise CheckpointError(f"{file}: it is quantised ({method}); load the unquantised checkpoint it was made from")
 
 
-def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """eos_token_id as configs write it (a number, a list, nothing) as a tuple."""
-    return () if value is None else tuple(value) if isinstance(value, list) else (value,)
+def eos_token_ids(generation: dict[str, Any], *others: int | list[int] | None) -> tuple[int, ...]:
+    """What ends an answer: as generation_config.json says (null: nothing does), else the first of `others` that is
+    stated. A number, a list or nothing."""
+    stated = generation.get("eos_token_id", _first(*others))
+    return () if stated is None else tuple(stated) if isinstance(stated, list) else (stated,)
 
 
 def mean_color(mean: tuple[float, float, float]) -> tuple[int, int, int]:
@@ -165,19 +182,29 @@ def mean_color(mean: tuple[float, float, float]) -> tuple[int, int, int]:
     return tuple(int(channel * 255) for channel in mean)
 
 
-def auto_config(path: Path):
-    """What transformers makes of a directory's config.json; CheckpointError if it cannot."""
-    from transformers import AutoConfig  # seconds to import: only a process that loads a checkpoint pays
+def auto_config(source: dict[str, Any], file: Path):
+    """What transformers makes of the content of a config.json; CheckpointError if it cannot."""
+    from transformers import CONFIG_MAPPING  # seconds to import: only a process that loads a checkpoint pays
 
+    kind = source.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise CheckpointError(f"{file}: model_type is {kind!r}, which transformers does not know")
+    for section, supported in (("text_config", _DECODERS), ("vision_config", tuple(_TOWERS))):
+        if (given := (source.get(section) or {}).get("model_type")) is not None:
+            require(given, supported, f"{section}.model_type", file)
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
+        return CONFIG_MAPPING[kind].from_dict(copy.deepcopy(source))
     except Exception as problem:  # its validators raise a dozen unrelated types
-        raise CheckpointError(f"{path}: transformers cannot read this config.json: {problem}") from problem
+        raise CheckpointError(f"{file}: transformers cannot read it: {problem}") from problem
 
 
-def _rope(text, path: Path) -> RopeConfig:
+def _rope(text, file: Path) -> RopeConfig:
     rope = text.rope_parameters
-    kind = require(rope.get("rope_type", "default"), _ROPES, "rope_type", path)
+    kind = require(rope.get("rope_type", "default"), _ROPES, "rope_type", file)
+    needed = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "llama3": _LLAMA3_ROPE}[kind]
+    for field in ("rope_theta", *needed):
+        if rope.get(field) is None:
+            raise CheckpointError(f"{file}: RoPE of type {kind!r} needs {field}")
     chosen = {"theta": float(rope["rope_theta"])}
     if kind != "default":
         chosen["factor"] = float(rope["factor"])
@@ -192,8 +219,8 @@ def _rope(text, path: Path) -> RopeConfig:
 
 def _image_processor(path: Path) -> dict[str, Any]:
     """The image processor's settings: its own file, or a section of processor_config.json (5.x)."""
-    own = read_json_if_there(path / "preprocessor_config.json")
-    return own or read_json_if_there(path / "processor_config.json").get("image_processor", {})
+    own = read_json_if_there(path / "preprocessor_config.json", fields.ImageProcessor)
+    return own or read_json_if_there(path / "processor_config.json", fields.Processor).get("image_processor") or {}
 
 
 def _normalisation(images: dict[str, Any]) -> dict[str, tuple[float, ...]]:
@@ -201,7 +228,7 @@ def _normalisation(images: dict[str, Any]) -> dict[str, tuple[float, ...]]:
     return {key: tuple(images[key]) for key in ("image_mean", "image_std") if images.get(key) is not None}
 
 
-def _geometry(hf, vision: VisionConfig, images: dict[str, Any], path: Path) -> VisualGeometry:
+def _geometry(hf, vision: VisionConfig, images: dict[str, Any], file: Path) -> VisualGeometry:
     common = {
         "tile_size": vision.image_size,
         "patch_size": vision.patch_size,
@@ -212,36 +239,34 @@ def _geometry(hf, vision: VisionConfig, images: dict[str, Any], path: Path) -> V
         "frame_aspect": "crop" if vision.kind == "clip" else "squash",
     }
     if hf.model_type == "llava":
-        return VisualGeometry(aspect=_single_tile_aspect(images, vision.image_size, path), **common)
-    tiled = {
-        "aspect": "anyres",
-        "pinpoints": tuple((int(h), int(w)) for h, w in hf.image_grid_pinpoints),
-        "merge": "spatial_unpad",
-    }
+        tiled = {"aspect": _single_tile_aspect(images, vision.image_size, file.parent)}
+    else:
+        pinpoints = tuple((int(h), int(w)) for h, w in hf.image_grid_pinpoints or [])
+        tiled = {"aspect": "anyres", "pinpoints": pinpoints, "merge": "spatial_unpad"}
     if hf.model_type == "llava_next_video":
-        pool = require(hf.spatial_pool_mode, ("average", "max"), "spatial_pool_mode", path)
+        pool = require(hf.spatial_pool_mode, ("average", "max"), "spatial_pool_mode", file)
         tiled |= {
             "video_pool": pool,
             "video_pool_stride": hf.spatial_pool_stride,
             "video_pool_stage": "before",
         }
     if hf.model_type == "llava_onevision":
-        shape = re.fullmatch(r"anyres_max_(\d+)", hf.vision_aspect_ratio)
+        shape = re.fullmatch(r"anyres_max_(\d{1,6})", hf.vision_aspect_ratio)
         if not shape:
-            raise CheckpointError(f"{path}: vision_aspect_ratio is {hf.vision_aspect_ratio!r}; supported: anyres_max_N")
+            raise CheckpointError(f"{file}: vision_aspect_ratio is {hf.vision_aspect_ratio!r}; supported: anyres_max_N")
         tiled |= {"max_tiles": int(shape[1]), "multi_image_anyres": False, "video_pool": "bilinear"}
         tiled |= {"video_pool_stride": 2, "video_pool_stage": "after", "video_newline": "one_token"}
     try:
         return VisualGeometry(**common, **tiled)
     except ImageError as problem:
-        raise CheckpointError(f"{path}: {problem}") from problem
+        raise CheckpointError(f"{file}: {problem}") from problem
 
 
 def _single_tile_aspect(images: dict[str, Any], tile: int, path: Path) -> str:
     """How LLaVA-1.5's processor makes one square tile: "pad", "crop" (the default) or "squash" (SigLIP's)."""
-    size, crop = images.get("size", {}), images.get("crop_size", {})
-    sides = [size] if isinstance(size, int) else list(size.values())
-    sides += [crop] if isinstance(crop, int) else list(crop.values())
+    size, crop = images.get("size") or {}, images.get("crop_size") or {}
+    sides = [size] if isinstance(size, int) else [side for side in size.values() if side is not None]
+    sides += [crop] if isinstance(crop, int) else [side for side in crop.values() if side is not None]
     if wrong := [side for side in sides if side != tile]:
         raise CheckpointError(
             f"{path}: the image processor makes images of {wrong[0]} pixels, the vision tower reads {tile}; "

@@ -18,8 +18,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from llava_fast.checkpoints import fields
 from llava_fast.checkpoints.adapters import ADAPTER_CONFIG, add_lora, add_projector, find_projector_file
-from llava_fast.checkpoints.config import read_hf_config, read_json, read_json_if_there
+from llava_fast.checkpoints.config import read_hf_config
+from llava_fast.checkpoints.files import read_json, read_json_if_there
 from llava_fast.checkpoints.hub import resolve
 from llava_fast.checkpoints.original import is_original, read_original_config
 from llava_fast.checkpoints.save import read_side_files
@@ -136,7 +138,7 @@ def check_tensors(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, 
 def _find_tensors(path: Path, model_base: str | Path | None) -> tuple[Path, Path | None, dict[str, StoredTensor]]:
     """(directory whose config.json counts, base directory if there is one, our names -> tensors)."""
     if (path / ADAPTER_CONFIG).exists():
-        model_base = model_base or read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+        model_base = model_base or read_json(path / ADAPTER_CONFIG, fields.Adapter).get("base_model_name_or_path")
         if not model_base:
             raise CheckpointError(f"{path} holds LoRA factors without naming their base; give model_base=")
         base = resolve(model_base)
@@ -156,7 +158,7 @@ def _find_tensors(path: Path, model_base: str | Path | None) -> tuple[Path, Path
 
 def _tower_inside(base: Path | None, described: Path) -> Path | None:
     """The tower of an adapter's base, if the base is a whole LLaVA that holds it."""
-    name = read_json(described / "config.json").get("mm_vision_tower")
+    name = read_json(described / "config.json", fields.OriginalConfig).get("mm_vision_tower")
     return base / name if base is not None and name and (base / name).is_dir() else None
 
 

@@ -16,15 +16,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+from llava_fast.checkpoints import fields
 from llava_fast.checkpoints.config import (
+    check_feature_layers,
     decoder_config,
+    eos_token_ids,
     mean_color,
-    read_json,
-    read_json_if_there,
     refuse_quantised,
     require,
-    token_ids,
 )
+from llava_fast.checkpoints.files import check_fields, read_json, read_json_if_there
 from llava_fast.checkpoints.towers import Tower, find_tower
 from llava_fast.errors import CheckpointError, ImageError
 from llava_fast.inputs.anyres import VisualGeometry, parse_pinpoints
@@ -58,78 +59,86 @@ def original_config(
     source: dict[str, Any], path: Path, vision_tower: str | Path | None = None
 ) -> tuple[LlavaConfig, Tower]:
     """As `read_original_config`, from what config.json holds, or would hold; `path` has the other files."""
-    model_type = require(source.get("model_type"), tuple(FAMILIES), "model_type", path)
-    refuse_quantised(source, path)
+    file = path / "config.json"
+    check_fields(source, fields.OriginalConfig, file)
+    model_type = require(source.get("model_type"), tuple(FAMILIES), "model_type", file)
+    refuse_quantised(source, file)
     if source.get("s2"):
-        raise CheckpointError(f"{path}: s2 (multi-scale towers) is not supported")
+        raise CheckpointError(f"{file}: s2 (multi-scale towers) is not supported")
     if not source.get("mm_vision_tower"):
-        raise CheckpointError(f"{path}: config.json has no mm_vision_tower, so it is a language model, not a LLaVA")
-    decoder = _decoder(source, FAMILIES[model_type], path)
+        raise CheckpointError(f"{file} has no mm_vision_tower, so it is a language model, not a LLaVA")
+    decoder = _decoder(source, FAMILIES[model_type], file)
     tower = find_tower(source["mm_vision_tower"], path, vision_tower)
-    vision = _select_features(tower.config, source, path)
-    generation = read_json_if_there(path / "generation_config.json")
+    vision = _select_features(tower.config, source, file)
+    generation = read_json_if_there(path / "generation_config.json", fields.Generation)
     merge = source.get("mm_patch_merge_type", "flat")
     return LlavaConfig(
         vision=vision,
-        projector=_projector(source, vision.feature_size, decoder.hidden_size, path),
+        projector=_projector(source, vision.feature_size, decoder.hidden_size, file),
         decoder=decoder,
-        geometry=_geometry(source, vision, merge, path),
+        geometry=_geometry(source, vision, merge, file),
         layout="original",
         model_type=model_type,
         image_token_id=IMAGE_TOKEN_ID,
         has_newline="unpad" in merge,
-        eos_token_ids=token_ids(generation.get("eos_token_id", source.get("eos_token_id"))),
+        eos_token_ids=eos_token_ids(generation, source.get("eos_token_id")),
         pad_token_id=generation.get("pad_token_id", source.get("pad_token_id")),
         source=source,
     ), tower
 
 
-def _decoder(source: dict[str, Any], family: str, path: Path):
+def _decoder(source: dict[str, Any], family: str, file: Path):
     from transformers import CONFIG_MAPPING  # seconds to import, as in config.py
 
     try:
         text = CONFIG_MAPPING[family](**{field: source[field] for field in _DECODER_FIELDS if field in source})
     except Exception as problem:  # its validators raise a dozen unrelated types
-        raise CheckpointError(f"{path}: config.json describes no {family} decoder: {problem}") from problem
-    return decoder_config(text, path, tied=bool(text.tie_word_embeddings))
+        raise CheckpointError(f"{file} describes no {family} decoder: {problem}") from problem
+    return decoder_config(text, file, tied=bool(text.tie_word_embeddings))
 
 
-def _select_features(tower: VisionConfig, source: dict[str, Any], path: Path) -> VisionConfig:
+def _select_features(tower: VisionConfig, source: dict[str, Any], file: Path) -> VisionConfig:
     """The tower with the hidden state that the projector reads."""
     if tower.kind == "siglip":
         # SigLipVisionTower deletes its last layer and takes the last hidden state of the rest, whatever
         # mm_vision_select_layer says.
+        if tower.num_layers < 2:
+            raise CheckpointError(
+                f"{file}: the original drops the last layer of a SigLIP tower, and this one has no other"
+            )
         return dataclasses.replace(tower, num_layers=tower.num_layers - 1, feature_layers=(-1,))
     feature = source.get("mm_vision_select_feature", "patch")
-    return dataclasses.replace(
+    selected = dataclasses.replace(
         tower,
         feature_layers=(source.get("mm_vision_select_layer", -2),),
-        keep_class_row=require(feature, ("patch", "cls_patch"), "mm_vision_select_feature", path) == "cls_patch",
+        keep_class_row=require(feature, ("patch", "cls_patch"), "mm_vision_select_feature", file) == "cls_patch",
     )
+    check_feature_layers(selected, file)
+    return selected
 
 
-def _projector(source: dict[str, Any], in_features: int, out_features: int, path: Path) -> ProjectorConfig:
+def _projector(source: dict[str, Any], in_features: int, out_features: int, file: Path) -> ProjectorConfig:
     kind = source.get("mm_projector_type", "linear")
     sizes = {"in_features": in_features, "out_features": out_features}
-    if depth := re.fullmatch(r"mlp(\d+)x_gelu", kind):
+    if depth := re.fullmatch(r"mlp(\d{1,2})x_gelu", kind):
         return ProjectorConfig(kind="mlp", depth=int(depth[1]), **sizes)
     known = {"linear": ("linear", 1), "identity": ("identity", 0), "mlp2x_gelu_Norm": ("yi", 2)}
     if kind not in known:
-        raise CheckpointError(f"{path}: mm_projector_type is {kind!r}; supported are mlpNx_gelu, {', '.join(known)}")
+        raise CheckpointError(f"{file}: mm_projector_type is {kind!r}; supported are mlpNx_gelu, {', '.join(known)}")
     name, depth = known[kind]
     return ProjectorConfig(kind=name, depth=depth, **sizes)
 
 
-def _geometry(source: dict[str, Any], vision: VisionConfig, merge: str, path: Path) -> VisualGeometry:
+def _geometry(source: dict[str, Any], vision: VisionConfig, merge: str, file: Path) -> VisualGeometry:
     if merge.removesuffix("_nobase") not in _MERGES:
-        raise CheckpointError(f"{path}: mm_patch_merge_type is {merge!r}; supported: {', '.join(_MERGES)}, + _nobase")
+        raise CheckpointError(f"{file}: mm_patch_merge_type is {merge!r}; supported: {', '.join(_MERGES)}, + _nobase")
     ratio = source.get("image_aspect_ratio") or "square"
-    shrink = re.fullmatch(r"anyres_max_(\d+)", ratio)
+    shrink = re.fullmatch(r"anyres_max_(\d{1,6})", ratio)
     plain = "crop" if vision.kind == "clip" else "squash"  # what each tower's own image processor does
     aspects = {"square": plain, "pad": "pad", "anyres": "anyres", "highres": "highres"}
     aspect = "anyres" if shrink else aspects.get(ratio)
     if aspect is None:
-        raise CheckpointError(f"{path}: image_aspect_ratio is {ratio!r}; supported: {', '.join(aspects)}, anyres_max_N")
+        raise CheckpointError(f"{file}: image_aspect_ratio is {ratio!r}; supported: {', '.join(aspects)}, anyres_max_N")
     try:
         pinpoints = ()
         if aspect in ("anyres", "highres"):
@@ -146,17 +155,17 @@ def _geometry(source: dict[str, Any], vision: VisionConfig, merge: str, path: Pa
             dropped_rows=int(vision.drops_class_row),
             pad_color=mean_color(vision.image_mean),
             frame_aspect=plain,
-            **_video(source, merge, path),
+            **_video(source, merge, file),
         )
     except ImageError as problem:
-        raise CheckpointError(f"{path}: {problem}") from problem
+        raise CheckpointError(f"{file}: {problem}") from problem
 
 
-def _video(source: dict[str, Any], merge: str, path: Path) -> dict[str, Any]:
+def _video(source: dict[str, Any], merge: str, file: Path) -> dict[str, Any]:
     """Pooling and newlines of video. The released LLaVA-NeXT-Video pools before the projector (a resampler of its
     own, no newline rows); later LLaVA-NeXT pools after it."""
     if source.get("mm_resampler_type") == "spatial_pool":
-        mode = require(source.get("mm_spatial_pool_mode"), ("average", "max"), "mm_spatial_pool_mode", path)
+        mode = require(source.get("mm_spatial_pool_mode"), ("average", "max"), "mm_spatial_pool_mode", file)
         return {
             "video_pool": mode,
             "video_pool_stride": source["mm_spatial_pool_stride"],
@@ -164,19 +173,19 @@ def _video(source: dict[str, Any], merge: str, path: Path) -> dict[str, Any]:
             "video_newline": "no_token",
         }
     if source.get("mm_resampler_type"):
-        raise CheckpointError(f"{path}: mm_resampler_type {source['mm_resampler_type']!r} is not supported")
+        raise CheckpointError(f"{file}: mm_resampler_type {source['mm_resampler_type']!r} is not supported")
     newline = source.get("mm_newline_position", "one_token")
-    require(newline, ("grid", "frame", "one_token", "no_token"), "mm_newline_position", path)
+    require(newline, ("grid", "frame", "one_token", "no_token"), "mm_newline_position", file)
     if "unpad" not in merge:
         if merge != "flat" and newline in ("grid", "frame"):
-            raise CheckpointError(f"{path}: mm_newline_position {newline!r} needs an unpadding mm_patch_merge_type")
+            raise CheckpointError(f"{file}: mm_newline_position {newline!r} needs an unpadding mm_patch_merge_type")
         newline = "no_token"
     stride = source.get("mm_spatial_pool_stride")
     if not stride or stride == 1:
         return {"video_pool": "none", "video_newline": newline}
     modes = ("average", "max", "bilinear")
     return {
-        "video_pool": require(source.get("mm_spatial_pool_mode", "average"), modes, "mm_spatial_pool_mode", path),
+        "video_pool": require(source.get("mm_spatial_pool_mode", "average"), modes, "mm_spatial_pool_mode", file),
         "video_pool_stride": stride,
         "video_pool_stage": "after",
         "video_newline": newline,

@@ -9,15 +9,18 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llava_fast.checkpoints.config import read_json
+from llava_fast.checkpoints import fields
+from llava_fast.checkpoints.files import check_regular, read_json
 from llava_fast.checkpoints.names import from_stored, is_skipped
 from llava_fast.errors import CheckpointError
 
@@ -68,20 +71,22 @@ class _SafetensorsFile:
 
 
 def open_weights(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a directory by stored name: one file or shards with an index, safetensors before .bin.
+    """Every tensor of a directory by stored name: one file or shards with an index, safetensors before .bin. A single
+    file comes before an index, which may be left over from shards that it replaced.
 
     Raises CheckpointError for a directory without weights and for a shard that is missing or unreadable.
     """
     for name in _WEIGHT_FILES:
-        if (path / f"{name}.index.json").exists():
-            return _open_shards(path, f"{name}.index.json")
         if (path / name).exists():
             return open_file(path / name)
+        if (path / f"{name}.index.json").exists():
+            return _open_shards(path, f"{name}.index.json")
     raise CheckpointError(f"{path} holds no weights: it needs {' or '.join(_WEIGHT_FILES)}, or an index.json")
 
 
 def open_file(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one .safetensors file, or of one .bin file holding a plain dict of tensors."""
+    check_regular(file)
     return _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
 
 
@@ -101,6 +106,10 @@ def name_tensors(
             raise CheckpointError(f"{tensor.file} holds {key!r}, which no supported LLaVA model has")
         if tensor.dtype not in WEIGHT_DTYPES:
             raise CheckpointError(f"{tensor.file}: {key!r} is {tensor.dtype}; load an unquantised checkpoint")
+        if name in tensors:
+            raise CheckpointError(
+                f"{tensor.file} holds {key!r}, and {tensors[name].key!r} is the same tensor of the model"
+            )
         tensors[name] = tensor
     return tensors
 
@@ -111,10 +120,14 @@ def has_weights(path: Path) -> bool:
 
 
 def _open_shards(path: Path, index: str) -> dict[str, StoredTensor]:
-    placed: Mapping[str, str] = read_json(path / index).get("weight_map", {})
+    placed: Mapping[str, str] = read_json(path / index, fields.Index).get("weight_map", {})
+    if not placed:
+        raise CheckpointError(f"{path / index} has no weight_map; download it again")
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(placed.values())):
-        if not (path / shard).exists():
+        if PurePosixPath(shard).is_absolute() or PureWindowsPath(shard).anchor or ".." in PureWindowsPath(shard).parts:
+            raise CheckpointError(f"{path / index}: weight_map names {shard!r}, which is outside {path}")
+        if not os.path.lexists(path / shard):
             count = sum(home == shard for home in placed.values())
             raise CheckpointError(
                 f"{path} lacks the shard {shard}, which {index} says holds {count} tensors; download it again"
@@ -141,7 +154,7 @@ def _safetensors_header(file: Path) -> Iterator[tuple[str, tuple[int, ...], torc
             pass
         with open(file, "rb") as raw:
             header = json.loads(raw.read(struct.unpack("<Q", raw.read(8))[0]))
-    except (SafetensorError, OSError, ValueError) as problem:
+    except (SafetensorError, OSError, ValueError, RecursionError) as problem:
         raise CheckpointError(
             f"{file} is no readable safetensors file ({problem}); it may be cut short or a Git LFS pointer: "
             "download it again"
@@ -164,12 +177,17 @@ def _open_pickle(file: Path) -> dict[str, StoredTensor]:
             content = torch.load(file, map_location="cpu", weights_only=True)  # torch's format before 1.6
     except Exception as problem:  # unpickling damaged bytes can raise nearly anything
         raise CheckpointError(f"{file} cannot be read by torch.load ({problem}); download it again") from None
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(map(_is_plain, content, content.values())):
         raise CheckpointError(f"{file} is not a plain dict of tensors, so it holds no model weights")
     return {
         key: StoredTensor(file, key, tuple(tensor.shape), tensor.dtype, functools.partial(_identity, tensor))
         for key, tensor in content.items()
     }
+
+
+def _is_plain(key: Any, value: Any) -> bool:
+    """Whether an entry is a name and a tensor with values of its own: not sparse, and not on the meta device."""
+    return isinstance(key, str) and isinstance(value, torch.Tensor) and value.is_cpu and value.layout is torch.strided
 
 
 def _identity(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,9 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_fast.checkpoints.config import auto_config, read_json_if_there, require, tower_config
+from llava_fast.checkpoints import fields
+from llava_fast.checkpoints.config import auto_config, require, tower_config
+from llava_fast.checkpoints.files import read_json, read_json_if_there
 from llava_fast.checkpoints.hub import resolve
 from llava_fast.checkpoints.names import from_tower_repository
 from llava_fast.checkpoints.tensor_files import StoredTensor, open_weights
@@ -98,12 +100,13 @@ def _layer_of(name: str) -> int:
 
 def _read_tower(directory: Path) -> VisionConfig:
     """A VisionConfig from a CLIP or SigLIP repository, whole or vision half only."""
-    config = auto_config(directory)
+    file = directory / "config.json"
+    config = auto_config(read_json(file, fields.TowerHome), file)
     config = getattr(config, "vision_config", config)
     kinds = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
-    kind = kinds[require(config.model_type, tuple(kinds), "model_type of the vision tower", directory)]
-    images = read_json_if_there(directory / "preprocessor_config.json")
-    given = {key: tuple(images[key]) for key in ("image_mean", "image_std") if key in images}
+    kind = kinds[require(config.model_type, tuple(kinds), "model_type of the vision tower", file)]
+    images = read_json_if_there(directory / "preprocessor_config.json", fields.ImageProcessor)
+    given = {key: tuple(images[key]) for key in ("image_mean", "image_std") if images.get(key) is not None}
     if kind == "siglip":  # SigLIP's own; VisionConfig defaults to CLIP's
         given = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)} | given
-    return tower_config(config, kind, directory, **given)
+    return tower_config(config, kind, file, **given)

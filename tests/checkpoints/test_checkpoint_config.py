@@ -189,6 +189,25 @@ def test_generation_config_decides_the_end_tokens(tmp_path):
     assert (config.eos_token_ids, config.pad_token_id) == ((7, 9), 3)
 
 
+@pytest.mark.parametrize(
+    "generation, top, ends",
+    [
+        (None, 7, (7,)),
+        (None, [7, 9], (7, 9)),
+        ({"pad_token_id": 3}, 7, (7,)),
+        ({"eos_token_id": 5}, 7, (5,)),
+        ({"eos_token_id": None}, 7, ()),
+        (None, None, (2,)),
+    ],
+)
+def test_the_end_token_at_the_top_of_the_config_comes_before_the_decoders(tmp_path, generation, top, ends):
+    path = write(tmp_path, "llava")
+    edit_json(path / "config.json", eos_token_id=top)
+    if generation is not None:
+        (path / "generation_config.json").write_text(json.dumps(generation))
+    assert read_hf_config(path).eos_token_ids == ends
+
+
 def test_either_name_of_the_image_token(tmp_path):
     path = write(tmp_path, "llava")
     edit_json(path / "config.json", image_token_index=None, image_token_id=17)
@@ -224,7 +243,7 @@ def test_what_is_refused_is_named(tmp_path, kind, changes, message):
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
             "rope_type is 'yarn'; supported are default, linear",
         ),
-        ("text_config", {"model_type": "nonsense"}, "transformers cannot read"),
+        ("text_config", {"model_type": "nonsense"}, "text_config.model_type is 'nonsense'; supported are llama"),
         ("vision_config", {"hidden_act": "relu"}, "vision_config.hidden_act is 'relu'"),
         ("vision_config", {"model_type": "vit"}, "vision_config.model_type is 'vit'"),
     ],

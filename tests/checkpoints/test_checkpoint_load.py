@@ -143,6 +143,17 @@ def test_wrong_tensors_are_named_before_anything_is_assigned(tmp_path, edit, mes
     assert model is None or all(parameter.is_meta for parameter in model.parameters())
 
 
+def test_a_single_file_comes_before_the_index_of_shards_that_it_replaced(tmp_path):
+    """transformers leaves the index when it saves one file over shards, and loads the file."""
+    hf_model("llava").save_pretrained(tmp_path, max_shard_size="20KB")
+    index = (tmp_path / "model.safetensors.index.json").read_text()
+    for shard in tmp_path.glob("model-*.safetensors"):
+        shard.unlink()
+    tensors = save_hf("llava", tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    assert_same_tensors(build(load_checkpoint(tmp_path)), tensors)
+
+
 def test_a_missing_shard_is_named_with_its_count(tmp_path):
     hf_model("llava").save_pretrained(tmp_path, max_shard_size="20KB")
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]

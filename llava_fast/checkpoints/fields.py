@@ -1,0 +1,200 @@
+"""What the JSON files of a checkpoint may hold: type and bounds of each field that is obeyed here.
+
+The bounds lie far above any published model and below what would exhaust memory or time before weights are compared.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from llava_fast.checkpoints.files import Fields
+
+Size = Annotated[int, Field(ge=1, le=2**20)]
+Layers = Annotated[int, Field(ge=1, le=1024)]
+Pixels = Annotated[int, Field(ge=1, le=2**14)]
+Side = Annotated[int, Field(ge=0, le=2**31)]
+Vocabulary = Annotated[int, Field(ge=1, le=2**24)]
+Positions = Annotated[int, Field(ge=1, le=2**31)]
+TokenId = Annotated[int, Field(ge=-(2**24), le=2**24)]  # -200 stands for an image, -1 for no padding
+Positive = Annotated[float, Field(gt=0, le=1e12)]
+Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
+Deviations = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
+Pinpoint = Annotated[list[Annotated[int, Field(ge=1, le=2**16)]], Field(min_length=2, max_length=2)]
+Pinpoints = Annotated[list[Pinpoint], Field(max_length=4096)]
+Layer = Annotated[int, Field(ge=-1024, le=1024)]
+
+
+class NamedTemplate(Fields):
+    """One of a list of chat templates."""
+
+    name: str
+    template: str
+
+
+ChatTemplate = str | dict[str, str] | list[NamedTemplate]
+
+
+class Tower(Fields):
+    """A CLIP or SigLIP vision config."""
+
+    model_type: str | None = None
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    image_size: Pixels
+    patch_size: Pixels
+    hidden_act: str
+    layer_norm_eps: Positive
+    num_channels: Annotated[int, Field(ge=3, le=3)] = 3
+
+
+class Rope(Fields):
+    """rope_parameters, or rope_scaling of older files."""
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: Positive | None = None
+    factor: Positive | None = None
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    original_max_position_embeddings: Positions | None = None
+
+
+class Decoder(Fields):
+    """A Llama, Mistral or Qwen2 config."""
+
+    model_type: str | None = None
+    vocab_size: Vocabulary
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    hidden_act: str
+    max_position_embeddings: Positions
+    rms_norm_eps: Positive
+    rope_theta: Positive | None = None
+    rope_scaling: Rope | None = None
+    rope_parameters: Rope | None = None
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    sliding_window: Positions | None = None
+    use_sliding_window: bool | None = None
+    max_window_layers: Annotated[int, Field(ge=0, le=1024)] | None = None
+    layer_types: Annotated[list[str], Field(max_length=1024)] | None = None
+    tie_word_embeddings: bool | None = None
+    bos_token_id: TokenId | list[TokenId] | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
+    pad_token_id: TokenId | None = None
+
+
+class TowerHome(Tower):
+    """config.json of a tower's own repository: the tower's alone, or a whole CLIP's or SigLIP's."""
+
+    vision_config: Tower | None = None
+
+
+class HfConfig(Fields):
+    """config.json in Hugging Face's layout."""
+
+    model_type: str | None = None
+    text_config: Decoder | None = None
+    vision_config: Tower | None = None
+    image_token_id: TokenId | None = None
+    image_token_index: TokenId | None = None
+    video_token_id: TokenId | None = None
+    video_token_index: TokenId | None = None
+    vision_feature_layer: Layer | Annotated[list[Layer], Field(min_length=1, max_length=64)] | None = None
+    vision_feature_select_strategy: str | None = None
+    projector_hidden_act: str | None = None
+    multimodal_projector_bias: bool | None = None
+    tie_word_embeddings: bool | None = None
+    image_grid_pinpoints: Pinpoints | None = None
+    spatial_pool_mode: str | None = None
+    spatial_pool_stride: Annotated[int, Field(ge=1, le=1024)] | None = None
+    vision_aspect_ratio: str | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
+    pad_token_id: TokenId | None = None
+    quantization_config: dict[str, Any] | None = None
+
+
+class OriginalConfig(Decoder):
+    """config.json of an original LLaVA: a decoder's with mm_ fields beside it."""
+
+    mm_vision_tower: str | None = None
+    mm_vision_select_layer: Layer = -2
+    mm_vision_select_feature: str = "patch"
+    mm_projector_type: str = "linear"
+    mm_patch_merge_type: str = "flat"
+    mm_resampler_type: str | None = None
+    mm_spatial_pool_mode: str | None = None
+    mm_spatial_pool_stride: Annotated[int, Field(ge=0, le=1024)] | None = None
+    mm_newline_position: str = "one_token"
+    image_aspect_ratio: str | None = None
+    image_grid_pinpoints: Annotated[str, Field(max_length=2**16)] | Pinpoints | None = None
+    quantization_config: dict[str, Any] | None = None
+
+
+class Generation(Fields):
+    """generation_config.json."""
+
+    eos_token_id: TokenId | Annotated[list[TokenId], Field(max_length=1024)] | None = None
+    pad_token_id: TokenId | None = None
+
+
+class ImageProcessor(Fields):
+    """preprocessor_config.json, video_preprocessor_config.json, and the sections of processor_config.json."""
+
+    image_mean: Channels | None = None
+    image_std: Deviations | None = None
+    size: Side | dict[str, Side | None] | None = None
+    crop_size: Side | dict[str, Side | None] | None = None
+    do_pad: bool | None = None
+    do_center_crop: bool | None = None
+
+
+class Processor(Fields):
+    """processor_config.json."""
+
+    image_processor: ImageProcessor | None = None
+    video_processor: ImageProcessor | None = None
+    chat_template: ChatTemplate | None = None
+
+
+class TemplateFile(Fields):
+    """chat_template.json, and the part of tokenizer_config.json that is read here."""
+
+    chat_template: ChatTemplate | None = None
+
+
+class Note(Fields):
+    """llava_fast.json."""
+
+    chat_template: str | None = None
+
+
+class Adapter(Fields):
+    """adapter_config.json, PEFT's fields."""
+
+    peft_type: str | None = None
+    base_model_name_or_path: str | None = None
+    r: Annotated[int, Field(ge=1, le=2**16)] | None = None
+    lora_alpha: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    bias: str | None = None
+    fan_in_fan_out: bool | None = None
+    rank_pattern: dict[str, Any] | None = None
+    alpha_pattern: dict[str, Any] | None = None
+    modules_to_save: list[str] | str | None = None
+    target_modules: list[str] | str | None = None
+
+
+class Index(Fields):
+    """model.safetensors.index.json: the tensors' names and their files."""
+
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]

@@ -1,0 +1,136 @@
+"""Reading a checkpoint's small files: text of a bounded size, and JSON objects checked against a pydantic model.
+
+Nothing here knows what a file means. Every function raises CheckpointError, one line that names the file and the field.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llava_fast.errors import CheckpointError
+
+MOST_BYTES = 64 * 2**20
+"""The largest side file that is read: a tokenizer's vocabulary is the largest of any published model, below 40 MB."""
+MOST_NESTED = 64
+"""How deep lists and objects of a JSON file may be nested."""
+
+
+class Fields(BaseModel):
+    """Base of what a JSON file is checked against: exact types, finite numbers, other fields allowed and ignored."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+
+
+def check_regular(file: Path) -> None:
+    """Raises CheckpointError unless `file` is a regular file, or a link to one: opening a FIFO would wait for ever."""
+    try:
+        if file.is_file():
+            return
+        there = file.exists() or file.is_symlink()
+    except OSError as problem:  # a name that is too long
+        raise CheckpointError(f"{file} cannot be read ({problem.strerror})") from None
+    if there:
+        raise CheckpointError(f"{file} is no regular file; put the checkpoint's own file there")
+    raise CheckpointError(f"{file.parent} holds no {file.name}: it is no LLaVA checkpoint")
+
+
+def read_text(file: Path) -> str:
+    """The text of a UTF-8 file, without the byte order mark if it starts with one, lines ending in "\\n"."""
+    check_regular(file)
+    try:
+        if (size := file.stat().st_size) > MOST_BYTES:
+            raise CheckpointError(f"{file} has {size} bytes; at most {MOST_BYTES} are read of such a file")
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise CheckpointError(f"{file} is not UTF-8 ({problem}); save it in that encoding") from None
+    except OSError as problem:
+        raise CheckpointError(f"{file} cannot be read ({problem.strerror or problem})") from None
+
+
+def read_json(file: Path, fields: type[Fields] | None = None) -> dict[str, Any]:
+    """The JSON object in `file`, as it stands there, after `fields` accepted it."""
+    content = parse_json(read_text(file), file)
+    if fields is not None:
+        check_fields(content, fields, file)
+    return content
+
+
+def read_json_if_there(file: Path, fields: type[Fields] | None = None) -> dict[str, Any]:
+    """As `read_json`, and {} for a file that is absent."""
+    return read_json(file, fields) if file.exists() else {}
+
+
+def parse_json(text: str, file: Path) -> dict[str, Any]:
+    """The JSON object that is the text of `file`."""
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        _refuse_nesting(file)
+    except ValueError as problem:
+        raise CheckpointError(f"{file} cannot be read as JSON ({problem}); download it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds a JSON {type(content).__name__}, not an object")
+    _check_values(content, file, escapes="\\u" in text)
+    return content
+
+
+def check_fields(content: Mapping[str, Any], fields: type[Fields], file: Path, sparse: bool = True) -> None:
+    """Raises CheckpointError for fields of another type or out of bounds. sparse: fields that `fields` requires may
+    be missing, as in a file that leaves them to defaults."""
+    try:
+        fields.model_validate(content)
+    except ValidationError as error:
+        wrong: dict[str, list[str]] = {}
+        for each in error.errors(include_url=False):
+            if not (sparse and each["type"] == "missing"):
+                place = _place(each["loc"], content)
+                value = "" if each["type"] == "missing" else f", not {reprlib.repr(each['input'])}"
+                wrong.setdefault(place, []).append(each["msg"].removeprefix("Value error, ") + value)
+        for place, messages in wrong.items():
+            raise CheckpointError(f"{file}: {place}: {' or '.join(dict.fromkeys(messages))}") from None
+
+
+def _place(loc: tuple[int | str, ...], content: Any) -> str:
+    """The path of a field within the file: `loc` without the names of types that pydantic adds for unions."""
+    path = []
+    for index, part in enumerate(loc):
+        parts = range(len(content)) if isinstance(content, list) else content if isinstance(content, Mapping) else ()
+        if part in parts:
+            path.append(str(part))
+            content = content[part]
+        elif index == len(loc) - 1 and isinstance(content, Mapping):
+            path.append(str(part))  # it is missing
+    return ".".join(path)
+
+
+def _check_values(content: Any, file: Path, escapes: bool) -> None:
+    """Refuse deep nesting, and halves of surrogate pairs, which are no text and cannot be written again."""
+    level = [content]
+    for _ in range(MOST_NESTED):
+        inner = []
+        for each in level:
+            values = [*each, *each.values()] if isinstance(each, dict) else each
+            inner += [value for value in values if isinstance(value, (dict, list))]
+            if escapes:
+                _check_texts([value for value in values if isinstance(value, str)], file)
+        if not (level := inner):
+            return
+    _refuse_nesting(file)
+
+
+def _check_texts(texts: list[str], file: Path) -> None:
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError as problem:
+        raise CheckpointError(f"{file} holds half a surrogate pair ({problem}), which is no text") from None
+
+
+def _refuse_nesting(file: Path) -> NoReturn:
+    raise CheckpointError(f"{file} nests lists and objects more than {MOST_NESTED} deep") from None
