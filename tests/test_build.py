@@ -90,7 +90,8 @@ def test_wheel_from_the_sdist_works_without_torch(sdist, tmp_path):
         import json, numpy
         from llava_fast import _C
         image = numpy.arange(48, dtype=numpy.uint8).reshape(4, 4, 3)
-        print(json.dumps([_C.__file__, _C.built_with_cuda(), _C.has_cuda(), _C.resize(image, 4, 4, "13", 1).tolist()]))
+        pixels = _C.resize(image, 4, 4, "bicubic", "13", 1).tolist()
+        print(json.dumps([_C.__file__, _C.built_with_cuda(), _C.has_cuda(), pixels]))
     """
     file, built, has, pixels = json.loads(run(without_torch("\n" + textwrap.dedent(code)), tmp_path))
     assert Path(file).parent == tmp_path / "llava_fast"

@@ -37,23 +37,33 @@ PillowOrder pillow_order(const std::string& pillow) {
   throw std::invalid_argument("pillow must be \"12.1\", \"12\" or \"13\", not \"" + pillow + "\"");
 }
 
-Bytes resize_image(const Bytes& image, int height, int width, const std::string& pillow, int threads) {
+Filter resize_filter(const std::string& name) {
+  const char* const names[] = {"nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"};  // as Filter's values
+  for (int i = 0; i < 6; ++i)
+    if (name == names[i]) return static_cast<Filter>(i);
+  throw std::invalid_argument("the filter must be nearest, box, bilinear, hamming, bicubic or lanczos, not \"" + name +
+                              "\"");
+}
+
+Bytes resize_image(const Bytes& image, int height, int width, const std::string& filter_name, const std::string& pillow,
+                   int threads) {
   const ImageView src = image_view(image);
   if (height < 1 || width < 1) throw std::invalid_argument("the new size must be at least 1x1");
+  const Filter filter = resize_filter(filter_name);
   const PillowOrder order = pillow_order(pillow);
   const KernelSet& kernels = select_kernels();  // reads the environment, so under the GIL
   Bytes out({height, width, 3});
   uint8_t* dst = out.mutable_data();
   {
     const py::gil_scoped_release release;
-    resize(src, height, width, order, kernels, threads, dst);
+    resize(src, height, width, filter, order, kernels, threads, dst);
   }
   return out;
 }
 
-// (square, (height, width), (offset_y, offset_x), (canvas_height, canvas_width), (red, green, blue))
+// (square, (height, width), (offset_y, offset_x), (canvas_height, canvas_width), (red, green, blue), filter)
 using ViewTuple = std::tuple<bool, std::tuple<int, int>, std::tuple<int, int>, std::tuple<int, int>,
-                             std::tuple<uint8_t, uint8_t, uint8_t>>;
+                             std::tuple<uint8_t, uint8_t, uint8_t>, std::string>;
 
 TileLayout tile_layout(int tile, bool patch_rows, int patch) {
   if (tile < 1 || patch < 1 || (patch_rows && patch > tile))
@@ -63,12 +73,13 @@ TileLayout tile_layout(int tile, bool patch_rows, int patch) {
 
 std::vector<TileView> tile_views(const std::vector<ViewTuple>& tuples, const TileLayout& layout) {
   std::vector<TileView> views;
-  for (const auto& [square, size, offset, canvas, fill] : tuples) {
+  for (const auto& [square, size, offset, canvas, fill, filter] : tuples) {
     const auto [height, width] = size;
     const auto [offset_y, offset_x] = offset;
     const auto [canvas_height, canvas_width] = canvas;
     const auto [red, green, blue] = fill;
-    views.push_back({square, height, width, offset_y, offset_x, canvas_height, canvas_width, {red, green, blue}});
+    views.push_back({square, height, width, offset_y, offset_x, canvas_height, canvas_width, {red, green, blue},
+                     resize_filter(filter)});
     check_view(views.back(), layout);
   }
   return views;
@@ -154,8 +165,8 @@ void run_plan_cuda(uintptr_t jobs, int job_count, uintptr_t words, int tile, boo
 
 void bind_image(py::module_& m) {
   m.def("simd_levels", &supported_kernel_names, "Instruction sets this machine can run, slowest first.");
-  m.def("resize", &resize_image, py::arg("image").noconvert(), py::arg("height"), py::arg("width"), py::arg("pillow"),
-        py::arg("threads"), "Pillow's bicubic resize of uint8 [H, W, 3]; see llava_fast.inputs.images.resize.");
+  m.def("resize", &resize_image, py::arg("image").noconvert(), py::arg("height"), py::arg("width"), py::arg("filter"),
+        py::arg("pillow"), py::arg("threads"), "Pillow's resize of uint8 [H, W, 3]; see llava_fast.inputs.images.resize.");
   m.def("make_tiles", &tiles, py::arg("image").noconvert(), py::arg("views"), py::arg("tile"), py::arg("pillow"),
         py::arg("threads"), py::arg("patch_rows"), py::arg("patch"),
         "Tiles of uint8 [H, W, 3]; see llava_fast.inputs.images.make_tiles.");

@@ -1,7 +1,7 @@
 // AVX-512 (VNNI) inner loops of the exact resize.
 //
 // vpdpbusd adds four products of unsigned and signed bytes to a 32-bit lane, without saturating. A weight is
-// cut into three signed bytes (its magnitude stays below 1.2 * 2^22, so they hold it), one accumulator each:
+// cut into three signed bytes (its magnitude stays below 1.3 * 2^22, so they hold it), one accumulator each:
 // sum = a0 + 2^8 a1 + 2^16 a2 modulo 2^32, which is the sum the scalar kernel makes.
 #if defined(__x86_64__)
 #pragma GCC diagnostic push  // GCC 12 warns of its own undefined-value intrinsics

@@ -16,18 +16,19 @@ bool vertical_first(PillowOrder order, int in_height, int in_width, int out_heig
   return rows_lost > 2 * columns_lost;
 }
 
-Resizer::Resizer(const ImageView& src, int out_height, int out_width, PillowOrder order, const KernelSet& kernels)
+Resizer::Resizer(const ImageView& src, int out_height, int out_width, Filter filter, PillowOrder order,
+                 const KernelSet& kernels)
     : src_(src),
       kernels_(kernels),
       horizontal_(out_width != src.width),
       vertical_(out_height != src.height),
       vertical_first_(vertical_first(order, src.height, src.width, out_height, out_width)) {
   if (horizontal_) {
-    x_axis_.taps = bicubic_taps(src.width, out_width);
+    x_axis_.taps = filter_taps(filter, src.width, out_width);
     kernels.prepare(x_axis_, 4);
   }
   if (vertical_) {
-    y_axis_.taps = bicubic_taps(src.height, out_height);
+    y_axis_.taps = filter_taps(filter, src.height, out_height);
     kernels.prepare(y_axis_, 1);
   }
 }
@@ -85,12 +86,12 @@ void Resizer::rows(int y0, int y1, int x0, int x1, uint8_t* dst, ptrdiff_t dst_s
   }
 }
 
-void resize(const ImageView& src, int out_height, int out_width, PillowOrder order, const KernelSet& kernels,
-            int threads, uint8_t* out) {
+void resize(const ImageView& src, int out_height, int out_width, Filter filter, PillowOrder order,
+            const KernelSet& kernels, int threads, uint8_t* out) {
   struct Scratch {
     Buffer pixels, middle;
   };
-  const Resizer resizer(src, out_height, out_width, order, kernels);
+  const Resizer resizer(src, out_height, out_width, filter, order, kernels);
   const ptrdiff_t bytes = 3 * static_cast<ptrdiff_t>(out_width), stride = bytes + kRowSlack;
   parallel_for<Scratch>((out_height + kBandRows - 1) / kBandRows, threads, [&](int band, Scratch& scratch) {
     const int begin = band * kBandRows, end = std::min(begin + kBandRows, out_height);

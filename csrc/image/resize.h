@@ -1,4 +1,4 @@
-// Pillow's bicubic resize of 8-bit RGB, to the bit, by any band of output rows and range of columns.
+// Pillow's resize of 8-bit RGB, to the bit, by any band of output rows and range of columns.
 #pragma once
 
 #include <cstddef>
@@ -28,7 +28,8 @@ constexpr int kBandRows = 64;
 // A resize of one image to one size; `rows` may be called from several threads at once.
 class Resizer {
  public:
-  Resizer(const ImageView& src, int out_height, int out_width, PillowOrder order, const KernelSet& kernels);
+  Resizer(const ImageView& src, int out_height, int out_width, Filter filter, PillowOrder order,
+          const KernelSet& kernels);
 
   // Output rows [y0, y1), columns [x0, x1), into dst rows that have kRowSlack bytes to spare at their end.
   void rows(int y0, int y1, int x0, int x1, uint8_t* dst, ptrdiff_t dst_stride, Buffer& scratch) const;
@@ -47,7 +48,7 @@ class Resizer {
 };
 
 // The whole resized image, [out_height, out_width, 3], to `out`.
-void resize(const ImageView& src, int out_height, int out_width, PillowOrder order, const KernelSet& kernels,
-            int threads, uint8_t* out);
+void resize(const ImageView& src, int out_height, int out_width, Filter filter, PillowOrder order,
+            const KernelSet& kernels, int threads, uint8_t* out);
 
 }  // namespace llava_fast

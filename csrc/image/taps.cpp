@@ -1,5 +1,6 @@
 #include "image/taps.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
@@ -7,29 +8,65 @@
 namespace llava_fast {
 namespace {
 
-constexpr double kSupport = 2.0;  // samples on each side that the bicubic kernel reaches
+// The filters, each in Pillow's order of operations. kSupport: samples on each side that it reaches.
 
-// Keys' cubic convolution with a = -0.5, in Pillow's order of operations.
-double bicubic(double x) {
-  constexpr double a = -0.5;
-  x = std::fabs(x);
-  if (x < 1.0) return ((a + 2.0) * x - (a + 3.0)) * x * x + 1;
-  if (x < 2.0) return (((x - 5) * x + 8) * x - 4) * a;
-  return 0.0;
-}
+struct Box {
+  static constexpr double kSupport = 0.5;
+  double operator()(double x) const { return x > -0.5 && x <= 0.5 ? 1.0 : 0.0; }
+};
+
+struct Bilinear {
+  static constexpr double kSupport = 1.0;
+  double operator()(double x) const {
+    x = std::fabs(x);
+    return x < 1.0 ? 1.0 - x : 0.0;
+  }
+};
+
+struct Hamming {
+  static constexpr double kSupport = 1.0;
+  double operator()(double x) const {
+    x = std::fabs(x);
+    if (x == 0.0) return 1.0;
+    if (x >= 1.0) return 0.0;
+    x = x * M_PI;
+    return std::sin(x) / x * (0.54f + 0.46f * std::cos(x));  // Pillow's constants are floats
+  }
+};
+
+struct Bicubic {  // Keys' cubic convolution with a = -0.5
+  static constexpr double kSupport = 2.0;
+  double operator()(double x) const {
+    constexpr double a = -0.5;
+    x = std::fabs(x);
+    if (x < 1.0) return ((a + 2.0) * x - (a + 3.0)) * x * x + 1;
+    if (x < 2.0) return (((x - 5) * x + 8) * x - 4) * a;
+    return 0.0;
+  }
+};
+
+struct Lanczos {  // sinc windowed by a sinc three times as wide
+  static constexpr double kSupport = 3.0;
+  static double sinc(double x) {
+    if (x == 0.0) return 1.0;
+    x = x * M_PI;
+    return std::sin(x) / x;
+  }
+  double operator()(double x) const { return -3.0 <= x && x < 3.0 ? sinc(x) * sinc(x / 3) : 0.0; }
+};
 
 int32_t fixed_point(double weight) {
   const double scaled = weight * (1 << kPrecisionBits);
   return static_cast<int32_t>(weight < 0 ? scaled - 0.5 : scaled + 0.5);
 }
 
-}  // namespace
-
-Taps bicubic_taps(int in_size, int out_size) {
+template <class Kernel>
+Taps convolution_taps(int in_size, int out_size) {
+  const Kernel kernel;
   const double scale = static_cast<double>(in_size) / out_size;
   const double filter_scale = scale < 1.0 ? 1.0 : scale;  // shrinking widens the kernel (antialiasing)
   const double inverse = 1.0 / filter_scale;
-  const double support = kSupport * filter_scale;
+  const double support = Kernel::kSupport * filter_scale;
 
   Taps taps;
   taps.in_size = in_size;
@@ -51,7 +88,7 @@ Taps bicubic_taps(int in_size, int out_size) {
     const int count = last - first;
     double sum = 0.0;
     for (int k = 0; k < count; ++k) {
-      raw[k] = bicubic((k + first - center + 0.5) * inverse);
+      raw[k] = kernel((k + first - center + 0.5) * inverse);
       sum += raw[k];
     }
     int32_t* weights = &taps.weights[static_cast<size_t>(i) * taps.width];
@@ -60,6 +97,50 @@ Taps bicubic_taps(int in_size, int out_size) {
     taps.count[i] = count;
   }
   return taps;
+}
+
+// One sample an output. Pillow adds the step up from output to output, so rounding errors add up and decide ties
+// as they do here; below 2^24 samples they never reach past the last one, which the clamp only states.
+Taps nearest_taps(int in_size, int out_size) {
+  Taps taps = identity_taps(out_size);
+  taps.in_size = in_size;
+  const double step = static_cast<double>(in_size) / out_size;
+  double position = step * 0.5;
+  for (int& first : taps.first) {
+    first = std::min(static_cast<int>(position), in_size - 1);
+    position += step;
+  }
+  return taps;
+}
+
+}  // namespace
+
+Taps identity_taps(int size) {
+  Taps taps;
+  taps.in_size = taps.out_size = size;
+  taps.width = 1;
+  for (int i = 0; i < size; ++i) taps.first.push_back(i);
+  taps.count.assign(size, 1);
+  taps.weights.assign(size, 1 << kPrecisionBits);
+  return taps;
+}
+
+Taps filter_taps(Filter filter, int in_size, int out_size) {
+  switch (filter) {
+    case Filter::kNearest:
+      return nearest_taps(in_size, out_size);
+    case Filter::kLanczos:
+      return convolution_taps<Lanczos>(in_size, out_size);
+    case Filter::kBilinear:
+      return convolution_taps<Bilinear>(in_size, out_size);
+    case Filter::kBicubic:
+      return convolution_taps<Bicubic>(in_size, out_size);
+    case Filter::kBox:
+      return convolution_taps<Box>(in_size, out_size);
+    case Filter::kHamming:
+      return convolution_taps<Hamming>(in_size, out_size);
+  }
+  throw std::invalid_argument("resize: unknown filter");
 }
 
 }  // namespace llava_fast

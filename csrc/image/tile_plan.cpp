@@ -4,6 +4,7 @@
 #include <limits>
 #include <map>
 #include <stdexcept>
+#include <tuple>
 
 namespace llava_fast {
 namespace {
@@ -14,23 +15,14 @@ class Tables {
  public:
   explicit Tables(std::vector<int32_t>& words) : words_(words) {}
 
-  AxisTable add(int in_size, int out_size) {
-    const auto [found, is_new] = known_.try_emplace({in_size, out_size});
-    if (is_new) found->second = append(in_size == out_size ? identity(in_size) : bicubic_taps(in_size, out_size));
+  AxisTable add(Filter filter, int in_size, int out_size) {
+    const auto [found, is_new] = known_.try_emplace({filter, in_size, out_size});
+    if (is_new)
+      found->second = append(in_size == out_size ? identity_taps(in_size) : filter_taps(filter, in_size, out_size));
     return found->second;
   }
 
  private:
-  static Taps identity(int size) {
-    Taps taps;
-    taps.in_size = taps.out_size = size;
-    taps.width = 1;
-    for (int i = 0; i < size; ++i) taps.first.push_back(i);
-    taps.count.assign(size, 1);
-    taps.weights.assign(size, 1 << kPrecisionBits);
-    return taps;
-  }
-
   AxisTable append(const Taps& taps) {
     const auto at = [&](const std::vector<int32_t>& values) {
       const size_t begin = words_.size();
@@ -43,7 +35,7 @@ class Tables {
   }
 
   std::vector<int32_t>& words_;
-  std::map<std::pair<int, int>, AxisTable> known_;
+  std::map<std::tuple<Filter, int, int>, AxisTable> known_;
 };
 
 }  // namespace
@@ -76,8 +68,8 @@ TilePlan plan_tiles(const std::vector<std::pair<int, int>>& sizes, const std::ve
       job.offset_x = view.offset_x;
       job.canvas_height = view.canvas_height;
       job.canvas_width = view.canvas_width;
-      job.x = tables.add(in_width, view.width);
-      job.y = tables.add(in_height, view.height);
+      job.x = tables.add(view.filter, in_width, view.width);
+      job.y = tables.add(view.filter, in_height, view.height);
       std::copy(view.fill.begin(), view.fill.end(), job.fill);
       plan.jobs.push_back(job);
 

@@ -140,7 +140,7 @@ void make_tiles(const ImageView& image, const std::vector<TileView>& views, cons
       const int side = std::max(image.height, image.width);
       source = {job.square.data(), side, side, 3 * static_cast<ptrdiff_t>(side)};
     }
-    job.resizer = std::make_unique<Resizer>(source, view.height, view.width, order, kernels);
+    job.resizer = std::make_unique<Resizer>(source, view.height, view.width, view.filter, order, kernels);
     job.out = out;
     out += layout.tile_bytes() * (view.canvas_height / layout.tile) * (view.canvas_width / layout.tile);
     for (int y = 0; y < view.canvas_height; y += kBandRows)

@@ -15,6 +15,7 @@ struct TileView {
   int offset_y, offset_x;           // then place here (negative: crop) ...
   int canvas_height, canvas_width;  // ... on a canvas of this size, both multiples of the tile
   std::array<uint8_t, 3> fill;      // colour of the rest
+  Filter filter;                    // of the resize
 };
 
 struct TileLayout {

@@ -16,13 +16,16 @@ import functools
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from llava_fast.errors import ImageError
 
 Compat = Literal["hf", "llava"]
+Filter = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
+FILTERS: tuple[Filter, ...] = get_args(Filter)
+"""Pillow's resize filters, in the order of their numbers (PIL.Image.Resampling, 0 to 5)."""
 
 FEATURE, MIXED, NEWLINE = 0, 1, 2
 """Kinds of visual row: a ViT row, a weighted mix of ViT rows, the learned newline."""
@@ -33,7 +36,7 @@ class View:
     """One resize of the source image, placed on a canvas that is cut row-major into square tiles.
 
     If `square`, the source first goes onto a `fill`-coloured square of its longer side, centred (rounded down).
-    It is then resized to `size` (height, width) and placed at `offset` (y, x; negative crops) on a
+    It is then resized to `size` (height, width) by `filter` and placed at `offset` (y, x; negative crops) on a
     `fill`-coloured `canvas` (height, width).
     """
 
@@ -42,6 +45,7 @@ class View:
     canvas: tuple[int, int]
     square: bool = False
     fill: tuple[int, int, int] = (0, 0, 0)
+    filter: Filter = "bicubic"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from llava_fast import _C
 from llava_fast.errors import ImageError, MissingFileError
 
 if TYPE_CHECKING:
-    from llava_fast.inputs.anyres import View
+    from llava_fast.inputs.anyres import Filter, View
 
 PillowOrder = Literal["12.1", "12", "13"]
 
@@ -30,6 +30,9 @@ def _installed_order() -> PillowOrder:
 
 INSTALLED_PILLOW: PillowOrder = _installed_order()
 """The order of resize passes of the installed Pillow: see `resize`."""
+
+TORCH_MODES = {"nearest": "nearest-exact", "bilinear": "bilinear", "bicubic": "bicubic"}
+"""Filter -> torch's interpolation of the same kind, where torchvision has one for uint8."""
 
 
 def open_image(source: Any, exif: bool = True, alpha: Literal["drop", "white"] = "drop") -> np.ndarray:
@@ -76,10 +79,16 @@ def open_header(source: Any) -> tuple[Image.Image, str]:
 
 
 def resize(
-    image: np.ndarray, size: tuple[int, int], *, pillow: PillowOrder | None = None, threads: int = 0
+    image: np.ndarray,
+    size: tuple[int, int],
+    *,
+    filter: Filter = "bicubic",
+    pillow: PillowOrder | None = None,
+    threads: int = 0,
 ) -> np.ndarray:
-    """Pillow's bicubic resize, to the bit: uint8 [H, W, 3] to uint8 [*size, 3], size as (height, width).
+    """Pillow's resize, to the bit: uint8 [H, W, 3] to uint8 [*size, 3], size as (height, width).
 
+    filter   "nearest", "box", "bilinear", "hamming", "bicubic" or "lanczos": Pillow's of that name.
     pillow   which Pillow's order of passes. "12.1" (and before): the horizontal pass first. "12" (12.2 and 12.3, PR
              9524 of python-pillow): the vertical one if the height shrinks and is over 100 times the width. "13" (PR
              9549): the vertical one if the height loses more than twice as many rows as the width loses columns.
@@ -87,7 +96,7 @@ def resize(
     threads  0 for all the processor's, or what OMP_NUM_THREADS says.
     The instruction set is the best one here, or LLAVA_FAST_SIMD (scalar, avx2, avx512); the pixels are the same.
     """
-    return _C.resize(_pixels(image), *size, pillow or INSTALLED_PILLOW, threads or _all_threads())
+    return _C.resize(_pixels(image), *size, filter, pillow or INSTALLED_PILLOW, threads or _all_threads())
 
 
 def make_tiles(
@@ -104,13 +113,15 @@ def make_tiles(
     """The uint8 tiles of an image: each view (llava_fast.inputs.anyres.View) resized, placed and cut, in turn.
 
     image       uint8 [H, W, 3].
-    resample    "pillow" is Pillow's bicubic to the bit; "torchvision" is what torchvision's v2 resize does with uint8
-                on the CPU (torch's antialiased bicubic), which differs by up to 2 levels. Needs torch, not torchvision.
+    resample    "pillow" is Pillow's resize to the bit; "torchvision" is what torchvision's v2 resize does with uint8
+                on the CPU (torch's own, antialiased), which differs by up to 2 levels and has only the filters of
+                TORCH_MODES. Needs torch, not torchvision.
     pillow, threads  as in `resize`.
     layout      "planar": [tiles, 3, tile_size, tile_size]. "patch_rows": [tiles, (tile_size // patch_size)**2,
                 3 * patch_size**2 rounded up to 16], a row being one patch in (channel, y, x) order and then zeros: an
                 aligned GEMM operand. Pixels beyond the last whole patch are left out, as a convolution does.
-    Raises ValueError for views whose canvas is not a multiple of the tile, or an image of another shape or dtype.
+    Raises ValueError for views whose canvas is not a multiple of the tile, a filter that `resample` does not have, or
+    an image of another shape or dtype.
     """
     if resample not in ("pillow", "torchvision"):
         raise ValueError(f'resample must be "pillow" or "torchvision", not {resample!r}')
@@ -119,12 +130,11 @@ def make_tiles(
     image = _pixels(image)
     options = (tile_size, pillow or INSTALLED_PILLOW, threads or _all_threads(), layout == "patch_rows", patch_size)
     if resample == "pillow":
-        fields = [(view.square, view.size, view.offset, view.canvas, view.fill) for view in views]
-        return _C.make_tiles(image, fields, *options)
+        return _C.make_tiles(image, [_fields(view) for view in views], *options)
     stacks = []
     for view in views:  # resized by torch; the compiled code then only places and cuts
-        resized = _torchvision_resize(_square(image, view.fill) if view.square else image, view.size)
-        stacks.append(_C.make_tiles(resized, [(False, view.size, view.offset, view.canvas, view.fill)], *options))
+        resized = _torchvision_resize(_square(image, view.fill) if view.square else image, view.size, view.filter)
+        stacks.append(_C.make_tiles(resized, [(False, *_fields(view)[1:])], *options))
     return np.concatenate(stacks)
 
 
@@ -170,7 +180,7 @@ def plan_tiles(
 
     patch_size  0 for planar tiles, else that of the layout "patch_rows". Raises ValueError as `make_tiles` does.
     """
-    fields = [[(view.square, view.size, view.offset, view.canvas, view.fill) for view in of_one] for of_one in views]
+    fields = [[_fields(view) for view in of_one] for of_one in views]
     layout = (patch_size > 0, patch_size or 1)
     made = _C.plan_tiles([tuple(size) for size in sizes], fields, tile_size, pillow or INSTALLED_PILLOW, *layout)
     jobs = made["jobs"].view(np.int32)
@@ -178,6 +188,11 @@ def plan_tiles(
     pixel_bytes = sum(3 * height * width for height, width in sizes)
     work = (made["middle_bytes"], made["first_pixels"], made["canvas_pixels"])
     return TilePlan(jobs, made["words"], tile_size, patch_size, made["tiles"], pixel_bytes, *work, taps)
+
+
+def _fields(view: View) -> tuple:
+    """A view as csrc takes it."""
+    return view.square, view.size, view.offset, view.canvas, view.fill, view.filter
 
 
 _AXIS_WIDTHS = [22, 26]  # the places of x.width and y.width among a TileJob's words
@@ -207,11 +222,16 @@ def _square(image: np.ndarray, fill: tuple[int, int, int]) -> np.ndarray:
     return square
 
 
-def _torchvision_resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _torchvision_resize(image: np.ndarray, size: tuple[int, int], filter: Filter) -> np.ndarray:
     import torch
 
+    if filter not in TORCH_MODES:
+        raise ValueError(f"torchvision resizes {', '.join(TORCH_MODES)} only, not {filter}: use resample='pillow'")
+    if tuple(size) == image.shape[:2]:
+        return image
     pixels = torch.tensor(image).permute(2, 0, 1)[None]
-    resized = torch.nn.functional.interpolate(pixels, size=tuple(size), mode="bicubic", antialias=True)
+    antialias = filter != "nearest"
+    resized = torch.nn.functional.interpolate(pixels, tuple(size), mode=TORCH_MODES[filter], antialias=antialias)
     return resized[0].permute(1, 2, 0).contiguous().numpy()
 
 

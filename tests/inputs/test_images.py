@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from PIL import Image
 
 from llava_fast import _C
 from llava_fast.inputs import images
+from llava_fast.inputs.anyres import View
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 LEVELS = _C.simd_levels()
@@ -38,8 +38,8 @@ def reference_resize(image, height, width, pillow):
     return pil_resize(pil_resize(image, image.shape[0], width), height, width)
 
 
-def view(size, offset=(0, 0), canvas=None, square=False, fill=(0, 0, 0)):
-    return SimpleNamespace(size=size, offset=offset, canvas=canvas or size, square=square, fill=fill)
+def view(size, offset=(0, 0), canvas=None, square=False, fill=(0, 0, 0), filter="bicubic"):
+    return View(size, offset, canvas or size, square, fill, filter)
 
 
 def reference_tiles(image, views, tile):
@@ -258,7 +258,7 @@ def test_cuda_threads_on_the_host_make_the_same_tiles(pillow, patch):
     batch = [noise(*size) for size in ((77, 131), (131, 77), (60, 60), (230, 2), (3, 400))]
     views = [[v for name in list(VIEWS)[i % 4 :: 2] for v in VIEWS[name]] for i in range(len(batch))]
     layout = (False, 1) if patch is None else (True, patch)
-    fields = [[(v.square, v.size, v.offset, v.canvas, v.fill) for v in per_image] for per_image in views]
+    fields = [[images._fields(v) for v in per_image] for per_image in views]
     plan = _C.plan_tiles([image.shape[:2] for image in batch], fields, 60, pillow, *layout)
     pixels = np.concatenate([image.ravel() for image in batch])
     tiles = _C.run_tile_plan(plan, pixels, 60, *layout)

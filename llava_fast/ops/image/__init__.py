@@ -39,7 +39,7 @@ class TilePlan(NamedTuple):
 
 
 def image_tiles(pixels: Tensor, plan: TilePlan) -> Tensor:
-    """The uint8 tiles of a batch of images: each view resized as Pillow's bicubic, to the bit, placed and cut.
+    """The uint8 tiles of a batch of images: each view resized as by Pillow, to the bit, placed and cut.
 
     pixels   uint8 [bytes]: the images of the plan, [H, W, 3] each, one after another.
     Returns [tiles, 3, tile, tile], or [tiles, (tile // patch)**2, 3 * patch**2 rounded up to 16] if `plan.patch`: what
