@@ -5,28 +5,89 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from llava_fast.errors import (
+    BackendError,
+    CheckpointError,
+    DataError,
+    ImageError,
+    LlavaFastError,
+    MissingFileError,
+    PixelError,
+    PlanError,
+    RecipeError,
+    RequestError,
+    TrainingError,
+    UnsupportedModelError,
+)
+from llava_fast.version import __version__
 
 if TYPE_CHECKING:
+    from llava_fast import ops
     from llava_fast.api import count_tokens, load
+    from llava_fast.checkpoints.assemble import Assembly
     from llava_fast.checkpoints.save import save
+    from llava_fast.generation.chat import Chat
+    from llava_fast.generation.engine import Generation, Usage
+    from llava_fast.generation.llava import Llava
+    from llava_fast.generation.sampling import Sampling
+    from llava_fast.inputs.processor import Processor
     from llava_fast.integrations.transformers import accelerate, restore
 
-_HOMES = {
-    "load": "llava_fast.api",
-    "count_tokens": "llava_fast.api",
-    "save": "llava_fast.checkpoints.save",
-    "accelerate": "llava_fast.integrations.transformers",
-    "restore": "llava_fast.integrations.transformers",
+_MODULES = {
+    "Assembly": "checkpoints.assemble",
+    "Chat": "generation.chat",
+    "Generation": "generation.engine",
+    "Llava": "generation.llava",
+    "Processor": "inputs.processor",
+    "Sampling": "generation.sampling",
+    "Usage": "generation.engine",
+    "accelerate": "integrations.transformers",
+    "count_tokens": "api",
+    "load": "api",
+    "restore": "integrations.transformers",
+    "save": "checkpoints.save",
 }
+"""Public name -> the module that defines it, imported when the name is first used: torch takes seconds."""
 
-__all__ = ["__version__", "accelerate", "count_tokens", "load", "restore", "save"]
+__all__ = [
+    "Assembly",
+    "BackendError",
+    "Chat",
+    "CheckpointError",
+    "DataError",
+    "Generation",
+    "ImageError",
+    "Llava",
+    "LlavaFastError",
+    "MissingFileError",
+    "PixelError",
+    "PlanError",
+    "Processor",
+    "RecipeError",
+    "RequestError",
+    "Sampling",
+    "TrainingError",
+    "UnsupportedModelError",
+    "Usage",
+    "__version__",
+    "accelerate",
+    "count_tokens",
+    "load",
+    "ops",
+    "restore",
+    "save",
+]
 
 
 def __getattr__(name: str):
-    """Import the parts that need torch only when they are used, so that `import llava_fast` is quick."""
     if name == "ops":
         return importlib.import_module("llava_fast.ops")
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'llava_fast' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    found = getattr(importlib.import_module(f"llava_fast.{_MODULES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

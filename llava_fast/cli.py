@@ -237,10 +237,10 @@ def convert(
 
     llava-fast convert liuhaotian/llava-v1.5-7b ./llava-1.5-7b-hf --layout hf
     """
-    import llava_fast
+    from llava_fast.checkpoints.save import save
 
     llava = _load(model, "cpu", dtype or "auto", None, model_base)
-    llava_fast.save(llava, output, layout=layout)
+    save(llava, output, layout=layout)
     typer.echo(f"wrote {output} in the {layout} layout")
 
 
@@ -265,13 +265,13 @@ def merge_lora(
 
     A training with `lora` has already written its merged model, in the output's model/.
     """
-    import llava_fast
     from llava_fast.checkpoints.adapters import check_adapter
+    from llava_fast.checkpoints.save import save
 
     check_adapter(adapter)
     llava = _load(adapter, "cpu", dtype or "auto", chat_template, model_base)
     layout = layout or llava.config.layout
-    llava_fast.save(llava, output, layout=layout)
+    save(llava, output, layout=layout)
     typer.echo(f"wrote {output} in the {layout} layout")
 
 
@@ -317,9 +317,9 @@ def main() -> None:
 
 
 def _load(model: str, device: str | None, dtype: str | None, chat_template: str | None, model_base: str | None) -> Any:
-    import llava_fast
+    from llava_fast.api import load
 
-    return llava_fast.load(model, device=device, dtype=dtype, chat_template=chat_template, model_base=model_base)
+    return load(model, device=device, dtype=dtype, chat_template=chat_template, model_base=model_base)
 
 
 def _request(prompt: str, images: list[str], video: Path | None, raw: bool, system: str | None) -> dict:

@@ -9,9 +9,9 @@ import platform
 
 import torch
 
-import llava_fast
-from llava_fast import _C
+import llava_fast._C as _C
 from llava_fast.ops import backend, triton_support  # importing the package registers every op
+from llava_fast.version import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "pillow", "numpy", "xformers", "av")
 
@@ -22,7 +22,7 @@ def report(model: str | None = None) -> str:
     from llava_fast.integrations import report as accelerated  # imported late: transformers takes seconds
 
     replaced = accelerated.families() if model is None else accelerated.of_path(model)
-    lines = [f"llava_fast {llava_fast.__version__} on Python {platform.python_version()}, {platform.platform()}"]
+    lines = [f"llava_fast {__version__} on Python {platform.python_version()}, {platform.platform()}"]
     lines += [f"  {name:<13} {_version(name)}" for name in PACKAGES]
     lines += ["", "devices", f"  CPU: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"]
     if torch.cuda.is_available():

@@ -35,5 +35,21 @@ class RecipeError(LlavaFastError):
     """A training recipe that cannot be run: an unknown field, a bad value, parts that do not go together."""
 
 
+class BackendError(LlavaFastError):
+    """A backend that was asked for by name and cannot serve this op or this call."""
+
+
+class UnsupportedModelError(LlavaFastError):
+    """A model that `accelerate` does not serve."""
+
+
+class PixelError(LlavaFastError):
+    """uint8 pixels that an accelerated model cannot take."""
+
+
+class PlanError(LlavaFastError):
+    """A collator's plan (`llava_plan_*`) that does not belong to the batch it came with."""
+
+
 class TrainingError(LlavaFastError):
     """A training run that must stop: its loss is not finite or has jumped, or its checkpoint does not fit it."""

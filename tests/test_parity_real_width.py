@@ -16,7 +16,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from llava_fast.checkpoints.config import read_hf_config
 from llava_fast.checkpoints.names import from_stored
 from llava_fast.generation.engine import Sequence, steps
-from llava_fast.generation.sampling import Sampler, SamplingOptions
+from llava_fast.generation.sampling import Sampler, Sampling
 from llava_fast.generation.text import TextDecoder
 from llava_fast.inputs.anyres import image_rows, image_views
 from llava_fast.inputs.images import make_tiles
@@ -109,7 +109,7 @@ def test_forward_backward_and_decoding(reference, model):
 
     answer, logits = reference_greedy(reference, inputs, tokens=4)
     words = tiny.tokenizer()
-    sequence = Sequence(Sampler(SamplingOptions(), None, []), TextDecoder(words), frozenset(), 4)
+    sequence = Sequence(Sampler(Sampling(), None, []), TextDecoder(words), frozenset(), 4)
     with torch.inference_mode():
         for _ in steps(model, batch, [sequence], model.decoder.new_cache(1, batch.plan.rows + 4)):
             pass

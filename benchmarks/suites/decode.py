@@ -18,6 +18,7 @@ from benchmarks.floors import decode_floor
 from benchmarks.inputs import PROMPT, ROTATED, inference, photographs
 from benchmarks.subject import Subject
 from llava_fast.generation import engine
+from llava_fast.generation.sampling import Sampling
 from llava_fast.inputs.plan import TextPiece, sequence_length
 from llava_fast.models.batch import Batch
 
@@ -49,7 +50,7 @@ def _ours(subject: Subject, settings: Settings, context: int) -> Provider:
     cache = model.decoder.new_cache(count, context + steps + 1)
     for layer, slot, key, value in _cached(subject, count, context):
         cache.append(layer, slot, 0, key, value)
-    options = engine.GenerationOptions.of(max_new_tokens=steps, ignore_eos=True)
+    options = Sampling(max_new_tokens=steps, ignore_eos=True)
     batches = []
     for number in range(ROTATED):
         pieces = [[TextPiece([token])] for token in _first_tokens(count, number)]

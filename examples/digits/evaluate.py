@@ -23,6 +23,7 @@ from tqdm import tqdm
 import llava_fast
 from llava_fast.demo import KINDS, PHRASINGS, Canvas, answer, compose, split_scans
 from llava_fast.generation import engine
+from llava_fast.generation.sampling import Sampling
 from llava_fast.inputs import anyres
 
 BATCH = 50
@@ -117,7 +118,7 @@ def answers(
     if tiles:
         counts = [anyres.image_rows(model.config.geometry, *i.shape[:2]).tiles for i in images]
         batch = dataclasses.replace(batch, tiles=torch.cat([tiles(part, rng) for part in batch.tiles.split(counts)]))
-    options = engine.GenerationOptions.of(max_new_tokens=8)
+    options = Sampling(max_new_tokens=8)
     sequences = [engine.new_sequence(model, options, [], 8, None) for _ in canvases]
     cache = model.decoder.new_cache(len(canvases), max(batch.plan.lengths) + 8)
     for _ in engine.steps(model, batch, sequences, cache):

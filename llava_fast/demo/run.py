@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-import llava_fast
+from llava_fast.api import count_tokens, load
 from llava_fast.demo import canvas, questions
 from llava_fast.errors import CheckpointError
 from llava_fast.inputs.images import open_image
@@ -37,7 +37,7 @@ def run_demo(image: Path | None, question: str, seed: int, output: Path, compare
     is composed from `seed`, saved to `output`, and asked one question of each kind."""
     console = Console()
     path = model_path()
-    model = llava_fast.load(path, device="cpu")
+    model = load(path, device="cpu")
     if image is not None:
         pixels = open_image(image)
         asked = [(question, None)]
@@ -51,7 +51,7 @@ def run_demo(image: Path | None, question: str, seed: int, output: Path, compare
     if console.is_terminal:
         console.print(_in_blocks(pixels, min(console.width, 72)))
     height, width = pixels.shape[:2]
-    console.print(f"{width}x{height} pixels: {llava_fast.count_tokens(model, height, width)} visual tokens\n")
+    console.print(f"{width}x{height} pixels: {count_tokens(model, height, width)} visual tokens\n")
 
     answers = model.generate([_request(text, pixels) for text, _ in asked], max_new_tokens=32)
     for (text, expected), answer in zip(asked, answers, strict=True):

@@ -8,7 +8,8 @@ import torch
 
 from llava_fast.errors import RequestError
 from llava_fast.generation import engine
-from llava_fast.generation.engine import Generation, GenerationOptions, Usage
+from llava_fast.generation.engine import Generation, Usage
+from llava_fast.generation.sampling import Sampling
 from llava_fast.inputs.processor import VisualMark
 from llava_fast.models.batch import Batch
 from llava_fast.models.kv_cache import KVCache
@@ -33,13 +34,15 @@ class Chat:
         self._cached: list[Any] = []  # one entry a cached row: a token id, or (number of the mark, visual mark)
 
     @torch.inference_mode()
-    def send(self, text: str, images: list[Any] | tuple = (), **options: Any) -> Generation:
+    def send(
+        self, text: str, images: list[Any] | tuple = (), sampling: Sampling | None = None, **options: Any
+    ) -> Generation:
         """One turn: the images (each as for a request), then the text; returns the answer.
 
-        Options as for `generate`. If anything fails, the conversation is as it was before.
+        `sampling` and options as for `generate`. If anything fails, the conversation is as it was before.
         Raises RequestError when the conversation outgrows the context, ImageError for a bad image.
         """
-        chosen = GenerationOptions.of(**options)
+        chosen = Sampling.of(sampling, **options)
         if not isinstance(images, (list, tuple)):
             raise RequestError(f"images must be a list, even of one image, got {type(images).__name__}")
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from llava_fast.errors import RequestError
-from llava_fast.generation.sampling import Sampler, SamplingOptions
+from llava_fast.generation.sampling import Sampler, Sampling
 from llava_fast.generation.text import TextDecoder
 from llava_fast.inputs.plan import MODALITY_TEXT, TEXT
 from llava_fast.models.attention import Spans
@@ -109,55 +107,16 @@ def decode_step(model: LlavaModel, tokens: list[int], cache: KVCache) -> Tensor:
     return decoder.logits(hidden)
 
 
-_GREEDY = SamplingOptions()
-
-
 def _choose(logits: Tensor, running: list[Sequence]) -> list[int]:
     """The next token of each running sequence, by one transfer from the device for all."""
-    if all(s.sampler.options == _GREEDY for s in running):
+    if all(s.sampler.options.is_greedy for s in running):
         return logits.argmax(-1).tolist()
     return [sequence.sampler(row) for sequence, row in zip(running, logits.cpu(), strict=True)]
 
 
-@dataclass(frozen=True)
-class GenerationOptions:
-    """How to generate; `Llava.generate` says what each means. Raises RequestError for a value out of range."""
-
-    max_new_tokens: int = 128
-    sampling: SamplingOptions = SamplingOptions()
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.max_new_tokens, Integral) or self.max_new_tokens < 0:
-            raise RequestError(f"max_new_tokens must be a whole number, 0 or more, got {self.max_new_tokens!r}")
-        if not all(isinstance(s, str) for s in self.stop):
-            raise RequestError(f"stop must be a string or several, got {self.stop!r}")
-        if self.seed is not None and not (isinstance(self.seed, Integral) and 0 <= self.seed < 2**63):
-            raise RequestError(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed!r}")
-
-    @classmethod
-    def of(
-        cls,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        repetition_penalty: float = 1.0,
-        stop: str | Iterable[str] | None = None,
-        seed: int | None = None,
-        ignore_eos: bool = False,
-    ) -> GenerationOptions:
-        """From the keyword arguments of `generate`."""
-        stops = tuple(stop or ()) if isinstance(stop, (list, tuple, set, type(None))) else (stop,)
-        sampling = SamplingOptions(temperature, top_p, top_k, repetition_penalty)
-        return cls(max_new_tokens, sampling, stops, seed, ignore_eos)
-
-
 def new_sequence(
     model: LlavaModel,
-    options: GenerationOptions,
+    sampling: Sampling,
     prompt_ids: list[int],
     room: int,
     seed: int | None,
@@ -165,16 +124,16 @@ def new_sequence(
 ) -> Sequence:
     """A sequence ready to run: `room` more rows fit its slot and `prompt_ids` count for the repetition penalty. With
     `pieces`, each step returns the text that it made certain; without, a caller gets all text at the end."""
-    stop, end_ids = options.stop, frozenset()
-    if not options.ignore_eos:
+    stop, end_ids = sampling.stop, frozenset()
+    if not sampling.ignore_eos:
         stop, end_ids = stop + model.processor.template.stop, frozenset(model.config.eos_token_ids)
     # Special tokens leave no text behind, so a stop string that is one is met as a token.
     special = {s: token for s in stop if (token := _special_id(model.tokenizer, s)) is not None}
     return Sequence(
-        Sampler(options.sampling, seed, prompt_ids),
+        Sampler(sampling, seed, prompt_ids),
         TextDecoder(model.tokenizer, tuple(s for s in stop if s not in special), pieces),
         end_ids | set(special.values()),
-        max(0, min(options.max_new_tokens, room)),
+        max(0, min(sampling.max_new_tokens, room)),
     )
 
 

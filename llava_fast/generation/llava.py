@@ -10,7 +10,8 @@ import torch
 from llava_fast.errors import RequestError
 from llava_fast.generation import engine
 from llava_fast.generation.chat import Chat
-from llava_fast.generation.engine import Generation, GenerationOptions, Usage
+from llava_fast.generation.engine import Generation, Usage
+from llava_fast.generation.sampling import Sampling
 from llava_fast.models.llava import LlavaModel
 
 
@@ -19,33 +20,17 @@ class Llava(LlavaModel):
 
     @torch.inference_mode()
     def generate(
-        self,
-        requests: Sequence[dict] | dict,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        repetition_penalty: float = 1.0,
-        stop: str | Sequence[str] | None = None,
-        seed: int | None = None,
-        ignore_eos: bool = False,
+        self, requests: Sequence[dict] | dict, sampling: Sampling | None = None, **options: Any
     ) -> list[Generation]:
         """Answer a batch of requests; each gets what it would get alone.
 
-        requests           dicts {"prompt" | "messages", "images", "video", "seed"}; see inputs.processor.
-        max_new_tokens     the most tokens an answer may have (default 128; the context may end it earlier).
-        temperature        0 (default) takes the likeliest token; above 0 draws.
-        top_p, top_k       keep the likeliest tokens of total probability top_p, or the top_k likeliest (0: off).
-        repetition_penalty above 1 makes tokens of the prompt and the answer less likely again.
-        stop               a string or several that end the answer; they are not part of it.
-        seed               makes draws repeatable; a request's own "seed" wins. Request i draws from seed + i.
-        ignore_eos         go on past end tokens (for benchmarks).
+        requests  dicts {"prompt" | "messages", "images", "video", "seed"}; see inputs.processor.
+        sampling  how to generate (see Sampling); default: greedy, at most 128 tokens.
+        options   fields of Sampling by keyword, in place of the ones in `sampling`.
 
         Raises RequestError or ImageError naming the request.
         """
-        chosen = GenerationOptions.of(
-            max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed, ignore_eos
-        )
+        chosen = Sampling.of(sampling, **options)
         requests = [requests] if isinstance(requests, dict) else list(requests)
         if not requests:
             return []
@@ -57,11 +42,11 @@ class Llava(LlavaModel):
             for number, s in enumerate(sequences)
         ]
 
-    def stream(self, request: dict, **options: Any) -> Iterator[str]:
+    def stream(self, request: dict, sampling: Sampling | None = None, **options: Any) -> Iterator[str]:
         """Text pieces of one answer as they become certain: never half a character, never part of a stop string.
-        Their concatenation is what `generate` returns. Options and errors as for `generate`, raised at once."""
+        Their concatenation is what `generate` returns. Arguments and errors as for `generate`, raised at once."""
         with torch.inference_mode():
-            started = self._start([request], GenerationOptions.of(**options), pieces=True)
+            started = self._start([request], Sampling.of(sampling, **options), pieces=True)
         return self._pieces(engine.steps(self, *started))
 
     @staticmethod
@@ -80,23 +65,23 @@ class Llava(LlavaModel):
         """A conversation on one cache: an image is encoded once, however many questions follow."""
         return Chat(self, system)
 
-    def _start(self, requests: list[dict], options: GenerationOptions, pieces: bool = False):
+    def _start(self, requests: list[dict], sampling: Sampling, pieces: bool = False):
         """Prepared batch, sequences and a cache that holds prompt and answer of each. `pieces`: as for TextDecoder."""
         batch = self.prepare(requests)
         limit = self.config.decoder.context_length
-        capacity = min(max(batch.plan.lengths) + options.max_new_tokens, limit)
+        capacity = min(max(batch.plan.lengths) + sampling.max_new_tokens, limit)
         sequences = []
         for number, (request, length) in enumerate(zip(requests, batch.plan.lengths, strict=True)):
             seed = request.get("seed")
-            if seed is None and options.seed is not None:
-                seed = options.seed + number
+            if seed is None and sampling.seed is not None:
+                seed = sampling.seed + number
             room = limit - length
-            if room <= 0 and options.max_new_tokens:
+            if room <= 0 and sampling.max_new_tokens:
                 name = request.get("id", number)
                 raise RequestError(f"request {name} fills the context of {limit} tokens: no room for an answer")
-            penalised = options.sampling.repetition_penalty != 1.0
+            penalised = sampling.repetition_penalty != 1.0
             ids = engine.prompt_ids(batch, number, self.config.image_token_id) if penalised else []
-            sequences.append(engine.new_sequence(self, options, ids, room, seed, pieces))
+            sequences.append(engine.new_sequence(self, sampling, ids, room, seed, pieces))
         return batch, sequences, self.decoder.new_cache(len(requests), capacity)
 
     @staticmethod

@@ -6,9 +6,11 @@ Sources: Holtzman et al. 2020 (top-p); Fan et al. 2018 (top-k); Keskar et al. 20
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from math import inf
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,16 +18,33 @@ from torch import Tensor
 from llava_fast.errors import RequestError
 
 
-@dataclass(frozen=True)
-class SamplingOptions:
-    """temperature 0 is greedy; top_p 1 and top_k 0 are off; repetition_penalty 1 is off."""
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How an answer is generated; every field may also be given to generate, stream and send as a keyword.
 
+    max_new_tokens     the most tokens an answer may have (default 128; the context may end it earlier).
+    temperature        0 (default) takes the likeliest token; above 0 draws.
+    top_p, top_k       keep the likeliest tokens of total probability top_p, or the top_k likeliest (1 and 0: off).
+    repetition_penalty above 1 makes tokens of the prompt and the answer less likely again (1: off).
+    stop               a string or several that end the answer; they are not part of it.
+    seed               makes draws repeatable; a request's own "seed" wins. Request i of a batch draws from seed + i.
+    ignore_eos         go on past end tokens (for benchmarks).
+
+    Raises RequestError for a value out of range.
+    """
+
+    max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
+    stop: str | Sequence[str] | None = ()
+    seed: int | None = None
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.max_new_tokens, Integral) or self.max_new_tokens < 0:
+            raise RequestError(f"max_new_tokens must be a whole number, 0 or more, got {self.max_new_tokens!r}")
         if not (isinstance(self.temperature, Real) and 0 <= self.temperature < inf):
             raise RequestError(f"temperature must be 0 (greedy) or more, got {self.temperature!r}")
         if not (isinstance(self.top_p, Real) and 0 < self.top_p <= 1):
@@ -34,13 +53,36 @@ class SamplingOptions:
             raise RequestError(f"top_k must be 0 (off) or a positive whole number, got {self.top_k!r}")
         if not (isinstance(self.repetition_penalty, Real) and 0 < self.repetition_penalty < inf):
             raise RequestError(f"repetition_penalty must be above 0 (1 is off), got {self.repetition_penalty!r}")
+        if self.seed is not None and not (isinstance(self.seed, Integral) and 0 <= self.seed < 2**63):
+            raise RequestError(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed!r}")
+        several = isinstance(self.stop, (list, tuple, set, frozenset, type(None)))
+        stop = tuple(self.stop or ()) if several else (self.stop,)
+        if not all(isinstance(s, str) for s in stop):
+            raise RequestError(f"stop must be a string or several, got {self.stop!r}")
+        object.__setattr__(self, "stop", stop)
+
+    @classmethod
+    def of(cls, sampling: Sampling | None, **changes: Any) -> Sampling:
+        """`sampling` (default: all defaults) with some fields replaced. Raises RequestError, also for a field that
+        does not exist."""
+        if not isinstance(sampling, (cls, type(None))):
+            raise RequestError(f"sampling must be a llava_fast.Sampling, got {sampling!r}: give options by keyword")
+        names = [field.name for field in fields(cls)]
+        if unknown := [name for name in changes if name not in names]:
+            raise RequestError(f"unknown option {unknown[0]!r}: the options are {', '.join(names)}")
+        return replace(sampling or cls(), **changes)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the next token is the argmax of the logits as they are."""
+        return self.temperature == 0 and self.repetition_penalty == 1
 
 
 class Sampler:
     """Draws tokens for one sequence. Each has its own generator, seeded by the request, so that a draw does not
     depend on the sequence's place in the batch or on its neighbours."""
 
-    def __init__(self, options: SamplingOptions, seed: int | None, seen: list[int]) -> None:
+    def __init__(self, options: Sampling, seed: int | None, seen: list[int]) -> None:
         self.options = options
         self.generator = torch.Generator()
         if seed is None:
@@ -73,7 +115,7 @@ def penalise(logits: Tensor, seen: set[int], penalty: float) -> Tensor:
     return logits.index_copy(0, index, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
 
 
-def filtered_probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
+def filtered_probabilities(logits: Tensor, options: Sampling) -> Tensor:
     """float32 probabilities [vocabulary] after temperature, top-k and top-p; at least one token survives."""
     logits = (logits - logits.max()) / options.temperature  # from the top, so that no small temperature overflows
     if options.top_k:

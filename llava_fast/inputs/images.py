@@ -14,7 +14,7 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps
 
-from llava_fast import _C
+import llava_fast._C as _C
 from llava_fast.errors import ImageError, MissingFileError
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from lmms_eval.api.registry import register_model
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import llava_fast
+from llava_fast.api import load
 from llava_fast.errors import RequestError
 
 logger = logging.getLogger("llava_fast.integrations")
@@ -67,7 +67,7 @@ class LlavaFast(lmms):
             raise RequestError(f"batch_size is a whole number above 0, not {batch_size!r}")
         self.batch_size = int(batch_size)
         settings = {"chat_template": chat_template, "video_frames": video_frames}
-        self.model = llava_fast.load(pretrained, device=device, dtype=dtype, **settings)
+        self.model = load(pretrained, device=device, dtype=dtype, **settings)
 
     @property
     def device(self) -> torch.device:

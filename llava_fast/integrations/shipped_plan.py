@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_fast.errors import ImageError, LlavaFastError
+from llava_fast.errors import ImageError, PlanError
 from llava_fast.inputs.anyres import video_rows
 from llava_fast.inputs.plan import Mix
 from llava_fast.integrations import placement
@@ -30,10 +30,6 @@ tile among the tiles of pixel_values, those that fill up counted, and frame [fra
 are the tap table of rows that are made of others (mix_weight holds the bits of float32; see inputs.plan.Mix), the last
 two only with labels; supervised_row, supervised_target [rows with a label] are the rows whose next token carries a
 label, and it. What a batch does not have is empty."""
-
-
-class PlanError(LlavaFastError):
-    """A plan that does not belong to the batch it came with."""
 
 
 def make(

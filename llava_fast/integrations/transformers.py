@@ -27,7 +27,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from llava_fast.errors import ImageError, LlavaFastError
+from llava_fast.errors import ImageError, UnsupportedModelError
 from llava_fast.integrations import hf_decoder, hf_inputs, sharded, shipped_plan, uint8_pixels
 from llava_fast.integrations.placement import Integers, read_integers, supervised_rows, to_device
 from llava_fast.integrations.replacement import (
@@ -57,10 +57,6 @@ SKIPS_LOGITS = "_llava_fast_skips_training_logits"
 INTEGERS = "llava_fast_integers"
 _encoding: contextvars.ContextVar[dict | None] = contextvars.ContextVar("llava_fast_encoding", default=None)
 """While generate encodes images and videos: what their pixels, by name, still need (see uint8_pixels.take)."""
-
-
-class UnsupportedModelError(LlavaFastError):
-    """A model that `accelerate` does not know."""
 
 
 def accelerate(model: nn.Module, processor=None, *, training_logits: bool = True) -> nn.Module:

@@ -16,15 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llava_fast.errors import LlavaFastError
+from llava_fast.errors import PixelError
 
 NAMES = {"pixel_values_uint8": "pixel_values", "pixel_values_videos_uint8": "pixel_values_videos"}
 """uint8 name -> the name of the normalised pixels it stands for."""
 SETTING = "_llava_fast_normalisations"
-
-
-class PixelError(LlavaFastError):
-    """uint8 pixels that this model cannot take."""
 
 
 class Normalisation(NamedTuple):

@@ -13,17 +13,13 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from llava_fast.errors import LlavaFastError
+from llava_fast.errors import BackendError
 
 BACKENDS = ("auto", "triton", "native", "reference")
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("llava_fast_backend", default=None)
 _open: dict[object, str] = {}  # the choices of all blocks that are open, in any thread
 _served: dict[str, dict[str, str]] = {}
 _proven: dict[tuple[str, str], str] = {}
-
-
-class BackendError(LlavaFastError):
-    """The chosen backend cannot serve this call."""
 
 
 def register(op: str, backend: str, devices: str, proven_on: tuple[str, ...] = ()) -> None:

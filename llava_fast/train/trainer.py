@@ -36,9 +36,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-import llava_fast
+from llava_fast.api import load
 from llava_fast.checkpoints.adapters import save_projector
-from llava_fast.checkpoints.save import NOTE_FILE
+from llava_fast.checkpoints.save import NOTE_FILE, save
 from llava_fast.errors import RecipeError, TrainingError
 from llava_fast.generation.llava import Llava
 from llava_fast.inputs.processor import Prepared, Processor
@@ -98,7 +98,7 @@ def check_output(path: Path) -> None:
 def load_model(recipe: Recipe, world: World) -> Llava:
     """The recipe's model on this process's device: what is trained in float32, the rest in the precision asked for. One
     that is to be sharded stays on the host as its checkpoint holds it, so that no device ever holds all of it."""
-    model = llava_fast.load(recipe.model, device="cpu", dtype="auto", chat_template=recipe.data.template)
+    model = load(recipe.model, device="cpu", dtype="auto", chat_template=recipe.data.template)
     freeze(model, recipe)
     if recipe.lora is not None:
         add_adapters(model, recipe)
@@ -373,7 +373,7 @@ class Trainer:
                 note_file = self.bare.side_files.get(NOTE_FILE)
                 save_projector(self.recipe.output / "projector", alone, self.bare.config, note_file)
             tensors = {name: tensor.to(dtype) for name, tensor in whole.items()}
-            llava_fast.save(self.bare, path, layout=self.recipe.layout, overwrite=True, tensors=tensors)
+            save(self.bare, path, layout=self.recipe.layout, overwrite=True, tensors=tensors)
         self.world.together()
         return path
 

@@ -10,7 +10,7 @@ from parity import assert_same_answer, forget_rope, reference_greedy
 from llava_fast.errors import RequestError
 from llava_fast.generation import engine
 from llava_fast.generation.engine import Sequence
-from llava_fast.generation.sampling import Sampler, SamplingOptions
+from llava_fast.generation.sampling import Sampler, Sampling
 from llava_fast.generation.text import TextDecoder
 
 REQUESTS = [
@@ -238,7 +238,7 @@ def test_a_huge_budget_costs_no_more_than_the_context():
 
 def test_the_sequence_object_counts_an_end_at_the_limit_as_an_end():
     words = tiny.tokenizer()
-    sequence = Sequence(Sampler(SamplingOptions(), None, []), TextDecoder(words), frozenset({2}), 2)
+    sequence = Sequence(Sampler(Sampling(), None, []), TextDecoder(words), frozenset({2}), 2)
     letter = words.convert_tokens_to_ids("h")
     assert sequence.push(letter) == "h" and sequence.finish_reason is None
     assert sequence.push(2) == "" and sequence.finish_reason == "stop" and sequence.token_ids == [letter, 2]

@@ -9,7 +9,7 @@ import torch
 from transformers.generation import logits_process as theirs
 
 from llava_fast.errors import ImageError, RequestError
-from llava_fast.generation.sampling import SamplingOptions, filtered_probabilities, penalise
+from llava_fast.generation.sampling import Sampling, filtered_probabilities, penalise
 
 SIZES = [(60, 90), (112, 112), (30, 200), (200, 31)]
 
@@ -84,7 +84,7 @@ def test_filters_are_transformers(top_k, top_p, temperature):
         expected = theirs.TopKLogitsWarper(top_k)(None, expected)
     if top_p < 1:
         expected = theirs.TopPLogitsWarper(top_p)(None, expected)
-    options = SamplingOptions(temperature, top_p, top_k)
+    options = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
     ours = torch.stack([filtered_probabilities(row, options) for row in logits])
     torch.testing.assert_close(ours, expected.softmax(-1), rtol=1e-5, atol=1e-8)
 

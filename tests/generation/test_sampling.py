@@ -9,11 +9,10 @@ from parity import assert_same_answer, forget_rope
 from transformers.generation import logits_process as theirs
 
 from llava_fast.errors import RequestError
-from llava_fast.generation.engine import GenerationOptions
-from llava_fast.generation.sampling import Sampler, SamplingOptions, filtered_probabilities, penalise
+from llava_fast.generation.sampling import Sampler, Sampling, filtered_probabilities, penalise
 
 
-def reference(logits, options: SamplingOptions, seen=()):
+def reference(logits, options: Sampling, seen=()):
     """transformers' probabilities, its processors in its own order."""
     scores, ids = logits[None], torch.tensor([list(seen)])
     if options.repetition_penalty != 1:
@@ -35,7 +34,7 @@ def test_probabilities_are_transformers(spread):
         generator = torch.Generator().manual_seed(number)
         logits = torch.randn(200, generator=generator) * spread
         seen = torch.randint(0, 200, (40,), generator=generator).tolist()
-        options = SamplingOptions(temperature, top_p, top_k, penalty)
+        options = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=penalty)
         expected = reference(logits, options, seen)
         ours = filtered_probabilities(penalise(logits, set(seen), penalty) if penalty != 1 else logits, options)
         torch.testing.assert_close(ours, expected, rtol=2e-5, atol=1e-7)
@@ -45,13 +44,13 @@ def test_probabilities_are_transformers(spread):
 def test_ties_at_the_edge_are_kept_or_dropped_as_in_transformers():
     logits = torch.tensor([1.0, 2.0, 2.0, 2.0, 0.0, -5.0])
     for top_k in (1, 2, 3):
-        options = SamplingOptions(1.0, 1.0, top_k)
+        options = Sampling(temperature=1.0, top_k=top_k)
         assert torch.equal(filtered_probabilities(logits, options) > 0, reference(logits, options) > 0)
 
 
 def test_draws_follow_the_probabilities():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 2.5, -20.0])
-    options = SamplingOptions(0.8, 0.97)
+    options = Sampling(temperature=0.8, top_p=0.97)
     expected = filtered_probabilities(logits, options)
     sampler = Sampler(options, 0, [])
     counts = torch.bincount(torch.tensor([sampler(logits) for _ in range(4000)]), minlength=6)
@@ -63,11 +62,11 @@ def test_draws_follow_the_probabilities():
 def test_the_smallest_temperature_is_greedy_and_overflows_nowhere():
     logits = torch.randn(100) * 20
     for temperature in (1e-6, 1e-30):
-        assert Sampler(SamplingOptions(temperature), 1, [])(logits) == logits.argmax()
+        assert Sampler(Sampling(temperature=temperature), 1, [])(logits) == logits.argmax()
 
 
 def test_a_penalty_also_counts_what_was_just_drawn():
-    sampler = Sampler(SamplingOptions(repetition_penalty=10.0), None, [3, -200, 999])
+    sampler = Sampler(Sampling(repetition_penalty=10.0), None, [3, -200, 999])
     logits = torch.tensor([3.0, 2.0, 1.0, 5.0])
     assert [sampler(logits) for _ in range(3)] == [0, 1, 2]
 
@@ -166,4 +165,4 @@ def test_one_seed_for_all_is_repeatable_and_differs_between_requests():
 )
 def test_every_option_is_checked(options):
     with pytest.raises(RequestError, match=f"^{next(iter(options))} must be"):
-        GenerationOptions.of(**options)
+        Sampling(**options)

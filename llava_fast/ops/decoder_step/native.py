@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llava_fast import _C
+import llava_fast._C as _C
 from llava_fast.ops.decoder_step.weights import DecoderWeights
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_fast import _C
+import llava_fast._C as _C
 from llava_fast.ops.image.reference import tiles_shape
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava_fast import _C
+import llava_fast._C as _C
 
 CPU_SUMS = (torch.float32, torch.float64)
 CUDA_SUMS = (torch.float32, torch.float16, torch.bfloat16)

@@ -21,11 +21,11 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import llava_fast
 from llava_fast.errors import DataError, ImageError, MissingFileError, RequestError
 from llava_fast.inputs import headers, images, videos
 from llava_fast.inputs.processor import Processor
 from llava_fast.train.data.samples import SampleTable
+from llava_fast.version import __version__
 
 LabelMask = Literal["answers", "original"]
 _CHUNK = 32  # samples that a worker does at once
@@ -219,7 +219,7 @@ def _lengths(rows: np.ndarray, problems: dict[int, str], kinds: dict[int, str]) 
 
 def _key(table: SampleTable, processor: Processor | None, labels: LabelMask) -> str:
     """A hash of all that lengths depend on, but for the sizes of the images."""
-    settings: list[Any] = [llava_fast.__version__, table.fingerprint(), labels]
+    settings: list[Any] = [__version__, table.fingerprint(), labels]
     if processor is not None:
         settings += [repr(getattr(processor, name)) for name in _PLAIN_SETTINGS]
         tokenizer = processor.tokenizer
