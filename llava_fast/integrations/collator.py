@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import get_worker_info
 
 from llava_fast.errors import LlavaFastError, RequestError
 from llava_fast.inputs import chat, images
 from llava_fast.inputs.plan import IGNORE
 from llava_fast.inputs.processor import render_request, supervised_tokens
 from llava_fast.integrations import shipped_plan, uint8_pixels
+from llava_fast.orphans import end_with_parent
 
 PIXELS = (*uint8_pixels.NAMES.values(), *uint8_pixels.NAMES)
 FEATURES = ("input_ids", "attention_mask", "labels", *PIXELS, "image_sizes", "batch_num_images")
@@ -80,6 +82,8 @@ class Collator:
             raise ValueError("labels need a fast tokenizer, which says where each token stands in the text")
 
     def __call__(self, samples: Sequence[dict]) -> dict[str, Tensor]:
+        if get_worker_info() is not None:  # whose loader is the caller's
+            end_with_parent()
         made = [self._named(sample, number) for number, sample in enumerate(samples)]
         batch = self._padded(made)
         if self.plan:

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llava_fast.errors import RecipeError
 from llava_fast.models.llava import LlavaModel
+from llava_fast.orphans import end_with_parent
 from llava_fast.train.recipe import Parallel, Recipe
 
 # A decoder layer's Linears: by output features, and back to whole rows (Megatron's split: one sum a block).
@@ -76,6 +77,8 @@ def join_world(settings: Parallel) -> World:
         raise RecipeError(f"parallel.kind: none is for one process, and there are {count}: take ddp or fsdp2, or auto")
     if "RANK" not in os.environ:
         return World(0, 1, device)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ends its processes, unless it is killed itself
+        end_with_parent()
     if not dist.is_initialized():
         store, rank, size = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store outlives its workers: leave dead ones' entries

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import pickle
+import threading
 
 import against_stock
 import numpy as np
@@ -366,6 +367,17 @@ def test_features_and_workers():
     assert torch.equal(made(with_batch_axis)["input_ids"], batch["input_ids"])
     loaded = next(iter(DataLoader(samples(), 3, collate_fn=made, num_workers=1)))
     assert list(loaded) == list(batch) and all(torch.equal(loaded[name], batch[name]) for name in batch)
+
+
+def test_workers_end_with_their_loader():
+    made = collator()
+
+    def collate(given):
+        made(given)
+        return [thread.name for thread in threading.enumerate()]
+
+    assert "end_with_parent" in next(iter(DataLoader(samples(), 3, collate_fn=collate, num_workers=1)))
+    assert "end_with_parent" not in collate(samples())
 
 
 def test_without_a_plan():

@@ -7,9 +7,12 @@ starts in a fraction of a second. All processes of a run are a process group, wh
 
     kill   "where:count": when one of them comes to that place for the count-th time (see PLACES).
     after  so many seconds after the start, wherever they are.
+    alone  with `kill`: only the process that comes to that place dies. The answer then ends with how many processes of
+           the run are left ten seconds later.
 """
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -79,7 +82,9 @@ PLACES = {
 }
 
 
-def run(recipe: str, log: str, processes: int = 1, kill: str = "", after: float | None = None) -> list[int]:
+def run(
+    recipe: str, log: str, processes: int = 1, kill: str = "", after: float | None = None, alone: bool = False
+) -> list[int]:
     """Run a recipe; the exit statuses of its processes."""
     port = _free_port()
     group, pids = 0, []
@@ -87,7 +92,7 @@ def run(recipe: str, log: str, processes: int = 1, kill: str = "", after: float 
         pid = os.fork()
         if not pid:
             os.setpgid(0, group)
-            _be_one(recipe, log, rank, processes, port, kill)
+            _be_one(recipe, log, rank, processes, port, kill, alone)
         with contextlib.suppress(OSError):  # it may have done so itself
             os.setpgid(pid, group)
         group = group or pid
@@ -103,11 +108,32 @@ def run(recipe: str, log: str, processes: int = 1, kill: str = "", after: float 
             if done:
                 statuses[pid] = os.waitstatus_to_exitcode(status)
         time.sleep(0.005)
-    return [statuses[pid] for pid in pids]
+    return [statuses[pid] for pid in pids] + [_left(group)] * alone
 
 
-def _be_one(recipe: str, log: str, rank: int, processes: int, port: int, kill: str) -> None:
+def _left(group: int) -> int:
+    """How many processes of a group are left, ten seconds from now or once there is none."""
+    ends = time.monotonic() + 10
+    while (left := sum(_group_of(each) == group for each in os.listdir("/proc") if each.isdigit())) > 0:
+        if time.monotonic() > ends:
+            os.killpg(group, signal.SIGKILL)
+            break
+        time.sleep(0.1)
+    return left
+
+
+def _group_of(pid: str) -> int:
+    """The group of a process; 0 for one that has ended."""
+    try:
+        state, _, group = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:3]
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(group) if state != "Z" else 0
+
+
+def _be_one(recipe: str, log: str, rank: int, processes: int, port: int, kill: str, alone: bool) -> None:
     """What a forked process does, to its end."""
+    global die
     status = 1
     try:
         said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -116,6 +142,8 @@ def _be_one(recipe: str, log: str, rank: int, processes: int, port: int, kill: s
         if processes > 1:
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        if alone:
+            die = functools.partial(os.kill, os.getpid(), signal.SIGKILL)
         if kill:
             where, count = kill.split(":")
             PLACES[where](int(count))

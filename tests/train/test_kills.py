@@ -54,6 +54,12 @@ def test_ten_kills_of_all_processes_at_random_moments(whole, run, tmp_path):
         assert {each.name for each in killed.output.iterdir()} == {each.name for each in whole.output.iterdir()}
 
 
+def test_no_worker_outlives_its_main_process(recipe_in, run, tmp_path):
+    """Which was killed while they write batches that nobody will read."""
+    recipe = recipe_in(tmp_path / "run", batch_size=2, epochs=4, data={"workers": 3})
+    assert run(recipe, kill="step:2", alone=True) == [-signal.SIGKILL, 0]
+
+
 @pytest.mark.timeout(900)
 def test_a_worker_that_dies_is_started_again(whole, tmp_path):
     """By torchrun, with the others; the run goes on from its newest checkpoint."""

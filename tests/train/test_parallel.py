@@ -97,6 +97,17 @@ def test_kinds_that_do_not_fit_the_processes_are_refused(recipe_in, tmp_path, mo
         recipe_in(tmp_path, parallel={"kind": "ddp", "tensor": 2})
 
 
+def test_processes_of_torchrun_end_with_it(recipe_in, tmp_path, monkeypatch, alone):
+    """Only its own: one started from a shell may outlive that."""
+    watched = []
+    monkeypatch.setattr(parallel, "end_with_parent", lambda: watched.append(1))
+    join_world(recipe_in(tmp_path).parallel)
+    assert not watched
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    join_world(recipe_in(tmp_path).parallel)
+    assert watched
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_two_processes_give_the_losses_of_one(small, run, tmp_path, shape):
     shared = small.model_copy(

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from llava_fast.errors import DataError, ImageError, MissingFileError, RequestError
 from llava_fast.inputs import headers, images, videos
 from llava_fast.inputs.processor import Processor
 from llava_fast.train.data.samples import SampleTable
+from llava_fast.train.data.workers import in_workers
 from llava_fast.version import __version__
 
 LabelMask = Literal["answers", "original"]
@@ -162,15 +163,7 @@ def _described(error: Exception) -> tuple[str, str]:
 
 
 def _run(chunks: _Chunks, workers: int, progress: bool) -> list[_Found]:
-    workers = min(workers, len(chunks))
-    loader = DataLoader(
-        chunks,
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        multiprocessing_context="fork" if workers else None,  # workers share the table's memory
-        worker_init_fn=_start_worker,
-    )
+    loader = in_workers(chunks, range(len(chunks)), min(workers, len(chunks)))
     found: list[_Found] = []
     what = "reading samples and images" if chunks.decode else "measuring samples"
     with tqdm(total=len(chunks.numbers), desc=what, unit=" samples", disable=not progress, dynamic_ncols=True) as bar:
@@ -178,14 +171,6 @@ def _run(chunks: _Chunks, workers: int, progress: bool) -> list[_Found]:
             found += each
             bar.update(len(each))
     return found
-
-
-def _as_it_is(found: list[_Found]) -> list[_Found]:
-    return found
-
-
-def _start_worker(_: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or the tokenizer warns that its process was forked
 
 
 # ---------------------------------------------------------------- kept on disk

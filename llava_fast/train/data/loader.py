@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from llava_fast.errors import LlavaFastError, TrainingError
 from llava_fast.inputs.length import fit
@@ -21,6 +21,7 @@ from llava_fast.train.data.lengths import LabelMask, Lengths
 from llava_fast.train.data.packing import Split, split_packed, split_padded
 from llava_fast.train.data.samples import SampleTable
 from llava_fast.train.data.schedule import Schedule
+from llava_fast.train.data.workers import in_workers
 from llava_fast.train.estimate.flops import sequence_flops
 from llava_fast.train.recipe import Recipe
 
@@ -106,18 +107,7 @@ class Loader:
     def steps(self, first: int) -> Iterator[StepBatch]:
         """Batches of this process from step `first` to the end of the run."""
         mine = (self.split(step)[self.rank] for step in range(first, self.schedule.total))
-        workers = self.recipe.data.workers
-        flat = _Numbers(mine)
-        loaded = iter(
-            DataLoader(
-                self.micro_batches,
-                batch_size=None,
-                sampler=flat,  # type: ignore[arg-type]
-                num_workers=workers,
-                prefetch_factor=4 if workers else None,
-                multiprocessing_context="fork" if workers else None,
-            )
-        )
+        loaded = iter(in_workers(self.micro_batches, _Numbers(mine), self.recipe.data.workers, ahead=4))
         for step in range(first, self.schedule.total):
             started = time.perf_counter()
             made = [next(loaded, None) for _ in self.split(step)[self.rank]]

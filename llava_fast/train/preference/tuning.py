@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from llava_fast.errors import RecipeError
@@ -29,6 +28,7 @@ from llava_fast.models.batch import Batch
 from llava_fast.train import trainer as training
 from llava_fast.train.data.loader import Loader, StepBatch
 from llava_fast.train.data.usable import usable_samples
+from llava_fast.train.data.workers import in_workers
 from llava_fast.train.parallel import World, place, placed_dtype
 from llava_fast.train.preference.loss import answer_log_probs, preference_losses
 from llava_fast.train.preference.pairs import PairBatches, read_pairs
@@ -169,14 +169,7 @@ def reference_log_probs(
     place(model.parameters(), recipe, world)  # whole, also one that is sharded later
     found = torch.zeros(len(loader.lengths.text), 2, device=world.device)
     mine = loader.pack(pairs.tolist())[world.rank]
-    workers = recipe.data.workers
-    batches = DataLoader(
-        loader.micro_batches,
-        batch_size=None,
-        sampler=mine,
-        num_workers=workers,
-        multiprocessing_context="fork" if workers else None,
-    )
+    batches = in_workers(loader.micro_batches, mine, recipe.data.workers)
     was_training = model.training
     model.eval()
     with tqdm(total=sum(map(len, mine)), desc="reference", unit=" pairs", disable=not world.first) as bar:

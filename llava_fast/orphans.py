@@ -1,0 +1,36 @@
+"""Processes that end when the process they work for has died, however it died."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from multiprocessing.connection import wait
+
+_EVERY = 1.0  # seconds between two looks
+_watched: int | None = None  # the process whose watch has begun: a forked child inherits the value and no thread
+
+
+def end_with_parent() -> None:
+    """From now on, exit at once when the parent of this process has died: the process that started it and, of a
+    multiprocessing child, the one that asked for it (a fork server may stand between). Call it again at no cost.
+
+    A worker alone would stay: it joins its queue's thread, which writes to a pipe whose other end its siblings hold
+    open. PR_SET_PDEATHSIG fires when the parent's *thread* ends, so a thread of this process looks instead.
+    """
+    global _watched
+    if _watched == os.getpid():
+        return
+    _watched = os.getpid()
+    threading.Thread(target=_watch, args=(os.getppid(),), name="end_with_parent", daemon=True).start()
+
+
+def _watch(starter: int) -> None:
+    asked = multiprocessing.parent_process()
+    while os.getppid() == starter:
+        if asked is None:
+            time.sleep(_EVERY)
+        elif wait([asked.sentinel], _EVERY):  # a pipe's end, closed by the parent's death
+            break
+    os._exit(1)

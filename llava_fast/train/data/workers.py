@@ -1,0 +1,35 @@
+"""Worker processes that read and cut samples, as every pass over the data starts them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from llava_fast.orphans import end_with_parent
+
+
+def in_workers(dataset: Dataset, order: Iterable[Any], workers: int, ahead: int = 2) -> DataLoader:
+    """Iterates over dataset[each] for each in `order`, whose items may be of any kind, made by so many processes (0:
+    this one), each `ahead` of what is asked for. They share this process's memory and end with it."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=order,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        prefetch_factor=ahead if workers else None,
+        multiprocessing_context="fork" if workers else None,
+        worker_init_fn=_start,
+    )
+
+
+def _as_it_is(made: Any) -> Any:
+    return made
+
+
+def _start(_: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or the tokenizer warns that its process was forked
+    end_with_parent()
