@@ -257,7 +257,9 @@ def merge_lora(
     dtype: Dtype = None,
     chat_template: Template = None,
 ) -> None:
-    """Write a whole model from a LoRA adapter and its base: each weight is W + alpha / rank * B @ A, rounded once.
+    """Write a whole model from an adapter and its base: LoRA as W + alpha / rank * B @ A, rounded once.
+
+    DoRA, PiSSA and other adapters are merged by PEFT, or refused by name.
 
     \b
     llava-fast merge-lora runs/mine/adapter ./mine --model-base llava-hf/llava-1.5-7b-hf

@@ -1,11 +1,14 @@
-"""Directories that hold only a part of a model: a trained projector, or LoRA factors with what else was trained.
+"""Directories that hold only a part of a model: a trained projector, or an adapter with what else was trained.
 
-Both need the base they were trained on. LoRA is merged as it is read: W + scale * B @ A, computed in float32 and
-rounded once to the base's dtype. `save_adapter` and `save_projector` write such directories: beside an original base as
-the original's trainer does, beside a Hugging Face one as PEFT does.
+Both need the base they were trained on. Plain LoRA is merged as it is read: W + scale * B @ A, computed in float32 and
+rounded once to the base's dtype. An adapter is plain only if each field of its adapter_config.json is unset or known
+to add nothing to that sum. All others are merged by PEFT (peft_merge), or refused by name. `save_adapter` and
+`save_projector` write such directories: beside an original base as the original's trainer does, beside a Hugging Face
+one as PEFT does.
 
 Sources: haotian-liu/LLaVA c121f04 model/builder.py (which files, which prefixes) and train/train.py (what they
-hold); Hu et al. 2021 (LoRA); huggingface/peft's adapter_config.json fields, and what its modules_to_save are stored as.
+hold); Hu et al. 2021 (LoRA); huggingface/peft 0.21: adapter_config.json's fields, what its modules_to_save are stored
+as, and what it does to the base as it loads an adapter (tuners/lora/layer.py).
 """
 
 from __future__ import annotations
@@ -20,9 +23,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from llava_fast.checkpoints.config import read_json
+from llava_fast.checkpoints import fields
+from llava_fast.checkpoints.files import read_json
 from llava_fast.checkpoints.hub import resolve
 from llava_fast.checkpoints.names import NameLayout, from_stored, to_stored
+from llava_fast.checkpoints.peft_merge import EMBEDDING, HEAD, merge_with_peft
 from llava_fast.checkpoints.save import NOTE_FILE, write_json, written_whole
 from llava_fast.checkpoints.tensor_files import StoredTensor, name_tensors, open_file
 from llava_fast.errors import CheckpointError
@@ -33,7 +38,25 @@ _PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _EXTRA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 _PEFT_PREFIX = "base_model.model."
-_UNSUPPORTED = {"use_dora": False, "bias": "none", "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {}}
+_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+_PLAIN_FIELDS = frozenset(
+    "auto_mapping base_model_name_or_path corda_config eva_config exclude_modules inference_mode layers_pattern "
+    "layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config megatron_core modules_to_save peft_type "
+    "peft_version qalora_group_size r revision runtime_config target_modules task_type use_rslora".split()
+)
+"""Fields of adapter_config.json that leave an adapter plain LoRA, whatever they say: the merge reads them, or what they
+say shows in the names and shapes of the adapter's tensors, or in init_lora_weights."""
+_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Values of init_lora_weights that leave the base as it was."""
+_UNMERGEABLE = {
+    "alora_invocation_tokens": "acts only from its invocation tokens on, which no merged weight does",
+    "arrow_config": "weighs several adapters anew at each token, which no merged weight does",
+    "layer_replication": "repeats layers, so the result is a model of another config.json",
+}
+_UNSET = (None, False, "none", [], {})
+_LOST_STARTS = {"corda": "data", "lora_ga": "gradients", "pissa_niter_": "random draws"}
+"""Starts of init_lora_weights that change the base by what the adapter does not hold. PEFT cannot load the first on the
+base, forgets the change of the second and draws the third anew."""
 
 
 def find_projector_file(path: Path) -> Path | None:
@@ -46,20 +69,42 @@ def add_projector(base: Mapping[str, StoredTensor], file: Path) -> dict[str, Sto
     return {**base, **name_tensors(open_file(file), _from_wrapped)}
 
 
-def add_lora(base: Mapping[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:
-    """Our names -> tensors, with an adapter directory's LoRA merged and its other trained tensors put in place: those
-    of the original's own file, and the modules that PEFT saves whole.
+def add_adapter(
+    base: Mapping[str, StoredTensor], path: Path, config: LlavaConfig, described: Path
+) -> dict[str, StoredTensor]:
+    """Our names -> tensors, with an adapter directory merged and its other trained tensors put in place: those of the
+    original's own file, and the modules that PEFT saves whole.
 
-    Raises CheckpointError for an adapter that is not plain LoRA on Linear weights of this base.
+    base    the tensors of a model that `config` describes, without the head if that is tied.
+    config  the base's, and `described` the directory of its config.json.
+
+    If `config` ties the head and the adapter makes it differ from the embedding, the result holds the head as well.
+    Raises CheckpointError for an adapter that does not fit this base, and for one that cannot be merged.
     """
-    scale = _scale(path)
+    adapter = read_json(path / ADAPTER_CONFIG, fields.Adapter)
     file = _first_existing(path, _ADAPTER_FILES)
     if file is None:
         raise CheckpointError(f"{path} holds {ADAPTER_CONFIG} but neither {' nor '.join(_ADAPTER_FILES)}")
     tensors = dict(base)
     if extra := _first_existing(path, _EXTRA_FILES):
         tensors.update(name_tensors(open_file(extra), _from_wrapped))
-    pairs, whole = _split(open_file(file), base, file)
+    tied = config.decoder.tie_embeddings and EMBEDDING in tensors
+    stored, untied = open_file(file), tensors | ({HEAD: tensors[EMBEDDING]} if tied else {})
+    if reason := _beyond_plain(adapter, path) or _beyond_linears(stored, untied):
+        tensors = merge_with_peft(tensors, path, file, config, described, reason)
+    else:
+        tensors = _add_plain(untied, stored, _scale(adapter, path), file)
+    if tied and HEAD in tensors and _same(tensors[HEAD], tensors[EMBEDDING]):
+        del tensors[HEAD]
+    return tensors
+
+
+def _add_plain(
+    base: Mapping[str, StoredTensor], stored: Mapping[str, StoredTensor], scale: float, file: Path
+) -> dict[str, StoredTensor]:
+    """`base` with low-rank sums, and with the tensors that are stored whole in their place."""
+    tensors = dict(base)
+    pairs, whole = _split(stored, file)
     tensors.update(whole)
     for name, (a, b) in pairs.items():
         weight = tensors.get(name)
@@ -89,7 +134,7 @@ def save_adapter(
     config: LlavaConfig,
     note: str | None = None,
 ) -> None:
-    """Write an adapter directory, in place of what is there. `add_lora` reads it, and so do PEFT on the base in
+    """Write an adapter directory, in place of what is there. `add_adapter` reads it, and so do PEFT on the base in
     transformers and, for an original LLaVA, the original's loader.
 
     settings  adapter_config.json, PEFT's fields. What its modules_to_save name goes with the factors.
@@ -148,32 +193,63 @@ def _merge(weight: StoredTensor, a: StoredTensor, b: StoredTensor, scale: float)
     return merge(weight.load(), a.load(), b.load(), scale)
 
 
-def _scale(path: Path) -> float:
-    adapter = read_json(path / ADAPTER_CONFIG)
-    if adapter.get("peft_type", "LORA") != "LORA":
-        raise CheckpointError(f"{path / ADAPTER_CONFIG}: peft_type is {adapter['peft_type']!r}; supported: LORA")
-    for field, plain in _UNSUPPORTED.items():
-        if adapter.get(field, plain) not in (plain, None):
+def _beyond_plain(adapter: Mapping[str, Any], path: Path) -> str | None:
+    """What keeps an adapter from being plain LoRA, as `field value`; None if nothing does. Raises CheckpointError for
+    what can be merged by nobody."""
+    kind, start = adapter.get("peft_type", "LORA"), adapter.get("init_lora_weights")
+    if kind != "LORA":
+        return f"peft_type is {kind!r}, which"
+    for field, why in _UNMERGEABLE.items():
+        if adapter.get(field):
             raise CheckpointError(
-                f"{path / ADAPTER_CONFIG}: {field} {adapter[field]!r} is not supported; merge the adapter with peft"
+                f"{path / ADAPTER_CONFIG}: {field} {adapter[field]!r} cannot be merged: it {why}; "
+                "answer with transformers and PEFT, unmerged"
             )
+    for lost, what in _LOST_STARTS.items():
+        if isinstance(start, str) and start.startswith(lost):
+            raise CheckpointError(
+                f"{path / ADAPTER_CONFIG}: init_lora_weights {start!r} changed the base by {what}, which the adapter "
+                "does not hold; save it with PEFT's path_initial_model_for_weight_conversion, as plain LoRA"
+            )
+    if start not in _PLAIN_STARTS:
+        return f"init_lora_weights {start!r}"
+    others = adapter.keys() - _PLAIN_FIELDS - {"init_lora_weights"}
+    return next((f"{field} {adapter[field]!r}" for field in sorted(others) if adapter[field] not in _UNSET), None)
+
+
+def _scale(adapter: Mapping[str, Any], path: Path) -> float:
     rank, alpha = adapter.get("r"), adapter.get("lora_alpha")
     if not rank or alpha is None:
         raise CheckpointError(f"{path / ADAPTER_CONFIG} states no r and lora_alpha, so LoRA cannot be scaled")
     return alpha / (math.sqrt(rank) if adapter.get("use_rslora") else rank)
 
 
+def _same(first: StoredTensor, second: StoredTensor) -> bool:
+    return first is second or first.shape == second.shape and torch.equal(first.load(), second.load())
+
+
+def _beyond_linears(stored: Mapping[str, StoredTensor], base: Mapping[str, StoredTensor]) -> str | None:
+    """The first tensor that is neither a LoRA factor of a Linear nor one of the base's, whole; None if all are."""
+    for key, tensor in stored.items():
+        match = _FACTOR.fullmatch(_bare(key))
+        known = (
+            from_stored(f"{match[1]}.weight") and len(tensor.shape) == 2 if match else from_stored(_bare(key)) in base
+        )
+        if not known:
+            return f"{key!r}, which is no LoRA factor of a Linear in a LLaVA model,"
+    return None
+
+
 def _split(
-    stored: Mapping[str, StoredTensor], base: Mapping[str, StoredTensor], file: Path
+    stored: Mapping[str, StoredTensor], file: Path
 ) -> tuple[dict[str, tuple[StoredTensor, StoredTensor]], dict[str, StoredTensor]]:
     """(our weight name -> (A, B), our name -> what takes a tensor's place in the base)."""
     halves: dict[str, dict[str, StoredTensor]] = {}
     whole = {}
     for key, tensor in stored.items():
-        match = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", _bare(key))
+        match = _FACTOR.fullmatch(_bare(key))
         name = from_stored(f"{match[1]}.weight" if match else _bare(key))
-        if name is None or not match and name not in base:
-            raise CheckpointError(f"{file} holds {key!r}, which is no LoRA factor of a Linear in a LLaVA model")
+        assert name is not None  # else it is beyond Linears
         if match:
             halves.setdefault(name, {})[match[2]] = tensor
         else:

@@ -182,9 +182,10 @@ class Adapter(Fields):
 
     peft_type: str | None = None
     base_model_name_or_path: str | None = None
-    r: Annotated[int, Field(ge=1, le=2**16)] | None = None
+    r: Annotated[int, Field(ge=0, le=2**16)] | None = None  # 0: an OFT of a given block size
     lora_alpha: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
     use_rslora: bool | None = None
+    init_lora_weights: bool | str | None = None
     use_dora: bool | None = None
     bias: str | None = None
     fan_in_fan_out: bool | None = None

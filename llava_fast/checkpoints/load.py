@@ -11,6 +11,7 @@ changes they stay views of the file.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,12 @@ import torch
 from torch import nn
 
 from llava_fast.checkpoints import fields
-from llava_fast.checkpoints.adapters import ADAPTER_CONFIG, add_lora, add_projector, find_projector_file
+from llava_fast.checkpoints.adapters import ADAPTER_CONFIG, add_adapter, add_projector, find_projector_file
 from llava_fast.checkpoints.config import read_hf_config
 from llava_fast.checkpoints.files import read_json, read_json_if_there
 from llava_fast.checkpoints.hub import resolve
 from llava_fast.checkpoints.original import is_original, read_original_config
+from llava_fast.checkpoints.peft_merge import EMBEDDING, HEAD
 from llava_fast.checkpoints.save import read_side_files
 from llava_fast.checkpoints.tensor_files import StoredTensor, has_weights, name_tensors, open_weights
 from llava_fast.checkpoints.towers import tower_tensors
@@ -71,16 +73,21 @@ def load_checkpoint(
     """
     path = resolve(path_or_hub_id)
     described, base, tensors = _find_tensors(path, model_base)
+    tower = None
     if is_original(read_json(described / "config.json")):
         config, tower = read_original_config(described, vision_tower or _tower_inside(base, described))
-        if not any(name.startswith("vision_tower.") for name in tensors):
-            tensors |= tower_tensors(tower, config.vision.num_layers)
     elif vision_tower is not None:
         raise CheckpointError(f"{described} holds its own tower, so vision_tower has no meaning; leave it out")
     else:
         config = read_hf_config(described)
-    if config.decoder.tie_embeddings and (head := tensors.pop("decoder.lm_head.weight", None)) is not None:
-        _check_tied(head, tensors.get("decoder.embed_tokens.weight"))
+    if config.decoder.tie_embeddings and (head := tensors.pop(HEAD, None)) is not None:
+        _check_tied(head, tensors.get(EMBEDDING))
+    if (path / ADAPTER_CONFIG).exists():
+        tensors = add_adapter(tensors, path, config, described)
+        if config.decoder.tie_embeddings and HEAD in tensors:
+            config = _untied(config)
+    if tower is not None and not any(name.startswith("vision_tower.") for name in tensors):
+        tensors |= tower_tensors(tower, config.vision.num_layers)
     return LoadedCheckpoint(
         path=described,
         tokenizer_path=base or described,
@@ -136,14 +143,15 @@ def check_tensors(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, 
 
 
 def _find_tensors(path: Path, model_base: str | Path | None) -> tuple[Path, Path | None, dict[str, StoredTensor]]:
-    """(directory whose config.json counts, base directory if there is one, our names -> tensors)."""
+    """(directory whose config.json counts, base directory if there is one, our names -> tensors, an adapter's not yet
+    among them)."""
     if (path / ADAPTER_CONFIG).exists():
         model_base = model_base or read_json(path / ADAPTER_CONFIG, fields.Adapter).get("base_model_name_or_path")
         if not model_base:
             raise CheckpointError(f"{path} holds LoRA factors without naming their base; give model_base=")
         base = resolve(model_base)
         own_config = is_original(read_json_if_there(path / "config.json"))
-        return path if own_config else base, base, add_lora(name_tensors(open_weights(base)), path)
+        return path if own_config else base, base, name_tensors(open_weights(base))
     projector = None if has_weights(path) else find_projector_file(path)
     if projector is not None:
         if model_base is None:
@@ -164,9 +172,17 @@ def _tower_inside(base: Path | None, described: Path) -> Path | None:
 
 def _stored_dtype(tensors: Mapping[str, StoredTensor], path: Path) -> torch.dtype:
     """The dtype of the stored token embedding, which stands for the checkpoint's."""
-    if "decoder.embed_tokens.weight" not in tensors:
+    if EMBEDDING not in tensors:
         raise CheckpointError(f"{path} holds no token embedding: its weights are not those of a LLaVA model")
-    return tensors["decoder.embed_tokens.weight"].dtype
+    return tensors[EMBEDDING].dtype
+
+
+def _untied(config: LlavaConfig) -> LlavaConfig:
+    """The config of the same model with an output head of its own, in what it says of its source too."""
+    source = {**config.source, "tie_word_embeddings": False}
+    if "text_config" in source:
+        source["text_config"] = {**source["text_config"], "tie_word_embeddings": False}
+    return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, tie_embeddings=False), source=source)
 
 
 def _check_tied(head: StoredTensor, embedding: StoredTensor | None) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def original_config(
         raise CheckpointError(f"{file}: s2 (multi-scale towers) is not supported")
     if not source.get("mm_vision_tower"):
         raise CheckpointError(f"{file} has no mm_vision_tower, so it is a language model, not a LLaVA")
-    decoder = _decoder(source, FAMILIES[model_type], file)
+    decoder = _decoder(source, file)
     tower = find_tower(source["mm_vision_tower"], path, vision_tower)
     vision = _select_features(tower.config, source, file)
     generation = read_json_if_there(path / "generation_config.json", fields.Generation)
@@ -87,13 +88,19 @@ def original_config(
     ), tower
 
 
-def _decoder(source: dict[str, Any], family: str, file: Path):
+def text_config(source: Mapping[str, Any], file: Path):
+    """What transformers makes of an original config.json's decoder; CheckpointError if it cannot."""
     from transformers import CONFIG_MAPPING  # seconds to import, as in config.py
 
+    family = FAMILIES[require(source.get("model_type"), tuple(FAMILIES), "model_type", file)]
     try:
-        text = CONFIG_MAPPING[family](**{field: source[field] for field in _DECODER_FIELDS if field in source})
+        return CONFIG_MAPPING[family](**{field: source[field] for field in _DECODER_FIELDS if field in source})
     except Exception as problem:  # its validators raise a dozen unrelated types
         raise CheckpointError(f"{file} describes no {family} decoder: {problem}") from problem
+
+
+def _decoder(source: Mapping[str, Any], file: Path):
+    text = text_config(source, file)
     return decoder_config(text, file, tied=bool(text.tie_word_embeddings))
 
 

@@ -132,9 +132,6 @@ def test_peft_reads_the_same_scale(tmp_path):
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         ({"r": None}, "states no r and lora_alpha"),
-        ({"use_dora": True}, "use_dora True is not supported"),
-        ({"bias": "all"}, "bias 'all' is not supported"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
         ({"base_model_name_or_path": None}, "without naming their base; give model_base="),
     ],
 )

@@ -1,0 +1,155 @@
+"""Adapters that are more than a low-rank sum on Linears, merged by PEFT itself.
+
+PEFT gets the base as a module with the names it had in training: transformers' LLaVA for a Hugging Face base; for an
+original one the language model with projector and newline beside it. The tower of an original LLaVA is left out, since
+its trainer adds it after PEFT's layers. Weights are views of their files, and only those that the merge replaces take
+memory: all adapted ones at once, unlike a low-rank sum, which is merged tensor by tensor as it is read.
+
+Source: huggingface/peft 0.21, peft_model.py (load_adapter), tuners/tuners_utils.py (merge_and_unload).
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llava_fast.checkpoints.config import auto_config
+from llava_fast.checkpoints.names import NameLayout, from_stored, to_stored
+from llava_fast.checkpoints.original import text_config
+from llava_fast.checkpoints.tensor_files import StoredTensor
+from llava_fast.errors import CheckpointError
+from llava_fast.models.config import LlavaConfig
+
+EMBEDDING, HEAD = "decoder.embed_tokens.weight", "decoder.lm_head.weight"
+_ADAPTER = "default"
+
+
+def merge_with_peft(
+    base: Mapping[str, StoredTensor], path: Path, file: Path, config: LlavaConfig, described: Path, reason: str
+) -> dict[str, StoredTensor]:
+    """Our names -> tensors: those of `base`, with what the merge changes in their place, in the dtypes of the base.
+
+    path       the adapter's directory, and `file` the one with its weights.
+    config     the base's, and `described` the directory of its config.json.
+    reason     what keeps the adapter from being a plain low-rank sum, for errors.
+
+    Under tied embeddings the result holds a head only if it differs from the embedding. Raises CheckpointError, naming
+    `reason`, without PEFT and for what PEFT cannot load or merge.
+    """
+    where = f"{path / 'adapter_config.json'}: {reason}"
+    try:
+        import peft
+    except ImportError:
+        raise CheckpointError(f"{where} takes PEFT to merge: pip install 'llava_fast[train]'") from None
+    model, placed = _base_model(base, config, described)
+    shared = model.get_input_embeddings().weight
+    try:
+        with warnings.catch_warnings(record=True) as said, torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("always")
+            torch.manual_seed(0)
+            settings = peft.PeftConfig.from_pretrained(str(path))
+            settings.inference_mode = True
+            if settings.is_prompt_learning:
+                raise ValueError("it learns a prompt, which no weight of the model can hold")
+            adapted = peft.PeftModel(model, settings, _ADAPTER)
+            loaded = adapted.load_adapter(str(path), _ADAPTER, torch_device="cpu")
+            missing = _missing(adapted, set(loaded.missing_keys))
+            _untie(adapted, shared)
+            merged = adapted.merge_and_unload(safe_merge=True)
+    except Exception as problem:  # PEFT and torch raise a dozen unrelated types
+        raise CheckpointError(
+            f"{where} cannot be merged by PEFT {peft.__version__} ({' '.join(str(problem).split())}); "
+            "answer with transformers and PEFT, unmerged"
+        ) from problem
+    for warning in said:
+        if "Unexpected keyword arguments" in str(warning.message):
+            raise CheckpointError(f"{where} is unknown to PEFT {peft.__version__}: upgrade it ({warning.message})")
+    for lack, keys in (("the base has no place for", loaded.unexpected_keys), ("the file lacks", missing)):
+        if keys:
+            raise CheckpointError(f"{file}: {lack} {keys[0]!r}; give the base model it was trained on as model_base")
+    return _changed(base, merged, placed, file)
+
+
+def _base_model(
+    base: Mapping[str, StoredTensor], config: LlavaConfig, described: Path
+) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """The base as PEFT sees it, and the tensors that were put into it by its names."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    layout: NameLayout = "hf5" if config.layout == "hf" else "original"
+    with torch.device("meta"):
+        if config.layout == "hf":
+            model = AutoModelForImageTextToText.from_config(auto_config(config.source, described / "config.json"))
+        else:
+            model = AutoModelForCausalLM.from_config(text_config(config.source, described / "config.json"))
+    placed = {
+        to_stored(name, layout, config.projector.kind): tensor.load()
+        for name, tensor in base.items()
+        if config.layout == "hf" or not name.startswith("vision_tower.")
+    }
+    for name, value in placed.items():
+        _place(model, name, value)
+    if config.decoder.tie_embeddings:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    return model.requires_grad_(False).eval(), placed
+
+
+def _place(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Make `value` the parameter `name` of `model`, with the modules that hold it: Linears for weights of a projector,
+    which an original LLaVA's language model does not have."""
+    *owners, leaf = name.split(".")
+    module = model
+    for depth, part in enumerate(owners, 1):
+        if not hasattr(module, part):
+            linear = depth == len(owners) and value.dim() == 2
+            fresh = nn.Linear(value.shape[1], value.shape[0], device="meta") if linear else nn.Module()
+            module.add_module(part, fresh)
+        module = getattr(module, part)
+    setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _missing(adapted: nn.Module, keys: set[str]) -> list[str]:
+    """Those of PEFT's missing `keys` that are no second name of a parameter that was loaded."""
+    parameters = dict(adapted.named_parameters(remove_duplicate=False))
+    loaded = {id(parameter) for key, parameter in parameters.items() if key not in keys}
+    return sorted(key for key in keys if id(parameters.get(key)) not in loaded)
+
+
+def _untie(adapted: nn.Module, shared: nn.Parameter) -> None:
+    """Give each module but the first that holds the embedding's weight (the head, if tied) a copy of its own. Merged
+    into a weight that both share, an adapter of one would change the other too."""
+    holders = [
+        (module, leaf)
+        for module in adapted.modules()
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter is shared
+    ]
+    for module, leaf in holders[1:]:
+        setattr(module, leaf, nn.Parameter(shared.detach().clone(), requires_grad=False))
+
+
+def _changed(
+    base: Mapping[str, StoredTensor], merged: nn.Module, placed: Mapping[str, torch.Tensor], file: Path
+) -> dict[str, StoredTensor]:
+    """`base`, with the parameters of `merged` that are no longer the tensors that were `placed`."""
+    found = dict(base)
+    for key, parameter in merged.named_parameters(remove_duplicate=False):
+        value = parameter.detach()
+        if value.is_meta or key in placed and value.data_ptr() == placed[key].data_ptr():
+            continue
+        name = from_stored(key)
+        if name is None:
+            raise CheckpointError(f"{file}: merging it makes {key!r}, which no LLaVA model has")
+        like = base.get(name) or base.get(EMBEDDING)
+        value = value.to(like.dtype) if like else value
+        found[name] = StoredTensor(file, key, tuple(value.shape), value.dtype, functools.partial(_identity, value))
+    return found
+
+
+def _identity(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
