@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from llava_fast.checkpoints import fields
 from llava_fast.checkpoints.assemble import Assembly, open_checkpoint
+from llava_fast.checkpoints.files import check_fields, parse_json
 from llava_fast.checkpoints.load import LoadedCheckpoint, load_weights
 from llava_fast.checkpoints.save import NOTE_FILE
+from llava_fast.checkpoints.templates import find_templates
+from llava_fast.checkpoints.tokenizer import load_tokenizer
 from llava_fast.errors import CheckpointError
 from llava_fast.generation.llava import Llava
 from llava_fast.inputs import anyres, chat
@@ -37,7 +40,8 @@ def load(
 
     device         default: the first CUDA device if there is one, else the CPU.
     dtype          torch dtype or its name; "auto" is the checkpoint's own. Default: "auto", but float32 on a CPU.
-    chat_template  name of a built-in template (see inputs.chat) to use instead of the checkpoint's.
+    chat_template  name of a built-in template (see inputs.chat) to use instead of the checkpoint's, or of one of those
+                   that the checkpoint brings (default: the one named "default").
     resample       "pillow" (bit-exact with Pillow) or "torchvision" (what transformers does where it is installed).
     video_frames   how many frames of a video file are used, spaced uniformly.
     model_base     the model that a LoRA or projector-only directory was trained on.
@@ -63,13 +67,8 @@ def load(
 def load_processor(checkpoint: LoadedCheckpoint, name: str, chat_template: str | None = None) -> Processor:
     """The checkpoint's tokenizer, geometry and chat template; `name` is what the user called it, from which the
     original LLaVA guesses the template. Raises CheckpointError without a tokenizer."""
-    from transformers import AutoTokenizer  # imported late: it takes a second
-
     config = checkpoint.config
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.tokenizer_path)
-    except Exception as error:
-        raise CheckpointError(f"{checkpoint.tokenizer_path}: its tokenizer cannot be loaded ({error})") from error
+    tokenizer = load_tokenizer(checkpoint.tokenizer_path)
     return Processor(
         geometry=config.geometry,
         tokenizer=tokenizer,
@@ -94,28 +93,34 @@ def count_tokens(
 
 
 def _chat_template(checkpoint: LoadedCheckpoint, name: str, tokenizer: Any, asked: str | None) -> chat.ChatTemplate:
-    """The template asked for, else the one it was trained with here, else the checkpoint's own, else the one that its
-    name and decoder suggest."""
-    if asked is None and NOTE_FILE in checkpoint.side_files:
-        asked = json.loads(checkpoint.side_files[NOTE_FILE]).get("chat_template")
-    if asked is not None:
+    """The template asked for (a built-in one, or one that the checkpoint brings under that name), else the one it was
+    trained with here, else the checkpoint's own, else the one that its name and decoder suggest. A template that is
+    there and cannot be used is an error."""
+    if asked is not None and asked in chat.builtin_names():
         return chat.builtin_template(asked)
-    source = _own_template(checkpoint.path) or tokenizer.chat_template
-    if isinstance(source, str) and checkpoint.config.layout == "hf":
-        return chat.checkpoint_template(source, tokenizer.special_tokens_map)
+    if asked is None and (trained_with := _trained_template(checkpoint)) is not None:
+        return trained_with
+    own = find_templates(checkpoint.path, tokenizer, checkpoint.tokenizer_path)
+    if asked is not None and (own is None or asked not in own.sources):
+        return chat.builtin_template(asked)  # raises, and names those that are known
+    if own is not None and (asked is not None or checkpoint.config.layout == "hf"):
+        origin = f"{own.file}: the chat template"
+        return chat.checkpoint_template(own.choose(asked or "default"), tokenizer.special_tokens_map, origin)
     return chat.builtin_template(chat.default_template_name(name, checkpoint.config.decoder.family))
 
 
-def _own_template(path: Path) -> str | None:
-    """chat_template.jinja, or the older chat_template.json and processor_config.json."""
-    if (path / "chat_template.jinja").is_file():
-        return (path / "chat_template.jinja").read_text(encoding="utf-8")
-    for file in ("chat_template.json", "processor_config.json"):
-        if (path / file).is_file():
-            template = json.loads((path / file).read_text(encoding="utf-8")).get("chat_template")
-            if isinstance(template, str):
-                return template
-    return None
+def _trained_template(checkpoint: LoadedCheckpoint) -> chat.ChatTemplate | None:
+    """The built-in template that the checkpoint was trained with by this package, if it was."""
+    if NOTE_FILE not in checkpoint.side_files:
+        return None
+    file = checkpoint.path / NOTE_FILE
+    note = parse_json(checkpoint.side_files[NOTE_FILE], file)
+    check_fields(note, fields.Note, file)
+    if (name := note.get("chat_template")) is None:
+        return None
+    if name not in chat.builtin_names():
+        raise CheckpointError(f"{file}: chat_template {name!r} is no built-in template; give one by chat_template=")
+    return chat.builtin_template(name)
 
 
 def _device(device: torch.device | str | None) -> torch.device:

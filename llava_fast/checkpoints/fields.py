@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from llava_fast.checkpoints.files import Fields
 
@@ -33,6 +33,7 @@ class NamedTemplate(Fields):
     template: str
 
 
+SpecialToken = str | dict[str, Any]
 ChatTemplate = str | dict[str, str] | list[NamedTemplate]
 
 
@@ -166,7 +167,7 @@ class Processor(Fields):
 
 
 class TemplateFile(Fields):
-    """chat_template.json, and the part of tokenizer_config.json that is read here."""
+    """chat_template.json."""
 
     chat_template: ChatTemplate | None = None
 
@@ -199,3 +200,31 @@ class Index(Fields):
     """model.safetensors.index.json: the tensors' names and their files."""
 
     weight_map: Annotated[dict[str, str], Field(min_length=1)]
+
+
+class TokenizerConfig(TemplateFile):
+    """tokenizer_config.json."""
+
+    tokenizer_class: str | None = None
+    added_tokens_decoder: dict[str, dict[str, Any]] | None = None
+    model_max_length: Annotated[float, Field(gt=0)] | int | None = None  # 1e30 where there is no limit
+    padding_side: str | None = None
+    truncation_side: str | None = None
+    bos_token: SpecialToken | None = None
+    eos_token: SpecialToken | None = None
+    unk_token: SpecialToken | None = None
+    pad_token: SpecialToken | None = None
+
+
+class SpecialTokens(Fields):
+    """special_tokens_map.json."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, SpecialToken | list[SpecialToken] | dict[str, SpecialToken] | None]
+
+
+class AddedTokens(Fields):
+    """added_tokens.json: tokens and their ids."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Annotated[int, Field(ge=0, le=2**24)]]

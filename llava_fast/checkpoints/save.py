@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from llava_fast.checkpoints import layouts
+from llava_fast.checkpoints import fields, layouts
+from llava_fast.checkpoints.files import Fields, check_fields, parse_json, read_text
 from llava_fast.checkpoints.names import to_stored
 from llava_fast.errors import CheckpointError
 from llava_fast.models.config import LlavaConfig
@@ -27,16 +28,17 @@ from llava_fast.models.config import LlavaConfig
 NOTE_FILE = "llava_fast.json"
 """What a checkpoint says to llava_fast alone: "chat_template", the built-in template it was trained with."""
 
-SIDE_FILES = (
-    NOTE_FILE,
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-)
-"""Small files of a checkpoint that are kept in memory with a loaded model, so that saving can write them back."""
+SIDE_FILES: dict[str, type[Fields] | None] = {
+    NOTE_FILE: fields.Note,
+    "generation_config.json": fields.Generation,
+    "chat_template.jinja": None,
+    "chat_template.json": fields.TemplateFile,
+    "preprocessor_config.json": fields.ImageProcessor,
+    "processor_config.json": fields.Processor,
+    "video_preprocessor_config.json": fields.ImageProcessor,
+}
+"""Small files of a checkpoint that are kept in memory with a loaded model, so that saving can write them back; and what
+they may hold."""
 
 _HF_ONLY = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _ROWS_MULTIPLE = 64  # vocabularies are rounded up to this, as transformers' conversions do
@@ -89,8 +91,14 @@ def save(
 
 
 def read_side_files(path: Path) -> dict[str, str]:
-    """The texts of SIDE_FILES that a checkpoint directory has."""
-    return {name: (path / name).read_text(encoding="utf-8") for name in SIDE_FILES if (path / name).is_file()}
+    """The texts of SIDE_FILES that a checkpoint directory has. Raises CheckpointError for one that cannot be read."""
+    texts = {}
+    for name, kind in SIDE_FILES.items():
+        if (path / name).exists():
+            texts[name] = read_text(path / name)
+            if kind is not None:
+                check_fields(parse_json(texts[name], path / name), kind, path / name)
+    return texts
 
 
 def _config(

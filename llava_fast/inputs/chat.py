@@ -6,6 +6,7 @@ Nothing here knows token ids. A template may write the beginning-of-sequence tok
 checkpoints' own): whoever tokenises must not add a second one to a prompt that starts with it.
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from llava_fast.inputs.chat_messages import (
     with_video_times,
 )
 from llava_fast.inputs.chat_templates import TURN_FORMATS, TurnFormat, default_template_name
+from llava_fast.inputs.template_sandbox import PROBE, PROMPT, CompiledTemplate, Limits, TemplateLimitError
 
 __all__ = [
     "IMAGE_MARK",
@@ -32,6 +34,7 @@ __all__ = [
     "VIDEO_MARK",
     "ChatTemplate",
     "Segment",
+    "builtin_names",
     "builtin_template",
     "checkpoint_template",
     "default_template_name",
@@ -84,6 +87,11 @@ class ChatTemplate(Protocol):
 
 
 # ---------------------------------------------------------------- built-in templates
+
+
+def builtin_names() -> set[str]:
+    """The names that `builtin_template` takes."""
+    return {name for each in TURN_FORMATS for name in (each.name, *each.aliases)}
 
 
 def builtin_template(name: str) -> ChatTemplate:
@@ -199,21 +207,28 @@ class _SegmentList:
 _TURN_ENDS = ("</s>", "<|im_end|>", "<|eot_id|>")
 
 
-def checkpoint_template(jinja_source: str, special_tokens: Mapping[str, str]) -> ChatTemplate:
+def checkpoint_template(
+    jinja_source: str, special_tokens: Mapping[str, str], origin: str = "the checkpoint's chat template"
+) -> ChatTemplate:
     """The template a checkpoint brings (chat_template.jinja, chat_template.json or tokenizer_config.json).
 
     special_tokens: {"bos_token": ..., "eos_token": ...}, a tokeniser's `special_tokens_map`.
-    Rendering is done by `transformers.utils.chat_template_utils.render_jinja_template`, the function behind
-    `apply_chat_template`: the same sandbox, filters and globals. Content goes in as lists of items, or, for a
-    template that only knows texts (probed once, here), as the text that the built-in templates would write.
-    Raises CheckpointError for a template that is no valid Jinja.
+    origin: what the errors call it, with its file.
+    It is rendered as transformers' `apply_chat_template` does it, with bounds on time and memory; see
+    template_sandbox. Content goes in as lists of items, or, for a template that only knows texts (probed once,
+    here), as the text that the built-in templates would write.
+    Raises CheckpointError for a template that is no valid Jinja, or does not end on one message.
     """
-    from jinja2 import TemplateSyntaxError
-
     stop = [end for end in _TURN_ENDS if end in jinja_source]
     eos = special_tokens.get("eos_token")
     if eos and eos not in stop:
         stop.append(eos)
+    try:
+        _compiled(jinja_source)
+    except ImportError:
+        raise
+    except Exception as error:  # also Python's own, of nested blocks that its compiler refuses
+        raise CheckpointError(f"{origin} is no valid Jinja: {' '.join(str(error).split())}") from error
     probe = "a text to find again"
     try:
         text, _ = _render_jinja(
@@ -221,34 +236,33 @@ def checkpoint_template(jinja_source: str, special_tokens: Mapping[str, str]) ->
             special_tokens,
             [{"role": "user", "content": [{"type": "text", "text": probe}]}],
             False,
+            PROBE,
         )
         takes_items = probe in text and "'type'" not in text and '"type"' not in text
-    except TemplateSyntaxError as error:
-        raise CheckpointError(f"the checkpoint's chat template is no valid Jinja: {error}") from error
-    except ImportError:
-        raise
+    except TemplateLimitError as error:
+        raise CheckpointError(f"{origin} cannot be used: {error}") from error
     except Exception:  # foreign code: adding a list to a string, its own raise_exception, ...
         takes_items = False
     return CheckpointTemplate(jinja_source, dict(special_tokens), tuple(stop), takes_items)
 
 
+@functools.lru_cache(maxsize=32)
+def _compiled(source: str) -> CompiledTemplate:
+    return CompiledTemplate(source)
+
+
 def _render_jinja(
-    source: str, special_tokens: Mapping[str, str], messages: list[dict], add_generation_prompt: bool
+    source: str,
+    special_tokens: Mapping[str, str],
+    messages: list[dict],
+    add_generation_prompt: bool,
+    limits: Limits = PROMPT,
 ) -> tuple[str, list[tuple[int, int]]]:
     """The prompt, and the character spans of its `{% generation %}` blocks (none where it has none)."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    has_blocks = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
-    variables: dict[str, Any] = dict(special_tokens)
-    rendered: Any = render_jinja_template(
-        conversations=[messages],
-        chat_template=source,
-        return_assistant_tokens_mask=has_blocks,
-        add_generation_prompt=add_generation_prompt,
-        **variables,
+    variables: dict[str, Any] = {"messages": messages, "tools": None, "documents": None}
+    return _compiled(source).render(
+        {**variables, "add_generation_prompt": add_generation_prompt, **special_tokens}, limits
     )
-    prompts, spans = rendered
-    return prompts[0], spans[0] if has_blocks else []
 
 
 @dataclass(frozen=True)
@@ -326,7 +340,5 @@ class CheckpointTemplate:
     def _render(self, messages: list[dict], add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
         try:
             return _render_jinja(self.source, self.special_tokens, messages, add_generation_prompt)
-        except ImportError:
-            raise
         except Exception as error:  # foreign code may raise anything
             raise RequestError(f"the checkpoint's chat template refuses these messages: {error}") from error

@@ -1,0 +1,56 @@
+"""The chat templates that a checkpoint brings, by name, from any of the files that transformers reads them from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_fast.checkpoints import fields
+from llava_fast.checkpoints.files import read_json_if_there, read_text
+from llava_fast.errors import CheckpointError
+
+_JINJA, _MORE_JINJA = "chat_template.jinja", "additional_chat_templates"
+
+
+@dataclass(frozen=True)
+class Templates:
+    """Chat templates by name, and the file that has them. Most checkpoints have one, which is "default"."""
+
+    file: Path
+    sources: Mapping[str, str]
+
+    def choose(self, name: str = "default") -> str:
+        """The source of one template. Raises CheckpointError for a name that is not there, and an empty template."""
+        if name not in self.sources:
+            others = ", ".join(self.sources) or "none"
+            raise CheckpointError(
+                f"{self.file} has no chat template named {name!r}; choose one by chat_template=; it has: {others}"
+            )
+        if not self.sources[name].strip():
+            raise CheckpointError(f"{self.file}: the chat template {name!r} is empty; choose another by chat_template=")
+        return self.sources[name]
+
+
+def find_templates(path: Path, tokenizer: Any, tokenizer_path: Path) -> Templates | None:
+    """chat_template.jinja and those beside it, else the older chat_template.json or processor_config.json, else the
+    tokenizer's. None where a checkpoint brings no template. Raises CheckpointError for one that cannot be read."""
+    named = {file.stem: file for file in sorted((path / _MORE_JINJA).glob("*.jinja"))}
+    if (path / _JINJA).exists():
+        named["default"] = path / _JINJA
+    if named:
+        return Templates(path / _JINJA, {name: read_text(file) for name, file in named.items()})
+    for file, kind in (("chat_template.json", fields.TemplateFile), ("processor_config.json", fields.Processor)):
+        given = read_json_if_there(path / file, kind).get("chat_template")
+        if given is not None:
+            return Templates(path / file, _by_name(given))
+    given = getattr(tokenizer, "chat_template", None)
+    return None if given is None else Templates(tokenizer_path / "tokenizer_config.json", _by_name(given))
+
+
+def _by_name(given: str | dict[str, str] | list[dict[str, str]]) -> dict[str, str]:
+    """A template alone, a mapping, or a list of {"name": ..., "template": ...}."""
+    if isinstance(given, str):
+        return {"default": given}
+    return dict(given) if isinstance(given, dict) else {each["name"]: each["template"] for each in given}

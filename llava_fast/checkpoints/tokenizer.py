@@ -1,0 +1,85 @@
+"""A checkpoint's tokenizer, made by transformers after its side files were checked."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llava_fast.checkpoints import fields
+from llava_fast.checkpoints.files import check_regular, read_json, read_json_if_there
+from llava_fast.errors import CheckpointError
+
+_SIDE_FILES = {
+    "tokenizer_config.json": fields.TokenizerConfig,
+    "special_tokens_map.json": fields.SpecialTokens,
+    "added_tokens.json": fields.AddedTokens,
+}
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
+_READ = (*_SIDE_FILES, *_VOCABULARIES, "config.json", "chat_template.jinja")  # what transformers reads
+_MARK = b"\xef\xbb\xbf"
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The transformers tokenizer of a directory; no code of the checkpoint's own is run.
+
+    Raises CheckpointError where there is none or it is broken, naming the file if one is known to be at fault.
+    """
+    from transformers import AutoTokenizer  # imported late: it takes a second
+
+    for name, kind in _SIDE_FILES.items():
+        settings = read_json_if_there(path / name, kind)
+        for field, value in settings.items():
+            if field.endswith("_file") and isinstance(value, str) and Path(value).exists():
+                check_regular(Path(value))
+    for name in _READ:
+        if (path / name).exists() and not (path / name).is_dir():
+            check_regular(path / name)
+    try:
+        with _without_marks(path) as clean:
+            tokenizer = AutoTokenizer.from_pretrained(clean, trust_remote_code=False)
+    except BaseException as error:  # a panic of the Rust library is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(
+            f"{_at_fault(path)}: its tokenizer cannot be loaded ({' '.join(str(error).split())})"
+        ) from error
+    tokenizer.name_or_path = str(path)
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _without_marks(path: Path) -> Iterator[Path]:
+    """The directory, or a copy of its tokenizer's files if one starts with a byte order mark, which transformers does
+    not read."""
+    files = [path / name for name in _READ if (path / name).is_file()]
+    if not any(_starts_with_mark(file) for file in files):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        for file in files:
+            (Path(copy) / file.name).write_bytes(file.read_bytes().removeprefix(_MARK))
+        yield Path(copy)
+
+
+def _starts_with_mark(file: Path) -> bool:
+    with open(file, "rb") as opened:
+        return opened.read(len(_MARK)) == _MARK
+
+
+def _at_fault(path: Path) -> Path:
+    """Which file keeps a tokenizer from loading, or the directory. Raises CheckpointError for one that is no JSON."""
+    from tokenizers import Tokenizer
+
+    for name in ("tokenizer.json", "vocab.json"):
+        if (path / name).is_file():
+            read_json(path / name)
+    if (path / "tokenizer.json").is_file():
+        try:
+            Tokenizer.from_file(str(path / "tokenizer.json"))
+        except BaseException:
+            return path / "tokenizer.json"
+        return path / "tokenizer_config.json"
+    return next((path / name for name in _VOCABULARIES if (path / name).is_file()), path)
