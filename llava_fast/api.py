@@ -19,6 +19,7 @@ from llava_fast.errors import CheckpointError
 from llava_fast.generation.llava import Llava
 from llava_fast.inputs import anyres, chat
 from llava_fast.inputs.processor import Processor
+from llava_fast.models.fused import merge_linears
 
 if TYPE_CHECKING:
     from llava_fast.models.config import LlavaConfig
@@ -34,6 +35,7 @@ def load(
     video_frames: int = 16,
     model_base: str | Path | None = None,
     vision_tower: str | Path | None = None,
+    merge: bool | None = None,
 ) -> Llava:
     """A model ready to answer, from a Hugging Face or an original LLaVA checkpoint; or one to train, put together
     from a language model and a vision tower (see checkpoints.assemble).
@@ -46,6 +48,9 @@ def load(
     video_frames   how many frames of a video file are used, spaced uniformly.
     model_base     the model that a LoRA or projector-only directory was trained on.
     vision_tower   where an original checkpoint's tower is, if not where its config says.
+    merge          one weight for query, key and value and one for gate and up, so that each is one product (see
+                   models.fused.merge_linears). Default: on CUDA. False for a model that is trained or given adapters;
+                   llava_fast.models.fused.split_linears undoes it. Saving writes the separate weights in any case.
 
     Weights are memory-mapped and assigned tensor by tensor. Raises CheckpointError, naming file and tensor.
     """
@@ -61,6 +66,8 @@ def load(
         processor = load_processor(checkpoint, name, chat_template)
         model = Llava(checkpoint.config, dataclasses.replace(processor, resample=resample, video_frames=video_frames))
     load_weights(model, checkpoint)
+    if merge or (merge is None and device.type == "cuda"):
+        merge_linears(model)
     return model.eval()
 
 

@@ -10,6 +10,7 @@ import platform
 import torch
 
 import llava_fast._C as _C
+from llava_fast.models.fused.gate import RULES
 from llava_fast.ops import backend, triton_support  # importing the package registers every op
 from llava_fast.version import __version__
 
@@ -40,6 +41,15 @@ def report(model: str | None = None) -> str:
     for name, backends in sorted(backend.served().items()):
         has = "; ".join(f"{kind} ({devices})" for kind, devices in backends.items())
         lines.append(f"  {name:<{width}} on a CPU: {_choice(name, 'cpu')}; on CUDA: {_choice(name, 'cuda')}; has {has}")
+    lines += ["", "ops in place of modules (a module that is wrapped, hooked, quantised or sharded runs itself)"]
+    width = max(map(len, RULES))
+    for name, rule in RULES.items():
+        runs = {device: "the op" if backend.serves(name, device) else "its steps" for device in ("cpu", "cuda")}
+        lines.append(
+            f"  {name:<{width}} for {rule.modules}: on a CPU {runs['cpu']}; on CUDA {runs['cuda']}; under torch.compile "
+            f"{'the op' if rule.traced else 'its steps'}{'' if rule.autocast else '; under autocast its steps'}"
+        )
+    lines.append("")
     kind = triton_support.device_kind(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     measured = "measured on it" if triton_support.table(kind) and kind != "default" else "starting values, not measured"
     lines.append(f"  Launch configurations of the Triton kernels: the table of {kind!r} ({measured})")

@@ -24,6 +24,7 @@ from llava_fast.checkpoints.files import Fields, check_fields, parse_json, read_
 from llava_fast.checkpoints.names import to_stored
 from llava_fast.errors import CheckpointError
 from llava_fast.models.config import LlavaConfig
+from llava_fast.models.fused import separate_parameters
 
 NOTE_FILE = "llava_fast.json"
 """What a checkpoint says to llava_fast alone: "chat_template", the built-in template it was trained with."""
@@ -70,7 +71,7 @@ def save(
         raise CheckpointError(f"{path} is a file; give a directory to save into")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise CheckpointError(f"{path} is not empty; choose another directory or pass overwrite=True")
-    tensors = dict(model.named_parameters()) if tensors is None else dict(tensors)
+    tensors = separate_parameters(model) if tensors is None else dict(tensors)
     config, tokenizer = model.config, model.tokenizer
     image_token_id, video_token_id = config.image_token_id, config.video_token_id
     if layout == "hf" and config.layout == "original":

@@ -12,9 +12,9 @@ replaced (see `replacement`), and each asks at every call whether it may:
   keeps nothing more or less, but makes one new tensor of each where the stock one makes five.
 
 An op is taken where a backend fuses it. On a CPU, where no kernel serves, the references of rms_norm and rope are
-faster than the stock modules for float32 from LEAST values on; below that, in half precision, and for swiglu's backward
-pass, they are not, and the stock path runs. Hooks on these modules, and wrapped or quantised projections, work as ever:
-they are called.
+faster than the stock modules for float32 from models.fused.gate.LEAST values on; below that, in half precision, and for
+swiglu's backward pass, they are not, and the stock path runs. Hooks on these modules, and wrapped or quantised
+projections, work as ever: they are called.
 """
 
 from __future__ import annotations
@@ -24,17 +24,13 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from llava_fast.integrations.replacement import is_replaced
-from llava_fast.models.modules import is_plain, is_plain_parameter
-from llava_fast.ops import backend, rms_norm, rope, swiglu
+from llava_fast.models.fused.gate import is_plain_parameter, is_untouched, is_worth_asking, takes_for_stock
+from llava_fast.ops import rms_norm, rope, swiglu
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
-LEAST = 1 << 17
-"""Values of hidden states from which an op's reference saves on a CPU more than calling an op costs."""
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SILU = {("torch.nn.modules.activation", "SiLU"), ("transformers.activations", "SiLUActivation")}
 ATTENTION = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values", "kwargs")
 """Parameters of the attention that is stated anew here; one with others is left as it is."""
@@ -57,38 +53,23 @@ def _is_stock(kind: type[nn.Module], function: Callable) -> bool:
     return known and kind.forward.__module__ == kind.__module__
 
 
-def _small(x: Tensor) -> bool:
-    """Whether hidden states are so few that only the stock path serves them, found out in a few microseconds: a step
-    of generation asks at every module."""
-    return not torch.compiler.is_compiling() and x.is_cpu and x.numel() < LEAST and backend.requested() == "auto"
-
-
-def _serves(op: str, x: Tensor) -> bool:
-    """Whether `op` is to be called for hidden states x."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype not in DTYPES:
-        return False
-    if x.is_cpu and backend.requested() == "auto":
-        return x.dtype == torch.float32 and x.numel() >= LEAST
-    return backend.fuses(op, x.device.type)
-
-
 def rms_norm_forward(module: Any, hidden_states: Tensor) -> Tensor:
-    if not _small(hidden_states) and _serves("rms_norm", hidden_states) and is_plain_parameter(module.weight):
+    if takes_for_stock("rms_norm", hidden_states) and is_plain_parameter(module.weight):
         return rms_norm(hidden_states, module.weight, module.variance_epsilon)
     return type(module).forward(module, hidden_states)
 
 
 def _is_silu(module: nn.Module) -> bool:
     kind = type(module)
-    return is_plain(module, kind) and (kind.__module__, kind.__name__) in SILU
+    return is_untouched(module, kind) and (kind.__module__, kind.__name__) in SILU
 
 
 def mlp_forward(module: Any, x: Tensor) -> Tensor:
-    if _small(x) or torch.compiler.is_compiling() or not _is_silu(module.act_fn):
+    if not is_worth_asking(x) or not _is_silu(module.act_fn):
         return type(module).forward(module, x)
     gate, up = module.gate_proj(x), module.up_proj(x)
-    plain = type(gate) is type(up) is Tensor and gate.dtype == up.dtype and gate.dtype in DTYPES
-    if plain and backend.fuses("swiglu", gate.device.type):
+    plain = type(gate) is type(up) is Tensor and gate.dtype == up.dtype
+    if plain and takes_for_stock("swiglu", gate):
         return module.down_proj(swiglu(gate, up))
     gate = module.act_fn(gate)
     in_place = plain and not (gate.requires_grad or up.requires_grad)
@@ -103,7 +84,7 @@ def attention_forward(
     past_key_values=None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    if position_embeddings is None or _small(hidden_states) or not _serves("rope", hidden_states):
+    if position_embeddings is None or not takes_for_stock("rope", hidden_states):
         given = (position_embeddings, attention_mask, past_key_values)
         return type(module).forward(module, hidden_states, *given, **kwargs)
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

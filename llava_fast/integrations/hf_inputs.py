@@ -25,7 +25,7 @@ from llava_fast.integrations.placement import (
     to_device,
 )
 from llava_fast.integrations.uint8_pixels import Normalisation
-from llava_fast.models.modules import fuses_projector, is_plain, is_plain_parameter
+from llava_fast.models.fused.gate import is_plain, is_untouched, takes
 from llava_fast.models.vision import on_device
 from llava_fast.ops import assemble_inputs, patch_embed, token_pack
 from llava_fast.ops.activations import ACTIVATIONS
@@ -44,7 +44,7 @@ class Selection(NamedTuple):
 
 def untouched(module: nn.Module) -> bool:
     """No hooks and no forward of its own: calling its parts is calling it."""
-    return is_plain(module, type(module))
+    return is_untouched(module, type(module))
 
 
 def only_gathered(module: nn.Module) -> bool:
@@ -103,7 +103,7 @@ def _unfit_for_videos(model: nn.Module, frames: Tensor, skipped: int) -> str | N
         return "a video with the tower's class row"
     if model.config.model_type == "llava_next_video":
         pooler, kind = model.vision_resampler, POOLS.get(model.config.spatial_pool_mode)
-        if kind is None or not untouched(pooler) or not is_plain(pooler.pool, kind):
+        if kind is None or not untouched(pooler) or not is_untouched(pooler.pool, kind):
             return "the pooler of videos is hooked, wrapped or has weights"
     return None
 
@@ -231,11 +231,11 @@ def _embedded(embeddings: nn.Module, pixels: Tensor, normalisation: Normalisatio
     if normalisation is None:
         return embeddings(pixels, interpolate_pos_encoding=False)
     conv, position = embeddings.patch_embedding, embeddings.position_embedding
-    plain = untouched(embeddings) and type(embeddings).__module__ in TOWERS
+    plain = is_plain(embeddings, type(embeddings)) and type(embeddings).__module__ in TOWERS
     if plain and is_plain(conv, nn.Conv2d) and is_plain(position, nn.Embedding):
         class_row = getattr(embeddings, "class_embedding", None)
-        weights = [part for part in (conv.weight, position.weight, conv.bias, class_row) if part is not None]
-        if all(is_plain_parameter(part) and part.dtype == conv.weight.dtype for part in weights):
+        weights = [part for part in (position.weight, conv.bias, class_row) if part is not None]
+        if all(part.dtype == conv.weight.dtype for part in weights):
             mean, std = (on_device(part, pixels.device) for part in normalisation.folded())
             return patch_embed(
                 pixels, conv.weight, position.weight, mean=mean, std=std, bias=conv.bias, class_row=class_row
@@ -298,7 +298,8 @@ def inputs_embeds(
     embed, at = model.get_input_embeddings(), visuals.placement
     table = embed.weight if read_table else embed(ids).flatten(0, 1)
     weights = projector_weights(model)
-    if weights is not None and not at.mixes and fuses_projector(features, *weights, table):
+    operands = (table, *weights[0], *weights[1]) if weights else ()
+    if weights is not None and not at.mixes and takes("assemble_inputs", features, operands=operands):
         name = model.config.projector_hidden_act
         constant = _newline(model, table)
         flat = assemble_inputs(
@@ -314,7 +315,6 @@ def reads_table(embed: nn.Module) -> bool:
     """Whether text rows may be read from the embedding's weight: an exact nn.Embedding without special gradients."""
     return (
         is_plain(embed, nn.Embedding)
-        and is_plain_parameter(embed.weight)
         and embed.max_norm is None
         and not (embed.sparse or embed.scale_grad_by_freq)
         and (embed.padding_idx is None or not embed.weight.requires_grad)
@@ -335,8 +335,7 @@ def projector_weights(model: nn.Module) -> tuple[list[Tensor], list[Tensor]] | N
         return None
     weights = [linear.weight for linear in linears]
     biases = [linear.bias for linear in linears if linear.bias is not None]
-    plain = len(biases) in (0, len(linears)) and all(is_plain_parameter(part) for part in (*weights, *biases))
-    return (weights, biases) if plain else None
+    return (weights, biases) if len(biases) in (0, len(linears)) else None
 
 
 def _newline(model: nn.Module, like: Tensor) -> Tensor:

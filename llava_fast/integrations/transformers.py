@@ -41,7 +41,7 @@ from llava_fast.integrations.replacement import (
     stock_signature,
     tell_stock,
 )
-from llava_fast.models.modules import is_plain, is_plain_parameter
+from llava_fast.models.fused.gate import is_plain
 from llava_fast.ops import linear_cross_entropy
 
 SUPPORTED = (
@@ -199,10 +199,8 @@ def unfit_for_loss(model: nn.Module, given: dict) -> str | None:
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     head, labels, ids = model.lm_head, given["labels"], given.get("input_ids")
-    if not is_plain(head, nn.Linear) or not is_plain_parameter(head.weight):
-        return "the output head is hooked, wrapped or not an exact nn.Linear"
-    if head.bias is not None and not is_plain_parameter(head.bias):
-        return "the output head's bias is not an ordinary parameter"
+    if not is_plain(head, nn.Linear):
+        return "the output head is hooked, wrapped, sharded or not an exact nn.Linear"
     if model.loss_function is not ForCausalLMLoss:
         return "the model has a loss function of its own"
     for name in ("shift_labels", "ignore_index"):

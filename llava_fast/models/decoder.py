@@ -7,47 +7,24 @@ Parameter names are transformers'. Sources: Touvron et al. 2023 (Llama 2), Jiang
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llava_fast.models import fused
 from llava_fast.models.attention import Spans, attend
 from llava_fast.models.config import DecoderConfig
+from llava_fast.models.fused import MergesLinears, RMSNorm
 from llava_fast.models.kv_cache import KVCache
-from llava_fast.models.modules import is_plain, is_plain_parameter
 from llava_fast.models.native_step import step_weights
 from llava_fast.models.recompute import Recompute, run_layer
 from llava_fast.models.rope import Rope
-from llava_fast.ops import add_rms_norm, backend, rms_norm, rope, swiglu
 from llava_fast.ops.decoder_step import decoder_step
 from llava_fast.ops.linear_cross_entropy import linear_cross_entropy
 
 
-def fuses(op: str, x: Tensor) -> bool:
-    """Whether a kernel is to run in place of PyTorch's steps. Backend "native" has none of these: it serves whole
-    decoding steps (see native_step). A graph that torch.compile traces fuses the steps itself."""
-    served = not torch.compiler.is_compiling() and backend.requested() in ("auto", "triton")
-    return served and backend.fuses(op, x.device.type)
+class DecoderAttention(MergesLinears):
+    merges = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
-
-class RMSNorm(nn.Module):
-    """x / rms(x) in float32, rounded, then scaled. Source: Zhang and Sennrich 2019; rounding as Llama's."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        if fuses("rms_norm", x):
-            return rms_norm(x, self.weight, self.eps)
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return self.weight * F.rms_norm(x.to(wide), self.weight.shape, None, self.eps).to(x.dtype)
-
-
-class DecoderAttention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
@@ -60,26 +37,16 @@ class DecoderAttention(nn.Module):
         self.o_proj = nn.Linear(heads, config.hidden_size, bias=config.o_bias)
 
     def forward(self, x_RC: Tensor, rotation: tuple[Tensor, Tensor], spans: Spans, cache: KVCache | None) -> Tensor:
-        split = (-1, self.head_dim)
-        query_RHD, key_RKD, value_RKD = (
-            proj(x_RC).unflatten(-1, split) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        cos, sin = rotation
-        if fuses("rope", x_RC):
-            query_RHD, key_RKD = rope(query_RHD, key_RKD, cos, sin, is_signed=True)
-        else:
-            query_RHD, key_RKD = rotate(query_RHD, cos, sin), rotate(key_RKD, cos, sin)
+        projected = self.project(x_RC, "qkv_proj")
+        query_RHD, key_RKD, value_RKD = (rows.unflatten(-1, (-1, self.head_dim)) for rows in projected)
+        query_RHD, key_RKD = fused.rotated(query_RHD, key_RKD, rotation)
         return self.o_proj(attend(query_RHD, key_RKD, value_RKD, spans, self.layer, cache, self.window))
 
 
-def rotate(x_RHD: Tensor, cos_R1D: Tensor, sin_R1D: Tensor) -> Tensor:
-    """Rotary embedding with halves paired (Llama's convention). The sign of sin's first half is folded in."""
-    half = x_RHD.shape[-1] // 2
-    return x_RHD * cos_R1D + x_RHD.roll(half, -1) * sin_R1D
-
-
-class DecoderMLP(nn.Module):
+class DecoderMLP(MergesLinears):
     """SwiGLU (Shazeer 2020)."""
+
+    merges = {"gate_up_proj": ("gate_proj", "up_proj")}
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -88,8 +55,7 @@ class DecoderMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(swiglu(gate, up) if fuses("swiglu", x) else F.silu(gate) * up)
+        return self.down_proj(fused.gated(*self.project(x, "gate_up_proj")))
 
 
 class DecoderLayer(nn.Module):
@@ -101,13 +67,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x_RC: Tensor, rotation: tuple[Tensor, Tensor], spans: Spans, cache: KVCache | None) -> Tensor:
-        norm = self.post_attention_layernorm
         change_RC = self.self_attn(self.input_layernorm(x_RC), rotation, spans, cache)
-        if fuses("rms_norm", x_RC) and is_plain(norm, RMSNorm) and is_plain_parameter(norm.weight):
-            x_RC, normed_RC = add_rms_norm(x_RC, change_RC, norm.weight, norm.eps)
-        else:
-            x_RC = x_RC + change_RC
-            normed_RC = norm(x_RC)
+        x_RC, normed_RC = fused.add_norm(x_RC, change_RC, self.post_attention_layernorm)
         return x_RC + self.mlp(normed_RC)
 
 
@@ -146,7 +107,7 @@ class Decoder(nn.Module):
         """Negative log-likelihood of each row's target: [rows, C], int [rows] -> float32 [rows]. Where the head is a
         plain layer, no table of logits is made."""
         tied = self.config.tie_embeddings
-        if tied or is_plain(self.lm_head, nn.Linear):
+        if tied or fused.is_plain(self.lm_head, nn.Linear):
             return linear_cross_entropy(hidden, (self.embed_tokens if tied else self.lm_head).weight, target)
         return F.cross_entropy(self.logits(hidden).float(), target.long(), reduction="none")
 

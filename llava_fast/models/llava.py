@@ -16,8 +16,8 @@ from llava_fast.models.attention import Spans
 from llava_fast.models.batch import Batch
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.decoder import Decoder
+from llava_fast.models.fused import is_plain, takes
 from llava_fast.models.kv_cache import KVCache
-from llava_fast.models.modules import fuses_projector, is_plain
 from llava_fast.models.projector import Projector
 from llava_fast.models.vision import VisionTower
 from llava_fast.ops import assemble_inputs, mix_rows, token_pack
@@ -132,7 +132,8 @@ class LlavaModel(nn.Module):
         uses = batch.row_uses(len(newline))
         plain = is_plain(embed, nn.Embedding)
         projector = self.projector.plain_weights() if plain and not batch.plan.mixes else None
-        if features is not None and projector is not None and fuses_projector(features, *projector, table):
+        operands = (table, *projector[0], *projector[1]) if projector else ()
+        if features is not None and projector and takes("assemble_inputs", features, operands=operands):
             kept, activation, count = batch.column("kept"), self.config.projector.activation, batch.count("kept")
             return assemble_inputs(features, kept, *projector, source, row, table, newline, uses, activation, count)
         if not plain:  # its own forward, then the general op over what it returned

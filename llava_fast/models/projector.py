@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from llava_fast.models.config import ProjectorConfig
-from llava_fast.models.modules import is_plain, is_plain_parameter
+from llava_fast.models.fused import is_plain
 from llava_fast.ops.activations import ACTIVATIONS
 
 
@@ -44,12 +44,12 @@ class Projector(nn.Module):
     def plain_weights(self) -> tuple[list[Tensor], list[Tensor]] | None:
         """(weights, biases; an empty list if it has none) if this is plain Linears with activations between, so that
         an op may take them; None if it is another kind or anything is wrapped, hooked, sharded or quantised."""
+        if self.config.kind not in ("linear", "mlp") or not is_plain(self, Projector):
+            return None
         linears, activations = list(self.layers)[::2], list(self.layers)[1::2]
-        plain = self.config.kind in ("linear", "mlp") and is_plain(self, Projector)
-        plain = plain and is_plain(self.layers, nn.Sequential) and all(is_plain(step, nn.Linear) for step in linears)
+        plain = is_plain(self.layers, nn.Sequential) and all(is_plain(step, nn.Linear) for step in linears)
         if not plain or not all(is_plain(step, Activation) for step in activations):
             return None
         weights = [linear.weight for linear in linears]
         biases = [linear.bias for linear in linears if linear.bias is not None]
-        fits = len(biases) in (0, len(linears)) and all(is_plain_parameter(part) for part in (*weights, *biases))
-        return (weights, biases) if fits else None
+        return (weights, biases) if len(biases) in (0, len(linears)) else None

@@ -12,13 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llava_fast.models import fused
 from llava_fast.models.config import VisionConfig
-from llava_fast.models.layer_norms import Pending, finish, finish_and_norm
-from llava_fast.models.merged_linear import run_linears
-from llava_fast.models.modules import is_plain
 from llava_fast.models.recompute import Recompute, run_layer
-from llava_fast.ops import backend, linear_act, patch_embed
-from llava_fast.ops.activations import ACTIVATIONS
+from llava_fast.ops import patch_embed
 
 
 class VisionEmbeddings(nn.Module):
@@ -34,7 +31,7 @@ class VisionEmbeddings(nn.Module):
     def forward(self, tiles: Tensor, mean: Tensor, std: Tensor, count: Tensor | None = None) -> Tensor:
         conv, position = self.patch_embedding, self.position_embedding.weight
         class_row = getattr(self, "class_embedding", None)
-        if is_plain(conv, nn.Conv2d):
+        if fused.is_plain(conv, nn.Conv2d):
             return patch_embed(
                 tiles, conv.weight, position, mean=mean, std=std, bias=conv.bias, class_row=class_row, count=count
             )
@@ -46,7 +43,9 @@ class VisionEmbeddings(nn.Module):
         return rows + position
 
 
-class VisionAttention(nn.Module):
+class VisionAttention(fused.MergesLinears):
+    merges = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         width = config.hidden_size
@@ -55,7 +54,7 @@ class VisionAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x_TNC: Tensor) -> Tensor:
-        projected = run_linears(x_TNC, self.q_proj, self.k_proj, self.v_proj)
+        projected = self.project(x_TNC, "qkv_proj")
         query, key, value = (rows.unflatten(-1, (self.heads, -1)).transpose(1, 2) for rows in projected)
         out_THND = F.scaled_dot_product_attention(query, key, value)
         return self.out_proj(out_THND.transpose(1, 2).flatten(2))
@@ -69,10 +68,7 @@ class VisionMLP(nn.Module):
         self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        fc1 = self.fc1
-        if backend.fuses("linear_act", x.device.type) and is_plain(fc1, nn.Linear):
-            return self.fc2(linear_act(x, fc1.weight, fc1.bias, self.activation))
-        return self.fc2(ACTIVATIONS[self.activation](fc1(x)))
+        return self.fc2(fused.activated(x, self.fc1, self.activation))
 
 
 class VisionLayer(nn.Module):
@@ -84,14 +80,21 @@ class VisionLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x_TNC: Tensor) -> Tensor:
-        return finish(*self.run(x_TNC, None))
+        return _sum(*self.run(x_TNC, None))
 
-    def run(self, x_TNC: Tensor, pending: Pending) -> tuple[Tensor, Pending]:
-        """The layer, of x after its pending step; its own last step, adding the MLP's result, is left pending, for the
-        next layer's LayerNorm reads that sum anyway."""
-        x_TNC, normed_TNC = finish_and_norm(x_TNC, pending, self.layer_norm1)
-        x_TNC, normed_TNC = finish_and_norm(x_TNC, self.self_attn(normed_TNC), self.layer_norm2)
+    def run(self, x_TNC: Tensor, delta_TNC: Tensor | None, before: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """The layer on x + delta (or on `before`(x), the tower's own first LayerNorm). Returns (x, delta): the MLP's
+        output is not added yet; the next layer's fused add + LayerNorm adds it."""
+        if before is not None:
+            x_TNC, normed_TNC = fused.norm_norm(x_TNC, before, self.layer_norm1)
+        else:
+            x_TNC, normed_TNC = fused.add_norm(x_TNC, delta_TNC, self.layer_norm1)
+        x_TNC, normed_TNC = fused.add_norm(x_TNC, self.self_attn(normed_TNC), self.layer_norm2)
         return x_TNC, self.mlp(normed_TNC)
+
+
+def _sum(x: Tensor, delta: Tensor | None) -> Tensor:
+    return x if delta is None else x + delta
 
 
 class VisionEncoder(nn.Module):
@@ -133,18 +136,21 @@ class VisionTower(nn.Module):
             tiles = tiles.to(like.dtype)
         mean, std = (on_device(tuple(v), like.device) for v in (config.image_mean, config.image_std))
         x_TNC = self.embeddings(tiles, mean, std, count)
-        pending: Pending = self.pre_layrnorm if config.has_class_row else None
+        before = self.pre_layrnorm if config.has_class_row else None
+        delta_TNC = None
         wanted = [layer if layer >= 0 else config.num_layers + 1 + layer for layer in config.feature_layers]
         states = {}
         for depth, layer in enumerate(self.encoder.layers[: config.layers_needed]):
-            fused = is_plain(layer, VisionLayer)
-            if depth in wanted or not fused:
-                x_TNC, pending = finish(x_TNC, pending), None
+            plain = fused.is_untouched(layer, VisionLayer)
+            if depth in wanted or not plain:
+                x_TNC = _sum(x_TNC if before is None else before(x_TNC), delta_TNC)
+                before = delta_TNC = None
             if depth in wanted:
                 states[depth] = x_TNC
-            if fused:
-                x_TNC, pending = run_layer(self.recompute, layer.run, x_TNC, pending)
+            if plain:
+                x_TNC, delta_TNC = run_layer(self.recompute, layer.run, x_TNC, delta_TNC, before)
+                before = None
             else:
                 x_TNC = run_layer(self.recompute, layer, x_TNC)
-        states[config.layers_needed] = finish(x_TNC, pending)
+        states[config.layers_needed] = _sum(x_TNC if before is None else before(x_TNC), delta_TNC)
         return torch.cat([states[depth] for depth in wanted], dim=-1) if len(wanted) > 1 else states[wanted[0]]

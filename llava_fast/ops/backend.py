@@ -11,8 +11,6 @@ import contextvars
 import os
 from collections.abc import Iterator, Mapping
 
-import torch
-
 from llava_fast.errors import BackendError
 
 BACKENDS = ("auto", "triton", "native", "reference")
@@ -74,14 +72,13 @@ def choose(op: str, device: str = "", unfit: Mapping[str, str | None] | None = N
     return name
 
 
-def fuses(op: str, device: str) -> bool:
-    """Whether a module should call `op` on such a device rather than run its steps one by one.
-
-    It should where a backend other than the reference serves the op: one that only runs those same steps costs some 20
-    microseconds of a call. A graph that torch.compile traces always takes the op, which looks at the backend whenever
-    it runs.
-    """
-    return torch.compiler.is_compiling() or choose(op, device) != "reference"
+def serves(op: str, device: str) -> bool:
+    """Whether the backend in use has a kernel of `op` for such a device. Its reference does not count: an op that runs
+    the same steps as the modules it stands for only adds its own call, some 20 microseconds."""
+    name = requested()
+    return (_proven.get((op, device)) if name == "auto" else _served.get(op, {}).get(name)) is not None and (
+        name != "reference"
+    )
 
 
 def _checked(name: str) -> str:

@@ -271,7 +271,7 @@ def test_projector_and_placement_as_one_op(monkeypatch, no_fallback):
     """assemble_inputs, which a GPU's kernel serves; here its reference."""
     stock, model = fresh("next"), llava_fast.accelerate(fresh("next"))
     taken = []
-    monkeypatch.setattr(hf_inputs, "fuses_projector", lambda *_: True)
+    monkeypatch.setattr(hf_inputs, "takes", lambda *_, **__: True)
     monkeypatch.setattr(hf_inputs, "assemble_inputs", lambda *a: taken.append(1) or assemble_inputs(*a))
     inputs = batch("next", labels=True)
     assert_same_outputs(model, stock, inputs)

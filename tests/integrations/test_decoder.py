@@ -15,7 +15,8 @@ from torch.nn.utils import parametrize
 import llava_fast
 from llava_fast.integrations import hf_decoder
 from llava_fast.integrations import transformers as integration
-from llava_fast.ops import use_backend
+from llava_fast.models.fused import gate
+from llava_fast.ops import rms_norm, use_backend
 from llava_fast.ops.backend import BackendError
 
 NAMES = [
@@ -99,7 +100,7 @@ def test_attention_weights_are_given_where_they_are_asked_for(calls):
 @pytest.mark.parametrize("name", NAMES)
 def test_many_rows_on_a_cpu(name, calls, monkeypatch):
     """The references, taken from so many values on; here from one."""
-    monkeypatch.setattr(hf_decoder, "LEAST", 1)
+    monkeypatch.setattr(gate, "LEAST", 1)
     stock, model = fresh(name), llava_fast.accelerate(fresh(name))
     for side in ("left", "right"):
         inputs = batch(name, side=side, labels=True)
@@ -113,7 +114,7 @@ def test_few_rows_on_a_cpu_are_stock(calls):
     with torch.no_grad():
         inputs = few_rows("next")
         assert torch.equal(model(**inputs).logits, stock(**inputs).logits)
-        x = torch.randn(1, hf_decoder.LEAST // 64, 64)
+        x = torch.randn(1, gate.LEAST // 64, 64)
         assert_close("a norm", model.model.language_model.norm(x), stock.model.language_model.norm(x), 1e-6)
     assert calls == {"rms_norm": 1, "rope": 0, "swiglu": 0}
 
@@ -138,7 +139,7 @@ def test_half_precision_and_autocast(calls, dtype=torch.float16):
 
 def test_a_float64_model_is_stock(monkeypatch):
     """Its RMSNorm is float32 inside, which the op's would not be."""
-    monkeypatch.setattr(hf_decoder, "LEAST", 1)
+    monkeypatch.setattr(gate, "LEAST", 1)
     stock, model = fresh("next").double(), llava_fast.accelerate(fresh("next").double())
     with torch.no_grad():
         assert torch.equal(model(**few_rows("next")).logits, stock(**few_rows("next")).logits)
@@ -167,7 +168,7 @@ def test_less_is_kept_for_the_backward_pass():
 
 
 def test_hooks_and_lora_and_a_parametrised_weight(calls, monkeypatch):
-    monkeypatch.setattr(hf_decoder, "LEAST", 1)
+    monkeypatch.setattr(gate, "LEAST", 1)
 
     class Doubled(nn.Module):
         def forward(self, x):
@@ -194,7 +195,7 @@ def test_hooks_and_lora_and_a_parametrised_weight(calls, monkeypatch):
 
 
 def test_a_compiled_graph_is_the_stock_one(calls, monkeypatch):
-    monkeypatch.setattr(hf_decoder, "LEAST", 1)
+    monkeypatch.setattr(gate, "LEAST", 1)
     stock, model = fresh("next"), llava_fast.accelerate(fresh("next"))
     for part in ("input_layernorm", "mlp"):
         x = torch.randn(2, 9, 64)
@@ -206,7 +207,7 @@ def test_a_compiled_graph_is_the_stock_one(calls, monkeypatch):
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 def test_copies_use_their_own_weights(copier, monkeypatch):
-    monkeypatch.setattr(hf_decoder, "LEAST", 1)
+    monkeypatch.setattr(gate, "LEAST", 1)
     model, stock = llava_fast.accelerate(fresh("next")), fresh("next")
     twin = copier(model)
     inputs = few_rows("next")
@@ -254,7 +255,10 @@ def test_a_subclass_is_left():
     assert "forward" not in vars(layer.mlp)
 
 
-def test_a_backend_that_cannot_serve_says_so():
-    model = llava_fast.accelerate(fresh("next"))
-    with use_backend("native"), pytest.raises(BackendError, match="'native' does not serve the op 'rms_norm'"):
-        model(**few_rows("next"))
+def test_a_backend_without_these_ops_takes_the_stock_steps():
+    """The gate's one rule, in the engine as here; an op that is called says that the backend cannot serve it."""
+    stock, model = fresh("next"), llava_fast.accelerate(fresh("next"))
+    with use_backend("native"):
+        assert torch.equal(model(**few_rows("next")).logits, stock(**few_rows("next")).logits)
+        with pytest.raises(BackendError, match="'native' does not serve the op 'rms_norm'"):
+            rms_norm(torch.ones(2, 8), torch.ones(8), 1e-6)

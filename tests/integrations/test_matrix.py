@@ -15,9 +15,9 @@ from against_stock import assert_close, assert_same_gradients, assert_same_outpu
 from torch import nn
 
 import llava_fast
-from llava_fast.integrations import hf_decoder
 from llava_fast.integrations import transformers as integration
 from llava_fast.integrations.replacement import put_back
+from llava_fast.models.fused import gate
 
 MIXES = {"one": "a", "mixed": "a none two large", "text": "none", "films": "both none film"}
 TOKENS = {"greedy": {}, "beams": {"num_beams": 2}, "sampled": {"do_sample": True}}
@@ -155,7 +155,7 @@ def told(caplog):
 
 @pytest.mark.parametrize("row", cells(FLOAT32) + cells(EDGES))
 def test_float32(row, told, monkeypatch):
-    monkeypatch.setattr(hf_decoder, "LEAST", 1)
+    monkeypatch.setattr(gate, "LEAST", 1)
     stock, model = pair(row)
     inputs = batch(row["model"], MIXES[row["mix"]], row["side"], labels=True)
     cache = {} if row["cache"] != "none" else {"use_cache": False}
@@ -176,7 +176,7 @@ def test_float32(row, told, monkeypatch):
 @pytest.mark.parametrize("row", cells(HALF))
 def test_half_precision(row, told, monkeypatch):
     """Errors against float64 of the logits, and of all gradients together, are at most twice the stock model's."""
-    monkeypatch.setattr(hf_decoder, "LEAST", 1)
+    monkeypatch.setattr(gate, "LEAST", 1)
     stock, model = pair(row)
     exact = pair(row)[0].double()
     inputs = batch(row["model"], MIXES[row["mix"]], row["side"], labels=True)

@@ -52,7 +52,7 @@ def both(first: str, setting: str = "all", name: str = "next", **options) -> tup
 def fused(first, monkeypatch) -> list:
     """PEFT first: projector and placement are taken as one op, as where a kernel serves it. The calls of that op."""
     taken: list = []
-    monkeypatch.setattr(hf_inputs, "fuses_projector", lambda *_: first == "peft")
+    monkeypatch.setattr(hf_inputs, "takes", lambda *_, **__: first == "peft")
     monkeypatch.setattr(hf_inputs, "assemble_inputs", lambda *a: taken.append(1) or assemble_inputs(*a))
     return taken
 

@@ -1,6 +1,5 @@
 """The tower's fused steps: the same numbers on every backend, and what is wrapped or hooked keeps its own forward."""
 
-import contextlib
 import copy
 import dataclasses
 
@@ -9,11 +8,9 @@ import tiny
 import torch
 from parity import assert_close
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from llava_fast.models import layer_norms
-from llava_fast.models.merged_linear import run_linears
+from llava_fast.models.fused import norms
 from llava_fast.ops import use_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,8 +49,8 @@ def test_each_norm_is_one_op_with_the_step_before_it(name, feature_layers, doubl
     tower.config = dataclasses.replace(tower.config, feature_layers=feature_layers)
     calls = []
     for op in ("layer_norm", "add_layer_norm", "double_layer_norm"):
-        run = getattr(layer_norms, op)
-        monkeypatch.setattr(layer_norms, op, lambda *a, op=op, run=run: calls.append(op) or run(*a))
+        run = getattr(norms, op)
+        monkeypatch.setattr(norms, op, lambda *a, op=op, run=run: calls.append(op) or run(*a))
     expected = tower(tiles)
     assert not calls  # the steps themselves, where nothing fuses them
     with use_backend("triton"):
@@ -113,24 +110,6 @@ def test_the_tower_compiles_as_one_graph(backend):
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_linears_of_one_input_run_as_one_product(bias):
-    linears = [nn.Linear(6, 4, bias), nn.Linear(6, 3, bias)]
-    parameters = [parameter for linear in linears for parameter in linear.parameters()]
-    x = torch.randn(2, 5, 6, requires_grad=True)
-    plain = [linear(x) for linear in linears]
-    with use_backend("triton"), count_products() as products:
-        joined = run_linears(x, *linears)
-    assert products == [7]
-    torch.testing.assert_close(list(joined), plain)
-    grads = [torch.autograd.grad(sum(y.square().sum() for y in ys), [x, *parameters]) for ys in (joined, plain)]
-    torch.testing.assert_close(*grads)
-    with use_backend("triton"):
-        with torch.no_grad():
-            linears[0].weight.data += 1  # nothing stale is kept
-        torch.testing.assert_close(list(run_linears(x, *linears)), [linear(x) for linear in linears])
-
-
 class Wrapper(nn.Module):
     def __init__(self, inner):
         super().__init__()
@@ -154,31 +133,3 @@ def test_a_wrapped_linear_runs_itself(wrapped):
         with use_backend("triton"):
             torch.testing.assert_close(other(x), expected)
     torch.testing.assert_close(dict(other.named_buffers()), dict(attention.named_buffers()))
-
-
-def test_only_plain_linears_of_one_kind_are_joined():
-    hooked, calls = nn.Linear(6, 4), []
-    hooked.register_forward_hook(lambda module, args, out: calls.append(1))
-    x = torch.randn(2, 6)
-    for others in ((nn.Linear(6, 4, bias=False), nn.Linear(6, 3)), (hooked, nn.Linear(6, 3))):
-        with use_backend("triton"), count_products() as products:
-            run_linears(x, *others)
-        assert products == [4, 3]
-    assert calls == [1]
-    with count_products() as products:
-        run_linears(x, nn.Linear(6, 4), nn.Linear(6, 3))  # on "auto": no GPU has shown it to pay
-    assert products == [4, 3]
-
-
-@contextlib.contextmanager
-def count_products():
-    """The output widths of the calls of F.linear inside the block."""
-    widths, linear = [], F.linear
-
-    def counted(x, weight, bias=None):
-        widths.append(len(weight))
-        return linear(x, weight, bias)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "linear", counted)
-        yield widths

@@ -1,0 +1,108 @@
+"""The gate: whether a fused op stands for modules in this call. Everything it asks is in RULES and `takes`.
+
+An op reads weights instead of calling the modules that own them, so it may run only while those modules are what they
+were built as. A module that is wrapped (LoRA), hooked, quantised, parametrised or sharded keeps its own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from llava_fast.ops import backend
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When an op stands for modules.
+
+    modules   the modules that it stands for, in words.
+    traced    what a graph that torch.compile traces holds: the op (True), or PyTorch's steps, which inductor fuses.
+    autocast  whether the op runs under autocast as the modules would.
+    stock     whether on a CPU, in float32, the op's reference is faster than the steps of a transformers module, for
+              inputs of at least LEAST values.
+    """
+
+    modules: str
+    traced: bool
+    autocast: bool = True
+    stock: bool = False
+
+
+RULES = {
+    "layer_norm": Rule("a tower's LayerNorm, with the add or the LayerNorm before it", traced=True),
+    "linear_act": Rule("a tower's first MLP Linear and its activation", traced=True),
+    "assemble_inputs": Rule("the projector's Linears and the placement of rows", traced=True, autocast=False),
+    "rms_norm": Rule("a decoder's RMSNorm, with the add before it", traced=False, stock=True),
+    "rope": Rule("rotary embedding of queries and keys", traced=False, stock=True),
+    "swiglu": Rule("the product of a gated MLP's two halves", traced=False),
+}
+
+
+def takes(
+    op: str, x: Tensor, kind: type[nn.Module] = nn.Module, *modules: nn.Module, operands: Sequence[Tensor] = ()
+) -> bool:
+    """Whether `op` runs for x in this call, in place of `modules`: each must be a plain `kind`. `operands` are tensors
+    that must have x's dtype."""
+    rule = RULES[op]
+    if torch.compiler.is_compiling():
+        wanted = rule.traced
+    else:
+        wanted = backend.serves(op, x.device.type)
+    return (
+        wanted
+        and (rule.autocast or not torch.is_autocast_enabled(x.device.type))
+        and all(is_plain(module, kind) for module in modules)
+        and all(part.dtype == x.dtype for part in operands)
+    )
+
+
+def takes_for_stock(op: str, x: Tensor) -> bool:
+    """Whether `op` runs for x in this call in place of the steps of a transformers module. Never in a traced graph,
+    which is the stock one."""
+    if not is_worth_asking(x) or type(x) is not Tensor or x.dtype not in _FLOATS:
+        return False
+    if x.is_cpu and backend.requested() == "auto":
+        return RULES[op].stock and x.dtype == torch.float32
+    return takes(op, x)
+
+
+def is_worth_asking(x: Tensor) -> bool:
+    """False where no op can stand for the modules of a transformers model: in a traced graph, and for an input on a CPU
+    so small that calling an op costs more than it saves. A step of generation asks at every module."""
+    return not torch.compiler.is_compiling() and (not x.is_cpu or x.numel() >= LEAST or backend.requested() != "auto")
+
+
+LEAST = 1 << 17
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is an exact `kind` as it was built, so that an op may read its weights instead of calling it:
+    untouched, and each of its own parameters ordinary."""
+    return is_untouched(module, kind) and all(
+        parameter is None or is_plain_parameter(parameter) for parameter in module._parameters.values()
+    )
+
+
+def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is an exact `kind` without hooks, parametrisation (which changes the type) or a forward of its
+    own. Asked at each call."""
+    return (
+        type(module) is kind
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in vars(module)
+    )
+
+
+def is_plain_parameter(parameter: object) -> bool:
+    """True for an ordinary parameter: not None, sharded (DTensor) or quantised. What stands for one while a program is
+    traced (torch's FakeTensorMode) is one too."""
+    return type(parameter) is nn.Parameter or (
+        isinstance(parameter, FakeTensor) and isinstance(parameter, nn.Parameter)
+    )
