@@ -45,10 +45,10 @@ def report(model: str | None = None) -> str:
     width = max(map(len, RULES))
     for name, rule in RULES.items():
         runs = {device: "the op" if backend.serves(name, device) else "its steps" for device in ("cpu", "cuda")}
-        lines.append(
-            f"  {name:<{width}} for {rule.modules}: on a CPU {runs['cpu']}; on CUDA {runs['cuda']}; under torch.compile "
-            f"{'the op' if rule.traced else 'its steps'}{'' if rule.autocast else '; under autocast its steps'}"
-        )
+        compiled = "the op" if rule.traced else "its steps"
+        autocast = "" if rule.autocast else ", under autocast its steps"
+        where = f"on a CPU {runs['cpu']}, on CUDA {runs['cuda']}, under torch.compile {compiled}{autocast}"
+        lines.append(f"  {name:<{width}} for {rule.modules}: {where}")
     lines.append("")
     kind = triton_support.device_kind(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     measured = "measured on it" if triton_support.table(kind) and kind != "default" else "starting values, not measured"
