@@ -4,8 +4,8 @@ lmms-eval finds them by this package's entry point (`manifest`): `LlavaFastChat`
 `LlavaFast` for tasks as text and pictures (`--force_simple`), which is also what its loglikelihood and multiple-choice
 tasks need. Nothing in llava_fast imports this file; it needs lmms-eval, which llava_fast does not bring.
 
-What was not run: lmms-eval itself. The interface is that of its public sources of 2026 (api/model.py, api/task.py,
-models/registry_v2.py), and the tests stand on a stub of it. One process only: data parallel runs are refused.
+Tested with lmms-eval 0.7.3 (test_lmms_eval_real.py) and on a stub of its interface (api/model.py, api/instance.py,
+models/registry_v2.py). One process only: data parallel runs are refused.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ from tqdm import tqdm
 
 from llava_fast.api import load
 from llava_fast.errors import RequestError
+
+try:
+    from lmms_eval.api.instance import GenerationResult, TokenCounts
+except ImportError:  # lmms-eval before 0.7 takes bare answers, without counts
+    GenerationResult = None
 
 logger = logging.getLogger("llava_fast.integrations")
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tiff", ".webp")
@@ -77,11 +82,12 @@ class LlavaFast(lmms):
     def tokenizer(self) -> Any:
         return self.model.tokenizer
 
-    def generate_until(self, requests: list) -> list[str]:
-        """The answer to each lmms-eval Instance, in order. A task's "until" ends an answer and is not part of it.
-        Raises RequestError or ImageError naming the sample, and RequestError for beam search."""
+    def generate_until(self, requests: list) -> list:
+        """The answer to each lmms-eval Instance, in order, with the tokens of prompt (visual ones included) and answer:
+        GenerationResults, or their texts where lmms-eval has no such class. A task's "until" ends an answer and is not
+        part of it. Raises RequestError or ImageError naming the sample, and RequestError for beam search."""
         read = [self._read(instance.args) for instance in requests]
-        answers: list[str] = [""] * len(requests)
+        answers: list[Any] = [None] * len(requests)
         alike: dict[str, list[int]] = {}
         for number, (_, options) in enumerate(read):
             alike.setdefault(repr(sorted(options.items())), []).append(number)
@@ -91,16 +97,18 @@ class LlavaFast(lmms):
                     part = numbers[first : first + self.batch_size]
                     made = self.model.generate([read[number][0] for number in part], **read[part[0]][1])
                     for number, generation in zip(part, made, strict=True):
-                        answers[number] = generation.text
+                        usage = generation.usage
+                        answers[number] = _result(generation.text, usage.prompt_tokens, usage.completion_tokens)
                         context, settings = requests[number].args[0], read[number][1]
                         self.cache_hook.add_partial("generate_until", (context, settings), generation.text)
                     progress.update(len(part))
         return answers
 
-    def loglikelihood(self, requests: list) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list) -> list:
         """For each Instance (the mean loss of the target's tokens, end of turn included; whether greedy decoding would
-        say them). lmms-eval's own models return a loss under this name, and its tasks take the smallest."""
-        found: list[tuple[float, bool]] = []
+        say them), as the text of a GenerationResult: lmms-eval 0.7 turns a bare pair into a string. lmms-eval's own
+        models return a loss under this name, and its tasks take the smallest."""
+        found: list = []
         for first in tqdm(range(0, len(requests), self.batch_size), desc="llava_fast"):
             part = requests[first : first + self.batch_size]
             found += self._score([self._with_target(instance.args) for instance in part])
@@ -116,14 +124,20 @@ class LlavaFast(lmms):
         return _request([{"role": "user", "content": context}], visuals, args[3:]), _options(settings)
 
     @torch.inference_mode()
-    def _score(self, requests: list[dict]) -> list[tuple[float, bool]]:
+    def _score(self, requests: list[dict]) -> list:
         batch = self.model.prepare(requests, labels=True)
         logits = self.model(batch, logits="supervised").logits.float()
         target = batch.column("supervised_target").long()
         losses = F.cross_entropy(logits, target, reduction="none").cpu()
         hits = (logits.argmax(-1) == target).cpu()
         of = torch.from_numpy(batch.plan.column("sequence")[batch.plan.column("supervised_row")])
-        return [(losses[of == number].mean().item(), bool(hits[of == number].all())) for number in range(len(requests))]
+        found = []
+        for number, rows in enumerate(batch.plan.lengths):
+            supervised = of == number
+            pair = losses[supervised].mean().item(), bool(hits[supervised].all())
+            targets = int(supervised.sum())
+            found.append(_result(pair, rows - targets, targets))
+        return found
 
     def _with_target(self, args: tuple) -> dict:
         if len(args) != 6:
@@ -151,6 +165,13 @@ class LlavaFastChat(LlavaFast):
                 content = [_item(item) for item in content]
             turns.append({"role": message["role"], "content": content})
         return _request(turns, visuals, args[3:]), _options(settings)
+
+
+def _result(answer: Any, input_tokens: int, output_tokens: int) -> Any:
+    """An answer as lmms-eval takes it: with its counts, where it has a class for them."""
+    if GenerationResult is None:
+        return answer
+    return GenerationResult(answer, TokenCounts(input_tokens, output_tokens))
 
 
 def _item(item: dict) -> dict:

@@ -1,6 +1,7 @@
 """The lmms-eval model classes on a stub of lmms-eval: its base class, its registry and the requests it makes."""
 
 import abc
+import dataclasses
 import importlib
 import json
 import sys
@@ -37,9 +38,21 @@ class Hook:
         self.seen.append(what)
 
 
-@pytest.fixture
-def classes(monkeypatch):
-    """The module under test, imported over the stub, and what was registered."""
+@dataclasses.dataclass
+class TokenCounts:
+    input_tokens: int
+    output_tokens: int
+
+
+@dataclasses.dataclass
+class GenerationResult:
+    text: object
+    token_counts: TokenCounts
+
+
+@pytest.fixture(params=["0.7"])
+def classes(request, monkeypatch):
+    """The module under test, imported over the stub of a version, and what was registered."""
 
     class Base(abc.ABC):
         is_simple = True
@@ -65,12 +78,15 @@ def classes(monkeypatch):
         register_model=lambda name: lambda kind: registry.setdefault(name, kind)
     )
     stub["lmms_eval.models.registry_v2"] = types.SimpleNamespace(ModelManifest=lambda *parts: parts)
+    results = types.SimpleNamespace(GenerationResult=GenerationResult, TokenCounts=TokenCounts)
+    stub["lmms_eval.api.instance"] = results if request.param == "0.7" else types.SimpleNamespace()
     for name, module in stub.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "llava_fast.integrations.lmms_eval", raising=False)
+    # Set, so that undoing it leaves what was imported before, or nothing.
+    monkeypatch.setitem(sys.modules, "llava_fast.integrations.lmms_eval", None)
+    del sys.modules["llava_fast.integrations.lmms_eval"]
     module = importlib.import_module("llava_fast.integrations.lmms_eval")
     yield types.SimpleNamespace(module=module, registry=registry, base=Base)
-    monkeypatch.delitem(sys.modules, "llava_fast.integrations.lmms_eval")
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +120,11 @@ def messages(doc: dict) -> list[dict]:
     return [{"role": "user", "content": [*items, {"type": "text", "text": doc["question"]}]}]
 
 
+def texts(results: list) -> list:
+    """What lmms-eval makes of answers: its evaluator takes results apart, and older ones take answers as they are."""
+    return [each.text if isinstance(each, GenerationResult) else each for each in results]
+
+
 def instances(chat: bool, settings: list[dict]) -> list[Instance]:
     out = []
     for number, (doc, given) in enumerate(zip(DOCS, settings, strict=True)):
@@ -126,6 +147,7 @@ def expected_answers(model, chat: bool, settings: list[dict]) -> list[str]:
     return answers
 
 
+@pytest.mark.parametrize("classes", ["0.7", "0.6"], indirect=True)
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("name", ["llava_fast", "llava_fast_chat"])
 def test_generate_until(name, batch_size, loaded):
@@ -135,7 +157,7 @@ def test_generate_until(name, batch_size, loaded):
     settings += [{"max_new_tokens": 9, "do_sample": True, "temperature": 0.7, "seed": 3}]
     given = [dict(each) for each in settings]
     requests = instances(not evaluated.is_simple, given)
-    found = evaluated.generate_until(requests)
+    found = texts(evaluated.generate_until(requests))
     options = [
         {"max_new_tokens": 9, "stop": ["q"]},
         {"max_new_tokens": 5},
@@ -148,14 +170,16 @@ def test_generate_until(name, batch_size, loaded):
     assert seen == {doc["question"]: answer for doc, answer in zip(DOCS, found, strict=True)}
 
 
+@pytest.mark.parametrize("classes", ["0.7", "0.6"], indirect=True)
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_loglikelihood(batch_size, loaded):
+def test_loglikelihood(batch_size, loaded, classes):
     evaluated = loaded(batch_size=batch_size)
     model = evaluated.model
     targets = [" hello", lambda doc: doc["choices"][1]]
     requests = [Instance(DOCS[0]["question"], target, pictures, 0, TASK, SPLIT) for target in targets]
     requests.append(Instance(DOCS[2]["question"], "yes", pictures, 2, TASK, SPLIT))
-    found = evaluated.loglikelihood(requests)
+    results = evaluated.loglikelihood(requests)
+    found = texts(results)
     for (loss, greedy), (doc, answer) in zip(
         found, ((DOCS[0], "hello"), (DOCS[0], "a longer answer"), (DOCS[2], "yes")), strict=True
     ):
@@ -164,6 +188,7 @@ def test_loglikelihood(batch_size, loaded):
         batch = model.prepare([{"messages": turns, "images": pictures(doc)}], labels=True)
         with torch.no_grad():
             assert loss == pytest.approx(model(batch).loss.item(), rel=1e-5) and greedy is False
+    assert all(isinstance(each, tuple) == (classes.module.GenerationResult is None) for each in results)
 
 
 def test_what_greedy_decoding_says_counts_as_greedy(loaded, monkeypatch):
@@ -180,7 +205,7 @@ def test_what_greedy_decoding_says_counts_as_greedy(loaded, monkeypatch):
 
     monkeypatch.setattr(type(evaluated.model), "forward", sure)
     requests = [Instance(DOCS[0]["question"], target, pictures, 0, TASK, SPLIT) for target in ("hello", "hello")]
-    (loss, greedy), (other_loss, other_greedy) = evaluated.loglikelihood(requests)
+    (loss, greedy), (other_loss, other_greedy) = texts(evaluated.loglikelihood(requests))
     assert greedy and loss < 1e-3 and not other_greedy and other_loss > 1
 
 
