@@ -31,6 +31,13 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or
 _NAME = re.compile(r"step-(\d{6,})")
 
 
+def finished_steps(directory: Path) -> list[int]:
+    """Steps of the checkpoints in a directory that are whole, in order."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(found[1]) for each in directory.iterdir() if (found := _NAME.fullmatch(each.name)))
+
+
 class Checkpoints:
     """The checkpoints in a directory. All processes call each method together."""
 
@@ -44,9 +51,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are whole, in order."""
-        if not self.directory.is_dir():
-            return []
-        return sorted(int(found[1]) for each in self.directory.iterdir() if (found := _NAME.fullmatch(each.name)))
+        return finished_steps(self.directory)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Copy `state`, a nested dict of tensors and plain values, and write it as the checkpoint of `step` while the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from tqdm import tqdm
 from llava_fast.errors import RecipeError
 from llava_fast.train.recipe import Recipe
 
+logger = logging.getLogger("llava_fast.train")
 FILE = "metrics.jsonl"
+LEFT_OUT = "left_out.txt"  # samples that steps went without, a line each
 
 
 class Metrics:
@@ -46,13 +49,30 @@ class Metrics:
                 self._board.add_scalar(name, value, values["step"])
         if self._wandb is not None:
             self._wandb.log(numbers, step=values["step"])
-        self._bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['lr']:.1e}", refresh=False)
+        for problem in values.get("left_out_samples", []):
+            logger.warning("step %d goes without a sample: %s", values["step"], problem)
+        loss = "-" if values["loss"] is None else f"{values['loss']:.4f}"
+        self._bar.set_postfix(loss=loss, lr=f"{values['lr']:.1e}", refresh=False)
         self._bar.update()
 
     def flush(self) -> None:
         """What was reported is on disk: called before a checkpoint, which a run goes on from."""
         if self.writes:
             os.fsync(self._file.fileno())
+
+    def say_left_out(self) -> None:
+        """Log how many samples steps of the run left out, the starts before this one among them, and write them all to
+        LEFT_OUT."""
+        if not self.writes:
+            return
+        problems = [problem for step in read_metrics(self.path) for problem in step.get("left_out_samples", [])]
+        problems = list(dict.fromkeys(problems))  # one that was met in each epoch, once
+        path = self.path.with_name(LEFT_OUT)
+        path.unlink(missing_ok=True)
+        if problems:
+            path.write_text("".join(f"{problem}\n" for problem in problems), encoding="utf-8")
+            shown = "; ".join(problems[:5]) + "; ..." * (len(problems) > 5)
+            logger.warning("%d samples were left out when they were met (%s): %s", len(problems), path, shown)
 
     def close(self) -> None:
         if self.writes:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,8 @@ from llava_fast.errors import RecipeError
 from llava_fast.models.llava import LlavaModel
 from llava_fast.orphans import end_with_parent
 from llava_fast.train.recipe import Parallel, Recipe
+
+T = TypeVar("T")
 
 # A decoder layer's Linears: by output features, and back to whole rows (Megatron's split: one sum a block).
 _TENSOR_PLAN: dict[str, Callable[[], ParallelStyle]] = {
@@ -56,6 +59,18 @@ class World:
         if self.mesh is not None and self.size > 1:
             dist.all_reduce(value, group=self.mesh.get_group("data"))
         return value
+
+    def gather(self, value: Sequence[T]) -> list[Sequence[T]]:
+        """The value of every process; those of processes that run the same samples are side by side. If all are empty,
+        only their largest length was exchanged."""
+        if self.mesh is None:
+            return [value]
+        held = torch.tensor([len(value)], device=self.device)
+        dist.all_reduce(held, dist.ReduceOp.MAX)
+        everyone: list[Any] = [()] * dist.get_world_size()
+        if held.item():
+            dist.all_gather_object(everyone, value)
+        return everyone
 
     def together(self) -> None:
         """Wait for every process."""

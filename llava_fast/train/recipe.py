@@ -42,7 +42,7 @@ class Data(_Section):
     max_length: int | None = Field(None, ge=1)  # rows of a sample; default: what the decoder's context holds
     too_long: Literal["drop", "cut"] = "drop"
     batching: Literal["packed", "padded", "grouped"] = "packed"  # grouped: padded, in the original's groups
-    on_problem: Literal["stop", "skip"] = "stop"  # a sample that cannot be used (`llava-fast data check` lists them)
+    on_problem: Literal["stop", "skip"] = "stop"  # a sample that cannot be used, before or at its step
     workers: int = Field(2, ge=0)  # processes that open and cut images
     video_frames: int = Field(16, ge=1)
     time_instruction: bool = False  # a video's question begins with its duration and its frames' times

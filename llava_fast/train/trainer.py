@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
@@ -46,14 +45,13 @@ from llava_fast.models.batch import Batch
 from llava_fast.models.llava import LlavaOutput
 from llava_fast.models.recompute import set_recompute
 from llava_fast.train.checkpoint import Checkpoints
-from llava_fast.train.data.grouping import grouped_order, word_counts
 from llava_fast.train.data.lengths import Lengths, measure
 from llava_fast.train.data.loader import Loader, StepBatch
-from llava_fast.train.data.mixture import epoch_order
+from llava_fast.train.data.run_samples import run_samples
 from llava_fast.train.data.samples import SampleTable, read_sources
-from llava_fast.train.data.schedule import Schedule
 from llava_fast.train.data.usable import usable_samples
 from llava_fast.train.estimate.flops import Utilisation
+from llava_fast.train.left_out import left_out_together
 from llava_fast.train.lora import add_adapters, export_adapter, merged
 from llava_fast.train.metrics import Metrics
 from llava_fast.train.optim import build_optimizer, build_schedule, freeze, part_of
@@ -134,8 +132,8 @@ def build_loader(recipe: Recipe, model: Llava, world: World) -> Loader:
     lengths = measure_together(recipe, table, processor, world)
     usable, lengths = usable_samples(recipe, table, lengths, processor, quiet=not world.first)
     single = dataclasses.replace(processor, threads=1)  # workers are the parallelism
-    schedule = schedule_of(recipe, table, usable, lengths)
-    return Loader(recipe, table, lengths, schedule, single, model.config.decoder, world.size, world.rank)
+    samples = run_samples(recipe, table, lengths, usable, world.first)
+    return Loader(recipe, samples, single, model.config.decoder, world.size, world.rank)
 
 
 def measure_together(recipe: Recipe, table: SampleTable, processor: Processor, world: World) -> Lengths:
@@ -154,23 +152,6 @@ def measure_together(recipe: Recipe, table: SampleTable, processor: Processor, w
     if world.first:
         world.together()
     return lengths
-
-
-def schedule_of(recipe: Recipe, table: SampleTable, usable: np.ndarray, lengths: Lengths) -> Schedule:
-    """Which of the usable samples (bool [samples]) each step takes."""
-    words = word_counts(table) if recipe.data.batching == "grouped" else None
-
-    @functools.lru_cache(maxsize=2)
-    def order(epoch: int) -> np.ndarray:
-        numbers = epoch_order(table.source_of, recipe.data.sources, recipe.data.mixing, epoch, recipe.seed)
-        numbers = numbers[usable[numbers]]
-        if words is None:
-            return numbers
-        visual = lengths.visual[numbers] > 0
-        seed = [recipe.seed, epoch, 0, 1]  # no other draw's
-        return grouped_order(numbers, words[numbers], visual, recipe.batch_size, recipe.micro_batch, seed)
-
-    return Schedule.of(order, recipe.batch_size, recipe.epochs, recipe.steps)
 
 
 class Trainer:
@@ -213,33 +194,27 @@ class Trainer:
                     self.checkpoints.finish()  # one copy on the host at a time
                     self.checkpoints.save(done, self.state(done))
             self.checkpoints.finish()
+            metrics.say_left_out()
 
     def step(self, step_batch: StepBatch) -> dict[str, Any]:
-        """One optimiser step; returns what it reports. Raises TrainingError, before anything is changed, if the loss
-        or the gradient is not finite, or the loss has jumped."""
+        """One optimiser step; returns what it reports. Samples that could not be read are left out of it on every
+        process; with none left it changes no weight. Raises TrainingError, before anything is changed, if the loss or
+        the gradient is not finite, or the loss has jumped, or such a sample is to stop the run."""
         started = time.perf_counter()
         torch.manual_seed(hash((self.recipe.seed, step_batch.step, self.world.rank)))  # so a resumed step is the same
-        counted = torch.tensor([sum(self._count(made) for made in step_batch.micro_batches)], device=self.world.device)
-        tokens = int(self.world.sum(counted))
-        micro = max(len(step_batch.micro_batches), 1)
-        loss = torch.zeros(1, device=self.world.device)
-        for number, prepared in enumerate(step_batch.micro_batches, start=1):
-            if isinstance(self.model, DistributedDataParallel):  # sums gradients of processes once a step
-                self.model.require_backward_grad_sync = number == micro
-            share = self._loss(Batch.from_prepared(prepared, self.world.device), tokens, micro)
-            share.backward()
-            loss += share.detach() / self.world.size
-        value = float(self.world.sum(loss))
-        norm = clip_gradients(self.trained, self.recipe.optimizer.clip)
-        self._check(value, norm, step_batch)
+        when = f"step {step_batch.step + 1}"
+        left_out = left_out_together(self.recipe, self.world, step_batch.left_out, when)
+        tokens, emptied = self._sums(sum(map(self._count, step_batch.micro_batches)), step_batch.emptied)
+        value, norm = (None, None) if not tokens else self._gradients(step_batch, tokens, emptied)
         rate = float(self.schedule.get_last_lr()[0])
-        self.optimizer.step()
+        self.optimizer.step()  # leaves a weight without a gradient as it is
         self.schedule.step()
         self.optimizer.zero_grad()
         seconds = time.perf_counter() - started + step_batch.wait
         plans = [made.plan for made in step_batch.micro_batches]
         own = (len(step_batch.names), sum(sum(plan.lengths) for plan in plans), sum(map(self.utilisation.flops, plans)))
         samples, rows, flops = self.world.sum(torch.tensor(own, dtype=torch.float64, device=self.world.device)).tolist()
+        problems = [problem for _, problem in left_out]
         return {
             "step": step_batch.step + 1,
             "loss": value,
@@ -251,9 +226,33 @@ class Trainer:
             "mfu": self.utilisation.share(flops, seconds),
             "data_wait": step_batch.wait,
             "peak_memory": self._peak_memory(),
+            "left_out": len(problems),
+            **({"left_out_samples": problems} if problems else {}),
         }
 
-    def _loss(self, batch: Batch, tokens: int, micro_batches: int) -> Tensor:
+    def _gradients(self, step_batch: StepBatch, tokens: int, emptied: int) -> tuple[float, float]:
+        """Makes a step's gradients, clipped; (loss, gradient norm before)."""
+        last = len(step_batch.micro_batches)
+        micro = last - emptied / self.world.size
+        loss = torch.zeros(1, device=self.world.device)
+        for number, prepared in enumerate(step_batch.micro_batches, start=1):
+            if not prepared.plan.lengths and not self.bare.runs_every_part:
+                continue  # all of its samples were left out, and no other process waits for it
+            if isinstance(self.model, DistributedDataParallel):  # sums gradients of processes once a step
+                self.model.require_backward_grad_sync = number == last
+            share = self._loss(Batch.from_prepared(prepared, self.world.device), tokens, micro)
+            share.backward()
+            loss += share.detach() / self.world.size
+        value = float(self.world.sum(loss))
+        norm = clip_gradients(self.trained, self.recipe.optimizer.clip)
+        self._check(value, norm, step_batch)
+        return value, norm
+
+    def _sums(self, *values: int) -> list[int]:
+        """Each of these added over all processes."""
+        return [int(value) for value in self.world.sum(torch.tensor(values, device=self.world.device))]
+
+    def _loss(self, batch: Batch, tokens: int, micro_batches: float) -> Tensor:
         """This micro-batch's part of the step's loss, times the number of processes (gradients are averaged over
         them)."""
         losses, _ = self._forward(batch)
@@ -311,7 +310,8 @@ class Trainer:
         if state["run"]["data"] != mark:
             raise TrainingError(
                 f"the data, seed or batch size is not what {self.checkpoints.path(steps[-1])} was made with, so "
-                "samples would be lost or repeated: restore them, or choose another output"
+                "samples would be lost or repeated: restore them (samples may be taken out, but not added, changed or "
+                "moved), or choose another output"
             )
         set_state_dict(
             self.model,

@@ -1,6 +1,7 @@
 """Preference data: the forms it comes in, what is refused, and how two answers share a sequence."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 import llava_fast
-from llava_fast.errors import DataError, LlavaFastError
+from llava_fast.errors import DataError
 from llava_fast.inputs.plan import TextPiece, VisualPiece
 from llava_fast.models.batch import Batch
 from llava_fast.train.data.lengths import measure
@@ -130,7 +131,7 @@ def test_measured_rows_hold_a_pair(table, model):
     alone, shared = answers.rows(measure(answers, model.processor, "answers", 0, progress=False))
     assert list(alone.problems) == [2] and "no text under 'rejected'" in alone.problems[2]
     for number in (0, 1):
-        prepared, _ = PairBatches(answers, model.processor)[[number]]
+        prepared, _, _ = PairBatches(answers, model.processor)[[number]]
         rows, tails = prepared.plan.lengths[0], prepared.plan.tails[0]
         assert shared.visual[number] + shared.text[number] - 6 <= rows <= shared.visual[number] + shared.text[number]
         assert alone.visual[number] + alone.text[number] == rows - min(tails)
@@ -138,15 +139,16 @@ def test_measured_rows_hold_a_pair(table, model):
 
 def test_errors_name_the_pair(table, model):
     answers = table(PAIR | {"image": "gone.png"})
-    with pytest.raises(LlavaFastError, match=r"pairs.jsonl\[0\] \(id p0\): .*gone.png"):
-        PairBatches(answers, model.processor)[[0]]
+    _, names, left_out = PairBatches(answers, model.processor)[[0]]
+    assert not names and [number for number, _ in left_out] == [0]
+    assert re.match(r"pairs.jsonl\[0\] \(id p0\): .*gone.png", left_out[0].problem)
 
 
 def test_log_probabilities_are_those_of_ordinary_sequences(table, model):
     pairs = [PAIR, PAIR | {"image": None, "chosen": "hello", "rejected": "hello a table"}]
     answers = table(*pairs)
     references = np.array([[-1.5, 2.0], [0.25, 4.0]], np.float32)
-    prepared, names = PairBatches(answers, model.processor, references)[[1, 0]]
+    prepared, names, _ = PairBatches(answers, model.processor, references)[[1, 0]]
     batch = Batch.from_prepared(prepared)
     assert len(names) == 2 and batch.weight("reference").tolist() == references[::-1].tolist()
     with torch.no_grad():

@@ -129,9 +129,8 @@ class _Chunks(Dataset):
         except MemoryError:
             raise
         except Exception as error:  # whatever a sample brings about, the others are looked at too
-            kind, problem = _described(error)
-            name = self.table.name(number)
-            return _Found(number, kind=kind, problem=problem if problem.startswith(name) else f"{name}: {problem}")
+            kind, problem = described(self.table.name(number), error)
+            return _Found(number, kind=kind, problem=problem)
 
     def _open(self, pictures: Sequence[str], video: str | None) -> None:
         exif, frames = (self.processor.exif, self.processor.video_frames) if self.processor else (True, 1)
@@ -146,8 +145,14 @@ class _Chunks(Dataset):
             videos.frame_count(video, frames)
 
 
-def _described(error: Exception) -> tuple[str, str]:
-    """(kind, words) of what is wrong with a sample."""
+def described(name: str, error: Exception) -> tuple[str, str]:
+    """(kind, one line that begins with the sample's name) of what is wrong with a sample."""
+    kind, problem = _kind_and_words(error)
+    problem = " ".join(problem.split())
+    return kind, problem if problem.startswith(name) else f"{name}: {problem}"
+
+
+def _kind_and_words(error: Exception) -> tuple[str, str]:
     if isinstance(error, DataError):
         return error.kind, str(error)
     for types, kind in (

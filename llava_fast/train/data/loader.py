@@ -5,36 +5,58 @@ The position in the data is the step alone, so a loader starts anywhere, and wit
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from llava_fast.errors import LlavaFastError, TrainingError
+from llava_fast.errors import TrainingError
 from llava_fast.inputs.length import fit
-from llava_fast.inputs.plan import Layout
+from llava_fast.inputs.plan import Layout, Piece
 from llava_fast.inputs.processor import Cut, Prepared, Processor
 from llava_fast.models.config import DecoderConfig
-from llava_fast.train.data.lengths import LabelMask, Lengths
+from llava_fast.train.data.lengths import LabelMask, described
 from llava_fast.train.data.packing import Split, split_packed, split_padded
+from llava_fast.train.data.run_samples import RunSamples, schedule_of
 from llava_fast.train.data.samples import SampleTable
-from llava_fast.train.data.schedule import Schedule
 from llava_fast.train.data.workers import in_workers
 from llava_fast.train.estimate.flops import sequence_flops
 from llava_fast.train.recipe import Recipe
 
+_Made = TypeVar("_Made")
+
+
+class LeftOut(NamedTuple):
+    """A sample that could not be used when it was met: its number, and what is wrong with it, by its name."""
+
+    number: int
+    problem: str
+
+
+class Made(NamedTuple):
+    """A micro-batch, the names of the samples that it holds, and those it would hold were they sound."""
+
+    prepared: Prepared
+    names: list[str]
+    left_out: list[LeftOut]
+
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one process runs in one optimiser step: its micro-batches, the names of their samples, and how long the
-    device waited for them (seconds)."""
+    """What one process runs in one optimiser step: its micro-batches, the names of their samples, how long the device
+    waited for them (seconds), and the samples left out. A micro-batch may have lost all of its samples; it is there all
+    the same, as every process has as many."""
 
     step: int
     micro_batches: list[Prepared]
     names: list[str]
     wait: float
+    left_out: list[LeftOut] = field(default_factory=list)
+    emptied: int = 0  # micro-batches that lost all of their samples
 
 
 class MicroBatches(Dataset):
@@ -43,22 +65,39 @@ class MicroBatches(Dataset):
     def __init__(self, table: SampleTable, processor: Processor, labels: LabelMask, layout: Layout, cut: bool) -> None:
         self.table, self.processor, self.labels, self.layout, self.cut = table, processor, labels, layout, cut
 
-    def __getitem__(self, numbers: list[int]) -> tuple[Prepared, list[str]]:
-        tiles: list[Cut] = []
-        sequences, names = [], []
-        for number in numbers:
-            sample = self.table[number]
-            names.append(sample.name)
-            try:
-                outline = self.processor.outline(sample.request, self.labels)
-                if self.cut and self.processor.max_rows:
-                    rows = self.processor.rows_of(outline)
-                    outline = fit(outline, rows, self.processor.max_rows, "cut") or outline
-                sequences.append(self.processor.pieces(outline, tiles))
-                self.processor.check_length(sequences[-1])
-            except LlavaFastError as error:
-                raise type(error)(f"{sample.name}: {error}") from None
-        return self.processor.assemble(sequences, tiles, self.layout), names
+    def __getitem__(self, numbers: list[int]) -> Made:
+        kept, sequences, tiles, left_out = each_sound(numbers, self._pieces, self.table.name)
+        names = [self.table.name(number) for number in kept]
+        return Made(self.processor.assemble(sequences, tiles, self.layout), names, left_out)
+
+    def _pieces(self, number: int, tiles: list[Cut]) -> list[Piece]:
+        outline = self.processor.outline(self.table[number].request, self.labels)
+        if self.cut and self.processor.max_rows:
+            rows = self.processor.rows_of(outline)
+            outline = fit(outline, rows, self.processor.max_rows, "cut") or outline
+        pieces = self.processor.pieces(outline, tiles)
+        self.processor.check_length(pieces)
+        return pieces
+
+
+def each_sound(
+    numbers: Sequence[int], make: Callable[[int, list[Cut]], _Made], name: Callable[[int], str]
+) -> tuple[list[int], list[_Made], list[Cut], list[LeftOut]]:
+    """make(number, tiles) for each sample, which appends its images to `tiles`: (numbers of those that are sound, what
+    was made of them, their tiles, the others). `name` is what a problem calls a sample."""
+    tiles: list[Cut] = []
+    kept, made, left_out = [], [], []
+    for number in numbers:
+        before = len(tiles)
+        try:
+            made.append(make(number, tiles))
+            kept.append(number)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever it is: in a worker, another process decides what becomes of the run
+            del tiles[before:]  # of its images before the bad one
+            left_out.append(LeftOut(number, described(name(number), error)[1]))
+    return kept, made, tiles, left_out
 
 
 class Loader:
@@ -71,21 +110,21 @@ class Loader:
     def __init__(
         self,
         recipe: Recipe,
-        table: SampleTable,
-        lengths: Lengths,
-        schedule: Schedule,
+        samples: RunSamples,
         processor: Processor,
         decoder: DecoderConfig,
         processes: int = 1,
         rank: int = 0,
     ) -> None:
-        self.recipe, self.lengths, self.schedule, self.contents = recipe, lengths, schedule, table.contents()
+        self.recipe, self.lengths, self.contents = recipe, samples.lengths, samples.begun.contents
+        self.schedule = schedule_of(recipe, samples)
         self.decoder, self.processes, self.rank = decoder, processes, rank
         layout: Layout = "packed" if recipe.data.batching == "packed" else "padded"
         self.micro_batches: Dataset = MicroBatches(
-            table, processor, recipe.data.label_mask, layout, recipe.data.too_long == "cut"
+            samples.table, processor, recipe.data.label_mask, layout, recipe.data.too_long == "cut"
         )
-        self.most_rows = recipe.micro_batch_rows or processor.max_rows or int(np.max(self.rows(range(len(table)))))
+        longest = int(self.rows(range(len(self.lengths.text))).max())
+        self.most_rows = recipe.micro_batch_rows or processor.max_rows or longest
 
     def rows(self, samples) -> np.ndarray:
         """Decoder rows of each of these samples."""
@@ -110,12 +149,17 @@ class Loader:
         loaded = iter(in_workers(self.micro_batches, _Numbers(mine), self.recipe.data.workers, ahead=4))
         for step in range(first, self.schedule.total):
             started = time.perf_counter()
-            made = [next(loaded, None) for _ in self.split(step)[self.rank]]
-            if any(each is None for each in made):
+            made: list[Made] = list(itertools.islice(loaded, len(self.split(step)[self.rank])))
+            if len(made) < len(self.split(step)[self.rank]):
                 raise TrainingError(f"the loader ended before step {step}")
-            batches = [prepared for prepared, _ in made]  # type: ignore[misc]
-            names = [name for _, each in made for name in each]  # type: ignore[misc]
-            yield StepBatch(step, batches, names, time.perf_counter() - started)
+            yield StepBatch(
+                step,
+                [each.prepared for each in made],
+                [name for each in made for name in each.names],
+                time.perf_counter() - started,
+                [sample for each in made for sample in each.left_out],
+                sum(bool(each.left_out) and not each.names for each in made),
+            )
 
 
 class _Numbers:

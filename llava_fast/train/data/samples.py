@@ -142,6 +142,15 @@ class SampleTable:
             found.update(part.tobytes())
         return found.hexdigest()
 
+    def identities(self) -> np.ndarray:
+        """uint64 [samples]: a hash of each sample and the number of its source, wherever its file and images are."""
+        buffer, ends, sources = memoryview(self.buffer), self.offsets.tolist(), self.source_of.tolist()
+        hashes = (
+            hashlib.blake2b(buffer[start:end], digest_size=8, salt=source.to_bytes(4, "little")).digest()
+            for start, end, source in zip(ends[:-1], ends[1:], sources, strict=True)
+        )
+        return np.frombuffer(b"".join(hashes), np.uint64)
+
     def fingerprint(self) -> str:
         """A hash of the samples and of where their images are."""
         places = json.dumps([[file.images for file in self.files], self.image_first])

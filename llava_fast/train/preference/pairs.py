@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from llava_fast.errors import DataError, LlavaFastError
+from llava_fast.errors import DataError
 from llava_fast.inputs.chat_messages import IMAGE_MARK, VIDEO_MARK
 from llava_fast.inputs.plan import Piece, TextPiece
 from llava_fast.inputs.processor import Cut, Prepared, Processor, VisualMark
 from llava_fast.train.data.lengths import Lengths
+from llava_fast.train.data.loader import Made, each_sound
 from llava_fast.train.data.samples import Sample, SampleTable, Source, read_sources
 
 PAIR_KEYS = ("id", "image", "images", "video", "prompt", "chosen", "answer", "rejected")
@@ -176,19 +177,21 @@ class PairBatches(Dataset):
     def __init__(self, answers: Answers, processor: Processor, references: np.ndarray | None = None) -> None:
         self.answers, self.processor, self.references = answers, processor, references
 
-    def __getitem__(self, numbers: list[int]) -> tuple[Prepared, list[str]]:
-        tiles: list[Cut] = []
-        pairs, names = [], []
-        for number in numbers:
-            chosen, rejected = self.answers[2 * number], self.answers[2 * number + 1]
-            names.append(chosen.name)
-            try:
-                pairs.append(shared_pair(self.processor, chosen.request, rejected.request, tiles))
-            except LlavaFastError as error:
-                raise type(error)(f"{chosen.name}: {error}") from None
+    def __getitem__(self, numbers: list[int]) -> Made:
+        kept, pairs, tiles, left_out = each_sound(numbers, self._pair, self._name)
+        names = [self._name(number) for number in kept]
         tails = [[len(tail.ids) for tail in pair.tails] for pair in pairs]
         prepared = self.processor.assemble([pair.pieces for pair in pairs], tiles, tails=tails)
         if self.references is None:
-            return prepared, names
-        column = {"reference": self.references[numbers].astype(np.float32).reshape(-1, 2).view(np.int32)}
-        return Prepared(prepared.tiles, prepared.plan.with_columns(column)), names
+            return Made(prepared, names, left_out)
+        column = {"reference": self.references[kept].astype(np.float32).reshape(-1, 2).view(np.int32)}
+        return Made(Prepared(prepared.tiles, prepared.plan.with_columns(column)), names, left_out)
+
+    def _pair(self, number: int, tiles: list[Cut]) -> SharedPair:
+        if self.references is not None and np.isnan(self.references[number]).any():
+            raise DataError("it could not be read when the reference's log-probabilities were made")
+        chosen, rejected = self.answers[2 * number], self.answers[2 * number + 1]
+        return shared_pair(self.processor, chosen.request, rejected.request, tiles)
+
+    def _name(self, number: int) -> str:
+        return self.answers.name(2 * number)

@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,12 +26,14 @@ from llava_fast.generation.llava import Llava
 from llava_fast.inputs.processor import Prepared
 from llava_fast.models.batch import Batch
 from llava_fast.train import trainer as training
-from llava_fast.train.data.loader import Loader, StepBatch
+from llava_fast.train.data.loader import LeftOut, Loader, StepBatch
+from llava_fast.train.data.run_samples import run_samples
 from llava_fast.train.data.usable import usable_samples
 from llava_fast.train.data.workers import in_workers
+from llava_fast.train.left_out import left_out_together
 from llava_fast.train.parallel import World, place, placed_dtype
 from llava_fast.train.preference.loss import answer_log_probs, preference_losses
-from llava_fast.train.preference.pairs import PairBatches, read_pairs
+from llava_fast.train.preference.pairs import Answers, PairBatches, read_pairs
 from llava_fast.train.recipe import Dpo, Recipe
 
 logger = logging.getLogger("llava_fast.train")
@@ -58,21 +60,23 @@ def build_trainer(recipe: Recipe, model: Llava, world: World) -> DpoTrainer:
     if rope.kind == "dynamic":  # it turns a prompt by the length of what follows, so longer answers cannot share one
         most = min(processor.max_rows or model.config.decoder.max_positions, model.config.decoder.max_positions)
         processor = dataclasses.replace(processor, max_rows=most)
-    answers = read_pairs(recipe.data.sources)
-    alone, shared = answers.rows(training.measure_together(recipe, answers, processor, world))
-    usable, alone = usable_samples(recipe, answers, alone, processor, quiet=not world.first)
+    table = read_pairs(recipe.data.sources)
+    alone, shared = table.rows(training.measure_together(recipe, table, processor, world))
+    usable, _ = usable_samples(recipe, table, alone, processor, quiet=not world.first)
     single = dataclasses.replace(processor, threads=1)  # workers are the parallelism
-    schedule = training.schedule_of(recipe, answers, usable, shared)
-    loader = Loader(recipe, answers, shared, schedule, single, model.config.decoder, world.size, world.rank)
+    samples = run_samples(recipe, table, shared, usable, world.first)
+    answers = cast(Answers, samples.table)
+    loader = Loader(recipe, samples, single, model.config.decoder, world.size, world.rank)
     loader.micro_batches = PairBatches(answers, single)
     if recipe.dpo.reference == "precomputed":
         mark = hashlib.blake2b(digest_size=16)
-        for part in (answers.fingerprint(), processor.template.name, weights_mark(model, recipe), recipe.precision):
+        for part in (table.fingerprint(), processor.template.name, weights_mark(model, recipe), recipe.precision):
             mark.update(part.encode())
-        for column in (shared.text, shared.visual, usable):  # tokenizer, tiles and frames; pairs left out have no value
+        measured = samples.lengths  # by tokenizer, tiles and frames; pairs left out have no value
+        for column in (measured.text, measured.visual, samples.left):
             mark.update(column.tobytes())
         path = recipe.output / "references" / f"{mark.hexdigest()}.npy"
-        references = reference_log_probs(recipe, model, loader, np.flatnonzero(usable), path, world)
+        references = reference_log_probs(recipe, model, loader, np.flatnonzero(samples.left), path, world)
         loader.micro_batches = PairBatches(answers, single, references)
     return DpoTrainer(recipe, model, loader, world)
 
@@ -97,13 +101,13 @@ class DpoTrainer(training.Trainer):
         self.sums.zero_()
         values = super().step(step_batch)
         pairs = values.pop("supervised_tokens")
-        means = (self.world.sum(self.sums) / max(pairs, 1)).tolist()
+        means = (self.world.sum(self.sums) / pairs).tolist() if pairs else [None] * len(REPORTED)
         return values | {"pairs": pairs} | dict(zip(REPORTED, means, strict=True))
 
     def _count(self, prepared: Prepared) -> int:
         return len(prepared.plan.lengths)
 
-    def _loss(self, batch: Batch, count: int, micro_batches: int) -> Tensor:
+    def _loss(self, batch: Batch, count: int, micro_batches: float) -> Tensor:
         if not batch.plan.lengths:  # no pair, but every process runs every module as often as the others
             if self.settings.reference == "base":
                 with torch.no_grad(), adapters_off(self.model):
@@ -160,7 +164,8 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 def reference_log_probs(
     recipe: Recipe, model: Llava, loader: Loader, pairs: np.ndarray, path: Path, world: World
 ) -> np.ndarray:
-    """The starting model's log-probabilities of both answers, float32 [all pairs, 2] (NaN for those not in `pairs`).
+    """The starting model's log-probabilities of both answers, float32 [all pairs, 2] (NaN for those not in `pairs`, and
+    for those that could not be read, if the recipe skips them).
 
     Made once and kept at `path`, whole or not at all; a run that is resumed reads them.
     """
@@ -170,15 +175,22 @@ def reference_log_probs(
     found = torch.zeros(len(loader.lengths.text), 2, device=world.device)
     mine = loader.pack(pairs.tolist())[world.rank]
     batches = in_workers(loader.micro_batches, mine, recipe.data.workers)
+    left_out: list[LeftOut] = []
     was_training = model.training
     model.eval()
     with tqdm(total=sum(map(len, mine)), desc="reference", unit=" pairs", disable=not world.first) as bar:
-        for numbers, (prepared, _) in zip(mine, batches, strict=True):
-            if numbers:
+        for numbers, (prepared, _, bad) in zip(mine, batches, strict=True):
+            left_out += bad
+            kept = [number for number in numbers if number not in dict(bad)]
+            if kept:
                 losses, _ = training.forward(model, Batch.from_prepared(prepared, world.device), recipe.precision)
-                found[numbers] = answer_log_probs(losses, prepared.plan)[0]
+                found[kept] = answer_log_probs(losses, prepared.plan)[0]
             bar.update(len(numbers))
     model.train(was_training)
+    for number, problem in left_out_together(recipe, world, left_out, "reference"):
+        pairs = pairs[pairs != number]
+        if world.first:
+            logger.warning("no reference for a pair: %s", problem)
     whole = world.sum(found).cpu().numpy()
     whole[np.setdiff1d(np.arange(len(whole)), pairs)] = np.nan
     if world.first:
