@@ -93,17 +93,17 @@ def add_adapter(
     if reason := _beyond_plain(adapter, path) or _beyond_linears(stored, untied):
         tensors = merge_with_peft(tensors, path, file, config, described, reason)
     else:
-        tensors = _add_plain(untied, stored, _scale(adapter, path), file)
+        tensors = _add_plain(untied, stored, adapter, file)
     if tied and HEAD in tensors and _same(tensors[HEAD], tensors[EMBEDDING]):
         del tensors[HEAD]
     return tensors
 
 
 def _add_plain(
-    base: Mapping[str, StoredTensor], stored: Mapping[str, StoredTensor], scale: float, file: Path
+    base: Mapping[str, StoredTensor], stored: Mapping[str, StoredTensor], adapter: Mapping[str, Any], file: Path
 ) -> dict[str, StoredTensor]:
     """`base` with low-rank sums, and with the tensors that are stored whole in their place."""
-    tensors = dict(base)
+    tensors, rank, scale = dict(base), adapter.get("r"), _scale(adapter, file.parent)
     pairs, whole = _split(stored, file)
     tensors.update(whole)
     for name, (a, b) in pairs.items():
@@ -114,6 +114,8 @@ def _add_plain(
                 f"{file}: LoRA of {name} is {list(b.shape)} x {list(a.shape)} and the base has {found}; "
                 "give the base model it was trained on as model_base"
             )
+        if a.shape[0] != rank:
+            raise CheckpointError(f"{file}: LoRA of {name} has rank {a.shape[0]} and {ADAPTER_CONFIG} states r {rank}")
         merge = functools.partial(_merge, weight, a, b, scale)
         tensors[name] = StoredTensor(weight.file, weight.key, weight.shape, weight.dtype, merge)
     return tensors
@@ -209,7 +211,8 @@ def _beyond_plain(adapter: Mapping[str, Any], path: Path) -> str | None:
         if isinstance(start, str) and start.startswith(lost):
             raise CheckpointError(
                 f"{path / ADAPTER_CONFIG}: init_lora_weights {start!r} changed the base by {what}, which the adapter "
-                "does not hold; save it with PEFT's path_initial_model_for_weight_conversion, as plain LoRA"
+                "does not hold; save it as plain LoRA (PEFT's path_initial_model_for_weight_conversion), or give the "
+                "changed base as model_base and set the field to true"
             )
     if start not in _PLAIN_STARTS:
         return f"init_lora_weights {start!r}"

@@ -41,8 +41,9 @@ class LoadedCheckpoint:
     tokenizer_path  directory of the tokenizer: the same, or the base's for LoRA and projector-only directories.
     config          what the model is.
     tensors         our name -> where it is stored.
-    dtype           what parameters become: the one asked for, else that of the stored token embedding (checkpoints
-                    mix: a CLIP tower from its own repository is float32 beside a float16 decoder).
+    dtype           what parameters become: the one asked for, else that of the stored token embedding, not an
+                    adapter's (checkpoints mix: a CLIP tower from its own repository is float32 beside a float16
+                    decoder).
     device          where they go.
     side_files      the texts of the small files (chat template, processor configs) that saving writes back.
     """
@@ -82,6 +83,7 @@ def load_checkpoint(
         config = read_hf_config(described)
     if config.decoder.tie_embeddings and (head := tensors.pop(HEAD, None)) is not None:
         _check_tied(head, tensors.get(EMBEDDING))
+    dtype = dtype or _stored_dtype(tensors, base or path)
     if (path / ADAPTER_CONFIG).exists():
         tensors = add_adapter(tensors, path, config, described)
         if config.decoder.tie_embeddings and HEAD in tensors:
@@ -93,7 +95,7 @@ def load_checkpoint(
         tokenizer_path=base or described,
         config=config,
         tensors=tensors,
-        dtype=dtype or _stored_dtype(tensors, path),
+        dtype=dtype,
         device=torch.device(device),
         side_files=read_side_files(described) | read_side_files(path),
     )

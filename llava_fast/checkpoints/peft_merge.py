@@ -51,7 +51,6 @@ def merge_with_peft(
     try:
         with warnings.catch_warnings(record=True) as said, torch.random.fork_rng(devices=[]):
             warnings.simplefilter("always")
-            torch.manual_seed(0)
             settings = peft.PeftConfig.from_pretrained(str(path))
             settings.inference_mode = True
             if settings.is_prompt_learning:

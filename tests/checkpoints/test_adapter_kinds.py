@@ -69,8 +69,6 @@ MORE = {
     "bdlora": lambda: lora(
         use_bdlora=sub("BdLoraConfig", target_modules_bd_a=["q_proj"], nblocks=2, match_strict=False)
     ),
-    "velora": lambda: lora(velora_config=sub("VeloraConfig")),
-    "monteclora": lambda: lora(monteclora_config=sub("MontecloraConfig")),
     "kasa": lambda: lora(kasa_config=sub("KasaConfig")),
     "AdaLoRA": lambda: peft.AdaLoraConfig(target_modules=TARGETS, total_step=10, init_r=4, target_r=2),
     "BOFT": lambda: peft.BOFTConfig(target_modules=DECODER),
@@ -207,11 +205,17 @@ def test_rounded_as_peft_rounds_it(base, tmp_path):
     assert torch.equal(found, wanted.get_parameter(f"model.language_model.{name}"))
 
 
+def test_a_saved_embedding_takes_the_dtype_of_the_base(base, tmp_path):
+    tiny.save(tiny.CASES[NAME], copy.deepcopy(tiny.pair(NAME).hf).bfloat16(), tmp_path / "half")
+    path = write(tmp_path / "adapter", PLAIN["saved embedding"]())  # float32, as it was trained
+    assert load_checkpoint(path, model_base=tmp_path / "half").dtype == torch.bfloat16
+
+
 REFUSED = {
     "alora": (lora, {"alora_invocation_tokens": [5]}, r"alora_invocation_tokens \[5\] cannot be merged: it acts only"),
     "arrow": (lora, {"arrow_config": {"top_k": 2}}, "arrow_config .* cannot be merged: it weighs several adapters"),
     "replication": (lora, {"layer_replication": [[0, 2]]}, r"layer_replication \[\[0, 2\]\] cannot be merged"),
-    "corda": (lora, {"init_lora_weights": "corda"}, "'corda' changed the base by data, .* path_initial_model_for"),
+    "corda": (lora, {"init_lora_weights": "corda"}, "'corda' changed the base by data, .*path_initial_model_for"),
     "lora_ga": (lora, {"init_lora_weights": "lora_ga"}, "'lora_ga' changed the base by gradients"),
     "pissa_niter": (lora, {"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changed the base by random draws"),
     "loftq": (lora, {"init_lora_weights": "loftq"}, "init_lora_weights 'loftq' cannot be merged by PEFT"),

@@ -132,6 +132,7 @@ def test_peft_reads_the_same_scale(tmp_path):
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         ({"r": None}, "states no r and lora_alpha"),
+        ({"r": 2}, r"LoRA of decoder\..* has rank 4 and adapter_config.json states r 2"),
         ({"base_model_name_or_path": None}, "without naming their base; give model_base="),
     ],
 )
