@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_fast.checkpoints import fields
-from llava_fast.checkpoints.files import Fields, check_fields, read_json, read_json_if_there
+from llava_fast.checkpoints.files import Fields, check_fields, one_line, read_json, read_json_if_there
 from llava_fast.errors import CheckpointError, ImageError
 from llava_fast.inputs.anyres import VisualGeometry
 from llava_fast.models.config import DecoderConfig, LlavaConfig, ProjectorConfig, RopeConfig, VisionConfig
@@ -195,7 +195,7 @@ def auto_config(source: dict[str, Any], file: Path):
     try:
         return CONFIG_MAPPING[kind].from_dict(copy.deepcopy(source))
     except Exception as problem:  # its validators raise a dozen unrelated types
-        raise CheckpointError(f"{file}: transformers cannot read it: {problem}") from problem
+        raise CheckpointError(f"{file}: transformers cannot read it: {one_line(problem)}") from problem
 
 
 def _rope(text, file: Path) -> RopeConfig:

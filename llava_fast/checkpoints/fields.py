@@ -33,7 +33,13 @@ class NamedTemplate(Fields):
     template: str
 
 
-SpecialToken = str | dict[str, Any]
+class AddedToken(Fields):
+    """A token with what the tokenizer does around it."""
+
+    content: str
+
+
+SpecialToken = str | AddedToken
 ChatTemplate = str | dict[str, str] | list[NamedTemplate]
 
 
@@ -206,8 +212,8 @@ class TokenizerConfig(TemplateFile):
     """tokenizer_config.json."""
 
     tokenizer_class: str | None = None
-    added_tokens_decoder: dict[str, dict[str, Any]] | None = None
-    model_max_length: Annotated[float, Field(gt=0)] | int | None = None  # 1e30 where there is no limit
+    added_tokens_decoder: dict[str, AddedToken] | None = None
+    model_max_length: Annotated[float, Field(gt=0)] | None = None  # 1e30 where there is no limit
     padding_side: str | None = None
     truncation_side: str | None = None
     bos_token: SpecialToken | None = None
@@ -220,6 +226,10 @@ class SpecialTokens(Fields):
     """special_tokens_map.json."""
 
     model_config = ConfigDict(extra="allow")
+    bos_token: SpecialToken | None = None
+    eos_token: SpecialToken | None = None
+    unk_token: SpecialToken | None = None
+    pad_token: SpecialToken | None = None
     __pydantic_extra__: dict[str, SpecialToken | list[SpecialToken] | dict[str, SpecialToken] | None]
 
 

@@ -27,6 +27,11 @@ class Fields(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
 
+def one_line(problem: BaseException) -> str:
+    """What another library says, on one line."""
+    return " ".join(str(problem).split())
+
+
 def check_regular(file: Path) -> None:
     """Raises CheckpointError unless `file` is a regular file, or a link to one: opening a FIFO would wait for ever."""
     try:

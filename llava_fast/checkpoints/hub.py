@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from llava_fast.checkpoints.files import one_line
 from llava_fast.errors import CheckpointError
 
 _UNUSED_FILES = ["*.gguf", "*.onnx", "*.msgpack", "*.h5"]
@@ -15,16 +17,24 @@ def resolve(path_or_hub_id: str | Path, only: list[str] | None = None) -> Path:
 
     Raises CheckpointError for a file, and for what is neither here nor to be had from the Hub.
     """
-    path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
+    if (path := local_directory(path_or_hub_id)) is not None:
         return path
-    if path.exists():
-        raise CheckpointError(f"{path} is a file; give the directory that holds config.json")
+    if os.path.exists(path_or_hub_id):
+        raise CheckpointError(f"{path_or_hub_id} is a file; give the directory that holds config.json")
     from huggingface_hub import snapshot_download  # not needed for a local directory
 
     try:
         return Path(snapshot_download(str(path_or_hub_id), allow_patterns=only, ignore_patterns=_UNUSED_FILES))
     except Exception as problem:  # no such repository, no network, not allowed, no valid id
         raise CheckpointError(
-            f"{path_or_hub_id!r} is neither a directory here nor a repository the Hub gives us ({problem})"
+            f"{path_or_hub_id!r} is neither a directory here nor a repository the Hub gives us ({one_line(problem)})"
         ) from problem
+
+
+def local_directory(name: str | Path) -> Path | None:
+    """The directory of that name here, if there is one; "~" is the home directory. A name may be any text."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.is_dir() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, no such user
+        return None

@@ -23,7 +23,7 @@ from llava_fast.checkpoints import fields
 from llava_fast.checkpoints.adapters import ADAPTER_CONFIG, add_adapter, add_projector, find_projector_file
 from llava_fast.checkpoints.config import read_hf_config
 from llava_fast.checkpoints.files import read_json, read_json_if_there
-from llava_fast.checkpoints.hub import resolve
+from llava_fast.checkpoints.hub import local_directory, resolve
 from llava_fast.checkpoints.original import is_original, read_original_config
 from llava_fast.checkpoints.peft_merge import EMBEDDING, HEAD
 from llava_fast.checkpoints.save import read_side_files
@@ -169,13 +169,13 @@ def _find_tensors(path: Path, model_base: str | Path | None) -> tuple[Path, Path
 def _tower_inside(base: Path | None, described: Path) -> Path | None:
     """The tower of an adapter's base, if the base is a whole LLaVA that holds it."""
     name = read_json(described / "config.json", fields.OriginalConfig).get("mm_vision_tower")
-    return base / name if base is not None and name and (base / name).is_dir() else None
+    return local_directory(base / name) if base is not None and name else None
 
 
 def _stored_dtype(tensors: Mapping[str, StoredTensor], path: Path) -> torch.dtype:
     """The dtype of the stored token embedding, which stands for the checkpoint's."""
     if EMBEDDING not in tensors:
-        raise CheckpointError(f"{path} holds no token embedding: its weights are not those of a LLaVA model")
+        raise CheckpointError(f"{path} holds no token embedding: the model of its config.json has one")
     return tensors[EMBEDDING].dtype
 
 

@@ -26,7 +26,7 @@ from llava_fast.checkpoints.config import (
     refuse_quantised,
     require,
 )
-from llava_fast.checkpoints.files import check_fields, read_json, read_json_if_there
+from llava_fast.checkpoints.files import check_fields, one_line, read_json, read_json_if_there
 from llava_fast.checkpoints.towers import Tower, find_tower
 from llava_fast.errors import CheckpointError, ImageError
 from llava_fast.inputs.anyres import VisualGeometry, parse_pinpoints
@@ -96,7 +96,7 @@ def text_config(source: Mapping[str, Any], file: Path):
     try:
         return CONFIG_MAPPING[family](**{field: source[field] for field in _DECODER_FIELDS if field in source})
     except Exception as problem:  # its validators raise a dozen unrelated types
-        raise CheckpointError(f"{file} describes no {family} decoder: {problem}") from problem
+        raise CheckpointError(f"{file} describes no {family} decoder: {one_line(problem)}") from problem
 
 
 def _decoder(source: Mapping[str, Any], file: Path):

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from llava_fast.checkpoints import fields
-from llava_fast.checkpoints.files import check_regular, read_json
+from llava_fast.checkpoints.files import check_regular, one_line, read_json
 from llava_fast.checkpoints.names import from_stored, is_skipped
 from llava_fast.errors import CheckpointError
 
@@ -132,7 +132,10 @@ def _open_shards(path: Path, index: str) -> dict[str, StoredTensor]:
             raise CheckpointError(
                 f"{path} lacks the shard {shard}, which {index} says holds {count} tensors; download it again"
             )
-        tensors.update(open_file(path / shard))
+        try:
+            tensors.update(open_file(path / shard))
+        except CheckpointError as problem:
+            raise CheckpointError(f"{path / index} names {shard!r}: {problem}") from None
     if lost := [name for name in placed if name not in tensors]:
         raise CheckpointError(f"{path / placed[lost[0]]} lacks {lost[0]!r}, which {index} places there")
     return tensors
@@ -176,7 +179,7 @@ def _open_pickle(file: Path) -> dict[str, StoredTensor]:
                 raise
             content = torch.load(file, map_location="cpu", weights_only=True)  # torch's format before 1.6
     except Exception as problem:  # unpickling damaged bytes can raise nearly anything
-        raise CheckpointError(f"{file} cannot be read by torch.load ({problem}); download it again") from None
+        raise CheckpointError(f"{file} cannot be read by torch.load ({one_line(problem)}); download it again") from None
     if not isinstance(content, dict) or not all(map(_is_plain, content, content.values())):
         raise CheckpointError(f"{file} is not a plain dict of tensors, so it holds no model weights")
     return {

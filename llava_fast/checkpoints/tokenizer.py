@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_fast.checkpoints import fields
-from llava_fast.checkpoints.files import check_regular, read_json, read_json_if_there
+from llava_fast.checkpoints.files import check_regular, one_line, read_json, read_json_if_there
 from llava_fast.errors import CheckpointError
 
 _SIDE_FILES = {
@@ -35,7 +35,7 @@ def load_tokenizer(path: Path) -> Any:
             if field.endswith("_file") and isinstance(value, str) and Path(value).exists():
                 check_regular(Path(value))
     for name in _READ:
-        if (path / name).exists() and not (path / name).is_dir():
+        if (path / name).exists():
             check_regular(path / name)
     try:
         with _without_marks(path) as clean:
@@ -43,9 +43,7 @@ def load_tokenizer(path: Path) -> Any:
     except BaseException as error:  # a panic of the Rust library is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise CheckpointError(
-            f"{_at_fault(path)}: its tokenizer cannot be loaded ({' '.join(str(error).split())})"
-        ) from error
+        raise CheckpointError(f"{_at_fault(path)}: its tokenizer cannot be loaded ({one_line(error)})") from error
     tokenizer.name_or_path = str(path)
     return tokenizer
 

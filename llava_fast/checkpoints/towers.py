@@ -14,7 +14,7 @@ from pathlib import Path
 from llava_fast.checkpoints import fields
 from llava_fast.checkpoints.config import auto_config, require, tower_config
 from llava_fast.checkpoints.files import read_json, read_json_if_there
-from llava_fast.checkpoints.hub import resolve
+from llava_fast.checkpoints.hub import local_directory, resolve
 from llava_fast.checkpoints.names import from_tower_repository
 from llava_fast.checkpoints.tensor_files import StoredTensor, open_weights
 from llava_fast.errors import CheckpointError
@@ -67,8 +67,8 @@ def find_tower(name: str, checkpoint: Path, override: str | Path | None = None) 
     Raises CheckpointError if it is none of these, or no CLIP or SigLIP tower.
     """
     wanted = str(override or name)
-    for directory in (checkpoint / wanted, Path(wanted).expanduser()):
-        if directory.is_dir():
+    for place in (checkpoint / wanted, wanted):
+        if (directory := local_directory(place)) is not None:
             return Tower(_read_tower(directory), directory)
     for repository, config in KNOWN_TOWERS.items():
         if Path(wanted).name == Path(repository).name:
@@ -77,8 +77,8 @@ def find_tower(name: str, checkpoint: Path, override: str | Path | None = None) 
         directory = resolve(wanted)
     except CheckpointError as problem:
         raise CheckpointError(
-            f"{checkpoint} names the vision tower {name!r}, which is not at hand; give vision_tower= a directory "
-            f"or repository that holds it ({problem})"
+            f"{checkpoint / 'config.json'} names the vision tower {name!r}, which is not at hand; "
+            f"give vision_tower= a directory or repository that holds it ({problem})"
         ) from problem
     return Tower(_read_tower(directory), directory)
 
