@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.machine import Ceilings
-from llava_fast.models.config import DecoderConfig, LlavaConfig, VisionConfig
+from llava_fast.models.config import LlavaConfig
+from llava_fast.models.decoders.base import DecoderConfig
+from llava_fast.models.towers.base import TowerConfig
 
 
 @dataclass(frozen=True)
@@ -96,18 +98,13 @@ def train_floor(config: LlavaConfig, sizes: Sizes, itemsize: int) -> Floor:
     return Floor((Phase(flops, itemsize * (vision_weights(config.vision) + 3 * weights)),))
 
 
-def vision_weights(vision: VisionConfig) -> int:
+def vision_weights(vision: TowerConfig) -> int:
     """Weights of the layers that must run, biases and norms left out."""
-    layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
-    return vision.layers_needed * layer + 3 * vision.patch_size**2 * vision.hidden_size
+    return vision.layers_needed * vision.layer_matrix_size + 3 * vision.patch_size**2 * vision.hidden_size
 
 
-def vision_flops(vision: VisionConfig, tiles: int) -> float:
-    rows = vision.patches_per_tile + vision.has_class_row
-    layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
-    attention = 2 * rows * vision.hidden_size
-    patches = vision.patches_per_tile * 3 * vision.patch_size**2 * vision.hidden_size
-    return 2.0 * tiles * (rows * vision.layers_needed * (layer + attention) + patches)
+def vision_flops(vision: TowerConfig, tiles: int) -> float:
+    return vision.product_flops(tiles) + vision.attention_flops(tiles)
 
 
 def decoder_weights(decoder: DecoderConfig) -> int:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import llava_fast
 from llava_fast.demo import compose, split_scans
 from llava_fast.inputs import anyres, images
-from llava_fast.models.vision import VisionTower
+from llava_fast.models.towers.vit import VisionTower
 
 NO_DIGIT = 10
 CANVASES = 8  # a step

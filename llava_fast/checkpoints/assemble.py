@@ -26,8 +26,8 @@ from llava_fast.checkpoints.original import is_original, original_config
 from llava_fast.checkpoints.tensor_files import StoredTensor, name_tensors, open_weights
 from llava_fast.checkpoints.towers import Tower, tower_tensors
 from llava_fast.errors import CheckpointError
-from llava_fast.models.config import LlavaConfig, ProjectorConfig
-from llava_fast.models.projector import Projector
+from llava_fast.models.config import LlavaConfig
+from llava_fast.models.connectors.mlp import Projector, ProjectorConfig
 
 _MODEL_TYPES = {"llama": "llava_llama", "mistral": "llava_mistral", "qwen2": "llava_qwen"}
 

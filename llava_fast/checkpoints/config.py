@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ from llava_fast.checkpoints import fields
 from llava_fast.checkpoints.files import Fields, check_fields, one_line, read_json, read_json_if_there
 from llava_fast.errors import CheckpointError, ImageError
 from llava_fast.inputs.anyres import VisualGeometry
-from llava_fast.models.config import DecoderConfig, LlavaConfig, ProjectorConfig, RopeConfig, VisionConfig
+from llava_fast.models.config import LlavaConfig
+from llava_fast.models.connectors.mlp import ProjectorConfig
+from llava_fast.models.decoders import DECODERS
+from llava_fast.models.decoders.base import DecoderConfig
+from llava_fast.models.towers import TOWERS
+from llava_fast.models.towers.base import TowerConfig
+from llava_fast.models.towers.vit import ClipConfig
 
 HF_MODEL_TYPES = ("llava", "llava_next", "llava_next_video", "llava_onevision")
-_TOWERS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
-_DECODERS = ("llama", "mistral", "qwen2")
-_TOWER_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 _PROJECTOR_ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "relu", "silu")
-_ROPES = ("default", "linear", "dynamic", "llama3")
-_LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def read_hf_config(path: str | Path) -> LlavaConfig:
@@ -44,17 +46,17 @@ def read_hf_config(path: str | Path) -> LlavaConfig:
     layers = hf.vision_feature_layer
     feature_layers = tuple(layers) if isinstance(layers, (list, tuple)) else (layers,)
     keeps_all = hf.vision_feature_select_strategy == "full"
-    kind = _TOWERS[require(tower.model_type, tuple(_TOWERS), "vision_config.model_type", file)]
-    if kind == "siglip" and not keeps_all:
+    kind = TOWERS[require(tower.model_type, tuple(TOWERS), "vision_config.model_type", file)]
+    if not kind.leading_rows and not keeps_all:
         raise CheckpointError(
-            f"{file}: vision_feature_select_strategy 'default' drops a class row; SigLIP has none, so set it to 'full'"
+            f"{file}: vision_feature_select_strategy 'default' drops a class row, and a tower like SigLIP has none: set "
+            "it to 'full'"
         )
     vision = tower_config(
         tower,
-        kind,
         file,
         feature_layers=feature_layers,
-        keep_class_row=keeps_all and kind == "clip",
+        keep_class_row=keeps_all and kind.leading_rows > 0,
         **_normalisation(images),
     )
     projector = ProjectorConfig(
@@ -84,31 +86,24 @@ def read_hf_config(path: str | Path) -> LlavaConfig:
     )
 
 
-def tower_config(tower, kind: str, file: Path, **choices) -> VisionConfig:
-    """A VisionConfig from a transformers CLIP or SigLIP vision config; `choices` are its remaining fields."""
+def tower_config(tower, file: Path, **choices) -> TowerConfig:
+    """A TowerConfig from a transformers vision config; `choices` are the fields that it does not have."""
+    kind = TOWERS[require(tower.model_type, tuple(TOWERS), "vision_config.model_type", file)]
     _check_whole(tower, fields.Tower, file)
-    if tower.hidden_size % tower.num_attention_heads:
-        raise CheckpointError(
-            f"{file}: a tower of hidden_size {tower.hidden_size} has no {tower.num_attention_heads} equal "
-            "num_attention_heads"
-        )
-    config = VisionConfig(
-        kind=kind,
-        hidden_size=tower.hidden_size,
-        intermediate_size=tower.intermediate_size,
-        num_layers=tower.num_hidden_layers,
-        num_heads=tower.num_attention_heads,
-        image_size=tower.image_size,
-        patch_size=tower.patch_size,
-        activation=require(tower.hidden_act, _TOWER_ACTIVATIONS, "vision_config.hidden_act", file),
-        layer_norm_eps=tower.layer_norm_eps,
-        **choices,
-    )
+    config = _made(file, kind.from_hf, tower, **choices)
     check_feature_layers(config, file)
     return config
 
 
-def check_feature_layers(tower: VisionConfig, file: Path) -> None:
+def _made(file: Path, make: Callable[..., Any], *given: Any, **choices: Any) -> Any:
+    """make(...), what it refuses as a CheckpointError that names the file."""
+    try:
+        return make(*given, **choices)
+    except ValueError as problem:
+        raise CheckpointError(f"{file}: {problem}") from problem
+
+
+def check_feature_layers(tower: TowerConfig, file: Path) -> None:
     """Raises CheckpointError for a hidden state that the tower does not have."""
     for layer in tower.feature_layers:
         if not -tower.num_layers - 1 <= layer <= tower.num_layers:
@@ -116,40 +111,10 @@ def check_feature_layers(tower: VisionConfig, file: Path) -> None:
 
 
 def decoder_config(text, file: Path, tied: bool) -> DecoderConfig:
-    """A DecoderConfig from a transformers Llama, Mistral or Qwen2 config."""
-    family = require(text.model_type, _DECODERS, "text_config.model_type", file)
+    """A DecoderConfig from a transformers text config."""
+    family = DECODERS[require(text.model_type, tuple(DECODERS), "text_config.model_type", file)]
     _check_whole(text, fields.Decoder, file)
-    require(text.hidden_act, ("silu",), "text_config.hidden_act", file)
-    kv_heads = text.num_key_value_heads or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    if text.num_attention_heads % kv_heads or head_dim % 2 or not head_dim:
-        raise CheckpointError(
-            f"{file}: {text.num_attention_heads} num_attention_heads, {kv_heads} num_key_value_heads and a head_dim of "
-            f"{head_dim} do not go together"
-        )
-    windows = None
-    if family == "mistral" and text.sliding_window is not None:
-        windows = (text.sliding_window,) * text.num_hidden_layers
-    elif family == "qwen2" and "sliding_attention" in text.layer_types:
-        windows = tuple(text.sliding_window if kind == "sliding_attention" else None for kind in text.layer_types)
-    return DecoderConfig(
-        family=family,
-        vocab_size=text.vocab_size,
-        hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size,
-        num_layers=text.num_hidden_layers,
-        num_heads=text.num_attention_heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        max_positions=text.max_position_embeddings,
-        rms_norm_eps=text.rms_norm_eps,
-        rope=_rope(text, file),
-        qkv_bias=family == "qwen2" or bool(getattr(text, "attention_bias", False)),
-        o_bias=bool(getattr(text, "attention_bias", False)),
-        mlp_bias=bool(getattr(text, "mlp_bias", False)),
-        tie_embeddings=tied,
-        sliding_windows=windows,
-    )
+    return _made(file, family.from_hf, text, tied)
 
 
 def _check_whole(config: Any, kind: type[Fields], file: Path) -> None:
@@ -189,32 +154,13 @@ def auto_config(source: dict[str, Any], file: Path):
     kind = source.get("model_type")
     if kind not in CONFIG_MAPPING:
         raise CheckpointError(f"{file}: model_type is {kind!r}, which transformers does not know")
-    for section, supported in (("text_config", _DECODERS), ("vision_config", tuple(_TOWERS))):
+    for section, supported in (("text_config", tuple(DECODERS)), ("vision_config", tuple(TOWERS))):
         if (given := (source.get(section) or {}).get("model_type")) is not None:
             require(given, supported, f"{section}.model_type", file)
     try:
         return CONFIG_MAPPING[kind].from_dict(copy.deepcopy(source))
     except Exception as problem:  # its validators raise a dozen unrelated types
         raise CheckpointError(f"{file}: transformers cannot read it: {one_line(problem)}") from problem
-
-
-def _rope(text, file: Path) -> RopeConfig:
-    rope = text.rope_parameters
-    kind = require(rope.get("rope_type", "default"), _ROPES, "rope_type", file)
-    needed = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "llama3": _LLAMA3_ROPE}[kind]
-    for field in ("rope_theta", *needed):
-        if rope.get(field) is None:
-            raise CheckpointError(f"{file}: RoPE of type {kind!r} needs {field}")
-    chosen = {"theta": float(rope["rope_theta"])}
-    if kind != "default":
-        chosen["factor"] = float(rope["factor"])
-    if kind == "dynamic":
-        chosen["original_max_positions"] = text.max_position_embeddings
-    if kind == "llama3":
-        chosen["low_freq_factor"] = float(rope["low_freq_factor"])
-        chosen["high_freq_factor"] = float(rope["high_freq_factor"])
-        chosen["original_max_positions"] = int(rope["original_max_position_embeddings"])
-    return RopeConfig(kind=kind, **chosen)
 
 
 def _image_processor(path: Path) -> dict[str, Any]:
@@ -224,11 +170,12 @@ def _image_processor(path: Path) -> dict[str, Any]:
 
 
 def _normalisation(images: dict[str, Any]) -> dict[str, tuple[float, ...]]:
-    """image_mean and image_std where the processor states them (VisionConfig's own are CLIP's)."""
-    return {key: tuple(images[key]) for key in ("image_mean", "image_std") if images.get(key) is not None}
+    """image_mean and image_std as the processor states them; by default CLIP's, as LLaVA's image processors have it."""
+    own = dict(zip(("image_mean", "image_std"), ClipConfig.own_normalisation, strict=True))
+    return {key: tuple(images[key]) if images.get(key) is not None else default for key, default in own.items()}
 
 
-def _geometry(hf, vision: VisionConfig, images: dict[str, Any], file: Path) -> VisualGeometry:
+def _geometry(hf, vision: TowerConfig, images: dict[str, Any], file: Path) -> VisualGeometry:
     common = {
         "tile_size": vision.image_size,
         "patch_size": vision.patch_size,
@@ -236,7 +183,7 @@ def _geometry(hf, vision: VisionConfig, images: dict[str, Any], file: Path) -> V
         "class_rows": int(vision.keep_class_row),
         "dropped_rows": int(vision.drops_class_row),
         "pad_color": mean_color(vision.image_mean),
-        "frame_aspect": "crop" if vision.kind == "clip" else "squash",
+        "frame_aspect": vision.own_aspect,
     }
     if hf.model_type == "llava":
         tiled = {"aspect": _single_tile_aspect(images, vision.image_size, file.parent)}

@@ -14,7 +14,10 @@ from typing import Any
 
 from llava_fast.checkpoints.towers import KNOWN_TOWERS
 from llava_fast.errors import CheckpointError
-from llava_fast.models.config import DecoderConfig, LlavaConfig, RopeConfig, VisionConfig
+from llava_fast.models.config import LlavaConfig
+from llava_fast.models.towers import TOWERS
+from llava_fast.models.towers.base import TowerConfig
+from llava_fast.models.towers.vit import SiglipConfig
 
 _HF_CLASSES = {
     "llava": "LlavaForConditionalGeneration",
@@ -60,8 +63,8 @@ def to_hf(config: LlavaConfig, image_token_id: int, video_token_id: int | None, 
             f"{config.projector.depth}; save with layout='original'"
         )
     model_type, vision, layers = hf_model_type(config), config.vision, config.vision.feature_layers
-    text = _decoder_fields(dataclasses.replace(config.decoder, vocab_size=vocab_size))
-    text["rope_parameters"] = {"rope_theta": config.decoder.rope.theta, **_rope_scaling(config.decoder.rope)}  # 5.x
+    text = dataclasses.replace(config.decoder, vocab_size=vocab_size).to_hf()
+    text["rope_parameters"] = {"rope_theta": config.decoder.rope.theta, **config.decoder.rope.scaling()}  # 5.x
     ids = {"bos_token_id": config.source.get("bos_token_id"), "pad_token_id": config.pad_token_id}
     written = {
         "architectures": [_HF_CLASSES[model_type]],
@@ -94,22 +97,21 @@ def to_original(config: LlavaConfig, tower_name: str) -> dict[str, Any]:
     """config.json in the original layout; `tower_name` is its mm_vision_tower."""
     model_type, architecture = _ORIGINAL_TYPES[config.decoder.family]
     vision, geometry = config.vision, config.geometry
-    if len(vision.feature_layers) > 1 or (vision.kind == "siglip" and vision.feature_layers != (-1,)):
+    if len(vision.feature_layers) > 1 or (isinstance(vision, SiglipConfig) and vision.feature_layers != (-1,)):
         raise CheckpointError(
             f"the original layout reads one hidden state of CLIP or the last of SigLIP, not {vision.feature_layers}"
         )
     projector = config.projector
     if (projector.kind, projector.activation, projector.bias) != ("mlp", "gelu", True):
         raise CheckpointError(f"the original layout has no projector like {projector}")
-    own = "crop" if vision.kind == "clip" else "squash"
-    ratios = {own: "square", "pad": "pad", "anyres": "anyres", "highres": "highres"}
+    ratios = {vision.own_aspect: "square", "pad": "pad", "anyres": "anyres", "highres": "highres"}
     if geometry.aspect not in ratios:
         raise CheckpointError(f"the original layout does not {geometry.aspect} images for a {vision.kind} tower")
     shrinks = geometry.max_tiles is not None
     return {
         "architectures": [architecture],
         "model_type": model_type,
-        **_decoder_fields(config.decoder),
+        **config.decoder.to_hf(),
         "bos_token_id": config.source.get("text_config", {}).get("bos_token_id"),
         "eos_token_id": _eos(config),
         "pad_token_id": config.pad_token_id,
@@ -118,7 +120,7 @@ def to_original(config: LlavaConfig, tower_name: str) -> dict[str, Any]:
         "mm_hidden_size": vision.hidden_size,
         "mm_projector_type": f"mlp{projector.depth}x_gelu",
         "mm_vision_tower": tower_name,
-        "mm_vision_select_layer": vision.feature_layers[0] if vision.kind == "clip" else -2,
+        "mm_vision_select_layer": -2 if isinstance(vision, SiglipConfig) else vision.feature_layers[0],
         "mm_vision_select_feature": "cls_patch" if vision.keep_class_row else "patch",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
@@ -130,40 +132,28 @@ def to_original(config: LlavaConfig, tower_name: str) -> dict[str, Any]:
     }
 
 
-def tower_fields(vision: VisionConfig) -> dict[str, Any]:
+def tower_fields(vision: TowerConfig) -> dict[str, Any]:
     """A transformers vision config, without a pooling head."""
-    head = {"vision_use_head": False} if vision.kind == "siglip" else {}
-    return head | {
-        "model_type": f"{vision.kind}_vision_model",
-        "hidden_size": vision.hidden_size,
-        "intermediate_size": vision.intermediate_size,
-        "num_hidden_layers": vision.num_layers,
-        "num_attention_heads": vision.num_heads,
-        "num_channels": 3,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "hidden_act": vision.activation,
-        "layer_norm_eps": vision.layer_norm_eps,
-    }
+    return {"model_type": TOWERS.name_of(type(vision)), **vision.to_hf()}
 
 
-def tower_processor_fields(vision: VisionConfig) -> dict[str, Any]:
+def tower_processor_fields(vision: TowerConfig) -> dict[str, Any]:
     """The image processor of a tower's own repository: CLIP's crops, SigLIP's squashes."""
     square = {"height": vision.image_size, "width": vision.image_size}
     fields = _pixel_fields(vision)
-    if vision.kind == "siglip":
+    if isinstance(vision, SiglipConfig):
         return {"image_processor_type": "SiglipImageProcessor", "size": square, **fields}
     size = {"size": {"shortest_edge": vision.image_size}, "crop_size": square, "do_center_crop": True}
     return {"image_processor_type": "CLIPImageProcessor", **size, **fields}
 
 
-def own_tower(vision: VisionConfig) -> VisionConfig:
+def own_tower(vision: TowerConfig) -> TowerConfig:
     """The tower as its own repository has it: original LLaVA deletes SigLIP's last layer, and picks features."""
-    layers = vision.num_layers + (vision.kind == "siglip")
+    layers = vision.num_layers + (isinstance(vision, SiglipConfig))
     return dataclasses.replace(vision, num_layers=layers, feature_layers=(-2,), keep_class_row=False)
 
 
-def known_tower_name(vision: VisionConfig) -> str | None:
+def known_tower_name(vision: TowerConfig) -> str | None:
     """The Hub repository that has exactly this tower, if it is one of the known ones."""
     return next((name for name, known in KNOWN_TOWERS.items() if known == own_tower(vision)), None)
 
@@ -176,7 +166,7 @@ def image_processor_fields(config: LlavaConfig) -> dict[str, Any]:
     common = _pixel_fields(config.vision)
     if model_type == "llava_onevision":
         kind = {"image_processor_type": "LlavaOnevisionImageProcessor", "size": square, "do_pad": True}
-    elif config.vision.kind == "siglip" and model_type == "llava" and geometry.aspect == "squash":
+    elif isinstance(config.vision, SiglipConfig) and model_type == "llava" and geometry.aspect == "squash":
         kind = {"image_processor_type": "SiglipImageProcessor", "size": square}
     else:
         name = "LlavaImageProcessor" if model_type == "llava" else "LlavaNextImageProcessor"
@@ -217,7 +207,7 @@ def processor_fields(config: LlavaConfig) -> dict[str, Any]:
     }
 
 
-def _pixel_fields(vision: VisionConfig) -> dict[str, Any]:
+def _pixel_fields(vision: TowerConfig) -> dict[str, Any]:
     return {
         "do_convert_rgb": True,
         "do_normalize": True,
@@ -230,59 +220,13 @@ def _pixel_fields(vision: VisionConfig) -> dict[str, Any]:
     }
 
 
-def _select_strategy(vision: VisionConfig) -> str:
+def _select_strategy(vision: TowerConfig) -> str:
     return "full" if vision.keep_class_row or not vision.has_class_row else "default"
 
 
 def _eos(config: LlavaConfig) -> int | list[int] | None:
     ids = list(config.eos_token_ids)
     return (ids[0] if len(ids) == 1 else ids) or None
-
-
-def _decoder_fields(decoder: DecoderConfig) -> dict[str, Any]:
-    """A decoder config in 4.x fields (rope_theta, rope_scaling), which every transformers so far reads."""
-    fields = {
-        "vocab_size": decoder.vocab_size,
-        "hidden_size": decoder.hidden_size,
-        "intermediate_size": decoder.intermediate_size,
-        "num_hidden_layers": decoder.num_layers,
-        "num_attention_heads": decoder.num_heads,
-        "num_key_value_heads": decoder.num_kv_heads,
-        "head_dim": decoder.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": decoder.max_positions,
-        "rms_norm_eps": decoder.rms_norm_eps,
-        "rope_theta": decoder.rope.theta,
-        "tie_word_embeddings": decoder.tie_embeddings,
-    }
-    if decoder.rope.kind != "default":
-        scaling = _rope_scaling(decoder.rope)
-        fields["rope_scaling"] = scaling | {"type": scaling["rope_type"]}  # named so before 4.43
-    if decoder.family == "llama":
-        fields |= {"attention_bias": decoder.o_bias, "mlp_bias": decoder.mlp_bias}
-    if decoder.family == "mistral":
-        fields["sliding_window"] = decoder.window_of(0)
-    if decoder.family == "qwen2":
-        windows = decoder.sliding_windows or (None,) * decoder.num_layers
-        fields |= {
-            "use_sliding_window": any(windows),
-            "sliding_window": next((window for window in windows if window), None),
-            "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
-        }
-    return fields
-
-
-def _rope_scaling(rope: RopeConfig) -> dict[str, Any]:
-    scaling: dict[str, Any] = {"rope_type": rope.kind}
-    if rope.kind != "default":
-        scaling["factor"] = rope.factor
-    if rope.kind == "llama3":
-        scaling |= {
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_max_positions,
-        }
-    return scaling
 
 
 def _original_video(config: LlavaConfig) -> dict[str, Any]:

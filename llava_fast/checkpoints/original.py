@@ -30,7 +30,10 @@ from llava_fast.checkpoints.files import check_fields, one_line, read_json, read
 from llava_fast.checkpoints.towers import Tower, find_tower
 from llava_fast.errors import CheckpointError, ImageError
 from llava_fast.inputs.anyres import VisualGeometry, parse_pinpoints
-from llava_fast.models.config import LlavaConfig, ProjectorConfig, VisionConfig
+from llava_fast.models.config import LlavaConfig
+from llava_fast.models.connectors.mlp import ProjectorConfig
+from llava_fast.models.towers.base import TowerConfig
+from llava_fast.models.towers.vit import SiglipConfig
 
 IMAGE_TOKEN_ID = -200
 FAMILIES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
@@ -104,9 +107,9 @@ def _decoder(source: Mapping[str, Any], file: Path):
     return decoder_config(text, file, tied=bool(text.tie_word_embeddings))
 
 
-def _select_features(tower: VisionConfig, source: dict[str, Any], file: Path) -> VisionConfig:
+def _select_features(tower: TowerConfig, source: dict[str, Any], file: Path) -> TowerConfig:
     """The tower with the hidden state that the projector reads."""
-    if tower.kind == "siglip":
+    if isinstance(tower, SiglipConfig):
         # SigLipVisionTower deletes its last layer and takes the last hidden state of the rest, whatever
         # mm_vision_select_layer says.
         if tower.num_layers < 2:
@@ -136,13 +139,12 @@ def _projector(source: dict[str, Any], in_features: int, out_features: int, file
     return ProjectorConfig(kind=name, depth=depth, **sizes)
 
 
-def _geometry(source: dict[str, Any], vision: VisionConfig, merge: str, file: Path) -> VisualGeometry:
+def _geometry(source: dict[str, Any], vision: TowerConfig, merge: str, file: Path) -> VisualGeometry:
     if merge.removesuffix("_nobase") not in _MERGES:
         raise CheckpointError(f"{file}: mm_patch_merge_type is {merge!r}; supported: {', '.join(_MERGES)}, + _nobase")
     ratio = source.get("image_aspect_ratio") or "square"
     shrink = re.fullmatch(r"anyres_max_(\d{1,6})", ratio)
-    plain = "crop" if vision.kind == "clip" else "squash"  # what each tower's own image processor does
-    aspects = {"square": plain, "pad": "pad", "anyres": "anyres", "highres": "highres"}
+    aspects = {"square": vision.own_aspect, "pad": "pad", "anyres": "anyres", "highres": "highres"}
     aspect = "anyres" if shrink else aspects.get(ratio)
     if aspect is None:
         raise CheckpointError(f"{file}: image_aspect_ratio is {ratio!r}; supported: {', '.join(aspects)}, anyres_max_N")
@@ -161,7 +163,7 @@ def _geometry(source: dict[str, Any], vision: VisionConfig, merge: str, file: Pa
             class_rows=int(vision.keep_class_row),
             dropped_rows=int(vision.drops_class_row),
             pad_color=mean_color(vision.image_mean),
-            frame_aspect=plain,
+            frame_aspect=vision.own_aspect,
             **_video(source, merge, file),
         )
     except ImageError as problem:

@@ -1,8 +1,8 @@
 """Vision towers of original LLaVA checkpoints: named in config.json, described and often stored elsewhere.
 
 Sources: the config.json files of openai/clip-vit-large-patch14-336, openai/clip-vit-large-patch14 and
-google/siglip-so400m-patch14-384 (transformers 5.23 has the same numbers in CLIPVisionConfig and
-SiglipVisionConfig and their tests); LLaVA-VL/LLaVA-NeXT df17966 multimodal_encoder/siglip_encoder.py.
+google/siglip-so400m-patch14-384 (transformers 5.23 has the same numbers in CLIPTowerConfig and
+SiglipTowerConfig and their tests); LLaVA-VL/LLaVA-NeXT df17966 multimodal_encoder/siglip_encoder.py.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from llava_fast.checkpoints.hub import local_directory, resolve
 from llava_fast.checkpoints.names import from_tower_repository
 from llava_fast.checkpoints.tensor_files import StoredTensor, open_weights
 from llava_fast.errors import CheckpointError
-from llava_fast.models.config import VisionConfig
+from llava_fast.models.towers import TOWERS
+from llava_fast.models.towers.base import TowerConfig
+from llava_fast.models.towers.vit import ClipConfig, SiglipConfig
 
-_CLIP_L = VisionConfig(
-    kind="clip",
+_CLIP_L = ClipConfig(
     hidden_size=1024,
     intermediate_size=4096,
     num_layers=24,
@@ -31,8 +32,7 @@ _CLIP_L = VisionConfig(
     activation="quick_gelu",
     layer_norm_eps=1e-5,
 )
-_SIGLIP_SO400M = VisionConfig(
-    kind="siglip",
+_SIGLIP_SO400M = SiglipConfig(
     hidden_size=1152,
     intermediate_size=4304,
     num_layers=27,
@@ -41,10 +41,8 @@ _SIGLIP_SO400M = VisionConfig(
     patch_size=14,
     activation="gelu_pytorch_tanh",
     layer_norm_eps=1e-6,
-    image_mean=(0.5, 0.5, 0.5),
-    image_std=(0.5, 0.5, 0.5),
 )
-KNOWN_TOWERS: dict[str, VisionConfig] = {
+KNOWN_TOWERS: dict[str, TowerConfig] = {
     "openai/clip-vit-large-patch14-336": _CLIP_L,
     "openai/clip-vit-large-patch14": dataclasses.replace(_CLIP_L, image_size=224),
     "google/siglip-so400m-patch14-384": _SIGLIP_SO400M,
@@ -56,7 +54,7 @@ KNOWN_TOWERS: dict[str, VisionConfig] = {
 class Tower:
     """A tower by name: what it is in its own repository, and where that is (a directory or a Hub id)."""
 
-    config: VisionConfig
+    config: TowerConfig
     home: str | Path
 
 
@@ -98,15 +96,12 @@ def _layer_of(name: str) -> int:
     return int(parts[parts.index("layers") + 1]) if "layers" in parts else -1
 
 
-def _read_tower(directory: Path) -> VisionConfig:
-    """A VisionConfig from a CLIP or SigLIP repository, whole or vision half only."""
+def _read_tower(directory: Path) -> TowerConfig:
+    """The tower of a repository of its own, whole or vision half only."""
     file = directory / "config.json"
     config = auto_config(read_json(file, fields.TowerHome), file)
     config = getattr(config, "vision_config", config)
-    kinds = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
-    kind = kinds[require(config.model_type, tuple(kinds), "model_type of the vision tower", file)]
+    require(config.model_type, tuple(TOWERS), "model_type of the vision tower", file)
     images = read_json_if_there(directory / "preprocessor_config.json", fields.ImageProcessor)
     given = {key: tuple(images[key]) for key in ("image_mean", "image_std") if images.get(key) is not None}
-    if kind == "siglip":  # SigLIP's own; VisionConfig defaults to CLIP's
-        given = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)} | given
-    return tower_config(config, kind, file, **given)
+    return tower_config(config, file, **given)

@@ -26,7 +26,7 @@ from llava_fast.integrations.placement import (
 )
 from llava_fast.integrations.uint8_pixels import Normalisation
 from llava_fast.models.fused.gate import is_plain, is_untouched, takes
-from llava_fast.models.vision import on_device
+from llava_fast.models.towers.vit import on_device
 from llava_fast.ops import assemble_inputs, patch_embed, token_pack
 from llava_fast.ops.activations import ACTIVATIONS
 

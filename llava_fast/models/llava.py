@@ -15,11 +15,9 @@ from llava_fast.inputs.processor import Processor
 from llava_fast.models.attention import Spans
 from llava_fast.models.batch import Batch
 from llava_fast.models.config import LlavaConfig
-from llava_fast.models.decoder import Decoder
+from llava_fast.models.decoders.stack import Decoder
 from llava_fast.models.fused import is_plain, takes
 from llava_fast.models.kv_cache import KVCache
-from llava_fast.models.projector import Projector
-from llava_fast.models.vision import VisionTower
 from llava_fast.ops import assemble_inputs, mix_rows, token_pack
 
 Logits = Literal["last", "supervised", "all", "none"]
@@ -54,8 +52,8 @@ class LlavaModel(nn.Module):
                 )
         self.config = config
         self.processor = processor
-        self.vision_tower = VisionTower(config.vision)
-        self.projector = Projector(config.projector)
+        self.vision_tower = config.vision.build()
+        self.projector = config.projector.build()
         if config.has_newline:
             self.image_newline = nn.Parameter(torch.zeros(config.decoder.hidden_size))
         self.decoder = Decoder(config.decoder)

@@ -18,7 +18,7 @@ from llava_fast.ops import backend
 from llava_fast.ops.decoder_step import DecoderWeights, LayerWeights
 
 if TYPE_CHECKING:
-    from llava_fast.models.decoder import Decoder
+    from llava_fast.models.decoders.stack import Decoder
 
 MAX_ROWS = 32  # above this PyTorch's matrix products catch up
 

@@ -30,9 +30,7 @@ def freeze(model: LlavaModel, recipe: Recipe) -> list[str]:
         if not found:
             raise RecipeError(f"trainable: {pattern!r} is no part ({', '.join(PARTS)}) and matches no parameter's name")
         trained |= found
-    tower = model.vision_tower
-    unused = [*tower.encoder.layers[tower.config.layers_needed :], tower.post_layernorm]
-    never_run = {id(parameter) for module in unused for parameter in module.parameters()}
+    never_run = {id(parameter) for module in model.vision_tower.unused() for parameter in module.parameters()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained and id(parameter) not in never_run or "lora_" in name)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

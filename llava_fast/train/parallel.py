@@ -28,15 +28,7 @@ from llava_fast.orphans import end_with_parent
 from llava_fast.train.recipe import Parallel, Recipe
 
 T = TypeVar("T")
-
-# A decoder layer's Linears: by output features, and back to whole rows (Megatron's split: one sum a block).
-_TENSOR_PLAN: dict[str, Callable[[], ParallelStyle]] = {
-    **{f"self_attn.{name}_proj": ColwiseParallel for name in "qkv"},
-    "self_attn.o_proj": RowwiseParallel,
-    "mlp.gate_proj": ColwiseParallel,
-    "mlp.up_proj": ColwiseParallel,
-    "mlp.down_proj": RowwiseParallel,
-}
+_STYLES: dict[str, Callable[[], ParallelStyle]] = {"columns": ColwiseParallel, "rows": RowwiseParallel}
 
 
 @dataclass(frozen=True)
@@ -159,10 +151,11 @@ def _shard(model: LlavaModel, recipe: Recipe, world: World) -> None:
     else:
         replicated = set(tower.parameters())
         place(replicated, recipe, world)
+    plan = model.config.decoder.tensor_plan
     for layer in model.decoder.layers:
         to_device(layer)
         if tensor.size() > 1:
-            parallelize_module(layer, tensor, {name: style() for name, style in _TENSOR_PLAN.items()})
+            parallelize_module(layer, tensor, {name: _STYLES[split]() for name, split in plan.items()})
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     to_device(model)
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=replicated)

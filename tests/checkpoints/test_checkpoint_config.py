@@ -7,7 +7,7 @@ from tiny_checkpoints import KINDS, PINPOINTS, edit_json, hf_config
 
 from llava_fast.checkpoints.config import read_hf_config
 from llava_fast.errors import CheckpointError
-from llava_fast.models.config import RopeConfig
+from llava_fast.models.blocks.rope import RopeConfig
 
 
 def write(path, kind, **changes):

@@ -10,7 +10,7 @@ from llava_fast.checkpoints import towers
 from llava_fast.checkpoints.load import load_checkpoint
 from llava_fast.checkpoints.original import read_original_config
 from llava_fast.errors import CheckpointError
-from llava_fast.models.config import ProjectorConfig
+from llava_fast.models.connectors.mlp import ProjectorConfig
 
 
 def config_of(path, **changes):

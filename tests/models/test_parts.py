@@ -15,11 +15,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from llava_fast.errors import RequestError
 from llava_fast.models.attention import Spans, attend
 from llava_fast.models.batch import Batch
-from llava_fast.models.config import ProjectorConfig
-from llava_fast.models.decoder import RMSNorm
+from llava_fast.models.connectors.mlp import Projector, ProjectorConfig
+from llava_fast.models.fused import RMSNorm
 from llava_fast.models.kv_cache import KVCache
-from llava_fast.models.projector import Projector
-from llava_fast.models.vision import VisionTower
+from llava_fast.models.towers.vit import VisionTower
 
 # ---------------------------------------------------------------- rotary tables, norms
 

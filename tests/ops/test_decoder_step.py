@@ -14,8 +14,8 @@ from llava_fast import _C
 from llava_fast.errors import RequestError
 from llava_fast.models import native_step
 from llava_fast.models.attention import Spans
-from llava_fast.models.config import DecoderConfig
-from llava_fast.models.decoder import Decoder
+from llava_fast.models.decoders.llama import LlamaConfig
+from llava_fast.models.decoders.stack import Decoder
 from llava_fast.ops import use_backend
 from llava_fast.ops.backend import BackendError
 from llava_fast.ops.decoder_step import DecoderWeights, decoder_step, native, reference
@@ -35,7 +35,7 @@ LARGE = {"hidden_size": 704, "intermediate_size": 2046, "num_heads": 11, "num_kv
 def make(options: dict, dtype: torch.dtype = torch.float32) -> Decoder:
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, **options}
     shape["num_kv_heads"] = min(shape["num_kv_heads"], shape["num_heads"])
-    config = DecoderConfig("llama", 50, num_layers=3, max_positions=256, rms_norm_eps=1e-6, **shape)
+    config = LlamaConfig(vocab_size=50, num_layers=3, max_positions=256, rms_norm_eps=1e-6, **shape)
     torch.manual_seed(3)
     decoder = Decoder(config)
     for parameter in decoder.parameters():

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from llava_fast import cli
 from llava_fast.errors import RecipeError
 from llava_fast.models.batch import Batch
-from llava_fast.models.config import ProjectorConfig
+from llava_fast.models.connectors.mlp import ProjectorConfig
 from llava_fast.train.estimate import cost
 from llava_fast.train.estimate.cost import config_of, count_parameters, plan
 from llava_fast.train.estimate.flops import GPUS, Utilisation, forward_flops, known_gpu, peak_flops, step_flops
@@ -159,7 +159,7 @@ def test_sharding_divides_what_is_trained_and_replicas_do_not():
     ],
 )
 def test_what_a_projector_keeps_of_a_row(kind, depth, trained, values):
-    assert cost._kept_by_projector(ProjectorConfig(kind, 10, 7, depth), trained) == values
+    assert ProjectorConfig(kind, 10, 7, depth).kept_per_row(trained) == values
 
 
 def test_recomputing_trades_memory_for_time():

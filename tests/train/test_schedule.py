@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_fast.models.config import DecoderConfig
+from llava_fast.models.decoders.llama import LlamaConfig
 from llava_fast.train.data.packing import split_packed, split_padded
 from llava_fast.train.data.schedule import Schedule
 from llava_fast.train.estimate.flops import sequence_flops
@@ -44,7 +44,17 @@ def test_packed_split_loses_nothing_and_keeps_to_the_limit(rows, processes, most
 
 
 def test_packed_split_balances_processes():
-    decoder = DecoderConfig("llama", 32000, 1024, 2816, 2, 16, 16, 64, 4096, 1e-5)
+    decoder = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_layers=2,
+        num_heads=16,
+        num_kv_heads=16,
+        head_dim=64,
+        max_positions=4096,
+        rms_norm_eps=1e-5,
+    )
     rng = np.random.default_rng(0)
     rows = np.where(rng.random(128) < 0.2, rng.integers(3000, 4000, 128), rng.integers(50, 700, 128))
     costs = sequence_flops(decoder, rows)

@@ -18,7 +18,7 @@ from llava_fast.errors import TrainingError
 from llava_fast.inputs.length import fit
 from llava_fast.inputs.plan import Layout, Piece
 from llava_fast.inputs.processor import Cut, Prepared, Processor
-from llava_fast.models.config import DecoderConfig
+from llava_fast.models.decoders.base import DecoderConfig
 from llava_fast.train.data.lengths import LabelMask, described
 from llava_fast.train.data.packing import Split, split_packed, split_padded
 from llava_fast.train.data.run_samples import RunSamples, schedule_of

@@ -20,7 +20,7 @@ from llava_fast.checkpoints.hub import resolve
 from llava_fast.checkpoints.original import is_original, read_original_config
 from llava_fast.errors import DataError, RecipeError
 from llava_fast.inputs.anyres import image_rows
-from llava_fast.models.config import LlavaConfig, ProjectorConfig
+from llava_fast.models.config import LlavaConfig
 from llava_fast.models.llava import LlavaModel
 from llava_fast.ops.linear_cross_entropy.chunked import CHUNK_BYTES
 from llava_fast.train.data.mixture import epoch_counts
@@ -274,14 +274,8 @@ def _activations(
 ) -> list[Figure]:
     """What is kept of a forward pass, and what the layer at work holds."""
     decoder, vision = config.decoder, config.vision
-    width, heads, kv = (
-        decoder.hidden_size,
-        decoder.num_heads * decoder.head_dim,
-        decoder.num_kv_heads * decoder.head_dim,
-    )
-    inner = 4 * decoder.intermediate_size  # gate, up, silu(gate), their product
-    whole = 8 * width + narrow * (4 * width + 2 * heads + 2 * kv + inner)  # two norms keep their inputs in float32
-    products = narrow * (2 * width + 2 * heads + 2 * kv + 2 * decoder.intermediate_size)
+    width = decoder.hidden_size
+    whole, products = decoder.kept_per_row(narrow)
     kept, what = {
         "none": (whole, "all that a layer's backward pass reads"),
         "layers": (narrow * width, "each layer's input"),
@@ -290,30 +284,20 @@ def _activations(
     figures = [Figure("decoder, kept", decoder.num_layers * rows * kept, "B", f"{what}, {how}")]
     if recipe.recompute != "none":
         figures.append(Figure("decoder, at work", rows * whole, "B", "one layer, run again"))
-    patches = tiles * (vision.patches_per_tile + vision.has_class_row)
-    layer = narrow * (8 * vision.hidden_size + 2 * vision.intermediate_size)
+    patches = tiles * vision.rows_per_tile
+    layer = narrow * vision.kept_per_row
     if counts.trained["vision_tower"]:
         each = layer if recipe.recompute == "none" else narrow * vision.hidden_size
         figures.append(Figure("tower, kept", vision.layers_needed * patches * each, "B", f"{tiles:,} tiles"))
     figures.append(Figure("tower, at work", patches * layer, "B", f"one layer over {tiles:,} tiles"))
     figures.append(Figure("last norm, kept", rows * width * (4 + narrow), "B", "its input in float32, and its output"))
     if counts.trained["vision_tower"] or counts.trained["projector"]:
-        each = narrow * _kept_by_projector(config.projector, bool(counts.trained["projector"]))
+        each = narrow * config.projector.kept_per_row(bool(counts.trained["projector"]))
         how = f"features and hidden rows of {tiles:,} tiles, if unpadding drops none"
         figures.append(Figure("projector, kept", tiles * vision.patches_per_tile * each, "B", how))
     pixels = 3 * vision.image_size**2
     figures.append(Figure("tiles", tiles * pixels, "B", "uint8 pixels"))
     return figures
-
-
-def _kept_by_projector(projector: ProjectorConfig, trained: bool) -> int:
-    """Values of a row that its backward pass reads: what an activation or LayerNorm takes, and, where weights are
-    trained, what they are multiplied with."""
-    if projector.kind == "identity":
-        return 0
-    hidden = 0 if projector.kind == "linear" else projector.depth - 1
-    norms = projector.depth if projector.kind == "yi" else 0
-    return trained * projector.in_features + (hidden * (1 + trained) + norms) * projector.out_features
 
 
 def _time(

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from llava_fast.inputs.plan import TokenPlan
-from llava_fast.models.config import DecoderConfig, LlavaConfig, VisionConfig
+from llava_fast.models.config import LlavaConfig
+from llava_fast.models.decoders.base import DecoderConfig
 from llava_fast.models.llava import LlavaModel
 from llava_fast.train.optim import part_of
 
@@ -80,12 +81,8 @@ def forward_flops(
     rows, vision, decoder = sum(lengths), config.vision, config.decoder
     patches = tiles * vision.patches_per_tile
     return Forward(
-        tower=_tower(vision, tiles),
-        tower_attention=4.0
-        * tiles
-        * (vision.patches_per_tile + vision.has_class_row) ** 2
-        * vision.hidden_size
-        * vision.layers_needed,
+        tower=vision.product_flops(tiles),
+        tower_attention=vision.attention_flops(tiles),
         projector=2.0 * config.projector.matrix_size * (patches if projected is None else projected),
         decoder=2.0 * rows * decoder.num_layers * decoder.layer_matrix_size,
         decoder_attention=_attention(decoder, lengths),
@@ -135,17 +132,8 @@ def sequence_flops(config: DecoderConfig, lengths: Iterable[int]) -> np.ndarray:
 
 def _behind_first(config: LlavaConfig) -> float:
     """Share of the projector's products behind its first layer, which pass gradients on to that."""
-    first = config.projector.in_features * config.projector.out_features
     weights = config.projector.matrix_size
-    return 1 - first / weights if weights else 0.0
-
-
-def _tower(config: VisionConfig, tiles: int) -> float:
-    """Patch embedding and the products of the layers that run."""
-    rows = config.patches_per_tile + config.has_class_row
-    layer = config.hidden_size * (4 * config.hidden_size + 2 * config.intermediate_size)
-    embedding = 3 * config.patch_size**2 * config.hidden_size
-    return 2.0 * tiles * (config.patches_per_tile * embedding + rows * config.layers_needed * layer)
+    return 1 - config.projector.first_matrix_size / weights if weights else 0.0
 
 
 def _attention(config: DecoderConfig, lengths: list[int]) -> float:

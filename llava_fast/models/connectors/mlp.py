@@ -1,12 +1,59 @@
-"""The projector: from ViT features to the decoder's width. Source: Liu et al. 2023 (LLaVA-1.5); Yi-VL's report."""
+"""LLaVA's projectors: Linears with activations between. Sources: Liu et al. 2023 (LLaVA-1.5); Yi-VL's report."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
-from llava_fast.models.config import ProjectorConfig
+from llava_fast.models.connectors.base import Connector, ConnectorConfig
 from llava_fast.models.fused import is_plain
 from llava_fast.ops.activations import ACTIVATIONS
+
+KINDS = ("linear", "mlp", "identity", "yi")
+
+
+@dataclass(frozen=True)
+class ProjectorConfig(ConnectorConfig):
+    """`kind` "linear", "identity", "mlp" (`depth` Linears with an activation between them) or "yi" (an mlp with a
+    LayerNorm after each Linear). Raises ValueError for another kind or an unknown activation."""
+
+    kind: str
+    in_features: int
+    out_features: int
+    depth: int = 2
+    activation: str = "gelu"
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        for field, supported in (("kind", KINDS), ("activation", tuple(ACTIVATIONS))):
+            if getattr(self, field) not in supported:
+                raise ValueError(f"{field} is {getattr(self, field)!r}; supported are {', '.join(supported)}")
+
+    @property
+    def matrix_size(self) -> int:
+        if self.kind == "identity":
+            return 0
+        return self.out_features * (self.in_features + (self._linears - 1) * self.out_features)
+
+    @property
+    def first_matrix_size(self) -> int:
+        return 0 if self.kind == "identity" else self.in_features * self.out_features
+
+    def kept_per_row(self, trained: bool) -> int:
+        """What an activation or LayerNorm takes, and, where weights are trained, what they are multiplied with."""
+        if self.kind == "identity":
+            return 0
+        norms = self.depth if self.kind == "yi" else 0
+        hidden = (self._linears - 1) * (1 + trained) + norms
+        return trained * self.in_features + hidden * self.out_features
+
+    @property
+    def _linears(self) -> int:
+        return 1 if self.kind == "linear" else self.depth
+
+    def build(self) -> Projector:
+        return Projector(self)
 
 
 class Activation(nn.Module):
@@ -20,7 +67,7 @@ class Activation(nn.Module):
         return self.function(x)
 
 
-class Projector(nn.Module):
+class Projector(Connector):
     """[rows, in_features] -> [rows, out_features]. `layers` is numbered as the original LLaVA's projector."""
 
     def __init__(self, config: ProjectorConfig) -> None:
@@ -42,8 +89,6 @@ class Projector(nn.Module):
         return self.layers(features)
 
     def plain_weights(self) -> tuple[list[Tensor], list[Tensor]] | None:
-        """(weights, biases; an empty list if it has none) if this is plain Linears with activations between, so that
-        an op may take them; None if it is another kind or anything is wrapped, hooked, sharded or quantised."""
         if self.config.kind not in ("linear", "mlp") or not is_plain(self, Projector):
             return None
         linears, activations = list(self.layers)[::2], list(self.layers)[1::2]

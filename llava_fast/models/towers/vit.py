@@ -1,4 +1,4 @@
-"""The vision tower: CLIP or SigLIP, stopping at the layer whose hidden states LLaVA uses.
+"""CLIP's and SigLIP's vision towers, stopping at the layer whose hidden states are used.
 
 Shapes: T tiles, N rows a tile (patches, and CLIP's class row first), C width, H heads. Parameter names are those of
 transformers' CLIPVisionModel and SiglipVisionModel. Sources: Radford et al. 2021 (CLIP), Zhai et al. 2023 (SigLIP).
@@ -7,22 +7,102 @@ transformers' CLIPVisionModel and SiglipVisionModel. Sources: Radford et al. 202
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llava_fast.models import fused
-from llava_fast.models.config import VisionConfig
 from llava_fast.models.recompute import Recompute, run_layer
+from llava_fast.models.towers.base import Tower, TowerConfig
 from llava_fast.ops import patch_embed
 
 
+@dataclass(frozen=True, kw_only=True)
+class VitConfig(TowerConfig):
+    """A vision transformer of equal layers: attention and an MLP of two Linears, LayerNorm before each."""
+
+    activations: ClassVar[tuple[str, ...]] = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
+
+    intermediate_size: int
+    num_heads: int
+    activation: str
+    layer_norm_eps: float
+
+    @property
+    def layer_matrix_size(self) -> int:
+        return self.hidden_size * (4 * self.hidden_size + 2 * self.intermediate_size)
+
+    @property
+    def kept_per_row(self) -> int:
+        return 8 * self.hidden_size + 2 * self.intermediate_size
+
+    def build(self) -> VisionTower:
+        return VisionTower(self)
+
+    @classmethod
+    def from_hf(cls, hf: Any, **choices: Any) -> VitConfig:
+        if hf.hidden_size % hf.num_attention_heads:
+            raise ValueError(
+                f"a tower of hidden_size {hf.hidden_size} has no {hf.num_attention_heads} equal num_attention_heads"
+            )
+        if hf.hidden_act not in cls.activations:
+            raise ValueError(
+                f"vision_config.hidden_act is {hf.hidden_act!r}; supported are {', '.join(cls.activations)}"
+            )
+        return cls(
+            hidden_size=hf.hidden_size,
+            intermediate_size=hf.intermediate_size,
+            num_layers=hf.num_hidden_layers,
+            num_heads=hf.num_attention_heads,
+            image_size=hf.image_size,
+            patch_size=hf.patch_size,
+            activation=hf.hidden_act,
+            layer_norm_eps=hf.layer_norm_eps,
+            **choices,
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        return {
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_channels": 3,
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "hidden_act": self.activation,
+            "layer_norm_eps": self.layer_norm_eps,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig(VitConfig):
+    """CLIP: a class row, a LayerNorm before the layers, no bias in the patch embedding."""
+
+    kind = "clip"
+    leading_rows = 1
+    own_aspect = "crop"
+    own_normalisation = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiglipConfig(VitConfig):
+    """SigLIP, and SigLIP 2 of one image size."""
+
+    kind = "siglip"
+
+    def to_hf(self) -> dict[str, Any]:
+        return {"vision_use_head": False, **super().to_hf()}
+
+
 class VisionEmbeddings(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VitConfig) -> None:
         super().__init__()
         width, patch = config.hidden_size, config.patch_size
-        rows = config.patches_per_tile + config.has_class_row
+        rows = config.rows_per_tile
         if config.has_class_row:
             self.class_embedding = nn.Parameter(torch.randn(width))
         self.patch_embedding = nn.Conv2d(3, width, patch, patch, bias=not config.has_class_row)
@@ -46,7 +126,7 @@ class VisionEmbeddings(nn.Module):
 class VisionAttention(fused.MergesLinears):
     merges = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VitConfig) -> None:
         super().__init__()
         width = config.hidden_size
         self.heads = config.num_heads
@@ -61,7 +141,7 @@ class VisionAttention(fused.MergesLinears):
 
 
 class VisionMLP(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VitConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
@@ -72,7 +152,7 @@ class VisionMLP(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VitConfig) -> None:
         super().__init__()
         self.self_attn = VisionAttention(config)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -98,7 +178,7 @@ def _sum(x: Tensor, delta: Tensor | None) -> Tensor:
 
 
 class VisionEncoder(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VitConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_layers))
 
@@ -110,13 +190,13 @@ def on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-class VisionTower(nn.Module):
+class VisionTower(Tower):
     """uint8 tiles (or normalised float ones) to the selected ViT features.
 
     Every layer's weights are held, so that saving is complete; only `config.layers_needed` of them run.
     """
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VitConfig) -> None:
         super().__init__()
         self.config = config
         self.embeddings = VisionEmbeddings(config)
@@ -154,3 +234,7 @@ class VisionTower(nn.Module):
                 x_TNC = run_layer(self.recompute, layer, x_TNC)
         states[config.layers_needed] = _sum(x_TNC if before is None else before(x_TNC), delta_TNC)
         return torch.cat([states[depth] for depth in wanted], dim=-1) if len(wanted) > 1 else states[wanted[0]]
+
+    def unused(self) -> list[nn.Module]:
+        """Layers behind the selected one, and the last LayerNorm."""
+        return [*self.encoder.layers[self.config.layers_needed :], self.post_layernorm]

@@ -7,12 +7,63 @@ posted by u/emozilla (2023); llama3: Meta's llama-models.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llava_fast.models.attention import Spans
-from llava_fast.models.config import RopeConfig
+
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_NEEDED = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "llama3": _LLAMA3}
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: kind "default", "linear", "dynamic" or "llama3" (transformers' names and maths)."""
+
+    kind: str = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    @classmethod
+    def from_hf(cls, text: Any) -> RopeConfig:
+        """From a transformers text config (5.x: rope_parameters). Raises ValueError for another kind, or a field that
+        its kind needs and is not there."""
+        rope = text.rope_parameters
+        kind = rope.get("rope_type", "default")
+        if kind not in _NEEDED:
+            raise ValueError(f"rope_type is {kind!r}; supported are {', '.join(_NEEDED)}")
+        for field in ("rope_theta", *_NEEDED[kind]):
+            if rope.get(field) is None:
+                raise ValueError(f"RoPE of type {kind!r} needs {field}")
+        chosen = {"theta": float(rope["rope_theta"])}
+        if kind != "default":
+            chosen["factor"] = float(rope["factor"])
+        if kind == "dynamic":
+            chosen["original_max_positions"] = text.max_position_embeddings
+        if kind == "llama3":
+            chosen["low_freq_factor"] = float(rope["low_freq_factor"])
+            chosen["high_freq_factor"] = float(rope["high_freq_factor"])
+            chosen["original_max_positions"] = int(rope["original_max_position_embeddings"])
+        return cls(kind, **chosen)
+
+    def scaling(self) -> dict[str, Any]:
+        """transformers' rope_scaling, without the base frequency."""
+        fields: dict[str, Any] = {"rope_type": self.kind}
+        if self.kind != "default":
+            fields["factor"] = self.factor
+        if self.kind == "llama3":
+            fields |= {
+                "low_freq_factor": self.low_freq_factor,
+                "high_freq_factor": self.high_freq_factor,
+                "original_max_position_embeddings": self.original_max_positions,
+            }
+        return fields
 
 
 class Rope(nn.Module):

@@ -1,0 +1,5 @@
+"""Connectors, from a tower's features to the decoder's width: a kind is one file here and one line below."""
+
+from llava_fast.models.registry import Registry
+
+CONNECTORS = Registry(__name__, {"mlp": "mlp:ProjectorConfig"})

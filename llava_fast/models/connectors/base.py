@@ -1,0 +1,48 @@
+"""What a connector is to the rest: whether it works row by row, how many rows it gives, what it costs; it builds it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ConnectorConfig(ABC):
+    """From tower features [.., in_features] to decoder rows [.., out_features]."""
+
+    rowwise: ClassVar[bool] = True
+    """Each row is made of one row of the tower, so that rows nobody takes need not be made. If False, the connector is
+    called with all rows of all tiles [T, N, in_features] and gives [T, M, out_features], and a plan counts M rows a
+    tile."""
+
+    @property
+    @abstractmethod
+    def matrix_size(self) -> int:
+        """Entries of its matrices; each costs a row a multiplication and an addition."""
+
+    @property
+    @abstractmethod
+    def first_matrix_size(self) -> int:
+        """Those of the matrix that reads the tower's features: no gradient passes through it if the tower is frozen."""
+
+    @abstractmethod
+    def kept_per_row(self, trained: bool) -> int:
+        """Values of a row that its backward pass reads, with or without gradients of its weights."""
+
+    @abstractmethod
+    def build(self) -> Connector:
+        """The connector itself."""
+
+
+class Connector(nn.Module):
+    """A built connector."""
+
+    config: ConnectorConfig
+
+    def plain_weights(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """(weights, biases; an empty list if it has none) if this is plain Linears with one activation between, so that
+        ops.assemble_inputs may run it; None if not, or if anything is wrapped, hooked, sharded or quantised."""
+        return None

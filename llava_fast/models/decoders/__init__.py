@@ -1,0 +1,12 @@
+"""Decoders: a kind is one file here and one line below, by the model_type that transformers gives its config."""
+
+from llava_fast.models.registry import Registry
+
+DECODERS = Registry(
+    __name__,
+    {
+        "llama": "llama:LlamaConfig",
+        "mistral": "llama:MistralConfig",
+        "qwen2": "llama:Qwen2Config",
+    },
+)

@@ -1,0 +1,73 @@
+"""The decoder: a stack of layers over rows of many sequences at once, between embedding and head.
+
+Shapes: R rows (all sequences end to end, see attention.Spans), C width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llava_fast.models import fused
+from llava_fast.models.attention import Spans
+from llava_fast.models.blocks.rope import Rope
+from llava_fast.models.decoders.base import DecoderConfig, RowContext
+from llava_fast.models.decoders.llama import DecoderAttention, DecoderLayer, DecoderMLP
+from llava_fast.models.kv_cache import KVCache
+from llava_fast.models.native_step import step_weights
+from llava_fast.models.recompute import Recompute, run_layer
+from llava_fast.ops.decoder_step import decoder_step
+from llava_fast.ops.linear_cross_entropy import linear_cross_entropy
+
+_PLAIN = frozenset({fused.RMSNorm, DecoderAttention, DecoderMLP, DecoderLayer, nn.Linear})
+"""What one decoder_step stands for."""
+
+
+class Decoder(nn.Module):
+    """Rows in, hidden states out; `logits` applies the (tied or own) head to the rows asked for."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(config.build_layer(layer) for layer in range(config.num_layers))
+        self.norm = config.build_norm()
+        self.rope = Rope(config.rope, config.head_dim, config.max_positions)
+        self.recompute: Recompute = "none"
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, x_RC: Tensor, position_R: Tensor, spans: Spans, cache: KVCache | None = None) -> Tensor:
+        """inputs_embeds [R, C] and position ids [R] to final hidden states [R, C]."""
+        rotation = self.rope(position_R, x_RC.dtype, spans)
+        if cache is not None and (weights := step_weights(self, _PLAIN, x_RC, spans)) is not None:
+            cache.require(max(spans.before) + 1)
+            return decoder_step(x_RC, weights, *rotation, cache.keys, cache.values, spans.before)
+        context = RowContext(rotation, spans, cache)
+        for layer in self.layers:
+            x_RC = run_layer(self.recompute, layer, x_RC, context)
+        return self.norm(x_RC)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, C] -> [rows, vocabulary]."""
+        return F.linear(hidden, self.embed_tokens.weight) if self.config.tie_embeddings else self.lm_head(hidden)
+
+    def losses(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """Negative log-likelihood of each row's target: [rows, C], int [rows] -> float32 [rows]. Where the head is a
+        plain layer, no table of logits is made."""
+        tied = self.config.tie_embeddings
+        if tied or fused.is_plain(self.lm_head, nn.Linear):
+            return linear_cross_entropy(hidden, (self.embed_tokens if tied else self.lm_head).weight, target)
+        return F.cross_entropy(self.logits(hidden).float(), target.long(), reduction="none")
+
+    def new_cache(self, slots: int, capacity: int) -> KVCache:
+        config, weight = self.config, self.embed_tokens.weight
+        return KVCache(
+            config.num_layers,
+            slots,
+            config.num_kv_heads,
+            capacity,
+            config.head_dim,
+            weight.dtype,
+            weight.device,
+        )

@@ -1,0 +1,122 @@
+"""What a vision tower is to the rest: its config says its rows, sizes and costs, and builds it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from llava_fast.models.recompute import Recompute
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerConfig(ABC):
+    """A vision tower, in the field's own terms.
+
+    feature_layers  counts hidden states as transformers does: 0 is the embedding's output, k the output of layer k,
+                    negative counts from the last; several are concatenated feature-wise.
+    keep_class_row  whether leading rows that are no patches (CLIP's class row) reach the connector.
+    image_mean, image_std  what images are normalised with, per channel, for pixels in 0..1.
+    """
+
+    kind: ClassVar[str]
+    """Its short name, as original LLaVA checkpoints' folders have it."""
+    leading_rows: ClassVar[int] = 0
+    """Rows of each tile before those of the patches: a class row, registers."""
+    own_aspect: ClassVar[str] = "squash"
+    """How the tower's own image processor makes a square: "crop" or "squash"."""
+    own_normalisation: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]] = ((0.5,) * 3, (0.5,) * 3)
+    """(mean, std) of images where a checkpoint does not say."""
+
+    hidden_size: int
+    num_layers: int
+    image_size: int
+    patch_size: int
+    feature_layers: tuple[int, ...] = (-2,)
+    keep_class_row: bool = False
+    image_mean: tuple[float, ...] = ()
+    image_std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field, own in zip(("image_mean", "image_std"), self.own_normalisation, strict=True):
+            if not getattr(self, field):
+                object.__setattr__(self, field, own)
+
+    @property
+    def has_class_row(self) -> bool:
+        return self.leading_rows > 0
+
+    @property
+    def drops_class_row(self) -> bool:
+        """Whether leading rows run with the others and are then left out."""
+        return self.has_class_row and not self.keep_class_row
+
+    @property
+    def patches_per_tile(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def rows_per_tile(self) -> int:
+        """Rows that the tower gives for a tile, leading ones included."""
+        return self.patches_per_tile + self.leading_rows
+
+    @property
+    def layers_needed(self) -> int:
+        """Layers that must run for the selected hidden states."""
+        return max(layer if layer >= 0 else self.num_layers + 1 + layer for layer in self.feature_layers)
+
+    @property
+    def feature_size(self) -> int:
+        return self.hidden_size * len(self.feature_layers)
+
+    @abstractmethod
+    def build(self) -> Tower:
+        """The tower itself."""
+
+    @property
+    @abstractmethod
+    def layer_matrix_size(self) -> int:
+        """Entries of a layer's matrices; each costs a row a multiplication and an addition."""
+
+    @property
+    @abstractmethod
+    def kept_per_row(self) -> int:
+        """Values that one layer keeps of a row for its backward pass."""
+
+    def product_flops(self, tiles: int) -> float:
+        """Operations of the products with weights: patch embedding and the layers that run."""
+        embedding = 3 * self.patch_size**2 * self.hidden_size
+        layers = self.rows_per_tile * self.layers_needed * self.layer_matrix_size
+        return 2.0 * tiles * (self.patches_per_tile * embedding + layers)
+
+    def attention_flops(self, tiles: int) -> float:
+        """Operations of attention's two products in the layers that run."""
+        return 4.0 * tiles * self.rows_per_tile**2 * self.hidden_size * self.layers_needed
+
+    @classmethod
+    @abstractmethod
+    def from_hf(cls, hf: Any, **choices: Any) -> TowerConfig:
+        """From the fields of a transformers config of this kind; `choices` are the fields that it does not have.
+        Raises ValueError for what this tower cannot be."""
+
+    @abstractmethod
+    def to_hf(self) -> dict[str, Any]:
+        """The fields of a transformers config, model_type left out."""
+
+
+class Tower(nn.Module, ABC):
+    """A built tower."""
+
+    config: TowerConfig
+    recompute: Recompute
+
+    @abstractmethod
+    def forward(self, tiles: Tensor, count: Tensor | None = None) -> Tensor:
+        """[T, 3, H, W] uint8 or normalised float -> [T, rows, features] in the weights' dtype, leading rows included.
+        `count` int32 [1]: only the first so many tiles are real, and nothing may read the others' features."""
+
+    @abstractmethod
+    def unused(self) -> list[nn.Module]:
+        """Modules whose weights are held, so that saving is complete, and never run."""
