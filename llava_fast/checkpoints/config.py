@@ -49,8 +49,8 @@ def read_hf_config(path: str | Path) -> LlavaConfig:
     kind = TOWERS[require(tower.model_type, tuple(TOWERS), "vision_config.model_type", file)]
     if not kind.leading_rows and not keeps_all:
         raise CheckpointError(
-            f"{file}: vision_feature_select_strategy 'default' drops a class row, and a tower like SigLIP has none: set "
-            "it to 'full'"
+            f"{file}: vision_feature_select_strategy 'default' drops a class row, and a tower like SigLIP has none: "
+            "set it to 'full'"
         )
     vision = tower_config(
         tower,
