@@ -35,6 +35,7 @@ BAD = {
     "no image": (sample("page.jpg"), "unreadable file"),
     "zero bytes": (sample("empty.jpg"), "unreadable file"),
     "no video": (sample(None, "<image>\nWhat?", video="no.mp4"), "missing file"),
+    "two sizes": (sample(None, "<image>\nWhat?", video="two.mjpeg"), "unreadable file"),
     "order": ({"conversations": [{"from": "human", "value": "A"}] * 2}, "roles and turns"),
     "empty answer": (sample(answer=""), "cannot be masked"),
     "two images, one mark": (sample("a.jpg") | {"image": ["a.jpg", "a.jpg"]}, "marks"),
@@ -53,6 +54,8 @@ def folder(tmp_path):
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "page.jpg").write_text("<html>404</html>")
     (tmp_path / "empty.jpg").write_bytes(b"")
+    Image.fromarray(tiny.picture(80, 60)).save(tmp_path / "narrow.jpg")
+    (tmp_path / "two.mjpeg").write_bytes(whole + (tmp_path / "narrow.jpg").read_bytes())
     return tmp_path
 
 

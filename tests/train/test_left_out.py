@@ -7,11 +7,12 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import write_data
+from made_data import write_data
 from training_runs import break_off, losses
 
 import llava_fast
 from llava_fast.errors import TrainingError
+from llava_fast.train.data.run_samples import FILE as FILE_OF_SAMPLES
 from llava_fast.train.metrics import FILE, LEFT_OUT, read_metrics
 from llava_fast.train.preference.tuning import dpo
 from llava_fast.train.trainer import Trainer, train
@@ -172,7 +173,7 @@ def test_two_processes_stop_with_one_line(over, folder, run):
     assert said.count("TrainingError: step ") == 2 and "cannot be decoded" in said
 
 
-def sampled(recipe) -> dict[int, list[int]]:
+def sampled(recipe, start=train) -> dict[int, list[int]]:
     """The samples of each step that a run takes."""
     steps, step = {}, Trainer.step
 
@@ -182,7 +183,7 @@ def sampled(recipe) -> dict[int, list[int]]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Trainer, "step", noting)
-        train(recipe)
+        start(recipe)
     return steps
 
 
@@ -205,6 +206,14 @@ def test_the_others_keep_their_order(over, tmp_path, caplog, batching):
     assert "3 samples that this run began with are gone" in caplog.text
     assert "1 samples cannot be used any more" in caplog.text and "sample-8" in caplog.text
     assert sampled(resumed) == {}
+
+
+def test_a_run_of_before_samples_were_numbered_goes_on(over, folder, tmp_path):
+    recipe = over("run", folder)
+    train(recipe.model_copy(update={"steps": 2}))
+    (recipe.output / FILE_OF_SAMPLES).unlink()
+    train(recipe)
+    assert len(losses(recipe)) == 6 and (recipe.output / FILE_OF_SAMPLES).exists()
 
 
 @pytest.mark.parametrize("change", ["added", "edited", "moved", "shorter"])
@@ -258,3 +267,15 @@ def test_a_bad_pair_is_left_out(over, pairs, tmp_path, reference):
 def test_a_bad_pair_stops_while_the_reference_is_made(over, pairs):
     with pytest.raises(TrainingError, match=r"reference: data\.json\[4\] \(id sample-4\): .* \(2 more samples"):
         dpo(over("run", pairs, data={"on_problem": "stop"}, dpo={"reference": "precomputed"}))
+
+
+def test_pairs_may_be_taken_out(over, pairs):
+    recipe = over("run", pairs, dpo={"reference": "precomputed"}, epochs=1)
+    dpo(recipe.model_copy(update={"steps": 1}))
+    first = read_metrics(recipe.output / FILE)[0]["pairs"] + read_metrics(recipe.output / FILE)[0]["left_out"]
+    gone = {0, 5, 10}
+    without(pairs, gone)
+    assert sorted(sampled(recipe, dpo)) == [1, 2]
+    steps = read_metrics(recipe.output / FILE)
+    assert first == 4 and np.isfinite(losses(recipe)).all()
+    assert sum(step["pairs"] + step["left_out"] for step in steps[1:]) in range(5, 9)  # of 8, less those of the three
