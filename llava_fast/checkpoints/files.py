@@ -97,7 +97,7 @@ def check_fields(content: Mapping[str, Any], fields: type[Fields], file: Path, s
                 place = _place(each["loc"], content)
                 value = "" if each["type"] == "missing" else f", not {reprlib.repr(each['input'])}"
                 wrong.setdefault(place, []).append(each["msg"].removeprefix("Value error, ") + value)
-        for place, messages in wrong.items():
+        for place, messages in wrong.items():  # the first is enough: one line
             raise CheckpointError(f"{file}: {place}: {' or '.join(dict.fromkeys(messages))}") from None
 
 

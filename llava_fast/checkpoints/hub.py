@@ -19,7 +19,7 @@ def resolve(path_or_hub_id: str | Path, only: list[str] | None = None) -> Path:
     """
     if (path := local_directory(path_or_hub_id)) is not None:
         return path
-    if os.path.exists(path_or_hub_id):
+    if os.path.exists(os.path.expanduser(path_or_hub_id)):
         raise CheckpointError(f"{path_or_hub_id} is a file; give the directory that holds config.json")
     from huggingface_hub import snapshot_download  # not needed for a local directory
 
@@ -33,8 +33,5 @@ def resolve(path_or_hub_id: str | Path, only: list[str] | None = None) -> Path:
 
 def local_directory(name: str | Path) -> Path | None:
     """The directory of that name here, if there is one; "~" is the home directory. A name may be any text."""
-    try:
-        path = Path(name).expanduser()
-        return path if path.is_dir() else None
-    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, no such user
-        return None
+    path = os.path.expanduser(name)  # unlike pathlib's, these two take a name that is too long or no name at all
+    return Path(path) if os.path.isdir(path) else None

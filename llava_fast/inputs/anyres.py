@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import math
 import re
+import reprlib
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -91,7 +92,7 @@ class VisualGeometry:
         if self.aspect in ("anyres", "highres") and not self.pinpoints:
             raise ImageError(f"aspect {self.aspect!r} needs image_grid_pinpoints, and the checkpoint lists none")
         for pair in self.pinpoints if self.aspect == "anyres" else ():
-            if pair[0] % self.tile_size or pair[1] % self.tile_size:
+            if min(pair) < 1 or pair[0] % self.tile_size or pair[1] % self.tile_size:
                 raise ImageError(f"pinpoint {pair} is not a multiple of the tile size {self.tile_size}")
 
     @property
@@ -142,16 +143,24 @@ class VisualRows:
         return len(self.kind)
 
 
+MOST_PINPOINTS = 4096
+"""How many pinpoints a checkpoint may list; published ones have 36 at most."""
+
+
 def parse_pinpoints(spec: str | list, tile_size: int) -> tuple[tuple[int, int], ...]:
     """Pinpoints from a config: a list of pairs, "(1x1),...,(6x6)" (the full Cartesian product of its first and
     last pair, times the tile size; LLaVA-NeXT mm_utils.py), or highres' "448,672".
 
-    Raises ImageError if the text is none of these.
+    Raises ImageError if the text is none of these, or lists more than MOST_PINPOINTS.
     """
     if isinstance(spec, str):
         text = spec.replace(" ", "")
+        if re.search(r"\d{6}", text) or text.count(",") > 2 * MOST_PINPOINTS:
+            raise ImageError(f"image_grid_pinpoints {reprlib.repr(spec)} are larger or more than any checkpoint's")
         if span := re.fullmatch(r"\((\d+)x(\d+)\),\.\.\.,\((\d+)x(\d+)\)", text):
             a0, b0, a1, b1 = map(int, span.groups())
+            if (a1 + 1 - a0) * (b1 + 1 - b0) > MOST_PINPOINTS:
+                raise ImageError(f"image_grid_pinpoints {spec!r} are more than {MOST_PINPOINTS}")
             return tuple((a * tile_size, b * tile_size) for a in range(a0, a1 + 1) for b in range(b0, b1 + 1))
         if re.fullmatch(r"\d+(,\d+)*", text):
             return tuple((int(edge), int(edge)) for edge in text.split(","))

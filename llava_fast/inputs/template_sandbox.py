@@ -28,7 +28,7 @@ MOST_SOURCE = 2**16
 """The longest template, in characters; published ones have about 20,000 at most."""
 _LARGEST = 2**25  # characters of one text, elements of one list
 _ELEMENT = 128  # what an element of a list counts, in characters, when a value is measured
-_MOST_DIGITS = 4096  # of a number
+_MOST_BITS = 4096  # of a number
 _CHECKS = 64  # between two looks at the clock
 
 
@@ -149,7 +149,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             optimized=False,  # or constant expressions would be computed, unchecked, while compiling
-            finalize=self._output,
+            finalize=self._checked,
             extensions=[_GenerationBlocks, jinja2.ext.loopcontrols],
         )
         theirs = _compile_jinja_template("").environment
@@ -190,19 +190,15 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             self._check(written)
             yield value
 
-    def _output(self, value: Any) -> Any:
-        return self._checked(value)
-
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        numbers = isinstance(left, int) and isinstance(right, int)
-        if operator == "**" and isinstance(left, int) and numbers and left.bit_length() * abs(right) > _MOST_DIGITS:
-            raise TemplateLimitError(f"it computes numbers of more than {_MOST_DIGITS} digits")
-        if operator == "*" and numbers and left.bit_length() + right.bit_length() > _MOST_DIGITS:
-            raise TemplateLimitError(f"it computes numbers of more than {_MOST_DIGITS} digits")
-        if operator == "*" and not numbers:
-            count = next((abs(each) for each in (left, right) if isinstance(each, int)), 1)
-            self._afford(_size(left) * count if not isinstance(left, int) else _size(right) * count)
-        if operator == "+" and not numbers:
+        if isinstance(left, int) and isinstance(right, int):
+            bits = {"**": left.bit_length() * abs(right), "*": left.bit_length() + right.bit_length()}.get(operator, 0)
+            if bits > _MOST_BITS:
+                raise TemplateLimitError(f"it computes numbers of more than {_MOST_BITS} bits")
+        elif operator == "*":
+            value, count = (right, left) if isinstance(left, int) else (left, right)
+            self._afford(_size(value) * (abs(count) if isinstance(count, int) else 1))
+        elif operator == "+":
             self._afford(_length(left) + _length(right))
         if operator == "%" and isinstance(left, str):
             if _WIDE_PERCENT.search(left):

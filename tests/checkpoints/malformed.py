@@ -104,6 +104,16 @@ def replaced(file: str, make: Callable[[Path], object]) -> Callable[[Path], None
     return apply
 
 
+def together(more: dict, change: Callable[[Path], None]) -> Callable[[Path], None]:
+    """A change of config.json on top of other fields."""
+
+    def apply(path: Path) -> None:
+        write(path / "config.json", json.loads((path / "config.json").read_text()) | more)
+        change(path)
+
+    return apply
+
+
 def without(change: Callable[[Path], None], file: str = "chat_template.json") -> Callable[[Path], None]:
     """A change, and one file less."""
     return lambda path: ((path / file).unlink(), change(path))[1]
@@ -179,6 +189,7 @@ ORIGINAL = {
     "rope_scaling": [7, {"type": "odd", "factor": 2.0}, {"type": "linear"}],
 }
 PINPOINTS = [7, "x", "(1x1),...,(99999x99999)", [[1]], [["a", "b"]], [[0, 0]], [[HUGE, HUGE]], [[30, 30]], []]
+TILED = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[28, 56]]}
 TEMPLATES = [7, {}, [], [7], {"default": 7}, "", "{% for", "{{ 'a' * 10 ** 10 }}", "{{ 1 | nonsense }}"]
 
 
@@ -346,9 +357,12 @@ def cases() -> list[tuple[str, str, str, Callable[[Path], None]]]:
         *((f"pickle: {what}", "pytorch_model.bin", change) for what, change in BIN),
         *((f"index: {what}", "model.safetensors.index.json", change) for what, change in INDEX),
     ]
-    original = fields(config, (), {**ORIGINAL, "image_grid_pinpoints": []})
+    original = fields(config, (), ORIGINAL)
+    endless = ["9" * 5000, "(1x1)," * 9000, "(0x0),...,(0x0)"]
+    pinpoints = fields(config, (), {"image_grid_pinpoints": [*PINPOINTS, *endless]})
     return [
         *(("llava", *case) for case in llava),
         *(("llava_next", *case) for case in fields(config, (), {"image_grid_pinpoints": PINPOINTS})),
         *(("original", *case) for case in original),
+        *(("original", what, file, together(TILED, change)) for what, file, change in pinpoints),
     ]

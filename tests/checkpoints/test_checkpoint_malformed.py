@@ -72,9 +72,12 @@ def test_malformed(linked, kind, what, file, change):
     assert not (path / "ran").exists()
 
 
-@pytest.mark.parametrize("kind", ["llava", "llava_next", "original"])
+@pytest.mark.parametrize("kind", ["llava", "llava_next", "original", "original, tiled"])
 def test_the_checkpoints_that_are_damaged_are_whole(linked, kind):
-    model, processor = open_whole(linked(kind))
+    path = linked(kind.split(",")[0])
+    if kind.endswith("tiled"):
+        malformed.together(malformed.TILED, lambda path: None)(path)
+    model, processor = open_whole(path)
     assert processor.tokenizer.convert_tokens_to_ids("w5") == 5 and not next(model.parameters()).is_meta
 
 

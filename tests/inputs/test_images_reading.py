@@ -2,13 +2,14 @@
 
 import base64
 import io
+import random
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from llava_fast.errors import ImageError
-from llava_fast.inputs import images
+from llava_fast.inputs import headers, images
 
 
 def noise(height, width, seed=0):
@@ -173,3 +174,28 @@ def test_too_many_pixels_are_refused(limit, monkeypatch):
         images.open_image(Image.new("RGB", (80, 50)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert images.open_image(data).shape == (50, 80, 3)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of headers that lie
+def test_five_hundred_mutated_images():
+    """Bytes changed, left out and put in, in headers above all: pixels, or one clear error."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    picture = Image.fromarray(noise(24, 20))
+    kinds = ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "TGA"]
+    whole = [encoded(picture, kind, exif=exif) for kind in kinds] + [encoded(picture.convert("P"))]
+    chance, read = random.Random(0), 0
+    for _ in range(500):
+        raw = bytearray(chance.choice(whole))
+        for _ in range(chance.choice((1, 1, 2, 8))):
+            place = chance.randrange(min(len(raw), 200) if chance.random() < 0.6 else len(raw))
+            raw[place : place + chance.choice((0, 1, 1, 4))] = bytes(
+                chance.choices(range(256), k=chance.choice((0, 1, 1, 3)))
+            )
+        for read_one in (images.open_image, headers.image_size):
+            try:
+                read_one(bytes(raw))
+                read += 1
+            except ImageError as error:
+                assert "\n" not in str(error)
+    assert 100 < read < 900
