@@ -18,6 +18,8 @@ from llava_fast.checkpoints.tokenizer import load_tokenizer
 from llava_fast.errors import CheckpointError
 from llava_fast.generation.llava import Llava
 from llava_fast.inputs import anyres, chat
+from llava_fast.inputs.images import TORCH_MODES
+from llava_fast.inputs.preprocessing import FILTERS
 from llava_fast.inputs.processor import Processor
 from llava_fast.models.fused import merge_linears
 
@@ -62,6 +64,8 @@ def load(
     checkpoint, name = open_checkpoint(
         path_or_hub_id, dtype=_dtype(dtype), device=device, model_base=model_base, vision_tower=vision_tower
     )
+    if resample == "torchvision":
+        _check_torchvision(checkpoint.config)
     with torch.device("meta"):
         processor = load_processor(checkpoint, name, chat_template)
         model = Llava(checkpoint.config, dataclasses.replace(processor, resample=resample, video_frames=video_frames))
@@ -69,6 +73,14 @@ def load(
     if merge or (merge is None and device.type == "cuda"):
         merge_linears(model)
     return model.eval()
+
+
+def _check_torchvision(config: LlavaConfig) -> None:
+    for filter in {config.geometry.filter, config.geometry.frame_filter} - set(TORCH_MODES):
+        raise CheckpointError(
+            f"the checkpoint's processor resizes by {filter!r} (resample {FILTERS.index(filter)}), and torchvision by "
+            f"{', '.join(TORCH_MODES)} only: use resample='pillow'"
+        )
 
 
 def load_processor(checkpoint: LoadedCheckpoint, name: str, chat_template: str | None = None) -> Processor:

@@ -10,6 +10,7 @@ image and video processors beside them.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,15 +18,29 @@ from typing import Any
 
 from llava_fast.checkpoints import fields
 from llava_fast.checkpoints.files import Fields, check_fields, one_line, read_json, read_json_if_there
+from llava_fast.checkpoints.preprocessing import (
+    OWN_KINDS,
+    VIDEO_KINDS,
+    check_anyres,
+    check_pinpoints,
+    check_same_values,
+    geometry_fields,
+    image_kind,
+    image_settings,
+    read_preprocessing,
+    tower_fit,
+    video_kind,
+    video_settings,
+)
 from llava_fast.errors import CheckpointError, ImageError
 from llava_fast.inputs.anyres import VisualGeometry
+from llava_fast.inputs.preprocessing import Fit, Preprocessing, name_fit, standard_fit
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.connectors.mlp import ProjectorConfig
 from llava_fast.models.decoders import DECODERS
 from llava_fast.models.decoders.base import DecoderConfig
 from llava_fast.models.towers import TOWERS
 from llava_fast.models.towers.base import TowerConfig
-from llava_fast.models.towers.vit import ClipConfig
 
 HF_MODEL_TYPES = ("llava", "llava_next", "llava_next_video", "llava_onevision")
 _PROJECTOR_ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "relu", "silu")
@@ -41,7 +56,7 @@ def read_hf_config(path: str | Path) -> LlavaConfig:
     model_type = require(source.get("model_type"), HF_MODEL_TYPES, "model_type", file)
     refuse_quantised(source, file)
     hf = auto_config(source, file)
-    text, tower, images = hf.text_config, hf.vision_config, _image_processor(path)
+    text, tower = hf.text_config, hf.vision_config
 
     layers = hf.vision_feature_layer
     feature_layers = tuple(layers) if isinstance(layers, (list, tuple)) else (layers,)
@@ -52,13 +67,15 @@ def read_hf_config(path: str | Path) -> LlavaConfig:
             f"{file}: vision_feature_select_strategy 'default' drops a class row, and a tower like SigLIP has none: "
             "set it to 'full'"
         )
+    images, frames = _preprocessing(hf, kind, path)
     vision = tower_config(
         tower,
         file,
         feature_layers=feature_layers,
         keep_class_row=keeps_all and kind.leading_rows > 0,
-        **_normalisation(images),
+        **images.values(),
     )
+    _check_counts(hf, vision, path)
     projector = ProjectorConfig(
         kind="mlp",
         in_features=vision.feature_size,
@@ -74,7 +91,7 @@ def read_hf_config(path: str | Path) -> LlavaConfig:
         vision=vision,
         projector=projector,
         decoder=decoder,
-        geometry=_geometry(hf, vision, images, file),
+        geometry=_geometry(hf, vision, images, frames, file),
         layout="hf",
         model_type=model_type,
         image_token_id=hf.image_token_id,
@@ -142,11 +159,6 @@ def eos_token_ids(generation: dict[str, Any], *others: int | list[int] | None) -
     return () if stated is None else tuple(stated) if isinstance(stated, list) else (stated,)
 
 
-def mean_color(mean: tuple[float, float, float]) -> tuple[int, int, int]:
-    """The uint8 colour a square is padded with: int(mean * 255), not rounded (mm_utils.py)."""
-    return tuple(int(channel * 255) for channel in mean)
-
-
 def auto_config(source: dict[str, Any], file: Path):
     """What transformers makes of the content of a config.json; CheckpointError if it cannot."""
     from transformers import CONFIG_MAPPING  # seconds to import: only a process that loads a checkpoint pays
@@ -163,33 +175,62 @@ def auto_config(source: dict[str, Any], file: Path):
         raise CheckpointError(f"{file}: transformers cannot read it: {one_line(problem)}") from problem
 
 
-def _image_processor(path: Path) -> dict[str, Any]:
-    """The image processor's settings: its own file, or a section of processor_config.json (5.x)."""
-    own = read_json_if_there(path / "preprocessor_config.json", fields.ImageProcessor)
-    return own or read_json_if_there(path / "processor_config.json", fields.Processor).get("image_processor") or {}
+def _check_counts(hf, vision: TowerConfig, path: Path) -> None:
+    """Raises CheckpointError where processor_config.json counts tokens otherwise than config.json, by which they are
+    counted here; transformers goes by both, and fails."""
+    file = path / "processor_config.json"
+    given = read_json_if_there(file, fields.Processor)
+    expected = {"vision_feature_select_strategy": hf.vision_feature_select_strategy}
+    if hf.model_type == "llava_onevision":
+        expected |= {"num_image_tokens": vision.patches_per_tile, "vision_aspect_ratio": hf.vision_aspect_ratio}
+    else:
+        expected |= {"patch_size": vision.patch_size, "num_additional_image_tokens": int(vision.has_class_row)}
+    for field, value in expected.items():
+        if given.get(field) not in (None, value):
+            raise CheckpointError(
+                f"{file}: {field} is {given[field]!r}, and by config.json it is {value!r}: correct one"
+            )
 
 
-def _normalisation(images: dict[str, Any]) -> dict[str, tuple[float, ...]]:
-    """image_mean and image_std as the processor states them; by default CLIP's, as LLaVA's image processors have it."""
-    own = dict(zip(("image_mean", "image_std"), ClipConfig.own_normalisation, strict=True))
-    return {key: tuple(images[key]) if images.get(key) is not None else default for key, default in own.items()}
+def _preprocessing(hf, tower: type[TowerConfig], path: Path) -> tuple[Preprocessing, Preprocessing]:
+    """What is done to images and to video frames. LLaVA-1.5 and NeXT have no videos in transformers: their frames are
+    made as the tower's own processor makes images."""
+    model_type, tile = hf.model_type, hf.vision_config.image_size
+    settings = image_settings(path)
+    kind = image_kind(settings, OWN_KINDS[model_type])
+    images = read_preprocessing(settings, kind, tile)
+    if model_type == "llava":
+        fit = dataclasses.replace(images.fit, square=False)
+        own = images.fit.square and name_fit(images.fit, tile)[1] is None
+        return images, dataclasses.replace(images, fit=tower_fit(tower, tile) if own else fit)
+    check_anyres(settings, kind, tile)
+    check_pinpoints(settings, _pinpoints(hf))
+    fit = Fit(True, None, images.fit.crop) if images.fit.size is None else standard_fit("pad", tile)
+    images = dataclasses.replace(images, fit=fit)
+    if model_type not in VIDEO_KINDS:
+        return images, dataclasses.replace(images, fit=tower_fit(tower, tile))
+    settings = video_settings(path)
+    frames = read_preprocessing(settings, video_kind(settings, VIDEO_KINDS[model_type]), tile)
+    check_same_values(images, frames, settings)
+    return images, frames
 
 
-def _geometry(hf, vision: TowerConfig, images: dict[str, Any], file: Path) -> VisualGeometry:
+def _pinpoints(hf) -> tuple[tuple[int, int], ...]:
+    return tuple((int(h), int(w)) for h, w in hf.image_grid_pinpoints or [])
+
+
+def _geometry(hf, vision: TowerConfig, images: Preprocessing, frames: Preprocessing, file: Path) -> VisualGeometry:
     common = {
         "tile_size": vision.image_size,
         "patch_size": vision.patch_size,
         "compat": "hf",
         "class_rows": int(vision.keep_class_row),
         "dropped_rows": int(vision.drops_class_row),
-        "pad_color": mean_color(vision.image_mean),
-        "frame_aspect": vision.own_aspect,
+        **geometry_fields(images, frames, vision.image_size),
     }
-    if hf.model_type == "llava":
-        tiled = {"aspect": _single_tile_aspect(images, vision.image_size, file.parent)}
-    else:
-        pinpoints = tuple((int(h), int(w)) for h, w in hf.image_grid_pinpoints or [])
-        tiled = {"aspect": "anyres", "pinpoints": pinpoints, "merge": "spatial_unpad"}
+    tiled: dict[str, Any] = {}
+    if hf.model_type != "llava":
+        tiled |= {"aspect": "anyres", "pinpoints": _pinpoints(hf), "merge": "spatial_unpad"}
     if hf.model_type == "llava_next_video":
         pool = require(hf.spatial_pool_mode, ("average", "max"), "spatial_pool_mode", file)
         tiled |= {
@@ -204,25 +245,9 @@ def _geometry(hf, vision: TowerConfig, images: dict[str, Any], file: Path) -> Vi
         tiled |= {"max_tiles": int(shape[1]), "multi_image_anyres": False, "video_pool": "bilinear"}
         tiled |= {"video_pool_stride": 2, "video_pool_stage": "after", "video_newline": "one_token"}
     try:
-        return VisualGeometry(**common, **tiled)
+        return VisualGeometry(**(common | tiled))
     except ImageError as problem:
         raise CheckpointError(f"{file}: {problem}") from problem
-
-
-def _single_tile_aspect(images: dict[str, Any], tile: int, path: Path) -> str:
-    """How LLaVA-1.5's processor makes one square tile: "pad", "crop" (the default) or "squash" (SigLIP's)."""
-    size, crop = images.get("size") or {}, images.get("crop_size") or {}
-    sides = [size] if isinstance(size, int) else [side for side in size.values() if side is not None]
-    sides += [crop] if isinstance(crop, int) else [side for side in crop.values() if side is not None]
-    if wrong := [side for side in sides if side != tile]:
-        raise CheckpointError(
-            f"{path}: the image processor makes images of {wrong[0]} pixels, the vision tower reads {tile}; "
-            "correct size and crop_size in preprocessor_config.json"
-        )
-    if images.get("do_pad"):
-        return "pad"
-    squashes = isinstance(size, dict) and "height" in size and not images.get("do_center_crop")
-    return "squash" if squashes else "crop"
 
 
 def _first(*values):

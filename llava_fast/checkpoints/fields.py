@@ -14,7 +14,8 @@ from llava_fast.checkpoints.files import Fields
 Size = Annotated[int, Field(ge=1, le=2**20)]
 Layers = Annotated[int, Field(ge=1, le=1024)]
 Pixels = Annotated[int, Field(ge=1, le=2**14)]
-Side = Annotated[int, Field(ge=0, le=2**31)]
+Side = Annotated[int, Field(ge=0, le=2**16)]
+Sides = Annotated[list[Side], Field(min_length=2, max_length=2)]
 Vocabulary = Annotated[int, Field(ge=1, le=2**24)]
 Positions = Annotated[int, Field(ge=1, le=2**31)]
 TokenId = Annotated[int, Field(ge=-(2**24), le=2**24)]  # -200 stands for an image, -1 for no padding
@@ -154,19 +155,51 @@ class Generation(Fields):
 
 
 class ImageProcessor(Fields):
-    """preprocessor_config.json, video_preprocessor_config.json, and the sections of processor_config.json."""
+    """preprocessor_config.json, video_preprocessor_config.json, and the sections of processor_config.json: every field
+    that transformers reads there. Those after image_grid_pinpoints change nothing that a model is given here."""
 
-    image_mean: Channels | None = None
-    image_std: Deviations | None = None
-    size: Side | dict[str, Side | None] | None = None
-    crop_size: Side | dict[str, Side | None] | None = None
-    do_pad: bool | None = None
+    image_processor_type: str | None = None
+    feature_extractor_type: str | None = None
+    video_processor_type: str | None = None
+    do_convert_rgb: bool | None = None
+    do_resize: bool | None = None
+    size: Side | Sides | dict[str, Side | None] | None = None
+    default_to_square: bool | None = None
+    use_square_size: bool | None = None
+    resample: Annotated[int, Field(ge=0, le=5)] | None = None  # transformers takes any name for bilinear
     do_center_crop: bool | None = None
+    crop_size: Side | Sides | dict[str, Side | None] | None = None
+    do_rescale: bool | None = None
+    rescale_factor: Positive | None = None
+    do_normalize: bool | None = None
+    image_mean: Channels | float | None = None
+    image_std: Deviations | Positive | None = None
+    do_pad: bool | None = None
+    pad_size: Side | Sides | dict[str, Side | None] | None = None
+    input_data_format: str | None = None
+    do_sample_frames: bool | None = None
+    image_grid_pinpoints: Pinpoints | None = None
+    data_format: Any = None
+    return_tensors: Any = None
+    device: Any = None
+    disable_grouping: Any = None
+    image_seq_length: Any = None
+    processor_class: Any = None
+    auto_map: Any = None
+    fps: Any = None
+    num_frames: Any = None
+    video_metadata: Any = None
+    return_metadata: Any = None
 
 
 class Processor(Fields):
-    """processor_config.json."""
+    """processor_config.json. Those that say how many tokens an image takes must agree with config.json."""
 
+    patch_size: Pixels | None = None
+    num_additional_image_tokens: Annotated[int, Field(ge=0, le=2**20)] | None = None
+    num_image_tokens: Annotated[int, Field(ge=0, le=2**20)] | None = None
+    vision_feature_select_strategy: str | None = None
+    vision_aspect_ratio: str | None = None
     image_processor: ImageProcessor | None = None
     video_processor: ImageProcessor | None = None
     chat_template: ChatTemplate | None = None

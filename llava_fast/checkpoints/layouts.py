@@ -12,8 +12,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from llava_fast.checkpoints.preprocessing import (
+    KINDS,
+    OWN_KINDS,
+    VIDEO_KINDS,
+    tower_fit,
+    tower_kind,
+    written,
+)
 from llava_fast.checkpoints.towers import KNOWN_TOWERS
 from llava_fast.errors import CheckpointError
+from llava_fast.inputs.preprocessing import Filter, Fit, Preprocessing, name_fit, standard_fit
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.towers import TOWERS
 from llava_fast.models.towers.base import TowerConfig
@@ -104,10 +113,11 @@ def to_original(config: LlavaConfig, tower_name: str) -> dict[str, Any]:
     projector = config.projector
     if (projector.kind, projector.activation, projector.bias) != ("mlp", "gelu", True):
         raise CheckpointError(f"the original layout has no projector like {projector}")
-    ratios = {vision.own_aspect: "square", "pad": "pad", "anyres": "anyres", "highres": "highres"}
-    if geometry.aspect not in ratios:
-        raise CheckpointError(f"the original layout does not {geometry.aspect} images for a {vision.kind} tower")
-    shrinks = geometry.max_tiles is not None
+    if geometry.aspect in ("anyres", "highres"):
+        ratio = geometry.aspect if geometry.max_tiles is None else f"anyres_max_{geometry.max_tiles}"
+        _check_original_anyres(config)
+    else:
+        ratio = "pad" if geometry.aspect == "pad" else "square"
     return {
         "architectures": [architecture],
         "model_type": model_type,
@@ -125,11 +135,22 @@ def to_original(config: LlavaConfig, tower_name: str) -> dict[str, Any]:
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "mm_patch_merge_type": geometry.merge,
-        "image_aspect_ratio": f"anyres_max_{geometry.max_tiles}" if shrinks else ratios[geometry.aspect],
+        "image_aspect_ratio": ratio,
         "image_grid_pinpoints": [[width, height] for height, width in geometry.canvases] or None,
         "unfreeze_mm_vision_tower": True,  # tells the original loader that the tower's weights are in the checkpoint
         **_original_video(config),
     }
+
+
+def _check_original_anyres(config: LlavaConfig) -> None:
+    """Raises CheckpointError for AnyRes images of another filter than the original code's, which no file changes, and
+    where the one processor file of its tower cannot serve both its tiles and the frames of videos."""
+    geometry = config.geometry
+    if geometry.filter != "bicubic":
+        raise CheckpointError(f"the original layout resizes AnyRes images bicubically, not by {geometry.filter!r}")
+    fit = geometry.frame_fit or standard_fit(geometry.frame_aspect, geometry.tile_size)
+    if fit.size is not None and fit.size.of(geometry.tile_size, geometry.tile_size) != (geometry.tile_size,) * 2:
+        raise CheckpointError(f"the original layout has no AnyRes images beside video frames of {fit.size.fields()}")
 
 
 def tower_fields(vision: TowerConfig) -> dict[str, Any]:
@@ -137,14 +158,18 @@ def tower_fields(vision: TowerConfig) -> dict[str, Any]:
     return {"model_type": TOWERS.name_of(type(vision)), **vision.to_hf()}
 
 
-def tower_processor_fields(vision: TowerConfig) -> dict[str, Any]:
-    """The image processor of a tower's own repository: CLIP's crops, SigLIP's squashes."""
-    square = {"height": vision.image_size, "width": vision.image_size}
-    fields = _pixel_fields(vision)
-    if isinstance(vision, SiglipConfig):
-        return {"image_processor_type": "SiglipImageProcessor", "size": square, **fields}
-    size = {"size": {"shortest_edge": vision.image_size}, "crop_size": square, "do_center_crop": True}
-    return {"image_processor_type": "CLIPImageProcessor", **size, **fields}
+def tower_processor_fields(config: LlavaConfig) -> dict[str, Any]:
+    """preprocessor_config.json of a tower's own repository."""
+    geometry, vision = config.geometry, config.vision
+    frames = _preprocessing(vision, geometry.frame_aspect, geometry.frame_fit, geometry.frame_filter)
+    return written(frames, geometry.tile_size, tower_kind(vision).name)
+
+
+def has_plain_processor(config: LlavaConfig) -> bool:
+    """Whether a tower's processor, as it is in this checkpoint, is the one that its kind has without a file."""
+    plain = Preprocessing(tower_fit(config.vision, config.geometry.tile_size))
+    frames = config.geometry.frame_filter, config.geometry.frame_fit, config.geometry.frame_aspect
+    return frames == (plain.filter, None, name_fit(plain.fit, config.geometry.tile_size)[0])
 
 
 def own_tower(vision: TowerConfig) -> TowerConfig:
@@ -160,32 +185,27 @@ def known_tower_name(vision: TowerConfig) -> str | None:
 
 def image_processor_fields(config: LlavaConfig) -> dict[str, Any]:
     """preprocessor_config.json for transformers."""
-    geometry, size = config.geometry, config.geometry.tile_size
-    model_type = hf_model_type(config)
-    square = {"height": size, "width": size}
-    common = _pixel_fields(config.vision)
-    if model_type == "llava_onevision":
-        kind = {"image_processor_type": "LlavaOnevisionImageProcessor", "size": square, "do_pad": True}
-    elif isinstance(config.vision, SiglipConfig) and model_type == "llava" and geometry.aspect == "squash":
-        kind = {"image_processor_type": "SiglipImageProcessor", "size": square}
-    else:
-        name = "LlavaImageProcessor" if model_type == "llava" else "LlavaNextImageProcessor"
-        kind = {"image_processor_type": name, "size": {"shortest_edge": size}, "crop_size": square}
-        kind |= {"do_center_crop": True, "do_pad": geometry.aspect in ("pad", "anyres")}
-    if model_type != "llava":
-        kind["image_grid_pinpoints"] = [list(pair) for pair in geometry.canvases]
-    return common | kind
+    geometry, tile, model_type = config.geometry, config.geometry.tile_size, hf_model_type(config)
+    kind, aspect, fit = OWN_KINDS[model_type][0], geometry.aspect, geometry.fit
+    if model_type == "llava" and isinstance(config.vision, SiglipConfig) and aspect == "squash":
+        kind = "SiglipImageProcessor"
+    if model_type != "llava":  # its tiles have their size already; only images that share a request are fitted
+        own = KINDS[kind].fit(tile)
+        aspect, fit = name_fit(dataclasses.replace(own, size=None) if fit and fit.size is None else own, tile)
+    images = _preprocessing(config.vision, aspect, fit, geometry.filter, geometry.convert_rgb)
+    fields = written(images, tile, kind)
+    if model_type == "llava":
+        return fields
+    return fields | {"do_pad": True, "image_grid_pinpoints": [list(pair) for pair in geometry.canvases]}
 
 
 def video_processor_fields(config: LlavaConfig) -> dict[str, Any] | None:
     """video_preprocessor_config.json for transformers; None for a model that takes no video."""
-    images, model_type = image_processor_fields(config), hf_model_type(config)
-    if model_type not in ("llava_next_video", "llava_onevision"):
+    geometry, kind = config.geometry, VIDEO_KINDS.get(hf_model_type(config))
+    if kind is None:
         return None
-    for field in ("image_processor_type", "image_grid_pinpoints", "do_pad"):
-        images.pop(field, None)
-    name = "LlavaNextVideoVideoProcessor" if model_type == "llava_next_video" else "LlavaOnevisionVideoProcessor"
-    return {"video_processor_type": name, **images}
+    frames = _preprocessing(config.vision, geometry.frame_aspect, geometry.frame_fit, geometry.frame_filter)
+    return written(frames, geometry.tile_size, kind)
 
 
 def processor_fields(config: LlavaConfig) -> dict[str, Any]:
@@ -207,17 +227,11 @@ def processor_fields(config: LlavaConfig) -> dict[str, Any]:
     }
 
 
-def _pixel_fields(vision: TowerConfig) -> dict[str, Any]:
-    return {
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": list(vision.image_mean),
-        "image_std": list(vision.image_std),
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-    }
+def _preprocessing(
+    vision: TowerConfig, aspect: Any, fit: Fit | None, filter: Filter, convert_rgb: bool = True
+) -> Preprocessing:
+    values = {name: getattr(vision, name) for name in Preprocessing.VALUES}
+    return Preprocessing(fit or standard_fit(aspect, vision.image_size), filter, do_convert_rgb=convert_rgb, **values)
 
 
 def _select_strategy(vision: TowerConfig) -> str:

@@ -22,11 +22,11 @@ from llava_fast.checkpoints.config import (
     check_feature_layers,
     decoder_config,
     eos_token_ids,
-    mean_color,
     refuse_quantised,
     require,
 )
 from llava_fast.checkpoints.files import check_fields, one_line, read_json, read_json_if_there
+from llava_fast.checkpoints.preprocessing import geometry_fields, padded
 from llava_fast.checkpoints.towers import Tower, find_tower
 from llava_fast.errors import CheckpointError, ImageError
 from llava_fast.inputs.anyres import VisualGeometry, parse_pinpoints
@@ -38,6 +38,7 @@ from llava_fast.models.towers.vit import SiglipConfig
 IMAGE_TOKEN_ID = -200
 FAMILIES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 _MERGES = ("flat", "spatial", "spatial_unpad", "spatial_maxpool2x2")
+_RATIOS = ("square", "pad", "anyres", "highres")
 _DECODER_FIELDS = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "hidden_act max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters attention_bias "
@@ -80,7 +81,7 @@ def original_config(
         vision=vision,
         projector=_projector(source, vision.feature_size, decoder.hidden_size, file),
         decoder=decoder,
-        geometry=_geometry(source, vision, merge, file),
+        geometry=_geometry(source, vision, tower, merge, file),
         layout="original",
         model_type=model_type,
         image_token_id=IMAGE_TOKEN_ID,
@@ -88,6 +89,7 @@ def original_config(
         eos_token_ids=eos_token_ids(generation, source.get("eos_token_id")),
         pad_token_id=generation.get("pad_token_id", source.get("pad_token_id")),
         source=source,
+        tower_processor=dict(tower.settings.content),
     ), tower
 
 
@@ -139,31 +141,31 @@ def _projector(source: dict[str, Any], in_features: int, out_features: int, file
     return ProjectorConfig(kind=name, depth=depth, **sizes)
 
 
-def _geometry(source: dict[str, Any], vision: TowerConfig, merge: str, file: Path) -> VisualGeometry:
+def _geometry(source: dict[str, Any], vision: TowerConfig, tower: Tower, merge: str, file: Path) -> VisualGeometry:
     if merge.removesuffix("_nobase") not in _MERGES:
         raise CheckpointError(f"{file}: mm_patch_merge_type is {merge!r}; supported: {', '.join(_MERGES)}, + _nobase")
     ratio = source.get("image_aspect_ratio") or "square"
     shrink = re.fullmatch(r"anyres_max_(\d{1,6})", ratio)
-    aspects = {"square": vision.own_aspect, "pad": "pad", "anyres": "anyres", "highres": "highres"}
-    aspect = "anyres" if shrink else aspects.get(ratio)
-    if aspect is None:
-        raise CheckpointError(f"{file}: image_aspect_ratio is {ratio!r}; supported: {', '.join(aspects)}, anyres_max_N")
+    if not shrink and ratio not in _RATIOS:
+        raise CheckpointError(f"{file}: image_aspect_ratio is {ratio!r}; supported: {', '.join(_RATIOS)}, anyres_max_N")
+    tile, images, tiled = vision.image_size, tower.preprocessing, {}
     try:
-        pinpoints = ()
-        if aspect in ("anyres", "highres"):
-            pinpoints = parse_pinpoints(source.get("image_grid_pinpoints") or [], vision.image_size)
+        if shrink or ratio in ("anyres", "highres"):
+            tower.check_anyres()
+            pinpoints = parse_pinpoints(source.get("image_grid_pinpoints") or [], tile)
+            # mm_utils.py calls PIL's resize without a filter, which is bicubic; the processor then changes no size.
+            tiled = {"aspect": "anyres" if shrink else ratio, "pinpoints": pinpoints, "fit": None, "filter": "bicubic"}
+        elif ratio == "pad":
+            images = padded(images, tower.settings, tile)
         return VisualGeometry(
-            tile_size=vision.image_size,
+            tile_size=tile,
             patch_size=vision.patch_size,
-            aspect=aspect,
-            pinpoints=pinpoints,
             compat="llava",
             merge=merge,
             max_tiles=int(shrink[1]) if shrink else None,
             class_rows=int(vision.keep_class_row),
             dropped_rows=int(vision.drops_class_row),
-            pad_color=mean_color(vision.image_mean),
-            frame_aspect=vision.own_aspect,
+            **(geometry_fields(images, tower.preprocessing, tile) | tiled),
             **_video(source, merge, file),
         )
     except ImageError as problem:

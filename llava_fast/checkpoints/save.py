@@ -119,7 +119,7 @@ def _config(
 def _tower_name(config: LlavaConfig) -> tuple[str, str | None]:
     """(mm_vision_tower, folder inside the checkpoint that describes the tower, None for a known one)."""
     name = config.source.get("mm_vision_tower")
-    known = layouts.known_tower_name(config.vision)
+    known = layouts.known_tower_name(config.vision) if layouts.has_plain_processor(config) else None
     if known is not None and (name is None or Path(name).name == Path(known).name):
         return name or known, None
     if name is None or Path(name).is_absolute() or ".." in Path(name).parts:
@@ -140,7 +140,8 @@ def _write_side_files(directory: Path, config: LlavaConfig, layout: str, side_fi
     if layout == "original" and (folder := _tower_name(config)[1]) is not None:
         (directory / folder).mkdir(parents=True)
         write_json(directory / folder / "config.json", layouts.tower_fields(layouts.own_tower(config.vision)))
-        write_json(directory / folder / "preprocessor_config.json", layouts.tower_processor_fields(config.vision))
+        processor = config.tower_processor or layouts.tower_processor_fields(config)
+        write_json(directory / folder / "preprocessor_config.json", processor)
 
 
 def _write_weights(

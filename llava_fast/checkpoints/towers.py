@@ -13,11 +13,20 @@ from pathlib import Path
 
 from llava_fast.checkpoints import fields
 from llava_fast.checkpoints.config import auto_config, require, tower_config
-from llava_fast.checkpoints.files import read_json, read_json_if_there
+from llava_fast.checkpoints.files import read_json
 from llava_fast.checkpoints.hub import local_directory, resolve
 from llava_fast.checkpoints.names import from_tower_repository
+from llava_fast.checkpoints.preprocessing import (
+    Settings,
+    check_anyres,
+    image_kind,
+    image_settings,
+    read_preprocessing,
+    tower_kind,
+)
 from llava_fast.checkpoints.tensor_files import StoredTensor, open_weights
 from llava_fast.errors import CheckpointError
+from llava_fast.inputs.preprocessing import Preprocessing
 from llava_fast.models.towers import TOWERS
 from llava_fast.models.towers.base import TowerConfig
 from llava_fast.models.towers.vit import ClipConfig, SiglipConfig
@@ -52,10 +61,17 @@ KNOWN_TOWERS: dict[str, TowerConfig] = {
 
 @dataclass(frozen=True)
 class Tower:
-    """A tower by name: what it is in its own repository, and where that is (a directory or a Hub id)."""
+    """A tower by name: what it is in its own repository, where that is (a directory or a Hub id), and what its image
+    processor does."""
 
     config: TowerConfig
     home: str | Path
+    preprocessing: Preprocessing
+    settings: Settings
+
+    def check_anyres(self) -> None:
+        """Raises CheckpointError where its processor makes AnyRes tiles of another size than it reads."""
+        check_anyres(self.settings, tower_kind(self.config), self.config.image_size)
 
 
 def find_tower(name: str, checkpoint: Path, override: str | Path | None = None) -> Tower:
@@ -67,10 +83,11 @@ def find_tower(name: str, checkpoint: Path, override: str | Path | None = None) 
     wanted = str(override or name)
     for place in (checkpoint / wanted, wanted):
         if (directory := local_directory(place)) is not None:
-            return Tower(_read_tower(directory), directory)
+            return _read_tower(directory)
     for repository, config in KNOWN_TOWERS.items():
         if Path(wanted).name == Path(repository).name:
-            return Tower(config, repository)
+            settings = Settings({}, repository)
+            return Tower(config, repository, _read_preprocessing(settings, config, config.image_size), settings)
     try:
         directory = resolve(wanted)
     except CheckpointError as problem:
@@ -78,7 +95,7 @@ def find_tower(name: str, checkpoint: Path, override: str | Path | None = None) 
             f"{checkpoint / 'config.json'} names the vision tower {name!r}, which is not at hand; "
             f"give vision_tower= a directory or repository that holds it ({problem})"
         ) from problem
-    return Tower(_read_tower(directory), directory)
+    return _read_tower(directory)
 
 
 def tower_tensors(tower: Tower, num_layers: int) -> dict[str, StoredTensor]:
@@ -96,12 +113,19 @@ def _layer_of(name: str) -> int:
     return int(parts[parts.index("layers") + 1]) if "layers" in parts else -1
 
 
-def _read_tower(directory: Path) -> TowerConfig:
+def _read_preprocessing(settings: Settings, tower: TowerConfig | type[TowerConfig], tile: int) -> Preprocessing:
+    """The original code converts images to RGB itself, whatever the file says."""
+    kind = tower_kind(tower)
+    image_kind(settings, (kind.name,))
+    return dataclasses.replace(read_preprocessing(settings, kind, tile), do_convert_rgb=True)
+
+
+def _read_tower(directory: Path) -> Tower:
     """The tower of a repository of its own, whole or vision half only."""
     file = directory / "config.json"
     config = auto_config(read_json(file, fields.TowerHome), file)
     config = getattr(config, "vision_config", config)
-    require(config.model_type, tuple(TOWERS), "model_type of the vision tower", file)
-    images = read_json_if_there(directory / "preprocessor_config.json", fields.ImageProcessor)
-    given = {key: tuple(images[key]) for key in ("image_mean", "image_std") if images.get(key) is not None}
-    return tower_config(config, file, **given)
+    kind = TOWERS[require(config.model_type, tuple(TOWERS), "model_type of the vision tower", file)]
+    settings = image_settings(directory)
+    preprocessing = _read_preprocessing(settings, kind, config.image_size)
+    return Tower(tower_config(config, file, **preprocessing.values()), directory, preprocessing, settings)

@@ -17,16 +17,14 @@ import math
 import re
 import reprlib
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
 from llava_fast.errors import ImageError
+from llava_fast.inputs.preprocessing import Aspect, Filter, Fit, standard_fit
 
 Compat = Literal["hf", "llava"]
-Filter = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
-FILTERS: tuple[Filter, ...] = get_args(Filter)
-"""Pillow's resize filters, in the order of their numbers (PIL.Image.Resampling, 0 to 5)."""
 
 FEATURE, MIXED, NEWLINE = 0, 1, 2
 """Kinds of visual row: a ViT row, a weighted mix of ViT rows, the learned newline."""
@@ -61,8 +59,12 @@ class VisualGeometry:
     max_tiles   N of anyres_max_N: more rows than N tiles hold are shrunk bilinearly. None: never.
     class_rows  1 when the tower's class row is kept ("full" / "cls_patch"), else 0.
     dropped_rows  1 when the tower gives a class row that is left out, else 0.
-    frame_aspect  how a video frame becomes its one tile, whatever `aspect` images have: by the tower's own image
-                processor, CLIP's "crop" or SigLIP's "squash".
+    fit         how an image becomes one tile, where a processor's file says something that no `aspect` does; of an
+                AnyRes checkpoint only images that share a request.
+    filter      what images are resized by.
+    convert_rgb  False: an image that is not RGB is refused.
+    frame_aspect, frame_fit, frame_filter  the same for a video frame, which becomes one tile whatever `aspect` images
+                have.
     multi_image_anyres  False: images that share a request get one mean-coloured square tile each (OneVision).
     """
 
@@ -78,7 +80,12 @@ class VisualGeometry:
     pad_color: tuple[int, int, int] = (0, 0, 0)
     multi_image_anyres: bool = True
     single_tile_newline: bool = True
-    frame_aspect: Literal["squash", "crop"] = "squash"
+    fit: Fit | None = None
+    filter: Filter = "bicubic"
+    convert_rgb: bool = True
+    frame_aspect: Aspect = "squash"
+    frame_fit: Fit | None = None
+    frame_filter: Filter = "bicubic"
     video_pool: Literal["none", "average", "max", "bilinear"] = "none"
     video_pool_stride: int = 2
     video_pool_stage: Literal["before", "after"] = "before"
@@ -221,32 +228,34 @@ def image_views(geometry: VisualGeometry, height: int, width: int, alone: bool =
     """The resizes that make an image's tiles, base view first.
 
     `alone` is False for an image that shares its request with others: LLaVA-OneVision then gives each a single
-    padded tile. Raises ImageError for an empty image.
+    padded tile. Raises ImageError for an empty image, and for one that the checkpoint's processor does not make a
+    tile of.
     """
     check_size(height, width)
-    tile, aspect = geometry.tile_size, geometry.aspect
-    base = View(size=(tile, tile), offset=(0, 0), canvas=(tile, tile))
+    tile, aspect, filter = geometry.tile_size, geometry.aspect, geometry.filter
     if aspect in ("anyres", "highres") and not (alone or geometry.multi_image_anyres):
         aspect = "pad"
-    if aspect == "pad":
-        return (dataclasses.replace(base, square=True, fill=geometry.pad_color),)
-    if aspect == "crop":
-        return (_shortest_edge_crop(height, width, tile),)
-    if aspect == "squash":
-        return (base,)
+    if aspect in ("pad", "crop", "squash"):
+        return (_tile_view(geometry, geometry.fit or standard_fit(aspect, tile), height, width),)
+    base = View(size=(tile, tile), offset=(0, 0), canvas=(tile, tile), filter=filter)
     if aspect == "highres":
         edge = max(max(pair) for pair in geometry.pinpoints)
-        square = View(size=(edge, edge), offset=(0, 0), canvas=(edge, edge), square=True, fill=geometry.pad_color)
-        return (base, square)
+        return (base, View((edge, edge), (0, 0), (edge, edge), True, geometry.pad_color, filter))
     canvas = best_canvas(height, width, geometry.canvases)
     size = fit_within(height, width, canvas)
     offset = ((canvas[0] - size[0]) // 2, (canvas[1] - size[1]) // 2)
-    return (base, View(size=size, offset=offset, canvas=canvas))
+    return (base, View(size=size, offset=offset, canvas=canvas, filter=filter))
 
 
 def frame_views(geometry: VisualGeometry, height: int, width: int) -> tuple[View, ...]:
     """The resize that makes a video frame's one tile; see `VisualGeometry.frame_aspect`."""
-    return image_views(dataclasses.replace(geometry, aspect=geometry.frame_aspect), height, width)
+    return image_views(_of_frames(geometry), height, width)
+
+
+@functools.lru_cache(maxsize=64)
+def _of_frames(geometry: VisualGeometry) -> VisualGeometry:
+    aspect, fit, filter = geometry.frame_aspect, geometry.frame_fit, geometry.frame_filter
+    return dataclasses.replace(geometry, aspect=aspect, fit=fit, filter=filter)
 
 
 @functools.lru_cache(maxsize=512)
@@ -329,13 +338,22 @@ def count_image_rows(geometry: VisualGeometry, height: int, width: int) -> int:
     return len(image_rows(geometry, height, width))
 
 
-def _shortest_edge_crop(height: int, width: int, tile: int) -> View:
-    """CLIP's own preprocessing: shorter side to `tile` (the longer truncated), centre crop."""
-    if height <= width:
-        size = (tile, int(tile * width / height))
-    else:
-        size = (int(tile * height / width), tile)
-    return View(size=size, offset=(-((size[0] - tile) // 2), -((size[1] - tile) // 2)), canvas=(tile, tile))
+def _tile_view(geometry: VisualGeometry, fit: Fit, height: int, width: int) -> View:
+    """One tile of the whole image, as `fit` says."""
+    tile, given = geometry.tile_size, (max(height, width),) * 2 if fit.square else (height, width)
+    size = fit.size.of(*given) if fit.size else given
+    if min(size) < (tile if fit.square else 1) or (size != (tile, tile) and not fit.crop):
+        raise ImageError(
+            f"the checkpoint's image processor makes {size[1]}x{size[0]} pixels of an image of {width}x{height}, and "
+            f"its tower reads {tile}x{tile}: give images of another shape, or change size, do_resize or do_center_crop "
+            "in its preprocessor_config.json"
+        )
+    if fit.square and not all(0 <= value <= 255 for value in geometry.pad_color):
+        raise ImageError(f"the colour {geometry.pad_color} to pad with, image_mean times 255, is none of bytes")
+    offset = (-((size[0] - tile) // 2), -((size[1] - tile) // 2))
+    return View(
+        size, offset, (tile, tile), fit.square, geometry.pad_color if fit.square else (0, 0, 0), geometry.filter
+    )
 
 
 def _patch_rows(geometry: VisualGeometry) -> np.ndarray:

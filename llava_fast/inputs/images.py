@@ -18,7 +18,8 @@ import llava_fast._C as _C
 from llava_fast.errors import ImageError, MissingFileError
 
 if TYPE_CHECKING:
-    from llava_fast.inputs.anyres import Filter, View
+    from llava_fast.inputs.anyres import View
+    from llava_fast.inputs.preprocessing import Filter
 
 PillowOrder = Literal["12.1", "12", "13"]
 
@@ -293,6 +294,15 @@ def _from_array(image: np.ndarray, alpha: str) -> np.ndarray:
         opacity = image[..., 3:] / 255
         image = np.round(opacity * image[..., :3] + (1 - opacity) * 255).astype(np.uint8)
     return np.ascontiguousarray(image[..., :3])
+
+
+def require_rgb(source: Any) -> None:
+    """Raises ImageError for a PIL image or an array of other channels than RGB."""
+    mode = source.mode if isinstance(source, Image.Image) else "RGB" if np.shape(source)[2:] == (3,) else "another"
+    if mode != "RGB":
+        raise ImageError(
+            f"the image's mode is {mode}, and the checkpoint does not convert it (do_convert_rgb is false)"
+        )
 
 
 def check_pixels(width: int, height: int, name: str) -> None:

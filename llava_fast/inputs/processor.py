@@ -262,6 +262,8 @@ class Processor:
         """Pixels of an image. transformers drops transparency when it opens a file itself, and lays a picture or an
         array it is given on white; the original LLaVA always drops it."""
         given = not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview))
+        if given and not self.geometry.convert_rgb:
+            images.require_rgb(source)
         return images.open_image(source, exif=self.exif, alpha="white" if given and self.exif else "drop")
 
     def _make(self, image: np.ndarray, views: Sequence[anyres.View]) -> np.ndarray:

@@ -13,7 +13,8 @@ from llava_fast.models.towers.base import TowerConfig
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """A whole checkpoint. `source` is its config.json as read, kept so that saving returns every field."""
+    """A whole checkpoint. `source` is its config.json as read, and `tower_processor` the preprocessor_config.json of an
+    original checkpoint's tower, kept so that saving returns every field."""
 
     vision: TowerConfig
     projector: ConnectorConfig
@@ -27,6 +28,7 @@ class LlavaConfig:
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     source: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    tower_processor: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         given = self.vision.rows_per_tile

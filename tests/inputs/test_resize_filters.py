@@ -9,7 +9,8 @@ from PIL import Image
 
 from llava_fast import _C
 from llava_fast.inputs import images
-from llava_fast.inputs.anyres import FILTERS, View
+from llava_fast.inputs.anyres import View
+from llava_fast.inputs.preprocessing import FILTERS
 
 LEVELS = _C.simd_levels()
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from llava_fast.inputs.preprocessing import fold_values, may_fold
 from llava_fast.models.recompute import Recompute
 
 
@@ -18,7 +19,8 @@ class TowerConfig(ABC):
     feature_layers  counts hidden states as transformers does: 0 is the embedding's output, k the output of layer k,
                     negative counts from the last; several are concatenated feature-wise.
     keep_class_row  whether leading rows that are no patches (CLIP's class row) reach the connector.
-    image_mean, image_std  what images are normalised with, per channel, for pixels in 0..1.
+    image_mean, image_std, do_normalize, do_rescale, rescale_factor  the image processor's, in its names: what is done
+                    to the bytes of a tile.
     """
 
     kind: ClassVar[str]
@@ -38,11 +40,24 @@ class TowerConfig(ABC):
     keep_class_row: bool = False
     image_mean: tuple[float, ...] = ()
     image_std: tuple[float, ...] = ()
+    do_normalize: bool = True
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
 
     def __post_init__(self) -> None:
         for field, own in zip(("image_mean", "image_std"), self.own_normalisation, strict=True):
             if not getattr(self, field):
                 object.__setattr__(self, field, own)
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(mean, std) of pixels in 0..1: all that is done to a tile's bytes."""
+        return fold_values(self.do_rescale, self.rescale_factor, self.do_normalize, self.image_mean, self.image_std)
+
+    @property
+    def folds_normalisation(self) -> bool:
+        """Whether tiles go into the patch embedding as bytes, or normalised before."""
+        return may_fold(self.normalisation[1])
 
     @property
     def has_class_row(self) -> bool:

@@ -212,9 +212,11 @@ class VisionTower(Tower):
         so many tiles are real, and nothing may read the others' features."""
         config = self.config
         like = self.embeddings.position_embedding.weight
+        mean, std = (on_device(values, like.device) for values in config.normalisation)
+        if tiles.dtype == torch.uint8 and not config.folds_normalisation:
+            tiles = (tiles / 255 - mean[:, None, None]) / std[:, None, None]
         if tiles.is_floating_point():
             tiles = tiles.to(like.dtype)
-        mean, std = (on_device(tuple(v), like.device) for v in (config.image_mean, config.image_std))
         x_TNC = self.embeddings(tiles, mean, std, count)
         before = self.pre_layrnorm if config.has_class_row else None
         delta_TNC = None

@@ -1,0 +1,327 @@
+"""An image or video processor's settings, from the files that transformers reads them from, and as they are written.
+
+Every field that changes what a model sees is obeyed or refused by name. A field that transformers does not read has no
+effect in it or here; a warning in the log `llava_fast.checkpoints` names it, and saving in the same layout keeps it.
+
+Sources: transformers 5.17-5.24, image_processing_base.py and video_processing_utils.py (which file counts),
+models/{clip,siglip,llava,llava_next,llava_onevision}/image_processing_pil_*.py (defaults and steps).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from llava_fast.checkpoints import fields
+from llava_fast.checkpoints.files import read_json_if_there
+from llava_fast.errors import CheckpointError
+from llava_fast.inputs.preprocessing import (
+    CLIP_MEAN,
+    CLIP_STD,
+    FILTERS,
+    Fit,
+    Preprocessing,
+    Size,
+    Triple,
+    fold_values,
+    name_fit,
+    standard_fit,
+)
+from llava_fast.models.towers.base import TowerConfig
+
+logger = logging.getLogger("llava_fast.checkpoints")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a processor of transformers does where its file says nothing. `squares`: do_pad puts an image on a square
+    of the mean colour (others' do_pad fills a batch up, which tiles of one size do not need)."""
+
+    name: str
+    crops: bool = True
+    squares: bool = False
+    mean: Triple = CLIP_MEAN
+    std: Triple = CLIP_STD
+
+    def fit(self, tile: int) -> Fit:
+        return standard_fit("crop" if self.crops else "squash", tile)
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("CLIPImageProcessor"),
+        Kind("SiglipImageProcessor", crops=False, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+        Kind("LlavaImageProcessor", squares=True),
+        Kind("LlavaNextImageProcessor"),
+        Kind("LlavaOnevisionImageProcessor", crops=False),
+        Kind("LlavaNextVideoVideoProcessor"),
+        Kind("LlavaOnevisionVideoProcessor", crops=False),
+    )
+}
+OWN_KINDS = {
+    "llava": ("LlavaImageProcessor", "CLIPImageProcessor", "SiglipImageProcessor"),
+    "llava_next": ("LlavaNextImageProcessor",),
+    "llava_next_video": ("LlavaNextImageProcessor", "LlavaNextVideoImageProcessor"),
+    "llava_onevision": ("LlavaOnevisionImageProcessor",),
+}
+"""Model type -> the image processors that make its tiles, the one of a file that names none first."""
+VIDEO_KINDS = {"llava_next_video": "LlavaNextVideoVideoProcessor", "llava_onevision": "LlavaOnevisionVideoProcessor"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The content of a processor's file, or of its section of one, and what an error calls that."""
+
+    content: Mapping[str, Any]
+    where: str
+
+    def get(self, field: str, default: Any = None) -> Any:
+        """The field, or the default if the file lacks it. A null where a bool stands is False, as in transformers."""
+        value = self.content.get(field, default)
+        return False if value is None and isinstance(default, bool) else value
+
+    def value(self, field: str, default: Any, used: bool) -> Any:
+        """The same for a field without which transformers fails where it is used."""
+        value = self.content.get(field, default)
+        if value is None and used:
+            self.refuse(field, "give a value, or leave the field out")
+        return default if value is None else value
+
+    def refuse(self, field: str, why: str) -> NoReturn:
+        raise CheckpointError(f"{self.where}: {field} is {self.content.get(field)!r}; {why}")
+
+
+def image_settings(path: Path) -> Settings:
+    """What transformers reads images' settings from: their section of processor_config.json, else their own file."""
+    section = _section(path, "image_processor")
+    return section or _file(path, "preprocessor_config.json") or Settings({}, str(path / "preprocessor_config.json"))
+
+
+def video_settings(path: Path) -> Settings:
+    """The same for videos, whose file may be absent: images' then counts."""
+    own = _section(path, "video_processor") or _file(path, "video_preprocessor_config.json")
+    return own or _file(path, "preprocessor_config.json") or image_settings(path)
+
+
+def _file(path: Path, name: str) -> Settings | None:
+    file = path / name
+    return Settings(read_json_if_there(file, fields.ImageProcessor), str(file)) if file.exists() else None
+
+
+def _section(path: Path, name: str) -> Settings | None:
+    file = path / "processor_config.json"
+    content = read_json_if_there(file, fields.Processor).get(name)
+    return None if content is None else Settings(content, f"{file}: {name}")
+
+
+def image_kind(settings: Settings, allowed: tuple[str, ...]) -> Kind:
+    """The image processor that the settings are for, by the name that they give; the first allowed one without."""
+    field = "image_processor_type" if settings.get("image_processor_type") else "feature_extractor_type"
+    named = (settings.get(field) or allowed[0]).replace("FeatureExtractor", "ImageProcessor")
+    name = named.removesuffix("Fast").removesuffix("Pil")
+    if name not in allowed:
+        settings.refuse(field, f"supported for this model: {', '.join(allowed)}")
+    return KINDS.get(name, KINDS[allowed[0]])
+
+
+def video_kind(settings: Settings, name: str) -> Kind:
+    """The video processor of a model, after checking that the settings are not another's."""
+    if settings.get("video_processor_type") not in (None, name):
+        settings.refuse("video_processor_type", f"supported for this model: {name}")
+    if settings.get("do_sample_frames", False):
+        settings.refuse("do_sample_frames", "frames are chosen by load(video_frames=...): set it to false")
+    return KINDS[name]
+
+
+def read_preprocessing(settings: Settings, kind: Kind, tile: int) -> Preprocessing:
+    """What these settings do to an image or a frame that becomes one tile of `tile` pixels. What they leave unsaid is
+    as in transformers, but for sizes, which are the tower's."""
+    if settings.get("input_data_format") not in (None, "channels_last"):
+        settings.refuse("input_data_format", "arrays are [height, width, channels] here: leave it out")
+    if settings.get("use_square_size", False):
+        settings.refuse("use_square_size", 'it stands for a size: write "size": {"height": ..., "width": ...}')
+    pads = settings.get("do_pad", False) and settings.get("pad_size") is not None
+    if pads and kind.name in ("CLIPImageProcessor", "SiglipImageProcessor"):
+        settings.refuse("pad_size", f"tiles have the {tile}x{tile} pixels that the vision tower reads: leave it out")
+    if unknown := sorted(name for name in settings.content if name not in KNOWN and settings.get(name) is not None):
+        logger.warning("%s: nothing reads %s, so it has no effect", settings.where, ", ".join(unknown))
+    resizes, rescales, normalises = (settings.get(f"do_{name}", True) for name in ("resize", "rescale", "normalize"))
+    squares = kind.squares and settings.get("do_pad", False)
+    found = Preprocessing(
+        fit=_fit(settings, kind, tile),
+        filter=FILTERS[settings.value("resample", FILTERS.index("bicubic"), used=resizes)],
+        do_rescale=rescales,
+        rescale_factor=settings.value("rescale_factor", 1 / 255, used=rescales),
+        do_normalize=normalises,
+        image_mean=_triple(settings.value("image_mean", kind.mean, used=normalises or squares)),
+        image_std=_triple(settings.value("image_std", kind.std, used=normalises)),
+        do_convert_rgb=settings.get("do_convert_rgb", True),
+    )
+    return padded(found, settings, tile) if squares else found
+
+
+def padded(preprocessing: Preprocessing, settings: Settings, tile: int) -> Preprocessing:
+    """The same on a square of the mean colour."""
+    size = preprocessing.fit.size
+    if preprocessing.fit.crop and (size is None or min(size.of(tile, tile)) < tile):
+        settings.refuse(
+            "do_resize" if size is None else "size",
+            "images are padded to a square, and one smaller than the crop would get margins of two colours",
+        )
+    if not all(0 <= value <= 255 for value in pad_color(preprocessing.image_mean)):
+        settings.refuse("image_mean", "it is the colour that images are padded with too, so it must lie in 0..1")
+    return dataclasses.replace(preprocessing, fit=dataclasses.replace(preprocessing.fit, square=True))
+
+
+KNOWN = {*fields.ImageProcessor.model_fields, "aspect_ratio_setting", "_valid_processor_keys"}
+"""Fields that transformers reads, and two that its earlier releases wrote into every file."""
+
+
+def _fit(settings: Settings, kind: Kind, tile: int) -> Fit:
+    """Raises CheckpointError for settings that give an image of the tower's size to no image at all."""
+    resizes, crops = settings.get("do_resize", True), settings.get("do_center_crop", kind.crops)
+    size = _size(settings, kind, tile, used=resizes) if resizes else None
+    crop = _crop_size(settings, used=crops)
+    if crops and crop not in (None, (tile, tile)):
+        _refuse_side(settings, "crop_size", crop[0], tile)
+    # Without crop_size transformers takes one of its own, which is no tower's here: the image must be whole already.
+    sure = (Size(height=tile, width=tile), Size(shortest_edge=tile))
+    known = size is None or (not crops and bool(size.longest_edge or size.max_height))
+    if not known and size not in sure and not (crops and crop):
+        _refuse_side(settings, "size", next(iter(size.fields().values())), tile)
+    return Fit(False, size, crops)
+
+
+def _refuse_side(settings: Settings, field: str, side: int, tile: int) -> NoReturn:
+    settings.refuse(field, f"it makes images of {side} pixels, the vision tower reads {tile}: correct it")
+
+
+def _size(settings: Settings, kind: Kind, tile: int, used: bool) -> Size:
+    given = settings.value("size", None, used=used and "size" in settings.content)
+    if given is None:
+        size = kind.fit(tile).size
+        assert size is not None
+        return size
+    if isinstance(given, list):
+        given = dict(zip(("height", "width"), given, strict=True))
+    if isinstance(given, int):
+        square = settings.get("default_to_square", False)
+        given = {"height": given, "width": given} if square else {"shortest_edge": given}
+    stated = {name: value for name, value in given.items() if value is not None}
+    if set(stated) not in _SIZES or not all(stated.values()):
+        settings.refuse("size", f"it must have, above 0, {' or '.join(' and '.join(sorted(s)) for s in _SIZES)}")
+    return Size(**stated)
+
+
+_SIZES = ({"height", "width"}, {"shortest_edge"}, {"longest_edge", "shortest_edge"}, {"max_height", "max_width"})
+
+
+def _crop_size(settings: Settings, used: bool) -> tuple[int, int] | None:
+    given = settings.value("crop_size", None, used=used and "crop_size" in settings.content)
+    if isinstance(given, int):
+        return given, given
+    if isinstance(given, list):
+        return given[0], given[1]
+    if given is None:
+        return None
+    if set(given) != {"height", "width"} or None in given.values():
+        settings.refuse("crop_size", "it must have height and width")
+    return given["height"], given["width"]
+
+
+def check_anyres(settings: Settings, kind: Kind, tile: int) -> None:
+    """Raises CheckpointError unless base view and tiles of the grid come out in the tower's size, resized once."""
+    size, crop = _size(settings, kind, tile, used=True), _crop_size(settings, used=False)
+    base = (size.height, size.width) if size.height else (size.shortest_edge, size.shortest_edge)
+    if base != (tile, tile) or size.of(tile, tile) != (tile, tile):
+        settings.refuse("size", f"AnyRes tiles have the {tile}x{tile} pixels that the vision tower reads: correct it")
+    if crop not in (None, (tile, tile)):
+        settings.refuse(
+            "crop_size", f"AnyRes tiles have the {tile}x{tile} pixels that the vision tower reads: correct it"
+        )
+
+
+def check_pinpoints(settings: Settings, expected: tuple[tuple[int, int], ...]) -> None:
+    """Raises CheckpointError for pinpoints other than config.json's: images would be cut by these and put together
+    again by those."""
+    given = settings.value("image_grid_pinpoints", None, used="image_grid_pinpoints" in settings.content)
+    if given is not None and tuple(tuple(pair) for pair in given) != expected:
+        settings.refuse("image_grid_pinpoints", "config.json has others: make them equal")
+
+
+def written(preprocessing: Preprocessing, tile: int, kind: str) -> dict[str, Any]:
+    """The fields that make a processor of this kind do just that; `kind` as in KINDS."""
+    fit = preprocessing.fit
+    size = fit.size or Size(shortest_edge=tile)
+    made: dict[str, Any] = {
+        "video_processor_type" if kind.endswith("VideoProcessor") else "image_processor_type": kind,
+        "do_convert_rgb": preprocessing.do_convert_rgb,
+        "do_resize": fit.size is not None,
+        "size": size.fields(),
+        "resample": FILTERS.index(preprocessing.filter),
+        "do_center_crop": fit.crop,
+        **preprocessing.values(),
+    }
+    made |= {"image_mean": list(preprocessing.image_mean), "image_std": list(preprocessing.image_std)}
+    if fit.crop:
+        made["crop_size"] = {"height": tile, "width": tile}
+    return made | ({"do_pad": fit.square} if KINDS[kind].squares else {})
+
+
+def tower_kind(tower: TowerConfig | type[TowerConfig]) -> Kind:
+    """The image processor of a tower's own repository: CLIP's crops, SigLIP's squashes."""
+    mean, std = (_triple(list(values)) for values in tower.own_normalisation)
+    name = "CLIPImageProcessor" if tower.own_aspect == "crop" else "SiglipImageProcessor"
+    return dataclasses.replace(KINDS[name], mean=mean, std=std)
+
+
+def tower_fit(tower: TowerConfig | type[TowerConfig], tile: int) -> Fit:
+    """How that makes a tile."""
+    return tower_kind(tower).fit(tile)
+
+
+def geometry_fields(images: Preprocessing, frames: Preprocessing, tile: int) -> dict[str, Any]:
+    """The fields of a VisualGeometry that say how images become one tile, and frames."""
+    aspect, fit = name_fit(images.fit, tile)
+    frame_aspect, frame_fit = name_fit(frames.fit, tile)
+    return {
+        "aspect": aspect,
+        "fit": fit,
+        "filter": images.filter,
+        "convert_rgb": images.do_convert_rgb,
+        "pad_color": pad_color(images.image_mean),
+        "frame_aspect": frame_aspect,
+        "frame_fit": frame_fit,
+        "frame_filter": frames.filter,
+    }
+
+
+def pad_color(mean: Triple) -> tuple[int, int, int]:
+    """The uint8 colour a square is padded with: int(mean * 255), not rounded (mm_utils.py)."""
+    red, green, blue = (int(channel * 255) for channel in mean)
+    return red, green, blue
+
+
+def check_same_values(images: Preprocessing, frames: Preprocessing, settings: Settings) -> None:
+    """Raises CheckpointError where frames are normalised otherwise than images: a model has one normalisation."""
+    own, others = frames.values(), images.values()
+    if fold_values(**own) == fold_values(**others):
+        return
+    for field in own:
+        if own[field] != others[field]:
+            raise CheckpointError(
+                f"{settings.where}: {field} is {own[field]!r} for videos, and {others[field]!r} for images: "
+                "a model normalises both alike here, so make them equal"
+            )
+
+
+def _triple(value: float | list[float] | Triple) -> Triple:
+    if isinstance(value, (int, float)):
+        return (float(value),) * 3
+    red, green, blue = value
+    return red, green, blue
