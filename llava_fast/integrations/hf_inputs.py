@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llava_fast.errors import ImageError
 from llava_fast.inputs.anyres import VisualGeometry, video_rows
+from llava_fast.inputs.preprocessing import may_fold
 from llava_fast.integrations.placement import (
     Integers,
     Placement,
@@ -232,6 +233,7 @@ def _embedded(embeddings: nn.Module, pixels: Tensor, normalisation: Normalisatio
         return embeddings(pixels, interpolate_pos_encoding=False)
     conv, position = embeddings.patch_embedding, embeddings.position_embedding
     plain = is_plain(embeddings, type(embeddings)) and type(embeddings).__module__ in TOWERS
+    plain = plain and may_fold(normalisation.folded()[1])
     if plain and is_plain(conv, nn.Conv2d) and is_plain(position, nn.Embedding):
         class_row = getattr(embeddings, "class_embedding", None)
         weights = [part for part in (position.weight, conv.bias, class_row) if part is not None]

@@ -27,13 +27,22 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from llava_fast.errors import CheckpointError
 from llava_fast.inputs import images as pixels
 from llava_fast.inputs.anyres import VisualGeometry, image_views
-from llava_fast.integrations.tiles import levels_of, normalised, square_tile, squashed_tile
+from llava_fast.integrations.tiles import (
+    Unserved,
+    anyres_tiles,
+    check_served,
+    normalised,
+    one_tile,
+    padded_when_shared,
+    tell_stock,
+)
 from llava_fast.integrations.uint8_pixels import NAMES
 from llava_fast.integrations.video_processor import (
     FastFrames,
@@ -75,19 +84,19 @@ class FastTiles:
         return super().process_image(image, *args, **kwargs)
 
     def _preprocess(self, images: list[np.ndarray], *counts: list[int], **settings: Any) -> BatchFeature:
-        geometry = self.geometry(settings)
-        if geometry is None or not all(image.dtype == np.uint8 and len(image) == 3 for image in images):
+        try:
+            is_bytes = all(image.dtype == np.uint8 and len(image) == 3 for image in images)
+            check_served(settings, is_bytes, self.output)
+            geometry = self.geometry(settings)
+        except Unserved as why:
             if self.output == "uint8":
-                raise ValueError(
-                    "FastProcessor(output='uint8') needs uint8 RGB images, bicubic resizing to square tiles, and the "
-                    "checkpoint's own crop, rescaling and normalisation switched on; use output='float32' for others"
-                )
+                raise ValueError(f"FastProcessor(output='uint8'): {why}; use output='float32' for that") from None
+            tell_stock(self, str(why))
             return super()._preprocess(images, *counts, **settings)
         alone = [count == 1 for count in counts[0] for _ in range(count)] if counts else [True] * len(images)
         made = [self._tiles(image, geometry, single) for image, single in zip(images, alone, strict=True)]
         if self.output == "float32":
-            levels = levels_of(settings)
-            made = [normalised(tiles, levels) for tiles in made]
+            made = [normalised(tiles, settings) for tiles in made]
         return self._packed(made, [image.shape[-2:] for image in images], settings, *counts)
 
     def _batch(self, made: list[np.ndarray], settings: dict[str, Any]) -> list[np.ndarray] | np.ndarray:
@@ -110,33 +119,46 @@ class FastTiles:
         return pixels.make_tiles(whole, views, geometry.tile_size, threads=self.threads)
 
 
-class FastCLIPImageProcessor(FastTiles, CLIPImageProcessorPil):
-    """LLaVA-1.5's: the shorter side to the tile, then the middle."""
+class FastOneTile(FastTiles):
+    """One tile of each image, by the steps that the settings switch on."""
 
-    stock_class = CLIPImageProcessorPil
-
-    def geometry(self, settings: dict[str, Any]) -> VisualGeometry | None:
-        tile = square_tile(settings)
-        if tile is None or not settings["size"].shortest_edge:
-            return None
-        return VisualGeometry(tile_size=tile, patch_size=1, aspect="crop")
+    def geometry(self, settings: dict[str, Any]) -> VisualGeometry:
+        if settings["do_pad"] and settings["pad_size"]:
+            raise Unserved(f"pad_size is {settings['pad_size']}")
+        return one_tile(settings)
 
     def _packed(self, made: list[np.ndarray], sizes: list, settings: dict[str, Any]) -> BatchFeature:
         pixel_values = [tiles[0] for tiles in made]
         return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=settings["return_tensors"])
 
 
-class FastLlavaImageProcessor(FastCLIPImageProcessor, LlavaImageProcessorPil):
-    """The same; or, with do_pad, the whole image on a square of the mean colour."""
+class FastCLIPImageProcessor(FastOneTile, CLIPImageProcessorPil):
+    """LLaVA-1.5's: the shorter side to the tile, then the middle."""
+
+    stock_class = CLIPImageProcessorPil
+
+
+class FastSiglipImageProcessor(FastOneTile, SiglipImageProcessorPil):
+    """SigLIP's: squashed to the tile."""
+
+    stock_class = SiglipImageProcessorPil
+
+
+class FastLlavaImageProcessor(FastOneTile, LlavaImageProcessorPil):
+    """CLIP's; or, with do_pad, the whole image on a square of the mean colour."""
 
     stock_class = LlavaImageProcessorPil
 
-    def geometry(self, settings: dict[str, Any]) -> VisualGeometry | None:
-        cropped = super().geometry(settings)
-        if cropped is None or not settings["do_pad"]:
-            return cropped
-        mean = tuple(int(value * 255) for value in settings["image_mean"])
-        return VisualGeometry(tile_size=cropped.tile_size, patch_size=1, aspect="pad", pad_color=mean)
+    def geometry(self, settings: dict[str, Any]) -> VisualGeometry:
+        return one_tile(settings, square=bool(settings["do_pad"]))
+
+
+ONE_TILE = {
+    "LlavaImageProcessor": FastLlavaImageProcessor,
+    "CLIPImageProcessor": FastCLIPImageProcessor,
+    "SiglipImageProcessor": FastSiglipImageProcessor,
+}
+"""What a llava's file may name -> what serves it; transformers takes the first where it names none."""
 
 
 class FastLlavaNextImageProcessor(FastTiles, LlavaNextImageProcessorPil):
@@ -144,12 +166,8 @@ class FastLlavaNextImageProcessor(FastTiles, LlavaNextImageProcessorPil):
 
     stock_class = LlavaNextImageProcessorPil
 
-    def geometry(self, settings: dict[str, Any]) -> VisualGeometry | None:
-        tile = square_tile(settings)
-        pinpoints = tuple(tuple(pair) for pair in settings["image_grid_pinpoints"])
-        if tile is None or any(side % tile for pair in pinpoints for side in pair):
-            return None
-        return VisualGeometry(tile_size=tile, patch_size=1, aspect="anyres", pinpoints=pinpoints)
+    def geometry(self, settings: dict[str, Any]) -> VisualGeometry:
+        return anyres_tiles(settings)
 
     def _packed(self, made: list[np.ndarray], sizes: list, settings: dict[str, Any]) -> BatchFeature:
         data = {"pixel_values": self._batch(made, settings), "image_sizes": sizes}
@@ -161,19 +179,8 @@ class FastLlavaOnevisionImageProcessor(FastTiles, LlavaOnevisionImageProcessorPi
 
     stock_class = LlavaOnevisionImageProcessorPil
 
-    def geometry(self, settings: dict[str, Any]) -> VisualGeometry | None:
-        tile = squashed_tile(settings)
-        pinpoints = tuple(tuple(pair) for pair in settings["image_grid_pinpoints"])
-        if tile is None or settings["crop_size"] or any(side % tile for pair in pinpoints for side in pair):
-            return None
-        return VisualGeometry(
-            tile_size=tile,
-            patch_size=1,
-            aspect="anyres",
-            pinpoints=pinpoints,
-            multi_image_anyres=False,
-            pad_color=tuple(int(value * 255) for value in self.image_mean),
-        )
+    def geometry(self, settings: dict[str, Any]) -> VisualGeometry:
+        return padded_when_shared(anyres_tiles(settings), settings, self.image_mean)
 
     def _packed(self, made: list[np.ndarray], sizes: list, settings: dict[str, Any], counts: list[int]) -> BatchFeature:
         data = {"pixel_values": self._batch(made, settings), "image_sizes": sizes, "batch_num_images": counts}
@@ -318,6 +325,13 @@ def _image_processor(path: str, model_type: str, kwargs: dict[str, Any]) -> Fast
     if model_type in ("llava_next", "llava_next_video"):
         return FastLlavaNextImageProcessor.from_pretrained(path, **kwargs)
     settings, _ = CLIPImageProcessorPil.get_image_processor_dict(path, **kwargs)
-    named = settings.get("image_processor_type", "")
-    kind = FastLlavaImageProcessor if named.startswith("Llava") else FastCLIPImageProcessor
-    return kind.from_pretrained(path, **kwargs)
+    old = (settings.get("feature_extractor_type") or "LlavaImageProcessor").replace(
+        "FeatureExtractor", "ImageProcessor"
+    )
+    named = (settings.get("image_processor_type") or old).removesuffix("Fast").removesuffix("Pil")
+    if named not in ONE_TILE:
+        raise CheckpointError(
+            f"FastProcessor serves the image processors {', '.join(ONE_TILE)} of a llava; {path} names {named!r}: use "
+            "transformers' AutoProcessor for it"
+        )
+    return ONE_TILE[named].from_pretrained(path, **kwargs)

@@ -2,42 +2,128 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from transformers.image_utils import PILImageResampling
+from transformers.image_transforms import normalize, rescale
 
-from llava_fast.integrations.uint8_pixels import Normalisation
+from llava_fast.inputs.anyres import VisualGeometry
+from llava_fast.inputs.preprocessing import FILTERS, Filter, Fit, Size, name_fit
+from llava_fast.integrations.replacement import logger
+
+_SIZE_FIELDS = ("height", "width", "shortest_edge", "longest_edge", "max_height", "max_width")
+_LARGEST = {"max_height", "max_width"}
+_told: set[str] = set()
 
 
-def square_tile(settings: dict[str, Any]) -> int | None:
-    """The side of the tile that these settings resize and crop to; None if they do anything else."""
-    size, crop = settings["size"], settings["crop_size"]
-    steps = all(settings[name] for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"))
-    if not steps or settings["resample"] != PILImageResampling.BICUBIC or not crop:
+def tell_stock(processor: Any, why: str) -> None:
+    """Log, once a reason, that transformers' own code makes these tiles."""
+    told = f"{type(processor).__name__} takes the stock path: {why}"
+    if told not in _told:
+        _told.add(told)
+        logger.warning(told)
+
+
+class Unserved(ValueError):
+    """Settings or inputs that are left to transformers' own code, and why."""
+
+
+def check_served(settings: dict[str, Any], is_bytes: bool, output: str) -> None:
+    """Raises Unserved for inputs that are not uint8 RGB, and for uint8 output that a model could not normalise."""
+    if not is_bytes:
+        raise Unserved("an input is not uint8 RGB")
+    if output == "uint8" and not (settings["do_rescale"] and settings["do_normalize"]):
+        raise Unserved("do_rescale or do_normalize is off")
+
+
+def one_tile(settings: dict[str, Any], square: bool = False) -> VisualGeometry:
+    """How these settings make one tile of an image, `square` if they pad it to a square first. Raises Unserved."""
+    size, crop, crops = _size(settings), settings["crop_size"], bool(settings["do_center_crop"])
+    if crops and (not crop or crop.height != crop.width):
+        raise Unserved(f"crop_size is {crop}, no square")
+    if size is None and not crops:
+        raise Unserved("do_resize and do_center_crop are off")
+    tile = crop.height if crops else (size.height or size.shortest_edge) if size else None
+    if not tile:
+        raise Unserved(f"size is {settings['size']}, no square, and do_center_crop is off")
+    aspect, fit = name_fit(Fit(square, size, crops), tile)
+    if fit is not None and not crops:
+        raise Unserved(f"size is {settings['size']}, no square, and do_center_crop is off")
+    color = (0, 0, 0)
+    if square:
+        if crops and (size is None or min(size.of(tile, tile)) < tile):
+            raise Unserved("do_pad is on, and an image smaller than crop_size would get margins of two colours")
+        color = _color(settings["image_mean"])
+    filter = _filter(settings)
+    return VisualGeometry(tile_size=tile, patch_size=1, aspect=aspect, fit=fit, filter=filter, pad_color=color)
+
+
+def anyres_tiles(settings: dict[str, Any]) -> VisualGeometry:
+    """How these settings make AnyRes tiles. Raises Unserved."""
+    size, crop = _size(settings | {"do_resize": True}), settings["crop_size"]
+    assert size is not None
+    tile = (crop.height if crop else None) or size.height or size.shortest_edge
+    base = (size.height, size.width) if size.height else (size.shortest_edge, size.shortest_edge)
+    cut = (crop.height, crop.width) if crop and settings["do_center_crop"] else (tile, tile)
+    if not tile or {base, cut, size.of(tile, tile)} != {(tile, tile)}:
+        raise Unserved(f"size is {settings['size']} and crop_size {crop}: tiles would be resized twice")
+    pinpoints = tuple(tuple(pair) for pair in settings["image_grid_pinpoints"])
+    if any(side % tile for pair in pinpoints for side in pair):
+        raise Unserved(f"image_grid_pinpoints are no multiples of {tile}")
+    filter = _filter(settings)
+    return VisualGeometry(tile_size=tile, patch_size=1, aspect="anyres", pinpoints=pinpoints, filter=filter)
+
+
+def padded_when_shared(geometry: VisualGeometry, settings: dict[str, Any], mean: Any) -> VisualGeometry:
+    """The same, but images that share a prompt become one tile each, on a square of the colour `mean`. Raises
+    Unserved."""
+    if not settings["do_resize"]:
+        raise Unserved("do_resize is off, and images that share a prompt keep their size")
+    return dataclasses.replace(geometry, multi_image_anyres=False, pad_color=_color(mean))
+
+
+def _color(mean: Any) -> tuple[int, int, int]:
+    if not isinstance(mean, Sequence) or not all(0 <= int(value * 255) <= 255 for value in mean):
+        raise Unserved(f"image_mean is {mean}, no colour to pad with")
+    red, green, blue = (int(value * 255) for value in mean)
+    return red, green, blue
+
+
+def _filter(settings: dict[str, Any]) -> Filter:
+    number = settings["resample"]
+    if not isinstance(number, int) or not 0 <= number < len(FILTERS):  # PIL's enumeration counts as int
+        raise Unserved(f"resample is {number!r}, none of Pillow's numbers")
+    return FILTERS[number]
+
+
+def _size(settings: dict[str, Any]) -> Size | None:
+    if not settings["do_resize"]:
         return None
-    side = size.shortest_edge or size.height
-    return side if {side, size.width or side, crop.height, crop.width} == {side} and not size.longest_edge else None
+    given = {name: getattr(settings["size"], name) for name in _SIZE_FIELDS if getattr(settings["size"], name)}
+    if set(given) not in ({"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}, _LARGEST):
+        raise Unserved(f"size is {settings['size']}")
+    return Size(**given)
 
 
-def squashed_tile(settings: dict[str, Any]) -> int | None:
-    """The side of the square that these settings resize to, whatever the aspect; None if they do anything else."""
-    size = settings["size"]
-    steps = all(settings[name] for name in ("do_resize", "do_rescale", "do_normalize"))
-    if not steps or settings["do_center_crop"] or settings["resample"] != PILImageResampling.BICUBIC:
-        return None
-    edges = size.shortest_edge or size.longest_edge
-    return size.height if size.height == size.width and size.height and not edges else None
+def levels_of(settings: dict[str, Any]) -> np.ndarray | None:
+    """float32 [3, 256]: what transformers' own arithmetic makes of each pixel value in each channel. None: nothing,
+    so that a tile stays uint8."""
+    made = np.ascontiguousarray(np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256)))
+    first = "channels_first"
+    if settings["do_rescale"]:
+        made = rescale(made, settings["rescale_factor"], data_format=first, input_data_format=first)
+    if settings["do_normalize"]:
+        made = normalize(made, settings["image_mean"], settings["image_std"], first, first)
+    return np.ascontiguousarray(made[:, 0], np.float32) if made.dtype != np.uint8 else None
 
 
-def levels_of(settings: dict[str, Any]) -> np.ndarray:
-    """float32 [3, 256]: what transformers' own arithmetic makes of each pixel value in each channel."""
-    mean, std = (tuple(map(float, np.broadcast_to(settings[name], 3))) for name in ("image_mean", "image_std"))
-    return Normalisation(settings["rescale_factor"], mean, std).levels()
-
-
-def normalised(tiles: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """uint8 [tiles, 3, T, T] through a table [3, 256] of each channel's values."""
+def normalised(tiles: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
+    """uint8 [tiles, 3, T, T] rescaled and normalised as the settings say."""
+    levels = levels_of(settings)
+    if levels is None:
+        return tiles
     out = np.empty(tiles.shape, levels.dtype)
     for tile, made in zip(tiles, out, strict=True):
         for channel in range(3):

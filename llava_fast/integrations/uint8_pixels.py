@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_fast.errors import PixelError
+from llava_fast.inputs.preprocessing import fold_values
 
 NAMES = {"pixel_values_uint8": "pixel_values", "pixel_values_videos_uint8": "pixel_values_videos"}
 """uint8 name -> the name of the normalised pixels it stands for."""
@@ -32,8 +33,7 @@ class Normalisation(NamedTuple):
 
     def folded(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(mean, std) of pixels in 0..1, whatever the factor is."""
-        scale = 255 * self.factor
-        return tuple(value / scale for value in self.mean), tuple(value / scale for value in self.std)
+        return fold_values(True, self.factor, True, self.mean, self.std)
 
     def levels(self) -> np.ndarray:
         """float32 [3, 256]: what transformers' arithmetic makes of each pixel value in each channel."""

@@ -20,7 +20,7 @@ from transformers.video_processing_utils import BaseVideoProcessor
 
 from llava_fast.inputs import images as pixels
 from llava_fast.inputs.anyres import VisualGeometry, image_views
-from llava_fast.integrations.tiles import levels_of, normalised, square_tile, squashed_tile
+from llava_fast.integrations.tiles import Unserved, check_served, normalised, one_tile, tell_stock
 
 
 class FastFrames:
@@ -40,24 +40,23 @@ class FastFrames:
         return video if video.shape[-3] == 3 else super().convert_to_rgb(video)
 
     def _preprocess(self, videos: list[Tensor], **settings: Any) -> BatchFeature:
-        geometry = frame_geometry(settings)
-        if geometry is None or not all(video.dtype == torch.uint8 and video.shape[-3] == 3 for video in videos):
+        try:
+            is_bytes = all(video.dtype == torch.uint8 and video.shape[-3] == 3 for video in videos)
+            check_served(settings, is_bytes, self.output)
+            geometry = one_tile(settings)
+        except Unserved as why:
             if self.output == "uint8":
-                raise ValueError(
-                    "FastProcessor(output='uint8') needs uint8 RGB frames, bicubic resizing to a square, rescaling and "
-                    "normalisation; use output='float32' for others"
-                )
+                raise ValueError(f"FastProcessor(output='uint8'): {why}; use output='float32' for that") from None
             if not is_torchvision_available():
                 raise ImportError(
-                    "these settings or frames are transformers' own to serve, and its video processor needs "
-                    "torchvision: install it, or give uint8 RGB frames, bicubic resizing to a square, rescaling and "
-                    "normalisation"
-                )
+                    f"{why}: that is transformers' own to serve, and its video processor needs torchvision: "
+                    "install it, or give uint8 RGB frames and settings that make square tiles"
+                ) from None
+            tell_stock(self, str(why))
             return super()._preprocess(videos, **settings)
         made = [self._frames(video, geometry) for video in videos]
         if self.output == "float32":
-            levels = levels_of(settings)
-            made = [normalised(frames, levels) for frames in made]
+            made = [normalised(frames, settings) for frames in made]
         data = {"pixel_values_videos": [torch.from_numpy(frames) for frames in made]}
         return BatchFeature(data=data, tensor_type=settings.get("return_tensors"))
 
@@ -66,14 +65,6 @@ class FastFrames:
         whole = np.ascontiguousarray(video.cpu().numpy().transpose(0, 2, 3, 1))
         views, tile = image_views(geometry, *whole.shape[1:3]), geometry.tile_size
         return np.concatenate([pixels.make_tiles(frame, views, tile, threads=self.threads) for frame in whole])
-
-
-def frame_geometry(settings: dict[str, Any]) -> VisualGeometry | None:
-    """How a frame becomes its tile; None for settings that are not served."""
-    if (tile := square_tile(settings)) is not None and settings["size"].shortest_edge:
-        return VisualGeometry(tile_size=tile, patch_size=1, aspect="crop")
-    tile = squashed_tile(settings)
-    return None if tile is None else VisualGeometry(tile_size=tile, patch_size=1, aspect="squash")
 
 
 class FastLlavaNextVideoVideoProcessor(FastFrames, LlavaNextVideoVideoProcessor):

@@ -1,6 +1,9 @@
 """FastProcessor gives what transformers' PIL processors give: every field, every bit."""
 
+import json
 import pickle
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -8,9 +11,13 @@ import tiny
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, LlavaNextProcessor, LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llava_fast.errors import CheckpointError
+from llava_fast.integrations import processor as processor_module
+from llava_fast.integrations import tiles
 from llava_fast.integrations.processor import FastProcessor
 
 STOCK = {"llava15": LlavaProcessor, "next": LlavaNextProcessor}
@@ -68,23 +75,74 @@ def test_modes_and_arrays(name, mode, checkpoints):
     assert_same(fast(images=[tensor], **options), stock(name)(images=[tensor], **options))
 
 
-@pytest.mark.parametrize("name", STOCK)
+SETTINGS = [
+    {"do_normalize": False},
+    {"do_rescale": False},
+    {"do_rescale": False, "do_normalize": False},
+    {"rescale_factor": 0.5, "image_std": 0.25},
+    *({"resample": number} for number in (0, 1, 2, 4, 5)),
+    {"resample": Image.Resampling.HAMMING, "image_mean": [0.5] * 3},
+]
+SINGLE = [
+    {"do_resize": False},
+    {"size": {"shortest_edge": 60}, "resample": 0},
+    {"size": {"height": 50, "width": 60}},
+    {"size": {"height": 48, "width": 48}, "do_center_crop": False},
+    {"size": {"shortest_edge": 40, "longest_edge": 70}},
+    {"size": {"max_height": 30, "max_width": 40}},
+    {"crop_size": 30},
+]
+ANYRES = [{"do_resize": False}, {"do_center_crop": False}, {"size": 56, "do_pad": False}]
+TABLE = [("llava15", each) for each in SETTINGS + SINGLE] + [("next", each) for each in SETTINGS + ANYRES]
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Why transformers' own code made tiles."""
+    reasons = []
+    monkeypatch.setattr(processor_module, "tell_stock", lambda processor, why: reasons.append(why))
+    return reasons
+
+
+@pytest.mark.parametrize("name, settings", TABLE, ids=str)
+def test_other_settings_give_what_transformers_gives(name, settings, checkpoints, told):
+    fast, expected = FastProcessor.from_pretrained(checkpoints[name]), stock(name)
+    images = [Image.fromarray(tiny.picture(*size)) for size in ((64, 64), (50, 71))]
+    for each in images if settings.get("do_pad") is False else [images]:
+        found = fast.image_processor(each, return_tensors="pt", **settings)
+        assert_same(found, expected.image_processor(each, return_tensors="pt", **settings))
+    assert not told
+
+
 @pytest.mark.parametrize(
-    "settings",
+    "name, settings, why",
     [
-        {"do_normalize": False},
-        {"do_rescale": False},
-        {"resample": 2},
-        {"do_center_crop": False},
-        {"image_mean": [0.5] * 3},
+        ("llava15", {"do_center_crop": False}, "no square, and do_center_crop is off"),
+        ("llava15", {"do_center_crop": False, "do_resize": False}, "do_resize and do_center_crop are off"),
+        ("llava15", {"crop_size": {"height": 40, "width": 30}}, "crop_size is .*no square"),
+        ("llava15", {"do_pad": True, "pad_size": {"height": 60, "width": 60}}, "pad_size is"),
+        ("next", {"size": {"shortest_edge": 40}}, "tiles would be resized twice"),
+        ("next", {"image_grid_pinpoints": [[56, 60], [60, 56]], "do_center_crop": True}, "no multiples of 56"),
     ],
     ids=str,
 )
-def test_other_settings_give_what_transformers_gives(name, settings, checkpoints):
+def test_settings_for_transformers_own_code(name, settings, why, checkpoints, told):
     fast, expected = FastProcessor.from_pretrained(checkpoints[name]), stock(name)
-    images = [Image.fromarray(tiny.picture(64, 64)) for _ in range(2)]
-    found = fast.image_processor(images, return_tensors="pt", **settings)
-    assert_same(found, expected.image_processor(images, return_tensors="pt", **settings))
+    image = Image.fromarray(tiny.picture(64, 64))
+    found = fast.image_processor(image, return_tensors="pt", **settings)
+    assert_same(found, expected.image_processor(image, return_tensors="pt", **settings))
+    assert len(told) == 1 and re.search(why, told[0])
+    fast = FastProcessor.from_pretrained(checkpoints[name], output="uint8")
+    with pytest.raises(ValueError, match=f"output='uint8'.*{why}"):
+        fast.image_processor(image, **settings)
+
+
+def test_the_stock_path_is_told_once(checkpoints, caplog, monkeypatch):
+    monkeypatch.setattr(tiles, "_told", set())
+    fast = FastProcessor.from_pretrained(checkpoints["llava15"])
+    for _ in range(2):
+        fast.image_processor([tiny.picture(64, 64)], do_center_crop=False)
+    assert caplog.text.count("FastCLIPImageProcessor takes the stock path: size is") == 1
 
 
 @pytest.mark.parametrize("name", STOCK)
@@ -114,9 +172,42 @@ def test_llavas_padded_square(checkpoints):
         folder
     )
     fast = FastProcessor.from_pretrained(folder)
-    for size in SIZES[3:]:
-        image = Image.fromarray(tiny.picture(*size))
-        assert_same(fast.image_processor(image, return_tensors="pt"), expected(image, return_tensors="pt"))
+    for place, size in enumerate(SIZES[3:]):
+        image, options = Image.fromarray(tiny.picture(*size)), {"return_tensors": "pt", "resample": place % 6}
+        assert_same(fast.image_processor(image, **options), expected(image, **options))
+
+
+@pytest.mark.parametrize(
+    "settings, kind",
+    [
+        (
+            {"image_processor_type": "SiglipImageProcessor", "size": {"height": 48, "width": 48}},
+            SiglipImageProcessorPil,
+        ),
+        ({"image_processor_type": "CLIPImageProcessorFast", "crop_size": 48}, CLIPImageProcessorPil),
+        ({"feature_extractor_type": "CLIPFeatureExtractor", "crop_size": 48, "size": 48}, CLIPImageProcessorPil),
+        ({"do_pad": True, "size": 48, "crop_size": 48}, LlavaImageProcessorPil),
+    ],
+    ids=str,
+)
+def test_a_llavas_image_processor_is_the_one_that_its_file_names(settings, kind, checkpoints, tmp_path):
+    """Sparse files, whose gaps are filled by the class's own defaults."""
+    shutil.copytree(checkpoints["llava15"], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"patch_size": 8}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    fast, image = FastProcessor.from_pretrained(tmp_path).image_processor, Image.fromarray(tiny.picture(60, 90))
+    assert isinstance(fast, kind)
+    found, expected = (each(image, return_tensors="pt") for each in (fast, kind.from_pretrained(tmp_path)))
+    assert_same(found, expected)
+    assert fast.stock().to_dict() == kind.from_pretrained(tmp_path).to_dict()
+
+
+def test_another_image_processor_is_refused(checkpoints, tmp_path):
+    shutil.copytree(checkpoints["llava15"], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "processor_config.json").unlink()
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "ViTImageProcessor"}))
+    with pytest.raises(CheckpointError, match="serves the image processors LlavaImageProcessor.*'ViTImageProcessor'"):
+        FastProcessor.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", STOCK)

@@ -99,6 +99,30 @@ def test_frames_are_the_pil_image_processors(name, size, checkpoints):
         assert (found["input_ids"] == tiny.VIDEO_ID).sum() == ROWS[name]
 
 
+@pytest.mark.parametrize(
+    "name, settings",
+    [(name, {"resample": number}) for name in NAMES for number in (0, 1, 2, 4, 5)]
+    + [(name, settings) for name in NAMES for settings in ({"do_normalize": False}, {"do_rescale": False})]
+    + [("video", {"do_resize": False}), ("video", {"size": {"shortest_edge": 60}}), ("video", {"size": [50, 60]})],
+    ids=str,
+)
+def test_frames_of_other_settings_are_too(name, settings, checkpoints):
+    fast, frames = FastProcessor.from_pretrained(checkpoints[name]), film(2)
+    pil = [Image.fromarray(frame) for frame in frames]
+    expected = tiny.frame_processor(CASES[name])(pil, return_tensors="pt", **settings)["pixel_values"]
+    found = fast.video_processor([frames], return_tensors="pt", **settings)["pixel_values_videos"]
+    assert found.dtype == expected.dtype and torch.equal(found, expected[None])
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 4, 5])
+def test_onevision_images_by_every_filter(number, checkpoints):
+    """A prompt of two images, each on a square, and one of its own."""
+    images = [[tiny.picture(60, 90), tiny.picture(70, 30)], [tiny.picture(50, 120)]]
+    options = {"return_tensors": "pt", "resample": number}
+    fast = FastProcessor.from_pretrained(checkpoints["onevision"]).image_processor(images, **options)
+    assert_same(fast, tiny.image_processor(CASES["onevision"])(images, **options))
+
+
 @pytest.mark.parametrize("output", ["float32", "uint8"])
 @pytest.mark.parametrize("name", NAMES)
 def test_from_processor_to_answer(name, output, checkpoints):
@@ -143,7 +167,7 @@ def test_a_checkpoint_of_separate_files(checkpoints, tmp_path):
 
 def test_what_is_not_served_says_so(checkpoints):
     fast = FastProcessor.from_pretrained(checkpoints["video"], output="uint8")
-    for settings in ({"do_normalize": False}, {"do_resize": False}, {"resample": 2}):
+    for settings in ({"do_normalize": False}, {"do_rescale": False}, {"do_center_crop": False}):
         with pytest.raises(ValueError, match="output='uint8'"):
             fast.video_processor([film()], **settings)
     plain = FastProcessor.from_pretrained(checkpoints["video"])
