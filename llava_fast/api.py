@@ -12,6 +12,7 @@ from llava_fast.checkpoints import fields
 from llava_fast.checkpoints.assemble import Assembly, open_checkpoint
 from llava_fast.checkpoints.files import check_fields, parse_json
 from llava_fast.checkpoints.load import LoadedCheckpoint, load_weights
+from llava_fast.checkpoints.preprocessing import check_tokens
 from llava_fast.checkpoints.save import NOTE_FILE
 from llava_fast.checkpoints.templates import find_templates
 from llava_fast.checkpoints.tokenizer import load_tokenizer
@@ -88,6 +89,8 @@ def load_processor(checkpoint: LoadedCheckpoint, name: str, chat_template: str |
     original LLaVA guesses the template. Raises CheckpointError without a tokenizer."""
     config = checkpoint.config
     tokenizer = load_tokenizer(checkpoint.tokenizer_path)
+    if config.layout == "hf":
+        check_tokens(checkpoint.path, tokenizer, image_token=config.image_token_id, video_token=config.video_token_id)
     return Processor(
         geometry=config.geometry,
         tokenizer=tokenizer,

@@ -200,6 +200,8 @@ class Processor(Fields):
     num_image_tokens: Annotated[int, Field(ge=0, le=2**20)] | None = None
     vision_feature_select_strategy: str | None = None
     vision_aspect_ratio: str | None = None
+    image_token: str | None = None
+    video_token: str | None = None
     image_processor: ImageProcessor | None = None
     video_processor: ImageProcessor | None = None
     chat_template: ChatTemplate | None = None

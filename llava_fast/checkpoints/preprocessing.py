@@ -81,16 +81,10 @@ class Settings:
     where: str
 
     def get(self, field: str, default: Any = None) -> Any:
-        """The field, or the default if the file lacks it. A null where a bool stands is False, as in transformers."""
+        """The field, or the default if the file lacks it. A null is False where a bool stands, as in transformers, and
+        the default elsewhere, where transformers fails if it needs the field."""
         value = self.content.get(field, default)
-        return False if value is None and isinstance(default, bool) else value
-
-    def value(self, field: str, default: Any, used: bool) -> Any:
-        """The same for a field without which transformers fails where it is used."""
-        value = self.content.get(field, default)
-        if value is None and used:
-            self.refuse(field, "give a value, or leave the field out")
-        return default if value is None else value
+        return value if value is not None else False if isinstance(default, bool) else default
 
     def refuse(self, field: str, why: str) -> NoReturn:
         raise CheckpointError(f"{self.where}: {field} is {self.content.get(field)!r}; {why}")
@@ -150,16 +144,17 @@ def read_preprocessing(settings: Settings, kind: Kind, tile: int) -> Preprocessi
         settings.refuse("pad_size", f"tiles have the {tile}x{tile} pixels that the vision tower reads: leave it out")
     if unknown := sorted(name for name in settings.content if name not in KNOWN and settings.get(name) is not None):
         logger.warning("%s: nothing reads %s, so it has no effect", settings.where, ", ".join(unknown))
-    resizes, rescales, normalises = (settings.get(f"do_{name}", True) for name in ("resize", "rescale", "normalize"))
     squares = kind.squares and settings.get("do_pad", False)
+    if squares and settings.content.get("image_mean", kind.mean) is None:
+        settings.refuse("image_mean", "it is the colour that images are padded with: give it, or leave the field out")
     found = Preprocessing(
         fit=_fit(settings, kind, tile),
-        filter=FILTERS[settings.value("resample", FILTERS.index("bicubic"), used=resizes)],
-        do_rescale=rescales,
-        rescale_factor=settings.value("rescale_factor", 1 / 255, used=rescales),
-        do_normalize=normalises,
-        image_mean=_triple(settings.value("image_mean", kind.mean, used=normalises or squares)),
-        image_std=_triple(settings.value("image_std", kind.std, used=normalises)),
+        filter=FILTERS[settings.get("resample", FILTERS.index("bicubic"))],
+        do_rescale=settings.get("do_rescale", True),
+        rescale_factor=settings.get("rescale_factor", 1 / 255),
+        do_normalize=settings.get("do_normalize", True),
+        image_mean=_triple(settings.get("image_mean", kind.mean)),
+        image_std=_triple(settings.get("image_std", kind.std)),
         do_convert_rgb=settings.get("do_convert_rgb", True),
     )
     return padded(found, settings, tile) if squares else found
@@ -185,8 +180,8 @@ KNOWN = {*fields.ImageProcessor.model_fields, "aspect_ratio_setting", "_valid_pr
 def _fit(settings: Settings, kind: Kind, tile: int) -> Fit:
     """Raises CheckpointError for settings that give an image of the tower's size to no image at all."""
     resizes, crops = settings.get("do_resize", True), settings.get("do_center_crop", kind.crops)
-    size = _size(settings, kind, tile, used=resizes) if resizes else None
-    crop = _crop_size(settings, used=crops)
+    size = _size(settings, kind, tile) if resizes else None
+    crop = _crop_size(settings)
     if crops and crop not in (None, (tile, tile)):
         _refuse_side(settings, "crop_size", crop[0], tile)
     # Without crop_size transformers takes one of its own, which is no tower's here: the image must be whole already.
@@ -201,8 +196,8 @@ def _refuse_side(settings: Settings, field: str, side: int, tile: int) -> NoRetu
     settings.refuse(field, f"it makes images of {side} pixels, the vision tower reads {tile}: correct it")
 
 
-def _size(settings: Settings, kind: Kind, tile: int, used: bool) -> Size:
-    given = settings.value("size", None, used=used and "size" in settings.content)
+def _size(settings: Settings, kind: Kind, tile: int) -> Size:
+    given = settings.get("size")
     if given is None:
         size = kind.fit(tile).size
         assert size is not None
@@ -221,8 +216,8 @@ def _size(settings: Settings, kind: Kind, tile: int, used: bool) -> Size:
 _SIZES = ({"height", "width"}, {"shortest_edge"}, {"longest_edge", "shortest_edge"}, {"max_height", "max_width"})
 
 
-def _crop_size(settings: Settings, used: bool) -> tuple[int, int] | None:
-    given = settings.value("crop_size", None, used=used and "crop_size" in settings.content)
+def _crop_size(settings: Settings) -> tuple[int, int] | None:
+    given = settings.get("crop_size")
     if isinstance(given, int):
         return given, given
     if isinstance(given, list):
@@ -236,7 +231,7 @@ def _crop_size(settings: Settings, used: bool) -> tuple[int, int] | None:
 
 def check_anyres(settings: Settings, kind: Kind, tile: int) -> None:
     """Raises CheckpointError unless base view and tiles of the grid come out in the tower's size, resized once."""
-    size, crop = _size(settings, kind, tile, used=True), _crop_size(settings, used=False)
+    size, crop = _size(settings, kind, tile), _crop_size(settings)
     base = (size.height, size.width) if size.height else (size.shortest_edge, size.shortest_edge)
     if base != (tile, tile) or size.of(tile, tile) != (tile, tile):
         settings.refuse("size", f"AnyRes tiles have the {tile}x{tile} pixels that the vision tower reads: correct it")
@@ -249,9 +244,22 @@ def check_anyres(settings: Settings, kind: Kind, tile: int) -> None:
 def check_pinpoints(settings: Settings, expected: tuple[tuple[int, int], ...]) -> None:
     """Raises CheckpointError for pinpoints other than config.json's: images would be cut by these and put together
     again by those."""
-    given = settings.value("image_grid_pinpoints", None, used="image_grid_pinpoints" in settings.content)
+    given = settings.get("image_grid_pinpoints")
     if given is not None and tuple(tuple(pair) for pair in given) != expected:
         settings.refuse("image_grid_pinpoints", "config.json has others: make them equal")
+
+
+def check_tokens(path: Path, tokenizer: Any, **ids: int | None) -> None:
+    """Raises CheckpointError where processor_config.json names other image and video tokens than config.json, whose
+    `ids` count here. transformers writes its tokens into a prompt, unless the tokenizer names its own."""
+    file = path / "processor_config.json"
+    given = read_json_if_there(file, fields.Processor)
+    for field, token_id in ids.items():
+        token = given.get(field)
+        if None in (token, token_id) or hasattr(tokenizer, field):
+            continue
+        if tokenizer.convert_tokens_to_ids(token) != token_id:
+            raise CheckpointError(f"{file}: {field} is {token!r}, which is not token {token_id} of config.json")
 
 
 def written(preprocessing: Preprocessing, tile: int, kind: str) -> dict[str, Any]:

@@ -168,9 +168,9 @@ TOP = {
     "quantization_config": [7, [], {"quant_method": "awq"}],
 }
 IMAGES = {
-    "image_mean": ["x", [0.5], [NAN] * 3, ["x"] * 3, [INFINITY] * 3, 0.5],
+    "image_mean": ["x", [0.5], [NAN] * 3, ["x"] * 3, [INFINITY] * 3, {"r": 0.5}, INFINITY],
     "image_std": [[0, 0, 0], [-1, 1, 1], [NAN] * 3, {}],
-    "size": ["x", [28, 28], -1, {"height": "x"}, {"height": 1.5}, HUGE],
+    "size": ["x", [28], [28, 28, 28], [28, "x"], -1, {"height": "x"}, {"height": 1.5}, HUGE],
     "crop_size": ["x", {"height": 27, "width": 28}],
     "do_center_crop": [7],
     "do_pad": ["x"],
