@@ -208,7 +208,6 @@ def test_a_known_tower_with_a_processor_of_its_own_is_described(tmp_path):
 def test_values_far_above_one_are_not_folded():
     """Black pixels are exactly zero where nothing is done to bytes; folded, they would be a rounding error of sums."""
 
-
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_layers": 1, "num_heads": 2}
     sizes |= {"image_size": 28, "patch_size": 14, "activation": "gelu", "layer_norm_eps": 1e-5}
     torch.manual_seed(0)
