@@ -8,8 +8,8 @@ replaced (see `replacement`), and each asks at every call whether it may:
 - MLP: ops.swiglu between the three projections, which are called as they are. It keeps gate and up, where the stock one
   keeps silu(gate) too. Without gradients the product is made in silu(gate)'s own memory;
 - attention: ops.rope on queries and keys. transformers calls RoPE by a module's global name, and a patch of that would
-  reach every model of the process; so the attention's forward is stated anew, on the same attention interface. It
-  keeps nothing more or less, but makes one new tensor of each where the stock one makes five.
+  reach every model of the process; so what runs is the stock forward's own code with that one name bound to ops.rope.
+  It keeps nothing more or less, but makes one new tensor of each where the stock one makes five.
 
 An op is taken where a backend fuses it. On a CPU, where no kernel serves, the references of rms_norm and rope are
 faster than the stock modules for float32 from models.fused.gate.LEAST values on; below that, in half precision, and for
@@ -19,8 +19,9 @@ projections, work as ever: they are called.
 
 from __future__ import annotations
 
+import functools
 import inspect
-import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,8 +33,10 @@ from llava_fast.ops import rms_norm, rope, swiglu
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 SILU = {("torch.nn.modules.activation", "SiLU"), ("transformers.activations", "SiLUActivation")}
-ATTENTION = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values", "kwargs")
-"""Parameters of the attention that is stated anew here; one with others is left as it is."""
+ROPE = "apply_rotary_pos_emb"
+"""The global name by which transformers' attention calls RoPE."""
+CACHES = ("cache", "past_key_values")
+"""What the attention's parameter for the cache is called: since transformers 5.24, and before."""
 
 
 def replacements(whole: nn.Module) -> Iterator[tuple[nn.Module, str, Callable[..., Any], str]]:
@@ -48,8 +51,8 @@ def replacements(whole: nn.Module) -> Iterator[tuple[nn.Module, str, Callable[..
 
 
 def _is_stock(kind: type[nn.Module], function: Callable) -> bool:
-    """Whether a class has the forward that transformers gave it, and one that is known here."""
-    known = function is not attention_forward or tuple(inspect.signature(kind.forward).parameters)[1:] == ATTENTION
+    """Whether a class has the forward that transformers gave it, and one that can be served here."""
+    known = function is not attention_forward or _with_rope(kind.forward) is not None
     return known and kind.forward.__module__ == kind.__module__
 
 
@@ -76,43 +79,35 @@ def mlp_forward(module: Any, x: Tensor) -> Tensor:
     return module.down_proj(gate.mul_(up) if in_place else gate * up)
 
 
-def attention_forward(
-    module: Any,
-    hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
-    attention_mask: Tensor | None = None,
-    past_key_values=None,
-    **kwargs,
-) -> tuple[Tensor, Tensor | None]:
-    if position_embeddings is None or not takes_for_stock("rope", hidden_states):
-        given = (position_embeddings, attention_mask, past_key_values)
-        return type(module).forward(module, hidden_states, *given, **kwargs)
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    batch_and_rows = hidden_states.shape[:-1]
-    query, key, value = (
-        project(hidden_states).view(*batch_and_rows, -1, module.head_dim).transpose(1, 2)
-        for project in (module.q_proj, module.k_proj, module.v_proj)
-    )
-    query, key = rope(query, key, *position_embeddings)
-    if past_key_values is not None:
-        key, value = past_key_values.update(key, value, module.layer_idx)
-    family = _family(module)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-        module.config._attn_implementation, sys.modules[family].eager_attention_forward
-    )
-    if family.endswith("mistral"):
-        kwargs["sliding_window"] = getattr(module.config, "sliding_window", None)
-    elif family.endswith("qwen2"):
-        kwargs["sliding_window"] = module.sliding_window
-    dropout = module.attention_dropout if module.training else 0.0
-    out, weights = attend(module, query, key, value, attention_mask, dropout=dropout, scaling=module.scaling, **kwargs)
-    return module.o_proj(out.reshape(*batch_and_rows, -1).contiguous()), weights
+def attention_forward(module: Any, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+    hidden, forward = args[0] if args else kwargs.get("hidden_states"), type(module).forward
+    if hidden is not None and takes_for_stock("rope", hidden):
+        served = _with_rope(forward)
+        if served is not None and not any(name in kwargs and name not in _parameters(served) for name in CACHES):
+            forward = served
+    return forward(module, *args, **kwargs)
 
 
-def _family(module: nn.Module) -> str:
-    """The name of the Python module that an attention's class comes from."""
-    return next(kind.__module__ for kind in type(module).__mro__ if (kind.__module__, kind.__name__) in _PARTS)
+def _rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return rope(query, key, cos, sin)
+
+
+@functools.cache
+def _with_rope(forward: Callable) -> Callable | None:
+    """The code of a stock attention's forward with ops.rope in place of transformers' function; None if it calls none
+    of that name. (Its decorators only translate an old name of the cache, see CACHES.)"""
+    plain = inspect.unwrap(forward)
+    if ROPE not in plain.__code__.co_names:
+        return None
+    names = {**plain.__globals__, ROPE: _rope}
+    made = types.FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
+    made.__kwdefaults__ = plain.__kwdefaults__
+    return made
+
+
+@functools.cache
+def _parameters(function: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 _PARTS = {

@@ -6,6 +6,7 @@ that are kept or mixed into others projected, every row put in its place by inte
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import re
 from collections.abc import Mapping
@@ -34,6 +35,12 @@ from llava_fast.ops.activations import ACTIVATIONS
 ANYRES = ("llava_next", "llava_next_video", "llava_onevision")
 POOLS = {"average": nn.AvgPool2d, "max": nn.MaxPool2d}
 TOWERS = ("transformers.models.clip.modeling_clip", "transformers.models.siglip.modeling_siglip")
+TOWER_RUNS: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("llava_fast_tower_runs", default=None)
+"""In a trial: the number of layers of each run of a tower that is made here, to know that there was one."""
+
+
+class Unfit(Exception):
+    """Why a call must take the stock path; never seen outside."""
 
 
 class Selection(NamedTuple):
@@ -156,11 +163,13 @@ def geometry(config, skipped: int, has_class_row: bool, aspect_ratio: str | None
 
 class Visuals(NamedTuple):
     """A call's images and videos: the tiles of images and the frames of videos [tiles, 3, H, W] by the names they came
-    under, where their rows go, and how many rows each image (or, without images, each video) has."""
+    under, where their rows go, how many rows each image (or, without images, each video) has, if the host knows, and
+    the number of videos."""
 
     tiles: dict[str, Tensor]
     placement: Placement
     lengths: list[int]
+    videos: int
 
 
 def plan_visuals(
@@ -186,7 +195,7 @@ def plan_visuals(
     )
     device = next(iter(tiles.values())).device
     at = placement(to_device(columns, device), read_table, mixes)
-    return Visuals(tiles, at, [len(rows) for rows in images or videos])
+    return Visuals(tiles, at, [len(rows) for rows in images or videos], len(videos))
 
 
 def _tiles(pixels: Tensor, counts: list[int]) -> Tensor:
@@ -200,31 +209,46 @@ def _tiles(pixels: Tensor, counts: list[int]) -> Tensor:
     return pixels
 
 
+class Features(NamedTuple):
+    """What a tower makes of tiles: the hidden states [tiles, rows, width] of the selected layer and, if asked for, its
+    last hidden state."""
+
+    selected: Tensor
+    last: Tensor | None
+
+
 def tower_features(
-    tower: nn.Module, tiles: Mapping[str, Tensor], layers: int, uint8: Mapping[str, Normalisation]
-) -> Tensor:
-    """Hidden states [tiles, rows, width] after so many layers; later layers do not run. `uint8`: the normalisation that
-    tiles of these names still need."""
+    tower: nn.Module, tiles: Mapping[str, Tensor], layers: int, uint8: Mapping[str, Normalisation], last: bool = False
+) -> Features:
+    """Hidden states after so many layers; later layers run only where the `last` hidden state is asked for. `uint8`:
+    the normalisation that tiles of these names still need."""
+    if (runs := TOWER_RUNS.get()) is not None:
+        runs.append(layers)
     if untouched(tower):
-        return _hidden_states(tower, tiles, layers, uint8)
+        return _hidden_states(tower, tiles, layers, uint8, last)
     # FSDP2 gathers the weights where the tower is called, so this must be its call.
     vars(tower)["forward"] = functools.partial(_hidden_states, tower)
     try:
-        return tower(tiles, layers, uint8)
+        return tower(tiles, layers, uint8, last)
     finally:
         del vars(tower)["forward"]
 
 
 def _hidden_states(
-    tower: nn.Module, tiles: Mapping[str, Tensor], layers: int, uint8: Mapping[str, Normalisation]
-) -> Tensor:
+    tower: nn.Module, tiles: Mapping[str, Tensor], layers: int, uint8: Mapping[str, Normalisation], last: bool
+) -> Features:
     each = [_embedded(tower.embeddings, pixels, uint8.get(name)) for name, pixels in tiles.items()]
-    hidden = _joined(each)
-    if hasattr(tower, "pre_layrnorm"):
+    hidden, is_clip = _joined(each), hasattr(tower, "pre_layrnorm")
+    if is_clip:
         hidden = tower.pre_layrnorm(hidden)
     for layer in tower.encoder.layers[:layers]:
         hidden = layer(hidden, None)
-    return hidden
+    if not last:
+        return Features(hidden, None)
+    end = hidden
+    for layer in tower.encoder.layers[layers:]:
+        end = layer(end, None)
+    return Features(hidden, end if is_clip else tower.post_layernorm(end))  # CLIP normalises the class row alone
 
 
 def _embedded(embeddings: nn.Module, pixels: Tensor, normalisation: Normalisation | None) -> Tensor:
@@ -278,10 +302,21 @@ def feature_list(
     model: nn.Module, visuals: Visuals, selection: Selection, uint8: Mapping[str, Normalisation]
 ) -> list[Tensor]:
     """What stock get_image_features gives as pooler_output: each image's (or video's) rows in order, [rows, width]."""
-    features = tower_features(model.vision_tower, visuals.tiles, selection.layers, uint8)
+    features = tower_features(model.vision_tower, visuals.tiles, selection.layers, uint8).selected
     at, visual = visuals.placement, visual_rows(model, features, visuals, selection.skipped)
     packed = token_pack(at.source, at.row, visual[:0], visual, _newline(model, visual), at.uses)
     return list(packed.split(visuals.lengths))
+
+
+class Embedded(NamedTuple):
+    """The decoder's inputs [B, S, width] and what they were made of: what the tower gave at which layer, where rows of
+    images and videos went, and the dtype in which the projector gave them."""
+
+    embeds: Tensor
+    features: Features
+    selection: Selection
+    visuals: Visuals
+    dtype: torch.dtype
 
 
 def inputs_embeds(
@@ -291,15 +326,17 @@ def inputs_embeds(
     selection: Selection,
     read_table: bool,
     uint8: Mapping[str, Normalisation],
-) -> Tensor:
-    """[B, S, width]: text rows from the embedding, visual rows from tower and projector.
+    last: bool,
+) -> Embedded:
+    """Text rows from the embedding, visual rows from tower and projector, which runs to its end if `last` is true.
 
     One op where a backend fuses them and every module is plain; else step by step.
     """
-    features = tower_features(model.vision_tower, visuals.tiles, selection.layers, uint8)
+    made = tower_features(model.vision_tower, visuals.tiles, selection.layers, uint8, last)
+    features = made.selected
     embed, at = model.get_input_embeddings(), visuals.placement
     table = embed.weight if read_table else embed(ids).flatten(0, 1)
-    weights = projector_weights(model)
+    weights, dtype = projector_weights(model), table.dtype
     operands = (table, *weights[0], *weights[1]) if weights else ()
     if weights is not None and not at.mixes and takes("assemble_inputs", features, operands=operands):
         name = model.config.projector_hidden_act
@@ -308,9 +345,10 @@ def inputs_embeds(
             features.flatten(0, 1), at.kept, *weights, at.source, at.row, table, constant, at.uses, name
         )
     else:
-        visual = visual_rows(model, features, visuals, selection.skipped).to(table.dtype)
+        visual = visual_rows(model, features, visuals, selection.skipped)
+        dtype, visual = visual.dtype, visual.to(table.dtype)
         flat = token_pack(at.source, at.row, table, visual, _newline(model, table), at.uses)
-    return flat.view(*ids.shape, -1)
+    return Embedded(flat.view(*ids.shape, -1), made, selection, visuals, dtype)
 
 
 def reads_table(embed: nn.Module) -> bool:

@@ -72,6 +72,6 @@ def stock(module: nn.Module, name: str, given: dict) -> Any:
 def tell_stock(module: nn.Module, what: str, why: str) -> None:
     """Log that a call takes the stock path, once for each reason."""
     told = vars(module).setdefault(TOLD, set())
-    if why not in told:
-        told.add(why)
+    if (what, why) not in told:
+        told.add((what, why))
         logger.warning("%s takes the stock path: %s", what, why)

@@ -10,7 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed, nn
 
-from llava_fast.integrations import hf_inputs
+from llava_fast.integrations import hf_inputs, outputs
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded a part of it."""
+    if not distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(part, FSDPModule) for part in model.modules())
 
 
 def waited_for(model: nn.Module, given: dict) -> bool:
@@ -20,13 +29,10 @@ def waited_for(model: nn.Module, given: dict) -> bool:
         return False
     if distributed.get_world_size() == 1:
         return False
-    from torch.distributed.fsdp import FSDPModule
-
-    cache = given.get("past_key_values")
+    cache = given.get("past_key_values") if given.get("cache") is None else given["cache"]  # since transformers 5.24
     if cache is not None and cache.get_seq_length():
         return False
-    sharded = any(isinstance(part, FSDPModule) for part in model.modules())
-    return sharded and hf_inputs.unfit(model, given) is None
+    return is_sharded(model) and hf_inputs.unfit(model, given) is None
 
 
 def embeds_of_text(model: nn.Module, given: dict) -> Tensor:
@@ -35,7 +41,9 @@ def embeds_of_text(model: nn.Module, given: dict) -> Tensor:
     tower, selection = model.vision_tower, hf_inputs.select(model, given)
     weight, edge = tower.embeddings.patch_embedding.weight, model.config.vision_config.image_size
     blank = torch.zeros(1, 3, edge, edge, dtype=weight.dtype, device=weight.device)
-    rows = hf_inputs.tower_features(tower, {"pixel_values": blank}, selection.layers, {})[0, selection.skipped :]
+    last = outputs.show_encoder(model)  # so that it runs as many layers as where there are images
+    made = hf_inputs.tower_features(tower, {"pixel_values": blank}, selection.layers, {}, last)
+    rows = made.selected[0, selection.skipped :]
     embeds = model.get_input_embeddings()(given["input_ids"])
     nothing = model.multi_modal_projector(rows).sum()
     newline = getattr(model, "image_newline", None)

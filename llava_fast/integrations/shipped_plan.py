@@ -147,7 +147,8 @@ def visuals(model, given: Mapping[str, Any], plan: dict[str, Tensor], read_table
         made["pixel_values"] = tiles if len(tiles) == len(plan["tile"]) else tiles[plan["tile"].long()]
     if frames is not None:
         made["pixel_values_videos"] = frames.flatten(0, 1)
-    return Visuals(made, placement.placement(plan, read_table, _mixes(model.config, plan)), [])
+    videos = 0 if frames is None else len(frames)
+    return Visuals(made, placement.placement(plan, read_table, _mixes(model.config, plan)), [], videos)
 
 
 def _mixes(config, plan: dict[str, Tensor]) -> list[Mix]:

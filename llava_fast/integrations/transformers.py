@@ -15,20 +15,24 @@ keys stay:
   faster, and stock elsewhere, without a word in the log (see `hf_decoder`).
 
 A call that another replacement does not serve takes the stock path, and says so once in the log
-`llava_fast.integrations`. A graph that torch.compile traces is the stock one.
+`llava_fast.integrations`; so does one that fails here, and each of those for which this version of transformers is not
+what is known here, as a trial on a tiny model shows (see `self_check`). A graph that torch.compile traces is the stock
+one.
 """
 
 from __future__ import annotations
 
 import contextvars
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llava_fast.errors import ImageError, UnsupportedModelError
-from llava_fast.integrations import hf_decoder, hf_inputs, sharded, shipped_plan, uint8_pixels
+from llava_fast.errors import ImageError, LlavaFastError, UnsupportedModelError
+from llava_fast.integrations import hf_decoder, hf_inputs, self_check, sharded, shipped_plan, uint8_pixels, versions
+from llava_fast.integrations.hf_inputs import Unfit
+from llava_fast.integrations.outputs import KINDS, encoder_outputs, field_names, output_class, show_encoder, with_rows
 from llava_fast.integrations.placement import Integers, read_integers, supervised_rows, to_device
 from llava_fast.integrations.replacement import (
     TOLD,
@@ -41,18 +45,18 @@ from llava_fast.integrations.replacement import (
     stock_signature,
     tell_stock,
 )
+from llava_fast.integrations.self_check import ENCODE, ENCODING, IMAGE_PATH, LOSS
 from llava_fast.models.fused.gate import is_plain
 from llava_fast.ops import linear_cross_entropy
 
-SUPPORTED = (
-    "LlavaForConditionalGeneration",
-    "LlavaNextForConditionalGeneration",
-    "LlavaNextVideoForConditionalGeneration",
-    "LlavaOnevisionForConditionalGeneration",
-)
+SUPPORTED = tuple(KINDS)
 NEW_NAMES = (*shipped_plan.NAMES, *uint8_pixels.NAMES)
 """Keywords that the whole model's forward takes besides those of the stock one."""
-ENCODE = "_prepare_multimodal_encoder_kwargs_for_generation"
+KEYWORDS = (
+    "output_attentions output_hidden_states return_dict use_cache cache_position past_key_values logits_to_keep labels "
+    "num_items_in_batch cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx"
+).split()
+"""What callers give an inner model besides its forward's parameters, and only the decoder reads."""
 SKIPS_LOGITS = "_llava_fast_skips_training_logits"
 INTEGERS = "llava_fast_integers"
 _encoding: contextvars.ContextVar[dict | None] = contextvars.ContextVar("llava_fast_encoding", default=None)
@@ -73,11 +77,15 @@ def accelerate(model: nn.Module, processor=None, *, training_logits: bool = True
                     logits [B, S, vocabulary] is then never made. True: logits are given, as the stock model does.
     Raises UnsupportedModelError for any other model, PixelError for a processor without image settings.
     """
+    versions.warn_if_untried()
     whole = find(model)
     done: dict[str, None] = {}  # in order, each once: a decoder's layers are many
     stays: dict[str, str] = {}
+    unlike = self_check.reasons(whole.model, accelerate, thorough=True)
     for module, name, function, what in _replacements(whole):
-        if replace(module, name, function, NEW_NAMES if function is whole_forward else ()):
+        if what in unlike:
+            tell_stock(whole, what, unlike[what])
+        elif replace(module, name, function, NEW_NAMES if function is whole_forward else ()):
             done[what] = None
         else:
             stays[what] = name
@@ -88,6 +96,11 @@ def accelerate(model: nn.Module, processor=None, *, training_logits: bool = True
         uint8_pixels.remember(whole.model, processor)
     logger.info("%s: replaced %s", type(whole).__name__, "; ".join(done) or "nothing")
     return model
+
+
+def _unlike_known(inner: nn.Module) -> Mapping[str, str]:
+    """What of a model's class is not as known, and takes the stock path: why, by what it is (see `self_check`)."""
+    return self_check.reasons(inner, accelerate)
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -149,20 +162,12 @@ def whole_forward(model: nn.Module, *args, **kwargs):
     labels = given.get("labels")
     if labels is None:
         return stock(model, "forward", given)
-    if why := unfit_for_loss(model, given):
-        tell_stock(model, "the loss", why)
+    made, why = _attempt(model.model, lambda: _rows_of_loss(model, given, plan))
+    if why is not None:
+        tell_stock(model, LOSS, why)
+    if made is None:
         return stock(model, "forward", given)
-    inner = {name: value for name, value in given.items() if name not in ("labels", "logits_to_keep", "return_dict")}
-    if plan is not None and len(plan["supervised_row"]):
-        rows, targets = shipped_plan.supervision(plan, labels)
-    else:
-        integers = _integers(model.model, given, labels)
-        on_host = supervised_rows(integers.labels)
-        if not len(on_host[0]) or on_host[1].min() < 0 or on_host[1].max() >= len(model.lm_head.weight):
-            return stock(model, "forward", given)  # which gives NaN, or raises
-        rows, targets = to_device(dict(zip(("rows", "targets"), on_host, strict=True)), labels.device).values()
-        if is_replaced(model.model, "forward"):
-            inner[INTEGERS] = integers
+    rows, targets, kind, inner = made
     outputs = model.model(**inner, return_dict=True)
     hidden = outputs[0]
     rows, targets = rows.to(hidden.device), targets.to(hidden.device)
@@ -170,8 +175,46 @@ def whole_forward(model: nn.Module, *args, **kwargs):
     count = given.get("num_items_in_batch")
     loss = loss / (len(rows) if count is None else count.to(loss.device) if isinstance(count, Tensor) else count)
     skips = model.training and torch.is_grad_enabled() and vars(model).get(SKIPS_LOGITS, False)
-    parts = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
-    return _output_class(model)(loss=loss, logits=None if skips else model.lm_head(hidden), **parts)
+    parts = {name: value for name, value in outputs.items() if name in field_names(kind)}
+    return kind(loss=loss, logits=None if skips else model.lm_head(hidden), **parts)
+
+
+def _attempt(inner: nn.Module, make: Callable[[], Any]) -> tuple[Any, str | None]:
+    """(what `make` gives, None), or (None, why the stock path must serve, which raises whatever it would raise).
+
+    Errors that are this package's own to raise are raised: no stock model takes a plan or uint8 pixels, nor has a
+    backend. So are all others where processes share a sharded model and wait for each other: it cannot run again."""
+    try:
+        return make(), None
+    except Unfit as found:
+        return None, str(found)
+    except ImageError as error:
+        return None, str(error)
+    except (LlavaFastError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if sharded.is_sharded(inner):
+            raise
+        return None, f"it failed here ({type(error).__name__}: {error})"
+
+
+def _rows_of_loss(model: nn.Module, given: dict, plan: dict | None) -> tuple | None:
+    """(rows with a label, their targets, the class of the answer, the inner model's arguments); None where stock gives
+    NaN or raises. Raises Unfit."""
+    labels, kind = given["labels"], output_class(model)
+    if why := _unlike_known(model.model).get(LOSS) or unfit_for_loss(model, given):
+        raise Unfit(why)
+    inner = {name: value for name, value in given.items() if name not in ("labels", "logits_to_keep", "return_dict")}
+    if plan is not None and len(plan["supervised_row"]):
+        return *shipped_plan.supervision(plan, labels), kind, inner
+    integers = _integers(model.model, given, labels)
+    on_host = supervised_rows(integers.labels)
+    if not len(on_host[0]) or on_host[1].min() < 0 or on_host[1].max() >= len(model.lm_head.weight):
+        return None
+    if is_replaced(model.model, "forward"):
+        inner[INTEGERS] = integers
+    rows, targets = to_device(dict(zip(("rows", "targets"), on_host, strict=True)), labels.device).values()
+    return rows, targets, kind, inner
 
 
 def _loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -181,17 +224,6 @@ def _loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     bias = None if head.bias is None else head.bias.to(dtype)
     with torch.autocast(device, enabled=False):
         return linear_cross_entropy(hidden.to(dtype), head.weight.to(dtype), targets, bias).sum()
-
-
-def _output_class(model: nn.Module):
-    """The class that the stock forward returns: it lies beside the model's own, which FSDP may have subclassed."""
-    for kind in type(model).__mro__:
-        if kind.__name__ in SUPPORTED:
-            return getattr(
-                sys.modules[kind.__module__],
-                kind.__name__.removesuffix("ForConditionalGeneration") + "CausalLMOutputWithPast",
-            )
-    raise UnsupportedModelError(f"{type(model).__name__} is not served")
 
 
 def unfit_for_loss(model: nn.Module, given: dict) -> str | None:
@@ -243,43 +275,41 @@ def inner_forward(model: nn.Module, *args, **kwargs):
         if sharded.waited_for(model, given):
             given = given | {"input_ids": None, "inputs_embeds": sharded.embeds_of_text(model, given)}
         return stock(model, "forward", given)
-    why = hf_inputs.unfit(model, given) or (None if given.get("input_ids") is not None else "input_ids are not given")
-    if why is None:
-        ids, selection = given["input_ids"], hf_inputs.select(model, given)
-        table = hf_inputs.reads_table(model.get_input_embeddings())
-        try:
-            if plan is not None:
-                visuals = shipped_plan.visuals(model, given, plan, table)
-            else:
-                integers = integers or _integers(model, given)
-                told = given | {"vision_aspect_ratio": None}  # the stock forward goes by the config, whatever is given
-                visuals = hf_inputs.plan_visuals(model, told, integers, selection, table)
-        except ImageError as error:
-            why = str(error)
+    made, why = _attempt(model, lambda: _embedded(model, given, plan, uint8, integers))
     if why is not None:
-        tell_stock(model, "the image path", why)
+        tell_stock(model, IMAGE_PATH, why)
         return stock(model, "forward", uint8_pixels.normalise(given, uint8))
-    embeds = hf_inputs.inputs_embeds(model, ids, visuals, selection, table, uint8)
     gone = dict.fromkeys(("input_ids", "image_sizes", *pixels))
-    outputs = stock(model, "forward", given | gone | {"inputs_embeds": embeds})
-    at, rows = visuals.placement, embeds.flatten(0, 1)
-    if "pixel_values" in pixels:
-        outputs["image_hidden_states"] = rows[at.place.long()]
-    if "pixel_values_videos" in pixels:
-        found = rows[at.video_place.long()]
-        outputs["video_hidden_states"] = found.flatten() if _flattens_videos(model) else found
-    return outputs
+    return with_rows(model, stock(model, "forward", given | gone | {"inputs_embeds": made.embeds}), made)
+
+
+def _embedded(
+    model: nn.Module, given: dict, plan: dict | None, uint8: dict, integers: Integers | None
+) -> hf_inputs.Embedded:
+    """The decoder's inputs and what they were made of. Raises Unfit, ImageError."""
+    why = _unlike_known(model).get(IMAGE_PATH) or hf_inputs.unfit(model, given) or _unknown_keyword(model, given)
+    if why or given.get("input_ids") is None:
+        raise Unfit(why or "input_ids are not given")
+    selection, table = hf_inputs.select(model, given), hf_inputs.reads_table(model.get_input_embeddings())
+    if plan is not None:
+        visuals = shipped_plan.visuals(model, given, plan, table)
+    else:
+        integers = integers or _integers(model, given)
+        told = given | {"vision_aspect_ratio": None}  # the stock forward goes by the config, whatever is given
+        visuals = hf_inputs.plan_visuals(model, told, integers, selection, table)
+    return hf_inputs.inputs_embeds(model, given["input_ids"], visuals, selection, table, uint8, show_encoder(model))
+
+
+def _unknown_keyword(inner: nn.Module, given: dict) -> str | None:
+    """A stock forward may pass on to the tower what it has no name for, as LLaVA's does since transformers 5.24."""
+    named = stock_signature(type(inner), "forward").parameters
+    new = [name for name in given if given[name] is not None and name not in named and name not in KEYWORDS]
+    return f"{', '.join(new)} is given, which accelerate does not know" if new else None
 
 
 def generate(model: nn.Module, *args, **kwargs):
     """The stock generate without a plan: it would spread the plan's columns over beams, and take the prompt apart."""
     return type(model).generate(model, *args, **shipped_plan.without(kwargs))
-
-
-def _flattens_videos(model: nn.Module) -> bool:
-    """Whether video_hidden_states has one dimension, as LLaVA-NeXT-Video's has since generate encodes ahead."""
-    ahead = "mm_encoder_outputs" in stock_signature(type(model), "forward").parameters
-    return ahead and model.config.model_type == "llava_next_video"
 
 
 def prepare_inputs(model: nn.Module, *args, **kwargs) -> dict:
@@ -293,6 +323,9 @@ def prepare_inputs(model: nn.Module, *args, **kwargs) -> dict:
 
 def encode_for_generation(model: nn.Module, *args, **kwargs):
     """The stock step of generate that encodes images and videos ahead, with features made here."""
+    if why := _unlike_known(model.model).get(ENCODING):
+        tell_stock(model, ENCODING, why)
+        return getattr(type(model), ENCODE)(model, *args, **kwargs)
     given = by_name(model, ENCODE, args, kwargs)
     options, uint8 = uint8_pixels.take(model.model, given["model_kwargs"])
     for name, method in (("pixel_values", "get_image_features"), ("pixel_values_videos", "get_video_features")):
@@ -321,17 +354,17 @@ def _features(model: nn.Module, method: str, args: tuple, kwargs: dict):
         return getattr(type(model), method)(model, *args, **kwargs)
     given = by_name(model, method, args, kwargs)
     uint8 = {name: normalisation for name, normalisation in encoding.items() if name in given}
-    why = hf_inputs.unfit(model, given)
-    if why is None:
-        selection = hf_inputs.select(model, given)
-        try:
-            visuals = hf_inputs.plan_visuals(model, given, _integers(model, given), selection)
-        except ImageError as error:
-            why = str(error)
-    if why is not None:
-        tell_stock(model, "the image path", why)
-        return stock(model, method, uint8_pixels.normalise(given, uint8))
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    rows: list[Tensor] | Tensor = hf_inputs.feature_list(model, visuals, selection, uint8)
-    return BaseModelOutputWithPooling(pooler_output=rows if method == "get_image_features" else torch.stack(rows))
+    def make() -> Any:
+        if why := hf_inputs.unfit(model, given):
+            raise Unfit(why)
+        selection = hf_inputs.select(model, given)
+        visuals = hf_inputs.plan_visuals(model, given, _integers(model, given), selection)
+        rows: list[Tensor] | Tensor = hf_inputs.feature_list(model, visuals, selection, uint8)
+        return encoder_outputs(rows if method == "get_image_features" else torch.stack(rows))
+
+    made, why = _attempt(model, make)
+    if why is not None:
+        tell_stock(model, IMAGE_PATH, why)
+        return stock(model, method, uint8_pixels.normalise(given, uint8))
+    return made

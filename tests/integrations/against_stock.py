@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import tiny
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import llava_fast
 
+VISUAL = ("image_hidden_states", "video_hidden_states", "image_outputs", "video_outputs")
 SAMPLES = {  # prompt, (height, width) of images, frames of a video
     "a": ("<image> what is this, then?", [(60, 90)], 0),
     "wide": ("<image>", [(30, 300)], 0),
@@ -102,14 +104,40 @@ def assert_same_gradients(what: str, found: dict, expected: dict) -> None:
             assert_close(what, gradient, reference)
 
 
+def flat(value) -> list[Tensor]:
+    """All tensors in nested tuples, lists and mappings, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for part in (value.values() if isinstance(value, Mapping) else value or ()) for tensor in flat(part)]
+
+
+def visual_outputs(out) -> dict[str, list[Tensor]]:
+    """What a model's answer tells of images and videos: their rows, since transformers 5.24 also the tower's states."""
+    return {name: flat(out[name]) for name in VISUAL if out.get(name) is not None}
+
+
 def assert_same_outputs(model, stock, inputs: dict, **kwargs) -> None:
-    """The same fields; logits, loss and the rows of images and videos within 1e-5."""
+    """The same fields; logits, loss and what is told of images and videos within 1e-5."""
     with torch.no_grad():
         found, expected = model(**inputs, **kwargs), stock(**inputs, **kwargs)
     assert list(found) == list(expected) and type(found) is type(expected)
-    for field in ("logits", "image_hidden_states", "video_hidden_states", "loss"):
+    for field in ("logits", "loss"):
         if expected.get(field) is not None:
             assert_close(f"accelerated {field}", found[field], expected[field], 1e-5)
+    assert_same_visual_outputs("accelerated", found, expected)
+
+
+def assert_same_visual_outputs(what: str, found, expected, together: bool = False) -> None:
+    """`together`: the rows of images may come as one tensor, or as one of each image."""
+    found, expected = visual_outputs(found), visual_outputs(expected)
+    assert found.keys() == expected.keys()
+    for field in expected:
+        parts = [found[field], expected[field]]
+        if together and field == "image_outputs":
+            rows = [torch.cat([part for part in each if part.dim() == 2]) for each in parts]
+            parts = [[*(part for part in each if part.dim() == 3), row] for each, row in zip(parts, rows, strict=True)]
+        for mine, theirs in zip(*parts, strict=True):
+            assert_close(f"{what} {field}", mine, theirs, 1e-5)
 
 
 def assert_same_tokens(model, stock, inputs: dict, others: dict | None = None, **how) -> None:

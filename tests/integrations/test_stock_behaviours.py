@@ -17,6 +17,7 @@ from against_stock import (
     assert_same_tokens,
     batch,
     both,
+    flat,
     fresh,
     gradients,
 )
@@ -33,13 +34,6 @@ GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_to
 AHEAD = Version(transformers.__version__) >= Version("5.23")
 """generate encodes images before the prompt."""
 family = pytest.mark.parametrize("name", FAMILIES)
-
-
-def flat(value) -> list[torch.Tensor]:
-    """All tensors in nested tuples and lists, in order."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [tensor for part in value or () for tensor in flat(part)]
 
 
 # Embeddings
@@ -142,8 +136,8 @@ def test_tuples_and_dicts(name):
     with torch.no_grad():
         found, expected = model(**inputs, return_dict=False), stock(**inputs, return_dict=False)
         as_dict = model(**inputs)
-    assert isinstance(found, tuple) and len(flat(found)) == len(flat(expected)) == len(as_dict)
-    for mine, theirs, named in zip(flat(found), flat(expected), as_dict.values(), strict=True):
+    assert isinstance(found, tuple) and len(flat(found)) == len(flat(expected)) == len(flat(as_dict))
+    for mine, theirs, named in zip(flat(found), flat(expected), flat(as_dict), strict=True):
         assert_close("a tuple", mine, theirs, 1e-5)
         assert_close("a tuple", mine.flatten(), named.flatten(), 1e-5)
 

@@ -1,0 +1,97 @@
+"""The outputs of transformers' LLaVA models: their classes, and the rows of images and videos in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+from llava_fast.integrations import hf_inputs, versions
+from llava_fast.integrations.hf_inputs import Unfit
+from llava_fast.integrations.self_check import NAMES
+
+KINDS = {name + "ForConditionalGeneration": name + "CausalLMOutputWithPast" for name in NAMES.values()}
+"""Whole model -> the class of its outputs."""
+
+
+def field_names(kind: type) -> set[str]:
+    """The fields of a class of outputs."""
+    return {field.name for field in dataclasses.fields(kind)}
+
+
+def output_class(model: nn.Module) -> type:
+    """The class that the stock forward returns: it lies beside the model's own, which FSDP may have subclassed. Raises
+    Unfit where there is none."""
+    for kind in type(model).__mro__:
+        found = getattr(sys.modules[kind.__module__], KINDS.get(kind.__name__, ""), None)
+        if found is not None:
+            return found
+    raise Unfit(f"the class of what {type(model).__name__} returns is not known")
+
+
+def show_encoder(inner: nn.Module) -> bool:
+    """Whether the outputs of an inner model hold those of its tower, as they do since transformers 5.24. Raises Unfit
+    for outputs that are not known."""
+    for kind in type(inner).__mro__:
+        if (found := getattr(sys.modules[kind.__module__], f"{kind.__name__}OutputWithPast", None)) is not None:
+            if field_names(found) & {"image_outputs", "image_hidden_states"}:
+                return "image_outputs" in field_names(found)
+    raise Unfit(f"the outputs of {type(inner).__name__} are not known")
+
+
+def encoder_outputs(rows: list[Tensor] | Tensor) -> Any:
+    """What get_image_features (a list) and get_video_features (a tensor) return, without the tower's hidden states."""
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    return BaseModelOutputWithPooling(pooler_output=rows)
+
+
+def with_rows(model: nn.Module, outputs: Any, made: hf_inputs.Embedded) -> Any:
+    """Outputs of an inner model's stock forward with what tower and projector made of images and videos.
+
+    Since transformers 5.24 these are the outputs of the encoder: its last hidden state, that of the selected layer, and
+    the rows of each image (or of all together where a plan of AnyRes images came: the host does not know how many each
+    has). Before, they were the rows alone.
+    """
+    visuals, rows = made.visuals, made.embeds.flatten(0, 1)
+    at, tiles = visuals.placement, visuals.tiles
+    found = {"pixel_values": at.place, "pixel_values_videos": at.video_place}
+    found = {name: rows[place.long()] for name, place in found.items() if name in tiles}
+    if made.features.last is None:
+        if "pixel_values" in found:
+            outputs["image_hidden_states"] = found["pixel_values"]
+        if "pixel_values_videos" in found:
+            videos = found["pixel_values_videos"]
+            outputs["video_hidden_states"] = videos.flatten() if _flattens_videos(model) else videos
+        return outputs
+    counts = [len(part) for part in tiles.values()]
+    for name, *states in zip(tiles, *(states.split(counts) for states in made.features), strict=True):
+        part = found[name].to(made.dtype)
+        if name == "pixel_values":
+            anyres = model.config.model_type in hf_inputs.ANYRES
+            each = visuals.lengths or (len(part) if anyres else len(part) // len(tiles[name]))
+            outputs["image_outputs"] = _encoder(model, made.selection.layers, *states, list(part.split(each)))
+        else:
+            outputs["video_outputs"] = _encoder(
+                model, made.selection.layers, *states, part.view(visuals.videos, -1, part.shape[-1])
+            )
+    return outputs
+
+
+def _encoder(model: nn.Module, layer: int, selected: Tensor, last: Tensor, rows: list[Tensor] | Tensor) -> Any:
+    """The outputs of a tower whose pooled output the rows have replaced."""
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    states: list = [None] * (len(model.vision_tower.encoder.layers) + 1)
+    states[layer] = selected
+    pooled = rows if getattr(model.vision_tower, "use_head", True) else None
+    made = BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=tuple(states))
+    made["pooler_output"] = rows
+    return made
+
+
+def _flattens_videos(model: nn.Module) -> bool:
+    """Whether video_hidden_states has one dimension, as LLaVA-NeXT-Video's has since transformers 5.20."""
+    return model.config.model_type == "llava_next_video" and versions.current() >= (5, 20)
