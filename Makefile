@@ -1,4 +1,5 @@
 # make demo: run a tiny trained LLaVA end to end. make test: lint, types, tests. Both install into .venv once.
+# make test-newest: the tests that meet transformers and torch, with the newest of everything, in .venv/newest.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 NATIVE := $(shell find csrc -type f)
@@ -8,10 +9,12 @@ INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet -
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-# Run once more with the oldest transformers that is supported (constraints-oldest.txt).
+# What meets transformers: run once more with the oldest that is supported (constraints-oldest.txt), and with others.
 WITH_OLDEST := tests/test_parity_logits.py tests/checkpoints/test_checkpoint_load.py tests/integrations tests/test_examples.py
+VERSIONS := import sys, torch, transformers, triton; \
+	print("Python", sys.version.split()[0], *(f"{m.__name__} {m.__version__}" for m in (torch, transformers, triton)))
 
-.PHONY: demo test lint check-kernels clean
+.PHONY: demo test test-versions test-newest lint check-kernels clean
 
 demo: .venv/demo.stamp
 	$(BIN)/llava-fast demo
@@ -20,6 +23,18 @@ test: .venv/test.stamp .venv/oldest.stamp lint
 	$(BIN)/python -m benchmarks.check_kernels --quiet --allow-missing-nvcc --changed
 	$(PYTEST)
 	PYTHONPATH=.venv/oldest $(PYTEST) $(WITH_OLDEST)
+
+# The same tests with whatever is installed at BIN.
+test-versions:
+	$(BIN)/python -c '$(VERSIONS)'
+	$(PYTEST) $(WITH_OLDEST) tests/generation
+
+# Anew each time, without the constraints file: what `pip install llava_fast` brings today.
+test-newest:
+	rm -rf .venv/newest
+	$(PYTHON) -m venv .venv/newest
+	.venv/newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e '.[test]'
+	$(MAKE) test-versions BIN=.venv/newest/bin
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .

@@ -9,6 +9,13 @@ class ImageError(LlavaFastError):
     """An image or video that cannot be read: truncated, empty, too large, or of an unknown kind."""
 
 
+class MissingPackageError(LlavaFastError, ImportError):
+    """An optional package that is not installed; the message names the extra that brings it."""
+
+    def __init__(self, what: str, package: str, extra: str, otherwise: str = "") -> None:
+        super().__init__(f"{what} needs {package}: pip install 'llava_fast[{extra}]'{otherwise}")
+
+
 class MissingFileError(ImageError, FileNotFoundError):
     """An image or video file that is not there."""
 

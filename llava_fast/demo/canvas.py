@@ -13,9 +13,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
+
+from llava_fast.errors import MissingPackageError
 
 Box = tuple[int, int, int, int]
 
@@ -253,11 +256,7 @@ def _add_noise(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 @lru_cache(maxsize=1)
 def _scans() -> tuple[np.ndarray, np.ndarray]:
     """The scans (float64 [1797, 8, 8], ink 0 to 16) and their digits (int64 [1797])."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError("the digits demo needs scikit-learn, which holds the scans: install it") from error
-    data = load_digits()
+    data = _sklearn().load_digits()
     return data.images, data.target
 
 
@@ -273,10 +272,17 @@ def _glyphs() -> tuple[list[Image.Image], np.ndarray]:
 
 @lru_cache(maxsize=1)
 def _photos() -> list[Image.Image]:
-    from sklearn.datasets import load_sample_image
-
     # Halved: crops are resized to a few hundred pixels, and smaller sources resize faster.
-    return [Image.fromarray(load_sample_image(name)).reduce(2) for name in ("china.jpg", "flower.jpg")]
+    return [Image.fromarray(_sklearn().load_sample_image(name)).reduce(2) for name in ("china.jpg", "flower.jpg")]
+
+
+def _sklearn() -> Any:
+    """The package that holds the scans and the photographs."""
+    try:
+        import sklearn.datasets
+    except ImportError:
+        raise MissingPackageError("the digits demo", "scikit-learn", "demo") from None
+    return sklearn.datasets
 
 
 @lru_cache(maxsize=1)

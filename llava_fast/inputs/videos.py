@@ -28,7 +28,7 @@ _FILE = (str, os.PathLike, bytes, bytearray, memoryview)
 def read_video(source: Any, num_frames: int | None = None) -> np.ndarray:
     """Frames of a video as uint8 [frames, height, width, 3].
 
-    source      a path or the bytes of a video file (needs PyAV: `pip install llava_fast[video]`); or the frames
+    source      a path or the bytes of a video file (needs PyAV: `pip install 'llava_fast[video]'`); or the frames
                 themselves: a folder of image files (see `frame_files`); a list of anything `open_image` takes; or a
                 uint8 array [F, H, W, 3]. All frames have one size.
     num_frames  take this many, spaced uniformly from the first to the last: frame numbers
@@ -186,7 +186,8 @@ def _rate(source: Any) -> float:
     """Frames a second, on average, as the header of a video file says. Raises ImageError."""
     name = source_name(source)
     with _opened(source, name) as container:
-        rate = container.streams.video[0].average_rate
+        stream = container.streams.video[0]
+        rate = stream.average_rate or stream.guessed_rate  # PyAV 17 may know the second alone
     if not rate:
         raise ImageError(f"{name} does not say how many frames it has a second, so their times are unknown")
     return float(rate)
@@ -209,5 +210,5 @@ def _pyav() -> Any:
     try:
         import av
     except ImportError:
-        raise ImageError("reading a video file needs PyAV: pip install llava_fast[video]") from None
+        raise ImageError("reading a video file needs PyAV: pip install 'llava_fast[video]'") from None
     return av

@@ -34,6 +34,7 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from llava_fast.errors import CheckpointError
 from llava_fast.inputs import images as pixels
 from llava_fast.inputs.anyres import VisualGeometry, image_views
+from llava_fast.integrations import versions
 from llava_fast.integrations.tiles import (
     Unserved,
     anyres_tiles,
@@ -299,6 +300,7 @@ class FastProcessor:
         Works without torchvision. Raises CheckpointError for a model type it does not serve, ValueError for another
         output.
         """
+        versions.warn_if_untried()
         if output not in OUTPUTS:
             raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
         model_type = PreTrainedConfig.get_config_dict(path, **kwargs)[0].get("model_type")

@@ -58,7 +58,9 @@ def of_model(model: nn.Module) -> list[str]:
     whole = integration.find(model)
     inner = whole.model
     lines = [f"  {type(whole).__name__}", *(f"    replaced: {what}" for what in integration.replaced(model))]
-    stock = [f"the image path: {why}" for why in [_why_images(inner)] if why]
+    unlike = integration.self_check.reasons(inner, integration.accelerate, thorough=True)
+    stock = [f"{what}: {why}" for what, why in unlike.items()]
+    stock += [f"the image path: {why}" for why in [_why_images(inner)] if why]
     labels = torch.empty(1, 2, dtype=torch.long, device="meta")
     stock += [f"the loss: {why}" for why in [integration.unfit_for_loss(whole, {"labels": labels})] if why]
     lines += [f"    stock, in each call: {what}" for what in stock]

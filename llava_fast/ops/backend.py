@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import os
 from collections.abc import Iterator, Mapping
 
@@ -67,9 +68,20 @@ def choose(op: str, device: str = "", unfit: Mapping[str, str | None] | None = N
     if name not in _served.get(op, {}):
         known = ", ".join(_served.get(op, {})) or "none"
         raise BackendError(f"backend {name!r} does not serve the op {op!r} (it has: {known}); use 'auto'")
+    if name == "triton" and not _has_triton():
+        raise BackendError("backend 'triton' needs triton, which is not installed: pip install triton (on Linux)")
     if unfit.get(name):
         raise BackendError(f"backend {name!r} cannot run this {op}: {unfit[name]}; use 'auto'")
     return name
+
+
+@functools.cache
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def serves(op: str, device: str) -> bool:

@@ -105,7 +105,7 @@ def _tensorboard(directory: Path, first: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        tqdm.write("tensorboard is not installed (pip install tensorboard): metrics.jsonl has the same figures")
+        tqdm.write("tensorboard is not installed (pip install 'llava_fast[train]'): metrics.jsonl has the same figures")
         return None
     return SummaryWriter(str(directory), purge_step=first + 1)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_fast.errors import TrainingError
+from llava_fast.errors import MissingPackageError, TrainingError
 from llava_fast.train.metrics import FILE, read_metrics
 
 CURVES = {
@@ -42,8 +42,10 @@ def read_runs(directories: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
 def save_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> list[str]:
     """Draw what the runs (see `read_runs`) report over their steps, a panel for each figure and a line for each run;
     returns the names of the figures drawn. A figure that is not known at a step leaves a gap."""
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingPackageError("a picture of curves", "matplotlib", "plot") from None
     steps = [values for run in runs.values() for values in run]
     shown = [key for key in CURVES if any(values.get(key) is not None for values in steps)]
     columns = min(3, len(shown))

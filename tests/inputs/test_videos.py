@@ -103,7 +103,7 @@ def test_sound_without_pictures(tmp_path):
 
 def test_video_without_pyav_names_the_extra(video_file, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "av", None)
-    with pytest.raises(ImageError, match=r"pip install llava_fast\[video\]"):
+    with pytest.raises(ImageError, match=r"pip install 'llava_fast\[video\]'"):
         videos.read_video(video_file)
 
 

@@ -4,7 +4,9 @@ that the stock model would not. Each test plants a change in the installed versi
 import dataclasses
 import functools
 import inspect
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import transformers
 from against_stock import assert_close, batch, fresh, gradients, shallow
 
 import llava_fast
-from llava_fast.integrations import hf_decoder, self_check, versions
+from llava_fast.integrations import self_check, versions
 from llava_fast.integrations import transformers as integration
 
 GREEDY = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -244,7 +246,7 @@ def test_a_trial_leaves_no_trace():
     llava_fast.accelerate(model)
     assert torch.equal(torch.get_rng_state(), state) and not torch.equal(before, state)
     assert next(fresh_on_meta.parameters()).is_meta and torch.get_default_dtype() == torch.float32
-    assert not hf_decoder._forced.get() and not self_check.in_trial()
+    assert not self_check.in_trial()
 
 
 def test_what_fails_here_is_tried_by_the_stock_model(monkeypatch, caplog):
@@ -262,6 +264,21 @@ def test_a_keyword_without_a_name_takes_the_stock_path(caplog):
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, stock(**inputs).logits)
     assert "interpolate_pos_encoding is given, which accelerate does not know" in caplog.text
+
+
+def test_the_tried_versions_are_those_of_the_metadata():
+    root = Path(__file__).parents[2]
+    first, last = versions.TRIED
+    major, minor = map(int, last.split("."))
+    project = (root / "pyproject.toml").read_text()
+    assert f'"transformers>={first},<{major + 1}"' in project
+    assert f'tried = ["transformers<{major}.{minor + 1}"' in project
+    matrix = (root / ".github/workflows/versions.yml").read_text()
+    assert {version[:4] for version in re.findall(r'transformers: "?([0-9.]+)', matrix)} == {
+        f"{major}.{each}" for each in range(int(first.split(".")[1]), minor + 1)
+    }
+    assert f"transformers=={first}." in (root / "constraints-oldest.txt").read_text()
+    assert f"transformers=={last}." in (root / "constraints.txt").read_text()
 
 
 @pytest.mark.parametrize(

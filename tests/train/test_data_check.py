@@ -233,7 +233,7 @@ def test_a_histogram_that_cannot_be_is_refused_at_once(folder, tiny_next, monkey
 
     monkeypatch.setattr(builtins, "__import__", without)
     result = run(path, "-m", tiny_next, "--histogram", folder / "h.png")
-    assert "pip install llava_fast[plot]" in str(result.exception)
+    assert "pip install 'llava_fast[plot]'" in str(result.exception)
 
 
 def test_a_wrong_recipe_or_model_is_an_error(folder):

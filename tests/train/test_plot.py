@@ -79,4 +79,4 @@ def test_what_cannot_be_drawn_is_refused(tmp_path, monkeypatch):
         return real(name, *arguments)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    assert "pip install llava_fast[plot]" in str(run(made).exception)
+    assert "pip install 'llava_fast[plot]'" in str(run(made).exception)

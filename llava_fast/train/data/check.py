@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from llava_fast.errors import CheckpointError, DataError
+from llava_fast.errors import CheckpointError, DataError, MissingPackageError
 from llava_fast.inputs.processor import Processor
 from llava_fast.train.data.lengths import LabelMask, Lengths, measure
 from llava_fast.train.data.mixture import epoch_counts
@@ -225,8 +225,10 @@ def show(report: Report, console: Console) -> None:
 
 def save_histogram(report: Report, path: Path) -> None:
     """A picture of how many samples have how many tokens. Raises DataError without tokens to count."""
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingPackageError("a histogram", "matplotlib", "plot") from None
     if not report.tokens:
         raise DataError("a histogram needs tokens: give a model, and data that can be read")
     fine = ~np.isin(np.arange(report.samples), list(report.lengths.problems))
@@ -245,11 +247,12 @@ def save_histogram(report: Report, path: Path) -> None:
 
 
 def check_picture_path(path: Path, what: str = "a histogram") -> None:
-    """Raises DataError now, not after an hour of measuring, for a picture that could not be written."""
+    """Raises DataError now, not after an hour of measuring, for a picture that could not be written, and
+    MissingPackageError without matplotlib."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise DataError(f"{what} needs matplotlib: pip install llava_fast[plot]") from None
+        raise MissingPackageError(what, "matplotlib", "plot") from None
     if path.suffix.lower() not in _PICTURES:
         raise DataError(f"{what} is a {', '.join(_PICTURES)} file, not {path.name}")
     check_parent(path)

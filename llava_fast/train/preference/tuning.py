@@ -144,7 +144,9 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:
-        raise RecipeError("dpo.reference: base needs PEFT: pip install peft, or use `precomputed`") from None
+        raise RecipeError(
+            "dpo.reference: base needs PEFT: pip install 'llava_fast[train]', or use `precomputed`"
+        ) from None
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     if not layers:
         raise RecipeError("dpo.reference: base needs a model with adapters: give `lora`, or use `precomputed`")
