@@ -53,7 +53,7 @@ def with_triton():
 USES = {
     "scans": (canvas._scans, "demo"),
     "photos": (canvas._photos, "demo"),
-    "a video": (lambda: videos.open_video("film.mp4"), "video"),
+    "a video": (lambda: videos.read_video("film.mp4"), "video"),
     "a picture of curves": (lambda: plot.save_curves({}, Path("curves.png")), "plot"),
     "a histogram": (lambda: check.save_histogram(None, Path("lengths.png")), "plot"),
     "a picture to come": (lambda: check.check_picture_path(Path("lengths.png")), "plot"),

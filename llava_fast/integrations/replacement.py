@@ -50,10 +50,14 @@ def put_back(module: nn.Module, name: str) -> bool:
     return True
 
 
-@functools.lru_cache(maxsize=256)
 def stock_signature(kind: type, name: str) -> inspect.Signature:
     """The signature of a method as its instances show it, without annotations (not all of them can be pickled)."""
-    _, *parameters = inspect.signature(getattr(kind, name)).parameters.values()
+    return _signature(getattr(kind, name))
+
+
+@functools.lru_cache(maxsize=256)
+def _signature(method: Callable[..., Any]) -> inspect.Signature:
+    _, *parameters = inspect.signature(method).parameters.values()
     return inspect.Signature([parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters])
 
 

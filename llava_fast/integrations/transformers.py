@@ -130,7 +130,8 @@ def _replacements(whole: nn.Module) -> Iterator[tuple]:
     yield whole.model, "forward", inner_forward, "the tower's run (stops at the selected layer), projection, placement"
     if hasattr(type(whole), ENCODE):
         yield whole, ENCODE, encode_for_generation, "generate's encoding of images"
-        yield whole.model, "get_image_features", inner_image_features, "image features for generate"
+        if hasattr(type(whole.model), "get_image_features"):
+            yield whole.model, "get_image_features", inner_image_features, "image features for generate"
         if hasattr(type(whole.model), "get_video_features"):
             yield whole.model, "get_video_features", inner_video_features, "video features for generate"
     yield from hf_decoder.replacements(whole)
