@@ -107,16 +107,17 @@ def reasons(inner: nn.Module, accelerate: Call, thorough: bool = False) -> Mappi
 
 
 def _definitions(names: list[str]) -> list:
-    """The global names of the modules that models come from, and what the modules' classes hold."""
+    """The global names of the modules that models come from and what they are, and the same of the modules' classes."""
     import transformers
 
     values: list = []
     for name in names:
         module = getattr(transformers, name + "Model").__module__
-        for value in vars(sys.modules[module]).values():
-            values.append(value)
+        for key, value in vars(sys.modules[module]).items():
+            values += key, value
             if isinstance(value, type) and value.__module__ == module:
-                values.extend(vars(value).values())
+                for pair in vars(value).items():
+                    values += pair
     return values
 
 
