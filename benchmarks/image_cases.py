@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from benchmarks.op_case import OpCase, Widths
 from llava_fast import _C, ops
-from llava_fast.inputs.anyres import View, fit_within
-from llava_fast.inputs.images import TilePlan as HostPlan
-from llava_fast.inputs.images import make_tiles, plan_tiles
+from llava_fast.inputs.pictures.tiles import TilePlan as HostPlan
+from llava_fast.inputs.pictures.tiles import make_tiles, plan_tiles
+from llava_fast.inputs.pictures.view import View
+from llava_fast.inputs.tiling.anyres import fit_within
 from llava_fast.ops.image import TilePlan
 
 GRID, ASPECT = 2, (9, 16)

@@ -12,7 +12,7 @@ from PIL import Image
 from benchmarks.case import Settings
 from benchmarks.floors import Sizes
 from benchmarks.subject import Subject
-from llava_fast.inputs.plan import MODALITY_TEXT
+from llava_fast.inputs.plan.columns import MODALITY_TEXT
 from llava_fast.models.batch import Batch
 
 PROMPT = "USER: <image>\nWhat is shown in this picture? ASSISTANT:"

@@ -18,7 +18,7 @@ from benchmarks.shapes import SHAPES, build_config, build_processor, write_direc
 from llava_fast.checkpoints.config import read_hf_config
 from llava_fast.checkpoints.names import from_stored, is_skipped
 from llava_fast.generation.llava import Llava
-from llava_fast.inputs.chat import builtin_template
+from llava_fast.inputs.chat.rendering import builtin_template
 from llava_fast.inputs.processor import Processor
 
 BLOCK = (1 << 20) + 7

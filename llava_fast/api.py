@@ -18,10 +18,12 @@ from llava_fast.checkpoints.templates import find_templates
 from llava_fast.checkpoints.tokenizer import load_tokenizer
 from llava_fast.errors import CheckpointError
 from llava_fast.generation.llava import Llava
-from llava_fast.inputs import anyres, chat
-from llava_fast.inputs.images import TORCH_MODES
-from llava_fast.inputs.preprocessing import FILTERS
+from llava_fast.inputs.chat.formats import default_template_name
+from llava_fast.inputs.chat.rendering import ChatTemplate, builtin_names, builtin_template, checkpoint_template
+from llava_fast.inputs.pictures.preprocessing import FILTERS
+from llava_fast.inputs.pictures.tiles import TORCH_MODES
 from llava_fast.inputs.processor import Processor
+from llava_fast.inputs.tiling.anyres import Compat, count_image_rows
 from llava_fast.models.fused import merge_linears
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ def load(
 
     device         default: the first CUDA device if there is one, else the CPU.
     dtype          torch dtype or its name; "auto" is the checkpoint's own. Default: "auto", but float32 on a CPU.
-    chat_template  name of a built-in template (see inputs.chat) to use instead of the checkpoint's, or of one of those
+    chat_template  name of a built-in template (see inputs.chat.formats) to use instead of the checkpoint's, or of one of those
                    that the checkpoint brings (default: the one named "default").
     resample       "pillow" (bit-exact with Pillow) or "torchvision" (what transformers does where it is installed).
     video_frames   how many frames of a video file are used, spaced uniformly.
@@ -106,32 +108,32 @@ def count_tokens(
     model_or_config: Llava | LlavaConfig,
     height: int,
     width: int,
-    compat: anyres.Compat | None = None,
+    compat: Compat | None = None,
 ) -> int:
     """Visual tokens that an image of this size (pixels) costs. `compat` reads the pinpoints as Hugging Face ("hf")
     or the original code ("llava") does; default: as the checkpoint does. Raises ImageError for an empty image."""
     geometry = getattr(model_or_config, "config", model_or_config).geometry
-    return anyres.count_image_rows(geometry.read_as(compat) if compat else geometry, height, width)
+    return count_image_rows(geometry.read_as(compat) if compat else geometry, height, width)
 
 
-def _chat_template(checkpoint: LoadedCheckpoint, name: str, tokenizer: Any, asked: str | None) -> chat.ChatTemplate:
+def _chat_template(checkpoint: LoadedCheckpoint, name: str, tokenizer: Any, asked: str | None) -> ChatTemplate:
     """The template asked for (a built-in one, or one that the checkpoint brings under that name), else the one it was
     trained with here, else the checkpoint's own, else the one that its name and decoder suggest. A template that is
     there and cannot be used is an error."""
-    if asked is not None and asked in chat.builtin_names():
-        return chat.builtin_template(asked)
+    if asked is not None and asked in builtin_names():
+        return builtin_template(asked)
     if asked is None and (trained_with := _trained_template(checkpoint)) is not None:
         return trained_with
     own = find_templates(checkpoint.path, tokenizer, checkpoint.tokenizer_path)
     if asked is not None and (own is None or asked not in own.sources):
-        return chat.builtin_template(asked)  # raises, and names those that are known
+        return builtin_template(asked)  # raises, and names those that are known
     if own is not None and (asked is not None or checkpoint.config.layout == "hf"):
         origin = f"{own.file}: the chat template"
-        return chat.checkpoint_template(own.choose(asked or "default"), tokenizer.special_tokens_map, origin)
-    return chat.builtin_template(chat.default_template_name(name, checkpoint.config.decoder.family))
+        return checkpoint_template(own.choose(asked or "default"), tokenizer.special_tokens_map, origin)
+    return builtin_template(default_template_name(name, checkpoint.config.decoder.family))
 
 
-def _trained_template(checkpoint: LoadedCheckpoint) -> chat.ChatTemplate | None:
+def _trained_template(checkpoint: LoadedCheckpoint) -> ChatTemplate | None:
     """The built-in template that the checkpoint was trained with by this package, if it was."""
     if NOTE_FILE not in checkpoint.side_files:
         return None
@@ -140,9 +142,9 @@ def _trained_template(checkpoint: LoadedCheckpoint) -> chat.ChatTemplate | None:
     check_fields(note, fields.Note, file)
     if (name := note.get("chat_template")) is None:
         return None
-    if name not in chat.builtin_names():
+    if name not in builtin_names():
         raise CheckpointError(f"{file}: chat_template {name!r} is no built-in template; give one by chat_template=")
-    return chat.builtin_template(name)
+    return builtin_template(name)
 
 
 def _device(device: torch.device | str | None) -> torch.device:

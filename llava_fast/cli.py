@@ -75,7 +75,7 @@ def generate(
 
     llava-fast generate llava-hf/llava-v1.6-mistral-7b-hf -i photo.jpg -p "What is in this picture?"
     """
-    from llava_fast.inputs.chat import with_response_format
+    from llava_fast.inputs.chat.messages import with_response_format
 
     if short:
         prompt = with_response_format(prompt, "short")

@@ -17,7 +17,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 import llava_fast
 from llava_fast.errors import CheckpointError, ImageError
-from llava_fast.inputs.preprocessing import FILTERS
+from llava_fast.inputs.pictures.preprocessing import FILTERS
 
 PROCESSORS = {
     "LlavaImageProcessor": LlavaImageProcessorPil,

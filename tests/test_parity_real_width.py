@@ -18,10 +18,10 @@ from llava_fast.checkpoints.names import from_stored
 from llava_fast.generation.engine import Sequence, steps
 from llava_fast.generation.sampling import Sampler, Sampling
 from llava_fast.generation.text import TextDecoder
-from llava_fast.inputs.anyres import image_rows, image_views
-from llava_fast.inputs.images import make_tiles
-from llava_fast.inputs.plan import TextPiece, VisualPiece, build_plan
-from llava_fast.inputs.processor import Prepared
+from llava_fast.inputs.pictures.tiles import make_tiles
+from llava_fast.inputs.plan.plan import TextPiece, VisualPiece, build_plan
+from llava_fast.inputs.prepared import Prepared
+from llava_fast.inputs.tiling.anyres import image_rows, image_views
 from llava_fast.models.batch import Batch
 from llava_fast.models.llava import LlavaModel
 

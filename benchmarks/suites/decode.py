@@ -19,7 +19,7 @@ from benchmarks.inputs import PROMPT, ROTATED, inference, photographs
 from benchmarks.subject import Subject
 from llava_fast.generation import engine
 from llava_fast.generation.sampling import Sampling
-from llava_fast.inputs.plan import TextPiece, sequence_length
+from llava_fast.inputs.plan.plan import TextPiece, sequence_length
 from llava_fast.models.batch import Batch
 
 

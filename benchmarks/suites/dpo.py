@@ -17,7 +17,7 @@ from benchmarks.floors import Sizes, train_floor
 from benchmarks.inputs import ROTATED, describe, requests
 from benchmarks.subject import Subject
 from benchmarks.suites.train_step import provider
-from llava_fast.inputs.plan import Piece, TextPiece
+from llava_fast.inputs.plan.plan import Piece, TextPiece
 from llava_fast.models.batch import Batch
 from llava_fast.train.preference.loss import answer_log_probs, preference_losses
 

@@ -21,8 +21,8 @@ from benchmarks.floors import Sizes, train_floor
 from benchmarks.inputs import requests
 from benchmarks.subject import Subject
 from benchmarks.suites.train_step import provider
-from llava_fast.inputs.plan import Layout, TextPiece
-from llava_fast.inputs.processor import Prepared
+from llava_fast.inputs.plan.plan import Layout, TextPiece
+from llava_fast.inputs.prepared import Prepared
 from llava_fast.models.batch import Batch
 from llava_fast.train.data.packing import split_packed, split_padded
 from llava_fast.train.estimate.flops import sequence_flops

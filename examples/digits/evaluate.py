@@ -24,7 +24,7 @@ import llava_fast
 from llava_fast.demo import KINDS, PHRASINGS, Canvas, answer, compose, split_scans
 from llava_fast.generation import engine
 from llava_fast.generation.sampling import Sampling
-from llava_fast.inputs import anyres
+from llava_fast.inputs.tiling.anyres import image_rows
 
 BATCH = 50
 TILE = 32
@@ -116,7 +116,7 @@ def answers(
     images = [pixels(c.image) if pixels else c.image for c in canvases]
     batch = model.prepare([{"messages": [{"role": "user", "content": content}], "images": [i]} for i in images])
     if tiles:
-        counts = [anyres.image_rows(model.config.geometry, *i.shape[:2]).tiles for i in images]
+        counts = [image_rows(model.config.geometry, *i.shape[:2]).tiles for i in images]
         batch = dataclasses.replace(batch, tiles=torch.cat([tiles(part, rng) for part in batch.tiles.split(counts)]))
     options = Sampling(max_new_tokens=8)
     sequences = [engine.new_sequence(model, options, [], 8, None) for _ in canvases]

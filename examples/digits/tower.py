@@ -25,7 +25,9 @@ from tqdm import tqdm
 
 import llava_fast
 from llava_fast.demo import compose, split_scans
-from llava_fast.inputs import anyres, images
+from llava_fast.inputs.pictures.tiles import make_tiles
+from llava_fast.inputs.pictures.view import View
+from llava_fast.inputs.tiling.anyres import VisualGeometry, image_views
 from llava_fast.models.towers.vit import VisionTower
 
 NO_DIGIT = 10
@@ -117,7 +119,7 @@ def guard_positions(tower: VisionTower) -> None:
     )
 
 
-def train_tower(tower: VisionTower, geometry: anyres.VisualGeometry, scans: np.ndarray, minutes: float) -> float:
+def train_tower(tower: VisionTower, geometry: VisualGeometry, scans: np.ndarray, minutes: float) -> float:
     """Train for so many minutes of processor time; returns the last steps' accuracy on patches with ink."""
     rng = np.random.default_rng(0)
     head = nn.Linear(tower.config.feature_size, NO_DIGIT + 1)
@@ -151,7 +153,7 @@ def train_tower(tower: VisionTower, geometry: anyres.VisualGeometry, scans: np.n
 
 def dense_batch(
     rng: np.random.Generator,
-    geometry: anyres.VisualGeometry,
+    geometry: VisualGeometry,
     scans: np.ndarray,
     plain: float,
 ) -> tuple[Tensor, Tensor]:
@@ -160,8 +162,8 @@ def dense_batch(
     for _ in range(CANVASES):
         canvas = compose(rng, scans, plain=bool(rng.random() < plain))
         height, width = canvas.image.shape[:2]
-        views = anyres.image_views(geometry, height, width)
-        cut = images.make_tiles(canvas.image, views, geometry.tile_size, threads=1)
+        views = image_views(geometry, height, width)
+        cut = make_tiles(canvas.image, views, geometry.tile_size, threads=1)
         marks = np.concatenate([_patch_labels(canvas, view, geometry) for view in views])
         has_ink = (marks != NO_DIGIT).any(1)
         tiles.append(cut[has_ink])
@@ -169,7 +171,7 @@ def dense_batch(
     return torch.from_numpy(np.concatenate(tiles)), torch.from_numpy(np.concatenate(labels))
 
 
-def _patch_labels(canvas, view: anyres.View, geometry: anyres.VisualGeometry) -> np.ndarray:
+def _patch_labels(canvas, view: View, geometry: VisualGeometry) -> np.ndarray:
     """int64 [tiles, patches]: the digit in whose ink box each patch's centre lies, or NO_DIGIT."""
     patch, side = geometry.patch_size, geometry.side
     scale_y, scale_x = view.size[0] / canvas.image.shape[0], view.size[1] / canvas.image.shape[1]

@@ -33,8 +33,8 @@ from llava_fast.checkpoints.preprocessing import (
     video_settings,
 )
 from llava_fast.errors import CheckpointError, ImageError
-from llava_fast.inputs.anyres import VisualGeometry
-from llava_fast.inputs.preprocessing import Fit, Preprocessing, name_fit, standard_fit
+from llava_fast.inputs.pictures.preprocessing import Fit, Preprocessing, name_fit, standard_fit
+from llava_fast.inputs.tiling.anyres import VisualGeometry
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.connectors.mlp import ProjectorConfig
 from llava_fast.models.decoders import DECODERS

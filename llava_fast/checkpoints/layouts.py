@@ -22,7 +22,7 @@ from llava_fast.checkpoints.preprocessing import (
 )
 from llava_fast.checkpoints.towers import KNOWN_TOWERS
 from llava_fast.errors import CheckpointError
-from llava_fast.inputs.preprocessing import Filter, Fit, Preprocessing, name_fit, standard_fit
+from llava_fast.inputs.pictures.preprocessing import Filter, Fit, Preprocessing, name_fit, standard_fit
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.towers import TOWERS
 from llava_fast.models.towers.base import TowerConfig

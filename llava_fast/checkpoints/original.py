@@ -29,7 +29,7 @@ from llava_fast.checkpoints.files import check_fields, one_line, read_json, read
 from llava_fast.checkpoints.preprocessing import geometry_fields, padded
 from llava_fast.checkpoints.towers import Tower, find_tower
 from llava_fast.errors import CheckpointError, ImageError
-from llava_fast.inputs.anyres import VisualGeometry, parse_pinpoints
+from llava_fast.inputs.tiling.anyres import VisualGeometry, parse_pinpoints
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.connectors.mlp import ProjectorConfig
 from llava_fast.models.towers.base import TowerConfig

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from llava_fast.checkpoints import fields
 from llava_fast.checkpoints.files import read_json_if_there
 from llava_fast.errors import CheckpointError
-from llava_fast.inputs.preprocessing import (
+from llava_fast.inputs.pictures.preprocessing import (
     CLIP_MEAN,
     CLIP_STD,
     FILTERS,

@@ -26,7 +26,7 @@ from llava_fast.checkpoints.preprocessing import (
 )
 from llava_fast.checkpoints.tensor_files import StoredTensor, open_weights
 from llava_fast.errors import CheckpointError
-from llava_fast.inputs.preprocessing import Preprocessing
+from llava_fast.inputs.pictures.preprocessing import Preprocessing
 from llava_fast.models.towers import TOWERS
 from llava_fast.models.towers.base import TowerConfig
 from llava_fast.models.towers.vit import ClipConfig, SiglipConfig

@@ -17,7 +17,7 @@ from rich.text import Text
 from llava_fast.api import count_tokens, load
 from llava_fast.demo import canvas, questions
 from llava_fast.errors import CheckpointError
-from llava_fast.inputs.images import open_image
+from llava_fast.inputs.pictures.reading import open_image
 
 STAGES = ("image to tiles and token ids", "to the first token", "each further token")
 STAGE_TOKENS = 33  # the first and 32 more, so that a token's time is an average

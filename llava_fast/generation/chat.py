@@ -10,7 +10,7 @@ from llava_fast.errors import RequestError
 from llava_fast.generation import engine
 from llava_fast.generation.engine import Generation, Usage
 from llava_fast.generation.sampling import Sampling
-from llava_fast.inputs.processor import VisualMark
+from llava_fast.inputs.prepared import VisualMark
 from llava_fast.models.batch import Batch
 from llava_fast.models.kv_cache import KVCache
 from llava_fast.models.llava import LlavaModel

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llava_fast.generation.sampling import Sampler, Sampling
 from llava_fast.generation.text import TextDecoder
-from llava_fast.inputs.plan import MODALITY_TEXT, TEXT
+from llava_fast.inputs.plan.columns import MODALITY_TEXT, TEXT
 from llava_fast.models.attention import Spans
 from llava_fast.models.batch import Batch
 from llava_fast.models.kv_cache import KVCache

@@ -10,61 +10,32 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
 
 from llava_fast.errors import ImageError, RequestError
-from llava_fast.inputs import anyres, chat, headers, images, videos
-from llava_fast.inputs.length import RowCounts, count_rows
-from llava_fast.inputs.plan import (
-    MODALITY_IMAGE,
-    MODALITY_VIDEO,
-    Layout,
-    Piece,
-    TextPiece,
-    TokenPlan,
-    VisualPiece,
-    build_plan,
-    sequence_length,
-)
+from llava_fast.inputs.chat.rendering import ChatTemplate, Segment
+from llava_fast.inputs.labels import supervised_tokens
+from llava_fast.inputs.pictures.headers import image_size
+from llava_fast.inputs.pictures.reading import open_image, require_rgb
+from llava_fast.inputs.pictures.tiles import UncutImages, make_tiles, plan_tiles
+from llava_fast.inputs.pictures.video import VideoTimes, frame_count, read_video, video_times
+from llava_fast.inputs.pictures.view import View
+from llava_fast.inputs.plan.columns import MODALITY_IMAGE, MODALITY_VIDEO
+from llava_fast.inputs.plan.length import RowCounts, count_rows
+from llava_fast.inputs.plan.plan import Layout, Piece, TextPiece, VisualPiece, build_plan, sequence_length
+from llava_fast.inputs.prepared import Cut, Prepared, VisualMark
+from llava_fast.inputs.requests import Labels, render_request
+from llava_fast.inputs.tiling.anyres import VisualGeometry, image_rows, image_views
+from llava_fast.inputs.tiling.video import frame_views, video_rows
 
 ORIGINAL_IMAGE_TOKEN = -200
 """The placeholder id of original LLaVA checkpoints, whose vocabulary has no image token (llava/constants.py)."""
-
-REQUEST_KEYS = {"prompt", "messages", "images", "video", "seed", "id"}
 _MARK = re.compile(r"<image>|<video>")
 _IMAGE_MARK = re.compile(r"<image>")
-
-
-Labels = bool | Literal["answers", "original"]
-"""What of a conversation is supervised. "answers", or True: all that the model has to generate after each generation
-prompt. "original": what the original trainers put a loss on (see chat_templates), role headers of qwen and llama_3
-included; for most templates the same. False: nothing."""
-
-Cut = np.ndarray | tuple[np.ndarray, Sequence[anyres.View]]
-"""The tiles of an image, or the image and its views where a device is to make them."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A batch on the host: uint8 tiles [tiles, 3, H, W], or the images that a device is to cut into them, and the
-    plan that places them."""
-
-    tiles: np.ndarray | images.UncutImages
-    plan: TokenPlan
-
-
-@dataclass(frozen=True)
-class VisualMark:
-    """An image or video named in a prompt, not opened yet. `alone`: it is tiled as the only image of a request is."""
-
-    kind: Literal["<image>", "<video>"]
-    source: Any
-    alone: bool
 
 
 @dataclass(frozen=True)
@@ -84,10 +55,10 @@ class Processor:
                     the tiles, the same to the bit. Only for resample="pillow".
     """
 
-    geometry: anyres.VisualGeometry
+    geometry: VisualGeometry
     tokenizer: Any
     image_token_id: int
-    template: chat.ChatTemplate
+    template: ChatTemplate
     video_token_id: int | None = None
     max_rows: int | None = None
     video_frames: int = 16
@@ -156,24 +127,24 @@ class Processor:
     def _mark_rows(self, mark: VisualMark) -> int:
         try:
             if mark.kind == "<video>":
-                frames = videos.frame_count(mark.source, self._frames_of(mark.source))
-                return len(anyres.video_rows(self.geometry, frames))
-            size = headers.image_size(mark.source, self.exif)
+                frames = frame_count(mark.source, self._frames_of(mark.source))
+                return len(video_rows(self.geometry, frames))
+            size = image_size(mark.source, self.exif)
         except TypeError as error:
             raise RequestError(str(error)) from error
-        return len(anyres.image_rows(self.geometry, *size, mark.alone))
+        return len(image_rows(self.geometry, *size, mark.alone))
 
     def _frames_of(self, video: Any) -> int | None:
         """How many frames of a video are used; None: all, as the caller has chosen them."""
         from_file = isinstance(video, (str, os.PathLike, bytes, bytearray, memoryview))
         return self.video_frames if from_file else None
 
-    def render(self, request: dict, labels: Labels = False) -> tuple[list[chat.Segment], list, list]:
+    def render(self, request: dict, labels: Labels = False) -> tuple[list[Segment], list, list]:
         """See `render_request`."""
         return render_request(self.template, request, labels, self._times_of if self.time_instruction else None)
 
-    def _times_of(self, video: Any) -> videos.VideoTimes:
-        return videos.video_times(video, self.video_frames)
+    def _times_of(self, video: Any) -> VideoTimes:
+        return video_times(video, self.video_frames)
 
     def outline(self, request: dict, labels: Labels = False) -> list[TextPiece | VisualMark]:
         """A request as token ids and marks in order, before any image is opened; only a time instruction reads the
@@ -201,7 +172,7 @@ class Processor:
                     f"mark each one's place in the prompt with {mark}"
                 )
         if labels == "original":  # from here on, what is supervised is what the original trainers supervise
-            segments = [chat.Segment(each.text, each.supervised_original) for each in segments]
+            segments = [Segment(each.text, each.supervised_original) for each in segments]
         ids, supervised, places = self._encode(text, pattern, segments if labels else None, "messages" in request)
         if labels == "original":
             supervised |= np.isin(ids, self._original_label_ids)
@@ -228,33 +199,33 @@ class Processor:
     def _visual_piece(self, mark: VisualMark, tiles: list[Cut]) -> VisualPiece:
         if mark.kind == "<video>":
             try:
-                frames = videos.read_video(mark.source, self._frames_of(mark.source))
+                frames = read_video(mark.source, self._frames_of(mark.source))
             except TypeError as error:
                 raise RequestError(str(error)) from error
-            views = anyres.frame_views(self.geometry, *frames.shape[1:3])
+            views = frame_views(self.geometry, *frames.shape[1:3])
             tiles += [self._cut(frame, views) for frame in frames]
-            return VisualPiece(anyres.video_rows(self.geometry, len(frames)), MODALITY_VIDEO)
+            return VisualPiece(video_rows(self.geometry, len(frames)), MODALITY_VIDEO)
         try:
             image = self._open(mark.source)
         except TypeError as error:
             raise RequestError(str(error)) from error
         tiles.append(self._cut(image, self._image_views(image, mark.alone)))
-        return VisualPiece(anyres.image_rows(self.geometry, *image.shape[:2], mark.alone), MODALITY_IMAGE)
+        return VisualPiece(image_rows(self.geometry, *image.shape[:2], mark.alone), MODALITY_IMAGE)
 
-    def _image_views(self, image: np.ndarray, alone: bool) -> Sequence[anyres.View]:
-        return anyres.image_views(self.geometry, *image.shape[:2], alone)
+    def _image_views(self, image: np.ndarray, alone: bool) -> Sequence[View]:
+        return image_views(self.geometry, *image.shape[:2], alone)
 
-    def _cut(self, image: np.ndarray, views: Sequence[anyres.View]) -> Cut:
+    def _cut(self, image: np.ndarray, views: Sequence[View]) -> Cut:
         return (image, views) if self.tiles_on == "device" else self._make(image, views)
 
-    def _joined(self, tiles: list[Cut]) -> np.ndarray | images.UncutImages:
+    def _joined(self, tiles: list[Cut]) -> np.ndarray | UncutImages:
         """The tiles of a batch, or its images if a device is to cut them."""
         size = self.geometry.tile_size
         uncut = [part for part in tiles if isinstance(part, tuple)]
         if uncut:
             sizes = [image.shape[:2] for image, _ in uncut]
-            plan = images.plan_tiles(sizes, [views for _, views in uncut], size, pillow=self.pillow)
-            return images.UncutImages(np.concatenate([image.ravel() for image, _ in uncut]), plan)
+            plan = plan_tiles(sizes, [views for _, views in uncut], size, pillow=self.pillow)
+            return UncutImages(np.concatenate([image.ravel() for image, _ in uncut]), plan)
         made = [part for part in tiles if not isinstance(part, tuple)]
         return np.concatenate(made) if made else np.zeros((0, 3, size, size), np.uint8)
 
@@ -263,11 +234,11 @@ class Processor:
         array it is given on white; the original LLaVA always drops it."""
         given = not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview))
         if given and not self.geometry.convert_rgb:
-            images.require_rgb(source)
-        return images.open_image(source, exif=self.exif, alpha="white" if given and self.exif else "drop")
+            require_rgb(source)
+        return open_image(source, exif=self.exif, alpha="white" if given and self.exif else "drop")
 
-    def _make(self, image: np.ndarray, views: Sequence[anyres.View]) -> np.ndarray:
-        return images.make_tiles(
+    def _make(self, image: np.ndarray, views: Sequence[View]) -> np.ndarray:
+        return make_tiles(
             image,
             views,
             self.geometry.tile_size,
@@ -276,7 +247,7 @@ class Processor:
             threads=self.threads,
         )
 
-    def _encode(self, text: str, marks: re.Pattern, segments: list[chat.Segment] | None, rendered: bool):
+    def _encode(self, text: str, marks: re.Pattern, segments: list[Segment] | None, rendered: bool):
         """(ids, supervised or None, places of the image and video tokens among the ids)."""
         if self.image_token_id == ORIGINAL_IMAGE_TOKEN:
             return self._encode_chunks(text, marks, segments)
@@ -292,7 +263,7 @@ class Processor:
         supervised = None if segments is None else supervised_tokens(np.asarray(encoded["offset_mapping"]), segments)
         return ids, supervised, np.flatnonzero(np.isin(ids, list(tokens.values())))
 
-    def _encode_chunks(self, text: str, marks: re.Pattern, segments: list[chat.Segment] | None):
+    def _encode_chunks(self, text: str, marks: re.Pattern, segments: list[Segment] | None):
         """Original LLaVA tokenises the text between marks chunk by chunk and keeps the first chunk's BOS."""
         ids, supervised, places = [], [], []
         offset, bos = 0, self.tokenizer.bos_token_id
@@ -340,69 +311,3 @@ class Processor:
                 f"the prompt takes {rows} tokens ({visual} of them visual) and the model's context holds "
                 f"{self.max_rows}: shorten the text, or use fewer or smaller images"
             )
-
-
-def render_request(
-    template: chat.ChatTemplate,
-    request: dict,
-    labels: Labels = False,
-    times_of: Callable[[Any], videos.VideoTimes] | None = None,
-) -> tuple[list[chat.Segment], list, list]:
-    """(segments of the prompt, image sources, video sources) of a request, marks still in the text. Only with
-    `labels` is a conversation split into segments; otherwise the whole prompt is one. `times_of` a video: messages get
-    its time instruction. Raises RequestError, and what `times_of` raises."""
-    _check_request(request)
-    given = list(request.get("images") or [])
-    videos = [] if request.get("video") is None else [request["video"]]
-    if "prompt" in request:
-        return [chat.Segment(request["prompt"], False)], given, videos
-    messages, sources = chat.normalise_messages(request["messages"])
-    empty = sum(source is None for source in sources)
-    if empty != len(given):
-        raise RequestError(
-            f"the messages have {empty} image marks without a source and "
-            f'"images" has {len(given)} items: give one image for each {{"type": "image"}}'
-        )
-    supply = iter(given)
-    sources = [next(supply) if source is None else source for source in sources]
-    if times_of is not None and videos:
-        messages = chat.with_video_times(messages, *times_of(videos[0]))
-    if labels:
-        _check_answers(messages)
-        return template.segments(messages, add_generation_prompt=False), sources, videos
-    return [chat.Segment(template.render(messages, add_generation_prompt=True), False)], sources, videos
-
-
-def _check_request(request: Any) -> None:
-    if not isinstance(request, dict):
-        raise RequestError(f'a request is a dict with "prompt" or "messages", got {type(request).__name__}')
-    unknown = set(request) - REQUEST_KEYS
-    if unknown:
-        raise RequestError(f"unknown keys {sorted(unknown)}: a request has {sorted(REQUEST_KEYS)}")
-    if ("prompt" in request) == ("messages" in request):
-        raise RequestError('give exactly one of "prompt" (verbatim) and "messages" (through the chat template)')
-    if "prompt" in request and not isinstance(request["prompt"], str):
-        raise RequestError(f'"prompt" must be a string, got {type(request["prompt"]).__name__}')
-    if not isinstance(request.get("images"), (list, tuple, type(None))):
-        raise RequestError(f'"images" must be a list, even of one image, got {type(request["images"]).__name__}')
-    seed = request.get("seed")
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63):
-        raise RequestError(f'"seed" must be a whole number from 0 to 2**63 - 1, got {seed!r}')
-
-
-def _check_answers(messages: list[dict]) -> None:
-    """Labels without an answer would make a loss of nothing, so the sample is refused. Of several answers some may be
-    empty, as in the original trainers: their end of turn is learnt."""
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    if not any(item["text"] for content in answers for item in content):
-        raise RequestError("labels need an assistant message with text in it: this sample has nothing to learn from")
-
-
-def supervised_tokens(offsets: np.ndarray, segments: list[chat.Segment]) -> np.ndarray:
-    """Which tokens carry a label: those that end inside a supervised segment. A token that begins with the space
-    before an answer ends inside it, so it counts; special tokens without text do not."""
-    ends = np.cumsum([len(segment.text) for segment in segments])
-    flags = np.array([segment.supervised for segment in segments] + [False])
-    offsets = offsets.reshape(-1, 2)
-    segment_of = np.searchsorted(ends, offsets[:, 1], side="left")
-    return flags[np.minimum(segment_of, len(segments))] & (offsets[:, 1] > offsets[:, 0])

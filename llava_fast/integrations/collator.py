@@ -18,9 +18,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import get_worker_info
 
 from llava_fast.errors import LlavaFastError, RequestError
-from llava_fast.inputs import chat, images
-from llava_fast.inputs.plan import IGNORE
-from llava_fast.inputs.processor import render_request, supervised_tokens
+from llava_fast.inputs.chat.messages import IMAGE_MARK
+from llava_fast.inputs.chat.rendering import ChatTemplate, Segment, builtin_template, checkpoint_template
+from llava_fast.inputs.labels import supervised_tokens
+from llava_fast.inputs.pictures.reading import open_image
+from llava_fast.inputs.plan.columns import IGNORE
+from llava_fast.inputs.requests import render_request
 from llava_fast.integrations import shipped_plan, uint8_pixels
 from llava_fast.orphans import end_with_parent
 
@@ -36,7 +39,7 @@ class Collator:
     labels        True: answers are supervised. False: prompts, for generate; an answer is left out.
     end           what follows the answer of a sample with a "prompt". Default: the tokenizer's end of sequence; "" for
                   nothing. (The end of a turn in messages is the chat template's affair.)
-    chat_template name of a built-in template (see inputs.chat) to use instead of the processor's.
+    chat_template name of a built-in template (see inputs.chat.formats) to use instead of the processor's.
     padding_side  "left" or "right". Default: the tokenizer's; "left" without labels.
     plan          True: the batch carries its plan as int32 tensors `llava_plan_*`, which an accelerated model's forward
                   takes, so that it asks the device for nothing. False: for a model that is not accelerated, or
@@ -101,9 +104,9 @@ class Collator:
         segments, sources = self._render(sample)
         token = self.processor.image_token
         text = "".join(segment.text for segment in segments)
-        if text.count(chat.IMAGE_MARK) != len(sources):
-            raise RequestError(f"{text.count(chat.IMAGE_MARK)} {chat.IMAGE_MARK} marks, but {len(sources)} images")
-        segments = [chat.Segment(s.text.replace(chat.IMAGE_MARK, token), s.supervised) for s in segments]
+        if text.count(IMAGE_MARK) != len(sources):
+            raise RequestError(f"{text.count(IMAGE_MARK)} {IMAGE_MARK} marks, but {len(sources)} images")
+        segments = [Segment(s.text.replace(IMAGE_MARK, token), s.supervised) for s in segments]
         text = "".join(segment.text for segment in segments)
         bos = self.tokenizer.bos_token
         encoded = self.processor(
@@ -125,11 +128,11 @@ class Collator:
             out["labels"] = torch.where(supervised, ids, IGNORE)
         return out
 
-    def _template(self, name: str | None) -> chat.ChatTemplate | None:
+    def _template(self, name: str | None) -> ChatTemplate | None:
         if name is not None:
-            return chat.builtin_template(name)
+            return builtin_template(name)
         source = getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
-        return chat.checkpoint_template(source, self.tokenizer.special_tokens_map) if isinstance(source, str) else None
+        return checkpoint_template(source, self.tokenizer.special_tokens_map) if isinstance(source, str) else None
 
     def _named(self, sample: dict, number: int) -> dict[str, Tensor]:
         """The features of a sample; an error names it by its "id" or its place in the batch."""
@@ -157,7 +160,7 @@ class Collator:
             made.pop("labels", None)
         return {"attention_mask": torch.ones_like(made["input_ids"])} | made
 
-    def _render(self, sample: dict) -> tuple[list[chat.Segment], list]:
+    def _render(self, sample: dict) -> tuple[list[Segment], list]:
         """(segments with `<image>` marks, image sources) of a sample."""
         request = {name: value for name, value in sample.items() if name != "answer"}
         if "prompt" not in sample and "messages" not in sample:
@@ -178,9 +181,9 @@ class Collator:
             answer = sample.get("answer")
             if not isinstance(answer, str) or not answer:
                 raise RequestError('labels need a text under "answer": this sample has nothing to learn from')
-            if chat.IMAGE_MARK in answer:
-                raise RequestError(f"its answer holds {chat.IMAGE_MARK}: images belong to the prompt")
-            segments = [*segments, chat.Segment(answer if answer.endswith(self.end) else answer + self.end, True)]
+            if IMAGE_MARK in answer:
+                raise RequestError(f"its answer holds {IMAGE_MARK}: images belong to the prompt")
+            segments = [*segments, Segment(answer if answer.endswith(self.end) else answer + self.end, True)]
         return segments, sources
 
     def _padded(self, made: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -234,5 +237,5 @@ def offsets_before_expansion(offsets: np.ndarray, is_image: np.ndarray, text: st
 def _opened(source: Any) -> Any:
     """An image as the processor takes it; files are opened as transformers opens them."""
     if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
-        return images.open_image(source, exif=True, alpha="drop")
+        return open_image(source, exif=True, alpha="drop")
     return source

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from llava_fast.errors import ImageError
-from llava_fast.inputs.anyres import VisualGeometry, video_rows
-from llava_fast.inputs.preprocessing import may_fold
+from llava_fast.inputs.pictures.preprocessing import may_fold
+from llava_fast.inputs.tiling.anyres import VisualGeometry
+from llava_fast.inputs.tiling.video import video_rows
 from llava_fast.integrations.placement import (
     Integers,
     Placement,

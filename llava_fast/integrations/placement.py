@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from llava_fast.errors import ImageError
-from llava_fast.inputs.anyres import NEWLINE, VisualGeometry, VisualRows, image_rows
-from llava_fast.inputs.plan import CONSTANT, IGNORE, TEXT, VISUAL, Mix, VisualTable, pack_columns, row_uses_columns
+from llava_fast.inputs.plan.columns import CONSTANT, IGNORE, TEXT, VISUAL, pack_columns
+from llava_fast.inputs.plan.inverse import row_uses_columns
+from llava_fast.inputs.plan.visual_table import Mix, VisualTable
+from llava_fast.inputs.tiling.anyres import VisualGeometry, image_rows
+from llava_fast.inputs.tiling.rows import NEWLINE, VisualRows
 from llava_fast.ops import mix_rows
 from llava_fast.ops.mix_rows import TapUses
 from llava_fast.ops.token_pack import RowUses

@@ -32,8 +32,8 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from llava_fast.errors import CheckpointError
-from llava_fast.inputs import images as pixels
-from llava_fast.inputs.anyres import VisualGeometry, image_views
+from llava_fast.inputs.pictures.tiles import make_tiles
+from llava_fast.inputs.tiling.anyres import VisualGeometry, image_views
 from llava_fast.integrations import versions
 from llava_fast.integrations.tiles import (
     Unserved,
@@ -117,7 +117,7 @@ class FastTiles:
     def _tiles(self, image: np.ndarray, geometry: VisualGeometry, alone: bool) -> np.ndarray:
         views = image_views(geometry, *image.shape[-2:], alone)
         whole = np.ascontiguousarray(image.transpose(1, 2, 0))
-        return pixels.make_tiles(whole, views, geometry.tile_size, threads=self.threads)
+        return make_tiles(whole, views, geometry.tile_size, threads=self.threads)
 
 
 class FastOneTile(FastTiles):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_fast.errors import PixelError
-from llava_fast.inputs.preprocessing import fold_values
+from llava_fast.inputs.pictures.preprocessing import fold_values
 
 NAMES = {"pixel_values_uint8": "pixel_values", "pixel_values_videos_uint8": "pixel_values_videos"}
 """uint8 name -> the name of the normalised pixels it stands for."""

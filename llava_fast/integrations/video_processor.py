@@ -18,8 +18,8 @@ from transformers.models.llava_onevision.video_processing_llava_onevision import
 from transformers.utils import is_torchvision_available
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from llava_fast.inputs import images as pixels
-from llava_fast.inputs.anyres import VisualGeometry, image_views
+from llava_fast.inputs.pictures.tiles import make_tiles
+from llava_fast.inputs.tiling.anyres import VisualGeometry, image_views
 from llava_fast.integrations.tiles import Unserved, check_served, normalised, one_tile, tell_stock
 
 
@@ -64,7 +64,7 @@ class FastFrames:
         """uint8 [frames, 3, H, W] to uint8 [frames, 3, T, T]."""
         whole = np.ascontiguousarray(video.cpu().numpy().transpose(0, 2, 3, 1))
         views, tile = image_views(geometry, *whole.shape[1:3]), geometry.tile_size
-        return np.concatenate([pixels.make_tiles(frame, views, tile, threads=self.threads) for frame in whole])
+        return np.concatenate([make_tiles(frame, views, tile, threads=self.threads) for frame in whole])
 
 
 class FastLlavaNextVideoVideoProcessor(FastFrames, LlavaNextVideoVideoProcessor):

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_fast.inputs.images import UncutImages
-from llava_fast.inputs.plan import Mix, TokenPlan
-from llava_fast.inputs.processor import Prepared
+from llava_fast.inputs.pictures.tiles import UncutImages
+from llava_fast.inputs.plan.plan import TokenPlan
+from llava_fast.inputs.plan.visual_table import Mix
+from llava_fast.inputs.prepared import Prepared
 from llava_fast.models.attention import Spans
 from llava_fast.ops.image import TilePlan, image_tiles
 from llava_fast.ops.mix_rows import TapUses
@@ -53,7 +54,7 @@ class Batch:
 
     def count(self, what: Literal["tile", "kept"]) -> Tensor | None:
         """How many of the tiles or kept rows are real, int32 [1] on the device, in a batch that was filled up to a
-        bucket (inputs.buckets); else None, for all are."""
+        bucket (inputs.plan.buckets); else None, for all are."""
         name = f"{what}_count"
         return self.column(name) if name in self.plan.sections else None
 

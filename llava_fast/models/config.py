@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from llava_fast.inputs.anyres import VisualGeometry
+from llava_fast.inputs.tiling.anyres import VisualGeometry
 from llava_fast.models.connectors.base import ConnectorConfig
 from llava_fast.models.decoders.base import DecoderConfig
 from llava_fast.models.towers.base import TowerConfig

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llava_fast.inputs.buckets import Bucket, bucket_of, fill
+from llava_fast.inputs.plan.buckets import Bucket, bucket_of, fill
 from llava_fast.models.batch import Batch
 from llava_fast.models.llava import LlavaModel
 from llava_fast.ops import backend
@@ -100,7 +100,7 @@ def graph_key(batch: Batch, bucket: Bucket) -> tuple:
 
 
 def filled_batch(batch: Batch, bucket: Bucket) -> Batch:
-    """The batch filled up to a bucket (inputs.buckets): tiles of zeros, rows that lead nowhere."""
+    """The batch filled up to a bucket (inputs.plan.buckets): tiles of zeros, rows that lead nowhere."""
     plan = fill(batch.plan, bucket)
     tiles = batch.tiles.new_zeros(bucket.tiles, *batch.tiles.shape[1:])
     tiles[: len(batch.tiles)] = batch.tiles

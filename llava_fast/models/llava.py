@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llava_fast.errors import RequestError
-from llava_fast.inputs.plan import TEXT, Layout
+from llava_fast.inputs.plan.columns import TEXT
+from llava_fast.inputs.plan.plan import Layout
 from llava_fast.inputs.processor import Processor
 from llava_fast.models.attention import Spans
 from llava_fast.models.batch import Batch

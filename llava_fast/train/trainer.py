@@ -40,7 +40,8 @@ from llava_fast.checkpoints.adapters import save_projector
 from llava_fast.checkpoints.save import NOTE_FILE, save
 from llava_fast.errors import RecipeError, TrainingError
 from llava_fast.generation.llava import Llava
-from llava_fast.inputs.processor import Prepared, Processor
+from llava_fast.inputs.prepared import Prepared
+from llava_fast.inputs.processor import Processor
 from llava_fast.models.batch import Batch
 from llava_fast.models.llava import LlavaOutput
 from llava_fast.models.recompute import set_recompute

@@ -126,11 +126,13 @@ def agrees(subject, suite, settings, ours="llava_fast") -> bool:
 
 
 def wrong_tiles(processor, image):
-    from llava_fast.inputs import anyres, images
+    from llava_fast.inputs.pictures.reading import open_image
+    from llava_fast.inputs.pictures.tiles import make_tiles
+    from llava_fast.inputs.tiling.anyres import image_views
 
-    pixels = images.open_image(image)
-    views = anyres.image_views(processor.geometry, *pixels.shape[:2], True)
-    tiles = images.make_tiles(pixels, views, processor.geometry.tile_size).copy()
+    pixels = open_image(image)
+    views = image_views(processor.geometry, *pixels.shape[:2], True)
+    tiles = make_tiles(pixels, views, processor.geometry.tile_size).copy()
     tiles[0, 0, 0, 0] ^= 1
     return tiles
 

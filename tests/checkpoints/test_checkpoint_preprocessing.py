@@ -20,8 +20,9 @@ from llava_fast.checkpoints.load import load_checkpoint
 from llava_fast.checkpoints.original import read_original_config
 from llava_fast.checkpoints.save import save
 from llava_fast.errors import CheckpointError
-from llava_fast.inputs.anyres import frame_views, image_views
-from llava_fast.inputs.images import make_tiles
+from llava_fast.inputs.pictures.tiles import make_tiles
+from llava_fast.inputs.tiling.anyres import image_views
+from llava_fast.inputs.tiling.video import frame_views
 from llava_fast.models.towers.vit import ClipConfig
 
 SIZE = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}

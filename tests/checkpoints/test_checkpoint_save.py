@@ -39,8 +39,8 @@ from llava_fast.checkpoints.layouts import known_tower_name
 from llava_fast.checkpoints.load import load_checkpoint
 from llava_fast.checkpoints.save import save
 from llava_fast.errors import CheckpointError
-from llava_fast.inputs.anyres import count_image_rows, image_views
 from llava_fast.inputs.processor import Processor
+from llava_fast.inputs.tiling.anyres import count_image_rows, image_views
 
 CLASSES = {
     "llava": LlavaForConditionalGeneration,

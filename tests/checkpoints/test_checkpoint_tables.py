@@ -17,7 +17,7 @@ from llava_fast.checkpoints.load import LoadedCheckpoint, load_weights
 from llava_fast.checkpoints.names import from_tower_repository, to_stored
 from llava_fast.checkpoints.original import read_original_config
 from llava_fast.checkpoints.tensor_files import StoredTensor, name_tensors
-from llava_fast.inputs.anyres import count_image_rows
+from llava_fast.inputs.tiling.anyres import count_image_rows
 from llava_fast.models.llava import LlavaModel
 
 TABLES = Path(__file__).parent / "tables"

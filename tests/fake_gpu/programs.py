@@ -30,8 +30,8 @@ from torch import nn
 
 import llava_fast
 from llava_fast.generation.llava import Llava
-from llava_fast.inputs.buckets import bucket_of
-from llava_fast.inputs.plan import TextPiece
+from llava_fast.inputs.plan.buckets import bucket_of
+from llava_fast.inputs.plan.plan import TextPiece
 from llava_fast.integrations.collator import Collator
 from llava_fast.models.batch import Batch
 from llava_fast.models.encode_graphs import filled_batch

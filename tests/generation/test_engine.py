@@ -132,7 +132,7 @@ def test_a_special_token_as_stop_string_stops():
 
 def test_an_ordinary_token_as_a_templates_stop_is_met_however_it_is_spelt():
     """llava_v0's "###" may come as one token or as "##" and "#"."""
-    from llava_fast.inputs.chat import builtin_template
+    from llava_fast.inputs.chat.rendering import builtin_template
 
     model = tiny.pair("next").ours
     template = dataclasses.replace(

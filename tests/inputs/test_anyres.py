@@ -14,16 +14,23 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from llava_fast.errors import ImageError
-from llava_fast.inputs import anyres
-from llava_fast.inputs.anyres import VisualGeometry
-from llava_fast.inputs.plan import CONSTANT, VISUAL, VisualPiece, build_plan
+from llava_fast.inputs.plan.columns import CONSTANT, VISUAL
+from llava_fast.inputs.plan.plan import VisualPiece, build_plan
+from llava_fast.inputs.tiling.anyres import (
+    VisualGeometry,
+    count_image_rows,
+    image_rows,
+    image_views,
+    parse_pinpoints,
+    unpad,
+)
+from llava_fast.inputs.tiling.rows import VisualRows
+from llava_fast.inputs.tiling.video import frame_views, video_rows
 
 FIXTURE = json.loads((Path(__file__).parents[1] / "fixtures" / "anyres_llava.json").read_text())
 PINPOINTS = tuple(tuple(pair) for pair in FIXTURE["pinpoints_w_h"])
 NEXT = VisualGeometry(336, 14, "anyres", PINPOINTS, "llava", "spatial_unpad")
-SIGLIP = VisualGeometry(
-    384, 14, "anyres", anyres.parse_pinpoints("(1x1),...,(6x6)", 384), "hf", "spatial_unpad", max_tiles=9
-)
+SIGLIP = VisualGeometry(384, 14, "anyres", parse_pinpoints("(1x1),...,(6x6)", 384), "hf", "spatial_unpad", max_tiles=9)
 
 
 # ---------------------------------------------------------------- sizes and counts
@@ -31,13 +38,13 @@ SIGLIP = VisualGeometry(
 
 def test_canvas_grid_kept_and_rows_are_the_original_codes():
     for width, height, canvas_w, canvas_h, grid_w, grid_h, kept_w, kept_h, rows in FIXTURE["rows"]:
-        base, tiled = anyres.image_views(NEXT, height, width)
-        found = anyres.image_rows(NEXT, height, width)
+        base, tiled = image_views(NEXT, height, width)
+        found = image_rows(NEXT, height, width)
         assert base.canvas == (336, 336) and tiled.canvas == (canvas_h, canvas_w), (width, height)
         assert found.tiles == 1 + grid_w * grid_h
-        _, _, h, w = anyres.unpad(height, width, (24 * grid_h, 24 * grid_w), "llava")
+        _, _, h, w = unpad(height, width, (24 * grid_h, 24 * grid_w), "llava")
         assert (w, h) == (kept_w, kept_h), (width, height)
-        assert len(found) == rows == anyres.count_image_rows(NEXT, height, width), (width, height)
+        assert len(found) == rows == count_image_rows(NEXT, height, width), (width, height)
     assert len(FIXTURE["rows"]) == 1000
 
 
@@ -56,18 +63,18 @@ def test_canvas_grid_kept_and_rows_are_the_original_codes():
 )
 @pytest.mark.parametrize("compat", ["llava", "hf"])
 def test_published_row_counts(width, height, rows, compat):
-    assert anyres.count_image_rows(NEXT.read_as(compat), height, width) == rows
+    assert count_image_rows(NEXT.read_as(compat), height, width) == rows
 
 
 def test_published_row_counts_of_other_variants():
-    assert anyres.count_image_rows(SIGLIP, 1080, 1920) == 7269
-    assert anyres.count_image_rows(SIGLIP, 2304, 2304) == 7371
+    assert count_image_rows(SIGLIP, 1080, 1920) == 7269
+    assert count_image_rows(SIGLIP, 2304, 2304) == 7371
     hd = VisualGeometry(224, 14, "anyres", ((672, 448),), "llava", "spatial_unpad")
-    assert anyres.count_image_rows(hd, 448, 672) == 1824
+    assert count_image_rows(hd, 448, 672) == 1824
     single = dataclasses.replace(NEXT, aspect="pad")
-    assert anyres.count_image_rows(single, 480, 640) == 577
+    assert count_image_rows(single, 480, 640) == 577
     pooled = dataclasses.replace(NEXT, video_pool="average")
-    assert len(anyres.video_rows(pooled, 16)) == 2304 and len(anyres.video_rows(pooled, 56)) == 8064
+    assert len(video_rows(pooled, 16)) == 2304 and len(video_rows(pooled, 56)) == 8064
 
 
 def sizes(seed: int, count: int, most: int) -> list[tuple[int, int]]:
@@ -126,30 +133,30 @@ def test_counts_are_those_of_transformers_processors(name):
     drop = 1 if case.kind == "llava_next" else 0
     for height, width in EDGES + sizes(0, count, most):
         expected = processor._get_number_of_features(height, width, case.tile, case.tile) - drop
-        assert anyres.count_image_rows(geometry, height, width) == expected, (height, width)
+        assert count_image_rows(geometry, height, width) == expected, (height, width)
 
 
 def test_an_image_of_no_pixels_is_refused():
     for height, width in ((0, 5), (5, 0), (-1, 3)):
         with pytest.raises(ImageError, match="at least 1x1"):
-            anyres.count_image_rows(NEXT, height, width)
+            count_image_rows(NEXT, height, width)
     with pytest.raises(ImageError, match="no frames"):
-        anyres.video_rows(NEXT, 0)
+        video_rows(NEXT, 0)
 
 
 # ---------------------------------------------------------------- pinpoints
 
 
 def test_pinpoints_are_read_in_every_form():
-    product = anyres.parse_pinpoints("(1x1),...,(2x3)", 10)
+    product = parse_pinpoints("(1x1),...,(2x3)", 10)
     assert product == ((10, 10), (10, 20), (10, 30), (20, 10), (20, 20), (20, 30))
-    assert len(anyres.parse_pinpoints("(1x1),...,(6x6)", 384)) == 36
-    assert anyres.parse_pinpoints("[(336, 672), (672, 336)]", 336) == ((336, 672), (672, 336))
-    assert anyres.parse_pinpoints([[336, 672], (672, 336)], 336) == ((336, 672), (672, 336))
-    assert anyres.parse_pinpoints("224,448", 224) == ((224, 224), (448, 448))
+    assert len(parse_pinpoints("(1x1),...,(6x6)", 384)) == 36
+    assert parse_pinpoints("[(336, 672), (672, 336)]", 336) == ((336, 672), (672, 336))
+    assert parse_pinpoints([[336, 672], (672, 336)], 336) == ((336, 672), (672, 336))
+    assert parse_pinpoints("224,448", 224) == ((224, 224), (448, 448))
     for wrong in ("wide", "(1x1),(6x6)", "[(336, 672), (672)]", ""):
         with pytest.raises(ImageError, match="image_grid_pinpoints"):
-            anyres.parse_pinpoints(wrong, 336)
+            parse_pinpoints(wrong, 336)
 
 
 def test_impossible_geometries_are_refused():
@@ -160,21 +167,21 @@ def test_impossible_geometries_are_refused():
     with pytest.raises(ImageError, match="patches"):
         VisualGeometry(8, 14)
     with pytest.raises(ImageError, match="class row"):
-        anyres.image_rows(dataclasses.replace(NEXT, class_rows=1), 500, 500)
+        image_rows(dataclasses.replace(NEXT, class_rows=1), 500, 500)
 
 
 def test_small_images_tie_and_each_reading_takes_its_own_first():
     """PARITY: with both sides at most 336 the two readings of the same list choose opposite grids."""
     for height, width in ((336, 336), (100, 100), (1, 1)):
-        assert anyres.image_views(NEXT, height, width)[1].canvas == (672, 336)
-        assert anyres.image_views(NEXT.read_as("hf"), height, width)[1].canvas == (336, 672)
+        assert image_views(NEXT, height, width)[1].canvas == (672, 336)
+        assert image_views(NEXT.read_as("hf"), height, width)[1].canvas == (336, 672)
 
 
 @settings(max_examples=300)
 @given(st.integers(1, 3000), st.integers(1, 3000))
 def test_swapping_pinpoints_between_the_readings_keeps_the_tiling(height, width):
     swapped = dataclasses.replace(NEXT, compat="hf", pinpoints=tuple((b, a) for a, b in PINPOINTS))
-    assert anyres.image_views(swapped, height, width) == anyres.image_views(NEXT, height, width)
+    assert image_views(swapped, height, width) == image_views(NEXT, height, width)
 
 
 def test_unpadding_rounds_as_each_code_does():
@@ -183,8 +190,8 @@ def test_unpadding_rounds_as_each_code_does():
 
 
 def _kept(width, height, compat):
-    canvas = anyres.image_views(NEXT, height, width)[1].canvas
-    return anyres.unpad(height, width, (canvas[0] // 14, canvas[1] // 14), compat)
+    canvas = image_views(NEXT, height, width)[1].canvas
+    return unpad(height, width, (canvas[0] // 14, canvas[1] // 14), compat)
 
 
 # ---------------------------------------------------------------- views
@@ -193,7 +200,7 @@ def _kept(width, height, compat):
 @settings(max_examples=300)
 @given(st.integers(1, 4000), st.integers(1, 4000), st.sampled_from([NEXT, NEXT.read_as("hf"), SIGLIP]))
 def test_the_image_lies_centred_in_its_canvas_with_its_aspect(height, width, geometry):
-    base, tiled = anyres.image_views(geometry, height, width)
+    base, tiled = image_views(geometry, height, width)
     assert base.size == base.canvas == (geometry.tile_size,) * 2 and base.offset == (0, 0)
     (h, w), (canvas_h, canvas_w) = tiled.size, tiled.canvas
     assert (canvas_h, canvas_w) in geometry.canvases
@@ -202,29 +209,29 @@ def test_the_image_lies_centred_in_its_canvas_with_its_aspect(height, width, geo
     scale = min(canvas_h / height, canvas_w / width)
     assert abs(h - height * scale) <= 1 and abs(w - width * scale) <= 1
     tiles = 1 + canvas_h * canvas_w // geometry.tile_size**2
-    assert anyres.image_rows(geometry, height, width).tiles == tiles
+    assert image_rows(geometry, height, width).tiles == tiles
 
 
 def test_single_tile_views():
-    crop = anyres.image_views(VisualGeometry(336, 14, "crop"), 400, 900)[0]
+    crop = image_views(VisualGeometry(336, 14, "crop"), 400, 900)[0]
     assert crop.size == (336, 756) and crop.offset == (0, -210) and crop.canvas == (336, 336)
-    pad = anyres.image_views(VisualGeometry(336, 14, "pad", pad_color=(1, 2, 3)), 400, 900)[0]
+    pad = image_views(VisualGeometry(336, 14, "pad", pad_color=(1, 2, 3)), 400, 900)[0]
     assert pad.square and pad.fill == (1, 2, 3) and pad.size == (336, 336)
     onevision = dataclasses.replace(SIGLIP, multi_image_anyres=False, pad_color=(4, 5, 6))
-    several = anyres.image_views(onevision, 400, 900, alone=False)
+    several = image_views(onevision, 400, 900, alone=False)
     assert len(several) == 1 and several[0].square and several[0].fill == (4, 5, 6)
-    assert len(anyres.image_rows(onevision, 400, 900, alone=False)) == 27 * 27 + 1
-    high = anyres.image_views(VisualGeometry(224, 14, "highres", ((448, 448), (672, 672))), 400, 900)
+    assert len(image_rows(onevision, 400, 900, alone=False)) == 27 * 27 + 1
+    high = image_views(VisualGeometry(224, 14, "highres", ((448, 448), (672, 672))), 400, 900)
     assert [view.canvas for view in high] == [(224, 224), (672, 672)] and high[1].square and not high[0].square
     frames = dataclasses.replace(NEXT, frame_aspect="crop")
-    assert anyres.frame_views(frames, 400, 900) == (crop,)
-    assert anyres.frame_views(NEXT, 400, 900)[0].size == (336, 336)
+    assert frame_views(frames, 400, 900) == (crop,)
+    assert frame_views(NEXT, 400, 900)[0].size == (336, 336)
 
 
 # ---------------------------------------------------------------- merges, on tensors
 
 
-def by_plan(rows: anyres.VisualRows, features: torch.Tensor, newline: torch.Tensor, project) -> torch.Tensor:
+def by_plan(rows: VisualRows, features: torch.Tensor, newline: torch.Tensor, project) -> torch.Tensor:
     """Run a plan by hand: features [tiles, rows a tile, width] to the rows that reach the decoder."""
     plan = build_plan([[VisualPiece(rows)]], features.shape[1])
     flat = features.flatten(0, 1)
@@ -294,8 +301,8 @@ def test_merges_equal_the_original_on_tensors(merge, max_tiles, compat, patch, d
     geometry = VisualGeometry(98, patch, "anyres", grid, compat, merge, max_tiles, dropped_rows=dropped)
     newline = torch.randn(5)
     for height, width in SHAPES:
-        rows = anyres.image_rows(geometry, height, width)
-        canvas = anyres.image_views(geometry, height, width)[1].canvas
+        rows = image_rows(geometry, height, width)
+        canvas = image_views(geometry, height, width)[1].canvas
         features = torch.randn(rows.tiles, geometry.rows_per_tile, 5)
         got = by_plan(rows, with_dropped_row(features, dropped), newline, torch.exp)
         grid = (canvas[0] // 98, canvas[1] // 98)
@@ -312,7 +319,7 @@ CLASS_ROWS = [(0, 0), (1, 0), (0, 1)]  # kept, dropped
 def test_a_single_tile_keeps_all_its_rows(merge, class_rows, dropped):
     geometry = VisualGeometry(98, 14, "pad", merge=merge, class_rows=class_rows, dropped_rows=dropped)
     features, newline = torch.randn(1, 49 + class_rows, 5), torch.randn(5)
-    rows = anyres.image_rows(geometry, 30, 50)
+    rows = image_rows(geometry, 30, 50)
     got = by_plan(rows, with_dropped_row(features, dropped), newline, torch.exp)
     expected = features[0].exp()
     if "unpad" in merge:
@@ -365,7 +372,7 @@ def test_video_pooling_and_newlines_equal_the_original_on_tensors(pool, stride, 
             video_newline=position,
         )
         features = torch.randn(3, geometry.rows_per_tile, 5)
-        rows = anyres.video_rows(geometry, 3)
+        rows = video_rows(geometry, 3)
         got = by_plan(rows, with_dropped_row(features, dropped), newline, torch.exp)
         expected = pooled_video(features[:, class_rows:], newline, pool, stride, stage, position, torch.exp)
         assert got.shape == expected.shape
@@ -375,5 +382,5 @@ def test_video_pooling_and_newlines_equal_the_original_on_tensors(pool, stride, 
 def test_only_rows_that_reach_the_decoder_are_projected():
     """transformers projects 2,880 rows of either image (PARITY)."""
     for width, height, kept in ((1280, 720, 1920), (640, 480, 2304)):
-        plan = build_plan([[VisualPiece(anyres.image_rows(NEXT, height, width))]], NEXT.rows_per_tile)
+        plan = build_plan([[VisualPiece(image_rows(NEXT, height, width))]], NEXT.rows_per_tile)
         assert len(plan.column("kept")) == kept and plan.tiles == 5

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from llava_fast.errors import RequestError
-from llava_fast.inputs.chat import Segment, builtin_template
-from llava_fast.inputs.chat_templates import TURN_FORMATS
+from llava_fast.inputs.chat.formats import TURN_FORMATS
+from llava_fast.inputs.chat.rendering import Segment, builtin_template
 
 
 def user(content):
@@ -341,7 +341,7 @@ def test_answer_follows_the_generation_prompt_exactly(name):
 
 def test_importing_and_rendering_built_ins_needs_no_torch():
     code = (
-        "import sys; from llava_fast.inputs import chat; "
+        "import sys; from llava_fast.inputs.chat import rendering as chat; "
         "chat.builtin_template('qwen').render([{'role': 'user', 'content': 'Hi'}]); "
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )

@@ -3,7 +3,7 @@
 import pytest
 
 from llava_fast.errors import CheckpointError, RequestError
-from llava_fast.inputs.chat import Segment, builtin_template, checkpoint_template
+from llava_fast.inputs.chat.rendering import Segment, builtin_template, checkpoint_template
 
 
 def user(content):

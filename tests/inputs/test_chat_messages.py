@@ -3,14 +3,14 @@
 import pytest
 
 from llava_fast.errors import RequestError
-from llava_fast.inputs.chat import (
+from llava_fast.inputs.chat.messages import (
     IMAGE_MARK,
     VIDEO_MARK,
-    builtin_template,
     messages_from_conversations,
     normalise_messages,
     with_response_format,
 )
+from llava_fast.inputs.chat.rendering import builtin_template
 
 
 def user(content):

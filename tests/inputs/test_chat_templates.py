@@ -3,7 +3,8 @@
 import pytest
 
 from llava_fast.errors import RequestError
-from llava_fast.inputs.chat import builtin_template, default_template_name
+from llava_fast.inputs.chat.formats import default_template_name
+from llava_fast.inputs.chat.rendering import builtin_template
 
 
 @pytest.mark.parametrize(

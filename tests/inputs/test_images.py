@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from llava_fast import _C
-from llava_fast.inputs import images
-from llava_fast.inputs.anyres import View
+from llava_fast.inputs.pictures.tiles import INSTALLED_PILLOW, _all_threads, _fields, make_tiles, resize
+from llava_fast.inputs.pictures.view import View
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 LEVELS = _C.simd_levels()
@@ -28,7 +28,7 @@ def pil_resize(image, height, width):
 
 def reference_resize(image, height, width, pillow):
     """Pillow's resize with the order of passes of any version: a resize along one axis is the same in all."""
-    if pillow == images.INSTALLED_PILLOW:
+    if pillow == INSTALLED_PILLOW:
         return pil_resize(image, height, width)
     rows_lost, columns_lost = image.shape[0] - height, image.shape[1] - width
     tall = image.shape[0] > 100 * image.shape[1]
@@ -82,7 +82,7 @@ def test_resize_equals_pillow_at_random_sizes(seed, monkeypatch):
         results = []
         for turn, pillow in enumerate(ORDERS):
             monkeypatch.setenv("LLAVA_FAST_SIMD", LEVELS[(case + turn) % len(LEVELS)])
-            results.append(images.resize(image, (out_height, out_width), pillow=pillow, threads=1))
+            results.append(resize(image, (out_height, out_width), pillow=pillow, threads=1))
             expected = reference_resize(image, out_height, out_width, pillow)
             where = f"{width}x{height} to {out_width}x{out_height}, Pillow {pillow}"
             np.testing.assert_array_equal(results[-1], expected, err_msg=where)
@@ -94,7 +94,7 @@ def test_tall_images_are_where_pillow_12_differs():
     """More than 100 times as high as wide, and shrunk: 12.2 and 12.3 run the vertical pass first, 12.1 does not."""
     for before, after, same in (((301, 3), (20, 5), False), ((300, 3), (20, 5), True), ((301, 3), (302, 5), True)):
         image = noise(*before)
-        older, newer = (images.resize(image, after, pillow=pillow) for pillow in ("12.1", "12"))
+        older, newer = (resize(image, after, pillow=pillow) for pillow in ("12.1", "12"))
         assert np.array_equal(older, newer) == same
         np.testing.assert_array_equal(older, reference_resize(image, *after, "12.1"))
         np.testing.assert_array_equal(newer, reference_resize(image, *after, "12"))
@@ -120,7 +120,7 @@ def test_resize_equals_pillow_at_extreme_sizes(before, after, level, monkeypatch
     monkeypatch.setenv("LLAVA_FAST_SIMD", level)
     image = noise(*before)
     for pillow in ORDERS:
-        result = images.resize(image, after, pillow=pillow, threads=2)
+        result = resize(image, after, pillow=pillow, threads=2)
         np.testing.assert_array_equal(result, reference_resize(image, *after, pillow))
 
 
@@ -130,7 +130,7 @@ def test_extreme_pixels_clamp_as_in_pillow(level, monkeypatch):
     monkeypatch.setenv("LLAVA_FAST_SIMD", level)
     image = np.where(noise(61, 83) < 128, 0, 255).astype(np.uint8)
     for size in ((244, 250), (40, 50), (200, 20)):
-        np.testing.assert_array_equal(images.resize(image, size), pil_resize(image, *size))
+        np.testing.assert_array_equal(resize(image, size), pil_resize(image, *size))
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -138,44 +138,44 @@ def test_threads_do_not_change_pixels(level, monkeypatch):
     monkeypatch.setenv("LLAVA_FAST_SIMD", level)
     image = noise(501, 703)
     for size in ((336, 471), (900, 333), (130, 800)):
-        one = images.resize(image, size, threads=1)
-        np.testing.assert_array_equal(one, images.resize(image, size, threads=4))
+        one = resize(image, size, threads=1)
+        np.testing.assert_array_equal(one, resize(image, size, threads=4))
 
 
 def test_default_order_is_the_installed_pillows():
     image = noise(300, 40)
-    np.testing.assert_array_equal(images.resize(image, (30, 40 - 7)), pil_resize(image, 30, 33))
+    np.testing.assert_array_equal(resize(image, (30, 40 - 7)), pil_resize(image, 30, 33))
 
 
 def test_resize_reads_strided_arrays():
     image = noise(60, 90)[::2, ::3]
-    np.testing.assert_array_equal(images.resize(image, (50, 20)), pil_resize(np.ascontiguousarray(image), 50, 20))
+    np.testing.assert_array_equal(resize(image, (50, 20)), pil_resize(np.ascontiguousarray(image), 50, 20))
 
 
 @pytest.mark.parametrize("bad", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), [[1]]])
 def test_resize_refuses_other_arrays(bad):
     with pytest.raises(ValueError, match=r"uint8 array \[height, width, 3\]"):
-        images.resize(bad, (2, 2))
+        resize(bad, (2, 2))
 
 
 def test_resize_refuses_bad_options(monkeypatch):
     image = noise(4, 4)
     with pytest.raises(ValueError, match="at least 1x1"):
-        images.resize(image, (0, 3))
+        resize(image, (0, 3))
     with pytest.raises(ValueError, match="at least one pixel"):
-        images.resize(image[:0], (3, 3))
+        resize(image[:0], (3, 3))
     with pytest.raises(ValueError, match='"12.1", "12" or "13"'):
-        images.resize(image, (3, 3), pillow="9")
+        resize(image, (3, 3), pillow="9")
     monkeypatch.setenv("LLAVA_FAST_SIMD", "mmx")
     with pytest.raises(ValueError, match="LLAVA_FAST_SIMD is mmx, and this processor runs scalar"):
-        images.resize(image, (3, 3))
+        resize(image, (3, 3))
 
 
 def test_threads_follow_omp_num_threads(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert images._all_threads() == 3
+    assert _all_threads() == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "")
-    assert images._all_threads() >= 1
+    assert _all_threads() >= 1
 
 
 # --- tiles ---
@@ -206,7 +206,7 @@ TILE_FIXTURE = json.loads((FIXTURES / "anyres_tiles_llava.json").read_text())
 def test_tiles_are_the_original_llavas(width, height, hashes):
     """Executed from the original code with Pillow 13 (see the fixture's "source")."""
     image = noise(height, width, seed=width * 100003 + height)
-    tiles = images.make_tiles(image, original_views(width, height, TILE_FIXTURE["pinpoints_w_h"]), 336, pillow="13")
+    tiles = make_tiles(image, original_views(width, height, TILE_FIXTURE["pinpoints_w_h"]), 336, pillow="13")
     found = [hashlib.sha256(np.ascontiguousarray(tile.transpose(1, 2, 0)).tobytes()).hexdigest()[:16] for tile in tiles]
     assert found == hashes
 
@@ -231,7 +231,7 @@ def test_tiles_are_resized_placed_and_cut(name, level, monkeypatch):
         image = noise(height, width)
         expected = reference_tiles(image, VIEWS[name], 60)
         for threads in (1, 4):
-            tiles = images.make_tiles(image, VIEWS[name], 60, threads=threads)
+            tiles = make_tiles(image, VIEWS[name], 60, threads=threads)
             np.testing.assert_array_equal(tiles, expected)
         assert tiles.dtype == np.uint8 and tiles.flags.c_contiguous and tiles.flags.writeable
 
@@ -241,11 +241,11 @@ def test_patch_rows_are_patches_in_order(tile, patch):
     """Rows of (channel, y, x), zeros up to a multiple of 16; pixels beyond the last whole patch are left out."""
     views = [view((tile, tile)), view((tile, 2 * tile - 9), (0, 4), (tile, 2 * tile), fill=(5, 6, 7))]
     image = noise(90, 130)
-    planar = images.make_tiles(image, views, tile)
+    planar = make_tiles(image, views, tile)
     side = tile // patch
     whole = planar[:, :, : side * patch, : side * patch].reshape(3, 3, side, patch, side, patch)
     expected = whole.transpose(0, 2, 4, 1, 3, 5).reshape(3, side * side, 3 * patch * patch)
-    rows = images.make_tiles(image, views, tile, layout="patch_rows", patch_size=patch)
+    rows = make_tiles(image, views, tile, layout="patch_rows", patch_size=patch)
     assert rows.shape == (3, side * side, -(-3 * patch * patch // 16) * 16)
     np.testing.assert_array_equal(rows[..., : 3 * patch * patch], expected)
     assert not rows[..., 3 * patch * patch :].any()
@@ -258,12 +258,12 @@ def test_cuda_threads_on_the_host_make_the_same_tiles(pillow, patch):
     batch = [noise(*size) for size in ((77, 131), (131, 77), (60, 60), (230, 2), (3, 400))]
     views = [[v for name in list(VIEWS)[i % 4 :: 2] for v in VIEWS[name]] for i in range(len(batch))]
     layout = (False, 1) if patch is None else (True, patch)
-    fields = [[images._fields(v) for v in per_image] for per_image in views]
+    fields = [[_fields(v) for v in per_image] for per_image in views]
     plan = _C.plan_tiles([image.shape[:2] for image in batch], fields, 60, pillow, *layout)
     pixels = np.concatenate([image.ravel() for image in batch])
     tiles = _C.run_tile_plan(plan, pixels, 60, *layout)
     options = {"pillow": pillow} | ({} if patch is None else {"layout": "patch_rows", "patch_size": patch})
-    expected = [images.make_tiles(image, v, 60, **options) for image, v in zip(batch, views, strict=True)]
+    expected = [make_tiles(image, v, 60, **options) for image, v in zip(batch, views, strict=True)]
     np.testing.assert_array_equal(tiles, np.concatenate(expected))
 
 
@@ -275,13 +275,13 @@ def test_torchvision_resample_is_torchs_antialiased_bicubic():
     def resized(source, size):
         return torch.nn.functional.interpolate(source, size=size, mode="bicubic", antialias=True)[0].numpy()
 
-    tiles = images.make_tiles(image, [view((28, 28))], 28, resample="torchvision")
+    tiles = make_tiles(image, [view((28, 28))], 28, resample="torchvision")
     np.testing.assert_array_equal(tiles[0], resized(pixels, (28, 28)))
-    exact = images.make_tiles(image, [view((28, 28))], 28)
+    exact = make_tiles(image, [view((28, 28))], 28)
     assert 0 < np.abs(tiles.astype(int) - exact).max() <= 2
 
     padded = view((40, 40), (8, 8), (56, 56), square=True, fill=(10, 20, 30))
-    tiles = images.make_tiles(image, [padded], 56, resample="torchvision")
+    tiles = make_tiles(image, [padded], 56, resample="torchvision")
     square = torch.tensor(padded.fill, dtype=torch.uint8).view(1, 3, 1, 1).repeat(1, 1, 110, 110)
     square[:, :, 20:90] = pixels
     np.testing.assert_array_equal(tiles[0][:, 8:48, 8:48], resized(square, (40, 40)))
@@ -291,14 +291,14 @@ def test_torchvision_resample_is_torchs_antialiased_bicubic():
 def test_bad_views_are_refused():
     image = noise(20, 20)
     with pytest.raises(ValueError, match="multiple of the tile"):
-        images.make_tiles(image, [view((20, 20), (0, 0), (28, 30))], 28)
+        make_tiles(image, [view((20, 20), (0, 0), (28, 30))], 28)
     with pytest.raises(ValueError, match="multiple of the tile"):
-        images.make_tiles(image, [view((20, 20), (0, 0), (0, 28))], 28)
+        make_tiles(image, [view((20, 20), (0, 0), (0, 28))], 28)
     with pytest.raises(ValueError, match="at least 1x1"):
-        images.make_tiles(image, [view((0, 20), (0, 0), (28, 28))], 28)
+        make_tiles(image, [view((0, 20), (0, 0), (28, 28))], 28)
     with pytest.raises(ValueError, match="patch size"):
-        images.make_tiles(image, [view((28, 28))], 28, layout="patch_rows", patch_size=29)
+        make_tiles(image, [view((28, 28))], 28, layout="patch_rows", patch_size=29)
     with pytest.raises(ValueError, match="resample"):
-        images.make_tiles(image, [view((28, 28))], 28, resample="nearest")
+        make_tiles(image, [view((28, 28))], 28, resample="nearest")
     with pytest.raises(ValueError, match="layout"):
-        images.make_tiles(image, [view((28, 28))], 28, layout="rows")
+        make_tiles(image, [view((28, 28))], 28, layout="rows")

@@ -9,7 +9,8 @@ import pytest
 from PIL import ExifTags, Image
 
 from llava_fast.errors import ImageError
-from llava_fast.inputs import headers, images
+from llava_fast.inputs.pictures.headers import image_size
+from llava_fast.inputs.pictures.reading import open_image
 
 
 def noise(height, width, seed=0):
@@ -34,7 +35,7 @@ def test_every_mode_converts_as_pillow_does(mode):
     elif mode != "I;16":
         image = image.convert("L").convert(mode) if mode in ("1", "I", "F") else image.convert(mode)
     assert image.mode == mode
-    pixels = images.open_image(image)
+    pixels = open_image(image)
     assert pixels.shape == (9, 12, 3) and pixels.dtype == np.uint8 and pixels.flags.c_contiguous
     np.testing.assert_array_equal(pixels, np.asarray(image.convert("RGB")))
 
@@ -55,7 +56,7 @@ def test_transparency_is_dropped_or_blended_onto_white(mode):
     """Dropped as in the original LLaVA and transformers' load_image; white as in its newer convert_to_rgb."""
     image = transparent_images()[mode]
     assert image.mode == mode
-    dropped, white = images.open_image(image), images.open_image(image, alpha="white")
+    dropped, white = open_image(image), open_image(image, alpha="white")
     np.testing.assert_array_equal(dropped, np.asarray(image.convert("RGB")))
     rgba = np.asarray(image.convert("RGBA")).astype(float)
     blended = rgba[..., :3] * rgba[..., 3:] / 255 + 255 - rgba[..., 3:]
@@ -69,7 +70,7 @@ def test_white_is_transformers_convert_to_rgb():
         pytest.skip("this transformers drops transparency")
     for source in (image, np.asarray(image)):
         expected = transforms.convert_to_rgb(source, return_numpy=True)
-        np.testing.assert_array_equal(images.open_image(source, alpha="white"), expected)
+        np.testing.assert_array_equal(open_image(source, alpha="white"), expected)
 
 
 def test_every_kind_of_source_gives_the_same_pixels(tmp_path):
@@ -80,17 +81,17 @@ def test_every_kind_of_source_gives_the_same_pixels(tmp_path):
     uri = "data:image/png;base64," + base64.b64encode(data).decode()
     sources = [path, str(path), data, bytearray(data), memoryview(data), uri, Image.fromarray(expected), expected]
     for source in sources:
-        np.testing.assert_array_equal(images.open_image(source), expected)
+        np.testing.assert_array_equal(open_image(source), expected)
     svg_style = "data:image/png," + "".join(f"%{byte:02x}" for byte in data)
-    np.testing.assert_array_equal(images.open_image(svg_style), expected)
+    np.testing.assert_array_equal(open_image(svg_style), expected)
 
 
 def test_arrays_of_other_channels():
     pixels = noise(5, 7)
-    np.testing.assert_array_equal(images.open_image(pixels[..., 0]), np.repeat(pixels[..., :1], 3, axis=2))
+    np.testing.assert_array_equal(open_image(pixels[..., 0]), np.repeat(pixels[..., :1], 3, axis=2))
     four = np.concatenate([pixels, pixels[..., :1]], axis=2)
-    np.testing.assert_array_equal(images.open_image(four), pixels)
-    assert images.open_image(four).flags.c_contiguous
+    np.testing.assert_array_equal(open_image(four), pixels)
+    assert open_image(four).flags.c_contiguous
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -104,9 +105,9 @@ def test_exif_turns_files_and_not_pil_images(orientation):
     upright = np.rot90(pixels, rotate)
     if orientation in (2, 4, 5, 7):
         upright = upright[:, ::-1]
-    np.testing.assert_array_equal(images.open_image(data), upright)
-    np.testing.assert_array_equal(images.open_image(data, exif=False), pixels)
-    np.testing.assert_array_equal(images.open_image(Image.open(io.BytesIO(data))), pixels)
+    np.testing.assert_array_equal(open_image(data), upright)
+    np.testing.assert_array_equal(open_image(data, exif=False), pixels)
+    np.testing.assert_array_equal(open_image(Image.open(io.BytesIO(data))), pixels)
 
 
 def test_bad_files_are_one_clear_error(tmp_path):
@@ -123,30 +124,30 @@ def test_bad_files_are_one_clear_error(tmp_path):
         path = tmp_path / name
         path.write_bytes(data)
         with pytest.raises(ImageError, match=message) as error:
-            images.open_image(path)
+            open_image(path)
         assert name in str(error.value)
         with pytest.raises(ImageError, match=f"{len(data)} bytes.*({message})"):
-            images.open_image(data)
+            open_image(data)
 
 
 def test_other_bad_sources(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.png"):
-        images.open_image(tmp_path / "nowhere.png")
+        open_image(tmp_path / "nowhere.png")
     with pytest.raises(ImageError, match="is a folder"):
-        images.open_image(tmp_path)
+        open_image(tmp_path)
     for scheme in ("http", "https", "HTTPS"):
         with pytest.raises(ImageError, match="example.com/a.png.*download it"):
-            images.open_image(f"{scheme}://example.com/a.png")
+            open_image(f"{scheme}://example.com/a.png")
     with pytest.raises(ImageError, match="no comma"):
-        images.open_image("data:image/png;base64")
+        open_image("data:image/png;base64")
     with pytest.raises(ImageError, match="not valid base64"):
-        images.open_image("data:image/png;base64,abcde")
+        open_image("data:image/png;base64,abcde")
     with pytest.raises(ImageError, match="data URI.*is empty"):
-        images.open_image("data:image/png;base64,")
+        open_image("data:image/png;base64,")
     with pytest.raises(TypeError, match="not int"):
-        images.open_image(3)
+        open_image(3)
     with pytest.raises(ValueError, match="alpha must be"):
-        images.open_image(noise(2, 2), alpha="black")
+        open_image(noise(2, 2), alpha="black")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_other_bad_sources(tmp_path):
 )
 def test_bad_arrays(array, message):
     with pytest.raises(ImageError, match=message):
-        images.open_image(array)
+        open_image(array)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -169,11 +170,11 @@ def test_too_many_pixels_are_refused(limit, monkeypatch):
     data = encoded(Image.new("RGB", (80, 50)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(ImageError, match=f"4000 pixels.*limit.*{limit if limit == 3999 else 2 * limit}"):
-        images.open_image(data)
+        open_image(data)
     with pytest.raises(ImageError, match=f"4000 pixels and the limit is {limit}"):
-        images.open_image(Image.new("RGB", (80, 50)))
+        open_image(Image.new("RGB", (80, 50)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    assert images.open_image(data).shape == (50, 80, 3)
+    assert open_image(data).shape == (50, 80, 3)
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, of headers that lie
@@ -192,7 +193,7 @@ def test_five_hundred_mutated_images():
             raw[place : place + chance.choice((0, 1, 1, 4))] = bytes(
                 chance.choices(range(256), k=chance.choice((0, 1, 1, 3)))
             )
-        for read_one in (images.open_image, headers.image_size):
+        for read_one in (open_image, image_size):
             try:
                 read_one(bytes(raw))
                 read += 1

@@ -19,9 +19,9 @@ from real_tokenizers import (
 )
 
 from llava_fast.errors import RequestError
-from llava_fast.inputs import chat
-from llava_fast.inputs.chat_templates import TURN_FORMATS
-from llava_fast.inputs.plan import TextPiece
+from llava_fast.inputs.chat.formats import TURN_FORMATS
+from llava_fast.inputs.chat.rendering import builtin_template, checkpoint_template
+from llava_fast.inputs.plan.plan import TextPiece
 from llava_fast.inputs.processor import ORIGINAL_IMAGE_TOKEN, Processor
 
 # What stands between the generation prompt and an answer, and between the answer and the next turn: by hand.
@@ -89,7 +89,7 @@ def conversations(draw, words: list[str], images: bool = True, plain: bool = Fal
 
 def processor_for(template: str, tokenizer, image_token: int | None = None) -> Processor:
     token = tokenizer.convert_tokens_to_ids("<image>") if image_token is None else image_token
-    return Processor(tiny.pair("next").ours.processor.geometry, tokenizer, token, chat.builtin_template(template))
+    return Processor(tiny.pair("next").ours.processor.geometry, tokenizer, token, builtin_template(template))
 
 
 def masked(processor: Processor, messages: list[dict], labels) -> tuple[list[int], list[bool]]:
@@ -310,15 +310,15 @@ UNSTABLE = (
         (turns("a"), None, "nothing to learn from"),
         (turns("a", "", "b", ""), None, "nothing to learn from"),
         (turns("", "b"), None, r"message 0 \(user\) is empty"),
-        (turns("a", "b"), chat.checkpoint_template(UNSTABLE, {}), "not prefix-stable"),
-        (turns("a", "b"), chat.checkpoint_template("{{ 'x' if messages else '' }}", {}), "nothing to learn from"),
+        (turns("a", "b"), checkpoint_template(UNSTABLE, {}), "not prefix-stable"),
+        (turns("a", "b"), checkpoint_template("{{ 'x' if messages else '' }}", {}), "nothing to learn from"),
         (turns("a", "b", "c", "d"), "plain", "takes one user message with an image"),
     ],
 )
 def test_a_sample_that_cannot_be_masked_is_refused_by_its_name(messages, template, reason, labels):
     processor = tiny.pair("next").ours.processor
     if template is not None:
-        template = chat.builtin_template(template) if isinstance(template, str) else template
+        template = builtin_template(template) if isinstance(template, str) else template
         processor = dataclasses.replace(processor, template=template)
     with pytest.raises(RequestError, match=f"^request sample-7: .*{reason}"):
         processor.prepare([{"messages": messages, "id": "sample-7"}], labels=labels)

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from llava_fast.errors import ImageError, MissingFileError, RequestError
-from llava_fast.inputs import headers, images
-from llava_fast.inputs.length import RowCounts, count_rows, fit
-from llava_fast.inputs.plan import MODALITY_TEXT, TextPiece, build_plan, sequence_length
-from llava_fast.inputs.processor import VisualMark
+from llava_fast.inputs.pictures.headers import image_size
+from llava_fast.inputs.pictures.reading import open_image
+from llava_fast.inputs.plan.columns import MODALITY_TEXT
+from llava_fast.inputs.plan.length import RowCounts, count_rows, fit
+from llava_fast.inputs.plan.plan import TextPiece, build_plan, sequence_length
+from llava_fast.inputs.prepared import VisualMark
 
 # ---------------------------------------------------------------- sizes from headers
 
@@ -38,15 +40,15 @@ def turned(kind: str, orientation: int, height: int = 40, width: int = 90) -> by
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "MPO"])
 def test_size_of_a_turned_file_is_that_of_its_pixels(kind, orientation, exif):
     data = turned(kind, orientation)
-    assert headers.image_size(data, exif) == images.open_image(data, exif).shape[:2]
+    assert image_size(data, exif) == open_image(data, exif).shape[:2]
     if kind != "TIFF":  # Pillow turns a TIFF whatever is asked
-        assert (headers.image_size(data, exif) == (90, 40)) == (exif and orientation > 4)
+        assert (image_size(data, exif) == (90, 40)) == (exif and orientation > 4)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "PPM", "ICO", "TGA", "PCX"])
 def test_size_of_other_files(kind):
     data = encoded(Image.fromarray(tiny.picture(32, 64)), kind)
-    assert headers.image_size(data) == images.open_image(data).shape[:2]
+    assert image_size(data) == open_image(data).shape[:2]
 
 
 def test_size_of_a_png_whose_orientation_follows_its_pixels():
@@ -55,21 +57,21 @@ def test_size_of_a_png_whose_orientation_follows_its_pixels():
     end = start + 12 + int.from_bytes(data[start : start + 4], "big")
     last = data.index(b"IEND") - 4
     moved = data[:start] + data[end:last] + data[start:end] + data[last:]
-    assert headers.image_size(moved) == images.open_image(moved).shape[:2] == (90, 40)
-    assert headers.image_size(moved, exif=False) == (40, 90)
+    assert image_size(moved) == open_image(moved).shape[:2] == (90, 40)
+    assert image_size(moved, exif=False) == (40, 90)
 
 
 def test_size_of_a_png_with_its_orientation_in_xmp():
     note = PngImagePlugin.PngInfo()
     note.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="8"/>')
     data = encoded(Image.fromarray(tiny.picture(40, 90)), "PNG", pnginfo=note)
-    assert headers.image_size(data) == images.open_image(data).shape[:2] == (90, 40)
+    assert image_size(data) == open_image(data).shape[:2] == (90, 40)
 
 
 def test_size_of_pixels_and_of_pictures():
-    assert headers.image_size(tiny.picture(3, 5)) == (3, 5)
-    assert headers.image_size(tiny.picture(3, 5)[..., 0]) == (3, 5)
-    assert headers.image_size(Image.open(io.BytesIO(turned("JPEG", 6)))) == (40, 90)  # never turned
+    assert image_size(tiny.picture(3, 5)) == (3, 5)
+    assert image_size(tiny.picture(3, 5)[..., 0]) == (3, 5)
+    assert image_size(Image.open(io.BytesIO(turned("JPEG", 6)))) == (40, 90)  # never turned
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
@@ -82,22 +84,22 @@ def test_no_pixel_is_decoded(kind, monkeypatch, tmp_path):
     monkeypatch.setattr(Image.Image, "load", fail)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
     monkeypatch.setattr("PIL.WebPImagePlugin.WebPImageFile.load", fail)
-    assert headers.image_size(tmp_path / "a") == (40, 90)
+    assert image_size(tmp_path / "a") == (40, 90)
 
 
 def test_bad_files_are_what_opening_them_says(tmp_path, monkeypatch):
     with pytest.raises(MissingFileError, match="nowhere"):
-        headers.image_size(tmp_path / "nowhere.png")
+        image_size(tmp_path / "nowhere.png")
     with pytest.raises(ImageError, match="not an image"):
-        headers.image_size(b"hello")
+        image_size(b"hello")
     with pytest.raises(TypeError, match="not int"):
-        headers.image_size(3)
+        image_size(3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
     with (
         pytest.raises(ImageError, match="3600 pixels and the limit is 3000"),
         pytest.warns(Image.DecompressionBombWarning),
     ):
-        headers.image_size(turned("JPEG", 1))
+        image_size(turned("JPEG", 1))
 
 
 # ---------------------------------------------------------------- counts are the plan's

@@ -7,9 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_fast.inputs import anyres
-from llava_fast.inputs.anyres import NEWLINE, VisualGeometry
-from llava_fast.inputs.plan import (
+from llava_fast.inputs.plan.columns import (
     CONSTANT,
     FILLER,
     IGNORE,
@@ -18,11 +16,11 @@ from llava_fast.inputs.plan import (
     MODALITY_VIDEO,
     TEXT,
     VISUAL,
-    TextPiece,
-    VisualPiece,
-    build_plan,
-    sequence_length,
 )
+from llava_fast.inputs.plan.plan import TextPiece, VisualPiece, build_plan, sequence_length
+from llava_fast.inputs.tiling.anyres import VisualGeometry, image_rows
+from llava_fast.inputs.tiling.rows import FEATURE, NEWLINE
+from llava_fast.inputs.tiling.video import video_rows
 
 GRID = tuple((28 * h, 28 * w) for h in range(1, 4) for w in range(1, 4))
 UNPAD = VisualGeometry(28, 7, "anyres", GRID, "hf", "spatial_unpad", video_pool="average", video_newline="frame")
@@ -43,8 +41,8 @@ def text_piece(draw_supervised: bool):
 
 def visual_piece(geometry):
     side = st.integers(1, 120)
-    image = st.tuples(side, side).map(lambda s: VisualPiece(anyres.image_rows(geometry, *s)))
-    video = st.integers(1, 4).map(lambda n: VisualPiece(anyres.video_rows(geometry, n), MODALITY_VIDEO))
+    image = st.tuples(side, side).map(lambda s: VisualPiece(image_rows(geometry, *s)))
+    video = st.integers(1, 4).map(lambda n: VisualPiece(video_rows(geometry, n), MODALITY_VIDEO))
     return st.one_of(image, image, video)
 
 
@@ -84,7 +82,7 @@ def expected_sources(sequences, geometry):
             for kind, index in zip(visual.kind.tolist(), visual.index.tolist(), strict=True):
                 if kind == NEWLINE:
                     rows.append(("newline", 0))
-                elif kind == anyres.FEATURE:
+                elif kind == FEATURE:
                     rows.append(("vit", index + first))
                 else:
                     taps, weight = visual.taps
@@ -207,9 +205,9 @@ def test_positions_start_where_told():
 
 def test_modalities_are_told_apart():
     pieces = [
-        VisualPiece(anyres.image_rows(UNPAD, 28, 28)),
+        VisualPiece(image_rows(UNPAD, 28, 28)),
         TextPiece(np.array([7])),
-        VisualPiece(anyres.video_rows(UNPAD, 1), MODALITY_VIDEO),
+        VisualPiece(video_rows(UNPAD, 1), MODALITY_VIDEO),
     ]
     modality = build_plan([pieces], UNPAD.tower_rows_per_tile).column("modality").tolist()
     image, video = len(pieces[0].rows), len(pieces[2].rows)

@@ -11,10 +11,10 @@ from real_tokenizers import TOKENIZERS
 from transformers import image_transforms
 
 from llava_fast.errors import ImageError, LlavaFastError, MissingFileError, RequestError
-from llava_fast.inputs import chat
-from llava_fast.inputs.anyres import VisualGeometry
-from llava_fast.inputs.plan import MODALITY_IMAGE, MODALITY_VIDEO, TEXT
+from llava_fast.inputs.chat.rendering import builtin_template, checkpoint_template
+from llava_fast.inputs.plan.columns import MODALITY_IMAGE, MODALITY_VIDEO, TEXT
 from llava_fast.inputs.processor import ORIGINAL_IMAGE_TOKEN, Processor
+from llava_fast.inputs.tiling.anyres import VisualGeometry
 
 PICTURES = [tiny.picture(60, 90), tiny.picture(200, 31), tiny.picture(5, 300)]
 
@@ -64,7 +64,7 @@ def test_video_expansion_is_transformers(name):
 
 def test_a_chat_templates_own_bos_is_not_doubled():
     processor = tiny.pair("next").ours.processor
-    own = dataclasses.replace(processor, template=chat.checkpoint_template("{{ bos_token }}Hi", {"bos_token": "<s>"}))
+    own = dataclasses.replace(processor, template=checkpoint_template("{{ bos_token }}Hi", {"bos_token": "<s>"}))
     messages = [{"role": "user", "content": "x"}]
     ids = expanded_ids(own.prepare([{"messages": messages}]).plan)
     assert ids[0] == 1 and ids.count(1) == 1
@@ -185,7 +185,7 @@ def test_labels_are_exactly_the_answers_and_their_ends(template, image_token, to
     words = TOKENIZERS[tokenizer]()
     processor = dataclasses.replace(
         tiny.pair("next").ours.processor,
-        template=chat.builtin_template(template),
+        template=builtin_template(template),
         image_token_id=image_token,
         tokenizer=words,
     )
@@ -221,7 +221,7 @@ PLAIN_TEXTS = (
     [(ITEMS, "the hello café<|im_end|>No.<|im_end|>"), (PLAIN_TEXTS, " the hello café</s> No.</s>")],
 )
 def test_labels_of_a_checkpoints_own_template(source, expected):
-    template = chat.checkpoint_template(source, {"eos_token": "</s>"})
+    template = checkpoint_template(source, {"eos_token": "</s>"})
     processor = dataclasses.replace(tiny.pair("next").ours.processor, template=template)
     plan = labelled(processor, CONVERSATION)
     assert processor.tokenizer.decode(plan.column("supervised_target")) == expected
@@ -361,7 +361,7 @@ def test_the_time_instruction_is_llava_nexts(tmp_path):
     for number in range(5):
         Image.fromarray(tiny.picture(6, 8)).save(tmp_path / f"{number}.png")
     ours = tiny.pair("video").ours.processor
-    processor = dataclasses.replace(ours, template=chat.builtin_template("qwen"), video_frames=3, time_instruction=True)
+    processor = dataclasses.replace(ours, template=builtin_template("qwen"), video_frames=3, time_instruction=True)
     said = (
         "<video>\nThe video lasts for 2.50 seconds, and 3 frames are uniformly sampled from it. These frames are "
         "located at 0.00s,1.00s,2.00s.Please answer the following questions related to this video.\n\nWhat?"

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from llava_fast import _C
-from llava_fast.inputs import images
-from llava_fast.inputs.anyres import View
-from llava_fast.inputs.preprocessing import FILTERS
+from llava_fast.inputs.pictures.preprocessing import FILTERS
+from llava_fast.inputs.pictures.tiles import INSTALLED_PILLOW, TORCH_MODES, _fields, make_tiles, resize
+from llava_fast.inputs.pictures.view import View
 
 LEVELS = _C.simd_levels()
 
@@ -46,9 +46,9 @@ def test_resize_equals_pillow(filter, monkeypatch):
     for case, (height, width, *size) in enumerate(sizes):
         monkeypatch.setenv("LLAVA_FAST_SIMD", LEVELS[case % len(LEVELS)])
         image, order = noise(height, width, case), ("12.1", "12", "13")[case // len(LEVELS) % 3]
-        found = images.resize(image, size, filter=filter, pillow=order, threads=1)
+        found = resize(image, size, filter=filter, pillow=order, threads=1)
         np.testing.assert_array_equal(found, in_order(image, *size, filter, order), err_msg=f"{height, width, size}")
-        default = images.resize(image, size, filter=filter, threads=1)
+        default = resize(image, size, filter=filter, threads=1)
         np.testing.assert_array_equal(default, pillow(image, *size, filter), err_msg=f"{height, width, size}")
 
 
@@ -59,7 +59,7 @@ def test_black_and_white_clamp_as_in_pillow(filter, level, monkeypatch):
     monkeypatch.setenv("LLAVA_FAST_SIMD", level)
     image = np.where(noise(61, 83) < 128, 0, 255).astype(np.uint8)
     for size in ((244, 250), (40, 50), (62, 84), (200, 20)):
-        np.testing.assert_array_equal(images.resize(image, size, filter=filter), pillow(image, *size, filter))
+        np.testing.assert_array_equal(resize(image, size, filter=filter), pillow(image, *size, filter))
 
 
 @pytest.mark.parametrize("patch", [None, 14])
@@ -69,14 +69,14 @@ def test_a_batch_of_views_of_all_filters(patch):
     views = [View((56, 56), (0, 0), (56, 56), filter=filter) for filter in FILTERS]
     views += [View((40, 80), (8, -12), (56, 56), True, (9, 8, 7), filter) for filter in FILTERS]
     options = {} if patch is None else {"layout": "patch_rows", "patch_size": patch}
-    made = [images.make_tiles(image, views, 56, **options) for image in batch]
+    made = [make_tiles(image, views, 56, **options) for image in batch]
     if patch is None:
         for image, tiles in zip(batch, made, strict=True):
             for filter, tile in zip(FILTERS, tiles[:6], strict=True):
                 np.testing.assert_array_equal(tile, pillow(image, 56, 56, filter).transpose(2, 0, 1))
     layout = (False, 1) if patch is None else (True, patch)
-    fields = [[images._fields(view) for view in views]] * len(batch)
-    plan = _C.plan_tiles([image.shape[:2] for image in batch], fields, 56, images.INSTALLED_PILLOW, *layout)
+    fields = [[_fields(view) for view in views]] * len(batch)
+    plan = _C.plan_tiles([image.shape[:2] for image in batch], fields, 56, INSTALLED_PILLOW, *layout)
     pixels = np.concatenate([image.ravel() for image in batch])
     np.testing.assert_array_equal(_C.run_tile_plan(plan, pixels, 56, *layout), np.concatenate(made))
 
@@ -85,19 +85,19 @@ def test_a_batch_of_views_of_all_filters(patch):
 def test_torchvision_has_three_filters(filter):
     image = noise(70, 110)
     view = View((28, 28), (0, 0), (28, 28), filter=filter)
-    if filter not in images.TORCH_MODES:
+    if filter not in TORCH_MODES:
         with pytest.raises(ValueError, match=f"not {filter}: use resample='pillow'"):
-            images.make_tiles(image, [view], 28, resample="torchvision")
+            make_tiles(image, [view], 28, resample="torchvision")
         return
-    found = images.make_tiles(image, [view], 28, resample="torchvision")[0]
+    found = make_tiles(image, [view], 28, resample="torchvision")[0]
     source = torch.tensor(image).permute(2, 0, 1)[None]
-    mode, antialias = images.TORCH_MODES[filter], filter != "nearest"
+    mode, antialias = TORCH_MODES[filter], filter != "nearest"
     expected = torch.nn.functional.interpolate(source, (28, 28), mode=mode, antialias=antialias)[0]
     np.testing.assert_array_equal(found, expected.numpy())
-    exact = images.make_tiles(image, [view], 28)[0]
+    exact = make_tiles(image, [view], 28)[0]
     assert np.abs(found.astype(int) - exact).max() <= (0 if filter == "nearest" else 2)
 
 
 def test_an_unknown_filter_is_refused():
     with pytest.raises(ValueError, match='must be nearest, box.*not "cubic"'):
-        images.resize(noise(4, 4), (2, 2), filter="cubic")
+        resize(noise(4, 4), (2, 2), filter="cubic")

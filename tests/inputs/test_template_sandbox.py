@@ -6,8 +6,8 @@ import time
 import pytest
 
 from llava_fast.errors import CheckpointError, RequestError
-from llava_fast.inputs.chat import checkpoint_template
-from llava_fast.inputs.template_sandbox import MOST_SOURCE, PROMPT, CompiledTemplate, TemplateLimitError
+from llava_fast.inputs.chat.rendering import checkpoint_template
+from llava_fast.inputs.chat.sandbox import MOST_SOURCE, PROMPT, CompiledTemplate, TemplateLimitError
 
 LONG = "takes longer than any prompt needs"
 LARGE = "makes more text than any prompt has"

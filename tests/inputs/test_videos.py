@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava_fast.errors import ImageError, MissingFileError
-from llava_fast.inputs import videos
+from llava_fast.inputs.pictures.video import frame_count, read_video, video_times
 
 
 def noise(height, width, seed=0):
@@ -35,22 +35,22 @@ def video_file(tmp_path_factory):
 
 
 def test_video_frames_are_spaced_as_in_llava_next(video_file):
-    every = videos.read_video(video_file)
+    every = read_video(video_file)
     assert every.shape == (11, 48, 64, 3) and every.dtype == np.uint8
     np.testing.assert_allclose(every.mean(axis=(1, 2, 3)), 20 * np.arange(11), atol=4)
     for count in (1, 4, 11, 16):
         numbers = np.linspace(0, 10, count).astype(int)
-        np.testing.assert_array_equal(videos.read_video(str(video_file), count), every[numbers])
-    np.testing.assert_array_equal(videos.read_video(video_file.read_bytes(), 3), every[[0, 5, 10]])
+        np.testing.assert_array_equal(read_video(str(video_file), count), every[numbers])
+    np.testing.assert_array_equal(read_video(video_file.read_bytes(), 3), every[[0, 5, 10]])
 
 
 def test_frames_given_as_they_are():
     frames = np.stack([noise(6, 8, seed) for seed in range(5)])
-    np.testing.assert_array_equal(videos.read_video(frames), frames)
-    np.testing.assert_array_equal(videos.read_video(list(frames)), frames)
-    np.testing.assert_array_equal(videos.read_video(frames, 3), frames[[0, 2, 4]])
+    np.testing.assert_array_equal(read_video(frames), frames)
+    np.testing.assert_array_equal(read_video(list(frames)), frames)
+    np.testing.assert_array_equal(read_video(frames, 3), frames[[0, 2, 4]])
     mixed = [Image.fromarray(frames[0]), encoded(Image.fromarray(frames[1])), frames[2]]
-    np.testing.assert_array_equal(videos.read_video(mixed, 2), frames[[0, 2]])
+    np.testing.assert_array_equal(read_video(mixed, 2), frames[[0, 2]])
 
 
 def test_a_folder_of_frames_is_a_video(tmp_path):
@@ -58,37 +58,37 @@ def test_a_folder_of_frames_is_a_video(tmp_path):
     (tmp_path / "nested").mkdir()
     (tmp_path / ".hidden").write_text("no frame")
     with pytest.raises(ImageError, match="the folder .* has no frames"):
-        videos.read_video(tmp_path)
+        read_video(tmp_path)
     for number in np.random.default_rng(0).permutation(12):  # names say the order
         Image.fromarray(frames[number]).save(tmp_path / f"{number:04d}.png")
-    np.testing.assert_array_equal(videos.read_video(str(tmp_path)), frames)
-    np.testing.assert_array_equal(videos.read_video(tmp_path, 3), frames[[0, 5, 11]])
+    np.testing.assert_array_equal(read_video(str(tmp_path)), frames)
+    np.testing.assert_array_equal(read_video(tmp_path, 3), frames[[0, 5, 11]])
     (tmp_path / "0005.png").write_text("no frame")
     with pytest.raises(ImageError, match="0005.png' is not an image"):
-        videos.read_video(tmp_path, 3)
+        read_video(tmp_path, 3)
 
 
 def test_bad_videos(tmp_path, video_file):
     with pytest.raises(ImageError, match="has no frames"):
-        videos.read_video([])
+        read_video([])
     with pytest.raises(ImageError, match="has no frames"):
-        videos.read_video(np.zeros((0, 4, 4, 3), np.uint8))
+        read_video(np.zeros((0, 4, 4, 3), np.uint8))
     with pytest.raises(ImageError, match="uint8"):
-        videos.read_video(np.zeros((2, 4, 4, 3)))
+        read_video(np.zeros((2, 4, 4, 3)))
     with pytest.raises(ImageError, match="one size; these have 4x3, 5x3"):
-        videos.read_video([noise(3, 4), noise(3, 5)])
+        read_video([noise(3, 4), noise(3, 5)])
     with pytest.raises(ValueError, match="at least 1"):
-        videos.read_video([noise(3, 4)], 0)
+        read_video([noise(3, 4)], 0)
     with pytest.raises(TypeError, match="not int"):
-        videos.read_video(3)
+        read_video(3)
     with pytest.raises(FileNotFoundError, match="nowhere.mp4"):
-        videos.read_video(tmp_path / "nowhere.mp4")
+        read_video(tmp_path / "nowhere.mp4")
     with pytest.raises(ImageError, match="web address"):
-        videos.read_video("https://example.com/a.mp4")
+        read_video("https://example.com/a.mp4")
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(video_file.read_bytes()[:100])
     with pytest.raises(ImageError, match="broken.mp4.*cannot be read as a video"):
-        videos.read_video(broken, 4)
+        read_video(broken, 4)
 
 
 def test_sound_without_pictures(tmp_path):
@@ -98,13 +98,13 @@ def test_sound_without_pictures(tmp_path):
         file.setparams((1, 2, 8000, 0, "NONE", ""))
         file.writeframes(bytes(800))
     with pytest.raises(ImageError, match="sound.wav.*no video stream"):
-        videos.read_video(tmp_path / "sound.wav")
+        read_video(tmp_path / "sound.wav")
 
 
 def test_video_without_pyav_names_the_extra(video_file, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     with pytest.raises(ImageError, match=r"pip install 'llava_fast\[video\]'"):
-        videos.read_video(video_file)
+        read_video(video_file)
 
 
 # ---------------------------------------------------------------- counting
@@ -122,12 +122,12 @@ def test_frames_of_every_kind_of_video(five_frames, tmp_path, count):
     for number, frame in enumerate(frames):
         Image.fromarray(frame).save(tmp_path / f"{number}.png")
     for video in (five_frames, str(five_frames), five_frames.read_bytes(), tmp_path, frames, list(frames)):
-        assert videos.frame_count(video, count) == len(videos.read_video(video, count))
+        assert frame_count(video, count) == len(read_video(video, count))
 
 
 def test_only_the_first_frame_of_a_file_is_decoded_to_count_so_many(five_frames, monkeypatch):
-    monkeypatch.setattr(videos, "_total", None)
-    assert videos.frame_count(five_frames, 16) == 16
+    monkeypatch.setattr("llava_fast.inputs.pictures.video._total", None)
+    assert frame_count(five_frames, 16) == 16
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_bad_videos_are_what_reading_them_says(bad_videos, five_frames):
         ([], ImageError, "has no frames"),
         (3, TypeError, "not int"),
     ):
-        for read in (videos.frame_count, videos.read_video):
+        for read in (frame_count, read_video):
             with pytest.raises(error, match=message):
                 read(video, 4)
 
@@ -156,11 +156,11 @@ def test_bad_videos_are_what_reading_them_says(bad_videos, five_frames):
 def test_times_of_frames(five_frames, tmp_path):
     """Five frames, ten a second. Frame i is at i / rate, also where a number repeats; a folder has two a second."""
     for video in (five_frames, str(five_frames), five_frames.read_bytes()):
-        assert videos.video_times(video, 3) == (0.5, [0.0, 0.2, 0.4])
-        assert videos.video_times(video, 7) == (0.5, pytest.approx([0.0, 0.0, 0.1, 0.2, 0.2, 0.3, 0.4]))
+        assert video_times(video, 3) == (0.5, [0.0, 0.2, 0.4])
+        assert video_times(video, 7) == (0.5, pytest.approx([0.0, 0.0, 0.1, 0.2, 0.2, 0.3, 0.4]))
     for number in range(5):
         Image.fromarray(tiny.picture(6, 8)).save(tmp_path / f"{number}.png")
-    assert videos.video_times(tmp_path, 2) == (2.5, [0.0, 2.0])
+    assert video_times(tmp_path, 2) == (2.5, [0.0, 2.0])
 
 
 def test_times_where_the_header_has_no_number_of_frames(five_frames, tmp_path):
@@ -174,7 +174,7 @@ def test_times_where_the_header_has_no_number_of_frames(five_frames, tmp_path):
                 new.mux(packet)
     with av.open(str(path)) as container:
         assert container.streams.video[0].frames == 0
-    assert videos.video_times(path, 3) == (0.5, [0.0, 0.2, 0.4])
+    assert video_times(path, 3) == (0.5, [0.0, 0.2, 0.4])
 
 
 def test_a_video_without_times_is_refused(bad_videos, five_frames):
@@ -183,7 +183,7 @@ def test_a_video_without_times_is_refused(bad_videos, five_frames):
         (np.zeros((3, 4, 4, 3), np.uint8), ImageError, "do not say when they are: give a video file"),
     ):
         with pytest.raises(error, match=message):
-            videos.video_times(video, 4)
+            video_times(video, 4)
 
 
 # ---------------------------------------------------------------- what is counted is what is read
@@ -210,17 +210,17 @@ KINDS = [
 def check_counts(video) -> str | int:
     """How many frames are read, or what is said where they cannot be; counts and times must agree with it."""
     try:
-        total = len(videos.read_video(video))
+        total = len(read_video(video))
     except ImageError as error:
-        for read in (videos.read_video, videos.video_times):
+        for read in (read_video, video_times):
             with pytest.raises(ImageError) as caught:
                 read(video, 3)
             assert str(caught.value) == str(error)
         return str(error)
-    assert videos.frame_count(video) == total
-    assert len(videos.read_video(video, 3)) == videos.frame_count(video, 3) == 3
+    assert frame_count(video) == total
+    assert len(read_video(video, 3)) == frame_count(video, 3) == 3
     try:
-        duration, times = videos.video_times(video, total)
+        duration, times = video_times(video, total)
     except ImageError as error:
         assert "does not say how many frames it has a second" in str(error)
     else:
@@ -255,7 +255,7 @@ def test_an_image_given_as_a_video(tmp_path, kind, pictures):
     if kind == "WEBP" and pictures > 1:
         assert "image.webp' cannot be read as a video" in found
         with pytest.raises(ImageError, match="cannot be read as a video"):
-            videos.frame_count(path, 3)
+            frame_count(path, 3)
     else:
         assert found == (pictures if kind in ("PNG", "GIF") else 1)
 
@@ -274,9 +274,9 @@ def test_a_video_whose_size_changes_is_refused(tmp_path):
     said = r"two.mjpeg' changes its size from 64x48 to 32x48 at frame 2: convert it to one size"
     for number in (None, 1, 2):
         with pytest.raises(ImageError, match=said):
-            videos.read_video(path, number)
+            read_video(path, number)
     with pytest.raises(ImageError, match=said):
-        videos.video_times(path, 2)
+        video_times(path, 2)
 
 
 def test_what_in_a_folder_is_a_frame(tmp_path):
@@ -284,10 +284,10 @@ def test_what_in_a_folder_is_a_frame(tmp_path):
         (tmp_path / name).write_bytes(b"no frame")
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(ImageError, match="has no frames: image files"):
-        videos.frame_count(tmp_path, 4)
+        frame_count(tmp_path, 4)
     for name in ("1.png", "2.PNG", "3.jpg"):
         Image.fromarray(noise(6, 8)).save(tmp_path / name)
     assert check_counts(tmp_path) == 3
     Image.fromarray(noise(7, 8)).save(tmp_path / "4.png")
     with pytest.raises(ImageError, match=f"the folder .*{tmp_path.name}' must .* one size; these have 8x6, 8x7"):
-        videos.read_video(tmp_path)
+        read_video(tmp_path)

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 import llava_fast
-from llava_fast.inputs.anyres import image_rows
+from llava_fast.inputs.tiling.anyres import image_rows
 from llava_fast.integrations import hf_inputs
 from llava_fast.integrations import transformers as integration
 from llava_fast.ops import assemble_inputs

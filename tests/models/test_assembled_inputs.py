@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch import nn
 
-from llava_fast.inputs.buckets import bucket_of
+from llava_fast.inputs.plan.buckets import bucket_of
 from llava_fast.models import llava
 from llava_fast.models.encode_graphs import filled_batch
 from llava_fast.ops import gemm, use_backend

@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch import nn
 
-from llava_fast.inputs.buckets import Bucket, bucket_of, fill
+from llava_fast.inputs.plan.buckets import Bucket, bucket_of, fill
 from llava_fast.models.encode_graphs import EncodeGraphs, filled_batch, graph_key, weight_addresses
 from llava_fast.ops import use_backend
 
@@ -65,7 +65,7 @@ def test_weights_that_were_replaced_are_seen_and_values_that_changed_are_not():
 
 def test_buckets_waste_at_most_a_fifth_of_the_tiles_and_a_third_of_the_rows():
     plan = batches(tiny.pair("next").ours)[0].plan
-    from llava_fast.inputs.buckets import _round_up
+    from llava_fast.inputs.plan.buckets import _round_up
 
     for digits, most in ((2, 3 / 2), (3, 5 / 4)):
         for number in range(1, 5000):

@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 
-from llava_fast.inputs.plan import TextPiece, build_plan
+from llava_fast.inputs.plan.plan import TextPiece, build_plan
 from llava_fast.models.batch import Batch
 
 IMAGE = tiny.picture(90, 130)

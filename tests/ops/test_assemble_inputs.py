@@ -6,8 +6,8 @@ import torch
 from kernel_checks import DEVICE, DTYPES, check_op
 from torch.nn import functional as F
 
-from llava_fast.inputs.anyres import FEATURE, NEWLINE, VisualRows
-from llava_fast.inputs.plan import TextPiece, VisualPiece, build_plan
+from llava_fast.inputs.plan.plan import TextPiece, VisualPiece, build_plan
+from llava_fast.inputs.tiling.rows import FEATURE, NEWLINE, VisualRows
 from llava_fast.ops import assemble_inputs, token_pack, triton_support, use_backend
 from llava_fast.ops.activations import activate
 from llava_fast.ops.backend import BackendError

@@ -6,10 +6,10 @@ import torch
 from kernel_checks import DEVICE
 
 from llava_fast import _C
-from llava_fast.inputs.anyres import View
-from llava_fast.inputs.images import TilePlan as HostPlan
-from llava_fast.inputs.images import make_tiles, plan_tiles
-from llava_fast.inputs.preprocessing import FILTERS
+from llava_fast.inputs.pictures.preprocessing import FILTERS
+from llava_fast.inputs.pictures.tiles import TilePlan as HostPlan
+from llava_fast.inputs.pictures.tiles import make_tiles, plan_tiles
+from llava_fast.inputs.pictures.view import View
 from llava_fast.ops import image_tiles, use_backend
 from llava_fast.ops.backend import BackendError
 from llava_fast.ops.image import TilePlan

@@ -6,8 +6,8 @@ import torch
 from kernel_checks import DEVICE, DTYPES, check_op, relative
 from torch.nn import functional as F
 
-from llava_fast.inputs.anyres import View
-from llava_fast.inputs.images import make_tiles
+from llava_fast.inputs.pictures.tiles import make_tiles
+from llava_fast.inputs.pictures.view import View
 from llava_fast.ops import patch_embed, triton_support, use_backend
 from llava_fast.ops.backend import BackendError
 

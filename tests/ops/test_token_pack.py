@@ -6,8 +6,8 @@ import torch
 from kernel_checks import DEVICE, DTYPES, check_op
 
 from llava_fast import _C
-from llava_fast.inputs.anyres import FEATURE, NEWLINE, VisualRows
-from llava_fast.inputs.plan import TextPiece, VisualPiece, build_plan
+from llava_fast.inputs.plan.plan import TextPiece, VisualPiece, build_plan
+from llava_fast.inputs.tiling.rows import FEATURE, NEWLINE, VisualRows
 from llava_fast.ops import token_pack, use_backend
 from llava_fast.ops.backend import BackendError
 from llava_fast.ops.token_pack import RowUses

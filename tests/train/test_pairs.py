@@ -11,7 +11,7 @@ from PIL import Image
 
 import llava_fast
 from llava_fast.errors import DataError
-from llava_fast.inputs.plan import TextPiece, VisualPiece
+from llava_fast.inputs.plan.plan import TextPiece, VisualPiece
 from llava_fast.models.batch import Batch
 from llava_fast.train.data.lengths import measure
 from llava_fast.train.data.samples import Source

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from llava_fast.inputs.preprocessing import fold_values, may_fold
+from llava_fast.inputs.pictures.preprocessing import fold_values, may_fold
 from llava_fast.models.recompute import Recompute
 
 

@@ -22,7 +22,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from llava_fast.errors import DataError, ImageError, MissingFileError, RequestError
-from llava_fast.inputs import headers, images, videos
+from llava_fast.inputs.pictures.headers import image_size
+from llava_fast.inputs.pictures.reading import open_image
+from llava_fast.inputs.pictures.video import frame_count, read_video
 from llava_fast.inputs.processor import Processor
 from llava_fast.train.data.samples import SampleTable
 from llava_fast.train.data.workers import in_workers
@@ -136,13 +138,13 @@ class _Chunks(Dataset):
         exif, frames = (self.processor.exif, self.processor.video_frames) if self.processor else (True, 1)
         for picture in pictures:
             if self.decode:
-                images.open_image(picture, exif)
+                open_image(picture, exif)
             else:
-                headers.image_size(picture, exif)
+                image_size(picture, exif)
         if video is not None and self.decode:
-            videos.read_video(video, frames)
+            read_video(video, frames)
         elif video is not None:
-            videos.frame_count(video, frames)
+            frame_count(video, frames)
 
 
 def described(name: str, error: Exception) -> tuple[str, str]:

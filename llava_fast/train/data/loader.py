@@ -15,9 +15,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from llava_fast.errors import TrainingError
-from llava_fast.inputs.length import fit
-from llava_fast.inputs.plan import Layout, Piece
-from llava_fast.inputs.processor import Cut, Prepared, Processor
+from llava_fast.inputs.plan.length import fit
+from llava_fast.inputs.plan.plan import Layout, Piece
+from llava_fast.inputs.prepared import Cut, Prepared
+from llava_fast.inputs.processor import Processor
 from llava_fast.models.decoders.base import DecoderConfig
 from llava_fast.train.data.lengths import LabelMask, described
 from llava_fast.train.data.packing import Split, split_packed, split_padded

@@ -22,12 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from llava_fast.errors import DataError, RequestError
-from llava_fast.inputs.chat_messages import (
-    IMAGE_MARK,
-    VIDEO_MARK,
-    messages_from_conversations,
-    normalise_messages,
-)
+from llava_fast.inputs.chat.messages import IMAGE_MARK, VIDEO_MARK, messages_from_conversations, normalise_messages
 from llava_fast.train.data.files import expand, read_text, read_values
 
 READ_KEYS = ("id", "image", "images", "video", "conversations", "messages")

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from llava_fast.errors import DataError
-from llava_fast.inputs.length import count_rows, fit
+from llava_fast.inputs.plan.length import count_rows, fit
 from llava_fast.inputs.processor import Processor
 from llava_fast.train.data.lengths import LabelMask, Lengths
 from llava_fast.train.data.samples import SampleTable

@@ -19,7 +19,7 @@ from llava_fast.checkpoints.config import read_hf_config, read_json
 from llava_fast.checkpoints.hub import resolve
 from llava_fast.checkpoints.original import is_original, read_original_config
 from llava_fast.errors import DataError, RecipeError
-from llava_fast.inputs.anyres import image_rows
+from llava_fast.inputs.tiling.anyres import image_rows
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.llava import LlavaModel
 from llava_fast.ops.linear_cross_entropy.chunked import CHUNK_BYTES

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from llava_fast.inputs.plan import TokenPlan
+from llava_fast.inputs.plan.plan import TokenPlan
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.decoders.base import DecoderConfig
 from llava_fast.models.llava import LlavaModel

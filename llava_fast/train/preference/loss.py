@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava_fast.inputs.plan import TokenPlan
+from llava_fast.inputs.plan.plan import TokenPlan
 
 
 def answer_log_probs(losses: Tensor, plan: TokenPlan) -> tuple[Tensor, Tensor]:

@@ -18,9 +18,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from llava_fast.errors import DataError
-from llava_fast.inputs.chat_messages import IMAGE_MARK, VIDEO_MARK
-from llava_fast.inputs.plan import Piece, TextPiece
-from llava_fast.inputs.processor import Cut, Prepared, Processor, VisualMark
+from llava_fast.inputs.chat.messages import IMAGE_MARK, VIDEO_MARK
+from llava_fast.inputs.plan.plan import Piece, TextPiece
+from llava_fast.inputs.prepared import Cut, Prepared, VisualMark
+from llava_fast.inputs.processor import Processor
 from llava_fast.train.data.lengths import Lengths
 from llava_fast.train.data.loader import Made, each_sound
 from llava_fast.train.data.samples import Sample, SampleTable, Source, read_sources

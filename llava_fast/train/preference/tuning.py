@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from llava_fast.errors import RecipeError
 from llava_fast.generation.llava import Llava
-from llava_fast.inputs.processor import Prepared
+from llava_fast.inputs.prepared import Prepared
 from llava_fast.models.batch import Batch
 from llava_fast.train import trainer as training
 from llava_fast.train.data.loader import LeftOut, Loader, StepBatch

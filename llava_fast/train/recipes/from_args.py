@@ -302,7 +302,7 @@ def _data(args: Arguments, is_next: bool, is_dpo: bool) -> dict[str, Any]:
 
 
 def _template(version: str) -> str | None:
-    from llava_fast.inputs.chat import builtin_template
+    from llava_fast.inputs.chat.rendering import builtin_template
 
     try:
         return builtin_template(version).name

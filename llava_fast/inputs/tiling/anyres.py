@@ -22,29 +22,11 @@ from typing import Literal
 import numpy as np
 
 from llava_fast.errors import ImageError
-from llava_fast.inputs.preprocessing import Aspect, Filter, Fit, standard_fit
+from llava_fast.inputs.pictures.preprocessing import Aspect, Filter, Fit, standard_fit
+from llava_fast.inputs.pictures.view import View
+from llava_fast.inputs.tiling.rows import VisualRows, _bilinear_taps, _block_taps, _mixed_rows, _rows, check_size
 
 Compat = Literal["hf", "llava"]
-
-FEATURE, MIXED, NEWLINE = 0, 1, 2
-"""Kinds of visual row: a ViT row, a weighted mix of ViT rows, the learned newline."""
-
-
-@dataclass(frozen=True)
-class View:
-    """One resize of the source image, placed on a canvas that is cut row-major into square tiles.
-
-    If `square`, the source first goes onto a `fill`-coloured square of its longer side, centred (rounded down).
-    It is then resized to `size` (height, width) by `filter` and placed at `offset` (y, x; negative crops) on a
-    `fill`-coloured `canvas` (height, width).
-    """
-
-    size: tuple[int, int]
-    offset: tuple[int, int]
-    canvas: tuple[int, int]
-    square: bool = False
-    fill: tuple[int, int, int] = (0, 0, 0)
-    filter: Filter = "bicubic"
 
 
 @dataclass(frozen=True)
@@ -127,29 +109,6 @@ class VisualGeometry:
         return dataclasses.replace(self, compat=compat)
 
 
-@dataclass(frozen=True, eq=False)
-class VisualRows:
-    """What one image or video contributes to the decoder, in order.
-
-    kind   int8 [rows]: FEATURE, MIXED or NEWLINE.
-    index  int32 [rows]: ViT row (tile * tower_rows_per_tile + row in tile), row of `taps`, or 0 for a newline.
-    taps   (int32 [mixed, K] ViT rows, float32 [mixed, K] weights) or None.
-    reduce how taps combine: "sum" of weighted rows, or "max" (weights unused).
-    stage  whether mixing happens "before" or "after" the projector.
-    tiles  number of tiles the item is cut into.
-    """
-
-    kind: np.ndarray
-    index: np.ndarray
-    tiles: int
-    taps: tuple[np.ndarray, np.ndarray] | None = None
-    reduce: Literal["sum", "max"] = "sum"
-    stage: Literal["before", "after"] = "after"
-
-    def __len__(self) -> int:
-        return len(self.kind)
-
-
 MOST_PINPOINTS = 4096
 """How many pinpoints a checkpoint may list; published ones have 36 at most."""
 
@@ -218,11 +177,6 @@ def unpad(height: int, width: int, grid: tuple[int, int], compat: Compat) -> tup
     return 0, cut, rows, cols - 2 * cut
 
 
-def check_size(height: int, width: int) -> None:
-    if height < 1 or width < 1:
-        raise ImageError(f"an image of {width}x{height} pixels has no content; give one of at least 1x1")
-
-
 @functools.lru_cache(maxsize=4096)
 def image_views(geometry: VisualGeometry, height: int, width: int, alone: bool = True) -> tuple[View, ...]:
     """The resizes that make an image's tiles, base view first.
@@ -245,17 +199,6 @@ def image_views(geometry: VisualGeometry, height: int, width: int, alone: bool =
     size = fit_within(height, width, canvas)
     offset = ((canvas[0] - size[0]) // 2, (canvas[1] - size[1]) // 2)
     return (base, View(size=size, offset=offset, canvas=canvas, filter=filter))
-
-
-def frame_views(geometry: VisualGeometry, height: int, width: int) -> tuple[View, ...]:
-    """The resize that makes a video frame's one tile; see `VisualGeometry.frame_aspect`."""
-    return image_views(_of_frames(geometry), height, width)
-
-
-@functools.lru_cache(maxsize=64)
-def _of_frames(geometry: VisualGeometry) -> VisualGeometry:
-    aspect, fit, filter = geometry.frame_aspect, geometry.frame_fit, geometry.frame_filter
-    return dataclasses.replace(geometry, aspect=aspect, fit=fit, filter=filter)
 
 
 @functools.lru_cache(maxsize=512)
@@ -298,41 +241,6 @@ def image_rows(geometry: VisualGeometry, height: int, width: int, alone: bool = 
     return _rows([*head, *(part for line in window for part in (line, None))], tiles)
 
 
-@functools.lru_cache(maxsize=64)
-def video_rows(geometry: VisualGeometry, frames: int) -> VisualRows:
-    """The decoder rows of a video of `frames` frames, each one tile (1xN), pooled as the checkpoint asks."""
-    if frames < 1:
-        raise ImageError("a video of no frames: give at least one frame")
-    side = geometry.side
-    local = _patch_rows(geometry).reshape(side, side)
-    starts = np.arange(frames, dtype=np.int32) * geometry.tower_rows_per_tile
-    position = geometry.video_newline
-    if geometry.video_pool == "none":
-        lines = [row + start for start in starts for row in local]
-        return _rows(_with_newlines(lines, side, position), frames)
-    stride = geometry.video_pool_stride
-    if geometry.video_pool == "bilinear":
-        out = -(-side // stride)
-        index, weight = _bilinear_taps(local, (out, out))
-    else:
-        index, weight = _block_taps(local, stride)
-        out = side // stride
-        index, weight = index.reshape(out * out, -1), weight.reshape(out * out, -1)
-    taps = (
-        (index[None] + starts[:, None, None]).reshape(-1, index.shape[-1]),
-        np.broadcast_to(weight[None], (frames, *weight.shape)).reshape(-1, weight.shape[-1]),
-    )
-    lines = list(np.arange(frames * out * out, dtype=np.int32).reshape(frames * out, out))
-    return _rows(
-        _with_newlines(lines, out, position),
-        frames,
-        body=MIXED,
-        taps=taps,
-        reduce="max" if geometry.video_pool == "max" else "sum",
-        stage=geometry.video_pool_stage,
-    )
-
-
 def count_image_rows(geometry: VisualGeometry, height: int, width: int) -> int:
     """Decoder rows of one image of this size: the length of `image_rows`, so the two cannot disagree."""
     return len(image_rows(geometry, height, width))
@@ -373,67 +281,3 @@ def _stitch(geometry: VisualGeometry, grid: tuple[int, int]) -> np.ndarray:
     tile = np.arange(1, 1 + grid[0] * grid[1], dtype=np.int32) * geometry.tower_rows_per_tile  # 0 is the base view
     rows = (tile[:, None] + _patch_rows(geometry)).reshape(*grid, side, side)
     return rows.transpose(0, 2, 1, 3).reshape(grid[0] * side, grid[1] * side)
-
-
-def _block_taps(picture: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndarray]:
-    """Non-overlapping stride x stride blocks: (index, weight), both [out_h, out_w, stride**2]."""
-    out_h, out_w = picture.shape[0] // stride, picture.shape[1] // stride
-    blocks = picture[: out_h * stride, : out_w * stride].reshape(out_h, stride, out_w, stride)
-    index = blocks.transpose(0, 2, 1, 3).reshape(out_h, out_w, stride * stride)
-    return index, np.full(index.shape, 1.0 / (stride * stride), dtype=np.float32)
-
-
-def _bilinear_taps(picture: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Half-pixel bilinear sampling (torch's interpolate, align_corners=False): (index, weight) [out, 4]."""
-
-    def axis(size: int, out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        where = np.maximum((np.arange(out, dtype=np.float64) + 0.5) * (size / out) - 0.5, 0.0)
-        low = np.minimum(where.astype(np.int64), size - 1)
-        return low, np.minimum(low + 1, size - 1), where - low
-
-    top, bottom, fy = axis(picture.shape[0], shape[0])
-    left, right, fx = axis(picture.shape[1], shape[1])
-    corners = [(top, left), (top, right), (bottom, left), (bottom, right)]
-    index = np.stack([picture[np.ix_(y, x)] for y, x in corners], axis=-1)
-    fy, fx = fy[:, None], fx[None, :]
-    weight = np.stack([(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx], axis=-1)
-    return index.reshape(-1, 4), weight.reshape(-1, 4).astype(np.float32)
-
-
-def _with_newlines(lines: list[np.ndarray], lines_per_frame: int, position: str) -> list[np.ndarray | None]:
-    """Lines of all frames with None where a newline row goes."""
-    parts: list[np.ndarray | None] = []
-    for number, line in enumerate(lines, start=1):
-        parts.append(line)
-        if position == "grid" or (position == "frame" and number % lines_per_frame == 0):
-            parts.append(None)
-    if position == "one_token":
-        parts.append(None)
-    return parts
-
-
-def _mixed_rows(head, taps, shape, *, newline: bool, tiles: int, reduce: Literal["sum", "max"]) -> VisualRows:
-    """Unmixed `head` rows, then a picture of mixed rows [shape], a newline after each line where asked."""
-    index, weight = (part.reshape(shape[0] * shape[1], -1) for part in taps)
-    lines = np.arange(shape[0] * shape[1], dtype=np.int32).reshape(shape)
-    parts = [part for line in lines for part in ((line, None) if newline else (line,))]
-    body = _rows(parts, tiles, body=MIXED)
-    first = _rows(head, tiles)
-    return VisualRows(
-        kind=np.concatenate([first.kind, body.kind]),
-        index=np.concatenate([first.index, body.index]),
-        tiles=tiles,
-        taps=(np.ascontiguousarray(index, dtype=np.int32), np.ascontiguousarray(weight, dtype=np.float32)),
-        reduce=reduce,
-    )
-
-
-def _rows(parts, tiles: int, body: int = FEATURE, **mixing) -> VisualRows:
-    """Rows from parts in order: an array of row numbers of kind `body`, or None for one newline."""
-    lengths = [1 if part is None else len(part) for part in parts]
-    kinds = np.array([NEWLINE if part is None else body for part in parts], dtype=np.int8)
-    zero = np.zeros(1, dtype=np.int32)
-    index = np.concatenate([zero if part is None else part for part in parts]) if parts else zero[:0]
-    rows = VisualRows(kind=np.repeat(kinds, lengths), index=index.astype(np.int32), tiles=tiles, **mixing)
-    rows.kind.flags.writeable = rows.index.flags.writeable = False
-    return rows

@@ -5,18 +5,20 @@ c121f04) and LLaVA-VL/LLaVA-NeXT (main; the files as of 7315dc1 and 45f2d92). `c
 
 What the original trainers put a loss on (their preprocess_* functions):
 
-- plain: everything after `<image>`, that is caption and "\\n". The human text of the sample is thrown away,
-  the sample must be one question with an image and one answer, and nothing ends the answer but "\\n".
+- plain: everything after `<image>`, that is caption and "\n". The human text of the sample is thrown away,
+  the sample must be one question with an image and one answer, and nothing ends the answer but "\n".
 - v1 (vicuna), llama_2 and mistral, mpt (chatml_direct): the answer with the space before it, and the token
   that ends the turn. They find it by tokenising each round again; when the lengths disagree they print
   "tokenization mismatch" and drop every label of the sample.
-- qwen (LLaVA-NeXT): the whole assistant turn, `<|im_start|>assistant\\n` and the last newline included, and
+- qwen (LLaVA-NeXT): the whole assistant turn, `<|im_start|>assistant\n` and the last newline included, and
   besides every token that is `<|im_start|>`, `<|im_end|>` or a lone newline (id 198), wherever it stands:
   in the system and the user turns too, even a newline inside the user's text.
 - llama_v3 (LLaVA-NeXT): the whole assistant turn, header included, and every `<|begin_of_text|>`,
-  `<|start_header_id|>`, `<|end_header_id|>` and `<|eot_id|>`. "\\n\\n" is on its list as well, but is looked
+  `<|start_header_id|>`, `<|end_header_id|>` and `<|eot_id|>`. "\n\n" is on its list as well, but is looked
   up as a vocabulary string, which a byte-level vocabulary (it spells newlines "Ċ") does not hold: no effect.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass, replace
 

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from llava_fast.inputs.plan import TextPiece
+from llava_fast.inputs.plan.plan import TextPiece
 
 LengthPolicy = Literal["drop", "cut"]
 Part = TypeVar("Part")

@@ -1,6 +1,6 @@
 """The size of an image from what its file says first: no pixel is decoded.
 
-It agrees with `images.open_image` wherever that succeeds; a file that is truncated after its header still has a size
+It agrees with `open_image` wherever that succeeds; a file that is truncated after its header still has a size
 here.
 """
 
@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngImageFile
 
 from llava_fast.errors import ImageError
-from llava_fast.inputs import images
+from llava_fast.inputs.pictures.reading import check_pixels, open_header, open_image
 
 _HEADER_SAYS_ALL = {"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP"}  # others are decoded: TIFF turns itself, icons choose
 _TURNED = {5, 6, 7, 8}  # orientations whose sides change places
@@ -23,15 +23,15 @@ _PNG_NOTES = {b"eXIf", b"iTXt", b"tEXt", b"zTXt"}  # the chunks an orientation m
 
 
 def image_size(source: Any, exif: bool = True) -> tuple[int, int]:
-    """(height, width) of what `images.open_image(source, exif)` returns. Raises what it raises for a bad header."""
+    """(height, width) of what `open_image(source, exif)` returns. Raises what it raises for a bad header."""
     if isinstance(source, (np.ndarray, Image.Image)):
-        return _shape(images.open_image(source))
-    image, name = images.open_header(source)
+        return _shape(open_image(source))
+    image, name = open_header(source)
     with image:
-        images.check_pixels(image.width, image.height, name)
+        check_pixels(image.width, image.height, name)
         hidden = exif and isinstance(image, PngImageFile) and _notes_come_last(image.fp)
         if hidden or image.format not in _HEADER_SAYS_ALL:
-            return _shape(images.open_image(source, exif))
+            return _shape(open_image(source, exif))
         try:
             # PNG's own getexif decodes the image, to look for what comes after it.
             orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) if exif else 1

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from llava_fast.errors import ImageError
-from llava_fast.inputs.images import open_image, source_file, source_name
+from llava_fast.inputs.pictures.reading import open_image, source_file, source_name
 
 FOLDER_RATE = 2.0
 """Frames a second of a folder of frames: what LLaVA-NeXT takes ShareGPTVideo's to have (llava/train/train.py)."""

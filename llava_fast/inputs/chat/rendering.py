@@ -6,6 +6,8 @@ Nothing here knows token ids. A template may write the beginning-of-sequence tok
 checkpoints' own): whoever tokenises must not add a second one to a prompt that starts with it.
 """
 
+from __future__ import annotations
+
 import functools
 import re
 from collections.abc import Mapping, Sequence
@@ -13,36 +15,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from llava_fast.errors import CheckpointError, RequestError
-from llava_fast.inputs.chat_messages import (
-    IMAGE_MARK,
+from llava_fast.inputs.chat.formats import TURN_FORMATS, TurnFormat
+from llava_fast.inputs.chat.messages import (
     MARKS,
-    RESPONSE_FORMATS,
-    VIDEO_MARK,
     content_text,
-    messages_from_conversations,
     normalise_messages,
     take_system,
-    with_response_format,
-    with_video_times,
 )
-from llava_fast.inputs.chat_templates import TURN_FORMATS, TurnFormat, default_template_name
-from llava_fast.inputs.template_sandbox import PROBE, PROMPT, CompiledTemplate, Limits, TemplateLimitError
-
-__all__ = [
-    "IMAGE_MARK",
-    "RESPONSE_FORMATS",
-    "VIDEO_MARK",
-    "ChatTemplate",
-    "Segment",
-    "builtin_names",
-    "builtin_template",
-    "checkpoint_template",
-    "default_template_name",
-    "messages_from_conversations",
-    "normalise_messages",
-    "with_response_format",
-    "with_video_times",
-]
+from llava_fast.inputs.chat.sandbox import PROBE, PROMPT, CompiledTemplate, Limits, TemplateLimitError
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from llava_fast.inputs.plan import FILLER, TokenPlan, pack_columns
+from llava_fast.inputs.plan.columns import FILLER, pack_columns
+from llava_fast.inputs.plan.plan import TokenPlan
 
 
 @dataclass(frozen=True)

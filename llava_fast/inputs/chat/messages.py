@@ -3,6 +3,8 @@
 `chat.py` is the public face of what is here.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,0 +1,71 @@
+"""The rows and views of a video: one tile a frame, pooled as the checkpoint asks."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from llava_fast.errors import ImageError
+from llava_fast.inputs.pictures.view import View
+from llava_fast.inputs.tiling.anyres import VisualGeometry, _patch_rows, image_views
+from llava_fast.inputs.tiling.rows import MIXED, VisualRows, _bilinear_taps, _block_taps, _rows
+
+
+def frame_views(geometry: VisualGeometry, height: int, width: int) -> tuple[View, ...]:
+    """The resize that makes a video frame's one tile; see `VisualGeometry.frame_aspect`."""
+    return image_views(_of_frames(geometry), height, width)
+
+
+@functools.lru_cache(maxsize=64)
+def _of_frames(geometry: VisualGeometry) -> VisualGeometry:
+    aspect, fit, filter = geometry.frame_aspect, geometry.frame_fit, geometry.frame_filter
+    return dataclasses.replace(geometry, aspect=aspect, fit=fit, filter=filter)
+
+
+@functools.lru_cache(maxsize=64)
+def video_rows(geometry: VisualGeometry, frames: int) -> VisualRows:
+    """The decoder rows of a video of `frames` frames, each one tile (1xN), pooled as the checkpoint asks."""
+    if frames < 1:
+        raise ImageError("a video of no frames: give at least one frame")
+    side = geometry.side
+    local = _patch_rows(geometry).reshape(side, side)
+    starts = np.arange(frames, dtype=np.int32) * geometry.tower_rows_per_tile
+    position = geometry.video_newline
+    if geometry.video_pool == "none":
+        lines = [row + start for start in starts for row in local]
+        return _rows(_with_newlines(lines, side, position), frames)
+    stride = geometry.video_pool_stride
+    if geometry.video_pool == "bilinear":
+        out = -(-side // stride)
+        index, weight = _bilinear_taps(local, (out, out))
+    else:
+        index, weight = _block_taps(local, stride)
+        out = side // stride
+        index, weight = index.reshape(out * out, -1), weight.reshape(out * out, -1)
+    taps = (
+        (index[None] + starts[:, None, None]).reshape(-1, index.shape[-1]),
+        np.broadcast_to(weight[None], (frames, *weight.shape)).reshape(-1, weight.shape[-1]),
+    )
+    lines = list(np.arange(frames * out * out, dtype=np.int32).reshape(frames * out, out))
+    return _rows(
+        _with_newlines(lines, out, position),
+        frames,
+        body=MIXED,
+        taps=taps,
+        reduce="max" if geometry.video_pool == "max" else "sum",
+        stage=geometry.video_pool_stage,
+    )
+
+
+def _with_newlines(lines: list[np.ndarray], lines_per_frame: int, position: str) -> list[np.ndarray | None]:
+    """Lines of all frames with None where a newline row goes."""
+    parts: list[np.ndarray | None] = []
+    for number, line in enumerate(lines, start=1):
+        parts.append(line)
+        if position == "grid" or (position == "frame" and number % lines_per_frame == 0):
+            parts.append(None)
+    if position == "one_token":
+        parts.append(None)
+    return parts
