@@ -47,8 +47,8 @@ def load(
 
     device         default: the first CUDA device if there is one, else the CPU.
     dtype          torch dtype or its name; "auto" is the checkpoint's own. Default: "auto", but float32 on a CPU.
-    chat_template  name of a built-in template (see inputs.chat.formats) to use instead of the checkpoint's, or of one of those
-                   that the checkpoint brings (default: the one named "default").
+    chat_template  name of a built-in template (see inputs.chat.formats) to use instead of the checkpoint's, or of one
+                   of those that the checkpoint brings (default: the one named "default").
     resample       "pillow" (bit-exact with Pillow) or "torchvision" (what transformers does where it is installed).
     video_frames   how many frames of a video file are used, spaced uniformly.
     model_base     the model that a LoRA or projector-only directory was trained on.

@@ -23,7 +23,7 @@ from llava_fast.inputs.plan.plan import TextPiece, VisualPiece, build_plan
 from llava_fast.inputs.prepared import Prepared
 from llava_fast.inputs.tiling.anyres import image_rows, image_views
 from llava_fast.models.batch import Batch
-from llava_fast.models.llava import LlavaModel
+from llava_fast.models.vlm import LlavaModel
 
 IMAGE_TOKEN = 32000
 TRAINED = ("decoder.layers.", "projector.")

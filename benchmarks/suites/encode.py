@@ -17,7 +17,7 @@ from benchmarks.floors import encode_floor
 from benchmarks.inputs import Prepared, describe, inference, prepared, sizes
 from benchmarks.subject import Subject
 from llava_fast.models.encode_graphs import EncodeGraphs
-from llava_fast.models.llava import LlavaModel
+from llava_fast.models.vlm import LlavaModel
 
 
 def cases(subject: Subject, settings: Settings) -> Iterator[Case]:

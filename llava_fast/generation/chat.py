@@ -13,7 +13,7 @@ from llava_fast.generation.sampling import Sampling
 from llava_fast.inputs.prepared import VisualMark
 from llava_fast.models.batch import Batch
 from llava_fast.models.kv_cache import KVCache
-from llava_fast.models.llava import LlavaModel
+from llava_fast.models.vlm import LlavaModel
 
 
 class Chat:

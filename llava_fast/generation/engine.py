@@ -15,7 +15,7 @@ from llava_fast.inputs.plan.columns import MODALITY_TEXT, TEXT
 from llava_fast.models.attention import Spans
 from llava_fast.models.batch import Batch
 from llava_fast.models.kv_cache import KVCache
-from llava_fast.models.llava import LlavaModel
+from llava_fast.models.vlm import LlavaModel
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from llava_fast.generation import engine
 from llava_fast.generation.chat import Chat
 from llava_fast.generation.engine import Generation, Usage
 from llava_fast.generation.sampling import Sampling
-from llava_fast.models.llava import LlavaModel
+from llava_fast.models.vlm import LlavaModel
 
 
 class Llava(LlavaModel):

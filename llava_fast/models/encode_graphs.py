@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llava_fast.inputs.plan.buckets import Bucket, bucket_of, fill
 from llava_fast.models.batch import Batch
-from llava_fast.models.llava import LlavaModel
+from llava_fast.models.vlm import LlavaModel
 from llava_fast.ops import backend
 
 WARM_UP = 3  # passes before capture, on a side stream, as torch.cuda.graph asks

@@ -11,7 +11,7 @@ from torch.optim import Optimizer as TorchOptimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from llava_fast.errors import RecipeError
-from llava_fast.models.llava import LlavaModel
+from llava_fast.models.vlm import LlavaModel
 from llava_fast.train.recipe import PARTS, Optimizer, Recipe
 
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from torch.nn.parallel import DistributedDataParallel
 
 from llava_fast.errors import RecipeError
-from llava_fast.models.llava import LlavaModel
+from llava_fast.models.vlm import LlavaModel
 from llava_fast.orphans import end_with_parent
 from llava_fast.train.recipe import Parallel, Recipe
 

@@ -43,8 +43,8 @@ from llava_fast.generation.llava import Llava
 from llava_fast.inputs.prepared import Prepared
 from llava_fast.inputs.processor import Processor
 from llava_fast.models.batch import Batch
-from llava_fast.models.llava import LlavaOutput
 from llava_fast.models.recompute import set_recompute
+from llava_fast.models.vlm import LlavaOutput
 from llava_fast.train.checkpoint import Checkpoints
 from llava_fast.train.data.lengths import Lengths, measure
 from llava_fast.train.data.loader import Loader, StepBatch

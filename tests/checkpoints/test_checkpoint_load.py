@@ -19,7 +19,7 @@ from tiny_checkpoints import (
 
 from llava_fast.checkpoints.load import load_checkpoint, load_weights
 from llava_fast.errors import CheckpointError
-from llava_fast.models.llava import LlavaModel
+from llava_fast.models.vlm import LlavaModel
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,7 +15,7 @@ from llava_fast.api import load_processor
 from llava_fast.checkpoints.files import MOST_BYTES, read_json, read_text
 from llava_fast.checkpoints.load import load_checkpoint, load_weights
 from llava_fast.errors import CheckpointError
-from llava_fast.models.llava import LlavaModel
+from llava_fast.models.vlm import LlavaModel
 
 CASES = malformed.cases()
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")

@@ -18,7 +18,7 @@ from llava_fast.checkpoints.names import from_tower_repository, to_stored
 from llava_fast.checkpoints.original import read_original_config
 from llava_fast.checkpoints.tensor_files import StoredTensor, name_tensors
 from llava_fast.inputs.tiling.anyres import count_image_rows
-from llava_fast.models.llava import LlavaModel
+from llava_fast.models.vlm import LlavaModel
 
 TABLES = Path(__file__).parent / "tables"
 MODELS = sorted(path.stem for path in TABLES.glob("ll*.json"))

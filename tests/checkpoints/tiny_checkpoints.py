@@ -27,7 +27,7 @@ from transformers import (
 
 from llava_fast.checkpoints.load import LoadedCheckpoint, load_weights
 from llava_fast.checkpoints.names import from_stored, to_stored
-from llava_fast.models.llava import LlavaModel
+from llava_fast.models.vlm import LlavaModel
 
 KINDS = ("llava", "llava_next", "llava_next_video", "llava_onevision")
 

@@ -11,7 +11,7 @@ from llava_fast.inputs.chat.rendering import builtin_template
     "name, decoder, expected",
     [
         ("liuhaotian/llava-v1.5-7b", "llava_llama", "llava_v1"),
-        ("/models/llava-v1.6-vicuna-13b/", "llama", "llava_v1"),
+        ("/models/vlm-v1.6-vicuna-13b/", "llama", "llava_v1"),
         ("liuhaotian/llava-v1.6-mistral-7b", "llava_mistral", "mistral_instruct"),
         ("liuhaotian/llava-v1.6-34b", "llava_llama", "chatml_direct"),
         ("liuhaotian/llava-llama-2-13b-chat-lightning-preview", "llama", "llava_llama_2"),

@@ -21,7 +21,7 @@ from llava_fast.checkpoints.original import is_original, read_original_config
 from llava_fast.errors import DataError, RecipeError
 from llava_fast.inputs.tiling.anyres import image_rows
 from llava_fast.models.config import LlavaConfig
-from llava_fast.models.llava import LlavaModel
+from llava_fast.models.vlm import LlavaModel
 from llava_fast.ops.linear_cross_entropy.chunked import CHUNK_BYTES
 from llava_fast.train.data.mixture import epoch_counts
 from llava_fast.train.data.samples import read_sources

@@ -15,7 +15,7 @@ import torch
 from llava_fast.inputs.plan.plan import TokenPlan
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.decoders.base import DecoderConfig
-from llava_fast.models.llava import LlavaModel
+from llava_fast.models.vlm import LlavaModel
 from llava_fast.train.optim import part_of
 
 
