@@ -10,7 +10,7 @@ import torch
 from llava_fast import cli
 from llava_fast.demo import canvas
 from llava_fast.errors import LlavaFastError
-from llava_fast.inputs import videos
+from llava_fast.inputs.pictures import video as videos
 from llava_fast.ops import backend
 from llava_fast.train import lora, metrics, plot
 from llava_fast.train.data import check

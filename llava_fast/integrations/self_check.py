@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from llava_fast.inputs.anyres import video_rows
+from llava_fast.inputs.tiling.video import video_rows
 from llava_fast.integrations import hf_decoder, hf_inputs
 from llava_fast.integrations.placement import rows_of_images
 from llava_fast.integrations.replacement import TOLD, replace
