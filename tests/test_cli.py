@@ -8,8 +8,9 @@ import sys
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
+
+from tests.support import tiny
 
 
 def run(*arguments: str, text: str = "") -> subprocess.CompletedProcess:

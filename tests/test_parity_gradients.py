@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from parity import assert_close, forget_rope
 
 from llava_fast.checkpoints.names import from_stored
+from tests.support import tiny
+from tests.support.parity import assert_close, forget_rope
 
 
 def user(text):

@@ -4,9 +4,10 @@ import functools
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from parity import assert_close, assert_same_answer, reference_greedy, reference_logits
+
+from tests.support import tiny
+from tests.support.parity import assert_close, assert_same_answer, reference_greedy, reference_logits
 
 EXTREMES = [(1, 1), (1, 400), (400, 1), (3, 700), (700, 2), (56, 56), (57, 56), (112, 112), (8, 8)]
 RANDOM = [tuple(int(side) for side in size) for size in np.random.default_rng(5).integers(2, 300, (47, 2))]

@@ -4,11 +4,8 @@ import json
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from parity import assert_close, reference_logits
 from PIL import Image
-from tiny import CASES
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -18,6 +15,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 import llava_fast
 from llava_fast.errors import CheckpointError, ImageError
 from llava_fast.inputs.pictures.preprocessing import FILTERS
+from tests.support import tiny
+from tests.support.parity import assert_close, reference_logits
+from tests.support.tiny import CASES
 
 PROCESSORS = {
     "LlavaImageProcessor": LlavaImageProcessorPil,

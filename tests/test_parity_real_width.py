@@ -6,9 +6,7 @@ have gradients.
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from parity import assert_close, assert_same_answer, reference_greedy
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.initialization import no_init_weights
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -24,6 +22,8 @@ from llava_fast.inputs.prepared import Prepared
 from llava_fast.inputs.tiling.anyres import image_rows, image_views
 from llava_fast.models.batch import Batch
 from llava_fast.models.vlm import LlavaModel
+from tests.support import tiny
+from tests.support.parity import assert_close, assert_same_answer, reference_greedy
 
 IMAGE_TOKEN = 32000
 TRAINED = ("decoder.layers.", "projector.")

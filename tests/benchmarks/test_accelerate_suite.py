@@ -6,12 +6,12 @@ import dataclasses
 
 import numpy as np
 import torch
-from test_benchmark_gate import CEILINGS, case
 
 from benchmarks import memory
 from benchmarks.case import Row, Settings, measure
 from benchmarks.subject import Subject
 from benchmarks.suites import accelerate
+from tests.support.benchmark_case import CEILINGS, case
 
 STOCK, FAST, LOGITS = accelerate.STOCK, accelerate.FAST, accelerate.WITH_LOGITS
 

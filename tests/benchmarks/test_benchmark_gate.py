@@ -10,30 +10,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import checks, machine, report
-from benchmarks.case import Case, Provider, Row, Settings, measure
-from benchmarks.floors import Floor, Phase
-from benchmarks.machine import Ceilings
+from benchmarks import machine, report
+from benchmarks.case import Provider, Row, Settings, measure
 from benchmarks.plot import plot
 from benchmarks.run import app
+from tests.support.benchmark_case import CEILINGS, case
 
 SETTINGS = Settings(iters=3, warmup=0.0)
-CEILINGS = Ceilings(bytes_per_second=1e9, flops_per_second=1e10)
-
-
-def case(ours: float, theirs: float = 1.0, backends=("llava_fast", "hf-eager")) -> Case:
-    values = {"llava_fast": ours, "hf-eager": theirs}
-    return Case(
-        suite="encode",
-        model="tiny",
-        real_width=False,
-        label="a constant",
-        providers=[Provider(name, lambda i, v=values[name]: torch.full((4,), v)) for name in backends],
-        check=checks.close("constant", "float32"),
-        floor=Floor((Phase(10, 1000),)),
-        items=2,
-        unit="images",
-    )
 
 
 def complete(rows: list[Row]) -> list[Row]:

@@ -16,7 +16,8 @@ from benchmarks.case import Settings
 from benchmarks.run import SUITE_NAMES, app
 from benchmarks.subject import Subject
 from benchmarks.suites import SUITES, loss
-from llava_fast.models import attention, decoder
+from llava_fast.models import attention
+from llava_fast.models.decoders import llama
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,7 +83,7 @@ def test_a_wrong_model_fails_the_check(tiny, suite, monkeypatch):
     if suite == "packing":  # here too: let packed samples see those before them
         assert agrees(tiny, suite, settings)
         right = attention.attend
-        monkeypatch.setattr(decoder, "attend", lambda q, k, v, spans, *rest: right(q, k, v, as_one(spans), *rest))
+        monkeypatch.setattr(llama, "attend", lambda q, k, v, spans, *rest: right(q, k, v, as_one(spans), *rest))
         assert not agrees(tiny, suite, settings)
         return
     if suite == "loss":  # our side takes the rows after those that predict

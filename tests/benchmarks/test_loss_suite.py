@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 import torch
-from test_benchmark_gate import CEILINGS, case
 from torch import nn
 
 from benchmarks.case import Settings, measure
 from benchmarks.suites import loss
+from tests.support.benchmark_case import CEILINGS, case
 
 VOCABULARY = 32064
 

@@ -7,11 +7,11 @@ import re
 
 import pytest
 import torch
-from test_benchmark_gate import CEILINGS, case
 
 from benchmarks.case import Settings, measure
 from benchmarks.subject import Subject
 from benchmarks.suites import packing
+from tests.support.benchmark_case import CEILINGS, case
 
 
 def test_both_layouts_hold_the_same_samples(monkeypatch):

@@ -4,15 +4,15 @@ import copy
 import sys
 
 import pytest
-import tiny
 import torch
-from parity import assert_close
-from tiny_checkpoints import edit_json, edit_tensors
 
 import llava_fast
 from llava_fast.checkpoints.adapters import _UNMERGEABLE
 from llava_fast.checkpoints.load import load_checkpoint
 from llava_fast.errors import CheckpointError
+from tests.support import tiny
+from tests.support.parity import assert_close
+from tests.support.tiny_checkpoints import edit_json, edit_tensors
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -6,11 +6,19 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import ORIGINAL, assert_same_tensors, build, edit_json, edit_tensors, save_hf, write_original
 
 from llava_fast.checkpoints.load import load_checkpoint
 from llava_fast.checkpoints.names import to_stored
 from llava_fast.errors import CheckpointError
+from tests.support.tiny_checkpoints import (
+    ORIGINAL,
+    assert_same_tensors,
+    build,
+    edit_json,
+    edit_tensors,
+    save_hf,
+    write_original,
+)
 
 QUERY = "decoder.layers.0.self_attn.q_proj.weight"
 UP = "decoder.layers.1.mlp.up_proj.weight"

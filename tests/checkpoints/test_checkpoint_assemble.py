@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import tiny
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +21,7 @@ from transformers import (
 import llava_fast
 from llava_fast.checkpoints.assemble import Assembly, Rope, assemble
 from llava_fast.errors import CheckpointError
+from tests.support import tiny
 
 FAMILIES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 PINPOINTS = [(56, 112), (112, 56), (112, 112)]

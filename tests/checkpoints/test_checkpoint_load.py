@@ -7,7 +7,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import (
+
+from llava_fast.checkpoints.load import load_checkpoint, load_weights
+from llava_fast.errors import CheckpointError
+from llava_fast.models.vlm import LlavaModel
+from tests.support.tiny_checkpoints import (
     KINDS,
     assert_same_tensors,
     build,
@@ -16,10 +20,6 @@ from tiny_checkpoints import (
     hf_model,
     save_hf,
 )
-
-from llava_fast.checkpoints.load import load_checkpoint, load_weights
-from llava_fast.errors import CheckpointError
-from llava_fast.models.vlm import LlavaModel
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,16 +6,16 @@ import os
 import random
 import time
 
-import malformed
 import pytest
 import torch
-from malformed import NAN, damaged, fields, tensors, write
 
 from llava_fast.api import load_processor
 from llava_fast.checkpoints.files import MOST_BYTES, read_json, read_text
 from llava_fast.checkpoints.load import load_checkpoint, load_weights
 from llava_fast.errors import CheckpointError
 from llava_fast.models.vlm import LlavaModel
+from tests.support import malformed
+from tests.support.malformed import NAN, damaged, fields, tensors, write
 
 CASES = malformed.cases()
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")

@@ -1,10 +1,10 @@
 """Names map both ways, in every layout, for every tensor of every family."""
 
 import pytest
-from tiny_checkpoints import KINDS, hf_model
 
 from llava_fast.checkpoints.names import from_stored, from_tower_repository, is_skipped, to_stored
 from llava_fast.errors import CheckpointError
+from tests.support.tiny_checkpoints import KINDS, hf_model
 
 EXAMPLES = [  # ours, hf, hf5, original
     (

@@ -4,13 +4,21 @@ import json
 
 import pytest
 import torch
-from tiny_checkpoints import assert_same_tensors, build, edit_json, edit_tensors, save_hf, write_original, write_tower
 
 from llava_fast.checkpoints import towers
 from llava_fast.checkpoints.load import load_checkpoint
 from llava_fast.checkpoints.original import read_original_config
 from llava_fast.errors import CheckpointError
 from llava_fast.models.connectors.mlp import ProjectorConfig
+from tests.support.tiny_checkpoints import (
+    assert_same_tensors,
+    build,
+    edit_json,
+    edit_tensors,
+    save_hf,
+    write_original,
+    write_tower,
+)
 
 
 def config_of(path, **changes):

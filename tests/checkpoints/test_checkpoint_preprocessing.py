@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_checkpoints import PINPOINTS, build, edit_json, save_hf, tokenizer, write_original, write_tower
 from transformers import AutoTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -24,6 +23,7 @@ from llava_fast.inputs.pictures.tiles import make_tiles
 from llava_fast.inputs.tiling.anyres import image_views
 from llava_fast.inputs.tiling.video import frame_views
 from llava_fast.models.towers.vit import ClipConfig
+from tests.support.tiny_checkpoints import PINPOINTS, build, edit_json, save_hf, tokenizer, write_original, write_tower
 
 SIZE = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
 CLIP = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True, **SIZE}

@@ -8,19 +8,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_checkpoints import (
-    KINDS,
-    PINPOINTS,
-    assert_same_tensors,
-    build,
-    edit_json,
-    hf_config,
-    hf_model,
-    save_hf,
-    tokenizer,
-    write_original,
-    write_tower,
-)
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
@@ -41,6 +28,19 @@ from llava_fast.checkpoints.save import save
 from llava_fast.errors import CheckpointError
 from llava_fast.inputs.processor import Processor
 from llava_fast.inputs.tiling.anyres import count_image_rows, image_views
+from tests.support.tiny_checkpoints import (
+    KINDS,
+    PINPOINTS,
+    assert_same_tensors,
+    build,
+    edit_json,
+    hf_config,
+    hf_model,
+    save_hf,
+    tokenizer,
+    write_original,
+    write_tower,
+)
 
 CLASSES = {
     "llava": LlavaForConditionalGeneration,

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from tiny_checkpoints import edit_json, save_hf, tokenizer, write_original
 
 from llava_fast.api import load_processor
 from llava_fast.checkpoints.load import load_checkpoint
 from llava_fast.errors import CheckpointError, RequestError
+from tests.support.tiny_checkpoints import edit_json, save_hf, tokenizer, write_original
 
 DEFAULT, OTHER = "default: {{ messages[0].content[0].text }}", "other: {{ messages[0].content[0].text }}"
 NAMED = [{"name": "tool_use", "template": OTHER}, {"name": "default", "template": DEFAULT}]

@@ -1,6 +1,6 @@
 """Programs on a GPU of fake tensors (device.py): each a function that raises if it goes wrong.
 
-    python tests/fake_gpu/programs.py
+    python -m tests.fake_gpu.programs
 
 runs them all and prints, as JSON, what each raised, or null. test_fake_gpu.py is the test.
 """
@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from device import IMPLEMENTATIONS, fake_gpu, load
+from tests.fake_gpu.device import IMPLEMENTATIONS, fake_gpu, load
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         load(Path(folder))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import tiny
 import torch
 from torch import nn
 
@@ -42,6 +39,7 @@ from llava_fast.train.parallel import clip_gradients
 from llava_fast.train.preference.loss import answer_log_probs
 from llava_fast.train.recipe import parse_recipe
 from llava_fast.train.trainer import forward
+from tests.support import tiny
 
 BACKENDS = ("auto", "triton")
 MODELS = ("llava15", "next", "next_qwen", "next_mistral_window", "video", "video_max_odd", "onevision")

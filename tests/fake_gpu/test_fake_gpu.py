@@ -9,14 +9,15 @@ import pytest
 import torch
 
 WRONG = ("mixing", "reading", "reading_inside")
-PROGRAMS = Path(__file__).with_name("programs.py")
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has real CUDA devices")
 
 
 @pytest.fixture(scope="module")
 def raised() -> dict[str, str | None]:
     """What each program raised, by name; None where all went well."""
-    run = subprocess.run([sys.executable, str(PROGRAMS)], capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.fake_gpu.programs"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 

@@ -3,10 +3,10 @@
 import dataclasses
 
 import pytest
-import tiny
 
 from llava_fast.errors import ImageError, LlavaFastError, RequestError
 from llava_fast.generation import engine
+from tests.support import tiny
 
 PICTURES = [tiny.picture(60, 90, seed) for seed in range(4)]
 TURNS = [

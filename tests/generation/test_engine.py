@@ -3,15 +3,15 @@
 import dataclasses
 
 import pytest
-import tiny
 import torch
-from parity import assert_same_answer, forget_rope, reference_greedy
 
 from llava_fast.errors import RequestError
 from llava_fast.generation import engine
 from llava_fast.generation.engine import Sequence
 from llava_fast.generation.sampling import Sampler, Sampling
 from llava_fast.generation.text import TextDecoder
+from tests.support import tiny
+from tests.support.parity import assert_same_answer, forget_rope, reference_greedy
 
 REQUESTS = [
     {"prompt": "<image>hello there", "images": [tiny.picture(60, 90)]},

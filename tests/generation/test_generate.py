@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from transformers.generation import logits_process as theirs
 
 from llava_fast.errors import ImageError, RequestError
 from llava_fast.generation.sampling import Sampling, filtered_probabilities, penalise
+from tests.support import tiny
 
 SIZES = [(60, 90), (112, 112), (30, 200), (200, 31)]
 

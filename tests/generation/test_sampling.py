@@ -3,13 +3,13 @@
 import itertools
 
 import pytest
-import tiny
 import torch
-from parity import assert_same_answer, forget_rope
 from transformers.generation import logits_process as theirs
 
 from llava_fast.errors import RequestError
 from llava_fast.generation.sampling import Sampler, Sampling, filtered_probabilities, penalise
+from tests.support import tiny
+from tests.support.parity import assert_same_answer, forget_rope
 
 
 def reference(logits, options: Sampling, seen=()):

@@ -1,13 +1,13 @@
 """Text from tokens: streamed pieces join to the tokenizer's own text, up to the stop string and no half characters."""
 
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from llava_fast.generation.text import TextDecoder
+from tests.support import tiny
 
 
 def sentencepiece_like() -> PreTrainedTokenizerFast:

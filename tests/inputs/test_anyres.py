@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +25,7 @@ from llava_fast.inputs.tiling.anyres import (
 )
 from llava_fast.inputs.tiling.rows import VisualRows
 from llava_fast.inputs.tiling.video import frame_views, video_rows
+from tests.support import tiny
 
 FIXTURE = json.loads((Path(__file__).parents[1] / "fixtures" / "anyres_llava.json").read_text())
 PINPOINTS = tuple(tuple(pair) for pair in FIXTURE["pinpoints_w_h"])

@@ -6,10 +6,16 @@ from itertools import groupby
 
 import numpy as np
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from real_tokenizers import (
+
+from llava_fast.errors import RequestError
+from llava_fast.inputs.chat.formats import TURN_FORMATS
+from llava_fast.inputs.chat.rendering import builtin_template, checkpoint_template
+from llava_fast.inputs.plan.plan import TextPiece
+from llava_fast.inputs.processor import ORIGINAL_IMAGE_TOKEN, Processor
+from tests.support import tiny
+from tests.support.real_tokenizers import (
     LLAMA_3_SPECIAL,
     QWEN_SPECIAL,
     TOKENIZERS,
@@ -17,12 +23,6 @@ from real_tokenizers import (
     llama_tokenizer,
     qwen_tokenizer,
 )
-
-from llava_fast.errors import RequestError
-from llava_fast.inputs.chat.formats import TURN_FORMATS
-from llava_fast.inputs.chat.rendering import builtin_template, checkpoint_template
-from llava_fast.inputs.plan.plan import TextPiece
-from llava_fast.inputs.processor import ORIGINAL_IMAGE_TOKEN, Processor
 
 # What stands between the generation prompt and an answer, and between the answer and the next turn: by hand.
 AROUND = {

@@ -4,10 +4,8 @@ import dataclasses
 import io
 from itertools import pairwise
 
-import made_videos
 import numpy as np
 import pytest
-import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
@@ -19,6 +17,7 @@ from llava_fast.inputs.plan.columns import MODALITY_TEXT
 from llava_fast.inputs.plan.length import RowCounts, count_rows, fit
 from llava_fast.inputs.plan.plan import TextPiece, build_plan, sequence_length
 from llava_fast.inputs.prepared import VisualMark
+from tests.support import made_videos, tiny
 
 # ---------------------------------------------------------------- sizes from headers
 

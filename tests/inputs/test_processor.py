@@ -5,9 +5,7 @@ import io
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
-from real_tokenizers import TOKENIZERS
 from transformers import image_transforms
 
 from llava_fast.errors import ImageError, LlavaFastError, MissingFileError, RequestError
@@ -15,6 +13,8 @@ from llava_fast.inputs.chat.rendering import builtin_template, checkpoint_templa
 from llava_fast.inputs.plan.columns import MODALITY_IMAGE, MODALITY_VIDEO, TEXT
 from llava_fast.inputs.processor import ORIGINAL_IMAGE_TOKEN, Processor
 from llava_fast.inputs.tiling.anyres import VisualGeometry
+from tests.support import tiny
+from tests.support.real_tokenizers import TOKENIZERS
 
 PICTURES = [tiny.picture(60, 90), tiny.picture(200, 31), tiny.picture(5, 300)]
 

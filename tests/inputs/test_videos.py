@@ -2,16 +2,15 @@
 
 import io
 
-import made_videos
 import numpy as np
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from llava_fast.errors import ImageError, MissingFileError
 from llava_fast.inputs.pictures.video import frame_count, read_video, video_times
+from tests.support import made_videos, tiny
 
 
 def noise(height, width, seed=0):

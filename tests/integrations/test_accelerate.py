@@ -10,10 +10,7 @@ import pickle
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from against_stock import assert_same_gradients, assert_same_outputs, batch, fresh, gradients, shallow
-from parity import assert_close
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
@@ -22,6 +19,9 @@ from llava_fast.inputs.tiling.anyres import image_rows
 from llava_fast.integrations import hf_inputs
 from llava_fast.integrations import transformers as integration
 from llava_fast.ops import assemble_inputs
+from tests.support import tiny
+from tests.support.against_stock import assert_same_gradients, assert_same_outputs, batch, fresh, gradients, shallow
+from tests.support.parity import assert_close
 
 
 def test_later_layers_do_not_run():

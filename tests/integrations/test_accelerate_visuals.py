@@ -1,11 +1,11 @@
 """accelerate on LLaVA-OneVision's images and on videos, against the stock model; test_matrix.py has their answers."""
 
 import pytest
-import tiny
 import torch
-from against_stock import SAMPLES, assert_same_outputs, batch, both, fresh
 
 import llava_fast
+from tests.support import tiny
+from tests.support.against_stock import SAMPLES, assert_same_outputs, batch, both, fresh
 
 VIDEO_FAMILIES = ["video", "video_max_odd", "onevision", "onevision_window"]
 

@@ -3,16 +3,16 @@
 import copy
 
 import pytest
-import tiny
 import torch
-from against_stock import assert_same_gradients, batch, fresh, gradients
-from parity import assert_close, assert_same_answer
 from transformers import AttentionInterface
 
 import llava_fast
 from llava_fast.integrations import attention
 from llava_fast.integrations.attention import register, spans_of
 from llava_fast.models.attention import Spans
+from tests.support import tiny
+from tests.support.against_stock import assert_same_gradients, batch, fresh, gradients
+from tests.support.parity import assert_close, assert_same_answer
 
 NAMES = ["llava15", "next", "next_qwen", "next_llama3", "next_mistral_window", "onevision"]
 

@@ -5,21 +5,9 @@ import inspect
 import pickle
 import threading
 
-import against_stock
 import numpy as np
 import pytest
-import tiny
 import torch
-from against_stock import (
-    assert_same_gradients,
-    assert_same_outputs,
-    assert_same_visual_outputs,
-    both,
-    fresh,
-    gradients,
-    shallow,
-)
-from parity import assert_close
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -31,6 +19,17 @@ from llava_fast.integrations.collator import Collator, offsets_before_expansion
 from llava_fast.integrations.processor import FastProcessor
 from llava_fast.integrations.shipped_plan import NAMES, PlanError
 from llava_fast.integrations.transformers import NEW_NAMES
+from tests.support import against_stock, tiny
+from tests.support.against_stock import (
+    assert_same_gradients,
+    assert_same_outputs,
+    assert_same_visual_outputs,
+    both,
+    fresh,
+    gradients,
+    shallow,
+)
+from tests.support.parity import assert_close
 
 FAMILIES = ["llava15", "next", "next_qwen", "video"]
 TEMPLATE = "vicuna_v1"

@@ -5,10 +5,7 @@ import functools
 import pickle
 
 import pytest
-import tiny
 import torch
-from against_stock import assert_same_gradients, assert_same_outputs, batch, gradients
-from parity import assert_close
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -18,6 +15,9 @@ from llava_fast.integrations import transformers as integration
 from llava_fast.models.fused import gate
 from llava_fast.ops import rms_norm, use_backend
 from llava_fast.ops.backend import BackendError
+from tests.support import tiny
+from tests.support.against_stock import assert_same_gradients, assert_same_outputs, batch, gradients
+from tests.support.parity import assert_close
 
 NAMES = [
     "llava15",

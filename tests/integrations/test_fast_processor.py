@@ -7,7 +7,6 @@ import shutil
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, LlavaNextProcessor, LlavaProcessor
@@ -19,9 +18,10 @@ from llava_fast.errors import CheckpointError
 from llava_fast.integrations import processor as processor_module
 from llava_fast.integrations import tiles
 from llava_fast.integrations.processor import FastProcessor
+from tests.support import tiny
+from tests.support.processor_fields import SIZES, assert_same
 
 STOCK = {"llava15": LlavaProcessor, "next": LlavaNextProcessor}
-SIZES = [(1, 1), (1, 300), (300, 1), (48, 48), (56, 56), (97, 31), (31, 97), (200, 201), (333, 250), (640, 17)]
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +38,6 @@ def checkpoints(tmp_path_factory):
 
 def stock(name):
     return tiny.hf_processor(tiny.CASES[name])
-
-
-def assert_same(found, expected):
-    assert list(found) == list(expected)
-    for field in expected:
-        assert found[field].dtype == expected[field].dtype, field
-        assert torch.equal(found[field], expected[field]), field
 
 
 @pytest.mark.parametrize("name", STOCK)

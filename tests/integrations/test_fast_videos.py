@@ -7,11 +7,8 @@ import pickle
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from parity import assert_close
 from PIL import Image
-from test_fast_processor import SIZES, assert_same
 from transformers import AutoTokenizer, LlavaNextVideoProcessor, LlavaOnevisionProcessor
 from transformers.models.llava_next_video.video_processing_llava_next_video import LlavaNextVideoVideoProcessor
 from transformers.models.llava_onevision.video_processing_llava_onevision import LlavaOnevisionVideoProcessor
@@ -19,6 +16,9 @@ from transformers.utils import is_torchvision_available
 
 import llava_fast
 from llava_fast.integrations.processor import AnyVideoProcessor, FastProcessor
+from tests.support import tiny
+from tests.support.parity import assert_close
+from tests.support.processor_fields import SIZES, assert_same
 
 CASES = {  # tiles of an even number of patches: transformers' processor miscounts a video's rows of an odd one
     "video": dataclasses.replace(tiny.CASES["video"], tile=48, pinpoints=((48, 96), (96, 48), (96, 96))),

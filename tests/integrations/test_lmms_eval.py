@@ -9,12 +9,12 @@ import types
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from PIL import Image
 
 import llava_fast
 from llava_fast.errors import RequestError
+from tests.support import tiny
 
 TASK, SPLIT = "toy", "test"
 DOCS = [

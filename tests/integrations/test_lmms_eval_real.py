@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
 import llava_fast
+from tests.support import tiny
 
 pytest.importorskip(
     "lmms_eval.evaluator", reason="needs lmms-eval (pip install lmms-eval==0.7.3)", exc_type=ImportError

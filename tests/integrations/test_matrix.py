@@ -9,15 +9,22 @@ import dataclasses
 import itertools
 
 import pytest
-import tiny
 import torch
-from against_stock import assert_close, assert_same_gradients, assert_same_outputs, assert_same_tokens, batch, gradients
 from torch import nn
 
 import llava_fast
 from llava_fast.integrations import transformers as integration
 from llava_fast.integrations.replacement import put_back
 from llava_fast.models.fused import gate
+from tests.support import tiny
+from tests.support.against_stock import (
+    assert_close,
+    assert_same_gradients,
+    assert_same_outputs,
+    assert_same_tokens,
+    batch,
+    gradients,
+)
 
 MIXES = {"one": "a", "mixed": "a none two large", "text": "none", "films": "both none film"}
 TOKENS = {"greedy": {}, "beams": {"num_beams": 2}, "sampled": {"do_sample": True}}

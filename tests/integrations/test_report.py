@@ -1,13 +1,13 @@
 """What `llava-fast doctor` says of accelerate is what accelerate does."""
 
 import pytest
-from against_stock import batch, fresh
 
 import llava_fast
 from llava_fast.doctor import report
 from llava_fast.errors import CheckpointError
 from llava_fast.integrations import report as says
 from llava_fast.integrations import transformers as integration
+from tests.support.against_stock import batch, fresh
 
 
 def saved(name: str, folder, **changes) -> str:

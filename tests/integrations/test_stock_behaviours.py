@@ -7,10 +7,16 @@ import copy
 
 import accelerate as hf_accelerate
 import pytest
-import tiny
 import torch
 import transformers
-from against_stock import (
+from packaging.version import Version
+from torch import nn
+from transformers import AutoModelForImageTextToText, pipeline
+
+import llava_fast
+from llava_fast.integrations import transformers as integration
+from tests.support import tiny
+from tests.support.against_stock import (
     assert_close,
     assert_same_gradients,
     assert_same_outputs,
@@ -21,12 +27,6 @@ from against_stock import (
     fresh,
     gradients,
 )
-from packaging.version import Version
-from torch import nn
-from transformers import AutoModelForImageTextToText, pipeline
-
-import llava_fast
-from llava_fast.integrations import transformers as integration
 
 BATCHES = {"llava15": "a none", "next": "a none", "video": "both none", "onevision": "both none"}
 FAMILIES = list(BATCHES)

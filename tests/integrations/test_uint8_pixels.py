@@ -5,12 +5,17 @@ import inspect
 import pickle
 from types import SimpleNamespace
 
-import against_stock
 import numpy as np
 import pytest
-import tiny
 import torch
-from against_stock import (
+
+import llava_fast
+from llava_fast.integrations import uint8_pixels
+from llava_fast.integrations.collator import Collator
+from llava_fast.integrations.processor import FastProcessor
+from llava_fast.integrations.uint8_pixels import NAMES, Normalisation, PixelError
+from tests.support import against_stock, tiny
+from tests.support.against_stock import (
     assert_same_gradients,
     assert_same_tokens,
     assert_same_visual_outputs,
@@ -18,13 +23,7 @@ from against_stock import (
     gradients,
     shallow,
 )
-from parity import assert_close
-
-import llava_fast
-from llava_fast.integrations import uint8_pixels
-from llava_fast.integrations.collator import Collator
-from llava_fast.integrations.processor import FastProcessor
-from llava_fast.integrations.uint8_pixels import NAMES, Normalisation, PixelError
+from tests.support.parity import assert_close
 
 FAMILIES = ["llava15", "next", "video", "onevision"]
 

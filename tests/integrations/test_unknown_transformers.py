@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from against_stock import assert_close, batch, fresh, gradients, shallow
 
 import llava_fast
 from llava_fast.integrations import self_check, versions
 from llava_fast.integrations import transformers as integration
+from tests.support.against_stock import assert_close, batch, fresh, gradients, shallow
 
 GREEDY = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 MODULE = sys.modules[transformers.LlavaNextModel.__module__]

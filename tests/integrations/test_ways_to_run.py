@@ -3,12 +3,12 @@
 import pytest
 import torch
 import transformers
-from against_stock import assert_same_gradients, batch, fresh, gradients, shallow
 from packaging.version import Version
-from parity import assert_close
 from transformers import LlamaForCausalLM
 
 import llava_fast
+from tests.support.against_stock import assert_same_gradients, batch, fresh, gradients, shallow
+from tests.support.parity import assert_close
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 

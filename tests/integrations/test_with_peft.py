@@ -4,10 +4,7 @@ import copy
 
 import peft
 import pytest
-import tiny
 import torch
-from against_stock import assert_same_gradients, assert_same_outputs, batch, fresh, gradients
-from parity import assert_same_answer
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
@@ -15,6 +12,9 @@ import llava_fast
 from llava_fast.integrations import hf_inputs
 from llava_fast.integrations import transformers as integration
 from llava_fast.ops import assemble_inputs
+from tests.support import tiny
+from tests.support.against_stock import assert_same_gradients, assert_same_outputs, batch, fresh, gradients
+from tests.support.parity import assert_same_answer
 
 DECODER = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 SETTINGS = {

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from against_stock import assert_same_gradients, batch, shallow
-from parity import assert_close
 from torch import distributed, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -20,6 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import llava_fast
+from tests.support.against_stock import assert_same_gradients, batch, shallow
+from tests.support.parity import assert_close
 
 SECONDS = 200  # for all cases, once both have come; a hang ends here
 BATCHES = {

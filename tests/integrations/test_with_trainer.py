@@ -1,13 +1,13 @@
 """transformers' Trainer on a stock and on an accelerated model: the same losses, step by step, and the same files."""
 
 import pytest
-import tiny
 import torch
-from against_stock import assert_same_outputs, batch, fresh
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
 import llava_fast
 from llava_fast.integrations.collator import Collator
+from tests.support import tiny
+from tests.support.against_stock import assert_same_outputs, batch, fresh
 
 STEPS = 10
 

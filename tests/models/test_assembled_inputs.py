@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from torch import nn
 
@@ -13,6 +12,7 @@ from llava_fast.inputs.plan.buckets import bucket_of
 from llava_fast.models import vlm
 from llava_fast.models.encode_graphs import filled_batch
 from llava_fast.ops import gemm, use_backend
+from tests.support import tiny
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -4,11 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
 from llava_fast.models.batch import Batch
 from llava_fast.ops import use_backend
+from tests.support import tiny
 
 PICTURES = [tiny.picture(60, 90), tiny.picture(200, 31), tiny.picture(5, 300)]
 

@@ -3,13 +3,13 @@
 import copy
 
 import pytest
-import tiny
 import torch
-from parity import assert_close
 
 from llava_fast.models.attention import Spans
 from llava_fast.models.fused import linears, norms, rotary
 from llava_fast.ops import use_backend
+from tests.support import tiny
+from tests.support.parity import assert_close
 
 OPS = {"rms_norm": norms, "add_rms_norm": norms, "rope": rotary, "swiglu": linears}
 SPANS = Spans((0, 5), (5, 3))

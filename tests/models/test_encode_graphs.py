@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from torch import nn
 
 from llava_fast.inputs.plan.buckets import Bucket, bucket_of, fill
 from llava_fast.models.encode_graphs import EncodeGraphs, filled_batch, graph_key, weight_addresses
 from llava_fast.ops import use_backend
+from tests.support import tiny
 
 
 def batches(model):

@@ -4,7 +4,6 @@ import copy
 import itertools
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -14,6 +13,7 @@ import llava_fast
 from llava_fast.models.fused import MergedLinear, gate, merge_linears, separate_parameters, split_linears
 from llava_fast.models.fused.norms import RMSNorm
 from llava_fast.ops import backend, use_backend
+from tests.support import tiny
 
 NAMES = ["llava15", "next", "next_qwen", "next_mistral_window", "onevision", "next_biases"]
 REQUESTS = [{"prompt": "<image>hello there", "images": [tiny.picture(60, 90)]}, {"prompt": "no picture"}]

@@ -5,9 +5,7 @@ import math
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from parity import assert_close
 from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
@@ -19,6 +17,8 @@ from llava_fast.models.connectors.mlp import Projector, ProjectorConfig
 from llava_fast.models.fused import RMSNorm
 from llava_fast.models.kv_cache import KVCache
 from llava_fast.models.towers.vit import VisionTower
+from tests.support import tiny
+from tests.support.parity import assert_close
 
 # ---------------------------------------------------------------- rotary tables, norms
 

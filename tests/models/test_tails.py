@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
 from llava_fast.inputs.plan.plan import TextPiece, build_plan
 from llava_fast.models.batch import Batch
+from tests.support import tiny
 
 IMAGE = tiny.picture(90, 130)
 PROMPT = "<image>\nUSER: what is on the table? ASSISTANT:"

@@ -4,14 +4,14 @@ import copy
 import dataclasses
 
 import pytest
-import tiny
 import torch
-from parity import assert_close
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from llava_fast.models.fused import norms
 from llava_fast.ops import use_backend
+from tests.support import tiny
+from tests.support.parity import assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ["llava15", "llava15_layers", "next_first_layer", "onevision"]

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPES, check_op
 from torch.nn import functional as F
 
 from llava_fast.inputs.plan.plan import TextPiece, VisualPiece, build_plan
@@ -12,6 +11,7 @@ from llava_fast.ops import assemble_inputs, token_pack, triton_support, use_back
 from llava_fast.ops.activations import activate
 from llava_fast.ops.backend import BackendError
 from llava_fast.ops.token_pack import RowUses
+from tests.support.kernel_checks import DEVICE, DTYPES, check_op
 
 BACKENDS = ("reference", "triton")
 USES = ("text_row", "text_token", "text_segment", "visual_place", "constant_row", "constant_segment")

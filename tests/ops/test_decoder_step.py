@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import pytest
-import tiny
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
@@ -19,6 +18,7 @@ from llava_fast.models.decoders.stack import Decoder
 from llava_fast.ops import use_backend
 from llava_fast.ops.backend import BackendError
 from llava_fast.ops.decoder_step import DecoderWeights, decoder_step, native, reference
+from tests.support import tiny
 
 SHAPES = {
     "grouped heads": {},

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from kernel_checks import DEVICE
 
 from llava_fast import _C
 from llava_fast.inputs.pictures.preprocessing import FILTERS
@@ -13,6 +12,7 @@ from llava_fast.inputs.pictures.view import View
 from llava_fast.ops import image_tiles, use_backend
 from llava_fast.ops.backend import BackendError
 from llava_fast.ops.image import TilePlan
+from tests.support.kernel_checks import DEVICE
 
 BACKENDS = ("reference", "native") if DEVICE == "cpu" or _C.has_cuda() else ("reference",)
 PILLOW = ("12.1", "12", "13")

@@ -4,12 +4,12 @@ from itertools import combinations
 
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPES, TOLERANCE, check_op, relative
 from torch.nn import functional as F
 
 from llava_fast.ops import add_layer_norm, double_layer_norm, layer_norm, use_backend
 from llava_fast.ops.backend import BackendError
 from llava_fast.ops.layer_norm import triton_kernels
+from tests.support.kernel_checks import DEVICE, DTYPES, TOLERANCE, check_op, relative
 
 BACKENDS = ("reference", "triton")
 EPS = 1e-5

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernel_checks import DEVICE
 from torch._inductor import config as inductor
 from torch.nn import functional as F
 
@@ -23,6 +22,7 @@ from llava_fast.ops import (
     use_backend,
 )
 from llava_fast.ops.token_pack import RowUses
+from tests.support.kernel_checks import DEVICE
 
 
 def normed():

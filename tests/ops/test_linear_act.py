@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPES, TOLERANCE, check_op, relative
 
 from llava_fast.ops import gemm, linear_act, sums, triton_support, use_backend
 from llava_fast.ops.activations import ACTIVATIONS, activation_gradient
 from llava_fast.ops.backend import BackendError
+from tests.support.kernel_checks import DEVICE, DTYPES, TOLERANCE, check_op, relative
 
 BACKENDS = ("reference", "triton")
 KERNELS = ("gemm_kernel", "gemm_kernel_fp32", "weight_gradient_kernel", "weight_gradient_kernel_fp32")

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from kernel_checks import DEVICE, check_op
 from torch.nn import functional as F
 
 from llava_fast.ops import linear_cross_entropy, use_backend
 from llava_fast.ops.linear_cross_entropy import chunked
+from tests.support.kernel_checks import DEVICE, check_op
 
 BACKENDS = ("reference", "native")
 VOCABULARY, WIDTH = 37, 12

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPES, check_op
 from torch.nn import functional as F
 
 from llava_fast.ops import mix_rows, use_backend
 from llava_fast.ops.backend import BackendError
 from llava_fast.ops.mix_rows import TapUses, reference
+from tests.support.kernel_checks import DEVICE, DTYPES, check_op
 
 BACKENDS = ("reference", "triton")
 

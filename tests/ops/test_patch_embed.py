@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPES, check_op, relative
 from torch.nn import functional as F
 
 from llava_fast.inputs.pictures.tiles import make_tiles
 from llava_fast.inputs.pictures.view import View
 from llava_fast.ops import patch_embed, triton_support, use_backend
 from llava_fast.ops.backend import BackendError
+from tests.support.kernel_checks import DEVICE, DTYPES, check_op, relative
 
 BACKENDS = ("reference", "triton")
 MEAN, STD = torch.tensor([0.48, 0.46, 0.41]), torch.tensor([0.27, 0.26, 0.28])

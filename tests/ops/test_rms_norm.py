@@ -4,12 +4,12 @@ from itertools import combinations
 
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPES, TOLERANCE, check_op
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llava_fast.ops import add_rms_norm, rms_norm, use_backend
 from llava_fast.ops.backend import BackendError
 from llava_fast.ops.rms_norm import triton_kernels
+from tests.support.kernel_checks import DEVICE, DTYPES, TOLERANCE, check_op
 
 BACKENDS = ("reference", "triton")
 EPS = 1e-5

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPES, check_op, relative
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava_fast.models.fused.rotary import rotate
 from llava_fast.ops import rope, use_backend
 from llava_fast.ops.backend import BackendError
 from llava_fast.ops.triton_support import forced
+from tests.support.kernel_checks import DEVICE, DTYPES, check_op, relative
 
 on_backends = pytest.mark.parametrize("backend", ("reference", "triton"))
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPES, check_op
 from torch.nn import functional as F
 
 from llava_fast.ops import swiglu, use_backend
 from llava_fast.ops.backend import BackendError
+from tests.support.kernel_checks import DEVICE, DTYPES, check_op
 
 on_backends = pytest.mark.parametrize("backend", ("reference", "triton"))
 

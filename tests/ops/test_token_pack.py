@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPES, check_op
 
 from llava_fast import _C
 from llava_fast.inputs.plan.plan import TextPiece, VisualPiece, build_plan
@@ -11,6 +10,7 @@ from llava_fast.inputs.tiling.rows import FEATURE, NEWLINE, VisualRows
 from llava_fast.ops import token_pack, use_backend
 from llava_fast.ops.backend import BackendError
 from llava_fast.ops.token_pack import RowUses
+from tests.support.kernel_checks import DEVICE, DTYPES, check_op
 
 BACKENDS = ("reference", "triton", "native") if DEVICE == "cpu" or _C.has_cuda() else ("reference", "triton")
 VOCABULARY = 50

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import yaml
-from made_data import write_data
 
 from llava_fast.train.recipe import Recipe, parse_recipe
+from tests.support import tiny
+from tests.support.made_data import write_data
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -63,17 +65,17 @@ def make_recipe(recipe_in, tmp_path):
 
 @pytest.fixture(scope="session")
 def _launcher():
-    command = [sys.executable, str(Path(__file__).with_name("processes.py"))]
+    command = [sys.executable, "-m", "tests.support.processes"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
+    with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes) as process:
         yield process
         process.kill()
 
 
 @pytest.fixture
 def run(_launcher):
-    """Runs a recipe (`llava-fast train`, or `dpo`) in processes of its own that may be killed: see processes.py.
+    """Runs a recipe (`llava-fast train`, or `dpo`) in processes that may be killed (tests/support/processes.py).
     Returns their exit statuses, and fails if one is not 0 where nothing was to be killed."""
 
     def launch(recipe: Recipe, processes: int = 1, **options) -> list[int]:

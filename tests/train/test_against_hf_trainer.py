@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 from PIL import Image
-from tiny import CASES, PAD_ID, Pair, hf_processor
 from torch.utils.data import SequentialSampler
 from transformers import LlavaNextForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
@@ -12,6 +11,7 @@ from llava_fast.train.data.samples import read_sources
 from llava_fast.train.metrics import FILE, read_metrics
 from llava_fast.train.parallel import World
 from llava_fast.train.trainer import build_loader, load_model, train
+from tests.support.tiny import CASES, PAD_ID, Pair, hf_processor
 
 STEPS, BATCH, RATE = 20, 4, 2e-5
 

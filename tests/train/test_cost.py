@@ -5,7 +5,6 @@ import dataclasses
 import json
 
 import pytest
-import tiny
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -21,6 +20,7 @@ from llava_fast.train.optim import freeze
 from llava_fast.train.parallel import World
 from llava_fast.train.recipe import load_recipe
 from llava_fast.train.trainer import Trainer, build_loader, load_model
+from tests.support import tiny
 
 
 def request(number, answer):

@@ -6,7 +6,6 @@ import builtins
 import json
 
 import pytest
-import tiny
 import yaml
 from PIL import Image
 from typer.testing import CliRunner
@@ -14,6 +13,7 @@ from typer.testing import CliRunner
 from llava_fast.cli import app
 from llava_fast.errors import CheckpointError, DataError, RecipeError
 from llava_fast.train.data.check import check, plan_for
+from tests.support import tiny
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from training_runs import losses
+
+from tests.support.training_runs import losses
 
 KILLS = 10
 

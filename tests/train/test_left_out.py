@@ -7,8 +7,6 @@ import signal
 import numpy as np
 import pytest
 import torch
-from made_data import write_data
-from training_runs import break_off, losses
 
 import llava_fast
 from llava_fast.errors import TrainingError
@@ -16,6 +14,8 @@ from llava_fast.train.data.run_samples import FILE as FILE_OF_SAMPLES
 from llava_fast.train.metrics import FILE, LEFT_OUT, read_metrics
 from llava_fast.train.preference.tuning import dpo
 from llava_fast.train.trainer import Trainer, train
+from tests.support.made_data import write_data
+from tests.support.training_runs import break_off, losses
 
 BAD = {4: "4_0.png", 7: "7_1.png", 9: "9_0.png"}  # of twelve; of sample 7 the second image
 

@@ -7,12 +7,12 @@ import json
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
 from llava_fast.inputs.chat.rendering import Segment, builtin_template
 from llava_fast.train.data.lengths import measure
 from llava_fast.train.data.samples import Source, read_sources
+from tests.support import tiny
 
 
 @pytest.fixture(scope="module")

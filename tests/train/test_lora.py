@@ -6,8 +6,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from test_parallel import SHAPES
-from training_runs import break_off, losses
 from typer.testing import CliRunner
 
 import llava_fast
@@ -16,6 +14,7 @@ from llava_fast.errors import CheckpointError, RecipeError
 from llava_fast.train import trainer as training
 from llava_fast.train.parallel import World
 from llava_fast.train.trainer import load_model, train
+from tests.support.training_runs import SHAPES, break_off, losses
 
 pytest.importorskip("peft")
 

@@ -5,11 +5,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from training_runs import break_off, losses
 
 import llava_fast
 from llava_fast.errors import RecipeError
 from llava_fast.train.trainer import train
+from tests.support.training_runs import break_off, losses
 
 
 @pytest.fixture

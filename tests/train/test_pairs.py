@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from PIL import Image
 
@@ -17,6 +16,7 @@ from llava_fast.train.data.lengths import measure
 from llava_fast.train.data.samples import Source
 from llava_fast.train.preference.loss import answer_log_probs, preference_losses
 from llava_fast.train.preference.pairs import PairBatches, read_pairs, shared_pair
+from tests.support import tiny
 
 PAIR = {"id": "p0", "image": "a.png", "prompt": "what is it?", "chosen": "a red cup", "rejected": "a red table"}
 

@@ -4,13 +4,11 @@ import signal
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from training_runs import losses
 
 from llava_fast.errors import RecipeError
 from llava_fast.train import parallel
@@ -18,12 +16,8 @@ from llava_fast.train.checkpoint import Checkpoints
 from llava_fast.train.parallel import World, join_world
 from llava_fast.train.preference.tuning import weights_mark
 from llava_fast.train.trainer import load_model, train
-
-SHAPES = {
-    "ddp": {"kind": "ddp"},
-    "fsdp2": {"kind": "fsdp2"},
-    "tensor": {"kind": "fsdp2", "tensor": 2},
-}
+from tests.support import tiny
+from tests.support.training_runs import SHAPES, losses
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,10 @@ import signal
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import yaml
 from PIL import Image
-from test_parallel import SHAPES
 from torch.nn import functional as F
-from training_runs import break_off
 from typer.testing import CliRunner
 
 import llava_fast
@@ -24,6 +21,8 @@ from llava_fast.train.parallel import World
 from llava_fast.train.preference import tuning as preference
 from llava_fast.train.preference.tuning import adapters_off, build_trainer, dpo
 from llava_fast.train.trainer import load_model, train
+from tests.support import tiny
+from tests.support.training_runs import SHAPES, break_off
 
 ALONE = World(0, 1, torch.device("cpu"))
 ANSWERS = ["a red cup", "two green cups near a table", "nothing", "a small box on the table", "the red box says hello"]

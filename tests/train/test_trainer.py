@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from training_runs import break_off, losses
 
 import llava_fast
 from llava_fast.errors import DataError, RecipeError, TrainingError
@@ -14,6 +13,7 @@ from llava_fast.train import trainer as training
 from llava_fast.train.metrics import FILE, read_metrics
 from llava_fast.train.parallel import World
 from llava_fast.train.trainer import Trainer, build_loader, load_model, train
+from tests.support.training_runs import break_off, losses
 
 ALONE = World(0, 1, torch.device("cpu"))
 

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import tiny
 import torch
 from PIL import Image
 from transformers import (
@@ -19,6 +18,7 @@ import llava_fast
 from llava_fast.train.metrics import FILE, read_metrics
 from llava_fast.train.parallel import World
 from llava_fast.train.trainer import build_loader, load_model, train
+from tests.support import tiny
 
 ALONE = World(0, 1, torch.device("cpu"))
 

@@ -1,4 +1,5 @@
-"""Runs recipes in processes that may be killed: `python processes.py` reads a request a line and answers each.
+"""Runs recipes in processes that may be killed: `python -m tests.support.processes` reads a request a
+line and answers each.
 
     {"recipe": PATH, "log": PATH, "processes": 2, "kill": "step:5", "after": 1.5}  ->  [-9, -9]
 

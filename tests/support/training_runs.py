@@ -5,6 +5,12 @@ import pytest
 from llava_fast.train.metrics import FILE, read_metrics
 from llava_fast.train.trainer import Trainer, train
 
+SHAPES = {  # of two processes, as `parallel` of a recipe
+    "ddp": {"kind": "ddp"},
+    "fsdp2": {"kind": "fsdp2"},
+    "tensor": {"kind": "fsdp2", "tensor": 2},
+}
+
 
 def losses(recipe) -> list[float]:
     """A run's loss at each step, none missing and none twice."""

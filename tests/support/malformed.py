@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import save_hf, tokenizer, write_original
+
+from tests.support.tiny_checkpoints import save_hf, tokenizer, write_original
 
 NAN, INFINITY = float("nan"), float("inf")
 HUGE = 10**9

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-import tiny
 import torch
-from parity import assert_close, assert_same_answer
 from torch import Tensor, nn
 
 import llava_fast
+from tests.support import tiny
+from tests.support.parity import assert_close, assert_same_answer
 
 VISUAL = ("image_hidden_states", "video_hidden_states", "image_outputs", "video_outputs")
 SAMPLES = {  # prompt, (height, width) of images, frames of a video

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-import tiny
 from PIL import Image
+
+from tests.support import tiny
 
 WORDS = "hello the red small box on a table near two green cups says nothing at all".split()
 

@@ -2,9 +2,10 @@
 
 import functools
 
-import tiny
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+from tests.support import tiny
 
 
 @functools.lru_cache
