@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from llava_fast.generation.engine import Generation, Usage
     from llava_fast.generation.llava import Llava
     from llava_fast.generation.sampling import Sampling
-    from llava_fast.inputs.processor import Processor
+    from llava_fast.inputs.processor import Processor, ProcessorOptions
     from llava_fast.integrations.transformers import accelerate, restore
 
 _MODULES = {
@@ -40,6 +40,7 @@ _MODULES = {
     "Generation": "generation.engine",
     "Llava": "generation.llava",
     "Processor": "inputs.processor",
+    "ProcessorOptions": "inputs.processor",
     "Sampling": "generation.sampling",
     "Usage": "generation.engine",
     "accelerate": "integrations.transformers",
@@ -65,6 +66,7 @@ __all__ = [
     "PixelError",
     "PlanError",
     "Processor",
+    "ProcessorOptions",
     "RecipeError",
     "RequestError",
     "Sampling",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,7 +21,7 @@ from llava_fast.inputs.chat.formats import default_template_name
 from llava_fast.inputs.chat.rendering import ChatTemplate, builtin_names, builtin_template, checkpoint_template
 from llava_fast.inputs.pictures.preprocessing import FILTERS
 from llava_fast.inputs.pictures.tiles import TORCH_MODES
-from llava_fast.inputs.processor import Processor
+from llava_fast.inputs.processor import Processor, ProcessorOptions
 from llava_fast.inputs.tiling.anyres import Compat, count_image_rows
 from llava_fast.models.fused import merge_linears
 
@@ -36,8 +35,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     *,
     chat_template: str | None = None,
-    resample: Literal["pillow", "torchvision"] = "pillow",
-    video_frames: int = 16,
+    processor: ProcessorOptions | None = None,
     model_base: str | Path | None = None,
     vision_tower: str | Path | None = None,
     merge: bool | None = None,
@@ -49,8 +47,7 @@ def load(
     dtype          torch dtype or its name; "auto" is the checkpoint's own. Default: "auto", but float32 on a CPU.
     chat_template  name of a built-in template (see inputs.chat.formats) to use instead of the checkpoint's, or of one
                    of those that the checkpoint brings (default: the one named "default").
-    resample       "pillow" (bit-exact with Pillow) or "torchvision" (what transformers does where it is installed).
-    video_frames   how many frames of a video file are used, spaced uniformly.
+    processor      how images and videos are read, where the checkpoint leaves a choice (see ProcessorOptions).
     model_base     the model that a LoRA or projector-only directory was trained on.
     vision_tower   where an original checkpoint's tower is, if not where its config says.
     merge          one weight for query, key and value and one for gate and up, so that each is one product (see
@@ -60,18 +57,17 @@ def load(
     Weights are memory-mapped and assigned tensor by tensor. Raises CheckpointError, naming file and tensor.
     """
     device = _device(device)
-    if resample not in ("pillow", "torchvision"):
-        raise CheckpointError(f"resample is {resample!r}: use 'pillow' or 'torchvision'")
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
     checkpoint, name = open_checkpoint(
         path_or_hub_id, dtype=_dtype(dtype), device=device, model_base=model_base, vision_tower=vision_tower
     )
-    if resample == "torchvision":
+    options = processor or ProcessorOptions()
+    if options.resample == "torchvision":
         _check_torchvision(checkpoint.config)
     with torch.device("meta"):
-        processor = load_processor(checkpoint, name, chat_template)
-        model = Llava(checkpoint.config, dataclasses.replace(processor, resample=resample, video_frames=video_frames))
+        reads = load_processor(checkpoint, name, chat_template).with_options(options)
+        model = Llava(checkpoint.config, reads)
     load_weights(model, checkpoint)
     if merge or (merge is None and device.type == "cuda"):
         merge_linears(model)

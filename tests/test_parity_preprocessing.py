@@ -220,7 +220,7 @@ def test_torchvision_is_refused_for_filters_that_it_lacks(models, number):
     _, folder = models["llava15"]
     (folder / "preprocessor_config.json").write_text(json.dumps(settings_of("llava15", {"resample": number})))
     with pytest.raises(CheckpointError, match=f"{FILTERS[number]}.*use resample='pillow'"):
-        llava_fast.load(folder, resample="torchvision")
+        llava_fast.load(folder, processor=llava_fast.ProcessorOptions(resample="torchvision"))
 
 
 def test_a_field_that_nothing_reads_is_named(models, caplog):

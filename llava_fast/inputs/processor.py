@@ -11,7 +11,8 @@ import functools
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -38,21 +39,60 @@ _MARK = re.compile(r"<image>|<video>")
 _IMAGE_MARK = re.compile(r"<image>")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProcessorOptions:
+    """How a processor works, where its checkpoint leaves a choice: `load(path, processor=ProcessorOptions(...))`.
+
+    video_frames    how many frames of a video file are used, spaced uniformly (all, if frames are given as images).
+    time_instruction  messages about a video also say how long it lasts and when its frames are, in the words that
+                    LLaVA-NeXT trains with (chat.messages.with_video_times). It must be a file or a folder of frames.
+    exif            turn images upright by their EXIF tag. Default: as the checkpoint's own code does when it opens a
+                    file: transformers does, the original LLaVA does not.
+    resample        "pillow" (to the bit), or "torchvision" (what transformers does where it is installed).
+    pillow          the order of Pillow's passes: "12" or "13". Default: the installed Pillow's.
+    threads         threads that make one image's tiles; 0: one for each core.
+    tiles_on        "host", or "device": a batch then carries whole images, and the device that it is moved to makes
+                    the tiles, the same to the bit. Only for resample="pillow".
+
+    Raises ValueError for a value that is none of these.
+    """
+
+    video_frames: int = 16
+    time_instruction: bool = False
+    exif: bool | None = None
+    resample: Literal["pillow", "torchvision"] = "pillow"
+    pillow: Literal["12", "13"] | None = None
+    threads: int = 0
+    tiles_on: Literal["host", "device"] = "host"
+
+    def __post_init__(self) -> None:
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {getattr(self, name)!r}")
+        for name, least in (("video_frames", 1), ("threads", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < least:
+                raise ValueError(f"{name} must be a whole number, {least} or more, got {value!r}")
+        if self.tiles_on == "device" and self.resample != "pillow":
+            raise ValueError(f"a device resizes as Pillow does, not as {self.resample}: use tiles_on='host'")
+
+
+_CHOICES = {
+    "resample": ("pillow", "torchvision"),
+    "pillow": (None, "12.1", "12", "13"),
+    "tiles_on": ("host", "device"),
+}
+
+
 @dataclass(frozen=True)
-class Processor:
-    """Everything a checkpoint needs to read images and text.
+class Processor(ProcessorOptions):
+    """Everything a checkpoint needs to read images and text; its options are those of ProcessorOptions.
 
     geometry        how images become tiles and rows.
     tokenizer       a transformers tokenizer.
     image_token_id  the id that marks an image; ORIGINAL_IMAGE_TOKEN tokenises the text around marks in chunks.
     template        the chat template for requests with messages.
     max_rows        the decoder's context length; a longer prompt is refused.
-    video_frames    how many frames of a video file are used, spaced uniformly (all, if frames are given as images).
-    time_instruction  messages about a video also say how long it lasts and when its frames are, in the words that
-                    LLaVA-NeXT trains with (chat_messages.with_video_times). It must be a file or a folder of frames.
-    exif            turn images upright by their EXIF tag, as transformers does when it opens a file.
-    tiles_on        "host", or "device": a batch then carries whole images, and the device that it is moved to makes
-                    the tiles, the same to the bit. Only for resample="pillow".
     """
 
     geometry: VisualGeometry
@@ -61,19 +101,14 @@ class Processor:
     template: ChatTemplate
     video_token_id: int | None = None
     max_rows: int | None = None
-    video_frames: int = 16
-    time_instruction: bool = False
-    exif: bool = True
-    resample: Literal["pillow", "torchvision"] = "pillow"
-    pillow: Literal["12", "13"] | None = None
-    threads: int = 0
-    tiles_on: Literal["host", "device"] = "host"
+    exif: bool = field(default=True, kw_only=True)
 
-    def __post_init__(self) -> None:
-        if self.tiles_on not in ("host", "device"):
-            raise ValueError(f"tiles_on must be 'host' or 'device', got {self.tiles_on!r}")
-        if self.tiles_on == "device" and self.resample != "pillow":
-            raise ValueError(f"a device resizes as Pillow does, not as {self.resample}: use tiles_on='host'")
+    def with_options(self, options: ProcessorOptions) -> Processor:
+        """This processor with other options. Where `options.exif` is None, it stays."""
+        chosen = {option.name: getattr(options, option.name) for option in fields(ProcessorOptions)}
+        if options.exif is None:
+            chosen["exif"] = self.exif
+        return replace(self, **chosen)
 
     def tiles(self, image: Any, alone: bool = True) -> np.ndarray:
         """uint8 tiles [tiles, 3, H, W] of one image (path, bytes, data URI, PIL image, uint8 array), base view

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from llava_fast.api import load
 from llava_fast.errors import RequestError
+from llava_fast.inputs.processor import ProcessorOptions
 
 try:
     from lmms_eval.api.instance import GenerationResult, TokenCounts
@@ -48,7 +49,7 @@ class LlavaFast(lmms):
     """A checkpoint that `llava_fast.load` reads, for tasks that give a text and pictures.
 
     pretrained     a Hugging Face or original LLaVA checkpoint.
-    device, dtype, chat_template, video_frames   as `llava_fast.load` has them.
+    device, dtype, chat_template   as `llava_fast.load` has them; video_frames as ProcessorOptions.
     batch_size     requests answered at once; an answer does not depend on its neighbours.
     """
 
@@ -71,7 +72,7 @@ class LlavaFast(lmms):
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise RequestError(f"batch_size is a whole number above 0, not {batch_size!r}")
         self.batch_size = int(batch_size)
-        settings = {"chat_template": chat_template, "video_frames": video_frames}
+        settings = {"chat_template": chat_template, "processor": ProcessorOptions(video_frames=video_frames)}
         self.model = load(pretrained, device=device, dtype=dtype, **settings)
 
     @property

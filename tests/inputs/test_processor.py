@@ -11,7 +11,7 @@ from transformers import image_transforms
 from llava_fast.errors import ImageError, LlavaFastError, MissingFileError, RequestError
 from llava_fast.inputs.chat.rendering import builtin_template, checkpoint_template
 from llava_fast.inputs.plan.columns import MODALITY_IMAGE, MODALITY_VIDEO, TEXT
-from llava_fast.inputs.processor import ORIGINAL_IMAGE_TOKEN, Processor
+from llava_fast.inputs.processor import ORIGINAL_IMAGE_TOKEN, Processor, ProcessorOptions
 from llava_fast.inputs.tiling.anyres import VisualGeometry
 from tests.support import tiny
 from tests.support.real_tokenizers import TOKENIZERS
@@ -393,3 +393,33 @@ def test_transparency_is_laid_on_white_or_dropped_as_transformers_does(tmp_path)
     if "white" in (image_transforms.convert_to_rgb.__doc__ or ""):  # since transformers 5.21; before, it is dropped
         assert np.array_equal(pair.ours.processor.tiles(picture), given)
     assert np.array_equal(pair.ours.processor.tiles(tmp_path / "a.png"), np.asarray(opened["pixel_values"][0]))
+
+
+# ---------------------------------------------------------------- options
+
+
+def test_options_are_the_processors_fields_and_a_checkpoint_keeps_its_exif():
+    processor = tiny.pair("next").ours.processor
+    options = ProcessorOptions(video_frames=3, threads=2, tiles_on="device", pillow="12")
+    changed = processor.with_options(options)
+    assert (changed.video_frames, changed.threads, changed.tiles_on, changed.pillow) == (3, 2, "device", "12")
+    assert changed.geometry is processor.geometry and changed.exif is processor.exif is True
+    upright = dataclasses.replace(processor, exif=False)
+    assert upright.with_options(options).exif is False
+    assert upright.with_options(ProcessorOptions(exif=True)).exif is True
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"resample": "bicubic"},
+        {"pillow": 13},
+        {"tiles_on": "gpu"},
+        {"video_frames": 0},
+        {"video_frames": 2.5},
+        {"threads": -1},
+    ],
+)
+def test_an_option_out_of_range_is_named(option):
+    with pytest.raises(ValueError, match=f"^{next(iter(option))} must be"):
+        ProcessorOptions(**option)

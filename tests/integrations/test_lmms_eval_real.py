@@ -117,7 +117,12 @@ def evaluate(files, monkeypatch, tmp_path):
 
 
 def model(files):
-    return llava_fast.load(files[0] / "model", device="cpu", chat_template="vicuna_v1", video_frames=4)
+    return llava_fast.load(
+        files[0] / "model",
+        device="cpu",
+        chat_template="vicuna_v1",
+        processor=llava_fast.ProcessorOptions(video_frames=4),
+    )
 
 
 def request(doc, kind="image"):

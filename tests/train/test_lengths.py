@@ -154,7 +154,7 @@ def test_an_error_nobody_thought_of_is_a_problem_of_its_sample(folder, processor
     def refuse(source, exif):
         raise ZeroDivisionError("by zero") if source.endswith("b.png") else MemoryError
 
-    monkeypatch.setattr("llava_fast.inputs.pictures.reading.open_image", refuse)
+    monkeypatch.setattr("llava_fast.train.data.lengths.open_image", refuse)
     found = measure(
         table_of(folder, sample("b.png"), sample(None)), processor, "answers", 0, decode=True, progress=False
     )
