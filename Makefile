@@ -1,4 +1,5 @@
 # make demo: run a tiny trained LLaVA end to end. make test: lint, types, tests. Both install into .venv once.
+# make test-fast: the tests that are not marked slow, within three minutes. make docs: the documentation, in build/site.
 # make test-newest: the tests that meet transformers and torch, with the newest of everything, in .venv/newest.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -14,7 +15,7 @@ WITH_OLDEST := tests/test_parity_logits.py tests/checkpoints/test_checkpoint_loa
 VERSIONS := import sys, torch, transformers, triton; \
 	print("Python", sys.version.split()[0], *(f"{m.__name__} {m.__version__}" for m in (torch, transformers, triton)))
 
-.PHONY: demo test test-versions test-newest lint check-kernels clean
+.PHONY: demo test test-fast test-versions test-newest lint check-kernels docs wheel release clean
 
 demo: .venv/demo.stamp
 	$(BIN)/llava-fast demo
@@ -23,6 +24,9 @@ test: .venv/test.stamp .venv/oldest.stamp lint
 	$(BIN)/python -m benchmarks.check_kernels --quiet --allow-missing-nvcc --changed
 	$(PYTEST)
 	PYTHONPATH=.venv/oldest $(PYTEST) $(WITH_OLDEST)
+
+test-fast: .venv/test.stamp
+	$(PYTEST) -m "not slow"
 
 # The same tests with whatever is installed at BIN.
 test-versions:
@@ -46,6 +50,18 @@ lint: .venv/test.stamp
 check-kernels: .venv/test.stamp
 	$(BIN)/python -m benchmarks.check_kernels $(if $(WRITE),--write)
 
+docs: .venv/docs.stamp
+	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --strict --quiet
+	@echo build/site/index.html
+
+# wheel: sdist and wheel in dist/, and the demo run from the wheel. release: checks tree, version and CHANGELOG first, and
+# tags the commit afterwards; uploads nothing.
+wheel: .venv/test.stamp
+	$(BIN)/python tools/release.py wheel
+
+release: .venv/test.stamp
+	$(BIN)/python tools/release.py tag
+
 clean:
 	rm -rf .venv build dist *.egg-info llava_fast/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
@@ -54,6 +70,11 @@ $(BIN)/python:
 
 .venv/oldest.stamp: .venv/test.stamp constraints-oldest.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/oldest -r constraints-oldest.txt
+	touch $@
+
+.venv/docs.stamp: constraints-docs.txt
+	$(PYTHON) -m venv .venv/docs
+	.venv/docs/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-docs.txt
 	touch $@
 
 # The compiled module is built by the install, so a changed source in csrc installs again.

@@ -78,7 +78,14 @@ std::vector<TileView> tile_views(const std::vector<ViewTuple>& tuples, const Til
     const auto [offset_y, offset_x] = offset;
     const auto [canvas_height, canvas_width] = canvas;
     const auto [red, green, blue] = fill;
-    views.push_back({square, height, width, offset_y, offset_x, canvas_height, canvas_width, {red, green, blue},
+    views.push_back({square,
+                     height,
+                     width,
+                     offset_y,
+                     offset_x,
+                     canvas_height,
+                     canvas_width,
+                     {red, green, blue},
                      resize_filter(filter)});
     check_view(views.back(), layout);
   }
@@ -166,7 +173,8 @@ void run_plan_cuda(uintptr_t jobs, int job_count, uintptr_t words, int tile, boo
 void bind_image(py::module_& m) {
   m.def("simd_levels", &supported_kernel_names, "Instruction sets this machine can run, slowest first.");
   m.def("resize", &resize_image, py::arg("image").noconvert(), py::arg("height"), py::arg("width"), py::arg("filter"),
-        py::arg("pillow"), py::arg("threads"), "Pillow's resize of uint8 [H, W, 3]; see llava_fast.inputs.images.resize.");
+        py::arg("pillow"), py::arg("threads"),
+        "Pillow's resize of uint8 [H, W, 3]; see llava_fast.inputs.images.resize.");
   m.def("make_tiles", &tiles, py::arg("image").noconvert(), py::arg("views"), py::arg("tile"), py::arg("pillow"),
         py::arg("threads"), py::arg("patch_rows"), py::arg("patch"),
         "Tiles of uint8 [H, W, 3]; see llava_fast.inputs.images.make_tiles.");
