@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from llava_fast.errors import (
     BackendError,
+    CacheFullError,
     CheckpointError,
     DataError,
+    GenerationError,
     ImageError,
     LlavaFastError,
     MissingFileError,
@@ -28,21 +30,21 @@ if TYPE_CHECKING:
     from llava_fast.checkpoints.assemble import Assembly
     from llava_fast.checkpoints.save import save
     from llava_fast.generation.chat import Chat
-    from llava_fast.generation.engine import Generation, Usage
     from llava_fast.generation.llava import Llava
     from llava_fast.generation.sampling import Sampling
+    from llava_fast.generation.sequence import Generation, Usage
     from llava_fast.inputs.processor import Processor, ProcessorOptions
     from llava_fast.integrations.transformers import accelerate, restore
 
 _MODULES = {
     "Assembly": "checkpoints.assemble",
     "Chat": "generation.chat",
-    "Generation": "generation.engine",
+    "Generation": "generation.sequence",
     "Llava": "generation.llava",
     "Processor": "inputs.processor",
     "ProcessorOptions": "inputs.processor",
     "Sampling": "generation.sampling",
-    "Usage": "generation.engine",
+    "Usage": "generation.sequence",
     "accelerate": "integrations.transformers",
     "count_tokens": "api",
     "load": "api",
@@ -54,10 +56,12 @@ _MODULES = {
 __all__ = [
     "Assembly",
     "BackendError",
+    "CacheFullError",
     "Chat",
     "CheckpointError",
     "DataError",
     "Generation",
+    "GenerationError",
     "ImageError",
     "Llava",
     "LlavaFastError",

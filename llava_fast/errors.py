@@ -24,6 +24,14 @@ class RequestError(LlavaFastError):
     """A request that cannot be served: marks and images disagree, the prompt is too long, a bad option."""
 
 
+class GenerationError(LlavaFastError):
+    """An answer that breaks off: the model's logits are not numbers."""
+
+
+class CacheFullError(LlavaFastError):
+    """No block of the KV cache is free and it may not grow."""
+
+
 class CheckpointError(LlavaFastError):
     """A checkpoint that cannot be loaded or saved: missing shard, wrong shape, unknown model type."""
 

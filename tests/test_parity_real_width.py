@@ -13,12 +13,17 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llava_fast.checkpoints.config import read_hf_config
 from llava_fast.checkpoints.names import from_stored
-from llava_fast.generation.engine import Sequence, steps
+from llava_fast.generation.prompt import Part, Prompt
+from llava_fast.generation.runner import Runner
 from llava_fast.generation.sampling import Sampler, Sampling
+from llava_fast.generation.scheduler import Scheduler
+from llava_fast.generation.sequence import Sequence
 from llava_fast.generation.text import TextDecoder
+from llava_fast.inputs.chat.rendering import builtin_template
 from llava_fast.inputs.pictures.tiles import make_tiles
 from llava_fast.inputs.plan.plan import TextPiece, VisualPiece, build_plan
 from llava_fast.inputs.prepared import Prepared
+from llava_fast.inputs.processor import Processor
 from llava_fast.inputs.tiling.anyres import image_rows, image_views
 from llava_fast.models.batch import Batch
 from llava_fast.models.vlm import LlavaModel
@@ -109,8 +114,11 @@ def test_forward_backward_and_decoding(reference, model):
 
     answer, logits = reference_greedy(reference, inputs, tokens=4)
     words = tiny.tokenizer()
-    sequence = Sequence(Sampler(Sampling(), None, []), TextDecoder(words), frozenset(), 4)
-    with torch.inference_mode():
-        for _ in steps(model, batch, [sequence], model.decoder.new_cache(1, batch.plan.rows + 4)):
-            pass
+    prompt = Prompt([Part(pieces[0]), Part(pieces[1], [tiles]), Part(TextPiece(after))])
+    sequence = Sequence(prompt, Sampler(Sampling(), None, []), TextDecoder(words), frozenset(), 4)
+    model.processor = Processor(geometry, words, IMAGE_TOKEN, builtin_template("vicuna_v1"))
+    scheduler = Scheduler(Runner(model))
+    scheduler.add(sequence)
+    while not scheduler.is_idle:
+        scheduler.step()
     assert_same_answer(sequence.token_ids, answer, logits)

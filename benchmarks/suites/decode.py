@@ -1,13 +1,14 @@
 """Greedy tokens behind a cache that is already full of context: each side's own generation loop, nothing else.
 
-The cache is filled with the same random keys and values on both sides, so no prefill is paid for. llava_fast's loop
-also turns tokens into text as it goes, transformers' does not.
+The cache is filled with the same random keys and values on both sides, so no prefill is paid for. llava_fast's
+scheduler also turns tokens into text as it goes, transformers' loop does not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,10 +18,13 @@ from benchmarks.checks import Greedy
 from benchmarks.floors import decode_floor
 from benchmarks.inputs import PROMPT, ROTATED, inference, photographs
 from benchmarks.subject import Subject
-from llava_fast.generation import engine
+from llava_fast.generation.prompt import Part, Prompt
+from llava_fast.generation.runner import Runner
 from llava_fast.generation.sampling import Sampling
+from llava_fast.generation.scheduler import Scheduler
+from llava_fast.generation.sequence import Sequence, new_sequence
 from llava_fast.inputs.plan.plan import TextPiece, sequence_length
-from llava_fast.models.batch import Batch
+from llava_fast.models.paged_cache import BlockTable
 
 
 def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
@@ -46,33 +50,50 @@ def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
 
 def _ours(subject: Subject, settings: Settings, context: int) -> Provider:
     model, count, steps = subject.ours, settings.batch_size, settings.new_tokens
-    slots = tuple(range(count))
-    cache = model.decoder.new_cache(count, context + steps + 1)
-    for layer, slot, key, value in _cached(subject, count, context):
-        cache.append(layer, slot, 0, key, value)
+    runner = Runner(model)
+    cache = runner.cache
+    filled = [BlockTable(cache) for _ in range(count)]
+    for table in filled:
+        table.reserve(context)
+    for layer, number, key, value in _cached(subject, count, context):
+        cache.append(layer, filled[number], 0, key, value)
     options = Sampling(max_new_tokens=steps, ignore_eos=True)
-    batches = []
-    for number in range(ROTATED):
-        pieces = [[TextPiece([token])] for token in _first_tokens(count, number)]
-        made = model.processor.assemble(pieces, [], first_positions=[context] * count)
-        batches.append(Batch.from_prepared(made, model.device))
+    filler = [5] * context  # only their number matters: they are cached
+    prompts = [[_prompt([*filler, token]) for token in _first_tokens(count, number)] for number in range(ROTATED)]
+    tables: list[BlockTable] = []
 
     def prepare() -> None:
-        cache.lengths = [context] * count
+        for table in tables:
+            table.release()
+        tables[:] = [BlockTable(cache) for _ in range(count)]
+        for table, source in zip(tables, filled, strict=True):
+            table.share(source.blocks, context)
 
     def run(number: int) -> list[list[int]]:
-        sequences = [engine.new_sequence(model, options, [], steps, None) for _ in slots]
-        for _ in engine.steps(model, batches[number % ROTATED], sequences, cache):
-            pass
+        sequences = [new_sequence(model, prompt, options) for prompt in prompts[number % ROTATED]]
+        scheduler = Scheduler(runner)
+        for sequence, table in zip(sequences, tables, strict=True):
+            sequence.table = table
+            scheduler.prefilling.append(sequence)  # as if it had been admitted and found all but its last row
+        while not scheduler.is_idle:
+            scheduler.step()
         return [sequence.token_ids for sequence in sequences]
 
     def result(tokens: list[list[int]]) -> Greedy:
-        cache.lengths = [context + steps] * count
+        prepare()
+        sequences: list[Sequence] = []
+        for prompt, mine, table in zip(prompts[0], tokens, tables, strict=True):
+            sequences.append(new_sequence(model, prompt, options))
+            sequences[-1].token_ids, sequences[-1].table = mine, table
         with torch.inference_mode():
-            logits = engine.decode_step(model, [mine[-1] for mine in tokens], cache)
+            logits = runner.prefill([(sequence, 1 + steps) for sequence in sequences])
         return Greedy(tokens, next_logits=logits.clone())
 
     return Provider("llava_fast", inference(run), result, prepare)
+
+
+def _prompt(ids: list[int]) -> Prompt:
+    return Prompt([Part(TextPiece(np.asarray(ids, np.int32)))])
 
 
 def _hf_eager(subject: Subject, settings: Settings, context: int) -> Provider:

@@ -13,6 +13,7 @@ from benchmarks.inputs import describe, inference, prepared, sizes
 from benchmarks.subject import Subject
 from llava_fast.generation.llava import Llava
 from llava_fast.models.batch import Batch
+from llava_fast.models.paged_cache import BlockTable
 
 
 def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
@@ -50,10 +51,8 @@ def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
 
 
 def prefill(model: Llava, batch: Batch) -> Tensor:
-    """What llava_fast's generation loop does before its first token: [sequences, vocabulary]."""
-    slots = tuple(range(len(batch.plan.lengths)))
-    cache = model.decoder.new_cache(len(slots), max(batch.plan.lengths))
-    spans = batch.spans(slots, tuple(cache.lengths))
+    """What llava_fast's generation does before its first token: [sequences, vocabulary]."""
+    cache = model.decoder.new_cache()
+    spans = batch.spans(tuple(BlockTable(cache) for _ in batch.plan.lengths))
     hidden = model.hidden_states(model.inputs_embeds(batch), batch, spans, cache)
-    cache.advance(slots, spans.lengths)
     return model.decoder.logits(hidden[batch.column("last_row").long()])

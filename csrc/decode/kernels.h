@@ -15,6 +15,12 @@ struct Linear {
   int64_t in;
 };
 
+// Consecutive cached rows [rows, size] of one key head.
+struct Piece {
+  const float *keys, *values;
+  int64_t rows;
+};
+
 struct KernelSet {
   const char* name;  // "scalar", "avx2", "avx512"
   bool (*supported)();
@@ -26,9 +32,10 @@ struct KernelSet {
   void (*rms_norm)(const float* x, const float* weight, int64_t width, float eps, float* out);
   // gate = silu(gate) * up.
   void (*swiglu)(float* gate, const float* up, int64_t width);
-  // `group` query heads [group, size], already scaled, over `rows` keys and values [rows, size] that they share;
-  // out [group, size]. `scores` is scratch for group * padded_rows(rows) floats.
-  void (*attend)(const float* query, int64_t group, const float* keys, const float* values, int64_t rows, int64_t size,
+  // `group` query heads [group, size], already scaled, over the keys and values that they share, `rows` in all
+  // pieces together; out [group, size]. `scores` is scratch for group * padded_rows(rows) floats. The result does not
+  // depend on how rows are cut into pieces.
+  void (*attend)(const float* query, int64_t group, const Piece* pieces, int64_t count, int64_t rows, int64_t size,
                  float* scores, float* out);
 };
 

@@ -183,25 +183,28 @@ TARGET inline void add_value_rows(const float* weights, int64_t weights_stride, 
   for (; d < size; d += kLanes) add_values<N, 1>(weights, weights_stride, values + d, rows, size, size - d, out + d);
 }
 
-TARGET void attend(const float* query, int64_t group, const float* keys, const float* values, int64_t rows,
-                   int64_t size, float* scores, float* out) {
+TARGET void attend(const float* query, int64_t group, const Piece* pieces, int64_t count, int64_t rows, int64_t size,
+                   float* scores, float* out) {
   constexpr int64_t kBlock = 32;  // rows that stay in the first-level cache for every head of the group
   const int64_t padded = padded_rows(rows);
-  linear({keys, nullptr, size}, 0, rows, query, size, group, scores, padded, false);
+  int64_t done = 0;
+  for (const Piece* piece = pieces; piece < pieces + count; done += piece++->rows)
+    linear({piece->keys, nullptr, size}, 0, piece->rows, query, size, group, scores + done, padded, false);
   for (int64_t d = 0; d < group * size; ++d) out[d] = 0;
   float total[kTileVectors];
   for (int64_t first = 0; first < group; first += kTileVectors) {
     const int64_t heads = group - first < kTileVectors ? group - first : kTileVectors;
-    float* const mine = scores + first * padded;
+    float* mine = scores + first * padded;
     for (int64_t g = 0; g < heads; ++g) total[g] = exponentials(mine + g * padded, rows, padded);
-    for (int64_t t = 0; t < rows; t += kBlock) {
-      const int64_t block = rows - t < kBlock ? rows - t : kBlock;
-      int64_t g = 0;
-      for (; g + 2 <= heads; g += 2)
-        add_value_rows<2>(mine + g * padded + t, padded, values + t * size, block, size, out + (first + g) * size);
-      if (g < heads)
-        add_value_rows<1>(mine + g * padded + t, padded, values + t * size, block, size, out + (first + g) * size);
-    }
+    for (const Piece* piece = pieces; piece < pieces + count; mine += piece++->rows)
+      for (int64_t t = 0; t < piece->rows; t += kBlock) {
+        const int64_t block = piece->rows - t < kBlock ? piece->rows - t : kBlock;
+        const float* values = piece->values + t * size;
+        int64_t g = 0;
+        for (; g + 2 <= heads; g += 2)
+          add_value_rows<2>(mine + g * padded + t, padded, values, block, size, out + (first + g) * size);
+        if (g < heads) add_value_rows<1>(mine + g * padded + t, padded, values, block, size, out + (first + g) * size);
+      }
     for (int64_t g = 0; g < heads; ++g)
       for (int64_t d = 0; d < size; ++d) out[(first + g) * size + d] /= total[g];
   }

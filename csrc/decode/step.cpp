@@ -46,12 +46,17 @@ struct Shared {
 
 class Worker {
  public:
-  Worker(const Decoder& decoder, const std::vector<int64_t>& before, const float* cos, const float* sin, float* x,
+  Worker(const Decoder& decoder, const std::vector<Sequence>& sequences, const float* cos, const float* sin, float* x,
          const KernelSet& kernels, Shared& shared)
-      : decoder_(decoder), before_(before), cos_(cos), sin_(sin), x_(x), kernels_(kernels), shared_(shared) {
-    const int64_t count = static_cast<int64_t>(before.size());
-    const int64_t rows = *std::max_element(before.begin(), before.end()) + 1;
-    normed_.resize(count * decoder.width);
+      : decoder_(decoder), sequences_(sequences), cos_(cos), sin_(sin), x_(x), kernels_(kernels), shared_(shared) {
+    int64_t rows = 0;
+    size_t runs = 0;
+    for (const Sequence& sequence : sequences) {
+      rows = std::max(rows, sequence.before + 1);
+      runs = std::max(runs, sequence.runs.size());
+    }
+    pieces_.resize(runs);
+    normed_.resize(count() * decoder.width);
     scores_.resize(decoder.heads / decoder.kv_heads * padded_rows(rows));
     query_.resize(decoder.heads / decoder.kv_heads * decoder.head_dim);
   }
@@ -59,14 +64,15 @@ class Worker {
   void run(int part, int parts, Barrier& barrier) {
     const Decoder& d = decoder_;
     const int64_t width = d.width, q_width = d.heads * d.head_dim, kv_width = d.kv_heads * d.head_dim;
-    for (const Layer& layer : d.layers) {
+    for (size_t number = 0; number < d.layers.size(); ++number) {
+      const Layer& layer = d.layers[number];
       norm(layer.input_norm);
       apply(layer.q, q_width, normed_.data(), shared_.q.data(), false, part, parts);
       apply(layer.k, kv_width, normed_.data(), shared_.k.data(), false, part, parts);
       apply(layer.v, kv_width, normed_.data(), shared_.v.data(), false, part, parts);
       barrier.wait();
       for (int64_t task = part; task < count() * d.kv_heads; task += parts)
-        attend(layer, task / d.kv_heads, task % d.kv_heads);
+        attend(static_cast<int64_t>(number), task / d.kv_heads, task % d.kv_heads);
       barrier.wait();
       apply(layer.o, width, shared_.attended.data(), x_, true, part, parts);
       barrier.wait();
@@ -87,7 +93,7 @@ class Worker {
   }
 
  private:
-  int64_t count() const { return static_cast<int64_t>(before_.size()); }
+  int64_t count() const { return static_cast<int64_t>(sequences_.size()); }
 
   // Each thread normalises all rows for itself: cheaper than one more barrier.
   void norm(const float* weight) {
@@ -112,27 +118,40 @@ class Worker {
   }
 
   // The query heads of one row that share a key head: store the new key and value, then attend.
-  void attend(const Layer& layer, int64_t row, int64_t kv_head) {
+  void attend(int64_t layer, int64_t row, int64_t kv_head) {
     const Decoder& d = decoder_;
-    const int64_t size = d.head_dim, group = d.heads / d.kv_heads, at = before_[row];
-    const int64_t head_start = (row * d.kv_heads + kv_head) * d.capacity * size;
-    float *keys = layer.keys + head_start, *values = layer.values + head_start;
-    rotate(&shared_.k[(row * d.kv_heads + kv_head) * size], row, 1.0f, keys + at * size);
-    std::copy_n(&shared_.v[(row * d.kv_heads + kv_head) * size], size, values + at * size);
+    const int64_t size = d.head_dim, group = d.heads / d.kv_heads, at = sequences_[row].before;
+    const int64_t window = d.layers[layer].window, first = window > 0 ? std::max<int64_t>(0, at + 1 - window) : 0;
+    int64_t start = 0, count = 0;
+    for (const Run& run : sequences_[row].runs) {
+      const int64_t from = std::max(first, start) - start, to = std::min(at + 1 - start, run.rows);
+      if (from < to) {
+        float* const keys = run.first + (layer * 2 * d.kv_heads + kv_head) * run.plane;
+        float* const values = keys + d.kv_heads * run.plane;
+        if (start + to == at + 1) {
+          const int64_t shared = (row * d.kv_heads + kv_head) * size;
+          rotate(&shared_.k[shared], row, 1.0f, keys + (to - 1) * size);
+          std::copy_n(&shared_.v[shared], size, values + (to - 1) * size);
+        }
+        pieces_[count++] = {keys + from * size, values + from * size, to - from};
+      }
+      start += run.rows;
+      if (start > at) break;
+    }
     const int64_t queries = (row * d.heads + kv_head * group) * size;
     const float scale = 1.0f / std::sqrt(static_cast<float>(size));
     for (int64_t g = 0; g < group; ++g) rotate(&shared_.q[queries + g * size], row, scale, &query_[g * size]);
-    const int64_t first = layer.window > 0 ? std::max<int64_t>(0, at + 1 - layer.window) : 0;
-    kernels_.attend(query_.data(), group, keys + first * size, values + first * size, at + 1 - first, size,
-                    scores_.data(), &shared_.attended[queries]);
+    kernels_.attend(query_.data(), group, pieces_.data(), count, at + 1 - first, size, scores_.data(),
+                    &shared_.attended[queries]);
   }
 
   const Decoder& decoder_;
-  const std::vector<int64_t>& before_;
+  const std::vector<Sequence>& sequences_;
   const float *cos_, *sin_;
   float* x_;
   const KernelSet& kernels_;
   Shared& shared_;
+  std::vector<Piece> pieces_;
   std::vector<float> normed_, scores_, query_;
 };
 
@@ -143,16 +162,16 @@ int64_t weight_bytes(const Decoder& d) {
   return static_cast<int64_t>(d.layers.size()) * (attention + mlp) * static_cast<int64_t>(sizeof(float));
 }
 
-void step(const Decoder& decoder, const std::vector<int64_t>& before, const float* cos, const float* sin, float* x,
+void step(const Decoder& decoder, const std::vector<Sequence>& sequences, const float* cos, const float* sin, float* x,
           int threads, const KernelSet& kernels) {
-  const size_t count = before.size(), kv_width = decoder.kv_heads * decoder.head_dim;
+  const size_t count = sequences.size(), kv_width = decoder.kv_heads * decoder.head_dim;
   const size_t q_width = decoder.heads * decoder.head_dim;
   Shared shared;
   for (std::vector<float>* buffer : {&shared.q, &shared.attended}) buffer->resize(count * q_width);
   for (std::vector<float>* buffer : {&shared.k, &shared.v}) buffer->resize(count * kv_width);
   for (std::vector<float>* buffer : {&shared.gate, &shared.up}) buffer->resize(count * decoder.intermediate);
   // Memory is taken before any thread starts, so that none can fail on the way.
-  std::vector<Worker> workers(std::max(threads, 1), Worker(decoder, before, cos, sin, x, kernels, shared));
+  std::vector<Worker> workers(std::max(threads, 1), Worker(decoder, sequences, cos, sin, x, kernels, shared));
   std::vector<std::thread> others;
   others.reserve(workers.size());
   std::atomic<Barrier*> start{nullptr};

@@ -1,4 +1,4 @@
-// One pass of a Llama-family decoder for one new row in each of the first cache slots, float32, on the CPU.
+// One pass of a Llama-family decoder for one new row of each of several sequences, float32, on the CPU.
 #pragma once
 
 #include <cstdint>
@@ -13,24 +13,36 @@ struct Layer {
   Linear q, k, v, o;
   const float* post_norm;
   Linear gate, up, down;
-  float *keys, *values;  // [slots, kv_heads, capacity, head_dim]
-  int64_t window;        // rows that a row looks back on, itself included; 0: all
+  int64_t window;  // rows that a row looks back on, itself included; 0: all
+};
+
+// Consecutive cache blocks of one sequence. Its rows of (layer, keys 0 or values 1, key head) are
+// [rows, head_dim] from first + ((layer * 2 + which) * kv_heads + head) * plane.
+struct Run {
+  float* first;
+  int64_t plane, rows;
+};
+
+// The cache of one sequence: `before` rows are there already, and the runs have room for one more.
+struct Sequence {
+  int64_t before;
+  std::vector<Run> runs;
 };
 
 struct Decoder {
   std::vector<Layer> layers;
   const float* norm;
-  int64_t width, intermediate, heads, kv_heads, head_dim, capacity;
+  int64_t width, intermediate, heads, kv_heads, head_dim;
   float eps;
 };
 
 // Bytes of weights that a step reads: what its time is made of.
 int64_t weight_bytes(const Decoder& decoder);
 
-// x [count, width]: the new rows' embeddings in, their final hidden states out. Row i is at index before[i] of
-// slot i, where its keys and values are written. cos, sin [count, head_dim], sin with the sign of its first half
-// folded in. The result does not depend on `threads`, nor a row's on the other rows.
-void step(const Decoder& decoder, const std::vector<int64_t>& before, const float* cos, const float* sin, float* x,
+// x [count, width]: the new rows' embeddings in, their final hidden states out. Row i becomes row before of sequence
+// i, where its keys and values are written. cos, sin [count, head_dim], sin with the sign of its first half folded in.
+// The result does not depend on `threads`, nor a row's on the other rows or on where the cache has its blocks.
+void step(const Decoder& decoder, const std::vector<Sequence>& sequences, const float* cos, const float* sin, float* x,
           int threads, const KernelSet& kernels);
 
 }  // namespace llava_fast::decode

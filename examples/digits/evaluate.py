@@ -7,7 +7,6 @@ Writes MODEL_DIR/evaluation.json and MODEL_DIR/README.md. Canvases hold only sca
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -22,9 +21,11 @@ from tqdm import tqdm
 
 import llava_fast
 from llava_fast.demo import KINDS, PHRASINGS, Canvas, answer, compose, split_scans
-from llava_fast.generation import engine
+from llava_fast.generation.prompt import read_prompt
+from llava_fast.generation.runner import Runner
 from llava_fast.generation.sampling import Sampling
-from llava_fast.inputs.tiling.anyres import image_rows
+from llava_fast.generation.scheduler import Scheduler
+from llava_fast.generation.sequence import new_sequence
 
 BATCH = 50
 TILE = 32
@@ -114,15 +115,17 @@ def answers(
     """The model's answers, its pixels edited before or its tiles after cutting."""
     content = [{"type": "image"}, {"type": "text", "text": question}]
     images = [pixels(c.image) if pixels else c.image for c in canvases]
-    batch = model.prepare([{"messages": [{"role": "user", "content": content}], "images": [i]} for i in images])
-    if tiles:
-        counts = [image_rows(model.config.geometry, *i.shape[:2]).tiles for i in images]
-        batch = dataclasses.replace(batch, tiles=torch.cat([tiles(part, rng) for part in batch.tiles.split(counts)]))
-    options = Sampling(max_new_tokens=8)
-    sequences = [engine.new_sequence(model, options, [], 8, None) for _ in canvases]
-    cache = model.decoder.new_cache(len(canvases), max(batch.plan.lengths) + 8)
-    for _ in engine.steps(model, batch, sequences, cache):
-        pass
+    scheduler, sequences = Scheduler(Runner(model)), []
+    for image in images:
+        request = {"messages": [{"role": "user", "content": content}], "images": [image]}
+        prompt = read_prompt(model.processor, request)
+        if tiles:
+            for part in prompt.parts:
+                part.tiles = [tiles(torch.from_numpy(cut), rng).numpy() for cut in part.tiles]
+        sequences.append(new_sequence(model, prompt, Sampling(max_new_tokens=8)))
+        scheduler.add(sequences[-1])
+    while not scheduler.is_idle:
+        scheduler.step()
     return [sequence.text.text.strip() for sequence in sequences]
 
 

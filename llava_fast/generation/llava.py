@@ -1,17 +1,20 @@
-"""`Llava`: the model users hold, with generate, stream and chat over the engine."""
+"""`Llava`: the model users hold, with generate, stream and chat over the scheduler."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from llava_fast.errors import RequestError
-from llava_fast.generation import engine
+from llava_fast.errors import LlavaFastError, RequestError
 from llava_fast.generation.chat import Chat
-from llava_fast.generation.engine import Generation, Usage
+from llava_fast.generation.prompt import read_prompt
+from llava_fast.generation.runner import Runner
 from llava_fast.generation.sampling import Sampling
+from llava_fast.generation.scheduler import Scheduler
+from llava_fast.generation.sequence import Generation, new_sequence
+from llava_fast.generation.sequence import Sequence as Running
 from llava_fast.models.vlm import LlavaModel
 
 
@@ -28,62 +31,56 @@ class Llava(LlavaModel):
         sampling  how to generate (see Sampling); default: greedy, at most 128 tokens.
         options   fields of Sampling by keyword, in place of the ones in `sampling`.
 
-        Raises RequestError or ImageError naming the request.
+        Raises RequestError or ImageError naming the request, CacheFullError for one that memory cannot hold, and
+        GenerationError if the model's logits are not numbers.
         """
-        chosen = Sampling.of(sampling, **options)
         requests = [requests] if isinstance(requests, dict) else list(requests)
-        if not requests:
-            return []
-        batch, sequences, cache = self._start(requests, chosen)
-        for _ in engine.steps(self, batch, sequences, cache):
+        sequences = self._sequences(requests, Sampling.of(sampling, **options))
+        for _ in self._steps(requests, sequences):
             pass
-        return [
-            Generation(s.text.text, s.token_ids, s.finish_reason or "length", self._usage(batch, number, s))
-            for number, s in enumerate(sequences)
-        ]
+        return [sequence.result() for sequence in sequences]
 
     def stream(self, request: dict, sampling: Sampling | None = None, **options: Any) -> Iterator[str]:
         """Text pieces of one answer as they become certain: never half a character, never part of a stop string.
-        Their concatenation is what `generate` returns. Arguments and errors as for `generate`, raised at once."""
-        with torch.inference_mode():
-            started = self._start([request], Sampling.of(sampling, **options), pieces=True)
-        return self._pieces(engine.steps(self, *started))
-
-    @staticmethod
-    def _pieces(running: Iterator[list[tuple[engine.Sequence, str]]]) -> Iterator[str]:
-        while True:
-            # The mode is entered for each step, not across yields, where it would leak into the caller's code.
-            with torch.inference_mode():
-                moved = next(running, None)
-            if moved is None:
-                return
-            for _, piece in moved:
-                if piece:
-                    yield piece
+        Their concatenation is what `generate` returns. Arguments and errors as for `generate`; those of the request
+        are raised at once."""
+        sequences = self._sequences([request], Sampling.of(sampling, **options), pieces=True)
+        return (piece for moved in self._steps([request], sequences) for _, piece in moved if piece)
 
     def chat(self, system: str | None = None) -> Chat:
         """A conversation on one cache: an image is encoded once, however many questions follow."""
         return Chat(self, system)
 
-    def _start(self, requests: list[dict], sampling: Sampling, pieces: bool = False):
-        """Prepared batch, sequences and a cache that holds prompt and answer of each. `pieces`: as for TextDecoder."""
-        batch = self.prepare(requests)
-        limit = self.config.decoder.context_length
-        capacity = min(max(batch.plan.lengths) + sampling.max_new_tokens, limit)
+    def _sequences(self, requests: list[dict], sampling: Sampling, pieces: bool = False) -> list[Running]:
+        """A sequence for each request. `pieces`: as for TextDecoder."""
         sequences = []
-        for number, (request, length) in enumerate(zip(requests, batch.plan.lengths, strict=True)):
+        for number, request in enumerate(requests):
+            prompt = read_prompt(self.processor, request, number)
             seed = request.get("seed")
             if seed is None and sampling.seed is not None:
                 seed = sampling.seed + number
-            room = limit - length
-            if room <= 0 and sampling.max_new_tokens:
+            limit = self.config.decoder.context_length
+            if prompt.rows >= limit and sampling.max_new_tokens:
                 name = request.get("id", number)
                 raise RequestError(f"request {name} fills the context of {limit} tokens: no room for an answer")
-            penalised = sampling.repetition_penalty != 1.0
-            ids = engine.prompt_ids(batch, number, self.config.image_token_id) if penalised else []
-            sequences.append(engine.new_sequence(self, sampling, ids, room, seed, pieces))
-        return batch, sequences, self.decoder.new_cache(len(requests), capacity)
+            sequences.append(new_sequence(self, prompt, sampling, seed, pieces))
+        return sequences
 
-    @staticmethod
-    def _usage(batch, number: int, sequence: engine.Sequence) -> Usage:
-        return Usage(batch.plan.lengths[number], engine.visual_tokens(batch, number), len(sequence.token_ids))
+    def _steps(self, requests: list[dict], sequences: list[Running]) -> Iterator[list[tuple[Running, str]]]:
+        """Run the sequences to their ends; yields what moved at each step. A sequence that fails raises its error."""
+        scheduler = Scheduler(Runner(self))
+        for sequence in sequences:
+            scheduler.add(sequence)
+        while not scheduler.is_idle:
+            moved = scheduler.step()
+            for sequence, _ in moved:
+                if sequence.error is not None:
+                    number = sequences.index(sequence)
+                    _raise(sequence.error, requests[number].get("id", number))
+            yield moved
+
+
+def _raise(error: Exception, name: Any) -> NoReturn:
+    if isinstance(error, LlavaFastError):
+        raise type(error)(f"request {name}: {error}") from error
+    raise error

@@ -6,16 +6,16 @@ Sources: Holtzman et al. 2020 (top-p); Fan et al. 2018 (top-k); Keskar et al. 20
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from math import inf
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from llava_fast.errors import RequestError
+from llava_fast.errors import GenerationError, RequestError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,32 +78,77 @@ class Sampling:
         return self.temperature == 0 and self.repetition_penalty == 1
 
 
+class LogitsProcessor(Protocol):
+    """Changes a sequence's logits before a token is chosen: a penalty, a bias, a grammar's mask."""
+
+    def __call__(self, logits: Tensor, token_ids: list[int]) -> Tensor:
+        """New logits, float32 [vocabulary], from the ones given and the answer so far. An error ends the sequence."""
+
+
+class RepetitionPenalty:
+    """Makes tokens of the prompt (`seen`) and of the answer less likely."""
+
+    def __init__(self, seen: Iterable[int], penalty: float) -> None:
+        self.seen = set(seen)
+        self.penalty = penalty
+
+    def __call__(self, logits: Tensor, token_ids: list[int]) -> Tensor:
+        return penalise(logits, self.seen.union(token_ids), self.penalty)
+
+
 class Sampler:
     """Draws tokens for one sequence. Each has its own generator, seeded by the request, so that a draw does not
-    depend on the sequence's place in the batch or on its neighbours."""
+    depend on the sequence's place in the batch or on its neighbours.
 
-    def __init__(self, options: Sampling, seed: int | None, seen: list[int]) -> None:
+    seen        token ids of the prompt, for the repetition penalty.
+    processors  run in order, behind the penalty and before temperature, top-k and top-p.
+    """
+
+    def __init__(
+        self, options: Sampling, seed: int | None, seen: Iterable[int], processors: Sequence[LogitsProcessor] = ()
+    ) -> None:
         self.options = options
         self.generator = torch.Generator()
         if seed is None:
             self.generator.seed()
         else:
             self.generator.manual_seed(int(seed))
-        self.seen = set(seen)
+        self.drawn: list[int] = []
+        self.processors = list(processors)
+        if options.repetition_penalty != 1.0:
+            self.processors.insert(0, RepetitionPenalty(seen, options.repetition_penalty))
+        self.is_greedy = options.is_greedy and not self.processors
 
     def __call__(self, logits: Tensor) -> int:
-        """The next token id from logits [vocabulary]."""
-        options = self.options
+        """The next token id, from logits [vocabulary]. Raises GenerationError for logits that are not numbers."""
         logits = logits.float()
-        if options.repetition_penalty != 1.0:
-            logits = penalise(logits, self.seen, options.repetition_penalty)
-        if options.temperature == 0:
+        for processor in self.processors:
+            logits = processor(logits, self.drawn)
+        if bool(logits.isnan().any()):
+            raise not_a_number(len(self.drawn))
+        if self.options.temperature == 0:
             token = int(logits.argmax())
         else:
-            probabilities = filtered_probabilities(logits.cpu(), options)
+            probabilities = filtered_probabilities(logits.cpu(), self.options)
             token = int(torch.multinomial(probabilities, 1, generator=self.generator))
-        self.seen.add(token)
+        self.drawn.append(token)
         return token
+
+
+def greedy_tokens(logits: Tensor) -> list[int]:
+    """The likeliest token of each row of [sequences, vocabulary], -1 for a row that holds a NaN: one transfer."""
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        rows = logits.detach().numpy()  # whose argmax takes a twentieth of torch's on a CPU
+        return [t if row[t] == row[t] else -1 for t, row in zip(rows.argmax(-1).tolist(), rows, strict=True)]
+    best = logits.argmax(-1, keepdim=True)  # a NaN counts as the largest
+    return torch.where(logits.gather(-1, best).isnan(), -1, best).flatten().tolist()
+
+
+def not_a_number(tokens: int) -> GenerationError:
+    return GenerationError(
+        f"the model's logits are not numbers at token {tokens + 1} of the answer: check its weights, or load "
+        "it in a wider dtype"
+    )
 
 
 def penalise(logits: Tensor, seen: set[int], penalty: float) -> Tensor:

@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava_fast.models.kv_cache import KVCache
+from llava_fast.models.paged_cache import BlockTable, PagedCache
 
 
 @dataclass(frozen=True)
 class Spans:
     """How rows group into sequences, on the host: sequence s has rows starts[s] : starts[s] + lengths[s].
 
-    `slots[s]` is its place in the KV cache and `before[s]` the rows already cached there (with a cache only).
+    With a cache, `tables[s]` holds its cached rows and `before[s]` says how many there are already.
     `dense` (sequences, width) says that rows form a rectangle, so one batched call serves all. `tails[s]` are the row
     counts of sequence s's tails (see inputs.plan): a tail's rows see the prefix and the tail itself.
     """
 
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
-    slots: tuple[int, ...] = ()
+    tables: tuple[BlockTable, ...] = ()
     before: tuple[int, ...] = ()
     dense: tuple[int, int] | None = None
     tails: tuple[tuple[int, ...], ...] = ()
@@ -37,11 +37,11 @@ def attend(
     value_RKD: Tensor,
     spans: Spans,
     layer: int,
-    cache: KVCache | None,
+    cache: PagedCache | None,
     window: int | None,
 ) -> Tensor:
     """Causal attention inside each sequence: [R, H*D]. With a cache, keys and values are stored in it first and
-    each sequence also attends to what its slot already holds. `window` limits how far back a row looks."""
+    each sequence also attends to the rows cached before. `window` limits how far back a row looks."""
     if cache is not None and all(length == 1 for length in spans.lengths):
         return _attend_one_row_each(query_RHD, key_RKD, value_RKD, spans, layer, cache, window)
     if cache is None and spans.dense is not None:
@@ -52,7 +52,7 @@ def attend(
     for number, (start, length) in enumerate([(0, 0)] if none else zip(spans.starts, spans.lengths, strict=True)):
         query, key, value = (t[start : start + length].transpose(0, 1)[None] for t in (query_RHD, key_RKD, value_RKD))
         if cache is not None:
-            key, value = cache.append(layer, spans.slots[number], spans.before[number], key[0], value[0])
+            key, value = cache.append(layer, spans.tables[number], spans.before[number], key[0], value[0])
             key, value = key[None], value[None]
         tails = spans.tails[number] if spans.tails else ()
         pieces += [part[0].transpose(0, 1) for part in _with_tails(query, key, value, window, tails)]
@@ -99,13 +99,11 @@ def _attend_dense(query: Tensor, key: Tensor, value: Tensor, shape: tuple[int, i
 
 
 def _attend_one_row_each(
-    query: Tensor, key: Tensor, value: Tensor, spans: Spans, layer: int, cache: KVCache, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, layer: int, cache: PagedCache, window: int | None
 ) -> Tensor:
-    """Decoding: one new row for each of the first slots. The query heads that share a key head become the rows
-    of one small matrix, so grouped heads cost no copies of the cache."""
-    if spans.slots != tuple(range(len(query))):
-        raise ValueError(f"decoding takes one row for each of the first slots, not slots {spans.slots}")
+    """Decoding: one new row for each sequence. The query heads that share a key head become the rows of one small
+    matrix, so grouped heads cost no copies of the cache."""
     count, heads, size = query.shape
-    keys, values, mask = cache.append_one_each(layer, spans.before, key, value, window)
+    keys, values, mask = cache.append_one_each(layer, spans.tables, spans.before, key, value, window)
     grouped = query.view(count, keys.shape[1], heads // keys.shape[1], size)
     return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(count, heads * size)

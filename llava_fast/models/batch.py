@@ -14,6 +14,7 @@ from llava_fast.inputs.plan.plan import TokenPlan
 from llava_fast.inputs.plan.visual_table import Mix
 from llava_fast.inputs.prepared import Prepared
 from llava_fast.models.attention import Spans
+from llava_fast.models.paged_cache import BlockTable
 from llava_fast.ops.image import TilePlan, image_tiles
 from llava_fast.ops.mix_rows import TapUses
 from llava_fast.ops.token_pack import RowUses
@@ -71,10 +72,11 @@ class Batch:
         """The mix's tap table the other way round, for gradients; None in a plan without labels."""
         return TapUses(self.column(mix.use), self.column(mix.start)) if mix.use in self.plan.sections else None
 
-    def spans(self, slots: tuple[int, ...] = (), before: tuple[int, ...] = ()) -> Spans:
-        """Sequence boundaries for attention; with a cache, the slot of each sequence and the rows it holds."""
+    def spans(self, tables: tuple[BlockTable, ...] = ()) -> Spans:
+        """Sequence boundaries for attention; with a cache, the table of each sequence's cached rows."""
         plan = self.plan
         starts = tuple(int(start) for start in plan.column("boundaries")[:-1])
         count = len(plan.lengths)
         dense = (count, plan.rows // count) if count and plan.rows and plan.layout == "padded" else None
-        return Spans(starts, plan.lengths, slots, before, dense, plan.tails)
+        before = tuple(table.length for table in tables)
+        return Spans(starts, plan.lengths, tables, before, dense, plan.tails)

@@ -18,7 +18,7 @@ from llava_fast.models.batch import Batch
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.decoders.stack import Decoder
 from llava_fast.models.fused import is_plain, takes
-from llava_fast.models.kv_cache import KVCache
+from llava_fast.models.paged_cache import PagedCache
 from llava_fast.ops import assemble_inputs, mix_rows, token_pack
 
 Logits = Literal["last", "supervised", "all", "none"]
@@ -115,7 +115,7 @@ class LlavaModel(nn.Module):
             return LlavaOutput(supervised, loss)
         return LlavaOutput(self.decoder.logits(hidden_RC[batch.column("last_row").long()]), loss)
 
-    def hidden_states(self, inputs_RC: Tensor, batch: Batch, spans: Spans, cache: KVCache | None = None) -> Tensor:
+    def hidden_states(self, inputs_RC: Tensor, batch: Batch, spans: Spans, cache: PagedCache | None = None) -> Tensor:
         """Decoder outputs after the final norm, [rows, width]."""
         return self.decoder(inputs_RC, batch.column("position").long(), spans, cache)
 

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from llava_fast.errors import ImageError, LlavaFastError, RequestError
-from llava_fast.generation import engine
+from llava_fast.generation import scheduler
+from llava_fast.models import paged_cache
 from tests.support import tiny
 
 PICTURES = [tiny.picture(60, 90, seed) for seed in range(4)]
@@ -77,17 +78,19 @@ def test_dynamic_rope_beyond_its_first_length():
     chat, images = model.chat(), []
     for text, pictures in [("a", PICTURES[:1]), ("b", []), ("c", [])]:
         images += pictures
-        assert chat.send(text, images=pictures, **OPTIONS) == fresh_answer(model, chat, images)
-    assert len(chat._cached) > model.config.decoder.max_positions
+        answer = chat.send(text, images=pictures, **OPTIONS)
+        assert answer == fresh_answer(model, chat, images)
+    assert answer.usage.prompt_tokens > model.config.decoder.max_positions
 
 
-def test_a_chat_of_many_turns_outgrows_its_cache_unharmed():
+def test_a_chat_of_many_turns_outgrows_its_cache_unharmed(monkeypatch):
+    monkeypatch.setattr(paged_cache, "SMALLEST_SEGMENT", 1)  # memory is taken in small pieces, as by a large model
     model = tiny.pair("next_mistral_window").ours
     chat, capacities = model.chat(), []
     for turn in range(14):
         pictures = PICTURES[:1] if turn in (0, 7) else []
         answer = chat.send(f"turn {turn}", images=pictures, **OPTIONS)
-        capacities.append(chat._cache.capacity)
+        capacities.append(chat._scheduler.cache.blocks)
     assert answer == fresh_answer(model, chat, [PICTURES[0], PICTURES[0]])
     assert capacities == sorted(capacities) and 1 < len(set(capacities)) < 8
 
@@ -138,7 +141,7 @@ def test_a_turn_that_breaks_off_while_answering_changes_nothing(monkeypatch, ste
     chat, twin = model.chat(), model.chat()
     for each in (chat, twin):
         each.send("look", images=PICTURES[:1], **OPTIONS)
-    choose, calls = engine._choose, []
+    choose, calls = scheduler.choose, []
 
     def interrupted(logits, running):
         calls.append(1)
@@ -147,7 +150,7 @@ def test_a_turn_that_breaks_off_while_answering_changes_nothing(monkeypatch, ste
         return choose(logits, running)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_choose", interrupted)
+        patch.setattr(scheduler, "choose", interrupted)
         with pytest.raises(KeyboardInterrupt):
             chat.send("a question that is never answered", images=PICTURES[1:2], **OPTIONS)
     assert chat.messages == twin.messages

@@ -1,4 +1,4 @@
-"""The generation loop at its edges: ends, stops, limits, slots that change hands, streams, full contexts."""
+"""Generation at its edges: ends, stops, limits, slots that change hands, streams, full contexts."""
 
 import dataclasses
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from llava_fast.errors import RequestError
-from llava_fast.generation import engine
-from llava_fast.generation.engine import Sequence
+from llava_fast.generation.prompt import Prompt
+from llava_fast.generation.runner import Runner
 from llava_fast.generation.sampling import Sampler, Sampling
+from llava_fast.generation.sequence import Sequence
 from llava_fast.generation.text import TextDecoder
 from tests.support import tiny
 from tests.support.parity import assert_same_answer, forget_rope, reference_greedy
@@ -153,7 +154,7 @@ def scripted(model, script: list[int], **options):
     """What generate makes of a model that says exactly `script`."""
     upcoming = iter(script)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llava_fast.generation.engine._choose", lambda logits, running: [next(upcoming)])
+        patch.setattr("llava_fast.generation.scheduler.choose", lambda logits, running: [next(upcoming)])
         return model.generate([{"prompt": "a"}], max_new_tokens=len(script), **options)[0]
 
 
@@ -190,8 +191,8 @@ def test_streams_can_be_interleaved_and_left():
 @pytest.mark.parametrize("stop", [None, "a stop string that never comes"])
 def test_a_stream_gives_text_as_soon_as_it_is_certain(stop, monkeypatch):
     model, steps = tiny.pair("next").ours, []
-    step = engine.decode_step
-    monkeypatch.setattr(engine, "decode_step", lambda *given: steps.append(1) or step(*given))
+    step = Runner.step
+    monkeypatch.setattr(Runner, "step", lambda *given: steps.append(1) or step(*given))
     options = {"max_new_tokens": 24, "ignore_eos": True, "stop": stop}
     arrived = [(len(steps), piece) for piece in model.stream(REQUESTS[0], **options)]
     assert len(steps) == 23 and len(arrived) > 8
@@ -238,7 +239,7 @@ def test_a_huge_budget_costs_no_more_than_the_context():
 
 def test_the_sequence_object_counts_an_end_at_the_limit_as_an_end():
     words = tiny.tokenizer()
-    sequence = Sequence(Sampler(Sampling(), None, []), TextDecoder(words), frozenset({2}), 2)
+    sequence = Sequence(Prompt([]), Sampler(Sampling(), None, []), TextDecoder(words), frozenset({2}), 2)
     letter = words.convert_tokens_to_ids("h")
     assert sequence.push(letter) == "h" and sequence.finish_reason is None
     assert sequence.push(2) == "" and sequence.finish_reason == "stop" and sequence.token_ids == [letter, 2]

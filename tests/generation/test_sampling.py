@@ -98,7 +98,7 @@ def test_penalised_greedy_answers_are_transformers(name, penalty):
 def test_image_placeholders_count_as_seen(monkeypatch):
     """The placeholder's own logit is penalised like any other token's of the prompt."""
     model, seen = tiny.pair("next").ours, []
-    monkeypatch.setattr(Sampler, "__call__", lambda self, logits: seen.append(set(self.seen)) or 50)
+    monkeypatch.setattr(Sampler, "__call__", lambda self, logits: seen.append(set(self.processors[0].seen)) or 50)
     requests = [{"prompt": "<image>a", "images": [tiny.picture(30, 30)]}, {"prompt": "a"}]
     model.generate(requests, max_new_tokens=1, repetition_penalty=1.1)
     assert [tiny.IMAGE_ID in ids for ids in seen] == [True, False]

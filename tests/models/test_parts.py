@@ -10,12 +10,12 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
-from llava_fast.errors import RequestError
+from llava_fast.models import paged_cache
 from llava_fast.models.attention import Spans, attend
 from llava_fast.models.batch import Batch
 from llava_fast.models.connectors.mlp import Projector, ProjectorConfig
 from llava_fast.models.fused import RMSNorm
-from llava_fast.models.kv_cache import KVCache
+from llava_fast.models.paged_cache import BlockTable, PagedCache
 from llava_fast.models.towers.vit import VisionTower
 from tests.support import tiny
 from tests.support.parity import assert_close
@@ -67,9 +67,26 @@ def dense_attention(query, key, value, window):
     return torch.einsum("hnm,mhd->nhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), value).flatten(1)
 
 
+def scattered_cache(blocks: str, before, lengths) -> tuple[PagedCache, tuple[BlockTable, ...]]:
+    """A cache of one layer and tables with room for these rows; "one run" each, or in blocks of 4 rows "scattered"
+    over several segments."""
+    block_rows = 32 if blocks == "one run" else 4
+    cache = PagedCache(1, 2, 8, torch.float32, torch.device("cpu"), 1 << 20, block_rows=block_rows)
+    tables = tuple(BlockTable(cache) for _ in before)
+    for rows in range(1, 1 + max(b + n for b, n in zip(before, lengths, strict=True))):
+        for table, b, n in zip(tables, before, lengths, strict=True):
+            table.reserve(min(rows, b + n))
+    assert all((len(table.runs) == 2) == (blocks == "one run" or len(table.blocks) == 1) for table in tables)
+    assert len(cache.segments) == 1 if blocks == "one run" else len(cache.segments) > 1
+    return cache, tables
+
+
+@pytest.mark.parametrize("blocks", ["one run", "scattered"])
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
 @pytest.mark.parametrize("layout", ["packed", "dense", "fillers", "cached", "one row each"])
-def test_attention_stays_inside_each_sequence(layout, window):
+def test_attention_stays_inside_each_sequence(layout, window, blocks, monkeypatch):
+    if blocks == "scattered":
+        monkeypatch.setattr(paged_cache, "SMALLEST_SEGMENT", 1)
     lengths, before = (5, 1, 9), (0, 0, 0)
     if layout in ("cached", "one row each"):
         before = (3, 0, 12)
@@ -80,17 +97,16 @@ def test_attention_stays_inside_each_sequence(layout, window):
     rows = int(sum(stride))
     query, key, value = torch.randn(rows, 4, 8), torch.randn(rows, 2, 8), torch.randn(rows, 2, 8)
     old = [(torch.randn(count, 2, 8), torch.randn(count, 2, 8)) for count in before]
-    cache = None
+    cache, tables = None, ()
     if layout in ("cached", "one row each"):
-        cache = KVCache(1, 3, 2, 30, 8, torch.float32, torch.device("cpu"))
-        for table in (*cache.keys, *cache.values):
-            # A row that was never written must not count; where a mask hides it, a NaN would still be multiplied by 0.
-            table.fill_(torch.nan if layout == "cached" else 7.0)
-        for slot, (old_key, old_value) in enumerate(old):
-            cache.keys[0][slot, :, : len(old_key)] = old_key.transpose(0, 1)
-            cache.values[0][slot, :, : len(old_value)] = old_value.transpose(0, 1)
+        cache, tables = scattered_cache(blocks, before, lengths)
+        # A row that was never written must not count; where a mask hides it, a NaN would still be multiplied by 0.
+        for segment in cache.segments:
+            segment.fill_(torch.nan if layout == "cached" else 7.0)
+        for table, (old_key, old_value) in zip(tables, old, strict=True):
+            cache.append(0, table, 0, old_key.transpose(0, 1), old_value.transpose(0, 1))
     dense = (3, max(lengths)) if layout == "dense" else None
-    spans = Spans(starts, lengths, (0, 1, 2), before, dense)
+    spans = Spans(starts, lengths, tables, before, dense)
     out = attend(query, key, value, spans, 0, cache, window)
     assert out.shape == (rows, 32)
     for number, (start, length) in enumerate(zip(starts, lengths, strict=True)):
@@ -98,35 +114,11 @@ def test_attention_stays_inside_each_sequence(layout, window):
         keys, values = (torch.cat([o, new[mine]]) for o, new in zip(old[number], (key, value), strict=True))
         torch.testing.assert_close(out[mine], dense_attention(query[mine], keys, values, window))
         if cache is not None:
-            stored = cache.keys[0][number, :, : before[number] + length].transpose(0, 1)
-            assert torch.equal(stored, keys)
+            none = key[:0].transpose(0, 1)
+            stored, _ = cache.append(0, tables[number], before[number] + length, none, none)
+            assert torch.equal(stored.transpose(0, 1), keys)
     if layout == "fillers":
         assert not out[1 * 9 + 1 : 2 * 9].any()
-
-
-def test_a_cache_refuses_to_overflow_and_moves_rows():
-    cache = KVCache(2, 3, 2, 4, 8, torch.float32, torch.device("cpu"))
-    rows = torch.randn(2, 3, 8)
-    for layer in range(2):
-        cache.append(layer, 2, 0, rows + layer, -rows)
-    cache.advance((2,), (3,))
-    cache.move(2, 0)
-    assert cache.lengths[0] == 3 and torch.equal(cache.keys[1][0, :, :3], rows + 1)
-    with pytest.raises(RequestError, match="holds 4 rows a sequence and 5 are needed"):
-        cache.append(0, 0, 3, rows[:, :2], rows[:, :2])
-    with pytest.raises(RequestError, match="holds 4 rows"):
-        cache.append_one_each(0, (4,), torch.randn(1, 2, 8), torch.randn(1, 2, 8), None)
-    cache.append(0, 1, 0, rows * torch.nan, rows)
-    cache.append(0, 2, 0, rows[:, :1], rows[:, :1])
-    cache.lengths = [0, 3, 1]
-    cache.move(2, 1)
-    assert cache.lengths[1] == 1 and cache.keys[0][1].isfinite().all()  # nothing of the old rows stays behind
-    larger = KVCache(2, 1, 2, 9, 8, torch.float32, torch.device("cpu"))
-    larger.keys[0].fill_(7)
-    small = KVCache(2, 1, 2, 4, 8, torch.float32, torch.device("cpu"))
-    small.append(0, 0, 0, rows, rows)
-    larger.copy_rows(small, 2)
-    assert larger.lengths == [2] and torch.equal(larger.keys[0][0, :, :2], rows[:, :2])
 
 
 # ---------------------------------------------------------------- projectors, towers

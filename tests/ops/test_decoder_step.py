@@ -10,14 +10,16 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from llava_fast import _C
-from llava_fast.errors import RequestError
+from llava_fast.errors import CacheFullError
 from llava_fast.models import native_step
 from llava_fast.models.attention import Spans
 from llava_fast.models.decoders.llama import LlamaConfig
 from llava_fast.models.decoders.stack import Decoder
+from llava_fast.models.paged_cache import BlockTable, PagedCache
 from llava_fast.ops import use_backend
 from llava_fast.ops.backend import BackendError
 from llava_fast.ops.decoder_step import DecoderWeights, decoder_step, native, reference
+from llava_fast.ops.decoder_step.paging import run_views
 from tests.support import tiny
 
 SHAPES = {
@@ -57,27 +59,36 @@ def native_calls(monkeypatch) -> list[int]:
     return calls
 
 
-def one_row_each(before: list[int]) -> Spans:
-    slots = tuple(range(len(before)))
-    return Spans(slots, (1,) * len(before), slots, tuple(before))
+def one_row_each(before: list[int], tables: tuple = ()) -> Spans:
+    return Spans(tuple(range(len(before))), (1,) * len(before), tables, tuple(before))
+
+
+def tables_for(cache: PagedCache, lengths: list[int]) -> tuple[BlockTable, ...]:
+    """Tables with room for these rows, their blocks in turn, so that none has its rows side by side."""
+    tables = tuple(BlockTable(cache) for _ in lengths)
+    for rows in range(1, max(lengths) + 1):
+        for table, length in zip(tables, lengths, strict=True):
+            table.reserve(min(rows, length))
+    return tables
 
 
 def decode(decoder: Decoder, lengths: list[int], unused: float = torch.nan, steps: int = 4) -> torch.Tensor:
     """Hidden states [steps, sequences, width] after prompts of these lengths; unused cache rows hold `unused`.
     A sequence's rows depend on its length alone."""
     width, dtype = decoder.config.hidden_size, decoder.norm.weight.dtype
-    cache = decoder.new_cache(len(lengths), max(lengths) + steps)
-    for table in (*cache.keys, *cache.values):
-        table.fill_(unused)
+    cache = decoder.new_cache(block_rows=8)
+    tables = tables_for(cache, [length + steps for length in lengths])
+    for segment in cache.segments:
+        segment.fill_(unused)
     rows = [torch.randn(n + steps, width, generator=torch.Generator().manual_seed(n)).to(dtype) for n in lengths]
     outputs = []
     with torch.inference_mode():
-        for slot, (length, row) in enumerate(zip(lengths, rows, strict=True)):
-            decoder(row[:length], torch.arange(length), Spans((0,), (length,), (slot,), (0,)), cache)
+        for table, length, row in zip(tables, lengths, rows, strict=True):
+            decoder(row[:length], torch.arange(length), Spans((0,), (length,), (table,), (0,)), cache)
         for step in range(steps):
             at = [length + step for length in lengths]
             x = torch.stack([row[i] for i, row in zip(at, rows, strict=True)])
-            outputs.append(decoder(x, torch.tensor(at), one_row_each(at), cache))
+            outputs.append(decoder(x, torch.tensor(at), one_row_each(at, tables), cache))
     return torch.stack(outputs)
 
 
@@ -98,35 +109,58 @@ def test_native_is_the_modules(shape, lengths, level, monkeypatch, native_calls)
 
 
 def operands(shape: str, before: list[int], dtype: torch.dtype = torch.float32) -> tuple:
-    """x, weights, cos, sin, keys, values, before for the op, with NaN in every cache row that nothing may read."""
+    """x, weights, cos, sin, segments, tables, before for the op, with NaN in every cache row that nothing may read."""
     decoder = make({**SHAPES, "61 MB": LARGE}[shape], dtype)
-    cache = decoder.new_cache(len(before) + 1, max(before) + 3)
+    cache = decoder.new_cache(block_rows=4)
+    tables = tables_for(cache, [at + 1 for at in before] + [9])
     generator = torch.Generator().manual_seed(7)
-    for table in (*cache.keys, *cache.values):
-        table.copy_(torch.randn(table.shape, generator=generator))
-        table[len(before) :] = torch.nan
-        for slot, at in enumerate(before):
-            table[slot, :, at:] = torch.nan
+    for segment in cache.segments:
+        segment.fill_(torch.nan)
+    for table, at in zip(tables, before, strict=False):
+        for row in rows_in(cache.segments, table.runs, at):
+            row.copy_(torch.randn(row.shape, generator=generator))
     x = torch.randn(len(before), decoder.config.hidden_size, generator=generator).to(dtype)
     rotation = decoder.rope(torch.tensor(before), dtype, one_row_each(before))
-    return x, native_step.weights_of(decoder), *rotation, cache.keys, cache.values, tuple(before)
+    return x, native_step.weights_of(decoder), *rotation, cache.segments, [t.runs for t in tables[:-1]], tuple(before)
+
+
+def rows_in(segments, runs: list[int], count: int):
+    """Views of the first `count` rows of a table, [layers, 2, K, D] each."""
+    return [view[:, :, :, i] for view in run_views(segments, runs) for i in range(view.shape[3])][:count]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_native_is_its_reference_and_touches_one_cache_row_a_slot(shape):
+def test_native_is_its_reference_and_touches_one_cache_row_a_sequence(shape):
     before = [0, 17, 4]
-    x, weights, cos, sin, keys, values, _ = operands(shape, before)
-    mine, theirs = copy.deepcopy((keys, values)), copy.deepcopy((keys, values))
-    got = decoder_step(x, weights, cos, sin, *mine, before)
+    x, weights, cos, sin, segments, tables, _ = operands(shape, before)
+    mine, theirs = copy.deepcopy(segments), copy.deepcopy(segments)
+    got = decoder_step(x, weights, cos, sin, mine, tables, before)
     with use_backend("reference"):
-        expected = decoder_step(x, weights, cos, sin, *theirs, before)
+        expected = decoder_step(x, weights, cos, sin, theirs, tables, before)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
-    for table, written, initial in zip(sum(mine, []), sum(theirs, []), keys + values, strict=True):
-        torch.testing.assert_close(table, written, rtol=1e-4, atol=1e-5, equal_nan=True)
-        for slot, at in enumerate(before):
-            assert table[slot, :, at].isfinite().all()
-            table[slot, :, at] = torch.nan
-        assert torch.equal(table.nan_to_num(99.0), initial.nan_to_num(99.0))
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, equal_nan=True)
+    for table, at in zip(tables, before, strict=True):
+        row = rows_in(mine, table, at + 1)[at]
+        assert row.isfinite().all()
+        row.fill_(torch.nan)
+    for one, initial in zip(mine, segments, strict=True):
+        assert torch.equal(one.nan_to_num(99.0), initial.nan_to_num(99.0))
+
+
+@pytest.mark.parametrize("level", _C.simd_levels())
+@pytest.mark.parametrize("shape", ["windows", "odd widths", "head of 128"])
+def test_where_the_blocks_lie_changes_no_bit(shape, level, monkeypatch):
+    monkeypatch.setenv("LLAVA_FAST_SIMD", level)
+    before = [30, 17, 4]
+    x, weights, cos, sin, segments, tables, _ = operands(shape, before)
+    together = torch.zeros(*segments[0].shape[:3], 3 * 8, 4, segments[0].shape[5])
+    for number, table in enumerate(tables):
+        for target, source in zip(rows_in([together], [8 * number, 8], 32), rows_in(segments, table, 32), strict=False):
+            target.copy_(source)
+    apart = decoder_step(x, weights, cos, sin, segments, tables, before)
+    assert all(len(table) > 2 for table in tables[:2])
+    assert torch.equal(decoder_step(x, weights, cos, sin, [together], [[0, 8], [8, 8], [16, 8]], before), apart)
 
 
 def test_reference_runs_in_float64():
@@ -223,7 +257,8 @@ def test_gradients_autocast_other_dtypes_and_many_rows_take_the_modules(native_c
     def step(decoder: Decoder, rows: int = 1) -> torch.Tensor:
         x = torch.randn(rows, 64, dtype=decoder.norm.weight.dtype)
         at = [0] * rows
-        return decoder(x, torch.tensor(at), one_row_each(at), decoder.new_cache(rows, 2))
+        cache = decoder.new_cache()
+        return decoder(x, torch.tensor(at), one_row_each(at, tables_for(cache, [1] * rows)), cache)
 
     assert step(decoder).requires_grad
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -258,26 +293,35 @@ def test_weights_that_change_or_move_are_followed(native_calls):
 
 def test_a_full_cache_is_refused():
     decoder = make({})
-    with torch.inference_mode(), pytest.raises(RequestError, match="holds 3 rows"):
-        decoder(torch.randn(1, 64), torch.tensor([3]), one_row_each([3]), decoder.new_cache(1, 3))
+    cache = decoder.new_cache(max_bytes=1, block_rows=4)  # one block, for less would be none
+    at = (BlockTable(cache),)
+    with torch.inference_mode():
+        decoder(torch.randn(1, 64), torch.tensor([3]), one_row_each([3], at), cache)
+        with pytest.raises(CacheFullError, match="1 blocks are needed, 0 are free and 0 can be added"):
+            decoder(torch.randn(1, 64), torch.tensor([4]), one_row_each([4], at), cache)
 
 
 def test_operands_that_do_not_fit_are_refused():
-    x, weights, cos, sin, keys, values, before = operands("grouped heads", [0, 17, 4])
+    x, weights, cos, sin, segments, tables, before = operands("grouped heads", [0, 17, 4])
     with pytest.raises(ValueError, match=r"x \[3, 63\] must be"):
-        decoder_step(x[:, 1:], weights, cos, sin, keys, values, before)
+        decoder_step(x[:, 1:], weights, cos, sin, segments, tables, before)
     with pytest.raises(ValueError, match="cos"):
-        decoder_step(x, weights, cos[:2], sin, keys, values, before)
-    with pytest.raises(ValueError, match="3 layers, but 2 tables"):
-        decoder_step(x, weights, cos, sin, keys[:2], values, before)
-    with pytest.raises(ValueError, match="every table"):
-        decoder_step(x, weights, cos, sin, [*keys[:2], keys[2][:, :, :18]], values, before)
-    with pytest.raises(ValueError, match="do not lie in a cache of 20 rows"):
-        decoder_step(x, weights, cos, sin, keys, values, (0, 20, 4))
-    with pytest.raises(ValueError, match="do not lie in"):
-        decoder_step(x, weights, cos, sin, keys, values, (0, -1, 4))
+        decoder_step(x, weights, cos[:2], sin, segments, tables, before)
+    for wrong in ([], [segments[0][:2]], [segments[0], segments[0][:, :, :, :, :3]], [segments[0][0]]):
+        with pytest.raises(ValueError, match="every segment|does not lie"):
+            decoder_step(x, weights, cos, sin, wrong, tables, before)
+    with pytest.raises(ValueError, match="2 tables of blocks for 3 sequences"):
+        decoder_step(x, weights, cos, sin, segments, tables[:2], before)
+    with pytest.raises(ValueError, match="row 20 does not lie in a table of 5 blocks of 4 rows"):
+        decoder_step(x, weights, cos, sin, segments, tables, (0, 20, 4))
+    with pytest.raises(ValueError, match="row -1 does not lie in"):
+        decoder_step(x, weights, cos, sin, segments, tables, (0, -1, 4))
+    for backend in ("native", "reference"):
+        for runs in ([-1, 9], [0, 1 << 40], [1 << 40, 9], [0, -1, 0, 9]):
+            with use_backend(backend), pytest.raises(ValueError, match="do not lie in one segment"):
+                decoder_step(x, weights, cos, sin, segments, [tables[0], runs, tables[2]], before)
     with pytest.raises(ValueError, match="must be torch.float32"):
-        decoder_step(x.double(), weights, cos, sin, keys, values, before)
+        decoder_step(x.double(), weights, cos, sin, segments, tables, before)
     layers = list(weights.layers)
     layers[1] = layers[1]._replace(o_bias=torch.zeros(9))
     with pytest.raises(ValueError, match=r"layer 1's o_bias must be \[64\], got \[9\]"):
@@ -293,11 +337,11 @@ def test_the_native_backend_says_what_it_cannot_take(monkeypatch):
         decoder_step(x, weights, *rest)
     with use_backend("triton"), pytest.raises(BackendError, match="does not serve the op 'decoder_step'"):
         decoder_step(x, weights, *rest)
-    x, weights, cos, sin, keys, values, before = operands("grouped heads", [3])
-    keys[1] = keys[1].transpose(2, 3).contiguous().transpose(2, 3)
-    expected = decoder_step(x, weights, cos, sin, copy.deepcopy(keys), values, before)
+    x, weights, cos, sin, segments, tables, before = operands("grouped heads", [3])
+    segments[0] = segments[0].transpose(4, 5).contiguous().transpose(4, 5)
+    expected = decoder_step(x, weights, cos, sin, copy.deepcopy(segments), tables, before)
     with use_backend("native"), pytest.raises(BackendError, match="not contiguous"):
-        decoder_step(x, weights, cos, sin, keys, values, before)
+        decoder_step(x, weights, cos, sin, segments, tables, before)
     assert expected.isfinite().all()
     monkeypatch.setenv("LLAVA_FAST_SIMD", "mmx")
     with pytest.raises(ValueError, match="LLAVA_FAST_SIMD is mmx"):

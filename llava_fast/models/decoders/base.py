@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llava_fast.models.attention import Spans
 from llava_fast.models.blocks.rope import RopeConfig
-from llava_fast.models.kv_cache import KVCache
+from llava_fast.models.paged_cache import PagedCache
 
 Split = Literal["columns", "rows"]
 
@@ -28,7 +28,7 @@ class RowContext:
 
     rotation: tuple[Tensor, Tensor]
     spans: Spans
-    cache: KVCache | None = None
+    cache: PagedCache | None = None
     modality: Tensor | None = None
     memory: Tensor | None = None
 

@@ -13,8 +13,8 @@ from llava_fast.models.attention import Spans
 from llava_fast.models.blocks.rope import Rope
 from llava_fast.models.decoders.base import DecoderConfig, RowContext
 from llava_fast.models.decoders.llama import DecoderAttention, DecoderLayer, DecoderMLP
-from llava_fast.models.kv_cache import KVCache
 from llava_fast.models.native_step import step_weights
+from llava_fast.models.paged_cache import BLOCK_ROWS, PagedCache
 from llava_fast.models.recompute import Recompute, run_layer
 from llava_fast.ops.decoder_step import decoder_step
 from llava_fast.ops.linear_cross_entropy import linear_cross_entropy
@@ -37,12 +37,16 @@ class Decoder(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, x_RC: Tensor, position_R: Tensor, spans: Spans, cache: KVCache | None = None) -> Tensor:
-        """inputs_embeds [R, C] and position ids [R] to final hidden states [R, C]."""
+    def forward(self, x_RC: Tensor, position_R: Tensor, spans: Spans, cache: PagedCache | None = None) -> Tensor:
+        """inputs_embeds [R, C] and position ids [R] to final hidden states [R, C]. With a cache, every sequence's table
+        gets the blocks that it needs (CacheFullError if there are none); counting the new rows is the caller's part."""
+        if cache is not None:
+            for table, before, rows in zip(spans.tables, spans.before, spans.lengths, strict=True):
+                table.reserve(before + rows)
         rotation = self.rope(position_R, x_RC.dtype, spans)
         if cache is not None and (weights := step_weights(self, _PLAIN, x_RC, spans)) is not None:
-            cache.require(max(spans.before) + 1)
-            return decoder_step(x_RC, weights, *rotation, cache.keys, cache.values, spans.before)
+            tables = [table.runs for table in spans.tables]
+            return decoder_step(x_RC, weights, *rotation, cache.segments, tables, spans.before)
         context = RowContext(rotation, spans, cache)
         for layer in self.layers:
             x_RC = run_layer(self.recompute, layer, x_RC, context)
@@ -60,14 +64,8 @@ class Decoder(nn.Module):
             return linear_cross_entropy(hidden, (self.embed_tokens if tied else self.lm_head).weight, target)
         return F.cross_entropy(self.logits(hidden).float(), target.long(), reduction="none")
 
-    def new_cache(self, slots: int, capacity: int) -> KVCache:
+    def new_cache(self, max_bytes: int | None = None, keep_bytes: int = 0, block_rows: int = BLOCK_ROWS) -> PagedCache:
+        """An empty cache for this decoder's rows; it takes memory as it is used. Arguments as for PagedCache."""
         config, weight = self.config, self.embed_tokens.weight
-        return KVCache(
-            config.num_layers,
-            slots,
-            config.num_kv_heads,
-            capacity,
-            config.head_dim,
-            weight.dtype,
-            weight.device,
-        )
+        shape = (config.num_layers, config.num_kv_heads, config.head_dim)
+        return PagedCache(*shape, weight.dtype, weight.device, max_bytes, keep_bytes, block_rows)

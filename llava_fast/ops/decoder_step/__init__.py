@@ -27,21 +27,24 @@ def decoder_step(
     weights: DecoderWeights,
     cos: Tensor,
     sin: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
+    segments: Sequence[Tensor],
+    tables: Sequence[Sequence[int]],
     before: Sequence[int],
 ) -> Tensor:
-    """Final hidden states [n, C] of one new row in each of the first n cache slots.
+    """Final hidden states [n, C] of one new row for each of n sequences.
 
     x             [n, C]: the rows' embeddings.
     cos, sin      [n, 1, D]: rotary tables of their positions, halves paired; sin's first half is negated.
-    keys, values  per layer [slots, K, capacity, D]: rows 0 .. before[i]-1 of slot i are read, row before[i] is
-                  written. Nothing else in them is touched.
+    segments      the KV cache's memory, [layers, 2, K, blocks, block rows, D] each (see paging).
+    tables        per sequence the runs of blocks that hold its rows: (first block, blocks, ...).
+    before        per sequence the rows cached already: these are read, and the row behind them is written. Nothing
+                  else in the cache is touched. No two sequences may share the block that is written.
     Per layer: x += o(attention(norm(x))); x += down(silu(gate(norm(x))) * up(norm(x))); then the final norm.
     Softmax is in float32 or wider. FLOPs: 2n per weight and 4*n*rows*H*D a layer for attention. Minimum bytes: each
     weight once, each cached row once.
-    Row i's result is the same bits whatever the other rows, and on any number of threads (native).
-    Raises ValueError for tensors that do not fit together.
+    Row i's result is the same bits whatever the other rows, wherever its blocks lie, and on any number of threads
+    (native).
+    Raises ValueError for tensors that do not fit together and for a table without room for the new row.
     """
     weights.refresh()
     rows, head_dim, like = len(before), weights.head_dim, weights.norm
@@ -49,23 +52,25 @@ def decoder_step(
         raise ValueError(f"x {list(x.shape)} must be [{rows} (one a sequence), {weights.width}]")
     if cos.shape != (rows, 1, head_dim) or sin.shape != cos.shape:
         raise ValueError(f"cos {list(cos.shape)} and sin {list(sin.shape)} must be [{rows}, 1, {head_dim}]")
-    if len(keys) != len(weights.layers) or len(values) != len(keys):
-        raise ValueError(f"{len(weights.layers)} layers, but {len(keys)} tables of keys, {len(values)} of values")
-    slots, kv_heads, capacity, size = shape = keys[0].shape
-    tables = (*keys, *values)
-    if slots < rows or kv_heads != weights.kv_heads or size != head_dim or any(t.shape != shape for t in tables):
-        raise ValueError(
-            f"every table of keys and values must be [{rows} or more slots, {weights.kv_heads}, capacity, {head_dim}], "
-            f"got {[tuple(table.shape) for table in tables]}"
-        )
-    if min(before) < 0 or max(before) >= capacity:
-        raise ValueError(f"rows {list(before)} do not lie in a cache of {capacity} rows a slot")
-    if any(t.dtype != like.dtype or t.device != like.device for t in (x, cos, sin, *tables)):
+    block_rows = segments[0].shape[4] if segments and segments[0].dim() == 6 else 0
+    for segment in segments:
+        shape = (len(weights.layers), 2, weights.kv_heads, segment.shape[3] if segment.dim() == 6 else 0)
+        if segment.shape != (*shape, block_rows, head_dim):
+            raise ValueError(
+                f"every segment must be [{len(weights.layers)} layers, 2, {weights.kv_heads}, blocks, block rows, "
+                f"{head_dim}] with the same block rows, got {[list(segment.shape) for segment in segments]}"
+            )
+    if len(tables) != rows:
+        raise ValueError(f"{len(tables)} tables of blocks for {rows} sequences")
+    for table, at in zip(tables, before, strict=True):
+        if not 0 <= at < sum(table[1::2]) * block_rows:
+            raise ValueError(f"row {at} does not lie in a table of {sum(table[1::2])} blocks of {block_rows} rows")
+    if any(t.dtype != like.dtype or t.device != like.device for t in (x, cos, sin, *segments)):
         raise ValueError(f"x, cos, sin and the cache must be {like.dtype} on {like.device}, as the weights are")
     unfit = weights.unfit
-    if unfit is None and not all(map(Tensor.is_contiguous, tables)):
-        unfit = "a table of keys or values is not contiguous"
+    if unfit is None and not all(map(Tensor.is_contiguous, segments)):
+        unfit = "a segment of the cache is not contiguous"
     if backend.choose("decoder_step", like.device.type, {"native": unfit}) == "native":
-        return native.decoder_step(x, weights, cos, sin, keys, values, before)
+        return native.decoder_step(x, weights, cos, sin, segments, tables, before)
     with torch.no_grad():
-        return reference.decoder_step(x, weights, cos, sin, keys, values, before)
+        return reference.decoder_step(x, weights, cos, sin, segments, tables, before)

@@ -16,8 +16,8 @@ def decoder_step(
     weights: DecoderWeights,
     cos: Tensor,
     sin: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
+    segments: Sequence[Tensor],
+    tables: Sequence[Sequence[int]],
     before: Sequence[int],
 ) -> Tensor:
     out = x.detach().clone(memory_format=torch.contiguous_format)
@@ -28,12 +28,13 @@ def decoder_step(
         cos.data_ptr(),
         sin.data_ptr(),
         before,
+        tables,
         weights.pointers(),
         weights.norm.data_ptr(),
         weights.windows,
-        list(map(Tensor.data_ptr, keys)),
-        list(map(Tensor.data_ptr, values)),
-        (*sizes, keys[0].shape[2]),
+        [segment.data_ptr() for segment in segments],
+        [segment.shape[3] for segment in segments],
+        (*sizes, segments[0].shape[4]),
         weights.eps,
         torch.get_num_threads(),
     )

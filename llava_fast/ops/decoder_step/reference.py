@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llava_fast.ops.decoder_step.paging import run_views
 from llava_fast.ops.decoder_step.weights import DecoderWeights, LayerWeights
 
 
@@ -16,14 +17,16 @@ def decoder_step(
     weights: DecoderWeights,
     cos: Tensor,
     sin: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
+    segments: Sequence[Tensor],
+    tables: Sequence[Sequence[int]],
     before: Sequence[int],
 ) -> Tensor:
+    runs = [run_views(segments, table) for table in tables]
     for number, layer in enumerate(weights.layers):
         normed = _rms_norm(x, layer.input_norm, weights.eps)
         window = weights.windows[number]
-        attended = _attention(normed, layer, weights, cos, sin, keys[number], values[number], before, window)
+        of_layer = [[run[number] for run in mine] for mine in runs]
+        attended = _attention(normed, layer, weights, cos, sin, of_layer, before, window)
         x = x + F.linear(attended, layer.o, layer.o_bias)
         normed = _rms_norm(x, layer.post_norm, weights.eps)
         gate = F.silu(F.linear(normed, layer.gate, layer.gate_bias))
@@ -31,22 +34,31 @@ def decoder_step(
     return _rms_norm(x, weights.norm, weights.eps)
 
 
-def _attention(x, layer: LayerWeights, weights: DecoderWeights, cos, sin, keys, values, before, window):
+def _attention(x, layer: LayerWeights, weights: DecoderWeights, cos, sin, runs, before, window):
     split = (-1, weights.head_dim)
     query = _rotate(F.linear(x, layer.q, layer.q_bias).unflatten(-1, split), cos, sin)
     key = _rotate(F.linear(x, layer.k, layer.k_bias).unflatten(-1, split), cos, sin)
     value = F.linear(x, layer.v, layer.v_bias).unflatten(-1, split)
     group = weights.heads // weights.kv_heads
     rows = []
-    for slot, at in enumerate(before):
-        keys[slot, :, at], values[slot, :, at] = key[slot], value[slot]
+    for number, (mine, at) in enumerate(zip(runs, before, strict=True)):
+        _store(mine, at, torch.stack([key[number], value[number]]))
         first = max(0, at + 1 - window) if window else 0
-        mine = (table[slot, :, first : at + 1].repeat_interleave(group, 0) for table in (keys, values))
-        my_keys, my_values = mine  # [H, rows, D] each
-        scores = (my_keys @ query[slot, :, :, None]).squeeze(-1) * weights.head_dim**-0.5
+        cached = torch.cat(mine, 2)[:, :, first : at + 1]  # [2, K, rows, D]
+        my_keys, my_values = cached.repeat_interleave(group, 1)  # [H, rows, D] each
+        scores = (my_keys @ query[number, :, :, None]).squeeze(-1) * weights.head_dim**-0.5
         wide = torch.promote_types(x.dtype, torch.float32)
         rows.append((scores.softmax(-1, dtype=wide).to(x.dtype)[:, None] @ my_values).flatten())
     return torch.stack(rows)
+
+
+def _store(runs: list[Tensor], at: int, row: Tensor) -> None:
+    """Write row [2, K, D] at index `at` of the runs' rows end to end."""
+    for run in runs:
+        if at < run.shape[2]:
+            run[:, :, at] = row
+            return
+        at -= run.shape[2]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

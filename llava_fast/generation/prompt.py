@@ -1,0 +1,108 @@
+"""What a sequence begins with: text and images in order, and what tells its rows from those of another prompt."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from llava_fast.errors import ImageError, RequestError
+from llava_fast.inputs.plan.plan import Piece, TextPiece, VisualPiece
+from llava_fast.inputs.prepared import Cut, VisualMark
+from llava_fast.inputs.processor import Processor
+
+
+@dataclass
+class Part:
+    """One piece of a prompt; of an image or video also its tiles."""
+
+    piece: Piece
+    tiles: list[Cut] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.piece.ids if isinstance(self.piece, TextPiece) else self.piece.rows)
+
+    @property
+    def is_visual(self) -> bool:
+        return isinstance(self.piece, VisualPiece)
+
+    @functools.cached_property
+    def keys(self) -> list[int]:
+        """One integer a row. Equal rows behind equal rows have equal keys and caches: a text row's is its token id, a
+        visual row's (a newline's too) a hash of the tiles and how rows come from them, and its number."""
+        if isinstance(self.piece, TextPiece):
+            return self.piece.ids.tolist()
+        digest = blake2b(digest_size=16)
+        for cut in self.tiles:
+            pixels, views = cut if isinstance(cut, tuple) else (cut, ())
+            digest.update(repr((pixels.shape, pixels.dtype, views)).encode())
+            digest.update(np.ascontiguousarray(pixels).data)
+        rows = self.piece.rows
+        digest.update(repr((rows.reduce, rows.stage, self.piece.modality)).encode())
+        for array in (rows.kind, rows.index, *(rows.taps or ())):
+            digest.update(np.ascontiguousarray(array).data)
+        first = (1 << 160) | int.from_bytes(digest.digest(), "little") << 32  # above every token id
+        return list(range(first, first + len(self)))
+
+
+class Prompt:
+    """The parts of one prompt in order. `rows` counts their decoder rows, `visual_rows` those of images and videos."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = list(parts)
+        self.rows = sum(map(len, self.parts))
+        self.visual_rows = sum(len(part) for part in self.parts if part.is_visual)
+
+    @functools.cached_property
+    def keys(self) -> list[int]:
+        """Every row's key (see Part)."""
+        return [key for part in self.parts for key in part.keys]
+
+    def ids(self, placeholder: int) -> list[int]:
+        """The token ids that a repetition penalty counts: those of the text and, as in transformers, the image
+        placeholder where there are visual rows."""
+        ids = [token for part in self.parts if not part.is_visual for token in part.keys]
+        return ids + [placeholder] * (self.visual_rows > 0)
+
+    def between(self, first: int, last: int) -> tuple[list[Piece], list[Cut], int]:
+        """(pieces, their tiles, the row that they begin with) for rows [first, last). Text is cut to these rows, an
+        image comes whole."""
+        pieces: list[Piece] = []
+        tiles: list[Cut] = []
+        begin, start = first, 0
+        for part in self.parts:
+            end = start + len(part)
+            if start < last and first < end:
+                if isinstance(part.piece, TextPiece):
+                    pieces.append(TextPiece(part.piece.ids[max(first - start, 0) : last - start]))
+                else:
+                    pieces.append(part.piece)
+                    tiles += part.tiles
+                    begin = min(begin, start)
+            start = end
+        return pieces, tiles, begin
+
+
+def read_prompt(processor: Processor | None, request: Any, number: int = 0) -> Prompt:
+    """A request's prompt, its images opened and cut. Raises RequestError and ImageError naming the request by its
+    "id" or number."""
+    if processor is None:
+        raise RequestError("this model has no processor: build it with llava_fast.load, or pass one to LlavaModel")
+    try:
+        prompt = Prompt([read_part(processor, part) for part in processor.outline(request)])
+        processor.check_length([part.piece for part in prompt.parts])
+        return prompt
+    except (RequestError, ImageError) as error:
+        name = request.get("id", number) if isinstance(request, dict) else number
+        raise type(error)(f"request {name}: {error}") from None
+
+
+def read_part(processor: Processor, part: TextPiece | VisualMark) -> Part:
+    """One part of an outline; an image is opened and cut. Raises RequestError and ImageError."""
+    tiles: list[Cut] = []
+    (piece,) = processor.pieces([part], tiles)
+    return Part(piece, tiles)

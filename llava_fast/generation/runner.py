@@ -1,0 +1,114 @@
+"""Runs the model for sequences that have their places in its cache: prompts a chunk at a time, answers a token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava_fast.generation.sequence import Sequence
+from llava_fast.inputs.plan.plan import Piece, TextPiece, sequence_length
+from llava_fast.inputs.prepared import Cut
+from llava_fast.models.attention import Spans
+from llava_fast.models.batch import Batch
+from llava_fast.models.paged_cache import PagedCache
+from llava_fast.models.vlm import LlavaModel
+
+Chunk = tuple[Sequence, int]
+"""A sequence and how many of its next rows to run."""
+
+
+class Runner:
+    """Owns a model and its cache. Every sequence it is given has a table with room for the rows that are run."""
+
+    def __init__(self, model: LlavaModel, cache: PagedCache | None = None) -> None:
+        self.model = model
+        self.cache = model.decoder.new_cache() if cache is None else cache
+        decoder = model.config.decoder
+        self.dynamic_from = decoder.max_positions if decoder.rope.kind == "dynamic" else None
+
+    def may_reuse(self, sequence: Sequence) -> bool:
+        """Whether rows of this prompt that another sequence cached are the same rows. Dynamic RoPE turns every key of
+        a prompt longer than the decoder's own length by the length of that prompt."""
+        return self.dynamic_from is None or sequence.prompt.rows <= self.dynamic_from
+
+    def chunk_rows(self, sequence: Sequence, most: int) -> int:
+        """How many of a sequence's next rows to run in one pass: at most `most`, but where RoPE's base follows the
+        length, those that get one base together."""
+        done, left = sequence.table.length, sequence.rows - sequence.table.length
+        prompt, limit = sequence.prompt.rows, self.dynamic_from
+        if limit is None or sequence.rows <= limit:
+            return min(left, most)
+        if done < prompt:
+            return prompt - done if prompt > limit else min(prompt - done, most)
+        return min(limit - done, most) if done < limit else 1  # the answer's rows were turned one at a time
+
+    def prefill(self, chunks: SequenceOf[Chunk]) -> Tensor | None:
+        """Run the next rows of some sequences. Logits [sequences, vocabulary] after the last row of each sequence that
+        has all its rows now, in their order; None if there is none."""
+        embeddings = self._embed(chunks)
+        tables = tuple(sequence.table for sequence, _ in chunks)
+        lengths = tuple(rows for _, rows in chunks)
+        before = tuple(table.length for table in tables)
+        ends = np.cumsum(lengths)
+        spans = Spans(tuple((ends - lengths).tolist()), lengths, tables, before)
+        position = np.concatenate([np.arange(b, b + n) for b, n in zip(before, lengths, strict=True)])
+        device = embeddings.device
+        hidden = self.model.decoder(embeddings, torch.from_numpy(position).to(device), spans, self.cache)
+        for sequence, rows in chunks:
+            sequence.table.length += rows
+            first, waiting = sequence.embedded
+            sequence.embedded = (first + rows, waiting[rows:].clone()) if rows < len(waiting) else None
+        last = [int(end) - 1 for (sequence, _), end in zip(chunks, ends, strict=True) if is_prefilled(sequence)]
+        return self.model.decoder.logits(hidden[torch.tensor(last, device=device)]) if last else None
+
+    def step(self, sequences: SequenceOf[Sequence]) -> Tensor:
+        """Run the last token of each sequence; logits [sequences, vocabulary] of the next."""
+        decoder = self.model.decoder
+        tables = tuple([sequence.table for sequence in sequences])
+        before = tuple([table.length for table in tables])
+        tokens = [sequence.token_ids[-1] for sequence in sequences]
+        token, position = torch.tensor([tokens, before], device=self.cache.device)  # one transfer for both
+        spans = Spans(tuple(range(len(tables))), (1,) * len(tables), tables, before)
+        hidden = decoder(decoder.embed_tokens(token), position, spans, self.cache)
+        for table in tables:
+            table.length += 1
+        return decoder.logits(hidden)
+
+    def _embed(self, chunks: SequenceOf[Chunk]) -> Tensor:
+        """The decoder's inputs [rows, C] for all chunks end to end. Images are encoded when their first row is run,
+        those of all chunks together, and whole: what a chunk does not take yet waits in `sequence.embedded`."""
+        needed, pieces, tiles, begins = [], [], [], []
+        for sequence, rows in chunks:
+            first = sequence.table.length
+            start = first if sequence.embedded is None else sequence.embedded[0] + len(sequence.embedded[1])
+            if start < first + rows:
+                of_sequence, cuts, begin = sequence.between(start, first + rows)
+                needed.append((sequence, start))
+                pieces.append(of_sequence)
+                tiles += cuts
+                begins.append(begin)
+        if needed:
+            for (sequence, start), begin, rows in zip(needed, begins, self._rows_of(pieces, tiles), strict=True):
+                new = rows[start - begin :]
+                if sequence.embedded is not None:
+                    new = torch.cat([sequence.embedded[1], new])
+                    start = sequence.embedded[0]
+                sequence.embedded = (start, new)
+        taken = [sequence.embedded[1][:rows] for sequence, rows in chunks]
+        return torch.cat(taken) if len(taken) > 1 else taken[0]
+
+    def _rows_of(self, sequences: list[list[Piece]], tiles: list[Cut]) -> SequenceOf[Tensor]:
+        """The decoder's inputs [rows, C] for the pieces of each sequence."""
+        if all(isinstance(piece, TextPiece) for pieces in sequences for piece in pieces):  # that needs no plan
+            ids = [piece.ids for pieces in sequences for piece in pieces]
+            token = torch.from_numpy(np.concatenate(ids)).to(self.model.device, torch.long)
+            return self.model.decoder.embed_tokens(token).split([sequence_length(pieces) for pieces in sequences])
+        batch = Batch.from_prepared(self.model.processor.assemble(sequences, tiles), self.model.device)
+        return self.model.inputs_embeds(batch).split(batch.plan.lengths)
+
+
+def is_prefilled(sequence: Sequence) -> bool:
+    return sequence.table.length == sequence.rows

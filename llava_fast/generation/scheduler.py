@@ -1,0 +1,277 @@
+"""Which sequences run: they join and leave between steps, and share one cache.
+
+A step is at most one prefill pass, of a bounded number of rows, and one decoding pass, of a token for every sequence
+that has its prompt behind it; so a long prompt does not stall the others. Sources: Yu et al. 2022 (Orca: joining
+between steps), Agrawal et al. 2023 (chunked prefill).
+
+Admission is in order of arrival, as soon as the cache has blocks for all rows that a sequence has to run. Answers take
+blocks as they grow. When there are none left, the sequence that was admitted last gives its blocks back and waits in
+front of the queue; its rows are run again later, and its answer is the same.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llava_fast.errors import CacheFullError
+from llava_fast.generation.prefix_cache import PrefixCache, common_rows
+from llava_fast.generation.runner import Chunk, Runner, is_prefilled
+from llava_fast.generation.sampling import greedy_tokens, not_a_number
+from llava_fast.generation.sequence import Sequence
+from llava_fast.models.paged_cache import BlockTable
+
+Moved = list[tuple[Sequence, str]]
+GROWTH_ROWS = 256  # of its answer that memory is taken for with a prompt's, if any has to be taken
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a scheduler holds. `used_blocks` hold running sequences' rows, `kept_blocks` rows kept for later prompts.
+    `reused_rows` and `preemptions` count since it was made."""
+
+    waiting: int
+    prefilling: int
+    decoding: int
+    used_blocks: int
+    kept_blocks: int
+    max_blocks: int
+    reused_rows: int
+    preemptions: int
+
+
+class Scheduler:
+    """Not thread-safe: one thread calls it, between steps.
+
+    chunk_rows   most prompt rows in one prefill pass (an image is encoded whole; under dynamic RoPE a prompt beyond
+                 the decoder's own length runs whole).
+    max_running  most sequences admitted at once.
+    prefixes     keeps finished rows for prompts that begin with the same; None: each prompt runs whole.
+    """
+
+    def __init__(
+        self, runner: Runner, prefixes: PrefixCache | None = None, chunk_rows: int = 4096, max_running: int = 256
+    ) -> None:
+        if chunk_rows < 1 or max_running < 1:
+            raise ValueError(f"chunk_rows and max_running must be 1 or more, got {chunk_rows} and {max_running}")
+        self.runner, self.cache, self.prefixes = runner, runner.cache, prefixes
+        self.chunk_rows, self.max_running = chunk_rows, max_running
+        self.waiting: deque[Sequence] = deque()
+        self.prefilling: list[Sequence] = []  # both in the order of admission
+        self.decoding: list[Sequence] = []
+        self._refused: tuple[Sequence, int] | None = None  # who found too few blocks, when so many were in use
+        self._admissions = self._reused_rows = self._preemptions = 0
+
+    @property
+    def stats(self) -> Stats:
+        cache = self.cache
+        return Stats(
+            len(self.waiting),
+            len(self.prefilling),
+            len(self.decoding),
+            cache.used_blocks,
+            cache.blocks - cache.free_blocks - cache.used_blocks,
+            cache.max_blocks,
+            self._reused_rows,
+            self._preemptions,
+        )
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.waiting or self.prefilling or self.decoding)
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a sequence at the end of the queue. Raises CacheFullError if the cache could never hold its prompt; an
+        answer that it could not hold ends with "length"."""
+        most = self.cache.max_blocks * self.cache.block_rows
+        if sequence.prompt.rows >= most:
+            raise CacheFullError(
+                f"the prompt takes {sequence.prompt.rows} rows and the KV cache holds {most}: shorten it, use fewer or "
+                "smaller images, or give the cache more memory"
+            )
+        sequence.limit = min(sequence.limit, most - sequence.prompt.rows)
+        if sequence.finish_reason is None:
+            self.waiting.append(sequence)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and give its blocks back; nothing if it has ended already."""
+        if sequence.finish_reason is None:
+            sequence.finish_reason = "cancelled"
+            self._leave(sequence)
+
+    def step(self) -> Moved:
+        """Run one step; returns the sequences that moved, each with the text that became certain. A sequence whose
+        pass or sampler fails moves to "error" alone. Call it until `is_idle`."""
+        if not torch.is_inference_mode_enabled():
+            with torch.inference_mode():
+                return self.step()
+        if self.waiting:
+            self._admit()
+        decoding = list(self.decoding)  # one that is prefilled in this step has its token of this step
+        moved = self._prefill() if self.prefilling else []
+        if decoding:
+            moved += self._decode(decoding)
+        return moved
+
+    # ------------------------------------------------------------ joining and leaving
+
+    def _admit(self) -> None:
+        for sequence in list(self.waiting):
+            running = len(self.prefilling) + len(self.decoding)
+            if running >= self.max_running or self._refused == (sequence, self.cache.used_blocks):
+                return
+            blocks, rows = self._cached(sequence)
+            if self._is_being_cached(sequence, rows):
+                continue
+            needed = self.cache.blocks_for(sequence.rows + 1) - rows // self.cache.block_rows
+            free = self.cache.available_blocks - sum(not self.cache.users[block] for block in blocks)
+            if running and free < needed + running:  # each running sequence may want one more soon
+                self._refused = sequence, self.cache.used_blocks
+                return
+            expected = self.cache.blocks_for(sequence.rows + min(sequence.limit, GROWTH_ROWS))
+            table = BlockTable(self.cache)
+            try:
+                table.share(blocks, rows)
+                table.reserve(sequence.rows, expected)
+            except CacheFullError:  # what it would share cannot make room for it
+                table.release()
+                if running:
+                    return
+                rows = 0
+                table.reserve(sequence.rows, expected)
+            sequence.table, sequence.cached_rows, sequence.admission = table, rows, self._admissions
+            self._admissions += 1
+            self._reused_rows += rows
+            self.waiting.remove(sequence)
+            self.prefilling.append(sequence)
+
+    def _cached(self, sequence: Sequence) -> tuple[list[int], int]:
+        """Blocks that hold the sequence's first rows, and how many rows; the last row always runs, for its logits."""
+        if self.prefixes is None or not self.runner.may_reuse(sequence):
+            return [], 0
+        return self.prefixes.find(sequence.keys[: sequence.rows - 1])
+
+    def _is_being_cached(self, sequence: Sequence, rows: int) -> bool:
+        """Whether another sequence has still to run rows that this one shares, and they begin alike for half of this
+        one's rows or more: then it waits for them."""
+        if self.prefixes is None or not self.runner.may_reuse(sequence):
+            return False
+        keys, half = sequence.keys[: sequence.rows - 1], sequence.rows // 2
+        return any(
+            self.runner.may_reuse(other) and other.keys[:half] == keys[:half] and common_rows(other.keys, keys) > rows
+            for other in self.prefilling
+        )
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Take a sequence out of the list that it is in, and give its blocks back."""
+        for members in (self.decoding, self.prefilling, self.waiting):
+            if sequence in members:
+                members.remove(sequence)
+        if sequence.table is not None:
+            sequence.table.release()
+        sequence.table = sequence.embedded = None
+
+    def _fail(self, sequence: Sequence, error: Exception) -> tuple[Sequence, str]:
+        sequence.finish_reason, sequence.error = "error", error
+        if self.prefixes is not None and sequence.table is not None:
+            self.prefixes.forget(sequence.table.blocks[sequence.cached_rows // self.cache.block_rows :])
+        self._leave(sequence)
+        return sequence, ""
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._keep(sequence, running=False)
+        self._leave(sequence)
+        self.waiting.appendleft(sequence)
+        self._preemptions += 1
+
+    def _keep(self, sequence: Sequence, running: bool) -> None:
+        """Let other prompts find the rows that the sequence has run."""
+        if self.prefixes is not None and self.runner.may_reuse(sequence):
+            self.prefixes.insert(sequence.keys, sequence.table.blocks, sequence.table.length, running)
+
+    # ------------------------------------------------------------ running
+
+    def _prefill(self) -> Moved:
+        chunks: list[Chunk] = []
+        left = self.chunk_rows
+        for sequence in self.prefilling:
+            if left <= 0:
+                break
+            chunks.append((sequence, self.runner.chunk_rows(sequence, left)))
+            left -= chunks[-1][1]
+        return self._run(self._prefill_pass, chunks, [sequence for sequence, _ in chunks])
+
+    def _decode(self, sequences: list[Sequence]) -> Moved:
+        for sequence in sequences:
+            if sequence.table.length == sequence.table.capacity:
+                sequences = self._grown(sequences)
+                break
+        return self._run(self._decode_pass, sequences, sequences)
+
+    def _grown(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Give a block to each sequence that is out of rows; returns the ones that still run."""
+        while True:
+            short = [s for s in sequences if s.table.length == s.table.capacity]
+            if len(short) <= self.cache.available_blocks:
+                for sequence in short:
+                    sequence.table.reserve(sequence.table.length + 1)
+                return sequences
+            youngest = max(self.prefilling + self.decoding, key=lambda sequence: sequence.admission)
+            self._preempt(youngest)
+            sequences = [sequence for sequence in sequences if sequence is not youngest]
+
+    def _run(self, one_pass: Callable[[list], Moved], items: list, sequences: list[Sequence]) -> Moved:
+        """A pass over all items; if it fails, one pass for each, so that an error stays with its sequence."""
+        try:
+            return one_pass(items)
+        except Exception as error:
+            if len(items) == 1:
+                return [self._fail(sequences[0], error)]
+            pairs = zip(items, sequences, strict=True)
+            return [moved for item, sequence in pairs for moved in self._run(one_pass, [item], [sequence])]
+
+    def _prefill_pass(self, chunks: list[Chunk]) -> Moved:
+        logits = self.runner.prefill(chunks)
+        for sequence, _ in chunks:
+            self._keep(sequence, running=True)
+        ready = [sequence for sequence, _ in chunks if is_prefilled(sequence)]
+        for sequence in ready:
+            self.prefilling.remove(sequence)
+            self.decoding.append(sequence)
+        return self._advance(ready, logits) if logits is not None else []
+
+    def _decode_pass(self, sequences: list[Sequence]) -> Moved:
+        return self._advance(sequences, self.runner.step(sequences))
+
+    def _advance(self, sequences: list[Sequence], logits: Tensor) -> Moved:
+        moved: Moved = []
+        for sequence, token in zip(sequences, choose(logits, sequences), strict=True):
+            if isinstance(token, Exception):
+                moved.append(self._fail(sequence, token))
+                continue
+            moved.append((sequence, sequence.push(token)))
+            if sequence.finish_reason is not None:
+                self._keep(sequence, running=False)
+                self._leave(sequence)
+        return moved
+
+
+def choose(logits: Tensor, sequences: list[Sequence]) -> list[int | Exception]:
+    """The next token of each sequence, or what is wrong with it; one transfer from the device for all."""
+    if all([sequence.sampler.is_greedy for sequence in sequences]):
+        tokens = greedy_tokens(logits)
+        if min(tokens) >= 0:
+            return tokens
+        return [t if t >= 0 else not_a_number(len(s.token_ids)) for t, s in zip(tokens, sequences, strict=True)]
+    return [_drawn(sequence, row) for sequence, row in zip(sequences, logits.cpu(), strict=True)]
+
+
+def _drawn(sequence: Sequence, logits: Tensor) -> int | Exception:
+    try:
+        return sequence.sampler(logits)
+    except Exception as error:
+        return error

@@ -1,0 +1,136 @@
+"""One answer while it is made: its prompt, its sampler, its text so far, where its rows are cached."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from llava_fast.generation.prompt import Prompt
+from llava_fast.generation.sampling import LogitsProcessor, Sampler, Sampling
+from llava_fast.generation.text import TextDecoder
+from llava_fast.inputs.plan.plan import Piece, TextPiece
+from llava_fast.inputs.prepared import Cut
+from llava_fast.models.paged_cache import BlockTable
+from llava_fast.models.vlm import LlavaModel
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one request: the prompt's (visual ones included), the visual ones alone, the answer's."""
+
+    prompt_tokens: int
+    visual_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer. `token_ids` holds every token generated, an end token included; `text` leaves special tokens and
+    the stop string out. `finish_reason` is "stop" (end token or stop string) or "length"."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length"]
+    usage: Usage
+
+
+class Sequence:
+    """One prompt and the answer to it, on the host.
+
+    finish_reason  None while it runs; then "stop", "length", "cancelled" or "error" (`error` says which).
+    table          its rows in the cache, while it has any.
+    cached_rows    rows that were found in the cache when it was last admitted; `admission` counts admissions.
+    """
+
+    def __init__(
+        self, prompt: Prompt, sampler: Sampler, text: TextDecoder, end_ids: frozenset[int], limit: int
+    ) -> None:
+        self.prompt = prompt
+        self.sampler = sampler
+        self.text = text
+        self.end_ids = end_ids
+        self.limit = limit
+        self.token_ids: list[int] = []
+        self.finish_reason: Literal["stop", "length", "cancelled", "error"] | None = "length" if limit == 0 else None
+        self.error: Exception | None = None
+        self.table: BlockTable | None = None
+        self.cached_rows = self.admission = 0
+        self.embedded: tuple[int, Tensor] | None = None  # first row, embeddings that wait for their prefill pass
+
+    @property
+    def rows(self) -> int:
+        """Rows that have to be cached before the next token can be chosen."""
+        return self.prompt.rows + len(self.token_ids)
+
+    @property
+    def keys(self) -> list[int]:
+        """The keys of all rows (see prompt.Part)."""
+        return self.prompt.keys + self.token_ids
+
+    def between(self, first: int, last: int) -> tuple[list[Piece], list[Cut], int]:
+        """What rows [first, last) come from, as Prompt.between; behind the prompt, from the answer's tokens."""
+        pieces, tiles, begin = self.prompt.between(first, last)
+        rows = self.prompt.rows
+        if last > rows:
+            pieces.append(TextPiece(np.asarray(self.token_ids[max(first - rows, 0) : last - rows], np.int32)))
+        return pieces, tiles, begin
+
+    def push(self, token: int) -> str:
+        """Take the next token; returns the text it made certain and sets `finish_reason` at the end."""
+        self.token_ids.append(token)
+        if token in self.end_ids:
+            self.finish_reason = "stop"
+            return self.text.finish()
+        piece = self.text.push(token)
+        if self.text.stopped:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self.limit:
+            self.finish_reason = "length"
+            piece += self.text.finish()
+        return piece
+
+    def result(self) -> Generation:
+        """The answer. Raises the sequence's error if it has failed."""
+        if self.error is not None:
+            raise self.error
+        reason: Literal["stop", "length"] = "stop" if self.finish_reason == "stop" else "length"
+        usage = Usage(self.prompt.rows, self.prompt.visual_rows, len(self.token_ids))
+        return Generation(self.text.text, self.token_ids, reason, usage)
+
+
+def new_sequence(
+    model: LlavaModel,
+    prompt: Prompt,
+    sampling: Sampling,
+    seed: int | None = None,
+    pieces: bool = False,
+    processors: SequenceOf[LogitsProcessor] = (),
+) -> Sequence:
+    """A sequence ready to run. With `pieces`, each step returns the text that it made certain; without, a caller gets
+    all text at the end. `seed` and `processors`: as for Sampler."""
+    stop, end_ids = sampling.stop, frozenset()
+    if not sampling.ignore_eos:
+        stop, end_ids = stop + model.processor.template.stop, frozenset(model.config.eos_token_ids)
+    # Special tokens leave no text behind, so a stop string that is one is met as a token.
+    special = {s: token for s in stop if (token := _special_id(model.tokenizer, s)) is not None}
+    room = model.config.decoder.context_length - prompt.rows
+    seen = prompt.ids(model.config.image_token_id) if sampling.repetition_penalty != 1 else []
+    return Sequence(
+        prompt,
+        Sampler(sampling, seed, seen, processors),
+        TextDecoder(model.tokenizer, tuple(s for s in stop if s not in special), pieces),
+        end_ids | set(special.values()),
+        max(0, min(sampling.max_new_tokens, room)),
+    )
+
+
+def _special_id(tokenizer: Any, text: str) -> int | None:
+    """The id of the special token spelt `text`; None where `text` is ordinary."""
+    token = tokenizer.convert_tokens_to_ids(text)
+    if token is None or tokenizer.convert_ids_to_tokens(token) != text:
+        return None
+    return None if tokenizer.decode([token], skip_special_tokens=True) else token

@@ -1,0 +1,327 @@
+"""A key/value cache in blocks of rows: sequences take blocks as they grow and can share them.
+
+Memory is taken in segments as it is needed, up to a bound in bytes, and nothing is copied when the cache grows. A
+sequence's rows lie in the blocks of its `BlockTable`; blocks that lie side by side in memory form a run, which reads
+as one tensor. Source: Kwon et al. 2023 (PagedAttention); runs are what spares a single sequence the gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llava_fast.errors import CacheFullError
+from llava_fast.ops.decoder_step.paging import run_views
+
+BLOCK_ROWS = 32
+SMALLEST_SEGMENT, LARGEST_SEGMENT = 1 << 20, 256 << 20  # bytes: between them, segments double the cache
+
+
+class Keeper(Protocol):
+    """Who may hold on to blocks that no table uses any more (generation.prefix_cache)."""
+
+    def keeps(self, block: int) -> bool:
+        """Whether to keep this block, which no table uses since now."""
+
+    def give_back(self, count: int) -> list[int]:
+        """Up to `count` blocks that no table uses and that it keeps no longer."""
+
+
+class PagedCache:
+    """Blocks of keys and values of every layer, [layers, 2, K, blocks, block rows, D] a segment.
+
+    max_bytes   bound of all segments together (None: half of the device's free memory when it is made).
+    keep_bytes  the size up to which the cache grows rather than take blocks back from its `keeper`.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_bytes: int | None = None,
+        keep_bytes: int = 0,
+        block_rows: int = BLOCK_ROWS,
+    ) -> None:
+        self.shape = (layers, 2, kv_heads, block_rows, head_dim)
+        self.block_rows = block_rows
+        self.dtype, self.device = dtype, device
+        self.block_bytes = torch.Size(self.shape).numel() * dtype.itemsize
+        self.max_blocks = max(1, (free_memory(device) // 2 if max_bytes is None else max_bytes) // self.block_bytes)
+        self.keep_blocks = keep_bytes // self.block_bytes
+        self.keeper: Keeper | None = None
+        self.segments: list[Tensor] = []
+        self.segment_starts: set[int] = set()
+        self.users: list[int] = []  # how many tables use each block
+        self._is_free = bytearray()
+        self.free_blocks = 0  # nobody's
+        self.used_blocks = 0  # some table's; the rest is kept by the keeper
+        self._step: tuple[tuple, dict[int | None, _StepIndex]] | None = None
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that memory has been taken for."""
+        return len(self._is_free)
+
+    @property
+    def available_blocks(self) -> int:
+        """Blocks that could be allocated, if the cache grew to its bound and the keeper gave everything back."""
+        return self.max_blocks - self.used_blocks
+
+    def blocks_for(self, rows: int) -> int:
+        return -(-rows // self.block_rows)
+
+    def allocate(self, count: int, after: int = -1, expected: int = 0) -> list[int]:
+        """`count` blocks, zeroed, if possible side by side and behind block `after`. A cache that has to grow makes
+        room for `expected` blocks at once. Raises CacheFullError, having allocated none."""
+        self._make_room(count, expected)
+        taken: list[int] = []
+        at = after + 1
+        while len(taken) < count and at < self.blocks and self._is_free[at] and after >= 0:
+            taken.append(at)
+            self._is_free[at] = 0
+            at += 1
+        left = count - len(taken)
+        start = self._is_free.find(b"\1" * left) if left else 0
+        for _ in range(left):
+            start = self._is_free.find(1, max(start, 0))
+            taken.append(start)
+            self._is_free[start] = 0
+        self.free_blocks -= count
+        for block in taken:
+            self.use(block)
+        # A mask hides rows that were never written, but not a NaN in them, and one answer must not spoil another.
+        for rows in run_views(self.segments, runs_of(taken, self.segment_starts)):
+            rows.zero_()
+        return taken
+
+    def _make_room(self, count: int, expected: int) -> None:
+        short = count - self.free_blocks
+        if short <= 0:
+            return
+        room = self.max_blocks - self.blocks
+        if self.keeper is not None and self.blocks + short > self.keep_blocks:
+            for block in self.keeper.give_back(short):
+                self._free(block)
+            short = count - self.free_blocks
+        if short > room:
+            raise CacheFullError(f"{count} blocks are needed, {self.free_blocks} are free and {room} can be added")
+        if short > 0:
+            least, most = SMALLEST_SEGMENT // self.block_bytes, LARGEST_SEGMENT // self.block_bytes
+            size = max(short, expected - self.free_blocks, min(max(self.blocks, least), most))
+            self._grow(min(size, room))
+
+    def _grow(self, count: int) -> None:
+        layers, two, kv_heads, block_rows, head_dim = self.shape
+        with torch.inference_mode(False):  # so that it can be written in any mode
+            self.segments.append(
+                torch.empty(layers, two, kv_heads, count, block_rows, head_dim, dtype=self.dtype, device=self.device)
+            )
+        self.segment_starts.add(self.blocks)
+        self.users += [0] * count
+        self._is_free += b"\1" * count
+        self.free_blocks += count
+
+    def use(self, block: int) -> None:
+        """One table more uses this block."""
+        self.used_blocks += not self.users[block]
+        self.users[block] += 1
+
+    def release(self, block: int) -> None:
+        """One table less uses this block."""
+        self.users[block] -= 1
+        if not self.users[block]:
+            self.used_blocks -= 1
+            if self.keeper is None or not self.keeper.keeps(block):
+                self._free(block)
+
+    def _free(self, block: int) -> None:
+        self._is_free[block] = 1
+        self.free_blocks += 1
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy all rows of one block to another."""
+        (rows,) = run_views(self.segments, (source, 1))
+        (place,) = run_views(self.segments, (target, 1))
+        place.copy_(rows)
+
+    # ------------------------------------------------------------ what attention calls
+
+    def append(self, layer: int, table: BlockTable, before: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [K, rows, D] behind the first `before` rows of a table; returns all its rows, [K, before+rows, D]."""
+        after = before + key.shape[1]
+        table.require(after)
+        views = table.views()
+        start = 0
+        for view in views:
+            end = start + view.shape[3]
+            first, last = max(before, start), min(after, end)
+            if first < last:
+                view[layer, 0, :, first - start : last - start] = key[:, first - before : last - before]
+                view[layer, 1, :, first - start : last - start] = value[:, first - before : last - before]
+            start = end
+        both = views[0][layer] if len(views) == 1 else torch.cat([view[layer] for view in views], 2)
+        return both[0, :, :after], both[1, :, :after]
+
+    def append_one_each(
+        self, layer: int, tables: Sequence[BlockTable], before: tuple[int, ...], key: Tensor, value: Tensor, window
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store one row a table, [n, K, D]; returns their keys and values [n, K, rows, D] and a mask [n, 1, 1, rows]
+        of the rows that count, or None where all do."""
+        if len(tables) == 1:
+            keys, values = self.append(layer, tables[0], before[0], key[0, :, None], value[0, :, None])
+            start = max(0, before[0] + 1 - window) if window else 0
+            return keys[None, :, start:], values[None, :, start:], None
+        key_of_step = before, [table.runs for table in tables]
+        if self._step is None or self._step[0] != key_of_step:
+            self._step = (key_of_step, {})
+        steps = self._step[1]
+        if None not in steps:
+            steps[None] = _StepIndex(self, tables, before)
+        if window not in steps:
+            steps[window] = steps[None].with_window(window)
+        return steps[window].run(self.segments, layer, key, value)
+
+
+class _StepIndex:
+    """Index tensors of one decoding step of several sequences, made once and shared by its layers. They number a
+    segment's blocks (or rows) from 0; `places` says where in the result a segment's blocks go."""
+
+    def __init__(self, cache: PagedCache, tables: Sequence[BlockTable], before: tuple[int, ...]) -> None:
+        self.count, self.longest, rows = len(tables), max(before) + 1, cache.block_rows
+        self.width = cache.blocks_for(self.longest)
+        for table, at in zip(tables, before, strict=True):
+            table.require(at + 1)
+        filled = [(t.blocks + t.blocks[:1] * self.width)[: self.width] for t in tables]  # fillers are masked
+        block = torch.tensor(filled).flatten()
+        written = torch.tensor([t.blocks[at // rows] for t, at in zip(tables, before, strict=True)])
+        self.before = torch.tensor(before)
+        self.device = cache.device
+        self.segments = []
+        start = 0
+        for number, segment in enumerate(cache.segments):
+            end = start + segment.shape[3]
+            mine = ((block >= start) & (block < end)).nonzero().flatten()
+            slot = ((written >= start) & (written < end)).nonzero().flatten()
+            row = (written[slot] - start) * rows + self.before[slot] % rows
+            if len(mine):
+                whole = len(mine) == len(block)
+                index = (block[mine] - start, None if whole else mine, slot, row)
+                self.segments.append((number, *(None if i is None else i.to(self.device) for i in index)))
+            start = end
+        self.mask = self._mask(None) if min(before) + 1 < self.longest else None
+
+    def _mask(self, window: int | None) -> Tensor:
+        column = torch.arange(self.longest)[None, :]
+        mask = column <= self.before[:, None]
+        if window is not None:
+            mask &= column > self.before[:, None] - window
+        return mask[:, None, None, :].to(self.device)
+
+    def with_window(self, window: int) -> _StepIndex:
+        other = object.__new__(_StepIndex)
+        vars(other).update(vars(self))
+        other.mask = self._mask(window)
+        return other
+
+    def run(self, segments: list[Tensor], layer: int, key: Tensor, value: Tensor):
+        new = torch.stack([key, value]).transpose(1, 2)  # [2, K, n, D]
+        out = None
+        for number, block, place, slot, row in self.segments:
+            of_layer = segments[number][layer]  # [2, K, blocks, block rows, D]
+            of_layer.flatten(2, 3).index_copy_(2, row, new if place is None else new.index_select(2, slot))
+            found = of_layer.index_select(2, block)
+            if place is None:
+                out = found
+                break
+            if out is None:
+                out = found.new_empty(*found.shape[:2], self.count * self.width, *found.shape[3:])
+            out.index_copy_(2, place, found)
+        # [2, K, n * width, block rows, D] -> [2, n, K, rows, D]
+        keys, values = out.unflatten(2, (self.count, self.width)).flatten(3, 4).transpose(1, 2)[:, :, :, : self.longest]
+        return keys, values, self.mask
+
+
+class BlockTable:
+    """One sequence's rows in the cache: `length` rows are valid, in `blocks` from first to last."""
+
+    def __init__(self, cache: PagedCache) -> None:
+        self.cache = cache
+        self.blocks: list[int] = []
+        self.runs: list[int] = []  # as ops.decoder_step takes them
+        self.length = self.capacity = 0
+        self._views: tuple[tuple[bool, bool], list[Tensor]] | None = None
+
+    def reserve(self, rows: int, expected: int = 0) -> None:
+        """Have blocks for `rows` rows in all. `expected`: as for allocate. Raises CacheFullError."""
+        if rows > self.capacity:
+            short = self.cache.blocks_for(rows) - len(self.blocks)
+            self._add(self.cache.allocate(short, self.blocks[-1] if self.blocks else -1, expected))
+
+    def share(self, blocks: list[int], length: int) -> None:
+        """Begin with the first `length` rows of blocks that others use or the keeper keeps; of a last block that is
+        not full, a copy. Raises CacheFullError."""
+        full = length // self.cache.block_rows
+        for block in blocks[:full]:
+            self.cache.use(block)
+        self._add(blocks[:full])
+        if length % self.cache.block_rows:
+            source = blocks[full]
+            self.cache.use(source)  # so that it stays while the copy's block is found
+            try:
+                self.reserve(length)
+                self.cache.copy(source, self.blocks[-1])
+            finally:
+                self.cache.release(source)
+        self.length = length
+
+    def release(self) -> None:
+        """Give every block back, the last first."""
+        for block in reversed(self.blocks):
+            self.cache.release(block)
+        self.blocks, self.runs, self.length, self.capacity, self._views = [], [], 0, 0, None
+
+    def views(self) -> list[Tensor]:
+        """The runs' rows, [layers, 2, K, rows, D] each."""
+        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        if self._views is None or self._views[0] != mode:  # a view may not be written in another mode
+            self._views = mode, run_views(self.cache.segments, self.runs)
+        return self._views[1]
+
+    def require(self, rows: int) -> None:
+        if rows > self.capacity:
+            raise ValueError(f"the table has blocks for {self.capacity} rows and {rows} are needed: reserve them first")
+
+    def _add(self, blocks: list[int]) -> None:
+        self.blocks += blocks
+        self.capacity += len(blocks) * self.cache.block_rows
+        self.runs = runs_of(blocks, self.cache.segment_starts, self.runs)
+        self._views = None
+
+
+def runs_of(blocks: Sequence[int], segment_starts: set[int], runs: list[int] | None = None) -> list[int]:
+    """A table's `runs` (first block, blocks, ...) with more blocks at its end."""
+    runs = list(runs or ())
+    for block in blocks:
+        if runs and block == runs[-2] + runs[-1] and block not in segment_starts:
+            runs[-1] += 1
+        else:
+            runs += (block, 1)
+    return runs
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on the device; where nobody tells, 8 GB."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            available = next(line for line in lines if line.startswith("MemAvailable"))
+        return int(available.split()[1]) << 10
+    except (OSError, StopIteration):
+        return 8 << 30

@@ -1,0 +1,28 @@
+"""Where a sequence's cached rows lie: runs of blocks in the cache's segments.
+
+A segment is [layers, 2, K, blocks, block rows, D]: keys (0) and values (1) of every layer. Block numbers count through
+all segments. A table lists a sequence's runs of consecutive blocks, flat: first block, blocks, first block, blocks, ...
+No run crosses from one segment into another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def run_views(segments: Sequence[Tensor], table: Sequence[int]) -> list[Tensor]:
+    """The rows of each run, [layers, 2, K, rows, D], without a copy. Raises ValueError for a run outside a segment."""
+    views = []
+    for first, count in zip(table[::2], table[1::2], strict=True):
+        start = 0
+        for segment in segments:
+            blocks = segment.shape[3]
+            if start <= first and first + count <= start + blocks and count > 0:
+                views.append(segment[:, :, :, first - start : first - start + count].flatten(3, 4))
+                break
+            start += blocks
+        else:
+            raise ValueError(f"blocks {first} to {first + count - 1} do not lie in one segment of the cache")
+    return views
