@@ -72,7 +72,7 @@ class Rope(Fields):
 
 
 class Decoder(Fields):
-    """A Llama, Mistral or Qwen2 config."""
+    """A Llama, Mistral, Qwen2 or Qwen3 config."""
 
     model_type: str | None = None
     vocab_size: Vocabulary

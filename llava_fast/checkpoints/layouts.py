@@ -104,6 +104,11 @@ def to_hf(config: LlavaConfig, image_token_id: int, video_token_id: int | None, 
 
 def to_original(config: LlavaConfig, tower_name: str) -> dict[str, Any]:
     """config.json in the original layout; `tower_name` is its mm_vision_tower."""
+    if config.decoder.family not in _ORIGINAL_TYPES:
+        raise CheckpointError(
+            f"the original layout has no {config.decoder.family!r} decoder, only {', '.join(_ORIGINAL_TYPES)}; save "
+            "with layout='hf'"
+        )
     model_type, architecture = _ORIGINAL_TYPES[config.decoder.family]
     vision, geometry = config.vision, config.geometry
     if len(vision.feature_layers) > 1 or (isinstance(vision, SiglipConfig) and vision.feature_layers != (-1,)):

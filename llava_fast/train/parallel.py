@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from llava_fast.errors import RecipeError
@@ -28,7 +34,11 @@ from llava_fast.orphans import end_with_parent
 from llava_fast.train.recipe import Parallel, Recipe
 
 T = TypeVar("T")
-_STYLES: dict[str, Callable[[], ParallelStyle]] = {"columns": ColwiseParallel, "rows": RowwiseParallel}
+_STYLES: dict[str, Callable[[], ParallelStyle]] = {
+    "columns": ColwiseParallel,
+    "rows": RowwiseParallel,
+    "shared": lambda: SequenceParallel(sequence_dim=1, use_local_output=True),  # dim 1 of its input is the heads
+}
 
 
 @dataclass(frozen=True)

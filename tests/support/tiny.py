@@ -29,6 +29,7 @@ from transformers import (
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
     SiglipVisionConfig,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -156,6 +157,26 @@ CASES = {
         patch=14,
         pinpoints=_grid(58, 3),
     ),
+    "next_qwen3": Case(
+        "llava_next",
+        Qwen3Config,
+        {"head_dim": 24, "num_key_value_heads": 2},
+        tile=48,
+        pinpoints=((96, 96), (48, 144), (144, 48)),
+    ),
+    "onevision_qwen3": Case(
+        "llava_onevision",
+        Qwen3Config,
+        {
+            "head_dim": 32,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 32,
+            "max_window_layers": 1,
+        },
+        options={"vision_aspect_ratio": "anyres_max_3", "tie_word_embeddings": True},
+        pinpoints=_grid(56, 4),
+    ),
 }
 MODELS = {
     "llava": (LlavaConfig, LlavaForConditionalGeneration),
@@ -190,6 +211,7 @@ def hf_model(case: Case, seed: int = 0):
         for name, parameter in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+                parameter *= 2.0 if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0  # as sharp as trained
             else:
                 parameter.normal_(0, case.scale if parameter.dim() > 1 else 0.1)
     return model

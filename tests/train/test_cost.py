@@ -257,10 +257,12 @@ def test_the_command_line(make_recipe):
     assert "llava-1.5-lora" in run.invoke(cli.app, ["recipe", "list"]).stdout
 
 
-def test_memory_is_what_a_step_holds(make_recipe):
+@pytest.mark.parametrize("case", ["next", "next_qwen3"])
+def test_memory_is_what_a_step_holds(make_recipe, case, tmp_path):
     """Weights, gradients and optimizer states to the byte; what is kept of a forward pass, counted tensor by tensor as
     autograd saves it, within a tenth (on a CPU each sequence's attention leaves its result twice)."""
-    recipe = make_recipe(recompute="none", micro_batch_rows=3000, batch_size=8)
+    tiny.save(tiny.CASES[case], tiny.hf_model(tiny.CASES[case]), tmp_path / case)
+    recipe = make_recipe(model=str(tmp_path / case), recompute="none", micro_batch_rows=3000, batch_size=8)
     world = World(0, 1, torch.device("cpu"))
     model = load_model(recipe, world)
     trainer = Trainer(recipe, model, build_loader(recipe, model, world), world)

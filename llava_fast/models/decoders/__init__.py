@@ -8,5 +8,6 @@ DECODERS = Registry(
         "llama": "llama:LlamaConfig",
         "mistral": "llama:MistralConfig",
         "qwen2": "llama:Qwen2Config",
+        "qwen3": "qwen3:Qwen3Config",
     },
 )

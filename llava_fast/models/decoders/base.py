@@ -12,7 +12,7 @@ from llava_fast.models.attention import Spans
 from llava_fast.models.blocks.rope import RopeConfig
 from llava_fast.models.paged_cache import PagedCache
 
-Split = Literal["columns", "rows"]
+Split = Literal["columns", "rows", "shared"]
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,9 @@ class DecoderConfig(ABC):
     @property
     @abstractmethod
     def tensor_plan(self) -> dict[str, Split]:
-        """How tensor parallel splits a layer's Linears: by output features ("columns"), or by input features, summed
-        ("rows")."""
+        """How tensor parallel splits a layer's modules: Linears by output features ("columns"), or by input features,
+        summed ("rows"). A norm over each head is "shared": every process holds its weights and calls it with its own
+        heads [R, heads, D], and their gradients are summed."""
 
     @classmethod
     @abstractmethod

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llava_fast.models.fused.gate import takes
+from llava_fast.models.fused.gate import is_plain_parameter, takes
 from llava_fast.ops import add_layer_norm, add_rms_norm, double_layer_norm, layer_norm, rms_norm
 
 
@@ -19,7 +19,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if takes("rms_norm", x):
+        if takes("rms_norm", x) and is_plain_parameter(self.weight):
             return rms_norm(x, self.weight, self.eps)
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
