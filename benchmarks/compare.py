@@ -97,8 +97,8 @@ def measured(folder: Path, run: str) -> list[dict]:
 
 
 def ratios(runs: Iterable[dict]) -> list[dict]:
-    """For each kind of row: A's median seconds over B's in each round, as their median, least and most. None where a row
-    is missing or a check failed."""
+    """For each kind of row: A's median seconds over B's in each round, as their median, least and most; None where a
+    row is missing or a check failed."""
     by_key: dict[Key, dict[tuple[str, int], dict]] = {}
     for one in runs:
         for row in one["rows"]:

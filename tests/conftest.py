@@ -49,6 +49,16 @@ class OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 sys.meta_path.append(OldNames())
 
 
+def pytest_collection_modifyitems(config, items):
+    """Mark what tests/slow.txt names: a file, or a test of one with all its parameters."""
+    lines = (config.rootpath / "tests" / "slow.txt").read_text(encoding="utf-8").splitlines()
+    slow = {line for line in lines if line and line[0] != "#"}
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        if name in slow or name.partition("::")[0] in slow:
+            item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -2,11 +2,13 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 import llava_fast
+from tests import conftest
 from tests.support.rooms import ROOT
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -83,3 +85,27 @@ def test_commit_hooks_are_the_lint_of_make():
     lint = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nlint:")[1].split("\n\n")[0]
     for command in re.findall(r"\$\(BIN\)/(\w+(?: check| format)?)", lint):
         assert any(hook.startswith(f".venv/bin/{command}") for hook in hooks), f"no hook runs {command}"
+
+
+def test_what_is_listed_as_slow_is_there():
+    lines = [line for line in (ROOT / "tests" / "slow.txt").read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
+    assert lines == sorted(set(lines))
+    for line in lines:
+        file, _, test = line.partition("::")
+        assert (ROOT / file).is_file(), f"{line}: no such file"
+        assert not test or re.search(rf"^def {test}\(", (ROOT / file).read_text(encoding="utf-8"), re.M), (
+            f"{line}: no such test"
+        )
+
+
+def test_what_is_listed_as_slow_is_marked(tmp_path):
+    marked = []
+
+    def item(nodeid):
+        return SimpleNamespace(nodeid=nodeid, add_marker=lambda mark: marked.append((nodeid, mark)))
+
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "slow.txt").write_text("# words\ntests/a.py\ntests/b.py::test_one\n")
+    names = ["tests/a.py::test_x", "tests/b.py::test_one[1-2]", "tests/b.py::test_one_more", "tests/c.py::test_one"]
+    conftest.pytest_collection_modifyitems(SimpleNamespace(rootpath=tmp_path), [item(name) for name in names])
+    assert marked == [("tests/a.py::test_x", "slow"), ("tests/b.py::test_one[1-2]", "slow")]
