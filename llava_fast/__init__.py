@@ -26,6 +26,7 @@ from llava_fast.version import __version__
 
 if TYPE_CHECKING:
     from llava_fast import ops
+    from llava_fast.accelerated.patch import accelerate, restore
     from llava_fast.api import count_tokens, load
     from llava_fast.checkpoints.assemble import Assembly
     from llava_fast.checkpoints.save import save
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from llava_fast.generation.sampling import Sampling
     from llava_fast.generation.sequence import Generation, Usage
     from llava_fast.inputs.processor import Processor, ProcessorOptions
-    from llava_fast.integrations.transformers import accelerate, restore
 
 _MODULES = {
     "Assembly": "checkpoints.assemble",
@@ -45,10 +45,10 @@ _MODULES = {
     "ProcessorOptions": "inputs.processor",
     "Sampling": "generation.sampling",
     "Usage": "generation.sequence",
-    "accelerate": "integrations.transformers",
+    "accelerate": "accelerated.patch",
     "count_tokens": "api",
     "load": "api",
-    "restore": "integrations.transformers",
+    "restore": "accelerated.patch",
     "save": "checkpoints.save",
 }
 """Public name -> the module that defines it, imported when the name is first used: torch takes seconds."""

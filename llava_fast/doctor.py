@@ -20,7 +20,7 @@ PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "pil
 def report(model: str | None = None) -> str:
     """Plain text: versions, devices, the compiled extension, a table of ops, and what accelerate would replace, in
     every family or in the Hugging Face checkpoint `model`. Raises CheckpointError, UnsupportedModelError."""
-    from llava_fast.integrations import report as accelerated  # imported late: transformers takes seconds
+    from llava_fast.accelerated import report as accelerated  # imported late: transformers takes seconds
 
     replaced = accelerated.families() if model is None else accelerated.of_path(model)
     lines = [f"llava_fast {__version__} on Python {platform.python_version()}, {platform.platform()}"]

@@ -25,8 +25,8 @@ from benchmarks.memory import PeakMemory, peak_beside_gradients
 from benchmarks.subject import Subject
 from benchmarks.suites import train_step
 from benchmarks.suites.preprocess import joined
+from llava_fast.accelerated.patch import accelerate
 from llava_fast.integrations.processor import FastProcessor
-from llava_fast.integrations.transformers import accelerate
 
 STOCK, FAST, WITH_LOGITS = "hf-eager", "accelerate", "accelerate, logits"
 """`accelerate(model, training_logits=False)`, and its default, which gives the table of logits in training too."""

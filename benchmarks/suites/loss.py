@@ -21,7 +21,7 @@ from benchmarks.floors import Floor, Phase, head_flops, head_weights
 from benchmarks.memory import PeakMemory
 from benchmarks.subject import Subject, fill
 from benchmarks.suites.train_step import digest
-from llava_fast.integrations.placement import IGNORE, supervised_rows
+from llava_fast.accelerated.placement import IGNORE, supervised_rows
 from llava_fast.ops import linear_cross_entropy
 
 ROWS, SUPERVISED = 2048, 200

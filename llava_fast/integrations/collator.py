@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import get_worker_info
 
+from llava_fast.accelerated import shipped_plan, uint8_pixels
 from llava_fast.errors import LlavaFastError, RequestError
 from llava_fast.inputs.chat.messages import IMAGE_MARK
 from llava_fast.inputs.chat.rendering import ChatTemplate, Segment, builtin_template, checkpoint_template
@@ -24,7 +25,6 @@ from llava_fast.inputs.labels import supervised_tokens
 from llava_fast.inputs.pictures.reading import open_image
 from llava_fast.inputs.plan.columns import IGNORE
 from llava_fast.inputs.requests import render_request
-from llava_fast.integrations import shipped_plan, uint8_pixels
 from llava_fast.orphans import end_with_parent
 
 PIXELS = (*uint8_pixels.NAMES.values(), *uint8_pixels.NAMES)

@@ -31,10 +31,11 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.processing_utils import ProcessorMixin
 from transformers.video_processing_utils import BaseVideoProcessor
 
+from llava_fast.accelerated import versions
+from llava_fast.accelerated.uint8_pixels import NAMES
 from llava_fast.errors import CheckpointError
 from llava_fast.inputs.pictures.tiles import make_tiles
 from llava_fast.inputs.tiling.anyres import VisualGeometry, image_views
-from llava_fast.integrations import versions
 from llava_fast.integrations.tiles import (
     Unserved,
     anyres_tiles,
@@ -44,7 +45,6 @@ from llava_fast.integrations.tiles import (
     padded_when_shared,
     tell_stock,
 )
-from llava_fast.integrations.uint8_pixels import NAMES
 from llava_fast.integrations.video_processor import (
     FastFrames,
     FastLlavaNextVideoVideoProcessor,

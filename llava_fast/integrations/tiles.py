@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from transformers.image_transforms import normalize, rescale
 
+from llava_fast.accelerated.replacement import logger
 from llava_fast.inputs.pictures.preprocessing import FILTERS, Filter, Fit, Size, name_fit
 from llava_fast.inputs.tiling.anyres import VisualGeometry
-from llava_fast.integrations.replacement import logger
 
 _SIZE_FIELDS = ("height", "width", "shortest_edge", "longest_edge", "max_height", "max_width")
 _LARGEST = {"max_height", "max_width"}

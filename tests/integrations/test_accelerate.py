@@ -15,9 +15,8 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 import llava_fast
+from llava_fast.accelerated import encode, patch
 from llava_fast.inputs.tiling.anyres import image_rows
-from llava_fast.integrations import hf_inputs
-from llava_fast.integrations import transformers as integration
 from llava_fast.ops import assemble_inputs
 from tests.support import tiny
 from tests.support.against_stock import assert_same_gradients, assert_same_outputs, batch, fresh, gradients, shallow
@@ -104,7 +103,7 @@ def test_copies_use_their_own_weights(copier):
 
     model = llava_fast.accelerate(fresh("next"))
     twin = saved(model) if copier == "torch.save" else copier(model)
-    assert integration.replaced(twin) == integration.replaced(model) != []
+    assert patch.replaced(twin) == patch.replaced(model) != []
     inputs = batch("next")
     with torch.no_grad():
         before = model(**inputs).logits
@@ -116,7 +115,7 @@ def test_copies_use_their_own_weights(copier):
             parameter.mul_(0.9)
         assert_close("a copy", twin(**inputs).logits, expected(**inputs).logits, 1e-5)
         llava_fast.restore(twin)
-        assert integration.replaced(twin) == [] and integration.replaced(model) != []
+        assert patch.replaced(twin) == [] and patch.replaced(model) != []
         assert_close("a copy", twin(**inputs).logits, expected(**inputs).logits, 1e-6)
 
 
@@ -141,7 +140,7 @@ def test_signatures_stay():
     for found, expected in ((model, stock), (model.model, stock.model)):
         for name in ("forward", "get_image_features"):
             parameters = [inspect.signature(getattr(each, name)).parameters for each in (found, expected)]
-            assert [name for name in parameters[0] if name not in integration.NEW_NAMES] == list(parameters[1])
+            assert [name for name in parameters[0] if name not in patch.NEW_NAMES] == list(parameters[1])
 
 
 def test_save_and_reload(tmp_path):
@@ -151,7 +150,7 @@ def test_save_and_reload(tmp_path):
     for file in ("config.json", "model.safetensors"):
         assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "stock" / file).read_bytes()
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "ours").eval()
-    assert integration.SKIPS_LOGITS not in vars(loaded)
+    assert patch.SKIPS_LOGITS not in vars(loaded)
     assert_same_outputs(llava_fast.accelerate(loaded), stock, batch("next"))
 
 
@@ -265,7 +264,7 @@ def test_what_it_says(caplog):
 
 
 def test_other_models_are_refused_by_name():
-    with pytest.raises(integration.UnsupportedModelError, match="Linear: it serves LlavaForConditionalGeneration"):
+    with pytest.raises(patch.UnsupportedModelError, match="Linear: it serves LlavaForConditionalGeneration"):
         llava_fast.accelerate(nn.Linear(2, 2))
 
 
@@ -273,8 +272,8 @@ def test_projector_and_placement_as_one_op(monkeypatch, no_fallback):
     """assemble_inputs, which a GPU's kernel serves; here its reference."""
     stock, model = fresh("next"), llava_fast.accelerate(fresh("next"))
     taken = []
-    monkeypatch.setattr(hf_inputs, "takes", lambda *_, **__: True)
-    monkeypatch.setattr(hf_inputs, "assemble_inputs", lambda *a: taken.append(1) or assemble_inputs(*a))
+    monkeypatch.setattr(encode, "takes", lambda *_, **__: True)
+    monkeypatch.setattr(encode, "assemble_inputs", lambda *a: taken.append(1) or assemble_inputs(*a))
     inputs = batch("next", labels=True)
     assert_same_outputs(model, stock, inputs)
     assert_same_gradients("accelerated gradients, one op", gradients(model, inputs)[1], gradients(stock, inputs)[1])

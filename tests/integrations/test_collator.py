@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 import llava_fast
+from llava_fast.accelerated import placement, shipped_plan
+from llava_fast.accelerated.patch import NEW_NAMES
+from llava_fast.accelerated.shipped_plan import NAMES, PlanError
 from llava_fast.errors import ImageError, RequestError
-from llava_fast.integrations import placement, shipped_plan
 from llava_fast.integrations.collator import Collator, offsets_before_expansion
 from llava_fast.integrations.processor import FastProcessor
-from llava_fast.integrations.shipped_plan import NAMES, PlanError
-from llava_fast.integrations.transformers import NEW_NAMES
 from tests.support import against_stock, tiny
 from tests.support.against_stock import (
     assert_same_gradients,
@@ -197,7 +197,7 @@ def test_without_a_plan_a_device_is_read_once(monkeypatch):
     batch = shipped_plan.without(collator()(samples()))
     reads = []
     monkeypatch.setattr(
-        "llava_fast.integrations.transformers.read_integers",
+        "llava_fast.accelerated.patch.read_integers",
         lambda *given: reads.append(1) or placement.read_integers(*given),
     )
     model(**batch)

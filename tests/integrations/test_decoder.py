@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import llava_fast
-from llava_fast.integrations import hf_decoder, self_check
-from llava_fast.integrations import transformers as integration
+from llava_fast.accelerated import decoder, patch, self_check
 from llava_fast.models.fused import gate
 from llava_fast.ops import rms_norm, use_backend
 from llava_fast.ops.backend import BackendError
@@ -43,7 +42,7 @@ def calls(monkeypatch) -> dict[str, int]:
         return op(*args)
 
     for name in OPS:
-        monkeypatch.setattr(hf_decoder, name, functools.partial(counted, name, getattr(hf_decoder, name)))
+        monkeypatch.setattr(decoder, name, functools.partial(counted, name, getattr(decoder, name)))
     return counts
 
 
@@ -222,7 +221,7 @@ def test_copies_use_their_own_weights(copier, monkeypatch):
 
 def test_what_is_replaced_and_restored():
     model = llava_fast.accelerate(fresh("next"))
-    words = integration.replaced(model)
+    words = patch.replaced(model)
     assert len(words) == len(set(words)) and sum(word.startswith("the decoder's") for word in words) == 3
     decoder = model.model.language_model
     assert sum("forward" in vars(module) for module in decoder.modules()) == 3 * 4 + 1

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import llava_fast
-from llava_fast.integrations import transformers as integration
-from llava_fast.integrations.replacement import put_back
+from llava_fast.accelerated import patch
+from llava_fast.accelerated.replacement import put_back
 from llava_fast.models.fused import gate
 from tests.support import tiny
 from tests.support.against_stock import (
@@ -148,7 +148,7 @@ def pair(row: dict[str, str]) -> tuple[nn.Module, nn.Module]:
     stock, model = tiny.hf_model(case), llava_fast.accelerate(tiny.hf_model(case))
     parts = {"loss": [model], "images": [model.model], "decoder": list(model.model.language_model.modules())}
     kept = parts.get(row["parts"], [module for part in parts.values() for module in part])
-    for module, name, *_ in list(integration._replacements(model)):
+    for module, name, *_ in list(patch._replacements(model)):
         if name in METHODS and not any(module is each for each in kept):
             put_back(module, name)
     return stock, model

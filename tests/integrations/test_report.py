@@ -3,10 +3,10 @@
 import pytest
 
 import llava_fast
+from llava_fast.accelerated import patch
+from llava_fast.accelerated import report as says
 from llava_fast.doctor import report
 from llava_fast.errors import CheckpointError
-from llava_fast.integrations import report as says
-from llava_fast.integrations import transformers as integration
 from tests.support.against_stock import batch, fresh
 
 
@@ -21,16 +21,16 @@ def saved(name: str, folder, **changes) -> str:
 
 def test_every_family_is_listed():
     lines = says.families()
-    for name in integration.SUPPORTED:
+    for name in patch.SUPPORTED:
         assert f"  {name}" in lines
-    for what in integration.replaced(llava_fast.accelerate(fresh("next"))):
-        assert lines.count(f"    {what}") == len(integration.SUPPORTED)
+    for what in patch.replaced(llava_fast.accelerate(fresh("next"))):
+        assert lines.count(f"    {what}") == len(patch.SUPPORTED)
 
 
 @pytest.mark.parametrize("name", ["llava15", "next", "video"])
 def test_a_checkpoint_of_which_nothing_takes_the_stock_path(name, tmp_path, caplog):
     text = "\n".join(says.of_path(saved(name, tmp_path)))
-    assert text.count("replaced: ") == len(integration.replaced(llava_fast.accelerate(fresh(name))))
+    assert text.count("replaced: ") == len(patch.replaced(llava_fast.accelerate(fresh(name))))
     assert "stock, in each call: nothing" in text
     llava_fast.accelerate(fresh(name))(**batch(name, labels=True))
     assert not [record for record in caplog.records if "stock path" in record.message]
@@ -61,7 +61,7 @@ def test_a_live_model():
 
 
 def test_what_cannot_be_built_says_so(tmp_path):
-    with pytest.raises(integration.UnsupportedModelError, match="does not know"):
+    with pytest.raises(patch.UnsupportedModelError, match="does not know"):
         (tmp_path / "config.json").write_text('{"model_type": "blip-2"}')
         says.of_path(tmp_path)
     with pytest.raises(CheckpointError, match="transformers cannot build its model"):

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, pipeline
 
 import llava_fast
-from llava_fast.integrations import transformers as integration
+from llava_fast.accelerated import patch
 from tests.support import tiny
 from tests.support.against_stock import (
     assert_close,
@@ -359,4 +359,4 @@ def test_image_text_to_text(name):
         said = [part if isinstance(part, dict) else part[0] for part in said]
         answers.append([part["generated_text"] for part in said])
     assert answers[0] == answers[1] and all(answers[0])
-    assert integration.replaced(model)
+    assert patch.replaced(model)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import llava_fast
-from llava_fast.integrations import uint8_pixels
+from llava_fast.accelerated import uint8_pixels
+from llava_fast.accelerated.uint8_pixels import NAMES, Normalisation, PixelError
 from llava_fast.integrations.collator import Collator
 from llava_fast.integrations.processor import FastProcessor
-from llava_fast.integrations.uint8_pixels import NAMES, Normalisation, PixelError
 from tests.support import against_stock, tiny
 from tests.support.against_stock import (
     assert_same_gradients,

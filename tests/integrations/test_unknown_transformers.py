@@ -13,8 +13,8 @@ import torch
 import transformers
 
 import llava_fast
-from llava_fast.integrations import self_check, versions
-from llava_fast.integrations import transformers as integration
+from llava_fast.accelerated import patch as integration
+from llava_fast.accelerated import self_check, versions
 from tests.support.against_stock import assert_close, batch, fresh, gradients, shallow
 
 GREEDY = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -251,7 +251,7 @@ def test_a_trial_leaves_no_trace():
 
 def test_what_fails_here_is_tried_by_the_stock_model(monkeypatch, caplog):
     stock, model = pair("next")
-    monkeypatch.setattr(integration.hf_inputs, "plan_visuals", lambda *_: {}["gone"])
+    monkeypatch.setattr(integration.encode, "plan_visuals", lambda *_: {}["gone"])
     inputs = batch("next", labels=True)
     (found, _), (expected, _) = gradients(model, inputs), gradients(stock, inputs)
     assert_close("a failure here", found.loss, expected.loss, 1e-5)

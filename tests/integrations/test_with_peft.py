@@ -9,8 +9,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 import llava_fast
-from llava_fast.integrations import hf_inputs
-from llava_fast.integrations import transformers as integration
+from llava_fast.accelerated import encode, patch
 from llava_fast.ops import assemble_inputs
 from tests.support import tiny
 from tests.support.against_stock import assert_same_gradients, assert_same_outputs, batch, fresh, gradients
@@ -52,8 +51,8 @@ def both(first: str, setting: str = "all", name: str = "next", **options) -> tup
 def fused(first, monkeypatch) -> list:
     """PEFT first: projector and placement are taken as one op, as where a kernel serves it. The calls of that op."""
     taken: list = []
-    monkeypatch.setattr(hf_inputs, "takes", lambda *_, **__: first == "peft")
-    monkeypatch.setattr(hf_inputs, "assemble_inputs", lambda *a: taken.append(1) or assemble_inputs(*a))
+    monkeypatch.setattr(encode, "takes", lambda *_, **__: first == "peft")
+    monkeypatch.setattr(encode, "assemble_inputs", lambda *a: taken.append(1) or assemble_inputs(*a))
     return taken
 
 
@@ -92,7 +91,7 @@ def test_disabled_merged_and_unloaded(first, setting, fused):
     stock.unmerge_adapter()
     model.unmerge_adapter()
     merged, expected = model.merge_and_unload(), stock.merge_and_unload()
-    assert integration.replaced(merged)
+    assert patch.replaced(merged)
     assert_same_outputs(merged, expected, inputs)
     for each in (merged, expected):
         each.requires_grad_(True)
@@ -153,5 +152,5 @@ def test_restore_and_copies():
             parameter.zero_()
     assert_same_outputs(twin, stock, inputs)
     llava_fast.restore(twin)
-    assert integration.replaced(twin) == []
+    assert patch.replaced(twin) == []
     assert_same_outputs(twin, stock, inputs)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed, nn
 
-from llava_fast.integrations import hf_inputs, outputs
+from llava_fast.accelerated import encode, outputs
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -32,17 +32,17 @@ def waited_for(model: nn.Module, given: dict) -> bool:
     cache = given.get("past_key_values") if given.get("cache") is None else given["cache"]  # since transformers 5.24
     if cache is not None and cache.get_seq_length():
         return False
-    return is_sharded(model) and hf_inputs.unfit(model, given) is None
+    return is_sharded(model) and encode.unfit(model, given) is None
 
 
 def embeds_of_text(model: nn.Module, given: dict) -> Tensor:
     """[B, S, width], the embeddings of input_ids. Tower and projector run on a blank tile, in the order in which they
     run on images, and get a gradient of zero."""
-    tower, selection = model.vision_tower, hf_inputs.select(model, given)
+    tower, selection = model.vision_tower, encode.select(model, given)
     weight, edge = tower.embeddings.patch_embedding.weight, model.config.vision_config.image_size
     blank = torch.zeros(1, 3, edge, edge, dtype=weight.dtype, device=weight.device)
     last = outputs.show_encoder(model)  # so that it runs as many layers as where there are images
-    made = hf_inputs.tower_features(tower, {"pixel_values": blank}, selection.layers, {}, last)
+    made = encode.tower_features(tower, {"pixel_values": blank}, selection.layers, {}, last)
     rows = made.selected[0, selection.skipped :]
     embeds = model.get_input_embeddings()(given["input_ids"])
     nothing = model.multi_modal_projector(rows).sum()

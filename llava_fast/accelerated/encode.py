@@ -15,11 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llava_fast.errors import ImageError
-from llava_fast.inputs.pictures.preprocessing import may_fold
-from llava_fast.inputs.tiling.anyres import VisualGeometry
-from llava_fast.inputs.tiling.video import video_rows
-from llava_fast.integrations.placement import (
+from llava_fast.accelerated.placement import (
     Integers,
     Placement,
     placement,
@@ -27,7 +23,11 @@ from llava_fast.integrations.placement import (
     rows_of_images,
     to_device,
 )
-from llava_fast.integrations.uint8_pixels import Normalisation
+from llava_fast.accelerated.uint8_pixels import Normalisation
+from llava_fast.errors import ImageError
+from llava_fast.inputs.pictures.preprocessing import may_fold
+from llava_fast.inputs.tiling.anyres import VisualGeometry
+from llava_fast.inputs.tiling.video import video_rows
 from llava_fast.models.fused.gate import is_plain, is_untouched, takes
 from llava_fast.models.towers.vit import on_device
 from llava_fast.ops import assemble_inputs, patch_embed, token_pack

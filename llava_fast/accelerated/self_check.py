@@ -19,15 +19,17 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from llava_fast.accelerated import encode
+from llava_fast.accelerated.decoder import FAMILIES as DECODERS
+from llava_fast.accelerated.decoder import attention_forward, replacements
+from llava_fast.accelerated.placement import rows_of_images
+from llava_fast.accelerated.replacement import TOLD, replace
 from llava_fast.inputs.tiling.video import video_rows
-from llava_fast.integrations import hf_decoder, hf_inputs
-from llava_fast.integrations.placement import rows_of_images
-from llava_fast.integrations.replacement import TOLD, replace
 from llava_fast.models.fused.gate import LEAST
 from llava_fast.ops.backend import use_backend
 
 IMAGE_PATH, LOSS, ENCODING = "the image path", "the loss", "generate's encoding of images"
-"""What may take the stock path; besides these the words of hf_decoder.replacements."""
+"""What may take the stock path; besides these the words of decoder.replacements."""
 NAMES = {
     "llava": "Llava",
     "llava_next": "LlavaNext",
@@ -94,9 +96,9 @@ def reasons(inner: nn.Module, accelerate: Call, thorough: bool = False) -> Mappi
         return {}
     tower, decoder = inner.config.vision_config.model_type, inner.config.text_config.model_type
     tower = tower if tower in TOWERS else next(iter(TOWERS))
-    decoder = decoder if decoder in hf_decoder.FAMILIES else "llama"
+    decoder = decoder if decoder in DECODERS else "llama"
     kind = inner.config.model_type, tower, decoder
-    names = [NAMES[kind[0]], TOWERS[tower], hf_decoder.FAMILIES[decoder]]
+    names = [NAMES[kind[0]], TOWERS[tower], DECODERS[decoder]]
     own = _definitions(names[:1])
     every = _definitions(names) if thorough else own
     key, short = (*kind, thorough, *map(id, every)), (*kind, False, *map(id, own))
@@ -180,15 +182,15 @@ def _inputs(inner: nn.Module) -> dict[str, Tensor]:
     """A prompt with an image, and a video where the model takes one."""
     config = inner.config
     has_class_row = hasattr(inner.vision_tower.embeddings, "class_embedding")
-    shape = hf_inputs.geometry(config, hf_inputs.select(inner, {}).skipped, has_class_row)
-    anyres = config.model_type in hf_inputs.ANYRES
+    shape = encode.geometry(config, encode.select(inner, {}).skipped, has_class_row)
+    anyres = config.model_type in encode.ANYRES
     sizes = torch.tensor([[20, 30]])
     rows = rows_of_images(shape, sizes.numpy() if anyres else None, 1)[0]
     ids = [5, *[IMAGE_ID] * len(rows), 6]
     made = {"pixel_values": torch.randn(*[1] * anyres, rows.tiles, 3, 16, 16)}
     if anyres:
         made["image_sizes"] = sizes
-    if hasattr(inner, "get_video_features") and (not has_class_row or hf_inputs.select(inner, {}).skipped):
+    if hasattr(inner, "get_video_features") and (not has_class_row or encode.select(inner, {}).skipped):
         ids += [*[VIDEO_ID] * len(video_rows(shape, 2)), 7]
         made["pixel_values_videos"] = torch.randn(1, 2, 3, 16, 16)
     made["input_ids"] = torch.tensor([ids])
@@ -230,14 +232,14 @@ def _accelerated(whole: nn.Module, call: Call, accelerate: Call, with_images: bo
     """(what a call gives with methods replaced, None), or (None, why it cannot be trusted)."""
     before = {module: dict(vars(module)) for module in whole.modules()}
     runs: list[int] = []
-    token = hf_inputs.TOWER_RUNS.set(runs)
+    token = encode.TOWER_RUNS.set(runs)
     try:
         accelerate(whole)
         found = call(whole)
     except Exception as error:
         return None, f"with this version of transformers it fails ({_named(error)})"
     finally:
-        hf_inputs.TOWER_RUNS.reset(token)
+        encode.TOWER_RUNS.reset(token)
         told = [why for module in whole.modules() for _, why in vars(module).get(TOLD, ())]
         for module, names in before.items():
             vars(module).clear()
@@ -250,11 +252,11 @@ def _accelerated(whole: nn.Module, call: Call, accelerate: Call, with_images: bo
 def _decoder(whole: nn.Module) -> dict[str, str]:
     """The same for what is replaced of the decoder, each kind of module alone."""
     hidden, found = torch.randn(LEAST // (8 * TEXT), 8, TEXT), {}  # so many that they are served on a CPU
-    parts = list(hf_decoder.replacements(whole))
+    parts = list(replacements(whole))
     for what, function in {what: function for _, _, function, what in parts}.items():
         some = [each[:3] for each in parts if each[-1] == what]
 
-        def call(whole: nn.Module, some=some, through_decoder=function is hf_decoder.attention_forward) -> Any:
+        def call(whole: nn.Module, some=some, through_decoder=function is attention_forward) -> Any:
             if through_decoder:  # which makes the attention's other arguments
                 return whole.model.language_model(inputs_embeds=hidden).last_hidden_state
             return [module(hidden) for module, *_ in some]

@@ -27,7 +27,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llava_fast.integrations.replacement import is_replaced
+from llava_fast.accelerated.replacement import is_replaced
 from llava_fast.models.fused.gate import is_plain_parameter, is_untouched, is_worth_asking, takes_for_stock
 from llava_fast.ops import rms_norm, rope, swiglu
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from llava_fast.accelerated import encode, patch
 from llava_fast.errors import CheckpointError, ImageError
-from llava_fast.integrations import hf_inputs
-from llava_fast.integrations import transformers as integration
 
 CALLS = (
     "A call takes the stock path, and says so once in the log llava_fast.integrations, that asks for hidden states,",
@@ -26,13 +25,13 @@ def families() -> list[str]:
     import transformers
 
     lines = ["accelerate(model) replaces, in transformers' models"]
-    for name in integration.SUPPORTED:
+    for name in patch.SUPPORTED:
         kind = getattr(transformers, name)
         config = kind.config_class()
         config.text_config.num_hidden_layers = 1  # all layers are alike, and large ones take their time
         with torch.device("meta"):
-            model = integration.accelerate(kind(config))
-        lines += [f"  {name}", *(f"    {what}" for what in integration.replaced(model))]
+            model = patch.accelerate(kind(config))
+        lines += [f"  {name}", *(f"    {what}" for what in patch.replaced(model))]
     return [*lines, *(f"  {line}" for line in CALLS)]
 
 
@@ -49,26 +48,26 @@ def of_path(path: str | Path) -> list[str]:
             model = AutoModelForImageTextToText.from_config(config)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: transformers cannot build its model ({error})") from error
-    return [f"accelerate on {path}", *of_model(integration.accelerate(model))]
+    return [f"accelerate on {path}", *of_model(patch.accelerate(model))]
 
 
 def of_model(model: nn.Module) -> list[str]:
     """What is replaced now in a model, and what of it would take the stock path whatever a call asks for. Raises
     UnsupportedModelError."""
-    whole = integration.find(model)
+    whole = patch.find(model)
     inner = whole.model
-    lines = [f"  {type(whole).__name__}", *(f"    replaced: {what}" for what in integration.replaced(model))]
-    unlike = integration.self_check.reasons(inner, integration.accelerate, thorough=True)
+    lines = [f"  {type(whole).__name__}", *(f"    replaced: {what}" for what in patch.replaced(model))]
+    unlike = patch.self_check.reasons(inner, patch.accelerate, thorough=True)
     stock = [f"{what}: {why}" for what, why in unlike.items()]
     stock += [f"the image path: {why}" for why in [_why_images(inner)] if why]
     labels = torch.empty(1, 2, dtype=torch.long, device="meta")
-    stock += [f"the loss: {why}" for why in [integration.unfit_for_loss(whole, {"labels": labels})] if why]
+    stock += [f"the loss: {why}" for why in [patch.unfit_for_loss(whole, {"labels": labels})] if why]
     lines += [f"    stock, in each call: {what}" for what in stock]
     if not stock:
         lines.append("    stock, in each call: nothing")
-    if hf_inputs.projector_weights(inner) is None:
+    if encode.projector_weights(inner) is None:
         lines.append("    the projector runs its own forward: its weights are not read by a kernel")
-    if not hf_inputs.reads_table(inner.get_input_embeddings()):
+    if not encode.reads_table(inner.get_input_embeddings()):
         lines.append("    the embedding runs its own forward: its table is not read by a kernel")
     return lines
 
@@ -84,11 +83,11 @@ def _why_images(inner: nn.Module) -> str | None:
         "image_sizes": torch.empty(1, 2, dtype=torch.long, device=device) if anyres else None,
         "return_dict": True,
     }
-    why = hf_inputs.unfit(inner, given)
+    why = encode.unfit(inner, given)
     if why is None:
-        selection = hf_inputs.select(inner, given)
+        selection = encode.select(inner, given)
         try:
-            hf_inputs.geometry(config, selection.skipped, hasattr(inner.vision_tower.embeddings, "class_embedding"))
+            encode.geometry(config, selection.skipped, hasattr(inner.vision_tower.embeddings, "class_embedding"))
         except ImageError as error:
             why = str(error)
     return why

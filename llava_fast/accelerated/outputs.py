@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llava_fast.integrations import hf_inputs, versions
-from llava_fast.integrations.hf_inputs import Unfit
-from llava_fast.integrations.self_check import NAMES
+from llava_fast.accelerated import encode, versions
+from llava_fast.accelerated.encode import Unfit
+from llava_fast.accelerated.self_check import NAMES
 
 KINDS = {name + "ForConditionalGeneration": name + "CausalLMOutputWithPast" for name in NAMES.values()}
 """Whole model -> the class of its outputs."""
@@ -48,7 +48,7 @@ def encoder_outputs(rows: list[Tensor] | Tensor) -> Any:
     return BaseModelOutputWithPooling(pooler_output=rows)
 
 
-def with_rows(model: nn.Module, outputs: Any, made: hf_inputs.Embedded) -> Any:
+def with_rows(model: nn.Module, outputs: Any, made: encode.Embedded) -> Any:
     """Outputs of an inner model's stock forward with what tower and projector made of images and videos.
 
     Since transformers 5.24 these are the outputs of the encoder: its last hidden state, that of the selected layer, and
@@ -70,7 +70,7 @@ def with_rows(model: nn.Module, outputs: Any, made: hf_inputs.Embedded) -> Any:
     for name, *states in zip(tiles, *(states.split(counts) for states in made.features), strict=True):
         part = found[name].to(made.dtype)
         if name == "pixel_values":
-            anyres = model.config.model_type in hf_inputs.ANYRES
+            anyres = model.config.model_type in encode.ANYRES
             each = visuals.lengths or (len(part) if anyres else len(part) // len(tiles[name]))
             outputs["image_outputs"] = _encoder(model, made.selection.layers, *states, list(part.split(each)))
         else:

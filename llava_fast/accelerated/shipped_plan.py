@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llava_fast.accelerated import placement
+from llava_fast.accelerated.encode import ANYRES, POOLS, Visuals, geometry
 from llava_fast.errors import ImageError, PlanError
 from llava_fast.inputs.plan.visual_table import Mix
 from llava_fast.inputs.tiling.video import video_rows
-from llava_fast.integrations import placement
-from llava_fast.integrations.hf_inputs import ANYRES, POOLS, Visuals, geometry
 from llava_fast.ops.token_pack import RowUses
 
 PREFIX = "llava_plan_"

@@ -6,13 +6,13 @@ keys stay:
 - the whole model's forward: with labels, the loss and its gradients are made of supervised rows alone, by
   ops.linear_cross_entropy;
 - the inner model's forward: the tower stops at the selected layer, only kept rows of images and videos are projected,
-  and every row is put in its place by integers (see `hf_inputs`);
+  and every row is put in its place by integers (see `encode`);
 - the inner model's get_image_features and get_video_features: the same, but only while generate encodes ahead of the
   prompt. A direct call still runs the whole tower, for its result shows the last hidden state;
 - generate: it leaves out a collator's plan (`llava_plan_*`, see `shipped_plan`), which forward takes;
 - prepare_inputs_for_generation: uint8 pixels (see `uint8_pixels`) go to the first step alone, as normalised ones do;
 - the forwards of the decoder's RMSNorm, MLP and attention: RMSNorm, SwiGLU and RoPE are one op each where that is the
-  faster, and stock elsewhere, without a word in the log (see `hf_decoder`).
+  faster, and stock elsewhere, without a word in the log (see `decoder`).
 
 A call that another replacement does not serve takes the stock path, and says so once in the log
 `llava_fast.integrations`; so does one that fails here, and each of those for which this version of transformers is not
@@ -29,12 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_fast.errors import ImageError, LlavaFastError, UnsupportedModelError
-from llava_fast.integrations import hf_decoder, hf_inputs, self_check, sharded, shipped_plan, uint8_pixels, versions
-from llava_fast.integrations.hf_inputs import Unfit
-from llava_fast.integrations.outputs import KINDS, encoder_outputs, field_names, output_class, show_encoder, with_rows
-from llava_fast.integrations.placement import Integers, read_integers, supervised_rows, to_device
-from llava_fast.integrations.replacement import (
+from llava_fast.accelerated import decoder, encode, self_check, sharded, shipped_plan, uint8_pixels, versions
+from llava_fast.accelerated.encode import Unfit
+from llava_fast.accelerated.outputs import KINDS, encoder_outputs, field_names, output_class, show_encoder, with_rows
+from llava_fast.accelerated.placement import Integers, read_integers, supervised_rows, to_device
+from llava_fast.accelerated.replacement import (
     TOLD,
     by_name,
     is_replaced,
@@ -45,7 +44,8 @@ from llava_fast.integrations.replacement import (
     stock_signature,
     tell_stock,
 )
-from llava_fast.integrations.self_check import ENCODE, ENCODING, IMAGE_PATH, LOSS
+from llava_fast.accelerated.self_check import ENCODE, ENCODING, IMAGE_PATH, LOSS
+from llava_fast.errors import ImageError, LlavaFastError, UnsupportedModelError
 from llava_fast.models.fused.gate import is_plain
 from llava_fast.ops import linear_cross_entropy
 
@@ -134,7 +134,7 @@ def _replacements(whole: nn.Module) -> Iterator[tuple]:
             yield whole.model, "get_image_features", inner_image_features, "image features for generate"
         if hasattr(type(whole.model), "get_video_features"):
             yield whole.model, "get_video_features", inner_video_features, "video features for generate"
-    yield from hf_decoder.replacements(whole)
+    yield from decoder.replacements(whole)
 
 
 def find(model: nn.Module) -> nn.Module:
@@ -254,7 +254,7 @@ def _integers(inner: nn.Module, given: dict, labels: Tensor | None = None) -> In
     """What is read of a call: image_sizes and batch_num_images only with pixels, and where the model reads them."""
     family = inner.config.model_type
     tiled = any(given.get(name) is not None for name in ("pixel_values", "pixel_values_uint8"))
-    sizes = given.get("image_sizes") if tiled and family in hf_inputs.ANYRES else None
+    sizes = given.get("image_sizes") if tiled and family in encode.ANYRES else None
     counts = given.get("batch_num_images") if tiled and family == "llava_onevision" else None
     return read_integers(given.get("input_ids"), sizes, labels, counts)
 
@@ -286,19 +286,19 @@ def inner_forward(model: nn.Module, *args, **kwargs):
 
 def _embedded(
     model: nn.Module, given: dict, plan: dict | None, uint8: dict, integers: Integers | None
-) -> hf_inputs.Embedded:
+) -> encode.Embedded:
     """The decoder's inputs and what they were made of. Raises Unfit, ImageError."""
-    why = _unlike_known(model).get(IMAGE_PATH) or hf_inputs.unfit(model, given) or _unknown_keyword(model, given)
+    why = _unlike_known(model).get(IMAGE_PATH) or encode.unfit(model, given) or _unknown_keyword(model, given)
     if why or given.get("input_ids") is None:
         raise Unfit(why or "input_ids are not given")
-    selection, table = hf_inputs.select(model, given), hf_inputs.reads_table(model.get_input_embeddings())
+    selection, table = encode.select(model, given), encode.reads_table(model.get_input_embeddings())
     if plan is not None:
         visuals = shipped_plan.visuals(model, given, plan, table)
     else:
         integers = integers or _integers(model, given)
         told = given | {"vision_aspect_ratio": None}  # the stock forward goes by the config, whatever is given
-        visuals = hf_inputs.plan_visuals(model, told, integers, selection, table)
-    return hf_inputs.inputs_embeds(model, given["input_ids"], visuals, selection, table, uint8, show_encoder(model))
+        visuals = encode.plan_visuals(model, told, integers, selection, table)
+    return encode.inputs_embeds(model, given["input_ids"], visuals, selection, table, uint8, show_encoder(model))
 
 
 def _unknown_keyword(inner: nn.Module, given: dict) -> str | None:
@@ -357,11 +357,11 @@ def _features(model: nn.Module, method: str, args: tuple, kwargs: dict):
     uint8 = {name: normalisation for name, normalisation in encoding.items() if name in given}
 
     def make() -> Any:
-        if why := hf_inputs.unfit(model, given):
+        if why := encode.unfit(model, given):
             raise Unfit(why)
-        selection = hf_inputs.select(model, given)
-        visuals = hf_inputs.plan_visuals(model, given, _integers(model, given), selection)
-        rows: list[Tensor] | Tensor = hf_inputs.feature_list(model, visuals, selection, uint8)
+        selection = encode.select(model, given)
+        visuals = encode.plan_visuals(model, given, _integers(model, given), selection)
+        rows: list[Tensor] | Tensor = encode.feature_list(model, visuals, selection, uint8)
         return encoder_outputs(rows if method == "get_image_features" else torch.stack(rows))
 
     made, why = _attempt(model, make)

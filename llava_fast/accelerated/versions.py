@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from llava_fast.integrations.replacement import logger
+from llava_fast.accelerated.replacement import logger
 
 TRIED = ("5.17", "5.24")
 """The first and the last minor version of transformers that was tried, both included. pyproject.toml says the same: the
