@@ -21,7 +21,8 @@ from benchmarks.floors import Floor, Phase, head_flops, head_weights
 from benchmarks.memory import PeakMemory
 from benchmarks.subject import Subject, fill
 from benchmarks.suites.train_step import digest
-from llava_fast.accelerated.placement import IGNORE, supervised_rows
+from llava_fast.inputs.plan.columns import IGNORE
+from llava_fast.inputs.plan.from_ids import supervised_rows
 from llava_fast.ops import linear_cross_entropy
 
 ROWS, SUPERVISED = 2048, 200

@@ -16,16 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from llava_fast.accelerated.placement import (
-    Integers,
     Placement,
     placement,
-    placement_columns,
-    rows_of_images,
     to_device,
 )
 from llava_fast.accelerated.uint8_pixels import Normalisation
 from llava_fast.errors import ImageError
 from llava_fast.inputs.pictures.preprocessing import may_fold
+from llava_fast.inputs.plan.from_ids import Integers, placement_columns, rows_of_images
 from llava_fast.inputs.tiling.anyres import VisualGeometry
 from llava_fast.inputs.tiling.video import video_rows
 from llava_fast.models.fused.gate import is_plain, is_untouched, takes

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from llava_fast.accelerated import decoder, encode, self_check, sharded, shipped_plan, uint8_pixels, versions
 from llava_fast.accelerated.encode import Unfit
 from llava_fast.accelerated.outputs import KINDS, encoder_outputs, field_names, output_class, show_encoder, with_rows
-from llava_fast.accelerated.placement import Integers, read_integers, supervised_rows, to_device
+from llava_fast.accelerated.placement import read_integers, to_device
 from llava_fast.accelerated.replacement import (
     TOLD,
     by_name,
@@ -46,6 +46,7 @@ from llava_fast.accelerated.replacement import (
 )
 from llava_fast.accelerated.self_check import ENCODE, ENCODING, IMAGE_PATH, LOSS
 from llava_fast.errors import ImageError, LlavaFastError, UnsupportedModelError
+from llava_fast.inputs.plan.from_ids import Integers, supervised_rows
 from llava_fast.models.fused.gate import is_plain
 from llava_fast.ops import linear_cross_entropy
 

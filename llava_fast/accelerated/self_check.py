@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from llava_fast.accelerated import encode
 from llava_fast.accelerated.decoder import FAMILIES as DECODERS
 from llava_fast.accelerated.decoder import attention_forward, replacements
-from llava_fast.accelerated.placement import rows_of_images
 from llava_fast.accelerated.replacement import TOLD, replace
+from llava_fast.inputs.plan.from_ids import rows_of_images
 from llava_fast.inputs.tiling.video import video_rows
 from llava_fast.models.fused.gate import LEAST
 from llava_fast.ops.backend import use_backend

@@ -16,6 +16,7 @@ from torch import Tensor
 from llava_fast.accelerated import placement
 from llava_fast.accelerated.encode import ANYRES, POOLS, Visuals, geometry
 from llava_fast.errors import ImageError, PlanError
+from llava_fast.inputs.plan.from_ids import placement_columns, rows_of_images, supervised_rows
 from llava_fast.inputs.plan.visual_table import Mix
 from llava_fast.inputs.tiling.video import video_rows
 from llava_fast.ops.token_pack import RowUses
@@ -58,14 +59,14 @@ def make(
         return {}
     shape = geometry(config, skipped, has_class_row)
     integers = placement.read_integers(ids, image_sizes, labels, batch_num_images)
-    images = placement.rows_of_images(shape, integers.sizes, 0 if pixels is None else len(pixels), integers.counts)
+    images = rows_of_images(shape, integers.sizes, 0 if pixels is None else len(pixels), integers.counts)
     videos = [] if frames is None else [video_rows(shape, frames.shape[1])] * len(frames)
     most = pixels.shape[1] if pixels is not None and pixels.dim() == 5 else 1
     tiles = [rows.tiles for rows in images]
     if tiles and max(tiles) > most:
         raise ImageError(f"an image has {max(tiles)} tiles, but pixel_values hold {most} of each")
     tokens = config.image_token_id, getattr(config, "video_token_id", None)
-    columns, mixes = placement.placement_columns(
+    columns, mixes = placement_columns(
         images, integers.ids, tokens[0], shape.tower_rows_per_tile, videos, tokens[1], labels is not None
     )
     if [(mix.stage, mix.reduce) for mix in mixes] not in ([], [_kind_of_mix(config)]):
@@ -76,7 +77,7 @@ def make(
     real = [image * most + np.arange(number) for image, number in enumerate(tiles)]
     columns["tile"] = np.concatenate([np.zeros(0, np.int64), *real])
     none = np.zeros(0, np.int64)
-    rows, targets = (none, none) if integers.labels is None else placement.supervised_rows(integers.labels)
+    rows, targets = (none, none) if integers.labels is None else supervised_rows(integers.labels)
     vocabulary = config.text_config.vocab_size
     if len(targets) and not 0 <= targets.min() <= targets.max() < vocabulary:
         raise PlanError(f"labels lie in {targets.min()}..{targets.max()}, and the vocabulary has {vocabulary} tokens")
@@ -165,7 +166,7 @@ def supervision(plan: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor
     are others than those the plan was made of."""
     rows, targets = (plan[name].to(labels.device, non_blocking=True) for name in SUPERVISED)
     if labels.device.type == "cpu":
-        expected = placement.supervised_rows(labels.numpy())
+        expected = supervised_rows(labels.numpy())
         if not all(np.array_equal(a, b) for a, b in zip((rows.numpy(), targets.numpy()), expected, strict=True)):
             raise PlanError(f"labels were changed after the plan was made: collate again, or leave the {PREFIX}* out")
     return rows, targets

@@ -7,11 +7,9 @@ it ends inside an answer. A Collator holds a processor and a config, no model: a
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -21,7 +19,7 @@ from llava_fast.accelerated import shipped_plan, uint8_pixels
 from llava_fast.errors import LlavaFastError, RequestError
 from llava_fast.inputs.chat.messages import IMAGE_MARK
 from llava_fast.inputs.chat.rendering import ChatTemplate, Segment, builtin_template, checkpoint_template
-from llava_fast.inputs.labels import supervised_tokens
+from llava_fast.inputs.labels import offsets_before_expansion, supervised_tokens
 from llava_fast.inputs.pictures.reading import open_image
 from llava_fast.inputs.plan.columns import IGNORE
 from llava_fast.inputs.requests import render_request
@@ -212,26 +210,6 @@ def _to_most_tiles(name: str, parts: list[Tensor]) -> list[Tensor]:
             "many of each, or batch videos of one length"
         )
     return [torch.nn.functional.pad(part, (0, 0, 0, 0, 0, 0, 0, most - part.shape[1])) for part in parts]
-
-
-def offsets_before_expansion(offsets: np.ndarray, is_image: np.ndarray, text: str, token: str) -> np.ndarray:
-    """Where tokens stand in `text`, given where they stand once each image token in it has become as many as its image
-    has rows. offsets [S, 2]; is_image bool [S]. Image tokens get (0, 0), the place of what is not in the text.
-
-    Raises RequestError where runs of image tokens and of marks in the text differ in number.
-    """
-    at = np.flatnonzero(is_image)
-    first = np.flatnonzero(np.diff(at, prepend=-2) > 1) if len(at) else at
-    apart = np.flatnonzero(offsets[at[1:], 0] > offsets[at[:-1], 1]) + 1
-    first = np.union1d(first, apart)
-    last = np.append(first[1:], len(at)) - 1 if len(first) else first
-    marks = [len(found[0]) for found in re.finditer(f"(?:{re.escape(token)})+", text)]
-    if len(marks) != len(first):
-        raise RequestError(f"the tokenizer made {len(first)} runs of image tokens from {len(marks)} in the text")
-    ends = offsets[at[last], 1]
-    longer = np.cumsum([0, *(ends - offsets[at[first], 0] - np.array(marks, int))])
-    shift = longer[np.searchsorted(ends, offsets[:, 0], side="right")]
-    return np.where(is_image[:, None], 0, np.where(offsets[:, 1:] > 0, offsets - shift[:, None], 0))
 
 
 def _opened(source: Any) -> Any:

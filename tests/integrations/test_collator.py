@@ -17,7 +17,8 @@ from llava_fast.accelerated import placement, shipped_plan
 from llava_fast.accelerated.patch import NEW_NAMES
 from llava_fast.accelerated.shipped_plan import NAMES, PlanError
 from llava_fast.errors import ImageError, RequestError
-from llava_fast.integrations.collator import Collator, offsets_before_expansion
+from llava_fast.inputs.labels import offsets_before_expansion
+from llava_fast.integrations.collator import Collator
 from llava_fast.integrations.processor import FastProcessor
 from tests.support import against_stock, tiny
 from tests.support.against_stock import (
