@@ -15,20 +15,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llava_fast.accelerated.placement import (
-    Placement,
-    placement,
-    to_device,
-)
+from llava_fast.accelerated.transfer import to_device
 from llava_fast.accelerated.uint8_pixels import Normalisation
 from llava_fast.errors import ImageError
 from llava_fast.inputs.pictures.preprocessing import may_fold
 from llava_fast.inputs.plan.from_ids import Integers, placement_columns, rows_of_images
 from llava_fast.inputs.tiling.anyres import VisualGeometry
 from llava_fast.inputs.tiling.video import video_rows
-from llava_fast.models.fused.gate import is_plain, is_untouched, takes
+from llava_fast.models.connectors.base import PlainLinears
+from llava_fast.models.encode import Parts, inputs_embeds, joined, placed, project_rows, visual_rows
+from llava_fast.models.fused.gate import is_plain, is_untouched
+from llava_fast.models.placement import Placement
 from llava_fast.models.towers.vit import on_device
-from llava_fast.ops import assemble_inputs, patch_embed, token_pack
+from llava_fast.ops import patch_embed
 from llava_fast.ops.activations import ACTIVATIONS
 
 ANYRES = ("llava_next", "llava_next_video", "llava_onevision")
@@ -162,18 +161,18 @@ def geometry(config, skipped: int, has_class_row: bool, aspect_ratio: str | None
 
 class Visuals(NamedTuple):
     """A call's images and videos: the tiles of images and the frames of videos [tiles, 3, H, W] by the names they came
-    under, where their rows go, how many rows each image (or, without images, each video) has, if the host knows, and
-    the number of videos."""
+    under, where their rows go, the rows that images and videos take (int32), how many rows each image (or, without
+    images, each video) has, if the host knows, and the number of videos."""
 
     tiles: dict[str, Tensor]
     placement: Placement
+    place: Tensor
+    video_place: Tensor
     lengths: list[int]
     videos: int
 
 
-def plan_visuals(
-    model: nn.Module, given: Mapping[str, Any], integers: Integers, selection: Selection, read_table: bool = True
-) -> Visuals:
+def plan_visuals(model: nn.Module, given: Mapping[str, Any], integers: Integers, selection: Selection) -> Visuals:
     """Images and videos and the placement of their rows. Raises ImageError where pixels, sizes and tokens disagree."""
     has_class_row = hasattr(model.vision_tower.embeddings, "class_embedding")
     shape = geometry(model.config, selection.skipped, has_class_row, given.get("vision_aspect_ratio"))
@@ -193,8 +192,9 @@ def plan_visuals(
         images, integers.ids, tokens[0], shape.tower_rows_per_tile, videos, tokens[1], torch.is_grad_enabled()
     )
     device = next(iter(tiles.values())).device
-    at = placement(to_device(columns, device), read_table, mixes)
-    return Visuals(tiles, at, [len(rows) for rows in images or videos], len(videos))
+    at = to_device(columns, device)
+    lengths = [len(rows) for rows in images or videos]
+    return Visuals(tiles, Placement.of(at.get, mixes), at["place"], at["video_place"], lengths, len(videos))
 
 
 def _tiles(pixels: Tensor, counts: list[int]) -> Tensor:
@@ -237,7 +237,7 @@ def _hidden_states(
     tower: nn.Module, tiles: Mapping[str, Tensor], layers: int, uint8: Mapping[str, Normalisation], last: bool
 ) -> Features:
     each = [_embedded(tower.embeddings, pixels, uint8.get(name)) for name, pixels in tiles.items()]
-    hidden, is_clip = _joined(each), hasattr(tower, "pre_layrnorm")
+    hidden, is_clip = joined(each), hasattr(tower, "pre_layrnorm")
     if is_clip:
         hidden = tower.pre_layrnorm(hidden)
     for layer in tower.encoder.layers[:layers]:
@@ -268,43 +268,39 @@ def _embedded(embeddings: nn.Module, pixels: Tensor, normalisation: Normalisatio
     return embeddings(normalisation.normalised(pixels), interpolate_pos_encoding=False)
 
 
-def visual_rows(model: nn.Module, features: Tensor, visuals: Visuals, skipped: int) -> Tensor:
-    """The visual table [kept rows, then mixed ones; width]: rows that nothing takes are not projected."""
-    projector, at = model.multi_modal_projector, visuals.placement
-    flat, kept = features.flatten(0, 1), at.kept.long()
-    first = [mix.of(flat) for mix in at.mixes if mix.stage == "before"]
+def view(model: nn.Module, visuals: Visuals, skipped: int) -> Parts:
+    """A transformers model as models.encode takes it."""
+    projector = model.multi_modal_projector
     if all(untouched(part) for part in projector.modules()):
-        projected = projector(_joined([flat[kept], *first]))
+        project = functools.partial(project_rows, projector)
     else:
-        projected = _joined(_projected_as_stock(projector, features, visuals, first, kept, skipped))
-    return _joined([projected, *(mix.of(projected) for mix in at.mixes if mix.stage == "after")])
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+        project = functools.partial(_projected_as_stock, projector, visuals, skipped)
+    newline = getattr(model, "image_newline", None)
+    return Parts(model.get_input_embeddings(), newline, project, functools.partial(projector_linears, model))
 
 
 def _projected_as_stock(
-    projector: nn.Module, features: Tensor, visuals: Visuals, first: list[Tensor], kept: Tensor, skipped: int
-) -> list[Tensor]:
+    projector: nn.Module, visuals: Visuals, skipped: int, features: Tensor, kept: Tensor, mixed: list[Tensor]
+) -> Tensor:
     """Kept rows, then those already mixed, by a projector with hooks: it sees what it sees in the stock model, all
     tiles of images, then all frames of videos."""
+    tiles = [len(part) for part in visuals.tiles.values()]
+    features = features.unflatten(0, (sum(tiles), -1))
     rows = features.shape[1]
-    parts = dict(zip(visuals.tiles, features.split([len(part) for part in visuals.tiles.values()]), strict=True))
-    frames = parts.pop("pixel_values_videos", None) if first else None
+    parts = dict(zip(visuals.tiles, features.split(tiles), strict=True))
+    frames = parts.pop("pixel_values_videos", None) if mixed else None
     done = [projector(part[:, skipped:]).flatten(0, 1) for part in parts.values()]
     picked = [torch.cat(done)[kept - (kept // rows + 1) * skipped]] if done else []
-    return picked + [projector(part.unflatten(0, (len(frames), -1))).flatten(0, 1) for part in first]
+    return joined(picked + [projector(part.unflatten(0, (len(frames), -1))).flatten(0, 1) for part in mixed])
 
 
 def feature_list(
     model: nn.Module, visuals: Visuals, selection: Selection, uint8: Mapping[str, Normalisation]
 ) -> list[Tensor]:
     """What stock get_image_features gives as pooler_output: each image's (or video's) rows in order, [rows, width]."""
-    features = tower_features(model.vision_tower, visuals.tiles, selection.layers, uint8).selected
-    at, visual = visuals.placement, visual_rows(model, features, visuals, selection.skipped)
-    packed = token_pack(at.source, at.row, visual[:0], visual, _newline(model, visual), at.uses)
-    return list(packed.split(visuals.lengths))
+    features = tower_features(model.vision_tower, visuals.tiles, selection.layers, uint8).selected.flatten(0, 1)
+    parts, at = view(model, visuals, selection.skipped), visuals.placement
+    return list(placed(parts, None, visual_rows(parts, features, at), at).split(visuals.lengths))
 
 
 class Embedded(NamedTuple):
@@ -318,50 +314,24 @@ class Embedded(NamedTuple):
     dtype: torch.dtype
 
 
-def inputs_embeds(
+def decoder_inputs(
     model: nn.Module,
     ids: Tensor,
     visuals: Visuals,
     selection: Selection,
-    read_table: bool,
     uint8: Mapping[str, Normalisation],
     last: bool,
 ) -> Embedded:
-    """Text rows from the embedding, visual rows from tower and projector, which runs to its end if `last` is true.
-
-    One op where a backend fuses them and every module is plain; else step by step.
-    """
+    """Text rows from the embedding, visual rows from tower and projector (see models.encode). The tower runs to its end
+    if `last` is true."""
     made = tower_features(model.vision_tower, visuals.tiles, selection.layers, uint8, last)
-    features = made.selected
-    embed, at = model.get_input_embeddings(), visuals.placement
-    table = embed.weight if read_table else embed(ids).flatten(0, 1)
-    weights, dtype = projector_weights(model), table.dtype
-    operands = (table, *weights[0], *weights[1]) if weights else ()
-    if weights is not None and not at.mixes and takes("assemble_inputs", features, operands=operands):
-        name = model.config.projector_hidden_act
-        constant = _newline(model, table)
-        flat = assemble_inputs(
-            features.flatten(0, 1), at.kept, *weights, at.source, at.row, table, constant, at.uses, name
-        )
-    else:
-        visual = visual_rows(model, features, visuals, selection.skipped)
-        dtype, visual = visual.dtype, visual.to(table.dtype)
-        flat = token_pack(at.source, at.row, table, visual, _newline(model, table), at.uses)
+    parts = view(model, visuals, selection.skipped)
+    flat, dtype = inputs_embeds(parts, made.selected.flatten(0, 1), visuals.placement, ids)
     return Embedded(flat.view(*ids.shape, -1), made, selection, visuals, dtype)
 
 
-def reads_table(embed: nn.Module) -> bool:
-    """Whether text rows may be read from the embedding's weight: an exact nn.Embedding without special gradients."""
-    return (
-        is_plain(embed, nn.Embedding)
-        and embed.max_norm is None
-        and not (embed.sparse or embed.scale_grad_by_freq)
-        and (embed.padding_idx is None or not embed.weight.requires_grad)
-    )
-
-
-def projector_weights(model: nn.Module) -> tuple[list[Tensor], list[Tensor]] | None:
-    """(weights, biases) of a projector that is just as transformers builds it, else None."""
+def projector_linears(model: nn.Module) -> PlainLinears | None:
+    """Those of a projector that is just as transformers builds it, else None."""
     projector = model.multi_modal_projector
     linears = [projector.linear_1, projector.linear_2] if hasattr(projector, "linear_2") else []
     if not linears or not untouched(projector) or not untouched(projector.act):
@@ -370,14 +340,5 @@ def projector_weights(model: nn.Module) -> tuple[list[Tensor], list[Tensor]] | N
         return None  # a wrapper shows the attributes of what it wraps
     if not all(is_plain(linear, nn.Linear) for linear in linears):
         return None
-    if model.config.projector_hidden_act not in ACTIVATIONS:
-        return None
-    weights = [linear.weight for linear in linears]
-    biases = [linear.bias for linear in linears if linear.bias is not None]
-    return (weights, biases) if len(biases) in (0, len(linears)) else None
-
-
-def _newline(model: nn.Module, like: Tensor) -> Tensor:
-    """The table of constant rows: the newline row, in the dtype of `like`. Without newlines one row that none takes."""
-    newline = getattr(model, "image_newline", None)
-    return like.new_zeros(1, like.shape[-1]) if newline is None else newline[None].to(like.dtype)
+    activation = model.config.projector_hidden_act
+    return PlainLinears.of(linears, activation) if activation in ACTIVATIONS else None

@@ -56,8 +56,8 @@ def with_rows(model: nn.Module, outputs: Any, made: encode.Embedded) -> Any:
     has). Before, they were the rows alone.
     """
     visuals, rows = made.visuals, made.embeds.flatten(0, 1)
-    at, tiles = visuals.placement, visuals.tiles
-    found = {"pixel_values": at.place, "pixel_values_videos": at.video_place}
+    tiles = visuals.tiles
+    found = {"pixel_values": visuals.place, "pixel_values_videos": visuals.video_place}
     found = {name: rows[place.long()] for name, place in found.items() if name in tiles}
     if made.features.last is None:
         if "pixel_values" in found:

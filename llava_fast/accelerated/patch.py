@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from llava_fast.accelerated import decoder, encode, self_check, sharded, shipped_plan, uint8_pixels, versions
 from llava_fast.accelerated.encode import Unfit
 from llava_fast.accelerated.outputs import KINDS, encoder_outputs, field_names, output_class, show_encoder, with_rows
-from llava_fast.accelerated.placement import read_integers, to_device
 from llava_fast.accelerated.replacement import (
     TOLD,
     by_name,
@@ -45,6 +44,7 @@ from llava_fast.accelerated.replacement import (
     tell_stock,
 )
 from llava_fast.accelerated.self_check import ENCODE, ENCODING, IMAGE_PATH, LOSS
+from llava_fast.accelerated.transfer import read_integers, to_device
 from llava_fast.errors import ImageError, LlavaFastError, UnsupportedModelError
 from llava_fast.inputs.plan.from_ids import Integers, supervised_rows
 from llava_fast.models.fused.gate import is_plain
@@ -292,14 +292,14 @@ def _embedded(
     why = _unlike_known(model).get(IMAGE_PATH) or encode.unfit(model, given) or _unknown_keyword(model, given)
     if why or given.get("input_ids") is None:
         raise Unfit(why or "input_ids are not given")
-    selection, table = encode.select(model, given), encode.reads_table(model.get_input_embeddings())
+    selection = encode.select(model, given)
     if plan is not None:
-        visuals = shipped_plan.visuals(model, given, plan, table)
+        visuals = shipped_plan.visuals(model, given, plan)
     else:
         integers = integers or _integers(model, given)
         told = given | {"vision_aspect_ratio": None}  # the stock forward goes by the config, whatever is given
-        visuals = encode.plan_visuals(model, told, integers, selection, table)
-    return encode.inputs_embeds(model, given["input_ids"], visuals, selection, table, uint8, show_encoder(model))
+        visuals = encode.plan_visuals(model, told, integers, selection)
+    return encode.decoder_inputs(model, given["input_ids"], visuals, selection, uint8, show_encoder(model))
 
 
 def _unknown_keyword(inner: nn.Module, given: dict) -> str | None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from llava_fast.accelerated import encode, patch
 from llava_fast.errors import CheckpointError, ImageError
+from llava_fast.models.encode import reads_table
 
 CALLS = (
     "A call takes the stock path, and says so once in the log llava_fast.integrations, that asks for hidden states,",
@@ -65,9 +66,9 @@ def of_model(model: nn.Module) -> list[str]:
     lines += [f"    stock, in each call: {what}" for what in stock]
     if not stock:
         lines.append("    stock, in each call: nothing")
-    if encode.projector_weights(inner) is None:
+    if encode.projector_linears(inner) is None:
         lines.append("    the projector runs its own forward: its weights are not read by a kernel")
-    if not encode.reads_table(inner.get_input_embeddings()):
+    if not reads_table(inner.get_input_embeddings()):
         lines.append("    the embedding runs its own forward: its table is not read by a kernel")
     return lines
 

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_fast.accelerated import placement
 from llava_fast.accelerated.encode import ANYRES, POOLS, Visuals, geometry
+from llava_fast.accelerated.transfer import read_integers
 from llava_fast.errors import ImageError, PlanError
 from llava_fast.inputs.plan.from_ids import placement_columns, rows_of_images, supervised_rows
 from llava_fast.inputs.plan.visual_table import Mix
 from llava_fast.inputs.tiling.video import video_rows
+from llava_fast.models.placement import Placement
 from llava_fast.ops.token_pack import RowUses
 
 PREFIX = "llava_plan_"
@@ -26,11 +27,11 @@ MIX = ("mix_index", "mix_weight", "mix_use", "mix_start")
 SUPERVISED = ("supervised_row", "supervised_target")
 COLUMNS = ("source", "row", "kept", "place", "video_place", "tile", "frame", *RowUses._fields, *MIX, *SUPERVISED)
 NAMES = tuple(PREFIX + name for name in COLUMNS)
-"""source, row, kept, place, video_place and the uses are those of placement.Placement; tile [tiles] numbers each real
-tile among the tiles of pixel_values, those that fill up counted, and frame [frames] those of pixel_values_videos; mix_*
-are the tap table of rows that are made of others (mix_weight holds the bits of float32; see inputs.plan.Mix), the last
-two only with labels; supervised_row, supervised_target [rows with a label] are the rows whose next token carries a
-label, and it. What a batch does not have is empty."""
+"""source, row, kept, place, video_place and the uses are those of inputs.plan.from_ids.placement_columns; tile [tiles]
+numbers each real tile among the tiles of pixel_values, those that fill up counted, and frame [frames] those of
+pixel_values_videos; mix_* are the tap table of rows that are made of others (mix_weight holds the bits of float32; see
+inputs.plan.Mix), the last two only with labels; supervised_row, supervised_target [labelled rows] are the rows whose
+next token carries a label, and it. What a batch does not have is empty."""
 
 
 def make(
@@ -58,7 +59,7 @@ def make(
     if frames is not None and (_kind_of_mix(config) is None or has_class_row and not skipped):
         return {}
     shape = geometry(config, skipped, has_class_row)
-    integers = placement.read_integers(ids, image_sizes, labels, batch_num_images)
+    integers = read_integers(ids, image_sizes, labels, batch_num_images)
     images = rows_of_images(shape, integers.sizes, 0 if pixels is None else len(pixels), integers.counts)
     videos = [] if frames is None else [video_rows(shape, frames.shape[1])] * len(frames)
     most = pixels.shape[1] if pixels is not None and pixels.dim() == 5 else 1
@@ -125,7 +126,7 @@ def find(given: Mapping[str, Any]) -> dict[str, Tensor] | None:
     return plan
 
 
-def visuals(model, given: Mapping[str, Any], plan: dict[str, Tensor], read_table: bool) -> Visuals:
+def visuals(model, given: Mapping[str, Any], plan: dict[str, Tensor]) -> Visuals:
     """The images and videos of a call and the placement of their rows. Raises PlanError where the plan does not fit."""
     strategy = given.get("vision_feature_select_strategy")
     if strategy not in (None, model.config.vision_feature_select_strategy):
@@ -149,7 +150,8 @@ def visuals(model, given: Mapping[str, Any], plan: dict[str, Tensor], read_table
     if frames is not None:
         made["pixel_values_videos"] = frames.flatten(0, 1)
     videos = 0 if frames is None else len(frames)
-    return Visuals(made, placement.placement(plan, read_table, _mixes(model.config, plan)), [], videos)
+    at = Placement.of(plan.get, _mixes(model.config, plan))
+    return Visuals(made, at, plan["place"], plan["video_place"], [], videos)
 
 
 def _mixes(config, plan: dict[str, Tensor]) -> list[Mix]:

@@ -11,13 +11,11 @@ from torch import Tensor
 
 from llava_fast.inputs.pictures.tiles import UncutImages
 from llava_fast.inputs.plan.plan import TokenPlan
-from llava_fast.inputs.plan.visual_table import Mix
 from llava_fast.inputs.prepared import Prepared
 from llava_fast.models.attention import Spans
 from llava_fast.models.paged_cache import BlockTable
+from llava_fast.models.placement import Placement
 from llava_fast.ops.image import TilePlan, image_tiles
-from llava_fast.ops.mix_rows import TapUses
-from llava_fast.ops.token_pack import RowUses
 
 
 @dataclass(frozen=True)
@@ -63,14 +61,10 @@ class Batch:
         """A float32 column, stored bit for bit among the integers."""
         return self.column(name).view(torch.float32)
 
-    def row_uses(self, constants: int) -> RowUses:
-        """The plan's placement the other way round, for the gradients of tables with so many constant rows."""
-        uses = RowUses(*(self.column(name) for name in RowUses._fields))
-        return uses._replace(constant_segment=uses.constant_segment[: constants + 1])
-
-    def tap_uses(self, mix: Mix) -> TapUses | None:
-        """The mix's tap table the other way round, for gradients; None in a plan without labels."""
-        return TapUses(self.column(mix.use), self.column(mix.start)) if mix.use in self.plan.sections else None
+    def placement(self) -> Placement:
+        """Where the decoder's rows come from."""
+        sections = self.plan.sections
+        return Placement.of(lambda name: self.column(name) if name in sections else None, self.plan.mixes)
 
     def spans(self, tables: tuple[BlockTable, ...] = ()) -> Spans:
         """Sequence boundaries for attention; with a cache, the table of each sequence's cached rows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,16 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llava_fast.errors import RequestError
-from llava_fast.inputs.plan.columns import TEXT
 from llava_fast.inputs.plan.plan import Layout
 from llava_fast.inputs.processor import Processor
+from llava_fast.models import encode
 from llava_fast.models.attention import Spans
 from llava_fast.models.batch import Batch
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.decoders.stack import Decoder
-from llava_fast.models.fused import is_plain, takes
 from llava_fast.models.paged_cache import PagedCache
-from llava_fast.ops import assemble_inputs, mix_rows, token_pack
 
 Logits = Literal["last", "supervised", "all", "none"]
 
@@ -120,30 +119,8 @@ class LlavaModel(nn.Module):
         return self.decoder(inputs_RC, batch.column("position").long(), spans, cache)
 
     def inputs_embeds(self, batch: Batch) -> Tensor:
-        """[rows, width]: text rows from the embedding table, visual rows from the projector, newlines.
-
-        One op where a backend fuses projector and placement and every module is plain; else step by step.
-        """
-        features = self._features(batch)
-        embed, source, row = self.decoder.embed_tokens, batch.column("source"), batch.column("row")
-        table = embed.weight
-        newline = self.image_newline[None].to(table.dtype) if self.config.has_newline else table[:0]
-        uses = batch.row_uses(len(newline))
-        plain = is_plain(embed, nn.Embedding)
-        projector = self.projector.plain_weights() if plain and not batch.plan.mixes else None
-        operands = (table, *projector[0], *projector[1]) if projector else ()
-        if features is not None and projector and takes("assemble_inputs", features, operands=operands):
-            kept, activation, count = batch.column("kept"), self.config.projector.activation, batch.count("kept")
-            return assemble_inputs(features, kept, *projector, source, row, table, newline, uses, activation, count)
-        if not plain:  # its own forward, then the general op over what it returned
-            is_text = source == TEXT
-            table = embed(torch.where(is_text, row, 0).long())
-            number = torch.arange(len(row) + 1, dtype=row.dtype, device=row.device)
-            row = torch.where(is_text, number[:-1], row)
-            text = uses.text_row
-            uses = uses._replace(text_token=text, text_segment=number[: len(text) + 1])
-        visual = table[:0] if features is None else self._visual_rows(features, batch).to(table.dtype)
-        return token_pack(source, row, table, visual, newline, uses)
+        """[rows, width]: text rows from the embedding table, visual rows from the projector, newlines (see encode)."""
+        return encode.inputs_embeds(self._parts(), self._features(batch), batch.placement())[0]
 
     def _features(self, batch: Batch) -> Tensor | None:
         """The tower's rows of all tiles end to end [tiles * rows, features]; None without tiles, unless every part is
@@ -152,18 +129,10 @@ class LlavaModel(nn.Module):
             return None
         return self.vision_tower(batch.tiles, count=batch.count("tile")).flatten(0, 1)
 
-    def _visual_rows(self, features: Tensor, batch: Batch) -> Tensor:
-        """The plan's visual table [visual rows, width]: only rows that reach the decoder are projected."""
-        mixes = batch.plan.mixes
-        table = [features[batch.column("kept").long()]]
-        for mix in (mix for mix in mixes if mix.stage == "before"):
-            table.append(
-                mix_rows(features, batch.column(mix.index), batch.weight(mix.weight), mix.reduce, batch.tap_uses(mix))
-            )
-        projected = self.projector(torch.cat(table) if len(table) > 1 else table[0])
-        table = [projected]
-        for mix in (mix for mix in mixes if mix.stage == "after"):
-            table.append(
-                mix_rows(projected, batch.column(mix.index), batch.weight(mix.weight), mix.reduce, batch.tap_uses(mix))
-            )
-        return torch.cat(table) if len(table) > 1 else projected
+    def _parts(self) -> encode.Parts:
+        return encode.Parts(
+            embedding=self.decoder.embed_tokens,
+            newline=self.image_newline if self.config.has_newline else None,
+            project=functools.partial(encode.project_rows, self.projector),
+            plain_linears=self.projector.plain_linears,
+        )

@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 import llava_fast
-from llava_fast.accelerated import placement, shipped_plan
+from llava_fast.accelerated import shipped_plan, transfer
 from llava_fast.accelerated.patch import NEW_NAMES
 from llava_fast.accelerated.shipped_plan import NAMES, PlanError
 from llava_fast.errors import ImageError, RequestError
+from llava_fast.inputs.chat.rendering import builtin_template
 from llava_fast.inputs.labels import offsets_before_expansion
 from llava_fast.integrations.collator import Collator
 from llava_fast.integrations.processor import FastProcessor
@@ -74,7 +75,7 @@ def collator(name: str = "next", **options) -> Collator:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_ids_and_labels_are_those_of_our_own_processor(side):
     made = collator(padding_side=side)(samples()[:2])
-    ours = llava_fast.inputs.chat.builtin_template(TEMPLATE)
+    ours = builtin_template(TEMPLATE)
     processor = tiny.pair("next").ours.processor
     processor = type(processor)(**{**vars(processor), "template": ours})
     for number, sample in enumerate(samples()[:2]):
@@ -199,7 +200,7 @@ def test_without_a_plan_a_device_is_read_once(monkeypatch):
     reads = []
     monkeypatch.setattr(
         "llava_fast.accelerated.patch.read_integers",
-        lambda *given: reads.append(1) or placement.read_integers(*given),
+        lambda *given: reads.append(1) or transfer.read_integers(*given),
     )
     model(**batch)
     model(**{name: value for name, value in batch.items() if name != "labels"})

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 import llava_fast
-from llava_fast.accelerated import encode, patch
+from llava_fast.accelerated import patch
+from llava_fast.models import encode
 from llava_fast.ops import assemble_inputs
 from tests.support import tiny
 from tests.support.against_stock import assert_same_gradients, assert_same_outputs, batch, fresh, gradients

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from llava_fast.inputs.plan.buckets import bucket_of
-from llava_fast.models import vlm
+from llava_fast.models import encode
 from llava_fast.models.encode_graphs import filled_batch
 from llava_fast.ops import gemm, use_backend
 from tests.support import tiny
@@ -38,8 +38,8 @@ def case(monkeypatch):
         batch = model.prepare(requests, layout="padded")
         monkeypatch.setitem(model._modules, "vision_tower", Features(model.vision_tower(batch.tiles)))
     calls = []
-    whole = vlm.assemble_inputs
-    monkeypatch.setattr(vlm, "assemble_inputs", lambda *args: calls.append(1) or whole(*args))
+    whole = encode.assemble_inputs
+    monkeypatch.setattr(encode, "assemble_inputs", lambda *args: calls.append(1) or whole(*args))
     return model.to(DEVICE), batch.to(DEVICE), calls
 
 

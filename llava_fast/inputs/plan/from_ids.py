@@ -53,9 +53,11 @@ def placement_columns(
     video_token: int | None = None,
     with_tap_uses: bool = False,
 ) -> tuple[dict[str, np.ndarray], tuple[Mix, ...]]:
-    """The int32 columns of a Placement and its uses, by name, and its mixes. Image rows stand at the image tokens of
-    `ids` in row-major order, video rows at the video tokens, or, with ids None, end to end; text rows are read from the
-    embedding table by token id. Tiles of images come before the frames of videos.
+    """The int32 columns of a plan, by name, and its mixes: source, row [B * S]; kept [kept] the rows to project, the
+    class row counted; place, video_place the rows that images and videos take; the uses, and the mixes' tables, as
+    in TokenPlan. Image rows stand at the image tokens of `ids` in row-major order, video rows at the video tokens, or,
+    with ids None, end to end; text rows are read from the embedding table by token id. Tiles of images come before the
+    frames of videos.
 
     with_tap_uses  also the mixes' tables the other way round, for gradients.
     Raises ImageError if image tokens and image rows, or video tokens and video rows, differ in number.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -37,12 +38,28 @@ class ConnectorConfig(ABC):
         """The connector itself."""
 
 
+class PlainLinears(NamedTuple):
+    """Linears with one activation between (its name in ops.activations): weights [out, in], biases [out], an empty list
+    without."""
+
+    weights: list[Tensor]
+    biases: list[Tensor]
+    activation: str
+
+    @classmethod
+    def of(cls, linears: Sequence[nn.Linear], activation: str) -> PlainLinears | None:
+        """None where only some have a bias."""
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        found = cls([linear.weight for linear in linears], biases, activation)
+        return found if len(biases) in (0, len(linears)) else None
+
+
 class Connector(nn.Module):
     """A built connector."""
 
     config: ConnectorConfig
 
-    def plain_weights(self) -> tuple[list[Tensor], list[Tensor]] | None:
-        """(weights, biases; an empty list if it has none) if this is plain Linears with one activation between, so that
-        ops.assemble_inputs may run it; None if not, or if anything is wrapped, hooked, sharded or quantised."""
+    def plain_linears(self) -> PlainLinears | None:
+        """Its Linears if it is only those with one activation between, so that ops.assemble_inputs may run them; None
+        if not, or if anything is wrapped, hooked, sharded or quantised."""
         return None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from llava_fast.models.connectors.base import Connector, ConnectorConfig
+from llava_fast.models.connectors.base import Connector, ConnectorConfig, PlainLinears
 from llava_fast.models.fused import is_plain
 from llava_fast.ops.activations import ACTIVATIONS
 
@@ -88,13 +88,11 @@ class Projector(Connector):
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features)
 
-    def plain_weights(self) -> tuple[list[Tensor], list[Tensor]] | None:
+    def plain_linears(self) -> PlainLinears | None:
         if self.config.kind not in ("linear", "mlp") or not is_plain(self, Projector):
             return None
         linears, activations = list(self.layers)[::2], list(self.layers)[1::2]
         plain = is_plain(self.layers, nn.Sequential) and all(is_plain(step, nn.Linear) for step in linears)
         if not plain or not all(is_plain(step, Activation) for step in activations):
             return None
-        weights = [linear.weight for linear in linears]
-        biases = [linear.bias for linear in linears if linear.bias is not None]
-        return (weights, biases) if len(biases) in (0, len(linears)) else None
+        return PlainLinears.of(linears, self.config.activation)

@@ -1,0 +1,104 @@
+"""From a tower's features to the decoder's inputs: kept rows projected, rows mixed, every row put in its place.
+
+The one path for the engine's models and for transformers' (llava_fast.accelerated): each hands over its `Parts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llava_fast.models.connectors.base import PlainLinears
+from llava_fast.models.fused.gate import is_plain, takes
+from llava_fast.models.placement import Placement
+from llava_fast.ops import assemble_inputs, token_pack
+
+
+class Parts(NamedTuple):
+    """What a model has between its tower and its decoder.
+
+    embedding      the decoder's token embedding.
+    newline        [width], the row that follows each line of tiles, or None.
+    project        (features [rows, F], kept int64, rows mixed from features) -> [kept, then mixed; width].
+    plain_linears  gives the connector's Linears if it is nothing else (see Connector.plain_linears), or None.
+    """
+
+    embedding: nn.Module
+    newline: Tensor | None
+    project: Callable[[Tensor, Tensor, list[Tensor]], Tensor]
+    plain_linears: Callable[[], PlainLinears | None]
+
+
+def inputs_embeds(
+    parts: Parts, features: Tensor | None, at: Placement, ids: Tensor | None = None
+) -> tuple[Tensor, torch.dtype]:
+    """([rows, width] in the embedding's dtype, the dtype in which the connector gave its rows).
+
+    One op where a backend fuses connector and placement and the modules are plain; else step by step.
+
+    features  the tower's rows of all tiles end to end [tiles * rows, F]; None without tiles.
+    ids       what the embedding is called with where its table may not be read, a token for each row, of any shape.
+              Default: the plan's tokens, 0 for rows without one.
+    """
+    if reads_table(parts.embedding):
+        table = parts.embedding.weight
+    else:
+        table = parts.embedding(at.token_ids() if ids is None else ids).flatten(0, -2)
+        at = at.with_own_text()
+    linears = parts.plain_linears() if features is not None and not at.mixes else None
+    if features is not None and linears is not None:
+        weights, biases, activation = linears
+        if takes("assemble_inputs", features, operands=(table, *weights, *biases)):
+            newline, at = _constants(parts.newline, table, at)
+            placement = at.source, at.row, table, newline, at.uses
+            embeds = assemble_inputs(features, at.kept, weights, biases, *placement, activation, at.kept_count)
+            return embeds, table.dtype
+    visual = _empty(table) if features is None else visual_rows(parts, features, at)
+    return placed(parts, table, visual.to(table.dtype), at), visual.dtype
+
+
+def visual_rows(parts: Parts, features: Tensor, at: Placement) -> Tensor:
+    """The plan's visual table [kept rows, then mixed ones; width]: only rows that something takes are projected."""
+    mixed = [mix.of(features) for mix in at.mixes if mix.stage == "before"]
+    projected = parts.project(features, at.kept.long(), mixed)
+    return joined([projected, *(mix.of(projected) for mix in at.mixes if mix.stage == "after")])
+
+
+def placed(parts: Parts, table: Tensor | None, visual: Tensor, at: Placement) -> Tensor:
+    """[rows, width]: rows of `table` (None: there is no text), of the visual table and newlines, each in its place."""
+    table = _empty(visual) if table is None else table
+    newline, at = _constants(parts.newline, table, at)
+    return token_pack(at.source, at.row, table, visual, newline, at.uses)
+
+
+def project_rows(connector: nn.Module, features: Tensor, kept: Tensor, mixed: list[Tensor]) -> Tensor:
+    """Parts.project of a connector that makes each row of one row."""
+    return connector(joined([features[kept], *mixed]))
+
+
+def reads_table(embedding: nn.Module) -> bool:
+    """Whether text rows may be read from the embedding's weight: an exact nn.Embedding without special gradients."""
+    return (
+        is_plain(embedding, nn.Embedding)
+        and embedding.max_norm is None
+        and not (embedding.sparse or embedding.scale_grad_by_freq)
+        and (embedding.padding_idx is None or not embedding.weight.requires_grad)
+    )
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _constants(newline: Tensor | None, like: Tensor, at: Placement) -> tuple[Tensor, Placement]:
+    """The table of constant rows, the newline if there is one, in the dtype of `like`, and the placement for it."""
+    table = _empty(like) if newline is None else newline[None].to(like.dtype)
+    return table, at.with_constants(len(table))
+
+
+def _empty(like: Tensor) -> Tensor:
+    """A table without rows. (A slice of `like` would give it a gradient of zeros of its whole size.)"""
+    return like.new_empty(0, like.shape[-1])
