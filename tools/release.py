@@ -64,7 +64,10 @@ def make_wheel(root: Path, output: Path) -> Path:
     build = f"from setuptools import build_meta; build_meta.build_sdist({str(output)!r})"
     _run([sys.executable, "-c", build], cwd=root)
     (sdist,) = output.glob("*.tar.gz")
-    _run([sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", output, sdist], cwd=output)
+    # No cache: pip would take the wheel of an earlier sdist of the same name.
+    _run(
+        [sys.executable, "-m", "pip", "wheel", "--no-cache-dir", "--no-deps", "--wheel-dir", output, sdist], cwd=output
+    )
     (wheel,) = output.glob("*.whl")
     return wheel
 
