@@ -1,5 +1,6 @@
 """Workflows, issue forms, documentation and pins name things that exist."""
 
+import importlib.util
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,6 +70,14 @@ def test_every_public_name_is_on_a_page_of_the_api():
     errors = {name for name in llava_fast.__all__ if name.endswith("Error")}  # all of them, with their module
     assert set(llava_fast.__all__) - errors - {"ops", "__version__"} <= shown and "errors" in shown
     assert set(llava_fast.ops.__all__) <= shown
+
+
+def test_every_name_on_a_page_of_the_api_is_there():
+    for page in sorted((ROOT / "docs" / "api").glob("*.md")):
+        for name in re.findall(r"^::: ([\w.]+)$", page.read_text(encoding="utf-8"), re.M):
+            module, _, attribute = name.rpartition(".")
+            found = importlib.import_module(module)
+            assert hasattr(found, attribute) or importlib.util.find_spec(name), f"{page.name}: there is no {name}"
 
 
 def test_the_documentation_is_pinned():
