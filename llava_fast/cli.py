@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from llava_fast.errors import LlavaFastError
+from llava_fast.errors import LlavaFastError, RecipeError
 from llava_fast.train.data import cli as data_cli
 from llava_fast.train.recipes import cli as recipe_cli
 
@@ -174,11 +174,17 @@ def train(
 
     One process: llava-fast train recipe.yaml. Eight GPUs: torchrun --nproc-per-node 8 -m llava_fast train recipe.yaml.
     The output holds metrics.jsonl, tensorboard/, checkpoints/ and, at the end, model/.
+
+    A section `dpo` or `kto` sets another objective than the answers' likelihood: preference pairs (see llava-fast dpo
+    --help), or answers labelled desirable or undesirable, a line of whose data is
+
+    \b
+    {"id": 7, "image": "7.jpg", "prompt": "What is this?", "completion": "A dog.", "label": false}
     """
     import logging
 
     from llava_fast.train.recipe import load_recipe
-    from llava_fast.train.trainer import train as run
+    from llava_fast.train.run import train as run
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     loaded = load_recipe(recipe, set_)
@@ -191,7 +197,7 @@ def dpo(
     set_: Changes = [],  # noqa: B006
     resume: Resume = True,
 ) -> None:
-    """Teach a model which of two answers is preferred (DPO), as a recipe says. Killed, the same command goes on.
+    """Teach a model which of two answers is preferred (DPO): `train` for a recipe that must have a section `dpo`.
 
     \b
     model: llava-hf/LLaVA-NeXT-Video-7B-hf
@@ -215,11 +221,13 @@ def dpo(
     """
     import logging
 
-    from llava_fast.train.preference.tuning import dpo as run
     from llava_fast.train.recipe import load_recipe
+    from llava_fast.train.run import train as run
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     loaded = load_recipe(recipe, set_)
+    if loaded.dpo is None:
+        raise RecipeError("the recipe has no section `dpo`: add one (`dpo: {beta: 0.1}`), or run `llava-fast train`")
     typer.echo(f"the trained model is in {run(loaded, resume)}")
 
 

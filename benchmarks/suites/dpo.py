@@ -1,6 +1,6 @@
 """One step of preference tuning on a pair: forward, DPO loss, backward, with the reference's log-probabilities given.
 
-"llava_fast" runs image and question once for both answers (see train.pairs); "two-pass" runs the same model on two
+"llava_fast" runs image and question once for both answers (see train.data.pairs); "two-pass" runs the same model on two
 ordinary sequences, each with the image, as the original trainers do. The vision tower is frozen, the rest trained.
 """
 
@@ -19,7 +19,8 @@ from benchmarks.subject import Subject
 from benchmarks.suites.train_step import provider
 from llava_fast.inputs.plan.plan import Piece, TextPiece
 from llava_fast.models.batch import Batch
-from llava_fast.train.preference.loss import answer_log_probs, preference_losses
+from llava_fast.train.objectives.dpo import preference_losses
+from llava_fast.train.objectives.reference import answer_log_probs
 
 BETA = 0.1
 

@@ -38,7 +38,7 @@ def finished_steps(directory: Path) -> list[int]:
     return sorted(int(found[1]) for each in directory.iterdir() if (found := _NAME.fullmatch(each.name)))
 
 
-class Checkpoints:
+class RunCheckpoints:
     """The checkpoints in a directory. All processes call each method together."""
 
     def __init__(self, directory: Path, keep: int) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from llava_fast.errors import TrainingError
 from llava_fast.train.data.loader import LeftOut
 from llava_fast.train.parallel import World
-from llava_fast.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from llava_fast.train.recipe import Recipe
 
 
 def left_out_together(recipe: Recipe, world: World, found: Sequence[LeftOut], when: str) -> list[LeftOut]:

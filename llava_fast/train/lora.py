@@ -18,7 +18,7 @@ from llava_fast.checkpoints.adapters import merge, save_adapter
 from llava_fast.checkpoints.save import NOTE_FILE
 from llava_fast.errors import RecipeError
 from llava_fast.generation.llava import Llava
-from llava_fast.train.optim import part_of
+from llava_fast.train.parts import part_of
 from llava_fast.train.recipe import Lora, Recipe
 
 _ADAPTER = ".default"  # PEFT's name of the only adapter

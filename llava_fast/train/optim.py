@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,13 +12,11 @@ from torch.optim import Optimizer as TorchOptimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from llava_fast.errors import RecipeError
+from llava_fast.train.parts import PARTS, part_of
 from llava_fast.models.vlm import LlavaModel
-from llava_fast.train.recipe import PARTS, Optimizer, Recipe
 
-
-def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to. The newline row goes with the projector, as in LLaVA."""
-    return next((piece for piece in name.split(".") if piece in PARTS), "projector")
+if TYPE_CHECKING:
+    from llava_fast.train.recipe import Optimizer, Recipe
 
 
 def freeze(model: LlavaModel, recipe: Recipe) -> list[str]:

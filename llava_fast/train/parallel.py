@@ -11,7 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,9 @@ from torch.nn.parallel import DistributedDataParallel
 from llava_fast.errors import RecipeError
 from llava_fast.models.vlm import LlavaModel
 from llava_fast.orphans import end_with_parent
-from llava_fast.train.recipe import Parallel, Recipe
+
+if TYPE_CHECKING:
+    from llava_fast.train.recipe import Parallel, Recipe
 
 T = TypeVar("T")
 _STYLES: dict[str, Callable[[], ParallelStyle]] = {

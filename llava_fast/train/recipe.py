@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -16,8 +16,11 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from llava_fast.checkpoints.assemble import Assembly
 from llava_fast.errors import RecipeError
 from llava_fast.train.data.samples import Source
+from llava_fast.train.objective import Objective, ObjectiveSettings
+from llava_fast.train.objectives.dpo import Dpo
+from llava_fast.train.objectives.kto import Kto
+from llava_fast.train.objectives.sft import Sft
 
-PARTS = ("vision_tower", "projector", "decoder")
 SHIPPED = Path(__file__).parent / "recipes"
 
 
@@ -71,15 +74,6 @@ class Lora(_Section):
     targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-class Dpo(_Section):
-    """Preference tuning (Rafailov et al. 2023), run by `llava-fast dpo`."""
-
-    beta: float = Field(0.1, gt=0)  # how closely the model keeps to the reference
-    sft_weight: float = Field(0.0, ge=0)  # of the chosen answers' mean negative log-likelihood, added to the loss
-    reference: Literal["precomputed", "base"] = "precomputed"  # base: the model without its adapters (lora)
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)  # share of pairs thought to be the wrong way round
-
-
 class Parallel(_Section):
     """How several processes share the work. "auto": none alone, FSDP2 under torchrun."""
 
@@ -99,7 +93,8 @@ class Recipe(_Section):
     output: Path  # checkpoints, metrics and the trained model go here
     trainable: list[str] = ["projector"]  # parts, or patterns of parameter names (fnmatch)
     lora: Lora | None = None
-    dpo: Dpo | None = None  # preference tuning
+    dpo: Dpo | None = None  # an objective other than supervised fine-tuning: preference pairs
+    kto: Kto | None = None  # ... or answers labelled desirable or undesirable
     data: Data
     optimizer: Optimizer
     batch_size: int = Field(ge=1)  # samples of an optimiser step, over all processes and micro-batches
@@ -133,18 +128,30 @@ class Recipe(_Section):
             raise ValueError("`loss_average: micro_batch` is the original's, which pads: use `batching: grouped`")
         if self.data.batching == "grouped" and self.batch_size % self.micro_batch:
             raise ValueError("`batching: grouped` deals a batch out evenly: make batch_size a multiple of micro_batch")
-        if self.dpo is not None:
-            kept = (self.data.batching, self.data.too_long, self.data.label_mask, self.loss_average)
-            if kept != ("packed", "drop", "answers", "step"):
-                raise ValueError(
-                    "`dpo` goes with data.batching: packed, data.too_long: drop, data.label_mask: answers and "
-                    "loss_average: step"
-                )
-            if self.dpo.reference == "base" and self.lora is None:
-                raise ValueError(
-                    "`dpo.reference: base` is the model without its adapters: give `lora`, or `precomputed`"
-                )
+        sections = self._objective_sections()
+        if len(sections) > 1:
+            raise ValueError(f"a run has one objective, and the recipe has {' and '.join(map(repr, sections))}")
+        for section in sections.values():
+            section.check(self)
         return self
+
+    def objective(self) -> Objective:
+        """What the run minimises: the objective of the section that there is, else supervised fine-tuning."""
+        sections = self._objective_sections().values()
+        return next((section.objective(self) for section in sections), None) or Sft(self)
+
+    @classmethod
+    def objective_fields(cls) -> list[str]:
+        """The names of the sections that an objective can have."""
+        return [name for name, field in cls.model_fields.items() if _names_an_objective(field.annotation)]
+
+    def _objective_sections(self) -> dict[str, ObjectiveSettings]:
+        values = ((name, getattr(self, name)) for name in self.objective_fields())
+        return {name: value for name, value in values if value is not None}
+
+
+def _names_an_objective(annotation: Any) -> bool:
+    return any(isinstance(kind, type) and issubclass(kind, ObjectiveSettings) for kind in get_args(annotation))
 
 
 def load_recipe(path: str | Path, changes: list[str] | None = None) -> Recipe:
@@ -193,7 +200,7 @@ def _said(problem: Mapping[str, Any]) -> str:
         return "it is missing"
     if problem["type"] != "extra_forbidden":
         return problem["msg"].removeprefix("Value error, ")
-    sections = (Recipe, Data, Source, Optimizer, Lora, Dpo, Parallel, Checkpoints, Assembly)
+    sections = (Recipe, Data, Source, Optimizer, Lora, Dpo, Kto, Parallel, Checkpoints, Assembly)
     known = [name for section in sections for name in section.model_fields]
     near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
     return "there is no such field" + (f"; did you mean {near[0]}?" if near else "")

@@ -10,9 +10,8 @@ from PIL import Image
 
 import llava_fast
 from llava_fast.demo import KINDS, PHRASINGS, answer
-from llava_fast.train.preference.tuning import dpo
 from llava_fast.train.recipe import load_recipe
-from llava_fast.train.trainer import train
+from llava_fast.train.run import train
 
 pytest.importorskip("sklearn")
 import make_data  # noqa: E402
@@ -88,6 +87,6 @@ def test_stages_follow_on(runs):
     moved = {name for name in first if not torch.equal(first[name], second[name])}
     assert any(name.startswith("vision_tower.encoder.layers.0.mlp") for name in moved)
     assert not any(".q_proj." in name or ".k_proj." in name for name in moved if name.startswith("vision_tower"))
-    tuned = dpo(recipe("dpo", runs, steps=1))
+    tuned = train(recipe("dpo", runs, steps=1))
     alone, right, _ = preferences.shares(llava_fast.load(tuned, device="cpu"), preferences.draw_canvases(3))
     assert 0 <= right <= alone <= 1

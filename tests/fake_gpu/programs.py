@@ -34,11 +34,11 @@ from llava_fast.models.batch import Batch
 from llava_fast.models.encode_graphs import filled_batch
 from llava_fast.models.recompute import set_recompute
 from llava_fast.ops import rms_norm, use_backend
+from llava_fast.train.objective import forward
+from llava_fast.train.objectives.reference import answer_log_probs
 from llava_fast.train.optim import build_optimizer, freeze
 from llava_fast.train.parallel import clip_gradients
-from llava_fast.train.preference.loss import answer_log_probs
 from llava_fast.train.recipe import parse_recipe
-from llava_fast.train.trainer import forward
 from tests.support import tiny
 
 BACKENDS = ("auto", "triton")

@@ -30,10 +30,10 @@ torch.set_num_threads(1)
 import transformers  # noqa: E402
 
 from llava_fast.train import checkpoint  # noqa: E402
-from llava_fast.train.checkpoint import Checkpoints  # noqa: E402
-from llava_fast.train.preference.tuning import dpo  # noqa: E402
+from llava_fast.train.checkpoint import RunCheckpoints  # noqa: E402
 from llava_fast.train.recipe import load_recipe  # noqa: E402
-from llava_fast.train.trainer import Trainer, train  # noqa: E402
+from llava_fast.train.run import train  # noqa: E402
+from llava_fast.train.trainer import Trainer  # noqa: E402
 
 LIMIT = 600  # seconds: then a run hangs, and is killed
 
@@ -78,7 +78,7 @@ PLACES = {
     "mid_file": mid_file,
     "before_commit": lambda count: kill_at(checkpoint, "_commit", count),
     "after_commit": lambda count: kill_at(checkpoint, "_commit", count, after=True),
-    "pruning": lambda count: kill_at(Checkpoints, "_prune", count),
+    "pruning": lambda count: kill_at(RunCheckpoints, "_prune", count),
     "half_pruned": lambda count: kill_at(checkpoint.shutil, "rmtree", count),
 }
 
@@ -148,8 +148,7 @@ def _be_one(recipe: str, log: str, rank: int, processes: int, port: int, kill: s
         if kill:
             where, count = kill.split(":")
             PLACES[where](int(count))
-        loaded = load_recipe(Path(recipe))
-        (train if loaded.dpo is None else dpo)(loaded)
+        train(load_recipe(Path(recipe)))
         status = 0
     except BaseException:
         traceback.print_exc()

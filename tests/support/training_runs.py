@@ -3,7 +3,8 @@
 import pytest
 
 from llava_fast.train.metrics import FILE, read_metrics
-from llava_fast.train.trainer import Trainer, train
+from llava_fast.train.run import train
+from llava_fast.train.trainer import Trainer
 
 SHAPES = {  # of two processes, as `parallel` of a recipe
     "ddp": {"kind": "ddp"},
@@ -20,7 +21,7 @@ def losses(recipe) -> list[float]:
 
 
 def break_off(recipe, steps: int, start=train) -> None:
-    """Run a recipe, which fails when so many steps are done; `start` is train or dpo."""
+    """Run a recipe, which fails when so many steps are done; `start` runs it."""
     step = Trainer.step
     with pytest.MonkeyPatch.context() as patched, pytest.raises(ZeroDivisionError):
         patched.setattr(Trainer, "step", lambda self, batch: 1 / 0 if batch.step == steps else step(self, batch))

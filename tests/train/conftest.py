@@ -75,7 +75,7 @@ def _launcher():
 
 @pytest.fixture
 def run(_launcher):
-    """Runs a recipe (`llava-fast train`, or `dpo`) in processes that may be killed (tests/support/processes.py).
+    """Runs a recipe (`llava-fast train`) in processes of its own that may be killed: see processes.py.
     Returns their exit statuses, and fails if one is not 0 where nothing was to be killed."""
 
     def launch(recipe: Recipe, processes: int = 1, **options) -> list[int]:

@@ -10,7 +10,7 @@ import llava_fast
 from llava_fast.train.data.samples import read_sources
 from llava_fast.train.metrics import FILE, read_metrics
 from llava_fast.train.parallel import World
-from llava_fast.train.trainer import build_loader, load_model, train
+from llava_fast.train.run import build_loader, load_model, train
 from tests.support.tiny import CASES, PAD_ID, Pair, hf_processor
 
 STEPS, BATCH, RATE = 20, 4, 2e-5

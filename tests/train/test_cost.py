@@ -19,7 +19,8 @@ from llava_fast.train.estimate.flops import GPUS, Utilisation, forward_flops, kn
 from llava_fast.train.optim import freeze
 from llava_fast.train.parallel import World
 from llava_fast.train.recipe import load_recipe
-from llava_fast.train.trainer import Trainer, build_loader, load_model
+from llava_fast.train.run import build_loader, load_model
+from llava_fast.train.trainer import Trainer
 from tests.support import tiny
 
 

@@ -13,7 +13,7 @@ from llava_fast.errors import RecipeError
 from llava_fast.train.data.grouping import grouped_order, word_counts
 from llava_fast.train.data.samples import Source, read_sources
 from llava_fast.train.parallel import World
-from llava_fast.train.trainer import build_loader, load_model
+from llava_fast.train.run import build_loader, load_model
 
 
 def deal(words: str, visual: str, batch_size: int, micro_batch: int, seed=(0,)) -> list[list[int]]:

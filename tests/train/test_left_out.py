@@ -12,8 +12,8 @@ import llava_fast
 from llava_fast.errors import TrainingError
 from llava_fast.train.data.run_samples import FILE as FILE_OF_SAMPLES
 from llava_fast.train.metrics import FILE, LEFT_OUT, read_metrics
-from llava_fast.train.preference.tuning import dpo
-from llava_fast.train.trainer import Trainer, train
+from llava_fast.train.run import train
+from llava_fast.train.trainer import Trainer
 from tests.support.made_data import write_data
 from tests.support.training_runs import break_off, losses
 
@@ -173,7 +173,7 @@ def test_two_processes_stop_with_one_line(over, folder, run):
     assert said.count("TrainingError: step ") == 2 and "cannot be decoded" in said
 
 
-def sampled(recipe, start=train) -> dict[int, list[int]]:
+def sampled(recipe) -> dict[int, list[int]]:
     """The samples of each step that a run takes."""
     steps, step = {}, Trainer.step
 
@@ -183,7 +183,7 @@ def sampled(recipe, start=train) -> dict[int, list[int]]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Trainer, "step", noting)
-        start(recipe)
+        train(recipe)
     return steps
 
 
@@ -254,28 +254,28 @@ def pairs(folder):
 def test_a_bad_pair_is_left_out(over, pairs, tmp_path, reference):
     settings = {"dpo": {"reference": reference}, "lora": {"rank": 2, "alpha": 4}, "trainable": []}
     whole = over("whole", pairs, **settings)
-    dpo(whole)
+    train(whole)
     assert sum(step["left_out"] for step in read_metrics(whole.output / FILE)) == 2 * len(BAD)
     assert len((whole.output / LEFT_OUT).read_text().splitlines()) == len(BAD)
     assert None not in losses(whole) and np.isfinite(losses(whole)).all()
     killed = whole.model_copy(update={"output": tmp_path / "killed"})
-    break_off(killed, 3, dpo)
-    dpo(killed)
+    break_off(killed, 3)
+    train(killed)
     assert losses(killed) == losses(whole) and left_out(killed) == left_out(whole)
 
 
 def test_a_bad_pair_stops_while_the_reference_is_made(over, pairs):
     with pytest.raises(TrainingError, match=r"reference: data\.json\[4\] \(id sample-4\): .* \(2 more samples"):
-        dpo(over("run", pairs, data={"on_problem": "stop"}, dpo={"reference": "precomputed"}))
+        train(over("run", pairs, data={"on_problem": "stop"}, dpo={"reference": "precomputed"}))
 
 
 def test_pairs_may_be_taken_out(over, pairs):
     recipe = over("run", pairs, dpo={"reference": "precomputed"}, epochs=1)
-    dpo(recipe.model_copy(update={"steps": 1}))
+    train(recipe.model_copy(update={"steps": 1}))
     first = read_metrics(recipe.output / FILE)[0]["pairs"] + read_metrics(recipe.output / FILE)[0]["left_out"]
     gone = {0, 5, 10}
     without(pairs, gone)
-    assert sorted(sampled(recipe, dpo)) == [1, 2]
+    assert sorted(sampled(recipe)) == [1, 2]
     steps = read_metrics(recipe.output / FILE)
     assert first == 4 and np.isfinite(losses(recipe)).all()
     assert sum(step["pairs"] + step["left_out"] for step in steps[1:]) in range(5, 9)  # of 8, less those of the three

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 import llava_fast
 from llava_fast.cli import app
 from llava_fast.errors import CheckpointError, RecipeError
-from llava_fast.train import trainer as training
+from llava_fast.train import run as training
 from llava_fast.train.parallel import World
-from llava_fast.train.trainer import load_model, train
+from llava_fast.train.run import load_model, train
 from tests.support.training_runs import SHAPES, break_off, losses
 
 pytest.importorskip("peft")

@@ -8,7 +8,7 @@ import torch
 
 import llava_fast
 from llava_fast.errors import RecipeError
-from llava_fast.train.trainer import train
+from llava_fast.train.run import train
 from tests.support.training_runs import break_off, losses
 
 

@@ -13,9 +13,10 @@ from llava_fast.errors import DataError
 from llava_fast.inputs.plan.plan import TextPiece, VisualPiece
 from llava_fast.models.batch import Batch
 from llava_fast.train.data.lengths import measure
+from llava_fast.train.data.pairs import PairBatches, read_pairs, shared_pair
 from llava_fast.train.data.samples import Source
-from llava_fast.train.preference.loss import answer_log_probs, preference_losses
-from llava_fast.train.preference.pairs import PairBatches, read_pairs, shared_pair
+from llava_fast.train.objectives.dpo import preference_losses
+from llava_fast.train.objectives.reference import answer_log_probs
 from tests.support import tiny
 
 PAIR = {"id": "p0", "image": "a.png", "prompt": "what is it?", "chosen": "a red cup", "rejected": "a red table"}

@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor
 
 from llava_fast.errors import RecipeError
 from llava_fast.train import parallel
-from llava_fast.train.checkpoint import Checkpoints
+from llava_fast.train.checkpoint import RunCheckpoints
+from llava_fast.train.objectives.reference import weights_mark
 from llava_fast.train.parallel import World, join_world
-from llava_fast.train.preference.tuning import weights_mark
-from llava_fast.train.trainer import load_model, train
+from llava_fast.train.run import load_model, train
 from tests.support import tiny
 from tests.support.training_runs import SHAPES, losses
 
@@ -117,7 +117,8 @@ def test_another_number_of_processes_goes_on(small, run, tmp_path):
         update={"output": tmp_path / "moved", "parallel": small.parallel.model_copy(update=SHAPES["fsdp2"])}
     )
     run(moved, processes=2, kill="step:5")
-    assert Checkpoints(moved.output / "checkpoints", 1).steps()[0] in (2, 4)  # the newest may not have got its name yet
+    # The newest may not have got its name yet.
+    assert RunCheckpoints(moved.output / "checkpoints", 1).steps()[0] in (2, 4)
     train(moved)
     np.testing.assert_allclose(losses(moved), losses(small), rtol=1e-4)
 
@@ -136,7 +137,7 @@ def test_another_number_of_processes_goes_on(small, run, tmp_path):
 def test_killed_anywhere_it_goes_on_bit_for_bit(small, run, tmp_path, kill, kept):
     killed = small.model_copy(update={"output": tmp_path / "killed"})
     assert run(killed, kill=kill) == [-signal.SIGKILL]
-    assert Checkpoints(killed.output / "checkpoints", 1).steps() == kept
+    assert RunCheckpoints(killed.output / "checkpoints", 1).steps() == kept
     train(killed)
     assert losses(killed) == losses(small)
     assert [each.name for each in (killed.output / "checkpoints").iterdir()] == ["step-000005"]

@@ -17,10 +17,10 @@ from llava_fast.cli import app
 from llava_fast.errors import DataError, RecipeError
 from llava_fast.models.batch import Batch
 from llava_fast.train.metrics import FILE, read_metrics
+from llava_fast.train.objectives import reference as references
+from llava_fast.train.objectives.reference import adapters_off
 from llava_fast.train.parallel import World
-from llava_fast.train.preference import tuning as preference
-from llava_fast.train.preference.tuning import adapters_off, build_trainer, dpo
-from llava_fast.train.trainer import load_model, train
+from llava_fast.train.run import build_trainer, load_model, train
 from tests.support import tiny
 from tests.support.training_runs import SHAPES, break_off
 
@@ -108,7 +108,7 @@ def test_a_step_equals_two_passes(recipe, rows, recompute):
 
 def test_learns_the_preferences(recipe):
     made = recipe(epochs=8, optimizer={"learning_rate": 1e-3})
-    path = dpo(made)
+    path = train(made)
     found = steps(made)
     assert len(found) == 16
     assert found[0]["dpo_loss"] == pytest.approx(np.log(2), abs=1e-4)  # the model is its own reference
@@ -135,18 +135,18 @@ def test_the_sft_term_keeps_chosen_answers_likely(recipe, tmp_path):
     plain = recipe(epochs=4, output=str(tmp_path / "plain"))
     held = recipe({"sft_weight": 1.0}, epochs=4, output=str(tmp_path / "held"))
     for made in (plain, held):
-        dpo(made)
+        train(made)
     assert steps(held)[-1]["sft_loss"] < 0.8 * steps(plain)[-1]["sft_loss"]
 
 
 def test_a_killed_run_goes_on_with_the_same_reference(recipe, tmp_path, monkeypatch):
     whole = recipe(epochs=3, checkpoints={"every": 2}, output=str(tmp_path / "whole"))
-    dpo(whole)
+    train(whole)
     killed = whole.model_copy(update={"output": tmp_path / "killed"})
-    break_off(killed, 3, dpo)
+    break_off(killed, 3)
     (kept,) = (killed.output / "references").iterdir()
-    monkeypatch.setattr(preference, "tqdm", None)  # a second pass over the data would need it
-    dpo(killed)
+    monkeypatch.setattr(references, "tqdm", None)  # a second pass over the data would need it
+    train(killed)
     assert list((killed.output / "references").iterdir()) == [kept]
     assert [values["loss"] for values in steps(killed)] == [values["loss"] for values in steps(whole)]
 
@@ -168,7 +168,7 @@ def uneven(recipe_in, pairs_file, tmp_path_factory):
             checkpoints={"every": 2},
             **({"lora": {"rank": 4}, "trainable": []} if reference == "base" else {}),
         )
-        dpo(alone)
+        train(alone)
         return alone
 
     return functools.cache(make)
@@ -297,17 +297,18 @@ def test_recipes_that_cannot_be_run(recipe, changes, said):
         recipe(**changes)
 
 
-def test_each_command_has_its_recipes(recipe, make_recipe):
-    with pytest.raises(RecipeError, match="llava-fast dpo"):
-        train(recipe())
-    with pytest.raises(RecipeError, match="llava-fast train"):
-        dpo(make_recipe())
+def test_dpo_is_for_recipes_with_its_section(make_recipe, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(make_recipe().model_dump(mode="json")))
+    done = CliRunner().invoke(app, ["dpo", str(path)])
+    assert isinstance(done.exception, RecipeError) and "run `llava-fast train`" in str(done.exception)
 
 
-def test_the_command(recipe, tmp_path):
+@pytest.mark.parametrize("command", ["train", "dpo"])
+def test_the_command(recipe, tmp_path, command):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe().model_dump(mode="json")))
-    done = CliRunner().invoke(app, ["dpo", str(path), "--set", "steps=1"])
+    done = CliRunner().invoke(app, [command, str(path), "--set", "steps=1"])
     assert done.exit_code == 0, done.output
     assert f"the trained model is in {tmp_path / 'run' / 'model'}" in done.output
 
@@ -318,7 +319,7 @@ def test_a_bad_pair_is_named_before_anything_runs(recipe, pairs_file, tmp_path):
     bad.write_text("\n".join([*lines, json.dumps({"id": "odd", "prompt": "what?", "chosen": "a", "rejected": "a"})]))
     made = recipe(data={"sources": [{"path": str(bad), "images": str(pairs_file.parent)}]})
     with pytest.raises(DataError, match=r"bad.jsonl\[12\] \(id odd\): its two answers are the same"):
-        dpo(made)
+        train(made)
 
 
 def test_long_pairs_are_left_out(recipe, caplog):

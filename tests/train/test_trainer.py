@@ -9,10 +9,13 @@ import torch
 import llava_fast
 from llava_fast.errors import DataError, RecipeError, TrainingError
 from llava_fast.models.batch import Batch
+from llava_fast.train import run
 from llava_fast.train import trainer as training
 from llava_fast.train.metrics import FILE, read_metrics
 from llava_fast.train.parallel import World
-from llava_fast.train.trainer import Trainer, build_loader, load_model, train
+from llava_fast.train.resume import RECIPE_FILE
+from llava_fast.train.run import build_loader, load_model, train
+from llava_fast.train.trainer import Trainer
 from tests.support.training_runs import break_off, losses
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -106,7 +109,7 @@ def test_refuses_to_resume_another_recipe(make_recipe, caplog):
     train(recipe)
     with pytest.raises(TrainingError, match=r"another recipe: trainable changed .*'decoder'.* and is \['projector'\]"):
         train(recipe.model_copy(update={"trainable": ["projector"]}))
-    (recipe.output / training.RECIPE_FILE).unlink()  # as in a run of an older version
+    (recipe.output / RECIPE_FILE).unlink()  # as in a run of an older version
     with pytest.raises(TrainingError, match="does not fit") as caught:
         train(recipe.model_copy(update={"trainable": ["vision_tower"]}))
     assert "Traceback" not in str(caught.value) and "vision_tower" in str(caught.value)
@@ -118,7 +121,7 @@ def test_refuses_to_resume_another_recipe(make_recipe, caplog):
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/none"])
 def test_an_output_that_cannot_be_written_stops_at_once(make_recipe, tmp_path, monkeypatch, place):
-    monkeypatch.setattr(training, "load_model", lambda *_: 1 / 0)
+    monkeypatch.setattr(run, "load_model", lambda *_: 1 / 0)
     (tmp_path / "file").write_text("")
     with pytest.raises(RecipeError, match="output: nothing can be written to"):
         train(make_recipe(output=str(tmp_path / place)))

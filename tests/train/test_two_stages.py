@@ -17,7 +17,7 @@ from transformers import (
 import llava_fast
 from llava_fast.train.metrics import FILE, read_metrics
 from llava_fast.train.parallel import World
-from llava_fast.train.trainer import build_loader, load_model, train
+from llava_fast.train.run import build_loader, load_model, train
 from tests.support import tiny
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -25,7 +25,7 @@ from llava_fast.demo import compose, questions, split_scans
 from llava_fast.demo.run import model_path
 from llava_fast.train.metrics import FILE, read_metrics
 from llava_fast.train.parallel import World
-from llava_fast.train.trainer import build_trainer, load_model, train
+from llava_fast.train.run import build_trainer, load_model, train
 
 ALONE = World(0, 1, torch.device("cpu"))
 

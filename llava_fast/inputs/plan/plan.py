@@ -6,7 +6,7 @@ ships to a device in one copy. Layout "packed" puts sequences end to end; "padde
 filler rows (source -1) on the right.
 
 A packed sequence may end in tails: other continuations of what comes before them, its prefix. Each tail's positions
-start where the prefix ends, and no tail sees another, so two answers to one question share its rows (train.preference).
+start where the prefix ends, and no tail sees another, so two answers to one question share its rows (train.data.pairs).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -26,7 +26,9 @@ from llava_fast.train.data.run_samples import RunSamples, schedule_of
 from llava_fast.train.data.samples import SampleTable
 from llava_fast.train.data.workers import in_workers
 from llava_fast.train.estimate.flops import sequence_flops
-from llava_fast.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from llava_fast.train.recipe import Recipe
 
 _Made = TypeVar("_Made")
 

@@ -12,7 +12,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,9 @@ from llava_fast.train.data.lengths import Lengths
 from llava_fast.train.data.mixture import epoch_order
 from llava_fast.train.data.samples import SampleTable
 from llava_fast.train.data.schedule import Schedule
-from llava_fast.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from llava_fast.train.recipe import Recipe
 
 logger = logging.getLogger("llava_fast.train")
 FILE = "samples.npz"  # in a run's output

@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -162,8 +162,14 @@ class SampleTable:
         return name if given is None else f"{name} (id {str(given)[:100]})"
 
 
-def read_sources(sources: Sequence[Source], image_first: bool = True, keys: Sequence[str] = READ_KEYS) -> SampleTable:
-    """Read the files of a run's sources, and these `keys` of each sample.
+def read_sources(
+    sources: Sequence[Source],
+    image_first: bool = True,
+    keys: Sequence[str] = READ_KEYS,
+    split: Callable[[Any], list[Any]] | None = None,
+) -> SampleTable:
+    """Read the files of a run's sources, and these `keys` of each sample. `split` gives the samples that a value of a
+    file holds; default: itself alone.
 
     Raises DataError, naming file, line and column, for a file that is missing or no JSON, and for a source without
     samples. What is wrong inside a sample is raised when that is asked for.
@@ -184,8 +190,9 @@ def read_sources(sources: Sequence[Source], image_first: bool = True, keys: Sequ
                         unread.update(value.keys() - keys)
                         value = {key: value[key] for key in keys if value.get(key) is not None}
                         oddities.update(_oddities(value))
-                    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-                    of_part.append((text.encode("utf-8", "surrogatepass"), number, len(files) - 1, place))
+                    for sample in [value] if split is None else split(value):
+                        text = json.dumps(sample, ensure_ascii=False, separators=(",", ":"))
+                        of_part.append((text.encode("utf-8", "surrogatepass"), number, len(files) - 1, place))
             of_source += [of_part[i] for i in _chosen(len(of_part), sampling, [source.seed, part])]
         chosen = _chosen(len(of_source), source.sampling, [source.seed])
         if not len(chosen):

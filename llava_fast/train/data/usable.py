@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
@@ -13,7 +14,9 @@ from llava_fast.inputs.plan.length import count_rows, fit
 from llava_fast.inputs.processor import Processor
 from llava_fast.train.data.lengths import LabelMask, Lengths
 from llava_fast.train.data.samples import SampleTable
-from llava_fast.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from llava_fast.train.recipe import Recipe
 
 logger = logging.getLogger("llava_fast.train")
 

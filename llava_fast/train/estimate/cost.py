@@ -24,10 +24,10 @@ from llava_fast.models.config import LlavaConfig
 from llava_fast.models.vlm import LlavaModel
 from llava_fast.ops.linear_cross_entropy.chunked import CHUNK_BYTES
 from llava_fast.train.data.mixture import epoch_counts
-from llava_fast.train.data.samples import read_sources
 from llava_fast.train.estimate.flops import GPUS, Forward, forward_flops, peak_flops, step_flops
-from llava_fast.train.optim import freeze, part_of
-from llava_fast.train.recipe import PARTS, Recipe
+from llava_fast.train.optim import freeze
+from llava_fast.train.parts import PARTS, part_of
+from llava_fast.train.recipe import Recipe
 
 KNOWN_DECODERS = Path(__file__).parent / "known_decoders.json"
 """The shapes (config.json) of decoders that recipes name, for planning where there is no network."""
@@ -177,7 +177,7 @@ def _sample(config: LlavaConfig, recipe: Recipe, rows: int | None, tiles: int | 
     plain = recipe.data.template in ("plain", "v0_plain")
     text = 40 if plain else 250
     supervised = text if plain else text // 2
-    pair = supervised if recipe.dpo is not None else 0
+    pair = supervised * (recipe.objective().branches - 1)
     if rows is None:
         rows = len(visual) + text + pair
         how = f"assumed: {len(visual)} of a 1024x768 image, {text} of text" + f", {pair} of a second answer" * bool(
@@ -193,7 +193,7 @@ def _sample(config: LlavaConfig, recipe: Recipe, rows: int | None, tiles: int | 
 def _count_samples(recipe: Recipe) -> int | None:
     """Samples of an epoch, if the data is here."""
     try:
-        table = read_sources(recipe.data.sources)
+        table = recipe.objective().read(recipe.data.sources)
     except DataError:
         return None
     sizes = np.bincount(table.source_of, minlength=len(recipe.data.sources))
@@ -317,7 +317,9 @@ def _time(
     again = _recomputed(forward, recipe, bool(counts.trained["vision_tower"]))
     peak = peak_flops(GPUS[gpu], recipe.precision, recipe.tf32)
     speed = gpus * peak * share
-    step = recipe.batch_size * (model + again)
+    objective = recipe.objective()
+    beside = sum(forward) * objective.passes_beside
+    step = recipe.batch_size * (model + again + beside)
     figures = [
         Figure(
             "forward pass of a sample", sum(forward), "FLOP", "2 a weight and row; attention 4 x width a pair of rows"
@@ -328,6 +330,8 @@ def _time(
         Figure("reached", speed, "FLOP/s", f"assumed: {share:.0%} of {gpus} x {peak / 1e12:.0f} TFLOP/s ({gpu})"),
         Figure("a step", step / speed, "s", "the two figures above"),
     ]
+    if beside:
+        figures.insert(3, Figure("without gradients", beside, "FLOP", f"{objective.passes_beside} forward passes more"))
     if recipe.steps is None and samples is None:
         figures.append(Figure("hours", math.nan, "", "not known: the data is not here; give --samples"))
         return figures, None
@@ -336,9 +340,9 @@ def _time(
     hours = steps * step / speed / 3600
     how = f"{samples:,} samples x {recipe.epochs:g} epochs" if samples is not None else "the recipe's steps"
     figures.append(Figure("steps", steps, "", how))
-    if recipe.dpo is not None and recipe.dpo.reference == "precomputed" and samples is not None:
-        first = samples * sum(forward) / speed / 3600
-        figures.append(Figure("the reference", first, "h", "one forward pass over all pairs"))
+    if objective.passes_before and samples is not None:
+        first = objective.passes_before * samples * sum(forward) / speed / 3600
+        figures.append(Figure("the reference", first, "h", "one forward pass over all samples"))
         hours += first
     figures.append(Figure("hours", hours, "h", "at this speed, if data and network keep up"))
     return figures, hours

@@ -71,6 +71,17 @@ def _with_answer(value: Any, which: int) -> dict[str, Any]:
     """A pair with one of its answers, in the form of an ordinary sample. Raises DataError."""
     if not isinstance(value, dict):
         raise DataError("a pair must be an object with prompt, chosen and rejected")
+    turns = prompt_turns(value)
+    needs = "a pair needs prompt, chosen and rejected"
+    answers = [answer_text(value, "chosen" if "chosen" in value else "answer", needs)]
+    answers.append(answer_text(value, "rejected", needs))
+    if answers[CHOSEN] == answers[REJECTED]:
+        raise DataError("its two answers are the same, so neither can be preferred: leave it out")
+    return conversation(value, turns, answers[which])
+
+
+def prompt_turns(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """The turns of a "prompt", the last of them a question. Raises DataError."""
     turns = value.get("prompt")
     if isinstance(turns, str):
         turns = [{"from": "human", "value": turns}]
@@ -78,22 +89,24 @@ def _with_answer(value: Any, which: int) -> dict[str, Any]:
         raise DataError("it has no prompt: it needs a text, or the list of turns before the answer", "roles and turns")
     if turns[-1].get("from", turns[-1].get("role")) not in ("human", "user"):
         raise DataError("its prompt must end with a turn from 'human', which the answers follow", "roles and turns")
-    answers = [_text(value, "chosen" if "chosen" in value else "answer"), _text(value, "rejected")]
-    if answers[CHOSEN] == answers[REJECTED]:
-        raise DataError("its two answers are the same, so neither can be preferred: leave it out")
-    given = {key: value[key] for key in ("id", "image", "images", "video") if key in value}
-    answer = {"from": "gpt", "value": answers[which]}
-    return {**given, "conversations": [*_marked(turns, value), answer]}
+    return turns
 
 
-def _text(value: dict[str, Any], key: str) -> str:
-    """An answer: a text, or (as TRL's data has it) a list of the one turn that holds it."""
+def answer_text(value: dict[str, Any], key: str, needs: str) -> str:
+    """An answer: a text, or (as TRL's data has it) a list of the one turn that holds it. Raises DataError, which ends
+    in what the data `needs`."""
     given = value.get(key)
     if isinstance(given, list) and len(given) == 1 and isinstance(given[0], dict):
         given = given[0].get("value", given[0].get("content"))
     if not isinstance(given, str) or not given.strip():
-        raise DataError(f"it has no text under {key!r}: a pair needs prompt, chosen and rejected", "roles and turns")
+        raise DataError(f"it has no text under {key!r}: {needs}", "roles and turns")
     return given
+
+
+def conversation(value: dict[str, Any], turns: list[dict[str, Any]], answer: str) -> dict[str, Any]:
+    """A prompt's turns and an answer to them, in the form of an ordinary sample."""
+    given: dict[str, Any] = {key: value[key] for key in ("id", "image", "images", "video") if key in value}
+    return {**given, "conversations": [*_marked(turns, value), {"from": "gpt", "value": answer}]}
 
 
 def _marked(turns: list[dict[str, Any]], value: dict[str, Any]) -> list[dict[str, Any]]:
@@ -126,7 +139,7 @@ def shared_pair(processor: Processor, chosen: dict, rejected: dict, tiles: list[
 
     Raises RequestError or ImageError as `Processor.prepare` does, and DataError if tokens do not tell them apart.
     """
-    outlines = [_last_answer(processor.outline(request, labels=True)) for request in (chosen, rejected)]
+    outlines = [last_answer(processor.outline(request, labels=True)) for request in (chosen, rejected)]
     (*before, first), (*before_other, second) = outlines
     if not isinstance(first, TextPiece) or not isinstance(second, TextPiece) or not _same(before, before_other):
         raise DataError("its two answers do not follow the same question")
@@ -148,7 +161,7 @@ def _flags(piece: TextPiece) -> np.ndarray:
     return np.zeros(len(piece.ids), bool) if piece.supervised is None else piece.supervised
 
 
-def _last_answer(outline: list[TextPiece | VisualMark]) -> list[TextPiece | VisualMark]:
+def last_answer(outline: list[TextPiece | VisualMark]) -> list[TextPiece | VisualMark]:
     """An outline that ends with its last answer, which alone is supervised: the answers before it are the prompt's."""
     *before, last = outline
     if not isinstance(last, TextPiece) or not _flags(last).any():
@@ -168,31 +181,54 @@ def _same(one: list[TextPiece | VisualMark], other: list[TextPiece | VisualMark]
     )
 
 
-class PairBatches(Dataset):
-    """A micro-batch of pairs by their numbers, each one sequence with two tails: what a worker makes.
+class TwoAnswers(Dataset):
+    """A micro-batch of sequences with two tails, by sample numbers: what a worker makes.
 
-    references  float32 [pairs, 2], the reference's log-probabilities of both answers, which then travel with the plan
+    references  float32 [samples, 2], the reference's log-probabilities of both answers, which then travel with the plan
                 as its column "reference" [sequences, 2].
     """
 
-    def __init__(self, answers: Answers, processor: Processor, references: np.ndarray | None = None) -> None:
-        self.answers, self.processor, self.references = answers, processor, references
+    def __init__(self, processor: Processor, references: np.ndarray | None = None) -> None:
+        self.processor, self.references = processor, references
 
     def __getitem__(self, numbers: list[int]) -> Made:
-        kept, pairs, tiles, left_out = each_sound(numbers, self._pair, self._name)
-        names = [self._name(number) for number in kept]
+        kept, pairs, tiles, left_out = each_sound(numbers, self._sound, self.name)
         tails = [[len(tail.ids) for tail in pair.tails] for pair in pairs]
         prepared = self.processor.assemble([pair.pieces for pair in pairs], tiles, tails=tails)
-        if self.references is None:
-            return Made(prepared, names, left_out)
-        column = {"reference": self.references[kept].astype(np.float32).reshape(-1, 2).view(np.int32)}
-        return Made(Prepared(prepared.tiles, prepared.plan.with_columns(column)), names, left_out)
+        columns = self.columns(kept)
+        if self.references is not None:
+            columns["reference"] = self.references[kept].astype(np.float32).reshape(-1, 2).view(np.int32)
+        if columns:
+            prepared = Prepared(prepared.tiles, prepared.plan.with_columns(columns))
+        return Made(prepared, [self.name(number) for number in kept], left_out)
 
-    def _pair(self, number: int, tiles: list[Cut]) -> SharedPair:
+    def _sound(self, number: int, tiles: list[Cut]) -> SharedPair:
         if self.references is not None and np.isnan(self.references[number]).any():
             raise DataError("it could not be read when the reference's log-probabilities were made")
+        return self.pair(number, tiles)
+
+    def pair(self, number: int, tiles: list[Cut]) -> SharedPair:
+        """A sample's sequence; its images are appended to `tiles`."""
+        raise NotImplementedError
+
+    def name(self, number: int) -> str:
+        raise NotImplementedError
+
+    def columns(self, numbers: list[int]) -> dict[str, np.ndarray]:
+        """Further int32 columns of the plan, an entry for each of these samples."""
+        return {}
+
+
+class PairBatches(TwoAnswers):
+    """Micro-batches of preference pairs."""
+
+    def __init__(self, answers: Answers, processor: Processor, references: np.ndarray | None = None) -> None:
+        super().__init__(processor, references)
+        self.answers = answers
+
+    def pair(self, number: int, tiles: list[Cut]) -> SharedPair:
         chosen, rejected = self.answers[2 * number], self.answers[2 * number + 1]
         return shared_pair(self.processor, chosen.request, rejected.request, tiles)
 
-    def _name(self, number: int) -> str:
+    def name(self, number: int) -> str:
         return self.answers.name(2 * number)

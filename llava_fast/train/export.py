@@ -1,0 +1,53 @@
+"""The trained model, written as a checkpoint that `llava_fast.load` and others read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from llava_fast.checkpoints.adapters import save_projector
+from llava_fast.checkpoints.save import NOTE_FILE, save
+from llava_fast.generation.llava import Llava
+from llava_fast.train.lora import export_adapter, merged
+from llava_fast.train.objective import processor_of
+from llava_fast.train.parallel import World
+from llava_fast.train.parts import part_of
+from llava_fast.train.recipe import Recipe
+
+
+def export(recipe: Recipe, model: nn.Module, bare: Llava, world: World) -> Path:
+    """Write the model into the recipe's output, in the recipe's precision; returns its directory (`output`/model). With
+    `lora`, merged, and the adapter alone beside it (`output`/adapter). A projector that was trained alone is beside it
+    too (`output`/projector), in float32.
+
+    model  as all processes run it; `bare` the same without what wraps it. Every process calls this.
+    """
+    path = recipe.output / "model"
+    dtype = getattr(torch, recipe.precision)
+    everything = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    whole = cast(dict[str, Tensor], everything)
+    if world.first:
+        for kind in ("saving", "replaced"):  # left over by an export that was killed
+            for leftover in recipe.output.glob(f".*.{kind}-*"):
+                shutil.rmtree(leftover)
+        if recipe.data.template:  # else the base model's own goes with it
+            note = json.dumps({"chat_template": processor_of(bare).template.name})
+            bare.side_files = {**getattr(bare, "side_files", {}), NOTE_FILE: note}
+        trained = [name for name, parameter in bare.named_parameters() if parameter.requires_grad]
+        if recipe.lora is not None:
+            export_adapter(recipe.output / "adapter", whole, trained, bare, recipe)
+            whole = merged(whole, recipe.lora)
+        elif {part_of(name) for name in trained} == {"projector"}:
+            alone = {name: tensor for name, tensor in whole.items() if part_of(name) == "projector"}
+            note_file = bare.side_files.get(NOTE_FILE)
+            save_projector(recipe.output / "projector", alone, bare.config, note_file)
+        tensors = {name: tensor.to(dtype) for name, tensor in whole.items()}
+        save(bare, path, layout=recipe.layout, overwrite=True, tensors=tensors)
+    world.together()
+    return path

@@ -1,0 +1,228 @@
+"""Objectives that measure a model against the one that their run began with: its log-probabilities of two answers.
+
+Both answers follow their question in one sequence, as two branches. The reference's log-probabilities are made before
+the first step (`precomputed`), or beside each batch by the model without its adapters (`base`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import os
+from abc import abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from llava_fast.errors import RecipeError
+from llava_fast.inputs.plan import TokenPlan
+from llava_fast.inputs.processor import Processor
+from llava_fast.models.batch import Batch
+from llava_fast.train.data.loader import LeftOut, Loader
+from llava_fast.train.data.run_samples import RunSamples
+from llava_fast.train.data.samples import SampleTable
+from llava_fast.train.data.workers import in_workers
+from llava_fast.train.left_out import left_out_together
+from llava_fast.train.objective import Objective, ObjectiveSettings, forward
+from llava_fast.train.parallel import World, place, placed_dtype
+
+if TYPE_CHECKING:
+    from llava_fast.generation.llava import Llava
+    from llava_fast.train.recipe import Recipe
+
+logger = logging.getLogger("llava_fast.train")
+
+_SAMPLED = 4096  # values of each weight that tell one starting model from another
+
+
+class ReferenceSettings(ObjectiveSettings):
+    """A section of an objective with a reference."""
+
+    section: ClassVar[str]
+
+    reference: Literal["precomputed", "base"] = "precomputed"  # base: the model without its adapters (lora)
+
+    def check(self, recipe: Recipe) -> None:
+        kept = (recipe.data.batching, recipe.data.too_long, recipe.data.label_mask, recipe.loss_average)
+        if kept != ("packed", "drop", "answers", "step"):
+            raise ValueError(
+                f"`{self.section}` goes with data.batching: packed, data.too_long: drop, data.label_mask: answers and "
+                "loss_average: step"
+            )
+        if self.reference == "base" and recipe.lora is None:
+            raise ValueError(
+                f"`{self.section}.reference: base` is the model without its adapters: give `lora`, or `precomputed`"
+            )
+
+
+class AgainstReference(Objective):
+    """An objective over sequences that end in two answers, each with its reference log-probability."""
+
+    branches = 2
+
+    def __init__(self, recipe: Recipe, settings: ReferenceSettings) -> None:
+        super().__init__(recipe)
+        self.settings = settings
+
+    @abstractmethod
+    def micro_batches(self, table: SampleTable, processor: Processor, references: np.ndarray | None) -> Dataset:
+        """Micro-batches of sequences with two branches, by sample numbers. references: float32 [samples, 2], which then
+        travel as the plan's column "reference" [sequences, 2]."""
+
+    def mark(self) -> bytes:
+        """What the reference depends on beside samples, weights and precision."""
+        return b""
+
+    def processor(self, model: Llava) -> Processor:
+        processor = super().processor(model)
+        decoder = model.config.decoder
+        if decoder.rope.kind == "dynamic":  # it turns a prompt by the length of what follows: longer ones are no prefix
+            most = min(processor.max_rows or decoder.max_positions, decoder.max_positions)
+            processor = dataclasses.replace(processor, max_rows=most)
+        return processor
+
+    def prepare(self, loader: Loader, samples: RunSamples, processor: Processor, model: Llava, world: World) -> None:
+        loader.micro_batches = self.micro_batches(samples.table, processor, None)
+        if self.settings.reference == "base":
+            return
+        mark = hashlib.blake2b(digest_size=16)
+        weights = weights_mark(model, self.recipe)
+        for part in (samples.table.fingerprint(), processor.template.name, weights, self.recipe.precision):
+            mark.update(part.encode())
+        measured = samples.lengths  # by tokenizer, tiles and frames; samples left out have no value
+        for column in (measured.text, measured.visual, samples.left):
+            mark.update(column.tobytes())
+        mark.update(self.mark())
+        path = self.recipe.output / "references" / f"{mark.hexdigest()}.npy"
+        references = reference_log_probs(self.recipe, model, loader, np.flatnonzero(samples.left), path, world)
+        loader.micro_batches = self.micro_batches(samples.table, processor, references)
+
+    def start(self, model: nn.Module, world: World) -> None:
+        super().start(model, world)
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        if self.settings.reference == "base" and any("lora_" not in name for name in trained):
+            raise RecipeError(
+                f"{self.settings.section}.reference: base is the model without its adapters, so nothing else may be "
+                "trained: leave `trainable` empty and give `lora`, or use `reference: precomputed`"
+            )
+        # Where no adapter comes before the decoder's layers, both passes of a batch have the same inputs.
+        self.inputs_are_the_bases = all("decoder.layers." in name for name in trained)
+
+    def forward(self, model: nn.Module, batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
+        return forward(model, batch, self.recipe.precision, **options)
+
+    def reference(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """The reference's log-probabilities [sequences, 2] of a batch, and the decoder's inputs if they serve the
+        policy too, so that tower and projector run once."""
+        if self.settings.reference == "precomputed":
+            return batch.weight("reference"), None
+        with torch.no_grad(), adapters_off(model, self.settings.section):
+            losses, inputs = self.forward(model, batch)
+        if not batch.plan.lengths:  # no sample, but every process runs every module as often as the others
+            return losses.new_zeros(0, 2), None
+        reference, _ = answer_log_probs(losses, batch.plan)
+        return reference, inputs if self.inputs_are_the_bases else None
+
+    @property
+    def passes_before(self) -> int:
+        return int(self.settings.reference == "precomputed")
+
+    @property
+    def passes_beside(self) -> int:
+        return int(self.settings.reference == "base")
+
+
+def answer_log_probs(losses: Tensor, plan: TokenPlan) -> tuple[Tensor, Tensor]:
+    """(log-probability, number of tokens) of both answers of each sequence, float32 [sequences, 2] both, from the
+    negative log-likelihoods of a plan's supervised rows. Tokens that both answers begin with count for both."""
+    part = 3 * plan.column("supervised_sequence") + plan.column("supervised_tail")
+    counts = torch.from_numpy(np.bincount(part, minlength=3 * len(plan.lengths))).to(losses.device)
+    sums = torch.segment_reduce(losses, "sum", lengths=counts, initial=0).view(-1, 3)  # rows are in order of `part`
+    tokens = counts.view(-1, 3).to(losses.dtype)
+    return -(sums[:, :1] + sums[:, 1:]), tokens[:, :1] + tokens[:, 1:]
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module, section: str = "dpo") -> Iterator[None]:
+    """The model without its PEFT adapters, whether PEFT wrapped it or put them into it. Raises RecipeError, naming
+    the recipe's section, if it has none."""
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError:
+        raise RecipeError(f"{section}.reference: base needs PEFT: pip install peft, or use `precomputed`") from None
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if not layers:
+        raise RecipeError(f"{section}.reference: base needs a model with adapters: give `lora`, or use `precomputed`")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for layer in layers:
+        layer.enable_adapters(False)
+    for parameter in trained:  # PEFT freezes them, and FSDP2 would keep what it sees in the first pass
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+@torch.no_grad()
+def reference_log_probs(
+    recipe: Recipe, model: Llava, loader: Loader, samples: np.ndarray, path: Path, world: World
+) -> np.ndarray:
+    """The starting model's log-probabilities of both answers, float32 [all samples, 2] (NaN for those not in
+    `samples`, and for those that could not be read, if the recipe skips them).
+
+    Made once and kept at `path`, whole or not at all; a run that is resumed reads them.
+    """
+    if world.sum(torch.tensor([world.first and path.exists()], dtype=torch.int32, device=world.device)).item():
+        return np.load(path)
+    place(model.parameters(), recipe, world)  # whole, also one that is sharded later
+    found = torch.zeros(len(loader.lengths.text), 2, device=world.device)
+    mine = loader.pack(samples.tolist())[world.rank]
+    batches = in_workers(loader.micro_batches, mine, recipe.data.workers)
+    left_out: list[LeftOut] = []
+    was_training = model.training
+    model.eval()
+    with tqdm(total=sum(map(len, mine)), desc="reference", unit=" samples", disable=not world.first) as bar:
+        for numbers, (prepared, _, bad) in zip(mine, batches, strict=True):
+            left_out += bad
+            kept = [number for number in numbers if number not in dict(bad)]
+            if kept:
+                losses, _ = forward(model, Batch.from_prepared(prepared, world.device), recipe.precision)
+                found[kept] = answer_log_probs(losses, prepared.plan)[0]
+            bar.update(len(numbers))
+    model.train(was_training)
+    for number, problem in left_out_together(recipe, world, left_out, "reference"):
+        samples = samples[samples != number]
+        if world.first:
+            logger.warning("no reference for a sample: %s", problem)
+    whole = world.sum(found).cpu().numpy()
+    whole[np.setdiff1d(np.arange(len(whole)), samples)] = np.nan
+    if world.first:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        with part.open("wb") as file:
+            np.save(file, whole)
+        part.replace(path)
+    world.together()
+    return whole
+
+
+def weights_mark(model: nn.Module, recipe: Recipe) -> str:
+    """A hash of an even sample of each weight as `place` rounds it, adapters left out (they change nothing at the
+    start)."""
+    mark = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // _SAMPLED)].to(placed_dtype(parameter, recipe)).float().cpu().numpy()
+            mark.update(f"{name} {tuple(parameter.shape)}".encode() + sample.tobytes())
+    return mark.hexdigest()

@@ -1,0 +1,21 @@
+"""Supervised fine-tuning: the negative log-likelihood of the supervised tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from llava_fast.inputs.plan import TokenPlan
+from llava_fast.models.batch import Batch
+from llava_fast.train.objective import Objective, forward
+
+
+class Sft(Objective):
+    """A mean over supervised tokens of LLaVA-format samples: what a recipe without another objective's section does."""
+
+    unit = "supervised_tokens"
+
+    def count(self, plan: TokenPlan) -> int:
+        return len(plan.column("supervised_row"))
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        return forward(model, batch, self.recipe.precision)[0]

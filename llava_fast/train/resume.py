@@ -1,0 +1,116 @@
+"""What a run goes on from: its state in a checkpoint, and whether recipe and data are still those of the run."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import yaml
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from llava_fast.errors import TrainingError
+from llava_fast.train.checkpoint import RunCheckpoints
+from llava_fast.train.data.loader import Loader
+from llava_fast.train.objective import Objective
+from llava_fast.train.recipe import Recipe
+
+logger = logging.getLogger("llava_fast.train")
+RECIPE_FILE = "recipe.yaml"  # in a run's output: the recipe that it was begun with, or last resumed with
+_KEPT = ("model", "trainable", "lora", "optimizer")  # fields that a resumed run takes from its checkpoint
+
+
+@dataclass
+class RunState:
+    """The parts of a run that a checkpoint holds. `recent` are the last losses."""
+
+    recipe: Recipe
+    model: nn.Module
+    optimizer: Optimizer
+    schedule: LRScheduler
+    loader: Loader
+    objective: Objective
+    recent: deque[float]
+
+    def at(self, step: int) -> dict[str, Any]:
+        """All that a run goes on from after so many steps. Frozen weights are not in it: they are the recipe's
+        model's."""
+        model, optimizer = get_state_dict(
+            self.model, self.optimizer, options=StateDictOptions(ignore_frozen_params=True)
+        )
+        objective = self.objective.state()
+        return {
+            "model": model,
+            "optimizer": optimizer,
+            "schedule": self.schedule.state_dict(),
+            "run": {"step": step, "data": self._data_mark(), "recent": list(self.recent)},
+            **({"objective": objective} if objective else {}),
+        }
+
+    def resume(self, checkpoints: RunCheckpoints, says: bool) -> int:
+        """Load the newest checkpoint; the number of steps done, 0 without one. `says`: this process logs what changed.
+
+        Raises TrainingError if recipe or data are not the run's.
+        """
+        steps = checkpoints.steps()
+        if not steps:
+            return 0
+        self._check_recipe(says)
+        state = self.at(0)
+        mark = state["run"]["data"]
+        checkpoints.load(steps[-1], state)
+        if state["run"]["data"] != mark:
+            raise TrainingError(
+                f"the data, seed or batch size is not what {checkpoints.path(steps[-1])} was made with, so "
+                "samples would be lost or repeated: restore them (samples may be taken out, but not added, changed or "
+                "moved), or choose another output"
+            )
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=StateDictOptions(ignore_frozen_params=True, strict=False),
+        )
+        self.schedule.load_state_dict(state["schedule"])
+        self.recent.extend(state["run"]["recent"])
+        if "objective" in state:
+            self.objective.load_state(state["objective"])
+        logger.info("resumed after step %d", state["run"]["step"])
+        return int(state["run"]["step"])
+
+    def write_recipe(self) -> None:
+        """Keep the recipe that the run goes by, for the next start."""
+        text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
+        (self.recipe.output / RECIPE_FILE).write_text(text, encoding="utf-8")
+
+    def _check_recipe(self, says: bool) -> None:
+        """Raises TrainingError if the output is another recipe's; other differences are said."""
+        path = self.recipe.output / RECIPE_FILE
+        if not path.exists():
+            return
+        before, now = yaml.safe_load(path.read_text(encoding="utf-8")), self.recipe.model_dump(mode="json")
+        before = dict.fromkeys(self.recipe.objective_fields()) | before  # written before there was such an objective
+        other = [name for name in before if name in now and before[name] != now[name]]
+        if wrong := [name for name in (*_KEPT, *self.recipe.objective_fields()) if name in other]:
+            name = wrong[0]
+            raise TrainingError(
+                f"{self.recipe.output} holds a run of another recipe: {', '.join(wrong)} changed ({name} was "
+                f"{before[name]!r} and is {now[name]!r}). Choose another output; to go on with that run, restore what "
+                f"{path} holds"
+            )
+        if other and says:
+            logger.info("what changed since this run was begun: %s", ", ".join(other))
+
+    def _data_mark(self) -> str:
+        """Changes when the samples or their order do."""
+        schedule = self.loader.schedule
+        marked = hashlib.sha256(np.ascontiguousarray(schedule.order(0), dtype=np.int64).tobytes())
+        marked.update(self.loader.contents.encode())
+        return f"{marked.hexdigest()[:16]}-{schedule.batch_size}-{self.recipe.seed}"

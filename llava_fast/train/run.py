@@ -1,0 +1,113 @@
+"""From a recipe to a trained model: what a run is made of, put together in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import torch
+
+from llava_fast.api import load
+from llava_fast.errors import RecipeError
+from llava_fast.generation.llava import Llava
+from llava_fast.inputs.processor import Processor
+from llava_fast.models.fused import split_linears
+from llava_fast.train.data.lengths import Lengths, measure
+from llava_fast.train.data.loader import Loader
+from llava_fast.train.data.run_samples import run_samples
+from llava_fast.train.data.samples import SampleTable
+from llava_fast.train.data.usable import usable_samples
+from llava_fast.train.lora import add_adapters
+from llava_fast.train.objective import Objective, processor_of
+from llava_fast.train.optim import freeze
+from llava_fast.train.parallel import World, is_sharded, join_world, place
+from llava_fast.train.recipe import Recipe
+from llava_fast.train.trainer import Trainer
+
+
+def train(recipe: Recipe, resume: bool = True) -> Path:
+    """Run a recipe to its end and export the model; returns the model's directory (`output`/model).
+
+    resume  go on from the newest checkpoint in the recipe's output, if there is one. False refuses to run over it.
+    Raises RecipeError, DataError or CheckpointError before the first step, TrainingError when a run must stop.
+    """
+    world = join_world(recipe.parallel)
+    if world.first:
+        check_output(recipe.output)
+    torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
+    torch.backends.cudnn.allow_tf32 = recipe.tf32
+    trainer = build_trainer(recipe, load_model(recipe, world), world)
+    trainer.run(resume)
+    return trainer.export()
+
+
+def check_output(path: Path) -> None:
+    """Make the output directory, and see that it can be written to. Raises RecipeError now, not when the first
+    checkpoint is due."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise RecipeError(f"output: nothing can be written to {path} ({error.strerror}): choose another") from None
+
+
+def load_model(recipe: Recipe, world: World) -> Llava:
+    """The recipe's model on this process's device: what is trained in float32, the rest in the precision asked for. One
+    that is to be sharded stays on the host as its checkpoint holds it, so that no device ever holds all of it."""
+    model = load(recipe.model, device="cpu", dtype="auto", chat_template=recipe.data.template, merge=False)
+    freeze(model, recipe)
+    if recipe.lora is not None:
+        add_adapters(model, recipe)
+    if not is_sharded(recipe, world):
+        place(model.parameters(), recipe, world)
+    processor = processor_of(model)
+    data = recipe.data
+    most = data.max_length or processor.max_rows
+    model.processor = dataclasses.replace(
+        processor, video_frames=data.video_frames, time_instruction=data.time_instruction, max_rows=most
+    )
+    return model.train()
+
+
+def build_trainer(recipe: Recipe, model: Llava, world: World) -> Trainer:
+    """A trainer over the recipe's data for the recipe's objective. `model` is frozen as `load_model` leaves it; Linears
+    that were merged for inference are taken apart first. Raises RecipeError and DataError."""
+    split_linears(model)
+    objective = recipe.objective()
+    loader = build_loader(recipe, model, world, objective)
+    return Trainer(recipe, model, loader, world, objective)
+
+
+def build_loader(recipe: Recipe, model: Llava, world: World, objective: Objective | None = None) -> Loader:
+    """The recipe's data, measured once and scheduled, for an objective (default: the recipe's). Raises DataError, with
+    what is wrong, before any training."""
+    objective = objective or recipe.objective()
+    processor = objective.processor(model)
+    table = objective.read(recipe.data.sources)
+    lengths, rows = objective.lengths(table, measure_together(recipe, table, processor, world))
+    usable, lengths = usable_samples(recipe, table, lengths, processor, quiet=not world.first)
+    single = dataclasses.replace(processor, threads=1)  # workers are the parallelism
+    samples = run_samples(recipe, table, rows or lengths, usable, world.first)
+    loader = Loader(recipe, samples, single, model.config.decoder, world.size, world.rank)
+    objective.prepare(loader, samples, single, model, world)
+    return loader
+
+
+def measure_together(recipe: Recipe, table: SampleTable, processor: Processor, world: World) -> Lengths:
+    """The lengths of all samples."""
+    if not world.first:
+        world.together()  # the first process measures, the others read what it found
+    lengths = measure(
+        table,
+        processor,
+        recipe.data.label_mask,
+        recipe.data.workers,
+        recipe.output / "lengths",
+        again=world.first,
+        progress=world.first,
+    )
+    if world.first:
+        world.together()
+    return lengths
