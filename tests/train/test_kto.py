@@ -74,8 +74,9 @@ def steps(made) -> list[dict]:
 def by_hand(ratios, kl, desirable, beta, lambda_d, lambda_u) -> tuple[list[float], list[float]]:
     """Losses and their derivatives by the log-ratios, as the paper's equation 8 has them (float64).
 
-    With s(x) = 1 / (1 + exp(-x)) the value of an answer is v = lambda_D s(beta (r - z)) or lambda_U s(beta (z - r)), and
-    its loss lambda - v. As s' = s (1 - s), the derivative by r is -lambda_D beta s (1 - s), or +lambda_U beta s (1 - s).
+    With s(x) = 1 / (1 + exp(-x)) the value of an answer is v = lambda_D s(beta (r - z)) or lambda_U s(beta (z - r)),
+    and its loss lambda - v. As s' = s (1 - s), its derivative by r is -lambda_D beta s (1 - s) or
+    +lambda_U beta s (1 - s).
     """
     found, slopes = [], []
     for ratio, good in zip(ratios, desirable, strict=True):
