@@ -120,8 +120,8 @@ class Objective(ABC):
     # ---------------------------------------------------------------- a checkpoint, a cost estimate
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs of the objective, as tensors and plain values; empty if steps depend on nothing but
-        the data, the weights and the step's number."""
+        """What a resumed run needs of the objective, as plain values and tensors (copies: a resume fills them in place);
+        empty if steps depend on nothing but the data, the weights and the step's number."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
