@@ -14,7 +14,7 @@ from llava_fast.inputs.pictures import video as videos
 from llava_fast.ops import backend
 from llava_fast.train import lora, metrics, plot
 from llava_fast.train.data import check
-from llava_fast.train.preference import tuning
+from llava_fast.train.objectives import reference
 
 OPTIONAL = ("sklearn", "matplotlib", "av", "peft", "accelerate", "tensorboard", "xformers", "torchvision", "lmms_eval")
 BUILD = ("ninja", "pybind11", "setuptools")
@@ -41,7 +41,7 @@ def alone(monkeypatch):
 
 
 def adapters_off():
-    with tuning.adapters_off(torch.nn.Linear(1, 1)):
+    with reference.adapters_off(torch.nn.Linear(1, 1)):
         pass
 
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from llava_fast.errors import RecipeError
-from llava_fast.inputs.plan import TokenPlan
+from llava_fast.inputs.plan.plan import TokenPlan
 from llava_fast.inputs.processor import Processor
 from llava_fast.models.batch import Batch
-from llava_fast.models.llava import LlavaOutput
+from llava_fast.models.vlm import LlavaOutput
 from llava_fast.train.data.lengths import Lengths
 from llava_fast.train.data.loader import Loader
 from llava_fast.train.data.run_samples import RunSamples
@@ -120,8 +120,8 @@ class Objective(ABC):
     # ---------------------------------------------------------------- a checkpoint, a cost estimate
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs of the objective, as plain values and tensors (copies: a resume fills them in place);
-        empty if steps depend on nothing but the data, the weights and the step's number."""
+        """What a resumed run needs of the objective, as plain values and tensors (copies: a resume fills them in
+        place); empty if steps depend on nothing but the data, the weights and the step's number."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ from torch.optim import Optimizer as TorchOptimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from llava_fast.errors import RecipeError
-from llava_fast.train.parts import PARTS, part_of
 from llava_fast.models.vlm import LlavaModel
+from llava_fast.train.parts import PARTS, part_of
 
 if TYPE_CHECKING:
     from llava_fast.train.recipe import Optimizer, Recipe

@@ -8,12 +8,9 @@ import signal
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import yaml
 from PIL import Image
-from test_parallel import SHAPES
-from training_runs import break_off, losses
 from typer.testing import CliRunner
 
 import llava_fast
@@ -29,6 +26,8 @@ from llava_fast.train.objectives.kto import kto_losses
 from llava_fast.train.objectives.reference import answer_log_probs
 from llava_fast.train.parallel import World
 from llava_fast.train.run import build_trainer, load_model, train
+from tests.support import tiny
+from tests.support.training_runs import SHAPES, break_off, losses
 
 ALONE = World(0, 1, torch.device("cpu"))
 GOOD = ["a red cup", "two green cups near a table", "the red box says hello"]

@@ -5,7 +5,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from training_runs import losses
 
 import llava_fast
 from llava_fast.models.fused import MergedLinear
@@ -17,6 +16,7 @@ from llava_fast.train.parallel import World
 from llava_fast.train.recipe import Recipe
 from llava_fast.train.run import build_loader, build_trainer, load_model, train
 from llava_fast.train.trainer import Trainer
+from tests.support.training_runs import losses
 
 ALONE = World(0, 1, torch.device("cpu"))
 

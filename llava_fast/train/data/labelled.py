@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from llava_fast.errors import DataError
-from llava_fast.inputs.plan import TextPiece, sequence_length
-from llava_fast.inputs.processor import Cut, Processor
+from llava_fast.inputs.plan.plan import TextPiece, sequence_length
+from llava_fast.inputs.prepared import Cut
+from llava_fast.inputs.processor import Processor
 from llava_fast.train.data.pairs import (
     PAIR_KEYS,
     SharedPair,

@@ -15,8 +15,8 @@ import torch
 from llava_fast.inputs.plan.plan import TokenPlan
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.decoders.base import DecoderConfig
-from llava_fast.train.parts import part_of
 from llava_fast.models.vlm import LlavaModel
+from llava_fast.train.parts import part_of
 
 
 class Gpu(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from llava_fast.inputs.plan import TokenPlan
+from llava_fast.inputs.plan.plan import TokenPlan
 from llava_fast.inputs.processor import Processor
 from llava_fast.models.batch import Batch
 from llava_fast.train.data.lengths import Lengths

@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from llava_fast.inputs.plan import TokenPlan
+from llava_fast.inputs.plan.plan import TokenPlan
 from llava_fast.inputs.processor import Processor
 from llava_fast.models.batch import Batch
 from llava_fast.train.data.labelled import LabelledBatches, LabelledTable, mismatched, read_labelled

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from llava_fast.errors import RecipeError
-from llava_fast.inputs.plan import TokenPlan
+from llava_fast.inputs.plan.plan import TokenPlan
 from llava_fast.inputs.processor import Processor
 from llava_fast.models.batch import Batch
 from llava_fast.train.data.loader import LeftOut, Loader
@@ -157,7 +157,9 @@ def adapters_off(model: nn.Module, section: str = "dpo") -> Iterator[None]:
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:
-        raise RecipeError(f"{section}.reference: base needs PEFT: pip install peft, or use `precomputed`") from None
+        raise RecipeError(
+            f"{section}.reference: base needs PEFT: pip install 'llava_fast[train]', or use `precomputed`"
+        ) from None
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     if not layers:
         raise RecipeError(f"{section}.reference: base needs a model with adapters: give `lora`, or use `precomputed`")

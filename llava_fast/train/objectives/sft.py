@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from llava_fast.inputs.plan import TokenPlan
+from llava_fast.inputs.plan.plan import TokenPlan
 from llava_fast.models.batch import Batch
 from llava_fast.train.objective import Objective, forward
 
