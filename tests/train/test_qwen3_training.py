@@ -6,7 +6,7 @@ import torch
 from transformers import LlavaNextForConditionalGeneration
 
 import llava_fast
-from llava_fast.train.trainer import train
+from llava_fast.train.run import train
 from tests.support import tiny
 from tests.support.training_runs import SHAPES, losses
 
