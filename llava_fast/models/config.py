@@ -31,9 +31,23 @@ class LlavaConfig:
     tower_processor: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        given = self.vision.rows_per_tile
+        if self.projector.rowwise:
+            part, given = "tower", self.vision.rows_per_tile
+        else:
+            part, given = "connector", self.projected_per_tile
+            if self.geometry.video_pool != "none" and self.geometry.video_pool_stage == "before":
+                raise ValueError(
+                    "video_pool_stage is 'before', and this connector reads whole tiles: set it to 'after'"
+                )
         if self.geometry.tower_rows_per_tile != given:
             raise ValueError(
-                f"the tower gives {given} rows a tile, and the geometry counts {self.geometry.tower_rows_per_tile}: "
+                f"the {part} gives {given} rows a tile, and the geometry counts {self.geometry.tower_rows_per_tile}: "
                 "set its tile_size and patch_size, and class_rows or dropped_rows to 1 for a CLIP tower"
             )
+
+    @property
+    def projected_per_tile(self) -> int:
+        """Rows that the connector gives for a tile, where all of its patches are used."""
+        vision = self.vision
+        left_out = vision.leading_rows if vision.drops_class_row or self.projector.rowwise else 0
+        return self.projector.rows_of(vision.rows_per_tile - left_out)

@@ -79,6 +79,17 @@ def project_rows(connector: nn.Module, features: Tensor, kept: Tensor, mixed: li
     return connector(joined([features[kept], *mixed]))
 
 
+def project_tiles(
+    connector: nn.Module, rows_per_tile: int, left_out: int, features: Tensor, kept: Tensor, mixed: list[Tensor]
+) -> Tensor:
+    """Parts.project of a connector that reads whole tiles: it gets all their rows but the first `left_out` of each, and
+    `kept` are rows of what it gives. Raises ValueError where rows are mixed before it."""
+    if mixed:
+        raise ValueError("rows cannot be mixed before a connector that reads whole tiles")
+    rows_TNC = features.unflatten(0, (len(features) // rows_per_tile, rows_per_tile))
+    return connector(rows_TNC[:, left_out:]).flatten(0, 1)[kept]
+
+
 def reads_table(embedding: nn.Module) -> bool:
     """Whether text rows may be read from the embedding's weight: an exact nn.Embedding without special gradients."""
     return (

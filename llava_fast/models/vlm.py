@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -129,10 +130,18 @@ class LlavaModel(nn.Module):
             return None
         return self.vision_tower(batch.tiles, count=batch.count("tile")).flatten(0, 1)
 
+    def _project(self) -> Callable[[Tensor, Tensor, list[Tensor]], Tensor]:
+        """How the projector is called (see encode.Parts)."""
+        if self.config.projector.rowwise:
+            return functools.partial(encode.project_rows, self.projector)
+        vision = self.config.vision
+        left_out = vision.leading_rows if vision.drops_class_row else 0
+        return functools.partial(encode.project_tiles, self.projector, vision.rows_per_tile, left_out)
+
     def _parts(self) -> encode.Parts:
         return encode.Parts(
             embedding=self.decoder.embed_tokens,
             newline=self.image_newline if self.config.has_newline else None,
-            project=functools.partial(encode.project_rows, self.projector),
+            project=self._project(),
             plain_linears=self.projector.plain_linears,
         )

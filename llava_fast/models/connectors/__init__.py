@@ -2,4 +2,11 @@
 
 from llava_fast.models.registry import Registry
 
-CONNECTORS = Registry(__name__, {"mlp": "mlp:ProjectorConfig"})
+CONNECTORS = Registry(
+    __name__,
+    {
+        "mlp": "mlp:ProjectorConfig",
+        "perceiver": "perceiver:PerceiverConfig",
+        "pixel_shuffle": "pixel_shuffle:PixelShuffleConfig",
+    },
+)

@@ -16,8 +16,12 @@ class ConnectorConfig(ABC):
 
     rowwise: ClassVar[bool] = True
     """Each row is made of one row of the tower, so that rows nobody takes need not be made. If False, the connector is
-    called with all rows of all tiles [T, N, in_features] and gives [T, M, out_features], and a plan counts M rows a
-    tile."""
+    called with the rows of all tiles [T, N, in_features], without leading ones that are left out, and gives
+    [T, M, out_features]; a plan counts M rows a tile."""
+
+    def rows_of(self, rows: int) -> int:
+        """Rows that it makes of so many rows of a tile. Raises ValueError for a number that it cannot take."""
+        return rows
 
     @property
     @abstractmethod

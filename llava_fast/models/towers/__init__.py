@@ -6,6 +6,7 @@ TOWERS = Registry(
     __name__,
     {
         "clip_vision_model": "vit:ClipConfig",
+        "internvl_vision": "internvit:InternVitConfig",
         "siglip_vision_model": "vit:SiglipConfig",
     },
 )

@@ -109,18 +109,31 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(rows, width)
 
     def forward(self, tiles: Tensor, mean: Tensor, std: Tensor, count: Tensor | None = None) -> Tensor:
-        conv, position = self.patch_embedding, self.position_embedding.weight
         class_row = getattr(self, "class_embedding", None)
-        if fused.is_plain(conv, nn.Conv2d):
-            return patch_embed(
-                tiles, conv.weight, position, mean=mean, std=std, bias=conv.bias, class_row=class_row, count=count
-            )
-        if tiles.dtype == torch.uint8:
-            tiles = ((tiles / 255.0 - mean[:, None, None]) / std[:, None, None]).to(position.dtype)
-        rows = conv(tiles).flatten(2).transpose(1, 2)
-        if class_row is not None:
-            rows = torch.cat([class_row.expand(len(rows), 1, -1), rows], dim=1)
-        return rows + position
+        return embed_patches(self.patch_embedding, tiles, self.position_embedding.weight, class_row, mean, std, count)
+
+
+def embed_patches(
+    conv: nn.Module,
+    tiles: Tensor,
+    position: Tensor,
+    class_row: Tensor | None,
+    mean: Tensor,
+    std: Tensor,
+    count: Tensor | None = None,
+) -> Tensor:
+    """Tiles [T, 3, H, W] to rows [T, N, C]: patches by `conv`, after a class row [C] if there is one, and positions
+    [N, C]. Bytes are normalised by mean and std [3]; `count` as for a tower. One op where `conv` is plain."""
+    if fused.is_plain(conv, nn.Conv2d):
+        return patch_embed(
+            tiles, conv.weight, position, mean=mean, std=std, bias=conv.bias, class_row=class_row, count=count
+        )
+    if tiles.dtype == torch.uint8:
+        tiles = ((tiles / 255.0 - mean[:, None, None]) / std[:, None, None]).to(position.dtype)
+    rows = conv(tiles).flatten(2).transpose(1, 2)
+    if class_row is not None:
+        rows = torch.cat([class_row.expand(len(rows), 1, -1), rows], dim=1)
+    return rows + position
 
 
 class VisionAttention(fused.MergesLinears):
@@ -190,6 +203,15 @@ def on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)
 
 
+def prepare_tiles(config: TowerConfig, tiles: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(tiles, mean, std) for a patch embedding with weights like this one: tiles stay bytes where it folds their
+    normalisation, else they are normalised; mean and std float32 [3]."""
+    mean, std = (on_device(values, like.device) for values in config.normalisation)
+    if tiles.dtype == torch.uint8 and not config.folds_normalisation:
+        tiles = (tiles / 255 - mean[:, None, None]) / std[:, None, None]
+    return (tiles.to(like.dtype) if tiles.is_floating_point() else tiles), mean, std
+
+
 class VisionTower(Tower):
     """uint8 tiles (or normalised float ones) to the selected ViT features.
 
@@ -211,12 +233,7 @@ class VisionTower(Tower):
         them whether or not the plan takes it: to leave it out would copy all others. `count` int32 [1]: only the first
         so many tiles are real, and nothing may read the others' features."""
         config = self.config
-        like = self.embeddings.position_embedding.weight
-        mean, std = (on_device(values, like.device) for values in config.normalisation)
-        if tiles.dtype == torch.uint8 and not config.folds_normalisation:
-            tiles = (tiles / 255 - mean[:, None, None]) / std[:, None, None]
-        if tiles.is_floating_point():
-            tiles = tiles.to(like.dtype)
+        tiles, mean, std = prepare_tiles(config, tiles, self.embeddings.position_embedding.weight)
         x_TNC = self.embeddings(tiles, mean, std, count)
         before = self.pre_layrnorm if config.has_class_row else None
         delta_TNC = None

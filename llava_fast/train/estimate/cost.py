@@ -294,7 +294,7 @@ def _activations(
     if counts.trained["vision_tower"] or counts.trained["projector"]:
         each = narrow * config.projector.kept_per_row(bool(counts.trained["projector"]))
         how = f"features and hidden rows of {tiles:,} tiles, if unpadding drops none"
-        figures.append(Figure("projector, kept", tiles * vision.patches_per_tile * each, "B", how))
+        figures.append(Figure("projector, kept", tiles * config.projected_per_tile * each, "B", how))
     pixels = 3 * vision.image_size**2
     figures.append(Figure("tiles", tiles * pixels, "B", "uint8 pixels"))
     return figures

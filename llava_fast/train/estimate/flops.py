@@ -79,11 +79,11 @@ def forward_flops(
     """
     lengths = list(lengths)
     rows, vision, decoder = sum(lengths), config.vision, config.decoder
-    patches = tiles * vision.patches_per_tile
+    given = tiles * config.projected_per_tile
     return Forward(
         tower=vision.product_flops(tiles),
         tower_attention=vision.attention_flops(tiles),
-        projector=2.0 * config.projector.matrix_size * (patches if projected is None else projected),
+        projector=2.0 * config.projector.matrix_size * (given if projected is None else projected),
         decoder=2.0 * rows * decoder.num_layers * decoder.layer_matrix_size,
         decoder_attention=_attention(decoder, lengths),
         head=2.0 * decoder.vocab_size * decoder.hidden_size * (rows if supervised is None else supervised),

@@ -1,0 +1,120 @@
+"""A perceiver resampler with fixed 2D positions: learned queries attend to a tile's rows once.
+
+Shapes: T tiles, N rows a tile, C channels, M queries, E their width. Parameter names are those of the original
+checkpoints; their pos_embed is made anew. Sources: Bai et al. 2023 (Qwen-VL); Guo et al. 2024 (LLaVA-UHD;
+thunlp/LLaVA-UHD 7a3a1b6 resampler.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llava_fast.models.connectors.base import Connector, ConnectorConfig
+
+
+@dataclass(frozen=True)
+class PerceiverConfig(ConnectorConfig):
+    """`grid` x `grid` queries over a tile's `side` x `side` rows. `project`: a matrix after the last norm (Qwen-VL,
+    LLaVA-UHD; SliME has none). `half_positions`: they are rounded to float16, as SliME keeps them. Raises ValueError
+    where heads or positions do not divide the width."""
+
+    rowwise = False
+
+    in_features: int
+    out_features: int
+    num_heads: int
+    grid: int
+    side: int
+    project: bool = True
+    half_positions: bool = False
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.out_features % self.num_heads or self.out_features % 4:
+            raise ValueError(
+                f"out_features is {self.out_features}: it must be a multiple of {self.num_heads} heads, and of 4 for "
+                "sines and cosines of two axes"
+            )
+
+    @property
+    def queries(self) -> int:
+        return self.grid**2
+
+    @property
+    def resizes_rows(self) -> bool:
+        """Whether rows are brought to the queries' width by a Linear."""
+        return self.in_features != self.out_features
+
+    def rows_of(self, rows: int) -> int:
+        if rows != self.side**2:
+            raise ValueError(f"the resampler reads {self.side} x {self.side} rows a tile, and the tower gives {rows}")
+        return self.queries
+
+    @property
+    def matrix_size(self) -> int:
+        width = self.out_features**2
+        return self.first_matrix_size + (2 + self.project) * width + round(2 * width * self.side**2 / self.queries)
+
+    @property
+    def first_matrix_size(self) -> int:
+        """A tile's rows pass through it, so that a query's share is several rows."""
+        return round(self.resizes_rows * self.in_features * self.out_features * self.side**2 / self.queries)
+
+    def kept_per_row(self, trained: bool) -> int:
+        rows = self.side**2 / self.queries
+        return round(self.out_features * (6 + trained + 5 * rows) + trained * rows * self.in_features)
+
+    def build(self) -> Perceiver:
+        return Perceiver(self)
+
+
+class Perceiver(Connector):
+    """[T, N, in_features] -> [T, M, out_features]. Positions are added to queries and keys, and not to values."""
+
+    def __init__(self, config: PerceiverConfig) -> None:
+        super().__init__()
+        self.config: PerceiverConfig = config
+        width, eps = config.out_features, config.layer_norm_eps
+        self.query = nn.Parameter(torch.randn(config.queries, width) * 0.02)
+        self.kv_proj = nn.Linear(config.in_features, width, bias=False) if config.resizes_rows else nn.Identity()
+        self.attn = nn.MultiheadAttention(width, config.num_heads, batch_first=True)
+        self.ln_q, self.ln_kv, self.ln_post = (nn.LayerNorm(width, eps=eps) for _ in range(3))
+        if config.project:
+            self.proj = nn.Parameter(torch.randn(width, width) / math.sqrt(width))
+
+    def forward(self, features_TNC: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
+        """`shape` (rows, columns) of the N rows, where it is not the config's square."""
+        config = self.config
+        value = self.ln_kv(self.kv_proj(features_TNC))
+        grid, shape = (config.grid, config.grid), shape or (config.side, config.side)
+        of_queries, of_rows = (
+            positions(config.grid, config.out_features, each, value.device, config.half_positions).to(value.dtype)
+            for each in (grid, shape)
+        )
+        query = (self.ln_q(self.query) + of_queries).expand(len(value), -1, -1)
+        out = self.ln_post(self.attn(query, value + of_rows, value, need_weights=False)[0])
+        return out @ self.proj if config.project else out
+
+
+@functools.cache
+def positions(grid: int, width: int, shape: tuple[int, int], device: torch.device, half: bool = False) -> Tensor:
+    """Fixed positions, float32 [rows * columns, width]: of a square grid, sines, then cosines, of the column in the
+    first half of the channels, and of the row in the second; brought to `shape` bicubically where that is another.
+    `half`: rounded to float16 first."""
+    with torch.inference_mode(False), torch.device(device):  # so that a later training step may keep them
+        rate = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+        angle = torch.arange(grid, dtype=torch.float64)[:, None] * rate
+        axis = torch.cat([angle.sin(), angle.cos()], dim=1).float()
+        columns, rows = axis.expand(grid, -1, -1), axis[:, None].expand(-1, grid, -1)
+        table = torch.cat([columns, rows], dim=-1)
+        table = table.half().float() if half else table
+        if shape != (grid, grid):
+            table = F.interpolate(table.permute(2, 0, 1)[None], size=shape, mode="bicubic", align_corners=False)
+            table = table[0].permute(1, 2, 0)
+        return table.reshape(-1, width).contiguous()
