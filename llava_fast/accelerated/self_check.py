@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from llava_fast.accelerated import encode
 from llava_fast.accelerated.decoder import FAMILIES as DECODERS
@@ -145,6 +146,7 @@ def _alone() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
     try:
         with (
+            _disable_current_modes(),  # FakeTensorMode and its like, within which nothing has a value
             torch.random.fork_rng(devices=[]),
             torch.device("cpu"),
             torch.inference_mode(False),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import llava_fast
 from llava_fast.accelerated import patch as integration
@@ -247,6 +248,14 @@ def test_a_trial_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), state) and not torch.equal(before, state)
     assert next(fresh_on_meta.parameters()).is_meta and torch.get_default_dtype() == torch.float32
     assert not self_check.in_trial()
+
+
+def test_a_trial_among_fake_tensors_has_values():
+    """As memory estimates run: nothing has a value there, and the trial compares values."""
+    model = WHOLE(fresh("next").config)
+    self_check._found.clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert not self_check.reasons(model.model, integration.accelerate, thorough=True)
 
 
 def test_what_fails_here_is_tried_by_the_stock_model(monkeypatch, caplog):
