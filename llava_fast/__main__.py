@@ -1,5 +1,5 @@
 """`python -m llava_fast` is the llava-fast command."""
 
-from llava_fast.cli import main
+from llava_fast.cli.main import main
 
 main()

@@ -82,7 +82,7 @@ def test_wheel_from_the_sdist_works_without_torch(sdist, tmp_path):
     assert not [name for name in names if name.startswith(("csrc", "tests", "build"))]
     metadata = next(tmp_path.glob("*.dist-info/METADATA")).read_text()
     assert "License-Expression: Apache-2.0" in metadata and "Requires-Dist: torch>=2.11" in metadata
-    assert "llava-fast = llava_fast.cli" in next(tmp_path.glob("*.dist-info/entry_points.txt")).read_text()
+    assert "llava-fast = llava_fast.cli.main" in next(tmp_path.glob("*.dist-info/entry_points.txt")).read_text()
     for path in (ROOT / "llava_fast").rglob("*.json"):
         assert str(path.relative_to(ROOT)) in names
 

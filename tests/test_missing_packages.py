@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llava_fast import cli
+from llava_fast.cli.main import main
 from llava_fast.demo import canvas
 from llava_fast.errors import LlavaFastError
 from llava_fast.inputs.pictures import video as videos
@@ -74,7 +74,7 @@ def test_one_line_names_the_extra(use, alone):
 def test_the_demo_ends_in_one_line(alone, capsys):
     alone.setattr(sys, "argv", ["llava-fast", "demo"])
     with pytest.raises(SystemExit) as caught:
-        cli.main()
+        main()
     said = capsys.readouterr()
     assert caught.value.code == 1
     assert said.err == "error: the digits demo needs scikit-learn: pip install 'llava_fast[demo]'\n"

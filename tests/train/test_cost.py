@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from llava_fast import cli
+from llava_fast.cli.main import app
 from llava_fast.errors import RecipeError
 from llava_fast.models.batch import Batch
 from llava_fast.models.connectors.mlp import ProjectorConfig
@@ -249,13 +249,11 @@ def test_a_known_gpu_has_a_peak(monkeypatch):
 
 def test_the_command_line(make_recipe):
     run = CliRunner()
-    shown = run.invoke(cli.app, ["plan", "llava-1.5-stage1", "--gpus", "4", "--gpu", "H200", "--samples", "558128"])
+    shown = run.invoke(app, ["plan", "llava-1.5-stage1", "--gpus", "4", "--gpu", "H200", "--samples", "558128"])
     assert shown.exit_code == 0 and "Memory of each of 4 GPUs" in shown.stdout and "558,128 samples" in shown.stdout
-    shown = run.invoke(
-        cli.app, ["plan", "llava-1.5-stage1", "-s", "trainable=[decoder]", "--tokens-per-sample", "2000"]
-    )
+    shown = run.invoke(app, ["plan", "llava-1.5-stage1", "-s", "trainable=[decoder]", "--tokens-per-sample", "2000"])
     assert "give --samples" in shown.stdout and "as given" in shown.stdout
-    assert "llava-1.5-lora" in run.invoke(cli.app, ["recipe", "list"]).stdout
+    assert "llava-1.5-lora" in run.invoke(app, ["recipe", "list"]).stdout
 
 
 @pytest.mark.parametrize("case", ["next", "next_qwen3"])

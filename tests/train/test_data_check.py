@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from llava_fast.cli import app
+from llava_fast.cli.main import app
 from llava_fast.errors import CheckpointError, DataError, RecipeError
 from llava_fast.train.data.check import check, plan_for
 from tests.support import tiny

@@ -4,9 +4,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from llava_fast.cli import recipe as recipe_cli
 from llava_fast.errors import RecipeError
 from llava_fast.train.recipe import load_recipe
-from llava_fast.train.recipes import cli as recipe_cli
 from llava_fast.train.recipes.from_args import recipe_from_args
 
 LEAST = "--model_name_or_path vicuna --vision_tower clip --data_path d.json --output_dir out"

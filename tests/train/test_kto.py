@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import llava_fast
-from llava_fast.cli import app
+from llava_fast.cli.main import app
 from llava_fast.errors import DataError, RecipeError
 from llava_fast.models.batch import Batch
 from llava_fast.train.data.labelled import LabelledBatches, mismatched, read_labelled

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 import llava_fast
-from llava_fast.cli import app
+from llava_fast.cli.main import app
 from llava_fast.errors import CheckpointError, RecipeError
 from llava_fast.train import run as training
 from llava_fast.train.parallel import World

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from typer.testing import CliRunner
 
-from llava_fast.cli import app
+from llava_fast.cli.main import app
 from llava_fast.errors import DataError, TrainingError
 from llava_fast.train.plot import CURVES, read_runs, save_curves
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import llava_fast
-from llava_fast.cli import app
+from llava_fast.cli.main import app
 from llava_fast.errors import DataError, RecipeError
 from llava_fast.models.batch import Batch
 from llava_fast.train.metrics import FILE, read_metrics

@@ -4,9 +4,9 @@ import pytest
 from typer.testing import CliRunner
 
 from llava_fast.checkpoints.assemble import Assembly
+from llava_fast.cli import recipe as recipe_cli
 from llava_fast.errors import RecipeError
 from llava_fast.train.recipe import SHIPPED, load_recipe, shipped_recipes
-from llava_fast.train.recipes import cli as recipe_cli
 
 # rate, other rates, global batch, epochs, what is trained: PARITY's table, from the papers and the published scripts
 TABLE = {

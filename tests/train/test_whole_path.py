@@ -20,7 +20,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 import llava_fast
-from llava_fast.cli import app
+from llava_fast.cli.main import app
 from llava_fast.demo import compose, questions, split_scans
 from llava_fast.demo.run import model_path
 from llava_fast.train.metrics import FILE, read_metrics

@@ -1,0 +1,141 @@
+"""llava-fast generate | chat: ask a model about images."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llava_fast.cli.options import Device, Dtype, Model, ModelBase, Template, load_model
+from llava_fast.errors import LlavaFastError
+
+MaxNewTokens = Annotated[int, typer.Option(min=0, help="The most tokens an answer may have.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time; above 0 draws.")]
+TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens that make up this probability.")]
+TopK = Annotated[int, typer.Option(min=0, help="Draw among this many likeliest tokens (0: all).")]
+Seed = Annotated[int | None, typer.Option(help="Makes draws repeatable.")]
+System = Annotated[str | None, typer.Option(help="A system message before the conversation.")]
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="The question. Images go before it unless it has <image> marks.")
+    ],
+    image: Annotated[list[str], typer.Option("--image", "-i", help="An image file; repeat for several.")] = [],  # noqa: B006
+    video: Annotated[Path | None, typer.Option(help="A video file (needs PyAV).")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Use the prompt verbatim, without the chat template.")] = False,
+    short: Annotated[
+        bool, typer.Option("--short", help="Ask for a single word or phrase, as LLaVA-1.5's benchmarks do.")
+    ] = False,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    stop: Annotated[list[str], typer.Option(help="A string that ends the answer; repeat for several.")] = [],  # noqa: B006
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")
+    ] = False,
+    model_base: ModelBase = None,
+    chat_template: Template = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Ask one question about images.
+
+    llava-fast generate llava-hf/llava-v1.6-mistral-7b-hf -i photo.jpg -p "What is in this picture?"
+    """
+    from llava_fast.inputs.chat.messages import with_response_format
+
+    if short:
+        prompt = with_response_format(prompt, "short")
+    request = _request(prompt, list(image), video, raw, system)
+    llava = load_model(model, device, dtype, chat_template, model_base)
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+        "stop": stop,
+    }
+    if json_output:
+        answer = llava.generate([request], **options)[0]
+        typer.echo(json.dumps({**vars(answer), "usage": vars(answer.usage)}, ensure_ascii=False))
+        return
+    for piece in llava.stream(request, **options):
+        typer.echo(piece, nl=False)
+    typer.echo()
+
+
+def chat(
+    model: Model,
+    image: Annotated[
+        list[str], typer.Option("--image", "-i", help="Images of the first turn; repeat for several.")
+    ] = [],  # noqa: B006
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    model_base: ModelBase = None,
+    chat_template: Template = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Talk with a model. An image is encoded once, however many questions follow.
+
+    Name an image in a turn with @path: "What is in @cat.jpg?". /reset forgets, /quit (or Ctrl-D) leaves.
+    """
+    conversation = load_model(model, device, dtype, chat_template, model_base).chat(system)
+    waiting = list(image)
+    typer.echo("Name images with @path. /reset forgets the conversation, /quit leaves.", err=True)
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            typer.echo(err=True)
+            return
+        if line in ("/quit", "/exit"):
+            return
+        if line == "/reset":
+            conversation.reset()
+            continue
+        if not line:
+            continue
+        text, named = _named_images(line)
+        try:
+            options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+            answer = conversation.send(text, [*waiting, *named], seed=seed, **options)
+        except LlavaFastError as error:
+            typer.echo(f"error: {error}", err=True)
+            continue
+        waiting = []
+        typer.echo(answer.text)
+
+
+def _request(prompt: str, images: list[str], video: Path | None, raw: bool, system: str | None) -> dict:
+    """One request from the command line's parts; items that the prompt does not place come first."""
+    items = [("<image>", len(images)), ("<video>", int(video is not None))]
+    marks = "".join(f"{mark}\n" * count for mark, count in items if mark not in prompt)
+    request: dict[str, Any] = {"images": images}
+    if video is not None:
+        request["video"] = str(video)
+    if raw:
+        return {"prompt": marks + prompt, **request}
+    messages = [{"role": "system", "content": system}] if system else []
+    return {"messages": [*messages, {"role": "user", "content": marks + prompt}], **request}
+
+
+def _named_images(line: str) -> tuple[str, list[str]]:
+    """Split a chat line into its text and the images it names with @path. An @word that looks like no path stays."""
+    named = [name for name in re.findall(r"(?<!\S)@(\S+)", line) if Path(name).exists() or "/" in name or "." in name]
+    for name in named:
+        line = line.replace(f"@{name}", "", 1)
+    return line.strip(), named

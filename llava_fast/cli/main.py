@@ -1,0 +1,35 @@
+"""The command line: `llava-fast COMMAND`. Commands are functions of the files beside this one and are named here."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from llava_fast.cli import ask, checkpoints, data, machine, recipe, training
+from llava_fast.errors import LlavaFastError
+
+app = typer.Typer(
+    name="llava-fast",
+    help="Run and convert LLaVA vision-language models, fast and exactly. `llava-fast COMMAND --help` has examples.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (ask.generate, ask.chat, training.train, training.dpo, recipe.plan, recipe.plot):
+    app.command()(command)
+app.add_typer(data.app, name="data")
+app.add_typer(recipe.app, name="recipe")
+app.command()(checkpoints.convert)
+app.command("merge-lora")(checkpoints.merge_lora)
+app.command()(machine.doctor)
+app.command()(machine.demo)
+
+
+def main() -> None:
+    """Entry point: errors the package raises on purpose become one line and exit code 1."""
+    try:
+        app()
+    except LlavaFastError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)

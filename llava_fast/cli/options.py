@@ -1,0 +1,26 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="A checkpoint directory (Hugging Face or original layout) or a Hub id.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: CUDA if there is one.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's (CPU: float32).")
+]
+Template = Annotated[
+    str | None,
+    typer.Option(help="Use this built-in chat template, not the checkpoint's: vicuna_v1, llama_2, mistral, ..."),
+]
+ModelBase = Annotated[str | None, typer.Option(help="The base model, for a LoRA or projector-only directory.")]
+
+
+def load_model(
+    model: str, device: str | None, dtype: str | None, chat_template: str | None, model_base: str | None
+) -> Any:
+    from llava_fast.api import load
+
+    return load(model, device=device, dtype=dtype, chat_template=chat_template, model_base=model_base)
