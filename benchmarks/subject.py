@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks.memory import release
 from benchmarks.shapes import SHAPES, build_config, build_processor, write_directory
-from llava_fast.checkpoints.config import read_hf_config
-from llava_fast.checkpoints.names import from_stored, is_skipped
+from llava_fast.families import read_config
+from llava_fast.families.llava_names import from_stored, is_skipped
 from llava_fast.generation.llava import Llava
 from llava_fast.inputs.chat.rendering import builtin_template
 from llava_fast.inputs.processor import Processor
@@ -63,7 +63,7 @@ class Subject:
 
     @cached_property
     def config(self):
-        return read_hf_config(self.directory)
+        return read_config(self.directory)[0]
 
     @cached_property
     def processor(self) -> Processor:

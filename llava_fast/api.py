@@ -7,23 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llava_fast.checkpoints import fields
 from llava_fast.checkpoints.assemble import Assembly, open_checkpoint
-from llava_fast.checkpoints.files import check_fields, parse_json
 from llava_fast.checkpoints.load import LoadedCheckpoint, load_weights
-from llava_fast.checkpoints.preprocessing import check_tokens
 from llava_fast.checkpoints.save import NOTE_FILE
 from llava_fast.checkpoints.templates import find_templates
 from llava_fast.checkpoints.tokenizer import load_tokenizer
 from llava_fast.errors import CheckpointError
+from llava_fast.families import family_of_config, fields
+from llava_fast.families.preprocessing import check_tokens
 from llava_fast.generation.llava import Llava
-from llava_fast.inputs.chat.formats import default_template_name
 from llava_fast.inputs.chat.rendering import ChatTemplate, builtin_names, builtin_template, checkpoint_template
 from llava_fast.inputs.pictures.preprocessing import FILTERS
 from llava_fast.inputs.pictures.tiles import TORCH_MODES
 from llava_fast.inputs.processor import Processor, ProcessorOptions
 from llava_fast.inputs.tiling.anyres import Compat, count_image_rows
 from llava_fast.models.fused import merge_linears
+from llava_fast.storage.files import check_fields, parse_json
 
 if TYPE_CHECKING:
     from llava_fast.models.config import LlavaConfig
@@ -126,7 +125,7 @@ def _chat_template(checkpoint: LoadedCheckpoint, name: str, tokenizer: Any, aske
     if own is not None and (asked is not None or checkpoint.config.layout == "hf"):
         origin = f"{own.file}: the chat template"
         return checkpoint_template(own.choose(asked or "default"), tokenizer.special_tokens_map, origin)
-    return builtin_template(default_template_name(name, checkpoint.config.decoder.family))
+    return builtin_template(family_of_config(checkpoint.config).template(name, checkpoint.config))
 
 
 def _trained_template(checkpoint: LoadedCheckpoint) -> ChatTemplate | None:

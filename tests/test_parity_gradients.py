@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from llava_fast.checkpoints.names import from_stored
+from llava_fast.families.llava_names import from_stored
 from tests.support import tiny
 from tests.support.parity import assert_close, forget_rope
 

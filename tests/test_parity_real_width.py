@@ -11,8 +11,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.initialization import no_init_weights
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llava_fast.checkpoints.config import read_hf_config
-from llava_fast.checkpoints.names import from_stored
+from llava_fast.families.llava_names import from_stored
 from llava_fast.generation.prompt import Part, Prompt
 from llava_fast.generation.runner import Runner
 from llava_fast.generation.sampling import Sampler, Sampling
@@ -29,6 +28,7 @@ from llava_fast.models.batch import Batch
 from llava_fast.models.vlm import LlavaModel
 from tests.support import tiny
 from tests.support.parity import assert_close, assert_same_answer, reference_greedy
+from tests.support.tiny_checkpoints import read_hf_config
 
 IMAGE_TOKEN = 32000
 TRAINED = ("decoder.layers.", "projector.")

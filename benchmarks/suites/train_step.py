@@ -17,7 +17,7 @@ from benchmarks.case import Case, Provider, Settings
 from benchmarks.floors import train_floor
 from benchmarks.inputs import ROTATED, describe, hf_inputs, requests, sizes
 from benchmarks.subject import Subject
-from llava_fast.checkpoints.names import from_stored
+from llava_fast.families.llava_names import from_stored
 from llava_fast.inputs.plan.plan import TextPiece
 from llava_fast.models.batch import Batch
 

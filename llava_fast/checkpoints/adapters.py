@@ -23,15 +23,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from llava_fast.checkpoints import fields
-from llava_fast.checkpoints.files import read_json
-from llava_fast.checkpoints.hub import resolve
-from llava_fast.checkpoints.names import NameLayout, from_stored, to_stored
 from llava_fast.checkpoints.peft_merge import EMBEDDING, HEAD, merge_with_peft
-from llava_fast.checkpoints.save import NOTE_FILE, write_json, written_whole
-from llava_fast.checkpoints.tensor_files import StoredTensor, name_tensors, open_file
+from llava_fast.checkpoints.save import NOTE_FILE
 from llava_fast.errors import CheckpointError
+from llava_fast.families import family_of_config, fields
+from llava_fast.families.names import NameMap
 from llava_fast.models.config import LlavaConfig
+from llava_fast.storage.files import read_json, write_json, written_whole
+from llava_fast.storage.hub import resolve
+from llava_fast.storage.tensor_files import StoredTensor, open_file
 
 ADAPTER_CONFIG = "adapter_config.json"
 _PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
@@ -64,9 +64,9 @@ def find_projector_file(path: Path) -> Path | None:
     return _first_existing(path, _PROJECTOR_FILES)
 
 
-def add_projector(base: Mapping[str, StoredTensor], file: Path) -> dict[str, StoredTensor]:
+def add_projector(base: Mapping[str, StoredTensor], file: Path, names: NameMap) -> dict[str, StoredTensor]:
     """Our names -> tensors, those of a projector-only file over those of the language model."""
-    return {**base, **name_tensors(open_file(file), _from_wrapped)}
+    return {**base, **_unwrapped(open_file(file), names)}
 
 
 def add_adapter(
@@ -86,25 +86,30 @@ def add_adapter(
     if file is None:
         raise CheckpointError(f"{path} holds {ADAPTER_CONFIG} but neither {' nor '.join(_ADAPTER_FILES)}")
     tensors = dict(base)
+    names = family_of_config(config).names
     if extra := _first_existing(path, _EXTRA_FILES):
-        tensors.update(name_tensors(open_file(extra), _from_wrapped))
+        tensors.update(_unwrapped(open_file(extra), names))
     tied = config.decoder.tie_embeddings and EMBEDDING in tensors
     stored, untied = open_file(file), tensors | ({HEAD: tensors[EMBEDDING]} if tied else {})
-    if reason := _beyond_plain(adapter, path) or _beyond_linears(stored, untied):
+    if reason := _beyond_plain(adapter, path) or _beyond_linears(stored, untied, names):
         tensors = merge_with_peft(tensors, path, file, config, described, reason)
     else:
-        tensors = _add_plain(untied, stored, adapter, file)
+        tensors = _add_plain(untied, stored, adapter, file, names)
     if tied and HEAD in tensors and _same(tensors[HEAD], tensors[EMBEDDING]):
         del tensors[HEAD]
     return tensors
 
 
 def _add_plain(
-    base: Mapping[str, StoredTensor], stored: Mapping[str, StoredTensor], adapter: Mapping[str, Any], file: Path
+    base: Mapping[str, StoredTensor],
+    stored: Mapping[str, StoredTensor],
+    adapter: Mapping[str, Any],
+    file: Path,
+    names: NameMap,
 ) -> dict[str, StoredTensor]:
     """`base` with low-rank sums, and with the tensors that are stored whole in their place."""
     tensors, rank, scale = dict(base), adapter.get("r"), _scale(adapter, file.parent)
-    pairs, whole = _split(stored, file)
+    pairs, whole = _split(stored, file, names)
     tensors.update(whole)
     for name, (a, b) in pairs.items():
         weight = tensors.get(name)
@@ -166,9 +171,9 @@ def save_projector(path: Path, tensors: Mapping[str, torch.Tensor], config: Llav
     tensors  by our names. config, note: as for `save_adapter`; without the config of an original LLaVA the directory
              is no checkpoint, and serves as `projector_from`.
     """
-    kind = config.projector.kind
+    names = family_of_config(config).names
     with written_whole(path) as directory:
-        stored = {to_stored(name, "original", kind): value.contiguous() for name, value in tensors.items()}
+        stored = {names.to_stored(name, "original", config): value.contiguous() for name, value in tensors.items()}
         torch.save(stored, directory / _PROJECTOR_FILES[1])
         _describe(directory, config, note)
 
@@ -180,8 +185,8 @@ def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) 
 
 def _beside(config: LlavaConfig, name: str) -> str:
     """What PEFT calls our tensor `name`: transformers 5's name of it, or the original's."""
-    names: NameLayout = "hf5" if config.layout == "hf" else "original"
-    return to_stored(name, names, config.projector.kind)
+    family = family_of_config(config)
+    return family.names.to_stored(name, family.adapter_spelling, config)
 
 
 def _describe(directory: Path, config: LlavaConfig, note: str | None) -> None:
@@ -231,27 +236,26 @@ def _same(first: StoredTensor, second: StoredTensor) -> bool:
     return first is second or first.shape == second.shape and torch.equal(first.load(), second.load())
 
 
-def _beyond_linears(stored: Mapping[str, StoredTensor], base: Mapping[str, StoredTensor]) -> str | None:
+def _beyond_linears(stored: Mapping[str, StoredTensor], base: Mapping[str, StoredTensor], names: NameMap) -> str | None:
     """The first tensor that is neither a LoRA factor of a Linear nor one of the base's, whole; None if all are."""
     for key, tensor in stored.items():
         match = _FACTOR.fullmatch(_bare(key))
-        known = (
-            from_stored(f"{match[1]}.weight") and len(tensor.shape) == 2 if match else from_stored(_bare(key)) in base
-        )
+        ours = names.from_stored(f"{match[1]}.weight" if match else _bare(key))
+        known = ours and len(tensor.shape) == 2 if match else ours in base
         if not known:
             return f"{key!r}, which is no LoRA factor of a Linear in a LLaVA model,"
     return None
 
 
 def _split(
-    stored: Mapping[str, StoredTensor], file: Path
+    stored: Mapping[str, StoredTensor], file: Path, names: NameMap
 ) -> tuple[dict[str, tuple[StoredTensor, StoredTensor]], dict[str, StoredTensor]]:
     """(our weight name -> (A, B), our name -> what takes a tensor's place in the base)."""
     halves: dict[str, dict[str, StoredTensor]] = {}
     whole = {}
     for key, tensor in stored.items():
         match = _FACTOR.fullmatch(_bare(key))
-        name = from_stored(f"{match[1]}.weight" if match else _bare(key))
+        name = names.from_stored(f"{match[1]}.weight" if match else _bare(key))
         assert name is not None  # else it is beyond Linears
         if match:
             halves.setdefault(name, {})[match[2]] = tensor
@@ -263,8 +267,9 @@ def _split(
     return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}, whole
 
 
-def _from_wrapped(key: str) -> str | None:
-    return from_stored(_bare(key))
+def _unwrapped(stored: Mapping[str, StoredTensor], names: NameMap) -> dict[str, StoredTensor]:
+    """Our names -> tensors of a file whose names may stand behind those of wrappers."""
+    return names.name_tensors(stored, lambda key: names.from_stored(_bare(key)))
 
 
 def _bare(key: str) -> str:

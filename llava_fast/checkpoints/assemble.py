@@ -16,20 +16,18 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from llava_fast.checkpoints import fields
 from llava_fast.checkpoints.adapters import add_projector, find_projector_file
-from llava_fast.checkpoints.config import HF_MODEL_TYPES, require
-from llava_fast.checkpoints.files import check_fields, read_json, read_text
-from llava_fast.checkpoints.hub import resolve
 from llava_fast.checkpoints.load import LoadedCheckpoint, load_checkpoint
-from llava_fast.checkpoints.original import is_original, original_config
-from llava_fast.checkpoints.tensor_files import StoredTensor, name_tensors, open_weights
-from llava_fast.checkpoints.towers import Tower, tower_tensors
 from llava_fast.errors import CheckpointError
+from llava_fast.families import fields, find_family
+from llava_fast.families.known_towers import Tower, tower_tensors
+from llava_fast.families.llava_original import LlavaOriginal, assembled_fields, original_types
+from llava_fast.families.parts import require
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.connectors.mlp import Projector, ProjectorConfig
-
-_MODEL_TYPES = {"llama": "llava_llama", "mistral": "llava_mistral", "qwen2": "llava_qwen"}
+from llava_fast.storage.files import check_fields, read_json, read_text
+from llava_fast.storage.hub import resolve
+from llava_fast.storage.tensor_files import StoredTensor, open_weights
 
 
 class Rope(BaseModel):
@@ -88,7 +86,7 @@ def assemble(
     """
     base = resolve(assembly.decoder)
     config, tower = describe(assembly, read_json(base / "config.json"), base)
-    tensors = name_tensors(open_weights(base))
+    tensors = LlavaOriginal.names.name_tensors(open_weights(base))
     if config.decoder.tie_embeddings:
         tensors.pop("decoder.lm_head.weight", None)
     tensors |= tower_tensors(tower, config.vision.num_layers)
@@ -112,45 +110,19 @@ def assemble(
 def describe(assembly: Assembly, decoder: dict[str, Any], path: Path) -> tuple[LlavaConfig, Tower]:
     """The config of a model that is put together, and where its tower is; from the decoder's config.json alone, whose
     directory is `path`. Raises CheckpointError."""
-    if is_original(decoder) or decoder.get("model_type") in HF_MODEL_TYPES:
+    if find_family(decoder) is not None:
         raise CheckpointError(f"{assembly.decoder} is a LLaVA already: write `model: {assembly.decoder}`")
-    family = require(decoder.get("model_type"), tuple(_MODEL_TYPES), "model_type of the decoder", path / "config.json")
+    kind = require(
+        decoder.get("model_type"), tuple(original_types()), "model_type of the decoder", path / "config.json"
+    )
     check_fields(decoder, fields.Decoder, path / "config.json")
-    source = decoder | _fields(assembly, _MODEL_TYPES[family])
+    source = decoder | assembled_fields(kind, assembly.model_dump())
     if assembly.rope is not None:
         theta = (source.pop("rope_parameters", None) or {}).get("rope_theta", source.get("rope_theta", 10000.0))
         scaling = {"rope_type": assembly.rope.kind, "type": assembly.rope.kind, "factor": assembly.rope.factor}
         source |= {"rope_theta": theta, "rope_scaling": scaling}
-    config, tower = original_config(source, path)
+    config, tower = LlavaOriginal().read_with_tower(source, path)
     return dataclasses.replace(config, source=source | {"mm_hidden_size": config.vision.hidden_size}), tower
-
-
-def _fields(assembly: Assembly, model_type: str) -> dict[str, Any]:
-    """config.json's fields that make a language model's a LLaVA's."""
-    classes = {"llava_llama": "LlavaLlama", "llava_mistral": "LlavaMistral", "llava_qwen": "LlavaQwen"}
-    pinpoints = assembly.pinpoints
-    if isinstance(pinpoints, list):
-        pinpoints = [list(pair) for pair in pinpoints]  # as JSON has them
-    given: dict[str, Any] = {
-        "model_type": model_type,
-        "architectures": [classes[model_type] + "ForCausalLM"],
-        "use_mm_proj": True,
-        "mm_projector_type": assembly.projector,
-        "mm_vision_tower": assembly.vision_tower,
-        "mm_vision_select_layer": assembly.feature_layer,
-        "mm_vision_select_feature": assembly.feature,
-        "mm_patch_merge_type": assembly.merge,
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-        "image_aspect_ratio": assembly.aspect,
-        "image_grid_pinpoints": pinpoints,
-        "mm_newline_position": assembly.video_newline,
-    }
-    if assembly.video_pool_stride is not None:
-        given |= {"mm_spatial_pool_mode": assembly.video_pool, "mm_spatial_pool_stride": assembly.video_pool_stride}
-        if assembly.video_pool_stage == "before":
-            given["mm_resampler_type"] = "spatial_pool"
-    return given
 
 
 def _fresh_parts(config: LlavaConfig, seed: int) -> dict[str, StoredTensor]:
@@ -175,7 +147,12 @@ def _trained_parts(where: str) -> dict[str, StoredTensor]:
     file: Path | None = Path(where).expanduser()
     if not file.is_file():
         file = find_projector_file(resolve(where))
-    tensors = add_projector({}, file) if file is not None else name_tensors(open_weights(resolve(where)))
+    if file is not None:
+        tensors = add_projector({}, file, LlavaOriginal.names)
+    else:
+        whole = resolve(where)
+        family = find_family(read_json(whole / "config.json")) or LlavaOriginal()  # it may be a language model
+        tensors = family.names.name_tensors(open_weights(whole))
     return {name: tensor for name, tensor in tensors.items() if name.startswith(("projector.", "image_newline"))}
 
 

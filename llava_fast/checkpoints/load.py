@@ -19,18 +19,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from llava_fast.checkpoints import fields
 from llava_fast.checkpoints.adapters import ADAPTER_CONFIG, add_adapter, add_projector, find_projector_file
-from llava_fast.checkpoints.config import read_hf_config
-from llava_fast.checkpoints.files import read_json, read_json_if_there
-from llava_fast.checkpoints.hub import local_directory, resolve
-from llava_fast.checkpoints.original import is_original, read_original_config
 from llava_fast.checkpoints.peft_merge import EMBEDDING, HEAD
 from llava_fast.checkpoints.save import read_side_files
-from llava_fast.checkpoints.tensor_files import StoredTensor, has_weights, name_tensors, open_weights
-from llava_fast.checkpoints.towers import tower_tensors
 from llava_fast.errors import CheckpointError
+from llava_fast.families import family_of, fields, find_family
+from llava_fast.families.known_towers import tower_tensors
 from llava_fast.models.config import LlavaConfig
+from llava_fast.storage.files import read_json, read_json_if_there
+from llava_fast.storage.hub import resolve
+from llava_fast.storage.tensor_files import StoredTensor, has_weights, open_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,14 +71,13 @@ def load_checkpoint(
     Raises CheckpointError for a directory that is no LLaVA, an unsupported model, or a missing shard.
     """
     path = resolve(path_or_hub_id)
-    described, base, tensors = _find_tensors(path, model_base)
-    tower = None
-    if is_original(read_json(described / "config.json")):
-        config, tower = read_original_config(described, vision_tower or _tower_inside(base, described))
-    elif vision_tower is not None:
-        raise CheckpointError(f"{described} holds its own tower, so vision_tower has no meaning; leave it out")
-    else:
-        config = read_hf_config(described)
+    described, base, projector = _find(path, model_base)
+    source = read_json(described / "config.json")
+    family = family_of(source, described / "config.json")
+    tensors = family.names.name_tensors(open_weights(base or path))
+    if projector is not None:
+        tensors = add_projector(tensors, projector, family.names)
+    config, tower = family.read_with_tower(source, described, vision_tower, base)
     if config.decoder.tie_embeddings and (head := tensors.pop(HEAD, None)) is not None:
         _check_tied(head, tensors.get(EMBEDDING))
     dtype = dtype or _stored_dtype(tensors, base or path)
@@ -144,32 +141,24 @@ def check_tensors(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, 
             )
 
 
-def _find_tensors(path: Path, model_base: str | Path | None) -> tuple[Path, Path | None, dict[str, StoredTensor]]:
-    """(directory whose config.json counts, base directory if there is one, our names -> tensors, an adapter's not yet
-    among them)."""
+def _find(path: Path, model_base: str | Path | None) -> tuple[Path, Path | None, Path | None]:
+    """(directory whose config.json counts, that of a base if there is one, file of the projector if that is all)."""
     if (path / ADAPTER_CONFIG).exists():
         model_base = model_base or read_json(path / ADAPTER_CONFIG, fields.Adapter).get("base_model_name_or_path")
         if not model_base:
             raise CheckpointError(f"{path} holds LoRA factors without naming their base; give model_base=")
         base = resolve(model_base)
-        own_config = is_original(read_json_if_there(path / "config.json"))
-        return path if own_config else base, base, name_tensors(open_weights(base))
+        own = find_family(read_json_if_there(path / "config.json"))
+        return path if own is not None and own.layout == "original" else base, base, None
     projector = None if has_weights(path) else find_projector_file(path)
     if projector is not None:
         if model_base is None:
             raise CheckpointError(f"{path} holds a projector only; give model_base= the language model it belongs to")
-        base = resolve(model_base)
-        return path, base, add_projector(name_tensors(open_weights(base)), projector)
+        return path, resolve(model_base), projector
     read_json(path / "config.json")  # the clearer error comes first for a directory that is no checkpoint
     if model_base is not None:
         raise CheckpointError(f"{path} is a whole model, so model_base has no meaning; leave it out")
-    return path, None, name_tensors(open_weights(path))
-
-
-def _tower_inside(base: Path | None, described: Path) -> Path | None:
-    """The tower of an adapter's base, if the base is a whole LLaVA that holds it."""
-    name = read_json(described / "config.json", fields.OriginalConfig).get("mm_vision_tower")
-    return local_directory(base / name) if base is not None and name else None
+    return path, None, None
 
 
 def _stored_dtype(tensors: Mapping[str, StoredTensor], path: Path) -> torch.dtype:

@@ -18,12 +18,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from llava_fast.checkpoints.config import auto_config
-from llava_fast.checkpoints.names import NameLayout, from_stored, to_stored
-from llava_fast.checkpoints.original import text_config
-from llava_fast.checkpoints.tensor_files import StoredTensor
 from llava_fast.errors import CheckpointError
+from llava_fast.families import family_of_config
+from llava_fast.families.names import NameMap
 from llava_fast.models.config import LlavaConfig
+from llava_fast.storage.tensor_files import StoredTensor
 
 EMBEDDING, HEAD = "decoder.embed_tokens.weight", "decoder.lm_head.weight"
 _ADAPTER = "default"
@@ -71,25 +70,20 @@ def merge_with_peft(
     for lack, keys in (("the base has no place for", loaded.unexpected_keys), ("the file lacks", missing)):
         if keys:
             raise CheckpointError(f"{file}: {lack} {keys[0]!r}; give the base model it was trained on as model_base")
-    return _changed(base, merged, placed, file)
+    return _changed(base, merged, placed, file, family_of_config(config).names)
 
 
 def _base_model(
     base: Mapping[str, StoredTensor], config: LlavaConfig, described: Path
 ) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """The base as PEFT sees it, and the tensors that were put into it by its names."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    layout: NameLayout = "hf5" if config.layout == "hf" else "original"
+    family = family_of_config(config)
     with torch.device("meta"):
-        if config.layout == "hf":
-            model = AutoModelForImageTextToText.from_config(auto_config(config.source, described / "config.json"))
-        else:
-            model = AutoModelForCausalLM.from_config(text_config(config.source, described / "config.json"))
+        model = family.adapted_model(config, described / "config.json")
     placed = {
-        to_stored(name, layout, config.projector.kind): tensor.load()
+        family.names.to_stored(name, family.adapter_spelling, config): tensor.load()
         for name, tensor in base.items()
-        if config.layout == "hf" or not name.startswith("vision_tower.")
+        if family.adapters_see_tower or not name.startswith("vision_tower.")
     }
     for name, value in placed.items():
         _place(model, name, value)
@@ -133,7 +127,11 @@ def _untie(adapted: nn.Module, shared: nn.Parameter) -> None:
 
 
 def _changed(
-    base: Mapping[str, StoredTensor], merged: nn.Module, placed: Mapping[str, torch.Tensor], file: Path
+    base: Mapping[str, StoredTensor],
+    merged: nn.Module,
+    placed: Mapping[str, torch.Tensor],
+    file: Path,
+    names: NameMap,
 ) -> dict[str, StoredTensor]:
     """`base`, with the parameters of `merged` that are no longer the tensors that were `placed`."""
     found = dict(base)
@@ -141,7 +139,7 @@ def _changed(
         value = parameter.detach()
         if value.is_meta or key in placed and value.data_ptr() == placed[key].data_ptr():
             continue
-        name = from_stored(key)
+        name = names.from_stored(key)
         if name is None:
             raise CheckpointError(f"{file}: merging it makes {key!r}, which no LLaVA model has")
         like = base.get(name) or base.get(EMBEDDING)

@@ -6,12 +6,9 @@ destination as it was. Weights go out shard by shard: at most one shard is copie
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +16,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from llava_fast.checkpoints import fields, layouts
-from llava_fast.checkpoints.files import Fields, check_fields, parse_json, read_text
-from llava_fast.checkpoints.names import to_stored
 from llava_fast.errors import CheckpointError
+from llava_fast.families import fields, writing_family
+from llava_fast.families.base import Family, TokenIds
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.fused import separate_parameters
+from llava_fast.storage.files import Fields, check_fields, parse_json, read_text, write_json, written_whole
 
 NOTE_FILE = "llava_fast.json"
 """What a checkpoint says to llava_fast alone: "chat_template", the built-in template it was trained with."""
@@ -73,22 +70,26 @@ def save(
         raise CheckpointError(f"{path} is not empty; choose another directory or pass overwrite=True")
     tensors = separate_parameters(model) if tensors is None else dict(tensors)
     config, tokenizer = model.config, model.tokenizer
+    family = writing_family(config, layout)
     image_token_id, video_token_id = config.image_token_id, config.video_token_id
     if layout == "hf" and config.layout == "original":
-        tokenizer, image_token_id, video_token_id = _with_visual_tokens(tokenizer, config)
+        tokenizer, image_token_id, video_token_id = _with_visual_tokens(tokenizer, family.visual_tokens)
         tensors = _with_vocabulary(tensors, max(image_token_id, video_token_id or 0) + 1)
     embedding = tensors["decoder.embed_tokens.weight"]
-    written = _config(config, layout, image_token_id, video_token_id, vocab_size=len(embedding))
+    keeps = layout == config.layout and config.source
+    tokens = TokenIds(image_token_id, video_token_id, vocab_size=len(embedding))
+    written = family.unchanged(config) if keeps else family.write(config, tokens)
     written["dtype" if "dtype" in written else "torch_dtype"] = str(embedding.dtype).removeprefix("torch.")
+    stored = {family.names.to_stored(name, layout, config): tensor.detach() for name, tensor in tensors.items()}
 
     with written_whole(path) as directory:
-        _write_weights(directory, tensors, layout, config.projector.kind, max_shard_size)
+        _write_weights(directory, stored, max_shard_size)
         write_json(directory / "config.json", written)
         for file in directory.glob("*.safetensors"):  # safetensors writes files that only their owner can read
             shutil.copymode(directory / "config.json", file)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
-        _write_side_files(directory, config, layout, getattr(model, "side_files", {}))
+        _write_side_files(directory, config, family, getattr(model, "side_files", {}))
 
 
 def read_side_files(path: Path) -> dict[str, str]:
@@ -102,54 +103,19 @@ def read_side_files(path: Path) -> dict[str, str]:
     return texts
 
 
-def _config(
-    config: LlavaConfig, layout: str, image_token_id: int, video_token_id: int | None, vocab_size: int
-) -> dict[str, Any]:
-    if layout == config.layout == "hf" and config.source:
-        return dict(config.source)
-    if layout == "hf":
-        return layouts.to_hf(config, image_token_id, video_token_id, vocab_size)
-    name, _ = _tower_name(config)
-    if config.layout == "hf":
-        return layouts.to_original(config, name)
-    # The weights now include the tower, which the last field tells the original loader.
-    return config.source | {"mm_vision_tower": name, "unfreeze_mm_vision_tower": True}
-
-
-def _tower_name(config: LlavaConfig) -> tuple[str, str | None]:
-    """(mm_vision_tower, folder inside the checkpoint that describes the tower, None for a known one)."""
-    name = config.source.get("mm_vision_tower")
-    known = layouts.known_tower_name(config.vision) if layouts.has_plain_processor(config) else None
-    if known is not None and (name is None or Path(name).name == Path(known).name):
-        return name or known, None
-    if name is None or Path(name).is_absolute() or ".." in Path(name).parts:
-        name = f"{config.vision.kind}_vision_tower"
-    return name, name
-
-
-def _write_side_files(directory: Path, config: LlavaConfig, layout: str, side_files: dict[str, str]) -> None:
+def _write_side_files(directory: Path, config: LlavaConfig, family: Family, side_files: dict[str, str]) -> None:
     for name, text in side_files.items():
-        if name not in _HF_ONLY or layout == config.layout == "hf":
+        if name not in _HF_ONLY or family.layout == config.layout == "hf":
             (directory / name).write_text(text, encoding="utf-8")
-    has_processor = any((directory / name).exists() for name in _HF_ONLY)
-    if layout == "hf" and not has_processor:
-        write_json(directory / "preprocessor_config.json", layouts.image_processor_fields(config))
-        write_json(directory / "processor_config.json", layouts.processor_fields(config))
-        if (video := layouts.video_processor_fields(config)) is not None:
-            write_json(directory / "video_preprocessor_config.json", video)
-    if layout == "original" and (folder := _tower_name(config)[1]) is not None:
-        (directory / folder).mkdir(parents=True)
-        write_json(directory / folder / "config.json", layouts.tower_fields(layouts.own_tower(config.vision)))
-        processor = config.tower_processor or layouts.tower_processor_fields(config)
-        write_json(directory / folder / "preprocessor_config.json", processor)
+    if not any((directory / name).exists() for name in _HF_ONLY):
+        for name, content in family.processor_files(config).items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            write_json(directory / name, content)
 
 
-def _write_weights(
-    directory: Path, tensors: dict[str, torch.Tensor], layout: str, projector_kind: str, max_shard_size: int | str
-) -> None:
+def _write_weights(directory: Path, stored: dict[str, torch.Tensor], max_shard_size: int | str) -> None:
     from huggingface_hub import split_torch_state_dict_into_shards  # only saving needs it
 
-    stored = {to_stored(name, layout, projector_kind): tensor.detach() for name, tensor in tensors.items()}
     if unmade := [name for name, tensor in stored.items() if tensor.is_meta]:
         raise CheckpointError(f"{unmade[0]} is on the meta device and has no values; load weights before saving")
     split = split_torch_state_dict_into_shards(stored, max_shard_size=max_shard_size)
@@ -161,20 +127,18 @@ def _write_weights(
         write_json(directory / "model.safetensors.index.json", index)
 
 
-def _with_visual_tokens(tokenizer: Any, config: LlavaConfig) -> tuple[Any, int, int | None]:
+def _with_visual_tokens(tokenizer: Any, marks: tuple[str, ...]) -> tuple[Any, int, int | None]:
     """A copy of an original checkpoint's tokenizer that knows `<image>` (and `<video>`), and their ids."""
     if tokenizer is None:
         raise CheckpointError("layout 'hf' needs a tokenizer with an image token, and this model has no tokenizer")
     from transformers import AddedToken
 
     tokenizer = copy.deepcopy(tokenizer)
-    takes_video = layouts.hf_model_type(config) in ("llava_next_video", "llava_onevision")
-    marks = ["<image>", "<video>"] if takes_video else ["<image>"]
     known = tokenizer.get_vocab()
     new = [AddedToken(mark, special=True, normalized=False) for mark in marks if mark not in known]
     tokenizer.add_tokens(new, special_tokens=True)
-    ids = tokenizer.convert_tokens_to_ids(marks)
-    return tokenizer, ids[0], ids[1] if takes_video else None
+    ids = tokenizer.convert_tokens_to_ids(list(marks))
+    return tokenizer, ids[0], ids[1] if len(ids) > 1 else None
 
 
 def _with_vocabulary(tensors: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
@@ -190,31 +154,3 @@ def _with_vocabulary(tensors: dict[str, torch.Tensor], rows: int) -> dict[str, t
             mean = tensors[name].detach().float().mean(0, keepdim=True).to(tensors[name].dtype)
             grown[name] = torch.cat([tensors[name].detach(), mean.expand(wanted - have, -1)])
     return grown
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A new directory beside `path` that takes its place when the block ends, and vanishes if it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.saving-{os.getpid()}")
-    old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    try:
-        yield new
-        if path.exists():
-            path.rename(old)
-        try:
-            new.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_fast.checkpoints import fields
-from llava_fast.checkpoints.files import read_json_if_there, read_text
 from llava_fast.errors import CheckpointError
+from llava_fast.families import fields
+from llava_fast.storage.files import read_json_if_there, read_text
 
 _JINJA, _MORE_JINJA = "chat_template.jinja", "additional_chat_templates"
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_fast.checkpoints import fields
-from llava_fast.checkpoints.files import check_regular, one_line, read_json, read_json_if_there
 from llava_fast.errors import CheckpointError
+from llava_fast.families import fields
+from llava_fast.storage.files import check_regular, one_line, read_json, read_json_if_there
 
 _SIDE_FILES = {
     "tokenizer_config.json": fields.TokenizerConfig,

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_fast.checkpoints.load import load_checkpoint
-from llava_fast.checkpoints.names import to_stored
 from llava_fast.errors import CheckpointError
+from llava_fast.families.llava_names import to_stored
 from tests.support.tiny_checkpoints import (
     ORIGINAL,
     assert_same_tensors,

@@ -4,10 +4,9 @@ import json
 
 import pytest
 
-from llava_fast.checkpoints.config import read_hf_config
 from llava_fast.errors import CheckpointError
 from llava_fast.models.blocks.rope import RopeConfig
-from tests.support.tiny_checkpoints import KINDS, PINPOINTS, edit_json, hf_config
+from tests.support.tiny_checkpoints import KINDS, PINPOINTS, edit_json, hf_config, read_hf_config
 
 
 def write(path, kind, **changes):

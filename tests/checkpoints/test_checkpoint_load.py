@@ -226,7 +226,7 @@ def test_a_hub_id_that_cannot_be_had(monkeypatch):
 
 MEASURE = """
 import sys, torch
-from llava_fast.checkpoints.tensor_files import open_file
+from llava_fast.storage.tensor_files import open_file
 from pathlib import Path
 
 def resident():

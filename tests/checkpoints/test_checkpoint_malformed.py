@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from llava_fast.api import load_processor
-from llava_fast.checkpoints.files import MOST_BYTES, read_json, read_text
 from llava_fast.checkpoints.load import load_checkpoint, load_weights
 from llava_fast.errors import CheckpointError
 from llava_fast.models.vlm import LlavaModel
+from llava_fast.storage.files import MOST_BYTES, read_json, read_text
 from tests.support import malformed
 from tests.support.malformed import NAN, damaged, fields, tensors, write
 

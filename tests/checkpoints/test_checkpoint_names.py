@@ -2,8 +2,8 @@
 
 import pytest
 
-from llava_fast.checkpoints.names import from_stored, from_tower_repository, is_skipped, to_stored
 from llava_fast.errors import CheckpointError
+from llava_fast.families.llava_names import from_stored, from_tower_repository, is_skipped, to_stored
 from tests.support.tiny_checkpoints import KINDS, hf_model
 
 EXAMPLES = [  # ours, hf, hf5, original

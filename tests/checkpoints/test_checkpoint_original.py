@@ -5,16 +5,16 @@ import json
 import pytest
 import torch
 
-from llava_fast.checkpoints import towers
 from llava_fast.checkpoints.load import load_checkpoint
-from llava_fast.checkpoints.original import read_original_config
 from llava_fast.errors import CheckpointError
+from llava_fast.families.known_towers import KNOWN_TOWERS
 from llava_fast.models.connectors.mlp import ProjectorConfig
 from tests.support.tiny_checkpoints import (
     assert_same_tensors,
     build,
     edit_json,
     edit_tensors,
+    read_original_config,
     save_hf,
     write_original,
     write_tower,
@@ -81,10 +81,10 @@ def test_known_towers_are_what_transformers_calls_them():
     from transformers import CLIPVisionConfig, SiglipVisionConfig
 
     clip = CLIPVisionConfig()
-    table = towers.KNOWN_TOWERS["openai/clip-vit-large-patch14-336"]
+    table = KNOWN_TOWERS["openai/clip-vit-large-patch14-336"]
     assert (clip.hidden_act, clip.layer_norm_eps, clip.num_channels) == (table.activation, table.layer_norm_eps, 3)
     siglip = SiglipVisionConfig()
-    table = towers.KNOWN_TOWERS["google/siglip-so400m-patch14-384"]
+    table = KNOWN_TOWERS["google/siglip-so400m-patch14-384"]
     assert (siglip.hidden_act, siglip.layer_norm_eps) == (table.activation, table.layer_norm_eps)
 
 

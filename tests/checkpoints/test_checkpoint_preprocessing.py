@@ -16,14 +16,22 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llava_fast.checkpoints.load import load_checkpoint
-from llava_fast.checkpoints.original import read_original_config
 from llava_fast.checkpoints.save import save
 from llava_fast.errors import CheckpointError
 from llava_fast.inputs.pictures.tiles import make_tiles
 from llava_fast.inputs.tiling.anyres import image_views
 from llava_fast.inputs.tiling.video import frame_views
 from llava_fast.models.towers.vit import ClipConfig
-from tests.support.tiny_checkpoints import PINPOINTS, build, edit_json, save_hf, tokenizer, write_original, write_tower
+from tests.support.tiny_checkpoints import (
+    PINPOINTS,
+    build,
+    edit_json,
+    read_original_config,
+    save_hf,
+    tokenizer,
+    write_original,
+    write_tower,
+)
 
 SIZE = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
 CLIP = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True, **SIZE}

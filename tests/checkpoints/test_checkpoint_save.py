@@ -21,11 +21,10 @@ from transformers import (
 )
 
 from llava_fast.checkpoints import save as save_module
-from llava_fast.checkpoints.config import read_hf_config
-from llava_fast.checkpoints.layouts import known_tower_name
 from llava_fast.checkpoints.load import load_checkpoint
 from llava_fast.checkpoints.save import save
 from llava_fast.errors import CheckpointError
+from llava_fast.families.llava_original import known_tower_name
 from llava_fast.inputs.processor import Processor
 from llava_fast.inputs.tiling.anyres import count_image_rows, image_views
 from tests.support.tiny_checkpoints import (
@@ -36,6 +35,7 @@ from tests.support.tiny_checkpoints import (
     edit_json,
     hf_config,
     hf_model,
+    read_hf_config,
     save_hf,
     tokenizer,
     write_original,

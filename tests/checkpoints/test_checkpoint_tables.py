@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_fast.checkpoints.config import read_hf_config
 from llava_fast.checkpoints.load import LoadedCheckpoint, load_weights
-from llava_fast.checkpoints.names import from_tower_repository, to_stored
-from llava_fast.checkpoints.original import read_original_config
-from llava_fast.checkpoints.tensor_files import StoredTensor, name_tensors
+from llava_fast.families.llava_names import from_tower_repository, name_tensors, to_stored
 from llava_fast.inputs.tiling.anyres import count_image_rows
 from llava_fast.models.vlm import LlavaModel
+from llava_fast.storage.tensor_files import StoredTensor
+from tests.support.tiny_checkpoints import read_hf_config, read_original_config
 
 TABLES = Path(__file__).parent / "tables"
 MODELS = sorted(path.stem for path in TABLES.glob("ll*.json"))

@@ -7,14 +7,14 @@ import torch
 from transformers import LlavaNextForConditionalGeneration, Qwen3Config
 
 import llava_fast
-from llava_fast.checkpoints.config import read_hf_config
-from llava_fast.checkpoints.layouts import to_hf
-from llava_fast.checkpoints.save import write_json
 from llava_fast.errors import CheckpointError
+from llava_fast.families import family_of_config, read_config
+from llava_fast.families.base import TokenIds
 from llava_fast.models.attention import Spans
 from llava_fast.models.decoders.stack import _PLAIN
 from llava_fast.models.native_step import step_weights
 from llava_fast.ops import use_backend
+from llava_fast.storage.files import write_json
 from tests.support import tiny
 from tests.support.parity import assert_close, reference_logits
 
@@ -81,6 +81,7 @@ def test_a_config_that_is_written_describes_the_same_decoder(name, tmp_path):
     """As for one that came in another layout, whose config.json is made anew."""
     config = tiny.pair(name).ours.config
     tiny.save(tiny.CASES[name], tiny.pair(name).hf, tmp_path)
-    written = to_hf(replace(config, source={}), config.image_token_id, config.video_token_id, config.decoder.vocab_size)
+    tokens = TokenIds(config.image_token_id, config.video_token_id, config.decoder.vocab_size)
+    written = family_of_config(config).write(replace(config, source={}), tokens)
     write_json(tmp_path / "config.json", written)
-    assert read_hf_config(tmp_path).decoder == config.decoder
+    assert read_config(tmp_path)[0].decoder == config.decoder

@@ -26,8 +26,18 @@ from transformers import (
 )
 
 from llava_fast.checkpoints.load import LoadedCheckpoint, load_weights
-from llava_fast.checkpoints.names import from_stored, to_stored
+from llava_fast.families import read_config
+from llava_fast.families.llava_names import from_stored, to_stored
+from llava_fast.models.config import LlavaConfig as OurConfig
 from llava_fast.models.vlm import LlavaModel
+
+read_original_config = read_config
+
+
+def read_hf_config(path: str | Path) -> OurConfig:
+    """The config of a directory in Hugging Face's layout."""
+    return read_config(Path(path))[0]
+
 
 KINDS = ("llava", "llava_next", "llava_next_video", "llava_onevision")
 
@@ -149,8 +159,6 @@ def write_original(path: Path, tower: bool = True, weights: bool = True, **chang
 
     `tower` puts the tower's weights into the checkpoint, as 1.6 does; `changes` are config.json fields.
     """
-    from llava_fast.checkpoints.original import read_original_config
-
     config = {key: value for key, value in (ORIGINAL | changes).items() if value is not None}
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config))

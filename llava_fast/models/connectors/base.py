@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -18,6 +18,8 @@ class ConnectorConfig(ABC):
     """Each row is made of one row of the tower, so that rows nobody takes need not be made. If False, the connector is
     called with the rows of all tiles [T, N, in_features], without leading ones that are left out, and gives
     [T, M, out_features]; a plan counts M rows a tile."""
+    hf_names: ClassVar[Mapping[str, str]] = {}
+    """Its modules by our names, and what transformers calls them."""
 
     def rows_of(self, rows: int) -> int:
         """Rows that it makes of so many rows of a tile. Raises ValueError for a number that it cannot take."""

@@ -18,6 +18,8 @@ class ProjectorConfig(ConnectorConfig):
     """`kind` "linear", "identity", "mlp" (`depth` Linears with an activation between them) or "yi" (an mlp with a
     LayerNorm after each Linear). Raises ValueError for another kind or an unknown activation."""
 
+    hf_names = {"layers.0": "linear_1", "layers.2": "linear_2"}  # noqa: RUF012 a ClassVar of the base
+
     kind: str
     in_features: int
     out_features: int

@@ -39,6 +39,8 @@ class DecoderConfig(ABC):
 
     family: ClassVar[str]
     """The model_type that transformers gives its config."""
+    original_type: ClassVar[str | None] = None
+    """The model_type of an original LLaVA with this decoder; None: the original has none. It is not inherited."""
 
     vocab_size: int
     hidden_size: int
@@ -50,6 +52,10 @@ class DecoderConfig(ABC):
     rope: RopeConfig = field(default_factory=RopeConfig)
     tie_embeddings: bool = False
     sliding_windows: tuple[int | None, ...] | None = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.original_type = vars(cls).get("original_type")
 
     @property
     def context_length(self) -> int:

@@ -89,6 +89,7 @@ class LlamaConfig(DecoderConfig):
     """Llama and Vicuna (and Yi, whose checkpoints call themselves llama)."""
 
     family = "llama"
+    original_type = "llava_llama"
     spec: ClassVar[LayerSpec] = LayerSpec()
 
     intermediate_size: int
@@ -181,6 +182,7 @@ class MistralConfig(LlamaConfig):
     """Mistral: grouped query heads, and one sliding window for all layers or none."""
 
     family = "mistral"
+    original_type = "llava_mistral"
 
     @classmethod
     def _own_choices(cls, hf: Any) -> dict[str, Any]:
@@ -196,6 +198,7 @@ class Qwen2Config(LlamaConfig):
     """Qwen 1.5 and 2: biases in query, key and value, and windows by layer."""
 
     family = "qwen2"
+    original_type = "llava_qwen"
 
     @classmethod
     def _own_choices(cls, hf: Any) -> dict[str, Any]:

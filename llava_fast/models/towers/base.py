@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llava_fast.inputs.pictures.preprocessing import fold_values, may_fold
 from llava_fast.models.recompute import Recompute
+from llava_fast.storage.files import Fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,12 @@ class TowerConfig(ABC):
     """How the tower's own image processor makes a square: "crop" or "squash"."""
     own_normalisation: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]] = ((0.5,) * 3, (0.5,) * 3)
     """(mean, std) of images where a checkpoint does not say."""
+    hf4_prefix: ClassVar[str] = ""
+    """The module that transformers 4 has around the tower's own, whose name is part of stored names."""
+    hf_unused: ClassVar[tuple[str, ...]] = ()
+    """Starts of the names of modules that transformers has in the tower, and that nothing here reads."""
+    hf_fields: ClassVar[type[Fields] | None] = None
+    """What its section of config.json is checked against; None: the fields of a ViT with square images and patches."""
 
     hidden_size: int
     num_layers: int

@@ -24,6 +24,7 @@ from llava_fast.ops import patch_embed
 class VitConfig(TowerConfig):
     """A vision transformer of equal layers: attention and an MLP of two Linears, LayerNorm before each."""
 
+    hf4_prefix = "vision_model."
     activations: ClassVar[tuple[str, ...]] = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 
     intermediate_size: int
@@ -93,6 +94,7 @@ class SiglipConfig(VitConfig):
     """SigLIP, and SigLIP 2 of one image size."""
 
     kind = "siglip"
+    hf_unused = ("head.",)  # the pooling head
 
     def to_hf(self) -> dict[str, Any]:
         return {"vision_use_head": False, **super().to_hf()}

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from llava_fast.checkpoints.assemble import Assembly, describe
-from llava_fast.checkpoints.config import read_hf_config, read_json
-from llava_fast.checkpoints.hub import resolve
-from llava_fast.checkpoints.original import is_original, read_original_config
 from llava_fast.errors import DataError, RecipeError
+from llava_fast.families import read_config
 from llava_fast.inputs.tiling.anyres import image_rows
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.vlm import LlavaModel
 from llava_fast.ops.linear_cross_entropy.chunked import CHUNK_BYTES
+from llava_fast.storage.files import read_json
+from llava_fast.storage.hub import resolve
 from llava_fast.train.data.mixture import epoch_counts
 from llava_fast.train.estimate.flops import GPUS, Forward, forward_flops, peak_flops, step_flops
 from llava_fast.train.optim import freeze
@@ -122,9 +122,7 @@ def config_of(model: str | Assembly) -> LlavaConfig:
             return describe(model, known[here.name], here)[0]
         path = resolve(model.decoder, only=["*.json"])
         return describe(model, read_json(path / "config.json"), path)[0]
-    path = resolve(model, only=["*.json"])
-    original = is_original(read_json(path / "config.json"))
-    return read_original_config(path)[0] if original else read_hf_config(path)
+    return read_config(resolve(model, only=["*.json"]))[0]
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,11 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_fast.checkpoints import fields
-from llava_fast.checkpoints.config import auto_config, require, tower_config
-from llava_fast.checkpoints.files import read_json
-from llava_fast.checkpoints.hub import local_directory, resolve
-from llava_fast.checkpoints.names import from_tower_repository
-from llava_fast.checkpoints.preprocessing import (
+from llava_fast.errors import CheckpointError
+from llava_fast.families import fields
+from llava_fast.families.llava_names import from_tower_repository
+from llava_fast.families.parts import auto_config, require, tower_config
+from llava_fast.families.preprocessing import (
     Settings,
     check_anyres,
     image_kind,
@@ -24,12 +23,13 @@ from llava_fast.checkpoints.preprocessing import (
     read_preprocessing,
     tower_kind,
 )
-from llava_fast.checkpoints.tensor_files import StoredTensor, open_weights
-from llava_fast.errors import CheckpointError
 from llava_fast.inputs.pictures.preprocessing import Preprocessing
 from llava_fast.models.towers import TOWERS
 from llava_fast.models.towers.base import TowerConfig
 from llava_fast.models.towers.vit import ClipConfig, SiglipConfig
+from llava_fast.storage.files import read_json
+from llava_fast.storage.hub import local_directory, resolve
+from llava_fast.storage.tensor_files import StoredTensor, open_weights
 
 _CLIP_L = ClipConfig(
     hidden_size=1024,
@@ -116,7 +116,7 @@ def _layer_of(name: str) -> int:
 def _read_preprocessing(settings: Settings, tower: TowerConfig | type[TowerConfig], tile: int) -> Preprocessing:
     """The original code converts images to RGB itself, whatever the file says."""
     kind = tower_kind(tower)
-    image_kind(settings, (kind.name,))
+    image_kind(settings, (kind,))
     return dataclasses.replace(read_preprocessing(settings, kind, tile), do_convert_rgb=True)
 
 

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llava_fast.checkpoints import fields
-from llava_fast.checkpoints.files import read_json_if_there
 from llava_fast.errors import CheckpointError
+from llava_fast.families import fields
 from llava_fast.inputs.pictures.preprocessing import (
     CLIP_MEAN,
     CLIP_STD,
@@ -32,6 +31,7 @@ from llava_fast.inputs.pictures.preprocessing import (
     standard_fit,
 )
 from llava_fast.models.towers.base import TowerConfig
+from llava_fast.storage.files import read_json_if_there
 
 logger = logging.getLogger("llava_fast.checkpoints")
 
@@ -46,31 +46,14 @@ class Kind:
     squares: bool = False
     mean: Triple = CLIP_MEAN
     std: Triple = CLIP_STD
+    own_fields: frozenset[str] = frozenset()
 
     def fit(self, tile: int) -> Fit:
         return standard_fit("crop" if self.crops else "squash", tile)
 
 
-KINDS = {
-    kind.name: kind
-    for kind in (
-        Kind("CLIPImageProcessor"),
-        Kind("SiglipImageProcessor", crops=False, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
-        Kind("LlavaImageProcessor", squares=True),
-        Kind("LlavaNextImageProcessor"),
-        Kind("LlavaOnevisionImageProcessor", crops=False),
-        Kind("LlavaNextVideoVideoProcessor"),
-        Kind("LlavaOnevisionVideoProcessor", crops=False),
-    )
-}
-OWN_KINDS = {
-    "llava": ("LlavaImageProcessor", "CLIPImageProcessor", "SiglipImageProcessor"),
-    "llava_next": ("LlavaNextImageProcessor",),
-    "llava_next_video": ("LlavaNextImageProcessor", "LlavaNextVideoImageProcessor"),
-    "llava_onevision": ("LlavaOnevisionImageProcessor",),
-}
-"""Model type -> the image processors that make its tiles, the one of a file that names none first."""
-VIDEO_KINDS = {"llava_next_video": "LlavaNextVideoVideoProcessor", "llava_onevision": "LlavaOnevisionVideoProcessor"}
+CLIP_KIND = Kind("CLIPImageProcessor")
+SIGLIP_KIND = Kind("SiglipImageProcessor", crops=False, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 @dataclass(frozen=True)
@@ -113,23 +96,23 @@ def _section(path: Path, name: str) -> Settings | None:
     return None if content is None else Settings(content, f"{file}: {name}")
 
 
-def image_kind(settings: Settings, allowed: tuple[str, ...]) -> Kind:
+def image_kind(settings: Settings, allowed: tuple[Kind, ...]) -> Kind:
     """The image processor that the settings are for, by the name that they give; the first allowed one without."""
     field = "image_processor_type" if settings.get("image_processor_type") else "feature_extractor_type"
-    named = (settings.get(field) or allowed[0]).replace("FeatureExtractor", "ImageProcessor")
+    named = (settings.get(field) or allowed[0].name).replace("FeatureExtractor", "ImageProcessor")
+    kinds = {kind.name: kind for kind in allowed}
     name = named.removesuffix("Fast").removesuffix("Pil")
-    if name not in allowed:
-        settings.refuse(field, f"supported for this model: {', '.join(allowed)}")
-    return KINDS.get(name, KINDS[allowed[0]])
+    if name not in kinds:
+        settings.refuse(field, f"supported for this model: {', '.join(kinds)}")
+    return kinds[name]
 
 
-def video_kind(settings: Settings, name: str) -> Kind:
-    """The video processor of a model, after checking that the settings are not another's."""
-    if settings.get("video_processor_type") not in (None, name):
-        settings.refuse("video_processor_type", f"supported for this model: {name}")
+def check_video(settings: Settings, kind: Kind) -> None:
+    """Raises CheckpointError for the settings of another video processor, or one that chooses frames."""
+    if settings.get("video_processor_type") not in (None, kind.name):
+        settings.refuse("video_processor_type", f"supported for this model: {kind.name}")
     if settings.get("do_sample_frames", False):
         settings.refuse("do_sample_frames", "frames are chosen by load(video_frames=...): set it to false")
-    return KINDS[name]
 
 
 def read_preprocessing(settings: Settings, kind: Kind, tile: int) -> Preprocessing:
@@ -140,9 +123,10 @@ def read_preprocessing(settings: Settings, kind: Kind, tile: int) -> Preprocessi
     if settings.get("use_square_size", False):
         settings.refuse("use_square_size", 'it stands for a size: write "size": {"height": ..., "width": ...}')
     pads = settings.get("do_pad", False) and settings.get("pad_size") is not None
-    if pads and kind.name in ("CLIPImageProcessor", "SiglipImageProcessor"):
+    if pads and kind.name in (CLIP_KIND.name, SIGLIP_KIND.name):
         settings.refuse("pad_size", f"tiles have the {tile}x{tile} pixels that the vision tower reads: leave it out")
-    if unknown := sorted(name for name in settings.content if name not in KNOWN and settings.get(name) is not None):
+    known = KNOWN | kind.own_fields
+    if unknown := sorted(name for name in settings.content if name not in known and settings.get(name) is not None):
         logger.warning("%s: nothing reads %s, so it has no effect", settings.where, ", ".join(unknown))
     squares = kind.squares and settings.get("do_pad", False)
     if squares and settings.content.get("image_mean", kind.mean) is None:
@@ -262,12 +246,12 @@ def check_tokens(path: Path, tokenizer: Any, **ids: int | None) -> None:
             raise CheckpointError(f"{file}: {field} is {token!r}, which is not token {token_id} of config.json")
 
 
-def written(preprocessing: Preprocessing, tile: int, kind: str) -> dict[str, Any]:
-    """The fields that make a processor of this kind do just that; `kind` as in KINDS."""
+def written(preprocessing: Preprocessing, tile: int, kind: Kind) -> dict[str, Any]:
+    """The fields that make a processor of this kind do just that."""
     fit = preprocessing.fit
     size = fit.size or Size(shortest_edge=tile)
     made: dict[str, Any] = {
-        "video_processor_type" if kind.endswith("VideoProcessor") else "image_processor_type": kind,
+        "video_processor_type" if kind.name.endswith("VideoProcessor") else "image_processor_type": kind.name,
         "do_convert_rgb": preprocessing.do_convert_rgb,
         "do_resize": fit.size is not None,
         "size": size.fields(),
@@ -278,14 +262,13 @@ def written(preprocessing: Preprocessing, tile: int, kind: str) -> dict[str, Any
     made |= {"image_mean": list(preprocessing.image_mean), "image_std": list(preprocessing.image_std)}
     if fit.crop:
         made["crop_size"] = {"height": tile, "width": tile}
-    return made | ({"do_pad": fit.square} if KINDS[kind].squares else {})
+    return made | ({"do_pad": fit.square} if kind.squares else {})
 
 
 def tower_kind(tower: TowerConfig | type[TowerConfig]) -> Kind:
     """The image processor of a tower's own repository: CLIP's crops, SigLIP's squashes."""
     mean, std = (_triple(list(values)) for values in tower.own_normalisation)
-    name = "CLIPImageProcessor" if tower.own_aspect == "crop" else "SiglipImageProcessor"
-    return dataclasses.replace(KINDS[name], mean=mean, std=std)
+    return dataclasses.replace(CLIP_KIND if tower.own_aspect == "crop" else SIGLIP_KIND, mean=mean, std=std)
 
 
 def tower_fit(tower: TowerConfig | type[TowerConfig], tile: int) -> Fit:

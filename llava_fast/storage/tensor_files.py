@@ -14,15 +14,14 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
-from llava_fast.checkpoints import fields
-from llava_fast.checkpoints.files import check_regular, one_line, read_json
-from llava_fast.checkpoints.names import from_stored, is_skipped
 from llava_fast.errors import CheckpointError
+from llava_fast.storage.files import Fields, check_regular, one_line, read_json
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _DTYPES = {
@@ -38,6 +37,14 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+
+
+class Index(Fields):
+    """model.safetensors.index.json: the tensors' names and their files."""
+
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]
+
+
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -90,37 +97,13 @@ def open_file(file: Path) -> dict[str, StoredTensor]:
     return _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
 
 
-def name_tensors(
-    stored: Mapping[str, StoredTensor], rename: Callable[[str], str | None] = from_stored
-) -> dict[str, StoredTensor]:
-    """Stored tensors under our names, without those that no LLaVA needs (see names.is_skipped).
-
-    Raises CheckpointError for a name no LLaVA has and for a quantised tensor.
-    """
-    tensors: dict[str, StoredTensor] = {}
-    for key, tensor in stored.items():
-        if is_skipped(key):
-            continue
-        name = rename(key)
-        if name is None:
-            raise CheckpointError(f"{tensor.file} holds {key!r}, which no supported LLaVA model has")
-        if tensor.dtype not in WEIGHT_DTYPES:
-            raise CheckpointError(f"{tensor.file}: {key!r} is {tensor.dtype}; load an unquantised checkpoint")
-        if name in tensors:
-            raise CheckpointError(
-                f"{tensor.file} holds {key!r}, and {tensors[name].key!r} is the same tensor of the model"
-            )
-        tensors[name] = tensor
-    return tensors
-
-
 def has_weights(path: Path) -> bool:
     """Whether a directory holds model weights, in one file or in shards."""
     return any((path / f"{name}{suffix}").exists() for name in _WEIGHT_FILES for suffix in ("", ".index.json"))
 
 
 def _open_shards(path: Path, index: str) -> dict[str, StoredTensor]:
-    placed: Mapping[str, str] = read_json(path / index, fields.Index).get("weight_map", {})
+    placed: Mapping[str, str] = read_json(path / index, Index).get("weight_map", {})
     if not placed:
         raise CheckpointError(f"{path / index} has no weight_map; download it again")
     tensors: dict[str, StoredTensor] = {}

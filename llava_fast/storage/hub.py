@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from llava_fast.checkpoints.files import one_line
 from llava_fast.errors import CheckpointError
+from llava_fast.storage.files import one_line
 
 _UNUSED_FILES = ["*.gguf", "*.onnx", "*.msgpack", "*.h5"]
 

@@ -1,13 +1,18 @@
-"""Reading a checkpoint's small files: text of a bounded size, and JSON objects checked against a pydantic model.
+"""A checkpoint's small files: text of a bounded size, JSON objects checked against a pydantic model, and directories
+that are written whole or not at all.
 
-Nothing here knows what a file means. Every function raises CheckpointError, one line that names the file and the field.
+Nothing here knows what a file means. Every function that reads raises CheckpointError, one line that names the file and
+the field.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import reprlib
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -139,3 +144,31 @@ def _check_texts(texts: list[str], file: Path) -> None:
 
 def _refuse_nesting(file: Path) -> NoReturn:
     raise CheckpointError(f"{file} nests lists and objects more than {MOST_NESTED} deep") from None
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A new directory beside `path` that takes its place when the block ends, and vanishes if it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.saving-{os.getpid()}")
+    old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        yield new
+        if path.exists():
+            path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
-from llava_fast.checkpoints.files import Fields
+from llava_fast.storage.files import Fields
 
 Size = Annotated[int, Field(ge=1, le=2**20)]
 Layers = Annotated[int, Field(ge=1, le=1024)]
@@ -235,12 +235,6 @@ class Adapter(Fields):
     alpha_pattern: dict[str, Any] | None = None
     modules_to_save: list[str] | str | None = None
     target_modules: list[str] | str | None = None
-
-
-class Index(Fields):
-    """model.safetensors.index.json: the tensors' names and their files."""
-
-    weight_map: Annotated[dict[str, str], Field(min_length=1)]
 
 
 class TokenizerConfig(TemplateFile):

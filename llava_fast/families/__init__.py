@@ -1,0 +1,60 @@
+"""Families of checkpoints: a family is one file here and one line below for each model_type of its config.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llava_fast.families.base import Family
+from llava_fast.families.known_towers import Tower
+from llava_fast.families.parts import require
+from llava_fast.models.config import LlavaConfig
+from llava_fast.models.registry import Registry
+from llava_fast.storage.files import read_json
+
+FAMILIES = Registry(
+    __name__,
+    {
+        "llava": "llava:Llava",
+        "llava_next": "llava:LlavaNext",
+        "llava_next_video": "llava:LlavaNextVideo",
+        "llava_onevision": "llava:LlavaOnevision",
+        "llava_llama": "llava_original:LlavaOriginal",
+        "llava_mistral": "llava_original:LlavaOriginal",
+        "llava_qwen": "llava_original:LlavaOriginal",
+    },
+)
+_ORIGINAL = "llava_llama"
+"""The line of original LLaVAs. Their config.json has the field mm_vision_tower, and any model_type: "llava" too."""
+
+
+def find_family(source: dict[str, Any]) -> Family | None:
+    """The family of a config.json; None if it is none's."""
+    kind = _ORIGINAL if "mm_vision_tower" in source else source.get("model_type")
+    return FAMILIES[kind]() if isinstance(kind, str) and kind in FAMILIES else None
+
+
+def family_of(source: dict[str, Any], file: Path) -> Family:
+    """The family of a config.json, which is `file`. Raises CheckpointError if it is none's."""
+    family = find_family(source)
+    if family is None:
+        require(source.get("model_type"), tuple(FAMILIES), "model_type", file)
+    assert family is not None
+    return family
+
+
+def family_of_config(config: LlavaConfig) -> Family:
+    """The family that a model was read as."""
+    return FAMILIES[_ORIGINAL if config.layout == "original" else config.model_type]()
+
+
+def writing_family(config: LlavaConfig, layout: str) -> Family:
+    """The family that a model is saved as in `layout`. Raises CheckpointError if there is none."""
+    own = family_of_config(config)
+    return own if own.layout == layout else FAMILIES[own.other(config)]()
+
+
+def read_config(path: Path, vision_tower: str | Path | None = None) -> tuple[LlavaConfig, Tower | None]:
+    """The config of a directory, and its tower if that has a home of its own (see Family). Raises CheckpointError."""
+    source = read_json(path / "config.json")
+    return family_of(source, path / "config.json").read_with_tower(source, path, vision_tower)

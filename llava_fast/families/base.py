@@ -1,0 +1,91 @@
+"""What a family is to the rest: how checkpoints of one kind are read and written. It is one file, and a line in
+`families/__init__.py`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+from llava_fast.errors import CheckpointError
+from llava_fast.families.known_towers import Tower
+from llava_fast.families.names import NameMap, Spelling
+from llava_fast.families.parts import auto_config
+from llava_fast.inputs.chat.formats import default_template_name
+from llava_fast.models.config import LlavaConfig
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """The ids of the visual tokens in the tokenizer that a model is saved with (None: it takes no video), and the rows
+    of its embedding."""
+
+    image: int
+    video: int | None
+    vocab_size: int
+
+
+class Family(ABC):
+    """Checkpoints of one kind.
+
+    model_types       of config.json; each is a line of the registry.
+    layout            the layout that they have; `other` says which family holds the same model in the other one.
+    names             the tensors' names, and those of adapters in `adapter_spelling`.
+    visual_tokens     what stands for an image and, if it takes them, a video in the text of a prompt.
+    adapters_see_tower  whether the model that an adapter is trained on holds the tower.
+    """
+
+    model_types: ClassVar[tuple[str, ...]]
+    layout: ClassVar[Literal["hf", "original"]] = "hf"
+    names: ClassVar[NameMap]
+    adapter_spelling: ClassVar[Spelling] = "hf5"
+    visual_tokens: ClassVar[tuple[str, ...]] = ("<image>",)
+    adapters_see_tower: ClassVar[bool] = True
+
+    @abstractmethod
+    def read(self, source: dict[str, Any], path: Path) -> LlavaConfig:
+        """The config of a directory, and of `source`, its config.json. Raises CheckpointError for anything that this
+        package cannot run, naming file and field and what is supported."""
+
+    @abstractmethod
+    def write(self, config: LlavaConfig, tokens: TokenIds) -> dict[str, Any]:
+        """config.json, from the config alone. Raises CheckpointError for what this family cannot hold."""
+
+    @abstractmethod
+    def processor_files(self, config: LlavaConfig) -> dict[str, dict[str, Any]]:
+        """The processor's JSON files by their path in the checkpoint, for one that brings none."""
+
+    def other(self, config: LlavaConfig) -> str:
+        """A model type of the family that holds this model in the other layout. Raises CheckpointError if none does."""
+        raise CheckpointError(
+            f"{self.model_types[0]} has no other layout than {self.layout!r}: save with layout={self.layout!r}"
+        )
+
+    def read_with_tower(
+        self, source: dict[str, Any], path: Path, vision_tower: str | Path | None = None, base: Path | None = None
+    ) -> tuple[LlavaConfig, Tower | None]:
+        """`read`, and the tower if it has a home of its own.
+
+        vision_tower  where the user says that it is.
+        base          the directory of the model that an adapter or a projector belongs to.
+        """
+        if vision_tower is not None:
+            raise CheckpointError(f"{path} holds its own tower, so vision_tower has no meaning; leave it out")
+        return self.read(source, path), None
+
+    def unchanged(self, config: LlavaConfig) -> dict[str, Any]:
+        """config.json of a model that is saved as the family it was read as: every field that it had."""
+        return dict(config.source)
+
+    def template(self, name: str, config: LlavaConfig) -> str:
+        """The built-in chat template of a checkpoint that brings none; `name` is what the user called it."""
+        return default_template_name(name, config.decoder.family)
+
+    def adapted_model(self, config: LlavaConfig, file: Path) -> nn.Module:
+        """The module, without values, that adapters were trained on; config.json is `file`."""
+        from transformers import AutoModelForImageTextToText
+
+        return AutoModelForImageTextToText.from_config(auto_config(config.source, file))

@@ -1,0 +1,374 @@
+"""LLaVA in transformers: LLaVA 1.5, LLaVA-NeXT, LLaVA-NeXT-Video and LLaVA-OneVision.
+
+Configs on disk are sparse (llava-hf lists only what differs from the defaults), so the text and vision parts
+go through `transformers.AutoConfig`, which also turns 4.x fields (rope_scaling, rope_theta) into 5.x ones.
+
+Sources: transformers 5.23 configuration_{llava,llava_next,llava_next_video,llava_onevision}.py, the image and video
+processors beside them, and convert_llava{,_next,_next_video,_onevision}_weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+from llava_fast.errors import CheckpointError, ImageError
+from llava_fast.families import fields
+from llava_fast.families.base import Family, TokenIds
+from llava_fast.families.llava_names import LLAVA_NAMES
+from llava_fast.families.parts import (
+    auto_config,
+    decoder_config,
+    eos_field,
+    eos_token_ids,
+    first,
+    refuse_quantised,
+    require,
+    tower_config,
+    tower_fields,
+    tower_preprocessing,
+)
+from llava_fast.families.preprocessing import (
+    CLIP_KIND,
+    SIGLIP_KIND,
+    Kind,
+    check_anyres,
+    check_pinpoints,
+    check_same_values,
+    check_video,
+    geometry_fields,
+    image_kind,
+    image_settings,
+    read_preprocessing,
+    tower_fit,
+    video_settings,
+    written,
+)
+from llava_fast.inputs.pictures.preprocessing import Fit, Preprocessing, name_fit, standard_fit
+from llava_fast.inputs.tiling.anyres import VisualGeometry
+from llava_fast.models.config import LlavaConfig
+from llava_fast.models.connectors.base import ConnectorConfig
+from llava_fast.models.connectors.mlp import ProjectorConfig
+from llava_fast.models.towers import TOWERS
+from llava_fast.models.towers.base import TowerConfig
+from llava_fast.storage.files import check_fields, read_json_if_there
+
+_PROJECTOR_ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "relu", "silu")
+_NEXT = Kind("LlavaNextImageProcessor")
+
+
+class Llava(Family):
+    """LLaVA 1.5: an image is one tile.
+
+    architecture  transformers' class.
+    config_fields  what config.json is checked against.
+    image_kinds   the image processors that make its tiles, the one of a file that names none first.
+    has_newline   whether a learned row ends each row of an image's grid of tiles.
+    """
+
+    model_types = ("llava",)
+    names = LLAVA_NAMES
+    architecture: ClassVar[str] = "LlavaForConditionalGeneration"
+    config_fields: ClassVar[type[fields.HfConfig]] = fields.HfConfig
+    image_kinds: ClassVar[tuple[Kind, ...]] = (Kind("LlavaImageProcessor", squares=True), CLIP_KIND, SIGLIP_KIND)
+    has_newline: ClassVar[bool] = False
+
+    def other(self, config: LlavaConfig) -> str:
+        return "llava_llama"
+
+    def read(self, source: dict[str, Any], path: Path) -> LlavaConfig:
+        file = path / "config.json"
+        check_fields(source, self.config_fields, file)
+        refuse_quantised(source, file)
+        hf = self.transformers_config(source, file)
+        text, tower = hf.text_config, hf.vision_config
+        layers = hf.vision_feature_layer
+        feature_layers = tuple(layers) if isinstance(layers, (list, tuple)) else (layers,)
+        keeps_all = hf.vision_feature_select_strategy == "full"
+        kind = TOWERS[require(tower.model_type, tuple(TOWERS), "vision_config.model_type", file)]
+        if not kind.leading_rows and not keeps_all:
+            raise CheckpointError(
+                f"{file}: vision_feature_select_strategy 'default' drops a class row, and a tower like SigLIP has none:"
+                " set it to 'full'"
+            )
+        images, frames = self.preprocessing(hf, kind, path)
+        vision = tower_config(
+            tower,
+            file,
+            feature_layers=feature_layers,
+            keep_class_row=keeps_all and kind.leading_rows > 0,
+            **images.values(),
+        )
+        _check_counts(self.token_counts(hf, vision), path / "processor_config.json")
+        connector = self.connector(hf, vision, text.hidden_size, file)
+        decoder = decoder_config(text, file, tied=bool(hf.tie_word_embeddings))
+        if hf.image_token_id is None:
+            raise CheckpointError(f"{file}: image_token_id is null; give the id of the tokenizer's <image>")
+        generation = read_json_if_there(path / "generation_config.json", fields.Generation)
+        return LlavaConfig(
+            vision=vision,
+            projector=connector,
+            decoder=decoder,
+            geometry=self._geometry(hf, vision, images, frames, file),
+            layout="hf",
+            model_type=source["model_type"],
+            image_token_id=hf.image_token_id,
+            video_token_id=getattr(hf, "video_token_id", None),
+            has_newline=self.has_newline,
+            eos_token_ids=eos_token_ids(generation, source.get("eos_token_id"), text.eos_token_id),
+            pad_token_id=first(generation.get("pad_token_id"), source.get("pad_token_id"), text.pad_token_id),
+            source=source,
+        )
+
+    def transformers_config(self, source: dict[str, Any], file: Path) -> Any:
+        """What transformers makes of config.json."""
+        return auto_config(source, file)
+
+    def connector(self, hf: Any, vision: TowerConfig, out_features: int, file: Path) -> ConnectorConfig:
+        """The connector that a transformers config describes."""
+        return ProjectorConfig(
+            kind="mlp",
+            in_features=vision.feature_size,
+            out_features=out_features,
+            activation=require(hf.projector_hidden_act, _PROJECTOR_ACTIVATIONS, "projector_hidden_act", file),
+            bias=hf.multimodal_projector_bias,
+        )
+
+    def connector_fields(self, config: LlavaConfig) -> dict[str, Any]:
+        """`connector`, back. Raises CheckpointError for another kind."""
+        projector = config.projector
+        if not isinstance(projector, ProjectorConfig):
+            raise CheckpointError(f"transformers' LLaVA has a projector of two Linears, not {projector}")
+        if projector.kind != "mlp" or projector.depth != 2:
+            raise CheckpointError(
+                f"transformers' LLaVA has a projector of two Linears, not {projector.kind!r} of depth "
+                f"{projector.depth}; save with layout='original'"
+            )
+        return {"projector_hidden_act": projector.activation, "multimodal_projector_bias": projector.bias}
+
+    def preprocessing(self, hf: Any, tower: type[TowerConfig], path: Path) -> tuple[Preprocessing, Preprocessing]:
+        """What is done to images and to video frames. LLaVA-1.5 and NeXT have no videos in transformers: their frames
+        are made as the tower's own processor makes images."""
+        tile = hf.vision_config.image_size
+        settings = image_settings(path)
+        images = read_preprocessing(settings, image_kind(settings, self.image_kinds), tile)
+        fit = dataclasses.replace(images.fit, square=False)
+        own = images.fit.square and name_fit(images.fit, tile)[1] is None
+        return images, dataclasses.replace(images, fit=tower_fit(tower, tile) if own else fit)
+
+    def tiling(self, hf: Any, file: Path) -> dict[str, Any]:
+        """The fields of a VisualGeometry that say how images are cut and videos pooled."""
+        return {}
+
+    def tiling_fields(self, config: LlavaConfig, tokens: TokenIds) -> dict[str, Any]:
+        """`tiling`, back, and what else only some families have."""
+        return {"image_seq_length": config.geometry.rows_per_tile}
+
+    def token_counts(self, hf: Any, vision: TowerConfig) -> dict[str, Any]:
+        """The fields of processor_config.json by which transformers counts tokens."""
+        return {
+            "vision_feature_select_strategy": hf.vision_feature_select_strategy,
+            "patch_size": vision.patch_size,
+            "num_additional_image_tokens": int(vision.has_class_row),
+        }
+
+    def _geometry(
+        self, hf: Any, vision: TowerConfig, images: Preprocessing, frames: Preprocessing, file: Path
+    ) -> VisualGeometry:
+        common = {
+            "tile_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "compat": "hf",
+            "class_rows": int(vision.keep_class_row),
+            "dropped_rows": int(vision.drops_class_row),
+            **geometry_fields(images, frames, vision.image_size),
+        }
+        tiling = self.tiling(hf, file)
+        try:
+            return VisualGeometry(**(common | tiling))
+        except ImageError as problem:
+            raise CheckpointError(f"{file}: {problem}") from problem
+
+    def write(self, config: LlavaConfig, tokens: TokenIds) -> dict[str, Any]:
+        connector, vision, layers = self.connector_fields(config), config.vision, config.vision.feature_layers
+        text = dataclasses.replace(config.decoder, vocab_size=tokens.vocab_size).to_hf()
+        text["rope_parameters"] = {"rope_theta": config.decoder.rope.theta, **config.decoder.rope.scaling()}  # 5.x
+        ids = {"bos_token_id": config.source.get("bos_token_id"), "pad_token_id": config.pad_token_id}
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.model_types[0],
+            "image_token_index": tokens.image,
+            **connector,
+            "vision_feature_layer": layers[0] if len(layers) == 1 else list(layers),
+            "vision_feature_select_strategy": _select_strategy(vision),
+            "pad_token_id": config.pad_token_id,
+            "tie_word_embeddings": config.decoder.tie_embeddings,
+            "text_config": {"model_type": config.decoder.family, **text, **ids, "eos_token_id": eos_field(config)},
+            "vision_config": tower_fields(vision),
+            **self.tiling_fields(config, tokens),
+        }
+
+    def processor_files(self, config: LlavaConfig) -> dict[str, dict[str, Any]]:
+        return {
+            "preprocessor_config.json": self.image_processor(config),
+            "processor_config.json": {
+                "vision_feature_select_strategy": _select_strategy(config.vision),
+                "image_token": "<image>",
+                "processor_class": self.architecture.removesuffix("ForConditionalGeneration") + "Processor",
+                **self.processor_counts(config),
+            },
+        }
+
+    def image_processor(self, config: LlavaConfig) -> dict[str, Any]:
+        geometry, kind = config.geometry, self.image_kinds[0]
+        if geometry.aspect == "squash" and config.vision.own_aspect == "squash":
+            kind = SIGLIP_KIND
+        images = tower_preprocessing(
+            config.vision, geometry.aspect, geometry.fit, geometry.filter, geometry.convert_rgb
+        )
+        return written(images, geometry.tile_size, kind)
+
+    def processor_counts(self, config: LlavaConfig) -> dict[str, Any]:
+        """`token_counts` as they are written, without the strategy."""
+        vision = config.vision
+        return {"patch_size": vision.patch_size, "num_additional_image_tokens": int(vision.has_class_row)}
+
+
+class LlavaNext(Llava):
+    """LLaVA-NeXT (1.6): an image is a view of the whole and a grid of tiles, without the padding."""
+
+    model_types = ("llava_next",)
+    architecture = "LlavaNextForConditionalGeneration"
+    image_kinds = (_NEXT,)
+    video_kind: ClassVar[Kind | None] = None
+    has_newline = True
+
+    def preprocessing(self, hf: Any, tower: type[TowerConfig], path: Path) -> tuple[Preprocessing, Preprocessing]:
+        tile = hf.vision_config.image_size
+        settings = image_settings(path)
+        kind = image_kind(settings, self.image_kinds)
+        images = read_preprocessing(settings, kind, tile)
+        check_anyres(settings, kind, tile)
+        check_pinpoints(settings, _pinpoints(hf))
+        fit = Fit(True, None, images.fit.crop) if images.fit.size is None else standard_fit("pad", tile)
+        images = dataclasses.replace(images, fit=fit)
+        if self.video_kind is None:
+            return images, dataclasses.replace(images, fit=tower_fit(tower, tile))
+        settings = video_settings(path)
+        check_video(settings, self.video_kind)
+        frames = read_preprocessing(settings, self.video_kind, tile)
+        check_same_values(images, frames, settings)
+        return images, frames
+
+    def tiling(self, hf: Any, file: Path) -> dict[str, Any]:
+        return {"aspect": "anyres", "pinpoints": _pinpoints(hf), "merge": "spatial_unpad"}
+
+    def tiling_fields(self, config: LlavaConfig, tokens: TokenIds) -> dict[str, Any]:
+        return super().tiling_fields(config, tokens) | _pinpoint_fields(config)
+
+    def processor_files(self, config: LlavaConfig) -> dict[str, dict[str, Any]]:
+        files, geometry = super().processor_files(config), config.geometry
+        if self.video_kind is None:
+            return files
+        frames = tower_preprocessing(config.vision, geometry.frame_aspect, geometry.frame_fit, geometry.frame_filter)
+        return files | {"video_preprocessor_config.json": written(frames, geometry.tile_size, self.video_kind)}
+
+    def image_processor(self, config: LlavaConfig) -> dict[str, Any]:
+        geometry, kind, fit = config.geometry, self.image_kinds[0], config.geometry.fit
+        # Its tiles have their size already; only images that share a request are fitted.
+        own = kind.fit(geometry.tile_size)
+        own = dataclasses.replace(own, size=None) if fit and fit.size is None else own
+        aspect, fit = name_fit(own, geometry.tile_size)
+        images = tower_preprocessing(config.vision, aspect, fit, geometry.filter, geometry.convert_rgb)
+        return written(images, geometry.tile_size, kind) | {"do_pad": True, **_pinpoint_fields(config)}
+
+
+class LlavaNextVideo(LlavaNext):
+    """LLaVA-NeXT-Video: frames are pooled before the projector."""
+
+    model_types = ("llava_next_video",)
+    architecture = "LlavaNextVideoForConditionalGeneration"
+    image_kinds = (_NEXT, Kind("LlavaNextVideoImageProcessor"))
+    video_kind = Kind("LlavaNextVideoVideoProcessor")
+    visual_tokens = ("<image>", "<video>")
+
+    def tiling(self, hf: Any, file: Path) -> dict[str, Any]:
+        pool = require(hf.spatial_pool_mode, ("average", "max"), "spatial_pool_mode", file)
+        pooled = {"video_pool": pool, "video_pool_stride": hf.spatial_pool_stride, "video_pool_stage": "before"}
+        return super().tiling(hf, file) | pooled
+
+    def tiling_fields(self, config: LlavaConfig, tokens: TokenIds) -> dict[str, Any]:
+        return super().tiling_fields(config, tokens) | {
+            "video_token_index": tokens.video,
+            "spatial_pool_mode": config.geometry.video_pool,
+            "spatial_pool_stride": config.geometry.video_pool_stride,
+        }
+
+
+class LlavaOnevision(LlavaNext):
+    """LLaVA-OneVision: rows beyond those of N tiles are shrunk, frames are pooled after the projector."""
+
+    model_types = ("llava_onevision",)
+    architecture = "LlavaOnevisionForConditionalGeneration"
+    image_kinds = (Kind("LlavaOnevisionImageProcessor", crops=False),)
+    video_kind = Kind("LlavaOnevisionVideoProcessor", crops=False)
+    visual_tokens = ("<image>", "<video>")
+
+    def tiling(self, hf: Any, file: Path) -> dict[str, Any]:
+        shape = re.fullmatch(r"anyres_max_(\d{1,6})", hf.vision_aspect_ratio)
+        if not shape:
+            raise CheckpointError(f"{file}: vision_aspect_ratio is {hf.vision_aspect_ratio!r}; supported: anyres_max_N")
+        return super().tiling(hf, file) | {
+            "max_tiles": int(shape[1]),
+            "multi_image_anyres": False,
+            "video_pool": "bilinear",
+            "video_pool_stride": 2,
+            "video_pool_stage": "after",
+            "video_newline": "one_token",
+        }
+
+    def tiling_fields(self, config: LlavaConfig, tokens: TokenIds) -> dict[str, Any]:
+        ratio = {"video_token_index": tokens.video, "vision_aspect_ratio": _aspect_ratio(config)}
+        return _pinpoint_fields(config) | ratio
+
+    def token_counts(self, hf: Any, vision: TowerConfig) -> dict[str, Any]:
+        return {
+            "vision_feature_select_strategy": hf.vision_feature_select_strategy,
+            "num_image_tokens": vision.patches_per_tile,
+            "vision_aspect_ratio": hf.vision_aspect_ratio,
+        }
+
+    def processor_counts(self, config: LlavaConfig) -> dict[str, Any]:
+        counts = {"num_image_tokens": config.vision.patches_per_tile, "vision_aspect_ratio": _aspect_ratio(config)}
+        return counts | {"video_token": "<video>"}
+
+
+def _check_counts(expected: dict[str, Any], file: Path) -> None:
+    """Raises CheckpointError where processor_config.json counts tokens otherwise than config.json, by which they are
+    counted here; transformers goes by both, and fails."""
+    given = read_json_if_there(file, fields.Processor)
+    for field, value in expected.items():
+        if given.get(field) not in (None, value):
+            raise CheckpointError(
+                f"{file}: {field} is {given[field]!r}, and by config.json it is {value!r}: correct one"
+            )
+
+
+def _pinpoints(hf: Any) -> tuple[tuple[int, int], ...]:
+    return tuple((int(h), int(w)) for h, w in hf.image_grid_pinpoints or [])
+
+
+def _pinpoint_fields(config: LlavaConfig) -> dict[str, Any]:
+    """Hugging Face reads a pinpoint as (height, width) and the original as (width, height): each image then gets the
+    same tiles in both."""
+    return {"image_grid_pinpoints": [list(pair) for pair in config.geometry.canvases]}
+
+
+def _aspect_ratio(config: LlavaConfig) -> str:
+    return f"anyres_max_{config.geometry.max_tiles}"
+
+
+def _select_strategy(vision: TowerConfig) -> str:
+    return "full" if vision.keep_class_row or not vision.has_class_row else "default"

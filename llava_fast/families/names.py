@@ -1,0 +1,112 @@
+"""Tensor names: those that a family's checkpoints store and ours, mapped both ways as plain strings.
+
+Reading accepts any spelling of a family without being told which; writing names one:
+
+    hf        what the Hub has and every transformers reads
+    hf5       what transformers 5 holds in memory, and so what PEFT calls them
+    original  the original LLaVA's
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from llava_fast.errors import CheckpointError
+from llava_fast.models.config import LlavaConfig
+from llava_fast.storage.tensor_files import WEIGHT_DTYPES, StoredTensor
+
+Spelling = Literal["hf", "hf5", "original"]
+Rule = tuple[str, str]
+"""(ours, stored): how our name and the stored one start, both ending in "."; or two whole names."""
+
+
+@dataclass(frozen=True)
+class NameMap:
+    """The names of a family's tensors.
+
+    written  the rules of each spelling that is written. They are read too.
+    read     further rules that are read: what other programs write.
+    skipped  a pattern of stored names that no model needs. They are left out knowingly, and are not written back.
+    """
+
+    written: Mapping[Spelling, tuple[Rule, ...]]
+    read: tuple[Rule, ...] = ()
+    skipped: re.Pattern[str] = re.compile(r"\.position_ids$|\.rotary_emb\.inv_freq$")
+
+    def is_skipped(self, stored: str) -> bool:
+        """Whether a stored tensor is left out on purpose: buffers that are recomputed, modules that never run."""
+        return self.skipped.search(stored) is not None
+
+    def from_stored(self, stored: str) -> str | None:
+        """Our name of a tensor stored under `stored`, in whichever spelling; None for a name the family does not have.
+        Where several rules fit, the one with the longest start of the stored name counts."""
+        for ours, theirs in self._readers:
+            if (renamed := _renamed(stored, theirs, ours)) is not None:
+                return renamed
+        return None
+
+    def to_stored(self, ours: str, spelling: Spelling, config: LlavaConfig) -> str:
+        """The name under which `spelling` stores our tensor of a model of this `config`. Raises CheckpointError for a
+        spelling that the family does not have, and for a tensor with no name in it."""
+        if spelling not in self.written:
+            kinds = ", ".join(self.written)
+            raise CheckpointError(f"tensors of a {config.model_type} have no {spelling!r} names; supported are {kinds}")
+        return self.by_rules(ours, spelling)
+
+    def by_rules(self, ours: str, spelling: Spelling) -> str:
+        """As `to_stored`, by the rules alone; the first that fits counts."""
+        for mine, theirs in self.written[spelling]:
+            if (renamed := _renamed(ours, mine, theirs)) is not None:
+                return renamed
+        raise CheckpointError(f"{ours!r} is no tensor of a LLaVA model, so layout {spelling!r} has no name for it")
+
+    def name_tensors(
+        self, stored: Mapping[str, StoredTensor], rename: Callable[[str], str | None] | None = None
+    ) -> dict[str, StoredTensor]:
+        """Stored tensors under our names (`rename`, or `from_stored`), without those that are skipped.
+
+        Raises CheckpointError for a name that the family does not have and for a quantised tensor.
+        """
+        rename = rename or self.from_stored
+        tensors: dict[str, StoredTensor] = {}
+        for key, tensor in stored.items():
+            if self.is_skipped(key):
+                continue
+            name = rename(key)
+            if name is None:
+                raise CheckpointError(f"{tensor.file} holds {key!r}, which no supported LLaVA model has")
+            if tensor.dtype not in WEIGHT_DTYPES:
+                raise CheckpointError(f"{tensor.file}: {key!r} is {tensor.dtype}; load an unquantised checkpoint")
+            if name in tensors:
+                raise CheckpointError(
+                    f"{tensor.file} holds {key!r}, and {tensors[name].key!r} is the same tensor of the model"
+                )
+            tensors[name] = tensor
+        return tensors
+
+    @cached_property
+    def _readers(self) -> list[Rule]:
+        rules = {rule for rules in self.written.values() for rule in rules} | set(self.read)
+        return sorted(rules, key=lambda rule: -len(rule[1]))
+
+
+def within(modules: Mapping[str, str], ours: str, stored: str) -> tuple[Rule, ...]:
+    """The rules of a part whose `modules` have other names (ours -> stored), for weight and bias of each. The part's
+    own names are `ours` and `stored`, ending in "."."""
+    return tuple(
+        (f"{ours}{mine}.{leaf}", f"{stored}{theirs}.{leaf}")
+        for mine, theirs in modules.items()
+        for leaf in ("weight", "bias")
+    )
+
+
+def _renamed(name: str, start: str, new: str) -> str | None:
+    """`name` with `new` in place of `start`; None if it does not start so, or is not `start` where that is a whole
+    name."""
+    if name == start or (start.endswith(".") and name.startswith(start)):
+        return new + name.removeprefix(start)
+    return None

@@ -1,0 +1,111 @@
+"""What families share: parts read from transformers configs, and the fields that most config.json files have."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llava_fast.errors import CheckpointError
+from llava_fast.families import fields
+from llava_fast.inputs.pictures.preprocessing import Filter, Fit, Preprocessing, standard_fit
+from llava_fast.models.config import LlavaConfig
+from llava_fast.models.decoders import DECODERS
+from llava_fast.models.decoders.base import DecoderConfig
+from llava_fast.models.towers import TOWERS
+from llava_fast.models.towers.base import TowerConfig
+from llava_fast.storage.files import Fields, check_fields, one_line
+
+
+def tower_config(tower, file: Path, **choices) -> TowerConfig:
+    """A TowerConfig from a transformers vision config; `choices` are the fields that it does not have."""
+    kind = TOWERS[require(tower.model_type, tuple(TOWERS), "vision_config.model_type", file)]
+    _check_whole(tower, kind.hf_fields or fields.Tower, file)
+    config = _made(file, kind.from_hf, tower, **choices)
+    check_feature_layers(config, file)
+    return config
+
+
+def _made(file: Path, make: Callable[..., Any], *given: Any, **choices: Any) -> Any:
+    """make(...), what it refuses as a CheckpointError that names the file."""
+    try:
+        return make(*given, **choices)
+    except ValueError as problem:
+        raise CheckpointError(f"{file}: {problem}") from problem
+
+
+def check_feature_layers(tower: TowerConfig, file: Path) -> None:
+    """Raises CheckpointError for a hidden state that the tower does not have."""
+    for layer in tower.feature_layers:
+        if not -tower.num_layers - 1 <= layer <= tower.num_layers:
+            raise CheckpointError(f"{file}: feature layer {layer} is none of a tower of {tower.num_layers} layers")
+
+
+def decoder_config(text, file: Path, tied: bool) -> DecoderConfig:
+    """A DecoderConfig from a transformers text config."""
+    family = DECODERS[require(text.model_type, tuple(DECODERS), "text_config.model_type", file)]
+    _check_whole(text, fields.Decoder, file)
+    return _made(file, family.from_hf, text, tied)
+
+
+def _check_whole(config: Any, kind: type[Fields], file: Path) -> None:
+    """The bounds of the file's own fields, for what transformers made of them: nothing may be left out."""
+    check_fields({name: getattr(config, name, None) for name in kind.model_fields}, kind, file, sparse=False)
+
+
+def require(value: Any, supported: tuple[str, ...], field: str, file: Path) -> Any:
+    """`value` if it is supported, else a CheckpointError that names the field and lists what is."""
+    if value not in supported:
+        raise CheckpointError(f"{file}: {field} is {value!r}; supported are {', '.join(supported)}")
+    return value
+
+
+def refuse_quantised(source: dict[str, Any], file: Path) -> None:
+    if source.get("quantization_config"):
+        method = source["quantization_config"].get("quant_method", "unknown")
+        raise CheckpointError(f"{file}: it is quantised ({method}); load the unquantised checkpoint it was made from")
+
+
+def eos_token_ids(generation: dict[str, Any], *others: int | list[int] | None) -> tuple[int, ...]:
+    """What ends an answer: as generation_config.json says (null: nothing does), else the first of `others` that is
+    stated. A number, a list or nothing."""
+    stated = generation.get("eos_token_id", first(*others))
+    return () if stated is None else tuple(stated) if isinstance(stated, list) else (stated,)
+
+
+def auto_config(source: dict[str, Any], file: Path):
+    """What transformers makes of the content of a config.json; CheckpointError if it cannot."""
+    from transformers import CONFIG_MAPPING  # seconds to import: only a process that loads a checkpoint pays
+
+    kind = source.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise CheckpointError(f"{file}: model_type is {kind!r}, which transformers does not know")
+    for section, supported in (("text_config", tuple(DECODERS)), ("vision_config", tuple(TOWERS))):
+        if (given := (source.get(section) or {}).get("model_type")) is not None:
+            require(given, supported, f"{section}.model_type", file)
+    try:
+        return CONFIG_MAPPING[kind].from_dict(copy.deepcopy(source))
+    except Exception as problem:  # its validators raise a dozen unrelated types
+        raise CheckpointError(f"{file}: transformers cannot read it: {one_line(problem)}") from problem
+
+
+def first(*values):
+    return next((value for value in values if value is not None), None)
+
+
+def tower_fields(vision: TowerConfig) -> dict[str, Any]:
+    """A transformers vision config, without a pooling head."""
+    return {"model_type": TOWERS.name_of(type(vision)), **vision.to_hf()}
+
+
+def tower_preprocessing(
+    vision: TowerConfig, aspect: Any, fit: Fit | None, filter: Filter, convert_rgb: bool = True
+) -> Preprocessing:
+    values = {name: getattr(vision, name) for name in Preprocessing.VALUES}
+    return Preprocessing(fit or standard_fit(aspect, vision.image_size), filter, do_convert_rgb=convert_rgb, **values)
+
+
+def eos_field(config: LlavaConfig) -> int | list[int] | None:
+    ids = list(config.eos_token_ids)
+    return (ids[0] if len(ids) == 1 else ids) or None
