@@ -10,6 +10,7 @@ from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 
 from llava_fast.inputs.plan.plan import TextPiece, VisualPiece, build_plan
 from llava_fast.inputs.tiling.anyres import VisualGeometry, image_rows
+from llava_fast.inputs.tiling.grid import GridTiling
 from llava_fast.models.batch import Batch
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.connectors import CONNECTORS
@@ -159,7 +160,7 @@ def pair():
         vision=tower,
         projector=PixelShuffleConfig(tower.feature_size, text["hidden_size"]),
         decoder=Decoder.from_hf(hf.config.text_config, tied=False),
-        geometry=VisualGeometry(tile_size=TILE, patch_size=2 * PATCH),
+        geometry=VisualGeometry(tile_size=TILE, patch_size=2 * PATCH, tiling=GridTiling(1, 4)),
         layout="hf",
         model_type="internvl",
         image_token_id=59,
@@ -175,29 +176,32 @@ def renamed(name: str) -> str:
     return "decoder.lm_head.weight" if whole == "decoder" else f"{parts[part]}.{rest}"
 
 
-def batch_of(model, counts, layout="packed"):
-    """Sequences with so many images each among text, as a Batch, and as transformers takes each."""
+def batch_of(model, counts, layout="packed", size=(20, 30)):
+    """Sequences with so many images of a size each among text, as a Batch, and as transformers takes each."""
     generator = torch.Generator().manual_seed(3)
     sequences, each = [], []
     for images in counts:
         text = [torch.randint(0, 50, (3,), generator=generator, dtype=torch.int32) for _ in range(images + 1)]
-        shown = VisualPiece(image_rows(model.config.geometry, 20, 30))
+        shown = VisualPiece(image_rows(model.config.geometry, *size))
         pieces = [TextPiece(text[0].numpy(), torch.zeros(3, dtype=bool).numpy())]
         ids = [text[0]]
         for words in text[1:]:
             pieces += [shown, TextPiece(words.numpy(), torch.ones(3, dtype=bool).numpy())]
-            ids += [torch.full((4,), 59, dtype=torch.int32), words]
+            ids += [torch.full((len(shown.rows),), 59, dtype=torch.int32), words]
         sequences.append(pieces)
         each.append(torch.cat(ids).long()[None])
     plan = build_plan(sequences, model.config.geometry.tower_rows_per_tile, layout)
-    tiles, normalised = pixels(model.vision_tower, sum(counts))
-    return Batch(tiles, plan, torch.from_numpy(plan.flat)), each, normalised.split(counts)
+    tiles, normalised = pixels(model.vision_tower, plan.tiles)
+    of_each = [count * plan.tiles // sum(counts) for count in counts] if plan.tiles else counts
+    return Batch(tiles, plan, torch.from_numpy(plan.flat)), each, normalised.split(of_each)
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_logits_and_gradients_are_transformers(pair, layout):
+@pytest.mark.parametrize(("size", "tiles_each"), [((32, 32), 1), ((40, 100), 4)])  # the latter with its thumbnail
+def test_logits_and_gradients_are_transformers(pair, layout, size, tiles_each):
     hf, ours = pair
-    batch, ids, tiles = batch_of(ours, [1, 2, 1], layout)
+    batch, ids, tiles = batch_of(ours, [1, 2, 1], layout, size)
+    assert batch.plan.tiles == 4 * tiles_each
     found = ours(batch, logits="all").logits.flatten(0, -2)
     hf.zero_grad()
     losses, count = 0.0, len(batch.plan.column("supervised_row"))

@@ -24,6 +24,7 @@ import numpy as np
 from llava_fast.errors import ImageError
 from llava_fast.inputs.pictures.preprocessing import Aspect, Filter, Fit, standard_fit
 from llava_fast.inputs.pictures.view import View
+from llava_fast.inputs.tiling.base import Tiling
 from llava_fast.inputs.tiling.rows import VisualRows, _bilinear_taps, _block_taps, _mixed_rows, _rows, check_size
 
 Compat = Literal["hf", "llava"]
@@ -47,6 +48,7 @@ class VisualGeometry:
     convert_rgb  False: an image that is not RGB is refused.
     frame_aspect, frame_fit, frame_filter  the same for a video frame, which becomes one tile whatever `aspect` images
                 have.
+    tiling      another rule by which images are cut, in place of `aspect`, `pinpoints` and `merge`.
     multi_image_anyres  False: images that share a request get one mean-coloured square tile each (OneVision).
     """
 
@@ -72,6 +74,7 @@ class VisualGeometry:
     video_pool_stride: int = 2
     video_pool_stage: Literal["before", "after"] = "before"
     video_newline: Literal["grid", "frame", "one_token", "no_token"] = "no_token"
+    tiling: Tiling | None = None
 
     def __post_init__(self) -> None:
         if self.compat not in ("hf", "llava"):
@@ -103,6 +106,11 @@ class VisualGeometry:
     def canvases(self) -> tuple[tuple[int, int], ...]:
         """The pinpoints as (height, width), in the order listed: on a tie the first listed wins."""
         return self.pinpoints if self.compat == "hf" else tuple((h, w) for w, h in self.pinpoints)
+
+    def kept_rows(self, tiles: int) -> np.ndarray:
+        """The rows of the tower that are kept of the first `tiles` tiles, in order: int32 [tiles * rows_per_tile]."""
+        of_all = np.arange(tiles * self.tower_rows_per_tile, dtype=np.int32)
+        return of_all.reshape(tiles, -1)[:, self.dropped_rows :].reshape(-1)
 
     def read_as(self, compat: Compat) -> VisualGeometry:
         """The same checkpoint read the other way: pairs swap their meaning, unpadding rounds the other way."""
@@ -179,13 +187,15 @@ def unpad(height: int, width: int, grid: tuple[int, int], compat: Compat) -> tup
 
 @functools.lru_cache(maxsize=4096)
 def image_views(geometry: VisualGeometry, height: int, width: int, alone: bool = True) -> tuple[View, ...]:
-    """The resizes that make an image's tiles, base view first.
+    """The resizes that make an image's tiles, base view first (in the order of `geometry.tiling` where it has one).
 
     `alone` is False for an image that shares its request with others: LLaVA-OneVision then gives each a single
     padded tile. Raises ImageError for an empty image, and for one that the checkpoint's processor does not make a
     tile of.
     """
     check_size(height, width)
+    if geometry.tiling is not None:
+        return geometry.tiling.views(geometry, height, width)
     tile, aspect, filter = geometry.tile_size, geometry.aspect, geometry.filter
     if aspect in ("anyres", "highres") and not (alone or geometry.multi_image_anyres):
         aspect = "pad"
@@ -205,7 +215,9 @@ def image_views(geometry: VisualGeometry, height: int, width: int, alone: bool =
 def image_rows(geometry: VisualGeometry, height: int, width: int, alone: bool = True) -> VisualRows:
     """The decoder rows of one image of this size. Arguments as for `image_views`; arrays are read-only."""
     views = image_views(geometry, height, width, alone)
-    base = _kept_rows(geometry, 1)
+    if geometry.tiling is not None:
+        return geometry.tiling.rows(geometry, height, width)
+    base = geometry.kept_rows(1)
     merge = geometry.merge
     if len(views) == 1:
         newline = "unpad" in merge and geometry.single_tile_newline
@@ -215,7 +227,7 @@ def image_rows(geometry: VisualGeometry, height: int, width: int, alone: bool = 
     grid = (canvas[0] // geometry.tile_size, canvas[1] // geometry.tile_size)
     tiles = 1 + grid[0] * grid[1]
     if not merge.startswith("spatial"):
-        return _rows([_kept_rows(geometry, tiles)], tiles)
+        return _rows([geometry.kept_rows(tiles)], tiles)
     if geometry.class_rows:
         raise ImageError("a class row cannot be stitched into a grid: use feature selection 'patch' with anyres")
 
@@ -267,12 +279,6 @@ def _tile_view(geometry: VisualGeometry, fit: Fit, height: int, width: int) -> V
 def _patch_rows(geometry: VisualGeometry) -> np.ndarray:
     """The patches of one tile as rows of the tower: int32 [side * side]."""
     return np.arange(geometry.side**2, dtype=np.int32) + geometry.dropped_rows + geometry.class_rows
-
-
-def _kept_rows(geometry: VisualGeometry, tiles: int) -> np.ndarray:
-    """The rows of the tower that are kept of the first `tiles` tiles, in order: int32 [tiles * rows_per_tile]."""
-    of_all = np.arange(tiles * geometry.tower_rows_per_tile, dtype=np.int32)
-    return of_all.reshape(tiles, -1)[:, geometry.dropped_rows :].reshape(-1)
 
 
 def _stitch(geometry: VisualGeometry, grid: tuple[int, int]) -> np.ndarray:
