@@ -288,10 +288,10 @@ class Processor(ProcessorOptions):
             return self._encode_chunks(text, marks, segments)
         tokens = {"<image>": self.image_token_id, "<video>": self.video_token_id or self.image_token_id}
         names = {mark: self.tokenizer.convert_ids_to_tokens(token) for mark, token in tokens.items()}
-        if any(mark != name for mark, name in names.items()):
-            if segments is not None and any(m in text and len(m) != len(n) for m, n in names.items()):
-                raise RequestError(f"labels need the image token to be spelt <image>, and this checkpoint's is {names}")
-            text = marks.sub(lambda found: names[found[0]], text)
+        if any(mark != name for mark, name in names.items()):  # as this checkpoint spells its image token
+            if segments is not None:
+                segments = [replace(each, text=_spelt(each.text, marks, names)) for each in segments]
+            text = _spelt(text, marks, names)
         special = not (rendered and self._brings_bos(text))
         encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=segments is not None)
         ids = np.asarray(encoded["input_ids"], np.int32)
@@ -346,3 +346,7 @@ class Processor(ProcessorOptions):
                 f"the prompt takes {rows} tokens ({visual} of them visual) and the model's context holds "
                 f"{self.max_rows}: shorten the text, or use fewer or smaller images"
             )
+
+
+def _spelt(text: str, marks: re.Pattern, names: dict[str, str]) -> str:
+    return marks.sub(lambda found: names[found[0]], text)
