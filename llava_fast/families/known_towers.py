@@ -123,7 +123,7 @@ def _read_preprocessing(settings: Settings, tower: TowerConfig | type[TowerConfi
 def _read_tower(directory: Path) -> Tower:
     """The tower of a repository of its own, whole or vision half only."""
     file = directory / "config.json"
-    config = auto_config(read_json(file, fields.TowerHome), file)
+    config = auto_config(read_json(file, fields.TowerHome), file, decodes=False)
     config = getattr(config, "vision_config", config)
     kind = TOWERS[require(config.model_type, tuple(TOWERS), "model_type of the vision tower", file)]
     settings = image_settings(directory)

@@ -74,14 +74,16 @@ def eos_token_ids(generation: dict[str, Any], *others: int | list[int] | None) -
     return () if stated is None else tuple(stated) if isinstance(stated, list) else (stated,)
 
 
-def auto_config(source: dict[str, Any], file: Path):
-    """What transformers makes of the content of a config.json; CheckpointError if it cannot."""
+def auto_config(source: dict[str, Any], file: Path, decodes: bool = True):
+    """What transformers makes of the content of a config.json; CheckpointError if it cannot. `decodes`: its text half
+    is a decoder; that of a tower's home is not, and is of no matter."""
     from transformers import CONFIG_MAPPING  # seconds to import: only a process that loads a checkpoint pays
 
     kind = source.get("model_type")
     if kind not in CONFIG_MAPPING:
         raise CheckpointError(f"{file}: model_type is {kind!r}, which transformers does not know")
-    for section, supported in (("text_config", tuple(DECODERS)), ("vision_config", tuple(TOWERS))):
+    sections = {"vision_config": tuple(TOWERS)} | ({"text_config": tuple(DECODERS)} if decodes else {})
+    for section, supported in sections.items():
         if (given := (source.get(section) or {}).get("model_type")) is not None:
             require(given, supported, f"{section}.model_type", file)
     try:
