@@ -158,7 +158,7 @@ def test_a_step_is_that_of_ordinary_sequences(recipe, rows, recompute, push):
 
 
 def test_learns_the_labels(recipe):
-    made = recipe(epochs=8, optimizer={"learning_rate": 1e-3})
+    made = recipe(epochs=5, micro_batch_rows=4000, recompute="none", optimizer={"learning_rate": 2e-3})
     path = train(made)
     found = steps(made)
     assert found[0]["loss"] == pytest.approx(0.5, abs=1e-3)  # the model is its own reference
@@ -178,7 +178,7 @@ def test_learns_the_labels(recipe):
 
 
 def test_a_killed_run_goes_on_bit_for_bit(recipe, tmp_path):
-    whole = recipe(epochs=3, checkpoints={"every": 2}, output=str(tmp_path / "whole"))
+    whole = recipe(epochs=2, checkpoints={"every": 2}, recompute="none", output=str(tmp_path / "whole"))
     train(whole)
     killed = whole.model_copy(update={"output": tmp_path / "killed"})
     break_off(killed, 3)
@@ -215,7 +215,7 @@ def uneven(recipe_in, answers_file, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("shape", "reference"),
-    [("ddp", "precomputed"), ("fsdp2", "precomputed"), ("ddp", "base"), ("fsdp2", "base")],
+    [("ddp", "precomputed"), ("fsdp2", "precomputed"), ("fsdp2", "base")],
 )
 def test_two_processes_give_the_losses_of_one(uneven, run, tmp_path, shape, reference):
     pytest.importorskip("peft")
