@@ -48,7 +48,7 @@ class ObjectiveSettings(BaseModel):
 class Objective(ABC):
     """The methods are called in this order:
 
-    once        read, processor, lengths, prepare: the data, before any model is spread over processes;
+    once        processor, read, lengths, prepare: the data, before any model is spread over processes;
                 start: the model as it will be run; load_state: only in a run that is resumed.
     each step   begin; count for each micro-batch; survey, which sees all of them before there is a gradient; losses for
                 each micro-batch; report. A step without a single thing to count has no survey and no losses.

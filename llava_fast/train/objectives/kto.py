@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, ClassVar, cast
@@ -94,7 +95,8 @@ class KtoObjective(AgainstReference):
     def _say_balance(self, table: LabelledTable, numbers: np.ndarray) -> None:
         desirable = sum(table.desirable(number) for number in numbers.tolist())
         undesirable = len(numbers) - desirable
-        ratio = self.weights[True] * desirable / max(self.weights[False] * undesirable, 1e-9)
+        against = self.weights[False] * undesirable
+        ratio = self.weights[True] * desirable / against if against else math.inf
         logger.log(
             logging.INFO if _ADVISED[0] <= ratio <= _ADVISED[1] else logging.WARNING,
             "%d desirable and %d undesirable answers: their weights times their numbers are as %.2f to 1 (the paper "
@@ -119,7 +121,7 @@ class KtoObjective(AgainstReference):
         total = torch.zeros(1, device=self.world.device)
         for batch in batches:
             reference, inputs = self.reference(model, batch)
-            self.references.append(reference)
+            self.references.append(reference.clone())  # not the batch that it is a view of
             losses, _ = self.forward(model, batch, inputs_embeds=inputs)
             if batch.plan.lengths:
                 ratios = (answer_log_probs(losses, batch.plan)[0] - reference)[:, MISMATCHED]
