@@ -7,9 +7,10 @@ that are kept or mixed into others projected, every row put in its place by inte
 from __future__ import annotations
 
 import contextvars
+import copy
 import functools
-import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 from llava_fast.accelerated.transfer import to_device
 from llava_fast.accelerated.uint8_pixels import Normalisation
-from llava_fast.errors import ImageError
+from llava_fast.errors import CheckpointError, ImageError
+from llava_fast.families import FAMILIES
+from llava_fast.families.llava import Llava
 from llava_fast.inputs.pictures.preprocessing import may_fold
 from llava_fast.inputs.plan.from_ids import Integers, placement_columns, rows_of_images
 from llava_fast.inputs.tiling.anyres import VisualGeometry
@@ -142,21 +145,23 @@ def geometry(config, skipped: int, has_class_row: bool, aspect_ratio: str | None
     vision = config.vision_config
     if skipped and not has_class_row:
         raise ImageError("feature selection 'default' cuts a patch off a tower without a class row")
-    options: dict[str, Any] = {}
-    if config.model_type in ANYRES:
-        pinpoints = tuple((int(h), int(w)) for h, w in config.image_grid_pinpoints)
-        options |= {"aspect": "anyres", "merge": "spatial_unpad", "pinpoints": pinpoints}
-    if config.model_type == "llava_next_video" and config.spatial_pool_mode in POOLS:
-        options |= {"video_pool": config.spatial_pool_mode, "video_pool_stride": config.spatial_pool_stride}
-    if config.model_type == "llava_onevision":
-        ratio = aspect_ratio or config.vision_aspect_ratio
-        most = re.fullmatch(r"anyres_max_(\d+)", ratio)
-        if most is None:
-            raise ImageError(f"vision_aspect_ratio {ratio!r} is not of the form 'anyres_max_9'")
-        options |= {"max_tiles": int(most[1]), "multi_image_anyres": False, "video_pool": "bilinear"}
-        options |= {"video_pool_stage": "after", "video_newline": "one_token"}
-    options |= {"class_rows": int(has_class_row and not skipped), "dropped_rows": skipped}
-    return VisualGeometry(vision.image_size, vision.patch_size, **options)
+    rows = {"class_rows": int(has_class_row and not skipped), "dropped_rows": skipped}
+    return VisualGeometry(vision.image_size, vision.patch_size, **rows, **tiling(config, aspect_ratio))
+
+
+def tiling(config, aspect_ratio: str | None = None) -> dict[str, Any]:
+    """The fields of a VisualGeometry that the family reads from a config; of a pooler that is not known, none. Raises
+    ImageError."""
+    family, file = FAMILIES[config.model_type](), Path("config.json")
+    assert isinstance(family, Llava)
+    if aspect_ratio is not None:
+        config = copy.copy(config)
+        config.vision_aspect_ratio = aspect_ratio
+    try:
+        pools = getattr(config, "spatial_pool_mode", None) in POOLS or config.model_type != "llava_next_video"
+        return family.tiling(config, file) | (family.pooling(config, file) if pools else {})
+    except CheckpointError as error:
+        raise ImageError(str(error)) from error
 
 
 class Visuals(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_fast.accelerated.encode import ANYRES, POOLS, Visuals, geometry
+from llava_fast.accelerated.encode import ANYRES, Visuals, geometry, tiling
 from llava_fast.accelerated.transfer import read_integers
 from llava_fast.errors import ImageError, PlanError
 from llava_fast.inputs.plan.from_ids import placement_columns, rows_of_images, supervised_rows
@@ -88,10 +88,9 @@ def make(
 
 def _kind_of_mix(config) -> tuple[str, str] | None:
     """(stage, reduce) of the rows that this model makes of others: shrunk images and pooled videos."""
-    if config.model_type == "llava_onevision":
-        return "after", "sum"
-    mode = getattr(config, "spatial_pool_mode", None)
-    return ("before", "max" if mode == "max" else "sum") if mode in POOLS else None
+    pooled = tiling(config)
+    pool = pooled.get("video_pool")
+    return pool and (pooled["video_pool_stage"], "max" if pool == "max" else "sum")
 
 
 def without(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -159,7 +159,12 @@ class Llava(Family):
         return images, dataclasses.replace(images, fit=tower_fit(tower, tile) if own else fit)
 
     def tiling(self, hf: Any, file: Path) -> dict[str, Any]:
-        """The fields of a VisualGeometry that say how images are cut and videos pooled."""
+        """The fields of a VisualGeometry that say how images are cut, from a transformers config. Raises
+        CheckpointError."""
+        return {}
+
+    def pooling(self, hf: Any, file: Path) -> dict[str, Any]:
+        """Those that say how videos are pooled. Raises CheckpointError."""
         return {}
 
     def tiling_fields(self, config: LlavaConfig, tokens: TokenIds) -> dict[str, Any]:
@@ -185,7 +190,7 @@ class Llava(Family):
             "dropped_rows": int(vision.drops_class_row),
             **geometry_fields(images, frames, vision.image_size),
         }
-        tiling = self.tiling(hf, file)
+        tiling = self.tiling(hf, file) | self.pooling(hf, file)
         try:
             return VisualGeometry(**(common | tiling))
         except ImageError as problem:
@@ -294,10 +299,9 @@ class LlavaNextVideo(LlavaNext):
     video_kind = Kind("LlavaNextVideoVideoProcessor")
     visual_tokens = ("<image>", "<video>")
 
-    def tiling(self, hf: Any, file: Path) -> dict[str, Any]:
+    def pooling(self, hf: Any, file: Path) -> dict[str, Any]:
         pool = require(hf.spatial_pool_mode, ("average", "max"), "spatial_pool_mode", file)
-        pooled = {"video_pool": pool, "video_pool_stride": hf.spatial_pool_stride, "video_pool_stage": "before"}
-        return super().tiling(hf, file) | pooled
+        return {"video_pool": pool, "video_pool_stride": hf.spatial_pool_stride, "video_pool_stage": "before"}
 
     def tiling_fields(self, config: LlavaConfig, tokens: TokenIds) -> dict[str, Any]:
         return super().tiling_fields(config, tokens) | {
@@ -320,9 +324,10 @@ class LlavaOnevision(LlavaNext):
         shape = re.fullmatch(r"anyres_max_(\d{1,6})", hf.vision_aspect_ratio)
         if not shape:
             raise CheckpointError(f"{file}: vision_aspect_ratio is {hf.vision_aspect_ratio!r}; supported: anyres_max_N")
-        return super().tiling(hf, file) | {
-            "max_tiles": int(shape[1]),
-            "multi_image_anyres": False,
+        return super().tiling(hf, file) | {"max_tiles": int(shape[1]), "multi_image_anyres": False}
+
+    def pooling(self, hf: Any, file: Path) -> dict[str, Any]:
+        return {
             "video_pool": "bilinear",
             "video_pool_stride": 2,
             "video_pool_stage": "after",

@@ -1,9 +1,14 @@
 """accelerate on LLaVA-OneVision's images and on videos, against the stock model; test_matrix.py has their answers."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 
 import llava_fast
+from llava_fast.accelerated import encode
+from llava_fast.errors import ImageError
 from tests.support import tiny
 from tests.support.against_stock import SAMPLES, assert_same_outputs, batch, both, fresh
 
@@ -76,3 +81,22 @@ def test_wrong_counts_raise_what_stock_raises():
             for each in (stock, model):
                 with pytest.raises(ValueError, match="do not match"):
                     each(**inputs)
+
+
+@pytest.mark.parametrize("name", ["llava15", "llava15_full", "next", "video", "onevision"])
+def test_the_geometry_is_that_of_the_checkpoint_reader(name):
+    """But for what a processor's files say, which no model is given: how images are resized and filled."""
+    inner, read = fresh(name).model, tiny.pair(name).ours.config.geometry
+    made = encode.geometry(inner.config, encode.select(inner, {}).skipped, hasattr(inner.vision_tower, "pre_layrnorm"))
+    of_files = ("aspect", "fit", "filter", "convert_rgb", "pad_color", "frame_aspect", "frame_fit", "frame_filter")
+    same = {field.name: getattr(read, field.name) for field in dataclasses.fields(read) if field.name not in of_files}
+    assert {field: getattr(made, field) for field in same} == same
+
+
+def test_an_unknown_aspect_ratio_is_named():
+    config = copy.deepcopy(fresh("onevision").config)
+    config.vision_aspect_ratio = "pad"
+    with pytest.raises(ImageError, match="vision_aspect_ratio is 'pad'; supported: anyres_max_N"):
+        encode.geometry(config, 0, False)
+    assert encode.geometry(config, 0, False, "anyres_max_4").max_tiles == 4
+    assert config.vision_aspect_ratio == "pad"
