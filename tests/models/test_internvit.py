@@ -20,6 +20,7 @@ from llava_fast.models.fused import merge_linears
 from llava_fast.models.towers import TOWERS
 from llava_fast.models.vlm import LlavaModel
 from llava_fast.ops import use_backend
+from llava_fast.train.estimate.flops import forward_flops
 from tests.support.parity import assert_close
 
 TILE, PATCH = 32, 8
@@ -237,6 +238,12 @@ def test_text_alone_and_a_model_that_runs_every_part(pair):
         ours.runs_every_part = False
     with torch.no_grad():
         assert torch.equal(ours(empty, logits="all").logits, out)
+
+
+def test_its_cost_counts_the_connectors_rows(pair):
+    _, ours = pair
+    rows, products = 4, (4 * 32) * 64 + 64 * 64
+    assert forward_flops(ours.config, [30], tiles=3).projector == 2 * products * 3 * rows
 
 
 def test_a_geometry_that_counts_the_towers_rows_is_refused(pair):
