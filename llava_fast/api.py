@@ -95,6 +95,7 @@ def load_processor(checkpoint: LoadedCheckpoint, name: str, chat_template: str |
         video_token_id=config.video_token_id,
         template=_chat_template(checkpoint, name, tokenizer, chat_template),
         max_rows=config.decoder.context_length,
+        vocabulary=config.decoder.vocab_size,
         exif=config.layout == "hf",
     )
 

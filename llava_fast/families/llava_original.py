@@ -308,6 +308,8 @@ def _video(source: dict[str, Any], merge: str, file: Path) -> dict[str, Any]:
     own, no newline rows); later LLaVA-NeXT pools after it."""
     if source.get("mm_resampler_type") == "spatial_pool":
         mode = require(source.get("mm_spatial_pool_mode"), ("average", "max"), "mm_spatial_pool_mode", file)
+        if not source.get("mm_spatial_pool_stride"):
+            raise CheckpointError(f"{file}: mm_resampler_type 'spatial_pool' needs mm_spatial_pool_stride, 1 or more")
         return {
             "video_pool": mode,
             "video_pool_stride": source["mm_spatial_pool_stride"],

@@ -124,7 +124,7 @@ class Sampler:
         logits = logits.float()
         for processor in self.processors:
             logits = processor(logits, self.drawn)
-        if bool(logits.isnan().any()):
+        if logits.isnan().any().item():
             raise not_a_number(len(self.drawn))
         if self.options.temperature == 0:
             token = int(logits.argmax())

@@ -93,6 +93,7 @@ class Processor(ProcessorOptions):
     image_token_id  the id that marks an image; ORIGINAL_IMAGE_TOKEN tokenises the text around marks in chunks.
     template        the chat template for requests with messages.
     max_rows        the decoder's context length; a longer prompt is refused.
+    vocabulary      rows of the decoder's embedding; a token whose id is not among them is refused.
     """
 
     geometry: VisualGeometry
@@ -101,6 +102,7 @@ class Processor(ProcessorOptions):
     template: ChatTemplate
     video_token_id: int | None = None
     max_rows: int | None = None
+    vocabulary: int | None = None
     exif: bool = field(default=True, kw_only=True)
 
     def with_options(self, options: ProcessorOptions) -> Processor:
@@ -225,7 +227,18 @@ class Processor(ProcessorOptions):
             outline.append(VisualMark(mark, next(queues[mark]), alone))
             start = place + 1
         outline.append(TextPiece(ids[start:], supervised[start:] if labels else None))
+        self._check_ids(outline)
         return [piece for piece in outline if not isinstance(piece, TextPiece) or len(piece.ids)]
+
+    def _check_ids(self, outline: Sequence[TextPiece | VisualMark]) -> None:
+        """Raises RequestError for a token that the decoder has no embedding of: a tokenizer may have grown alone."""
+        texts = [part.ids for part in outline if isinstance(part, TextPiece) and len(part.ids)]
+        largest = max((int(ids.max()) for ids in texts), default=0)
+        if self.vocabulary is not None and largest >= self.vocabulary:
+            raise RequestError(
+                f"the token {self.tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}, and the model has "
+                f"embeddings of {self.vocabulary} tokens: use the tokenizer that the model was trained with"
+            )
 
     def pieces(self, outline: Sequence[TextPiece | VisualMark], tiles: list[Cut]) -> list[Piece]:
         """The pieces of a plan: each mark's image is opened, cut and appended to `tiles`. Raises ImageError."""

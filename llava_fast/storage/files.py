@@ -73,7 +73,7 @@ def read_json(file: Path, fields: type[Fields] | None = None) -> dict[str, Any]:
 
 def read_json_if_there(file: Path, fields: type[Fields] | None = None) -> dict[str, Any]:
     """As `read_json`, and {} for a file that is absent."""
-    return read_json(file, fields) if file.exists() else {}
+    return read_json(file, fields) if os.path.lexists(file) else {}  # a link to nothing is no absent file
 
 
 def parse_json(text: str, file: Path) -> dict[str, Any]:

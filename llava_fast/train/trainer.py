@@ -37,6 +37,8 @@ from llava_fast.train.recipe import Recipe
 from llava_fast.train.resume import RunState
 
 _RECENT = 50  # steps that a spike is judged by
+MOST_EMPTY_STEPS = 10
+"""Steps in a row without a sample that could be read, after which a run stops: the data is gone, not a sample bad."""
 
 
 class Trainer:
@@ -73,9 +75,17 @@ class Trainer:
             self.run_state.write_recipe()
         metrics = Metrics(self.recipe, self.total, first, self.world.first)
         with contextlib.closing(metrics):
+            empty = 0
             for batch in self.loader.steps(first):
                 try:
-                    metrics.report(self.step(batch))
+                    reported = self.step(batch)
+                    metrics.report(reported)
+                    empty = empty + 1 if reported["loss"] is None else 0
+                    if empty == MOST_EMPTY_STEPS:
+                        raise TrainingError(
+                            f"no sample of the last {empty} steps could be read: see left_out_samples in the metrics, "
+                            "and whether the data is still where it was; the run goes on from its newest checkpoint"
+                        )
                 except TrainingError:  # on every process alike
                     self.checkpoints.finish()
                     raise

@@ -95,6 +95,7 @@ def test_a_byte_order_mark_is_skipped(linked, file):
 CODE = [{"AutoConfig": "x.Y", "AutoTokenizer": ["x.Y", None]}]
 HARMLESS = [
     *fields("config.json", (), {"odd": [7, [[]], {"a": NAN}], "pad_token_id": [None, -1], "auto_map": CODE}),
+    *fields("config.json", ("text_config",), {"num_labels": [10**8], "id2label": [7]}),
     *fields("preprocessor_config.json", (), {"crop_size": [None], "image_mean": [None, [0, 0.5, 1]], "do_pad": [None]}),
     *fields("processor_config.json", (), {"image_processor": [None, {"crop_size": None}]}),
     *fields("tokenizer_config.json", (), {"model_max_length": [None, int(1e30)], "auto_map": CODE}),

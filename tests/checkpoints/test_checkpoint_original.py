@@ -242,6 +242,11 @@ def test_video(tmp_path, fields, video):
         ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": "all"}, "neither a list of pairs"),
         ({"mm_resampler_type": "qformer"}, "mm_resampler_type 'qformer' is not supported"),
         ({"mm_resampler_type": "spatial_pool", "mm_spatial_pool_mode": "conv"}, "mm_spatial_pool_mode is 'conv'"),
+        ({"mm_resampler_type": "spatial_pool", "mm_spatial_pool_mode": "max"}, "needs mm_spatial_pool_stride"),
+        (
+            {"mm_resampler_type": "spatial_pool", "mm_spatial_pool_mode": "max", "mm_spatial_pool_stride": 1024},
+            "cannot be pooled by a stride of 1024",
+        ),
         ({"mm_patch_merge_type": "spatial", "mm_newline_position": "grid"}, "needs an unpadding"),
         ({"hidden_size": "wide"}, "hidden_size: Input should be a valid integer, not 'wide'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "describes no llama decoder"),

@@ -71,7 +71,7 @@ def fake_gpu() -> Iterator[list[str]]:
             if function in (aten.item.default, aten._local_scalar_dense.default):
                 if on(args[0], "cuda"):
                     reads.append("item")
-                return 1.0 if args[0].is_floating_point() else 1
+                return False if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
             if function in (aten.pin_memory.default, aten._pin_memory.default):  # fake tensors know no such thing
                 return args[0]
             if function.namespace == "llava_fast" and requested() != "triton":  # not its shapes alone: the reference

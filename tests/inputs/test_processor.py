@@ -188,6 +188,7 @@ def test_labels_are_exactly_the_answers_and_their_ends(template, image_token, to
         template=builtin_template(template),
         image_token_id=image_token,
         tokenizer=words,
+        vocabulary=None,
     )
     messages = CONVERSATION[:2] if template == "plain" else CONVERSATION
     plan = labelled(processor, messages)
@@ -393,6 +394,17 @@ def test_transparency_is_laid_on_white_or_dropped_as_transformers_does(tmp_path)
     if "white" in (image_transforms.convert_to_rgb.__doc__ or ""):  # since transformers 5.21; before, it is dropped
         assert np.array_equal(pair.ours.processor.tiles(picture), given)
     assert np.array_equal(pair.ours.processor.tiles(tmp_path / "a.png"), np.asarray(opened["pixel_values"][0]))
+
+
+@pytest.mark.parametrize("request_of", [lambda text: {"prompt": text}, lambda text: {"prompt": "<image>" + text}])
+def test_a_token_that_the_model_has_no_embedding_of_is_refused(request_of):
+    processor = tiny.pair("next").ours.processor
+    assert processor.vocabulary == tiny.pair("next").ours.config.decoder.vocab_size
+    grown = dataclasses.replace(processor, vocabulary=processor.tokenizer.convert_tokens_to_ids("hello"))
+    request = request_of("hello") | {"images": [tiny.picture(20, 20)] * ("<image>" in request_of("hello")["prompt"])}
+    processor.prepare([request])
+    with pytest.raises(RequestError, match=f"^request 0: the token '.*hello' has the id {grown.vocabulary}, and"):
+        grown.prepare([request])
 
 
 # ---------------------------------------------------------------- options

@@ -10,6 +10,7 @@ import torch
 
 import llava_fast
 from llava_fast.errors import TrainingError
+from llava_fast.train import trainer
 from llava_fast.train.data.run_samples import FILE as FILE_OF_SAMPLES
 from llava_fast.train.metrics import FILE, LEFT_OUT, read_metrics
 from llava_fast.train.run import train
@@ -124,6 +125,17 @@ def test_a_step_without_a_sound_sample_changes_nothing(over, folder, run):
     assert [loss is None for loss in losses(shared)] == spoilt
     kept = [number for number, bad in enumerate(spoilt) if not bad]
     np.testing.assert_allclose(*(np.array(losses(each))[kept].astype(float) for each in (shared, alone)), rtol=1e-4)
+
+
+def test_a_run_whose_data_is_gone_stops(over, folder, monkeypatch):
+    monkeypatch.setattr(trainer, "MOST_EMPTY_STEPS", 2)
+    for path in folder.glob("*.png"):
+        spoil(path)
+    recipe = over("gone", folder, batch_size=1, epochs=8)
+    with pytest.raises(TrainingError, match="no sample of the last 2 steps could be read"):
+        train(recipe)
+    assert [loss is None for loss in losses(recipe)][-2:] == [True, True]
+    assert not (recipe.output / "model").exists()
 
 
 def test_a_killed_run_leaves_out_the_same(over, folder, tmp_path):

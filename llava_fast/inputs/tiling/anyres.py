@@ -83,6 +83,11 @@ class VisualGeometry:
             raise ImageError(f"tile of {self.tile_size} pixels cannot be cut into patches of {self.patch_size}")
         if self.aspect in ("anyres", "highres") and not self.pinpoints:
             raise ImageError(f"aspect {self.aspect!r} needs image_grid_pinpoints, and the checkpoint lists none")
+        if self.video_pool != "none" and not 1 <= self.video_pool_stride <= self.side:
+            raise ImageError(
+                f"a video's rows cannot be pooled by a stride of {self.video_pool_stride}: a tile has {self.side} by "
+                f"{self.side} patches"
+            )
         for pair in self.pinpoints if self.aspect == "anyres" else ():
             if min(pair) < 1 or pair[0] % self.tile_size or pair[1] % self.tile_size:
                 raise ImageError(f"pinpoint {pair} is not a multiple of the tile size {self.tile_size}")
