@@ -25,6 +25,7 @@ Deviations = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, 
 Pinpoint = Annotated[list[Annotated[int, Field(ge=1, le=2**16)]], Field(min_length=2, max_length=2)]
 Pinpoints = Annotated[list[Pinpoint], Field(max_length=4096)]
 Layer = Annotated[int, Field(ge=-1024, le=1024)]
+Labels = Annotated[int, Field(ge=0, le=2**12)]  # of a classifier: transformers builds a table of so many names
 
 
 class NamedTemplate(Fields):
@@ -47,6 +48,7 @@ ChatTemplate = str | dict[str, str] | list[NamedTemplate]
 class Tower(Fields):
     """A CLIP or SigLIP vision config."""
 
+    num_labels: Labels | None = None
     model_type: str | None = None
     hidden_size: Size
     intermediate_size: Size
@@ -74,6 +76,7 @@ class Rope(Fields):
 class Decoder(Fields):
     """A Llama, Mistral, Qwen2 or Qwen3 config."""
 
+    num_labels: Labels | None = None
     model_type: str | None = None
     vocab_size: Vocabulary
     hidden_size: Size
@@ -109,6 +112,7 @@ class TowerHome(Tower):
 class HfConfig(Fields):
     """config.json in Hugging Face's layout."""
 
+    num_labels: Labels | None = None
     model_type: str | None = None
     text_config: Decoder | None = None
     vision_config: Tower | None = None

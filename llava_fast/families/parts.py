@@ -86,18 +86,10 @@ def auto_config(source: dict[str, Any], file: Path, decodes: bool = True):
     for section, supported in sections.items():
         if (given := (source.get(section) or {}).get("model_type")) is not None:
             require(given, supported, f"{section}.model_type", file)
-    known = copy.deepcopy(source)
-    for part in (known, *(known[section] for section in sections if isinstance(known.get(section), dict))):
-        for name in _CLASSIFIER:
-            part.pop(name, None)
     try:
-        return CONFIG_MAPPING[kind].from_dict(known)
+        return CONFIG_MAPPING[kind].from_dict(copy.deepcopy(source))
     except Exception as problem:  # its validators raise a dozen unrelated types
         raise CheckpointError(f"{file}: transformers cannot read it: {one_line(problem)}") from problem
-
-
-_CLASSIFIER = ("num_labels", "id2label", "label2id")
-"""Fields of a classifier's head, which no LLaVA has: transformers builds a table of as many labels as they say."""
 
 
 def first(*values):

@@ -95,7 +95,6 @@ def test_a_byte_order_mark_is_skipped(linked, file):
 CODE = [{"AutoConfig": "x.Y", "AutoTokenizer": ["x.Y", None]}]
 HARMLESS = [
     *fields("config.json", (), {"odd": [7, [[]], {"a": NAN}], "pad_token_id": [None, -1], "auto_map": CODE}),
-    *fields("config.json", ("text_config",), {"num_labels": [10**8], "id2label": [7]}),
     *fields("preprocessor_config.json", (), {"crop_size": [None], "image_mean": [None, [0, 0.5, 1]], "do_pad": [None]}),
     *fields("processor_config.json", (), {"image_processor": [None, {"crop_size": None}]}),
     *fields("tokenizer_config.json", (), {"model_max_length": [None, int(1e30)], "auto_map": CODE}),
@@ -108,6 +107,16 @@ def test_what_is_odd_and_harmless_loads(linked, what, file, change):
     path = linked("llava")
     change(path)
     open_whole(path)
+
+
+@pytest.mark.parametrize("section", [None, "text_config", "vision_config"])
+def test_a_table_of_a_hundred_million_labels_is_not_built(linked, section):
+    path = linked("llava")
+    content = json.loads((path / "config.json").read_text())
+    (content if section is None else content[section])["num_labels"] = 10**8
+    write(path / "config.json", json.dumps(content).encode())
+    with pytest.raises(CheckpointError, match="config.json.*num_labels"):
+        open_whole(path)
 
 
 def test_five_hundred_mutated_side_files(saved, tmp_path):
