@@ -11,6 +11,7 @@ front of the queue; its rows are run again later, and its answer is the same.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from llava_fast.generation.sampling import greedy_tokens, not_a_number
 from llava_fast.generation.sequence import Sequence
 from llava_fast.models.paged_cache import BlockTable
 
+logger = logging.getLogger("llava_fast.generation")
 Moved = list[tuple[Sequence, str]]
 GROWTH_ROWS = 256  # of its answer that memory is taken for with a prompt's, if any has to be taken
 
@@ -231,6 +233,7 @@ class Scheduler:
         except Exception as error:
             if len(items) == 1:
                 return [self._fail(sequences[0], error)]
+            logger.warning("a pass of %d sequences failed, so each runs alone: %r", len(items), error)
             pairs = zip(items, sequences, strict=True)
             return [moved for item, sequence in pairs for moved in self._run(one_pass, [item], [sequence])]
 

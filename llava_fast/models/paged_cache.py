@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -189,8 +190,8 @@ class PagedCache:
 
 
 class _StepIndex:
-    """Index tensors of one decoding step of several sequences, made once and shared by its layers. They number a
-    segment's blocks (or rows) from 0; `places` says where in the result a segment's blocks go."""
+    """Index tensors of one decoding step of several sequences, made once on the host and shared by its layers. They
+    number a segment's blocks (or rows) from 0; `places` says where in the result a segment's blocks go."""
 
     def __init__(self, cache: PagedCache, tables: Sequence[BlockTable], before: tuple[int, ...]) -> None:
         self.count, self.longest, rows = len(tables), max(before) + 1, cache.block_rows
@@ -198,30 +199,34 @@ class _StepIndex:
         for table, at in zip(tables, before, strict=True):
             table.require(at + 1)
         filled = [(t.blocks + t.blocks[:1] * self.width)[: self.width] for t in tables]  # fillers are masked
-        block = torch.tensor(filled).flatten()
-        written = torch.tensor([t.blocks[at // rows] for t, at in zip(tables, before, strict=True)])
-        self.before = torch.tensor(before)
+        block = np.array(filled).reshape(-1)
+        written = np.array([t.blocks[at // rows] for t, at in zip(tables, before, strict=True)])
+        self.before = np.array(before)
         self.device = cache.device
         self.segments = []
         start = 0
         for number, segment in enumerate(cache.segments):
             end = start + segment.shape[3]
-            mine = ((block >= start) & (block < end)).nonzero().flatten()
-            slot = ((written >= start) & (written < end)).nonzero().flatten()
+            mine = np.flatnonzero((block >= start) & (block < end))
+            slot = np.flatnonzero((written >= start) & (written < end))
             row = (written[slot] - start) * rows + self.before[slot] % rows
             if len(mine):
                 whole = len(mine) == len(block)
-                index = (block[mine] - start, None if whole else mine, slot, row)
-                self.segments.append((number, *(None if i is None else i.to(self.device) for i in index)))
+                writes = (slot, row) if len(slot) else (None, None)
+                index = (block[mine] - start, None if whole else mine, *writes)
+                there = [i for i in index if i is not None]
+                flat = torch.tensor(np.concatenate(there).tolist(), device=self.device)  # one transfer for all
+                moved = iter(flat.split([len(i) for i in there]))
+                self.segments.append((number, *(None if i is None else next(moved) for i in index)))
             start = end
         self.mask = self._mask(None) if min(before) + 1 < self.longest else None
 
     def _mask(self, window: int | None) -> Tensor:
-        column = torch.arange(self.longest)[None, :]
+        column = np.arange(self.longest)[None, :]
         mask = column <= self.before[:, None]
         if window is not None:
             mask &= column > self.before[:, None] - window
-        return mask[:, None, None, :].to(self.device)
+        return torch.tensor(mask[:, None, None, :], device=self.device)
 
     def with_window(self, window: int) -> _StepIndex:
         other = object.__new__(_StepIndex)
@@ -234,7 +239,8 @@ class _StepIndex:
         out = None
         for number, block, place, slot, row in self.segments:
             of_layer = segments[number][layer]  # [2, K, blocks, block rows, D]
-            of_layer.flatten(2, 3).index_copy_(2, row, new if place is None else new.index_select(2, slot))
+            if row is not None:
+                of_layer.flatten(2, 3).index_copy_(2, row, new if place is None else new.index_select(2, slot))
             found = of_layer.index_select(2, block)
             if place is None:
                 out = found
