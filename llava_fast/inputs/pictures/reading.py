@@ -7,15 +7,12 @@ import binascii
 import io
 import os
 import urllib.parse
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from llava_fast.errors import ImageError, MissingFileError
-
-if TYPE_CHECKING:
-    pass
 
 
 def open_image(source: Any, exif: bool = True, alpha: Literal["drop", "white"] = "drop") -> np.ndarray:
