@@ -132,7 +132,7 @@ def is_serial(ptx: str, capability: int) -> bool:
 
 def compile_cuda(source: Path) -> list[dict]:
     """Compile one .cu of csrc with the build's own flags and read each kernel's resources."""
-    flags = re.search(r"NVCC_FLAGS = \[(.*?)\n\]", (ROOT / "setup.py").read_text(), re.S)[1]
+    flags = re.search(r"NVCC_FLAGS = \[(.*?)\n\]", (ROOT / "setup.py").read_text(), re.DOTALL)[1]
     flags = [
         part
         for part in re.findall(r'"([^"]+)"', flags)
@@ -154,7 +154,9 @@ def compile_cuda(source: Path) -> list[dict]:
             ]
             subprocess.run(command, check=True)
             for usage in resource_usage(out.read_bytes()):
-                name = subprocess.run(["c++filt", usage["function"]], capture_output=True, text=True).stdout.strip()
+                name = subprocess.run(
+                    ["c++filt", usage["function"]], capture_output=True, text=True, check=False
+                ).stdout.strip()
                 found.append(
                     {
                         "op": source.parent.name,

@@ -83,7 +83,9 @@ def worktrees(commits: Sequence[str]) -> Iterator[list[Path]]:
             yield [paths[commit] for commit in commits]
         finally:
             for path in paths.values():
-                subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", path], capture_output=True)
+                subprocess.run(
+                    ["git", "-C", ROOT, "worktree", "remove", "--force", path], capture_output=True, check=False
+                )
 
 
 def measured(folder: Path, run: str) -> list[dict]:
@@ -140,7 +142,7 @@ def table(found: Sequence[dict], first: str, second: str) -> str:
 
 
 def _git(*arguments: str, name: str) -> str:
-    result = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True)
+    result = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=False)
     if result.returncode:
         raise typer.BadParameter(f"{name!r} is no commit of this repository: {result.stderr.strip() or 'unknown name'}")
     return result.stdout.strip()
@@ -150,7 +152,7 @@ def _run(command: list[str], folder: Path, allowed: tuple[int, ...] = (0,)) -> N
     """In a checkout, which is first on the path: an installed llava_fast does not stand in for it."""
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     result = subprocess.run(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
     if result.returncode not in allowed:
         raise typer.BadParameter(f"{shlex.join(command)} failed in {folder.name}:\n{result.stdout[-2000:]}")

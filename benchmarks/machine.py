@@ -110,7 +110,7 @@ def _best_on_gpu(work: Callable[[], object], seconds: float, calls: int = 10) ->
 
 def _cpu_name() -> str:
     try:
-        return re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)[1]
+        return re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1]
     except (OSError, TypeError):
         return platform.processor() or platform.machine()
 

@@ -7,6 +7,7 @@ not count. On CUDA it is the caching allocator's peak. Elsewhere it is not measu
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -71,10 +72,8 @@ def release(device: torch.device) -> None:
     """Give memory that is free but still held back to the system."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to trim
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):  # another C library: nothing to trim
-        pass
 
 
 def _reset_high_water() -> bool:
@@ -87,4 +86,4 @@ def _reset_high_water() -> bool:
 
 def _read_status(field: str) -> int:
     """A field of /proc/self/status, in bytes."""
-    return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)[1])
+    return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1])

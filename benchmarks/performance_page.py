@@ -237,9 +237,11 @@ def measured_on_cpus(results: list[Path]) -> list[str]:
             lines += [
                 f"### {row.suite}: {model}",
                 "",
-                f"{row.machine['cpu']}, {row.machine['threads']} of {row.machine['cores']} cores, torch "
-                f"{row.versions['torch']}, transformers {row.versions['transformers']}, commit {commits} "
-                f"([{path.name}](../benchmarks/results/{path.name})).",
+                (
+                    f"{row.machine['cpu']}, {row.machine['threads']} of {row.machine['cores']} cores, torch "
+                    f"{row.versions['torch']}, transformers {row.versions['transformers']}, commit {commits} "
+                    f"([{path.name}](../benchmarks/results/{path.name}))."
+                ),
                 "",
                 "| case | side | ms | processor time, ms | peak, MiB | times as fast |",
                 "|---|---|---|---|---|---|",
@@ -273,8 +275,10 @@ def page(results: list[Path], on_cpus: list[Path]) -> str:
         "",
         "The least time each op can take for one image of LLaVA-NeXT 7B in bfloat16: the larger of its operations over",
         "the machine's rate and its least bytes (each input read once, each output written once) over its bandwidth.",
-        "A `_backward` row is both passes. Widths: tower "
-        + f"{widths.vision}, its MLP {widths.mlp}, decoder {widths.decoder}.",
+        (
+            "A `_backward` row is both passes. Widths: tower "
+            f"{widths.vision}, its MLP {widths.mlp}, decoder {widths.decoder}."
+        ),
         "Rates are the datasheets' (A100 80GB SXM: 312 TFLOP/s, 2.04 TB/s; H200 SXM: 989 TFLOP/s, 4.8 TB/s), which no",
         "real kernel reaches; the GPU check compares with the machine's own measured ceilings instead.",
         "",

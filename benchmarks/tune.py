@@ -30,6 +30,7 @@ from llava_fast.ops.triton_support import Config
 
 TILES = (5, 40, 1)  # a 672x672 image first: a run cut short has tuned what matters most
 ROW_BLOCKS = [{"BLOCK": block, "num_warps": warps} for block in (512, 1024, 2048, 4096) for warps in (2, 4, 8)]
+NARROW_ROW_BLOCKS = [config for config in ROW_BLOCKS if config["BLOCK"] <= 2048]
 PRODUCTS = [
     {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
     for m, n, k, warps, stages in (
@@ -42,28 +43,29 @@ PRODUCTS = [
         (128, 128, 64, 8, 4),
     )
 ]
+PRODUCTS_IN_PARTS = [{**config, "PARTS": parts} for config in PRODUCTS for parts in (4, 16)]
 CANDIDATES: dict[str, list[Config]] = {
     "pack_kernel": ROW_BLOCKS,
     "take_rows_kernel": ROW_BLOCKS,
     "sum_segments_kernel": [
         {"BLOCK": block, "ROWS": rows, "num_warps": 4} for block in (256, 512, 1024) for rows in (4, 8, 16)
     ],
-    **dict.fromkeys(("mix_kernel", "mix_backward_kernel"), [c for c in ROW_BLOCKS if c["BLOCK"] <= 2048]),
+    "mix_kernel": NARROW_ROW_BLOCKS,
+    "mix_backward_kernel": NARROW_ROW_BLOCKS,
     "layer_norm_kernel": [{"num_warps": warps} for warps in (1, 2, 4, 8)],
     "double_layer_norm_kernel": [{"num_warps": warps} for warps in (1, 2, 4, 8)],
     "layer_norm_backward_kernel": [{"num_warps": warps} for warps in (2, 4, 8, 16)],
     "rms_norm_kernel": [{"num_warps": warps} for warps in (2, 4, 8, 16)],
     "rms_norm_backward_kernel": [{"num_warps": warps} for warps in (4, 8, 16)],
     "rope_kernel": [{"HEADS": heads, "num_warps": warps} for heads in (2, 4, 8, 16) for warps in (1, 2, 4)],
-    "swiglu_kernel": [config for config in ROW_BLOCKS if config["BLOCK"] <= 2048],
-    "swiglu_backward_kernel": [config for config in ROW_BLOCKS if config["BLOCK"] <= 2048],
+    "swiglu_kernel": NARROW_ROW_BLOCKS,
+    "swiglu_backward_kernel": NARROW_ROW_BLOCKS,
     "gemm_kernel": [{**config, "GROUP": 8} for config in PRODUCTS],
     "weight_gradient_kernel": [{**config, "GROUP": 8} for config in PRODUCTS],
-    **dict.fromkeys(("patch_embed_kernel", "patch_embed_kernel_rows"), PRODUCTS),
-    **dict.fromkeys(
-        ("patch_weight_gradient_kernel", "patch_weight_gradient_kernel_rows"),
-        [{**config, "PARTS": parts} for config in PRODUCTS for parts in (4, 16)],
-    ),
+    "patch_embed_kernel": PRODUCTS,
+    "patch_embed_kernel_rows": PRODUCTS,
+    "patch_weight_gradient_kernel": PRODUCTS_IN_PARTS,
+    "patch_weight_gradient_kernel_rows": PRODUCTS_IN_PARTS,
 }
 
 

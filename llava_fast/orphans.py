@@ -19,7 +19,7 @@ def end_with_parent() -> None:
     A worker alone would stay: it joins its queue's thread, which writes to a pipe whose other end its siblings hold
     open. PR_SET_PDEATHSIG fires when the parent's *thread* ends, so a thread of this process looks instead.
     """
-    global _watched
+    global _watched  # noqa: PLW0603 a fact of the process
     if _watched == os.getpid():
         return
     _watched = os.getpid()

@@ -18,13 +18,13 @@ from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TITLE = re.compile(r"^## \[?(?P<name>[^\]\s]+)\]?(?: - (?P<date>.+))?$", re.M)
+TITLE = re.compile(r"^## \[?(?P<name>[^\]\s]+)\]?(?: - (?P<date>.+))?$", re.MULTILINE)
 
 
 def version(root: Path) -> str:
     """What llava_fast/version.py says, read without importing the package."""
     text = (root / "llava_fast" / "version.py").read_text(encoding="utf-8")
-    return re.search(r'^__version__ = "([^"]+)"$', text, re.M)[1]
+    return re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)[1]
 
 
 def sections(changelog: str) -> list[tuple[str, str | None, str]]:

@@ -68,9 +68,10 @@ def _answer(first: int, count: int) -> TextPiece:
 def _batch(subject: Subject, settings: Settings, rotation: int, answers: list[list[TextPiece]]) -> Batch:
     """Each request once for each of `answers`, which then ends in these pieces: one, or two as tails."""
     processor, tiles = subject.processor, []
-    sequences: list[list[Piece]] = []
-    for request in requests(settings, rotation):
-        for ends in answers:
-            sequences.append([*processor.pieces(processor.outline(request), tiles), *ends])
+    sequences: list[list[Piece]] = [
+        [*processor.pieces(processor.outline(request), tiles), *ends]
+        for request in requests(settings, rotation)
+        for ends in answers
+    ]
     tails = [[len(end.ids) for end in answers[0]]] * len(sequences) if len(answers[0]) > 1 else ()
     return Batch.from_prepared(processor.assemble(sequences, tiles, tails=tails), subject.device)

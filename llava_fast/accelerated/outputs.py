@@ -35,9 +35,9 @@ def show_encoder(inner: nn.Module) -> bool:
     """Whether the outputs of an inner model hold those of its tower, as they do since transformers 5.24. Raises Unfit
     for outputs that are not known."""
     for kind in type(inner).__mro__:
-        if (found := getattr(sys.modules[kind.__module__], f"{kind.__name__}OutputWithPast", None)) is not None:
-            if field_names(found) & {"image_outputs", "image_hidden_states"}:
-                return "image_outputs" in field_names(found)
+        found = getattr(sys.modules[kind.__module__], f"{kind.__name__}OutputWithPast", None)
+        if found is not None and field_names(found) & {"image_outputs", "image_hidden_states"}:
+            return "image_outputs" in field_names(found)
     raise Unfit(f"the outputs of {type(inner).__name__} are not known")
 
 

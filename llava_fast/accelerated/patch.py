@@ -246,7 +246,7 @@ def unfit_for_loss(model: nn.Module, given: dict) -> str | None:
     return_dict = given.get("return_dict")
     if not (model.config.return_dict if return_dict is None else return_dict):
         return "a tuple is asked for (return_dict=False)"
-    if labels.dim() != 2 or ids is not None and ids.shape != labels.shape:
+    if labels.dim() != 2 or (ids is not None and ids.shape != labels.shape):
         return f"labels of shape {tuple(labels.shape)}"
     return None
 

@@ -246,7 +246,7 @@ def _accelerated(whole: nn.Module, call: Call, accelerate: Call, with_images: bo
         for module, names in before.items():
             vars(module).clear()
             vars(module).update(names)
-    if told or with_images and not runs:
+    if told or (with_images and not runs):
         return None, next(iter(told), "this version of transformers does not come by the methods that are replaced")
     return found, None
 

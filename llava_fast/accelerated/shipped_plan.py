@@ -56,7 +56,7 @@ def make(
     """
     has_class_row = config.vision_config.model_type == "clip_vision_model"
     skipped = int(config.vision_feature_select_strategy == "default")
-    if frames is not None and (_kind_of_mix(config) is None or has_class_row and not skipped):
+    if frames is not None and (_kind_of_mix(config) is None or (has_class_row and not skipped)):
         return {}
     shape = geometry(config, skipped, has_class_row)
     integers = read_integers(ids, image_sizes, labels, batch_num_images)
@@ -135,7 +135,7 @@ def visuals(model, given: Mapping[str, Any], plan: dict[str, Tensor]) -> Visuals
         count = len(plan[column])
         there = 0 if part is None else part.shape[:-3].numel()
         fills_up = name == "pixel_values" and part is not None and part.dim() == 5 and model.config.model_type in ANYRES
-        if count > there or count != there and not fills_up:
+        if count > there or (count != there and not fills_up):
             came = "did not come" if part is None else f"are {tuple(part.shape)}"
             raise PlanError(f"the plan is of {count} {column}s, but {name} {came}")
     device = ids.device if pixels is None and frames is None else (frames if pixels is None else pixels).device

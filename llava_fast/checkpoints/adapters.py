@@ -233,7 +233,7 @@ def _scale(adapter: Mapping[str, Any], path: Path) -> float:
 
 
 def _same(first: StoredTensor, second: StoredTensor) -> bool:
-    return first is second or first.shape == second.shape and torch.equal(first.load(), second.load())
+    return first is second or (first.shape == second.shape and torch.equal(first.load(), second.load()))
 
 
 def _beyond_linears(stored: Mapping[str, StoredTensor], base: Mapping[str, StoredTensor], names: NameMap) -> str | None:

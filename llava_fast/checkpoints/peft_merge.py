@@ -137,7 +137,7 @@ def _changed(
     found = dict(base)
     for key, parameter in merged.named_parameters(remove_duplicate=False):
         value = parameter.detach()
-        if value.is_meta or key in placed and value.data_ptr() == placed[key].data_ptr():
+        if value.is_meta or (key in placed and value.data_ptr() == placed[key].data_ptr()):
             continue
         name = names.from_stored(key)
         if name is None:

@@ -93,10 +93,10 @@ class Runner:
         if needed:
             for (sequence, start), begin, rows in zip(needed, begins, self._rows_of(pieces, tiles), strict=True):
                 new = rows[start - begin :]
-                if sequence.embedded is not None:
-                    new = torch.cat([sequence.embedded[1], new])
-                    start = sequence.embedded[0]
-                sequence.embedded = (start, new)
+                if sequence.embedded is None:
+                    sequence.embedded = (start, new)
+                else:
+                    sequence.embedded = (sequence.embedded[0], torch.cat([sequence.embedded[1], new]))
         taken = [sequence.embedded[1][:rows] for sequence, rows in chunks]
         return torch.cat(taken) if len(taken) > 1 else taken[0]
 

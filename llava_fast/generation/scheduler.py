@@ -265,7 +265,7 @@ class Scheduler:
 
 def choose(logits: Tensor, sequences: list[Sequence]) -> list[int | Exception]:
     """The next token of each sequence, or what is wrong with it; one transfer from the device for all."""
-    if all([sequence.sampler.is_greedy for sequence in sequences]):
+    if all(sequence.sampler.is_greedy for sequence in sequences):
         tokens = greedy_tokens(logits)
         if min(tokens) >= 0:
             return tokens

@@ -67,7 +67,7 @@ class LlavaFast(lmms):
     ) -> None:
         self.pretrained = pretrained  # lmms-eval names its cache by it
         super().__init__()
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise RequestError("llava_fast evaluates in one process: start lmms-eval without accelerate or torchrun")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise RequestError(f"batch_size is a whole number above 0, not {batch_size!r}")

@@ -43,7 +43,7 @@ def _selective():
 
 
 def _keep(products: dict[bool, itertools.count], ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    if op in _ATTENTION or op in _PRODUCTS and next(products[ctx.is_recompute]) % 2:
+    if op in _ATTENTION or (op in _PRODUCTS and next(products[ctx.is_recompute]) % 2):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 

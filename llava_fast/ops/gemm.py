@@ -347,8 +347,8 @@ def _specimen(
     out: str = "",
 ) -> Specimen:
     is_product = kernel in (gemm_kernel, weight_gradient_kernel)
-    signature = {name: f"*{dtype}" for name in tables} | {name: "*i32" for name in indices}
-    signature |= {name: "i32" for name in sizes} | {"out_ptr": f"*{out or dtype}"}
+    signature = dict.fromkeys(tables, f"*{dtype}") | dict.fromkeys(indices, "*i32")
+    signature |= dict.fromkeys(sizes, "i32") | {"out_ptr": f"*{out or dtype}"}
     return Specimen(
         op,
         kernel,

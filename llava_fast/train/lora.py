@@ -53,8 +53,9 @@ def merged(whole: Mapping[str, Tensor], settings: Lora) -> dict[str, Tensor]:
             module, _, leaf = name.partition(".base_layer.")
             if leaf == "weight":
                 a, b = (whole[f"{module}.lora_{half}{_ADAPTER}.weight"] for half in "AB")
-                value = merge(value, a, b, settings.alpha / settings.rank)
-            found[_own_name(name)] = value
+                found[_own_name(name)] = merge(value, a, b, settings.alpha / settings.rank)
+            else:
+                found[_own_name(name)] = value
     return found
 
 

@@ -177,5 +177,6 @@ def forward(model: nn.Module, batch: Batch, precision: str, **options: Any) -> t
     cast = dtype != torch.float32 and not isinstance(model, FSDPModule)  # which casts by itself
     with torch.autocast(batch.flat.device.type, dtype, enabled=cast):
         out: LlavaOutput = model(batch, logits="none", **options)
-    assert out.losses is not None and out.inputs_embeds is not None  # the batch has labels
+    assert out.losses is not None
+    assert out.inputs_embeds is not None
     return out.losses, out.inputs_embeds

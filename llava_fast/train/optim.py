@@ -31,7 +31,7 @@ def freeze(model: LlavaModel, recipe: Recipe) -> list[str]:
         trained |= found
     never_run = {id(parameter) for module in model.vision_tower.unused() for parameter in module.parameters()}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained and id(parameter) not in never_run or "lora_" in name)
+        parameter.requires_grad_((name in trained and id(parameter) not in never_run) or "lora_" in name)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 

@@ -85,11 +85,11 @@ class World:
 def join_world(settings: Parallel) -> World:
     """Take part in what torchrun started; alone, a world of one. Raises RecipeError if the processes cannot be shared
     out as the recipe says."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    count = int(os.environ.get("WORLD_SIZE", 1))
+    count = int(os.environ.get("WORLD_SIZE", "1"))
     if count % settings.tensor:
         raise RecipeError(f"parallel.tensor: {settings.tensor} does not divide the {count} processes of this run")
     if count > 1 and settings.kind == "none":
@@ -101,7 +101,7 @@ def join_world(settings: Parallel) -> World:
     if not dist.is_initialized():
         store, rank, size = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store outlives its workers: leave dead ones' entries
-            store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     shape = (count // settings.tensor, settings.tensor)

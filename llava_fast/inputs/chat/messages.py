@@ -167,8 +167,9 @@ def with_video_times(messages: Sequence[Mapping], duration: float, times: Sequen
         text = content_text(message["content"])
         if message["role"] == "user" and VIDEO_MARK in text:
             text = f"{VIDEO_MARK}\n{instruction}\n{text.replace(VIDEO_MARK, '')}"
-            message = {**message, "content": [{"type": "text", "text": text}]}
-        timed.append(dict(message))
+            timed.append({**message, "content": [{"type": "text", "text": text}]})
+        else:
+            timed.append(dict(message))
     return timed
 
 

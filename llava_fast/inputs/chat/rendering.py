@@ -141,9 +141,9 @@ class BuiltinTemplate:
                 out.template(form.after_answer, original=whole_turn)
                 continue
             out.template(form.before_later_users if index else "")
-            if system_text and form.system_inside_user and index == 0:
-                text = form.system_wrap[0] + system_text + form.system_wrap[1] + text
-            out.wrapped(form.user, text)
+            inside = bool(system_text) and form.system_inside_user and index == 0
+            system = form.system_wrap[0] + system_text + form.system_wrap[1] if inside else ""
+            out.wrapped(form.user, system + text)
         if add_generation_prompt and turns[-1]["role"] == "user":
             out.template(form.assistant_header, original=bool(form.original_label_tokens))
         return out.segments

@@ -43,7 +43,8 @@ class Size:
         if self.max_height and self.max_width:
             scale = min(self.max_height / height, self.max_width / width)
             return int(height * scale), int(width * scale)
-        assert self.height and self.width
+        assert self.height
+        assert self.width
         return self.height, self.width
 
     @staticmethod

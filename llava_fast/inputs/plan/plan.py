@@ -11,6 +11,7 @@ start where the prefix ends, and no tail sees another, so two answers to one que
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -156,7 +157,7 @@ def build_plan(
         position = [np.arange(prefix), *(np.arange(prefix, prefix + tail) for tail in of_sequence)]
         columns["position"][window] = first + np.concatenate(position)
         ends = start + prefix + np.cumsum([0, *of_sequence])
-        for tail, (begin, end) in enumerate(zip(ends[:-1], ends[1:], strict=True), 1):
+        for tail, (begin, end) in enumerate(itertools.pairwise(ends), 1):
             tail_of[begin:end] = tail
             if begin < end:
                 before[begin] = start + prefix - 1

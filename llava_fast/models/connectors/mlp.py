@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ class ProjectorConfig(ConnectorConfig):
     """`kind` "linear", "identity", "mlp" (`depth` Linears with an activation between them) or "yi" (an mlp with a
     LayerNorm after each Linear). Raises ValueError for another kind or an unknown activation."""
 
-    hf_names = {"layers.0": "linear_1", "layers.2": "linear_2"}  # noqa: RUF012 a ClassVar of the base
+    hf_names: ClassVar = {"layers.0": "linear_1", "layers.2": "linear_2"}
 
     kind: str
     in_features: int

@@ -21,7 +21,7 @@ from llava_fast.models.fused import MergesLinears, RMSNorm
 
 
 class DecoderAttention(MergesLinears):
-    merges = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+    merges: ClassVar = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class DecoderAttention(MergesLinears):
 class DecoderMLP(MergesLinears):
     """SwiGLU (Shazeer 2020)."""
 
-    merges = {"gate_up_proj": ("gate_proj", "up_proj")}
+    merges: ClassVar = {"gate_up_proj": ("gate_proj", "up_proj")}
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()

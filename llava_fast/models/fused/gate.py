@@ -49,10 +49,7 @@ def takes(
     """Whether `op` runs for x in this call, in place of `modules`: each must be a plain `kind`. `operands` are tensors
     that must have x's dtype."""
     rule = RULES[op]
-    if torch.compiler.is_compiling():
-        wanted = rule.traced
-    else:
-        wanted = backend.serves(op, x.device.type)
+    wanted = rule.traced if torch.compiler.is_compiling() else backend.serves(op, x.device.type)
     return (
         wanted
         and (rule.autocast or not torch.is_autocast_enabled(x.device.type))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ class InternVitEmbeddings(nn.Module):
 
 
 class InternVitAttention(fused.MergesLinears):
-    merges = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+    merges: ClassVar = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
     def __init__(self, config: InternVitConfig) -> None:
         super().__init__()

@@ -139,7 +139,7 @@ def embed_patches(
 
 
 class VisionAttention(fused.MergesLinears):
-    merges = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+    merges: ClassVar = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
     def __init__(self, config: VitConfig) -> None:
         super().__init__()

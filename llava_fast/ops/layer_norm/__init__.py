@@ -188,7 +188,7 @@ def _save_double(ctx, inputs, output) -> None:
     s, _, pre_mean, pre_rstd, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(pre_mean, pre_rstd, mean, rstd)
-    of_x, of_pre_weight, of_pre_bias, _, of_weight, of_bias, _ = ctx.needs_input_grad[:7]
+    of_x, of_pre_weight, of_pre_bias, _, of_weight, _of_bias, _ = ctx.needs_input_grad[:7]
     of_s = of_x or of_pre_weight or of_pre_bias
     ctx.save_for_backward(
         *_kept(x, pre_mean, pre_rstd, pre_weight, (of_x, of_pre_weight)),

@@ -128,7 +128,7 @@ def constant_gradient(grad: Tensor, constant_row: Tensor, constant_segment: Tens
 def pack_specimen(op: str, dtype: str, visual: bool = True) -> Specimen:
     """How `pack` compiles, with visual rows or without."""
     names = ("embedding_ptr", *(["visual_ptr"] if visual else []), "constant_ptr", "out_ptr")
-    signature = {"source_ptr": "*i32", "row_ptr": "*i32", **{name: f"*{dtype}" for name in names}, "width": "i32"}
+    signature = {"source_ptr": "*i32", "row_ptr": "*i32", **dict.fromkeys(names, f"*{dtype}"), "width": "i32"}
     constants = {} if visual else {"visual_ptr": None}
     return Specimen(op, pack_kernel, signature, constants, dtype, aligned=(*names, "width"))
 

@@ -143,8 +143,10 @@ class LabelledBatches(TwoAnswers):
         *prefix, own = last_answer(self.processor.outline(request, labels=True))
         swapped = {**request, "messages": [*request["messages"][:-1], other[-1]]}
         mismatched = last_answer(self.processor.outline(swapped, labels=True))[-1]
-        assert isinstance(own, TextPiece) and own.supervised is not None
-        assert isinstance(mismatched, TextPiece) and mismatched.supervised is not None
+        assert isinstance(own, TextPiece)
+        assert own.supervised is not None
+        assert isinstance(mismatched, TextPiece)
+        assert mismatched.supervised is not None
         start = int(own.supervised.argmax())
         pieces = self.processor.pieces([*prefix, TextPiece(own.ids[:start])], tiles)
         answer = TextPiece(own.ids[start:], own.supervised[start:])

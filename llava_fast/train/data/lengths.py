@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import warnings
 import zipfile
@@ -113,7 +114,7 @@ class _Chunks(Dataset):
         self.table, self.processor, self.labels, self.decode, self.numbers = table, processor, labels, decode, numbers
 
     def __len__(self) -> int:
-        return -(-len(self.numbers) // _CHUNK)
+        return math.ceil(len(self.numbers) / _CHUNK)
 
     def __getitem__(self, chunk: int) -> list[_Found]:
         with warnings.catch_warnings():

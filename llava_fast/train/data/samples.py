@@ -185,10 +185,11 @@ def read_sources(
             for path in paths:
                 folder = os.path.expanduser(source.images) or os.path.dirname(path)
                 files.append(DataFile(os.path.basename(path), path, os.path.abspath(folder)))
-                for place, value in enumerate(read_values(path)):
-                    if isinstance(value, dict):
-                        unread.update(value.keys() - keys)
-                        value = {key: value[key] for key in keys if value.get(key) is not None}
+                for place, read in enumerate(read_values(path)):
+                    value = read
+                    if isinstance(read, dict):
+                        unread.update(read.keys() - keys)
+                        value = {key: read[key] for key in keys if read.get(key) is not None}
                         oddities.update(_oddities(value))
                     for sample in [value] if split is None else split(value):
                         text = json.dumps(sample, ensure_ascii=False, separators=(",", ":"))
