@@ -15,7 +15,7 @@ from tests.support import tiny
 
 def run(*arguments: str, text: str = "") -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "llava_fast", *map(str, arguments)]
-    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=240, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -36,25 +36,30 @@ def picture(tmp_path_factory) -> str:
 @pytest.mark.parametrize("command", ["generate", "chat", "convert", "merge-lora", "doctor", "demo"])
 def test_help(command):
     result = run(command, "--help")
-    assert result.returncode == 0 and "Usage" in result.stdout
+    assert result.returncode == 0
+    assert "Usage" in result.stdout
 
 
 def test_doctor_tells_of_a_model(model, tmp_path):
     result = run("doctor", "--model", model)
-    assert result.returncode == 0 and "replaced: " in result.stdout, result.stderr
+    assert result.returncode == 0, result.stderr
+    assert "replaced: " in result.stdout, result.stderr
     result = run("doctor", "--model", tmp_path)
-    assert result.returncode == 1 and result.stderr.startswith("error: ") and "cannot build" in result.stderr
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert "cannot build" in result.stderr
 
 
 def test_generate_prints_one_json_object(model, picture):
     result = run("generate", model, "-i", picture, "-p", "hello", "--json", "--max-new-tokens", "5")
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
-    assert len(answer["token_ids"]) <= 5 and answer["usage"]["visual_tokens"] > 49
+    assert len(answer["token_ids"]) <= 5
+    assert answer["usage"]["visual_tokens"] > 49
 
 
 @pytest.mark.parametrize(
-    "arguments, says",
+    ("arguments", "says"),
     [
         (["-i", "missing.png"], "no image or video file 'missing.png'"),
         (["--top-p", "2"], "top_p must be above 0"),
@@ -65,17 +70,22 @@ def test_generate_prints_one_json_object(model, picture):
 )
 def test_bad_input_is_one_line(model, arguments, says):
     result = run("generate", model, "-p", "hello", *arguments)
-    assert result.returncode == 1 and result.stderr.startswith("error: ") and says in result.stderr
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert says in result.stderr
     assert "Traceback" not in result.stderr
 
 
 def test_chat_answers_each_line_and_survives_a_bad_one(model, picture):
     lines = f"what is in @{picture}\nand now @no/such.png\n/reset\n/quit\n"
     result = run("chat", model, "--max-new-tokens", "3", text=lines)
-    assert result.returncode == 0 and "no/such.png" in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 0
+    assert "no/such.png" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_convert_there_and_back(model, tmp_path):
     assert run("convert", model, tmp_path / "original", "--layout", "original").returncode == 0
     again = run("convert", model, tmp_path / "original")
-    assert again.returncode == 1 and "is not empty" in again.stderr
+    assert again.returncode == 1
+    assert "is not empty" in again.stderr

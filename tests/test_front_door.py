@@ -17,9 +17,11 @@ PACKAGE = Path(llava_fast.__file__).parent
 @pytest.mark.parametrize("name", llava_fast.__all__)
 def test_every_public_name_is_there(name):
     found = getattr(llava_fast, name)
-    assert found is getattr(llava_fast, name) and name in dir(llava_fast)
+    assert found is getattr(llava_fast, name)
+    assert name in dir(llava_fast)
     if name not in ("ops", "__version__"):
-        assert found.__name__ == name and found.__doc__
+        assert found.__name__ == name
+        assert found.__doc__
 
 
 def test_every_error_class_is_public_and_in_errors():

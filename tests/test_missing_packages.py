@@ -67,7 +67,8 @@ def test_one_line_names_the_extra(use, alone):
     call, extra = USES[use]
     with pytest.raises(LlavaFastError) as caught:
         call()
-    assert f"pip install 'llava_fast[{extra}]'" in str(caught.value) and "\n" not in str(caught.value)
+    assert f"pip install 'llava_fast[{extra}]'" in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert f"\n{extra} = [" in (Path(__file__).parent.parent / "pyproject.toml").read_text()
 
 

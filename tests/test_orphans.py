@@ -48,7 +48,9 @@ def test_workers_end_with_the_process_that_started_them(tmp_path, kind):
         try:
             first, threads, second, _ = map(int, main.stdout.readline().split())
             time.sleep(0.2)
-            assert alive(first) and alive(second) and threads == 2
+            assert alive(first)
+            assert alive(second)
+            assert threads == 2
         finally:
             main.kill()
     killed = time.monotonic()

@@ -59,7 +59,8 @@ def assert_same_gradients(what: str, model, expected: dict) -> None:
         if found is None or reference is None:
             assert found is reference, name
         elif reference.abs().max() < floor:
-            assert found.abs().max() < floor and name.endswith("k_proj.bias"), name
+            assert found.abs().max() < floor, name
+            assert name.endswith("k_proj.bias"), name
         else:
             assert_close(what, found, reference)
 
@@ -113,7 +114,8 @@ def test_a_text_only_batch_trains_the_decoder_alone(name):
     model(batch).loss.backward()
     for part, parameter in model.named_parameters():
         if part.startswith("decoder."):
-            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, part
+            assert parameter.grad is not None, part
+            assert parameter.grad.abs().sum() > 0, part
         else:
             assert parameter.grad is None or not parameter.grad.any(), part
     model.zero_grad()
@@ -147,6 +149,7 @@ def test_the_loss_alone_has_the_same_value_and_gradients(name):
     model.zero_grad()
     alone = model(batch, logits="none")
     alone.loss.backward()
-    assert alone.logits is None and alone.loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert alone.logits is None
+    assert alone.loss.item() == pytest.approx(loss.item(), rel=1e-6)
     assert_same_gradients("gradients, loss alone", model, expected)
     model.zero_grad()

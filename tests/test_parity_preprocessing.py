@@ -111,7 +111,7 @@ def expected_logits(model, name, processor, images, ours):
     return prompt, reference_logits(model, pair.reference_inputs(prompt, images))
 
 
-@pytest.mark.parametrize("name, what", TABLE)
+@pytest.mark.parametrize(("name", "what"), TABLE)
 def test_logits_are_those_of_transformers(models, name, what):
     model, folder = models[name]
     settings = settings_of(name, {**VALUES, **SINGLE, **ANYRES}[what])
@@ -141,7 +141,7 @@ def test_images_that_share_a_request(models):
 
 
 @pytest.mark.parametrize(
-    "changes, fitting, unfit",
+    ("changes", "fitting", "unfit"),
     [
         ({"do_resize": False, "do_center_crop": False}, (48, 48), (48, 49)),
         ({"do_center_crop": False}, (70, 70), (70, 72)),
@@ -161,7 +161,7 @@ def test_an_image_that_does_not_become_a_tile(models, changes, fitting, unfit):
         found = ours(ours.prepare([{"prompt": prompt, "images": [image]}]), logits="all").logits
     assert_close("logits, fields of a processor's file", found, expected)
     for ask in (ours.prepare, lambda requests: ours.processor.count(requests[0])):
-        with pytest.raises(ImageError, match="its tower reads 48x48: .*change size, do_resize or do_center_crop"):
+        with pytest.raises(ImageError, match=r"its tower reads 48x48: .*change size, do_resize or do_center_crop"):
             ask([{"prompt": prompt, "images": [tiny.picture(*unfit)]}])
 
 
@@ -207,7 +207,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("name, changes, message", REFUSED, ids=[f"{n} {c}" for n, c, _ in REFUSED])
+@pytest.mark.parametrize(("name", "changes", "message"), REFUSED, ids=[f"{n} {c}" for n, c, _ in REFUSED])
 def test_what_is_not_obeyed_is_refused_by_name(models, name, changes, message):
     _, folder = models[name]
     (folder / "preprocessor_config.json").write_text(json.dumps(settings_of(name, changes)))
@@ -247,7 +247,7 @@ def test_the_section_of_processor_config_comes_first(models):
 
 
 @pytest.mark.parametrize(
-    "name, field, value",
+    ("name", "field", "value"),
     [
         ("llava15", "patch_size", 14),
         ("llava15", "num_additional_image_tokens", 0),
@@ -275,7 +275,7 @@ FRAMES = {
 }
 
 
-@pytest.mark.parametrize("name, what", [("video", what) for what in FRAMES] + [("onevision", "resample")])
+@pytest.mark.parametrize(("name", "what"), [("video", what) for what in FRAMES] + [("onevision", "resample")])
 def test_frames_go_by_the_videos_file(tmp_path_factory, name, what):
     """Images of the same request keep their own filter."""
     case, folder = CASES[name], tmp_path_factory.mktemp(name)

@@ -29,19 +29,23 @@ def complete(rows: list[Row]) -> list[Row]:
 
 def test_a_result_that_agrees_gets_a_speed_up():
     ours, theirs = measure(case(1.00001), SETTINGS, CEILINGS)
-    assert ours.check["passed"] and ours.check["value"] == pytest.approx(1e-5, rel=0.1)
+    assert ours.check["passed"]
+    assert ours.check["value"] == pytest.approx(1e-5, rel=0.1)
     assert ours.ratio == pytest.approx(theirs.median / ours.median)
     assert (theirs.ratio, theirs.check) == (None, None)
     assert ours.rate == pytest.approx(2 / ours.median)
-    assert ours.p20 <= ours.median <= ours.p80 and ours.samples == 3
+    assert ours.p20 <= ours.median <= ours.p80
+    assert ours.samples == 3
 
 
 @pytest.mark.parametrize("value", [1.001, float("nan"), float("inf")])
 def test_a_result_that_disagrees_gets_none(value):
     ours, theirs = measure(case(value), SETTINGS, CEILINGS)
-    assert not ours.check["passed"] and ours.ratio is None
+    assert not ours.check["passed"]
+    assert ours.ratio is None
     text = report.table([ours, theirs])
-    assert "FAILED" in text and "no speed-up is given" in text
+    assert "FAILED" in text
+    assert "no speed-up is given" in text
     assert "x\n" not in text  # no "1.23x" at a line's end
 
 
@@ -78,7 +82,8 @@ def test_exit_code_and_json(tmp_path, monkeypatch, value, code):
         assert set(row) == {field.name for field in dataclasses.fields(Row)}
         assert {"kind", "cpu", "cores", "threads", "ceilings", "load_before"} <= set(row["machine"])
         assert {"python", "torch", "transformers", "llava_fast"} <= set(row["versions"])
-        assert row["commit"] and row["date"]
+        assert row["commit"]
+        assert row["date"]
         assert row["floor_share"] == pytest.approx(row["floor_seconds"] / row["median"])
     assert [dataclasses.asdict(row) for row in report.read_json(output)] == content["rows"]
 
@@ -89,7 +94,8 @@ def test_a_disturbed_measurement_says_so():
         providers=[Provider("hf-eager", lambda i: (time.sleep(0.02), torch.ones(4))[1]), case(1.0).providers[0]],
     )
     reference, ours = measure(waits, SETTINGS, CEILINGS)
-    assert reference.disturbed and ours.disturbed
+    assert reference.disturbed
+    assert ours.disturbed
     assert "(disturbed)" in report.table([reference, ours])
     two_threads = dataclasses.replace(SETTINGS, threads=2)
     assert not any(row.disturbed for row in measure(waits, two_threads, CEILINGS))

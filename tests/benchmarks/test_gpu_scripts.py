@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ def test_a_dry_run_checks_every_op_and_writes_the_result(tmp_path):
     result = json.loads((tmp_path / "out.json").read_text())
     assert len(result["ops"]) == len(MAKERS) + len(MEASURED_BESIDE)
     assert all(row["right"] for row in result["ops"])
-    assert result["ceilings"] is None and not any("ms" in row for row in result["ops"])
+    assert result["ceilings"] is None
+    assert not any("ms" in row for row in result["ops"])
 
 
 def values(work) -> Callable[..., OpCase]:
@@ -57,7 +59,8 @@ def test_an_op_that_raises_is_a_row_and_the_rest_goes_on(tmp_path, monkeypatch):
         "RuntimeError: an illegal memory access",
         None,
     ]
-    assert [row["right"] for row in rows] == [False, False, True] and all("backend" in row for row in rows)
+    assert [row["right"] for row in rows] == [False, False, True]
+    assert all("backend" in row for row in rows)
 
     later = values(broken)  # a run that goes on in a fresh process keeps the rows that are there
     later.__name__ = "case3"
@@ -66,7 +69,9 @@ def test_an_op_that_raises_is_a_row_and_the_rest_goes_on(tmp_path, monkeypatch):
     with pytest.raises(typer.Exit):
         gpu_check.measure_ops(output, dry_run=True)
     again = json.loads(output.read_text())["ops"]
-    assert again[:3] == rows and again[3]["case"] == "case3" and len(again) == 4
+    assert again[:3] == rows
+    assert again[3]["case"] == "case3"
+    assert len(again) == 4
 
 
 def test_after_a_fault_of_the_gpu_a_fresh_process_goes_on(tmp_path, monkeypatch):
@@ -83,10 +88,11 @@ def test_after_a_fault_of_the_gpu_a_fresh_process_goes_on(tmp_path, monkeypatch)
     monkeypatch.setattr(gpu_check, "MAKERS", (values(broken), values(broken)))
     monkeypatch.setattr(os, "execv", execv)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "measure", "--output", "x"])
-    with pytest.raises(Replaced, match="'benchmarks.gpu_check', 'measure', '--output', 'x'"):
+    with pytest.raises(Replaced, match=r"'benchmarks.gpu_check', 'measure', '--output', 'x'"):
         gpu_check.measure_ops(tmp_path / "out.json")
     rows = json.loads((tmp_path / "out.json").read_text())["ops"]
-    assert len(rows) == 1 and "illegal" in rows[0]["exception"]
+    assert len(rows) == 1
+    assert "illegal" in rows[0]["exception"]
 
 
 def test_work_that_waits_for_the_gpu_is_known_before_a_graph_takes_it(monkeypatch):
@@ -96,7 +102,8 @@ def test_work_that_waits_for_the_gpu_is_known_before_a_graph_takes_it(monkeypatc
     def waiting():
         raise RuntimeError("called a synchronizing CUDA operation")
 
-    assert tune.waits(waiting) and not tune.waits(lambda: None)
+    assert tune.waits(waiting)
+    assert not tune.waits(lambda: None)
     with pytest.raises(RuntimeError, match="illegal"):
         tune.waits(broken)
     assert modes == ["error", "default"] * 3
@@ -104,7 +111,7 @@ def test_work_that_waits_for_the_gpu_is_known_before_a_graph_takes_it(monkeypatc
 
 def test_a_ceiling_of_a_gpu_is_the_best_time_of_one_of_several_calls(monkeypatch):
     class Event:
-        times = [50.0, 20.0]  # milliseconds of all calls between two events
+        times: ClassVar = [50.0, 20.0]  # milliseconds of all calls between two events
 
         def __init__(self, enable_timing: bool) -> None:
             assert enable_timing
@@ -131,13 +138,15 @@ def test_a_time_that_cannot_be_taken_leaves_the_others(monkeypatch):
     case = dataclasses.replace(values(lambda: torch.ones(3))(), bare=broken)
     row = gpu_check.measure(case, torch.float32, gpu_check.machine.Ceilings(1.0, 1.0))
     assert row["exception"] == "bare_ms: RuntimeError: an illegal memory access"
-    assert row["ms"] == row["plain_ms"] == row["copy_ms"] == row["reference_ms"] == 2.0 and not row["faster"]
+    assert row["ms"] == row["plain_ms"] == row["copy_ms"] == row["reference_ms"] == 2.0
+    assert not row["faster"]
 
 
 def test_a_wrong_result_gets_no_time_and_is_not_right():
     case = OpCase("token_pack", "", 1, 0, 1, (), lambda: torch.zeros(3), lambda: torch.ones(3), lambda: torch.ones(3))
     row = gpu_check.measure(case, torch.float32, gpu_check.machine.Ceilings(1.0, 1.0))
-    assert not row["right"] and "ms" not in row
+    assert not row["right"]
+    assert "ms" not in row
 
 
 def test_tuning_takes_the_fastest_of_the_right_ones(monkeypatch):
@@ -184,7 +193,7 @@ def test_a_kernel_without_a_right_candidate_does_not_end_the_tuning(tmp_path, mo
 def test_tuned_tables_stand_in_front_of_the_shipped_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(triton_support, "table", triton_support.table)  # put back when the test ends
     shipped = triton_support.table("default")
-    with pytest.raises(typer.BadParameter, match="run benchmarks.tune first"):
+    with pytest.raises(typer.BadParameter, match=r"run benchmarks.tune first"):
         gpu_check.use_tables(tmp_path)
     kind = triton_support.device_kind(torch.device("cuda")) if torch.cuda.is_available() else "default"
     (tmp_path / f"{kind if kind != 'default' else 'other'}.json").write_text(
@@ -259,7 +268,9 @@ def script(tmp_path):
     def run(*arguments: str, out: Path = tmp_path / "out", **more: str) -> tuple[int, dict[str, str], str]:
         paths = {"PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
         environment = {**os.environ, **paths, "REAL_PYTHON": sys.executable, **more}
-        done = subprocess.run(["bash", SCRIPT, str(out), *arguments], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", SCRIPT, str(out), *arguments], env=environment, capture_output=True, text=True, check=False
+        )
         steps = (out / "steps").read_text().splitlines() if (out / "steps").is_file() else []
         return done.returncode, dict(line.split(": ", 1) for line in steps), done.stdout + done.stderr
 
@@ -272,33 +283,42 @@ def test_the_script_does_its_steps_and_joins_what_they_found(script, tmp_path):
         *("build", "build-without-cuda", "path", "path-compiled", "measure", "tests", "path-graphs", "path-reference"),
         *("tune", "measure-tuned", "sanitizer"),
     ]
-    assert steps["build"].startswith("failed with exit status 1") and steps["build-without-cuda"].startswith("ok")
+    assert steps["build"].startswith("failed with exit status 1")
+    assert steps["build-without-cuda"].startswith("ok")
     assert steps["tests"].startswith("failed")  # one file crashed
     assert steps["sanitizer"] == "refused by this machine: ========= Error: the device is not supported"
     others = set(steps) - {"build", "tests", "sanitizer"}
-    assert all(steps[name].startswith("ok") for name in others) and status == 1, text
+    assert all(steps[name].startswith("ok") for name in others), text
+    assert status == 1, text
     result = json.loads((tmp_path / "out" / "gpu.json").read_text())
-    on_triton = dict.fromkeys(("path", "path-compiled", "path-graphs"), ["triton"])
+    on_triton = {name: ["triton"] for name in ("path", "path-compiled", "path-graphs")}
     assert result["path"] == on_triton | {"path-reference": ["reference"]}
-    assert [row["from"] for row in result["ops"]] == ["ops-tuned.json"] and result["steps"] == steps
+    assert [row["from"] for row in result["ops"]] == ["ops-tuned.json"]
+    assert result["steps"] == steps
     files = len(list((machine.ROOT / "tests" / "ops").glob("test_*.py"))) + 3
-    assert result["tests"]["tests"] == 3 * (files - 1) and result["tests"]["skipped"] == files - 1
+    assert result["tests"]["tests"] == 3 * (files - 1)
+    assert result["tests"]["skipped"] == files - 1
     assert result["tests"]["crashed"] == ["tests/ops/test_rope.py (exit status 139)"]
-    assert len(list((tmp_path / "out").glob("logs-*.tar.gz"))) == 1 and not list((tmp_path / "out").glob("*.log"))
+    assert len(list((tmp_path / "out").glob("logs-*.tar.gz"))) == 1
+    assert not list((tmp_path / "out").glob("*.log"))
 
 
 def test_a_step_that_hangs_starves_no_later_one(script, tmp_path):
     status, steps, _ = script("tune", "measure-tuned", BUDGET="20", TUNE_SECONDS="60")
     assert status == 1
-    assert steps["tune"].startswith("cut off after") and steps["measure-tuned"].startswith("ok")
+    assert steps["tune"].startswith("cut off after")
+    assert steps["measure-tuned"].startswith("ok")
     calls = (tmp_path / "calls").read_text()
-    assert "-m pytest" not in calls and "benchmarks.run" not in calls  # only the steps that were named
+    assert "-m pytest" not in calls
+    assert "benchmarks.run" not in calls
 
 
 def test_the_script_explains_itself_and_refuses_an_unknown_step(script):
     assert "OUT_DIR [STEP...]" in script("--help", out=Path("--help"))[2]
     status, _, text = script("tsts")
-    assert status == 2 and "no step is called 'tsts'" in text and "path-compiled" in text
+    assert status == 2
+    assert "no step is called 'tsts'" in text
+    assert "path-compiled" in text
 
 
 def test_results_of_calls_are_added_unless_the_commit_differs(tmp_path, monkeypatch):
@@ -335,5 +355,5 @@ transformers.AutoImageProcessor.from_pretrained = transformers.AutoProcessor.fro
 from benchmarks.subject import Subject
 print(type(Subject("tiny", None, torch.float32, "cpu").hf_processor.image_processor).__name__)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=machine.ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=machine.ROOT, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "LlavaNextImageProcessorPil", done.stderr[-2000:]

@@ -22,12 +22,16 @@ def test_both_layouts_hold_the_same_samples(monkeypatch):
     subject.close()
     packed, padded = made["llava_fast"], made["padded"]
     lengths = [sorted(length for batch in side for length in batch.plan.lengths) for side in (packed, padded)]
-    assert lengths[0] == lengths[1] and len(lengths[0]) == packing.SAMPLES and found.items == sum(lengths[0])
+    assert lengths[0] == lengths[1]
+    assert len(lengths[0]) == packing.SAMPLES
+    assert found.items == sum(lengths[0])
     through, most = (int(re.search(rf"{word} (\d+)", found.label)[1]) for word in ("padded", "at most"))
     rows = [len(batch.column("source")) for batch in padded]
-    assert sum(rows) == through and max(rows) == most
+    assert sum(rows) == through
+    assert max(rows) == most
     rows = [len(batch.column("source")) for batch in packed]
-    assert sum(rows) == found.items and max(rows) <= most
+    assert sum(rows) == found.items
+    assert max(rows) <= most
 
 
 @pytest.mark.parametrize(("slow", "said"), [(2.0, "2.00x (asked 1.5x: reached)"), (1.2, "1.20x (asked 1.5x: MISSED)")])

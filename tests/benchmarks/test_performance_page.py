@@ -58,7 +58,7 @@ def verdicts(result: dict) -> list[str]:
 
 def test_targets_that_are_reached(result):
     assert verdicts(result) == ["reached"] * 8
-    said = dict((asked, found) for asked, found, _ in targets(result))
+    said = {asked: found for asked, found, _ in targets(result)}
     assert said["token_pack, 40 tiles: at least 0.85 of a copy's speed"] == "40 tiles, CUDA: 0.89"
     assert any("torch's antialiased bicubic (no torchvision)" in asked for asked in said)
 
@@ -66,7 +66,9 @@ def test_targets_that_are_reached(result):
 def test_the_torchvision_processor_is_what_counts_where_it_was_measured(result):
     result["ops"][0]["bare_ms"] = 4.0
     asked, found, verdict = targets(result)[0]
-    assert "torchvision processor" in asked and found == "5 tiles: 4.00" and verdict == "MISSED"
+    assert "torchvision processor" in asked
+    assert found == "5 tiles: 4.00"
+    assert verdict == "MISSED"
 
 
 def test_an_a100_is_asked_for_more(result):
@@ -78,8 +80,9 @@ def test_an_a100_is_asked_for_more(result):
 def test_one_size_that_is_wrong_or_raises_misses_its_target(result, what):
     row = op("assemble_inputs", 40) | what
     result["ops"][3] = row
-    asked, found, verdict = targets(result)[3]
-    assert verdict == "MISSED" and "40 tiles: wrong or failed" in found
+    _asked, found, verdict = targets(result)[3]
+    assert verdict == "MISSED"
+    assert "40 tiles: wrong or failed" in found
 
 
 def test_a_path_that_is_slow_heavy_or_wrong_misses(result):
@@ -103,7 +106,8 @@ def test_the_page_holds_a_result_with_rows_that_failed(result, tmp_path):
     assert "| rope | 5 tiles | triton | bfloat16 |  |  |  |  |  |  | RuntimeError: a / b |" in text
     assert "Steps of the check: build ok, 9 s; sanitizer refused by this machine: no." in text
     assert "Crashed or cut off: tests/ops/test_rope.py (exit status 139)." in text
-    assert "| Triton | llava_fast | 10.000 | 0 | yes |" in text and "|  | hf-compile | 12.000 | 0 |  |" in text
+    assert "| Triton | llava_fast | 10.000 | 0 | yes |" in text
+    assert "|  | hf-compile | 12.000 | 0 |  |" in text
     del result["path"], result["tests"]
     path.write_text(json.dumps(result))
     assert "The kernels' tests were not run there." in "\n".join(performance_page.measured([path]))

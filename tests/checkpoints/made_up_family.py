@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from llava_fast.models.towers.base import TowerConfig
 class BridgeConfig(ConnectorConfig):
     """A LayerNorm and a Linear."""
 
-    hf_names = {"norm": "pre_norm", "out": "bridge"}
+    hf_names: ClassVar = {"norm": "pre_norm", "out": "bridge"}
 
     in_features: int
     out_features: int

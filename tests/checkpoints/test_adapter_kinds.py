@@ -33,7 +33,7 @@ def sub(name, **fields):
 
 
 PLAIN = {
-    "plain": lambda: lora(),
+    "plain": lora,
     "rslora": lambda: lora(use_rslora=True),
     "False": lambda: lora(init_lora_weights=False),
     "gaussian": lambda: lora(init_lora_weights="gaussian"),

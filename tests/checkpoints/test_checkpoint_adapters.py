@@ -136,7 +136,7 @@ def test_peft_reads_the_same_scale(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    ("changes", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         ({"r": None}, "states no r and lora_alpha"),
@@ -171,7 +171,7 @@ def test_factors_that_do_not_fit(tmp_path):
     with pytest.raises(CheckpointError, match="which is no LoRA factor of a Linear"):
         load_checkpoint(lora)
     (lora / "adapter_model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="but neither adapter_model.safetensors nor"):
+    with pytest.raises(CheckpointError, match=r"but neither adapter_model.safetensors nor"):
         load_checkpoint(lora)
 
 

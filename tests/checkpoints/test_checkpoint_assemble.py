@@ -72,7 +72,8 @@ def test_the_tower_is_the_one_named_and_the_projector_begins_as_linears_do(parts
     tower = CLIPVisionModel.from_pretrained(parts["vision_tower"])
     wanted = {name.removeprefix("vision_model."): value for name, value in tower.state_dict().items()}
     found = dict(model.vision_tower.named_parameters())
-    assert found and all(torch.equal(value, wanted[name]) for name, value in found.items())
+    assert found
+    assert all(torch.equal(value, wanted[name]) for name, value in found.items())
     torch.manual_seed(0)
     linears = [torch.nn.Linear(32, 64), torch.nn.Linear(64, 64)]
     for place, linear in zip((0, 2), linears, strict=True):

@@ -52,7 +52,7 @@ def test_the_newer_single_processor_file_is_read(tmp_path):
 def test_an_image_processor_of_another_size_is_refused(tmp_path):
     path = write(tmp_path, "llava")
     (path / "preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 336}}))
-    with pytest.raises(CheckpointError, match="336 pixels.*reads 28"):
+    with pytest.raises(CheckpointError, match=r"336 pixels.*reads 28"):
         read_hf_config(path)
 
 
@@ -82,19 +82,22 @@ def test_onevision(tmp_path):
     )
     assert (config.vision.kind, config.vision.feature_layers, config.vision.keep_class_row) == ("siglip", (-1,), False)
     assert (config.vision.activation, config.vision.layer_norm_eps) == ("gelu_pytorch_tanh", 1e-6)
-    assert config.decoder.tie_embeddings and config.decoder.qkv_bias and not config.decoder.o_bias
+    assert config.decoder.tie_embeddings
+    assert config.decoder.qkv_bias
+    assert not config.decoder.o_bias
 
 
 def test_feature_selection(tmp_path):
     config = read_hf_config(write(tmp_path, "llava", vision_feature_select_strategy="full"))
-    assert config.vision.keep_class_row and config.geometry.class_rows == 1
+    assert config.vision.keep_class_row
+    assert config.geometry.class_rows == 1
     config = read_hf_config(write(tmp_path, "llava", vision_feature_layer=[-2, 1]))
     assert config.vision.feature_layers == (-2, 1)
     assert config.projector.in_features == 64
 
 
 @pytest.mark.parametrize(
-    "text, rope",
+    ("text", "rope"),
     [
         ({"rope_theta": 500.0}, RopeConfig("default", theta=500.0)),
         (
@@ -189,7 +192,7 @@ def test_generation_config_decides_the_end_tokens(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "generation, top, ends",
+    ("generation", "top", "ends"),
     [
         (None, 7, (7,)),
         (None, [7, 9], (7, 9)),
@@ -214,7 +217,7 @@ def test_either_name_of_the_image_token(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind, changes, message",
+    ("kind", "changes", "message"),
     [
         ("llava", {"model_type": "llama"}, "model_type is 'llama'; supported are llava, llava_next"),
         ("llava", {"projector_hidden_act": "tanh"}, "projector_hidden_act is 'tanh'"),
@@ -233,7 +236,7 @@ def test_what_is_refused_is_named(tmp_path, kind, changes, message):
 
 
 @pytest.mark.parametrize(
-    "section, changes, message",
+    ("section", "changes", "message"),
     [
         ("text_config", {"hidden_act": "gelu"}, "text_config.hidden_act is 'gelu'"),
         ("text_config", {"model_type": "gemma"}, "text_config.model_type is 'gemma'; supported are llama"),

@@ -60,7 +60,9 @@ def open_whole(path):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize("kind, what, file, change", CASES, ids=[f"{kind}: {what}" for kind, what, _, _ in CASES])
+@pytest.mark.parametrize(
+    ("kind", "what", "file", "change"), CASES, ids=[f"{kind}: {what}" for kind, what, _, _ in CASES]
+)
 def test_malformed(linked, kind, what, file, change):
     path = linked(kind)
     change(path)
@@ -68,7 +70,8 @@ def test_malformed(linked, kind, what, file, change):
     with pytest.raises(CheckpointError) as error:
         open_whole(path)
     assert time.thread_time() - start < 1
-    assert file in str(error.value) and "\n" not in str(error.value)
+    assert file in str(error.value)
+    assert "\n" not in str(error.value)
     assert not (path / "ran").exists()
 
 
@@ -78,7 +81,8 @@ def test_the_checkpoints_that_are_damaged_are_whole(linked, kind):
     if kind.endswith("tiled"):
         malformed.together(malformed.TILED, lambda path: None)(path)
     model, processor = open_whole(path)
-    assert processor.tokenizer.convert_tokens_to_ids("w5") == 5 and not next(model.parameters()).is_meta
+    assert processor.tokenizer.convert_tokens_to_ids("w5") == 5
+    assert not next(model.parameters()).is_meta
 
 
 @pytest.mark.parametrize("file", JSON_FILES)
@@ -102,7 +106,7 @@ HARMLESS = [
 ]
 
 
-@pytest.mark.parametrize("what, file, change", HARMLESS, ids=[what for what, _, _ in HARMLESS])
+@pytest.mark.parametrize(("what", "file", "change"), HARMLESS, ids=[what for what, _, _ in HARMLESS])
 def test_what_is_odd_and_harmless_loads(linked, what, file, change):
     path = linked("llava")
     change(path)
@@ -115,7 +119,7 @@ def test_a_table_of_a_hundred_million_labels_is_not_built(linked, section):
     content = json.loads((path / "config.json").read_text())
     (content if section is None else content[section])["num_labels"] = 10**8
     write(path / "config.json", json.dumps(content).encode())
-    with pytest.raises(CheckpointError, match="config.json.*num_labels"):
+    with pytest.raises(CheckpointError, match=r"config.json.*num_labels"):
         open_whole(path)
 
 

@@ -42,7 +42,7 @@ EXAMPLES = [  # ours, hf, hf5, original
 ]
 
 
-@pytest.mark.parametrize("ours, hf, hf5, original", EXAMPLES)
+@pytest.mark.parametrize(("ours", "hf", "hf5", "original"), EXAMPLES)
 def test_each_spelling_maps_both_ways(ours, hf, hf5, original):
     for layout, stored in (("hf", hf), ("hf5", hf5), ("original", original)):
         assert to_stored(ours, layout) == stored

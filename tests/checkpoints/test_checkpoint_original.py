@@ -118,7 +118,7 @@ def test_a_tower_that_cannot_be_found(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, projector",
+    ("name", "projector"),
     [
         ("mlp2x_gelu", ProjectorConfig("mlp", 32, 16, depth=2)),
         ("mlp3x_gelu", ProjectorConfig("mlp", 32, 16, depth=3)),
@@ -131,7 +131,7 @@ def test_projectors(tmp_path, name, projector):
     checkpoint = load_checkpoint(tmp_path)
     assert checkpoint.config.projector == projector
     assert_same_tensors(build(checkpoint), tensors)
-    stored = set(tensor.key for name, tensor in checkpoint.tensors.items() if name.startswith("projector"))
+    stored = {tensor.key for name, tensor in checkpoint.tensors.items() if name.startswith("projector")}
     numbers = {"mlp2x_gelu": (0, 2), "mlp3x_gelu": (0, 2, 4), "mlp2x_gelu_Norm": (0, 1, 3, 4)}
     wanted = [f"{number}." for number in numbers[name]] if name in numbers else [""]
     assert stored == {f"model.mm_projector.{part}{leaf}" for part in wanted for leaf in ("weight", "bias")}
@@ -144,7 +144,7 @@ def test_the_identity_projector_and_the_default(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model_type, family, bias",
+    ("model_type", "family", "bias"),
     [("llava", "llama", False), ("llava_mistral", "mistral", False), ("llava_qwen", "qwen2", True)],
 )
 def test_decoder_families(tmp_path, model_type, family, bias):
@@ -166,7 +166,7 @@ def test_rope_and_sliding_window_of_the_decoder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fields, geometry",
+    ("fields", "geometry"),
     [
         ({"image_aspect_ratio": "square"}, {"aspect": "crop"}),
         ({"image_aspect_ratio": None}, {"aspect": "crop"}),
@@ -202,7 +202,7 @@ def test_geometry(tmp_path, fields, geometry):
 
 
 @pytest.mark.parametrize(
-    "fields, video",
+    ("fields", "video"),
     [
         ({}, ("none", "before", "no_token")),
         (
@@ -231,7 +231,7 @@ def test_video(tmp_path, fields, video):
 
 
 @pytest.mark.parametrize(
-    "fields, message",
+    ("fields", "message"),
     [
         ({"model_type": "llava_mpt"}, "model_type is 'llava_mpt'; supported are llava, llava_llama"),
         ({"mm_projector_type": "mlp2x_res2x_gelu"}, "mm_projector_type is 'mlp2x_res2x_gelu'; supported are mlpNx"),

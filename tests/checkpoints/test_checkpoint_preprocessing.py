@@ -119,7 +119,7 @@ def test_original_anyres_is_bicubic_whatever_the_file_says(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, fields, message",
+    ("changes", "fields", "message"),
     [
         ({"resample": "nearest"}, {}, "tower/preprocessor_config.json: resample: .*not 'nearest'"),
         ({"size": {"shortest_edge": 20}}, {"image_aspect_ratio": "pad"}, "size is .*margins of two colours"),
@@ -134,7 +134,7 @@ def test_what_a_towers_file_may_not_say(tmp_path, changes, fields, message):
         read_original_config(tmp_path / "a")
 
 
-@pytest.mark.parametrize("ratio, what", [("square", what) for what in CHANGES] + [("pad", what) for what in PADDED])
+@pytest.mark.parametrize(("ratio", "what"), [("square", what) for what in CHANGES] + [("pad", what) for what in PADDED])
 def test_an_original_keeps_it_and_hands_it_to_transformers(tmp_path, ratio, what):
     path = original(tmp_path / "a", CLIP | CHANGES[what] | {"own": 1}, image_aspect_ratio=ratio)
     model = with_tokenizer(path)

@@ -160,7 +160,8 @@ def test_original_to_original_is_exact(tmp_path):
     assert_same_tensors(build(again), tensors)
     assert again.config == load_checkpoint(tmp_path / "a").config
     before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in "ab")
-    assert after.pop("unfreeze_mm_vision_tower") is True and after.pop("torch_dtype") == "float32"
+    assert after.pop("unfreeze_mm_vision_tower") is True
+    assert after.pop("torch_dtype") == "float32"
     assert before == after
 
 
@@ -205,7 +206,7 @@ ANYRES = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"
 
 
 @pytest.mark.parametrize(
-    "fields, processor, aspect",
+    ("fields", "processor", "aspect"),
     [
         ({"image_aspect_ratio": "square"}, LlavaProcessor, "crop"),
         ({"image_aspect_ratio": "pad"}, LlavaProcessor, "pad"),
@@ -259,7 +260,8 @@ def test_shards_and_dtype(tmp_path):
     model = build(load_checkpoint(tmp_path / "a", dtype=torch.bfloat16))
     save(model, tmp_path / "b", layout="hf", max_shard_size="20KB")
     shards = sorted(path.name for path in (tmp_path / "b").glob("*.safetensors"))
-    assert len(shards) > 1 and shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
+    assert len(shards) > 1
+    assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
     assert_same_tensors(reload(tmp_path / "b"), {name: tensor.bfloat16() for name, tensor in tensors.items()})
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     assert (config["dtype"], "torch_dtype" in config) == ("bfloat16", False)
@@ -310,7 +312,7 @@ def test_a_failure_leaves_nothing_behind_and_the_old_checkpoint_whole(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "fields, message",
+    ("fields", "message"),
     [
         ({"mm_projector_type": "mlp3x_gelu"}, "a projector of two Linears, not 'mlp' of depth 3"),
         ({"mm_projector_type": "linear"}, "a projector of two Linears, not 'linear'"),
@@ -326,7 +328,7 @@ def test_what_transformers_cannot_hold_is_refused(tmp_path, fields, message):
 
 
 @pytest.mark.parametrize(
-    "kind, changes, message",
+    ("kind", "changes", "message"),
     [
         ("llava", {"vision_feature_layer": [-2, -1]}, "reads one hidden state of CLIP"),
         ("llava_onevision", {"vision_feature_layer": -2}, "or the last of SigLIP"),

@@ -119,7 +119,8 @@ def test_config_fields(table, layout, tmp_path):
     assert decoder.sliding_windows == expect["sliding_windows"]
     assert config.image_token_id == (expect["image_token_id"] if layout == "hf" else -200)
     assert config.geometry.aspect == expect["aspect"][layout]
-    assert config.vision.feature_layers == (-2,) and config.vision.layers_needed == 23
+    assert config.vision.feature_layers == (-2,)
+    assert config.vision.layers_needed == 23
     assert config.has_newline == (config.geometry.merge == "spatial_unpad")
     assert count_image_rows(config.geometry, height=768, width=1024) == expect["rows_of_1024x768"]
 

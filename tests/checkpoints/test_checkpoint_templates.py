@@ -77,7 +77,7 @@ def test_without_any_template_the_family_decides(checkpoint):
 
 
 @pytest.mark.parametrize(
-    "file, template, message",
+    ("file", "template", "message"),
     [
         ("chat_template.json", 7, "chat_template"),
         ("processor_config.json", [7], "chat_template"),

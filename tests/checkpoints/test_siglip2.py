@@ -23,15 +23,17 @@ def test_one_of_a_fixed_size_is_a_siglip_tower(tmp_path):
     write_original(tmp_path / "llava", tower=False, mm_vision_tower=str(folder), mm_vision_select_layer=-2)
     tokenizer().save_pretrained(tmp_path / "llava")
     model = llava_fast.load(tmp_path / "llava")
-    assert isinstance(model.config.vision, SiglipConfig) and model.config.vision.kind == "siglip"
+    assert isinstance(model.config.vision, SiglipConfig)
+    assert model.config.vision.kind == "siglip"
     assert (
         model.vision_tower.embeddings.patch_embedding.weight
         == load_file(folder / "model.safetensors")["vision_model.embeddings.patch_embedding.weight"]
-    ).all() and stored
+    ).all()
+    assert stored
 
 
 def test_native_sizes_are_refused_by_name(tmp_path):
     tiny.save(tiny.CASES["llava15"], tiny.hf_model(tiny.CASES["llava15"]), tmp_path)
     edit_json(tmp_path / "config.json", vision_config={"model_type": "siglip2_vision_model", "num_patches": 256})
-    with pytest.raises(CheckpointError, match="'siglip2_vision_model'; supported are .*siglip_vision_model"):
+    with pytest.raises(CheckpointError, match=r"'siglip2_vision_model'; supported are .*siglip_vision_model"):
         llava_fast.load(tmp_path)

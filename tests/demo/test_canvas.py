@@ -48,8 +48,12 @@ def test_counts_and_sizes_are_spread(canvases):
     assert (counts[1:] > 0.12).all()
     longer = np.array([max(c.image.shape[:2]) for c in canvases])
     aspects = np.array([c.image.shape[1] / c.image.shape[0] for c in canvases])
-    assert longer.min() < 110 and longer.max() > 350 and longer.max() <= 402
-    assert aspects.min() < 0.4 and aspects.max() > 2.5 and ((aspects > 0.7) & (aspects < 1.4)).mean() > 0.2
+    assert longer.min() < 110
+    assert longer.max() > 350
+    assert longer.max() <= 402
+    assert aspects.min() < 0.4
+    assert aspects.max() > 2.5
+    assert ((aspects > 0.7) & (aspects < 1.4)).mean() > 0.2
     assert all(c.image.dtype == np.uint8 and c.image.shape[2] == 3 for c in canvases)
 
 
@@ -58,10 +62,13 @@ def test_digits_are_written_where_the_boxes_say(canvases):
         assert len(canvas.boxes) == len(canvas.digits)
         height, width, _ = canvas.image.shape
         for left, top, right, bottom in canvas.boxes:
-            assert right - left >= 3 and bottom - top >= 5
+            assert right - left >= 3
+            assert bottom - top >= 5
             # Ink may be cut by a sliver at an edge, never by more.
-            assert left > -0.15 * width and top > -0.15 * height
-            assert right < 1.15 * width and bottom < 1.15 * height
+            assert left > -0.15 * width
+            assert top > -0.15 * height
+            assert right < 1.15 * width
+            assert bottom < 1.15 * height
 
 
 def test_reading_order_is_unambiguous(canvases):
@@ -95,7 +102,8 @@ def test_empty_canvases_and_bad_arguments():
     train, _ = split_scans()
     rng = np.random.default_rng(0)
     empty = compose(rng, train, count=0)
-    assert empty.digits == [] and empty.boxes == []
+    assert empty.digits == []
+    assert empty.boxes == []
     with pytest.raises(ValueError, match="0 to 5"):
         compose(rng, train, count=6)
     with pytest.raises(ValueError, match="split_scans"):

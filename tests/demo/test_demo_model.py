@@ -27,4 +27,5 @@ def test_the_card_holds_the_measured_table():
     report = json.loads((model_path() / "evaluation.json").read_text())
     card = (model_path() / "README.md").read_text()
     assert evaluate.table(report["results"]) in card
-    assert f"{report['parameters']:,} parameters" in card and f"on {report['canvases']} canvases" in card
+    assert f"{report['parameters']:,} parameters" in card
+    assert f"on {report['canvases']} canvases" in card

@@ -14,9 +14,9 @@ from llava_fast.train.recipe import load_recipe
 from llava_fast.train.run import train
 
 pytest.importorskip("sklearn")
-import make_data  # noqa: E402
-import preferences  # noqa: E402
-from make_model import make_model  # noqa: E402
+import make_data
+import preferences
+from make_model import make_model
 
 RECIPES = Path(make_data.__file__).parent
 
@@ -54,7 +54,8 @@ def test_data_is_what_the_questions_ask(runs):
             asked = {
                 next(kind for kind in KINDS if text in PHRASINGS[kind]): place for place, text in enumerate(questions)
             }
-            assert asked.keys() == set(KINDS) and turns[0].startswith("<image>\n")
+            assert asked.keys() == set(KINDS)
+            assert turns[0].startswith("<image>\n")
             read = turns[2 * asked["read"] + 1]
             digits = [] if read == "none" else [int(digit) for digit in read.split()]
             assert len(digits) <= most
@@ -82,7 +83,8 @@ def test_stages_follow_on(runs):
     start = llava_fast.load(runs / "digits/stage0", device="cpu").state_dict()
     first = llava_fast.load(train(recipe("stage1", runs)), device="cpu").state_dict()
     changed = {name for name in start if not torch.equal(start[name], first[name])}
-    assert changed and not any(name.startswith("vision_tower") for name in changed)
+    assert changed
+    assert not any(name.startswith("vision_tower") for name in changed)
     second = llava_fast.load(train(recipe("stage2", runs)), device="cpu").state_dict()
     moved = {name for name in first if not torch.equal(first[name], second[name])}
     assert any(name.startswith("vision_tower.encoder.layers.0.mlp") for name in moved)

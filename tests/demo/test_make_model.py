@@ -33,7 +33,8 @@ def test_each_digit_of_an_answer_is_one_token(processor):
     tokenizer = processor.tokenizer
     assert len(tokenizer) < 512
     ids = tokenizer(f" {answer('read', list(range(10)))}", add_special_tokens=False).input_ids
-    assert len(set(ids)) == 10 and len(ids) == 10
+    assert len(set(ids)) == 10
+    assert len(ids) == 10
     for text in sum(PHRASINGS.values(), ()):
         assert len(tokenizer(f" {text}", add_special_tokens=False).input_ids) == len(text.split()) + 1  # and the mark
 

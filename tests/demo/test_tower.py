@@ -10,7 +10,7 @@ import llava_fast
 from llava_fast.demo import split_scans
 
 
-@pytest.fixture()
+@pytest.fixture
 def model(tmp_path):
     make_model(tmp_path / "model")
     model = llava_fast.load(tmp_path / "model", device="cpu")
@@ -57,8 +57,10 @@ def test_labels_are_what_the_patches_show(model):
     geometry = model.config.geometry
 
     tiles, labels = stage0.dense_batch(np.random.default_rng(0), geometry, split_scans()[0], plain=1.0)
-    assert tiles.dtype == torch.uint8 and labels.shape == (len(tiles), geometry.side**2)
-    assert ((labels >= 0) & (labels <= stage0.NO_DIGIT)).all() and (labels != stage0.NO_DIGIT).any(1).all()
+    assert tiles.dtype == torch.uint8
+    assert labels.shape == (len(tiles), geometry.side**2)
+    assert ((labels >= 0) & (labels <= stage0.NO_DIGIT)).all()
+    assert (labels != stage0.NO_DIGIT).any(1).all()
     patch = geometry.patch_size
     brightness = tiles.float().mean(1).unfold(1, patch, patch).unfold(2, patch, patch).mean((-1, -2)).flatten(1)
     ink = labels != stage0.NO_DIGIT

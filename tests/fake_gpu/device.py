@@ -22,7 +22,8 @@ IMPLEMENTATIONS: dict[str, Callable] = {}  # of operators defined in Python, by 
 def load(folder: Path) -> None:
     """Compile device.cpp into a folder and load it, before torch."""
     found = importlib.util.find_spec("torch")
-    assert found and found.origin
+    assert found
+    assert found.origin
     torch = Path(found.origin).parent
     library = folder / "device.so"
     flags = ["-std=c++20", "-O0", "-shared", "-fPIC", "-w", f"-I{torch}/include", f"-L{torch}/lib"]

@@ -77,7 +77,8 @@ def on_gpu(name: str, **changes) -> Llava:
 def all_on_gpu(model: nn.Module) -> None:
     """Every parameter and every gradient is, and gradients there are."""
     found = [part for each in model.parameters() for part in (each, each.grad) if part is not None]
-    assert {each.device.type for each in found} == {"cuda"} and len(found) > len(list(model.parameters()))
+    assert {each.device.type for each in found} == {"cuda"}
+    assert len(found) > len(list(model.parameters()))
 
 
 def encoding(name: str, backend: str, **changes) -> None:
@@ -85,7 +86,8 @@ def encoding(name: str, backend: str, **changes) -> None:
     with fake_gpu() as reads, use_backend(backend), torch.no_grad():
         model = on_gpu(name, **changes)
         inputs = model.inputs_embeds(model.prepare(requests(name)))
-    assert inputs.device.type == "cuda" and not reads, reads
+    assert inputs.device.type == "cuda", reads
+    assert not reads, reads
 
 
 def filling(name: str, backend: str) -> None:
@@ -95,7 +97,9 @@ def filling(name: str, backend: str) -> None:
         batch = model.prepare(requests(name))
         filled = filled_batch(batch, replace(bucket_of(batch.plan), tiles=len(batch.tiles) + 1))
         inputs = model.inputs_embeds(filled)
-    assert len(inputs) == filled.plan.rows and inputs.device.type == "cuda" and not reads, reads
+    assert len(inputs) == filled.plan.rows, reads
+    assert inputs.device.type == "cuda", reads
+    assert not reads, reads
 
 
 def training(name: str, backend: str, layout: str, logits: str) -> None:

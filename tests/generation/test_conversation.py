@@ -92,18 +92,21 @@ def test_a_chat_of_many_turns_outgrows_its_cache_unharmed(monkeypatch):
         answer = chat.send(f"turn {turn}", images=pictures, **OPTIONS)
         capacities.append(chat._scheduler.cache.blocks)
     assert answer == fresh_answer(model, chat, [PICTURES[0], PICTURES[0]])
-    assert capacities == sorted(capacities) and 1 < len(set(capacities)) < 8
+    assert capacities == sorted(capacities)
+    assert 1 < len(set(capacities)) < 8
 
 
 def test_a_context_that_is_full_is_refused_and_the_chat_goes_on():
     model = tiny.pair("next_dynamic_rope").ours  # a context of 384
     chat, sent = model.chat(), 0
-    with pytest.raises(RequestError, match="context"):
+    with pytest.raises(RequestError, match="context"):  # noqa: PT012 one of these messages is too much
         for sent in range(100):  # noqa: B007
             chat.send("a question of some length?", **OPTIONS)
-    assert 1 <= sent < 20 and len(chat.messages) == 2 * sent
+    assert 1 <= sent < 20
+    assert len(chat.messages) == 2 * sent
     chat.reset()
-    assert chat.messages == [] and chat.send("a", **OPTIONS) == model.chat().send("a", **OPTIONS)
+    assert chat.messages == []
+    assert chat.send("a", **OPTIONS) == model.chat().send("a", **OPTIONS)
 
 
 WRONG = [
@@ -164,7 +167,8 @@ def test_an_empty_answer_does_not_end_the_conversation():
     first = chat.send("hello", max_new_tokens=1, ignore_eos=True)
     chat.reset()
     silent = chat.send("hello", max_new_tokens=0)
-    assert (silent.text, silent.finish_reason) == ("", "length") and first.token_ids
+    assert (silent.text, silent.finish_reason) == ("", "length")
+    assert first.token_ids
     answer = chat.send("still there?", **OPTIONS)
     assert answer == fresh_answer(model, chat, [])
 
@@ -176,7 +180,8 @@ def test_an_answer_cut_by_a_stop_string_continues_from_its_text():
     stop = next(full[i : i + 2] for i in range(2, len(full)) if "\ufffd" not in full[i : i + 2])
     chat.reset()
     cut = chat.send("hello there", stop=stop, **OPTIONS)
-    assert cut.finish_reason == "stop" and cut.text == full[: full.find(stop)]
+    assert cut.finish_reason == "stop"
+    assert cut.text == full[: full.find(stop)]
     assert chat.send("go on", **OPTIONS) == fresh_answer(model, chat, [])
 
 

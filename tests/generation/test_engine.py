@@ -81,9 +81,11 @@ def test_an_end_token_at_the_first_step(with_ends):
     with_ends(pair, {first})
     ended, other = pair.ours.generate(REQUESTS[:2], max_new_tokens=5)
     assert (ended.token_ids, ended.text, ended.finish_reason) == ([first], "", "stop")
-    assert ended.usage.completion_tokens == 1 and len(other.token_ids) == 5
+    assert ended.usage.completion_tokens == 1
+    assert len(other.token_ids) == 5
     kept = pair.ours.generate(REQUESTS[:1], max_new_tokens=5, ignore_eos=True)[0]
-    assert len(kept.token_ids) == 5 and kept.finish_reason == "length"
+    assert len(kept.token_ids) == 5
+    assert kept.finish_reason == "length"
 
 
 @pytest.mark.parametrize("budget", [0, 1, 2])
@@ -94,7 +96,8 @@ def test_small_budgets(budget):
         model.generate(REQUESTS, max_new_tokens=4, ignore_eos=True),
         strict=True,
     ):
-        assert answer.token_ids == full.token_ids[:budget] and answer.finish_reason == "length"
+        assert answer.token_ids == full.token_ids[:budget]
+        assert answer.finish_reason == "length"
     assert len("".join(model.stream(REQUESTS[0], max_new_tokens=budget))) <= 4 * budget
 
 
@@ -113,7 +116,8 @@ def test_stop_strings_across_and_inside_tokens():
             if "\ufffd" in stop:
                 continue
             answer = model.generate([request], max_new_tokens=32, ignore_eos=True, stop=stop)[0]
-            assert answer.text == text[: text.find(stop)] and answer.finish_reason == "stop"
+            assert answer.text == text[: text.find(stop)]
+            assert answer.finish_reason == "stop"
             count = len(answer.token_ids)
             assert answer.token_ids == full.token_ids[:count]
             assert stop in words.decode(answer.token_ids, skip_special_tokens=True)
@@ -128,7 +132,9 @@ def test_a_special_token_as_stop_string_stops():
     for ignore_eos in (False, True):
         script = model.tokenizer.convert_tokens_to_ids(["h", "e", "<|eot_id|>", "a", "<|im_end|>"])
         answer = scripted(model, script, stop="<|eot_id|>", ignore_eos=ignore_eos)
-        assert answer.text == "he" and answer.finish_reason == "stop" and len(answer.token_ids) == 3
+        assert answer.text == "he"
+        assert answer.finish_reason == "stop"
+        assert len(answer.token_ids) == 3
 
 
 def test_an_ordinary_token_as_a_templates_stop_is_met_however_it_is_spelt():
@@ -195,7 +201,8 @@ def test_a_stream_gives_text_as_soon_as_it_is_certain(stop, monkeypatch):
     monkeypatch.setattr(Runner, "step", lambda *given: steps.append(1) or step(*given))
     options = {"max_new_tokens": 24, "ignore_eos": True, "stop": stop}
     arrived = [(len(steps), piece) for piece in model.stream(REQUESTS[0], **options)]
-    assert len(steps) == 23 and len(arrived) > 8
+    assert len(steps) == 23
+    assert len(arrived) > 8
     assert arrived[0][0] < 12  # the first piece came while all other tokens were still to be made
     assert len({after for after, _ in arrived}) == len(arrived)  # each piece as its own step ended
     steps.clear()
@@ -206,13 +213,14 @@ def test_a_stream_leaves_gradients_on_for_its_caller():
     model = tiny.pair("next").ours
     stream = model.stream(REQUESTS[0], max_new_tokens=6, ignore_eos=True)
     next(stream)
-    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
     assert list(stream) is not None
     assert not any(parameter.is_inference() for parameter in model.parameters())
 
 
 def test_a_streams_error_is_the_requests():
-    with pytest.raises(RequestError, match="^request 0: "):
+    with pytest.raises(RequestError, match=r"^request 0: "):
         next(tiny.pair("next").ours.stream({"prompt": "<image>"}))
 
 
@@ -225,8 +233,10 @@ def test_an_answer_ends_where_the_context_does():
     assert context == 384
     prompt = "x" * (context - 10)  # and a BOS
     answer, other = model.generate([{"prompt": prompt}, {"prompt": "a"}], max_new_tokens=50, ignore_eos=True)
-    assert len(answer.token_ids) == 9 and answer.finish_reason == "length" and len(other.token_ids) == 50
-    with pytest.raises(RequestError, match="^request 1 fills the context of 384 tokens"):
+    assert len(answer.token_ids) == 9
+    assert answer.finish_reason == "length"
+    assert len(other.token_ids) == 50
+    with pytest.raises(RequestError, match=r"^request 1 fills the context of 384 tokens"):
         model.generate([{"prompt": "a"}, {"prompt": "x" * (context - 1)}], max_new_tokens=1)
     assert model.generate([{"prompt": "x" * (context - 1)}], max_new_tokens=0)[0].token_ids == []
 
@@ -241,8 +251,11 @@ def test_the_sequence_object_counts_an_end_at_the_limit_as_an_end():
     words = tiny.tokenizer()
     sequence = Sequence(Prompt([]), Sampler(Sampling(), None, []), TextDecoder(words), frozenset({2}), 2)
     letter = words.convert_tokens_to_ids("h")
-    assert sequence.push(letter) == "h" and sequence.finish_reason is None
-    assert sequence.push(2) == "" and sequence.finish_reason == "stop" and sequence.token_ids == [letter, 2]
+    assert sequence.push(letter) == "h"
+    assert sequence.finish_reason is None
+    assert sequence.push(2) == ""
+    assert sequence.finish_reason == "stop"
+    assert sequence.token_ids == [letter, 2]
 
 
 def test_nothing_to_do():

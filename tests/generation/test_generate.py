@@ -38,10 +38,12 @@ def test_sequences_that_end_early_leave_the_others_as_they_were(model):
     full = model.generate(requests(), max_new_tokens=16, ignore_eos=True)
     stops = tuple({answer.text[3:5] for answer in full[:3] if len(answer.text) > 8} - {""})
     cut = model.generate(requests(), max_new_tokens=16, ignore_eos=True, stop=stops)
-    assert stops and len({len(answer.token_ids) for answer in cut}) > 1
+    assert stops
+    assert len({len(answer.token_ids) for answer in cut}) > 1
     for before, after in zip(full, cut, strict=True):
         assert before.token_ids[: len(after.token_ids)] == after.token_ids
-        assert before.text.startswith(after.text) and not any(stop in after.text for stop in stops)
+        assert before.text.startswith(after.text)
+        assert not any(stop in after.text for stop in stops)
 
 
 def test_a_draw_does_not_depend_on_the_place_in_the_batch(model):
@@ -63,8 +65,10 @@ def test_streamed_pieces_are_the_text(model, options):
 
 def test_limits(model):
     nothing, one = (model.generate([requests()[0]], max_new_tokens=n, ignore_eos=True)[0] for n in (0, 1))
-    assert nothing.token_ids == [] and nothing.finish_reason == "length"
-    assert len(one.token_ids) == 1 and one.usage.completion_tokens == 1
+    assert nothing.token_ids == []
+    assert nothing.finish_reason == "length"
+    assert len(one.token_ids) == 1
+    assert one.usage.completion_tokens == 1
     assert model.generate([]) == []
 
 
@@ -76,7 +80,9 @@ def test_options_out_of_range_are_refused(model, option):
         model.generate([requests()[1]], **option)
 
 
-@pytest.mark.parametrize("top_k, top_p, temperature", [(0, 1.0, 0.7), (5, 1.0, 1.0), (0, 0.8, 1.3), (20, 0.6, 0.5)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "temperature"), [(0, 1.0, 0.7), (5, 1.0, 1.0), (0, 0.8, 1.3), (20, 0.6, 0.5)]
+)
 def test_filters_are_transformers(top_k, top_p, temperature):
     logits = torch.randn(20, 300, generator=torch.Generator().manual_seed(0)) * 3
     expected = theirs.TemperatureLogitsWarper(temperature)(None, logits)

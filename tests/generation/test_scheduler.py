@@ -129,7 +129,8 @@ def test_a_long_prompt_does_not_stall_the_others():
     assert long.prompt.rows > 5 * 16
     for tokens in range(2, 7):
         assert [sequence for sequence, _ in scheduler.step()] == [short]
-        assert len(short.token_ids) == tokens and not long.token_ids
+        assert len(short.token_ids) == tokens
+        assert not long.token_ids
         assert long.table.length == 16 * (tokens - 1)
     run(scheduler)
 
@@ -158,7 +159,8 @@ def test_without_free_blocks_a_sequence_waits_for_them(alone):
         assert scheduler.stats.waiting == (second.table is None)
     assert second.table is None
     run(scheduler)
-    assert second.result() == alone("next")[1] and scheduler.stats.preemptions == 0
+    assert second.result() == alone("next")[1]
+    assert scheduler.stats.preemptions == 0
     assert_empty(scheduler)
 
 
@@ -171,7 +173,8 @@ def test_a_prompt_that_never_fits_is_refused_and_an_answer_ends_where_memory_doe
     sequence = sequence_of(model, REQUESTS[1], max_new_tokens=1000)
     run(scheduler, sequence)
     expected = model.generate([REQUESTS[1]], max_new_tokens=rows - sequence.prompt.rows, ignore_eos=True)[0]
-    assert sequence.result() == expected and expected.finish_reason == "length"
+    assert sequence.result() == expected
+    assert expected.finish_reason == "length"
     assert_empty(scheduler)
 
 
@@ -185,7 +188,8 @@ def test_who_came_last_gives_way_and_answers_as_if_nothing_had_happened(name):
     scheduler = make(model, blocks=14)
     sequences = [sequence_of(model, request, **options) for request in requests]
     run(scheduler, *sequences)
-    assert scheduler.stats.preemptions >= 1 and sequences[1].admission > 1
+    assert scheduler.stats.preemptions >= 1
+    assert sequences[1].admission > 1
     assert [sequence.result() for sequence in sequences] == expected
     assert_empty(scheduler)
 
@@ -214,12 +218,14 @@ def test_cancelling_gives_blocks_back_at_once(when, alone):
     run(scheduler, sequence_of(model, REQUESTS[5]))
     scheduler.add(other)
     scheduler.add(sequence)
-    while when != "waiting" and (sequence.table is None or when == "answering" and len(sequence.token_ids) < 2):
+    while when != "waiting" and (sequence.table is None or (when == "answering" and len(sequence.token_ids) < 2)):
         scheduler.step()
     assert (sequence in scheduler.waiting, sequence in scheduler.prefilling) == (when == "waiting", when == "prefill")
     scheduler.cancel(sequence)
     mine = 0 if other.table is None else len(other.table.blocks)
-    assert scheduler.stats.used_blocks == mine and sequence.finish_reason == "cancelled" and sequence.table is None
+    assert scheduler.stats.used_blocks == mine
+    assert sequence.finish_reason == "cancelled"
+    assert sequence.table is None
     run(scheduler)
     assert other.result() == alone("next")[1]
     scheduler.cancel(other)
@@ -244,7 +250,8 @@ def test_logits_that_are_no_numbers_end_their_own_sequence(how, when, alone, mon
 
     monkeypatch.setattr(scheduling, "choose", spoilt)
     run(scheduler, *sequences)
-    assert bad.finish_reason == "error" and len(bad.token_ids) == when
+    assert bad.finish_reason == "error"
+    assert len(bad.token_ids) == when
     with pytest.raises(GenerationError, match=f"not numbers at token {when + 1} of the answer"):
         bad.result()
     for sequence, expected in zip(sequences[1:], alone("next")[1:], strict=True):
@@ -261,9 +268,9 @@ def test_generate_and_stream_raise_what_went_wrong():
         with torch.no_grad():
             weight[row] = torch.nan
         requests = [{"prompt": "a"}, {"prompt": "z", "id": "mine"}]
-        with pytest.raises(GenerationError, match="^request mine: the model's logits are not numbers at token 1 "):
+        with pytest.raises(GenerationError, match=r"^request mine: the model's logits are not numbers at token 1 "):
             model.generate(requests, **OPTIONS)
-        with pytest.raises(GenerationError, match="^request 0: "):
+        with pytest.raises(GenerationError, match=r"^request 0: "):
             list(model.stream({"prompt": "z"}, **OPTIONS))
         chat = model.chat()
         with pytest.raises(GenerationError):
@@ -271,7 +278,8 @@ def test_generate_and_stream_raise_what_went_wrong():
     finally:
         with torch.no_grad():
             weight[row] = kept
-    assert chat.messages == [] and chat.send("z", **OPTIONS) == model.chat().send("z", **OPTIONS)
+    assert chat.messages == []
+    assert chat.send("z", **OPTIONS) == model.chat().send("z", **OPTIONS)
 
 
 def test_a_pass_that_fails_takes_only_its_cause_along(alone, monkeypatch):
@@ -313,9 +321,12 @@ def test_processors_change_their_own_sequence_and_may_fail(alone):
     plain = sequence_of(model, REQUESTS[1])
     run(make(model), *sequences, plain)
     tokens = sequences[0].result().token_ids
-    assert all(token % 2 == 0 for token in tokens) and seen == [tokens[:n] for n in range(len(tokens))]
-    assert sequences[1].finish_reason == "error" and isinstance(sequences[1].error, KeyError)
-    assert plain.result() == alone("next")[1] and any(token % 2 for token in plain.token_ids)
+    assert all(token % 2 == 0 for token in tokens)
+    assert seen == [tokens[:n] for n in range(len(tokens))]
+    assert sequences[1].finish_reason == "error"
+    assert isinstance(sequences[1].error, KeyError)
+    assert plain.result() == alone("next")[1]
+    assert any(token % 2 for token in plain.token_ids)
 
 
 # ---------------------------------------------------------------- prefixes
@@ -328,11 +339,13 @@ def test_cached_images_are_not_encoded_again(monkeypatch, alone):
     run(scheduler, first)
     assert len(calls) == 1
     run(scheduler, longer)
-    assert len(calls) == 1 and longer.cached_rows >= first.prompt.rows - 1
+    assert len(calls) == 1
+    assert longer.cached_rows >= first.prompt.rows - 1
     assert longer.result() == alone("next")[2]
     other = sequence_of(model, {"prompt": "<image>hello there, and more", "images": PICTURES[1:2]})
     run(scheduler, other)
-    assert len(calls) == 2 and other.cached_rows == 1, "another picture is another row, behind the BOS"
+    assert len(calls) == 2, "another picture is another row, behind the BOS"
+    assert other.cached_rows == 1, "another picture is another row, behind the BOS"
 
 
 @pytest.mark.parametrize("same", range(1, 40, 3))
@@ -345,10 +358,12 @@ def test_reuse_is_exact_to_the_row(same):
     scheduler, second = make(model, reuse=True), sequence_of(model, other)
     run(scheduler, first)
     run(scheduler, second)
-    assert second.cached_rows == 1 + same and second.result() == model.generate([other], **OPTIONS)[0]
+    assert second.cached_rows == 1 + same
+    assert second.result() == model.generate([other], **OPTIONS)[0]
     again = sequence_of(model, {"prompt": text})
     run(scheduler, again)
-    assert again.cached_rows == first.prompt.rows - 1 and again.result() == first.result()
+    assert again.cached_rows == first.prompt.rows - 1
+    assert again.result() == first.result()
 
 
 def test_an_answer_is_reused_as_a_prompt():
@@ -383,7 +398,8 @@ def test_kept_blocks_are_given_back_the_oldest_first():
     run(scheduler, again[0])
     run(scheduler, again[-1])
     rows = again[0].prompt.rows
-    assert again[0].cached_rows == rows - 1 and again[-1].cached_rows < rows - 1
+    assert again[0].cached_rows == rows - 1
+    assert again[-1].cached_rows < rows - 1
     assert_empty(scheduler)
 
 
@@ -393,5 +409,6 @@ def test_a_full_context_is_where_an_answer_ends():
     sequence = sequence_of(model, {"prompt": "x" * (context - 8)}, max_new_tokens=100)
     scheduler = make(model, chunk_rows=16)
     run(scheduler, sequence)
-    assert sequence.prompt.rows + len(sequence.token_ids) == context and sequence.finish_reason == "length"
+    assert sequence.prompt.rows + len(sequence.token_ids) == context
+    assert sequence.finish_reason == "length"
     assert_empty(scheduler)

@@ -40,7 +40,8 @@ def test_canvas_grid_kept_and_rows_are_the_original_codes():
     for width, height, canvas_w, canvas_h, grid_w, grid_h, kept_w, kept_h, rows in FIXTURE["rows"]:
         base, tiled = image_views(NEXT, height, width)
         found = image_rows(NEXT, height, width)
-        assert base.canvas == (336, 336) and tiled.canvas == (canvas_h, canvas_w), (width, height)
+        assert base.canvas == (336, 336), (width, height)
+        assert tiled.canvas == (canvas_h, canvas_w), (width, height)
         assert found.tiles == 1 + grid_w * grid_h
         _, _, h, w = unpad(height, width, (24 * grid_h, 24 * grid_w), "llava")
         assert (w, h) == (kept_w, kept_h), (width, height)
@@ -74,7 +75,8 @@ def test_published_row_counts_of_other_variants():
     single = dataclasses.replace(NEXT, aspect="pad")
     assert count_image_rows(single, 480, 640) == 577
     pooled = dataclasses.replace(NEXT, video_pool="average")
-    assert len(video_rows(pooled, 16)) == 2304 and len(video_rows(pooled, 56)) == 8064
+    assert len(video_rows(pooled, 16)) == 2304
+    assert len(video_rows(pooled, 56)) == 8064
 
 
 def sizes(seed: int, count: int, most: int) -> list[tuple[int, int]]:
@@ -201,28 +203,40 @@ def _kept(width, height, compat):
 @given(st.integers(1, 4000), st.integers(1, 4000), st.sampled_from([NEXT, NEXT.read_as("hf"), SIGLIP]))
 def test_the_image_lies_centred_in_its_canvas_with_its_aspect(height, width, geometry):
     base, tiled = image_views(geometry, height, width)
-    assert base.size == base.canvas == (geometry.tile_size,) * 2 and base.offset == (0, 0)
+    assert base.size == base.canvas == (geometry.tile_size,) * 2
+    assert base.offset == (0, 0)
     (h, w), (canvas_h, canvas_w) = tiled.size, tiled.canvas
     assert (canvas_h, canvas_w) in geometry.canvases
-    assert 1 <= h <= canvas_h and 1 <= w <= canvas_w and (h == canvas_h or w == canvas_w)
+    assert 1 <= h <= canvas_h
+    assert 1 <= w <= canvas_w
+    assert h == canvas_h or w == canvas_w
     assert tiled.offset == ((canvas_h - h) // 2, (canvas_w - w) // 2)
     scale = min(canvas_h / height, canvas_w / width)
-    assert abs(h - height * scale) <= 1 and abs(w - width * scale) <= 1
+    assert abs(h - height * scale) <= 1
+    assert abs(w - width * scale) <= 1
     tiles = 1 + canvas_h * canvas_w // geometry.tile_size**2
     assert image_rows(geometry, height, width).tiles == tiles
 
 
 def test_single_tile_views():
     crop = image_views(VisualGeometry(336, 14, "crop"), 400, 900)[0]
-    assert crop.size == (336, 756) and crop.offset == (0, -210) and crop.canvas == (336, 336)
+    assert crop.size == (336, 756)
+    assert crop.offset == (0, -210)
+    assert crop.canvas == (336, 336)
     pad = image_views(VisualGeometry(336, 14, "pad", pad_color=(1, 2, 3)), 400, 900)[0]
-    assert pad.square and pad.fill == (1, 2, 3) and pad.size == (336, 336)
+    assert pad.square
+    assert pad.fill == (1, 2, 3)
+    assert pad.size == (336, 336)
     onevision = dataclasses.replace(SIGLIP, multi_image_anyres=False, pad_color=(4, 5, 6))
     several = image_views(onevision, 400, 900, alone=False)
-    assert len(several) == 1 and several[0].square and several[0].fill == (4, 5, 6)
+    assert len(several) == 1
+    assert several[0].square
+    assert several[0].fill == (4, 5, 6)
     assert len(image_rows(onevision, 400, 900, alone=False)) == 27 * 27 + 1
     high = image_views(VisualGeometry(224, 14, "highres", ((448, 448), (672, 672))), 400, 900)
-    assert [view.canvas for view in high] == [(224, 224), (672, 672)] and high[1].square and not high[0].square
+    assert [view.canvas for view in high] == [(224, 224), (672, 672)]
+    assert high[1].square
+    assert not high[0].square
     frames = dataclasses.replace(NEXT, frame_aspect="crop")
     assert frame_views(frames, 400, 900) == (crop,)
     assert frame_views(NEXT, 400, 900)[0].size == (336, 336)
@@ -383,4 +397,5 @@ def test_only_rows_that_reach_the_decoder_are_projected():
     """transformers projects 2,880 rows of either image (PARITY)."""
     for width, height, kept in ((1280, 720, 1920), (640, 480, 2304)):
         plan = build_plan([[VisualPiece(image_rows(NEXT, height, width))]], NEXT.rows_per_tile)
-        assert len(plan.column("kept")) == kept and plan.tiles == 5
+        assert len(plan.column("kept")) == kept
+        assert plan.tiles == 5

@@ -64,41 +64,57 @@ PROMPTS = {
     ),
     "llama_2": (
         f"[INST] <<SYS>>\n{LLAMA_2_SYSTEM}\n<</SYS>>\n\n<image>\nWhat is it? [/INST]",
-        f"[INST] <<SYS>>\n{LLAMA_2_SYSTEM}\n<</SYS>>\n\n<image>\nWhat is it? [/INST] A cat. </s>"
-        "<s>[INST] Which colour? [/INST]",
+        (
+            f"[INST] <<SYS>>\n{LLAMA_2_SYSTEM}\n<</SYS>>\n\n<image>\nWhat is it? [/INST] A cat. </s>"
+            "<s>[INST] Which colour? [/INST]"
+        ),
     ),
     "llava_llama_2": (
         f"[INST] <<SYS>>\n{VISION_SYSTEM}\n<</SYS>>\n\n<image>\nWhat is it? [/INST]",
-        f"[INST] <<SYS>>\n{VISION_SYSTEM}\n<</SYS>>\n\n<image>\nWhat is it? [/INST] A cat. </s>"
-        "<s>[INST] Which colour? [/INST]",
+        (
+            f"[INST] <<SYS>>\n{VISION_SYSTEM}\n<</SYS>>\n\n<image>\nWhat is it? [/INST] A cat. </s>"
+            "<s>[INST] Which colour? [/INST]"
+        ),
     ),
     "mistral": (
         "[INST] <image>\nWhat is it? [/INST]",
         "[INST] <image>\nWhat is it? [/INST] A cat. </s>[INST] Which colour? [/INST]",
     ),
     "chatml_direct": (
-        "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nWhat is it?<|im_end|>"
-        "<|im_start|>assistant\n",
-        "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nWhat is it?<|im_end|>"
-        "<|im_start|>assistant\nA cat.<|im_end|><|im_start|>user\nWhich colour?<|im_end|>"
-        "<|im_start|>assistant\n",
+        (
+            "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nWhat is it?<|im_end|>"
+            "<|im_start|>assistant\n"
+        ),
+        (
+            "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nWhat is it?<|im_end|>"
+            "<|im_start|>assistant\nA cat.<|im_end|><|im_start|>user\nWhich colour?<|im_end|>"
+            "<|im_start|>assistant\n"
+        ),
     ),
     "llava_llama_3": (
-        f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{VISION_SYSTEM}<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is it?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
-        f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{VISION_SYSTEM}<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is it?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\nA cat.<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nWhich colour?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        (
+            f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{VISION_SYSTEM}<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is it?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n"
+        ),
+        (
+            f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{VISION_SYSTEM}<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is it?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\nA cat.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nWhich colour?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n"
+        ),
     ),
     "qwen": (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat is it?"
-        "<|im_end|>\n<|im_start|>assistant\n",
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat is it?"
-        "<|im_end|>\n<|im_start|>assistant\nA cat.<|im_end|>\n<|im_start|>user\nWhich colour?<|im_end|>\n"
-        "<|im_start|>assistant\n",
+        (
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat is it?"
+            "<|im_end|>\n<|im_start|>assistant\n"
+        ),
+        (
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat is it?"
+            "<|im_end|>\n<|im_start|>assistant\nA cat.<|im_end|>\n<|im_start|>user\nWhich colour?<|im_end|>\n"
+            "<|im_start|>assistant\n"
+        ),
     ),
 }
 CHAT_FORMATS = [f.name for f in TURN_FORMATS if f.name != "plain"]
@@ -120,7 +136,7 @@ def test_prompt_of_one_and_two_questions(name):
 
 
 @pytest.mark.parametrize(
-    "name, prompt",
+    ("name", "prompt"),
     [
         ("vicuna_v1", "Be brief. USER: Hi ASSISTANT:"),
         ("llama_2", "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST]"),
@@ -131,9 +147,11 @@ def test_prompt_of_one_and_two_questions(name):
         ),
         (
             "llava_llama_3",
-            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-            "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
-            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            (
+                "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+                "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+                "<|start_header_id|>assistant<|end_header_id|>\n\n"
+            ),
         ),
         (
             "qwen",
@@ -150,7 +168,7 @@ def test_system_override_as_argument_or_first_message(name, prompt):
 
 
 @pytest.mark.parametrize(
-    "name, prompt",
+    ("name", "prompt"),
     [
         ("vicuna_v1", "USER: Hi ASSISTANT:"),
         ("llama_2", "[INST] Hi [/INST]"),
@@ -163,7 +181,7 @@ def test_empty_system_leaves_it_out(name, prompt):
 
 
 @pytest.mark.parametrize(
-    "content, expected",
+    ("content", "expected"),
     [
         ([IMAGE, IMAGE, text("Compare.")], "<image>\n<image>\nCompare."),
         ([text("Left:"), IMAGE, text("Right:"), IMAGE], "Left:\n<image>\nRight:\n<image>"),
@@ -214,7 +232,7 @@ def test_generation_prompt_is_optional_and_only_follows_a_user():
 
 
 @pytest.mark.parametrize(
-    "alias, name",
+    ("alias", "name"),
     [
         ("v1", "vicuna_v1"),
         ("v0_plain", "plain"),
@@ -238,7 +256,7 @@ def test_unknown_template_lists_the_known_ones():
 
 
 @pytest.mark.parametrize(
-    "name, stop",
+    ("name", "stop"),
     [
         ("plain", "\n"),
         ("vicuna_v1", "</s>"),

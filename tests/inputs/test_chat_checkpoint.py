@@ -134,7 +134,7 @@ def test_checkpoint_segments_without_an_end_of_turn_or_with_blocks():
 
 
 @pytest.mark.parametrize(
-    "source, reason",
+    ("source", "reason"),
     [
         (
             SPACED_BLOCKS.replace("{% generation %}", "").replace("{% endgeneration %}", ""),

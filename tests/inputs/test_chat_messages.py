@@ -68,7 +68,7 @@ def test_normalise_lists_images_in_reading_order():
 
 
 @pytest.mark.parametrize(
-    "messages, words",
+    ("messages", "words"),
     [
         ([], "non-empty list"),
         ("Hi", "non-empty list"),
@@ -121,7 +121,7 @@ def test_conversations_become_messages():
 
 
 @pytest.mark.parametrize(
-    "conversations, words",
+    ("conversations", "words"),
     [
         ([{"from": "bot", "value": "a"}], r"conversations\[0\] is from 'bot'"),
         ([{"value": "a"}], r"conversations\[0\] is from None"),

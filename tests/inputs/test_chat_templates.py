@@ -8,7 +8,7 @@ from llava_fast.inputs.chat.rendering import builtin_template
 
 
 @pytest.mark.parametrize(
-    "name, decoder, expected",
+    ("name", "decoder", "expected"),
     [
         ("liuhaotian/llava-v1.5-7b", "llava_llama", "llava_v1"),
         ("/models/vlm-v1.6-vicuna-13b/", "llama", "llava_v1"),
@@ -33,5 +33,5 @@ def test_default_template_name(name, decoder, expected):
 
 
 def test_default_template_of_an_unknown_decoder_is_refused():
-    with pytest.raises(RequestError, match="'phi'.*built-in"):
+    with pytest.raises(RequestError, match=r"'phi'.*built-in"):
         default_template_name("my-model", "phi")

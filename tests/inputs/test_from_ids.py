@@ -41,17 +41,20 @@ def test_ids_give_the_columns_of_the_pieces(name, training):
     ids = np.concatenate([part for pair in zip(text, marks, strict=False) for part in pair] + text[3:])[None]
     columns, mixes = placement_columns(images, ids, IMAGE, geometry.tower_rows_per_tile, [film], VIDEO, training)
 
-    assert mixes == plan.mixes and bool(mixes) == (name in ("shrunk", "max"))
+    assert mixes == plan.mixes
+    assert bool(mixes) == (name in ("shrunk", "max"))
     shared = columns.keys() - {"place", "video_place"}
     assert {"source", "row", "kept", "text_row", "visual_place"} <= shared
     assert {name for name in plan.sections if name.startswith("mix")} <= shared
     for column in shared:
         assert np.array_equal(columns[column], plan.column(column)), column
-    assert (ids[0][columns["place"]] == IMAGE).all() and (ids[0][columns["video_place"]] == VIDEO).all()
+    assert (ids[0][columns["place"]] == IMAGE).all()
+    assert (ids[0][columns["video_place"]] == VIDEO).all()
     if training:
         spread = np.where(plan.column("label") < 0, -100, plan.column("label"))[None]
         rows, targets = supervised_rows(spread)
-        assert np.array_equal(rows, plan.column("supervised_row")) and len(rows) == 2
+        assert np.array_equal(rows, plan.column("supervised_row"))
+        assert len(rows) == 2
         assert np.array_equal(targets, plan.column("supervised_target"))
 
 

@@ -48,7 +48,9 @@ def test_tiles_are_transformers_to_the_bit(size):
 
 def test_rows_are_those_of_the_tiles_in_order():
     rows = image_rows(geometry(), 40, 300)
-    assert rows.tiles == 7 and rows.index.tolist() == list(range(7 * 4)) and not rows.kind.any()
+    assert rows.tiles == 7
+    assert rows.index.tolist() == list(range(7 * 4))
+    assert not rows.kind.any()
     assert image_rows(geometry(thumbnail=False), 40, 300).tiles == 6
     assert image_rows(geometry(most=1), 40, 300).tiles == 1  # no thumbnail beside a single tile
     dropped = VisualGeometry(TILE, 14, dropped_rows=1, tiling=GridTiling(2, 2))

@@ -57,8 +57,7 @@ def reference_tiles(image, views, tile):
         canvas.paste(resized, v.offset[::-1])
         pixels = np.asarray(canvas).transpose(2, 0, 1)
         for y in range(0, v.canvas[0], tile):
-            for x in range(0, v.canvas[1], tile):
-                stack.append(pixels[:, y : y + tile, x : x + tile])
+            stack += [pixels[:, y : y + tile, x : x + tile] for x in range(0, v.canvas[1], tile)]
     return np.stack(stack)
 
 
@@ -102,7 +101,7 @@ def test_tall_images_are_where_pillow_12_differs():
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(
-    "before, after",
+    ("before", "after"),
     [
         ((1, 4000), (336, 336)),
         ((4000, 1), (336, 336)),
@@ -164,7 +163,7 @@ def test_resize_refuses_bad_options(monkeypatch):
         resize(image, (0, 3))
     with pytest.raises(ValueError, match="at least one pixel"):
         resize(image[:0], (3, 3))
-    with pytest.raises(ValueError, match='"12.1", "12" or "13"'):
+    with pytest.raises(ValueError, match=r'"12.1", "12" or "13"'):
         resize(image, (3, 3), pillow="9")
     monkeypatch.setenv("LLAVA_FAST_SIMD", "mmx")
     with pytest.raises(ValueError, match="LLAVA_FAST_SIMD is mmx, and this processor runs scalar"):
@@ -202,7 +201,7 @@ def original_views(width, height, pinpoints, tile=336):
 TILE_FIXTURE = json.loads((FIXTURES / "anyres_tiles_llava.json").read_text())
 
 
-@pytest.mark.parametrize("width, height, hashes", TILE_FIXTURE["rows"])
+@pytest.mark.parametrize(("width", "height", "hashes"), TILE_FIXTURE["rows"])
 def test_tiles_are_the_original_llavas(width, height, hashes):
     """Executed from the original code with Pillow 13 (see the fixture's "source")."""
     image = noise(height, width, seed=width * 100003 + height)
@@ -233,10 +232,12 @@ def test_tiles_are_resized_placed_and_cut(name, level, monkeypatch):
         for threads in (1, 4):
             tiles = make_tiles(image, VIEWS[name], 60, threads=threads)
             np.testing.assert_array_equal(tiles, expected)
-        assert tiles.dtype == np.uint8 and tiles.flags.c_contiguous and tiles.flags.writeable
+        assert tiles.dtype == np.uint8
+        assert tiles.flags.c_contiguous
+        assert tiles.flags.writeable
 
 
-@pytest.mark.parametrize("tile, patch", [(56, 14), (60, 14), (64, 16), (60, 6), (60, 20), (56, 56)])
+@pytest.mark.parametrize(("tile", "patch"), [(56, 14), (60, 14), (64, 16), (60, 6), (60, 20), (56, 56)])
 def test_patch_rows_are_patches_in_order(tile, patch):
     """Rows of (channel, y, x), zeros up to a multiple of 16; pixels beyond the last whole patch are left out."""
     views = [view((tile, tile)), view((tile, 2 * tile - 9), (0, 4), (tile, 2 * tile), fill=(5, 6, 7))]

@@ -36,7 +36,9 @@ def test_every_mode_converts_as_pillow_does(mode):
         image = image.convert("L").convert(mode) if mode in ("1", "I", "F") else image.convert(mode)
     assert image.mode == mode
     pixels = open_image(image)
-    assert pixels.shape == (9, 12, 3) and pixels.dtype == np.uint8 and pixels.flags.c_contiguous
+    assert pixels.shape == (9, 12, 3)
+    assert pixels.dtype == np.uint8
+    assert pixels.flags.c_contiguous
     np.testing.assert_array_equal(pixels, np.asarray(image.convert("RGB")))
 
 
@@ -60,7 +62,8 @@ def test_transparency_is_dropped_or_blended_onto_white(mode):
     np.testing.assert_array_equal(dropped, np.asarray(image.convert("RGB")))
     rgba = np.asarray(image.convert("RGBA")).astype(float)
     blended = rgba[..., :3] * rgba[..., 3:] / 255 + 255 - rgba[..., 3:]
-    assert np.abs(white - blended).max() <= 1 and not np.array_equal(white, dropped)
+    assert np.abs(white - blended).max() <= 1
+    assert not np.array_equal(white, dropped)
 
 
 def test_white_is_transformers_convert_to_rgb():
@@ -131,18 +134,18 @@ def test_bad_files_are_one_clear_error(tmp_path):
 
 
 def test_other_bad_sources(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.png"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.png"):
         open_image(tmp_path / "nowhere.png")
     with pytest.raises(ImageError, match="is a folder"):
         open_image(tmp_path)
     for scheme in ("http", "https", "HTTPS"):
-        with pytest.raises(ImageError, match="example.com/a.png.*download it"):
+        with pytest.raises(ImageError, match=r"example.com/a.png.*download it"):
             open_image(f"{scheme}://example.com/a.png")
     with pytest.raises(ImageError, match="no comma"):
         open_image("data:image/png;base64")
     with pytest.raises(ImageError, match="not valid base64"):
         open_image("data:image/png;base64,abcde")
-    with pytest.raises(ImageError, match="data URI.*is empty"):
+    with pytest.raises(ImageError, match=r"data URI.*is empty"):
         open_image("data:image/png;base64,")
     with pytest.raises(TypeError, match="not int"):
         open_image(3)
@@ -151,7 +154,7 @@ def test_other_bad_sources(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "array, message",
+    ("array", "message"),
     [
         (np.zeros((4, 4, 3), np.float32), "float32"),
         (np.zeros((4, 4, 2), np.uint8), r"\[4, 4, 2\]"),

@@ -221,7 +221,7 @@ def no_empty_system(messages: list[dict]) -> bool:
 def test_original_is_the_original_trainers_rule(template, image_token):
     qwen = template == "qwen"
     tokenizer = qwen_tokenizer() if qwen else llama_3_tokenizer()
-    always = [tokenizer.convert_tokens_to_ids(t) for t in (QWEN_SPECIAL[1:3] + ["Ċ"] if qwen else LLAMA_3_SPECIAL[:4])]
+    always = [tokenizer.convert_tokens_to_ids(t) for t in ([*QWEN_SPECIAL[1:3], "Ċ"] if qwen else LLAMA_3_SPECIAL[:4])]
     image = tokenizer.convert_tokens_to_ids("<image>")
     processor = processor_for(template, tokenizer, image_token)
     markers = ["<|im_end|>", "<|im_start|>"] if qwen else ["<|eot_id|>"]
@@ -339,4 +339,5 @@ def test_the_plan_carries_original_labels():
     processor = processor_for("qwen", qwen_tokenizer())
     plan = processor.prepare([{"messages": turns("a", "b")}], labels="original").plan
     _, flags = masked(processor, turns("a", "b"), "original")
-    assert flags[0] and plan.column("supervised_row").tolist() == [i - 1 for i in np.flatnonzero(flags) if i]
+    assert flags[0]
+    assert plan.column("supervised_row").tolist() == [i - 1 for i in np.flatnonzero(flags) if i]

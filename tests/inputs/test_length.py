@@ -140,7 +140,8 @@ def test_counts_are_the_plans(model, exif, labels, video_file):
         text = int((plan.column("modality") == MODALITY_TEXT).sum())
         expected = RowCounts(text, plan.rows - text, len(plan.column("supervised_row")))
         assert processor.count(sample, labels) == expected, name
-        assert expected.all == plan.rows and bool(labels) == (expected.supervised > 0)
+        assert expected.all == plan.rows
+        assert bool(labels) == (expected.supervised > 0)
 
 
 def test_turning_a_file_changes_its_count():
@@ -149,7 +150,8 @@ def test_turning_a_file_changes_its_count():
     sideways = dataclasses.replace(processor, exif=False)
     sample = {"prompt": "<image>", "images": [turned("JPEG", 6, 56, 150)]}
     upright, as_stored = (each.count(sample) for each in (processor, sideways))
-    assert upright.text == as_stored.text and upright.visual != as_stored.visual
+    assert upright.text == as_stored.text
+    assert upright.visual != as_stored.visual
 
 
 def test_a_label_on_the_first_row_is_no_target():
@@ -232,7 +234,8 @@ def test_a_cut_is_the_longest_beginning_that_halves_no_image(drawn, max_rows):
     kept = fit(parts, rows, max_rows, "cut")
     flat = "".join("I" * part if isinstance(part, int) else part for part in drawn)
     if len(flat) <= max_rows:
-        assert kept is not None and written(kept) == written(parts)
+        assert kept is not None
+        assert written(kept) == written(parts)
         return
     starts = np.cumsum([0, *rows])
     whole = [(a, b) for part, (a, b) in zip(parts, pairwise(starts), strict=True) if part is IMAGE]
@@ -263,6 +266,7 @@ def test_a_cut_before_images_are_opened_is_the_cut_of_the_plans_pieces():
         cut, tiles = fit(outline, rows, max_rows, "cut"), []
         plan = processor.assemble([processor.pieces(cut, tiles)], tiles).plan
         same = fit(pieces, rows, max_rows, "cut")
-        assert plan.rows == sequence_length(same) <= max_rows and plan.has_labels
+        assert plan.rows == sequence_length(same) <= max_rows
+        assert plan.has_labels
         assert (plan.column("label") == whole.column("label")[: plan.rows]).all()
         assert len(tiles) == (2 if max_rows == sum(rows) - 3 else 1)

@@ -100,11 +100,13 @@ def test_every_row_comes_from_where_its_piece_says(batch, layout):
     geometry, sequences = batch
     plan = build_plan(sequences, geometry.tower_rows_per_tile, layout)
     expected, tiles = expected_sources(sequences, geometry)
-    assert plan.tiles == tiles and plan.lengths == tuple(len(rows) for rows in expected)
+    assert plan.tiles == tiles
+    assert plan.lengths == tuple(len(rows) for rows in expected)
     assert plan.lengths == tuple(sequence_length(pieces) for pieces in sequences)
     found, starts = sources_of(plan, geometry), plan.column("boundaries").tolist()
     width = max(plan.lengths, default=0)
-    assert len(starts) == len(sequences) + 1 and starts[-1] == plan.rows == len(found)
+    assert len(starts) == len(sequences) + 1
+    assert starts[-1] == plan.rows == len(found)
     for number, rows in enumerate(expected):
         start, end = starts[number], starts[number + 1]
         assert end - start == (width if layout == "padded" else len(rows))
@@ -119,15 +121,19 @@ def test_invariants(batch, layout):
     plan = build_plan(sequences, geometry.tower_rows_per_tile, layout)
     columns = plan.columns
     kept = columns["kept"]
-    assert (np.diff(kept) > 0).all() and (kept >= 0).all() and (kept < plan.tiles * geometry.tower_rows_per_tile).all()
+    assert (np.diff(kept) > 0).all()
+    assert (kept >= 0).all()
+    assert (kept < plan.tiles * geometry.tower_rows_per_tile).all()
     assert (columns["tile_of_kept"] == kept // geometry.tower_rows_per_tile).all()
     table = len(kept) + sum(len(columns[mix.index]) for mix in plan.mixes)
     source, row = columns["source"], columns["row"]
     assert ((row >= 0) == (source != FILLER)).all()
-    assert (row[source == VISUAL] < table).all() and (row[source == CONSTANT] == 0).all()
+    assert (row[source == VISUAL] < table).all()
+    assert (row[source == CONSTANT] == 0).all()
     for mix in plan.mixes:
         bound = len(kept) if mix.stage == "after" else plan.tiles * geometry.tower_rows_per_tile
-        assert (columns[mix.index] >= 0).all() and (columns[mix.index] < bound).all()
+        assert (columns[mix.index] >= 0).all()
+        assert (columns[mix.index] < bound).all()
         assert mix.reduce == "max" or np.allclose(columns[mix.weight].view(np.float32).sum(1), 1, atol=1e-6)
     # Every projected row is used: directly, or as a tap of a mix made after the projector.
     used = [row[source == VISUAL], *(columns[m.index].ravel() for m in plan.mixes if m.stage == "after")]
@@ -138,10 +144,13 @@ def test_invariants(batch, layout):
         assert mine.tolist() == list(range(start, start + length))
         assert columns["position"][mine].tolist() == list(range(length))
         assert columns["last_row"][number] == start + length - 1
-    assert (columns["sequence"][~real] == -1).all() and (columns["modality"][~real] == -1).all()
+    assert (columns["sequence"][~real] == -1).all()
+    assert (columns["modality"][~real] == -1).all()
     assert ((columns["modality"] == MODALITY_TEXT) == (source == TEXT)).all()
     for column, (start, shape) in plan.sections.items():
-        assert start % 4 == 0 and columns[column].base is not None and columns[column].shape == shape
+        assert start % 4 == 0
+        assert columns[column].base is not None
+        assert columns[column].shape == shape
         assert columns[column].dtype == np.int32
 
 
@@ -175,10 +184,14 @@ def test_text_segments_sort_the_text_rows_by_token(batch):
     plan = build_plan(sequences, geometry.tower_rows_per_tile)
     rows, tokens, segments = (plan.column(name) for name in ("text_row", "text_token", "text_segment"))
     assert sorted(rows.tolist()) == np.flatnonzero(plan.column("source") == TEXT).tolist()
-    assert (np.diff(tokens) > 0).all() and len(segments) == len(tokens) + 1 and segments[-1] == len(rows)
+    assert (np.diff(tokens) > 0).all()
+    assert len(segments) == len(tokens) + 1
+    assert segments[-1] == len(rows)
     for number, token in enumerate(tokens):
         mine = rows[segments[number] : segments[number + 1]]
-        assert len(mine) and (np.diff(mine) > 0).all() and (plan.column("row")[mine] == token).all()
+        assert len(mine)
+        assert (np.diff(mine) > 0).all()
+        assert (plan.column("row")[mine] == token).all()
 
 
 @settings(max_examples=60)
@@ -186,7 +199,8 @@ def test_text_segments_sort_the_text_rows_by_token(batch):
 def test_packed_and_padded_hold_the_same_sequences(batch):
     geometry, sequences = batch
     packed, padded = (build_plan(sequences, geometry.tower_rows_per_tile, layout) for layout in ("packed", "padded"))
-    assert packed.lengths == padded.lengths and packed.mixes == padded.mixes
+    assert packed.lengths == padded.lengths
+    assert packed.mixes == padded.mixes
     for name in ("kept", "supervised_target", "text_token", "text_segment", *(m.index for m in packed.mixes)):
         assert (packed.column(name) == padded.column(name)).all()
     a, b = packed.column("boundaries"), padded.column("boundaries")
@@ -226,8 +240,11 @@ def test_the_first_token_of_a_sequence_is_never_a_target():
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_empty_batches_and_sequences(layout):
     nothing = build_plan([], 16, layout)
-    assert nothing.rows == nothing.tiles == 0 and nothing.lengths == () and not nothing.has_labels
+    assert nothing.rows == nothing.tiles == 0
+    assert nothing.lengths == ()
+    assert not nothing.has_labels
     empty_first = build_plan([[], [TextPiece(np.array([3]))]], 16, layout)
-    assert empty_first.lengths == (0, 1) and empty_first.tiles == 0
+    assert empty_first.lengths == (0, 1)
+    assert empty_first.tiles == 0
     assert empty_first.column("kept").tolist() == []
     assert empty_first.column("sequence").tolist() == ([1] if layout == "packed" else [-1, 1])

@@ -99,5 +99,5 @@ def test_torchvision_has_three_filters(filter):
 
 
 def test_an_unknown_filter_is_refused():
-    with pytest.raises(ValueError, match='must be nearest, box.*not "cubic"'):
+    with pytest.raises(ValueError, match=r'must be nearest, box.*not "cubic"'):
         resize(noise(4, 4), (2, 2), filter="cubic")

@@ -22,7 +22,7 @@ def repeated(start, step):
 
 
 @pytest.mark.parametrize(
-    "source, message",
+    ("source", "message"),
     [
         # time
         ("{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}", LONG),
@@ -128,4 +128,5 @@ def test_long_conversations_are_rendered():
     )
     turns = [{"role": role, "content": f"{'word ' * 800}."} for role in ("user", "assistant")] * 250
     text = checkpoint_template(source, {}).render(turns)
-    assert text.count("word") == 800 * 500 and text.endswith("<|last|><|im_end|>")
+    assert text.count("word") == 800 * 500
+    assert text.endswith("<|last|><|im_end|>")

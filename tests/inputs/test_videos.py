@@ -35,7 +35,8 @@ def video_file(tmp_path_factory):
 
 def test_video_frames_are_spaced_as_in_llava_next(video_file):
     every = read_video(video_file)
-    assert every.shape == (11, 48, 64, 3) and every.dtype == np.uint8
+    assert every.shape == (11, 48, 64, 3)
+    assert every.dtype == np.uint8
     np.testing.assert_allclose(every.mean(axis=(1, 2, 3)), 20 * np.arange(11), atol=4)
     for count in (1, 4, 11, 16):
         numbers = np.linspace(0, 10, count).astype(int)
@@ -56,14 +57,14 @@ def test_a_folder_of_frames_is_a_video(tmp_path):
     frames = np.stack([noise(6, 8, seed) for seed in range(12)])
     (tmp_path / "nested").mkdir()
     (tmp_path / ".hidden").write_text("no frame")
-    with pytest.raises(ImageError, match="the folder .* has no frames"):
+    with pytest.raises(ImageError, match=r"the folder .* has no frames"):
         read_video(tmp_path)
     for number in np.random.default_rng(0).permutation(12):  # names say the order
         Image.fromarray(frames[number]).save(tmp_path / f"{number:04d}.png")
     np.testing.assert_array_equal(read_video(str(tmp_path)), frames)
     np.testing.assert_array_equal(read_video(tmp_path, 3), frames[[0, 5, 11]])
     (tmp_path / "0005.png").write_text("no frame")
-    with pytest.raises(ImageError, match="0005.png' is not an image"):
+    with pytest.raises(ImageError, match=r"0005.png' is not an image"):
         read_video(tmp_path, 3)
 
 
@@ -80,13 +81,13 @@ def test_bad_videos(tmp_path, video_file):
         read_video([noise(3, 4)], 0)
     with pytest.raises(TypeError, match="not int"):
         read_video(3)
-    with pytest.raises(FileNotFoundError, match="nowhere.mp4"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.mp4"):
         read_video(tmp_path / "nowhere.mp4")
     with pytest.raises(ImageError, match="web address"):
         read_video("https://example.com/a.mp4")
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(video_file.read_bytes()[:100])
-    with pytest.raises(ImageError, match="broken.mp4.*cannot be read as a video"):
+    with pytest.raises(ImageError, match=r"broken.mp4.*cannot be read as a video"):
         read_video(broken, 4)
 
 
@@ -96,7 +97,7 @@ def test_sound_without_pictures(tmp_path):
     with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
         file.setparams((1, 2, 8000, 0, "NONE", ""))
         file.writeframes(bytes(800))
-    with pytest.raises(ImageError, match="sound.wav.*no video stream"):
+    with pytest.raises(ImageError, match=r"sound.wav.*no video stream"):
         read_video(tmp_path / "sound.wav")
 
 

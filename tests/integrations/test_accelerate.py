@@ -80,7 +80,8 @@ def test_labels_without_a_supervised_row_give_what_stock_gives():
     stock, model = fresh("next"), llava_fast.accelerate(fresh("next"))
     inputs = batch("next", "a", labels=True)
     inputs["labels"] = torch.full_like(inputs["labels"], -100)
-    assert model(**inputs).loss.isnan() and stock(**inputs).loss.isnan()
+    assert model(**inputs).loss.isnan()
+    assert stock(**inputs).loss.isnan()
 
 
 def test_flat_tiles():
@@ -116,7 +117,8 @@ def test_copies_use_their_own_weights(copier):
             parameter.mul_(0.9)
         assert_close("a copy", twin(**inputs).logits, expected(**inputs).logits, 1e-5)
         llava_fast.restore(twin)
-        assert patch.replaced(twin) == [] and patch.replaced(model) != []
+        assert patch.replaced(twin) == []
+        assert patch.replaced(model) != []
         assert_close("a copy", twin(**inputs).logits, expected(**inputs).logits, 1e-6)
 
 
@@ -191,7 +193,7 @@ def test_a_hook_on_the_embedding_and_the_head():
 
 
 @pytest.mark.parametrize(
-    "asked, phrase",
+    ("asked", "phrase"),
     [
         ({"output_hidden_states": True}, "output_hidden_states"),
         ({"output_attentions": True}, "output_attentions"),
@@ -218,7 +220,8 @@ def test_a_tuple_is_what_stock_gives(labels):
     inputs = batch("next", "a", labels=labels)
     with torch.no_grad():
         found, expected = model(**inputs, return_dict=False), stock(**inputs, return_dict=False)
-    assert isinstance(found, tuple) and len(found) == len(expected)
+    assert isinstance(found, tuple)
+    assert len(found) == len(expected)
     assert_close("a tuple", found[int(labels)], expected[int(labels)], 1e-5)
 
 

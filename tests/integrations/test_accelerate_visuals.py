@@ -54,7 +54,7 @@ def test_a_hooked_projector_sees_what_it_sees_in_the_stock_model(name, which, wh
 
 
 @pytest.mark.parametrize(
-    "change, phrase",
+    ("change", "phrase"),
     [
         (
             lambda model: model.model.vision_resampler.pool.register_forward_hook(lambda *_: None),

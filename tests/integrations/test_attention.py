@@ -152,7 +152,9 @@ def test_padding_is_not_computed(monkeypatch):
     seen = []
     monkeypatch.setattr(attention, "attend", lambda *a: seen.append(a[3]) or llava_fast.models.attention.attend(*a))
     model(**inputs)
-    assert seen and sum(seen[0].lengths) == inputs["attention_mask"].sum() and seen[0].dense is None
+    assert seen
+    assert sum(seen[0].lengths) == inputs["attention_mask"].sum()
+    assert seen[0].dense is None
 
 
 def test_spans_of():
@@ -161,7 +163,8 @@ def test_spans_of():
     def spans(*rows):
         return spans_of(torch.tensor([[int(c) for c in row] for row in rows]))
 
-    assert spans("11111", "11111") is None and spans("10111", "11111") is None
+    assert spans("11111", "11111") is None
+    assert spans("10111", "11111") is None
     assert spans("00111", "11111") == Spans((2, width), (3, 5))
     assert spans("11000", "11110") == Spans((0, width), (2, 4), dense=(2, width))
     assert spans("00110", "00000", "10000") == Spans((2, 2 * width), (2, 1))

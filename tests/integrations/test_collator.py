@@ -81,7 +81,8 @@ def test_ids_and_labels_are_those_of_our_own_processor(side):
     for number, sample in enumerate(samples()[:2]):
         columns = processor.prepare([sample], labels=True).plan.columns
         real = made["attention_mask"][number].bool()
-        assert real.sum() == len(columns["label"]) and real[-1 if side == "left" else 0]
+        assert real.sum() == len(columns["label"])
+        assert real[-1 if side == "left" else 0]
         assert made["labels"][number][real].tolist() == columns["label"].tolist()
         text = columns["source"] == 0
         assert made["input_ids"][number][real][text].tolist() == columns["row"][text].tolist()
@@ -109,7 +110,7 @@ def test_pixels_and_sizes_are_the_processors(name):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name, which", [*((name, None) for name in FAMILIES), *MADE_ELSEWHERE])
+@pytest.mark.parametrize(("name", "which"), [*((name, None) for name in FAMILIES), *MADE_ELSEWHERE])
 def test_outputs_and_gradients_with_a_plan_are_stocks(name, which, side, no_fallback):
     stock, model = both(name)
     batch = collator(name, padding_side=side)(features(name, which) if which else samples())
@@ -130,7 +131,8 @@ def test_the_mixes_of_plans_are_those_of_the_models():
         for labels in (False, True):
             batch = collator(name, labels=labels)(features(name, which))
             mixed, taps = batch["llava_plan_mix_index"].shape
-            assert mixed and taps == 4
+            assert mixed
+            assert taps == 4
             assert len(batch["llava_plan_mix_use"]) == (mixed * taps if labels else 0)
 
 
@@ -167,15 +169,16 @@ def test_text_alone_and_no_labels():
         "gradients with a plan of text", gradients(model, batch)[1], gradients(stock, shipped_plan.without(batch))[1]
     )
     batch = collator(labels=False)(samples())
-    assert "labels" not in batch and batch["llava_plan_supervised_row"].numel() == 0
-    assert_same_outputs(lambda **given: model(**given), stock, shipped_plan.without(batch))
+    assert "labels" not in batch
+    assert batch["llava_plan_supervised_row"].numel() == 0
+    assert_same_outputs(model, stock, shipped_plan.without(batch))
     with torch.no_grad():
         found, expected = model(**batch), stock(**shipped_plan.without(batch))
     assert_close("logits with a plan", found.logits, expected.logits, 1e-5)
 
 
 @pytest.mark.parametrize("labels", [False, True])
-@pytest.mark.parametrize("name, which", [*((name, None) for name in FAMILIES), *MADE_ELSEWHERE])
+@pytest.mark.parametrize(("name", "which"), [*((name, None) for name in FAMILIES), *MADE_ELSEWHERE])
 def test_nothing_on_the_device_is_read(name, which, labels, monkeypatch):
     """A meta tensor has no values: whatever would wait for a GPU to tell them raises. (An attention mask is left out:
     transformers itself reads it, to see whether it masks anything.)"""
@@ -186,7 +189,8 @@ def test_nothing_on_the_device_is_read(name, which, labels, monkeypatch):
     batch = {key: value.to("meta") for key, value in collator(name, labels=labels)(given).items()}
     del batch["attention_mask"]
     out = model(**batch)
-    assert out.logits.shape[:2] == batch["input_ids"].shape and (out.loss is not None) == labels
+    assert out.logits.shape[:2] == batch["input_ids"].shape
+    assert (out.loss is not None) == labels
     if labels:
         out.loss.backward()
         assert model.model.multi_modal_projector.linear_1.weight.grad is not None
@@ -236,7 +240,7 @@ def changed(batch: dict, how: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    "how, says",
+    ("how", "says"),
     [
         ("shorter", "the plan is of .* rows, but input_ids"),
         ("another text", "input_ids were changed"),
@@ -263,7 +267,7 @@ def test_data_parallel_is_refused(replicas):
     model = llava_fast.accelerate(fresh("next"))
     batch = collator(padding_side="right")([samples()[2]] * replicas)
     parts = [dict(zip(batch, part, strict=False)) for part in zip(*(v.chunk(replicas) for v in batch.values()))]  # noqa: B905
-    with pytest.raises(PlanError, match="nn.DataParallel"):
+    with pytest.raises(PlanError, match=r"nn.DataParallel"):
         model(**parts[0])
 
 
@@ -360,7 +364,8 @@ def test_with_a_fast_processor(name, output, tmp_path):
     found, expected = Collator(fast, fresh(name), chat_template=TEMPLATE)(samples()), collator(name)(samples())
     if output == "uint8":
         pixels = found.pop("pixel_values_uint8")
-        assert pixels.dtype == torch.uint8 and pixels.shape == expected.pop("pixel_values").shape
+        assert pixels.dtype == torch.uint8
+        assert pixels.shape == expected.pop("pixel_values").shape
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
@@ -374,7 +379,8 @@ def test_features_and_workers():
     with_batch_axis = [{name: f[name] if "pix" in name or "siz" in name else [f[name]] for name in f} for f in features]
     assert torch.equal(made(with_batch_axis)["input_ids"], batch["input_ids"])
     loaded = next(iter(DataLoader(samples(), 3, collate_fn=made, num_workers=1)))
-    assert list(loaded) == list(batch) and all(torch.equal(loaded[name], batch[name]) for name in batch)
+    assert list(loaded) == list(batch)
+    assert all(torch.equal(loaded[name], batch[name]) for name in batch)
 
 
 def test_workers_end_with_their_loader():
@@ -393,7 +399,7 @@ def test_without_a_plan():
 
 
 @pytest.mark.parametrize(
-    "sample, says",
+    ("sample", "says"),
     [
         ({"messages": talk("hello")}, "labels need an assistant message"),
         ({"prompt": "hello"}, '"answer"'),
@@ -419,7 +425,7 @@ def test_a_template_that_hides_its_answers_is_refused():
     processor = tiny.hf_processor(tiny.CASES["next"])
     processor.chat_template = unstable
     made = Collator(processor, tiny.hf_config(tiny.CASES["next"]))
-    with pytest.raises(RequestError, match="sample 0: .*not prefix-stable"):
+    with pytest.raises(RequestError, match=r"sample 0: .*not prefix-stable"):
         made([{"messages": talk("a", "b", "c", "d")}])
 
 
@@ -439,7 +445,7 @@ def test_settings_that_cannot_work_say_so():
     config = tiny.hf_config(tiny.CASES["next"])
     with pytest.raises(ValueError, match="padding_side"):
         Collator(processor, config, padding_side="middle")
-    with pytest.raises(RequestError, match="sample 0: .*name a chat_template"):
+    with pytest.raises(RequestError, match=r"sample 0: .*name a chat_template"):
         Collator(processor, config)([{"messages": talk("a", "b")}])
     words, processor.tokenizer = processor.tokenizer, None
     processor.tokenizer = type(words)(tokenizer_object=words.backend_tokenizer)
@@ -449,8 +455,8 @@ def test_settings_that_cannot_work_say_so():
 
 def test_more_tiles_than_pixels_hold_are_refused():
     batch = collator()(samples())
+    config = tiny.hf_config(tiny.CASES["next"])
     with pytest.raises(ImageError, match="tiles, but pixel_values hold"):
-        config = tiny.hf_config(tiny.CASES["next"])
         shipped_plan.make(config, batch["input_ids"], None, batch["pixel_values"][:, :1], batch["image_sizes"])
 
 
@@ -460,6 +466,7 @@ def test_offsets_before_expansion():
     offsets = np.stack([starts, np.append(starts[1:], 26)], 1)
     is_image = np.array([False, *[True] * 5, False, *[True] * 3])
     found = offsets_before_expansion(offsets, is_image, text, token)
-    assert found[~is_image].tolist() == [[0, 1], [7, 8]] and not found[is_image].any()
+    assert found[~is_image].tolist() == [[0, 1], [7, 8]]
+    assert not found[is_image].any()
     with pytest.raises(RequestError, match="2 runs of image tokens from 1"):
         offsets_before_expansion(offsets, is_image, "a<i>", token)

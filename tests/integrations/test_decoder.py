@@ -105,7 +105,9 @@ def test_many_rows_on_a_cpu(name, calls, monkeypatch):
         inputs = batch(name, side=side, labels=True)
         assert_same_outputs(model, stock, inputs)
     assert_same_gradients("gradients through the references", gradients(model, inputs)[1], gradients(stock, inputs)[1])
-    assert calls["rms_norm"] and calls["rope"] and not calls["swiglu"]
+    assert calls["rms_norm"]
+    assert calls["rope"]
+    assert not calls["swiglu"]
 
 
 def test_few_rows_on_a_cpu_are_stock(calls):
@@ -118,8 +120,9 @@ def test_few_rows_on_a_cpu_are_stock(calls):
     assert calls == {"rms_norm": 1, "rope": 0, "swiglu": 0}
 
 
-def test_half_precision_and_autocast(calls, dtype=torch.float16):
+def test_half_precision_and_autocast(calls):
     """float16 alone: the interpreter's bfloat16 casts truncate."""
+    dtype = torch.float16
     stock, model = fresh("next"), llava_fast.accelerate(fresh("next"))
     exact = copy.deepcopy(stock).double()
     inputs = few_rows("next")
@@ -187,7 +190,8 @@ def test_hooks_and_lora_and_a_parametrised_weight(calls, monkeypatch):
     inputs = few_rows("next", labels=True)
     assert_same_outputs(model, stock, inputs)
     assert_same_gradients("gradients beside hooks", gradients(model, inputs)[1], gradients(stock, inputs)[1])
-    assert calls["rms_norm"] == 12 and calls["rope"] == 6  # two passes, without the norm that is parametrised
+    assert calls["rms_norm"] == 12
+    assert calls["rope"] == 6
     llava_fast.restore(model)
     for module in model.model.language_model.modules():
         assert "forward" not in vars(module)
@@ -222,10 +226,12 @@ def test_copies_use_their_own_weights(copier, monkeypatch):
 def test_what_is_replaced_and_restored():
     model = llava_fast.accelerate(fresh("next"))
     words = patch.replaced(model)
-    assert len(words) == len(set(words)) and sum(word.startswith("the decoder's") for word in words) == 3
+    assert len(words) == len(set(words))
+    assert sum(word.startswith("the decoder's") for word in words) == 3
     decoder = model.model.language_model
     assert sum("forward" in vars(module) for module in decoder.modules()) == 3 * 4 + 1
-    assert "forward" not in vars(decoder) and "forward" not in vars(decoder.layers[0])
+    assert "forward" not in vars(decoder)
+    assert "forward" not in vars(decoder.layers[0])
     llava_fast.restore(model)
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -242,7 +248,8 @@ def test_a_class_that_someone_else_has_changed_is_left(monkeypatch):
     monkeypatch.setattr(attention, "forward", other)
     llava_fast.accelerate(model)
     layer = model.model.language_model.layers[0]
-    assert "forward" not in vars(layer.input_layernorm) and "forward" not in vars(layer.self_attn)
+    assert "forward" not in vars(layer.input_layernorm)
+    assert "forward" not in vars(layer.self_attn)
     assert "forward" in vars(layer.mlp)
 
 

@@ -100,7 +100,7 @@ def test_frames_are_the_pil_image_processors(name, size, checkpoints):
 
 
 @pytest.mark.parametrize(
-    "name, settings",
+    ("name", "settings"),
     [(name, {"resample": number}) for name in NAMES for number in (0, 1, 2, 4, 5)]
     + [(name, settings) for name in NAMES for settings in ({"do_normalize": False}, {"do_rescale": False})]
     + [("video", {"do_resize": False}), ("video", {"size": {"shortest_edge": 60}}), ("video", {"size": [50, 60]})],
@@ -111,7 +111,8 @@ def test_frames_of_other_settings_are_too(name, settings, checkpoints):
     pil = [Image.fromarray(frame) for frame in frames]
     expected = tiny.frame_processor(CASES[name])(pil, return_tensors="pt", **settings)["pixel_values"]
     found = fast.video_processor([frames], return_tensors="pt", **settings)["pixel_values_videos"]
-    assert found.dtype == expected.dtype and torch.equal(found, expected[None])
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected[None])
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 4, 5])

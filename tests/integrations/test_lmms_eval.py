@@ -86,7 +86,7 @@ def classes(request, monkeypatch):
     monkeypatch.setitem(sys.modules, "llava_fast.integrations.lmms_eval", None)
     del sys.modules["llava_fast.integrations.lmms_eval"]
     module = importlib.import_module("llava_fast.integrations.lmms_eval")
-    yield types.SimpleNamespace(module=module, registry=registry, base=Base)
+    return types.SimpleNamespace(module=module, registry=registry, base=Base)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,8 @@ def expected_answers(model, chat: bool, settings: list[dict]) -> list[str]:
 @pytest.mark.parametrize("name", ["llava_fast", "llava_fast_chat"])
 def test_generate_until(name, batch_size, loaded):
     evaluated = loaded(name, batch_size=batch_size, device="cpu", max_batch_size=None)
-    assert evaluated.named == evaluated.pretrained and evaluated.is_simple == (name == "llava_fast")
+    assert evaluated.named == evaluated.pretrained
+    assert evaluated.is_simple == (name == "llava_fast")
     settings = [{"max_new_tokens": 9, "until": ["q"]}, {"max_new_tokens": 5}, {"max_new_tokens": 9, "until": ["q"]}]
     settings += [{"max_new_tokens": 9, "do_sample": True, "temperature": 0.7, "seed": 3}]
     given = [dict(each) for each in settings]
@@ -164,7 +165,8 @@ def test_generate_until(name, batch_size, loaded):
         {"max_new_tokens": 9, "stop": ["q"]},
         {"max_new_tokens": 9, "temperature": 0.7, "seed": 3},
     ]
-    assert found == expected_answers(evaluated.model, not evaluated.is_simple, options) and len(set(found)) > 2
+    assert found == expected_answers(evaluated.model, not evaluated.is_simple, options)
+    assert len(set(found)) > 2
     assert given == settings  # a task's settings are its own
     seen = {request[0]: answer for _, request, answer in json.loads(json.dumps(evaluated.cache_hook.seen))}
     assert seen == {doc["question"]: answer for doc, answer in zip(DOCS, found, strict=True)}
@@ -187,7 +189,8 @@ def test_loglikelihood(batch_size, loaded, classes):
         turns = [{"role": "user", "content": items}, {"role": "assistant", "content": answer}]
         batch = model.prepare([{"messages": turns, "images": pictures(doc)}], labels=True)
         with torch.no_grad():
-            assert loss == pytest.approx(model(batch).loss.item(), rel=1e-5) and greedy is False
+            assert loss == pytest.approx(model(batch).loss.item(), rel=1e-5)
+            assert greedy is False
     assert all(isinstance(each, tuple) == (classes.module.GenerationResult is None) for each in results)
 
 
@@ -206,19 +209,24 @@ def test_what_greedy_decoding_says_counts_as_greedy(loaded, monkeypatch):
     monkeypatch.setattr(type(evaluated.model), "forward", sure)
     requests = [Instance(DOCS[0]["question"], target, pictures, 0, TASK, SPLIT) for target in ("hello", "hello")]
     (loss, greedy), (other_loss, other_greedy) = texts(evaluated.loglikelihood(requests))
-    assert greedy and loss < 1e-3 and not other_greedy and other_loss > 1
+    assert greedy
+    assert loss < 1e-3
+    assert not other_greedy
+    assert other_loss > 1
 
 
 def test_videos_by_their_path(classes):
     made = classes.module._request([{"role": "user", "content": "what?"}], [["a.PNG"], ["clip.mp4"]], (4, TASK, SPLIT))
-    assert made["images"] == ["a.PNG"] and made["video"] == "clip.mp4" and made["id"] == "toy/test/4"
+    assert made["images"] == ["a.PNG"]
+    assert made["video"] == "clip.mp4"
+    assert made["id"] == "toy/test/4"
     assert [item["type"] for item in made["messages"][0]["content"]] == ["image", "video", "text"]
     with pytest.raises(RequestError, match="toy/test/4: 2 videos"):
         classes.module._request([{"role": "user", "content": "what?"}], ["a.mp4", "b.mp4"], (4, TASK, SPLIT))
 
 
 @pytest.mark.parametrize(
-    "settings, options",
+    ("settings", "options"),
     [
         ({}, {"max_new_tokens": 1024, "temperature": 0.0, "stop": None}),
         ({"temperature": 0, "top_p": None, "num_beams": 1}, {"max_new_tokens": 1024, "temperature": 0.0, "stop": None}),
@@ -243,8 +251,8 @@ def test_what_is_not_served_says_so(loaded, classes, checkpoint, monkeypatch, ca
         classes.module._item({"type": "audio", "url": "a.wav"})
     with pytest.raises(NotImplementedError):
         evaluated.generate_until_multi_round([])
+    evaluated.task_dict = {TASK: {SPLIT: [*DOCS[:3], {"question": "<image> <image>", "pictures": []}]}}
     with pytest.raises(RequestError, match="toy/test/3"):
-        evaluated.task_dict = {TASK: {SPLIT: [*DOCS[:3], {"question": "<image> <image>", "pictures": []}]}}
         evaluated.generate_until([Instance("<image> <image>", {}, pictures, 3, TASK, SPLIT)])
     with pytest.raises(RequestError, match="batch_size is a whole number"):
         loaded(batch_size="auto")
@@ -262,5 +270,6 @@ def test_the_entry_point_names_classes_that_are_there(classes):
     assert name == "llava_fast"
     for path, is_simple in ((simple, True), (chat, False)):
         kind = getattr(classes.module, path.rsplit(".", 1)[1])
-        assert path.startswith("llava_fast.integrations.lmms_eval.") and kind.is_simple is is_simple
+        assert path.startswith("llava_fast.integrations.lmms_eval.")
+        assert kind.is_simple is is_simple
         assert issubclass(kind, classes.base)

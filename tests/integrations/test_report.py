@@ -57,12 +57,13 @@ def test_a_live_model():
     text = "\n".join(says.of_model(model))
     for what in ("the loss: the output head is hooked", "the image path: the vision tower is hooked"):
         assert f"stock, in each call: {what}" in text
-    assert "the projector runs its own forward" in text and "the embedding runs its own forward" in text
+    assert "the projector runs its own forward" in text
+    assert "the embedding runs its own forward" in text
 
 
 def test_what_cannot_be_built_says_so(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "blip-2"}')
     with pytest.raises(patch.UnsupportedModelError, match="does not know"):
-        (tmp_path / "config.json").write_text('{"model_type": "blip-2"}')
         says.of_path(tmp_path)
     with pytest.raises(CheckpointError, match="transformers cannot build its model"):
         says.of_path(tmp_path / "nothing")
@@ -73,4 +74,5 @@ def test_what_cannot_be_built_says_so(tmp_path):
 def test_the_doctor_prints_it(tmp_path):
     assert "accelerate(model) replaces" in report()
     of_one = report(saved("next", tmp_path))
-    assert "accelerate on " in of_one and "accelerate(model) replaces" not in of_one
+    assert "accelerate on " in of_one
+    assert "accelerate(model) replaces" not in of_one

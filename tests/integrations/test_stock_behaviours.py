@@ -136,7 +136,8 @@ def test_tuples_and_dicts(name):
     with torch.no_grad():
         found, expected = model(**inputs, return_dict=False), stock(**inputs, return_dict=False)
         as_dict = model(**inputs)
-    assert isinstance(found, tuple) and len(flat(found)) == len(flat(expected)) == len(flat(as_dict))
+    assert isinstance(found, tuple)
+    assert len(flat(found)) == len(flat(expected)) == len(flat(as_dict))
     for mine, theirs, named in zip(flat(found), flat(expected), flat(as_dict), strict=True):
         assert_close("a tuple", mine, theirs, 1e-5)
         assert_close("a tuple", mine.flatten(), named.flatten(), 1e-5)
@@ -156,7 +157,8 @@ def test_features_of_images_and_videos(name):
             continue
         with torch.no_grad():
             found, expected = (getattr(each, method)(**given, output_hidden_states=True) for each in (model, stock))
-        assert list(found) == list(expected) and found.hidden_states
+        assert list(found) == list(expected)
+        assert found.hidden_states
         for mine, theirs in zip(flat(list(found.values())), flat(list(expected.values())), strict=True):
             assert torch.equal(mine, theirs)
 
@@ -268,7 +270,8 @@ def test_all_outputs_of_generate(name, how):
         each.set_attn_implementation("eager")
         torch.manual_seed(0)
         outs.append(each.generate(**batch(name, BATCHES[name]), **GREEDY | how, **asked, return_dict_in_generate=True))
-    assert torch.equal(outs[0].sequences, outs[1].sequences) and type(outs[0]) is type(outs[1])
+    assert torch.equal(outs[0].sequences, outs[1].sequences)
+    assert type(outs[0]) is type(outs[1])
     assert list(outs[0]) == list(outs[1])
     for field in ("scores", "logits", "hidden_states", "attentions"):
         found, expected = flat(outs[0][field]), flat(outs[1][field])
@@ -306,7 +309,8 @@ def test_generate_goes_on_from_a_cache(name):
 def test_generate_from_nothing_but_the_first_token():
     stock, model = both("next")
     answers = [each.generate(bos_token_id=1, **GREEDY) for each in (model, stock)]
-    assert torch.equal(*answers) and answers[0].shape == (1, 6)
+    assert torch.equal(*answers)
+    assert answers[0].shape == (1, 6)
 
 
 @pytest.mark.parametrize("keep", [1, 3])
@@ -358,5 +362,6 @@ def test_image_text_to_text(name):
         said = pipe(images=pictures, text=texts, generate_kwargs=options)
         said = [part if isinstance(part, dict) else part[0] for part in said]
         answers.append([part["generated_text"] for part in said])
-    assert answers[0] == answers[1] and all(answers[0])
+    assert answers[0] == answers[1]
+    assert all(answers[0])
     assert patch.replaced(model)

@@ -97,7 +97,8 @@ def test_wrapped_embeddings_get_normalised_pixels(name, where):
         found, expected = model(**as_uint8(inputs, name)), stock(**inputs)
     assert_close("uint8, hooked", found.logits, expected.logits, 1e-5)
     if where != "embeddings.position_embedding":  # which is called with numbers
-        assert seen[0] and torch.equal(seen[0][0], seen[1][0][: len(seen[0][0])])
+        assert seen[0]
+        assert torch.equal(seen[0][0], seen[1][0][: len(seen[0][0])])
 
 
 @pytest.mark.parametrize("asked", [{"output_hidden_states": True}, {"output_attentions": True}])
@@ -140,7 +141,8 @@ def test_generates_steps_after_the_first_get_no_pixels():
     inputs = as_uint8(batch("next"), "next")
     for first in (True, False):
         made = model.prepare_inputs_for_generation(**inputs, is_first_iteration=first, use_cache=True)
-        assert (made["pixel_values_uint8"] is not None) == first and made.get("pixel_values") is None
+        assert (made["pixel_values_uint8"] is not None) == first
+        assert made.get("pixel_values") is None
 
 
 def test_the_signature_names_them_so_that_trainer_keeps_them():
@@ -186,7 +188,7 @@ def test_a_restored_model_knows_nothing_of_them():
     llava_fast.restore(model)
     assert uint8_pixels.SETTING not in vars(model.model)
     for each in (stock, model):
-        with pytest.raises(ValueError, match="not used by the model: .'pixel_values_uint8'"):
+        with pytest.raises(ValueError, match=r"not used by the model: .'pixel_values_uint8'"):
             each.generate(**as_uint8(batch("next"), "next"), max_new_tokens=2)
         # forward ignores what it does not know, which docs/huggingface.md warns of
         without = {key: value for key, value in batch("next").items() if "pixel" not in key}
@@ -197,7 +199,7 @@ def test_a_restored_model_knows_nothing_of_them():
 def test_what_is_wrong_is_said():
     _, model = both("next")
     inputs = batch("next")
-    with pytest.raises(PixelError, match="must be uint8, got torch.float32: normalised pixels go under pixel_values"):
+    with pytest.raises(PixelError, match=r"must be uint8, got torch.float32: normalised pixels go under pixel_values"):
         model(**{**as_uint8(inputs, "next"), "pixel_values_uint8": inputs["pixel_values"]})
     with pytest.raises(PixelError, match="pixel_values_uint8 and pixel_values were both given"):
         model(**inputs, pixel_values_uint8=as_uint8(inputs, "next")["pixel_values_uint8"])
@@ -219,7 +221,8 @@ def test_from_collator_to_loss(name, tmp_path, no_fallback):
     samples = [{"prompt": "<image> a", "answer": "b", "images": [tiny.picture(40, 90)]}]
     samples += [{"prompt": "no picture", "answer": "c"}]
     given, expected = (Collator(made, stock.config, plan=made is fast)(samples) for made in (fast, plain))
-    assert "llava_plan_place" in given and given["pixel_values_uint8"].dtype == torch.uint8
+    assert "llava_plan_place" in given
+    assert given["pixel_values_uint8"].dtype == torch.uint8
     assert_close("uint8 loss", model(**given).loss, stock(**expected).loss, 1e-5)
 
 

@@ -166,7 +166,7 @@ def renamed_attribute(patch):
 
 
 @pytest.mark.parametrize(
-    "plant, told",
+    ("plant", "told"),
     [
         (read_only_fields, ("the image path",)),
         (new_field, ("the image path",)),
@@ -192,10 +192,12 @@ def test_what_is_not_known_takes_the_stock_path(plant, told, monkeypatch, caplog
         with torch.no_grad():
             found, expected = model(**inputs), stock(**inputs)
             assert torch.equal(model.generate(**inputs, **GREEDY), stock.generate(**inputs, **GREEDY))
-        assert type(found) is type(expected) and list(found) == list(expected)
+        assert type(found) is type(expected)
+        assert list(found) == list(expected)
         assert_close("a changed transformers", found.logits, expected.logits, 1e-5)
         out, expected_out = (gradients(each, batch("next", labels=True))[0] for each in (model, stock))
-        assert type(out) is type(expected_out) and list(out) == list(expected_out)
+        assert type(out) is type(expected_out)
+        assert list(out) == list(expected_out)
         assert_close("a changed transformers' loss", out.loss, expected_out.loss, 1e-5)
     messages = [record.message for record in caplog.records if "takes the stock path: " in record.message]
     assert {what for what in told if any(message.startswith(what) for message in messages)} == set(told), messages
@@ -214,7 +216,7 @@ def test_a_change_after_accelerate_is_seen_at_the_next_call(monkeypatch, caplog)
 
 
 @pytest.mark.parametrize(
-    "name, part",
+    ("name", "part"),
     [("LlamaRMSNorm", "RMSNorm"), ("LlamaMLP", "SwiGLU"), ("LlamaAttention", "RoPE")],
 )
 def test_a_changed_part_of_the_decoder_is_left(name, part, monkeypatch, caplog):
@@ -233,7 +235,8 @@ def test_a_changed_part_of_the_decoder_is_left(name, part, monkeypatch, caplog):
         monkeypatch.setattr(kind, "forward", changed)
     model = llava_fast.accelerate(fresh("llava15"))
     assert not any(part in what for what in integration.replaced(model))
-    assert f"{part} " in caplog.text and "takes the stock path: the answer" in caplog.text
+    assert f"{part} " in caplog.text
+    assert "takes the stock path: the answer" in caplog.text
 
 
 def test_a_trial_leaves_no_trace():
@@ -247,8 +250,10 @@ def test_a_trial_leaves_no_trace():
     state = torch.get_rng_state()
     self_check._found.clear()
     llava_fast.accelerate(model)
-    assert torch.equal(torch.get_rng_state(), state) and not torch.equal(before, state)
-    assert next(fresh_on_meta.parameters()).is_meta and torch.get_default_dtype() == torch.float32
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(before, state)
+    assert next(fresh_on_meta.parameters()).is_meta
+    assert torch.get_default_dtype() == torch.float32
     assert not self_check.in_trial()
 
 
@@ -293,7 +298,7 @@ def test_the_tried_versions_are_those_of_the_metadata():
 
 
 @pytest.mark.parametrize(
-    "version, told", [("5.16.1", 1), ("5.17.0", 0), ("5.24.3", 0), ("5.25.0", 1), ("6.0.0.dev0", 1)]
+    ("version", "told"), [("5.16.1", 1), ("5.17.0", 0), ("5.24.3", 0), ("5.25.0", 1), ("6.0.0.dev0", 1)]
 )
 def test_an_untried_version_is_named_once(version, told, monkeypatch, caplog):
     monkeypatch.setattr(sys.modules["transformers"], "__version__", version)  # which is put there after the import

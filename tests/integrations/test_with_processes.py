@@ -36,7 +36,7 @@ CASES = [(wrap, which) for wrap in WRAPS for which in BATCHES if which != "text 
 def stock_runs(how: str, which: str) -> bool:
     """A stock model under FSDP2 hangs, or its gradients do not fit each other, where one process has no image; with the
     tower sharded as one it fails."""
-    return how == "DDP" or which == "images everywhere" and how != "FSDP2 of the tower as one"
+    return how == "DDP" or (which == "images everywhere" and how != "FSDP2 of the tower as one")
 
 
 def wrapped(how: str, model: nn.Module) -> nn.Module:
@@ -134,11 +134,11 @@ def test_one_process_waits_for_no_other(tmp_path):
 
 
 @pytest.mark.parametrize("order", ORDERS[1:])
-@pytest.mark.parametrize("how, which", CASES)
+@pytest.mark.parametrize(("how", "which"), CASES)
 def test_loss_and_gradients(how, which, order, results):
     like = how if stock_runs(how, which) else "DDP"  # which means the same gradients as FSDP2 does
-    for found, stock in zip(results[how, which], results[like, which], strict=True):
-        found, expected = found[order], stock["stock"]
+    for ours, stock in zip(results[how, which], results[like, which], strict=True):
+        found, expected = ours[order], stock["stock"]
         for what in ("loss", "logits"):
             assert_close(f"accelerated {what}, two processes", found[what], expected[what], 1e-5)
         assert_same_gradients("accelerated gradients, two processes", found["gradients"], expected["gradients"])

@@ -77,7 +77,8 @@ def assert_same_training(found: Recording, expected: Recording) -> None:
         torch.tensor([log["grad_norm"] for log in each.state.log_history if "loss" in log])
         for each in (found, expected)
     ]
-    assert len(norms[0]) == expected.args.max_steps and (norms[0] / norms[1] - 1).abs().max() < 1e-4
+    assert len(norms[0]) == expected.args.max_steps
+    assert (norms[0] / norms[1] - 1).abs().max() < 1e-4
     # transformers 5.17 leaves LLaVA 1.5's cache among the outputs, and fails on it; 5.24 fails on the tower's outputs
     ignored = ["past_key_values", "cache", "image_outputs"]
     evaluations = [each.evaluate(ignore_keys=ignored) for each in (found, expected)]
@@ -85,7 +86,7 @@ def assert_same_training(found: Recording, expected: Recording) -> None:
     assert evaluations[0]["eval_right"] == evaluations[1]["eval_right"]
 
 
-@pytest.mark.parametrize("name, plan", [("llava15", True), ("next", True), ("next", False)])
+@pytest.mark.parametrize(("name", "plan"), [("llava15", True), ("next", True), ("next", False)])
 def test_ten_steps(name, plan, tmp_path, no_fallback):
     stock = trainer(fresh(name), name, tmp_path / "stock")
     ours = trainer(llava_fast.accelerate(fresh(name)), name, tmp_path / "ours", plan)
@@ -137,7 +138,8 @@ def test_a_checkpoint_of_one_goes_on_in_the_other(tmp_path, no_fallback):
     ours = trainer(model, "next", tmp_path / "ours", True, **saving)
     ours.train(resume_from_checkpoint=str(checkpoint))
     found, expected = (torch.tensor([loss for loss, _ in each.seen]) for each in (ours, whole))
-    assert len(found) == 2 and (found / expected[2:] - 1).abs().max() < 1e-5
+    assert len(found) == 2
+    assert (found / expected[2:] - 1).abs().max() < 1e-5
 
 
 def test_save_and_reload(tmp_path):

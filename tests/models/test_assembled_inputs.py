@@ -57,7 +57,8 @@ def test_one_op_gives_what_the_steps_give(case):
     expected = run(model, batch, "reference")
     assert not calls
     found = run(model, batch, "triton")
-    assert calls == [1] and len(found) >= 8
+    assert calls == [1]
+    assert len(found) >= 8
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
 
@@ -69,15 +70,19 @@ def test_fillers_of_a_bucket_change_nothing(case):
     assert len(filled.plan.column("kept")) > len(batch.plan.column("kept"))
     with use_backend("triton"), torch.no_grad():
         expected, found = model.inputs_embeds(batch), model.inputs_embeds(filled)
-    assert len(calls) == 2 and len(found) == bucket.rows
-    assert torch.equal(found[: len(expected)], expected) and not found[len(expected) :].any()
+    assert len(calls) == 2
+    assert len(found) == bucket.rows
+    assert torch.equal(found[: len(expected)], expected)
+    assert not found[len(expected) :].any()
 
 
 def test_a_bucket_says_how_many_tiles_and_rows_are_real(case):
-    model, batch, _ = case
-    assert batch.count("tile") is None and batch.count("kept") is None
+    _model, batch, _ = case
+    assert batch.count("tile") is None
+    assert batch.count("kept") is None
     filled = filled_batch(batch, replace(bucket_of(batch.plan), tiles=batch.plan.tiles + 2))
-    assert filled.count("tile").tolist() == [batch.plan.tiles] and len(filled.tiles) == batch.plan.tiles + 2
+    assert filled.count("tile").tolist() == [batch.plan.tiles]
+    assert len(filled.tiles) == batch.plan.tiles + 2
     assert filled.count("kept").tolist() == [len(batch.plan.column("kept"))]
 
 
@@ -93,7 +98,8 @@ def test_the_counts_reach_the_kernels(monkeypatch):
             found = model.inputs_embeds(filled_batch(batch, replace(bucket_of(batch.plan), tiles=tiles + 2)))
         expected = model.inputs_embeds(batch)
     torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-4, atol=1e-5)
-    assert not rows[0][tiles:].any() and rows[0][:tiles].any()
+    assert not rows[0][tiles:].any()
+    assert rows[0][:tiles].any()
     assert [c.tolist() for c in counts if c is not None] == [[len(batch.plan.column("kept"))]] * 2
 
 
@@ -107,7 +113,8 @@ def test_a_hooked_projector_runs_itself(case, what):
             model.inputs_embeds(batch)
     finally:
         hook.remove()
-    assert seen and not calls
+    assert seen
+    assert not calls
 
 
 def test_text_alone_goes_step_by_step(case):
@@ -122,7 +129,8 @@ def test_parts_of_other_dtypes_go_step_by_step(case):
     model, batch, calls = case
     model.decoder.half()
     expected, found = (run(model, batch, backend) for backend in ("reference", "triton"))
-    assert not calls and found[0].dtype == torch.float16
+    assert not calls
+    assert found[0].dtype == torch.float16
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=2e-3 * theirs.abs().max().item())
 
@@ -134,4 +142,5 @@ def test_autocast_goes_step_by_step(case):
             expected = model.inputs_embeds(batch)
         with use_backend("triton"):
             assert torch.equal(model.inputs_embeds(batch), expected)
-    assert not calls and expected.dtype == torch.float32
+    assert not calls
+    assert expected.dtype == torch.float32

@@ -24,7 +24,8 @@ def test_tiles_made_on_the_device_are_those_of_the_host(name, backend):
     host = Batch.from_prepared(processor.prepare(requests))
     with use_backend(backend):
         device = Batch.from_prepared(on_device.prepare(requests))
-    assert torch.equal(host.tiles, device.tiles) and torch.equal(host.flat, device.flat)
+    assert torch.equal(host.tiles, device.tiles)
+    assert torch.equal(host.flat, device.flat)
     assert (processor.tiles(PICTURES[0]) == on_device.tiles(PICTURES[0])).all()
 
 

@@ -31,11 +31,13 @@ def test_fillers_change_no_row(name):
     model = tiny.pair(name).ours
     for batch in batches(model):
         bucket = bucket_of(batch.plan)
-        assert bucket.tiles >= batch.plan.tiles and bucket.rows >= batch.plan.rows
+        assert bucket.tiles >= batch.plan.tiles
+        assert bucket.rows >= batch.plan.rows
         for larger in (bucket, Bucket(bucket.tiles + 2, bucket.kept + 70, bucket.rows + 5)):
             filled = filled_batch(batch, larger)
             out = model.inputs_embeds(filled)
-            assert out.shape[0] == larger.rows and len(filled.tiles) == larger.tiles
+            assert out.shape[0] == larger.rows
+            assert len(filled.tiles) == larger.tiles
             torch.testing.assert_close(out[: batch.plan.rows], model.inputs_embeds(batch), rtol=1e-5, atol=1e-6)
             assert not out[batch.plan.rows :].any()
 
@@ -70,7 +72,8 @@ def test_buckets_waste_at_most_a_fifth_of_the_tiles_and_a_third_of_the_rows():
     for digits, most in ((2, 3 / 2), (3, 5 / 4)):
         for number in range(1, 5000):
             rounded = _round_up(number, 1, digits)
-            assert number <= rounded <= most * number and _round_up(rounded, 1, digits) == rounded
+            assert number <= rounded <= most * number
+            assert _round_up(rounded, 1, digits) == rounded
     assert [_round_up(number, 1, 3) for number in (1, 2, 3, 5, 7, 9, 13, 40)] == [1, 2, 3, 5, 7, 10, 14, 40]
     assert len({_round_up(number, 64) for number in range(1, 5000)}) < 20
     assert bucket_of(replace(plan, tiles=5)).tiles == 5

@@ -78,7 +78,8 @@ def test_features_and_gradients_are_transformers(kind, layer):
         if reference[name] is None or parameter.grad is None:
             assert reference[name] is parameter.grad, name
         elif reference[name].abs().max() < 1e-6 * largest:
-            assert parameter.grad.abs().max() < 1e-6 * largest and name.endswith("k_proj.bias"), name
+            assert parameter.grad.abs().max() < 1e-6 * largest, name
+            assert name.endswith("k_proj.bias"), name
         else:
             assert_close("InternViT gradients", parameter.grad, reference[name])
     unused = {id(parameter) for module in tower.unused() for parameter in module.parameters()}
@@ -112,7 +113,8 @@ def test_kernels_give_what_steps_give():
 def test_its_config_is_written_as_it_was_read(kind):
     config = TOWERS["internvl_vision"].from_hf(hf_tower(kind).config, feature_layers=(-1,))
     again = TOWERS["internvl_vision"].from_hf(InternVLVisionConfig(**config.to_hf()), feature_layers=(-1,))
-    assert again == config and config.rows_per_tile == 17
+    assert again == config
+    assert config.rows_per_tile == 17
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,9 @@ def test_blocks_are_in_row_major_order():
     rows = torch.arange(16.0)[None, :, None]  # a square of 4 x 4 rows
     assert shuffled(rows, 2)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
     config = PixelShuffleConfig(8, 16)
-    assert config.rows_of(16) == 4 and not config.rowwise and CONNECTORS.name_of(type(config)) == "pixel_shuffle"
+    assert config.rows_of(16) == 4
+    assert not config.rowwise
+    assert CONNECTORS.name_of(type(config)) == "pixel_shuffle"
     with pytest.raises(ValueError, match="17 rows a tile are no square"):
         config.rows_of(17)
     assert config.build()(torch.zeros(0, 16, 8)).shape == (0, 4, 16)
@@ -233,7 +237,8 @@ def test_text_alone_and_a_model_that_runs_every_part(pair):
         ours.runs_every_part = True
         out = ours(empty, logits="all").logits
         out.sum().backward()
-        assert ours.projector.linear_1.weight.grad is not None and not ours.projector.linear_1.weight.grad.any()
+        assert ours.projector.linear_1.weight.grad is not None
+        assert not ours.projector.linear_1.weight.grad.any()
     finally:
         ours.runs_every_part = False
     with torch.no_grad():

@@ -33,9 +33,8 @@ def test_rotary_tables_are_transformers_to_the_bit(name, dtype):
     ours_cos, ours_sin = pair.ours.decoder.rope(position, dtype, Spans((0,), (rows,)))
     assert torch.equal(ours_cos[:, 0], cos[0])
     half = sin.shape[-1] // 2  # ours carries the sign of the rotated half
-    assert torch.equal(ours_sin[:, 0, half:], sin[0, :, half:]) and torch.equal(
-        -ours_sin[:, 0, :half], sin[0, :, :half]
-    )
+    assert torch.equal(ours_sin[:, 0, half:], sin[0, :, half:])
+    assert torch.equal(-ours_sin[:, 0, :half], sin[0, :, :half])
 
 
 def test_rms_norm_rounds_as_transformers():
@@ -158,9 +157,11 @@ def test_the_tower_gives_the_selected_hidden_states(name):
 
 def test_layers_above_the_selected_one_do_not_run():
     tower = tiny.pair("next").ours.vision_tower
-    assert tower.config.layers_needed == 2 and len(tower.encoder.layers) == 3
+    assert tower.config.layers_needed == 2
+    assert len(tower.encoder.layers) == 3
     deep = VisionTower(dataclasses.replace(tower.config, feature_layers=(-1, 0)))
-    assert deep.config.layers_needed == 3 and deep.config.feature_size == 2 * tower.config.hidden_size
+    assert deep.config.layers_needed == 3
+    assert deep.config.feature_size == 2 * tower.config.hidden_size
 
 
 # ---------------------------------------------------------------- whole models
@@ -205,7 +206,8 @@ def test_a_model_can_change_its_dtype_after_use():
         first = model(model.prepare([request()]), logits="all").logits
         model.double()
         double = model(model.prepare([request()]), logits="all").logits
-        assert double.dtype == torch.float64 and (first - double).abs().max() < 1e-4 * double.abs().max()
+        assert double.dtype == torch.float64
+        assert (first - double).abs().max() < 1e-4 * double.abs().max()
         generated = model.generate([request()], max_new_tokens=8, ignore_eos=True)[0].token_ids
         model.float()
         assert torch.equal(model(model.prepare([request()]), logits="all").logits, first)

@@ -22,7 +22,8 @@ def test_the_plan_of_a_sequence_with_tails():
         tower_rows_per_tile=1,
         tails=[(2, 3), (1, 1)],
     )
-    assert plan.lengths == (9, 4) and plan.tails == ((2, 3), (1, 1))
+    assert plan.lengths == (9, 4)
+    assert plan.tails == ((2, 3), (1, 1))
     assert plan.column("position").tolist() == [0, 1, 2, 3, 4, 5, 4, 5, 6, 0, 1, 2, 2]
     # The prefix's last row predicts the first token of each tail.
     assert plan.column("supervised_row").tolist() == [2, 3, 4, 3, 6, 7, 10, 10]
@@ -62,12 +63,14 @@ def gradients(model, loss) -> dict:
 def assert_same_gradients(found: dict, expected: dict, limit: float = 1e-5) -> None:
     """Relative to each one's largest value. A shift of all keys changes no attention, so a key's bias has a gradient
     of 0, of which both need only be near (see tests/test_parity_gradients.py)."""
-    assert found.keys() == expected.keys() and expected
+    assert found.keys() == expected.keys()
+    assert expected
     floor = 1e-6 * max(float(each.abs().max()) for each in expected.values())
     for name, wanted in expected.items():
         difference, largest = float((found[name] - wanted).abs().max()), float(wanted.abs().max())
         if largest < floor:
-            assert float(found[name].abs().max()) < floor and name.endswith("k_proj.bias"), name
+            assert float(found[name].abs().max()) < floor, name
+            assert name.endswith("k_proj.bias"), name
         else:
             assert difference <= limit * largest, (name, difference / largest)
 

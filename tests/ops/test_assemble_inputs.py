@@ -1,5 +1,7 @@
 """assemble_inputs: every backend against plain autograd in float64, fillers, frozen parts, torch.library's checks."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -41,7 +43,7 @@ class Case:
         self.has_bias = bias
         self.count = None
         made = [torch.randn(rows, widths[0])]
-        made += [torch.randn(out, width) / width**0.5 for width, out in zip(widths, widths[1:], strict=False)]
+        made += [torch.randn(out, width) / width**0.5 for width, out in itertools.pairwise(widths)]
         made += [torch.randn(out) for out in widths[1:]] if bias else []
         made += [torch.randn(VOCABULARY, widths[-1]), torch.randn(constants, widths[-1])]
         self.tensors = [tensor.to(DEVICE, dtype) for tensor in made]
@@ -88,7 +90,7 @@ def test_fillers_after_a_count(backend, kept, widths, trained, poisoned):
     """As a bucket has them: blocks of fillers alone, and one with both."""
     case = Case(60, kept, 20, 3, widths, fillers=64)
     case.count = torch.tensor([kept], dtype=torch.int32, device=DEVICE)
-    with triton_support.forced({kernel: SMALL for kernel in KERNELS}):
+    with triton_support.forced(dict.fromkeys(KERNELS, SMALL)):
         case.check(backend, list(trained))
 
 
@@ -97,7 +99,7 @@ def test_fillers_after_a_count(backend, kept, widths, trained, poisoned):
 @pytest.mark.parametrize("widths", [(24, 32), (24, 31, 33), (31, 24, 40, 33)], ids=str)
 def test_depths_and_odd_widths_in_several_tiles(backend, widths, bias, poisoned):
     case = Case(60, 45, 20, 3, widths, bias=bias, fillers=2)
-    with triton_support.forced({kernel: SMALL for kernel in KERNELS}):
+    with triton_support.forced(dict.fromkeys(KERNELS, SMALL)):
         case.check(backend, list(range(len(case.tensors))))
 
 
@@ -139,7 +141,8 @@ def test_rows_that_are_not_kept_get_no_gradient(backend, poisoned):
         (grad,) = torch.autograd.grad(case.op(*case.tensors).square().sum(), case.tensors[0])
     kept = torch.zeros(40, dtype=torch.bool, device=DEVICE)
     kept[case.kept.long()] = True
-    assert not grad[~kept].any() and grad[kept].any(dim=1).all()
+    assert not grad[~kept].any()
+    assert grad[kept].any(dim=1).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -205,10 +208,10 @@ def test_arguments_are_checked():
     features, w0, w1, b0, b1, embedding, constant = case.tensors
     with pytest.raises(ValueError, match="2 weights and 1 biases"):
         assemble_inputs(features, case.kept, [w0, w1], [b0], case.source, case.row, embedding, constant, case.uses)
-    with pytest.raises(ValueError, match="weight 0 is .8, 12., but its input has 8 features"):
+    with pytest.raises(ValueError, match=r"weight 0 is .8, 12., but its input has 8 features"):
         assemble_inputs(features, case.kept, [w1, w1], [], case.source, case.row, embedding, constant, case.uses)
+    kept = case.kept[:8]
     with pytest.raises(ValueError, match="9 visual and 1 constant rows, but 8 rows are kept"):
-        kept = case.kept[:8]
         assemble_inputs(features, kept, [w0, w1], [b0, b1], case.source, case.row, embedding, constant, case.uses)
     with pytest.raises(ValueError, match="projector 12, embedding 8"):
         assemble_inputs(features, case.kept, [w0], [b0], case.source, case.row, embedding, constant, case.uses)

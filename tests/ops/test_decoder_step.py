@@ -308,7 +308,7 @@ def test_operands_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="cos"):
         decoder_step(x, weights, cos[:2], sin, segments, tables, before)
     for wrong in ([], [segments[0][:2]], [segments[0], segments[0][:, :, :, :, :3]], [segments[0][0]]):
-        with pytest.raises(ValueError, match="every segment|does not lie"):
+        with pytest.raises(ValueError, match=r"every segment|does not lie"):
             decoder_step(x, weights, cos, sin, wrong, tables, before)
     with pytest.raises(ValueError, match="2 tables of blocks for 3 sequences"):
         decoder_step(x, weights, cos, sin, segments, tables[:2], before)
@@ -320,7 +320,7 @@ def test_operands_that_do_not_fit_are_refused():
         for runs in ([-1, 9], [0, 1 << 40], [1 << 40, 9], [0, -1, 0, 9]):
             with use_backend(backend), pytest.raises(ValueError, match="do not lie in one segment"):
                 decoder_step(x, weights, cos, sin, segments, [tables[0], runs, tables[2]], before)
-    with pytest.raises(ValueError, match="must be torch.float32"):
+    with pytest.raises(ValueError, match=r"must be torch.float32"):
         decoder_step(x.double(), weights, cos, sin, segments, tables, before)
     layers = list(weights.layers)
     layers[1] = layers[1]._replace(o_bias=torch.zeros(9))

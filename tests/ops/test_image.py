@@ -55,7 +55,8 @@ def check(backend, batch, views, pillow=None, patch=0):
     expected = np.concatenate([make_tiles(image, v, 28, **options) for image, v in zip(batch, views, strict=True)])
     with use_backend(backend):
         found = image_tiles(flat(batch), planned(batch, views, pillow, patch))
-    assert found.dtype == torch.uint8 and found.is_contiguous()
+    assert found.dtype == torch.uint8
+    assert found.is_contiguous()
     np.testing.assert_array_equal(found.cpu().numpy(), expected)
 
 

@@ -78,7 +78,8 @@ def test_linear_act_under_autocast_is_nn_linear_under_autocast():
     x, weight, bias = (torch.randn(size, device=DEVICE, requires_grad=True) for size in ((4, 8), (6, 8), 6))
     with torch.autocast(DEVICE, torch.bfloat16):
         found, expected = linear_act(x, weight, bias, "gelu"), F.gelu(F.linear(x, weight, bias))
-    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
     mine, theirs = (torch.autograd.grad(y.float().sum(), (x, weight, bias)) for y in (found, expected))
     for a, b in zip(mine, theirs, strict=True):
         assert a.dtype == torch.float32
@@ -113,7 +114,8 @@ def test_assemble_inputs_under_autocast_projects_in_its_dtype():
         found = assemble_inputs(features, kept, [w0, w1], [], source, row, embedding, constant, uses)
         projected = F.linear(F.gelu(F.linear(features[kept.long()], w0)), w1)
     expected = torch.cat([embedding[6:], projected.float()])
-    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
     mine, theirs = (torch.autograd.grad(y.sum(), tables[:4]) for y in (found, expected))
     for a, b in zip(mine, theirs, strict=True):
         assert a.dtype == torch.float32

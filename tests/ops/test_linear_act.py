@@ -15,7 +15,7 @@ SMALL = {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP": 2}  # several til
 
 @pytest.fixture
 def small_blocks():
-    with triton_support.forced({kernel: SMALL for kernel in KERNELS}):
+    with triton_support.forced(dict.fromkeys(KERNELS, SMALL)):
         yield
 
 

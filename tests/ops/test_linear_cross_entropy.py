@@ -63,7 +63,9 @@ def test_no_rows(backend):
     with use_backend(backend):
         loss = linear_cross_entropy(hidden, weight, target, bias)
         gradients = torch.autograd.grad(loss.sum(), (hidden, weight))
-    assert loss.shape == (0,) and gradients[0].shape == hidden.shape and not gradients[1].any()
+    assert loss.shape == (0,)
+    assert gradients[0].shape == hidden.shape
+    assert not gradients[1].any()
 
 
 def test_the_table_of_logits_never_exists(monkeypatch):

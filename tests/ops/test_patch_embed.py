@@ -49,7 +49,7 @@ def made(tiles=3, size=(28, 28), patch=14, width=24, bias=True, class_row=True, 
 
 def as_patch_rows(tiles, patch):
     """Planar tiles as the image op's patch rows, the padding filled with what must not matter."""
-    count, _, height, width = tiles.shape
+    _count, _, height, width = tiles.shape
     whole = tiles[:, :, : height // patch * patch, : width // patch * patch]
     rows = whole.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
     return F.pad(rows, (0, -rows.shape[2] % 16), value=77)

@@ -10,7 +10,7 @@ from llava_fast.ops.backend import BackendError
 from llava_fast.ops.triton_support import forced
 from tests.support.kernel_checks import DEVICE, DTYPES, check_op, relative
 
-on_backends = pytest.mark.parametrize("backend", ("reference", "triton"))
+on_backends = pytest.mark.parametrize("backend", ["reference", "triton"])
 
 
 def arguments(batch, heads, key_heads, rows, size, dtype=torch.float32, tables=None):
@@ -52,7 +52,8 @@ def test_the_reference_is_transformers_function():
 def test_half_precision_rounds_as_transformers_function_does(dtype):
     args = arguments(2, 4, 2, 9, 32, dtype)
     for found, expected in zip(rope(*args), apply_rotary_pos_emb(*args), strict=True):
-        assert found.dtype == expected.dtype and found.stride() == expected.stride()
+        assert found.dtype == expected.dtype
+        assert found.stride() == expected.stride()
         if dtype == torch.float32:
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
         else:
@@ -208,5 +209,5 @@ def test_what_does_not_fit_is_refused():
         rope(query[0].transpose(0, 1), key[0].transpose(0, 1), cos, sin)
     with pytest.raises(ValueError, match="all must be floating"):
         rope(query.int(), key.int(), cos, sin)
-    with use_backend("triton"), pytest.raises(BackendError, match="torch.float64 is not among"):
+    with use_backend("triton"), pytest.raises(BackendError, match=r"torch.float64 is not among"):
         rope(query.double(), key.double(), cos, sin)

@@ -8,7 +8,7 @@ from llava_fast.ops import swiglu, use_backend
 from llava_fast.ops.backend import BackendError
 from tests.support.kernel_checks import DEVICE, DTYPES, check_op
 
-on_backends = pytest.mark.parametrize("backend", ("reference", "triton"))
+on_backends = pytest.mark.parametrize("backend", ["reference", "triton"])
 
 
 def arguments(*shape, dtype=torch.float32):
@@ -78,7 +78,9 @@ def test_arguments_stay_as_they_were():
     before, grad = (gate.detach().clone(), up.detach().clone()), torch.randn(3, 24, device=DEVICE)
     kept = grad.clone()
     torch.autograd.grad(swiglu(gate, up), (gate, up), grad)
-    assert torch.equal(gate, before[0]) and torch.equal(up, before[1]) and torch.equal(grad, kept)
+    assert torch.equal(gate, before[0])
+    assert torch.equal(up, before[1])
+    assert torch.equal(grad, kept)
 
 
 @on_backends
@@ -132,10 +134,10 @@ def test_what_does_not_fit_is_refused():
     gate, up = arguments(3, 24)
     with pytest.raises(ValueError, match=r"gate \(3, 24\) and up \(3, 23\) must be alike"):
         swiglu(gate, up[:, 1:])
-    with pytest.raises(ValueError, match="must be floating, got torch.float32 and torch.int32"):
+    with pytest.raises(ValueError, match=r"must be floating, got torch.float32 and torch.int32"):
         swiglu(gate, up.int())
     with use_backend("triton"):
-        with pytest.raises(BackendError, match="torch.float64 is not among"):
+        with pytest.raises(BackendError, match=r"torch.float64 is not among"):
             swiglu(gate.double(), up.double())
         with pytest.raises(BackendError, match="dtypes differ"):
             swiglu(gate, up.half())

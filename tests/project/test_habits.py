@@ -21,13 +21,14 @@ def read_yaml(path: Path) -> dict:
 
 
 def targets() -> set[str]:
-    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_workflow_is_whole(path):
     content = read_yaml(path)
-    assert content["name"] == path.stem and content[True]  # YAML 1.1 reads `on` as true
+    assert content["name"] == path.stem
+    assert content[True]
     for job in content["jobs"].values():
         assert job["runs-on"]
         for step in job["steps"]:
@@ -47,34 +48,38 @@ def test_an_issue_form_is_whole(path):
     content = read_yaml(path)
     if path.stem == "config":
         return
-    assert content["name"] and content["description"]
+    assert content["name"]
+    assert content["description"]
     ids = [field["id"] for field in content["body"]]
-    assert len(set(ids)) == len(ids) and all(field["attributes"]["label"] for field in content["body"])
+    assert len(set(ids)) == len(ids)
+    assert all(field["attributes"]["label"] for field in content["body"])
 
 
 def test_a_bug_report_asks_for_doctor():
     (field,) = [
         field for field in read_yaml(ROOT / ".github/ISSUE_TEMPLATE/bug.yml")["body"] if field["id"] == "doctor"
     ]
-    assert "llava-fast doctor" in field["attributes"]["label"] and field["validations"]["required"]
+    assert "llava-fast doctor" in field["attributes"]["label"]
+    assert field["validations"]["required"]
 
 
 def test_targets_that_are_no_files_say_so():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert targets() == set(re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split())
+    assert targets() == set(re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split())
 
 
 def test_every_public_name_is_on_a_page_of_the_api():
     pages = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs" / "api").glob("*.md")))
-    shown = {name.rpartition(".")[2] for name in re.findall(r"^::: ([\w.]+)$", pages, re.M)}
+    shown = {name.rpartition(".")[2] for name in re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE)}
     errors = {name for name in llava_fast.__all__ if name.endswith("Error")}  # all of them, with their module
-    assert set(llava_fast.__all__) - errors - {"ops", "__version__"} <= shown and "errors" in shown
+    assert set(llava_fast.__all__) - errors - {"ops", "__version__"} <= shown
+    assert "errors" in shown
     assert set(llava_fast.ops.__all__) <= shown
 
 
 def test_every_name_on_a_page_of_the_api_is_there():
     for page in sorted((ROOT / "docs" / "api").glob("*.md")):
-        for name in re.findall(r"^::: ([\w.]+)$", page.read_text(encoding="utf-8"), re.M):
+        for name in re.findall(r"^::: ([\w.]+)$", page.read_text(encoding="utf-8"), re.MULTILINE):
             module, _, attribute = name.rpartition(".")
             found = importlib.import_module(module)
             assert hasattr(found, attribute) or importlib.util.find_spec(name), f"{page.name}: there is no {name}"
@@ -82,10 +87,11 @@ def test_every_name_on_a_page_of_the_api_is_there():
 
 def test_the_documentation_is_pinned():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    wanted = yaml.safe_load(re.search(r"^docs = (\[.*\])", project, re.M)[1])
+    wanted = yaml.safe_load(re.search(r"^docs = (\[.*\])", project, re.MULTILINE)[1])
     lines = (ROOT / "constraints-docs.txt").read_text(encoding="utf-8").splitlines()
     pinned = {line.split("==")[0] for line in lines if line and line[0] != "#"}
-    assert wanted and {re.match(r"[\w-]+", name)[0] for name in wanted} <= pinned
+    assert wanted
+    assert {re.match(r"[\w-]+", name)[0] for name in wanted} <= pinned
     assert all("==" in line for line in lines if line and line[0] != "#")
 
 
@@ -102,7 +108,7 @@ def test_what_is_listed_as_slow_is_there():
     for line in lines:
         file, _, test = line.partition("::")
         assert (ROOT / file).is_file(), f"{line}: no such file"
-        assert not test or re.search(rf"^def {test}\(", (ROOT / file).read_text(encoding="utf-8"), re.M), (
+        assert not test or re.search(rf"^def {test}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), (
             f"{line}: no such test"
         )
 

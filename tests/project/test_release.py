@@ -71,12 +71,15 @@ def test_a_tree_that_is_not_clean_or_tagged_already(tree):
     git(folder, "tag", "v1.2.0")
     (folder / "left over").write_text("")
     wrong = release.faults(folder)
-    assert "not clean" in wrong[0] and "left over" in wrong[0] and "the tag v1.2.0 exists" in wrong[1]
+    assert "not clean" in wrong[0]
+    assert "left over" in wrong[0]
+    assert "the tag v1.2.0 exists" in wrong[1]
 
 
 def test_the_changelog_of_this_project_is_in_its_form():
     found = release.sections((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
-    assert found[0][0] == "Unreleased" and release.version(ROOT) in [name for name, *_ in found]
+    assert found[0][0] == "Unreleased"
+    assert release.version(ROOT) in [name for name, *_ in found]
     for name, _, text in found:
         titles = [line for line in text.splitlines() if line.startswith("#")]
         known = ["### Added", "### Changed", "### Deprecated", "### Removed", "### Fixed", "### Security"]

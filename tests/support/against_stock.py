@@ -120,7 +120,8 @@ def assert_same_outputs(model, stock, inputs: dict, **kwargs) -> None:
     """The same fields; logits, loss and what is told of images and videos within 1e-5."""
     with torch.no_grad():
         found, expected = model(**inputs, **kwargs), stock(**inputs, **kwargs)
-    assert list(found) == list(expected) and type(found) is type(expected)
+    assert list(found) == list(expected)
+    assert type(found) is type(expected)
     for field in ("logits", "loss"):
         if expected.get(field) is not None:
             assert_close(f"accelerated {field}", found[field], expected[field], 1e-5)

@@ -14,7 +14,8 @@ def relative(found: Tensor, expected: Tensor) -> float:
     assert found.shape == expected.shape, (found.shape, expected.shape)
     if not found.numel():
         return 0.0
-    assert found.isfinite().all() and expected.isfinite().all()
+    assert found.isfinite().all()
+    assert expected.isfinite().all()
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 

@@ -134,7 +134,7 @@ def _group_of(pid: str) -> int:
 
 def _be_one(recipe: str, log: str, rank: int, processes: int, port: int, kill: str, alone: bool) -> None:
     """What a forked process does, to its end."""
-    global die
+    global die  # noqa: PLW0603 of a forked process, which ends here
     status = 1
     try:
         said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -67,7 +67,7 @@ def llama_3_tokenizer() -> PreTrainedTokenizerFast:
 
 
 TOKENIZERS = {
-    "bytes": lambda: tiny.tokenizer(),
+    "bytes": tiny.tokenizer,
     "bytes without bos": lambda: tiny.tokenizer(bos=False),
     "llama": lambda: llama_tokenizer(False),
     "llama legacy": lambda: llama_tokenizer(True),

@@ -31,7 +31,8 @@ def imports(root: Path = ROOT) -> dict[tuple[str, str], str]:
             if isinstance(node, ast.Import):
                 targets = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
-                assert not node.level and node.module, f"{path}:{node.lineno}: a relative import"
+                assert not node.level, f"{path}:{node.lineno}: a relative import"
+                assert node.module, f"{path}:{node.lineno}: a relative import"
                 whole = [f"{node.module}.{alias.name}" for alias in node.names]
                 targets = [name if name in (*modules, "llava_fast._C") else node.module for name in whole]
             else:

@@ -211,7 +211,8 @@ def hf_model(case: Case, seed: int = 0):
         for name, parameter in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-                parameter *= 2.0 if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0  # as sharp as trained
+                if name.endswith(("q_norm.weight", "k_norm.weight")):
+                    parameter.mul_(2)  # as sharp as trained
             else:
                 parameter.normal_(0, case.scale if parameter.dim() > 1 else 0.1)
     return model

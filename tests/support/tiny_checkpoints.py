@@ -115,7 +115,8 @@ def assert_same_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]
     parameters = dict(model.named_parameters())
     assert parameters.keys() == tensors.keys()
     for name, parameter in parameters.items():
-        assert parameter.dtype == tensors[name].dtype and torch.equal(parameter, tensors[name]), name
+        assert parameter.dtype == tensors[name].dtype, name
+        assert torch.equal(parameter, tensors[name]), name
 
 
 ORIGINAL = {

@@ -46,12 +46,14 @@ def test_a_sample_becomes_a_request(tmp_path):
     path = write(tmp_path / "data.json", [sample("000123"), sample("000124", ["b.jpg", "c/d.png"], bbox=[1])])
     table = read_sources([Source(path=path, images=str(tmp_path / "pictures"))])
     first, second = table
-    assert first.name == "data.json[0] (id 000123)" == first.request["id"] and first.source == 0
+    assert first.name == "data.json[0] (id 000123)" == first.request["id"]
+    assert first.source == 0
     assert first.request["messages"] == [
         {"role": "user", "content": "<image>\nWhat is it?"},
         {"role": "assistant", "content": "A cat."},
     ]
-    assert first.request["images"] == [f"{tmp_path}/pictures/a.jpg"] and "video" not in first.request
+    assert first.request["images"] == [f"{tmp_path}/pictures/a.jpg"]
+    assert "video" not in first.request
     assert second.request["images"] == [f"{tmp_path}/pictures/b.jpg", f"{tmp_path}/pictures/c/d.png"]
     assert table.unread == {"bbox": 1}
 
@@ -70,7 +72,8 @@ def test_images_are_relative_to_the_data_file_unless_told_otherwise(tmp_path):
 def test_text_only(tmp_path, absent):
     value = {"conversations": turns("Hello", "Hi"), **absent}
     (only,) = table_of(tmp_path, value)
-    assert only.name == "data.json[0]" and only.request["images"] == []
+    assert only.name == "data.json[0]"
+    assert only.request["images"] == []
 
 
 def test_an_image_mark_moves_to_the_front_as_in_training(tmp_path):
@@ -84,16 +87,19 @@ def test_a_video_is_marked_by_image_or_video(tmp_path):
     for mark in ("<image>", "<video>"):
         (only,) = table_of(tmp_path, {"video": "a.mp4", "conversations": turns(f"{mark}\nWhat?", "A cat.")})
         assert only.request["messages"][0]["content"] == "<video>\nWhat?"
-        assert only.request["video"] == f"{tmp_path}/a.mp4" and only.request["images"] == []
+        assert only.request["video"] == f"{tmp_path}/a.mp4"
+        assert only.request["images"] == []
     both = {"video": ["a.mp4"], "image": "a.jpg", "conversations": turns("<image>\n<video>\nWhat?", "A cat.")}
     request = table_of(tmp_path, both)[0].request
-    assert request["messages"][0]["content"] == "<image>\n<video>\nWhat?" and len(request["images"]) == 1
+    assert request["messages"][0]["content"] == "<image>\n<video>\nWhat?"
+    assert len(request["images"]) == 1
 
 
 def test_messages_are_read_too(tmp_path):
     plain = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}], "id": 7}
     (only,) = table_of(tmp_path, plain)
-    assert only.request["messages"] == plain["messages"] and only.name == "data.json[0] (id 7)"
+    assert only.request["messages"] == plain["messages"]
+    assert only.name == "data.json[0] (id 7)"
     items = [
         {"type": "text", "text": "<image> and"},
         {"type": "image_url", "image_url": {"url": "b.jpg"}},
@@ -105,7 +111,8 @@ def test_messages_are_read_too(tmp_path):
     }
     (only,) = table_of(tmp_path, value)
     content = only.request["messages"][0]["content"]
-    assert content[1] == {"type": "image", "image": f"{tmp_path}/b.jpg"} and content[2] == {"type": "image"}
+    assert content[1] == {"type": "image", "image": f"{tmp_path}/b.jpg"}
+    assert content[2] == {"type": "image"}
     assert only.request["images"] == [f"{tmp_path}/a.jpg", f"{tmp_path}/c.jpg"]
 
 
@@ -138,10 +145,13 @@ def test_samplings(tmp_path):
         return ids(read_sources([Source(path=path, sampling=sampling, seed=seed)]))
 
     assert taken("first:10%") == ["0", "1"]  # a share is rounded up
-    assert taken("end:2") == ["9", "10"] and taken("end:100") == taken("all")
+    assert taken("end:2") == ["9", "10"]
+    assert taken("end:100") == taken("all")
     drawn = taken("random:4")
-    assert len(set(drawn)) == 4 and drawn == taken("random:4") != taken("random:4", seed=1)
-    assert drawn != taken("first:4") and taken("first:0.5%") == ["0"]
+    assert len(set(drawn)) == 4
+    assert drawn == taken("random:4") != taken("random:4", seed=1)
+    assert drawn != taken("first:4")
+    assert taken("first:0.5%") == ["0"]
 
 
 @pytest.mark.parametrize("wrong", ["first", "first:", "half:3", "first:1.5", "first:-1", "10%"])
@@ -168,21 +178,24 @@ def test_parts_of_a_mixture_are_drawn_apart(tmp_path):
     mixture = tmp_path / "mixture.yaml"
     mixture.write_text("datasets:" + f"\n- {{json_path: {path}, sampling_strategy: 'random:50%'}}" * 2)
     drawn = ids(read_sources([Source(path=str(mixture))]))
-    assert len(drawn) == 40 and drawn[:20] != drawn[20:]
+    assert len(drawn) == 40
+    assert drawn[:20] != drawn[20:]
     assert drawn != ids(read_sources([Source(path=str(mixture), seed=1)]))
 
 
 def test_sources_are_told_apart_and_files_of_one_name_too(tmp_path):
     paths = [write(tmp_path / folder / "data.json", [sample(), sample()]) for folder in ("one", "two")]
     table = read_sources([Source(path=paths[0]), Source(path=paths[1], sampling="first:1")])
-    assert table.source_of.tolist() == [0, 0, 1] and table[2].source == 1
+    assert table.source_of.tolist() == [0, 0, 1]
+    assert table[2].source == 1
     assert table.name(2) == f"{paths[1]}[0] (id a)"
 
 
 def test_a_table_goes_to_another_process_and_has_a_fingerprint(tmp_path):
     table = table_of(tmp_path, sample())
     again = pickle.loads(pickle.dumps(table))
-    assert again[0] == table[0] and again.fingerprint() == table.fingerprint()
+    assert again[0] == table[0]
+    assert again.fingerprint() == table.fingerprint()
     assert table_of(tmp_path, sample("b")).fingerprint() != table.fingerprint()
     moved = read_sources([Source(path=str(tmp_path / "data.json"), images="/elsewhere")])
     assert moved.fingerprint() != table_of(tmp_path, sample("b")).fingerprint()
@@ -190,7 +203,7 @@ def test_a_table_goes_to_another_process_and_has_a_fingerprint(tmp_path):
 
 def test_the_documented_sources_are_valid():
     text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
-    (data,) = [yaml.safe_load(each)["data"] for each in re.findall(r"```yaml\n(data:.*?)```", text, re.S)]
+    (data,) = [yaml.safe_load(each)["data"] for each in re.findall(r"```yaml\n(data:.*?)```", text, re.DOTALL)]
     assert len([Source(**each) for each in data["sources"]]) == 4
 
 
@@ -198,7 +211,7 @@ def test_the_documented_sources_are_valid():
 
 
 @pytest.mark.parametrize(
-    "text, says",
+    ("text", "says"),
     [
         ("", "holds no samples"),
         ("[]", "holds no samples"),
@@ -214,31 +227,31 @@ def test_the_documented_sources_are_valid():
 )
 def test_a_file_that_is_no_json(tmp_path, text, says):
     (tmp_path / "data.json").write_text(text)
-    with pytest.raises(DataError, match="data.json") as caught:
+    with pytest.raises(DataError, match=r"data.json") as caught:
         read_sources([Source(path=f"{tmp_path}/data.json")])
     assert says in str(caught.value)
 
 
 def test_a_file_that_is_not_utf8_or_not_there(tmp_path):
     (tmp_path / "data.json").write_bytes(b'[{"id": "\xe4"}]')
-    with pytest.raises(DataError, match="data.json is not UTF-8: byte 9 is 0xe4"):
+    with pytest.raises(DataError, match=r"data.json is not UTF-8: byte 9 is 0xe4"):
         read_sources([Source(path=f"{tmp_path}/data.json")])
-    with pytest.raises(DataError, match="there is no data file .*missing.json"):
+    with pytest.raises(DataError, match=r"there is no data file .*missing.json"):
         read_sources([Source(path=f"{tmp_path}/missing.json")])
     with pytest.raises(DataError, match="there is no data file"):
         read_sources([Source(path=f"{tmp_path}/*.jsonl")])
     (tmp_path / "data.csv").write_text("id")
-    with pytest.raises(DataError, match="neither .json nor .jsonl"):
+    with pytest.raises(DataError, match=r"neither .json nor .jsonl"):
         read_sources([Source(path=f"{tmp_path}/data.csv")])
     (tmp_path / "folder.json").mkdir()
-    with pytest.raises(DataError, match="folder.json cannot be read: Is a directory"):
+    with pytest.raises(DataError, match=r"folder.json cannot be read: Is a directory"):
         read_sources([Source(path=f"{tmp_path}/folder.json")])
     with pytest.raises(DataError, match="nothing to train on"):
         read_sources([])
 
 
 @pytest.mark.parametrize(
-    "text, says",
+    ("text", "says"),
     [
         ("datasets: [", "is not YAML"),
         ("", "is no mixture"),
@@ -318,7 +331,8 @@ def test_a_bad_sample_is_named_when_it_is_asked_for(tmp_path, name):
     assert table[0].request["images"]
     with pytest.raises(DataError) as caught:
         table[1]
-    assert str(caught.value).startswith("data.json[1]") and says in str(caught.value)
+    assert str(caught.value).startswith("data.json[1]")
+    assert says in str(caught.value)
     assert caught.value.kind == kind
 
 

@@ -80,15 +80,20 @@ def test_good_data(folder, tiny_next):
     path = write(folder, GOOD)
     result = run(path, "-m", tiny_next, "--template", "vicuna_v1", "--json", folder / "report.json", "--workers", 0)
     assert result.exit_code == 0, result.output
-    assert "4 samples, no problem found." in result.output and "supervised" in result.output
+    assert "4 samples, no problem found." in result.output
+    assert "supervised" in result.output
     report = json.loads((folder / "report.json").read_text())
-    assert not report["stops_a_training"] and not report["problems"] and report["samples"] == 4
+    assert not report["stops_a_training"]
+    assert not report["problems"]
+    assert report["samples"] == 4
     processor = tiny.pair("next").ours.processor
     visual = sum(processor.prepare([{"prompt": "<image>", "images": [f"{folder}/a.jpg"]}]).plan.column("modality") != 0)
-    assert report["tokens"]["visual"]["max"] >= 2 * 49 and report["tokens"]["visual"]["sum"] > visual
+    assert report["tokens"]["visual"]["max"] >= 2 * 49
+    assert report["tokens"]["visual"]["sum"] > visual
     tokens = report["tokens"]
     assert tokens["all"]["sum"] == tokens["text"]["sum"] + tokens["visual"]["sum"] == report["sources"][0]["tokens"]
-    assert tokens["supervised"]["max"] > 300 and tokens["supervised"]["p50"] < 20
+    assert tokens["supervised"]["max"] > 300
+    assert tokens["supervised"]["p50"] < 20
     assert tokens["text"]["mean"] == pytest.approx(tokens["text"]["sum"] / 4, abs=0.05)
     assert tokens["visual"]["p50"] <= tokens["visual"]["p95"] <= tokens["visual"]["max"]
 
@@ -97,19 +102,24 @@ def test_bad_data_of_every_kind_is_listed(folder, tiny_next):
     values = [*GOOD, *(value for value, _ in BAD.values())]
     path = write(folder, values)
     result = run(path, "-m", tiny_next, "--template", "vicuna_v1", "--json", folder / "report.json", "--workers", 2)
-    assert result.exit_code == 1 and result.exception.args == (1,), result.output
+    assert result.exit_code == 1, result.output
+    assert result.exception.args == (1,), result.output
     report = json.loads((folder / "report.json").read_text())
-    assert report["stops_a_training"] and sum(report["problem_kinds"].values()) == len(BAD)
+    assert report["stops_a_training"]
+    assert sum(report["problem_kinds"].values()) == len(BAD)
     for number, (each, (name, (_, kind))) in enumerate(zip(report["problems"], BAD.items(), strict=True), len(GOOD)):
-        assert each["sample"].startswith(f"data.json[{number}]") and each["kind"] == kind, name
+        assert each["sample"].startswith(f"data.json[{number}]"), name
+        assert each["kind"] == kind, name
         assert each["problem"].startswith(each["sample"]), name
-    assert f"{len(BAD)} problems" in result.output and "data.json[4] (id 000007)" in result.output
+    assert f"{len(BAD)} problems" in result.output
+    assert "data.json[4] (id 000007)" in result.output
     assert report["tokens"]["text"]["sum"] > 300  # of the others
 
 
 def test_only_the_first_problems_are_shown(folder):
     result = run(write(folder, [sample("no.jpg")] * 25), "--workers", 0, "--json", folder / "report.json")
-    assert "data.json[19]:" in result.output and "data.json[20]" not in result.output
+    assert "data.json[19]:" in result.output
+    assert "data.json[20]" not in result.output
     assert "... and 5 more; --json FILE lists every one" in result.output
     assert len(json.loads((folder / "report.json").read_text())["problems"]) == 25
 
@@ -117,13 +127,16 @@ def test_only_the_first_problems_are_shown(folder):
 def test_without_a_model_files_and_turns_are_checked(folder):
     assert run(write(folder, GOOD), "--workers", 0).exit_code == 0
     result = run(write(folder, [*GOOD, sample("cut.jpg")]), "--workers", 0)
-    assert result.exit_code == 1 and "cannot be decoded" in result.output and "p95" not in result.output
+    assert result.exit_code == 1
+    assert "cannot be decoded" in result.output
+    assert "p95" not in result.output
 
 
 def test_headers_only_still_finds_what_is_no_image(folder, tiny_next):
     path = write(folder, [sample("page.jpg"), sample("no.jpg"), sample("empty.jpg")])
     result = run(path, "-m", tiny_next, "--template", "vicuna_v1", "--headers-only", "--workers", 0)
-    assert result.exit_code == 1 and "3 problems: 2 unreadable file, 1 missing file" in result.output
+    assert result.exit_code == 1
+    assert "3 problems: 2 unreadable file, 1 missing file" in result.output
     path = write(folder, [sample("cut.jpg")])
     assert run(path, "-m", tiny_next, "--template", "vicuna_v1", "--headers-only", "--workers", 0).exit_code == 0
 
@@ -133,11 +146,13 @@ def test_too_long_is_said_and_stops_only_if_all_are(folder, tiny_next):
     options = ["-m", tiny_next, "--template", "vicuna_v1", "--workers", 0, "--json", folder / "report.json"]
     result = run(path, *options, "--max-length", 300)
     report = json.loads((folder / "report.json").read_text())
-    assert result.exit_code == 0 and "of 4 samples are longer than 300 tokens" in result.output
+    assert result.exit_code == 0
+    assert "of 4 samples are longer than 300 tokens" in result.output
     assert {"sample": "data.json[3]", "tokens": report["tokens"]["all"]["max"]} in report["too_long"]
     assert report["sources"][0]["too_long"] == len(report["too_long"]) < 4
     result = run(path, *options, "--max-length", 5)
-    assert result.exit_code == 1 and "No sample is left to train on. Raise the length" in result.output
+    assert result.exit_code == 1
+    assert "No sample is left to train on. Raise the length" in result.output
 
 
 def test_a_recipe_is_checked_with_its_own_settings_and_its_training_needs_no_second_look(folder, tiny_next):
@@ -148,9 +163,12 @@ def test_a_recipe_is_checked_with_its_own_settings_and_its_training_needs_no_sec
     path = recipe(folder, tiny_next, sources, max_length=300)
     result = run(path, "--json", folder / "report.json", "--workers", 0)
     report = json.loads((folder / "report.json").read_text())
-    assert result.exit_code == 1 and "two.json[4]" in result.output and "bbox (1)" in result.output
+    assert result.exit_code == 1
+    assert "two.json[4]" in result.output
+    assert "bbox (1)" in result.output
     assert [each["samples_per_epoch"] for each in report["sources"]] == [8, 3]
-    assert [each["problems"] for each in report["sources"]] == [0, 1] and report["max_length"] == 300
+    assert [each["problems"] for each in report["sources"]] == [0, 1]
+    assert report["max_length"] == 300
     assert len(list((folder / "run" / "lengths").glob("*.npz"))) == 1
 
 
@@ -158,14 +176,17 @@ def test_a_recipe_may_skip_problems_but_not_everything(folder, tiny_next):
     bad = sample("no.jpg")
     sources = [{"path": write(folder, [*GOOD, bad])}]
     result = run(recipe(folder, tiny_next, sources), "--workers", 0)
-    assert result.exit_code == 1 and "A training would stop" in result.output
+    assert result.exit_code == 1
+    assert "A training would stop" in result.output
     result = run(recipe(folder, tiny_next, sources, on_problem="skip"), "--workers", 0)
-    assert result.exit_code == 0 and "A training leaves these samples out" in result.output
+    assert result.exit_code == 0
+    assert "A training leaves these samples out" in result.output
     sources.append({"path": f"{folder}/none.json"})
     assert run(recipe(folder, tiny_next, sources, on_problem="skip"), "--workers", 0).exit_code == 1
     only_bad = [{"path": write(folder, [bad], "bad.json")}]
     result = run(recipe(folder, tiny_next, only_bad, on_problem="skip"), "--workers", 0)
-    assert result.exit_code == 1 and "No sample is left to train on." in result.output
+    assert result.exit_code == 1
+    assert "No sample is left to train on." in result.output
 
 
 def test_samples_that_are_cut_are_left_to_train_on(folder, tiny_next):
@@ -174,14 +195,17 @@ def test_samples_that_are_cut_are_left_to_train_on(folder, tiny_next):
         policy: check(plan_for(recipe(folder, tiny_next, sources, max_length=5, too_long=policy)), 0, progress=False)
         for policy in ("drop", "cut")
     }
-    assert (left["drop"].left, left["cut"].left) == (0, 4) and left["drop"].stops and not left["cut"].stops
+    assert (left["drop"].left, left["cut"].left) == (0, 4)
+    assert left["drop"].stops
+    assert not left["cut"].stops
 
 
 def test_what_looks_like_a_mistake_is_said(folder):
     turns = GOOD[2]["conversations"]
     values = [{"conversations": turns[::-1]}, {"conversations": turns[1:] + turns}, *GOOD]
     result = run(write(folder, values), "--workers", 0)
-    assert result.exit_code == 0 and "2 samples begin with an answer, which is left out" in result.output
+    assert result.exit_code == 0
+    assert "2 samples begin with an answer, which is left out" in result.output
     assert "1 samples end with a question without an answer" in result.output
 
 
@@ -189,7 +213,8 @@ def test_a_mixture_is_data(folder):
     write(folder, GOOD)
     (folder / "mixture.yaml").write_text("datasets:\n- json_path: data.json\n  sampling_strategy: first:3\n")
     result = run(folder / "mixture.yaml", "--workers", 0)
-    assert result.exit_code == 0 and "3 samples, no problem found." in result.output
+    assert result.exit_code == 0
+    assert "3 samples, no problem found." in result.output
 
 
 @pytest.mark.parametrize("content", [b'[{"id": 1}, {"id"', b'["\xe4"]', b"[]", None])
@@ -198,12 +223,16 @@ def test_a_data_file_that_is_none_is_a_problem_and_hides_no_other(folder, tiny_n
         (folder / "bad.json").write_bytes(content)
     good = write(folder, [*GOOD, sample("no.jpg")])
     result = run(f"{folder}/bad.json", "--workers", 0)
-    assert result.exit_code == 1 and "[data file]" in result.output and "bad.json" in result.output
+    assert result.exit_code == 1
+    assert "[data file]" in result.output
+    assert "bad.json" in result.output
     path = recipe(folder, tiny_next, [{"path": f"{folder}/bad.json"}, {"path": good}])
     result = run(path, "--workers", 0, "--json", folder / "report.json")
     report = json.loads((folder / "report.json").read_text())
-    assert result.exit_code == 1 and [each["kind"] for each in report["problems"]] == ["data file", "missing file"]
-    assert [each["samples"] for each in report["sources"]] == [0, 5] and report["sources"][1]["problems"] == 1
+    assert result.exit_code == 1
+    assert [each["kind"] for each in report["problems"]] == ["data file", "missing file"]
+    assert [each["samples"] for each in report["sources"]] == [0, 5]
+    assert report["sources"][1]["problems"] == 1
 
 
 def test_a_histogram(folder, tiny_next):
@@ -211,7 +240,8 @@ def test_a_histogram(folder, tiny_next):
     result = run(path, "-m", tiny_next, "--template", "vicuna_v1", "--histogram", folder / "h.png", "--workers", 0)
     assert result.exit_code == 0, result.output
     pixels = Image.open(folder / "h.png").convert("RGB")
-    assert min(pixels.size) > 300 and len(pixels.getcolors(1 << 20)) > 10
+    assert min(pixels.size) > 300
+    assert len(pixels.getcolors(1 << 20)) > 10
 
 
 def test_a_histogram_that_cannot_be_is_refused_at_once(folder, tiny_next, monkeypatch):
@@ -222,7 +252,8 @@ def test_a_histogram_that_cannot_be_is_refused_at_once(folder, tiny_next, monkey
         ("--json", "no/r.json", "there is no folder"),
     ):
         result = run(path, "-m", tiny_next, option, folder / target)
-        assert isinstance(result.exception, DataError) and says in str(result.exception)
+        assert isinstance(result.exception, DataError)
+        assert says in str(result.exception)
     assert "needs a model" in str(run(path, "--histogram", folder / "h.png").exception)
     real = builtins.__import__
 
@@ -260,4 +291,6 @@ def test_a_recipe_is_found_by_its_name_and_changed(folder, tiny_next):
     made = plan_for("llava-1.5-stage1", changes=[f"model={tiny_next}", f"data.sources.0.path={data}"])
     assert (made.template, made.model, made.sources[0].path) == ("plain", str(tiny_next), str(data))
     found = run("llava-1.5-stage1", "-s", f"model={tiny_next}", "-s", f"data.sources.0.path={data}", "--workers", 0)
-    assert found.exit_code == 1 and "missing file" in found.stdout and "000007" in found.stdout
+    assert found.exit_code == 1
+    assert "missing file" in found.stdout
+    assert "000007" in found.stdout

@@ -109,6 +109,7 @@ def test_a_run_has_these_groups_and_the_mean_of_their_means(make_recipe):
         blocks += [[]] * (len(blocks) % 2)
         assert loaders[0].split(step) == [blocks[::2], blocks[1::2]]
     first, second = schedule.order(0), schedule.order(1)
-    assert sorted(first) == sorted(second) == list(range(22)) and first.tolist() != second.tolist()
+    assert sorted(first) == sorted(second) == list(range(22))
+    assert first.tolist() != second.tolist()
     with pytest.raises(RecipeError, match="batch_size a multiple of micro_batch"):
         make_recipe(batch_size=8, micro_batch=3, data={"batching": "grouped"})

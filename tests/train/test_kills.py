@@ -74,7 +74,7 @@ def test_a_worker_that_dies_is_started_again(whole, tmp_path):
         try:
             while agent.poll() is None and not list((recipe.output / "checkpoints").glob("step-*")):
                 time.sleep(0.05)
-            first, second = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+            _first, second = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
             os.kill(int(second), signal.SIGKILL)
             _, said = agent.communicate(timeout=240)
         finally:

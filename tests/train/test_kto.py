@@ -152,7 +152,8 @@ def test_a_step_is_that_of_ordinary_sequences(recipe, rows, recompute, push):
     assert values["answers"] == 6
     assert values["kl"] == pytest.approx(mean, rel=1e-3)  # a difference of log-probabilities of about -50 in float32
     assert values["loss"] == pytest.approx(expected, rel=1e-5)
-    assert found.keys() == gradients.keys() and len(found) > 20
+    assert found.keys() == gradients.keys()
+    assert len(found) > 20
     for name, wanted in gradients.items():
         assert float((found[name] - wanted).abs().max()) <= 2e-4 * float(wanted.abs().max()), name
 
@@ -165,7 +166,8 @@ def test_learns_the_labels(recipe):
     assert found[0]["kl"] == pytest.approx(0, abs=1e-3)
     assert found[-1]["loss"] < 0.45
     assert found[-1]["reward_desirable"] > found[-1]["reward_undesirable"] + 0.3
-    assert {"desirable", "answers"} <= found[0].keys() and "supervised_tokens" not in found[0]
+    assert {"desirable", "answers"} <= found[0].keys()
+    assert "supervised_tokens" not in found[0]
     table = read_labelled(made.data.sources)
     before, after = (llava_fast.load(each, chat_template="vicuna_v1") for each in (made.model, path))
     moved = {True: [], False: []}
@@ -276,7 +278,8 @@ def test_a_bad_answer_is_left_out(recipe, answers_file, tmp_path):
         train(made)
         found = steps(made)
         assert sum(values["left_out"] for values in found) == 2
-        assert sum(values["answers"] for values in found) == 2 * 11 and np.isfinite(losses(made)).all()
+        assert sum(values["answers"] for values in found) == 2 * 11
+        assert np.isfinite(losses(made)).all()
 
 
 # ---------------------------------------------------------------- data
@@ -409,7 +412,8 @@ def test_the_estimate_knows_its_passes(recipe):
             recipe({"reference": "base"}, lora={"rank": 4}, trainable=[]),
         )
     )
-    assert "without gradients" not in ordinary and "the reference" not in base
+    assert "without gradients" not in ordinary
+    assert "the reference" not in base
     assert kto["without gradients"] == kto["forward pass of a sample"]
     assert base["without gradients"] == 2 * base["forward pass of a sample"]
     assert kto["the reference"] > 0

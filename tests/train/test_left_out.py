@@ -75,14 +75,16 @@ def test_a_sample_that_is_bad_at_its_step_is_left_out(over, folder, caplog, work
     with caplog.at_level(logging.WARNING, "llava_fast.train"):
         train(recipe)
     met = left_out(recipe)
-    assert len(losses(recipe)) == 6 and None not in losses(recipe)
+    assert len(losses(recipe)) == 6
+    assert None not in losses(recipe)
     for epoch in (met[:3], met[3:]):  # in each again
         assert sorted(number for step in epoch for number in step) == sorted(BAD)
     listed = (recipe.output / LEFT_OUT).read_text().splitlines()
     assert len(listed) == 3
     for number, name in BAD.items():
         assert sum(f"data.json[{number}] (id sample-{number})" in line and name in line for line in listed) == 1
-    assert "3 samples were left out when they were met" in caplog.text and LEFT_OUT in caplog.text
+    assert "3 samples were left out when they were met" in caplog.text
+    assert LEFT_OUT in caplog.text
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded", "grouped"])
@@ -99,7 +101,8 @@ def test_a_step_is_as_if_the_sample_had_not_been_there(over, folder, monkeypatch
     monkeypatch.setattr(Trainer, "resume", lambda self: 0)
     train(gone)
     np.testing.assert_allclose(losses(recipe), losses(gone), rtol=1e-5)
-    assert sum(map(len, left_out(recipe))) == 3 and not any(left_out(gone))
+    assert sum(map(len, left_out(recipe))) == 3
+    assert not any(left_out(gone))
 
 
 @pytest.mark.parametrize("shape", [{"kind": "ddp"}, {"kind": "fsdp2", "tensor": 2}])
@@ -110,7 +113,8 @@ def test_every_process_leaves_it_out(over, folder, run, shape):
     shared = over("shared", folder, micro_batch_rows=1, steps=3, parallel=shape)
     run(shared, processes=2)
     np.testing.assert_allclose(losses(shared), losses(alone), rtol=1e-4)
-    assert left_out(shared) == left_out(alone) and sum(map(len, left_out(alone))) == 3
+    assert left_out(shared) == left_out(alone)
+    assert sum(map(len, left_out(alone))) == 3
 
 
 def test_a_step_without_a_sound_sample_changes_nothing(over, folder, run):
@@ -119,7 +123,8 @@ def test_a_step_without_a_sound_sample_changes_nothing(over, folder, run):
     alone = over("alone", folder, batch_size=1, epochs=1)
     train(alone)
     spoilt = [step["loss"] is None for step in read_metrics(alone.output / FILE)]
-    assert spoilt == [bool(numbers) for numbers in left_out(alone)] and 0 < sum(spoilt) < 12
+    assert spoilt == [bool(numbers) for numbers in left_out(alone)]
+    assert 0 < sum(spoilt) < 12
     shared = over("shared", folder, batch_size=1, epochs=1, parallel={"kind": "fsdp2"})
     run(shared, processes=2)
     assert [loss is None for loss in losses(shared)] == spoilt
@@ -144,7 +149,8 @@ def test_a_killed_run_leaves_out_the_same(over, folder, tmp_path):
     killed = whole.model_copy(update={"output": tmp_path / "killed"})
     break_off(killed, 5)
     train(killed)
-    assert losses(killed) == losses(whole) and left_out(killed) == left_out(whole)
+    assert losses(killed) == losses(whole)
+    assert left_out(killed) == left_out(whole)
     assert (killed.output / LEFT_OUT).read_text() == (whole.output / LEFT_OUT).read_text()
     assert all(torch.equal(a, b) for a, b in zip(weights(killed), weights(whole), strict=True))
 
@@ -155,7 +161,8 @@ def test_two_killed_processes_leave_out_the_same(over, folder, run):
     run(whole, processes=2)
     assert run(killed, processes=2, kill="step:3") == [-signal.SIGKILL] * 2
     run(killed, processes=2)
-    assert losses(killed) == losses(whole) and left_out(killed) == left_out(whole)
+    assert losses(killed) == losses(whole)
+    assert left_out(killed) == left_out(whole)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -174,7 +181,8 @@ def test_a_run_that_is_to_stop_names_the_file_and_goes_on_once_it_is_taken_out(o
     assert taken == set(BAD)
     with caplog.at_level(logging.WARNING, "llava_fast.train"):
         train(recipe)
-    assert len(losses(recipe)) == 6 and not (recipe.output / LEFT_OUT).exists()
+    assert len(losses(recipe)) == 6
+    assert not (recipe.output / LEFT_OUT).exists()
     assert "samples that this run began with are gone: the others keep their order" in caplog.text
 
 
@@ -182,7 +190,8 @@ def test_two_processes_stop_with_one_line(over, folder, run):
     recipe = over("run", folder, data={"on_problem": "stop"}, parallel={"kind": "ddp"})
     assert run(recipe, processes=2, after=300) == [1, 1]
     said = recipe.output.with_suffix(".log").read_text()
-    assert said.count("TrainingError: step ") == 2 and "cannot be decoded" in said
+    assert said.count("TrainingError: step ") == 2
+    assert "cannot be decoded" in said
 
 
 def sampled(recipe) -> dict[int, list[int]]:
@@ -216,7 +225,8 @@ def test_the_others_keep_their_order(over, tmp_path, caplog, batching):
         after = sampled(resumed)
     assert after == {step: [number for number in before[step] if number not in gone] for step in range(2, 6)}
     assert "3 samples that this run began with are gone" in caplog.text
-    assert "1 samples cannot be used any more" in caplog.text and "sample-8" in caplog.text
+    assert "1 samples cannot be used any more" in caplog.text
+    assert "sample-8" in caplog.text
     assert sampled(resumed) == {}
 
 
@@ -225,7 +235,8 @@ def test_a_run_of_before_samples_were_numbered_goes_on(over, folder, tmp_path):
     train(recipe.model_copy(update={"steps": 2}))
     (recipe.output / FILE_OF_SAMPLES).unlink()
     train(recipe)
-    assert len(losses(recipe)) == 6 and (recipe.output / FILE_OF_SAMPLES).exists()
+    assert len(losses(recipe)) == 6
+    assert (recipe.output / FILE_OF_SAMPLES).exists()
 
 
 @pytest.mark.parametrize("change", ["added", "edited", "moved", "shorter"])
@@ -269,11 +280,13 @@ def test_a_bad_pair_is_left_out(over, pairs, tmp_path, reference):
     train(whole)
     assert sum(step["left_out"] for step in read_metrics(whole.output / FILE)) == 2 * len(BAD)
     assert len((whole.output / LEFT_OUT).read_text().splitlines()) == len(BAD)
-    assert None not in losses(whole) and np.isfinite(losses(whole)).all()
+    assert None not in losses(whole)
+    assert np.isfinite(losses(whole)).all()
     killed = whole.model_copy(update={"output": tmp_path / "killed"})
     break_off(killed, 3)
     train(killed)
-    assert losses(killed) == losses(whole) and left_out(killed) == left_out(whole)
+    assert losses(killed) == losses(whole)
+    assert left_out(killed) == left_out(whole)
 
 
 def test_a_bad_pair_stops_while_the_reference_is_made(over, pairs):
@@ -289,5 +302,6 @@ def test_pairs_may_be_taken_out(over, pairs):
     without(pairs, gone)
     assert sorted(sampled(recipe)) == [1, 2]
     steps = read_metrics(recipe.output / FILE)
-    assert first == 4 and np.isfinite(losses(recipe)).all()
+    assert first == 4
+    assert np.isfinite(losses(recipe)).all()
     assert sum(step["pairs"] + step["left_out"] for step in steps[1:]) in range(5, 9)  # of 8, less those of the three

@@ -51,10 +51,12 @@ GOOD = [sample(), sample(["a.jpg", "b.png"]), sample(None), sample(answer="A lon
 def test_lengths_are_the_plans(folder, processor, workers):
     table = table_of(folder, *GOOD * 10)
     found = measure(table, processor, "answers", workers, progress=False)
-    assert not found.problems and found.text.dtype == np.int32
+    assert not found.problems
+    assert found.text.dtype == np.int32
     for number in range(4):
         plan = processor.prepare([table[number].request], labels=True).plan
-        assert found.text[number] + found.visual[number] == plan.lengths[0] and found.text[number] > 0
+        assert found.text[number] + found.visual[number] == plan.lengths[0]
+        assert found.text[number] > 0
         assert found.supervised[number] == len(plan.column("supervised_row")) > 0
         assert (found.visual[number] > 0) == (number != 2)
     for rows in (found.text, found.visual, found.supervised):
@@ -69,13 +71,15 @@ def test_a_video_is_a_file_or_a_folder_of_frames(folder):
     values = [sample(None, "<image>\nWhat?", video="frames"), sample(None, "<video>\nWhat?", video="frames")]
     for decode in (False, True):
         found = measure(table_of(folder, *values), processor, "answers", 0, decode=decode, progress=False)
-        assert not found.problems and found.visual.tolist() == [16 * 3 * 3] * 2  # 7x7 patches pooled, 16 frames
+        assert not found.problems
+        assert found.visual.tolist() == [16 * 3 * 3] * 2
 
 
 def test_the_context_length_plays_no_part(folder, processor):
     short = dataclasses.replace(processor, max_rows=8)
     found = measure(table_of(folder, *GOOD), short, "answers", 0, progress=False)
-    assert not found.problems and (found.text + found.visual > 8).all()
+    assert not found.problems
+    assert (found.text + found.visual > 8).all()
 
 
 BAD = {
@@ -105,9 +109,13 @@ def test_every_bad_sample_is_found_and_none_hides_the_others(folder, processor):
     assert list(found.problems) == list(range(len(BAD)))
     for number, (name, (_, kind, says)) in enumerate(BAD.items()):
         problem = found.problems[number]
-        assert problem.startswith(f"data.json[{number}]: ") and says in problem, name
-        assert problem.count("data.json") == 1 and found.kinds[number] == kind, name
-    assert (found.text[:-1] == 0).all() and (found.visual[:-1] == 0).all() and found.text[-1] > 0
+        assert problem.startswith(f"data.json[{number}]: "), name
+        assert says in problem, name
+        assert problem.count("data.json") == 1, name
+        assert found.kinds[number] == kind, name
+    assert (found.text[:-1] == 0).all()
+    assert (found.visual[:-1] == 0).all()
+    assert found.text[-1] > 0
 
 
 def test_a_truncated_file_is_found_when_pixels_are_read(folder, processor):
@@ -115,17 +123,20 @@ def test_a_truncated_file_is_found_when_pixels_are_read(folder, processor):
     values = [sample("cut.jpg"), sample(None, "<video>\nWhat?", video="film.mp4"), sample()]
     found = measure(table_of(folder, *values), processor, "answers", 0, decode=True, progress=False)
     assert found.kinds == {0: "unreadable file", 1: "unreadable file"}
-    assert "cannot be decoded" in found.problems[0] and "cannot be read as a video" in found.problems[1]
+    assert "cannot be decoded" in found.problems[0]
+    assert "cannot be read as a video" in found.problems[1]
     for reader in (processor, None):  # the header is whole, and says all that a length needs
         found = measure(table_of(folder, *values), reader, "answers", 0, progress=False)
-        assert list(found.problems) == [1] and (reader is None or found.visual[0] == found.visual[2] > 0)
+        assert list(found.problems) == [1]
+        assert reader is None or found.visual[0] == found.visual[2] > 0
 
 
 def test_labels_of_the_original_trainers(folder, processor):
     qwen = dataclasses.replace(processor, template=builtin_template("qwen_1_5"))
     table = table_of(folder, *GOOD)
     ours, originals = (measure(table, qwen, labels, 0, progress=False) for labels in ("answers", "original"))
-    assert (originals.supervised > ours.supervised).all() and (originals.text == ours.text).all()
+    assert (originals.supervised > ours.supervised).all()
+    assert (originals.text == ours.text).all()
 
 
 def test_without_a_model_files_and_turns_are_looked_at(folder):
@@ -147,7 +158,8 @@ def test_a_template_that_marks_no_answer_is_a_problem(folder, processor):
         0,
         progress=False,
     )
-    assert found.kinds == {0: "cannot be masked"} and found.text[0] == 0
+    assert found.kinds == {0: "cannot be masked"}
+    assert found.text[0] == 0
 
 
 def test_an_error_nobody_thought_of_is_a_problem_of_its_sample(folder, processor, monkeypatch):
@@ -158,7 +170,8 @@ def test_an_error_nobody_thought_of_is_a_problem_of_its_sample(folder, processor
     found = measure(
         table_of(folder, sample("b.png"), sample(None)), processor, "answers", 0, decode=True, progress=False
     )
-    assert found.kinds == {0: "unexpected"} and found.problems[0] == "data.json[0]: ZeroDivisionError: by zero"
+    assert found.kinds == {0: "unexpected"}
+    assert found.problems[0] == "data.json[0]: ZeroDivisionError: by zero"
     with pytest.raises(MemoryError):  # is the machine's fault, not the sample's
         measure(table_of(folder, sample("a.jpg")), processor, "answers", 0, decode=True, progress=False)
 
@@ -182,14 +195,20 @@ def same(one, other):
 def test_what_was_found_is_kept_and_problems_are_looked_at_again(folder, processor, looked_at):
     table, cache = table_of(folder, sample(), sample("late.png"), sample(None)), folder / "lengths"
     first = measure(table, processor, "answers", 0, cache, progress=False)
-    assert looked_at == [0, 1, 2] and list(first.problems) == [1]
+    assert looked_at == [0, 1, 2]
+    assert list(first.problems) == [1]
     looked_at.clear()
-    assert same(measure(table, processor, "answers", 0, cache, again=False, progress=False), first) and not looked_at
+    assert same(measure(table, processor, "answers", 0, cache, again=False, progress=False), first)
+    assert not looked_at
     Image.fromarray(tiny.picture(60, 60)).save(folder / "late.png")
     second = measure(table, processor, "answers", 0, cache, progress=False)
-    assert looked_at == [1] and not second.problems and not second.kinds and second.visual[1] > 0
+    assert looked_at == [1]
+    assert not second.problems
+    assert not second.kinds
+    assert second.visual[1] > 0
     looked_at.clear()
-    assert same(measure(table, processor, "answers", 0, cache, progress=False), second) and not looked_at
+    assert same(measure(table, processor, "answers", 0, cache, progress=False), second)
+    assert not looked_at
     assert len(list(cache.iterdir())) == 1
 
 

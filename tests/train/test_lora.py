@@ -65,7 +65,8 @@ def test_learns_with_the_base_untouched_and_exports_one_model_twice(recipe):
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logits[2], logits[0], rtol=1e-2, atol=1e-2)
     named = llava_fast.load(adapter)  # it names its base and its template
-    assert same(named, loaded) and named.processor.template.name == "vicuna_v1"
+    assert same(named, loaded)
+    assert named.processor.template.name == "vicuna_v1"
     stored = json.loads((adapter / "adapter_config.json").read_text())
     assert (stored["r"], stored["lora_alpha"], stored["peft_type"]) == (4, 8, "LORA")
 
@@ -129,7 +130,8 @@ def test_what_is_trained_is_float32_and_drawn_by_the_seed(recipe, precision):
     torch.rand(3)  # what was drawn before does not count
     other = load_model(made.model_copy(update={"seed": 1}), ALONE)
     name = "decoder.layers.0.self_attn.q_proj.lora_A.default.weight"
-    assert same(first, again) and not torch.equal(first.get_parameter(name), other.get_parameter(name))
+    assert same(first, again)
+    assert not torch.equal(first.get_parameter(name), other.get_parameter(name))
     for name, parameter in first.named_parameters():
         trained = "lora_" in name or name.startswith(("projector", "image_newline"))
         assert parameter.requires_grad == trained, name
@@ -176,15 +178,17 @@ def test_merge_lora(recipe, tmp_path):
     assert done.exit_code == 0, done.output
     assert f"wrote {tmp_path / 'merged'} in the hf layout" in done.output
     merged, exported = llava_fast.load(tmp_path / "merged"), llava_fast.load(path)
-    assert same(merged, exported) and merged.processor.template.name == exported.processor.template.name
+    assert same(merged, exported)
+    assert merged.processor.template.name == exported.processor.template.name
     done = CliRunner().invoke(app, ["merge-lora", str(made.model), str(tmp_path / "other")])
-    assert isinstance(done.exception, CheckpointError) and "no adapter to merge" in str(done.exception)
+    assert isinstance(done.exception, CheckpointError)
+    assert "no adapter to merge" in str(done.exception)
 
 
 def test_adapters_that_cannot_be_had(recipe, monkeypatch):
     with pytest.raises(RecipeError, match=r"lora.targets: 'qkv' is no Linear of the decoder; it has down_proj, "):
         load_model(recipe(lora={"targets": ["q_proj", "qkv"]}), ALONE)
-    with pytest.raises(RecipeError, match="`lora` is not shared out by `parallel.tensor`"):
+    with pytest.raises(RecipeError, match=r"`lora` is not shared out by `parallel.tensor`"):
         recipe(parallel={"kind": "fsdp2", "tensor": 2})
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(RecipeError, match=r"`lora` needs PEFT: pip install 'llava_fast\[train\]'"):

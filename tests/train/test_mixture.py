@@ -22,9 +22,12 @@ def test_an_epoch_is_a_shuffle_of_everything():
     table, sources = table_of(30, 70), mixed({}, {})
     orders = [epoch_order(table, sources, "concat", epoch, seed=1) for epoch in range(2)]
     for order in orders:
-        assert order.dtype == np.int64 and sorted(order) == list(range(100))
-        assert list(order) != sorted(order) and 5 < (table[order[:50]] == 0).sum() < 25  # sources are mixed
-    assert list(orders[0]) != list(orders[1]) and list(table[orders[0]]) != list(table[orders[1]])
+        assert order.dtype == np.int64
+        assert sorted(order) == list(range(100))
+        assert list(order) != sorted(order)
+        assert 5 < (table[order[:50]] == 0).sum() < 25
+    assert list(orders[0]) != list(orders[1])
+    assert list(table[orders[0]]) != list(table[orders[1]])
     assert list(orders[0]) != list(epoch_order(table, sources, "concat", 0, seed=2))
     assert list(orders[0]) == list(epoch_order(table, sources, "concat", 0, seed=1))
 
@@ -33,8 +36,10 @@ def test_weights_take_turns():
     table, sources = table_of(10, 10, 10), mixed({"weight": 0.5}, {"weight": 2}, {"weight": 0})
     first, second = (epoch_order(table, sources, "concat", epoch, 0) for epoch in range(2))
     halves = [set(order[table[order] == 0]) for order in (first, second)]
-    assert [len(half) for half in halves] == [5, 5] and halves[0] | halves[1] == set(range(10))
-    assert (np.bincount(first, minlength=30)[10:20] == 2).all() and len(first) == 25
+    assert [len(half) for half in halves] == [5, 5]
+    assert halves[0] | halves[1] == set(range(10))
+    assert (np.bincount(first, minlength=30)[10:20] == 2).all()
+    assert len(first) == 25
 
 
 def test_uneven_weights_never_favour_a_sample():

@@ -32,7 +32,7 @@ def recipe(make_recipe, tmp_path):
 
 def test_8_bits_need_torchao(recipe, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
-    with pytest.raises(RecipeError, match="optimizer.states: 8bit needs torchao: pip install torchao"):
+    with pytest.raises(RecipeError, match=r"optimizer.states: 8bit needs torchao: pip install torchao"):
         train(recipe("8bit"))
 
 

@@ -62,8 +62,10 @@ def turns(sample) -> list[str]:
 def test_forms(table, change, first, images, video):
     answers = table(PAIR | change)
     assert len(answers) == 2
-    assert turns(answers[0]) == [first, "a red cup"] and turns(answers[1]) == [first, "a red table"]
-    assert len(answers[0].request["images"]) == images and ("video" in answers[0].request) == video
+    assert turns(answers[0]) == [first, "a red cup"]
+    assert turns(answers[1]) == [first, "a red table"]
+    assert len(answers[0].request["images"]) == images
+    assert ("video" in answers[0].request) == video
     assert answers[0].name == answers[1].name == answers.name(1) == "pairs.jsonl[0] (id p0)"
 
 
@@ -130,7 +132,8 @@ def test_one_answer_may_begin_the_other(table, model):
 def test_measured_rows_hold_a_pair(table, model):
     answers = table(PAIR, PAIR | {"image": "b.png", "chosen": "nothing at all"}, PAIR | {"rejected": None})
     alone, shared = answers.rows(measure(answers, model.processor, "answers", 0, progress=False))
-    assert list(alone.problems) == [2] and "no text under 'rejected'" in alone.problems[2]
+    assert list(alone.problems) == [2]
+    assert "no text under 'rejected'" in alone.problems[2]
     for number in (0, 1):
         prepared, _, _ = PairBatches(answers, model.processor)[[number]]
         rows, tails = prepared.plan.lengths[0], prepared.plan.tails[0]
@@ -141,7 +144,8 @@ def test_measured_rows_hold_a_pair(table, model):
 def test_errors_name_the_pair(table, model):
     answers = table(PAIR | {"image": "gone.png"})
     _, names, left_out = PairBatches(answers, model.processor)[[0]]
-    assert not names and [number for number, _ in left_out] == [0]
+    assert not names
+    assert [number for number, _ in left_out] == [0]
     assert re.match(r"pairs.jsonl\[0\] \(id p0\): .*gone.png", left_out[0].problem)
 
 
@@ -151,7 +155,8 @@ def test_log_probabilities_are_those_of_ordinary_sequences(table, model):
     references = np.array([[-1.5, 2.0], [0.25, 4.0]], np.float32)
     prepared, names, _ = PairBatches(answers, model.processor, references)[[1, 0]]
     batch = Batch.from_prepared(prepared)
-    assert len(names) == 2 and batch.weight("reference").tolist() == references[::-1].tolist()
+    assert len(names) == 2
+    assert batch.weight("reference").tolist() == references[::-1].tolist()
     with torch.no_grad():
         found, tokens = answer_log_probs(model(batch, logits="none").losses, batch.plan)
         for row, number in enumerate((1, 0)):

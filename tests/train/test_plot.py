@@ -18,7 +18,7 @@ ORDINARY = ["loss", "lr", "gradient_norm", "tokens_per_second", "data_wait"]
 
 def write_run(folder, name, steps=5, keys=ORDINARY, scale=1.0):
     (folder / name).mkdir(parents=True)
-    lines = [{"step": step} | {key: scale / step for key in keys} | {"mfu": None} for step in range(1, steps + 1)]
+    lines = [{"step": step} | dict.fromkeys(keys, scale / step) | {"mfu": None} for step in range(1, steps + 1)]
     (folder / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"st')
     return folder / name
 
@@ -38,7 +38,8 @@ def run(*arguments):
 def test_runs_lie_over_each_other(tmp_path, figures):
     runs = [write_run(tmp_path, "one"), write_run(tmp_path, "two", steps=8, scale=2.0)]
     result = run(*runs, "-o", tmp_path / "out.png")
-    assert result.exit_code == 0 and "out.png" in result.output
+    assert result.exit_code == 0
+    assert "out.png" in result.output
     assert min(Image.open(tmp_path / "out.png").size) > 300
     panels = [panel for panel in figures[0].axes if panel.get_visible()]
     assert [panel.get_title() for panel in panels] == [CURVES[key] for key in ORDINARY]
@@ -56,7 +57,8 @@ def test_rewards_where_present(tmp_path, figures):
     panels = {panel.get_title(): panel for panel in figures[0].axes if panel.get_visible()}
     assert list(panels) == [CURVES[key] for key in [*ORDINARY, "reward_chosen", "reward_margin"]]
     rewards = [line.get_ydata() for line in panels[CURVES["reward_margin"]].lines]
-    assert rewards[0].tolist() == [1.0] and np.isnan(rewards[1]).all()
+    assert rewards[0].tolist() == [1.0]
+    assert np.isnan(rewards[1]).all()
 
 
 def test_two_runs_of_one_name(tmp_path):
@@ -70,7 +72,8 @@ def test_what_cannot_be_drawn_is_refused(tmp_path, monkeypatch):
         read_runs([tmp_path / "gone"])
     made = write_run(tmp_path, "run")
     refused = run(made, "-o", tmp_path / "out.txt").exception
-    assert isinstance(refused, DataError) and "a picture of curves is a .png" in str(refused)
+    assert isinstance(refused, DataError)
+    assert "a picture of curves is a .png" in str(refused)
     real = builtins.__import__
 
     def without(name, *arguments):

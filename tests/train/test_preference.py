@@ -101,7 +101,8 @@ def test_a_step_equals_two_passes(recipe, rows, recompute):
     values = trainer.step(next(trainer.loader.steps(0)))
     assert values["loss"] == pytest.approx(expected, rel=1e-5)
     assert values["pairs"] == 6
-    assert found.keys() == gradients.keys() and len(found) > 20
+    assert found.keys() == gradients.keys()
+    assert len(found) > 20
     for name, wanted in gradients.items():
         assert float((found[name] - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max()), name
 
@@ -113,7 +114,9 @@ def test_learns_the_preferences(recipe):
     assert len(found) == 16
     assert found[0]["dpo_loss"] == pytest.approx(np.log(2), abs=1e-4)  # the model is its own reference
     assert found[0]["reward_margin"] == pytest.approx(0, abs=1e-3)
-    assert found[-1]["loss"] < 0.5 and found[-1]["reward_margin"] > 0.5 and found[-1]["reward_accuracy"] == 1
+    assert found[-1]["loss"] < 0.5
+    assert found[-1]["reward_margin"] > 0.5
+    assert found[-1]["reward_accuracy"] == 1
     # What the exported model says of each pair, by ordinary sequences.
     before, after = (llava_fast.load(each, chat_template="vicuna_v1") for each in (made.model, path))
     answers = build_trainer(made, load_model(made, ALONE), ALONE).loader.micro_batches.answers
@@ -207,7 +210,8 @@ def test_another_model_or_other_data_has_another_reference(recipe, pairs_file, t
     data = {"sources": [{"path": str(other), "images": str(pairs_file.parent)}]}
     third = build_trainer(recipe(data=data), load_model(made, ALONE), ALONE).loader.micro_batches.references
     assert len(list((made.output / "references").iterdir())) == 3
-    assert (first != second).all() and (first != third).all()
+    assert (first != second).all()
+    assert (first != third).all()
 
 
 @pytest.fixture
@@ -301,7 +305,8 @@ def test_dpo_is_for_recipes_with_its_section(make_recipe, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(make_recipe().model_dump(mode="json")))
     done = CliRunner().invoke(app, ["dpo", str(path)])
-    assert isinstance(done.exception, RecipeError) and "run `llava-fast train`" in str(done.exception)
+    assert isinstance(done.exception, RecipeError)
+    assert "run `llava-fast train`" in str(done.exception)
 
 
 @pytest.mark.parametrize("command", ["train", "dpo"])
@@ -329,6 +334,7 @@ def test_long_pairs_are_left_out(recipe, caplog):
     made = recipe(data={"max_length": limit})
     with caplog.at_level("INFO"):
         loader = build_trainer(made, load_model(made, ALONE), ALONE).loader
-    assert "12 samples: 3 to train on" in caplog.text and f"9 left out as longer than {limit} rows" in caplog.text
+    assert "12 samples: 3 to train on" in caplog.text
+    assert f"9 left out as longer than {limit} rows" in caplog.text
     assert len(loader.schedule.order(0)) == 3
     assert np.isnan(loader.micro_batches.references[:, 0]).sum() == 9

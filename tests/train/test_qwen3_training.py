@@ -29,7 +29,8 @@ def weights(path) -> dict[str, torch.Tensor]:
 def test_it_trains_and_transformers_reads_what_is_exported(alone):
     start, end = weights(alone.model), weights(alone.output / "model")
     changed = [name for name in start if not torch.equal(start[name], end[name])]
-    assert any("q_norm" in name for name in changed) and not any("vision_tower" in name for name in changed)
+    assert any("q_norm" in name for name in changed)
+    assert not any("vision_tower" in name for name in changed)
     llava_fast.load(alone.output / "model")
 
 

@@ -38,7 +38,8 @@ def test_says_what_the_papers_say(name):
         assert recipe.data.label_mask == "original"
         assert isinstance(recipe.model, Assembly)
     comments = (SHIPPED / f"{name}.yaml").read_text()
-    assert "# Source:" in comments and "# Published time" in comments
+    assert "# Source:" in comments
+    assert "# Published time" in comments
 
 
 def test_the_two_stages_fit_together():
@@ -60,7 +61,7 @@ def test_the_exact_batches_that_its_comments_name_are_accepted(name):
 
 
 def test_an_unknown_name_lists_those_that_there_are():
-    with pytest.raises(RecipeError, match="no recipe at llava-2; those that come with the package: llava-1.5-lora, "):
+    with pytest.raises(RecipeError, match=r"no recipe at llava-2; those that come with the package: llava-1.5-lora, "):
         load_recipe("llava-2")
 
 
@@ -73,7 +74,8 @@ def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
 def test_list_and_show():
     run = CliRunner()
     listed = run.invoke(recipe_cli.app, ["list"]).stdout.splitlines()
-    assert len(listed) == len(TABLE) and all(len(line.split("  ", 1)[1].strip()) > 20 for line in listed)
+    assert len(listed) == len(TABLE)
+    assert all(len(line.split("  ", 1)[1].strip()) > 20 for line in listed)
     shown = run.invoke(recipe_cli.app, ["show", "llava-1.5-stage1"]).stdout
     assert shown == (SHIPPED / "llava-1.5-stage1.yaml").read_text()
 

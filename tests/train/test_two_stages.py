@@ -133,11 +133,13 @@ def test_a_training_on_videos(make_recipe, parts, tmp_path):
 
     path = train(recipe)
     losses = [row["loss"] for row in read_metrics(tmp_path / "run" / FILE)]
-    assert len(losses) == 8 and losses[-1] < 0.75 * losses[0]
+    assert len(losses) == 8
+    assert losses[-1] < 0.75 * losses[0]
     config = json.loads((path / "config.json").read_text())
     assert (config["mm_spatial_pool_mode"], config["mm_spatial_pool_stride"]) == ("average", 2)
     assert config["mm_newline_position"] == "grid"
     assert config["rope_scaling"]["factor"] == 2.0
     made = llava_fast.load(path)
-    assert made.config.geometry == begun.config.geometry and made.config.decoder == begun.config.decoder
+    assert made.config.geometry == begun.config.geometry
+    assert made.config.decoder == begun.config.decoder
     assert not torch.equal(made.image_newline, begun.image_newline)
