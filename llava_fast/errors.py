@@ -36,6 +36,10 @@ class CheckpointError(LlavaFastError):
     """A checkpoint that cannot be loaded or saved: missing shard, wrong shape, unknown model type."""
 
 
+class QuantisationError(LlavaFastError):
+    """A quantised weight that is not one: unknown scheme, a group that does not divide, a bad scale, a short tensor."""
+
+
 class DataError(LlavaFastError):
     """Training data that cannot be used: a file that is no JSON, turns out of order, marks without images.
 

@@ -9,12 +9,14 @@ from llava_fast.ops.linear_act import linear_act
 from llava_fast.ops.linear_cross_entropy import linear_cross_entropy
 from llava_fast.ops.mix_rows import mix_rows
 from llava_fast.ops.patch_embed import patch_embed
+from llava_fast.ops.quantised_linear import QuantisedWeight, quantised_linear
 from llava_fast.ops.rms_norm import add_rms_norm, rms_norm
 from llava_fast.ops.rope import rope
 from llava_fast.ops.swiglu import swiglu
 from llava_fast.ops.token_pack import token_pack
 
 __all__ = [
+    "QuantisedWeight",
     "add_layer_norm",
     "add_rms_norm",
     "assemble_inputs",
@@ -26,6 +28,7 @@ __all__ = [
     "linear_cross_entropy",
     "mix_rows",
     "patch_embed",
+    "quantised_linear",
     "rms_norm",
     "rope",
     "swiglu",

@@ -1,0 +1,109 @@
+"""quantised_linear: a linear layer whose weight is stored in 8 or 4 bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llava_fast.ops import backend, library
+from llava_fast.ops.quantised_linear import reference
+from llava_fast.ops.quantised_linear.reference import dequantise, dequantise_rows, quantise
+from llava_fast.ops.quantised_linear.weight import GROUPS, SCHEMES, QuantisedWeight, check_scheme
+
+__all__ = [
+    "GROUPS",
+    "SCHEMES",
+    "QuantisedWeight",
+    "check_scheme",
+    "dequantise",
+    "dequantise_rows",
+    "quantise",
+    "quantised_linear",
+    "quantised_product",
+]
+
+backend.register("quantised_linear", "reference", "any device")
+
+
+def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None) -> Tensor:
+    """x @ dequantise(weight).T + bias.
+
+    x [.., in] floating; bias [out] in x's dtype, or None. Returns [.., out] in x's dtype. Gradients flow to x and bias;
+    the weight has none. The backward pass keeps the quantised weight, not x. Under autocast it runs in that dtype, as
+    nn.Linear does.
+    The reference multiplies in x's dtype, on a CPU in float32 for bfloat16 and float16.
+    Of n rows: 2 * n * in * out FLOPs forward, and as many for x's gradient. Minimum bytes: codes, scales, x and output
+    once.
+    Raises ValueError for shapes that do not fit.
+    """
+    return quantised_product(x, weight.codes, weight.scale, weight.zero, bias)
+
+
+def quantised_product(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """`quantised_linear` over the tensors of a QuantisedWeight, which must have been checked when it was made."""
+    out, stored = codes.shape
+    columns = stored if codes.dtype == torch.int8 else 2 * stored
+    if x.dim() < 2 or not x.is_floating_point() or x.shape[-1] != columns:
+        raise ValueError(f"x {tuple(x.shape)} {x.dtype} must be floating [.., in] and the weight is {[out, columns]}")
+    if bias is not None and bias.shape != (out,):
+        raise ValueError(f"bias {tuple(bias.shape)} must be [{out}], one entry for each row of the weight")
+    x, bias = library.autocast(x, bias)
+    if bias is not None and bias.dtype != x.dtype:
+        raise ValueError(f"bias is {bias.dtype} and x {x.dtype}: they must be of one dtype")
+    return _quantised_linear(x, codes, scale, zero, bias)
+
+
+def _run(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
+    backend.choose("quantised_linear", x.device.type)
+    return reference.quantised_linear(x, QuantisedWeight.unchecked(codes, scale, zero), bias)
+
+
+def _run_backward(
+    grad: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, needed: list[bool]
+) -> tuple[Tensor, Tensor]:
+    found = reference.quantised_linear_backward(grad, QuantisedWeight.unchecked(codes, scale, zero), needed)
+    of_x, of_bias = (grad.new_empty(0) if gradient is None else gradient for gradient in found)
+    return of_x, of_bias
+
+
+def _fake(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+def _fake_backward(
+    grad: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, needed: list[bool]
+) -> tuple[Tensor, Tensor]:
+    columns = codes.shape[1] * (1 if codes.dtype == torch.int8 else 2)
+    shapes = ((*grad.shape[:-1], columns), grad.shape[-1:])
+    of_x, of_bias = (grad.new_empty(shape if want else 0) for shape, want in zip(shapes, needed, strict=True))
+    return of_x, of_bias
+
+
+def _save(ctx, inputs, output) -> None:
+    _, codes, scale, zero, _ = inputs
+    ctx.save_for_backward(codes, scale, *(() if zero is None else (zero,)))
+
+
+def _backward(ctx, grad: Tensor):
+    codes, scale, *zero = ctx.saved_tensors
+    needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[4]]
+    found = _quantised_linear_backward(grad, codes, scale, zero[0] if zero else None, needed)
+    of_x, of_bias = (gradient if want else None for gradient, want in zip(found, needed, strict=True))
+    return of_x, None, None, None, of_bias
+
+
+_quantised_linear_backward = library.define(
+    "quantised_linear_backward(Tensor grad, Tensor codes, Tensor scale, Tensor? zero, bool[] needed)"
+    " -> (Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+)
+_quantised_linear = library.define(
+    "quantised_linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias) -> Tensor",
+    _run,
+    _fake,
+    _backward,
+    _save,
+)
