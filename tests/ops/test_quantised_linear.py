@@ -36,7 +36,8 @@ def made(kind, out=37, columns=256, shift=0.3):
 @of_every_kind
 def test_no_weight_is_off_by_more_than_half_its_scale(kind):
     dense, quantised = made(kind)
-    assert quantised.shape == (37, 256) and quantised.group == (kind[1] or 256)
+    assert quantised.shape == (37, 256)
+    assert quantised.group == (kind[1] or 256)
     error = (dequantise(quantised, torch.float64) - dense).abs().unflatten(1, (-1, quantised.group))
     assert (error <= quantised.scale.double().unsqueeze(-1) * (0.5 + 1e-6)).all()
     assert not dequantise(quantised)[3].any()
@@ -70,10 +71,12 @@ def test_forward_and_gradients(kind, dtype):
     expected = F.linear(exact[0], dequantise(quantised, torch.float64), exact[1])
     found = quantised_linear(x, quantised, bias)
     grad = torch.randn_like(found)
-    assert found.dtype == dtype and relative(found, expected) <= TOLERANCE[dtype]
+    assert found.dtype == dtype
+    assert relative(found, expected) <= TOLERANCE[dtype]
     theirs = torch.autograd.grad(expected, exact, grad.double())
     for mine, other in zip(torch.autograd.grad(found, (x, bias), grad), theirs, strict=True):
-        assert mine.dtype == dtype and relative(mine, other) <= TOLERANCE[dtype]
+        assert mine.dtype == dtype
+        assert relative(mine, other) <= TOLERANCE[dtype]
 
 
 def test_the_backward_pass_keeps_no_input():
@@ -112,16 +115,16 @@ def test_rows_by_number(kind):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
-        (dict(scheme="fp8"), "scheme 'fp8' is unknown: use 'int8' or 'int4'"),
-        (dict(scheme="int4"), "int4: group None is not served: use 32, 64 or 128"),
-        (dict(scheme="int4", group=48), "int4: group 48 is not served"),
-        (dict(scheme="int8", group=16), "int8: group 16 is not served: use 32, 64 or 128 or None"),
-        (dict(scheme="int4", group=128), "int4: group 128 does not divide rows of 96 values"),
-        (dict(scheme="int8", symmetric=False), "int8 weights are symmetric"),
-        (dict(scheme="int8", weight=torch.full((2, 96), float("nan"))), "not finite"),
-        (dict(scheme="int8", weight=torch.ones(96)), r"must be floating \[out, in\], not torch.float32 \[96\]"),
+        ({"scheme": "fp8"}, "scheme 'fp8' is unknown: use 'int8' or 'int4'"),
+        ({"scheme": "int4"}, "int4: group None is not served: use 32, 64 or 128"),
+        ({"scheme": "int4", "group": 48}, "int4: group 48 is not served"),
+        ({"scheme": "int8", "group": 16}, "int8: group 16 is not served: use 32, 64 or 128 or None"),
+        ({"scheme": "int4", "group": 128}, "int4: group 128 does not divide rows of 96 values"),
+        ({"scheme": "int8", "symmetric": False}, "int8 weights are symmetric"),
+        ({"scheme": "int8", "weight": torch.full((2, 96), float("nan"))}, "not finite"),
+        ({"scheme": "int8", "weight": torch.ones(96)}, r"must be floating \[out, in\], not torch.float32 \[96\]"),
     ],
     ids=str,
 )
@@ -141,23 +144,23 @@ def parts(**changes):
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    ("changes", "message"),
     [
-        (dict(scheme="int3"), "scheme 'int3' is unknown"),
-        (dict(scheme="int8"), "int8 weights have 'values' and no 'packed'"),
-        (dict(packed=None), "int4 weights have 'packed'"),
-        (dict(scale=torch.ones(4, 2).double()), "scale must be a torch.float32 matrix, not torch.float64"),
-        (dict(packed=torch.zeros(4, 32)), "packed must be a torch.uint8 matrix"),
-        (dict(packed=torch.zeros(3, 32, dtype=torch.uint8)), r"\[3, 32\] has 3 rows and scale \[4, 2\] 4: one of"),
-        (dict(packed=torch.zeros(4, 31, dtype=torch.uint8)), "int4: group 31 is not served"),
-        (dict(packed=torch.zeros(4, 30, dtype=torch.uint8), scale=torch.ones(4, 7)), "7 groups .* do not divide"),
-        (dict(zero=torch.zeros(4, 1, dtype=torch.uint8)), r"zero \[4, 1\] and scale \[4, 2\] must have one shape"),
-        (dict(zero=torch.full((4, 2), 16, dtype=torch.uint8)), "zero holds 16: zero points are 0 to 15"),
-        (dict(scale=torch.tensor([[1, 1], [1, float("nan")], [1, 1], [1, 1]])), r"scale\[1, 1\] is nan"),
-        (dict(scale=torch.tensor([[1, 0.0], [1, 1], [1, 1], [1, 1]])), r"scale\[0, 1\] is 0.0: scales are"),
-        (dict(scale=-torch.ones(4, 2)), r"scale\[0, 0\] is -1.0"),
-        (dict(scale=torch.ones(2, 4).T), "scale .* must be contiguous"),
-        (dict(scale=torch.ones(4, 2, device="meta")), "must be on one device"),
+        ({"scheme": "int3"}, "scheme 'int3' is unknown"),
+        ({"scheme": "int8"}, "int8 weights have 'values' and no 'packed'"),
+        ({"packed": None}, "int4 weights have 'packed'"),
+        ({"scale": torch.ones(4, 2).double()}, "scale must be a torch.float32 matrix, not torch.float64"),
+        ({"packed": torch.zeros(4, 32)}, "packed must be a torch.uint8 matrix"),
+        ({"packed": torch.zeros(3, 32, dtype=torch.uint8)}, r"\[3, 32\] has 3 rows and scale \[4, 2\] 4: one of"),
+        ({"packed": torch.zeros(4, 31, dtype=torch.uint8)}, "int4: group 31 is not served"),
+        ({"packed": torch.zeros(4, 30, dtype=torch.uint8), "scale": torch.ones(4, 7)}, "7 groups .* do not divide"),
+        ({"zero": torch.zeros(4, 1, dtype=torch.uint8)}, r"zero \[4, 1\] and scale \[4, 2\] must have one shape"),
+        ({"zero": torch.full((4, 2), 16, dtype=torch.uint8)}, "zero holds 16: zero points are 0 to 15"),
+        ({"scale": torch.tensor([[1, 1], [1, float("nan")], [1, 1], [1, 1]])}, r"scale\[1, 1\] is nan"),
+        ({"scale": torch.tensor([[1, 0.0], [1, 1], [1, 1], [1, 1]])}, r"scale\[0, 1\] is 0.0: scales are"),
+        ({"scale": -torch.ones(4, 2)}, r"scale\[0, 0\] is -1.0"),
+        ({"scale": torch.ones(2, 4).T}, "scale .* must be contiguous"),
+        ({"scale": torch.ones(4, 2, device="meta")}, "must be on one device"),
     ],
     ids=str,
 )
@@ -172,5 +175,5 @@ def test_shapes_and_dtypes_of_a_call_are_checked():
         quantised_linear(torch.randn(2, 40), quantised)
     with pytest.raises(ValueError, match=r"bias \(5,\) must be \[37\]"):
         quantised_linear(torch.randn(2, 256), quantised, torch.randn(5))
-    with pytest.raises(ValueError, match="bias is torch.float64 and x torch.float32"):
+    with pytest.raises(ValueError, match=r"bias is torch\.float64 and x torch\.float32"):
         quantised_linear(torch.randn(2, 256), quantised, torch.randn(37).double())
