@@ -72,3 +72,7 @@ class PlanError(LlavaFastError):
 
 class TrainingError(LlavaFastError):
     """A training run that must stop: its loss is not finite or has jumped, or its checkpoint does not fit it."""
+
+
+class ServeError(LlavaFastError):
+    """A server that cannot be started as asked: an option out of range, a key file that cannot be read."""

@@ -12,11 +12,13 @@ from llava_fast.demo import canvas
 from llava_fast.errors import LlavaFastError
 from llava_fast.inputs.pictures import video as videos
 from llava_fast.ops import backend
+from llava_fast.serve import server
 from llava_fast.train import lora, metrics, plot
 from llava_fast.train.data import check
 from llava_fast.train.objectives import reference
 
 OPTIONAL = ("sklearn", "matplotlib", "av", "peft", "accelerate", "tensorboard", "xformers", "torchvision", "lmms_eval")
+OPTIONAL += ("fastapi", "uvicorn")
 BUILD = ("ninja", "pybind11", "setuptools")
 
 
@@ -58,6 +60,7 @@ USES = {
     "a histogram": (lambda: check.save_histogram(None, Path("lengths.png")), "plot"),
     "a picture to come": (lambda: check.check_picture_path(Path("lengths.png")), "plot"),
     "adapters": (lambda: lora._peft_config(SimpleNamespace()), "train"),
+    "a server": (server.check_packages, "serve"),
     "a base without adapters": (adapters_off, "train"),
 }
 

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from llava_fast.cli import ask, checkpoints, data, machine, recipe, training
+from llava_fast.cli import ask, checkpoints, data, machine, recipe, serving, training
 from llava_fast.errors import LlavaFastError
 
 app = typer.Typer(
@@ -16,7 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (ask.generate, ask.chat, training.train, training.dpo, recipe.plan, recipe.plot):
+for command in (ask.generate, ask.chat, serving.serve, training.train, training.dpo, recipe.plan, recipe.plot):
     app.command()(command)
 app.add_typer(data.app, name="data")
 app.add_typer(recipe.app, name="recipe")

@@ -1,0 +1,127 @@
+"""The HTTP interface: OpenAI's endpoints, health, and the page's static files."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
+
+from llava_fast.serve.answers import ChatAnswer
+from llava_fast.serve.engine import Step
+from llava_fast.serve.errors import ApiError, api_error, handle_errors
+from llava_fast.serve.gate import Gate
+from llava_fast.serve.protocol import ChatRequest
+from llava_fast.serve.service import Service
+from llava_fast.version import __version__
+
+T = TypeVar("T")
+PAGE = Path(__file__).parent / "page"
+
+
+def create_app(service: Service) -> FastAPI:
+    """The ASGI application of a service; it starts and stops the service's threads."""
+
+    @contextlib.asynccontextmanager
+    async def running(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        service.stop()
+
+    app = FastAPI(title="llava_fast", version=__version__, lifespan=running, docs_url=None, redoc_url=None)
+    app.add_middleware(Gate, settings=service.settings)
+    handle_errors(app)
+
+    @app.get("/health")
+    async def health() -> Response:
+        alive = service.engine.is_alive
+        return JSONResponse({"status": "ok" if alive else "the engine has stopped"}, 200 if alive else 503)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(service)]}
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        service.check(body)
+        return await _answered(service, body, request)
+
+    if (PAGE / "index.html").is_file():
+        app.mount("/", StaticFiles(directory=PAGE, html=True))
+    return app
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.settings.model_name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "llava_fast",
+        "max_model_len": service.model.config.decoder.context_length,
+    }
+
+
+async def _answered(service: Service, body: ChatRequest, request: Request) -> Response:
+    """The whole answer, or the start of its stream. Whatever ends it, a client that goes away included, frees its
+    place in the queue and its sequences."""
+    deadline = asyncio.get_running_loop().time() + service.settings.deadline
+    usage = body.stream_options is not None and body.stream_options.include_usage
+
+    async def answered() -> ChatAnswer | dict[str, Any]:
+        maker = ChatAnswer(body.model, await asyncio.wait_for(service.sequences(body), service.settings.deadline))
+        if body.stream:
+            return maker
+        async with contextlib.aclosing(service.steps(maker.sequences, deadline)) as steps:
+            return await maker.whole(steps)
+
+    try:
+        with contextlib.ExitStack() as place:
+            place.enter_context(service.admitted(body.n or 1))
+            answer = await _while_connected(request, answered())
+            if isinstance(answer, ChatAnswer):
+                return Stream(service.steps(answer.sequences, deadline), answer, usage, place.pop_all())
+        return JSONResponse(answer)
+    except Exception as error:
+        raise api_error(error) from error
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns; it is cancelled when the client goes away."""
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ApiError(499, "the client closed the connection")  # nobody reads it
+        return working.result()
+    finally:
+        working.cancel()
+        gone.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class Stream(StreamingResponse):
+    """Server-sent events. It holds its place in the queue until the last event is sent or the client has gone away,
+    of which Starlette tells by cancelling."""
+
+    def __init__(
+        self, steps: AsyncGenerator[tuple[int, Step]], answer: ChatAnswer, usage: bool, place: contextlib.ExitStack
+    ) -> None:
+        super().__init__(answer.events(steps, usage), media_type="text/event-stream")
+        self.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self.steps, self.place = steps, place
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self.place:
+            async with contextlib.aclosing(self.steps):
+                await super().__call__(scope, receive, send)

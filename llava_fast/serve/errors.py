@@ -1,0 +1,86 @@
+"""Errors in OpenAI's form: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from llava_fast.errors import CacheFullError, ImageError, RequestError
+
+logger = logging.getLogger("llava_fast.serve")
+
+# What OpenAI calls each status; others are "invalid_request_error" below 500.
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ApiError(HTTPException):
+    """An answer with an error body. `param` names the field at fault, `code` is for programs."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.param, self.code = param, code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = TYPES.get(self.status_code, "server_error" if self.status_code >= 500 else "invalid_request_error")
+        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status_code, self.headers)
+
+
+def api_error(error: BaseException) -> ApiError:
+    """What a client is told of an error. The request's own faults are said in full; what is wrong inside the server
+    is logged, and the client learns only that it is."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+    if isinstance(error, (RequestError, ImageError)):
+        return ApiError(400, str(error))
+    if isinstance(error, CacheFullError):
+        return ApiError(400, str(error), code="context_length_exceeded")
+    if isinstance(error, TimeoutError):
+        return ApiError(504, "the answer took longer than this server allows", code="timeout")
+    logger.error("a request failed: %r", error, exc_info=error)
+    return ApiError(500, "the server failed to answer; its log says why", code="internal_error")
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Give every error of the app OpenAI's form."""
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        return api_error(error).response
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return invalid(error.errors()).response
+
+    @app.exception_handler(Exception)
+    async def _any(request: Request, error: Exception) -> JSONResponse:
+        return api_error(error).response
+
+
+def invalid(errors: Sequence[Any]) -> ApiError:
+    """The first of pydantic's errors, in one sentence."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is no JSON: {first['ctx']['error']}")
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    message = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{where}: {message}" if where else message, param=where or None)

@@ -1,0 +1,43 @@
+"""A server process: load the model, listen, drain on SIGTERM."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import Any
+
+from llava_fast.errors import MissingPackageError
+from llava_fast.serve.settings import Settings
+
+PACKAGES = ("fastapi", "uvicorn")
+
+
+def check_packages() -> None:
+    """Raises MissingPackageError for a package of the extra `serve` that is not installed."""
+    for package in PACKAGES:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise MissingPackageError("the server", package, "serve") from error
+
+
+def serve(model: Any, settings: Settings, host: str, port: int) -> None:
+    """Answer requests until SIGTERM or SIGINT: then no more are taken, and those that run may end within
+    `settings.drain` seconds. Raises MissingPackageError."""
+    check_packages()
+    import uvicorn
+
+    from llava_fast.serve.app import create_app
+    from llava_fast.serve.service import Service
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    config = uvicorn.Config(
+        create_app(Service(model, settings)),
+        host=host,
+        port=port,
+        timeout_graceful_shutdown=max(1, round(settings.drain)),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+    )
+    uvicorn.Server(config).run()
