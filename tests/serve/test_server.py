@@ -1,6 +1,7 @@
 """The server as a process, asked by OpenAI's own client."""
 
 import base64
+import contextlib
 import io
 import signal
 import threading
@@ -38,7 +39,8 @@ def model(model_path):
 
 def test_models(client):
     (model,) = client.models.list().data
-    assert model.id == "tiny" and model.object == "model"
+    assert model.id == "tiny"
+    assert model.object == "model"
 
 
 def test_an_answer_is_what_generate_gives(client, model):
@@ -46,7 +48,8 @@ def test_an_answer_is_what_generate_gives(client, model):
     answer = ask(client, messages)
     (alone,) = model.generate([{"messages": messages}], max_new_tokens=12)
     (choice,) = answer.choices
-    assert choice.message.content == alone.text and choice.message.role == "assistant"
+    assert choice.message.content == alone.text
+    assert choice.message.role == "assistant"
     assert choice.finish_reason == alone.finish_reason
     assert answer.usage.prompt_tokens == alone.usage.prompt_tokens
     assert answer.usage.completion_tokens == len(alone.token_ids)
@@ -86,7 +89,8 @@ def test_several_choices_differ_by_their_seed(client, model):
 def test_errors_have_openais_form(client):
     with pytest.raises(openai.NotFoundError) as caught:
         client.chat.completions.create(model="another", messages=about("hello"))
-    assert caught.value.code == "model_not_found" and caught.value.param == "model"
+    assert caught.value.code == "model_not_found"
+    assert caught.value.param == "model"
     for options, says in (
         ({"max_tokens": -1}, "max_tokens"),
         ({"extra_body": {"tools": []}}, "'tools' is not supported"),
@@ -96,7 +100,7 @@ def test_errors_have_openais_form(client):
         with pytest.raises(openai.BadRequestError, match=says) as caught:
             ask(client, about("hello"), **options)
         assert caught.value.type == "invalid_request_error"
-    with pytest.raises(openai.BadRequestError, match="cannot be|not an image"):
+    with pytest.raises(openai.BadRequestError, match=r"cannot be|not an image"):
         ask(client, about("hello", "data:image/png;base64,aGVsbG8="))
     with pytest.raises(openai.BadRequestError, match="data URI"):
         ask(client, about("hello", "/etc/passwd"))
@@ -143,7 +147,5 @@ def test_sigterm_drains(model_path):
 
 
 def _quietly(call, *arguments, **options) -> None:
-    try:
+    with contextlib.suppress(openai.APIError):
         call(*arguments, **options)
-    except openai.APIError:
-        pass
