@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -51,14 +52,23 @@ def put_back(module: nn.Module, name: str) -> bool:
 
 
 def stock_signature(kind: type, name: str) -> inspect.Signature:
-    """The signature of a method as its instances show it, without annotations (not all of them can be pickled)."""
+    """The signature of a method as its instances show it, without the annotations that cannot be pickled. (By the
+    others a caller sees what `**kwargs` takes, `output_attentions` for example.)"""
     return _signature(getattr(kind, name))
 
 
 @functools.lru_cache(maxsize=256)
 def _signature(method: Callable[..., Any]) -> inspect.Signature:
     _, *parameters = inspect.signature(method).parameters.values()
-    return inspect.Signature([parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters])
+    return inspect.Signature([_picklable(parameter) for parameter in parameters])
+
+
+def _picklable(parameter: inspect.Parameter) -> inspect.Parameter:
+    try:
+        pickle.dumps(parameter.annotation)
+    except (pickle.PicklingError, TypeError, AttributeError):
+        return parameter.replace(annotation=inspect.Parameter.empty)
+    return parameter
 
 
 def by_name(module: nn.Module, name: str, args: tuple, kwargs: dict) -> dict:

@@ -144,6 +144,10 @@ def test_signatures_stay():
         for name in ("forward", "get_image_features"):
             parameters = [inspect.signature(getattr(each, name)).parameters for each in (found, expected)]
             assert [name for name in parameters[0] if name not in patch.NEW_NAMES] == list(parameters[1])
+    # transformers' own tests ask these annotations whether a model can return attentions
+    assert [inspect.signature(each.forward).parameters["kwargs"].annotation for each in (model, stock)] == [
+        inspect.signature(type(stock).forward).parameters["kwargs"].annotation
+    ] * 2
 
 
 def test_save_and_reload(tmp_path):
