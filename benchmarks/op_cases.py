@@ -18,8 +18,8 @@ from benchmarks.decoder_cases import DECODER_CASES
 from benchmarks.image_cases import image_patch_rows, image_tiles, image_tiles_from_host
 from benchmarks.op_case import OpCase, Widths, doubled, first_gradient
 from llava_fast import ops
-from llava_fast.ops.mix_rows import TapUses
-from llava_fast.ops.token_pack import RowUses
+from llava_fast.ops.mix_rows import InversePooling
+from llava_fast.ops.token_pack import InversePlacement
 
 ROWS_PER_TILE, KEPT_PER_TILE, LINE, TEXT = 577, 576, 24, 64
 
@@ -59,13 +59,13 @@ def token_pack(tiles: int, dtype: torch.dtype, device: torch.device, widths: Wid
 
 
 def token_pack_gradients(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
-    source, row, tables, uses = _placement(tiles, dtype, device, widths)
+    source, row, tables, inverse = _placement(tiles, dtype, device, widths)
     grad = torch.randn(len(source), widths.decoder, dtype=dtype, device=device)
-    visual, place = tables[1].requires_grad_(), uses.visual_place.long()
+    visual, place = tables[1].requires_grad_(), inverse.visual_place.long()
 
     def gradient(table: Tensor, grad: Tensor) -> Tensor:
         others = [other.to(table.dtype) for other in (tables[0], tables[2])]
-        return torch.autograd.grad(ops.token_pack(source, row, others[0], table, others[1], uses), table, grad)[0]
+        return torch.autograd.grad(ops.token_pack(source, row, others[0], table, others[1], inverse), table, grad)[0]
 
     def plain() -> Tensor:
         return grad[place]  # no search for the rows: that would wait for the device, which no graph can hold
@@ -97,14 +97,15 @@ def token_pack_native_gradients(tiles: int, dtype: torch.dtype, device: torch.de
 def token_pack_table_gradients(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
     """Both passes with a trained embedding and newline; what is compared is the gradient of the tokens' embeddings and
     of the newline."""
-    source, row, tables, uses = _placement(tiles, dtype, device, widths)
+    source, row, tables, inverse = _placement(tiles, dtype, device, widths)
     grad = torch.randn(len(source), widths.decoder, dtype=dtype, device=device)
-    tokens, text_row, newline_row = row[uses.text_row.long()].long(), uses.text_row.long(), uses.constant_row.long()
-    distinct = uses.text_token.long()
+    text_row, newline_row = inverse.text_row.long(), inverse.constant_row.long()
+    tokens = row[text_row].long()
+    distinct = inverse.text_token.long()
 
     def gradient(tables: list[Tensor], grad: Tensor) -> Tensor:
         leaves = [table.detach().requires_grad_() for table in (tables[0], tables[2])]
-        out = ops.token_pack(source, row, leaves[0], tables[1], leaves[1], uses)
+        out = ops.token_pack(source, row, leaves[0], tables[1], leaves[1], inverse)
         of_embedding, of_constant = torch.autograd.grad(out, leaves, grad)
         return torch.cat([of_embedding[distinct], of_constant])
 
@@ -132,7 +133,7 @@ def token_pack_native_table_gradients(tiles: int, dtype: torch.dtype, device: to
 
 def mix_rows(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
     """2x2 average pooling of projected rows, as video does."""
-    rows, index, weight, uses = _pooled(tiles, dtype, device, widths)
+    rows, index, weight, inverse = _pooled(tiles, dtype, device, widths)
     return OpCase(
         "mix_rows",
         f"{tiles} tiles, 2x2",
@@ -140,7 +141,7 @@ def mix_rows(tiles: int, dtype: torch.dtype, device: torch.device, widths: Width
         2 * index.numel() * widths.decoder,
         (len(rows) + len(index)) * widths.decoder * dtype.itemsize,
         ("mix_kernel",),
-        lambda: ops.mix_rows(rows, index, weight, uses=uses),
+        lambda: ops.mix_rows(rows, index, weight, inverse=inverse),
         lambda: _avg_pool(rows, tiles),
         lambda: ops.mix_rows(rows.double(), index, weight),
     )
@@ -148,11 +149,11 @@ def mix_rows(tiles: int, dtype: torch.dtype, device: torch.device, widths: Width
 
 def mix_rows_gradients(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
     """Both passes of the same; what is compared is the gradient of the rows."""
-    rows, index, weight, uses = _pooled(tiles, dtype, device, widths)
+    rows, index, weight, inverse = _pooled(tiles, dtype, device, widths)
     grad = torch.randn(len(index), widths.decoder, dtype=dtype, device=device)
 
     def fused(rows: Tensor) -> Tensor:
-        return ops.mix_rows(rows, index, weight, uses=uses)
+        return ops.mix_rows(rows, index, weight, inverse=inverse)
 
     return OpCase(
         "mix_rows_backward",
@@ -169,13 +170,15 @@ def mix_rows_gradients(tiles: int, dtype: torch.dtype, device: torch.device, wid
 
 def _pooled(
     tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths
-) -> tuple[Tensor, Tensor, Tensor, TapUses]:
-    """(rows, index, weight, uses) of mix_rows for a 2x2 average of each tile's rows."""
+) -> tuple[Tensor, Tensor, Tensor, InversePooling]:
+    """(rows, index, weight, inverse) of mix_rows for a 2x2 average of each tile's rows."""
     grid = torch.arange(tiles * KEPT_PER_TILE).view(tiles, LINE // 2, 2, LINE // 2, 2)
     index = grid.permute(0, 1, 3, 2, 4).reshape(-1, 4).int().to(device)
     rows = torch.randn(tiles * KEPT_PER_TILE, widths.decoder, dtype=dtype, device=device)
-    uses = TapUses(torch.argsort(index.flatten(), stable=True).int(), torch.arange(len(rows) + 1, device=device).int())
-    return rows, index, torch.full(index.shape, 0.25, device=device), uses
+    inverse = InversePooling(
+        torch.argsort(index.flatten(), stable=True).int(), torch.arange(len(rows) + 1, device=device).int()
+    )
+    return rows, index, torch.full(index.shape, 0.25, device=device), inverse
 
 
 def _avg_pool(rows: Tensor, tiles: int) -> Tensor:
@@ -412,18 +415,18 @@ def assemble_inputs_in_bucket(tiles: int, dtype: torch.dtype, device: torch.devi
 
 def _assemble_inputs(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths, in_bucket: bool) -> OpCase:
     place, features, kept, layers = _projected(tiles, dtype, device, widths)
-    source, row, tables, uses = place
+    source, row, tables, inverse = place
     weights, biases = layers[:2], layers[2:]
-    rows, places = features[kept.long()], uses.visual_place.long()
-    filled, filled_uses, count = kept, uses, None
+    rows, places = features[kept.long()], inverse.visual_place.long()
+    filled, filled_inverse, count = kept, inverse, None
     if in_bucket:
         fillers = kept.new_full((len(kept) // 3,), -1)
         filled = torch.cat([kept, fillers])
-        filled_uses = uses._replace(visual_place=torch.cat([uses.visual_place, fillers]))
+        filled_inverse = inverse._replace(visual_place=torch.cat([inverse.visual_place, fillers]))
         count = kept.new_tensor([len(kept)])
 
     def run(features: Tensor, layers: list[Tensor], embedding: Tensor, constant: Tensor) -> Tensor:
-        rest = (source, row, embedding, constant, filled_uses)
+        rest = (source, row, embedding, constant, filled_inverse)
         return ops.assemble_inputs(features, filled, layers[:2], layers[2:], *rest, count=count)
 
     def plain() -> Tensor:
@@ -454,16 +457,18 @@ def _assemble_inputs(tiles: int, dtype: torch.dtype, device: torch.device, width
 def assemble_inputs_gradients(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
     """Both passes of a trained projector over frozen features; what is compared is the first weight's gradient."""
     place, features, kept, layers = _projected(tiles, dtype, device, widths)
-    source, row, tables, uses = place
+    source, row, tables, inverse = place
     grad = torch.randn(len(source), widths.decoder, dtype=dtype, device=device)
 
     def gradient(features: Tensor, layers: list[Tensor], tables: list[Tensor], grad: Tensor, plain: bool) -> Tensor:
         leaves = [layer.detach().requires_grad_() for layer in layers]
         if plain:
             hidden = F.gelu(F.linear(features[kept.long()], leaves[0], leaves[2]))
-            out, grad = F.linear(hidden, leaves[1], leaves[3]), grad[uses.visual_place.long()]
+            out, grad = F.linear(hidden, leaves[1], leaves[3]), grad[inverse.visual_place.long()]
         else:
-            out = ops.assemble_inputs(features, kept, leaves[:2], leaves[2:], source, row, tables[0], tables[2], uses)
+            out = ops.assemble_inputs(
+                features, kept, leaves[:2], leaves[2:], source, row, tables[0], tables[2], inverse
+            )
         return torch.autograd.grad(out, leaves, grad)[0]
 
     exact = [[each.double() for each in group] for group in (layers, tables)]
@@ -513,9 +518,9 @@ def _projected(tiles: int, dtype: torch.dtype, device: torch.device, widths: Wid
 
 def _placement(
     tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths
-) -> tuple[Tensor, Tensor, list[Tensor], RowUses]:
-    """(source, row, [embedding, visual, constant], uses): half the text, every kept row with a newline after each line
-    of them, the other half."""
+) -> tuple[Tensor, Tensor, list[Tensor], InversePlacement]:
+    """(source, row, [embedding, visual, constant], inverse): half the text, every kept row with a newline after each
+    line of them, the other half."""
     kept = tiles * KEPT_PER_TILE
     text, lines = [0] * (TEXT // 2), ([1] * LINE + [2]) * (kept // LINE)
     source = torch.tensor(text + lines + text, dtype=torch.int32)
@@ -525,7 +530,7 @@ def _placement(
     row[source == 1] = torch.arange(kept, dtype=torch.int32)
     text_row = torch.nonzero(source == 0)[:, 0][torch.argsort(tokens, stable=True)]
     distinct, counts = torch.unique(tokens, return_counts=True)
-    uses = (
+    inverse = (
         text_row,
         distinct,
         torch.cat([torch.zeros(1), counts.cumsum(0)]),
@@ -535,7 +540,7 @@ def _placement(
     )
     sizes = (widths.vocabulary, kept, 1)
     tables = [torch.randn(size, widths.decoder, dtype=dtype, device=device) for size in sizes]
-    return source.to(device), row.to(device), tables, RowUses(*(use.int().to(device) for use in uses))
+    return source.to(device), row.to(device), tables, InversePlacement(*(column.int().to(device) for column in inverse))
 
 
 MAKERS: tuple[Callable[..., OpCase], ...] = (

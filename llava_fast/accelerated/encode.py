@@ -1,5 +1,5 @@
 """From a Hugging Face LLaVA's images and videos to the decoder's inputs: the tower up to the selected layer, only rows
-that are kept or mixed into others projected, every row put in its place by integers.
+that are kept or pooled into others projected, every row put in its place by integers.
 
 `unfit` says at each call why a model or a call must take the stock path; the other functions assume it said nothing.
 """
@@ -193,13 +193,13 @@ def plan_visuals(model: nn.Module, given: Mapping[str, Any], integers: Integers,
         tiles["pixel_values_videos"] = frames.flatten(0, 1)
     config = model.config
     tokens = config.image_token_id, getattr(config, "video_token_id", None)
-    columns, mixes = placement_columns(
+    columns, pools = placement_columns(
         images, integers.ids, tokens[0], shape.tower_rows_per_tile, videos, tokens[1], torch.is_grad_enabled()
     )
     device = next(iter(tiles.values())).device
     at = to_device(columns, device)
     lengths = [len(rows) for rows in images or videos]
-    return Visuals(tiles, Placement.of(at.get, mixes), at["place"], at["video_place"], lengths, len(videos))
+    return Visuals(tiles, Placement.of(at.get, pools), at["place"], at["video_place"], lengths, len(videos))
 
 
 def _tiles(pixels: Tensor, counts: list[int]) -> Tensor:
@@ -285,18 +285,18 @@ def view(model: nn.Module, visuals: Visuals, skipped: int) -> Parts:
 
 
 def _projected_as_stock(
-    projector: nn.Module, visuals: Visuals, skipped: int, features: Tensor, kept: Tensor, mixed: list[Tensor]
+    projector: nn.Module, visuals: Visuals, skipped: int, features: Tensor, kept: Tensor, pooled: list[Tensor]
 ) -> Tensor:
-    """Kept rows, then those already mixed, by a projector with hooks: it sees what it sees in the stock model, all
+    """Kept rows, then those already pooled, by a projector with hooks: it sees what it sees in the stock model, all
     tiles of images, then all frames of videos."""
     tiles = [len(part) for part in visuals.tiles.values()]
     features = features.unflatten(0, (sum(tiles), -1))
     rows = features.shape[1]
     parts = dict(zip(visuals.tiles, features.split(tiles), strict=True))
-    frames = parts.pop("pixel_values_videos", None) if mixed else None
+    frames = parts.pop("pixel_values_videos", None) if pooled else None
     done = [projector(part[:, skipped:]).flatten(0, 1) for part in parts.values()]
     picked = [torch.cat(done)[kept - (kept // rows + 1) * skipped]] if done else []
-    return joined(picked + [projector(part.unflatten(0, (len(frames), -1))).flatten(0, 1) for part in mixed])
+    return joined(picked + [projector(part.unflatten(0, (len(frames), -1))).flatten(0, 1) for part in pooled])
 
 
 def feature_list(

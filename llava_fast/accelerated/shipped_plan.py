@@ -17,21 +17,32 @@ from llava_fast.accelerated.encode import ANYRES, Visuals, geometry, tiling
 from llava_fast.accelerated.transfer import read_integers
 from llava_fast.errors import ImageError, PlanError
 from llava_fast.inputs.plan.from_ids import placement_columns, rows_of_images, supervised_rows
-from llava_fast.inputs.plan.visual_table import Mix
+from llava_fast.inputs.plan.visual_table import Pool
 from llava_fast.inputs.tiling.video import video_rows
 from llava_fast.models.placement import Placement
-from llava_fast.ops.token_pack import RowUses
+from llava_fast.ops.token_pack import InversePlacement
 
 PREFIX = "llava_plan_"
-MIX = ("mix_index", "mix_weight", "mix_use", "mix_start")
+POOL = ("pool_index", "pool_weight", "pool_order", "pool_start")
 SUPERVISED = ("supervised_row", "supervised_target")
-COLUMNS = ("source", "row", "kept", "place", "video_place", "tile", "frame", *RowUses._fields, *MIX, *SUPERVISED)
+COLUMNS = (
+    "source",
+    "row",
+    "kept",
+    "place",
+    "video_place",
+    "tile",
+    "frame",
+    *InversePlacement._fields,
+    *POOL,
+    *SUPERVISED,
+)
 NAMES = tuple(PREFIX + name for name in COLUMNS)
-"""source, row, kept, place, video_place and the uses are those of inputs.plan.from_ids.placement_columns; tile [tiles]
-numbers each real tile among the tiles of pixel_values, those that fill up counted, and frame [frames] those of
-pixel_values_videos; mix_* are the tap table of rows that are made of others (mix_weight holds the bits of float32; see
-inputs.plan.Mix), the last two only with labels; supervised_row, supervised_target [labelled rows] are the rows whose
-next token carries a label, and it. What a batch does not have is empty."""
+"""source, row, kept, place, video_place and the inverse placement are those of inputs.plan.from_ids.placement_columns;
+tile [tiles] numbers each real tile among the tiles of pixel_values, padding tiles counted, and frame [frames] those of
+pixel_values_videos; pool_* are the table of pooled rows (pool_weight holds the bits of float32; see inputs.plan.Pool),
+the last two only with labels; supervised_row, supervised_target [labelled rows] are the rows whose next token carries a
+label, and it. What a batch does not have is empty."""
 
 
 def make(
@@ -56,7 +67,7 @@ def make(
     """
     has_class_row = config.vision_config.model_type == "clip_vision_model"
     skipped = int(config.vision_feature_select_strategy == "default")
-    if frames is not None and (_kind_of_mix(config) is None or (has_class_row and not skipped)):
+    if frames is not None and (_kind_of_pool(config) is None or (has_class_row and not skipped)):
         return {}
     shape = geometry(config, skipped, has_class_row)
     integers = read_integers(ids, image_sizes, labels, batch_num_images)
@@ -67,13 +78,13 @@ def make(
     if tiles and max(tiles) > most:
         raise ImageError(f"an image has {max(tiles)} tiles, but pixel_values hold {most} of each")
     tokens = config.image_token_id, getattr(config, "video_token_id", None)
-    columns, mixes = placement_columns(
+    columns, pools = placement_columns(
         images, integers.ids, tokens[0], shape.tower_rows_per_tile, videos, tokens[1], labels is not None
     )
-    if [(mix.stage, mix.reduce) for mix in mixes] not in ([], [_kind_of_mix(config)]):
+    if [(pool.stage, pool.reduce) for pool in pools] not in ([], [_kind_of_pool(config)]):
         raise PlanError(f"no plan tells of the pooling of this {config.model_type}: use Collator(..., plan=False)")
-    empty = {name: np.zeros((0, 1) if name in MIX[:2] else 0, np.int64) for name in MIX}
-    columns = empty | {name.replace("mix0_", "mix_"): column for name, column in columns.items()}
+    empty = {name: np.zeros((0, 1) if name in POOL[:2] else 0, np.int64) for name in POOL}
+    columns = empty | {name.replace("pool0_", "pool_"): column for name, column in columns.items()}
     columns["frame"] = np.arange(sum(rows.tiles for rows in videos))
     real = [image * most + np.arange(number) for image, number in enumerate(tiles)]
     columns["tile"] = np.concatenate([np.zeros(0, np.int64), *real])
@@ -86,7 +97,7 @@ def make(
     return {PREFIX + name: torch.from_numpy(columns[name].astype(np.int32)) for name in COLUMNS}
 
 
-def _kind_of_mix(config) -> tuple[str, str] | None:
+def _kind_of_pool(config) -> tuple[str, str] | None:
     """(stage, reduce) of the rows that this model makes of others: shrunk images and pooled videos."""
     pooled = tiling(config)
     pool = pooled.get("video_pool")
@@ -149,17 +160,17 @@ def visuals(model, given: Mapping[str, Any], plan: dict[str, Tensor]) -> Visuals
     if frames is not None:
         made["pixel_values_videos"] = frames.flatten(0, 1)
     videos = 0 if frames is None else len(frames)
-    at = Placement.of(plan.get, _mixes(model.config, plan))
+    at = Placement.of(plan.get, _pools(model.config, plan))
     return Visuals(made, at, plan["place"], plan["video_place"], [], videos)
 
 
-def _mixes(config, plan: dict[str, Tensor]) -> list[Mix]:
-    """The mix of a plan, if it has one, and takes its two columns for gradients out of a plan that has them empty."""
-    if not len(plan["mix_index"]):
+def _pools(config, plan: dict[str, Tensor]) -> list[Pool]:
+    """The pooling of a plan, if it has any. Removes the two columns for gradients from a plan that has them empty."""
+    if not len(plan["pool_index"]):
         return []
-    if not len(plan["mix_start"]):
-        del plan["mix_use"], plan["mix_start"]
-    return [Mix(*_kind_of_mix(config), *MIX)]
+    if not len(plan["pool_start"]):
+        del plan["pool_order"], plan["pool_start"]
+    return [Pool(*_kind_of_pool(config), *POOL)]
 
 
 def supervision(plan: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ class Part:
             digest.update(np.ascontiguousarray(pixels).data)
         rows = self.piece.rows
         digest.update(repr((rows.reduce, rows.stage, self.piece.modality)).encode())
-        for array in (rows.kind, rows.index, *(rows.taps or ())):
+        for array in (rows.kind, rows.index, *(rows.pooling or ())):
             digest.update(np.ascontiguousarray(array).data)
         first = (1 << 160) | int.from_bytes(digest.digest(), "little") << 32  # above every token id
         return list(range(first, first + len(self)))

@@ -64,7 +64,7 @@ class Batch:
     def placement(self) -> Placement:
         """Where the decoder's rows come from."""
         sections = self.plan.sections
-        return Placement.of(lambda name: self.column(name) if name in sections else None, self.plan.mixes)
+        return Placement.of(lambda name: self.column(name) if name in sections else None, self.plan.pools)
 
     def spans(self, tables: tuple[BlockTable, ...] = ()) -> Spans:
         """Sequence boundaries for attention; with a cache, the table of each sequence's cached rows."""

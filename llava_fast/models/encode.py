@@ -1,4 +1,4 @@
-"""From a tower's features to the decoder's inputs: kept rows projected, rows mixed, every row put in its place.
+"""From a tower's features to the decoder's inputs: kept rows projected, rows pooled, every row put in its place.
 
 The one path for the engine's models and for transformers' (llava_fast.accelerated): each hands over its `Parts`.
 """
@@ -22,7 +22,7 @@ class Parts(NamedTuple):
 
     embedding      the decoder's token embedding.
     newline        [width], the row that follows each line of tiles, or None.
-    project        (features [rows, F], kept int64, rows mixed from features) -> [kept, then mixed; width].
+    project        (features [rows, F], kept int64, rows pooled from features) -> [kept, then pooled; width].
     plain_linears  gives the connector's Linears if it is nothing else (see Connector.plain_linears), or None.
     """
 
@@ -48,12 +48,12 @@ def inputs_embeds(
     else:
         table = parts.embedding(at.token_ids() if ids is None else ids).flatten(0, -2)
         at = at.with_own_text()
-    linears = parts.plain_linears() if features is not None and not at.mixes else None
+    linears = parts.plain_linears() if features is not None and not at.pools else None
     if features is not None and linears is not None:
         weights, biases, activation = linears
         if takes("assemble_inputs", features, operands=(table, *weights, *biases)):
             newline, at = _constants(parts.newline, table, at)
-            placement = at.source, at.row, table, newline, at.uses
+            placement = at.source, at.row, table, newline, at.inverse
             embeds = assemble_inputs(features, at.kept, weights, biases, *placement, activation, at.kept_count)
             return embeds, table.dtype
     visual = _empty(table) if features is None else visual_rows(parts, features, at)
@@ -61,31 +61,31 @@ def inputs_embeds(
 
 
 def visual_rows(parts: Parts, features: Tensor, at: Placement) -> Tensor:
-    """The plan's visual table [kept rows, then mixed ones; width]: only rows that something takes are projected."""
-    mixed = [mix.of(features) for mix in at.mixes if mix.stage == "before"]
-    projected = parts.project(features, at.kept.long(), mixed)
-    return joined([projected, *(mix.of(projected) for mix in at.mixes if mix.stage == "after")])
+    """The plan's visual table [kept rows, then pooled ones; width]: only rows that something takes are projected."""
+    pooled = [pool.of(features) for pool in at.pools if pool.stage == "before"]
+    projected = parts.project(features, at.kept.long(), pooled)
+    return joined([projected, *(pool.of(projected) for pool in at.pools if pool.stage == "after")])
 
 
 def placed(parts: Parts, table: Tensor | None, visual: Tensor, at: Placement) -> Tensor:
     """[rows, width]: rows of `table` (None: there is no text), of the visual table and newlines, each in its place."""
     table = _empty(visual) if table is None else table
     newline, at = _constants(parts.newline, table, at)
-    return token_pack(at.source, at.row, table, visual, newline, at.uses)
+    return token_pack(at.source, at.row, table, visual, newline, at.inverse)
 
 
-def project_rows(connector: nn.Module, features: Tensor, kept: Tensor, mixed: list[Tensor]) -> Tensor:
+def project_rows(connector: nn.Module, features: Tensor, kept: Tensor, pooled: list[Tensor]) -> Tensor:
     """Parts.project of a connector that makes each row of one row."""
-    return connector(joined([features[kept], *mixed]))
+    return connector(joined([features[kept], *pooled]))
 
 
 def project_tiles(
-    connector: nn.Module, rows_per_tile: int, left_out: int, features: Tensor, kept: Tensor, mixed: list[Tensor]
+    connector: nn.Module, rows_per_tile: int, left_out: int, features: Tensor, kept: Tensor, pooled: list[Tensor]
 ) -> Tensor:
     """Parts.project of a connector that reads whole tiles: it gets all their rows but the first `left_out` of each, and
-    `kept` are rows of what it gives. Raises ValueError where rows are mixed before it."""
-    if mixed:
-        raise ValueError("rows cannot be mixed before a connector that reads whole tiles")
+    `kept` are rows of what it gives. Raises ValueError where rows are pooled before it."""
+    if pooled:
+        raise ValueError("rows cannot be pooled before a connector that reads whole tiles")
     rows_TNC = features.unflatten(0, (len(features) // rows_per_tile, rows_per_tile))
     return connector(rows_TNC[:, left_out:]).flatten(0, 1)[kept]
 

@@ -254,10 +254,10 @@ def by_plan(rows: VisualRows, features: torch.Tensor, newline: torch.Tensor, pro
         source = flat
         if stage == "after":
             tables = [source := project(torch.cat(tables))]
-        for mix in (mix for mix in plan.mixes if mix.stage == stage):
-            taps = source[torch.from_numpy(plan.column(mix.index).astype(np.int64))]
-            weight = torch.from_numpy(plan.column(mix.weight).copy()).view(torch.float32)
-            tables.append(taps.amax(1) if mix.reduce == "max" else (taps * weight[..., None]).sum(1))
+        for pool in (pool for pool in plan.pools if pool.stage == stage):
+            taps = source[torch.from_numpy(plan.column(pool.index).astype(np.int64))]
+            weight = torch.from_numpy(plan.column(pool.weight).copy()).view(torch.float32)
+            tables.append(taps.amax(1) if pool.reduce == "max" else (taps * weight[..., None]).sum(1))
     table, source = torch.cat(tables), plan.column("source")
     out = torch.full((plan.rows, table.shape[1]), torch.nan)
     out[source == VISUAL] = table[plan.column("row")[source == VISUAL].astype(np.int64)]

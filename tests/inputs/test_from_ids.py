@@ -39,13 +39,13 @@ def test_ids_give_the_columns_of_the_pieces(name, training):
 
     marks = [[IMAGE] * len(images[0]), [IMAGE] * len(images[1]), [VIDEO] * len(film)]
     ids = np.concatenate([part for pair in zip(text, marks, strict=False) for part in pair] + text[3:])[None]
-    columns, mixes = placement_columns(images, ids, IMAGE, geometry.tower_rows_per_tile, [film], VIDEO, training)
+    columns, pools = placement_columns(images, ids, IMAGE, geometry.tower_rows_per_tile, [film], VIDEO, training)
 
-    assert mixes == plan.mixes
-    assert bool(mixes) == (name in ("shrunk", "max"))
+    assert pools == plan.pools
+    assert bool(pools) == (name in ("shrunk", "max"))
     shared = columns.keys() - {"place", "video_place"}
     assert {"source", "row", "kept", "text_row", "visual_place"} <= shared
-    assert {name for name in plan.sections if name.startswith("mix")} <= shared
+    assert {name for name in plan.sections if name.startswith("pool")} <= shared
     for column in shared:
         assert np.array_equal(columns[column], plan.column(column)), column
     assert (ids[0][columns["place"]] == IMAGE).all()

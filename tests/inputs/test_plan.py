@@ -59,11 +59,11 @@ def sources_of(plan, geometry):
     source, row = plan.column("source"), plan.column("row")
     kept = plan.column("kept").tolist()
     table = [("vit", k) for k in kept]
-    for mix in plan.mixes:
-        index, weight = plan.column(mix.index), plan.column(mix.weight).view(np.float32)
+    for pool in plan.pools:
+        index, weight = plan.column(pool.index), plan.column(pool.weight).view(np.float32)
         for taps, weights in zip(index.tolist(), weight.tolist(), strict=True):
-            origin = [kept[t] for t in taps] if mix.stage == "after" else taps
-            table.append((mix.stage, mix.reduce, tuple(origin), tuple(weights)))
+            origin = [kept[t] for t in taps] if pool.stage == "after" else taps
+            table.append((pool.stage, pool.reduce, tuple(origin), tuple(weights)))
     names = {FILLER: lambda r: None, TEXT: lambda r: ("text", r), CONSTANT: lambda r: ("newline", r)}
     names[VISUAL] = lambda r: table[r]
     return [names[s](r) for s, r in zip(source.tolist(), row.tolist(), strict=True)]
@@ -85,7 +85,7 @@ def expected_sources(sequences, geometry):
                 elif kind == FEATURE:
                     rows.append(("vit", index + first))
                 else:
-                    taps, weight = visual.taps
+                    taps, weight = visual.pooling
                     origin = tuple(int(t) + first for t in taps[index])
                     weights = tuple(float(w) for w in weight[index])
                     rows.append((visual.stage, visual.reduce, origin, weights))
@@ -125,18 +125,18 @@ def test_invariants(batch, layout):
     assert (kept >= 0).all()
     assert (kept < plan.tiles * geometry.tower_rows_per_tile).all()
     assert (columns["tile_of_kept"] == kept // geometry.tower_rows_per_tile).all()
-    table = len(kept) + sum(len(columns[mix.index]) for mix in plan.mixes)
+    table = len(kept) + sum(len(columns[pool.index]) for pool in plan.pools)
     source, row = columns["source"], columns["row"]
     assert ((row >= 0) == (source != FILLER)).all()
     assert (row[source == VISUAL] < table).all()
     assert (row[source == CONSTANT] == 0).all()
-    for mix in plan.mixes:
-        bound = len(kept) if mix.stage == "after" else plan.tiles * geometry.tower_rows_per_tile
-        assert (columns[mix.index] >= 0).all()
-        assert (columns[mix.index] < bound).all()
-        assert mix.reduce == "max" or np.allclose(columns[mix.weight].view(np.float32).sum(1), 1, atol=1e-6)
-    # Every projected row is used: directly, or as a tap of a mix made after the projector.
-    used = [row[source == VISUAL], *(columns[m.index].ravel() for m in plan.mixes if m.stage == "after")]
+    for pool in plan.pools:
+        bound = len(kept) if pool.stage == "after" else plan.tiles * geometry.tower_rows_per_tile
+        assert (columns[pool.index] >= 0).all()
+        assert (columns[pool.index] < bound).all()
+        assert pool.reduce == "max" or np.allclose(columns[pool.weight].view(np.float32).sum(1), 1, atol=1e-6)
+    # Every projected row is used: directly, or by a pool made after the projector.
+    used = [row[source == VISUAL], *(columns[m.index].ravel() for m in plan.pools if m.stage == "after")]
     assert set(range(len(kept))) <= set(np.concatenate(used).tolist())
     real = source != FILLER
     for number, (start, length) in enumerate(zip(columns["boundaries"][:-1], plan.lengths, strict=True)):
@@ -200,8 +200,8 @@ def test_packed_and_padded_hold_the_same_sequences(batch):
     geometry, sequences = batch
     packed, padded = (build_plan(sequences, geometry.tower_rows_per_tile, layout) for layout in ("packed", "padded"))
     assert packed.lengths == padded.lengths
-    assert packed.mixes == padded.mixes
-    for name in ("kept", "supervised_target", "text_token", "text_segment", *(m.index for m in packed.mixes)):
+    assert packed.pools == padded.pools
+    for name in ("kept", "supervised_target", "text_token", "text_segment", *(m.index for m in packed.pools)):
         assert (packed.column(name) == padded.column(name)).all()
     a, b = packed.column("boundaries"), padded.column("boundaries")
     for number, length in enumerate(packed.lengths):

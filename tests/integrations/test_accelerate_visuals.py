@@ -19,7 +19,7 @@ def test_the_images_are_shrunk_and_both_forms_of_tiles_come():
     """What the batches above are for: a shrunk image, one that is not, and images that share a prompt."""
     geometry = tiny.pair("onevision").ours.processor.geometry
     shapes = [llava_fast.inputs.tiling.anyres.image_rows(geometry, *SAMPLES[key][1][0]) for key in ("a", "large")]
-    assert [shape.taps is None for shape in shapes] == [True, False]
+    assert [shape.pooling is None for shape in shapes] == [True, False]
 
 
 @pytest.mark.parametrize("name", ["video", "onevision"])

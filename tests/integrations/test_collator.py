@@ -130,10 +130,10 @@ def test_the_mixes_of_plans_are_those_of_the_models():
     for name, which in MADE_ELSEWHERE:
         for labels in (False, True):
             batch = collator(name, labels=labels)(features(name, which))
-            mixed, taps = batch["llava_plan_mix_index"].shape
-            assert mixed
+            pooled, taps = batch["llava_plan_pool_index"].shape
+            assert pooled
             assert taps == 4
-            assert len(batch["llava_plan_mix_use"]) == (mixed * taps if labels else 0)
+            assert len(batch["llava_plan_pool_order"]) == (pooled * taps if labels else 0)
 
 
 def test_videos_of_different_lengths_are_refused():

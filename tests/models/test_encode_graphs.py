@@ -85,7 +85,7 @@ def test_what_has_no_filler_is_refused():
     video = tiny.pair("video").ours
     frames = np.zeros((4, 30, 40, 3), np.uint8)
     batch = video.prepare([{"prompt": "<video>\nWhat?", "video": frames}])
-    with pytest.raises(ValueError, match="mixed rows"):
+    with pytest.raises(ValueError, match="pooled rows"):
         fill(batch.plan, bucket_of(batch.plan))
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="need a model on CUDA"):

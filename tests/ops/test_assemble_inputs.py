@@ -12,7 +12,7 @@ from llava_fast.inputs.tiling.rows import FEATURE, NEWLINE, VisualRows
 from llava_fast.ops import assemble_inputs, token_pack, triton_support, use_backend
 from llava_fast.ops.activations import activate
 from llava_fast.ops.backend import BackendError
-from llava_fast.ops.token_pack import RowUses
+from llava_fast.ops.token_pack import InversePlacement
 from tests.support.kernel_checks import DEVICE, DTYPES, check_op
 
 BACKENDS = ("reference", "triton")
@@ -38,7 +38,7 @@ class Case:
         column["visual_place"] = torch.cat([column["visual_place"], filler])
         self.kept = torch.cat([column["kept"], filler])
         self.source, self.row = column["source"], column["row"]
-        self.uses = RowUses(*(column[name] for name in USES))
+        self.inverse = InversePlacement(*(column[name] for name in USES))
         self.layers = len(widths) - 1
         self.has_bias = bias
         self.count = None
@@ -51,7 +51,7 @@ class Case:
     def op(self, *tensors, activation="gelu"):
         features, *rest, embedding, constant = tensors
         weights, biases = list(rest[: self.layers]), list(rest[self.layers :])
-        given = (features, self.kept, weights, biases, self.source, self.row, embedding, constant, self.uses)
+        given = (features, self.kept, weights, biases, self.source, self.row, embedding, constant, self.inverse)
         return assemble_inputs(*given, activation, self.count)
 
     def exact(self, *tensors, activation="gelu"):
@@ -118,7 +118,7 @@ def test_nothing_at_all(backend, poisoned):
     empty = torch.zeros(0, dtype=torch.int32, device=DEVICE)
     segment = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     case.source = case.row = empty
-    case.uses = RowUses(empty, empty, segment, empty, empty, segment)
+    case.inverse = InversePlacement(empty, empty, segment, empty, empty, segment)
     case.check(backend, list(range(len(case.tensors))))
 
 
@@ -126,10 +126,10 @@ def test_nothing_at_all(backend, poisoned):
 def test_views_are_handled(backend, poisoned):
     case = Case(30, 20, 5, 2, (24, 32, 16))
     case.tensors = [t.T.contiguous().T if t.dim() == 2 else t.repeat_interleave(2)[::2] for t in case.tensors]
-    indices = (case.kept, case.source, case.row, *case.uses)
-    case.kept, case.source, case.row, *uses = (t.repeat_interleave(2)[::2] for t in indices)
-    case.uses = RowUses(*uses)
-    assert not any(t.is_contiguous() for t in (*case.tensors[:4], case.kept, case.source, case.row, *case.uses[:4]))
+    indices = (case.kept, case.source, case.row, *case.inverse)
+    case.kept, case.source, case.row, *inverse = (t.repeat_interleave(2)[::2] for t in indices)
+    case.inverse = InversePlacement(*inverse)
+    assert not any(t.is_contiguous() for t in (*case.tensors[:4], case.kept, case.source, case.row, *case.inverse[:4]))
     case.check(backend, list(range(7)))
 
 
@@ -179,7 +179,7 @@ def test_torch_library_contract(backend, counted):
     case.count = torch.tensor([9], dtype=torch.int32, device=DEVICE) if counted else None
     tensors = [tensor.requires_grad_() for tensor in case.tensors]
     features, w0, w1, b0, b1, embedding, constant = tensors
-    given = (features, case.kept, [w0, w1], [b0, b1], case.source, case.row, embedding, constant, list(case.uses))
+    given = (features, case.kept, [w0, w1], [b0, b1], case.source, case.row, embedding, constant, list(case.inverse))
     with use_backend(backend):
         torch.library.opcheck(torch.ops.llava_fast.assemble_inputs.default, (*given, "gelu", 0, case.count))
         out = torch.compile(case.op, fullgraph=True, backend="aot_eager")(*tensors)
@@ -198,7 +198,7 @@ def test_the_backwards_contract(backend):
     backward = torch.ops.llava_fast.assemble_inputs_backward.default
     with use_backend(backend):
         for wanted in (range(5), [0], [1], [2], [3], [4], []):
-            given = (grad, features, case.kept, layers[:2], pres, case.source, case.row, list(case.uses), "gelu", 12)
+            given = (grad, features, case.kept, layers[:2], pres, case.source, case.row, list(case.inverse), "gelu", 12)
             needed = [i in wanted for i in range(5)]
             torch.library.opcheck(backward, (*given, needed), test_utils=("test_schema", "test_faketensor"))
 
@@ -207,13 +207,13 @@ def test_arguments_are_checked():
     case = Case(12, 9, 5, 2, (8, 12, 8))
     features, w0, w1, b0, b1, embedding, constant = case.tensors
     with pytest.raises(ValueError, match="2 weights and 1 biases"):
-        assemble_inputs(features, case.kept, [w0, w1], [b0], case.source, case.row, embedding, constant, case.uses)
+        assemble_inputs(features, case.kept, [w0, w1], [b0], case.source, case.row, embedding, constant, case.inverse)
     with pytest.raises(ValueError, match=r"weight 0 is .8, 12., but its input has 8 features"):
-        assemble_inputs(features, case.kept, [w1, w1], [], case.source, case.row, embedding, constant, case.uses)
+        assemble_inputs(features, case.kept, [w1, w1], [], case.source, case.row, embedding, constant, case.inverse)
     kept = case.kept[:8]
     with pytest.raises(ValueError, match="9 visual and 1 constant rows, but 8 rows are kept"):
-        assemble_inputs(features, kept, [w0, w1], [b0, b1], case.source, case.row, embedding, constant, case.uses)
+        assemble_inputs(features, kept, [w0, w1], [b0, b1], case.source, case.row, embedding, constant, case.inverse)
     with pytest.raises(ValueError, match="projector 12, embedding 8"):
-        assemble_inputs(features, case.kept, [w0], [b0], case.source, case.row, embedding, constant, case.uses)
+        assemble_inputs(features, case.kept, [w0], [b0], case.source, case.row, embedding, constant, case.inverse)
     with use_backend("triton"), pytest.raises(BackendError, match="dtypes differ"):
         case.op(features.half(), w0, w1, b0, b1, embedding, constant)

@@ -21,7 +21,7 @@ from llava_fast.ops import (
     token_pack,
     use_backend,
 )
-from llava_fast.ops.token_pack import RowUses
+from llava_fast.ops.token_pack import InversePlacement
 from tests.support.kernel_checks import DEVICE
 
 
@@ -109,9 +109,9 @@ def test_assemble_inputs_under_autocast_projects_in_its_dtype():
     tables = [torch.randn(size, device=DEVICE, requires_grad=True) for size in ((5, 8), (6, 8), (4, 6), (7, 4), (1, 4))]
     features, w0, w1, embedding, constant = tables
     kept, source, row = integers(3, 1), integers(0, 1, 1), integers(6, 0, 1)
-    uses = RowUses(integers(0), integers(6), integers(0, 1), integers(1, 2), integers(), integers(0, 0))
+    inverse = InversePlacement(integers(0), integers(6), integers(0, 1), integers(1, 2), integers(), integers(0, 0))
     with torch.autocast(DEVICE, torch.bfloat16):
-        found = assemble_inputs(features, kept, [w0, w1], [], source, row, embedding, constant, uses)
+        found = assemble_inputs(features, kept, [w0, w1], [], source, row, embedding, constant, inverse)
         projected = F.linear(F.gelu(F.linear(features[kept.long()], w0)), w1)
     expected = torch.cat([embedding[6:], projected.float()])
     assert found.dtype == torch.float32
@@ -138,13 +138,13 @@ def test_inductor_compiles_around_the_ops():
     def chain(x, weight, bias, embedding, constant):
         y = layer_norm(x * 2 + 1, bias, bias, 1e-5)
         visual = linear_act(y, weight, bias, "gelu").tanh() + x
-        return token_pack(source, row, embedding, visual, constant, uses).square() * 0.5
+        return token_pack(source, row, embedding, visual, constant, inverse).square() * 0.5
 
     def integers(*values):
         return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
     source, row = integers(0, 1, 1, 2, -1), integers(2, 1, 0, 0, 0)
-    uses = RowUses(integers(0), integers(2), integers(0, 1), integers(2, 1), integers(3), integers(0, 1))
+    inverse = InversePlacement(integers(0), integers(2), integers(0, 1), integers(2, 1), integers(3), integers(0, 1))
     tables = [torch.randn(size, device=DEVICE, requires_grad=True) for size in ((2, 8), (8, 8), 8, (4, 8), (1, 8))]
     # No graph of an earlier run, whose fake kernels may have been others; no pool of processes for a handful of loops.
     with inductor.patch(force_disable_caches=True, compile_threads=1):

@@ -6,23 +6,23 @@ from torch.nn import functional as F
 
 from llava_fast.ops import mix_rows, use_backend
 from llava_fast.ops.backend import BackendError
-from llava_fast.ops.mix_rows import TapUses, reference
+from llava_fast.ops.mix_rows import InversePooling, reference
 from tests.support.kernel_checks import DEVICE, DTYPES, check_op
 
 BACKENDS = ("reference", "triton")
 
 
 def table(mixed: int, taps: int, rows: int):
-    """A random tap table with repeated and unused rows, its weights, and who uses which row."""
+    """A random table with repeated and unused rows, its weights, and its inverse."""
     index = torch.randint(0, max(rows - 1, 1), (mixed, taps), dtype=torch.int32)
     use = torch.argsort(index.flatten(), stable=True).int()
     start = torch.cat([torch.zeros(1), torch.bincount(index.flatten(), minlength=rows).cumsum(0)]).int()
-    return index.to(DEVICE), torch.rand(mixed, taps, device=DEVICE), TapUses(use.to(DEVICE), start.to(DEVICE))
+    return index.to(DEVICE), torch.rand(mixed, taps, device=DEVICE), InversePooling(use.to(DEVICE), start.to(DEVICE))
 
 
-def mix(rows, index, weight, reduce, uses):
+def mix(rows, index, weight, reduce, inverse):
     """mix_rows with weights in float32, which check_op gives in float64."""
-    return mix_rows(rows, index, weight.float(), reduce, uses)
+    return mix_rows(rows, index, weight.float(), reduce, inverse)
 
 
 def every_second(tensor):
@@ -35,9 +35,9 @@ def every_second(tensor):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_and_gradients(backend, dtype, reduce, trained, poisoned):
-    index, weight, uses = table(30, 4, 20)
+    index, weight, inverse = table(30, 4, 20)
     rows = torch.randn(20, 72, device=DEVICE).to(dtype)
-    check_op(mix, [rows, index, weight, reduce, uses], trained, backend)
+    check_op(mix, [rows, index, weight, reduce, inverse], trained, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -45,22 +45,22 @@ def test_rows_and_gradients(backend, dtype, reduce, trained, poisoned):
     ("mixed", "taps", "rows", "width"), [(1, 1, 1, 1), (0, 4, 5, 8), (577, 4, 100, 3), (6, 9, 7, 1030)]
 )
 def test_ragged_shapes(backend, mixed, taps, rows, width, poisoned):
-    index, weight, uses = table(mixed, taps, rows)
+    index, weight, inverse = table(mixed, taps, rows)
     for reduce in ("sum", "max"):
-        check_op(mix, [torch.randn(rows, width, device=DEVICE), index, weight, reduce, uses], [0], backend)
+        check_op(mix, [torch.randn(rows, width, device=DEVICE), index, weight, reduce, inverse], [0], backend)
 
 
 @pytest.mark.parametrize("reduce", ["sum", "max"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_views_are_handled(backend, reduce, poisoned):
-    index, weight, uses = table(15, 4, 10)
+    index, weight, inverse = table(15, 4, 10)
     rows = torch.randn(24, 10, device=DEVICE).T
-    index, weight, uses = every_second(index), weight.T.contiguous().T, TapUses(*map(every_second, uses))
-    assert not any(tensor.is_contiguous() for tensor in (rows, index, weight, *uses))
-    check_op(mix, [rows, index, weight, reduce, uses], [0], backend)
+    index, weight, inverse = every_second(index), weight.T.contiguous().T, InversePooling(*map(every_second, inverse))
+    assert not any(tensor.is_contiguous() for tensor in (rows, index, weight, *inverse))
+    check_op(mix, [rows, index, weight, reduce, inverse], [0], backend)
     leaf = rows.detach().requires_grad_()
     with use_backend(backend):
-        mix_rows(leaf, index, weight, reduce, uses).sum().backward()  # an expanded gradient
+        mix_rows(leaf, index, weight, reduce, inverse).sum().backward()  # an expanded gradient
     plain = rows.detach().requires_grad_()
     reference.mix_rows(plain, index, weight, reduce).sum().backward()
     torch.testing.assert_close(leaf.grad, plain.grad)
@@ -72,9 +72,9 @@ def test_a_maximum_of_equals_sends_its_gradient_to_the_first_as_max_pooling_does
     rows = torch.randint(0, 2, (side * side, width)).float().to(DEVICE).requires_grad_()
     index = torch.arange(side * side).view(2, 2, 2, 2).transpose(1, 2).reshape(4, 4).int().to(DEVICE)
     order = torch.argsort(index.flatten(), stable=True).int()
-    uses = TapUses(order, torch.arange(side * side + 1, dtype=torch.int32, device=DEVICE))
+    inverse = InversePooling(order, torch.arange(side * side + 1, dtype=torch.int32, device=DEVICE))
     with use_backend(backend):
-        out = mix_rows(rows, index, torch.ones(4, 4, device=DEVICE), "max", uses)
+        out = mix_rows(rows, index, torch.ones(4, 4, device=DEVICE), "max", inverse)
     grad = torch.randn(4, width, device=DEVICE)
     picture = rows.detach().T.reshape(1, width, side, side).requires_grad_()
     pooled = F.max_pool2d(picture, 2).flatten(2)[0].T
@@ -88,32 +88,32 @@ def test_a_maximum_of_equals_sends_its_gradient_to_the_first_as_max_pooling_does
 @pytest.mark.parametrize("reduce", ["sum", "max"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_torch_library_contract(backend, reduce):
-    index, weight, uses = table(5, 4, 6)
+    index, weight, inverse = table(5, 4, 6)
     rows = torch.randn(6, 8, device=DEVICE, requires_grad=True)
     with use_backend(backend):
-        torch.library.opcheck(torch.ops.llava_fast.mix_rows.default, (rows, index, weight, reduce, list(uses)))
-        out = torch.compile(mix_rows, fullgraph=True, backend="aot_eager")(rows, index, weight, reduce, uses)
+        torch.library.opcheck(torch.ops.llava_fast.mix_rows.default, (rows, index, weight, reduce, list(inverse)))
+        out = torch.compile(mix_rows, fullgraph=True, backend="aot_eager")(rows, index, weight, reduce, inverse)
         found = torch.autograd.grad(out.square().sum(), rows)
-        expected = torch.autograd.grad(mix_rows(rows, index, weight, reduce, uses).square().sum(), rows)
+        expected = torch.autograd.grad(mix_rows(rows, index, weight, reduce, inverse).square().sum(), rows)
     assert torch.equal(found[0], expected[0])
 
 
 @pytest.mark.parametrize("reduce", ["sum", "max"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_backwards_contract(backend, reduce):
-    index, weight, uses = table(5, 4, 6)
+    index, weight, inverse = table(5, 4, 6)
     rows, grad = torch.randn(6, 8, device=DEVICE), torch.randn(5, 8, device=DEVICE)
     saved = rows if reduce == "max" else rows[:0]  # what the forward pass keeps
     backward = torch.ops.llava_fast.mix_rows_backward.default
     with use_backend(backend):
-        given = (grad, saved, index, weight, reduce, 6, list(uses))
+        given = (grad, saved, index, weight, reduce, 6, list(inverse))
         torch.library.opcheck(backward, given, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_what_does_not_fit_is_refused():
-    index, weight, uses = table(5, 4, 6)
+    index, weight, inverse = table(5, 4, 6)
     rows = torch.randn(6, 8, device=DEVICE, requires_grad=True)
-    with use_backend("triton"), pytest.raises(BackendError, match="no `uses` were given"):
+    with use_backend("triton"), pytest.raises(BackendError, match="no `inverse` was given"):
         mix_rows(rows, index, weight).sum().backward()
-    with pytest.raises(ValueError, match="uses tell of 6 rows"):
-        mix_rows(rows[:5], index, weight, "sum", uses)
+    with pytest.raises(ValueError, match="inverse covers 6 rows"):
+        mix_rows(rows[:5], index, weight, "sum", inverse)

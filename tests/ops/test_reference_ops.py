@@ -60,7 +60,7 @@ def test_arguments_that_do_not_fit_are_refused():
         token_pack(ids, ids[:1], torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(1, 4))
     with pytest.raises(ValueError, match="'sum' or 'max'"):
         mix_rows(torch.zeros(3, 4), ids[None], torch.zeros(1, 2), "mean")
-    with pytest.raises(ValueError, match=r"\[mixed, taps\]"):
+    with pytest.raises(ValueError, match=r"\[pooled, K\]"):
         mix_rows(torch.zeros(3, 4), ids[None], torch.zeros(1, 3))
 
 

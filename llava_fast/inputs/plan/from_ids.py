@@ -13,8 +13,8 @@ import numpy as np
 
 from llava_fast.errors import ImageError
 from llava_fast.inputs.plan.columns import CONSTANT, IGNORE, TEXT, VISUAL
-from llava_fast.inputs.plan.inverse import row_uses_columns
-from llava_fast.inputs.plan.visual_table import Mix, VisualTable
+from llava_fast.inputs.plan.inverse import inverse_columns
+from llava_fast.inputs.plan.visual_table import Pool, VisualTable
 from llava_fast.inputs.tiling.anyres import VisualGeometry, image_rows
 from llava_fast.inputs.tiling.rows import NEWLINE, VisualRows
 
@@ -51,20 +51,20 @@ def placement_columns(
     tower_rows_per_tile: int,
     videos: Sequence[VisualRows] = (),
     video_token: int | None = None,
-    with_tap_uses: bool = False,
-) -> tuple[dict[str, np.ndarray], tuple[Mix, ...]]:
-    """The int32 columns of a plan, by name, and its mixes: source, row [B * S]; kept [kept] the rows to project, the
-    class row counted; place, video_place the rows that images and videos take; the uses, and the mixes' tables, as
-    in TokenPlan. Image rows stand at the image tokens of `ids` in row-major order, video rows at the video tokens, or,
-    with ids None, end to end; text rows are read from the embedding table by token id. Tiles of images come before the
-    frames of videos.
+    with_inverse_pooling: bool = False,
+) -> tuple[dict[str, np.ndarray], tuple[Pool, ...]]:
+    """The int32 columns of a plan, by name, and its pools: source, row [B * S]; kept [kept] the rows to project, the
+    class row counted; place, video_place the rows that images and videos take; the inverse placement and the pools'
+    tables, as in TokenPlan. Image rows stand at the image tokens of `ids` in row-major order, video rows at the video
+    tokens, or, with ids None, end to end; text rows are read from the embedding table by token id. Tiles of images come
+    before the frames of videos.
 
-    with_tap_uses  also the mixes' tables the other way round, for gradients.
+    with_inverse_pooling  also the pools' inverse tables, for gradients.
     Raises ImageError if image tokens and image rows, or video tokens and video rows, differ in number.
     """
     table = VisualTable(tower_rows_per_tile)
     added = [(rows.kind == NEWLINE, table.add(rows)) for rows in (*images, *videos)]
-    kept, mix_columns, mixes, final, visual_rows = table.finish(with_tap_uses)
+    kept, pool_columns, pools, final, visual_rows = table.finish(with_inverse_pooling)
     none = np.zeros(0, np.int64)
     newline = np.concatenate([none, *(part for part, _ in added)]).astype(bool)
     number = final(np.concatenate([none, *(part for _, part in added)]))
@@ -88,7 +88,7 @@ def placement_columns(
     row[taken] = np.where(newline, 0, number)
     columns = {"source": source, "row": row, "kept": kept}
     columns |= {"place": place.astype(np.int32), "video_place": video_place.astype(np.int32)}
-    return columns | row_uses_columns(columns, visual_rows) | mix_columns, mixes
+    return columns | inverse_columns(columns, visual_rows) | pool_columns, pools
 
 
 def _places(flat: np.ndarray, token: int | None) -> np.ndarray:

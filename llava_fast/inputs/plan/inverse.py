@@ -8,9 +8,9 @@ import numpy as np
 from llava_fast.inputs.plan.columns import CONSTANT, TEXT, VISUAL
 
 
-def row_uses_columns(columns: dict[str, np.ndarray], visual_rows: int) -> dict[str, np.ndarray]:
-    """The placement that columns "source" and "row" give, the other way round (see ops.token_pack.RowUses)."""
-    return _text_segments(columns) | _other_uses(columns, visual_rows)
+def inverse_columns(columns: dict[str, np.ndarray], visual_rows: int) -> dict[str, np.ndarray]:
+    """The inverse of the placement that columns "source" and "row" give (see ops.token_pack.InversePlacement)."""
+    return _text_segments(columns) | _other_places(columns, visual_rows)
 
 
 def _text_segments(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -25,7 +25,7 @@ def _text_segments(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def _other_uses(columns: dict[str, np.ndarray], visual_rows: int) -> dict[str, np.ndarray]:
+def _other_places(columns: dict[str, np.ndarray], visual_rows: int) -> dict[str, np.ndarray]:
     """Which decoder row took each visual row (at most one does), and the rows of the one constant."""
     taken = np.flatnonzero(columns["source"] == VISUAL).astype(np.int32)
     place = np.full(visual_rows, -1, np.int32)

@@ -28,8 +28,8 @@ from llava_fast.inputs.plan.columns import (
     VISUAL,
     pack_columns,
 )
-from llava_fast.inputs.plan.inverse import row_uses_columns
-from llava_fast.inputs.plan.visual_table import Mix, VisualTable
+from llava_fast.inputs.plan.inverse import inverse_columns
+from llava_fast.inputs.plan.visual_table import Pool, VisualTable
 from llava_fast.inputs.tiling.rows import NEWLINE, VisualRows
 
 Layout = Literal["packed", "padded"]
@@ -72,7 +72,7 @@ class TokenPlan:
     visual_place                                       [visual rows]  the row that took each visual row, or -1
     constant_row, constant_segment                     rows with a newline, and [0, their number]
 
-    The visual table that VISUAL rows index is: the kept rows, then each mix of stage "before", then each of stage
+    The visual table that VISUAL rows index is: the kept rows, then each pool of stage "before", then each of stage
     "after". `lengths` counts the real rows of each sequence; `tiles` the tiles of the whole batch. `tails` holds the
     row counts of each sequence's tails; it is empty if no sequence has any.
     """
@@ -81,7 +81,7 @@ class TokenPlan:
     lengths: tuple[int, ...]
     tiles: int
     rows: int
-    mixes: tuple[Mix, ...]
+    pools: tuple[Pool, ...]
     flat: np.ndarray
     sections: dict[str, tuple[int, tuple[int, ...]]]
     tails: tuple[tuple[int, ...], ...] = ()
@@ -127,7 +127,7 @@ def build_plan(
     visual = VisualTable(tower_rows_per_tile)
     parts = [[_piece_columns(piece, visual) for piece in pieces] for pieces in sequences]
     training = any(isinstance(p, TextPiece) and p.supervised is not None for pieces in sequences for p in pieces)
-    kept, mix_columns, mixes, number, visual_rows = visual.finish(training)
+    kept, pool_columns, pools, number, visual_rows = visual.finish(training)
 
     lengths = tuple(sequence_length(pieces) for pieces in sequences)
     width = max(lengths, default=0)
@@ -169,11 +169,11 @@ def build_plan(
     columns["boundaries"] = boundaries
     columns["last_row"] = np.array([s + n - 1 for s, n in zip(boundaries[:-1], lengths, strict=True)], np.int32)
     columns |= (
-        _supervision(columns, before, tail_of if tails else None) | row_uses_columns(columns, visual_rows) | mix_columns
+        _supervision(columns, before, tail_of if tails else None) | inverse_columns(columns, visual_rows) | pool_columns
     )
     flat, sections = pack_columns(columns)
     each = tuple(tuple(int(tail) for tail in of_sequence) for of_sequence in tails)
-    return TokenPlan(layout, lengths, visual.tiles, total, mixes, flat, sections, each)
+    return TokenPlan(layout, lengths, visual.tiles, total, pools, flat, sections, each)
 
 
 def _piece_columns(piece: Piece, visual: VisualTable) -> tuple[np.ndarray, ...]:

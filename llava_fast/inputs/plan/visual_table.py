@@ -1,4 +1,4 @@
-"""The visual table of a batch: kept rows of the tower, then rows mixed from others, and their numbers."""
+"""The visual table of a batch: kept rows of the tower, then rows pooled from others, and their numbers."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from typing import Literal
 
 import numpy as np
 
-from llava_fast.inputs.tiling.rows import MIXED, NEWLINE, VisualRows
+from llava_fast.inputs.tiling.rows import NEWLINE, POOLED, VisualRows
 
 Stage = Literal["before", "after"]
 Reduce = Literal["sum", "max"]
 
 
 @dataclass(frozen=True)
-class Mix:
-    """Visual rows made by mixing others: how they reduce, at which stage, and the names of the columns of their tap
-    table (index, weight) and of the same table sorted by the row a tap takes (use, start: see ops.mix_rows.TapUses;
-    only a plan with labels has those two)."""
+class Pool:
+    """Visual rows pooled from others: how they reduce, at which stage, and the names of the plan's columns: index and
+    weight [rows, K] say which K rows are combined; order and start are the inverse table for gradients, which only a
+    plan with labels has (see ops.mix_rows)."""
 
     stage: Stage
     reduce: Reduce
     index: str
     weight: str
-    use: str
+    order: str
     start: str
 
 
 class VisualTable:
-    """Collects the visual rows of a batch and numbers them: kept ViT rows first, then the mixes by stage.
+    """Collects the visual rows of a batch and numbers them: kept ViT rows first, then the pools by stage.
 
-    Until `finish` knows how many rows each part holds, a direct row is its ViT row number and a mixed row is
-    negative: -(1 + mix * LIMIT + row of that mix).
+    Until `finish` knows how many rows each part holds, a direct row is its ViT row number and a pooled row is
+    negative: -(1 + pool * LIMIT + row of that pool).
     """
 
     LIMIT = 1 << 26
@@ -40,61 +40,61 @@ class VisualTable:
         self.tower_rows_per_tile = tower_rows_per_tile
         self.tiles = 0
         self.direct: list[np.ndarray] = []
-        self.mixed: dict[tuple[Stage, Reduce, int], list[tuple[np.ndarray, np.ndarray]]] = {}
+        self.pooled: dict[tuple[Stage, Reduce, int], list[tuple[np.ndarray, np.ndarray]]] = {}
 
     def add(self, rows: VisualRows) -> np.ndarray:
         first = self.tiles * self.tower_rows_per_tile
         self.tiles += rows.tiles
         index = rows.index.astype(np.int64)
-        is_mixed = rows.kind == MIXED
+        is_pooled = rows.kind == POOLED
         provisional = index + first
-        if rows.taps is not None:
-            taps, weight = rows.taps
-            key = (rows.stage, rows.reduce, taps.shape[1])
-            tables = self.mixed.setdefault(key, [])
+        if rows.pooling is not None:
+            pooled, weight = rows.pooling
+            key = (rows.stage, rows.reduce, pooled.shape[1])
+            tables = self.pooled.setdefault(key, [])
             done = sum(len(table) for table, _ in tables)
-            tables.append((taps + first, weight))
-            number = list(self.mixed).index(key)
-            provisional = np.where(is_mixed, -(1 + number * self.LIMIT + done + index), provisional)
-        self.direct.append(provisional[(rows.kind != NEWLINE) & ~is_mixed])
+            tables.append((pooled + first, weight))
+            number = list(self.pooled).index(key)
+            provisional = np.where(is_pooled, -(1 + number * self.LIMIT + done + index), provisional)
+        self.direct.append(provisional[(rows.kind != NEWLINE) & ~is_pooled])
         return provisional
 
-    def finish(self, with_uses: bool):
-        """(kept ViT rows, columns of the mixes, mixes in table order, provisional -> final numbers, rows in all)."""
+    def finish(self, with_inverse: bool):
+        """(kept ViT rows, columns of the pools, pools in table order, provisional -> final numbers, rows in all)."""
         needed = [
             *self.direct,
-            *(t.ravel() for k, ts in self.mixed.items() if k[0] == "after" for t, _ in ts),
+            *(t.ravel() for k, ts in self.pooled.items() if k[0] == "after" for t, _ in ts),
         ]
         kept = np.unique(np.concatenate(needed)) if needed else np.zeros(0, np.int64)
-        order = sorted(self.mixed, key=lambda key: key[0] != "before")
+        keys = sorted(self.pooled, key=lambda key: key[0] != "before")
         start, size = {}, len(kept)
-        before = sum(len(t) for k, ts in self.mixed.items() if k[0] == "before" for t, _ in ts)
-        mixes: list[Mix] = []
+        before = sum(len(t) for k, ts in self.pooled.items() if k[0] == "before" for t, _ in ts)
+        pools: list[Pool] = []
         columns: dict[str, np.ndarray] = {}
-        for key in order:
+        for key in keys:
             stage, reduce, _ = key
-            index = np.concatenate([table for table, _ in self.mixed[key]])
-            weight = np.concatenate([weight for _, weight in self.mixed[key]]).astype(np.float32)
+            index = np.concatenate([table for table, _ in self.pooled[key]])
+            weight = np.concatenate([weight for _, weight in self.pooled[key]]).astype(np.float32)
             if stage == "after":
                 index = np.searchsorted(kept, index)
-            name = f"mix{len(mixes)}"
-            mix = Mix(stage, reduce, f"{name}_index", f"{name}_weight", f"{name}_use", f"{name}_start")
+            name = f"pool{len(pools)}"
+            pool = Pool(stage, reduce, f"{name}_index", f"{name}_weight", f"{name}_order", f"{name}_start")
             sources = len(kept) + before if stage == "after" else self.tiles * self.tower_rows_per_tile
-            columns |= {mix.index: index.astype(np.int32), mix.weight: weight.view(np.int32)}
-            if with_uses:
-                use = np.argsort(index, axis=None, kind="stable").astype(np.int32)
+            columns |= {pool.index: index.astype(np.int32), pool.weight: weight.view(np.int32)}
+            if with_inverse:
+                order = np.argsort(index, axis=None, kind="stable").astype(np.int32)
                 ends = np.cumsum(np.bincount(index.ravel(), minlength=sources))
-                columns |= {mix.use: use, mix.start: np.append(0, ends).astype(np.int32)}
-            mixes.append(mix)
-            start[list(self.mixed).index(key)] = size
+                columns |= {pool.order: order, pool.start: np.append(0, ends).astype(np.int32)}
+            pools.append(pool)
+            start[list(self.pooled).index(key)] = size
             size += len(index)
 
         def number(provisional: np.ndarray) -> np.ndarray:
-            mixed = -provisional.astype(np.int64) - 1
+            pooled = -provisional.astype(np.int64) - 1
             final = np.searchsorted(kept, np.maximum(provisional, 0)).astype(np.int64)
             for which, first in start.items():
-                inside = (provisional < 0) & (mixed // self.LIMIT == which)
-                final[inside] = first + mixed[inside] % self.LIMIT
+                inside = (provisional < 0) & (pooled // self.LIMIT == which)
+                final[inside] = first + pooled[inside] % self.LIMIT
             return final.astype(np.int32)
 
-        return kept.astype(np.int32), columns, tuple(mixes), number, size
+        return kept.astype(np.int32), columns, tuple(pools), number, size

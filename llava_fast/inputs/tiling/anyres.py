@@ -25,7 +25,7 @@ from llava_fast.errors import ImageError
 from llava_fast.inputs.pictures.preprocessing import Aspect, Filter, Fit, standard_fit
 from llava_fast.inputs.pictures.view import View
 from llava_fast.inputs.tiling.base import Tiling
-from llava_fast.inputs.tiling.rows import VisualRows, _bilinear_taps, _block_taps, _mixed_rows, _rows, check_size
+from llava_fast.inputs.tiling.rows import VisualRows, _bilinear_pooling, _block_pooling, _pooled_rows, _rows, check_size
 
 Compat = Literal["hf", "llava"]
 
@@ -239,8 +239,8 @@ def image_rows(geometry: VisualGeometry, height: int, width: int, alone: bool = 
     stitched = _stitch(geometry, grid)
     head = [] if "nobase" in merge else [base]
     if "maxpool2x2" in merge:
-        taps = _block_taps(stitched, 2)
-        return _mixed_rows(head, taps, taps[0].shape[:2], newline=False, tiles=tiles, reduce="max")
+        pooling = _block_pooling(stitched, 2)
+        return _pooled_rows(head, pooling, pooling[0].shape[:2], newline=False, tiles=tiles, reduce="max")
     if "unpad" not in merge:
         return _rows([*head, stitched.reshape(-1)], tiles)
     top, left, kept_h, kept_w = unpad(height, width, stitched.shape, geometry.compat)
@@ -254,7 +254,7 @@ def image_rows(geometry: VisualGeometry, height: int, width: int, alone: bool = 
                     f"an image of {width}x{height} pixels leaves no rows after anyres_max_{geometry.max_tiles} "
                     "shrinks it; crop it or pad it to a less extreme shape"
                 )
-            return _mixed_rows(head, _bilinear_taps(window, shape), shape, newline=True, tiles=tiles, reduce="sum")
+            return _pooled_rows(head, _bilinear_pooling(window, shape), shape, newline=True, tiles=tiles, reduce="sum")
     return _rows([*head, *(part for line in window for part in (line, None))], tiles)
 
 

@@ -1,4 +1,4 @@
-"""The decoder rows that an image or a video gives: rows of the tower, rows mixed from others, newline rows."""
+"""The decoder rows that an image or a video gives: rows of the tower, rows pooled from others, newline rows."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import numpy as np
 
 from llava_fast.errors import ImageError
 
-FEATURE, MIXED, NEWLINE = 0, 1, 2
-"""Kinds of visual row: a ViT row, a weighted mix of ViT rows, the learned newline."""
+FEATURE, POOLED, NEWLINE = 0, 1, 2
+"""Kinds of visual row: a ViT row, a row pooled from several, the learned newline."""
 
 
 @dataclass(frozen=True, eq=False)
 class VisualRows:
     """What one image or video contributes to the decoder, in order.
 
-    kind   int8 [rows]: FEATURE, MIXED or NEWLINE.
-    index  int32 [rows]: ViT row (tile * tower_rows_per_tile + row in tile), row of `taps`, or 0 for a newline.
-    taps   (int32 [mixed, K] ViT rows, float32 [mixed, K] weights) or None.
-    reduce how taps combine: "sum" of weighted rows, or "max" (weights unused).
-    stage  whether mixing happens "before" or "after" the projector.
+    kind   int8 [rows]: FEATURE, POOLED or NEWLINE.
+    index  int32 [rows]: ViT row (tile * tower_rows_per_tile + row in tile), row of `pooling`, or 0 for a newline.
+    pooling (int32 [pooled, K] ViT rows, float32 [pooled, K] weights) or None.
+    reduce how the K rows combine: "sum" of weighted rows, or "max" (weights unused).
+    stage  whether pooling happens "before" or "after" the projector.
     tiles  number of tiles the item is cut into.
     """
 
     kind: np.ndarray
     index: np.ndarray
     tiles: int
-    taps: tuple[np.ndarray, np.ndarray] | None = None
+    pooling: tuple[np.ndarray, np.ndarray] | None = None
     reduce: Literal["sum", "max"] = "sum"
     stage: Literal["before", "after"] = "after"
 
@@ -41,7 +41,7 @@ def check_size(height: int, width: int) -> None:
         raise ImageError(f"an image of {width}x{height} pixels has no content; give one of at least 1x1")
 
 
-def _block_taps(picture: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndarray]:
+def _block_pooling(picture: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndarray]:
     """Non-overlapping stride x stride blocks: (index, weight), both [out_h, out_w, stride**2]."""
     out_h, out_w = picture.shape[0] // stride, picture.shape[1] // stride
     blocks = picture[: out_h * stride, : out_w * stride].reshape(out_h, stride, out_w, stride)
@@ -49,7 +49,7 @@ def _block_taps(picture: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndarra
     return index, np.full(index.shape, 1.0 / (stride * stride), dtype=np.float32)
 
 
-def _bilinear_taps(picture: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def _bilinear_pooling(picture: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Half-pixel bilinear sampling (torch's interpolate, align_corners=False): (index, weight) [out, 4]."""
 
     def axis(size: int, out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -66,28 +66,28 @@ def _bilinear_taps(picture: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndar
     return index.reshape(-1, 4), weight.reshape(-1, 4).astype(np.float32)
 
 
-def _mixed_rows(head, taps, shape, *, newline: bool, tiles: int, reduce: Literal["sum", "max"]) -> VisualRows:
-    """Unmixed `head` rows, then a picture of mixed rows [shape], a newline after each line where asked."""
-    index, weight = (part.reshape(shape[0] * shape[1], -1) for part in taps)
+def _pooled_rows(head, pooling, shape, *, newline: bool, tiles: int, reduce: Literal["sum", "max"]) -> VisualRows:
+    """`head` rows as they are, then a picture of pooled rows [shape], a newline after each line where asked."""
+    index, weight = (part.reshape(shape[0] * shape[1], -1) for part in pooling)
     lines = np.arange(shape[0] * shape[1], dtype=np.int32).reshape(shape)
     parts = [part for line in lines for part in ((line, None) if newline else (line,))]
-    body = _rows(parts, tiles, body=MIXED)
+    body = _rows(parts, tiles, body=POOLED)
     first = _rows(head, tiles)
     return VisualRows(
         kind=np.concatenate([first.kind, body.kind]),
         index=np.concatenate([first.index, body.index]),
         tiles=tiles,
-        taps=(np.ascontiguousarray(index, dtype=np.int32), np.ascontiguousarray(weight, dtype=np.float32)),
+        pooling=(np.ascontiguousarray(index, dtype=np.int32), np.ascontiguousarray(weight, dtype=np.float32)),
         reduce=reduce,
     )
 
 
-def _rows(parts, tiles: int, body: int = FEATURE, **mixing) -> VisualRows:
+def _rows(parts, tiles: int, body: int = FEATURE, **of_pooling) -> VisualRows:
     """Rows from parts in order: an array of row numbers of kind `body`, or None for one newline."""
     lengths = [1 if part is None else len(part) for part in parts]
     kinds = np.array([NEWLINE if part is None else body for part in parts], dtype=np.int8)
     zero = np.zeros(1, dtype=np.int32)
     index = np.concatenate([zero if part is None else part for part in parts]) if parts else zero[:0]
-    rows = VisualRows(kind=np.repeat(kinds, lengths), index=index.astype(np.int32), tiles=tiles, **mixing)
+    rows = VisualRows(kind=np.repeat(kinds, lengths), index=index.astype(np.int32), tiles=tiles, **of_pooling)
     rows.kind.flags.writeable = rows.index.flags.writeable = False
     return rows

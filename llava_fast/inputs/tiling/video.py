@@ -10,7 +10,7 @@ import numpy as np
 from llava_fast.errors import ImageError
 from llava_fast.inputs.pictures.view import View
 from llava_fast.inputs.tiling.anyres import VisualGeometry, _patch_rows, image_views
-from llava_fast.inputs.tiling.rows import MIXED, VisualRows, _bilinear_taps, _block_taps, _rows
+from llava_fast.inputs.tiling.rows import POOLED, VisualRows, _bilinear_pooling, _block_pooling, _rows
 
 
 def frame_views(geometry: VisualGeometry, height: int, width: int) -> tuple[View, ...]:
@@ -39,12 +39,12 @@ def video_rows(geometry: VisualGeometry, frames: int) -> VisualRows:
     stride = geometry.video_pool_stride
     if geometry.video_pool == "bilinear":
         out = -(-side // stride)
-        index, weight = _bilinear_taps(local, (out, out))
+        index, weight = _bilinear_pooling(local, (out, out))
     else:
-        index, weight = _block_taps(local, stride)
+        index, weight = _block_pooling(local, stride)
         out = side // stride
         index, weight = index.reshape(out * out, -1), weight.reshape(out * out, -1)
-    taps = (
+    pooling = (
         (index[None] + starts[:, None, None]).reshape(-1, index.shape[-1]),
         np.broadcast_to(weight[None], (frames, *weight.shape)).reshape(-1, weight.shape[-1]),
     )
@@ -52,8 +52,8 @@ def video_rows(geometry: VisualGeometry, frames: int) -> VisualRows:
     return _rows(
         _with_newlines(lines, out, position),
         frames,
-        body=MIXED,
-        taps=taps,
+        body=POOLED,
+        pooling=pooling,
         reduce="max" if geometry.video_pool == "max" else "sum",
         stage=geometry.video_pool_stage,
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llava_fast.ops import activations, backend, library, triton_support
 from llava_fast.ops.assemble_inputs import reference
-from llava_fast.ops.token_pack import RowUses, token_pack, token_pack_backward
+from llava_fast.ops.token_pack import InversePlacement, token_pack, token_pack_backward
 
 backend.register("assemble_inputs", "reference", "any device; rows are packed by token_pack's backend")
 backend.register("assemble_inputs", "triton", "CUDA")
@@ -22,7 +22,7 @@ def assemble_inputs(
     row: Tensor,
     embedding: Tensor,
     constant: Tensor,
-    uses: RowUses,
+    inverse: InversePlacement,
     activation: str = "gelu",
     count: Tensor | None = None,
 ) -> Tensor:
@@ -36,7 +36,7 @@ def assemble_inputs(
     source    int [rows]: 0 text embedding, 1 projected row, 2 constant, -1 filler (a zero row).
     row       int [rows]: the row of that table (for text, the token id); ignored for fillers.
     embedding [vocabulary, width]; constant [m, width] (row 0: the newline).
-    uses      the same placement the other way round; its visual_place [k] is the decoder row that each projected row
+    inverse   the inverse placement; its visual_place [k] is the decoder row that each projected row
               goes to, or negative. It must agree with source and row, as the plan's columns do.
     count     int [1] on the same device: all kept rows from count[0] on are fillers, which a kernel then need not
               project (where gradients are wanted it does). None: there may be fillers anywhere.
@@ -51,16 +51,16 @@ def assemble_inputs(
     Raises ValueError for shapes that do not fit and for an unknown activation.
     """
     activations.check(activation)
-    _check(features, kept, weights, biases, source, row, embedding, constant, uses, count)
+    _check(features, kept, weights, biases, source, row, embedding, constant, inverse, count)
     features, *layers = library.autocast(features, *weights, *biases)
     weights, biases = layers[: len(weights)], layers[len(weights) :]
     keep = _first_kept(features, weights, biases) if torch.is_grad_enabled() else len(weights)
     return _assemble_inputs(
-        features, kept, weights, biases, source, row, embedding, constant, list(uses), activation, keep, count
+        features, kept, weights, biases, source, row, embedding, constant, list(inverse), activation, keep, count
     )[0]
 
 
-def _check(features, kept, weights, biases, source, row, embedding, constant, uses, count) -> None:
+def _check(features, kept, weights, biases, source, row, embedding, constant, inverse, count) -> None:
     if source.shape != row.shape or source.dim() != 1:
         raise ValueError(f"source {tuple(source.shape)} and row {tuple(row.shape)} must both be [rows]")
     if not weights or len(biases) not in (0, len(weights)):
@@ -76,10 +76,10 @@ def _check(features, kept, weights, biases, source, row, embedding, constant, us
         raise ValueError(
             f"tables differ in width: projector {width}, embedding {embedding.shape[-1]}, constant {constant.shape[-1]}"
         )
-    if len(uses.visual_place) != len(kept) or len(uses.constant_segment) != len(constant) + 1:
+    if len(inverse.visual_place) != len(kept) or len(inverse.constant_segment) != len(constant) + 1:
         raise ValueError(
-            f"uses tell of {len(uses.visual_place)} visual and {len(uses.constant_segment) - 1} constant rows, but "
-            f"{len(kept)} rows are kept and there are {len(constant)} constants"
+            f"inverse covers {len(inverse.visual_place)} visual and {len(inverse.constant_segment) - 1} constant rows, "
+            f"but {len(kept)} rows are kept and there are {len(constant)} constants"
         )
     if count is not None and count.shape != (1,):
         raise ValueError(f"count must be [1], got {tuple(count.shape)}")
@@ -107,7 +107,7 @@ def _run(
     row: Tensor,
     embedding: Tensor,
     constant: Tensor,
-    uses: list[Tensor],
+    inverse: list[Tensor],
     activation: str,
     keep: int,
     count: Tensor | None,
@@ -126,13 +126,13 @@ def _run(
             row.contiguous(),
             embedding.contiguous(),
             constant.contiguous(),
-            RowUses(*uses).visual_place.contiguous(),
+            InversePlacement(*inverse).visual_place.contiguous(),
             activation,
             keep,
             count,
         )
     visual, pres = reference.project(features, kept, weights, biases, activation)
-    out = token_pack(source, row, embedding, visual, constant, RowUses(*uses))
+    out = token_pack(source, row, embedding, visual, constant, InversePlacement(*inverse))
     return out, [pre if number >= keep else pre.new_empty(0, pre.shape[1]) for number, pre in enumerate(pres)]
 
 
@@ -144,7 +144,7 @@ def _run_backward(
     pres: list[Tensor],
     source: Tensor,
     row: Tensor,
-    uses: list[Tensor],
+    inverse: list[Tensor],
     activation: str,
     feature_rows: int,
     needed: list[bool],
@@ -157,7 +157,7 @@ def _run_backward(
             grad.contiguous(),
             features.contiguous(),
             kept.contiguous(),
-            RowUses(*uses).visual_place.contiguous(),
+            InversePlacement(*inverse).visual_place.contiguous(),
             [weight.contiguous() for weight in weights],
             pres,
             activation,
@@ -165,7 +165,7 @@ def _run_backward(
             needed,
         )
     else:
-        of_visual = token_pack_backward(grad, source, row, [0, len(kept), 0], [False, True, False], uses)[1]
+        of_visual = token_pack_backward(grad, source, row, [0, len(kept), 0], [False, True, False], inverse)[1]
         of_features, of_weights, of_biases = reference.project_backward(
             of_visual.to(weights[0].dtype), features, kept, weights, pres, activation, feature_rows, needed
         )
@@ -174,7 +174,7 @@ def _run_backward(
 
 
 def _fake(
-    features, kept, weights, biases, source, row, embedding, constant, uses, activation, keep, count
+    features, kept, weights, biases, source, row, embedding, constant, inverse, activation, keep, count
 ) -> tuple[Tensor, list[Tensor]]:
     out = embedding.new_empty(source.shape[0], embedding.shape[1])
     rows = kept.shape[0]
@@ -183,7 +183,7 @@ def _fake(
 
 
 def _fake_backward(
-    grad, features, kept, weights, pres, source, row, uses, activation, feature_rows, needed
+    grad, features, kept, weights, pres, source, row, inverse, activation, feature_rows, needed
 ) -> list[Tensor]:
     shapes = [(feature_rows, weights[0].shape[1]), *(weight.shape for weight in weights)]
     shapes += [weight.shape[:1] for weight in weights]
@@ -191,7 +191,7 @@ def _fake_backward(
 
 
 def _save(ctx, inputs, output) -> None:
-    features, kept, weights, biases, source, row, embedding, constant, uses, activation, *_ = inputs
+    features, kept, weights, biases, source, row, embedding, constant, inverse, activation, *_ = inputs
     pres = output[1]
     ctx.counts = (len(weights), len(pres), len(biases))
     ctx.needed = [t.requires_grad for t in (features, *weights, *biases)]
@@ -205,7 +205,7 @@ def _save(ctx, inputs, output) -> None:
         *pres,
         source,
         row,
-        *uses,
+        *inverse,
     )
     ctx.mark_non_differentiable(*pres)
     ctx.set_materialize_grads(False)
@@ -214,32 +214,32 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, grad: Tensor | None, _):
     layers, hidden, biases = ctx.counts
     features, kept, *rest = ctx.saved_tensors
-    weights, pres, (source, row, *uses) = rest[:layers], rest[layers : layers + hidden], rest[layers + hidden :]
+    weights, pres, (source, row, *inverse) = rest[:layers], rest[layers : layers + hidden], rest[layers + hidden :]
     found: list[Tensor | None] = [None] * (1 + layers + biases)
     if grad is not None and any(ctx.needed):
         made = _assemble_inputs_backward(
-            grad, features, kept, weights, pres, source, row, uses, ctx.activation, ctx.feature_rows, ctx.needed
+            grad, features, kept, weights, pres, source, row, inverse, ctx.activation, ctx.feature_rows, ctx.needed
         )
         found = [gradient if want else None for gradient, want in zip(made, ctx.needed, strict=True)]
     packed: list[Tensor | None] = [None, None]
     if grad is not None and any(ctx.packs):
         sizes = [ctx.tables[0][0], 0, ctx.tables[1][0]]
-        of_embedding, _, of_constant = token_pack_backward(grad, source, row, sizes, ctx.packs, uses)
+        of_embedding, _, of_constant = token_pack_backward(grad, source, row, sizes, ctx.packs, inverse)
         made = ((of_embedding, ctx.packs[0]), (of_constant, ctx.packs[2]))
         packed = [g.to(dtype) if want else None for (g, want), (_, dtype) in zip(made, ctx.tables, strict=True)]
     of_weights, of_biases = found[1 : 1 + layers], found[1 + layers :]
-    return found[0], None, of_weights, of_biases, None, None, *packed, [None] * len(uses), None, None, None
+    return found[0], None, of_weights, of_biases, None, None, *packed, [None] * len(inverse), None, None, None
 
 
 _assemble_inputs_backward = library.define(
     "assemble_inputs_backward(Tensor grad, Tensor features, Tensor kept, Tensor[] weights, Tensor[] pres,"
-    " Tensor source, Tensor row, Tensor[] uses, str activation, SymInt feature_rows, bool[] needed) -> Tensor[]",
+    " Tensor source, Tensor row, Tensor[] inverse, str activation, SymInt feature_rows, bool[] needed) -> Tensor[]",
     _run_backward,
     _fake_backward,
 )
 _assemble_inputs = library.define(
     "assemble_inputs(Tensor features, Tensor kept, Tensor[] weights, Tensor[] biases, Tensor source, Tensor row,"
-    " Tensor embedding, Tensor constant, Tensor[] uses, str activation, int keep, Tensor? count)"
+    " Tensor embedding, Tensor constant, Tensor[] inverse, str activation, int keep, Tensor? count)"
     " -> (Tensor, Tensor[])",
     _run,
     _fake,

@@ -1,4 +1,4 @@
-"""mix_rows: rows made of others by a tap table: average, max and bilinear pooling as one plan-driven op."""
+"""mix_rows: rows pooled from others by a table: average, max and bilinear pooling as one plan-driven op."""
 
 from __future__ import annotations
 
@@ -13,39 +13,41 @@ backend.register("mix_rows", "reference", "any device")
 backend.register("mix_rows", "triton", "CUDA")
 
 
-class TapUses(NamedTuple):
-    """Which taps took which row, sorted, for gradients in a fixed order: int32 columns of the plan.
+class InversePooling(NamedTuple):
+    """Which entries of the table read each row (CSR), for gradients in a fixed order: int32 columns of the plan.
 
-    use [mixed * taps]: numbers m * taps + tap, by rising row; start [n + 1]: where each row's begin, then the end.
+    order [pooled * K]: numbers m * K + k, by rising row; start [n + 1]: where each row's begin, then the end.
     """
 
-    use: Tensor
+    order: Tensor
     start: Tensor
 
 
-def mix_rows(rows: Tensor, index: Tensor, weight: Tensor, reduce: str = "sum", uses: TapUses | None = None) -> Tensor:
+def mix_rows(
+    rows: Tensor, index: Tensor, weight: Tensor, reduce: str = "sum", inverse: InversePooling | None = None
+) -> Tensor:
     """Weighted sums (or maxima) of rows.
 
-    rows [n, width]; index int [mixed, taps] into rows; weight float32 [mixed, taps], unused by reduce "max".
-    uses: the same table the other way round, for gradients; the Triton backward needs it.
-    Returns [mixed, width] in rows' dtype, accumulated in float32. A gradient flows to rows alone; that of a maximum
-    goes to the first of equal taps. FLOPs 2*mixed*taps*width; minimum bytes: each row read once, each mixed row
-    written once.
+    rows [n, width]; index int [pooled, K] into rows; weight float32 [pooled, K], unused by reduce "max".
+    inverse: the inverse table, for gradients; the Triton backward needs it.
+    Returns [pooled, width] in rows' dtype, accumulated in float32. A gradient flows to rows alone; that of a maximum
+    goes to the first of equal rows. FLOPs 2*pooled*K*width; minimum bytes: each row read once, each pooled row written
+    once.
     Raises ValueError for an unknown `reduce` or for tables that do not match.
     """
     if reduce not in ("sum", "max"):
         raise ValueError(f"reduce must be 'sum' or 'max', got {reduce!r}")
     if index.shape != weight.shape or index.dim() != 2:
-        raise ValueError(f"index {tuple(index.shape)} and weight {tuple(weight.shape)} must both be [mixed, taps]")
-    if uses is not None and (len(uses.start) != len(rows) + 1 or len(uses.use) != index.numel()):
+        raise ValueError(f"index {tuple(index.shape)} and weight {tuple(weight.shape)} must both be [pooled, K]")
+    if inverse is not None and (len(inverse.start) != len(rows) + 1 or len(inverse.order) != index.numel()):
         raise ValueError(
-            f"uses tell of {len(uses.start) - 1} rows and {len(uses.use)} taps, but there are {len(rows)} rows and "
-            f"{index.numel()} taps"
+            f"inverse covers {len(inverse.start) - 1} rows and {len(inverse.order)} table entries, but there are "
+            f"{len(rows)} rows and {index.numel()} entries"
         )
-    return _mix_rows(rows, index, weight, reduce, list(uses or ()))
+    return _mix_rows(rows, index, weight, reduce, list(inverse or ()))
 
 
-def _run(rows: Tensor, index: Tensor, weight: Tensor, reduce: str, uses: list[Tensor]) -> Tensor:
+def _run(rows: Tensor, index: Tensor, weight: Tensor, reduce: str, inverse: list[Tensor]) -> Tensor:
     if backend.choose("mix_rows", rows.device.type, {"triton": triton_support.unfit(rows, index, weight)}) == "triton":
         from llava_fast.ops.mix_rows import triton_kernels
 
@@ -54,41 +56,41 @@ def _run(rows: Tensor, index: Tensor, weight: Tensor, reduce: str, uses: list[Te
 
 
 def _run_backward(
-    grad: Tensor, rows: Tensor, index: Tensor, weight: Tensor, reduce: str, source_rows: int, uses: list[Tensor]
+    grad: Tensor, rows: Tensor, index: Tensor, weight: Tensor, reduce: str, source_rows: int, inverse: list[Tensor]
 ) -> Tensor:
-    unfit = triton_support.unfit(grad) or (None if uses else "no `uses` were given, so its taps are not sorted")
+    unfit = triton_support.unfit(grad) or (None if inverse else "no `inverse` was given, so its entries are not sorted")
     if backend.choose("mix_rows", grad.device.type, {"triton": unfit}) == "triton":
         from llava_fast.ops.mix_rows import triton_kernels
 
         grad, rows, index, weight = (table.contiguous() for table in (grad, rows, index, weight))
-        use, start = (column.contiguous() for column in uses)
-        return triton_kernels.mix_rows_backward(grad, rows, index, weight, reduce, use, start)
+        order, start = (column.contiguous() for column in inverse)
+        return triton_kernels.mix_rows_backward(grad, rows, index, weight, reduce, order, start)
     return reference.mix_rows_backward(grad, rows, index, weight, reduce, source_rows)
 
 
 def _save(ctx, inputs, output) -> None:
-    rows, index, weight, reduce, uses = inputs
+    rows, index, weight, reduce, inverse = inputs
     saved = rows if reduce == "max" else rows[:0]
-    ctx.save_for_backward(saved, index, weight, *uses)
+    ctx.save_for_backward(saved, index, weight, *inverse)
     ctx.reduce, ctx.source_rows = reduce, len(rows)
 
 
 def _backward(ctx, grad: Tensor):
-    rows, index, weight, *uses = ctx.saved_tensors
-    found = _mix_rows_backward(grad, rows, index, weight, ctx.reduce, ctx.source_rows, uses)
-    return found, None, None, None, [None] * len(uses)
+    rows, index, weight, *inverse = ctx.saved_tensors
+    found = _mix_rows_backward(grad, rows, index, weight, ctx.reduce, ctx.source_rows, inverse)
+    return found, None, None, None, [None] * len(inverse)
 
 
 _mix_rows_backward = library.define(
     "mix_rows_backward(Tensor grad, Tensor rows, Tensor index, Tensor weight, str reduce, SymInt source_rows,"
-    " Tensor[] uses) -> Tensor",
+    " Tensor[] inverse) -> Tensor",
     _run_backward,
-    lambda grad, rows, index, weight, reduce, source_rows, uses: grad.new_empty(source_rows, grad.shape[1]),
+    lambda grad, rows, index, weight, reduce, source_rows, inverse: grad.new_empty(source_rows, grad.shape[1]),
 )
 _mix_rows = library.define(
-    "mix_rows(Tensor rows, Tensor index, Tensor weight, str reduce, Tensor[] uses) -> Tensor",
+    "mix_rows(Tensor rows, Tensor index, Tensor weight, str reduce, Tensor[] inverse) -> Tensor",
     _run,
-    lambda rows, index, weight, reduce, uses: rows.new_empty(len(index), rows.shape[1]),
+    lambda rows, index, weight, reduce, inverse: rows.new_empty(len(index), rows.shape[1]),
     _backward,
     _save,
 )

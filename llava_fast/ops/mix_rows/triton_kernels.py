@@ -1,4 +1,4 @@
-"""mix_rows in Triton: one program makes one row (or a part of a wide one); gradients by sorted uses, no atomics.
+"""mix_rows in Triton: one program makes one row (or a part of a wide one); gradients by the inverse table, no atomics.
 
 Bytes: forward reads each tap's row and writes each mixed row; neighbours' taps mostly come from the cache.
 """
@@ -84,16 +84,16 @@ def mix_rows(rows: Tensor, index: Tensor, weight: Tensor, reduce: str) -> Tensor
 
 
 def mix_rows_backward(
-    grad: Tensor, rows: Tensor, index: Tensor, weight: Tensor, reduce: str, use: Tensor, start: Tensor
+    grad: Tensor, rows: Tensor, index: Tensor, weight: Tensor, reduce: str, order: Tensor, start: Tensor
 ) -> Tensor:
-    """[len(start) - 1, width]: `use` holds the numbers of the taps (m * taps + tap) sorted by the row they take."""
+    """[len(start) - 1, width]: `order` holds the numbers of the taps (m * taps + tap) sorted by the row they take."""
     count, width = len(start) - 1, grad.shape[1]
     out = torch.empty(count, width, dtype=grad.dtype, device=grad.device)
     if out.numel():
         config = triton_support.config("mix_backward_kernel", grad.device, count)
         grid = (count, triton.cdiv(width, config["BLOCK"]))
         taps, maximum = index.shape[1], reduce == "max"
-        mix_backward_kernel[grid](grad, rows, index, weight, use, start, out, width, taps, maximum, **config)
+        mix_backward_kernel[grid](grad, rows, index, weight, order, start, out, width, taps, maximum, **config)
     return out
 
 

@@ -15,8 +15,8 @@ backend.register("token_pack", "triton", "CUDA")
 backend.register("token_pack", "native", "CPU; CUDA where csrc was built with it", proven_on=("cpu",))
 
 
-class RowUses(NamedTuple):
-    """Who took which row, sorted, so that gradients are summed in a fixed order without a search on the device.
+class InversePlacement(NamedTuple):
+    """Which output row read each table row (CSR): gradients are summed in a fixed order, without atomics or a search.
 
     All int32, columns of the plan by the same names. text_row: rows that took a text embedding, by rising token id;
     text_token: the distinct ids; text_segment: where each id's rows start, then their number. visual_place
@@ -33,14 +33,19 @@ class RowUses(NamedTuple):
 
 
 def token_pack(
-    source: Tensor, row: Tensor, embedding: Tensor, visual: Tensor, constant: Tensor, uses: RowUses | None = None
+    source: Tensor,
+    row: Tensor,
+    embedding: Tensor,
+    visual: Tensor,
+    constant: Tensor,
+    inverse: InversePlacement | None = None,
 ) -> Tensor:
     """Rows gathered from three tables.
 
     source    int [rows]: 0 text embedding, 1 visual, 2 constant, -1 filler (a zero row).
     row       int [rows]: the row of that table (for text, the token id); ignored for fillers.
     embedding [vocabulary, width]; visual [n, width]; constant [m, width] (row 0: the newline).
-    uses      the same placement the other way round, for gradients; the kernels' backward passes need it.
+    inverse   the inverse placement, for gradients; the kernels' backward passes need it.
     Returns [rows, width] in embedding's dtype. Gradients flow to the three tables; each is summed in float32 in a
     fixed order. Minimum bytes: each output row written once, each input row read once.
     Raises ValueError for tables of different width or indices of different length.
@@ -53,16 +58,18 @@ def token_pack(
             f"tables differ in width: embedding {embedding.shape[-1]}, visual {visual.shape[-1]}, "
             f"constant {constant.shape[-1]}"
         )
-    if uses is not None and (len(uses.visual_place) != len(visual) or len(uses.constant_segment) != len(constant) + 1):
+    if inverse is not None and (
+        len(inverse.visual_place) != len(visual) or len(inverse.constant_segment) != len(constant) + 1
+    ):
         raise ValueError(
-            f"uses tell of {len(uses.visual_place)} visual and {len(uses.constant_segment) - 1} constant rows, but the "
-            f"tables have {len(visual)} and {len(constant)}"
+            f"inverse covers {len(inverse.visual_place)} visual and {len(inverse.constant_segment) - 1} constant rows, "
+            f"but the tables have {len(visual)} and {len(constant)}"
         )
-    return _token_pack(source, row, embedding, visual, constant, list(uses or ()))
+    return _token_pack(source, row, embedding, visual, constant, list(inverse or ()))
 
 
 def _run(
-    source: Tensor, row: Tensor, embedding: Tensor, visual: Tensor, constant: Tensor, uses: list[Tensor]
+    source: Tensor, row: Tensor, embedding: Tensor, visual: Tensor, constant: Tensor, inverse: list[Tensor]
 ) -> Tensor:
     tables = (embedding, visual, constant)
     unequal = triton_support.unequal(*tables)
@@ -92,19 +99,20 @@ def _not_int32(*indices: Tensor) -> str | None:
 
 
 def _run_backward(
-    grad: Tensor, source: Tensor, row: Tensor, sizes: list[int], needed: list[bool], uses: list[Tensor]
+    grad: Tensor, source: Tensor, row: Tensor, sizes: list[int], needed: list[bool], inverse: list[Tensor]
 ) -> tuple[Tensor, ...]:
-    unsorted = None if uses else "no `uses` were given, so its rows are not sorted"
+    unsorted = None if inverse else "no `inverse` was given, so its rows are not sorted"
     sums = native.unfit_sum(grad) if needed[0] or needed[2] else native.unfit(grad)
     unfit = {
         "triton": triton_support.unfit(grad) or unsorted,
-        "native": sums or unsorted or _not_int32(*uses),
+        "native": sums or unsorted or _not_int32(*inverse),
     }
     chosen = backend.choose("token_pack", grad.device.type, unfit)
     if chosen == "reference":
         found = reference.token_pack_backward(grad, source, row, tuple(sizes), tuple(needed))
     else:
-        kernels, grad, by = _kernels(chosen), grad.contiguous(), RowUses(*(use.contiguous() for use in uses))
+        kernels, grad = _kernels(chosen), grad.contiguous()
+        by = InversePlacement(*(column.contiguous() for column in inverse))
         text = (by.text_row, by.text_token, by.text_segment)
         found = (
             kernels.embedding_gradient(grad, *text, sizes[0]) if needed[0] else None,
@@ -115,33 +123,34 @@ def _run_backward(
 
 
 def _save(ctx, inputs, output) -> None:
-    source, row, embedding, visual, constant, uses = inputs
-    ctx.save_for_backward(source, row, *uses)
+    source, row, embedding, visual, constant, inverse = inputs
+    ctx.save_for_backward(source, row, *inverse)
     ctx.tables = [(len(table), table.dtype) for table in (embedding, visual, constant)]
 
 
 def _backward(ctx, grad: Tensor):
-    source, row, *uses = ctx.saved_tensors
+    source, row, *inverse = ctx.saved_tensors
     needed = list(ctx.needs_input_grad[2:5])
-    found = token_pack_backward(grad, source, row, [size for size, _ in ctx.tables], needed, uses)
+    found = token_pack_backward(grad, source, row, [size for size, _ in ctx.tables], needed, inverse)
     gradients = (
         table.to(dtype) if want else None for table, want, (_, dtype) in zip(found, needed, ctx.tables, strict=True)
     )
-    return (None, None, *gradients, [None] * len(uses))
+    return (None, None, *gradients, [None] * len(inverse))
 
 
 token_pack_backward = library.define(
-    "token_pack_backward(Tensor grad, Tensor source, Tensor row, SymInt[] sizes, bool[] needed, Tensor[] uses)"
+    "token_pack_backward(Tensor grad, Tensor source, Tensor row, SymInt[] sizes, bool[] needed, Tensor[] inverse)"
     " -> (Tensor, Tensor, Tensor)",
     _run_backward,
-    lambda grad, source, row, sizes, needed, uses: tuple(
+    lambda grad, source, row, sizes, needed, inverse: tuple(
         grad.new_empty(size if want else 0, grad.shape[1]) for size, want in zip(sizes, needed, strict=True)
     ),
 )
 _token_pack = library.define(
-    "token_pack(Tensor source, Tensor row, Tensor embedding, Tensor visual, Tensor constant, Tensor[] uses) -> Tensor",
+    "token_pack(Tensor source, Tensor row, Tensor embedding, Tensor visual, Tensor constant, Tensor[] inverse)"
+    " -> Tensor",
     _run,
-    lambda source, row, embedding, visual, constant, uses: embedding.new_empty(len(source), embedding.shape[1]),
+    lambda source, row, embedding, visual, constant, inverse: embedding.new_empty(len(source), embedding.shape[1]),
     _backward,
     _save,
 )
