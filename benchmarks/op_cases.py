@@ -408,8 +408,8 @@ def assemble_inputs(tiles: int, dtype: torch.dtype, device: torch.device, widths
 
 
 def assemble_inputs_in_bucket(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
-    """The same in a CUDA graph's bucket: a quarter of the kept rows are fillers, their number in device memory. Plain
-    and bare have none, so that their ratio to assemble_inputs's is what the fillers cost."""
+    """The same in a CUDA graph's bucket: a quarter of the kept rows are padding, their number in device memory. Plain
+    and bare have none, so that their ratio to assemble_inputs's is what the padding costs."""
     return _assemble_inputs(tiles, dtype, device, widths, in_bucket=True)
 
 
@@ -420,9 +420,9 @@ def _assemble_inputs(tiles: int, dtype: torch.dtype, device: torch.device, width
     rows, places = features[kept.long()], inverse.visual_place.long()
     filled, filled_inverse, count = kept, inverse, None
     if in_bucket:
-        fillers = kept.new_full((len(kept) // 3,), -1)
-        filled = torch.cat([kept, fillers])
-        filled_inverse = inverse._replace(visual_place=torch.cat([inverse.visual_place, fillers]))
+        padding = kept.new_full((len(kept) // 3,), -1)
+        filled = torch.cat([kept, padding])
+        filled_inverse = inverse._replace(visual_place=torch.cat([inverse.visual_place, padding]))
         count = kept.new_tensor([len(kept)])
 
     def run(features: Tensor, layers: list[Tensor], embedding: Tensor, constant: Tensor) -> Tensor:

@@ -58,8 +58,8 @@ def _ours(subject: Subject, settings: Settings, context: int) -> Provider:
     for layer, number, key, value in _cached(subject, count, context):
         cache.append(layer, filled[number], 0, key, value)
     options = Sampling(max_new_tokens=steps, ignore_eos=True)
-    filler = [5] * context  # only their number matters: they are cached
-    prompts = [[_prompt([*filler, token]) for token in _first_tokens(count, number)] for number in range(ROTATED)]
+    context_ids = [5] * context  # only their number matters: they are cached
+    prompts = [[_prompt([*context_ids, token]) for token in _first_tokens(count, number)] for number in range(ROTATED)]
     tables: list[BlockTable] = []
 
     def prepare() -> None:
@@ -128,9 +128,9 @@ def _hf_provider(
     name: str, model, subject: Subject, settings: Settings, context: int, cache, prepare: Callable[[], None]
 ) -> Provider:
     count, steps = settings.batch_size, settings.new_tokens
-    filler = torch.full((count, context), 5, device=subject.device)  # only their number matters: they are cached
+    context_ids = torch.full((count, context), 5, device=subject.device)  # only their number matters: they are cached
     prompts = [
-        torch.cat([filler, torch.tensor(_first_tokens(count, number), device=subject.device)[:, None]], 1)
+        torch.cat([context_ids, torch.tensor(_first_tokens(count, number), device=subject.device)[:, None]], 1)
         for number in range(ROTATED)
     ]
     mask = torch.ones_like(prompts[0])

@@ -41,7 +41,8 @@ def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
         return preference_losses(-BETA * losses.view(-1, 2, count).sum(2)).mean()
 
     plan = shared[0].plan
-    alone = [sum(plan.lengths) // len(plan.lengths) - count, count] * len(plan.lengths)  # a tail's look back is extra
+    # A branch's attention to the prefix is not counted.
+    alone = [sum(plan.lengths) // len(plan.lengths) - count, count] * len(plan.lengths)
     sizes = Sizes(plan.tiles, len(plan.column("kept")), tuple(alone), 2 * count * len(plan.lengths))
     yield Case(
         suite="dpo",
@@ -66,12 +67,12 @@ def _answer(first: int, count: int) -> TextPiece:
 
 
 def _batch(subject: Subject, settings: Settings, rotation: int, answers: list[list[TextPiece]]) -> Batch:
-    """Each request once for each of `answers`, which then ends in these pieces: one, or two as tails."""
+    """Each request once for each of `answers`, which then ends in these pieces: one, or two as branches."""
     processor, tiles = subject.processor, []
     sequences: list[list[Piece]] = [
         [*processor.pieces(processor.outline(request), tiles), *ends]
         for request in requests(settings, rotation)
         for ends in answers
     ]
-    tails = [[len(end.ids) for end in answers[0]]] * len(sequences) if len(answers[0]) > 1 else ()
-    return Batch.from_prepared(processor.assemble(sequences, tiles, tails=tails), subject.device)
+    branches = [[len(end.ids) for end in answers[0]]] * len(sequences) if len(answers[0]) > 1 else ()
+    return Batch.from_prepared(processor.assemble(sequences, tiles, branches=branches), subject.device)

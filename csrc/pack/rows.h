@@ -7,7 +7,7 @@
 
 namespace llava_fast::pack {
 
-// The three tables a decoder row comes from, and the places: source 0 text, 1 visual, 2 constant, else a filler.
+// The three tables a decoder row comes from, and the places: source 0 text, 1 visual, 2 constant, else padding.
 template <class Word>
 struct Tables {
   const int32_t *source, *row;

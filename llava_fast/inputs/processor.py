@@ -143,11 +143,11 @@ class Processor(ProcessorOptions):
         tiles: list[Cut],
         layout: Layout = "packed",
         first_positions: list[int] | None = None,
-        tails: Sequence[Sequence[int]] = (),
+        branches: Sequence[Sequence[int]] = (),
     ) -> Prepared:
         """Pieces of each sequence and the tiles they refer to, as one batch. `first_positions` are the rows that a
-        cache already holds of each sequence, `tails` the rows of each tail that it ends in (see inputs.plan)."""
-        plan = build_plan(sequences, self.geometry.tower_rows_per_tile, layout, first_positions, tails)
+        cache already holds of each sequence, `branches` the rows of each branch that it ends in (see inputs.plan)."""
+        plan = build_plan(sequences, self.geometry.tower_rows_per_tile, layout, first_positions, branches)
         return Prepared(self._joined(tiles), plan)
 
     def count(self, request: dict, labels: Labels = False) -> RowCounts:

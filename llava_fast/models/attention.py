@@ -19,8 +19,8 @@ class Spans:
     """How rows group into sequences, on the host: sequence s has rows starts[s] : starts[s] + lengths[s].
 
     With a cache, `tables[s]` holds its cached rows and `before[s]` says how many there are already.
-    `dense` (sequences, width) says that rows form a rectangle, so one batched call serves all. `tails[s]` are the row
-    counts of sequence s's tails (see inputs.plan): a tail's rows see the prefix and the tail itself.
+    `dense` (sequences, width) says that rows form a rectangle, so one batched call serves all. `branches[s]` are the
+    row counts of sequence s's branches (see inputs.plan): a branch's rows attend to the prefix and to that branch.
     """
 
     starts: tuple[int, ...]
@@ -28,7 +28,7 @@ class Spans:
     tables: tuple[BlockTable, ...] = ()
     before: tuple[int, ...] = ()
     dense: tuple[int, int] | None = None
-    tails: tuple[tuple[int, ...], ...] = ()
+    branches: tuple[tuple[int, ...], ...] = ()
 
 
 def attend(
@@ -54,21 +54,23 @@ def attend(
         if cache is not None:
             key, value = cache.append(layer, spans.tables[number], spans.before[number], key[0], value[0])
             key, value = key[None], value[None]
-        tails = spans.tails[number] if spans.tails else ()
-        pieces += [part[0].transpose(0, 1) for part in _with_tails(query, key, value, window, tails)]
+        branches = spans.branches[number] if spans.branches else ()
+        pieces += [part[0].transpose(0, 1) for part in _with_branches(query, key, value, window, branches)]
     if sum(spans.lengths) == len(query_RHD):
         return torch.cat(pieces).flatten(1)
     place = torch.cat([torch.arange(s, s + n) for s, n in zip(spans.starts, spans.lengths, strict=True)])
     return out.index_copy(0, place.to(out.device), torch.cat(pieces)).flatten(1)
 
 
-def _with_tails(query: Tensor, key: Tensor, value: Tensor, window: int | None, tails: tuple[int, ...]) -> list[Tensor]:
-    """What `_causal` gives for the prefix and the first tail, which are one ordinary sequence, and for each tail after
-    it, whose few queries see a copy of the prefix's keys and then their own."""
-    if len(tails) < 2:
+def _with_branches(
+    query: Tensor, key: Tensor, value: Tensor, window: int | None, branches: tuple[int, ...]
+) -> list[Tensor]:
+    """`_causal` of the prefix and the first branch, which are one ordinary sequence, then of each further branch, whose
+    few queries see a copy of the prefix's keys and their own."""
+    if len(branches) < 2:
         return [_causal(query, key, value, window)]
     total = query.shape[2]
-    prefix, sizes = total - sum(tails), (total - sum(tails[1:]), *tails[1:])
+    prefix, sizes = total - sum(branches), (total - sum(branches[1:]), *branches[1:])
     queries, keys, values = (t.split(sizes, 2) for t in (query, key, value))
     out = [_causal(queries[0], keys[0], values[0], window)]
     for query, own_key, own_value in zip(queries[1:], keys[1:], values[1:], strict=True):
@@ -93,7 +95,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Te
 
 
 def _attend_dense(query: Tensor, key: Tensor, value: Tensor, shape: tuple[int, int], window: int | None) -> Tensor:
-    """Equal-length sequences in one call. Fillers sit on the right, so causality alone hides them from real rows."""
+    """Equal-length sequences in one call. Padding is on the right, so causality alone hides it from real rows."""
     query, key, value = (t.unflatten(0, shape).transpose(1, 2) for t in (query, key, value))
     return _causal(query, key, value, window).transpose(1, 2).flatten(0, 1).flatten(1)
 

@@ -198,7 +198,7 @@ class _StepIndex:
         self.width = cache.blocks_for(self.longest)
         for table, at in zip(tables, before, strict=True):
             table.require(at + 1)
-        filled = [(t.blocks + t.blocks[:1] * self.width)[: self.width] for t in tables]  # fillers are masked
+        filled = [(t.blocks + t.blocks[:1] * self.width)[: self.width] for t in tables]  # padding is masked
         block = np.array(filled).reshape(-1)
         written = np.array([t.blocks[at // rows] for t, at in zip(tables, before, strict=True)])
         self.before = np.array(before)

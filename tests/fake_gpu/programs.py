@@ -118,7 +118,7 @@ def preferring(backend: str) -> None:
         outline = model.processor.outline({"prompt": "<image> hello", "images": PICTURES[:1]})
         answers = [TextPiece(np.full(rows, 9, np.int64), np.ones(rows, bool)) for rows in (5, 3)]
         sequence = [*model.processor.pieces(outline, tiles), *answers]
-        batch = Batch.from_prepared(model.processor.assemble([sequence], tiles, tails=[(5, 3)]), "cuda")
+        batch = Batch.from_prepared(model.processor.assemble([sequence], tiles, branches=[(5, 3)]), "cuda")
         losses, _ = forward(model, batch, "bfloat16")
         answer_log_probs(losses, batch.plan)[0].sum().backward()
         all_on_gpu(model)

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from llava_fast.inputs.plan.columns import (
     CONSTANT,
-    FILLER,
     IGNORE,
     MODALITY_IMAGE,
     MODALITY_TEXT,
     MODALITY_VIDEO,
+    PADDING,
     TEXT,
     VISUAL,
 )
@@ -64,7 +64,7 @@ def sources_of(plan, geometry):
         for taps, weights in zip(index.tolist(), weight.tolist(), strict=True):
             origin = [kept[t] for t in taps] if pool.stage == "after" else taps
             table.append((pool.stage, pool.reduce, tuple(origin), tuple(weights)))
-    names = {FILLER: lambda r: None, TEXT: lambda r: ("text", r), CONSTANT: lambda r: ("newline", r)}
+    names = {PADDING: lambda r: None, TEXT: lambda r: ("text", r), CONSTANT: lambda r: ("newline", r)}
     names[VISUAL] = lambda r: table[r]
     return [names[s](r) for s, r in zip(source.tolist(), row.tolist(), strict=True)]
 
@@ -127,7 +127,7 @@ def test_invariants(batch, layout):
     assert (columns["tile_of_kept"] == kept // geometry.tower_rows_per_tile).all()
     table = len(kept) + sum(len(columns[pool.index]) for pool in plan.pools)
     source, row = columns["source"], columns["row"]
-    assert ((row >= 0) == (source != FILLER)).all()
+    assert ((row >= 0) == (source != PADDING)).all()
     assert (row[source == VISUAL] < table).all()
     assert (row[source == CONSTANT] == 0).all()
     for pool in plan.pools:
@@ -138,7 +138,7 @@ def test_invariants(batch, layout):
     # Every projected row is used: directly, or by a pool made after the projector.
     used = [row[source == VISUAL], *(columns[m.index].ravel() for m in plan.pools if m.stage == "after")]
     assert set(range(len(kept))) <= set(np.concatenate(used).tolist())
-    real = source != FILLER
+    real = source != PADDING
     for number, (start, length) in enumerate(zip(columns["boundaries"][:-1], plan.lengths, strict=True)):
         mine = np.flatnonzero(columns["sequence"] == number)
         assert mine.tolist() == list(range(start, start + length))
@@ -208,7 +208,7 @@ def test_packed_and_padded_hold_the_same_sequences(batch):
         for name in ("source", "row", "position", "label", "sequence", "modality"):
             mine = packed.column(name)[a[number] : a[number] + length]
             assert (mine == padded.column(name)[b[number] : b[number] + length]).all()
-    assert (packed.column("source") != FILLER).all()
+    assert (packed.column("source") != PADDING).all()
 
 
 def test_positions_start_where_told():

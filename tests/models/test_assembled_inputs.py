@@ -63,7 +63,7 @@ def test_one_op_gives_what_the_steps_give(case):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
 
 
-def test_fillers_of_a_bucket_change_nothing(case):
+def test_padding_of_a_bucket_changes_nothing(case):
     model, batch, calls = case
     bucket = bucket_of(batch.plan)
     filled = filled_batch(batch, bucket)
@@ -87,7 +87,7 @@ def test_a_bucket_says_how_many_tiles_and_rows_are_real(case):
 
 
 def test_the_counts_reach_the_kernels(monkeypatch):
-    """The whole path from tiles: nothing is multiplied for fillers, in patch_embed and in the projector."""
+    """The whole path from tiles: nothing is multiplied for padding, in patch_embed and in the projector."""
     model, multiply, rows, counts = copy.deepcopy(tiny.pair("next").ours).to(DEVICE), gemm.gemm, [], []
     model.vision_tower.embeddings.register_forward_hook(lambda module, args, out: rows.append(out))
     monkeypatch.setattr(gemm, "gemm", lambda *a, **k: counts.append(k.get("count")) or multiply(*a, **k))

@@ -82,7 +82,7 @@ def scattered_cache(blocks: str, before, lengths) -> tuple[PagedCache, tuple[Blo
 
 @pytest.mark.parametrize("blocks", ["one run", "scattered"])
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
-@pytest.mark.parametrize("layout", ["packed", "dense", "fillers", "cached", "one row each"])
+@pytest.mark.parametrize("layout", ["packed", "dense", "padded", "cached", "one row each"])
 def test_attention_stays_inside_each_sequence(layout, window, blocks, monkeypatch):
     if blocks == "scattered":
         monkeypatch.setattr(paged_cache, "SMALLEST_SEGMENT", 1)
@@ -91,7 +91,7 @@ def test_attention_stays_inside_each_sequence(layout, window, blocks, monkeypatc
         before = (3, 0, 12)
     if layout == "one row each":
         lengths = (1, 1, 1)
-    stride = [max(lengths)] * 3 if layout in ("dense", "fillers") else lengths
+    stride = [max(lengths)] * 3 if layout in ("dense", "padded") else lengths
     starts = tuple(int(start) for start in np.cumsum([0, *stride])[:-1])
     rows = int(sum(stride))
     query, key, value = torch.randn(rows, 4, 8), torch.randn(rows, 2, 8), torch.randn(rows, 2, 8)
@@ -116,7 +116,7 @@ def test_attention_stays_inside_each_sequence(layout, window, blocks, monkeypatc
             none = key[:0].transpose(0, 1)
             stored, _ = cache.append(0, tables[number], before[number] + length, none, none)
             assert torch.equal(stored.transpose(0, 1), keys)
-    if layout == "fillers":
+    if layout == "padded":
         assert not out[1 * 9 + 1 : 2 * 9].any()
 
 

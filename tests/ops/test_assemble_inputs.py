@@ -1,4 +1,4 @@
-"""assemble_inputs: every backend against plain autograd in float64, fillers, frozen parts, torch.library's checks."""
+"""assemble_inputs: every backend against plain autograd in float64, padding, frozen parts, torch.library's checks."""
 
 import itertools
 
@@ -23,9 +23,9 @@ SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP": 2}
 
 
 class Case:
-    """A plan's indices and random tables. `kept` of `rows` feature rows, some fillers (kept and place -1)."""
+    """A plan's indices and random tables. `kept` of `rows` feature rows, some padding (kept and place -1)."""
 
-    def __init__(self, rows, kept, text, newlines, widths, dtype=torch.float32, fillers=0, bias=True, constants=1):
+    def __init__(self, rows, kept, text, newlines, widths, dtype=torch.float32, padding=0, bias=True, constants=1):
         rng = np.random.default_rng(rows + kept + text)
         pieces = [[TextPiece(rng.integers(0, VOCABULARY, text))], [TextPiece(rng.integers(0, VOCABULARY, 3))]]
         if kept:
@@ -34,9 +34,9 @@ class Case:
             pieces[0].append(VisualPiece(VisualRows(kind=kind, index=index, tiles=1)))
         plan = build_plan(pieces, max(rows, 1), "padded")
         column = {n: torch.from_numpy(plan.column(n).copy()).to(DEVICE) for n in (*USES, "kept", "source", "row")}
-        filler = torch.full((fillers,), -1, dtype=torch.int32, device=DEVICE)
-        column["visual_place"] = torch.cat([column["visual_place"], filler])
-        self.kept = torch.cat([column["kept"], filler])
+        padded = torch.full((padding,), -1, dtype=torch.int32, device=DEVICE)
+        column["visual_place"] = torch.cat([column["visual_place"], padded])
+        self.kept = torch.cat([column["kept"], padded])
         self.source, self.row = column["source"], column["row"]
         self.inverse = InversePlacement(*(column[name] for name in USES))
         self.layers = len(widths) - 1
@@ -72,13 +72,13 @@ class Case:
 @pytest.mark.parametrize("trained", [[], [0], [1], [2], [3], [4], [5], [6], [1, 2, 3, 4], [0, 2, 5], range(7)], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_subset_that_trains(backend, trained, poisoned):
-    Case(40, 25, 12, 4, (24, 40, 32), fillers=3).check(backend, list(trained))
+    Case(40, 25, 12, 4, (24, 40, 32), padding=3).check(backend, list(trained))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dtypes(backend, dtype, poisoned):
-    Case(70, 50, 12, 4, (32, 48, 32), dtype, fillers=5).check(backend, list(range(7)))
+    Case(70, 50, 12, 4, (32, 48, 32), dtype, padding=5).check(backend, list(range(7)))
 
 
 @pytest.mark.parametrize("trained", [[], [0], range(5)], ids=str)
@@ -86,9 +86,9 @@ def test_dtypes(backend, dtype, poisoned):
     ("kept", "widths"), [(45, (24, 32, 40)), (45, (24, 32)), (1, (8, 16, 8)), (0, (8, 16, 8))], ids=str
 )
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_fillers_after_a_count(backend, kept, widths, trained, poisoned):
-    """As a bucket has them: blocks of fillers alone, and one with both."""
-    case = Case(60, kept, 20, 3, widths, fillers=64)
+def test_padding_after_a_count(backend, kept, widths, trained, poisoned):
+    """As a bucket has them: blocks of padding alone, and one with both."""
+    case = Case(60, kept, 20, 3, widths, padding=64)
     case.count = torch.tensor([kept], dtype=torch.int32, device=DEVICE)
     with triton_support.forced(dict.fromkeys(KERNELS, SMALL)):
         case.check(backend, list(trained))
@@ -98,7 +98,7 @@ def test_fillers_after_a_count(backend, kept, widths, trained, poisoned):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("widths", [(24, 32), (24, 31, 33), (31, 24, 40, 33)], ids=str)
 def test_depths_and_odd_widths_in_several_tiles(backend, widths, bias, poisoned):
-    case = Case(60, 45, 20, 3, widths, bias=bias, fillers=2)
+    case = Case(60, 45, 20, 3, widths, bias=bias, padding=2)
     with triton_support.forced(dict.fromkeys(KERNELS, SMALL)):
         case.check(backend, list(range(len(case.tensors))))
 
@@ -108,7 +108,7 @@ def test_depths_and_odd_widths_in_several_tiles(backend, widths, bias, poisoned)
     ("rows", "kept", "text", "newlines"), [(1, 1, 0, 0), (5, 0, 7, 0), (0, 0, 3, 0), (577, 577, 3, 24), (9, 1, 0, 9)]
 )
 def test_ragged_rows(backend, rows, kept, text, newlines, poisoned):
-    case = Case(rows, kept, text, newlines, (16, 24, 20), fillers=1 if rows else 0)
+    case = Case(rows, kept, text, newlines, (16, 24, 20), padding=1 if rows else 0)
     case.check(backend, list(range(len(case.tensors))))
 
 
@@ -175,7 +175,7 @@ def test_same_bits_twice(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("counted", [False, True])
 def test_torch_library_contract(backend, counted):
-    case = Case(12, 9, 5, 2, (8, 12, 8), fillers=1)
+    case = Case(12, 9, 5, 2, (8, 12, 8), padding=1)
     case.count = torch.tensor([9], dtype=torch.int32, device=DEVICE) if counted else None
     tensors = [tensor.requires_grad_() for tensor in case.tensors]
     features, w0, w1, b0, b1, embedding, constant = tensors
@@ -191,7 +191,7 @@ def test_torch_library_contract(backend, counted):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_backwards_contract(backend):
-    case = Case(12, 9, 5, 2, (8, 12, 8), fillers=1)
+    case = Case(12, 9, 5, 2, (8, 12, 8), padding=1)
     features, *layers = case.tensors[:5]
     grad = torch.randn(len(case.source), 8, device=DEVICE)
     pres = [torch.randn(len(case.kept), 12, device=DEVICE)]

@@ -366,11 +366,11 @@ def test_a_mismatched_answer_follows_the_question_and_is_cut_to_fit(table, tiny_
             for which, each in enumerate((request, swapped)):
                 alone = model(model.prepare([each], labels=True), logits="none").losses
                 torch.testing.assert_close(log_probs[number, which], -alone.sum(), rtol=1e-5, atol=1e-5)
-    own, wrong = prepared.plan.tails[0]
+    own, wrong = prepared.plan.branches[0]
     assert wrong > own
     tight = dataclasses.replace(model.processor, max_rows=prepared.plan.lengths[0] - wrong)  # its own answer just fits
     plan_of = LabelledBatches(found, tight, others)[[0]].prepared.plan
-    assert plan_of.tails == ((own, own),)
+    assert plan_of.branches == ((own, own),)
 
 
 # ---------------------------------------------------------------- recipes

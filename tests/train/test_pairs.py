@@ -74,7 +74,7 @@ def test_earlier_turns_come_before_the_answers(table, model):
     answers = table(PAIR | {"prompt": [{"from": who, "value": text} for who, text in said]})
     assert turns(answers[0]) == ["<image>\nhello", "a table", "what is it?", "a red cup"]
     pair = shared_pair(model.processor, answers[0].request, answers[1].request, [])
-    supervised = [p for p in (*pair.prefix, *pair.tails) if isinstance(p, TextPiece) and p.supervised is not None]
+    supervised = [p for p in (*pair.prefix, *pair.branches) if isinstance(p, TextPiece) and p.supervised is not None]
     learnt = "".join(model.tokenizer.decode(p.ids[p.supervised]) for p in supervised)
     assert learnt == " a red cup</s> table</s>"  # not the answer of the turn before
 
@@ -118,15 +118,15 @@ def test_what_both_answers_share_is_there_once(table, model):
     assert len(tiles) == 1  # the image was opened once
     for which in (0, 1):
         outline = model.processor.outline(answers[which].request, labels=True)
-        assert whole([*pair.prefix, pair.tails[which]]) == whole(model.processor.pieces(outline, []))
+        assert whole([*pair.prefix, pair.branches[which]]) == whole(model.processor.pieces(outline, []))
     assert "a red" in model.tokenizer.decode(pair.prefix[-1].ids)
-    assert pair.tails[0].ids[0] != pair.tails[1].ids[0]
+    assert pair.branches[0].ids[0] != pair.branches[1].ids[0]
 
 
 def test_one_answer_may_begin_the_other(table, model):
     answers = table(PAIR | {"chosen": "a red", "rejected": "a red cup"})
     pair = shared_pair(model.processor, answers[0].request, answers[1].request, [])
-    assert model.tokenizer.decode(pair.tails[0].ids) == "</s>"
+    assert model.tokenizer.decode(pair.branches[0].ids) == "</s>"
 
 
 def test_measured_rows_hold_a_pair(table, model):
@@ -136,9 +136,9 @@ def test_measured_rows_hold_a_pair(table, model):
     assert "no text under 'rejected'" in alone.problems[2]
     for number in (0, 1):
         prepared, _, _ = PairBatches(answers, model.processor)[[number]]
-        rows, tails = prepared.plan.lengths[0], prepared.plan.tails[0]
+        rows, branches = prepared.plan.lengths[0], prepared.plan.branches[0]
         assert shared.visual[number] + shared.text[number] - 6 <= rows <= shared.visual[number] + shared.text[number]
-        assert alone.visual[number] + alone.text[number] == rows - min(tails)
+        assert alone.visual[number] + alone.text[number] == rows - min(branches)
 
 
 def test_errors_name_the_pair(table, model):

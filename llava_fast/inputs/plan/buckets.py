@@ -1,9 +1,9 @@
-"""Plans of few sizes: filled up with tiles and rows that lead nowhere, so that one CUDA graph serves many batches.
+"""Plans of few sizes: padded with unused tiles and rows, so that one CUDA graph serves many batches.
 
 A graph is captured for fixed shapes. `bucket_of` rounds a plan's sizes up to a bucket, `fill` makes a plan of exactly
-that size: filler rows have index -1 everywhere, and what they touch is never read. Columns tile_count and kept_count
-[1] hold the true numbers, so that they lie in the device's memory, where a replayed graph reads them: a kernel makes
-nothing for the tiles and kept rows after them. Integers only, as plans are.
+that size: padding rows have index -1 everywhere, and their results are never read. Columns tile_count and kept_count
+[1] hold the real counts. A replayed graph reads them on the device, and kernels skip the tiles and kept rows after
+them. Integers only, as plans are.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from llava_fast.inputs.plan.columns import FILLER, pack_columns
+from llava_fast.inputs.plan.columns import PADDING, pack_columns
 from llava_fast.inputs.plan.plan import TokenPlan
 
 
@@ -27,18 +27,18 @@ class Bucket:
 
 def bucket_of(plan: TokenPlan) -> Bucket:
     """The smallest bucket that holds the plan. Tiles are rounded up to three significant binary digits (1 to 8, 10, 12,
-    14, 16, 20, ...), for the tower runs on every one: at most a fifth of them is for nothing. Rows, whose fillers
-    the kernels leave out, are rounded up to two (64, 96, 128, 192, ...)."""
+    14, 16, 20, ...), because the tower runs on padding tiles too: at most a fifth of them. Rows, whose padding the
+    kernels skip, are rounded up to two (64, 96, 128, 192, ...)."""
     kept = len(plan.column("kept"))
     return Bucket(_round_up(plan.tiles, 1, digits=3), _round_up(kept, 64), _round_up(plan.rows, 64))
 
 
 def fill(plan: TokenPlan, bucket: Bucket) -> TokenPlan:
-    """The plan with fillers at the end of its tiles, kept rows and decoder rows, for inference: it has only the columns
+    """The plan with padding at the end of its tiles, kept rows and decoder rows, for inference: it has only the columns
     that `inputs_embeds` reads; those for gradients of text rows are empty.
 
     Rows keep their numbers, so that the first `plan.rows` of what comes out are those of the plan. Raises ValueError
-    for a plan that does not fit the bucket, or whose rows are pooled (their tables have no filler).
+    for a plan that does not fit the bucket, or whose rows are pooled (their tables have no padding).
     """
     if plan.pools:
         raise ValueError("a plan with pooled rows (pooled or shrunk features) cannot be padded to a bucket")
@@ -58,7 +58,7 @@ def fill(plan: TokenPlan, bucket: Bucket) -> TokenPlan:
 
 
 def _filled(column: np.ndarray, size: int) -> np.ndarray:
-    return np.concatenate([column, np.full(size - len(column), FILLER, np.int32)])
+    return np.concatenate([column, np.full(size - len(column), PADDING, np.int32)])
 
 
 def _round_up(number: int, least: int, digits: int = 2) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-FILLER, TEXT, VISUAL, CONSTANT = -1, 0, 1, 2
+PADDING, TEXT, VISUAL, CONSTANT = -1, 0, 1, 2
 """Source tables: none, text embedding (row = token id), visual rows, constant rows (0 = newline)."""
 
 MODALITY_TEXT, MODALITY_IMAGE, MODALITY_VIDEO = 0, 1, 2

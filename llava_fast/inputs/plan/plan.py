@@ -3,10 +3,10 @@
 Everything downstream follows the plan: which ViT rows are projected, where each lands, where text and newline
 rows go, positions, labels, sequence boundaries. Its columns are views of one flat int32 array, so that a batch
 ships to a device in one copy. Layout "packed" puts sequences end to end; "padded" gives each the same length with
-filler rows (source -1) on the right.
+padding rows (source -1) on the right.
 
-A packed sequence may end in tails: other continuations of what comes before them, its prefix. Each tail's positions
-start where the prefix ends, and no tail sees another, so two answers to one question share its rows (train.data.pairs).
+A packed sequence may end in branches: alternative continuations of its prefix. Each branch's positions start where the
+prefix ends, and no branch attends to another, so two answers to one question share its rows (train.data.pairs).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import numpy as np
 
 from llava_fast.inputs.plan.columns import (
     CONSTANT,
-    FILLER,
     IGNORE,
     MODALITY_IMAGE,
     MODALITY_TEXT,
+    PADDING,
     TEXT,
     VISUAL,
     pack_columns,
@@ -58,23 +58,23 @@ Piece = TextPiece | VisualPiece
 class TokenPlan:
     """The plan of a batch. `columns[name]` is an int32 view of `flat`:
 
-    source, row, position, label, sequence, modality   [rows]  one entry per decoder row, fillers -1
+    source, row, position, label, sequence, modality   [rows]  one entry per decoder row, padding -1
     tile_of_kept, kept                                 [kept]  tile number and ViT row of each projected row, among
                                                        all rows that the tower gives
     last_row                                           [sequences]  the last real row of each sequence
     boundaries                                         [sequences + 1]  first row of each sequence, then the end
     supervised_row, supervised_target                  [supervised]  rows whose next token is a label, and it; a
-                                                       prefix's last row is there once for each tail
-    supervised_sequence, supervised_tail               [supervised]  only with tails: the sequence of each target, and
-                                                       its tail, counted from 1 (0: the prefix)
+                                                       prefix's last row is there once for each branch
+    supervised_sequence, supervised_branch             [supervised]  only with branches: the sequence of each target,
+                                                       and its branch, counted from 1 (0: the prefix)
     text_row, text_token, text_segment                 rows with text sorted by token id, the distinct ids, and
                                                        where each id's rows start (for deterministic gradients)
     visual_place                                       [visual rows]  the row that took each visual row, or -1
     constant_row, constant_segment                     rows with a newline, and [0, their number]
 
     The visual table that VISUAL rows index is: the kept rows, then each pool of stage "before", then each of stage
-    "after". `lengths` counts the real rows of each sequence; `tiles` the tiles of the whole batch. `tails` holds the
-    row counts of each sequence's tails; it is empty if no sequence has any.
+    "after". `lengths` counts the real rows of each sequence; `tiles` the tiles of the whole batch. `branches` holds the
+    row counts of each sequence's branches; it is empty if no sequence has any.
     """
 
     layout: Layout
@@ -84,7 +84,7 @@ class TokenPlan:
     pools: tuple[Pool, ...]
     flat: np.ndarray
     sections: dict[str, tuple[int, tuple[int, ...]]]
-    tails: tuple[tuple[int, ...], ...] = ()
+    branches: tuple[tuple[int, ...], ...] = ()
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
@@ -114,16 +114,16 @@ def build_plan(
     tower_rows_per_tile: int,
     layout: Layout = "packed",
     first_positions: list[int] | None = None,
-    tails: Sequence[Sequence[int]] = (),
+    branches: Sequence[Sequence[int]] = (),
 ) -> TokenPlan:
     """The plan of a batch of sequences, each a list of text and visual pieces in order.
 
     Tiles are numbered in the order in which visual pieces appear. `first_positions` gives each sequence's first
-    position id (default 0): a chat turn continues where its cache ends. `tails` gives the row counts of the tails that
-    each sequence ends in (packed only); what comes before them is the prefix, of at least one row.
+    position id (default 0): a chat turn continues where its cache ends. `branches` gives the row counts of the branches
+    at the end of each sequence (packed only); what comes before them is the prefix, of at least one row.
     """
-    if tails and layout != "packed":
-        raise ValueError("only a packed plan can have tails")
+    if branches and layout != "packed":
+        raise ValueError("only a packed plan can have branches")
     visual = VisualTable(tower_rows_per_tile)
     parts = [[_piece_columns(piece, visual) for piece in pieces] for pieces in sequences]
     training = any(isinstance(p, TextPiece) and p.supervised is not None for pieces in sequences for p in pieces)
@@ -135,14 +135,14 @@ def build_plan(
     boundaries = np.concatenate([[0], np.cumsum(stride)]).astype(np.int32)
     total = int(boundaries[-1])
     columns = {
-        "source": np.full(total, FILLER, np.int32),
+        "source": np.full(total, PADDING, np.int32),
         "row": np.full(total, -1, np.int32),
         "position": np.zeros(total, np.int32),
         "label": np.full(total, IGNORE, np.int32),
         "sequence": np.full(total, -1, np.int32),
         "modality": np.full(total, -1, np.int32),
     }
-    tail_of, before = np.zeros(total, np.int32), np.arange(-1, total - 1, dtype=np.int32)
+    branch_of, before = np.zeros(total, np.int32), np.arange(-1, total - 1, dtype=np.int32)
     for number_of, (pieces, start, length) in enumerate(zip(parts, boundaries[:-1], lengths, strict=True)):
         if not length:
             continue
@@ -150,15 +150,15 @@ def build_plan(
         for column, name in enumerate(("source", "row", "label", "modality")):
             columns[name][window] = np.concatenate([piece[column] for piece in pieces])
         first = first_positions[number_of] if first_positions else 0
-        of_sequence = tails[number_of] if tails else ()
+        of_sequence = branches[number_of] if branches else ()
         prefix = length - sum(of_sequence)
         if prefix < 1 and of_sequence:
-            raise ValueError(f"sequence {number_of} has {length} rows and tails of {list(of_sequence)}: no prefix")
-        position = [np.arange(prefix), *(np.arange(prefix, prefix + tail) for tail in of_sequence)]
+            raise ValueError(f"sequence {number_of} has {length} rows and branches of {list(of_sequence)}: no prefix")
+        position = [np.arange(prefix), *(np.arange(prefix, prefix + branch) for branch in of_sequence)]
         columns["position"][window] = first + np.concatenate(position)
         ends = start + prefix + np.cumsum([0, *of_sequence])
-        for tail, (begin, end) in enumerate(itertools.pairwise(ends), 1):
-            tail_of[begin:end] = tail
+        for branch, (begin, end) in enumerate(itertools.pairwise(ends), 1):
+            branch_of[begin:end] = branch
             if begin < end:
                 before[begin] = start + prefix - 1
         columns["sequence"][window] = number_of
@@ -169,10 +169,12 @@ def build_plan(
     columns["boundaries"] = boundaries
     columns["last_row"] = np.array([s + n - 1 for s, n in zip(boundaries[:-1], lengths, strict=True)], np.int32)
     columns |= (
-        _supervision(columns, before, tail_of if tails else None) | inverse_columns(columns, visual_rows) | pool_columns
+        _supervision(columns, before, branch_of if branches else None)
+        | inverse_columns(columns, visual_rows)
+        | pool_columns
     )
     flat, sections = pack_columns(columns)
-    each = tuple(tuple(int(tail) for tail in of_sequence) for of_sequence in tails)
+    each = tuple(tuple(int(branch) for branch in of_sequence) for of_sequence in branches)
     return TokenPlan(layout, lengths, visual.tiles, total, pools, flat, sections, each)
 
 
@@ -191,14 +193,14 @@ def _piece_columns(piece: Piece, visual: VisualTable) -> tuple[np.ndarray, ...]:
 
 
 def _supervision(
-    columns: dict[str, np.ndarray], before: np.ndarray, tail_of: np.ndarray | None
+    columns: dict[str, np.ndarray], before: np.ndarray, branch_of: np.ndarray | None
 ) -> dict[str, np.ndarray]:
-    """Rows that predict a labelled token: the row before it in the same sequence. before, tail_of: int32 [rows], the
-    row that a row follows and the number of its tail."""
+    """Rows that predict a labelled token: the row before it in the same sequence. before, branch_of: int32 [rows], the
+    row that a row follows and the number of its branch."""
     label, sequence = columns["label"], columns["sequence"]
     at = np.flatnonzero(label != IGNORE)
     at = at[(before[at] >= 0) & (sequence[before[at]] == sequence[at])]
     found = {"supervised_row": before[at], "supervised_target": label[at]}
-    if tail_of is not None:
-        found |= {"supervised_sequence": sequence[at], "supervised_tail": tail_of[at]}
+    if branch_of is not None:
+        found |= {"supervised_sequence": sequence[at], "supervised_branch": branch_of[at]}
     return found

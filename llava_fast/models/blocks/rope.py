@@ -119,8 +119,8 @@ class Rope(nn.Module):
         config, device = self.config, position_R.device
         theta = torch.full((len(position_R), 1), config.theta, dtype=torch.float32, device=device)
         for number, (start, length) in enumerate(zip(spans.starts, spans.lengths, strict=True)):
-            if spans.tails and (tails := spans.tails[number]):
-                alone = length - sum(tails) + max(tails)
+            if spans.branches and (branches := spans.branches[number]):
+                alone = length - sum(branches) + max(branches)
                 if alone > self.max_positions:
                     raise ValueError(
                         f"dynamic RoPE turns a prompt by the length of what follows it, so answers that reach "

@@ -30,16 +30,16 @@ def assemble_inputs(
 
     features  [n, in]: rows of the vision tower.
     kept      int [k]: the feature row that each projected row is made of, no two alike; negative: none, for a
-              filler, whose place is negative too.
+              padding row, whose place is negative too.
     weights   of the projector's linear layers, [out, in] each, with `activation` (by transformers' name) between;
     biases    [out] each, or an empty list.
-    source    int [rows]: 0 text embedding, 1 projected row, 2 constant, -1 filler (a zero row).
-    row       int [rows]: the row of that table (for text, the token id); ignored for fillers.
+    source    int [rows]: 0 text embedding, 1 projected row, 2 constant, -1 padding (a zero row).
+    row       int [rows]: the row of that table (for text, the token id); ignored for padding.
     embedding [vocabulary, width]; constant [m, width] (row 0: the newline).
     inverse   the inverse placement; its visual_place [k] is the decoder row that each projected row
               goes to, or negative. It must agree with source and row, as the plan's columns do.
-    count     int [1] on the same device: all kept rows from count[0] on are fillers, which a kernel then need not
-              project (where gradients are wanted it does). None: there may be fillers anywhere.
+    count     int [1] on the same device: all kept rows from count[0] on are padding, which a kernel then need not
+              project (where gradients are wanted it does). None: there may be padding anywhere.
     Returns [rows, width] in embedding's dtype. Gradients flow to features (zeros where not kept), every weight and
     bias, embedding and constant; sums are float32 in a fixed order, and nothing is kept or computed for what is frozen.
 

@@ -35,7 +35,7 @@ def project_backward(
     needed: list[bool],
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """Gradients of features, weights and biases (None where not `needed`, in this order) from that of the projected
-    rows, which is zero for fillers."""
+    rows, which is zero for padding."""
     depth = len(weights)
     of_weights, of_biases = needed[1 : 1 + depth], needed[1 + depth :]
     weight_grads: list[Tensor | None] = [None] * depth
@@ -51,11 +51,11 @@ def project_backward(
         grad = grad @ weights[number]
         if number:
             grad = activation_gradient(activation, grad, pres[number - 1])
-    out = grad.new_zeros(feature_rows + 1, grad.shape[1])  # the last row is the fillers'
+    out = grad.new_zeros(feature_rows + 1, grad.shape[1])  # the last row is the padding's
     out.index_copy_(0, torch.where(kept >= 0, kept, feature_rows).long(), grad)
     return out[:feature_rows], weight_grads, bias_grads
 
 
 def _rows(features: Tensor, kept: Tensor) -> Tensor:
-    """features[kept]; a filler's row goes nowhere, so any will do."""
+    """features[kept]; a padding row goes nowhere, so any will do."""
     return features[kept.clamp(0).long()]

@@ -143,7 +143,7 @@ def _backward(ctx, grad: Tensor):
     tiles, weight, mean, std, count = ctx.saved_tensors
     if count is not None:
         grad = reference.first_tiles(grad, count)
-        if tiles is not None and tiles.is_floating_point():  # a filler may hold NaN, and zero times that is no zero
+        if tiles is not None and tiles.is_floating_point():  # padding may hold NaN, and zero times that is no zero
             tiles = reference.first_tiles(tiles, count)
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5, 6)]
     found = _patch_embed_backward(grad, tiles, weight, mean, std, list(ctx.shape), ctx.patch, ctx.class_rows, needed)

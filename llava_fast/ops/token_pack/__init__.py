@@ -42,8 +42,8 @@ def token_pack(
 ) -> Tensor:
     """Rows gathered from three tables.
 
-    source    int [rows]: 0 text embedding, 1 visual, 2 constant, -1 filler (a zero row).
-    row       int [rows]: the row of that table (for text, the token id); ignored for fillers.
+    source    int [rows]: 0 text embedding, 1 visual, 2 constant, -1 padding (a zero row).
+    row       int [rows]: the row of that table (for text, the token id); ignored for padding.
     embedding [vocabulary, width]; visual [n, width]; constant [m, width] (row 0: the newline).
     inverse   the inverse placement, for gradients; the kernels' backward passes need it.
     Returns [rows, width] in embedding's dtype. Gradients flow to the three tables; each is summed in float32 in a

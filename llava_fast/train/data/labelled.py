@@ -5,7 +5,8 @@ desirable answer and false for an undesirable one ("prompt" as in data.pairs); o
 `messages`) with a `label`, which is that of its last answer. A preference pair (data.pairs) stands for two samples: its
 chosen answer is desirable, its rejected one is not.
 
-KTO also needs each question with an answer to another one. Both answers follow the question in one sequence, as tails.
+KTO also needs each question with an answer to another one. Both answers follow the question in one sequence, as
+branches.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ LLaVA-Hound's DPO data ("answer" is read where there is no "chosen"). "prompt" i
 in LLaVA's or the OpenAI form; images that it does not place with `<image>` come before it.
 
 Question and answers meet in one sequence: what both have in common (image, question, equal first words of the answers)
-is there once, and each answer's rest follows it as a tail (see inputs.plan).
+is there once, and each answer's rest follows it as a branch (see inputs.plan).
 """
 
 from __future__ import annotations
@@ -127,11 +127,11 @@ class SharedPair:
     """What both answers share, opened images included, and how each goes on from there."""
 
     prefix: list[Piece]
-    tails: tuple[TextPiece, TextPiece]
+    branches: tuple[TextPiece, TextPiece]
 
     @property
     def pieces(self) -> list[Piece]:
-        return [*self.prefix, *self.tails]
+        return [*self.prefix, *self.branches]
 
 
 def shared_pair(processor: Processor, chosen: dict, rejected: dict, tiles: list[Cut]) -> SharedPair:
@@ -151,10 +151,10 @@ def shared_pair(processor: Processor, chosen: dict, rejected: dict, tiles: list[
         raise DataError("its two answers are the same tokens, so neither can be preferred: leave it out")
     common = TextPiece(first.ids[:shared], _flags(first)[:shared])
     prefix = processor.pieces([*before, common], tiles)
-    tails = tuple(TextPiece(each.ids[shared:], _flags(each)[shared:]) for each in (first, second))
-    for tail in tails:
-        processor.check_length([*prefix, tail])
-    return SharedPair(prefix, (tails[CHOSEN], tails[REJECTED]))
+    branches = tuple(TextPiece(each.ids[shared:], _flags(each)[shared:]) for each in (first, second))
+    for branch in branches:
+        processor.check_length([*prefix, branch])
+    return SharedPair(prefix, (branches[CHOSEN], branches[REJECTED]))
 
 
 def _flags(piece: TextPiece) -> np.ndarray:
@@ -182,7 +182,7 @@ def _same(one: list[TextPiece | VisualMark], other: list[TextPiece | VisualMark]
 
 
 class TwoAnswers(Dataset):
-    """A micro-batch of sequences with two tails, by sample numbers: what a worker makes.
+    """A micro-batch of sequences with two branches, by sample numbers: what a worker makes.
 
     references  float32 [samples, 2], the reference's log-probabilities of both answers, which then travel with the plan
                 as its column "reference" [sequences, 2].
@@ -193,8 +193,8 @@ class TwoAnswers(Dataset):
 
     def __getitem__(self, numbers: list[int]) -> Made:
         kept, pairs, tiles, left_out = each_sound(numbers, self._sound, self.name)
-        tails = [[len(tail.ids) for tail in pair.tails] for pair in pairs]
-        prepared = self.processor.assemble([pair.pieces for pair in pairs], tiles, tails=tails)
+        branches = [[len(branch.ids) for branch in pair.branches] for pair in pairs]
+        prepared = self.processor.assemble([pair.pieces for pair in pairs], tiles, branches=branches)
         columns = self.columns(kept)
         if self.references is not None:
             columns["reference"] = self.references[kept].astype(np.float32).reshape(-1, 2).view(np.int32)

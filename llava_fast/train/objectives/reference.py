@@ -143,7 +143,7 @@ class AgainstReference(Objective):
 def answer_log_probs(losses: Tensor, plan: TokenPlan) -> tuple[Tensor, Tensor]:
     """(log-probability, number of tokens) of both answers of each sequence, float32 [sequences, 2] both, from the
     negative log-likelihoods of a plan's supervised rows. Tokens that both answers begin with count for both."""
-    part = 3 * plan.column("supervised_sequence") + plan.column("supervised_tail")
+    part = 3 * plan.column("supervised_sequence") + plan.column("supervised_branch")
     counts = torch.from_numpy(np.bincount(part, minlength=3 * len(plan.lengths))).to(losses.device)
     sums = torch.segment_reduce(losses, "sum", lengths=counts, initial=0).view(-1, 3)  # rows are in order of `part`
     tokens = counts.view(-1, 3).to(losses.dtype)

@@ -20,30 +20,30 @@ def test_the_plan_of_a_sequence_with_tails():
     plan = build_plan(
         [[text(20, 3, False), text(40, 1), text(50, 2), text(70, 3)], [text(20, 2, False), text(30, 1), text(31, 1)]],
         tower_rows_per_tile=1,
-        tails=[(2, 3), (1, 1)],
+        branches=[(2, 3), (1, 1)],
     )
     assert plan.lengths == (9, 4)
-    assert plan.tails == ((2, 3), (1, 1))
+    assert plan.branches == ((2, 3), (1, 1))
     assert plan.column("position").tolist() == [0, 1, 2, 3, 4, 5, 4, 5, 6, 0, 1, 2, 2]
-    # The prefix's last row predicts the first token of each tail.
+    # The prefix's last row predicts the first token of each branch.
     assert plan.column("supervised_row").tolist() == [2, 3, 4, 3, 6, 7, 10, 10]
     assert plan.column("supervised_target").tolist() == [40, 50, 57, 70, 77, 84, 30, 31]
-    assert plan.column("supervised_tail").tolist() == [0, 1, 1, 2, 2, 2, 1, 2]
+    assert plan.column("supervised_branch").tolist() == [0, 1, 1, 2, 2, 2, 1, 2]
     assert plan.column("supervised_sequence").tolist() == [0] * 6 + [1] * 2
 
 
 def test_an_ordinary_sequence_beside_one_with_tails():
-    plan = build_plan([[text(20, 3)], [text(20, 2), text(30, 2)]], tower_rows_per_tile=1, tails=[(), (1, 1)])
+    plan = build_plan([[text(20, 3)], [text(20, 2), text(30, 2)]], tower_rows_per_tile=1, branches=[(), (1, 1)])
     assert plan.column("position").tolist() == [0, 1, 2, 0, 1, 2, 2]
     assert plan.column("supervised_row").tolist() == [0, 1, 3, 4, 4]
 
 
 @pytest.mark.parametrize(
-    ("tails", "layout", "said"), [([(1, 2)], "packed", "no prefix"), ([(1, 1)], "padded", "packed")]
+    ("branches", "layout", "said"), [([(1, 2)], "packed", "no prefix"), ([(1, 1)], "padded", "packed")]
 )
-def test_refuses(tails, layout, said):
+def test_refuses(branches, layout, said):
     with pytest.raises(ValueError, match=said):
-        build_plan([[text(20, 3)]], 1, layout, tails=tails)
+        build_plan([[text(20, 3)]], 1, layout, branches=branches)
 
 
 def test_other_columns_travel_with_a_plan():
@@ -87,18 +87,18 @@ def test_equals_two_ordinary_sequences(name, sizes):
     image = IMAGE if name != "next_dynamic_rope" else tiny.picture(20, 20)
     first, second = text(30, sizes[0]), text(90, sizes[1])
 
-    def batch(answers, tails=()):
+    def batch(answers, branches=()):
         tiles, sequences = [], []
         for of_sequence in answers:
             prompt = processor.pieces(processor.outline({"prompt": PROMPT, "images": [image]}), tiles)
             sequences.append([*prompt, text(60, 2), *of_sequence])
-        return Batch.from_prepared(processor.assemble(sequences, tiles, tails=tails))
+        return Batch.from_prepared(processor.assemble(sequences, tiles, branches=branches))
 
-    # Two pairs, so that tails of one do not meet the other's rows; the answers weigh differently.
+    # Two pairs, so that branches of one do not meet the other's rows; the answers weigh differently.
     shared = batch([[first, second], [second, first]], [sizes, sizes[::-1]])
     twice = batch([[first], [second], [second], [first]])
     losses = model(shared, logits="none").losses
-    weight = torch.tensor([0.5, 1.0, -0.7])[shared.column("supervised_tail").long()]
+    weight = torch.tensor([0.5, 1.0, -0.7])[shared.column("supervised_branch").long()]
     both = model(twice, logits="none").losses
     counts = np.bincount(twice.plan.column("sequence")[twice.plan.column("supervised_row")], minlength=4)
     in_prefix = np.concatenate([np.arange(count) < 2 for count in counts])
@@ -109,8 +109,8 @@ def test_equals_two_ordinary_sequences(name, sizes):
 
     got, wanted = (losses * weight).sum(), (both * weight_twice).sum()
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
-    tails = shared.plan.column("supervised_tail")
-    np.testing.assert_allclose(losses.detach()[tails > 0], both.detach()[~in_prefix], rtol=1e-5, atol=1e-6)
+    branches = shared.plan.column("supervised_branch")
+    np.testing.assert_allclose(losses.detach()[branches > 0], both.detach()[~in_prefix], rtol=1e-5, atol=1e-6)
     assert_same_gradients(gradients(model, got), gradients(model, wanted))
     model.zero_grad()
 
@@ -118,7 +118,7 @@ def test_equals_two_ordinary_sequences(name, sizes):
 def test_dynamic_rope_refuses_answers_that_would_turn_the_prompt():
     pair = tiny.pair("next_dynamic_rope")
     model = pair.ours
-    plan = build_plan([[text(20, 50), text(30, 60), text(90, 10)]], tower_rows_per_tile=1, tails=[(60, 10)])
+    plan = build_plan([[text(20, 50), text(30, 60), text(90, 10)]], tower_rows_per_tile=1, branches=[(60, 10)])
     batch = Batch(torch.zeros(0, 3, 32, 32, dtype=torch.uint8), plan, torch.from_numpy(plan.flat))
     with pytest.raises(ValueError, match="dynamic RoPE"):
         model(batch, logits="none")
