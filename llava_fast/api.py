@@ -89,7 +89,7 @@ def load_processor(checkpoint: LoadedCheckpoint, name: str, chat_template: str |
     if config.layout == "hf":
         check_tokens(checkpoint.path, tokenizer, image_token=config.image_token_id, video_token=config.video_token_id)
     return Processor(
-        geometry=config.geometry,
+        geometry=family_of_config(config).geometry(config, tokenizer),
         tokenizer=tokenizer,
         image_token_id=config.image_token_id,
         video_token_id=config.video_token_id,

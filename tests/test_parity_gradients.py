@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from llava_fast.families.llava_names import from_stored
+from llava_fast.families import family_of_config
 from tests.support import tiny
 from tests.support.parity import assert_close, forget_rope
 
@@ -46,6 +46,7 @@ def reference_gradients(pair, requests: list[dict], plan) -> tuple[float, dict]:
         loss = pair.hf(**inputs, labels=labels, num_items_in_batch=count).loss
         loss.backward()
         total += loss.item()
+    from_stored = family_of_config(pair.ours.config).names.from_stored
     gradients = {from_stored(name): p.grad for name, p in pair.hf.named_parameters()}
     return total, gradients
 

@@ -22,6 +22,7 @@ FAMILIES = Registry(
         "llava_llama": "llava_original:LlavaOriginal",
         "llava_mistral": "llava_original:LlavaOriginal",
         "llava_qwen": "llava_original:LlavaOriginal",
+        "internvl": "internvl:InternVl",
     },
 )
 _ORIGINAL = "llava_llama"

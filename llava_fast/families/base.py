@@ -15,6 +15,7 @@ from llava_fast.families.known_towers import Tower
 from llava_fast.families.names import NameMap, Spelling
 from llava_fast.families.parts import auto_config
 from llava_fast.inputs.chat.formats import default_template_name
+from llava_fast.inputs.tiling.anyres import VisualGeometry
 from llava_fast.models.config import LlavaConfig
 
 
@@ -75,6 +76,11 @@ class Family(ABC):
         if vision_tower is not None:
             raise CheckpointError(f"{path} holds its own tower, so vision_tower has no meaning; leave it out")
         return self.read(source, path), None
+
+    def geometry(self, config: LlavaConfig, tokenizer: Any) -> VisualGeometry:
+        """The config's geometry, with the ids of tokens that stand around or between tiles. Raises CheckpointError for
+        a tokenizer without them."""
+        return config.geometry
 
     def unchanged(self, config: LlavaConfig) -> dict[str, Any]:
         """config.json of a model that is saved as the family it was read as: every field that it had."""

@@ -1,7 +1,4 @@
-"""What the JSON files of a checkpoint may hold: type and bounds of each field that is obeyed here.
-
-The bounds lie far above any published model and below what would exhaust memory or time before weights are compared.
-"""
+"""What the JSON files of a checkpoint may hold: type and bounds (see storage.bounds) of each field that is obeyed."""
 
 from __future__ import annotations
 
@@ -9,17 +6,14 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
+from llava_fast.storage.bounds import Layers, Pixels, Positive, Size
 from llava_fast.storage.files import Fields
 
-Size = Annotated[int, Field(ge=1, le=2**20)]
-Layers = Annotated[int, Field(ge=1, le=1024)]
-Pixels = Annotated[int, Field(ge=1, le=2**14)]
 Side = Annotated[int, Field(ge=0, le=2**16)]
 Sides = Annotated[list[Side], Field(min_length=2, max_length=2)]
 Vocabulary = Annotated[int, Field(ge=1, le=2**24)]
 Positions = Annotated[int, Field(ge=1, le=2**31)]
 TokenId = Annotated[int, Field(ge=-(2**24), le=2**24)]  # -200 stands for an image, -1 for no padding
-Positive = Annotated[float, Field(gt=0, le=1e12)]
 Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
 Deviations = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
 Pinpoint = Annotated[list[Annotated[int, Field(ge=1, le=2**16)]], Field(min_length=2, max_length=2)]

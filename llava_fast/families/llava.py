@@ -190,8 +190,8 @@ class Llava(Family):
             "dropped_rows": int(vision.drops_class_row),
             **geometry_fields(images, frames, vision.image_size),
         }
-        tiling = self.tiling(hf, file) | self.pooling(hf, file)
         try:
+            tiling = self.tiling(hf, file) | self.pooling(hf, file)
             return VisualGeometry(**(common | tiling))
         except ImageError as problem:
             raise CheckpointError(f"{file}: {problem}") from problem

@@ -92,6 +92,17 @@ def auto_config(source: dict[str, Any], file: Path, decodes: bool = True):
         raise CheckpointError(f"{file}: transformers cannot read it: {one_line(problem)}") from problem
 
 
+def token_id(tokenizer: Any, token: str, config: LlavaConfig) -> int:
+    """The id of a token that must be in the tokenizer, and in the decoder's vocabulary. Raises CheckpointError."""
+    found = tokenizer.get_vocab().get(token)
+    if found is None or found >= config.decoder.vocab_size:
+        raise CheckpointError(
+            f"a {config.model_type} model's prompts hold {token!r}, and its tokenizer gives that the id {found}, its "
+            f"vocab_size is {config.decoder.vocab_size}: use the tokenizer that it was trained with"
+        )
+    return found
+
+
 def first(*values):
     return next((value for value in values if value is not None), None)
 

@@ -63,9 +63,12 @@ class Prompt:
         return [key for part in self.parts for key in part.keys]
 
     def ids(self, placeholder: int) -> list[int]:
-        """The token ids that a repetition penalty counts: those of the text and, as in transformers, the image
-        placeholder where there are visual rows."""
-        ids = [token for part in self.parts if not part.is_visual for token in part.keys]
+        """The token ids that a repetition penalty counts: those of the text, also around tiles, and, as in
+        transformers, the image placeholder where there are visual rows."""
+        ids: list[int] = []
+        for part in self.parts:
+            piece = part.piece
+            ids += (piece.ids if isinstance(piece, TextPiece) else piece.rows.token_ids).tolist()
         return ids + [placeholder] * (self.visual_rows > 0)
 
     def between(self, first: int, last: int) -> tuple[list[Piece], list[Cut], int]:

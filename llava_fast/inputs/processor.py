@@ -177,8 +177,14 @@ class Processor(ProcessorOptions):
         return self.video_frames if from_file else None
 
     def render(self, request: dict, labels: Labels = False) -> tuple[list[Segment], list, list]:
-        """See `render_request`."""
-        return render_request(self.template, request, labels, self._times_of if self.time_instruction else None)
+        """See `render_request`. An image's place may also be marked by the checkpoint's own token, as its template
+        does."""
+        times_of = self._times_of if self.time_instruction else None
+        segments, images, videos = render_request(self.template, request, labels, times_of)
+        if self.image_token_id != ORIGINAL_IMAGE_TOKEN:
+            own = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+            segments = [replace(each, text=each.text.replace(own, "<image>")) for each in segments]
+        return segments, images, videos
 
     def _times_of(self, video: Any) -> VideoTimes:
         return video_times(video, self.video_frames)

@@ -10,8 +10,11 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
 
 from llava_fast.errors import ImageError
 from llava_fast.inputs.pictures.tiles import make_tiles
+from llava_fast.inputs.plan.columns import MODALITY_IMAGE, MODALITY_TEXT, TEXT, VISUAL
+from llava_fast.inputs.plan.plan import TextPiece, VisualPiece, build_plan
 from llava_fast.inputs.tiling.anyres import VisualGeometry, image_rows, image_views
 from llava_fast.inputs.tiling.grid import GridTiling, nearest_grid
+from llava_fast.inputs.tiling.rows import FEATURE, TOKEN, UNKNOWN_TOKEN
 from tests.support import tiny
 
 TILE = 28
@@ -55,6 +58,30 @@ def test_rows_are_those_of_the_tiles_in_order():
     assert image_rows(geometry(most=1), 40, 300).tiles == 1  # no thumbnail beside a single tile
     dropped = VisualGeometry(TILE, 14, dropped_rows=1, tiling=GridTiling(2, 2))
     assert image_rows(dropped, 10, 20).index.tolist() == [row for row in range(15) if row % 5]
+
+
+def test_tokens_stand_around_an_images_rows():
+    rows = image_rows(geometry(before=(7, 8), after=(9,)), 40, 60)
+    tiles = rows.tiles * 4
+    assert rows.kind.tolist() == [TOKEN] * 2 + [FEATURE] * tiles + [TOKEN]
+    assert rows.index.tolist() == [7, 8, *range(tiles), 9]
+    assert rows.token_ids.tolist() == [7, 8, 9]
+    text, image = TextPiece(np.array([5, 8])), VisualPiece(rows)
+    plan = build_plan([[image, text], [text, image]], 4)
+    for start, row in ((0, 0), (len(rows) + 4, tiles)):
+        window = slice(start, start + len(rows))
+        assert plan.column("source")[window].tolist() == [TEXT] * 2 + [VISUAL] * tiles + [TEXT]
+        assert plan.column("row")[window].tolist() == [7, 8, *range(row, row + tiles), 9]
+        modality = [MODALITY_TEXT] * 2 + [MODALITY_IMAGE] * tiles + [MODALITY_TEXT]
+        assert plan.column("modality")[window].tolist() == modality
+    assert plan.column("text_token").tolist() == [5, 7, 8, 9]
+    assert np.diff(plan.column("text_segment")).tolist() == [2, 2, 4, 2]
+
+
+def test_tokens_that_no_tokenizer_has_named_are_refused():
+    rows = image_rows(geometry(before=(UNKNOWN_TOKEN,)), 40, 60)
+    with pytest.raises(ValueError, match="the ids of tokens around tiles are not known"):
+        build_plan([[VisualPiece(rows)]], 4)
 
 
 @pytest.mark.parametrize(("least", "most"), [(0, 3), (4, 3), (1, 1025)])

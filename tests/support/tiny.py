@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import tempfile
 from dataclasses import dataclass, field
@@ -14,6 +15,10 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     CLIPVisionConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -33,6 +38,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -66,6 +72,16 @@ def tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         additional_special_tokens=["<image>", "<video>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"],
     )
+
+
+@functools.lru_cache
+def internvl_tokenizer() -> PreTrainedTokenizerFast:
+    """The same with InternVL's tokens, as its processor asks for them."""
+    words = copy.deepcopy(tokenizer(bos=False))
+    words.add_tokens(["<img>", "</img>", "<IMG_CONTEXT>"], special_tokens=True)
+    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    words._set_model_specific_special_tokens(names | {"video_token": "<video>"})
+    return words
 
 
 VOCABULARY = len(SPECIAL) + 256 + len(MERGES) + 4  # a few rows no token uses, as real checkpoints have
@@ -178,7 +194,19 @@ CASES = {
         pinpoints=_grid(56, 4),
     ),
 }
+CASES["internvl"] = Case(
+    "internvl", Qwen2Config, {"num_key_value_heads": 2}, options={"tie_word_embeddings": True}, tile=48
+)
+CASES["internvl_6b"] = Case(
+    "internvl",
+    Qwen3Config,
+    {"head_dim": 24, "num_key_value_heads": 2},
+    {"norm_type": "rms_norm", "use_qk_norm": True, "attention_bias": True, "use_mean_pooling": False},
+    {"vision_feature_layer": -2},
+    tile=32,
+)
 MODELS = {
+    "internvl": (InternVLConfig, InternVLForConditionalGeneration),
     "llava": (LlavaConfig, LlavaForConditionalGeneration),
     "llava_next": (LlavaNextConfig, LlavaNextForConditionalGeneration),
     "llava_next_video": (LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration),
@@ -190,12 +218,19 @@ def hf_config(case: Case):
     config_class, _ = MODELS[case.kind]
     tower = {**TOWER, "image_size": case.tile, "patch_size": case.patch, **case.tower_options}
     vision = SiglipVisionConfig(vision_use_head=False, **tower)
-    if case.kind != "llava_onevision":
+    if case.kind == "internvl":
+        vision = InternVLVisionConfig(**tower)
+    elif case.kind != "llava_onevision":
         vision = CLIPVisionConfig(projection_dim=32, **tower)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PAD_ID}
     text = case.text(**{"vocab_size": VOCABULARY, **TEXT, **heads, **ends, **case.text_options})
     options = {"image_token_id": IMAGE_ID, "vision_feature_layer": -2, **case.options}
+    if case.kind == "internvl":
+        rows = (case.tile // case.patch // 2) ** 2
+        token = internvl_tokenizer().context_image_token_id
+        own = {"image_token_id": token, "image_seq_length": rows, "vision_feature_layer": -1}
+        return config_class(vision_config=vision, text_config=text, **(own | case.options))
     if case.kind != "llava":
         options["image_grid_pinpoints"] = [list(pair) for pair in case.pinpoints]
     if case.kind in ("llava_next_video", "llava_onevision"):
@@ -222,6 +257,8 @@ def image_processor(case: Case):
     """transformers' own image processor of the PIL kind."""
     square = {"height": case.tile, "width": case.tile}
     pinpoints = [list(pair) for pair in case.pinpoints]
+    if case.kind == "internvl":
+        return GotOcr2ImageProcessorPil(size=square, crop_to_patches=True, max_patches=6)
     if case.kind == "llava":
         return CLIPImageProcessorPil(size={"shortest_edge": case.tile}, crop_size=square)
     if case.kind == "llava_onevision":
@@ -243,10 +280,24 @@ def frame_processor(case: Case):
     return CLIPImageProcessorPil(size={"shortest_edge": case.tile}, crop_size=square)
 
 
+def tokenizer_of(case: Case) -> PreTrainedTokenizerFast:
+    return internvl_tokenizer() if case.kind == "internvl" else tokenizer(bos=case.kind != "llava_onevision")
+
+
+class WithoutVideos(InternVLProcessor):
+    """InternVL's without its part for videos, which needs torchvision."""
+
+    def check_argument_for_proper_class(self, argument_name, argument):
+        return type(argument)
+
+
 def hf_processor(case: Case):
     """transformers' processor: LLaVA, NeXT or OneVision (without videos, whose part needs torchvision)."""
     strategy = case.options.get("vision_feature_select_strategy", "default")
-    words, images = tokenizer(bos=case.kind != "llava_onevision"), image_processor(case)
+    words, images = tokenizer_of(case), image_processor(case)
+    if case.kind == "internvl":
+        rows = (case.tile // case.patch // 2) ** 2
+        return WithoutVideos(image_processor=images, tokenizer=words, image_seq_length=rows)
     if case.kind == "llava_onevision":
         processor = LlavaOnevisionProcessor.__new__(LlavaOnevisionProcessor)
         processor.image_processor, processor.tokenizer, processor.image_token = images, words, "<image>"
@@ -276,21 +327,28 @@ class Pair:
     def reference_inputs(self, prompt: str, images: list[np.ndarray] = (), video: np.ndarray | None = None) -> dict:
         """What transformers' model takes for a prompt with <image> and <video> marks."""
         inputs: dict = {}
-        rows = []
+        shown = []
         if len(images):
             pil = [Image.fromarray(image) for image in images]
             onevision = self.case.kind == "llava_onevision"
             inputs |= self.processor.image_processor([pil] if onevision else pil, return_tensors="pt")
-            rows = [len(self.processor.replace_image_token(inputs, i)) // len("<image>") for i in range(len(images))]
+            shown = [self.processor.replace_image_token(inputs, number) for number in range(len(images))]
+            inputs.pop("num_patches", None)
         if video is not None:
             frames = frame_processor(self.case)([Image.fromarray(frame) for frame in video], return_tensors="pt")
             inputs["pixel_values_videos"] = frames["pixel_values"][None]
         parts = prompt.split("<image>")
-        text = parts[0] + "".join("<image>" * count + part for count, part in zip(rows, parts[1:], strict=True))
+        text = parts[0] + "".join(image + part for image, part in zip(shown, parts[1:], strict=True))
         if video is not None:
             text = text.replace("<video>", "<video>" * self.video_rows(len(video)))
         inputs |= self.ours.tokenizer(text, return_tensors="pt")
         return inputs
+
+    @property
+    def visual_ids(self) -> list[int]:
+        """The tokens that images and videos bring into a prompt."""
+        internvl = self.case.kind == "internvl"
+        return list(internvl_tokenizer().added_tokens_decoder)[-3:] if internvl else [IMAGE_ID, VIDEO_ID]
 
     def video_rows(self, frames: int) -> int:
         side = self.case.tile // self.case.patch
@@ -312,7 +370,7 @@ def pair(name: str) -> Pair:
 
 def save(case: Case, model, folder: str | Path) -> None:
     model.save_pretrained(folder)
-    tokenizer(bos=case.kind != "llava_onevision").save_pretrained(folder)
+    tokenizer_of(case).save_pretrained(folder)
     image_processor(case).save_pretrained(folder)
 
 

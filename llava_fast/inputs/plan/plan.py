@@ -30,7 +30,7 @@ from llava_fast.inputs.plan.columns import (
 )
 from llava_fast.inputs.plan.inverse import inverse_columns
 from llava_fast.inputs.plan.visual_table import Pool, VisualTable
-from llava_fast.inputs.tiling.rows import NEWLINE, VisualRows
+from llava_fast.inputs.tiling.rows import FEATURE, NEWLINE, POOLED, TOKEN, UNKNOWN_TOKEN, VisualRows
 
 Layout = Literal["packed", "padded"]
 
@@ -178,6 +178,10 @@ def build_plan(
     return TokenPlan(layout, lengths, visual.tiles, total, pools, flat, sections, each)
 
 
+_SOURCE_OF = np.empty(4, np.int32)
+_SOURCE_OF[[FEATURE, POOLED, NEWLINE, TOKEN]] = VISUAL, VISUAL, CONSTANT, TEXT
+
+
 def _piece_columns(piece: Piece, visual: VisualTable) -> tuple[np.ndarray, ...]:
     """(source, row, label, modality) of one piece; visual rows are numbered provisionally (see VisualTable)."""
     if isinstance(piece, TextPiece):
@@ -186,10 +190,13 @@ def _piece_columns(piece: Piece, visual: VisualTable) -> tuple[np.ndarray, ...]:
         if piece.supervised is not None:
             label = np.where(piece.supervised, ids, IGNORE).astype(np.int32)
         return np.full(len(ids), TEXT, np.int32), ids, label, np.full(len(ids), MODALITY_TEXT, np.int32)
-    newline = piece.rows.kind == NEWLINE
-    source = np.where(newline, CONSTANT, VISUAL).astype(np.int32)
-    row = np.where(newline, 0, visual.add(piece.rows)).astype(np.int32)
-    return source, row, np.full(len(row), IGNORE, np.int32), np.full(len(row), piece.modality, np.int32)
+    rows = piece.rows
+    if UNKNOWN_TOKEN in rows.token_ids:
+        raise ValueError("the ids of tokens around tiles are not known: make the geometry with Family.geometry")
+    source, is_token = _SOURCE_OF[rows.kind], rows.kind == TOKEN
+    row = np.where(is_token, rows.index, np.where(source == VISUAL, visual.add(rows), 0)).astype(np.int32)
+    modality = np.where(is_token, MODALITY_TEXT, piece.modality).astype(np.int32)
+    return source, row, np.full(len(row), IGNORE, np.int32), modality
 
 
 def _supervision(

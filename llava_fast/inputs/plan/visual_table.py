@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from llava_fast.inputs.tiling.rows import NEWLINE, POOLED, VisualRows
+from llava_fast.inputs.tiling.rows import FEATURE, POOLED, VisualRows
 
 Stage = Literal["before", "after"]
 Reduce = Literal["sum", "max"]
@@ -56,7 +56,7 @@ class VisualTable:
             tables.append((pooled + first, weight))
             number = list(self.pooled).index(key)
             provisional = np.where(is_pooled, -(1 + number * self.LIMIT + done + index), provisional)
-        self.direct.append(provisional[(rows.kind != NEWLINE) & ~is_pooled])
+        self.direct.append(provisional[rows.kind == FEATURE])
         return provisional
 
     def finish(self, with_inverse: bool):

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GridTiling(Tiling):
-    """Grids of `least` to `most` tiles. `thumbnail`: an image of several tiles has one more, of the whole. Raises
-    ImageError where no grid has so few and so many tiles."""
+    """Grids of `least` to `most` tiles. `thumbnail`: an image of several tiles has one more, of the whole. `before` and
+    `after`: the ids of tokens around an image's rows. Raises ImageError where no grid has so few and so many tiles."""
 
     least: int = 1
     most: int = 12
     thumbnail: bool = True
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.least <= self.most <= 1024:
@@ -44,7 +46,7 @@ class GridTiling(Tiling):
     def rows(self, geometry: VisualGeometry, height: int, width: int) -> VisualRows:
         tiles = sum(h * w for h, w in (view.canvas for view in self.views(geometry, height, width)))
         tiles //= geometry.tile_size**2
-        return _rows([geometry.kept_rows(tiles)], tiles)
+        return _rows([self.before, geometry.kept_rows(tiles), self.after], tiles)
 
 
 def nearest_grid(height: int, width: int, tile: int, least: int, most: int) -> tuple[int, int]:

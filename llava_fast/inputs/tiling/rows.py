@@ -9,16 +9,19 @@ import numpy as np
 
 from llava_fast.errors import ImageError
 
-FEATURE, POOLED, NEWLINE = 0, 1, 2
-"""Kinds of visual row: a ViT row, a row pooled from several, the learned newline."""
+FEATURE, POOLED, NEWLINE, TOKEN = 0, 1, 2, 3
+"""Kinds of row: a ViT row, a row pooled from several, the learned newline, a token around or between tiles."""
+UNKNOWN_TOKEN = -1
+"""In place of a token's id, before a tokenizer has given it (see families.base.Family.geometry)."""
 
 
 @dataclass(frozen=True, eq=False)
 class VisualRows:
     """What one image or video contributes to the decoder, in order.
 
-    kind   int8 [rows]: FEATURE, POOLED or NEWLINE.
-    index  int32 [rows]: ViT row (tile * tower_rows_per_tile + row in tile), row of `pooling`, or 0 for a newline.
+    kind   int8 [rows]: FEATURE, POOLED, NEWLINE or TOKEN.
+    index  int32 [rows]: ViT row (tile * tower_rows_per_tile + row in tile), row of `pooling`, 0 for a newline, or a
+           token's id.
     pooling (int32 [pooled, K] ViT rows, float32 [pooled, K] weights) or None.
     reduce how the K rows combine: "sum" of weighted rows, or "max" (weights unused).
     stage  whether pooling happens "before" or "after" the projector.
@@ -34,6 +37,11 @@ class VisualRows:
 
     def __len__(self) -> int:
         return len(self.kind)
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """int32: the tokens among its rows, in order."""
+        return self.index[self.kind == TOKEN]
 
 
 def check_size(height: int, width: int) -> None:
@@ -83,11 +91,14 @@ def _pooled_rows(head, pooling, shape, *, newline: bool, tiles: int, reduce: Lit
 
 
 def _rows(parts, tiles: int, body: int = FEATURE, **of_pooling) -> VisualRows:
-    """Rows from parts in order: an array of row numbers of kind `body`, or None for one newline."""
+    """Rows from parts in order: an array of row numbers of kind `body`, a tuple of token ids, None for a newline."""
     lengths = [1 if part is None else len(part) for part in parts]
-    kinds = np.array([NEWLINE if part is None else body for part in parts], dtype=np.int8)
+    kinds = [NEWLINE if part is None else TOKEN if isinstance(part, tuple) else body for part in parts]
     zero = np.zeros(1, dtype=np.int32)
-    index = np.concatenate([zero if part is None else part for part in parts]) if parts else zero[:0]
-    rows = VisualRows(kind=np.repeat(kinds, lengths), index=index.astype(np.int32), tiles=tiles, **of_pooling)
+    numbers = [zero if part is None else np.asarray(part, dtype=np.int32) for part in parts]
+    index = np.concatenate(numbers) if parts else zero[:0]
+    rows = VisualRows(
+        kind=np.repeat(np.array(kinds, dtype=np.int8), lengths), index=index.astype(np.int32), tiles=tiles, **of_pooling
+    )
     rows.kind.flags.writeable = rows.index.flags.writeable = False
     return rows

@@ -14,7 +14,9 @@ from llava_fast.inputs.tiling.rows import POOLED, VisualRows, _bilinear_pooling,
 
 
 def frame_views(geometry: VisualGeometry, height: int, width: int) -> tuple[View, ...]:
-    """The resize that makes a video frame's one tile; see `VisualGeometry.frame_aspect`."""
+    """The resize that makes a video frame's one tile; see `VisualGeometry.frame_aspect`. Raises ImageError for a
+    checkpoint that takes no videos."""
+    _check_takes_videos(geometry)
     return image_views(_of_frames(geometry), height, width)
 
 
@@ -27,6 +29,7 @@ def _of_frames(geometry: VisualGeometry) -> VisualGeometry:
 @functools.lru_cache(maxsize=64)
 def video_rows(geometry: VisualGeometry, frames: int) -> VisualRows:
     """The decoder rows of a video of `frames` frames, each one tile (1xN), pooled as the checkpoint asks."""
+    _check_takes_videos(geometry)
     if frames < 1:
         raise ImageError("a video of no frames: give at least one frame")
     side = geometry.side
@@ -57,6 +60,11 @@ def video_rows(geometry: VisualGeometry, frames: int) -> VisualRows:
         reduce="max" if geometry.video_pool == "max" else "sum",
         stage=geometry.video_pool_stage,
     )
+
+
+def _check_takes_videos(geometry: VisualGeometry) -> None:
+    if geometry.tiling is not None:
+        raise ImageError("videos are not served for this kind of checkpoint: give frames as images")
 
 
 def _with_newlines(lines: list[np.ndarray], lines_per_frame: int, position: str) -> list[np.ndarray | None]:

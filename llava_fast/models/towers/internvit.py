@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,8 +21,34 @@ from llava_fast.models import fused
 from llava_fast.models.recompute import Recompute, run_layer
 from llava_fast.models.towers.base import Tower
 from llava_fast.models.towers.vit import VisionMLP, VitConfig, embed_patches, prepare_tiles
+from llava_fast.storage.bounds import Layers, Pixels, Positive, Size
+from llava_fast.storage.files import Fields
 
 _HEAD_NORM_EPS = 1e-6  # that of queries and keys is not in the config
+
+
+_Sides = Pixels | Annotated[list[Pixels] | tuple[Pixels, ...], Field(min_length=2, max_length=2)]
+
+
+class InternVitFields(Fields):
+    """An InternVL vision config."""
+
+    model_type: str | None = None
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    image_size: _Sides
+    patch_size: _Sides
+    hidden_act: str
+    layer_norm_eps: Positive
+    norm_type: str
+    attention_bias: bool
+    use_qk_norm: bool
+    use_mean_pooling: bool
+    use_mask_token: bool
+    use_absolute_position_embeddings: bool
+    num_channels: Annotated[int, Field(ge=3, le=3)] = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +58,7 @@ class InternVitConfig(VitConfig):
 
     kind = "internvit"
     leading_rows = 1
+    hf_fields = InternVitFields
     own_normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
     norm: str = "layer_norm"

@@ -1,0 +1,13 @@
+"""Bounds of what several JSON files hold: far above any published model, and below what would exhaust memory or time
+before weights are compared."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+Size = Annotated[int, Field(ge=1, le=2**20)]
+Layers = Annotated[int, Field(ge=1, le=1024)]
+Pixels = Annotated[int, Field(ge=1, le=2**14)]
+Positive = Annotated[float, Field(gt=0, le=1e12)]
