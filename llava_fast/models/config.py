@@ -34,6 +34,8 @@ class LlavaConfig:
         if self.projector.rowwise:
             part, given = "tower", self.vision.rows_per_tile
         else:
+            if self.vision.native_sizes:
+                raise ValueError("a connector that reads whole tiles has none behind a tower of native sizes")
             part, given = "connector", self.projected_per_tile
             if self.geometry.video_pool != "none" and self.geometry.video_pool_stage == "before":
                 raise ValueError(

@@ -33,8 +33,8 @@ class EncodeGraphs:
     A bucket is captured when first met with tiles of a form and a backend asked for, and again after the weights were
     replaced (a graph holds their addresses; values that change in place are followed). Each graph holds the memory
     that it works in, and none is dropped; the rows returned are a view of it, which the next call for the same bucket
-    overwrites. Raises ValueError for a model that is not on CUDA or a plan that pools rows (pooled video, anyres_max):
-    call model.inputs_embeds for those.
+    overwrites. Raises ValueError for a model that is not on CUDA or a plan that pools rows (pooled video, anyres_max)
+    or has images of native sizes: call model.inputs_embeds for those.
     """
 
     def __init__(self, model: LlavaModel) -> None:

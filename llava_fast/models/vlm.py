@@ -128,7 +128,8 @@ class LlavaModel(nn.Module):
         to run."""
         if not batch.plan.tiles and not self.runs_every_part:
             return None
-        return self.vision_tower(batch.tiles, count=batch.count("tile")).flatten(0, 1)
+        own_sizes = {"grids": batch.plan.grids} if self.config.vision.native_sizes else {}
+        return self.vision_tower(batch.tiles, count=batch.count("tile"), **own_sizes).flatten(0, 1)
 
     def _project(self) -> Callable[[Tensor, Tensor, list[Tensor]], Tensor]:
         """How the projector is called (see encode.Parts)."""

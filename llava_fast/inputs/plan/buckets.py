@@ -38,10 +38,13 @@ def fill(plan: TokenPlan, bucket: Bucket) -> TokenPlan:
     that `inputs_embeds` reads; those for gradients of text rows are empty.
 
     Rows keep their numbers, so that the first `plan.rows` of what comes out are those of the plan. Raises ValueError
-    for a plan that does not fit the bucket, or whose rows are pooled (their tables have no padding).
+    for a plan that does not fit the bucket, whose rows are pooled (their tables have no padding), or whose images have
+    native sizes (a graph would replay the attention of one set of sizes).
     """
     if plan.pools:
         raise ValueError("a plan with pooled rows (pooled or shrunk features) cannot be padded to a bucket")
+    if plan.grids:
+        raise ValueError("a plan of images of native sizes cannot be padded to a bucket")
     kept = len(plan.column("kept"))
     if plan.tiles > bucket.tiles or kept > bucket.kept or plan.rows > bucket.rows:
         raise ValueError(f"a plan of {plan.tiles} tiles, {kept} kept rows and {plan.rows} rows does not fit {bucket}")

@@ -74,7 +74,8 @@ class TokenPlan:
 
     The visual table that VISUAL rows index is: the kept rows, then each pool of stage "before", then each of stage
     "after". `lengths` counts the real rows of each sequence; `tiles` the tiles of the whole batch. `branches` holds the
-    row counts of each sequence's branches; it is empty if no sequence has any.
+    row counts of each sequence's branches; it is empty if no sequence has any. `grids` are the (rows, columns) of each
+    image of native size, in the order of the tiles, which are their patches; empty where tiles have one size.
     """
 
     layout: Layout
@@ -85,6 +86,7 @@ class TokenPlan:
     flat: np.ndarray
     sections: dict[str, tuple[int, tuple[int, ...]]]
     branches: tuple[tuple[int, ...], ...] = ()
+    grids: tuple[tuple[int, int], ...] = ()
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
@@ -175,7 +177,7 @@ def build_plan(
     )
     flat, sections = pack_columns(columns)
     each = tuple(tuple(int(branch) for branch in of_sequence) for of_sequence in branches)
-    return TokenPlan(layout, lengths, visual.tiles, total, pools, flat, sections, each)
+    return TokenPlan(layout, lengths, visual.tiles, total, pools, flat, sections, each, tuple(visual.grids))
 
 
 _SOURCE_OF = np.empty(4, np.int32)

@@ -39,12 +39,15 @@ class VisualTable:
     def __init__(self, tower_rows_per_tile: int) -> None:
         self.tower_rows_per_tile = tower_rows_per_tile
         self.tiles = 0
+        self.grids: list[tuple[int, int]] = []
         self.direct: list[np.ndarray] = []
         self.pooled: dict[tuple[Stage, Reduce, int], list[tuple[np.ndarray, np.ndarray]]] = {}
 
     def add(self, rows: VisualRows) -> np.ndarray:
         first = self.tiles * self.tower_rows_per_tile
         self.tiles += rows.tiles
+        if rows.grid is not None:
+            self.grids.append(rows.grid)
         index = rows.index.astype(np.int64)
         is_pooled = rows.kind == POOLED
         provisional = index + first

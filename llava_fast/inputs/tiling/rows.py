@@ -26,6 +26,8 @@ class VisualRows:
     reduce how the K rows combine: "sum" of weighted rows, or "max" (weights unused).
     stage  whether pooling happens "before" or "after" the projector.
     tiles  number of tiles the item is cut into.
+    grid   (rows, columns) of an image whose tiles are the patches that a tower of native sizes reads together; else
+           None.
     """
 
     kind: np.ndarray
@@ -34,6 +36,7 @@ class VisualRows:
     pooling: tuple[np.ndarray, np.ndarray] | None = None
     reduce: Literal["sum", "max"] = "sum"
     stage: Literal["before", "after"] = "after"
+    grid: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.kind)

@@ -7,6 +7,7 @@ TOWERS = Registry(
     {
         "clip_vision_model": "vit:ClipConfig",
         "internvl_vision": "internvit:InternVitConfig",
+        "siglip2_vision_model": "siglip2:Siglip2Config",
         "siglip_vision_model": "vit:SiglipConfig",
     },
 )

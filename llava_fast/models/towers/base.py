@@ -32,6 +32,9 @@ class TowerConfig(ABC):
     """How the tower's own image processor makes a square: "crop" or "squash"."""
     own_normalisation: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]] = ((0.5,) * 3, (0.5,) * 3)
     """(mean, std) of images where a checkpoint does not say."""
+    native_sizes: ClassVar[bool] = False
+    """Whether it reads images whole, each at its own aspect ratio. A tile is then one patch (image_size is patch_size),
+    and `forward` is also given `grids`, the (rows, columns) of each image in the order of the tiles."""
     hf4_prefix: ClassVar[str] = ""
     """The module that transformers 4 has around the tower's own, whose name is part of stored names."""
     hf_unused: ClassVar[tuple[str, ...]] = ()

@@ -100,6 +100,10 @@ class SiglipConfig(VitConfig):
         return {"vision_use_head": False, **super().to_hf()}
 
 
+Images = tuple[tuple[int, int], ...]
+"""How rows end to end group into images, in order: (rows of an image, how many such images follow each other)."""
+
+
 class VisionEmbeddings(nn.Module):
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
@@ -148,11 +152,27 @@ class VisionAttention(fused.MergesLinears):
         self.k_proj, self.v_proj, self.q_proj = (nn.Linear(width, width) for _ in range(3))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x_TNC: Tensor) -> Tensor:
+    def forward(self, x_TNC: Tensor, images: Images | None = None) -> Tensor:
         projected = self.project(x_TNC, "qkv_proj")
-        query, key, value = (rows.unflatten(-1, (self.heads, -1)).transpose(1, 2) for rows in projected)
-        out_THND = F.scaled_dot_product_attention(query, key, value)
-        return self.out_proj(out_THND.transpose(1, 2).flatten(2))
+        query, key, value = (rows.unflatten(-1, (self.heads, -1)) for rows in projected)
+        attend = _attend_tiles if images is None else functools.partial(_attend_images, images)
+        return self.out_proj(attend(query, key, value).flatten(2))
+
+
+def _attend_tiles(query_TNHD: Tensor, key_TNHD: Tensor, value_TNHD: Tensor) -> Tensor:
+    """Attention inside each tile: [T, N, H, D]."""
+    heads_first = (rows.transpose(1, 2) for rows in (query_TNHD, key_TNHD, value_TNHD))
+    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+
+def _attend_images(images: Images, query_1RHD: Tensor, key_1RHD: Tensor, value_1RHD: Tensor) -> Tensor:
+    """Attention inside each image of rows end to end: [1, R, H, D]. Images of one length side by side share a call."""
+    sizes = [length * count for length, count in images]
+    split = (rows[0].split(sizes) for rows in (query_1RHD, key_1RHD, value_1RHD))
+    made = []
+    for (length, count), *group in zip(images, *split, strict=True):
+        made.append(_attend_tiles(*(rows.unflatten(0, (count, length)) for rows in group)).flatten(0, 1))
+    return torch.cat(made)[None]
 
 
 class VisionMLP(nn.Module):
@@ -174,17 +194,20 @@ class VisionLayer(nn.Module):
         self.mlp = VisionMLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, x_TNC: Tensor) -> Tensor:
-        return _sum(*self.run(x_TNC, None))
+    def forward(self, x_TNC: Tensor, images: Images | None = None) -> Tensor:
+        return _sum(*self.run(x_TNC, None, None, images))
 
-    def run(self, x_TNC: Tensor, delta_TNC: Tensor | None, before: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+    def run(
+        self, x_TNC: Tensor, delta_TNC: Tensor | None, before: nn.Module | None = None, images: Images | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The layer on x + delta (or on `before`(x), the tower's own first LayerNorm). Returns (x, delta): the MLP's
-        output is not added yet; the next layer's fused add + LayerNorm adds it."""
+        output is not added yet; the next layer's fused add + LayerNorm adds it. With `images`, x is [1, R, C], the
+        rows of all images end to end, and each attends to its own."""
         if before is not None:
             x_TNC, normed_TNC = fused.norm_norm(x_TNC, before, self.layer_norm1)
         else:
             x_TNC, normed_TNC = fused.add_norm(x_TNC, delta_TNC, self.layer_norm1)
-        x_TNC, normed_TNC = fused.add_norm(x_TNC, self.self_attn(normed_TNC), self.layer_norm2)
+        x_TNC, normed_TNC = fused.add_norm(x_TNC, self.self_attn(normed_TNC, images), self.layer_norm2)
         return x_TNC, self.mlp(normed_TNC)
 
 
@@ -223,20 +246,26 @@ class VisionTower(Tower):
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
         self.config = config
-        self.embeddings = VisionEmbeddings(config)
+        self.embeddings = self.build_embeddings()
         if config.has_class_row:
             self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.encoder = VisionEncoder(config)
         self.recompute: Recompute = "none"
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
+    def build_embeddings(self) -> nn.Module:
+        return VisionEmbeddings(self.config)
+
     def forward(self, tiles: Tensor, count: Tensor | None = None) -> Tensor:
         """[T, 3, H, W] uint8 or normalised float -> [T, rows, features], in the weights' dtype. A class row is among
         them whether or not the plan takes it: to leave it out would copy all others. `count` int32 [1]: only the first
         so many tiles are real, and nothing may read the others' features."""
+        tiles, mean, std = prepare_tiles(self.config, tiles, self.embeddings.position_embedding.weight)
+        return self.run_layers(self.embeddings(tiles, mean, std, count))
+
+    def run_layers(self, x_TNC: Tensor, images: Images | None = None) -> Tensor:
+        """The embeddings' rows through the layers that are needed: the selected features. `images` as for a layer."""
         config = self.config
-        tiles, mean, std = prepare_tiles(config, tiles, self.embeddings.position_embedding.weight)
-        x_TNC = self.embeddings(tiles, mean, std, count)
         before = self.pre_layrnorm if config.has_class_row else None
         delta_TNC = None
         wanted = [layer if layer >= 0 else config.num_layers + 1 + layer for layer in config.feature_layers]
@@ -249,10 +278,10 @@ class VisionTower(Tower):
             if depth in wanted:
                 states[depth] = x_TNC
             if plain:
-                x_TNC, delta_TNC = run_layer(self.recompute, layer.run, x_TNC, delta_TNC, before)
+                x_TNC, delta_TNC = run_layer(self.recompute, layer.run, x_TNC, delta_TNC, before, images)
                 before = None
             else:
-                x_TNC = run_layer(self.recompute, layer, x_TNC)
+                x_TNC = run_layer(self.recompute, layer, x_TNC, *(() if images is None else (images,)))
         states[config.layers_needed] = _sum(x_TNC if before is None else before(x_TNC), delta_TNC)
         return torch.cat([states[depth] for depth in wanted], dim=-1) if len(wanted) > 1 else states[wanted[0]]
 
