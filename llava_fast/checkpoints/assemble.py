@@ -45,12 +45,12 @@ class Assembly(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     decoder: str  # a Llama, Mistral or Qwen2 language model, with its tokenizer
-    vision_tower: str  # a CLIP or SigLIP repository or directory
+    vision_tower: str  # a CLIP, SigLIP or SigLIP 2 repository or directory
     projector: str = "mlp2x_gelu"  # mlpNx_gelu, linear, identity, mlp2x_gelu_Norm (mm_projector_type)
     projector_from: str | None = None  # a trained one: mm_projector.bin, its directory, or a whole LLaVA
     feature_layer: int = -2  # mm_vision_select_layer
     feature: Literal["patch", "cls_patch"] = "patch"  # mm_vision_select_feature
-    aspect: str = "pad"  # square, pad, anyres, anyres_max_N, highres (image_aspect_ratio)
+    aspect: str = "pad"  # square, pad, anyres, anyres_max_N, highres, native (image_aspect_ratio)
     pinpoints: str | list[tuple[int, int]] | None = None  # (width, height) pairs or "(1x1),...,(6x6)"
     merge: str = "flat"  # flat, spatial, spatial_unpad, ... (mm_patch_merge_type)
     video_pool: Literal["average", "max", "bilinear"] = "average"  # mm_spatial_pool_mode

@@ -14,6 +14,7 @@ from pathlib import Path
 from llava_fast.errors import CheckpointError
 from llava_fast.families import fields
 from llava_fast.families.llava_names import from_tower_repository
+from llava_fast.families.native_sizes import native_preprocessing
 from llava_fast.families.parts import auto_config, require, tower_config
 from llava_fast.families.preprocessing import (
     Settings,
@@ -78,7 +79,7 @@ def find_tower(name: str, checkpoint: Path, override: str | Path | None = None) 
     """The tower that a checkpoint calls `name`: `override` if given, else a directory of that name inside the
     checkpoint or here, else a known repository of that last path component, else a Hub id.
 
-    Raises CheckpointError if it is none of these, or no CLIP or SigLIP tower.
+    Raises CheckpointError if it is none of these, or no CLIP, SigLIP or SigLIP 2 tower.
     """
     wanted = str(override or name)
     for place in (checkpoint / wanted, wanted):
@@ -115,6 +116,8 @@ def _layer_of(name: str) -> int:
 
 def _read_preprocessing(settings: Settings, tower: TowerConfig | type[TowerConfig], tile: int) -> Preprocessing:
     """The original code converts images to RGB itself, whatever the file says."""
+    if tower.native_sizes:
+        return dataclasses.replace(native_preprocessing(settings, tile), do_convert_rgb=True)
     kind = tower_kind(tower)
     image_kind(settings, (kind,))
     return dataclasses.replace(read_preprocessing(settings, kind, tile), do_convert_rgb=True)
@@ -127,5 +130,5 @@ def _read_tower(directory: Path) -> Tower:
     config = getattr(config, "vision_config", config)
     kind = TOWERS[require(config.model_type, tuple(TOWERS), "model_type of the vision tower", file)]
     settings = image_settings(directory)
-    preprocessing = _read_preprocessing(settings, kind, config.image_size)
+    preprocessing = _read_preprocessing(settings, kind, kind.tile_side(config))
     return Tower(tower_config(config, file, **preprocessing.values()), directory, preprocessing, settings)

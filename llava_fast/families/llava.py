@@ -18,6 +18,7 @@ from llava_fast.errors import CheckpointError, ImageError
 from llava_fast.families import fields
 from llava_fast.families.base import Family, TokenIds
 from llava_fast.families.llava_names import LLAVA_NAMES
+from llava_fast.families.native_sizes import native_preprocessing, native_processor, native_tiling
 from llava_fast.families.parts import (
     auto_config,
     decoder_config,
@@ -66,6 +67,7 @@ class Llava(Family):
     config_fields  what config.json is checked against.
     image_kinds   the image processors that make its tiles, the one of a file that names none first.
     has_newline   whether a learned row ends each row of an image's grid of tiles.
+    takes_native_sizes  whether its tower may read images at their own sizes.
     """
 
     model_types = ("llava",)
@@ -74,6 +76,7 @@ class Llava(Family):
     config_fields: ClassVar[type[fields.HfConfig]] = fields.HfConfig
     image_kinds: ClassVar[tuple[Kind, ...]] = (Kind("LlavaImageProcessor", squares=True), CLIP_KIND, SIGLIP_KIND)
     has_newline: ClassVar[bool] = False
+    takes_native_sizes: ClassVar[bool] = True
 
     def other(self, config: LlavaConfig) -> str:
         return "llava_llama"
@@ -88,6 +91,11 @@ class Llava(Family):
         feature_layers = tuple(layers) if isinstance(layers, (list, tuple)) else (layers,)
         keeps_all = hf.vision_feature_select_strategy == "full"
         kind = TOWERS[require(tower.model_type, tuple(TOWERS), "vision_config.model_type", file)]
+        if kind.native_sizes and not self.takes_native_sizes:
+            raise CheckpointError(
+                f"{file}: a {source['model_type']} cuts images into tiles of one size, and a {tower.model_type} reads "
+                "them at their own sizes: it is supported for model_type llava"
+            )
         if not kind.leading_rows and not keeps_all:
             raise CheckpointError(
                 f"{file}: vision_feature_select_strategy 'default' drops a class row, and a tower like SigLIP has none:"
@@ -151,8 +159,10 @@ class Llava(Family):
     def preprocessing(self, hf: Any, tower: type[TowerConfig], path: Path) -> tuple[Preprocessing, Preprocessing]:
         """What is done to images and to video frames. LLaVA-1.5 and NeXT have no videos in transformers: their frames
         are made as the tower's own processor makes images."""
-        tile = hf.vision_config.image_size
-        settings = image_settings(path)
+        settings, tile = image_settings(path), tower.tile_side(hf.vision_config)
+        if tower.native_sizes:
+            images = native_preprocessing(settings, tile)
+            return images, images
         images = read_preprocessing(settings, image_kind(settings, self.image_kinds), tile)
         fit = dataclasses.replace(images.fit, square=False)
         own = images.fit.square and name_fit(images.fit, tile)[1] is None
@@ -161,6 +171,8 @@ class Llava(Family):
     def tiling(self, hf: Any, file: Path) -> dict[str, Any]:
         """The fields of a VisualGeometry that say how images are cut, from a transformers config. Raises
         CheckpointError."""
+        if TOWERS[hf.vision_config.model_type].native_sizes:
+            return {"tiling": native_tiling(image_settings(file.parent))}
         return {}
 
     def pooling(self, hf: Any, file: Path) -> dict[str, Any]:
@@ -169,7 +181,7 @@ class Llava(Family):
 
     def tiling_fields(self, config: LlavaConfig, tokens: TokenIds) -> dict[str, Any]:
         """`tiling`, back, and what else only some families have."""
-        return {"image_seq_length": config.geometry.rows_per_tile}
+        return {} if config.vision.native_sizes else {"image_seq_length": config.geometry.rows_per_tile}
 
     def token_counts(self, hf: Any, vision: TowerConfig) -> dict[str, Any]:
         """The fields of processor_config.json by which transformers counts tokens."""
@@ -228,6 +240,8 @@ class Llava(Family):
 
     def image_processor(self, config: LlavaConfig) -> dict[str, Any]:
         geometry, kind = config.geometry, self.image_kinds[0]
+        if config.vision.native_sizes:
+            return native_processor(config)
         if geometry.aspect == "squash" and config.vision.own_aspect == "squash":
             kind = SIGLIP_KIND
         images = tower_preprocessing(
@@ -249,6 +263,7 @@ class LlavaNext(Llava):
     image_kinds = (_NEXT,)
     video_kind: ClassVar[Kind | None] = None
     has_newline = True
+    takes_native_sizes = False
 
     def preprocessing(self, hf: Any, tower: type[TowerConfig], path: Path) -> tuple[Preprocessing, Preprocessing]:
         tile = hf.vision_config.image_size

@@ -23,6 +23,7 @@ from llava_fast.families import fields
 from llava_fast.families.base import Family, TokenIds
 from llava_fast.families.known_towers import KNOWN_TOWERS, Tower, find_tower
 from llava_fast.families.llava_names import LLAVA_NAMES
+from llava_fast.families.native_sizes import NATIVE_ASPECT, native_geometry, native_processor
 from llava_fast.families.parts import (
     check_feature_layers,
     decoder_config,
@@ -136,7 +137,7 @@ class LlavaOriginal(Family):
             ratio = geometry.aspect if geometry.max_tiles is None else f"anyres_max_{geometry.max_tiles}"
             _check_original_anyres(config)
         else:
-            ratio = "pad" if geometry.aspect == "pad" else "square"
+            ratio = NATIVE_ASPECT if vision.native_sizes else "pad" if geometry.aspect == "pad" else "square"
         return {
             "architectures": [_architecture(model_type)],
             "model_type": model_type,
@@ -276,6 +277,13 @@ def _geometry(source: dict[str, Any], vision: TowerConfig, tower: Tower, merge: 
     if merge.removesuffix("_nobase") not in _MERGES:
         raise CheckpointError(f"{file}: mm_patch_merge_type is {merge!r}; supported: {', '.join(_MERGES)}, + _nobase")
     ratio = source.get("image_aspect_ratio") or "square"
+    if vision.native_sizes:
+        for field, value, only in (
+            ("image_aspect_ratio", ratio, NATIVE_ASPECT),
+            ("mm_patch_merge_type", merge, "flat"),
+        ):
+            require(value, (only,), f"with the tower {source['mm_vision_tower']!r}, {field}", file)
+        return native_geometry(vision, tower.preprocessing, tower.settings, "llava")
     shrink = re.fullmatch(r"anyres_max_(\d{1,6})", ratio)
     if not shrink and ratio not in _RATIOS:
         raise CheckpointError(f"{file}: image_aspect_ratio is {ratio!r}; supported: {', '.join(_RATIOS)}, anyres_max_N")
@@ -361,6 +369,8 @@ def _tower_name(config: LlavaConfig) -> tuple[str, str | None]:
 def _tower_processor(config: LlavaConfig) -> dict[str, Any]:
     """preprocessor_config.json of a tower's own repository."""
     geometry, vision = config.geometry, config.vision
+    if vision.native_sizes:
+        return native_processor(config)
     frames = tower_preprocessing(vision, geometry.frame_aspect, geometry.frame_fit, geometry.frame_filter)
     return written(frames, geometry.tile_size, tower_kind(vision))
 

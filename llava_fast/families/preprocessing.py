@@ -22,6 +22,7 @@ from llava_fast.inputs.pictures.preprocessing import (
     CLIP_MEAN,
     CLIP_STD,
     FILTERS,
+    Filter,
     Fit,
     Preprocessing,
     Size,
@@ -46,6 +47,7 @@ class Kind:
     squares: bool = False
     mean: Triple = CLIP_MEAN
     std: Triple = CLIP_STD
+    filter: Filter = "bicubic"
     own_fields: frozenset[str] = frozenset()
 
     def fit(self, tile: int) -> Fit:
@@ -54,6 +56,12 @@ class Kind:
 
 CLIP_KIND = Kind("CLIPImageProcessor")
 SIGLIP_KIND = Kind("SiglipImageProcessor", crops=False, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+SIGLIP2_KIND = dataclasses.replace(
+    SIGLIP_KIND,
+    name="Siglip2ImageProcessor",
+    filter="bilinear",
+    own_fields=frozenset({"patch_size", "max_num_patches"}),
+)
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,7 @@ def read_preprocessing(settings: Settings, kind: Kind, tile: int) -> Preprocessi
         settings.refuse("image_mean", "it is the colour that images are padded with: give it, or leave the field out")
     found = Preprocessing(
         fit=_fit(settings, kind, tile),
-        filter=FILTERS[settings.get("resample", FILTERS.index("bicubic"))],
+        filter=FILTERS[settings.get("resample", FILTERS.index(kind.filter))],
         do_rescale=settings.get("do_rescale", True),
         rescale_factor=settings.get("rescale_factor", 1 / 255),
         do_normalize=settings.get("do_normalize", True),
@@ -268,7 +276,8 @@ def written(preprocessing: Preprocessing, tile: int, kind: Kind) -> dict[str, An
 def tower_kind(tower: TowerConfig | type[TowerConfig]) -> Kind:
     """The image processor of a tower's own repository: CLIP's crops, SigLIP's squashes."""
     mean, std = (_triple(list(values)) for values in tower.own_normalisation)
-    return dataclasses.replace(CLIP_KIND if tower.own_aspect == "crop" else SIGLIP_KIND, mean=mean, std=std)
+    own = SIGLIP2_KIND if tower.native_sizes else CLIP_KIND if tower.own_aspect == "crop" else SIGLIP_KIND
+    return dataclasses.replace(own, mean=mean, std=std)
 
 
 def tower_fit(tower: TowerConfig | type[TowerConfig], tile: int) -> Fit:

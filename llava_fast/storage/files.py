@@ -90,7 +90,7 @@ def parse_json(text: str, file: Path) -> dict[str, Any]:
     return content
 
 
-def check_fields(content: Mapping[str, Any], fields: type[Fields], file: Path, sparse: bool = True) -> None:
+def check_fields(content: Mapping[str, Any], fields: type[Fields], file: Path | str, sparse: bool = True) -> None:
     """Raises CheckpointError for fields of another type or out of bounds. sparse: fields that `fields` requires may
     be missing, as in a file that leaves them to defaults."""
     try:

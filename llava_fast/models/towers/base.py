@@ -121,6 +121,11 @@ class TowerConfig(ABC):
         return 4.0 * tiles * self.rows_per_tile**2 * self.hidden_size * self.layers_needed
 
     @classmethod
+    def tile_side(cls, hf: Any) -> int:
+        """Pixels along a side of the tiles that it reads, from the fields of a transformers config."""
+        return hf.image_size
+
+    @classmethod
     @abstractmethod
     def from_hf(cls, hf: Any, **choices: Any) -> TowerConfig:
         """From the fields of a transformers config of this kind; `choices` are the fields that it does not have.

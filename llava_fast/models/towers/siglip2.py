@@ -61,8 +61,12 @@ class Siglip2Config(VitConfig):
         return 4.0 * tiles * self.num_patches * self.hidden_size * self.layers_needed
 
     @classmethod
+    def tile_side(cls, hf: Any) -> int:
+        return hf.patch_size if isinstance(hf.patch_size, int) else hf.patch_size[0]
+
+    @classmethod
     def from_hf(cls, hf: Any, **choices: Any) -> Siglip2Config:
-        patch = hf.patch_size if isinstance(hf.patch_size, int) else hf.patch_size[0]
+        patch = cls.tile_side(hf)
         if hf.patch_size not in (patch, [patch, patch], (patch, patch)):
             raise ValueError(f"vision_config.patch_size is {list(hf.patch_size)}; only squares are supported")
         if math.isqrt(hf.num_patches) ** 2 != hf.num_patches:

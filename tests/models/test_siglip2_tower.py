@@ -11,7 +11,6 @@ from llava_fast.models.fused import merge_linears
 from llava_fast.models.towers import TOWERS
 from llava_fast.models.towers.siglip2 import positions
 from llava_fast.ops import use_backend
-from llava_fast.train.estimate.flops import forward_flops
 from tests.support.parity import assert_close
 
 PATCH, MOST = 4, 24
@@ -72,7 +71,8 @@ def test_features_and_gradients_are_transformers(hf, layer):
         if reference[name] is None or parameter.grad is None:
             assert reference[name] is parameter.grad, name
         elif reference[name].abs().max() < 1e-5 * largest:
-            assert parameter.grad.abs().max() < 1e-5 * largest and name.endswith("k_proj.bias"), name
+            assert name.endswith("k_proj.bias")
+            assert parameter.grad.abs().max() < 1e-5 * largest, name
         else:
             assert_close("SigLIP 2 gradients", parameter.grad, reference[name])
     unused = {id(parameter) for module in tower.unused() for parameter in module.parameters()}
@@ -154,7 +154,9 @@ def test_its_config_is_written_as_it_was_read(hf):
     kind = TOWERS["siglip2_vision_model"]
     config = kind.from_hf(hf.config, feature_layers=(-1,))
     again = kind.from_hf(Siglip2VisionConfig(**config.to_hf()), feature_layers=(-1,))
-    assert again == config and config.rows_per_tile == 1 and TOWERS.name_of(kind) == "siglip2_vision_model"
+    assert again == config
+    assert TOWERS.name_of(kind) == "siglip2_vision_model"
+    assert (config.rows_per_tile, config.attention_flops(10)) == (1, 4 * 10 * 16 * 32 * 3)
 
 
 @pytest.mark.parametrize(
