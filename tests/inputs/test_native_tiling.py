@@ -67,12 +67,12 @@ def test_a_plan_knows_each_images_grid():
     assert plan.grids == ((2, 12), (4, 4)) == tuple(patch_grid(*size, PATCH, 24) for size in sizes)
     assert plan.tiles == plan.rows == 40
     assert plan.column("kept").tolist() == list(range(40))
-    with pytest.raises(ValueError, match="images of native sizes cannot be filled up"):
+    with pytest.raises(ValueError, match="images of native sizes cannot be padded"):
         fill(plan, bucket_of(plan))
 
 
 def test_what_it_does_not_do_is_refused():
-    with pytest.raises(ImageError, match="takes no videos: give the frames as images"):
+    with pytest.raises(ImageError, match=r"videos are not served .* give frames as images"):
         video_rows(geometry(), 2)
     with pytest.raises(ImageError, match="at most 0 patches has no content"):
         NativeTiling(0)
