@@ -23,6 +23,7 @@ FAMILIES = Registry(
         "llava_mistral": "llava_original:LlavaOriginal",
         "llava_qwen": "llava_original:LlavaOriginal",
         "internvl": "internvl:InternVl",
+        "vipllava": "vipllava:VipLlava",
     },
 )
 _ORIGINAL = "llava_llama"

@@ -19,6 +19,7 @@ Deviations = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, 
 Pinpoint = Annotated[list[Annotated[int, Field(ge=1, le=2**16)]], Field(min_length=2, max_length=2)]
 Pinpoints = Annotated[list[Pinpoint], Field(max_length=4096)]
 Layer = Annotated[int, Field(ge=-1024, le=1024)]
+FeatureLayers = Layer | Annotated[list[Layer], Field(min_length=1, max_length=64)]
 Labels = Annotated[int, Field(ge=0, le=2**12)]  # of a classifier: transformers builds a table of so many names
 
 
@@ -114,7 +115,7 @@ class HfConfig(Fields):
     image_token_index: TokenId | None = None
     video_token_id: TokenId | None = None
     video_token_index: TokenId | None = None
-    vision_feature_layer: Layer | Annotated[list[Layer], Field(min_length=1, max_length=64)] | None = None
+    vision_feature_layer: FeatureLayers | None = None
     vision_feature_select_strategy: str | None = None
     projector_hidden_act: str | None = None
     multimodal_projector_bias: bool | None = None

@@ -64,6 +64,7 @@ class Llava(Family):
     """LLaVA 1.5: an image is one tile.
 
     architecture  transformers' class.
+    processor     its processor, where that is not called like it.
     config_fields  what config.json is checked against.
     image_kinds   the image processors that make its tiles, the one of a file that names none first.
     has_newline   whether a learned row ends each row of an image's grid of tiles.
@@ -73,6 +74,7 @@ class Llava(Family):
     model_types = ("llava",)
     names = LLAVA_NAMES
     architecture: ClassVar[str] = "LlavaForConditionalGeneration"
+    processor: ClassVar[str] = ""
     config_fields: ClassVar[type[fields.HfConfig]] = fields.HfConfig
     image_kinds: ClassVar[tuple[Kind, ...]] = (Kind("LlavaImageProcessor", squares=True), CLIP_KIND, SIGLIP_KIND)
     has_newline: ClassVar[bool] = False
@@ -233,7 +235,8 @@ class Llava(Family):
             "processor_config.json": {
                 "vision_feature_select_strategy": _select_strategy(config.vision),
                 "image_token": "<image>",
-                "processor_class": self.architecture.removesuffix("ForConditionalGeneration") + "Processor",
+                "processor_class": self.processor
+                or f"{self.architecture.removesuffix('ForConditionalGeneration')}Processor",
                 **self.processor_counts(config),
             },
         }

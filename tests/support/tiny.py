@@ -36,6 +36,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     SiglipVisionConfig,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -205,7 +207,9 @@ CASES["internvl_6b"] = Case(
     {"vision_feature_layer": -2},
     tile=32,
 )
+CASES["vipllava"] = Case("vipllava", options={"vision_feature_layer": [-2, -3, 1]}, tile=48)
 MODELS = {
+    "vipllava": (VipLlavaConfig, VipLlavaForConditionalGeneration),
     "internvl": (InternVLConfig, InternVLForConditionalGeneration),
     "llava": (LlavaConfig, LlavaForConditionalGeneration),
     "llava_next": (LlavaNextConfig, LlavaNextForConditionalGeneration),
@@ -231,6 +235,9 @@ def hf_config(case: Case):
         token = internvl_tokenizer().context_image_token_id
         own = {"image_token_id": token, "image_seq_length": rows, "vision_feature_layer": -1}
         return config_class(vision_config=vision, text_config=text, **(own | case.options))
+    if case.kind == "vipllava":  # as 5.17 and 5.24 call it
+        layers = options.pop("vision_feature_layer")
+        return config_class(vision_config=vision, text_config=text, vision_feature_layers=layers, **options)
     if case.kind != "llava":
         options["image_grid_pinpoints"] = [list(pair) for pair in case.pinpoints]
     if case.kind in ("llava_next_video", "llava_onevision"):
@@ -259,7 +266,7 @@ def image_processor(case: Case):
     pinpoints = [list(pair) for pair in case.pinpoints]
     if case.kind == "internvl":
         return GotOcr2ImageProcessorPil(size=square, crop_to_patches=True, max_patches=6)
-    if case.kind == "llava":
+    if case.kind in ("llava", "vipllava"):
         return CLIPImageProcessorPil(size={"shortest_edge": case.tile}, crop_size=square)
     if case.kind == "llava_onevision":
         return LlavaOnevisionImageProcessorPil(size=square, image_grid_pinpoints=pinpoints)
@@ -305,7 +312,7 @@ def hf_processor(case: Case):
         processor.vision_feature_select_strategy = "full"
         processor.vision_aspect_ratio = case.options["vision_aspect_ratio"]
         return processor
-    kind = LlavaProcessor if case.kind == "llava" else LlavaNextProcessor
+    kind = LlavaProcessor if case.kind in ("llava", "vipllava") else LlavaNextProcessor
     return kind(
         image_processor=images,
         tokenizer=words,

@@ -6,6 +6,7 @@ CONNECTORS = Registry(
     __name__,
     {
         "mlp": "mlp:ProjectorConfig",
+        "norm_mlp": "norm_mlp:NormMlpConfig",
         "perceiver": "perceiver:PerceiverConfig",
         "pixel_shuffle": "pixel_shuffle:PixelShuffleConfig",
     },
