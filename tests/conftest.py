@@ -1,11 +1,7 @@
 """What every test starts from: no network, fixed seeds, one thread."""
 
 import contextlib
-import importlib
-import importlib.abc
-import importlib.util
 import os
-import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported anywhere
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or `poisoned` makes every matrix product on CUDA raise
@@ -25,28 +21,6 @@ with contextlib.suppress(ImportError):  # a GPU machine that runs tests/ops alon
 
     settings.register_profile("repeatable", derandomize=True, deadline=None)
     settings.load_profile("repeatable")
-
-
-OLD_NAMES = (
-    *("tiny", "parity", "made_videos", "real_tokenizers", "against_stock", "malformed", "tiny_checkpoints"),
-    *("kernel_checks", "made_data", "training_runs"),
-)
-
-
-class OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """`import tiny` gives tests.support.tiny, for branches begun before that package was there. To go."""
-
-    def find_spec(self, name, path=None, target=None):
-        return importlib.util.spec_from_loader(name, self) if name in OLD_NAMES else None
-
-    def create_module(self, spec):
-        return importlib.import_module(f"tests.support.{spec.name}")
-
-    def exec_module(self, module):
-        """It has run."""
-
-
-sys.meta_path.append(OldNames())
 
 
 def pytest_collection_modifyitems(config, items):

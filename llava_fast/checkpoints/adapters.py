@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from llava_fast.checkpoints.peft_merge import EMBEDDING, HEAD, merge_with_peft
+from llava_fast.checkpoints.peft_merge import merge_with_peft
 from llava_fast.checkpoints.save import NOTE_FILE
 from llava_fast.errors import CheckpointError
 from llava_fast.families import family_of_config, fields
-from llava_fast.families.names import NameMap
+from llava_fast.families.names import EMBEDDING, HEAD, NameMap
 from llava_fast.models.config import LlavaConfig
 from llava_fast.storage.files import read_json, write_json, written_whole
 from llava_fast.storage.hub import resolve

@@ -9,7 +9,6 @@ Sources: haotian-liu/LLaVA c121f04 and LLaVA-VL/LLaVA-NeXT df17966, llava_arch.p
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ from llava_fast.errors import CheckpointError
 from llava_fast.families import fields, find_family
 from llava_fast.families.known_towers import Tower, tower_tensors
 from llava_fast.families.llava_original import LlavaOriginal, assembled_fields, original_types
+from llava_fast.families.names import EMBEDDING, HEAD
 from llava_fast.families.parts import require
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.connectors.mlp import Projector, ProjectorConfig
@@ -88,7 +88,7 @@ def assemble(
     config, tower = describe(assembly, read_json(base / "config.json"), base)
     tensors = LlavaOriginal.names.name_tensors(open_weights(base))
     if config.decoder.tie_embeddings:
-        tensors.pop("decoder.lm_head.weight", None)
+        tensors.pop(HEAD, None)
     tensors |= tower_tensors(tower, config.vision.num_layers)
     fresh = _fresh_parts(config, assembly.seed)
     given = {} if assembly.projector_from is None else _trained_parts(assembly.projector_from)
@@ -100,7 +100,7 @@ def assemble(
         tokenizer_path=base,
         config=config,
         tensors=tensors,
-        dtype=dtype or tensors["decoder.embed_tokens.weight"].dtype,
+        dtype=dtype or tensors[EMBEDDING].dtype,
         device=torch.device(device),
         # A language model's own chat template knows no images, so it is left behind.
         side_files={generation.name: read_text(generation)} if generation.is_file() else {},
@@ -132,14 +132,7 @@ def _fresh_parts(config: LlavaConfig, seed: int) -> dict[str, StoredTensor]:
         if config.has_newline:
             width = config.decoder.hidden_size
             made["image_newline"] = torch.randn(width) / width**0.5
-    return {
-        name: StoredTensor(Path("fresh"), name, tuple(value.shape), value.dtype, functools.partial(_itself, value))
-        for name, value in made.items()
-    }
-
-
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+    return {name: StoredTensor.of(Path("fresh"), name, value) for name, value in made.items()}
 
 
 def _trained_parts(where: str) -> dict[str, StoredTensor]:

@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 from llava_fast.checkpoints.adapters import ADAPTER_CONFIG, add_adapter, add_projector, find_projector_file
-from llava_fast.checkpoints.peft_merge import EMBEDDING, HEAD
 from llava_fast.checkpoints.save import read_side_files
 from llava_fast.errors import CheckpointError
 from llava_fast.families import family_of, fields, find_family
 from llava_fast.families.known_towers import tower_tensors
+from llava_fast.families.names import EMBEDDING, HEAD
 from llava_fast.models.config import LlavaConfig
 from llava_fast.storage.files import read_json, read_json_if_there
 from llava_fast.storage.hub import resolve

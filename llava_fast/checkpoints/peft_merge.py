@@ -10,7 +10,6 @@ Source: huggingface/peft 0.21, peft_model.py (load_adapter), tuners/tuners_utils
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,11 +19,10 @@ from torch import nn
 
 from llava_fast.errors import CheckpointError
 from llava_fast.families import family_of_config
-from llava_fast.families.names import NameMap
+from llava_fast.families.names import EMBEDDING, NameMap
 from llava_fast.models.config import LlavaConfig
 from llava_fast.storage.tensor_files import StoredTensor
 
-EMBEDDING, HEAD = "decoder.embed_tokens.weight", "decoder.lm_head.weight"
 _ADAPTER = "default"
 
 
@@ -144,9 +142,5 @@ def _changed(
             raise CheckpointError(f"{file}: merging it makes {key!r}, which no LLaVA model has")
         like = base.get(name) or base.get(EMBEDDING)
         value = value.to(like.dtype) if like else value
-        found[name] = StoredTensor(file, key, tuple(value.shape), value.dtype, functools.partial(_identity, value))
+        found[name] = StoredTensor.of(file, key, value)
     return found
-
-
-def _identity(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor

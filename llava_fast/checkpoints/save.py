@@ -19,6 +19,7 @@ from torch import nn
 from llava_fast.errors import CheckpointError
 from llava_fast.families import fields, writing_family
 from llava_fast.families.base import Family, TokenIds
+from llava_fast.families.names import EMBEDDING, HEAD
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.fused import separate_parameters
 from llava_fast.storage.files import Fields, check_fields, parse_json, read_text, write_json, written_whole
@@ -75,7 +76,7 @@ def save(
     if layout == "hf" and config.layout == "original":
         tokenizer, image_token_id, video_token_id = _with_visual_tokens(tokenizer, family.visual_tokens)
         tensors = _with_vocabulary(tensors, max(image_token_id, video_token_id or 0) + 1)
-    embedding = tensors["decoder.embed_tokens.weight"]
+    embedding = tensors[EMBEDDING]
     keeps = layout == config.layout and config.source
     tokens = TokenIds(image_token_id, video_token_id, vocab_size=len(embedding))
     written = family.unchanged(config) if keeps else family.write(config, tokens)
@@ -144,12 +145,12 @@ def _with_visual_tokens(tokenizer: Any, marks: tuple[str, ...]) -> tuple[Any, in
 def _with_vocabulary(tensors: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
     """The tensors with at least `rows` rows of vocabulary, new ones the mean of the others: a mean logit is never
     the largest."""
-    have = len(tensors["decoder.embed_tokens.weight"])
+    have = len(tensors[EMBEDDING])
     if rows <= have:
         return tensors
     wanted = -(-rows // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
     grown = dict(tensors)
-    for name in ("decoder.embed_tokens.weight", "decoder.lm_head.weight"):
+    for name in (EMBEDDING, HEAD):
         if name in tensors:
             mean = tensors[name].detach().float().mean(0, keepdim=True).to(tensors[name].dtype)
             grown[name] = torch.cat([tensors[name].detach(), mean.expand(wanted - have, -1)])

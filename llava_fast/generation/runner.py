@@ -11,8 +11,8 @@ from torch import Tensor
 from llava_fast.generation.sequence import Sequence
 from llava_fast.inputs.plan.plan import Piece, TextPiece, sequence_length
 from llava_fast.inputs.prepared import Cut
-from llava_fast.models.attention import Spans
 from llava_fast.models.batch import Batch
+from llava_fast.models.blocks.attention import Spans
 from llava_fast.models.paged_cache import PagedCache
 from llava_fast.models.vlm import LlavaModel
 

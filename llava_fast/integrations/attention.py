@@ -4,8 +4,8 @@ transformers has two registries, and a name needs an entry in both: one for atte
 With the first alone no mask is made, and padding is attended to in silence.
 
 Where a prefill or a training step has nothing but causality and padding on one side, the mask is a `Spans` (where each
-sequence's rows lie), and `models.attention` works on each sequence's own rows: padding costs nothing, and the kernels
-that take no mask are used. (Attention at padding itself, which no one reads, gives zeros or what causality gives.) In
+sequence's rows lie), and `models.blocks.attention` works on each sequence's own rows: padding costs nothing, and the
+kernels that take no mask are used. (Attention at padding itself, which no one reads, gives zeros or what causality gives.) In
 every other case the mask is the tensor that transformers makes for SDPA. Finding out reads the 2-D mask once a step,
 as transformers' own SDPA mask does.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llava_fast.models.attention import Spans, attend
+from llava_fast.models.blocks.attention import Spans, attend
 
 NAME = "llava_fast"
 REFUSED = ("softcap", "position_bias", "s_aux", "cache")

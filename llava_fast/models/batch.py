@@ -12,7 +12,7 @@ from torch import Tensor
 from llava_fast.inputs.pictures.tiles import UncutImages
 from llava_fast.inputs.plan.plan import TokenPlan
 from llava_fast.inputs.prepared import Prepared
-from llava_fast.models.attention import Spans
+from llava_fast.models.blocks.attention import Spans
 from llava_fast.models.paged_cache import BlockTable
 from llava_fast.models.placement import Placement
 from llava_fast.ops.image import TilePlan, image_tiles

@@ -15,8 +15,8 @@ from llava_fast.errors import RequestError
 from llava_fast.inputs.plan.plan import Layout
 from llava_fast.inputs.processor import Processor
 from llava_fast.models import encode
-from llava_fast.models.attention import Spans
 from llava_fast.models.batch import Batch
+from llava_fast.models.blocks.attention import Spans
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.decoders.stack import Decoder
 from llava_fast.models.paged_cache import PagedCache

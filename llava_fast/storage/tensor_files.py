@@ -58,6 +58,11 @@ class StoredTensor:
     dtype: torch.dtype
     load: Callable[[], torch.Tensor]
 
+    @classmethod
+    def of(cls, file: Path, key: str, tensor: torch.Tensor) -> StoredTensor:
+        """A tensor that is in memory already."""
+        return cls(file, key, tuple(tensor.shape), tensor.dtype, functools.partial(_itself, tensor))
+
 
 class _SafetensorsFile:
     """A mapped file that is mapped anew every 4 MiB. A tensor that is kept keeps its mapping; one that is converted
@@ -165,10 +170,7 @@ def _open_pickle(file: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{file} cannot be read by torch.load ({one_line(problem)}); download it again") from None
     if not isinstance(content, dict) or not all(map(_is_plain, content, content.values())):
         raise CheckpointError(f"{file} is not a plain dict of tensors, so it holds no model weights")
-    return {
-        key: StoredTensor(file, key, tuple(tensor.shape), tensor.dtype, functools.partial(_identity, tensor))
-        for key, tensor in content.items()
-    }
+    return {key: StoredTensor.of(file, key, tensor) for key, tensor in content.items()}
 
 
 def _is_plain(key: Any, value: Any) -> bool:
@@ -176,5 +178,5 @@ def _is_plain(key: Any, value: Any) -> bool:
     return isinstance(key, str) and isinstance(value, torch.Tensor) and value.is_cpu and value.layout is torch.strided
 
 
-def _identity(tensor: torch.Tensor) -> torch.Tensor:
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
     return tensor

@@ -16,7 +16,7 @@ from benchmarks.case import Settings
 from benchmarks.run import SUITE_NAMES, app
 from benchmarks.subject import Subject
 from benchmarks.suites import SUITES, loss
-from llava_fast.models import attention
+from llava_fast.models.blocks import attention
 from llava_fast.models.decoders import llama
 
 ROOT = Path(__file__).resolve().parents[2]

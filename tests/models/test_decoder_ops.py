@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from llava_fast.models.attention import Spans
+from llava_fast.models.blocks.attention import Spans
 from llava_fast.models.fused import linears, norms, rotary
 from llava_fast.ops import use_backend
 from tests.support import tiny

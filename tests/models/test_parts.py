@@ -11,8 +11,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from llava_fast.models import paged_cache
-from llava_fast.models.attention import Spans, attend
 from llava_fast.models.batch import Batch
+from llava_fast.models.blocks.attention import Spans, attend
 from llava_fast.models.connectors.mlp import Projector, ProjectorConfig
 from llava_fast.models.fused import RMSNorm
 from llava_fast.models.paged_cache import BlockTable, PagedCache

@@ -10,9 +10,9 @@ import llava_fast
 from llava_fast.errors import CheckpointError
 from llava_fast.families import family_of_config, read_config
 from llava_fast.families.base import TokenIds
-from llava_fast.models.attention import Spans
+from llava_fast.models.blocks.attention import Spans
+from llava_fast.models.blocks.native_step import step_weights
 from llava_fast.models.decoders.stack import _PLAIN
-from llava_fast.models.native_step import step_weights
 from llava_fast.ops import use_backend
 from llava_fast.storage.files import write_json
 from tests.support import tiny

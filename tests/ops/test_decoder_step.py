@@ -11,8 +11,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 from llava_fast import _C
 from llava_fast.errors import CacheFullError
-from llava_fast.models import native_step
-from llava_fast.models.attention import Spans
+from llava_fast.models.blocks import native_step
+from llava_fast.models.blocks.attention import Spans
 from llava_fast.models.decoders.llama import LlamaConfig
 from llava_fast.models.decoders.stack import Decoder
 from llava_fast.models.paged_cache import BlockTable, PagedCache

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_fast.models.attention import Spans
+from llava_fast.models.blocks.attention import Spans
 
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _NEEDED = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "llama3": _LLAMA3}

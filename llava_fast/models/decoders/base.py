@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from llava_fast.models.attention import Spans
+from llava_fast.models.blocks.attention import Spans
 from llava_fast.models.blocks.rope import RopeConfig
 from llava_fast.models.paged_cache import PagedCache
 

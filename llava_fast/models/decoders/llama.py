@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from llava_fast.models import fused
-from llava_fast.models.attention import attend
+from llava_fast.models.blocks.attention import attend
 from llava_fast.models.blocks.rope import RopeConfig
 from llava_fast.models.decoders.base import DecoderConfig, RowContext, Split
 from llava_fast.models.fused import MergesLinears, RMSNorm

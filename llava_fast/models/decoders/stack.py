@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llava_fast.models import fused
-from llava_fast.models.attention import Spans
+from llava_fast.models.blocks.attention import Spans
+from llava_fast.models.blocks.native_step import step_weights
 from llava_fast.models.blocks.rope import Rope
 from llava_fast.models.decoders.base import DecoderConfig, RowContext
 from llava_fast.models.decoders.llama import DecoderAttention, DecoderLayer, DecoderMLP
-from llava_fast.models.native_step import step_weights
 from llava_fast.models.paged_cache import BLOCK_ROWS, PagedCache
 from llava_fast.models.recompute import Recompute, run_layer
 from llava_fast.ops.decoder_step import decoder_step

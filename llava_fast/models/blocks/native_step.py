@@ -1,29 +1,25 @@
 """Whether a decoder pass may run as one compiled `decoder_step`, which reads weights and calls no module.
 
 It may while every module is what `Decoder` built: one that is wrapped (LoRA), hooked, quantised or parametrised
-must keep its own forward, and then the ordinary modules run. Looked at anew before each pass.
+must keep its own forward, and then the ordinary modules run. Checked before each pass.
 """
 
 from __future__ import annotations
 
 from operator import is_
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from llava_fast.models.attention import Spans
+from llava_fast.models.blocks.attention import Spans
 from llava_fast.ops import backend
 from llava_fast.ops.decoder_step import DecoderWeights, LayerWeights
-
-if TYPE_CHECKING:
-    from llava_fast.models.decoders.stack import Decoder
 
 MAX_ROWS = 32  # above this PyTorch's matrix products catch up
 
 
-def step_weights(decoder: Decoder, plain: frozenset[type], x_RC: Tensor, spans: Spans) -> DecoderWeights | None:
+def step_weights(decoder: nn.Module, plain: frozenset[type], x_RC: Tensor, spans: Spans) -> DecoderWeights | None:
     """The decoder's weights for `decoder_step`, or None if this pass has to run module by module.
 
     `plain` are the module types whose forward the op stands for.
@@ -41,19 +37,19 @@ def step_weights(decoder: Decoder, plain: frozenset[type], x_RC: Tensor, spans: 
         or nn.modules.module._has_any_global_hook()
     ):
         return None
-    look = _looks.get(decoder)
-    if look is None or not look.holds():
-        look = _looks[decoder] = Look(decoder, plain)
-    return look.weights
+    snapshot = _snapshots.get(decoder)
+    if snapshot is None or not snapshot.holds():
+        snapshot = _snapshots[decoder] = Snapshot(decoder, plain)
+    return snapshot.weights
 
 
-class Look:
-    """What a decoder's modules were at one time: `weights` if all were plain then, else None.
+class Snapshot:
+    """What a decoder's modules were when it was taken: `weights` if all were plain then, else None.
 
-    Each check is one pass over a list made here, so that it costs a few microseconds a layer.
+    `holds` compares lists made here, a few microseconds a layer.
     """
 
-    def __init__(self, decoder: Decoder, plain: frozenset[type]) -> None:
+    def __init__(self, decoder: nn.Module, plain: frozenset[type]) -> None:
         self.weights: DecoderWeights | None = None
         self._modules = [module for part in (decoder.layers, decoder.norm) for module in part.modules()]
         self._kinds = list(map(type, self._modules))
@@ -71,7 +67,7 @@ class Look:
             self.weights = weights_of(decoder)
 
     def holds(self) -> bool:
-        """Whether another look would see the same. (Where the weights lie in memory is their own affair.)"""
+        """True if no module, hook or parameter object changed since. Data pointers are not compared."""
         return (
             (self.weights is not None or not self._plain)
             and self._undisturbed()
@@ -88,7 +84,7 @@ def _is_ordinary(tensor: Tensor) -> bool:
     return type(tensor) is nn.Parameter and tensor.dtype == torch.float32 and tensor.is_cpu and tensor.is_contiguous()
 
 
-def weights_of(decoder: Decoder) -> DecoderWeights:
+def weights_of(decoder: nn.Module) -> DecoderWeights:
     """The tensors of a decoder of plain modules."""
     layers = []
     for layer in decoder.layers:
@@ -104,4 +100,4 @@ def weights_of(decoder: Decoder) -> DecoderWeights:
     return DecoderWeights(layers, decoder.norm.weight, config.head_dim, config.rms_norm_eps, config.sliding_windows)
 
 
-_looks: WeakKeyDictionary[Decoder, Look] = WeakKeyDictionary()
+_snapshots: WeakKeyDictionary[nn.Module, Snapshot] = WeakKeyDictionary()
