@@ -21,7 +21,7 @@ class MissingFileError(ImageError, FileNotFoundError):
 
 
 class RequestError(LlavaFastError):
-    """A request that cannot be served: marks and images disagree, the prompt is too long, a bad option."""
+    """A request that cannot be served: placeholders and images disagree, the prompt is too long, a bad option."""
 
 
 class GenerationError(LlavaFastError):
@@ -41,7 +41,7 @@ class QuantisationError(LlavaFastError):
 
 
 class DataError(LlavaFastError):
-    """Training data that cannot be used: a file that is no JSON, turns out of order, marks without images.
+    """Training data that cannot be used: a file that is no JSON, turns out of order, placeholders without images.
 
     `kind` sorts what is wrong, for reports."""
 

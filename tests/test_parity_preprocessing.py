@@ -104,7 +104,7 @@ def stock(settings, name):
 
 
 def expected_logits(model, name, processor, images, ours):
-    """transformers' logits of these images in a prompt with as many marks."""
+    """transformers' logits of these images in a prompt with as many placeholders."""
     pair = tiny.Pair(CASES[name], model, tiny.hf_processor(CASES[name]), ours)
     pair.processor.image_processor = processor
     prompt = " and ".join(["<image> ER ##"] * len(images))

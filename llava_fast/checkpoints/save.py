@@ -128,7 +128,7 @@ def _write_weights(directory: Path, stored: dict[str, torch.Tensor], max_shard_s
         write_json(directory / "model.safetensors.index.json", index)
 
 
-def _with_visual_tokens(tokenizer: Any, marks: tuple[str, ...]) -> tuple[Any, int, int | None]:
+def _with_visual_tokens(tokenizer: Any, placeholders: tuple[str, ...]) -> tuple[Any, int, int | None]:
     """A copy of an original checkpoint's tokenizer that knows `<image>` (and `<video>`), and their ids."""
     if tokenizer is None:
         raise CheckpointError("layout 'hf' needs a tokenizer with an image token, and this model has no tokenizer")
@@ -136,9 +136,13 @@ def _with_visual_tokens(tokenizer: Any, marks: tuple[str, ...]) -> tuple[Any, in
 
     tokenizer = copy.deepcopy(tokenizer)
     known = tokenizer.get_vocab()
-    new = [AddedToken(mark, special=True, normalized=False) for mark in marks if mark not in known]
+    new = [
+        AddedToken(placeholder, special=True, normalized=False)
+        for placeholder in placeholders
+        if placeholder not in known
+    ]
     tokenizer.add_tokens(new, special_tokens=True)
-    ids = tokenizer.convert_tokens_to_ids(list(marks))
+    ids = tokenizer.convert_tokens_to_ids(list(placeholders))
     return tokenizer, ids[0], ids[1] if len(ids) > 1 else None
 
 

@@ -23,7 +23,8 @@ System = Annotated[str | None, typer.Option(help="A system message before the co
 def generate(
     model: Model,
     prompt: Annotated[
-        str, typer.Option("--prompt", "-p", help="The question. Images go before it unless it has <image> marks.")
+        str,
+        typer.Option("--prompt", "-p", help="The question. Images go before it unless it has <image> placeholders."),
     ],
     image: Annotated[list[str], typer.Option("--image", "-i", help="An image file; repeat for several.")] = [],  # noqa: B006
     video: Annotated[Path | None, typer.Option(help="A video file (needs PyAV).")] = None,
@@ -123,14 +124,14 @@ def chat(
 def _request(prompt: str, images: list[str], video: Path | None, raw: bool, system: str | None) -> dict:
     """One request from the command line's parts; items that the prompt does not place come first."""
     items = [("<image>", len(images)), ("<video>", int(video is not None))]
-    marks = "".join(f"{mark}\n" * count for mark, count in items if mark not in prompt)
+    placeholders = "".join(f"{placeholder}\n" * count for placeholder, count in items if placeholder not in prompt)
     request: dict[str, Any] = {"images": images}
     if video is not None:
         request["video"] = str(video)
     if raw:
-        return {"prompt": marks + prompt, **request}
+        return {"prompt": placeholders + prompt, **request}
     messages = [{"role": "system", "content": system}] if system else []
-    return {"messages": [*messages, {"role": "user", "content": marks + prompt}], **request}
+    return {"messages": [*messages, {"role": "user", "content": placeholders + prompt}], **request}
 
 
 def _named_images(line: str) -> tuple[str, list[str]]:

@@ -69,7 +69,7 @@ def check(
 
     \b
     It finds: images that are missing or cannot be decoded; turns in the wrong
-    order; <image> marks that do not agree with the images; answers that cannot be
+    order; <image> placeholders that do not agree with the images; answers that cannot be
     masked; samples that are too long; data files that are no JSON. Without a model
     (no recipe and no --model) it looks at files and turns and counts no tokens.
 

@@ -1,7 +1,7 @@
 """The original LLaVA (haotian-liu/LLaVA, LLaVA-VL/LLaVA-NeXT): config.json is a decoder's, with `mm_*` fields.
 
 The vision tower is only named; see known_towers.py. There is no image token: prompts are tokenised in the pieces
-between `<image>` marks, so image_token_id is the original's own placeholder -200 (llava/constants.py).
+between `<image>` placeholders, so image_token_id is the original's own placeholder -200 (llava/constants.py).
 
 Sources: haotian-liu/LLaVA c121f04 and LLaVA-VL/LLaVA-NeXT df17966: llava_arch.py, mm_utils.py,
 multimodal_encoder/{builder,clip_encoder,siglip_encoder}.py, multimodal_projector/builder.py; 01-ai/Yi VL/ for

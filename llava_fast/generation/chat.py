@@ -12,7 +12,7 @@ from llava_fast.generation.sampling import Sampling
 from llava_fast.generation.scheduler import Scheduler
 from llava_fast.generation.sequence import Generation, new_sequence
 from llava_fast.inputs.plan.plan import TextPiece
-from llava_fast.inputs.prepared import VisualMark
+from llava_fast.inputs.prepared import Placeholder
 from llava_fast.models.vlm import LlavaModel
 
 
@@ -30,7 +30,7 @@ class Chat:
         if self.system is not None:
             self.messages.append({"role": "system", "content": self.system})
         self._images: list[Any] = []
-        self._read: list[tuple[VisualMark, Part]] = []  # the conversation's images, opened and cut
+        self._read: list[tuple[Placeholder, Part]] = []  # the conversation's images, opened and cut
         runner = Runner(self.model)
         self._scheduler = Scheduler(runner, PrefixCache(runner.cache))
 
@@ -67,13 +67,13 @@ class Chat:
         self._images, self._read = sources, read
         return answer
 
-    def _prompt(self, outline: list[TextPiece | VisualMark]) -> tuple[Prompt, list[tuple[VisualMark, Part]]]:
+    def _prompt(self, outline: list[TextPiece | Placeholder]) -> tuple[Prompt, list[tuple[Placeholder, Part]]]:
         """The outline's prompt and its images. One that is the very object sent before, in the same place and tiled
         the same way, is not opened again."""
         parts: list[Part] = []
-        read: list[tuple[VisualMark, Part]] = []
+        read: list[tuple[Placeholder, Part]] = []
         for piece in outline:
-            if not isinstance(piece, VisualMark):
+            if not isinstance(piece, Placeholder):
                 parts.append(Part(piece))
                 continue
             known = self._read[len(read)] if len(read) < len(self._read) else None

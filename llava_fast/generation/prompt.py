@@ -12,7 +12,7 @@ import numpy as np
 
 from llava_fast.errors import ImageError, RequestError
 from llava_fast.inputs.plan.plan import Piece, TextPiece, VisualPiece
-from llava_fast.inputs.prepared import Cut, VisualMark
+from llava_fast.inputs.prepared import Cut, Placeholder
 from llava_fast.inputs.processor import Processor
 
 
@@ -104,7 +104,7 @@ def read_prompt(processor: Processor | None, request: Any, number: int = 0) -> P
         raise type(error)(f"request {name}: {error}") from None
 
 
-def read_part(processor: Processor, part: TextPiece | VisualMark) -> Part:
+def read_part(processor: Processor, part: TextPiece | Placeholder) -> Part:
     """One part of an outline; an image is opened and cut. Raises RequestError and ImageError."""
     tiles: list[Cut] = []
     (piece,) = processor.pieces([part], tiles)

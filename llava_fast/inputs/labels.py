@@ -24,17 +24,17 @@ def offsets_before_expansion(offsets: np.ndarray, is_image: np.ndarray, text: st
     """Where tokens stand in `text`, given where they stand once each image token in it has become as many as its image
     has rows. offsets [S, 2]; is_image bool [S]. Image tokens get (0, 0), the place of what is not in the text.
 
-    Raises RequestError where runs of image tokens and of marks in the text differ in number.
+    Raises RequestError where runs of image tokens and of placeholders in the text differ in number.
     """
     at = np.flatnonzero(is_image)
     first = np.flatnonzero(np.diff(at, prepend=-2) > 1) if len(at) else at
     apart = np.flatnonzero(offsets[at[1:], 0] > offsets[at[:-1], 1]) + 1
     first = np.union1d(first, apart)
     last = np.append(first[1:], len(at)) - 1 if len(first) else first
-    marks = [len(found[0]) for found in re.finditer(f"(?:{re.escape(token)})+", text)]
-    if len(marks) != len(first):
-        raise RequestError(f"the tokenizer made {len(first)} runs of image tokens from {len(marks)} in the text")
+    placeholders = [len(found[0]) for found in re.finditer(f"(?:{re.escape(token)})+", text)]
+    if len(placeholders) != len(first):
+        raise RequestError(f"the tokenizer made {len(first)} runs of image tokens from {len(placeholders)} in the text")
     ends = offsets[at[last], 1]
-    longer = np.cumsum([0, *(ends - offsets[at[first], 0] - np.array(marks, int))])
+    longer = np.cumsum([0, *(ends - offsets[at[first], 0] - np.array(placeholders, int))])
     shift = longer[np.searchsorted(ends, offsets[:, 0], side="right")]
     return np.where(is_image[:, None], 0, np.where(offsets[:, 1:] > 0, offsets - shift[:, None], 0))

@@ -26,7 +26,7 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class VisualMark:
+class Placeholder:
     """An image or video named in a prompt, not opened yet. `alone`: it is tiled as the only image of a request is."""
 
     kind: Literal["<image>", "<video>"]

@@ -28,7 +28,7 @@ from llava_fast.inputs.pictures.view import View
 from llava_fast.inputs.plan.columns import MODALITY_IMAGE, MODALITY_VIDEO
 from llava_fast.inputs.plan.length import RowCounts, count_rows
 from llava_fast.inputs.plan.plan import Layout, Piece, TextPiece, VisualPiece, build_plan, sequence_length
-from llava_fast.inputs.prepared import Cut, Prepared, VisualMark
+from llava_fast.inputs.prepared import Cut, Placeholder, Prepared
 from llava_fast.inputs.requests import Labels, render_request
 from llava_fast.inputs.tiling.anyres import VisualGeometry, image_rows, image_views
 from llava_fast.inputs.tiling.video import frame_views, video_rows
@@ -90,7 +90,7 @@ class Processor(ProcessorOptions):
 
     geometry        how images become tiles and rows.
     tokenizer       a transformers tokenizer.
-    image_token_id  the id that marks an image; ORIGINAL_IMAGE_TOKEN tokenises the text around marks in chunks.
+    image_token_id  the id that marks an image; ORIGINAL_IMAGE_TOKEN tokenises the text around placeholders in chunks.
     template        the chat template for requests with messages.
     max_rows        the decoder's context length; a longer prompt is refused.
     vocabulary      rows of the decoder's embedding; a token whose id is not among them is refused.
@@ -157,19 +157,19 @@ class Processor(ProcessorOptions):
         outline = self.outline(request, labels)
         return count_rows(outline, self.rows_of(outline))
 
-    def rows_of(self, outline: Sequence[TextPiece | VisualMark]) -> list[int]:
+    def rows_of(self, outline: Sequence[TextPiece | Placeholder]) -> list[int]:
         """Decoder rows of each part of an outline, from the headers of its files. Raises ImageError."""
-        return [len(part.ids) if isinstance(part, TextPiece) else self._mark_rows(part) for part in outline]
+        return [len(part.ids) if isinstance(part, TextPiece) else self._placeholder_rows(part) for part in outline]
 
-    def _mark_rows(self, mark: VisualMark) -> int:
+    def _placeholder_rows(self, placeholder: Placeholder) -> int:
         try:
-            if mark.kind == "<video>":
-                frames = frame_count(mark.source, self._frames_of(mark.source))
+            if placeholder.kind == "<video>":
+                frames = frame_count(placeholder.source, self._frames_of(placeholder.source))
                 return len(video_rows(self.geometry, frames))
-            size = image_size(mark.source, self.exif)
+            size = image_size(placeholder.source, self.exif)
         except TypeError as error:
             raise RequestError(str(error)) from error
-        return len(image_rows(self.geometry, *size, mark.alone))
+        return len(image_rows(self.geometry, *size, placeholder.alone))
 
     def _frames_of(self, video: Any) -> int | None:
         """How many frames of a video are used; None: all, as the caller has chosen them."""
@@ -189,8 +189,8 @@ class Processor(ProcessorOptions):
     def _times_of(self, video: Any) -> VideoTimes:
         return video_times(video, self.video_frames)
 
-    def outline(self, request: dict, labels: Labels = False) -> list[TextPiece | VisualMark]:
-        """A request as token ids and marks in order, before any image is opened; only a time instruction reads the
+    def outline(self, request: dict, labels: Labels = False) -> list[TextPiece | Placeholder]:
+        """A request as token ids and placeholders, before any image is opened; only a time instruction reads the
         video's header. Raises RequestError, also where labels are asked for and no token would carry one, and
         ImageError for a video without times."""
         if labels not in (False, True, "answers", "original"):
@@ -207,12 +207,12 @@ class Processor(ProcessorOptions):
             ) from None
         # Without a video, "<video>" is ordinary text, in the original layout as in a question about HTML.
         pattern = _MARK if video_sources or self.video_token_id is not None else _IMAGE_MARK
-        marks = pattern.findall(text)
-        for mark, sources in (("<image>", image_sources), ("<video>", video_sources)):
-            if marks.count(mark) != len(sources):
+        placeholders = pattern.findall(text)
+        for placeholder, sources in (("<image>", image_sources), ("<video>", video_sources)):
+            if placeholders.count(placeholder) != len(sources):
                 raise RequestError(
-                    f"the prompt has {marks.count(mark)} {mark} marks and {len(sources)} were given: "
-                    f"mark each one's place in the prompt with {mark}"
+                    f"the prompt has {placeholders.count(placeholder)} {placeholder} placeholders and {len(sources)} were "
+                    f"given: mark each one's place in the prompt with {placeholder}"
                 )
         if labels == "original":  # from here on, what is supervised is what the original trainers supervise
             segments = [Segment(each.text, each.supervised_original) for each in segments]
@@ -221,22 +221,24 @@ class Processor(ProcessorOptions):
             supervised |= np.isin(ids, self._original_label_ids)
         if labels and not supervised.any():
             raise RequestError("the tokenizer leaves nothing of the answers: this sample has nothing to learn from")
-        if len(places) != len(marks):
-            raise RequestError(f"the tokenizer found {len(places)} image tokens for {len(marks)} marks in the prompt")
+        if len(places) != len(placeholders):
+            raise RequestError(
+                f"the tokenizer found {len(places)} image tokens for {len(placeholders)} placeholders in the prompt"
+            )
 
         alone = len(image_sources) == 1 or self.geometry.multi_image_anyres
         queues = {"<image>": iter(image_sources), "<video>": iter(video_sources)}
-        outline: list[TextPiece | VisualMark] = []
+        outline: list[TextPiece | Placeholder] = []
         start = 0
-        for mark, place in zip(marks, places, strict=True):
+        for placeholder, place in zip(placeholders, places, strict=True):
             outline.append(TextPiece(ids[start:place], supervised[start:place] if labels else None))
-            outline.append(VisualMark(mark, next(queues[mark]), alone))
+            outline.append(Placeholder(placeholder, next(queues[placeholder]), alone))
             start = place + 1
         outline.append(TextPiece(ids[start:], supervised[start:] if labels else None))
         self._check_ids(outline)
         return [piece for piece in outline if not isinstance(piece, TextPiece) or len(piece.ids)]
 
-    def _check_ids(self, outline: Sequence[TextPiece | VisualMark]) -> None:
+    def _check_ids(self, outline: Sequence[TextPiece | Placeholder]) -> None:
         """Raises RequestError for a token that the decoder has no embedding of: a tokenizer may have grown alone."""
         texts = [part.ids for part in outline if isinstance(part, TextPiece) and len(part.ids)]
         largest = max((int(ids.max()) for ids in texts), default=0)
@@ -246,25 +248,25 @@ class Processor(ProcessorOptions):
                 f"embeddings of {self.vocabulary} tokens: use the tokenizer that the model was trained with"
             )
 
-    def pieces(self, outline: Sequence[TextPiece | VisualMark], tiles: list[Cut]) -> list[Piece]:
-        """The pieces of a plan: each mark's image is opened, cut and appended to `tiles`. Raises ImageError."""
-        return [self._visual_piece(part, tiles) if isinstance(part, VisualMark) else part for part in outline]
+    def pieces(self, outline: Sequence[TextPiece | Placeholder], tiles: list[Cut]) -> list[Piece]:
+        """The pieces of a plan: each placeholder's image is opened, cut and appended to `tiles`. Raises ImageError."""
+        return [self._visual_piece(part, tiles) if isinstance(part, Placeholder) else part for part in outline]
 
-    def _visual_piece(self, mark: VisualMark, tiles: list[Cut]) -> VisualPiece:
-        if mark.kind == "<video>":
+    def _visual_piece(self, placeholder: Placeholder, tiles: list[Cut]) -> VisualPiece:
+        if placeholder.kind == "<video>":
             try:
-                frames = read_video(mark.source, self._frames_of(mark.source))
+                frames = read_video(placeholder.source, self._frames_of(placeholder.source))
             except TypeError as error:
                 raise RequestError(str(error)) from error
             views = frame_views(self.geometry, *frames.shape[1:3])
             tiles += [self._cut(frame, views) for frame in frames]
             return VisualPiece(video_rows(self.geometry, len(frames)), MODALITY_VIDEO)
         try:
-            image = self._open(mark.source)
+            image = self._open(placeholder.source)
         except TypeError as error:
             raise RequestError(str(error)) from error
-        tiles.append(self._cut(image, self._image_views(image, mark.alone)))
-        return VisualPiece(image_rows(self.geometry, *image.shape[:2], mark.alone), MODALITY_IMAGE)
+        tiles.append(self._cut(image, self._image_views(image, placeholder.alone)))
+        return VisualPiece(image_rows(self.geometry, *image.shape[:2], placeholder.alone), MODALITY_IMAGE)
 
     def _image_views(self, image: np.ndarray, alone: bool) -> Sequence[View]:
         return image_views(self.geometry, *image.shape[:2], alone)
@@ -301,27 +303,27 @@ class Processor(ProcessorOptions):
             threads=self.threads,
         )
 
-    def _encode(self, text: str, marks: re.Pattern, segments: list[Segment] | None, rendered: bool):
+    def _encode(self, text: str, placeholders: re.Pattern, segments: list[Segment] | None, rendered: bool):
         """(ids, supervised or None, places of the image and video tokens among the ids)."""
         if self.image_token_id == ORIGINAL_IMAGE_TOKEN:
-            return self._encode_chunks(text, marks, segments)
+            return self._encode_chunks(text, placeholders, segments)
         tokens = {"<image>": self.image_token_id, "<video>": self.video_token_id or self.image_token_id}
-        names = {mark: self.tokenizer.convert_ids_to_tokens(token) for mark, token in tokens.items()}
-        if any(mark != name for mark, name in names.items()):  # as this checkpoint spells its image token
+        names = {placeholder: self.tokenizer.convert_ids_to_tokens(token) for placeholder, token in tokens.items()}
+        if any(placeholder != name for placeholder, name in names.items()):  # as this checkpoint spells its image token
             if segments is not None:
-                segments = [replace(each, text=_spelt(each.text, marks, names)) for each in segments]
-            text = _spelt(text, marks, names)
+                segments = [replace(each, text=_spelt(each.text, placeholders, names)) for each in segments]
+            text = _spelt(text, placeholders, names)
         special = not (rendered and self._brings_bos(text))
         encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=segments is not None)
         ids = np.asarray(encoded["input_ids"], np.int32)
         supervised = None if segments is None else supervised_tokens(np.asarray(encoded["offset_mapping"]), segments)
         return ids, supervised, np.flatnonzero(np.isin(ids, list(tokens.values())))
 
-    def _encode_chunks(self, text: str, marks: re.Pattern, segments: list[Segment] | None):
-        """Original LLaVA tokenises the text between marks chunk by chunk and keeps the first chunk's BOS."""
+    def _encode_chunks(self, text: str, placeholders: re.Pattern, segments: list[Segment] | None):
+        """Original LLaVA tokenises the text between placeholders chunk by chunk and keeps the first chunk's BOS."""
         ids, supervised, places = [], [], []
         offset, bos = 0, self.tokenizer.bos_token_id
-        chunks = marks.split(text)
+        chunks = placeholders.split(text)
         for number, chunk in enumerate(chunks):
             special = not self._brings_bos(chunk)
             encoded = self.tokenizer(chunk, add_special_tokens=special, return_offsets_mapping=segments is not None)
@@ -367,5 +369,5 @@ class Processor(ProcessorOptions):
             )
 
 
-def _spelt(text: str, marks: re.Pattern, names: dict[str, str]) -> str:
-    return marks.sub(lambda found: names[found[0]], text)
+def _spelt(text: str, placeholders: re.Pattern, names: dict[str, str]) -> str:
+    return placeholders.sub(lambda found: names[found[0]], text)

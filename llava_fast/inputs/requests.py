@@ -26,7 +26,7 @@ def render_request(
     labels: Labels = False,
     times_of: Callable[[Any], VideoTimes] | None = None,
 ) -> tuple[list[Segment], list, list]:
-    """(segments of the prompt, image sources, video sources) of a request, marks still in the text. Only with
+    """(segments of the prompt, image sources, video sources) of a request, placeholders still in the text. Only with
     `labels` is a conversation split into segments; otherwise the whole prompt is one. `times_of` a video: messages get
     its time instruction. Raises RequestError, and what `times_of` raises."""
     _check_request(request)
@@ -38,7 +38,7 @@ def render_request(
     empty = sum(source is None for source in sources)
     if empty != len(given):
         raise RequestError(
-            f"the messages have {empty} image marks without a source and "
+            f"the messages have {empty} image placeholders without a source and "
             f'"images" has {len(given)} items: give one image for each {{"type": "image"}}'
         )
     supply = iter(given)

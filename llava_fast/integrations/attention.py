@@ -5,9 +5,9 @@ With the first alone no mask is made, and padding is attended to in silence.
 
 Where a prefill or a training step has nothing but causality and padding on one side, the mask is a `Spans` (where each
 sequence's rows lie), and `models.blocks.attention` works on each sequence's own rows: padding costs nothing, and the
-kernels that take no mask are used. (Attention at padding itself, which no one reads, gives zeros or what causality gives.) In
-every other case the mask is the tensor that transformers makes for SDPA. Finding out reads the 2-D mask once a step,
-as transformers' own SDPA mask does.
+kernels that take no mask are used. (Attention at padding itself, which is never read, gives zeros or what causality
+gives.) In every other case the mask is the tensor that transformers makes for SDPA. Finding out reads the 2-D mask once
+a step, as transformers' own SDPA mask does.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch.utils.data import get_worker_info
 
 from llava_fast.accelerated import shipped_plan, uint8_pixels
 from llava_fast.errors import LlavaFastError, RequestError
-from llava_fast.inputs.chat.messages import IMAGE_MARK
+from llava_fast.inputs.chat.messages import IMAGE_PLACEHOLDER
 from llava_fast.inputs.chat.rendering import ChatTemplate, Segment, builtin_template, checkpoint_template
 from llava_fast.inputs.labels import offsets_before_expansion, supervised_tokens
 from llava_fast.inputs.pictures.reading import open_image
@@ -102,9 +102,11 @@ class Collator:
         segments, sources = self._render(sample)
         token = self.processor.image_token
         text = "".join(segment.text for segment in segments)
-        if text.count(IMAGE_MARK) != len(sources):
-            raise RequestError(f"{text.count(IMAGE_MARK)} {IMAGE_MARK} marks, but {len(sources)} images")
-        segments = [Segment(s.text.replace(IMAGE_MARK, token), s.supervised) for s in segments]
+        if text.count(IMAGE_PLACEHOLDER) != len(sources):
+            raise RequestError(
+                f"{text.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER} placeholders, but {len(sources)} images"
+            )
+        segments = [Segment(s.text.replace(IMAGE_PLACEHOLDER, token), s.supervised) for s in segments]
         text = "".join(segment.text for segment in segments)
         bos = self.tokenizer.bos_token
         encoded = self.processor(
@@ -159,7 +161,7 @@ class Collator:
         return {"attention_mask": torch.ones_like(made["input_ids"])} | made
 
     def _render(self, sample: dict) -> tuple[list[Segment], list]:
-        """(segments with `<image>` marks, image sources) of a sample."""
+        """(segments with `<image>` placeholders, image sources) of a sample."""
         request = {name: value for name, value in sample.items() if name != "answer"}
         if "prompt" not in sample and "messages" not in sample:
             raise RequestError(
@@ -179,8 +181,8 @@ class Collator:
             answer = sample.get("answer")
             if not isinstance(answer, str) or not answer:
                 raise RequestError('labels need a text under "answer": this sample has nothing to learn from')
-            if IMAGE_MARK in answer:
-                raise RequestError(f"its answer holds {IMAGE_MARK}: images belong to the prompt")
+            if IMAGE_PLACEHOLDER in answer:
+                raise RequestError(f"its answer holds {IMAGE_PLACEHOLDER}: images belong to the prompt")
             segments = [*segments, Segment(answer if answer.endswith(self.end) else answer + self.end, True)]
         return segments, sources
 

@@ -63,9 +63,9 @@ class RunState:
             return 0
         self._check_recipe(says)
         state = self.at(0)
-        mark = state["run"]["data"]
+        fingerprint = state["run"]["data"]
         checkpoints.load(steps[-1], state)
-        if state["run"]["data"] != mark:
+        if state["run"]["data"] != fingerprint:
             raise TrainingError(
                 f"the data, seed or batch size is not what {checkpoints.path(steps[-1])} was made with, so "
                 "samples would be lost or repeated: restore them (samples may be taken out, but not added, changed or "

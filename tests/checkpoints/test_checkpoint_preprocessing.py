@@ -63,10 +63,10 @@ def assert_pixels(found, expected):
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-def with_tokenizer(path, *marks):
+def with_tokenizer(path, *placeholders):
     model = build(load_checkpoint(path))
     marked = (path / "tokenizer_config.json").exists()
-    words = AutoTokenizer.from_pretrained(path) if marked else tokenizer(*marks)
+    words = AutoTokenizer.from_pretrained(path) if marked else tokenizer(*placeholders)
     model.processor = SimpleNamespace(tokenizer=words)
     return model
 

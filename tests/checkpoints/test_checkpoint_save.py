@@ -50,8 +50,8 @@ CLASSES = {
 }
 
 
-def with_tokenizer(model, *marks, size=94):
-    model.processor = SimpleNamespace(tokenizer=tokenizer(*marks, size=size))
+def with_tokenizer(model, *placeholders, size=94):
+    model.processor = SimpleNamespace(tokenizer=tokenizer(*placeholders, size=size))
     return model
 
 

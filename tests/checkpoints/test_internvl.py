@@ -29,7 +29,7 @@ def folder(tmp_path):
 
 
 def test_tiles_and_ids_are_those_of_transformers_processor():
-    """Several images of one prompt among them, each around its tokens, and the checkpoint's own mark."""
+    """Several images of one prompt among them, each around its tokens, and the checkpoint's own placeholder."""
     pair = tiny.pair(NAME)
     values = {name: getattr(pair.ours.config.vision, name) for name in ("image_mean", "image_std")}
     for sizes in (*([size] for size in SIZES), SIZES[:3]):

@@ -4,8 +4,8 @@ import pytest
 
 from llava_fast.errors import RequestError
 from llava_fast.inputs.chat.messages import (
-    IMAGE_MARK,
-    VIDEO_MARK,
+    IMAGE_PLACEHOLDER,
+    VIDEO_PLACEHOLDER,
     messages_from_conversations,
     normalise_messages,
     with_response_format,
@@ -63,8 +63,8 @@ def test_normalise_lists_images_in_reading_order():
     ]
     assert normalise_messages(normal) == (normal, [None] * 6)
     prompt = builtin_template("mistral").render(messages)
-    assert prompt.count(IMAGE_MARK) == len(sources)
-    assert prompt.count(VIDEO_MARK) == 1
+    assert prompt.count(IMAGE_PLACEHOLDER) == len(sources)
+    assert prompt.count(VIDEO_PLACEHOLDER) == 1
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ def test_ids_give_the_columns_of_the_pieces(name, training):
     sequence = [piece for pair in zip(pieces, visual, strict=False) for piece in pair] + pieces[3:]
     plan = build_plan([sequence], geometry.tower_rows_per_tile)
 
-    marks = [[IMAGE] * len(images[0]), [IMAGE] * len(images[1]), [VIDEO] * len(film)]
-    ids = np.concatenate([part for pair in zip(text, marks, strict=False) for part in pair] + text[3:])[None]
+    placeholders = [[IMAGE] * len(images[0]), [IMAGE] * len(images[1]), [VIDEO] * len(film)]
+    ids = np.concatenate([part for pair in zip(text, placeholders, strict=False) for part in pair] + text[3:])[None]
     columns, pools = placement_columns(images, ids, IMAGE, geometry.tower_rows_per_tile, [film], VIDEO, training)
 
     assert pools == plan.pools

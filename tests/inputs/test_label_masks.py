@@ -159,7 +159,7 @@ def test_each_answer_with_sentencepieces_spaces(template, every_piece, image_tok
     def check(messages):
         ids, flags = masked(processor, messages, "answers")
         supervised = [text for flag, text in runs(tokenizer, ids, flags) if flag]
-        if template == "plain":  # the answer follows the mark at once, where SentencePiece may put a space of its own
+        if template == "plain":  # SentencePiece may put a space of its own between placeholder and answer
             answer = messages[1]["content"]
             supervised = [text if answer.startswith(" ") else text.removeprefix(" ") for text in supervised]
         assert supervised == answers_of(messages, template)

@@ -16,7 +16,7 @@ from llava_fast.inputs.pictures.reading import open_image
 from llava_fast.inputs.plan.columns import MODALITY_TEXT
 from llava_fast.inputs.plan.length import RowCounts, count_rows, fit
 from llava_fast.inputs.plan.plan import TextPiece, build_plan, sequence_length
-from llava_fast.inputs.prepared import VisualMark
+from llava_fast.inputs.prepared import Placeholder
 from tests.support import made_videos, tiny
 
 # ---------------------------------------------------------------- sizes from headers
@@ -158,13 +158,13 @@ def test_a_label_on_the_first_row_is_no_target():
     piece = TextPiece(np.arange(3), np.array([True, False, True]))
     assert count_rows([piece], [3]) == RowCounts(3, 0, 1)
     assert count_rows([TextPiece(np.arange(0), np.zeros(0, bool)), piece], [0, 3]).supervised == 1
-    assert count_rows([VisualMark("<image>", None, True), piece], [7, 3]) == RowCounts(3, 7, 2)
+    assert count_rows([Placeholder("<image>", None, True), piece], [7, 3]) == RowCounts(3, 7, 2)
     assert count_rows([], []) == RowCounts(0, 0, 0)
 
 
 def test_a_bad_request_has_no_count():
     processor = tiny.pair("next").ours.processor
-    with pytest.raises(RequestError, match="1 <image> marks and 0"):
+    with pytest.raises(RequestError, match="1 <image> placeholders and 0"):
         processor.count({"prompt": "<image>"})
     with pytest.raises(RequestError, match="not int"):
         processor.count({"prompt": "<image>", "images": [3]})
@@ -174,7 +174,7 @@ def test_a_bad_request_has_no_count():
 
 # ---------------------------------------------------------------- the length policy
 
-IMAGE = VisualMark("<image>", "not opened", True)
+IMAGE = Placeholder("<image>", "not opened", True)
 
 
 def text(labels: str) -> TextPiece:

@@ -197,7 +197,7 @@ def test_labels_are_exactly_the_answers_and_their_ends(template, image_token, to
     messages = CONVERSATION[:2] if template == "plain" else CONVERSATION
     plan = labelled(processor, messages)
     answers = words.decode(plan.column("supervised_target"))
-    if template == "plain":  # the answer follows the mark at once, where SentencePiece puts a space of its own
+    if template == "plain":  # the answer follows the placeholder at once, where SentencePiece puts a space of its own
         answers = answers.removeprefix(" ")
     assert answers == ANSWERS[template]
     # The shift: each supervised row is followed, in the sequence, by its target.
@@ -264,11 +264,19 @@ def png(cut: int | None = None, kind: str = "PNG") -> bytes:
 
 ONE = [PICTURES[0]]
 WRONG = {
-    "more marks than images": ({"prompt": "<image> <image>", "images": ONE}, RequestError, "2 <image> marks and 1"),
-    "more images than marks": ({"prompt": "<image>", "images": ONE * 2}, RequestError, "1 <image> marks and 2"),
-    "no marks": ({"prompt": "x", "images": ONE}, RequestError, "0 <image> marks and 1"),
-    "no images": ({"prompt": "<image>"}, RequestError, "1 <image> marks and 0"),
-    "no video mark": ({"prompt": "x", "video": ONE}, RequestError, "0 <video> marks and 1"),
+    "more placeholders than images": (
+        {"prompt": "<image> <image>", "images": ONE},
+        RequestError,
+        "2 <image> placeholders and 1",
+    ),
+    "more images than placeholders": (
+        {"prompt": "<image>", "images": ONE * 2},
+        RequestError,
+        "1 <image> placeholders and 2",
+    ),
+    "no placeholders": ({"prompt": "x", "images": ONE}, RequestError, "0 <image> placeholders and 1"),
+    "no images": ({"prompt": "<image>"}, RequestError, "1 <image> placeholders and 0"),
+    "no video placeholder": ({"prompt": "x", "video": ONE}, RequestError, "0 <video> placeholders and 1"),
     "unknown key": ({"prompt": "x", "image": PICTURES[0]}, RequestError, r"unknown keys \['image'\]"),
     "both": ({"prompt": "x", "messages": []}, RequestError, "exactly one of"),
     "neither": ({"images": []}, RequestError, "exactly one of"),
@@ -304,8 +312,16 @@ WRONG = {
     "frames of two sizes": ({"prompt": "<video>", "video": PICTURES[:2]}, ImageError, "one size"),
     "no messages": ({"messages": []}, RequestError, "non-empty list"),
     "unknown role": ({"messages": [{"role": "bob", "content": "x"}]}, RequestError, "'bob'"),
-    "message marks": ({"messages": [{"role": "user", "content": "<image>"}]}, RequestError, "1 image marks"),
-    "message images": ({"messages": [{"role": "user", "content": "x"}], "images": ONE}, RequestError, "0 image marks"),
+    "message placeholders": (
+        {"messages": [{"role": "user", "content": "<image>"}]},
+        RequestError,
+        "1 image placeholders",
+    ),
+    "message images": (
+        {"messages": [{"role": "user", "content": "x"}], "images": ONE},
+        RequestError,
+        "0 image placeholders",
+    ),
     "seed text": ({"prompt": "x", "seed": "1"}, RequestError, '"seed" must be a whole number'),
     "seed fraction": ({"prompt": "x", "seed": 1.5}, RequestError, '"seed" must be a whole number'),
     "seed too large": ({"prompt": "x", "seed": 2**63}, RequestError, '"seed" must be a whole number'),
@@ -365,7 +381,7 @@ def test_a_video_mark_is_text_where_no_video_is_given():
 
 
 def test_the_time_instruction_is_llava_nexts(tmp_path):
-    """Word for word: with its missing space, and with the newline that follows a mark left in front of the question."""
+    """Word for word: with its missing space, and with the newline after a placeholder left in front of the question."""
     for number in range(5):
         Image.fromarray(tiny.picture(6, 8)).save(tmp_path / f"{number}.png")
     ours = tiny.pair("video").ours.processor

@@ -9,7 +9,7 @@ from transformers import AttentionInterface
 import llava_fast
 from llava_fast.integrations import attention
 from llava_fast.integrations.attention import register, spans_of
-from llava_fast.models.blocks.attention import Spans
+from llava_fast.models.blocks.attention import Spans, attend
 from tests.support import tiny
 from tests.support.against_stock import assert_same_gradients, batch, fresh, gradients
 from tests.support.parity import assert_close, assert_same_answer
@@ -150,9 +150,7 @@ def test_padding_is_not_computed(monkeypatch):
     model = models("next")[1]
     inputs = prompts("next", "left")
     seen = []
-    monkeypatch.setattr(
-        attention, "attend", lambda *a: seen.append(a[3]) or llava_fast.models.blocks.attention.attend(*a)
-    )
+    monkeypatch.setattr(attention, "attend", lambda *a: seen.append(a[3]) or attend(*a))
     model(**inputs)
     assert seen
     assert sum(seen[0].lengths) == inputs["attention_mask"].sum()

@@ -404,8 +404,8 @@ def test_without_a_plan():
         ({"messages": talk("hello")}, "labels need an assistant message"),
         ({"prompt": "hello"}, '"answer"'),
         ({"prompt": "hello", "answer": "<image>"}, "images belong to the prompt"),
-        ({"prompt": "<image> hello", "answer": "x"}, "1 <image> marks, but 0 images"),
-        ({"prompt": "hello", "answer": "x", "images": ["gone.png"]}, "0 <image> marks, but 1 images"),
+        ({"prompt": "<image> hello", "answer": "x"}, "1 <image> placeholders, but 0 images"),
+        ({"prompt": "hello", "answer": "x", "images": ["gone.png"]}, "0 <image> placeholders, but 1 images"),
         ({"prompt": "<image>", "answer": "x", "images": ["gone.png"]}, "no image or video file 'gone.png'"),
         ({"prompt": "<video>", "answer": "x", "video": "a.mp4"}, '"video" is not collated'),
         ({"input_ids": [1, 2]}, "no labels"),
@@ -462,7 +462,9 @@ def test_more_tiles_than_pixels_hold_are_refused():
 
 def test_offsets_before_expansion():
     text, token = "a<i><i>b<i>", "<i>"
-    starts = np.array([0, *range(1, 16, 3), 16, *range(17, 26, 3)])  # two marks became five tokens, one became three
+    starts = np.array(
+        [0, *range(1, 16, 3), 16, *range(17, 26, 3)]
+    )  # two placeholders became five tokens, one became three
     offsets = np.stack([starts, np.append(starts[1:], 26)], 1)
     is_image = np.array([False, *[True] * 5, False, *[True] * 3])
     found = offsets_before_expansion(offsets, is_image, text, token)

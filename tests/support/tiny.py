@@ -332,7 +332,7 @@ class Pair:
     ours: Any
 
     def reference_inputs(self, prompt: str, images: list[np.ndarray] = (), video: np.ndarray | None = None) -> dict:
-        """What transformers' model takes for a prompt with <image> and <video> marks."""
+        """What transformers' model takes for a prompt with <image> and <video> placeholders."""
         inputs: dict = {}
         shown = []
         if len(images):

@@ -194,11 +194,11 @@ def edit_tensors(file: Path, edit) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def tokenizer(*marks, size=94):
-    """A word-level tokenizer of `size` words, then `marks` as special tokens."""
+def tokenizer(*placeholders, size=94):
+    """A word-level tokenizer of `size` words, then `placeholders` as special tokens."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{number}": number for number in range(3, size)}
     words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    fast.add_special_tokens({"additional_special_tokens": list(marks)})
+    fast.add_special_tokens({"additional_special_tokens": list(placeholders)})
     return fast

@@ -20,8 +20,8 @@ def turns(*texts):
 
 
 def sample(name="a", image="a.jpg", **others):
-    marks = "<image>\n" * (len(image) if isinstance(image, list) else image is not None)
-    return {"id": name, "image": image, "conversations": turns(f"{marks}What is it?", "A cat."), **others}
+    placeholders = "<image>\n" * (len(image) if isinstance(image, list) else image is not None)
+    return {"id": name, "image": image, "conversations": turns(f"{placeholders}What is it?", "A cat."), **others}
 
 
 def write(path, values, lines=False, **options):
@@ -84,8 +84,8 @@ def test_an_image_mark_moves_to_the_front_as_in_training(tmp_path):
 
 
 def test_a_video_is_marked_by_image_or_video(tmp_path):
-    for mark in ("<image>", "<video>"):
-        (only,) = table_of(tmp_path, {"video": "a.mp4", "conversations": turns(f"{mark}\nWhat?", "A cat.")})
+    for placeholder in ("<image>", "<video>"):
+        (only,) = table_of(tmp_path, {"video": "a.mp4", "conversations": turns(f"{placeholder}\nWhat?", "A cat.")})
         assert only.request["messages"][0]["content"] == "<video>\nWhat?"
         assert only.request["video"] == f"{tmp_path}/a.mp4"
         assert only.request["images"] == []
@@ -291,26 +291,30 @@ BAD_SAMPLES = {
         "roles and turns",
         "a system message can only be the first",
     ),
-    "two images, one mark": (
+    "two images, one placeholder": (
         {"image": ["a.jpg", "b.jpg"], "conversations": turns("<image>A", "B")},
-        "marks",
-        "its text has 1 <image> mark and it has 2 images",
+        "placeholders",
+        "its text has 1 <image> placeholder and it has 2 images",
     ),
-    "image without mark": ({"image": "a.jpg", "conversations": turns("A", "B")}, "marks", "no <image> marks"),
-    "mark without image": ({"conversations": turns("<image>\nA", "B")}, "marks", "and it has no images"),
-    "mark in the answer": (
+    "image without placeholder": (
+        {"image": "a.jpg", "conversations": turns("A", "B")},
+        "placeholders",
+        "no <image> placeholders",
+    ),
+    "placeholder without image": ({"conversations": turns("<image>\nA", "B")}, "placeholders", "and it has no images"),
+    "placeholder in the answer": (
         {"image": "a.jpg", "conversations": turns("A", "<image>B")},
-        "marks",
+        "placeholders",
         "message 1 (assistant) holds <image>: only a question can",
     ),
-    "video without mark": (
+    "video without placeholder": (
         {"video": "a.mp4", "conversations": turns("A", "B")},
-        "marks",
-        "a video and no marks for it",
+        "placeholders",
+        "a video and no placeholders for it",
     ),
     "video marked in the answer": (
         {"video": "a.mp4", "conversations": turns("A", "<image>B")},
-        "marks",
+        "placeholders",
         "message 1 (assistant) holds <video>",
     ),
     "two videos": (

@@ -23,8 +23,8 @@ def run(*arguments):
 
 
 def sample(image="a.jpg", question="What?", answer="A cat.", **others):
-    marks = "<image>\n" * (len(image) if isinstance(image, list) else image is not None)
-    turns = [{"from": "human", "value": marks + question}, {"from": "gpt", "value": answer}]
+    placeholders = "<image>\n" * (len(image) if isinstance(image, list) else image is not None)
+    turns = [{"from": "human", "value": placeholders + question}, {"from": "gpt", "value": answer}]
     return {"image": image, "conversations": turns, **others}
 
 
@@ -38,8 +38,8 @@ BAD = {
     "two sizes": (sample(None, "<image>\nWhat?", video="two.mjpeg"), "unreadable file"),
     "order": ({"conversations": [{"from": "human", "value": "A"}] * 2}, "roles and turns"),
     "empty answer": (sample(answer=""), "cannot be masked"),
-    "two images, one mark": (sample("a.jpg") | {"image": ["a.jpg", "a.jpg"]}, "marks"),
-    "mark in an answer": (sample(None, answer="<image>"), "marks"),
+    "two images, one placeholder": (sample("a.jpg") | {"image": ["a.jpg", "a.jpg"]}, "placeholders"),
+    "placeholder in an answer": (sample(None, answer="<image>"), "placeholders"),
     "null turns": ({"conversations": None, "id": None}, "malformed"),
     "null": (None, "malformed"),
     "half a surrogate": (sample(None, "\ud800", id="\ud800"), "cannot be masked"),

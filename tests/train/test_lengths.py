@@ -34,8 +34,8 @@ def folder(tmp_path):
 
 
 def sample(image="a.jpg", question="What?", answer="A cat.", **others):
-    marks = "<image>\n" * (len(image) if isinstance(image, list) else image is not None)
-    turns = [{"from": "human", "value": marks + question}, {"from": "gpt", "value": answer}]
+    placeholders = "<image>\n" * (len(image) if isinstance(image, list) else image is not None)
+    turns = [{"from": "human", "value": placeholders + question}, {"from": "gpt", "value": answer}]
     return {"image": image, "conversations": turns, **others}
 
 
@@ -98,7 +98,7 @@ BAD = {
     "empty answer": (sample(answer=""), "cannot be masked", "nothing to learn from"),
     "no answer": ({"conversations": [{"from": "human", "value": "A"}]}, "cannot be masked", "nothing to learn from"),
     "half a surrogate": (sample(question="\ud800"), "cannot be masked", "half a surrogate pair"),
-    "marks": (sample(None, "<image>What?"), "marks", "1 <image> mark and it has no images"),
+    "placeholders": (sample(None, "<image>What?"), "placeholders", "1 <image> placeholder and it has no images"),
     "malformed": ("text", "malformed", "must be an object"),
 }
 
@@ -142,7 +142,7 @@ def test_labels_of_the_original_trainers(folder, processor):
 def test_without_a_model_files_and_turns_are_looked_at(folder):
     values = [sample("no.jpg"), sample("cut.jpg"), sample(None, "<image>"), sample()]
     found = measure(table_of(folder, *values), None, "answers", 0, decode=True, progress=False)
-    assert list(found.kinds.values()) == ["missing file", "unreadable file", "marks"]
+    assert list(found.kinds.values()) == ["missing file", "unreadable file", "placeholders"]
     assert not found.text.any()
 
 

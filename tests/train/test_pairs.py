@@ -89,7 +89,7 @@ def test_earlier_turns_come_before_the_answers(table, model):
         ({"prompt": None}, "no prompt"),
         ({"prompt": []}, "no prompt"),
         ({"prompt": [{"from": "gpt", "value": "x"}]}, "end with a turn from 'human'"),
-        ({"prompt": "<image> <image> what"}, "2 <image> marks and it has 1 image"),
+        ({"prompt": "<image> <image> what"}, "2 <image> placeholders and it has 1 image"),
         ({"image": 7}, "must be a path"),
     ],
 )

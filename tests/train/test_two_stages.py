@@ -38,7 +38,7 @@ def parts(tmp_path):
 
 
 def captions(folder, samples=12):
-    """As LLaVA's first stage has them: a request that is only the picture's mark to the model, and a caption."""
+    """As LLaVA's first stage has them: a request that is only the picture's placeholder to the model, and a caption."""
     records = []
     for number in range(samples):
         Image.fromarray(tiny.picture(40 + number, 70, seed=number)).save(folder / f"{number}.png")

@@ -68,8 +68,11 @@ def sources(folder) -> dict[str, list]:
         turns = []
         for kind in ("count", "read")[: 1 + number % 2]:
             answer = questions.answer(kind, canvas.digits) if images else "none"
-            mark = "<image>\n" * len(images) if not turns else ""
-            turns += [{"from": "human", "value": mark + questions.ask(rng, kind)}, {"from": "gpt", "value": answer}]
+            placeholder = "<image>\n" * len(images) if not turns else ""
+            turns += [
+                {"from": "human", "value": placeholder + questions.ask(rng, kind)},
+                {"from": "gpt", "value": answer},
+            ]
         mixed.append({"image": images, "conversations": turns})
     for name, samples in (("captions", captions), ("mixed", mixed)):
         (folder / f"{name}.json").write_text(json.dumps(samples))

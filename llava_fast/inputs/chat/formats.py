@@ -47,7 +47,7 @@ class TurnFormat:
     start: str = ""  # before everything else
     before_later_users: str = ""  # before every user turn but the first
     strip_text: bool = False  # texts lose white space at both ends, as `| trim` does in the source template
-    marks_only: bool = False  # of a user turn only its image marks are kept
+    placeholders_only: bool = False  # of a user turn only its image placeholders are kept
     # Not empty: the original trainer supervises whole assistant turns, and these tokens wherever they stand.
     original_label_tokens: tuple[str, ...] = ()
 
@@ -64,7 +64,7 @@ _PLAIN = TurnFormat(
     system=None,
     user=("", ""),
     answer=("", "\n"),
-    marks_only=True,
+    placeholders_only=True,
 )
 _VICUNA_V1 = TurnFormat(
     name="vicuna_v1",

@@ -11,9 +11,9 @@ from typing import Any
 
 from llava_fast.errors import RequestError
 
-IMAGE_MARK = "<image>"
-VIDEO_MARK = "<video>"
-MARKS = {"image": IMAGE_MARK, "video": VIDEO_MARK}
+IMAGE_PLACEHOLDER = "<image>"
+VIDEO_PLACEHOLDER = "<video>"
+PLACEHOLDERS = {"image": IMAGE_PLACEHOLDER, "video": VIDEO_PLACEHOLDER}
 
 # LLaVA-1.5 (arXiv 2310.03744), the response-format prompts of its short-answer and multiple-choice data.
 RESPONSE_FORMATS = {
@@ -32,7 +32,7 @@ def normalise_messages(messages: Sequence[Mapping]) -> tuple[list[dict], list[An
     Returns (messages, image_sources). Items of the new messages are {"type": "text", "text"},
         {"type": "image"} or {"type": "video"}. image_sources holds one entry per image in reading order: its
         source (a data URI, a path, or the object given), or None where the request's own list of images must
-        supply it: an image item without a source, or a `<image>` mark inside a text. Texts stay as they are.
+        supply it: an image item without a source, or a `<image>` placeholder inside a text. Texts stay as they are.
     Raises RequestError, naming the message, for a wrong order of roles, an empty user message, an unknown content,
     images outside user messages, and web addresses. (An assistant's message may be empty: models do answer nothing.)
     """
@@ -72,7 +72,7 @@ def _normalise_content(content: Any, role: str, where: str, sources: list[Any]) 
         if kind == "text":
             if not isinstance(item.get("text"), str):
                 raise RequestError(f"{where}: a text item needs a string under 'text'")
-            sources.extend([None] * item["text"].count(IMAGE_MARK))
+            sources.extend([None] * item["text"].count(IMAGE_PLACEHOLDER))
             items.append({"type": "text", "text": item["text"]})
         elif kind in ("image", "image_url", "video"):
             if role != "user":
@@ -108,8 +108,8 @@ def messages_from_conversations(conversations: Sequence[Mapping], image_first: b
     Also reads the "role"/"content" keys and the names system, user and assistant, as LLaVA-NeXT does. A first
     turn by "gpt" is left out, as in the original trainers.
     image_first: do what preprocess_multimodal of LLaVA-NeXT does to a text with exactly one `<image>` that
-        does not start with it: the mark moves to the front and a newline follows it. (The first LLaVA trainer
-        did so to every text with a mark; for several images in one text it so lost all marks but one.)
+        does not start with it: the placeholder moves to the front and a newline follows it. (The first LLaVA trainer
+        did so to every text with a placeholder; for several images in one text it so lost all placeholders but one.)
     Raises RequestError, naming the turn, for an unknown role, a value that is no string, or two turns in a
     row by the same side.
     """
@@ -132,8 +132,8 @@ def messages_from_conversations(conversations: Sequence[Mapping], image_first: b
             continue
         if messages and messages[-1]["role"] == role:
             raise RequestError(f"conversations[{index}] and the turn before it are both from {sender!r}")
-        if image_first and text.count(IMAGE_MARK) == 1 and not text.startswith(IMAGE_MARK):
-            text = f"{IMAGE_MARK}\n{text.replace(IMAGE_MARK, '').strip()}".strip()
+        if image_first and text.count(IMAGE_PLACEHOLDER) == 1 and not text.startswith(IMAGE_PLACEHOLDER):
+            text = f"{IMAGE_PLACEHOLDER}\n{text.replace(IMAGE_PLACEHOLDER, '').strip()}".strip()
         messages.append({"role": role, "content": text})
     if not messages:
         raise RequestError("conversations hold no turn from 'human'")
@@ -165,8 +165,8 @@ def with_video_times(messages: Sequence[Mapping], duration: float, times: Sequen
     timed = []
     for message in messages:
         text = content_text(message["content"])
-        if message["role"] == "user" and VIDEO_MARK in text:
-            text = f"{VIDEO_MARK}\n{instruction}\n{text.replace(VIDEO_MARK, '')}"
+        if message["role"] == "user" and VIDEO_PLACEHOLDER in text:
+            text = f"{VIDEO_PLACEHOLDER}\n{instruction}\n{text.replace(VIDEO_PLACEHOLDER, '')}"
             timed.append({**message, "content": [{"type": "text", "text": text}]})
         else:
             timed.append(dict(message))
@@ -184,7 +184,7 @@ def content_text(items: Sequence[Mapping]) -> str:
     was_visual = False
     for item in items:
         visual = item["type"] != "text"
-        piece = MARKS[item["type"]] if visual else item["text"]
+        piece = PLACEHOLDERS[item["type"]] if visual else item["text"]
         if piece:
             if pieces and (visual or was_visual):
                 pieces.append("\n")

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from llava_fast.errors import CheckpointError, RequestError
 from llava_fast.inputs.chat.formats import TURN_FORMATS, TurnFormat
 from llava_fast.inputs.chat.messages import (
-    MARKS,
+    PLACEHOLDERS,
     content_text,
     normalise_messages,
     take_system,
@@ -123,7 +123,7 @@ class BuiltinTemplate:
             raise RequestError(f"the chat template {form.name!r} has no system prompt: leave it out")
         system = form.system if system is None else system
         texts = [self._text(turn) for turn in turns]
-        if form.marks_only and (len(turns) > 2 or not texts[0]):
+        if form.placeholders_only and (len(turns) > 2 or not texts[0]):
             raise RequestError(
                 f"the chat template {form.name!r} takes one user message with an image and at most one answer"
             )
@@ -150,8 +150,8 @@ class BuiltinTemplate:
 
     def _text(self, turn: Mapping) -> str:
         text = content_text(turn["content"])
-        if self.format.marks_only and turn["role"] == "user":
-            return "".join(re.findall("|".join(MARKS.values()), text))
+        if self.format.placeholders_only and turn["role"] == "user":
+            return "".join(re.findall("|".join(PLACEHOLDERS.values()), text))
         return text.strip() if self.format.strip_text else text
 
 

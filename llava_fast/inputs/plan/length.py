@@ -12,7 +12,7 @@ from llava_fast.inputs.plan.plan import TextPiece
 
 LengthPolicy = Literal["drop", "cut"]
 Part = TypeVar("Part")
-"""A TextPiece, or an image or video in any form: a VisualPiece, or a mark that is not opened yet."""
+"""A TextPiece, or an image or video in any form: a VisualPiece, or a placeholder that is not opened yet."""
 
 
 class RowCounts(NamedTuple):

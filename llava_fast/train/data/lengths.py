@@ -49,8 +49,8 @@ class Lengths:
     """Rows of each sample: `text`, `visual`, and how many of the text rows are `supervised`; int32 [n].
 
     problems  what is wrong with a sample, in words, by its number; such a sample's rows are 0.
-    kinds     and of what kind that is: "missing file", "unreadable file", "roles and turns", "marks", "malformed",
-              "cannot be masked", "unexpected".
+    kinds     and of what kind that is: "missing file", "unreadable file", "roles and turns", "placeholders",
+              "malformed", "cannot be masked", "unexpected".
     """
 
     text: np.ndarray

@@ -18,9 +18,9 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from llava_fast.errors import DataError
-from llava_fast.inputs.chat.messages import IMAGE_MARK, VIDEO_MARK
+from llava_fast.inputs.chat.messages import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from llava_fast.inputs.plan.plan import Piece, TextPiece
-from llava_fast.inputs.prepared import Cut, Prepared, VisualMark
+from llava_fast.inputs.prepared import Cut, Placeholder, Prepared
 from llava_fast.inputs.processor import Processor
 from llava_fast.train.data.lengths import Lengths
 from llava_fast.train.data.loader import Made, each_sound
@@ -110,15 +110,15 @@ def conversation(value: dict[str, Any], turns: list[dict[str, Any]], answer: str
 
 
 def _marked(turns: list[dict[str, Any]], value: dict[str, Any]) -> list[dict[str, Any]]:
-    """The turns with a mark for each image, at the front where the prompt places none."""
+    """The turns with a placeholder for each image, at the front where the prompt places none."""
     images = value.get("images", value.get("image"))
     count = len(images) if isinstance(images, list) else int(images not in (None, ""))
-    marks = [IMAGE_MARK] * count + [VIDEO_MARK] * (value.get("video") not in (None, "", []))
+    placeholders = [IMAGE_PLACEHOLDER] * count + [VIDEO_PLACEHOLDER] * (value.get("video") not in (None, "", []))
     texts = [turn.get("value", turn.get("content")) for turn in turns]
-    if any(not isinstance(text, str) or IMAGE_MARK in text or VIDEO_MARK in text for text in texts):
+    if any(not isinstance(text, str) or IMAGE_PLACEHOLDER in text or VIDEO_PLACEHOLDER in text for text in texts):
         return turns
     first = next(i for i, turn in enumerate(turns) if turn.get("from", turn.get("role")) in ("human", "user"))
-    text = "".join(f"{mark}\n" for mark in marks) + texts[first]
+    text = "".join(f"{placeholder}\n" for placeholder in placeholders) + texts[first]
     return [*turns[:first], {"from": "human", "value": text}, *turns[first + 1 :]]
 
 
@@ -161,7 +161,7 @@ def _flags(piece: TextPiece) -> np.ndarray:
     return np.zeros(len(piece.ids), bool) if piece.supervised is None else piece.supervised
 
 
-def last_answer(outline: list[TextPiece | VisualMark]) -> list[TextPiece | VisualMark]:
+def last_answer(outline: list[TextPiece | Placeholder]) -> list[TextPiece | Placeholder]:
     """An outline that ends with its last answer, which alone is supervised: the answers before it are the prompt's."""
     *before, last = outline
     if not isinstance(last, TextPiece) or not _flags(last).any():
@@ -174,7 +174,7 @@ def last_answer(outline: list[TextPiece | VisualMark]) -> list[TextPiece | Visua
     return [*quiet, TextPiece(last.ids[:end], np.arange(end) >= start)]
 
 
-def _same(one: list[TextPiece | VisualMark], other: list[TextPiece | VisualMark]) -> bool:
+def _same(one: list[TextPiece | Placeholder], other: list[TextPiece | Placeholder]) -> bool:
     return len(one) == len(other) and all(
         np.array_equal(a.ids, b.ids) if isinstance(a, TextPiece) and isinstance(b, TextPiece) else type(a) is type(b)
         for a, b in zip(one, other, strict=True)

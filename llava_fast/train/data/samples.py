@@ -22,7 +22,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from llava_fast.errors import DataError, RequestError
-from llava_fast.inputs.chat.messages import IMAGE_MARK, VIDEO_MARK, messages_from_conversations, normalise_messages
+from llava_fast.inputs.chat.messages import (
+    IMAGE_PLACEHOLDER,
+    VIDEO_PLACEHOLDER,
+    messages_from_conversations,
+    normalise_messages,
+)
 from llava_fast.train.data.files import expand, read_text, read_values
 
 READ_KEYS = ("id", "image", "images", "video", "conversations", "messages")
@@ -307,7 +312,7 @@ def _openai_messages(messages: list[dict[str, Any]], folder: str) -> list[dict[s
     supply = iter(sources)
     for message in normal:
         for item in message["content"]:
-            for _ in range(item.get("text", "").count(IMAGE_MARK)):
+            for _ in range(item.get("text", "").count(IMAGE_PLACEHOLDER)):
                 next(supply)
             source = next(supply) if item["type"] == "image" else None
             if isinstance(source, str):
@@ -317,25 +322,36 @@ def _openai_messages(messages: list[dict[str, Any]], folder: str) -> list[dict[s
 
 def _marked_as_video(message: dict[str, Any]) -> dict[str, Any]:
     content = message["content"]
-    return {**message, "content": content.replace(IMAGE_MARK, VIDEO_MARK)} if isinstance(content, str) else message
+    return (
+        {**message, "content": content.replace(IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)}
+        if isinstance(content, str)
+        else message
+    )
 
 
 def _check_marks(messages: list[dict[str, Any]], images: int, videos: int) -> None:
     """Every image and video has its place in a question. Raises DataError."""
     normal, sources = normalise_messages(messages)
-    video_marks = 0
+    video_placeholders = 0
     for index, message in enumerate(normal):
         for item in message["content"]:
             text = item.get("text", "")
-            video_marks += 1 if item["type"] == "video" else text.count(VIDEO_MARK)
-            for mark in (IMAGE_MARK, VIDEO_MARK) if videos else (IMAGE_MARK,):
-                if message["role"] != "user" and mark in text:
-                    raise DataError(f"message {index} ({message['role']}) holds {mark}: only a question can", "marks")
-    marks = sum(source is None for source in sources)
-    if marks != images:
-        raise DataError(f"its text has {_some(marks, '<image> mark')} and it has {_some(images, 'image')}", "marks")
-    if videos and video_marks != 1:
-        raise DataError(f"it has a video and {_some(video_marks, 'mark')} for it: write <video> once", "marks")
+            video_placeholders += 1 if item["type"] == "video" else text.count(VIDEO_PLACEHOLDER)
+            for placeholder in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER) if videos else (IMAGE_PLACEHOLDER,):
+                if message["role"] != "user" and placeholder in text:
+                    raise DataError(
+                        f"message {index} ({message['role']}) holds {placeholder}: only a question can", "placeholders"
+                    )
+    placeholders = sum(source is None for source in sources)
+    if placeholders != images:
+        raise DataError(
+            f"its text has {_some(placeholders, '<image> placeholder')} and it has {_some(images, 'image')}",
+            "placeholders",
+        )
+    if videos and video_placeholders != 1:
+        raise DataError(
+            f"it has a video and {_some(video_placeholders, 'placeholder')} for it: write <video> once", "placeholders"
+        )
 
 
 def _some(count: int, what: str) -> str:

@@ -81,7 +81,7 @@ class KtoObjective(AgainstReference):
     def micro_batches(self, table: SampleTable, processor: Processor, references: np.ndarray | None) -> Dataset:
         return LabelledBatches(cast(LabelledTable, table), processor, self.others, references)
 
-    def mark(self) -> bytes:
+    def fingerprint(self) -> bytes:
         return self.others.tobytes()
 
     def prepare(self, loader: Loader, samples: RunSamples, processor: Processor, model: Llava, world: World) -> None:

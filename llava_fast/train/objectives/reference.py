@@ -77,7 +77,7 @@ class AgainstReference(Objective):
         """Micro-batches of sequences with two branches, by sample numbers. references: float32 [samples, 2], which then
         travel as the plan's column "reference" [sequences, 2]."""
 
-    def mark(self) -> bytes:
+    def fingerprint(self) -> bytes:
         """What the reference depends on beside samples, weights and precision."""
         return b""
 
@@ -93,15 +93,15 @@ class AgainstReference(Objective):
         loader.micro_batches = self.micro_batches(samples.table, processor, None)
         if self.settings.reference == "base":
             return
-        mark = hashlib.blake2b(digest_size=16)
+        fingerprint = hashlib.blake2b(digest_size=16)
         weights = weights_mark(model, self.recipe)
         for part in (samples.table.fingerprint(), processor.template.name, weights, self.recipe.precision):
-            mark.update(part.encode())
+            fingerprint.update(part.encode())
         measured = samples.lengths  # by tokenizer, tiles and frames; samples left out have no value
         for column in (measured.text, measured.visual, samples.left):
-            mark.update(column.tobytes())
-        mark.update(self.mark())
-        path = self.recipe.output / "references" / f"{mark.hexdigest()}.npy"
+            fingerprint.update(column.tobytes())
+        fingerprint.update(self.fingerprint())
+        path = self.recipe.output / "references" / f"{fingerprint.hexdigest()}.npy"
         references = reference_log_probs(self.recipe, model, loader, np.flatnonzero(samples.left), path, world)
         loader.micro_batches = self.micro_batches(samples.table, processor, references)
 
@@ -221,10 +221,10 @@ def reference_log_probs(
 def weights_mark(model: nn.Module, recipe: Recipe) -> str:
     """A hash of an even sample of each weight as `place` rounds it, adapters left out (they change nothing at the
     start)."""
-    mark = hashlib.blake2b(digest_size=16)
+    fingerprint = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
             flat = parameter.detach().flatten()
             sample = flat[:: max(1, flat.numel() // _SAMPLED)].to(placed_dtype(parameter, recipe)).float().cpu().numpy()
-            mark.update(f"{name} {tuple(parameter.shape)}".encode() + sample.tobytes())
-    return mark.hexdigest()
+            fingerprint.update(f"{name} {tuple(parameter.shape)}".encode() + sample.tobytes())
+    return fingerprint.hexdigest()
