@@ -143,7 +143,7 @@ _HELP = {
     "preprocess": "A decoded photograph to uint8 tiles, against transformers' Pillow processor.",
     "encode": "Tiles to the decoder's inputs: vision tower, projector, packing.",
     "prefill": "A prepared batch to the logits after its last row.",
-    "decode": "Greedy tokens behind a full cache, by each side's own generation loop.",
+    "decode": "Greedy tokens after a full cache, by each side's own generation loop.",
     "generate": "Photographs and prompts to text, everything included.",
     "train-step": "Forward, loss and backward of a batch with labels; the vision tower is frozen.",
     "loss": "The output head and its loss: supervised rows in parts, against a table of logits for every row.",

@@ -30,8 +30,8 @@ class Timed:
 
 @dataclass(frozen=True)
 class Quantiles:
-    """Seconds a call. `cpu` is the median of this process's processor time (all threads): on one thread it stays
-    behind the wall clock only where other programs took the processor. None on CUDA."""
+    """Seconds a call. `cpu` is the median of this process's processor time (all threads): on one thread it is
+    less than the wall clock only where other programs took the processor. None on CUDA."""
 
     median: float
     p20: float

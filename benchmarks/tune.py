@@ -3,7 +3,7 @@
 python -m benchmarks.tune --output-dir llava_fast/ops/tuned
 
 Each candidate must give the right answer before it is timed. Times are medians of CUDA-graph replays on the same
-inputs: those of 40 tiles are larger than any cache, those of 1 and 5 tiles may lie in it, as they do behind the op that
+inputs: those of 40 tiles are larger than any cache, those of 1 and 5 tiles may lie in it, as they do after the op that
 made them. A kernel without a right candidate is named and left out, so that it keeps its shipped configuration. The
 table is named for the GPU (a100, h100, h200) and is only data (llava_fast/ops/triton_support.py).
 """

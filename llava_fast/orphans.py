@@ -8,7 +8,7 @@ import threading
 import time
 from multiprocessing.connection import wait
 
-_EVERY = 1.0  # seconds between two looks
+_EVERY = 1.0  # seconds between two checks
 _watched: int | None = None  # the process whose watch has begun: a forked child inherits the value and no thread
 
 
@@ -17,7 +17,7 @@ def end_with_parent() -> None:
     multiprocessing child, the one that asked for it (a fork server may stand between). Call it again at no cost.
 
     A worker alone would stay: it joins its queue's thread, which writes to a pipe whose other end its siblings hold
-    open. PR_SET_PDEATHSIG fires when the parent's *thread* ends, so a thread of this process looks instead.
+    open. PR_SET_PDEATHSIG fires when the parent's *thread* ends, so a thread of this process checks instead.
     """
     global _watched  # noqa: PLW0603 a fact of the process
     if _watched == os.getpid():

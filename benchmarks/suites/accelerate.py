@@ -201,8 +201,8 @@ def _processor_cases(subject: Subject, settings: Settings, common: dict, tiles: 
     """The whole processor, text too. Stock: transformers', with its Pillow image processor."""
     batches = [photographs(settings, number) for number in range(ROTATED)]
     stock = subject.hf_processor
-    look = stock.image_processor
-    mean, std = (np.array(value, np.float32)[:, None, None] for value in (look.image_mean, look.image_std))
+    images = stock.image_processor
+    mean, std = (np.array(value, np.float32)[:, None, None] for value in (images.image_mean, images.image_std))
 
     def levels(pixels: Tensor) -> np.ndarray:
         return np.rint((joined(pixels.numpy()) * std + mean) * 255).astype(np.int16)

@@ -1,4 +1,4 @@
-"""Greedy tokens behind a cache that is already full of context: each side's own generation loop, nothing else.
+"""Greedy tokens after a cache that is already full of context: each side's own generation loop, nothing else.
 
 The cache is filled with the same random keys and values on both sides, so no prefill is paid for. llava_fast's
 scheduler also turns tokens into text as it goes, transformers' loop does not.
@@ -118,7 +118,7 @@ def _hf_compile(subject: Subject, settings: Settings, context: int) -> Provider:
     _fill_hf(cache, subject, settings, context)
 
     def prepare() -> None:
-        for layer in cache.layers:  # a static cache hides what lies behind its length
+        for layer in cache.layers:  # a static cache hides what lies past its length
             layer.cumulative_length.fill_(context)
 
     return _hf_provider("hf-compile", model, subject, settings, context, cache, prepare)

@@ -268,7 +268,7 @@ def _split(
 
 
 def _unwrapped(stored: Mapping[str, StoredTensor], names: NameMap) -> dict[str, StoredTensor]:
-    """Our names -> tensors of a file whose names may stand behind those of wrappers."""
+    """Our names -> tensors of a file whose names may have wrappers' prefixes."""
     return names.name_tensors(stored, lambda key: names.from_stored(_bare(key)))
 
 

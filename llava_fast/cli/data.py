@@ -11,7 +11,7 @@ import typer
 from llava_fast.errors import DataError
 
 app = typer.Typer(
-    help="Look at training data before training on it.",
+    help="Check training data before training on it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -20,7 +20,7 @@ app = typer.Typer(
 
 @app.callback()
 def data() -> None:
-    """Look at training data before training on it."""
+    """Check training data before training on it."""
 
 
 @app.command()
@@ -71,7 +71,7 @@ def check(
     It finds: images that are missing or cannot be decoded; turns in the wrong
     order; <image> placeholders that do not agree with the images; answers that cannot be
     masked; samples that are too long; data files that are no JSON. Without a model
-    (no recipe and no --model) it looks at files and turns and counts no tokens.
+    (no recipe and no --model) it checks files and turns and counts no tokens.
 
     \b
     A data set is a JSON list (or JSON lines) of samples:

@@ -1,6 +1,6 @@
 """Rows that are kept after their sequence has ended, for prompts that begin with the same ones.
 
-A tree of blocks: a node is a block's rows behind those of its ancestors, so equal rows are found where everything
+A tree of blocks: a node is a block's rows, after those of its ancestors, so equal rows are found where everything
 before them is equal too, to the row. Blocks are compared by the rows' keys (prompt.Part.keys), never by a hash of
 them. Sources: Kwon et al. 2023 (sharing blocks), Zheng et al. 2024 (RadixAttention: the tree, evicted from its leaves).
 """

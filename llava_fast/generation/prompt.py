@@ -32,7 +32,7 @@ class Part:
 
     @functools.cached_property
     def keys(self) -> list[int]:
-        """One integer a row. Equal rows behind equal rows have equal keys and caches: a text row's is its token id, a
+        """One integer a row. Equal rows after equal rows have equal keys and caches: a text row's is its token id, a
         visual row's (a newline's too) a hash of the tiles and how rows come from them, and its number."""
         if isinstance(self.piece, TextPiece):
             return self.piece.ids.tolist()

@@ -101,7 +101,7 @@ class Sampler:
     depend on the sequence's place in the batch or on its neighbours.
 
     seen        token ids of the prompt, for the repetition penalty.
-    processors  run in order, behind the penalty and before temperature, top-k and top-p.
+    processors  run in order, after the penalty and before temperature, top-k and top-p.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Which sequences run: they join and leave between steps, and share one cache.
 
 A step is at most one prefill pass, of a bounded number of rows, and one decoding pass, of a token for every sequence
-that has its prompt behind it; so a long prompt does not stall the others. Sources: Yu et al. 2022 (Orca: joining
+whose prompt is done; so a long prompt does not stall the others. Sources: Yu et al. 2022 (Orca: joining
 between steps), Agrawal et al. 2023 (chunked prefill).
 
 Admission is in order of arrival, as soon as the cache has blocks for all rows that a sequence has to run. Answers take

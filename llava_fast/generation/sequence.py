@@ -72,7 +72,7 @@ class Sequence:
         return self.prompt.keys + self.token_ids
 
     def between(self, first: int, last: int) -> tuple[list[Piece], list[Cut], int]:
-        """What rows [first, last) come from, as Prompt.between; behind the prompt, from the answer's tokens."""
+        """What rows [first, last) come from, as Prompt.between; after the prompt, from the answer's tokens."""
         pieces, tiles, begin = self.prompt.between(first, last)
         rows = self.prompt.rows
         if last > rows:

@@ -35,8 +35,8 @@ from llava_fast.inputs.tiling.video import frame_views, video_rows
 
 ORIGINAL_IMAGE_TOKEN = -200
 """The placeholder id of original LLaVA checkpoints, whose vocabulary has no image token (llava/constants.py)."""
-_MARK = re.compile(r"<image>|<video>")
-_IMAGE_MARK = re.compile(r"<image>")
+_PLACEHOLDER = re.compile(r"<image>|<video>")
+_IMAGE_PLACEHOLDER = re.compile(r"<image>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,13 +206,13 @@ class Processor(ProcessorOptions):
                 f"the prompt holds half a surrogate pair at character {error.start}: check how it was decoded"
             ) from None
         # Without a video, "<video>" is ordinary text, in the original layout as in a question about HTML.
-        pattern = _MARK if video_sources or self.video_token_id is not None else _IMAGE_MARK
+        pattern = _PLACEHOLDER if video_sources or self.video_token_id is not None else _IMAGE_PLACEHOLDER
         placeholders = pattern.findall(text)
         for placeholder, sources in (("<image>", image_sources), ("<video>", video_sources)):
             if placeholders.count(placeholder) != len(sources):
                 raise RequestError(
-                    f"the prompt has {placeholders.count(placeholder)} {placeholder} placeholders and {len(sources)} were "
-                    f"given: mark each one's place in the prompt with {placeholder}"
+                    f"the prompt has {placeholders.count(placeholder)} {placeholder} placeholders and {len(sources)} "
+                    f"were given: mark each one's place in the prompt with {placeholder}"
                 )
         if labels == "original":  # from here on, what is supervised is what the original trainers supervise
             segments = [Segment(each.text, each.supervised_original) for each in segments]

@@ -78,7 +78,7 @@ class PagedCache:
         return -(-rows // self.block_rows)
 
     def allocate(self, count: int, after: int = -1, expected: int = 0) -> list[int]:
-        """`count` blocks, zeroed, if possible side by side and behind block `after`. A cache that has to grow makes
+        """`count` blocks, zeroed, if possible contiguous and right after block `after`. A cache that has to grow makes
         room for `expected` blocks at once. Raises CacheFullError, having allocated none."""
         self._make_room(count, expected)
         taken: list[int] = []
@@ -154,7 +154,7 @@ class PagedCache:
     # ------------------------------------------------------------ what attention calls
 
     def append(self, layer: int, table: BlockTable, before: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [K, rows, D] behind the first `before` rows of a table; returns all its rows, [K, before+rows, D]."""
+        """Store [K, rows, D] after the first `before` rows of a table; returns all its rows, [K, before+rows, D]."""
         after = before + key.shape[1]
         table.require(after)
         views = table.views()

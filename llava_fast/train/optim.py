@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def freeze(model: LlavaModel, recipe: Recipe) -> list[str]:
     """Let only what the recipe names require gradients; returns the names of what does. Raises RecipeError for a
-    name that matches nothing. Tower layers behind the selected one never run, so they stay frozen."""
+    name that matches nothing. Tower layers after the selected one never run, so they stay frozen."""
     trained = set()
     names = [name for name, _ in model.named_parameters()]
     for pattern in recipe.trainable:

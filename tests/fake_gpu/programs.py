@@ -112,7 +112,7 @@ def training(name: str, backend: str, layout: str, logits: str) -> None:
 
 
 def preferring(backend: str) -> None:
-    """Nor with two answers behind one prompt (preference tuning)."""
+    """Nor with two answers after one prompt (preference tuning)."""
     with fake_gpu() as reads, use_backend(backend):
         model, tiles = on_gpu("next"), []
         outline = model.processor.outline({"prompt": "<image> hello", "images": PICTURES[:1]})

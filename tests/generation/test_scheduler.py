@@ -344,8 +344,8 @@ def test_cached_images_are_not_encoded_again(monkeypatch, alone):
     assert longer.result() == alone("next")[2]
     other = sequence_of(model, {"prompt": "<image>hello there, and more", "images": PICTURES[1:2]})
     run(scheduler, other)
-    assert len(calls) == 2, "another picture is another row, behind the BOS"
-    assert other.cached_rows == 1, "another picture is another row, behind the BOS"
+    assert len(calls) == 2, "another picture is another row, after the BOS"
+    assert other.cached_rows == 1, "another picture is another row, after the BOS"
 
 
 @pytest.mark.parametrize("same", range(1, 40, 3))

@@ -1,4 +1,4 @@
-"""Two answers behind one prompt: the plan's integers, and the same losses and gradients as two ordinary sequences."""
+"""Two answers after one prompt: the plan's integers, and the same losses and gradients as two ordinary sequences."""
 
 import numpy as np
 import pytest

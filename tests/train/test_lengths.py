@@ -178,12 +178,14 @@ def test_an_error_nobody_thought_of_is_a_problem_of_its_sample(folder, processor
 
 @pytest.fixture
 def looked_at(monkeypatch):
-    """Numbers of the samples that are looked at, not taken from the cache."""
+    """Numbers of the samples that are measured, not taken from the cache."""
     from llava_fast.train.data import lengths
 
     seen = []
-    look = lengths._Chunks._look
-    monkeypatch.setattr(lengths._Chunks, "_look", lambda self, number: seen.append(number) or look(self, number))
+    measured = lengths._Chunks._measured
+    monkeypatch.setattr(
+        lengths._Chunks, "_measured", lambda self, number: seen.append(number) or measured(self, number)
+    )
     return seen
 
 

@@ -29,7 +29,7 @@ MOST_SOURCE = 2**16
 _LARGEST = 2**25  # characters of one text, elements of one list
 _ELEMENT = 128  # what an element of a list counts, in characters, when a value is measured
 _MOST_BITS = 4096  # of a number
-_CHECKS = 64  # between two looks at the clock
+_CHECKS = 64  # loop steps between two checks of the clock
 
 
 class TemplateLimitError(Exception):

@@ -45,7 +45,7 @@ def _shape(pixels: np.ndarray) -> tuple[int, int]:
 
 
 def _notes_come_last(file: Any) -> bool:
-    """Whether a PNG has text or EXIF behind its pixels, where opening it does not look."""
+    """Whether a PNG has text or EXIF after its pixels, which opening it does not read."""
     file.seek(len(b"\x89PNG\r\n\x1a\n"))
     pixels_seen = False
     while len(head := file.read(8)) == 8:

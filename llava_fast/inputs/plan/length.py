@@ -44,8 +44,8 @@ def fit(parts: Sequence[Part], rows: Sequence[int], max_rows: int, policy: Lengt
     rows[i] is the length of parts[i]: `Processor.rows_of(outline)` before any image is opened, else those of a plan's
     pieces. A sample that fits is returned as it is.
     policy  "drop": a sample that is too long is left out. "cut": its end is. Text is cut after any token; an image or
-            video that does not fit whole goes, with everything behind it. What then has no supervised row left is
-            left out, as there is nothing to learn from it.
+            video that does not fit whole is removed, with everything after it. A sample that then has no supervised
+            row is left out.
 
     The original trainers (LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal in llava/model/llava_arch.py) keep
     the first `tokenizer_model_max_length` rows whatever they are: of an image there, they keep its first rows, and

@@ -64,7 +64,7 @@ class DecoderConfig(ABC):
         return int(self.max_positions * stretched)
 
     def window_of(self, layer: int) -> int | None:
-        """Keys a query of this layer may look back on, itself included; None: all."""
+        """Keys that a query of this layer attends to, itself included; None: all."""
         return self.sliding_windows[layer] if self.sliding_windows else None
 
     @abstractmethod

@@ -286,5 +286,5 @@ class VisionTower(Tower):
         return torch.cat([states[depth] for depth in wanted], dim=-1) if len(wanted) > 1 else states[wanted[0]]
 
     def unused(self) -> list[nn.Module]:
-        """Layers behind the selected one, and the last LayerNorm."""
+        """Layers after the selected one, and the last LayerNorm."""
         return [*self.encoder.layers[self.config.layers_needed :], self.post_layernorm]

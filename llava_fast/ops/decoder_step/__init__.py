@@ -37,7 +37,7 @@ def decoder_step(
     cos, sin      [n, 1, D]: rotary tables of their positions, halves paired; sin's first half is negated.
     segments      the KV cache's memory, [layers, 2, K, blocks, block rows, D] each (see paging).
     tables        per sequence the runs of blocks that hold its rows: (first block, blocks, ...).
-    before        per sequence the rows cached already: these are read, and the row behind them is written. Nothing
+    before        per sequence the rows cached already: these are read, and the row after them is written. Nothing
                   else in the cache is touched. No two sequences may share the block that is written.
     Per layer: x += o(attention(norm(x))); x += down(silu(gate(norm(x))) * up(norm(x))); then the final norm.
     Softmax is in float32 or wider. FLOPs: 2n per weight and 4*n*rows*H*D a layer for attention. Minimum bytes: each

@@ -35,7 +35,7 @@ class LayerWeights(NamedTuple):
 
 
 class DecoderWeights:
-    """A decoder's layers and final norm [C]. `windows[layer]` is how many rows a row looks back on, itself included
+    """A decoder's layers and final norm [C]. `windows[layer]` is how many rows a row attends to, itself included
     (None: all). The tensors are referred to, not copied.
 
     Raises ValueError where shapes do not fit together or dtypes or devices differ.

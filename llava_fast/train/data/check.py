@@ -133,7 +133,7 @@ def plan_for(
 
 
 def check(plan: Plan, workers: int = 2, decode: bool = True, progress: bool = True) -> Report:
-    """Look at all samples of a plan. `decode`: open every image and video fully, not only its header.
+    """Check all samples of a plan. `decode`: open every image and video fully, not only its header.
 
     Raises CheckpointError for a model that is none; what is wrong with the data goes into the report.
     """
@@ -144,7 +144,7 @@ def check(plan: Plan, workers: int = 2, decode: bool = True, progress: bool = Tr
     table: SampleTable | None
     try:
         table = read_sources(plan.sources)
-    except DataError:  # a file that cannot be read at all: name each, and look at the others
+    except DataError:  # a file that cannot be read at all: name each, and check the others
         good, problems = _readable(plan.sources)
         table = read_sources([plan.sources[number] for number in good]) if good else None
     if table is None:

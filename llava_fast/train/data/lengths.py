@@ -87,7 +87,7 @@ def measure(
     processor  of the model to train; its `max_rows` plays no part. None: only looks for problems, all rows are 0.
     workers    processes that do it; 0 does it in this one.
     cache      a directory to keep results in, by a hash of the data and of the processor's settings; samples with a
-               problem are looked at `again` the next time, as their files may have been mended.
+               problem are measured `again` the next time, as their files may have been fixed.
     decode     open every image and video fully, so that a truncated file is found; otherwise their headers are read.
     """
     kept = None if cache is None else Path(cache) / f"{_key(table, processor, labels)}.npz"
@@ -106,7 +106,7 @@ def measure(
 
 
 class _Chunks(Dataset):
-    """Samples to look at, a few at a time."""
+    """Samples to measure, a few at a time."""
 
     def __init__(
         self, table: SampleTable, processor: Processor | None, labels: LabelMask, decode: bool, numbers: Sequence[int]
@@ -119,9 +119,9 @@ class _Chunks(Dataset):
     def __getitem__(self, chunk: int) -> list[_Found]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of odd files that it reads all the same
-            return [self._look(number) for number in self.numbers[chunk * _CHUNK : (chunk + 1) * _CHUNK]]
+            return [self._measured(number) for number in self.numbers[chunk * _CHUNK : (chunk + 1) * _CHUNK]]
 
-    def _look(self, number: int) -> _Found:
+    def _measured(self, number: int) -> _Found:
         try:
             request = self.table[number].request
             if self.decode or self.processor is None:  # otherwise counting reads the headers
@@ -131,7 +131,7 @@ class _Chunks(Dataset):
             return _Found(number, *self.processor.count(request, self.labels))
         except MemoryError:
             raise
-        except Exception as error:  # whatever a sample brings about, the others are looked at too
+        except Exception as error:  # whatever is wrong with one sample, the others are measured too
             kind, problem = described(self.table.name(number), error)
             return _Found(number, kind=kind, problem=problem)
 
@@ -223,7 +223,7 @@ def _key(table: SampleTable, processor: Processor | None, labels: LabelMask) -> 
 
 
 def _read(path: Path, count: int, decode: bool) -> _Kept | None:
-    """What is kept, if it is whole and looked at images as closely as is asked now."""
+    """The stored result, if it is whole and its images were opened as fully as is asked now."""
     try:
         with np.load(path, allow_pickle=False) as held:
             rows = held["rows"]

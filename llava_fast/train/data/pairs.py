@@ -52,7 +52,7 @@ class Answers(SampleTable):
         return super().name(number // 2)
 
     def rows(self, lengths: Lengths) -> tuple[Lengths, Lengths]:
-        """From the lengths of all answers, those of pairs: the longer of the two alone, and both behind what they
+        """From the lengths of all answers, those of pairs: the longer of the two alone, and both after what they
         share (at most so many rows)."""
         text, supervised = (each.reshape(-1, 2) for each in (lengths.text, lengths.supervised))
         visual = lengths.visual[::2]

@@ -1,7 +1,7 @@
 """LLaVA-format files in, samples out: JSON lists and JSON lines, globs, and LLaVA-NeXT's YAML mixtures.
 
-Files are read once, and kept as one buffer of bytes that worker processes share. A sample is looked at when it is
-asked for: what is wrong with it is said then, by its name, so that one bad sample does not hide the others
+Files are read once, and kept as one buffer of bytes that worker processes share. A sample is checked when it is
+asked for: its error names it and is raised then, so that one bad sample does not hide the others
 (`llava-fast data check` lists them all).
 """
 

@@ -104,8 +104,8 @@ def step_flops(
     trained   parts with weights that are trained: "vision_tower", "projector", "decoder". A part that is trained in
               part counts as trained.
     adapters  weights of LoRA adapters on the decoder.
-    The rest as for `forward_flops`. What lies behind everything that is trained has no backward pass; what is frozen
-    in front of it passes gradients on, and makes none for its weights.
+    The rest as for `forward_flops`. Parts upstream of every trained part run no backward. Frozen parts downstream of one
+    compute input gradients but no weight gradients.
     """
     lengths = list(lengths)
     forward = forward_flops(config, lengths, tiles, supervised, projected)
@@ -116,7 +116,7 @@ def step_flops(
         forward.tower * (1 + 2 * tower)
         + forward.tower_attention * (1 + 2 * tower)
         + forward.projector * (1 + projector + tower)
-        + forward.projector * _behind_first(config) * (projector and not tower)
+        + forward.projector * _after_first(config) * (projector and not tower)
         + (forward.decoder + forward.head) * (1 + through_decoder + decoder)
         + forward.decoder_attention * (1 + 2 * through_decoder)
         + 6.0 * sum(lengths) * adapters
@@ -130,8 +130,8 @@ def sequence_flops(config: DecoderConfig, lengths: Iterable[int]) -> np.ndarray:
     return np.array([row * length + _attention(config, [length]) for length in map(int, lengths)], np.float64)
 
 
-def _behind_first(config: LlavaConfig) -> float:
-    """Share of the projector's products behind its first layer, which pass gradients on to that."""
+def _after_first(config: LlavaConfig) -> float:
+    """Share of the projector's products after its first layer, which compute gradients for it."""
     weights = config.projector.matrix_size
     return 1 - config.projector.first_matrix_size / weights if weights else 0.0
 
