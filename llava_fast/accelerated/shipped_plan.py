@@ -174,8 +174,8 @@ def _pools(config, plan: dict[str, Tensor]) -> list[Pool]:
 
 
 def supervision(plan: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, targets) of the loss, on the device of labels [B, S]. Raises PlanError for labels other than those the plan
-    was made of, where comparing them costs no transfer from a device."""
+    """(rows, targets) of the loss, on the device of labels [B, S]. Raises PlanError for labels other than those the
+    plan was made of, where comparing them costs no transfer from a device."""
     rows, targets = (plan[name].to(labels.device, non_blocking=True) for name in SUPERVISED)
     if labels.device.type == "cpu":
         expected = supervised_rows(labels.numpy())

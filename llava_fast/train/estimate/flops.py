@@ -104,8 +104,8 @@ def step_flops(
     trained   parts with weights that are trained: "vision_tower", "projector", "decoder". A part that is trained in
               part counts as trained.
     adapters  weights of LoRA adapters on the decoder.
-    The rest as for `forward_flops`. Parts upstream of every trained part run no backward. Frozen parts downstream of one
-    compute input gradients but no weight gradients.
+    The rest as for `forward_flops`. Parts upstream of every trained part run no backward. Frozen parts downstream of
+    one compute input gradients but no weight gradients.
     """
     lengths = list(lengths)
     forward = forward_flops(config, lengths, tiles, supervised, projected)
