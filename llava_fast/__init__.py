@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from llava_fast.generation.sampling import Sampling
     from llava_fast.generation.sequence import Generation, Usage
     from llava_fast.inputs.processor import Processor, ProcessorOptions
+    from llava_fast.models.quantised import Quantisation
 
 _MODULES = {
     "Assembly": "checkpoints.assemble",
@@ -44,6 +45,7 @@ _MODULES = {
     "Llava": "generation.llava",
     "Processor": "inputs.processor",
     "ProcessorOptions": "inputs.processor",
+    "Quantisation": "models.quantised",
     "Sampling": "generation.sampling",
     "Usage": "generation.sequence",
     "accelerate": "accelerated.patch",
@@ -72,6 +74,7 @@ __all__ = [
     "PlanError",
     "Processor",
     "ProcessorOptions",
+    "Quantisation",
     "QuantisationError",
     "RecipeError",
     "RequestError",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llava_fast.checkpoints.assemble import Assembly, open_checkpoint
-from llava_fast.checkpoints.load import LoadedCheckpoint, load_weights
+from llava_fast.checkpoints.load import LoadedCheckpoint, Progress, load_weights
 from llava_fast.checkpoints.save import NOTE_FILE
 from llava_fast.checkpoints.templates import find_templates
 from llava_fast.checkpoints.tokenizer import load_tokenizer
@@ -22,6 +22,7 @@ from llava_fast.inputs.pictures.tiles import TORCH_MODES
 from llava_fast.inputs.processor import Processor, ProcessorOptions
 from llava_fast.inputs.tiling.anyres import Compat, count_image_rows
 from llava_fast.models.fused import merge_linears
+from llava_fast.models.quantised import Quantisation
 from llava_fast.storage.files import check_fields, parse_json
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def load(
     model_base: str | Path | None = None,
     vision_tower: str | Path | None = None,
     merge: bool | None = None,
+    quantize: Quantisation | str | None = None,
+    progress: Progress = list,
 ) -> Llava:
     """A model ready to answer, from a Hugging Face or an original LLaVA checkpoint; or one to train, put together
     from a language model and a vision tower (see checkpoints.assemble).
@@ -52,10 +55,15 @@ def load(
     merge          one weight for query, key and value and one for gate and up, so that each is one product (see
                    models.fused.merge_linears). Default: on CUDA. False for a model that is trained or given adapters;
                    llava_fast.models.fused.split_linears undoes it. Saving writes the separate weights in any case.
+    quantize       "int8", "int4" or a Quantisation: round the decoder's Linears, its head and its embedding to 8 or 4
+                   bits as they are read (see docs/quantisation.md). A checkpoint that is quantised already is read as
+                   it is, without this.
+    progress       what the names of tensors are iterated through, such as tqdm.tqdm.
 
-    Weights are memory-mapped and assigned tensor by tensor. Raises CheckpointError, naming file and tensor.
+    Weights are memory-mapped and assigned tensor by tensor. Raises CheckpointError, naming file and tensor, and
+    QuantisationError for a quantisation that cannot be.
     """
-    device = _device(device)
+    device, quantisation = _device(device), Quantisation.of(quantize)
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
     checkpoint, name = open_checkpoint(
@@ -67,7 +75,7 @@ def load(
     with torch.device("meta"):
         reads = load_processor(checkpoint, name, chat_template).with_options(options)
         model = Llava(checkpoint.config, reads)
-    load_weights(model, checkpoint)
+    load_weights(model, checkpoint, quantisation=quantisation, progress=progress)
     if merge or (merge is None and device.type == "cuda"):
         merge_linears(model)
     return model.eval()

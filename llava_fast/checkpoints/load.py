@@ -12,7 +12,7 @@ changes they stay views of the file.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,15 +20,20 @@ import torch
 from torch import nn
 
 from llava_fast.checkpoints.adapters import ADAPTER_CONFIG, add_adapter, add_projector, find_projector_file
+from llava_fast.checkpoints.quantised import StoredQuantised, joined
 from llava_fast.checkpoints.save import read_side_files
-from llava_fast.errors import CheckpointError
+from llava_fast.errors import CheckpointError, QuantisationError
 from llava_fast.families import family_of, fields, find_family
 from llava_fast.families.known_towers import tower_tensors
 from llava_fast.families.names import EMBEDDING, HEAD
 from llava_fast.models.config import LlavaConfig
+from llava_fast.models.quantised import Quantisation, Rounding, plan, put
+from llava_fast.ops.quantised_linear import QuantisedWeight
 from llava_fast.storage.files import read_json, read_json_if_there
 from llava_fast.storage.hub import resolve
 from llava_fast.storage.tensor_files import StoredTensor, has_weights, open_weights
+
+Progress = Callable[[list[str]], Iterable[str]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +79,7 @@ def load_checkpoint(
     described, base, projector = _find(path, model_base)
     source = read_json(described / "config.json")
     family = family_of(source, described / "config.json")
-    tensors = family.names.name_tensors(open_weights(base or path))
+    tensors = family.names.name_tensors(joined(open_weights(base or path), base or path))
     if projector is not None:
         tensors = add_projector(tensors, projector, family.names)
     config, tower = family.read_with_tower(source, described, vision_tower, base)
@@ -103,9 +108,15 @@ def load_weights(
     checkpoint: LoadedCheckpoint,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    quantisation: Quantisation | None = None,
+    progress: Progress = list,
 ) -> None:
     """Assign every parameter of `model` (built on the meta device or not) from the checkpoint, and the side files
-    that `save` writes back.
+    that `save` writes back. A weight that the checkpoint holds quantised, and each that `quantisation` names, becomes
+    a module of models.quantised in the place of its Linear or embedding, one weight at a time.
+
+    quantisation  for a checkpoint that is not quantised; CheckpointError for one that is.
+    progress      is given the names of the tensors and iterates over them, as tqdm does.
 
     `device` and `dtype` default to the checkpoint's. Names and shapes are checked before anything is read:
     CheckpointError lists tensors that are missing, unexpected or of another shape, and nothing is assigned.
@@ -115,11 +126,40 @@ def load_weights(
     parameters = dict(model.named_parameters())
     expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     check_tensors(expected, checkpoint.tensors, checkpoint.path)
-    for name, parameter in parameters.items():
-        value = checkpoint.tensors[name].load().to(device=device, dtype=dtype)
+    _check_quantised(model, checkpoint, quantisation)
+    roundings = {} if quantisation is None else plan(model, quantisation)
+    # A bias is assigned before its module's weight: what takes the module's place takes the bias with it.
+    for name in progress(sorted(parameters, key=lambda name: name.endswith(".weight"))):
+        stored, requires_grad = checkpoint.tensors[name], parameters[name].requires_grad
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
+        if isinstance(stored, StoredQuantised):
+            weight, order = stored.load_quantised()
+            put(model, owner, weight.to(device), dtype, None if order is None else order.to(device))
+        elif leaf == "weight" and owner in roundings:
+            put(model, owner, _rounded(stored, roundings[owner], device), dtype)
+        else:
+            value = stored.load().to(device=device, dtype=dtype)
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=requires_grad))
     model.side_files = dict(checkpoint.side_files)
+
+
+def _rounded(stored: StoredTensor, rounding: Rounding, device: torch.device) -> QuantisedWeight:
+    try:
+        return rounding.of(stored.load()).to(device)
+    except QuantisationError as problem:
+        raise CheckpointError(f"{stored.file}: {stored.key!r}: {problem}") from None
+
+
+def _check_quantised(model: nn.Module, checkpoint: LoadedCheckpoint, asked: Quantisation | None) -> None:
+    """Raise CheckpointError for a weight that is quantised in the file and no Linear's or embedding's in the model, and
+    for a quantised checkpoint that is to be quantised."""
+    for name, stored in checkpoint.tensors.items():
+        if isinstance(stored, StoredQuantised):
+            if asked is not None:
+                raise CheckpointError(f"{checkpoint.path} is quantised already: leave quantize out")
+            owner, _, leaf = name.rpartition(".")
+            if leaf != "weight" or type(model.get_submodule(owner)) not in (nn.Linear, nn.Embedding):
+                raise CheckpointError(f"{stored.file}: {stored.key!r} is quantised, and only Linears can be")
 
 
 def check_tensors(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor], path: Path) -> None:
@@ -162,10 +202,13 @@ def _find(path: Path, model_base: str | Path | None) -> tuple[Path, Path | None,
 
 
 def _stored_dtype(tensors: Mapping[str, StoredTensor], path: Path) -> torch.dtype:
-    """The dtype of the stored token embedding, which stands for the checkpoint's."""
+    """The dtype of the stored token embedding, which stands for the checkpoint's; of the final norm where the embedding
+    is quantised."""
     if EMBEDDING not in tensors:
         raise CheckpointError(f"{path} holds no token embedding: the model of its config.json has one")
-    return tensors[EMBEDDING].dtype
+    embedding = tensors[EMBEDDING]
+    norm = tensors.get("decoder.norm.weight") if isinstance(embedding, StoredQuantised) else None
+    return (norm or embedding).dtype
 
 
 def _untied(config: LlavaConfig) -> LlavaConfig:

@@ -16,12 +16,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from llava_fast.checkpoints.quantisation_config import describe, quantised_modules
 from llava_fast.errors import CheckpointError
 from llava_fast.families import fields, writing_family
 from llava_fast.families.base import Family, TokenIds
 from llava_fast.families.names import EMBEDDING, HEAD
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.fused import separate_parameters
+from llava_fast.ops.quantised_linear import QuantisedWeight, dequantise, packing, quantise
 from llava_fast.storage.files import Fields, check_fields, parse_json, read_text, write_json, written_whole
 
 NOTE_FILE = "llava_fast.json"
@@ -59,6 +61,8 @@ def save(
 
     tensors  all weights by their names in the model, instead of its own: gathered ones of a model that is sharded.
 
+    Quantised modules (models.quantised) are written in the compressed-tensors format, in Hugging Face's layout only.
+
     Raises CheckpointError, and leaves `path` as it was, if `path` holds something and `overwrite` is not set, or if
     the layout cannot hold this model.
     """
@@ -69,19 +73,28 @@ def save(
         raise CheckpointError(f"{path} is a file; give a directory to save into")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise CheckpointError(f"{path} is not empty; choose another directory or pass overwrite=True")
-    tensors = separate_parameters(model) if tensors is None else dict(tensors)
     config, tokenizer = model.config, model.tokenizer
     family = writing_family(config, layout)
+    quantised = quantised_modules(model)
+    if quantised and layout != "hf":
+        raise CheckpointError(f"layout {layout!r} has no quantised form: save with layout='hf'")
+    tensors = separate_parameters(model) if tensors is None else dict(tensors)
     image_token_id, video_token_id = config.image_token_id, config.video_token_id
     if layout == "hf" and config.layout == "original":
         tokenizer, image_token_id, video_token_id = _with_visual_tokens(tokenizer, family.visual_tokens)
-        tensors = _with_vocabulary(tensors, max(image_token_id, video_token_id or 0) + 1)
-    embedding = tensors[EMBEDDING]
+        tensors, quantised = _with_vocabulary(tensors, quantised, max(image_token_id, video_token_id or 0) + 1)
+    vocabulary, dtype = _table(tensors, quantised)
     keeps = layout == config.layout and config.source
-    tokens = TokenIds(image_token_id, video_token_id, vocab_size=len(embedding))
+    tokens = TokenIds(image_token_id, video_token_id, vocab_size=vocabulary)
     written = family.unchanged(config) if keeps else family.write(config, tokens)
-    written["dtype" if "dtype" in written else "torch_dtype"] = str(embedding.dtype).removeprefix("torch.")
-    stored = {family.names.to_stored(name, layout, config): tensor.detach() for name, tensor in tensors.items()}
+    written["dtype" if "dtype" in written else "torch_dtype"] = str(dtype).removeprefix("torch.")
+    written.pop("quantization_config", None)
+    if quantised:
+        written["quantization_config"] = describe(model, family)
+    stored: dict[str, Stored] = {name: tensor.detach() for name, tensor in tensors.items()}
+    for name, (weight, computes) in quantised.items():
+        stored |= {f"{name}.{leaf}": (weight, computes, leaf) for leaf in packing.names_of(weight)}
+    stored = {family.names.to_stored(name, layout, config): tensor for name, tensor in stored.items()}
 
     with written_whole(path) as directory:
         _write_weights(directory, stored, max_shard_size)
@@ -114,18 +127,48 @@ def _write_side_files(directory: Path, config: LlavaConfig, family: Family, side
             write_json(directory / name, content)
 
 
-def _write_weights(directory: Path, stored: dict[str, torch.Tensor], max_shard_size: int | str) -> None:
+Stored = torch.Tensor | tuple[QuantisedWeight, torch.dtype, str]
+"""What is written under a name: a tensor, or one of those that hold a quantised weight, made when it is written."""
+
+
+def _write_weights(directory: Path, stored: dict[str, Stored], max_shard_size: int | str) -> None:
     from huggingface_hub import split_torch_state_dict_into_shards  # only saving needs it
 
-    if unmade := [name for name, tensor in stored.items() if tensor.is_meta]:
+    sizes = {name: _sized(each) for name, each in stored.items()}
+    if unmade := [name for name, each in stored.items() if isinstance(each, torch.Tensor) and each.is_meta]:
         raise CheckpointError(f"{unmade[0]} is on the meta device and has no values; load weights before saving")
-    split = split_torch_state_dict_into_shards(stored, max_shard_size=max_shard_size)
+    split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
-        shard = {name: stored[name].cpu().contiguous() for name in names}
+        shard = {name: _made(stored[name]).cpu().contiguous() for name in names}
         save_file(shard, directory / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(directory / "model.safetensors.index.json", index)
+
+
+def _made(stored: Stored) -> torch.Tensor:
+    if isinstance(stored, torch.Tensor):
+        return stored
+    weight, dtype, leaf = stored
+    return packing.packed(weight, dtype)[leaf]
+
+
+def _sized(stored: Stored) -> torch.Tensor:
+    """A tensor of the size that will be written."""
+    if isinstance(stored, torch.Tensor):
+        return stored
+    weight, dtype, leaf = stored
+    return packing.packed(weight.to("meta"), dtype)[leaf].to("meta")
+
+
+def _table(
+    tensors: Mapping[str, torch.Tensor], quantised: Mapping[str, tuple[QuantisedWeight, torch.dtype]]
+) -> tuple[int, torch.dtype]:
+    """(rows of the token embedding, dtype)."""
+    if (module := EMBEDDING.removesuffix(".weight")) in quantised:
+        weight, dtype = quantised[module]
+        return weight.shape[0], dtype
+    return len(tensors[EMBEDDING]), tensors[EMBEDDING].dtype
 
 
 def _with_visual_tokens(tokenizer: Any, placeholders: tuple[str, ...]) -> tuple[Any, int, int | None]:
@@ -146,16 +189,24 @@ def _with_visual_tokens(tokenizer: Any, placeholders: tuple[str, ...]) -> tuple[
     return tokenizer, ids[0], ids[1] if len(ids) > 1 else None
 
 
-def _with_vocabulary(tensors: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
-    """The tensors with at least `rows` rows of vocabulary, new ones the mean of the others: a mean logit is never
-    the largest."""
-    have = len(tensors[EMBEDDING])
+def _with_vocabulary(
+    tensors: dict[str, torch.Tensor], quantised: dict[str, tuple[QuantisedWeight, torch.dtype]], rows: int
+) -> tuple[dict[str, torch.Tensor], dict[str, tuple[QuantisedWeight, torch.dtype]]]:
+    """Both with at least `rows` rows of vocabulary, new ones the mean of the others: a mean logit is never the
+    largest."""
+    have, _ = _table(tensors, quantised)
     if rows <= have:
-        return tensors
-    wanted = -(-rows // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
-    grown = dict(tensors)
+        return tensors, quantised
+    more = -(-rows // _ROWS_MULTIPLE) * _ROWS_MULTIPLE - have
+    tensors, quantised = dict(tensors), dict(quantised)
     for name in (EMBEDDING, HEAD):
         if name in tensors:
             mean = tensors[name].detach().float().mean(0, keepdim=True).to(tensors[name].dtype)
-            grown[name] = torch.cat([tensors[name].detach(), mean.expand(wanted - have, -1)])
-    return grown
+            tensors[name] = torch.cat([tensors[name].detach(), mean.expand(more, -1)])
+        if (module := name.removesuffix(".weight")) in quantised:
+            weight, dtype = quantised[module]
+            mean = sum(dequantise(weight.rows(block)).sum(0, keepdim=True) for block in weight.blocks()) / have
+            new = quantise(mean.expand(more, -1), "int8")
+            codes, scale = torch.cat([weight.codes, new.codes]), torch.cat([weight.scale, new.scale])
+            quantised[module] = QuantisedWeight.unchecked(codes, scale), dtype
+    return tensors, quantised

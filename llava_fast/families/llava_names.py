@@ -80,7 +80,7 @@ def to_stored(name: str, layout: Spelling, projector_kind: str = "mlp") -> str:
     `projector_kind` is ProjectorConfig.kind: the original numbers an mlp's layers but not a lone linear.
     Raises CheckpointError for a projector that Hugging Face's layout cannot hold (all but two Linears).
     """
-    if match := re.fullmatch(r"projector\.layers\.(\d+)\.(weight|bias)", name):
+    if match := re.fullmatch(r"projector\.layers\.(\d+)\.(\w+)", name):
         index, leaf = match.groups()
         if layout == "original":
             return f"model.mm_projector.{leaf if projector_kind == 'linear' else f'{index}.{leaf}'}"

@@ -17,6 +17,7 @@ from typing import Literal
 
 from llava_fast.errors import CheckpointError
 from llava_fast.models.config import LlavaConfig
+from llava_fast.ops.quantised_linear import packing
 from llava_fast.storage.tensor_files import WEIGHT_DTYPES, StoredTensor
 
 Spelling = Literal["hf", "hf5", "original"]
@@ -96,12 +97,12 @@ class NameMap:
 
 
 def within(modules: Mapping[str, str], ours: str, stored: str) -> tuple[Rule, ...]:
-    """The rules of a part whose `modules` have other names (ours -> stored), for weight and bias of each. The part's
-    own names are `ours` and `stored`, ending in "."."""
+    """The rules of a part whose `modules` have other names (ours -> stored), for weight (quantised or not) and bias of
+    each. The part's own names are `ours` and `stored`, ending in "."."""
     return tuple(
         (f"{ours}{mine}.{leaf}", f"{stored}{theirs}.{leaf}")
         for mine, theirs in modules.items()
-        for leaf in ("weight", "bias")
+        for leaf in ("weight", "bias", *packing.NAMES)
     )
 
 

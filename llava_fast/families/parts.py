@@ -17,6 +17,9 @@ from llava_fast.models.towers import TOWERS
 from llava_fast.models.towers.base import TowerConfig
 from llava_fast.storage.files import Fields, check_fields, one_line
 
+READ_METHODS = ("compressed-tensors", "awq", "gptq", "torchao")
+"""quant_method of config.json's quantization_config: those that checkpoints.quantised reads."""
+
 
 def tower_config(tower, file: Path, **choices) -> TowerConfig:
     """A TowerConfig from a transformers vision config; `choices` are the fields that it does not have."""
@@ -62,9 +65,14 @@ def require(value: Any, supported: tuple[str, ...], field: str, file: Path) -> A
 
 
 def refuse_quantised(source: dict[str, Any], file: Path) -> None:
-    if source.get("quantization_config"):
-        method = source["quantization_config"].get("quant_method", "unknown")
-        raise CheckpointError(f"{file}: it is quantised ({method}); load the unquantised checkpoint it was made from")
+    """Raises CheckpointError for a checkpoint that is quantised by a method that checkpoints.quantised cannot read."""
+    if config := source.get("quantization_config"):
+        method = config.get("quant_method", "unknown")
+        if method not in READ_METHODS:
+            raise CheckpointError(
+                f"{file}: it is quantised ({method}); load the unquantised checkpoint it was made from, or one by "
+                f"{', '.join(READ_METHODS)}"
+            )
 
 
 def eos_token_ids(generation: dict[str, Any], *others: int | list[int] | None) -> tuple[int, ...]:

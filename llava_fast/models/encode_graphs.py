@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llava_fast.inputs.plan.buckets import Bucket, bucket_of, fill
 from llava_fast.models.batch import Batch
+from llava_fast.models.quantised import table_of
 from llava_fast.models.vlm import LlavaModel
 from llava_fast.ops import backend
 
@@ -78,7 +79,7 @@ class EncodeGraphs:
 
 def weight_addresses(model: LlavaModel) -> tuple[int, ...]:
     """Where what the path to the decoder's inputs reads lies; other numbers once a weight was replaced."""
-    found = [model.decoder.embed_tokens.weight.data_ptr()]
+    found = [table_of(model.decoder.embed_tokens).data_ptr()]
     if model.config.has_newline:
         found.append(model.image_newline.data_ptr())
     for part in (model.vision_tower, model.projector):
@@ -87,8 +88,9 @@ def weight_addresses(model: LlavaModel) -> tuple[int, ...]:
 
 
 def _collect_addresses(module: nn.Module, into: list[int]) -> None:
-    """As module.parameters() would give them, in a quarter of its time: this is asked at each replay."""
-    into += [parameter.data_ptr() for parameter in module._parameters.values() if parameter is not None]
+    """As module.parameters() and buffers() would give them, in a quarter of its time: this is asked at each replay."""
+    for owned in (module._parameters, module._buffers):
+        into += [tensor.data_ptr() for tensor in owned.values() if tensor is not None]
     for child in module._modules.values():
         if child is not None:
             _collect_addresses(child, into)

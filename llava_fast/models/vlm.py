@@ -67,7 +67,7 @@ class LlavaModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.decoder.embed_tokens.weight.device
+        return self.decoder.device
 
     def prepare(
         self,

@@ -221,7 +221,7 @@ def test_either_name_of_the_image_token(tmp_path):
     [
         ("llava", {"model_type": "llama"}, "model_type is 'llama'; supported are llava, llava_next"),
         ("llava", {"projector_hidden_act": "tanh"}, "projector_hidden_act is 'tanh'"),
-        ("llava", {"quantization_config": {"quant_method": "awq"}}, r"quantised \(awq\)"),
+        ("llava", {"quantization_config": {"quant_method": "bitsandbytes"}}, r"quantised \(bitsandbytes\)"),
         ("llava_next_video", {"spatial_pool_mode": "conv"}, "spatial_pool_mode is 'conv'"),
         ("llava_onevision", {"vision_aspect_ratio": "anyres"}, "vision_aspect_ratio is 'anyres'"),
         ("llava_onevision", {"vision_feature_select_strategy": "default"}, "SigLIP has none"),

@@ -5,6 +5,7 @@ Shapes: R rows (all sequences end to end, see attention.Spans), C width.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,6 +16,7 @@ from llava_fast.models.blocks.rope import Rope
 from llava_fast.models.decoders.base import DecoderConfig, RowContext
 from llava_fast.models.decoders.llama import DecoderAttention, DecoderLayer, DecoderMLP
 from llava_fast.models.paged_cache import BLOCK_ROWS, PagedCache
+from llava_fast.models.quantised import Quantised, QuantisedEmbedding, like
 from llava_fast.models.recompute import Recompute, run_layer
 from llava_fast.ops.decoder_step import decoder_step
 from llava_fast.ops.linear_cross_entropy import linear_cross_entropy
@@ -54,18 +56,30 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, C] -> [rows, vocabulary]."""
-        return F.linear(hidden, self.embed_tokens.weight) if self.config.tie_embeddings else self.lm_head(hidden)
+        if not self.config.tie_embeddings:
+            return self.lm_head(hidden)
+        table = self.embed_tokens
+        return table.project(hidden) if isinstance(table, QuantisedEmbedding) else F.linear(hidden, table.weight)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return like(self.embed_tokens).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return like(self.embed_tokens).device
 
     def losses(self, hidden: Tensor, target: Tensor) -> Tensor:
         """Negative log-likelihood of each row's target: [rows, C], int [rows] -> float32 [rows]. Where the head is a
         plain layer, no table of logits is made."""
         tied = self.config.tie_embeddings
-        if tied or fused.is_plain(self.lm_head, nn.Linear):
-            return linear_cross_entropy(hidden, (self.embed_tokens if tied else self.lm_head).weight, target)
+        head = self.embed_tokens if tied else self.lm_head
+        if not isinstance(head, Quantised) and (tied or fused.is_plain(head, nn.Linear)):
+            return linear_cross_entropy(hidden, head.weight, target)
         return F.cross_entropy(self.logits(hidden).float(), target.long(), reduction="none")
 
     def new_cache(self, max_bytes: int | None = None, keep_bytes: int = 0, block_rows: int = BLOCK_ROWS) -> PagedCache:
         """An empty cache for this decoder's rows; it takes memory as it is used. Arguments as for PagedCache."""
-        config, weight = self.config, self.embed_tokens.weight
+        config = self.config
         shape = (config.num_layers, config.num_kv_heads, config.head_dim)
-        return PagedCache(*shape, weight.dtype, weight.device, max_bytes, keep_bytes, block_rows)
+        return PagedCache(*shape, self.dtype, self.device, max_bytes, keep_bytes, block_rows)

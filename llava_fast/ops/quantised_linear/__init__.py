@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llava_fast.ops import backend, library
-from llava_fast.ops.quantised_linear import reference
+from llava_fast.ops.quantised_linear import packing, reference
 from llava_fast.ops.quantised_linear.reference import dequantise, dequantise_rows, quantise
 from llava_fast.ops.quantised_linear.weight import GROUPS, SCHEMES, QuantisedWeight, check_scheme
 
@@ -17,6 +17,7 @@ __all__ = [
     "check_scheme",
     "dequantise",
     "dequantise_rows",
+    "packing",
     "quantise",
     "quantised_linear",
     "quantised_product",

@@ -20,8 +20,9 @@ def quantise(weight: Tensor, scheme: str, group: int | None = None, symmetric: b
     symmetric  int4: True, no zero points; False, a zero point for each group.
 
     Scales, of float32 values of a group: int8 max|w| / 127; int4 symmetric max|w| / 7.5, the code clamped to 0..15;
-    int4 with zero points (max(w, 0) - min(w, 0)) / 15. A group of zeros gets scale 1. No weight is off by more than
-    half its scale, up to rounding in float32.
+    int4 with zero points (max(w, 0) - min(w, 0)) / 15; each rounded up to a value of bfloat16, so that files in 16 bits
+    hold it exactly. A group of zeros gets scale 1. No weight is off by more than half its scale, up to rounding in
+    float32.
     The result is on the weight's device. Raises QuantisationError for an unknown scheme, a group that does not divide,
     or values that are not finite.
     """
@@ -60,14 +61,17 @@ def _scale_and_zero(block: Tensor, scheme: str, symmetric: bool) -> tuple[Tensor
     """Scale and zero point (the code of 0.0), both float32 [rows, groups, 1], of values [rows, groups, group]."""
     if symmetric:
         step = block.abs().amax(-1, keepdim=True) / (127 if scheme == "int8" else 7.5)
-        return _positive(step), 0 if scheme == "int8" else 8
+        return _storable(step), 0 if scheme == "int8" else 8
     least, most = block.amin(-1, keepdim=True).clamp_(max=0), block.amax(-1, keepdim=True).clamp_(min=0)
-    step = _positive((most - least) / 15)
+    step = _storable((most - least) / 15)
     return step, (-least / step).round_().clamp_(0, 15)
 
 
-def _positive(step: Tensor) -> Tensor:
-    """Values so small that their scale would be no normal float32 are zeros."""
+def _storable(step: Tensor) -> Tensor:
+    """The next value of bfloat16, from `step` up, in float32; 1 for what is no normal number there."""
+    near = step.bfloat16()
+    above = (near.view(torch.int16) + 1).view(torch.bfloat16)
+    step = torch.where(near.float() < step, above, near).float()
     return torch.where(step >= torch.finfo(torch.float32).tiny, step, 1)
 
 

@@ -19,8 +19,8 @@ from llava_fast.errors import QuantisationError
 SCHEMES = ("int8", "int4")
 GROUPS = (32, 64, 128)
 """How many elements of a row may share a scale (for int8 also the whole row)."""
-BLOCK_VALUES = 1 << 22
-"""Most float32 values of a weight that are made at once: 16 MiB."""
+BLOCK_VALUES = 1 << 20
+"""Most float32 values of a weight that are made at once: 4 MiB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +75,11 @@ class QuantisedWeight:
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in (self.codes, self.scale, self.zero) if part is not None)
+
+    def to(self, device: torch.device | str) -> QuantisedWeight:
+        """On another device."""
+        zero = None if self.zero is None else self.zero.to(device)
+        return QuantisedWeight.unchecked(self.codes.to(device), self.scale.to(device), zero)
 
     def rows(self, rows: slice) -> QuantisedWeight:
         """Some rows of the weight; views."""

@@ -1,0 +1,95 @@
+"""config.json's quantization_config of a quantised model, as compressed-tensors has it.
+
+Modules are named by patterns that fit both what files call them and what transformers does, since readers match either.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava_fast.errors import CheckpointError
+from llava_fast.families.base import Family
+from llava_fast.models.quantised import Quantised
+from llava_fast.ops.quantised_linear import QuantisedWeight
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+
+def quantised_modules(model: nn.Module) -> dict[str, tuple[QuantisedWeight, torch.dtype]]:
+    """Name -> the weight of every quantised module, and the dtype that it computes in. Raises CheckpointError for one
+    that no file can hold."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Quantised):
+            if module.order is not None:
+                raise CheckpointError(
+                    f"{name} has GPTQ's act-order (desc_act), which compressed-tensors has no place for: keep the "
+                    "checkpoint that it came from"
+                )
+            found[name] = module.quantised, module.dtype
+    return found
+
+
+def describe(model: nn.Module, family: Family) -> dict[str, Any]:
+    """quantization_config: a group for each scheme with the modules it is for, and the Linears left as they are."""
+    groups: dict[tuple[int, int | None, bool], list[str]] = {}
+    dense = []
+    for name, module in model.named_modules():
+        if isinstance(module, Quantised):
+            weight = module.quantised
+            group = None if weight.scheme == "int8" and weight.group == weight.shape[1] else weight.group
+            scheme = (8 if weight.scheme == "int8" else 4, group, weight.zero is None)
+            groups.setdefault(scheme, []).append(name)
+        elif isinstance(module, nn.Linear):
+            dense.append(name)
+    every = [name for names in (*groups.values(), dense) for name in names]
+    written = {}
+    for number, ((bits, group, symmetric), names) in enumerate(sorted(groups.items(), key=str)):
+        written[f"group_{number}"] = {
+            "targets": _patterns(names, every, model, family),
+            "weights": {
+                "num_bits": bits,
+                "type": "int",
+                "symmetric": symmetric,
+                "strategy": "channel" if group is None else "group",
+                "group_size": group,
+                "dynamic": False,
+            },
+            "input_activations": None,
+            "output_activations": None,
+            "format": "pack-quantized",
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": written,
+        "ignore": _patterns(dense, every, model, family),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _patterns(names: list[str], every: Iterable[str], model: nn.Module, family: Family) -> list[str]:
+    """Patterns ("re:...") of modules in every spelling of the family's files; all layers in one where all are named."""
+    layers: dict[str, set[str]] = {}
+    for name in every:
+        layers.setdefault(_LAYER.sub(".layers.*.", name), set()).add(name)
+    spellings = [spelling for spelling in family.names.written if spelling != "original"]
+    patterns = {}
+    for name in names:
+        whole = layers[_LAYER.sub(".layers.*.", name)] <= set(names)
+        spelled = []
+        for spelling in spellings:
+            stored = family.names.to_stored(f"{name}.weight", spelling, model.config).removesuffix(".weight")
+            pattern = re.escape(stored)
+            if whole and (match := _LAYER.search(stored)) is not None:
+                pattern = pattern.replace(rf"\.layers\.{match[1]}\.", r"\.layers\.\d+\.")
+            spelled.append(pattern)
+        patterns[f"re:({'|'.join(spelled)})$"] = None
+    return list(patterns)

@@ -1,0 +1,308 @@
+"""Quantised checkpoints: the tensors that hold one weight, joined to one stored tensor under the weight's name.
+
+Read are compressed-tensors (pack-quantized and int-quantized, in 4 and 8 bits), and by conversion AWQ (AutoAWQ's
+"gemm"), GPTQ (4 and 8 bits, both zero-point conventions, act-order) and torchao's. Anything else is refused by name.
+
+Sources: vllm-project/compressed-tensors 0.20; casper-hansen/AutoAWQ (modules/linear/gemm.py: the order of columns in a
+word); AutoGPTQ and ModelCloud/GPTQModel (qlinear: rows in a word, zero points stored less one in "gptq").
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from llava_fast.errors import CheckpointError, QuantisationError
+from llava_fast.ops.quantised_linear import QuantisedWeight, dequantise, packing
+from llava_fast.ops.quantised_linear.reference import pack, unpack
+from llava_fast.storage.files import Fields, check_fields, read_json
+from llava_fast.storage.tensor_files import StoredTensor
+
+logger = logging.getLogger("llava_fast.quantised")
+Made = tuple[QuantisedWeight, Tensor | None]
+"""A weight and, for act-order, which element of the input each of its columns belongs to (int64 [in])."""
+
+
+@dataclass(frozen=True, eq=False)
+class StoredQuantised(StoredTensor):
+    """A weight [out, in] that a file holds quantised: `load` gives it in floating point, `load_quantised` as it is."""
+
+    load_quantised: Callable[[], Made]
+
+
+class Group(Fields):
+    """One scheme of compressed-tensors and the modules it is for."""
+
+    weights: dict[str, Any] | None = None
+    input_activations: dict[str, Any] | None = None
+    format: str | None = None
+
+
+class CompressedTensors(Fields):
+    """quantization_config of compressed-tensors."""
+
+    config_groups: Annotated[dict[str, Group], Field(max_length=256)] | None = None
+    format: str | None = None
+
+
+class Weights(Fields):
+    """How compressed-tensors quantises the weights of a group."""
+
+    num_bits: int
+    type: str = "int"
+    strategy: str | None = None
+
+
+class Packed(Fields):
+    """quantization_config of AWQ and GPTQ."""
+
+    bits: int
+    group_size: Annotated[int, Field(ge=-1, le=2**20)] = 128
+    version: str = "gemm"
+    checkpoint_format: str = "gptq"
+
+
+class TorchAo(Fields):
+    """quantization_config of torchao."""
+
+    quant_type: dict[str, Any] | str
+
+
+def quantisation_of(path: Path) -> tuple[dict[str, Any], Path] | None:
+    """(quantization_config, its file) of the checkpoint in a directory; None if it is not quantised. Raises
+    CheckpointError."""
+    file, older = path / "config.json", path / "quantize_config.json"
+    config = read_json(file).get("quantization_config")
+    if config is None and os.path.lexists(older):  # GPTQ's, before transformers read such checkpoints
+        file, config = older, {"quant_method": "gptq", **read_json(older)}
+    if not config:
+        return None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: quantization_config is no object")
+    return config, file
+
+
+def joined(stored: Mapping[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint in `path` with those that make up a quantised weight joined under its name; the same
+    where it is not quantised. Raises CheckpointError for a quantisation that is not read."""
+    if (found := quantisation_of(path)) is None:
+        return dict(stored)
+    config, file = found
+    method = config.get("quant_method", "unknown")
+    if method not in _READERS:
+        raise CheckpointError(f"{file}: it is quantised ({method}); load the unquantised checkpoint it was made from")
+    tensors = _READERS[method](stored, config, file)
+    if not any(isinstance(tensor, StoredQuantised) for tensor in tensors.values()):
+        raise CheckpointError(
+            f"{file}: it says that the weights are quantised ({method}), and none is stored so: remove "
+            "quantization_config, or download the weights again"
+        )
+    return tensors
+
+
+def _compressed_tensors(stored: Mapping[str, StoredTensor], config: dict, file: Path) -> dict[str, StoredTensor]:
+    check_fields(config, CompressedTensors, file)
+    for unread in ("sparsity_config", "transform_config", "kv_cache_scheme"):
+        if config.get(unread):
+            raise _refused(file, f"compressed-tensors with {unread}")
+    for group in (config.get("config_groups") or {}).values():
+        form = group.get("format") or config.get("format")
+        if form not in ("pack-quantized", "int-quantized", "naive-quantized"):
+            raise _refused(file, f"compressed-tensors format {form!r}")
+        if weights := group.get("weights"):
+            check_fields(weights, Weights, file, sparse=False)
+            bits, kind, strategy = weights["num_bits"], weights.get("type", "int"), weights.get("strategy")
+            if kind != "int" or bits not in (4, 8) or strategy not in (None, "tensor", "channel", "group"):
+                raise _refused(file, f"compressed-tensors weights of {bits} bits, type {kind!r}, strategy {strategy!r}")
+        if activations := group.get("input_activations"):
+            if not activations.get("dynamic"):
+                raise _refused(file, "compressed-tensors with static scales of activations (input_activations)")
+            logger.warning("%s: activations are not quantised here, the weights are as stored", file)
+    stored = _join(stored, "weight_packed", (*packing.NAMES, "weight_g_idx"), _from_packed)
+    return _join(stored, "weight", ("weight", "weight_scale", "weight_zero_point"), _from_values)
+
+
+def _from_packed(parts: Mapping[str, StoredTensor]) -> tuple[tuple[int, int], Callable[[], Made]]:
+    shape = _shape_of(parts["weight_shape"])
+    words = parts["weight_packed"]
+    if packing.bits_of(words.shape, shape) is None or words.dtype != torch.int32:
+        raise QuantisationError(
+            f"weight_packed {words.dtype} {list(words.shape)} does not hold {list(shape)} in 4 or 8 bits"
+        )
+
+    def load() -> Made:
+        weight = packing.unpacked({n: p.load() for n, p in parts.items() if n in packing.NAMES}, shape)
+        return _ordered(weight, parts["weight_g_idx"].load() if "weight_g_idx" in parts else None)
+
+    return shape, load
+
+
+def _from_values(parts: Mapping[str, StoredTensor]) -> tuple[tuple[int, int], Callable[[], Made]]:
+    values, scale = parts["weight"], parts["weight_scale"]
+    if len(values.shape) != 2 or scale.shape[:1] not in ((1,), values.shape[:1]):
+        raise QuantisationError(f"weight {list(values.shape)} and weight_scale {list(scale.shape)} do not fit together")
+
+    def load() -> Made:
+        if "weight_zero_point" in parts and parts["weight_zero_point"].load().any():
+            raise QuantisationError("8-bit weights with zero points are not served: int8 weights are symmetric")
+        step = scale.load().float().reshape(scale.shape[0], -1).expand(values.shape[0], -1).contiguous()
+        return QuantisedWeight("int8", step, values=values.load().contiguous()), None
+
+    return (values.shape[0], values.shape[1]), load
+
+
+_AWQ_COLUMNS = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Where column c of eight lies in a word of AWQ's: words hold columns 0, 2, 4, 6, 1, 3, 5, 7."""
+
+
+def _awq(stored: Mapping[str, StoredTensor], config: dict, file: Path) -> dict[str, StoredTensor]:
+    check_fields(config, Packed, file)
+    if config.get("bits", 4) != 4 or str(config.get("version", "gemm")).lower() != "gemm":
+        raise _refused(file, f"AWQ of {config.get('bits', 4)} bits, version {config.get('version')!r}")
+    return _join(stored, "qweight", ("qweight", "qzeros", "scales"), _from_awq)
+
+
+def _from_awq(parts: Mapping[str, StoredTensor]) -> tuple[tuple[int, int], Callable[[], Made]]:
+    columns, words = _matrix(parts["qweight"])
+    out = 8 * words
+    _check_shapes(parts, {"qzeros": (None, words), "scales": (None, out)})
+
+    def load() -> Made:
+        codes, zero = (_awq_codes(parts[name].load()) for name in ("qweight", "qzeros"))
+        return packing.weight_of(4, pack(codes.T), parts["scales"].load().T, zero.T), None
+
+    return (out, columns), load
+
+
+def _awq_codes(words: Tensor) -> Tensor:
+    nibbles = unpack(packing.bytes_of(words))
+    return nibbles.unflatten(1, (-1, 8))[..., _AWQ_COLUMNS].flatten(1)
+
+
+def _gptq(stored: Mapping[str, StoredTensor], config: dict, file: Path) -> dict[str, StoredTensor]:
+    check_fields(config, Packed, file)
+    bits, form = config.get("bits", 4), config.get("checkpoint_format", "gptq")
+    if bits not in (4, 8) or form not in ("gptq", "gptq_v2"):
+        raise _refused(file, f"GPTQ of {bits} bits, checkpoint_format {form!r}")
+    make = functools.partial(_from_gptq, bits, 1 if form == "gptq" else 0)
+    return _join(stored, "qweight", ("qweight", "qzeros", "scales", "g_idx"), make)
+
+
+def _from_gptq(bits: int, less: int, parts: Mapping[str, StoredTensor]) -> tuple[tuple[int, int], Callable[[], Made]]:
+    rows, out = _matrix(parts["qweight"])
+    columns = rows * 32 // bits
+    _check_shapes(parts, {"qzeros": (None, out * bits // 32), "scales": (None, out), "g_idx": (columns,)})
+
+    def load() -> Made:
+        codes = packing.bytes_of(parts["qweight"].load().T)
+        zero = packing.bytes_of(parts["qzeros"].load())
+        zero = (unpack(zero) if bits == 4 else zero) + less & (2**bits - 1)
+        made = packing.weight_of(bits, codes, parts["scales"].load().T, zero.T)
+        return _ordered(made, parts["g_idx"].load() if "g_idx" in parts else None)
+
+    return (out, columns), load
+
+
+def _ordered(weight: QuantisedWeight, group_of: Tensor | None) -> Made:
+    """The weight with its columns sorted by group, and their order; columns that lie so already need none."""
+    columns, groups = weight.shape[1], weight.scale.shape[1]
+    if group_of is None:
+        return weight, None
+    group_of = group_of.long()
+    # A group that was cut into several (packing.weight_of) has as many columns as before.
+    cuts = max(1, groups // (int(group_of.max()) + 1)) if len(group_of) else 1
+    if torch.equal(group_of, torch.arange(columns) // (weight.group * cuts)):
+        return weight, None
+    order = group_of.argsort(stable=True)
+    if not torch.equal(group_of[order], torch.arange(columns) // (weight.group * cuts)):
+        raise QuantisationError(f"g_idx does not put {weight.group * cuts} columns into each of its groups")
+    codes = weight.values if weight.values is not None else unpack(weight.packed)
+    codes = codes[:, order].contiguous()
+    return QuantisedWeight.unchecked(codes if weight.packed is None else pack(codes), weight.scale, weight.zero), order
+
+
+def _join(
+    stored: Mapping[str, StoredTensor],
+    main: str,
+    names: tuple[str, ...],
+    make: Callable[[Mapping[str, StoredTensor]], tuple[tuple[int, int], Callable[[], Made]]],
+) -> dict[str, StoredTensor]:
+    """Every module with a tensor `main` gets one entry MODULE.weight in place of the tensors `names`; `make` says its
+    shape and how it is read. Raises CheckpointError for a module that lacks one of them."""
+    left = dict(stored)
+    for key, tensor in stored.items():
+        module, _, leaf = key.rpartition(".")
+        if leaf != main or (main == "weight" and tensor.dtype != torch.int8):
+            continue
+        parts = {name: left.pop(f"{module}.{name}") for name in names if f"{module}.{name}" in left}
+        needed = {"weight_scale", "weight_shape", "qzeros", "scales"} & set(names)
+        if lacking := sorted(needed - parts.keys()):
+            raise CheckpointError(f"{tensor.file}: {key!r} has no {lacking[0]!r} beside it; the file is damaged")
+        scale = parts.get("weight_scale", parts.get("scales"))
+        try:
+            shape, load = make(parts)
+        except QuantisationError as problem:
+            raise CheckpointError(f"{tensor.file}: {key!r}: {problem}") from None
+        named = functools.partial(_named, tensor, load)
+        dense = functools.partial(_dense, named, scale.dtype)
+        left[f"{module}.weight"] = StoredQuantised(tensor.file, key, shape, scale.dtype, dense, named)
+    return left
+
+
+def _named(tensor: StoredTensor, load: Callable[[], Made]) -> Made:
+    try:
+        return load()
+    except QuantisationError as problem:
+        raise CheckpointError(f"{tensor.file}: {tensor.key!r}: {problem}") from None
+
+
+def _dense(load: Callable[[], Made], dtype: torch.dtype) -> Tensor:
+    weight, order = load()
+    made = dequantise(weight, dtype)
+    return made if order is None else made[:, order.argsort()]
+
+
+def _shape_of(tensor: StoredTensor) -> tuple[int, int]:
+    if tensor.shape != (2,) or tensor.dtype not in (torch.int64, torch.int32):
+        raise QuantisationError(f"weight_shape is {tensor.dtype} {list(tensor.shape)}, not two numbers")
+    out, columns = tensor.load().tolist()
+    return out, columns
+
+
+def _matrix(tensor: StoredTensor) -> tuple[int, int]:
+    if len(tensor.shape) != 2 or tensor.dtype != torch.int32:
+        raise QuantisationError(f"it is {tensor.dtype} {list(tensor.shape)}, not an int32 matrix")
+    return tensor.shape[0], tensor.shape[1]
+
+
+def _check_shapes(parts: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int | None, ...]]) -> None:
+    """Shapes of the parts that are there; None stands for any size, the same in all."""
+    free = set()
+    for name, shape in wanted.items():
+        if name in parts:
+            found = parts[name].shape
+            if len(found) != len(shape) or any(w not in (None, f) for w, f in zip(shape, found, strict=True)):
+                raise QuantisationError(f"{name} {list(found)} does not fit it: one of them is cut short")
+            free |= {f for w, f in zip(shape, found, strict=True) if w is None}
+    if len(free) > 1:
+        raise QuantisationError(f"{' and '.join(wanted)} have different numbers of groups: {sorted(free)}")
+
+
+def _refused(file: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{file}: {what} is not read; load the unquantised checkpoint it was made from")
+
+
+def _torchao(stored: Mapping[str, StoredTensor], config: dict, file: Path) -> dict[str, StoredTensor]:
+    raise _refused(file, "torchao")
+
+
+_READERS = {"compressed-tensors": _compressed_tensors, "awq": _awq, "gptq": _gptq, "torchao": _torchao}

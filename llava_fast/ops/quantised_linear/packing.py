@@ -1,0 +1,108 @@
+"""A quantised weight in the names and forms of compressed-tensors' format "pack-quantized", which transformers and vLLM
+read.
+
+weight_packed      int32 [out, words]: codes from bit 0 up, 8-bit ones as 128 + code.
+weight_scale       [out, groups].
+weight_zero_point  int32 [words, groups], packed down the rows; absent where it is symmetric.
+weight_shape       int64 (out, in).
+
+Source: vllm-project/compressed-tensors 0.20 (compressors/pack_quantized). Words are little-endian, as this package's
+other code takes for granted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llava_fast.errors import QuantisationError
+from llava_fast.ops.quantised_linear.reference import pack, unpack
+from llava_fast.ops.quantised_linear.weight import GROUPS, QuantisedWeight
+
+NAMES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+
+
+def packed(weight: QuantisedWeight, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """A weight by NAMES. Scales are in `dtype` if that holds them exactly, else in float32."""
+    words = _words(weight.packed if weight.values is None else weight.values.view(torch.uint8) ^ 128)
+    scale = weight.scale.to(dtype)
+    exact = scale.is_meta or torch.equal(scale.to(weight.scale.dtype), weight.scale)
+    made = {
+        "weight_packed": words,
+        "weight_scale": scale if exact else weight.scale,
+        "weight_shape": torch.tensor(weight.shape),
+    }
+    if weight.zero is not None:
+        made["weight_zero_point"] = _words(pack(F.pad(weight.zero.T, (0, -weight.shape[0] % 8)))).T.contiguous()
+    return made
+
+
+def names_of(weight: QuantisedWeight) -> list[str]:
+    """The NAMES that `packed` gives this weight."""
+    return [name for name in NAMES if name != "weight_zero_point" or weight.zero is not None]
+
+
+def unpacked(stored: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantisedWeight:
+    """`packed`, back: a weight of `shape` from its tensors, in 8 or 4 bits as their sizes say. Raises
+    QuantisationError."""
+    out, columns = shape
+    words, zero = stored["weight_packed"], stored.get("weight_zero_point")
+    bits = bits_of(words.shape, shape)
+    if words.dtype != torch.int32 or bits is None:
+        raise QuantisationError(
+            f"weight_packed {words.dtype} {list(words.shape)} does not hold {list(shape)} in 4 or 8 bits: it is cut "
+            "short or of another format"
+        )
+    codes = bytes_of(words)[:, : columns * bits // 8]
+    if zero is not None:
+        groups = stored["weight_scale"].shape[-1]
+        if zero.dtype != torch.int32 or zero.shape != (-(-out * bits // 32), groups):
+            raise QuantisationError(
+                f"weight_zero_point {zero.dtype} {list(zero.shape)} does not hold {out} x {groups} of {bits} bits"
+            )
+        zero = bytes_of(zero.T)
+        zero = (unpack(zero) if bits == 4 else zero)[:, :out].T
+    return weight_of(bits, codes, stored["weight_scale"], zero)
+
+
+def bits_of(words: tuple[int, ...], shape: tuple[int, int]) -> int | None:
+    """4 or 8: the bits of codes whose int32 words have the shape `words`; None if it is neither."""
+    fits = len(words) == 2 and words[0] == shape[0]
+    return next((bits for bits in (4, 8) if fits and words[1] == -(-shape[1] * bits // 32)), None)
+
+
+def weight_of(bits: int, codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> QuantisedWeight:
+    """A QuantisedWeight of unsigned codes: uint8 [out, in] in 8 bits, or [out, in / 2] in 4; scale [out, groups],
+    [out] or one value, in any floating dtype; zero points [out, groups] as unsigned, None for symmetric.
+
+    Groups that are larger than any served are cut into those. Raises QuantisationError for what cannot be: groups of
+    another size, 8 bits with zero points other than 128.
+    """
+    scale = (scale.expand(len(codes)) if scale.numel() == 1 else scale).reshape(len(codes), -1).float()
+    columns = codes.shape[1] * 8 // bits
+    cuts = 1
+    if scale.shape[1] and columns % scale.shape[1] == 0 and not (bits == 8 and scale.shape[1] == 1):
+        group = columns // scale.shape[1]
+        cuts = next((group // size for size in (group, *reversed(GROUPS)) if size in GROUPS and group % size == 0), 1)
+    scale = scale.repeat_interleave(cuts, 1).contiguous()
+    if bits == 8:
+        if zero is not None and not (zero == 128).all():
+            raise QuantisationError("8-bit weights with zero points are not served: int8 weights are symmetric")
+        return QuantisedWeight("int8", scale, values=(codes ^ 128).view(torch.int8).contiguous())
+    if zero is not None:
+        zero = None if (zero == 8).all() else zero.repeat_interleave(cuts, 1).contiguous()
+    return QuantisedWeight("int4", scale, packed=codes.contiguous(), zero=zero)
+
+
+def _words(codes: Tensor) -> Tensor:
+    """Bytes [rows, n] as int32 [rows, n / 4], filled up with zeros."""
+    filled = F.pad(codes, (0, -codes.shape[1] % 4))
+    return filled.reshape(-1).view(torch.int32).view(len(filled), -1)
+
+
+def bytes_of(words: Tensor) -> Tensor:
+    """int32 [rows, n] as bytes [rows, 4n]. (Flattened first: the strides of a single row or column may be any.)"""
+    return words.reshape(-1).view(torch.uint8).view(len(words), -1)
