@@ -16,6 +16,7 @@ from llava_fast.families import FAMILIES, family_of, find_family, writing_family
 from llava_fast.families.names import NameMap, within
 from llava_fast.inputs.chat.rendering import builtin_template
 from llava_fast.models.vlm import LlavaModel
+from llava_fast.ops.quantised_linear import packing
 from tests.checkpoints import made_up_family
 from tests.support import tiny
 from tests.support.tiny_checkpoints import assert_same_tensors, build, edit_json, save_hf, write_original
@@ -145,4 +146,5 @@ def test_rules_of_names():
     assert within({"layers.0": "linear_1"}, "projector.", "mm.") == (
         ("projector.layers.0.weight", "mm.linear_1.weight"),
         ("projector.layers.0.bias", "mm.linear_1.bias"),
+        *((f"projector.layers.0.{name}", f"mm.linear_1.{name}") for name in packing.NAMES),
     )
