@@ -20,6 +20,7 @@ import numpy as np
 from llava_fast.errors import ImageError, RequestError
 from llava_fast.inputs.chat.rendering import ChatTemplate, Segment
 from llava_fast.inputs.labels import supervised_tokens
+from llava_fast.inputs.literal import Hidden, LiteralText
 from llava_fast.inputs.pictures.headers import image_size
 from llava_fast.inputs.pictures.reading import open_image, require_rgb
 from llava_fast.inputs.pictures.tiles import UncutImages, make_tiles, plan_tiles
@@ -46,6 +47,8 @@ class ProcessorOptions:
     video_frames    how many frames of a video file are used, spaced uniformly (all, if frames are given as images).
     time_instruction  messages about a video also say how long it lasts and when its frames are, in the words that
                     LLaVA-NeXT trains with (chat.messages.with_video_times). It must be a file or a folder of frames.
+    literal_text    what users write is text: control tokens and marks spelled in a message or a prompt are encoded as
+                    ordinary characters (see inputs.literal), so images and videos stand in items of their own.
     exif            turn images upright by their EXIF tag. Default: as the checkpoint's own code does when it opens a
                     file: transformers does, the original LLaVA does not.
     resample        "pillow" (to the bit), or "torchvision" (what transformers does where it is installed).
@@ -59,6 +62,7 @@ class ProcessorOptions:
 
     video_frames: int = 16
     time_instruction: bool = False
+    literal_text: bool = False
     exif: bool | None = None
     resample: Literal["pillow", "torchvision"] = "pillow"
     pillow: Literal["12", "13"] | None = None
@@ -197,6 +201,11 @@ class Processor(ProcessorOptions):
             raise ValueError(f"labels are False, True, 'answers' or 'original', not {labels!r}")
         if labels and "messages" not in request:
             raise RequestError('labels need "messages": a verbatim "prompt" does not say which part is the answer')
+        hidden = None
+        if self.literal_text and isinstance(request, dict):
+            request, hidden = self.literal.hidden(request)
+            if "prompt" in request and (request.get("images") or request.get("video") is not None):
+                raise RequestError('with literal_text a "prompt" has no marks for images and videos: use "messages"')
         segments, image_sources, video_sources = self.render(request, labels)
         text = "".join(segment.text for segment in segments)
         try:
@@ -216,7 +225,9 @@ class Processor(ProcessorOptions):
                 )
         if labels == "original":  # from here on, what is supervised is what the original trainers supervise
             segments = [Segment(each.text, each.supervised_original) for each in segments]
-        ids, supervised, places = self._encode(text, pattern, segments if labels else None, "messages" in request)
+        ids, supervised, places = self._encode(
+            text, pattern, segments if labels else None, "messages" in request, hidden
+        )
         if labels == "original":
             supervised |= np.isin(ids, self._original_label_ids)
         if labels and not supervised.any():
@@ -303,10 +314,27 @@ class Processor(ProcessorOptions):
             threads=self.threads,
         )
 
-    def _encode(self, text: str, placeholders: re.Pattern, segments: list[Segment] | None, rendered: bool):
+    @functools.cached_property
+    def literal(self) -> LiteralText:
+        """What keeps a user's text text (`literal_text`)."""
+        return LiteralText(self.tokenizer, ("<image>", "<video>"))
+
+    def _tokens(self, text: str, special: bool, offsets: bool, hidden: Hidden | None) -> tuple[list[int], Any]:
+        """(ids, character spans if `offsets`) of a text, in which some characters may be hidden."""
+        if hidden is not None:
+            plain = hidden.restore(text)
+            if self.literal.needs_names(text, plain):
+                return self.literal.encode(text, hidden, special)
+            text = plain
+        encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=offsets)
+        return encoded["input_ids"], encoded["offset_mapping"] if offsets else None
+
+    def _encode(
+        self, text: str, placeholders: re.Pattern, segments: list[Segment] | None, rendered: bool, hidden: Hidden | None
+    ):
         """(ids, supervised or None, places of the image and video tokens among the ids)."""
         if self.image_token_id == ORIGINAL_IMAGE_TOKEN:
-            return self._encode_chunks(text, placeholders, segments)
+            return self._encode_chunks(text, placeholders, segments, hidden)
         tokens = {"<image>": self.image_token_id, "<video>": self.video_token_id or self.image_token_id}
         names = {placeholder: self.tokenizer.convert_ids_to_tokens(token) for placeholder, token in tokens.items()}
         if any(placeholder != name for placeholder, name in names.items()):  # as this checkpoint spells its image token
@@ -314,24 +342,26 @@ class Processor(ProcessorOptions):
                 segments = [replace(each, text=_spelt(each.text, placeholders, names)) for each in segments]
             text = _spelt(text, placeholders, names)
         special = not (rendered and self._brings_bos(text))
-        encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=segments is not None)
-        ids = np.asarray(encoded["input_ids"], np.int32)
-        supervised = None if segments is None else supervised_tokens(np.asarray(encoded["offset_mapping"]), segments)
+        token_ids, spans = self._tokens(text, special, segments is not None, hidden)
+        ids = np.asarray(token_ids, np.int32)
+        supervised = None if segments is None else supervised_tokens(np.asarray(spans), segments)
         return ids, supervised, np.flatnonzero(np.isin(ids, list(tokens.values())))
 
-    def _encode_chunks(self, text: str, placeholders: re.Pattern, segments: list[Segment] | None):
+    def _encode_chunks(
+        self, text: str, placeholders: re.Pattern, segments: list[Segment] | None, hidden: Hidden | None
+    ):
         """Original LLaVA tokenises the text between placeholders chunk by chunk and keeps the first chunk's BOS."""
         ids, supervised, places = [], [], []
         offset, bos = 0, self.tokenizer.bos_token_id
         chunks = placeholders.split(text)
         for number, chunk in enumerate(chunks):
             special = not self._brings_bos(chunk)
-            encoded = self.tokenizer(chunk, add_special_tokens=special, return_offsets_mapping=segments is not None)
-            token_ids = list(encoded["input_ids"])
+            encoded, offsets = self._tokens(chunk, special, segments is not None, hidden)
+            token_ids = list(encoded)
             drop = 1 if number and token_ids and token_ids[0] == bos else 0
             ids += token_ids[drop:]
             if segments is not None:
-                spans = np.asarray(encoded["offset_mapping"]).reshape(-1, 2)[drop:]
+                spans = np.asarray(offsets).reshape(-1, 2)[drop:]
                 supervised.append(supervised_tokens(np.where(spans[:, 1:] > 0, spans + offset, 0), segments))
             if number < len(chunks) - 1:
                 places.append(len(ids))

@@ -1,0 +1,157 @@
+"""Text that stays text: nothing that a user writes is read as a control token, an image or a video.
+
+Before a prompt is rendered, the characters of its texts that a control token could begin with are replaced by stand-ins
+(private-use characters), so the control tokens and marks found afterwards are the template's own, however the template
+joins, trims or repeats the texts. Then the characters come back. If the prompt now spells control tokens that were not
+there before, it is encoded by a copy of the tokenizer that knows the control tokens by other names of equal length, and
+the template's own are written by these names: one encoding of the whole prompt, so that words are joined across the
+borders of a text as they always are.
+
+What this cannot see: a template that writes half a control token itself and lets a text complete it, and one that looks
+for markup in a text (to cut out "<think>", say), which finds none.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from llava_fast.errors import RequestError
+
+_MARKUP = re.compile(r"<.+>|\[.+\]", re.DOTALL)
+STAND_INS = range(0xF0000, 0xFFFFE)  # private use, plane 15: chosen among those that a request's texts do not hold
+NAMES = range(0x100000, 0x10FFFD)  # private use, plane 16: the first character of each control token's other name
+FILLER = chr(0x10FFFD)
+
+
+class Hidden:
+    """The stand-ins of one request."""
+
+    def __init__(self, characters: Sequence[str], texts: Sequence[str]) -> None:
+        used = set().union(*texts)
+        free = (chr(code) for code in STAND_INS if chr(code) not in used)
+        self._there = {ord(character): next(free) for character in characters}
+        self._back = {ord(stand_in): chr(code) for code, stand_in in self._there.items()}
+
+    def hide(self, text: str) -> str:
+        return text.translate(self._there)
+
+    def restore(self, text: str) -> str:
+        return text.translate(self._back)
+
+
+class LiteralText:
+    """The control tokens of a tokenizer: its special tokens, and added ones spelled <...> or [...]. `marks` are hidden
+    as well. Raises RequestError for a tokenizer without a `tokenizers` backend."""
+
+    def __init__(self, tokenizer: Any, marks: Sequence[str]) -> None:
+        inner = getattr(tokenizer, "backend_tokenizer", None)
+        if inner is None:
+            raise RequestError(
+                f"literal_text needs a tokenizer of the tokenizers library, not {type(tokenizer).__name__}"
+            )
+        added = inner.get_added_tokens_decoder()
+        self.control = {
+            token.content: number
+            for number, token in added.items()
+            if token.content.strip() and (token.special or _MARKUP.fullmatch(token.content))
+        }
+        if len(self.control) > len(NAMES):
+            raise RequestError(f"literal_text serves {len(NAMES)} control tokens, and the tokenizer has more")
+        self.characters = sorted({spelling.strip()[0] for spelling in (*self.control, *marks)})
+        longest_first = sorted(self.control, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.names = {
+            spelling: chr(NAMES[place]) + FILLER * (len(spelling) - 1) for place, spelling in enumerate(self.control)
+        }
+        self._reserved = re.compile(f"[{chr(NAMES[0])}-{FILLER}]")
+        self._renamed = self._copy(inner)
+
+    def hidden(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], Hidden]:
+        """The request with stand-ins in its texts. What is malformed stays as it is."""
+        hidden = Hidden(self.characters, list(_texts(request)))
+        changed = dict(request)
+        if isinstance(request.get("prompt"), str):
+            changed["prompt"] = hidden.hide(request["prompt"])
+        if _is_list(request.get("messages")):
+            changed["messages"] = [_with_text(message, "content", hidden) for message in request["messages"]]
+        return changed, hidden
+
+    def needs_names(self, rendered: str, restored: str) -> bool:
+        """Whether the restored prompt spells control tokens that the template did not write."""
+        before, after = self.pattern.finditer(rendered), self.pattern.finditer(restored)
+        return [found.span() for found in before] != [found.span() for found in after]
+
+    def encode(self, rendered: str, hidden: Hidden, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """(ids, character spans) of a prompt with stand-ins in it. Raises RequestError for a text with a character
+        that names a control token here."""
+        restored = hidden.restore(rendered)
+        if reserved := self._reserved.search(restored):
+            raise RequestError(
+                f"the text spells a control token and holds U+{ord(reserved[0]):X}, a private-use character that is "
+                "needed to tell such texts from control tokens: leave that character out"
+            )
+        named = hidden.restore(self.pattern.sub(lambda found: self.names[found[0]], rendered))
+        encoded = self._renamed.encode(named, add_special_tokens=special)
+        return encoded.ids, encoded.offsets
+
+    def _copy(self, inner: Tokenizer) -> Tokenizer:
+        """The tokenizer with other names for its control tokens, ids unchanged. Nothing else makes their ids: they
+        leave the vocabulary under their own names, and merges that would end in one are left out."""
+        state = json.loads(inner.to_str())
+        names = self.names
+        for token in state["added_tokens"]:
+            token["content"] = names.get(token["content"], token["content"])
+        model = state["model"]
+        if isinstance(model.get("vocab"), dict):
+            model["vocab"] = {names.get(piece, piece): number for piece, number in model["vocab"].items()}
+        elif isinstance(model.get("vocab"), list):
+            model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+        if "merges" in model:
+            model["merges"] = [merge for merge in model["merges"] if not self._makes_control(merge)]
+        if model.get("unk_token") in names:
+            model["unk_token"] = names[model["unk_token"]]
+        copy = Tokenizer.from_str(json.dumps(state))
+        copy.no_truncation()
+        copy.no_padding()
+        for spelling, number in self.control.items():
+            if copy.token_to_id(names[spelling]) != number:
+                raise RequestError(
+                    f"literal_text cannot serve this tokenizer: its token {spelling!r} is not found again"
+                )
+        return copy
+
+    def _makes_control(self, merge: str | Sequence[str]) -> bool:
+        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+        return not self.control.keys().isdisjoint((left, right, left + right))
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _with_text(part: Any, key: str, hidden: Hidden) -> Any:
+    """A message (key "content") or an item of one (key "text") with stand-ins in its text."""
+    if not isinstance(part, Mapping):
+        return part
+    value = part.get(key)
+    if isinstance(value, str):
+        return {**part, key: hidden.hide(value)}
+    if key == "content" and _is_list(value):
+        return {**part, key: [_with_text(item, "text", hidden) for item in value]}
+    return part
+
+
+def _texts(request: Mapping[str, Any]):
+    """Every text of a request."""
+    messages = request.get("messages")
+    for value in (request.get("prompt"), *(messages if _is_list(messages) else ())):
+        content = value.get("content") if isinstance(value, Mapping) else value
+        for item in content if _is_list(content) else (content,):
+            text = item.get("text") if isinstance(item, Mapping) else item
+            if isinstance(text, str):
+                yield text
