@@ -67,7 +67,8 @@ def generate(
     }
     if json_output:
         answer = llava.generate([request], **options)[0]
-        typer.echo(json.dumps({**vars(answer), "usage": vars(answer.usage)}, ensure_ascii=False))
+        fields = {name: value for name, value in vars(answer).items() if name != "logprobs"}
+        typer.echo(json.dumps({**fields, "usage": vars(answer.usage)}, ensure_ascii=False))
         return
     for piece in llava.stream(request, **options):
         typer.echo(piece, nl=False)

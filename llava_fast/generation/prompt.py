@@ -30,6 +30,11 @@ class Part:
     def is_visual(self) -> bool:
         return isinstance(self.piece, VisualPiece)
 
+    @property
+    def key(self) -> int:
+        """Of an image or video: equal for equal rows, whatever the prompt."""
+        return self.keys[0]
+
     @functools.cached_property
     def keys(self) -> list[int]:
         """One integer a row. Equal rows after equal rows have equal keys and caches: a text row's is its token id, a
@@ -71,23 +76,21 @@ class Prompt:
             ids += (piece.ids if isinstance(piece, TextPiece) else piece.rows.token_ids).tolist()
         return ids + [placeholder] * (self.visual_rows > 0)
 
-    def between(self, first: int, last: int) -> tuple[list[Piece], list[Cut], int]:
-        """(pieces, their tiles, the row that they begin with) for rows [first, last). Text is cut to these rows, an
-        image comes whole."""
-        pieces: list[Piece] = []
-        tiles: list[Cut] = []
+    def between(self, first: int, last: int) -> tuple[list[Part], int]:
+        """(parts, the row that they begin with) of rows [first, last). Text is cut to these rows, an image comes
+        whole."""
+        parts: list[Part] = []
         begin, start = first, 0
         for part in self.parts:
             end = start + len(part)
             if start < last and first < end:
                 if isinstance(part.piece, TextPiece):
-                    pieces.append(TextPiece(part.piece.ids[max(first - start, 0) : last - start]))
+                    parts.append(Part(TextPiece(part.piece.ids[max(first - start, 0) : last - start])))
                 else:
-                    pieces.append(part.piece)
-                    tiles += part.tiles
+                    parts.append(part)
                     begin = min(begin, start)
             start = end
-        return pieces, tiles, begin
+        return parts, begin
 
 
 def read_prompt(processor: Processor | None, request: Any, number: int = 0) -> Prompt:

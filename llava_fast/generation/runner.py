@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llava_fast.generation.feature_cache import FeatureCache
+from llava_fast.generation.prompt import Part
 from llava_fast.generation.sequence import Sequence
-from llava_fast.inputs.plan.plan import Piece, TextPiece, sequence_length
-from llava_fast.inputs.prepared import Cut
+from llava_fast.inputs.plan.plan import sequence_length
 from llava_fast.models.batch import Batch
 from llava_fast.models.blocks.attention import Spans
 from llava_fast.models.paged_cache import PagedCache
@@ -21,10 +22,15 @@ Chunk = tuple[Sequence, int]
 
 
 class Runner:
-    """Owns a model and its cache. Every sequence it is given has a table with room for the rows that are run."""
+    """Owns a model and its cache. Every sequence it is given has a table with room for the rows that are run.
 
-    def __init__(self, model: LlavaModel, cache: PagedCache | None = None) -> None:
-        self.model = model
+    features  keeps what images were encoded to, for prompts that bring them again; None: each is encoded anew.
+    """
+
+    def __init__(
+        self, model: LlavaModel, cache: PagedCache | None = None, features: FeatureCache | None = None
+    ) -> None:
+        self.model, self.features = model, features
         self.cache = model.decoder.new_cache() if cache is None else cache
         decoder = model.config.decoder
         self.dynamic_from = decoder.max_positions if decoder.rope.kind == "dynamic" else None
@@ -80,18 +86,18 @@ class Runner:
     def _embed(self, chunks: SequenceOf[Chunk]) -> Tensor:
         """The decoder's inputs [rows, C] for all chunks end to end. Images are encoded when their first row is run,
         those of all chunks together, and whole: what a chunk does not take yet waits in `sequence.embedded`."""
-        needed, pieces, tiles, begins = [], [], [], []
+        needed, parts, begins = [], [], []
         for sequence, rows in chunks:
             first = sequence.table.length
             start = first if sequence.embedded is None else sequence.embedded[0] + len(sequence.embedded[1])
             if start < first + rows:
-                of_sequence, cuts, begin = sequence.between(start, first + rows)
+                of_sequence, begin = sequence.between(start, first + rows)
                 needed.append((sequence, start))
-                pieces.append(of_sequence)
-                tiles += cuts
+                parts.append(of_sequence)
                 begins.append(begin)
         if needed:
-            for (sequence, start), begin, rows in zip(needed, begins, self._rows_of(pieces, tiles), strict=True):
+            found = self._encoded(parts) if self.features is None else self._found(parts, self.features)
+            for (sequence, start), begin, rows in zip(needed, begins, found, strict=True):
                 new = rows[start - begin :]
                 if sequence.embedded is None:
                     sequence.embedded = (start, new)
@@ -100,13 +106,30 @@ class Runner:
         taken = [sequence.embedded[1][:rows] for sequence, rows in chunks]
         return torch.cat(taken) if len(taken) > 1 else taken[0]
 
-    def _rows_of(self, sequences: list[list[Piece]], tiles: list[Cut]) -> SequenceOf[Tensor]:
-        """The decoder's inputs [rows, C] for the pieces of each sequence."""
-        if all(isinstance(piece, TextPiece) for pieces in sequences for piece in pieces):  # that needs no plan
-            ids = [piece.ids for pieces in sequences for piece in pieces]
-            token = torch.from_numpy(np.concatenate(ids)).to(self.model.device, torch.long)
-            return self.model.decoder.embed_tokens(token).split([sequence_length(pieces) for pieces in sequences])
-        batch = Batch.from_prepared(self.model.processor.assemble(sequences, tiles), self.model.device)
+    def _found(self, sequences: list[list[Part]], features: FeatureCache) -> SequenceOf[Tensor]:
+        """As `_encoded`; images that were encoded before are not encoded again, nor one twice."""
+        visual = {part.key: part for parts in sequences for part in parts if part.is_visual}
+        rows = {key: features.get(key) for key in visual}
+        new = [key for key in visual if rows[key] is None]
+        if new:
+            for key, made in zip(new, self._encoded([[visual[key]] for key in new]), strict=True):
+                features.put(key, made)
+                rows[key] = made
+        found = []
+        for parts in sequences:
+            pieces = [rows[part.key] if part.is_visual else self._encoded([[part]])[0] for part in parts]
+            found.append(torch.cat(pieces) if len(pieces) > 1 else pieces[0])
+        return found
+
+    def _encoded(self, sequences: list[list[Part]]) -> SequenceOf[Tensor]:
+        """The decoder's inputs [rows, C] for the parts of each sequence."""
+        pieces = [[part.piece for part in parts] for parts in sequences]
+        if not any(part.is_visual for parts in sequences for part in parts):  # text needs no plan
+            ids = np.concatenate([part.piece.ids for parts in sequences for part in parts])
+            token = torch.from_numpy(ids).to(self.model.device, torch.long)
+            return self.model.decoder.embed_tokens(token).split(list(map(sequence_length, pieces)))
+        tiles = [cut for parts in sequences for part in parts for cut in part.tiles]
+        batch = Batch.from_prepared(self.model.processor.assemble(pieces, tiles), self.model.device)
         return self.model.inputs_embeds(batch).split(batch.plan.lengths)
 
 

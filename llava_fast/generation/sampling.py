@@ -1,14 +1,14 @@
-"""Choosing the next token: penalties, temperature, top-k, top-p and a draw that depends on the request alone.
+"""Choosing the next token: penalties, temperature, top-k, top-p, min-p and a draw that depends on the request alone.
 
-Sources: Holtzman et al. 2020 (top-p); Fan et al. 2018 (top-k); Keskar et al. 2019 (repetition penalty). The order
-(penalty, temperature, top-k, top-p) is transformers'.
+Sources: Holtzman et al. 2020 (top-p); Fan et al. 2018 (top-k); Nguyen et al. 2024 (min-p); Keskar et al. 2019
+(repetition penalty). The order (penalty, temperature, top-k, top-p, min-p) is transformers'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from math import inf
+from math import inf, isfinite, log
 from numbers import Integral, Real
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llava_fast.errors import GenerationError, RequestError
+from llava_fast.generation.grammar import Grammar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,14 @@ class Sampling:
     max_new_tokens     the most tokens an answer may have (default 128; the context may end it earlier).
     temperature        0 (default) takes the likeliest token; above 0 draws.
     top_p, top_k       keep the likeliest tokens of total probability top_p, or the top_k likeliest (1 and 0: off).
+    min_p              keeps tokens that are at least min_p times as likely as the likeliest (0: off).
     repetition_penalty above 1 makes tokens of the prompt and the answer less likely again (1: off).
+    presence_penalty   subtracted from the logit of every token that the answer holds (0: off).
+    frequency_penalty  the same, times how often the answer holds it.
+    logit_bias         {token id: what is added to its logit}.
+    logprobs           keep each token's log probability, and those of so many likeliest tokens (None: off). They are
+                       the model's own, before penalties, bias, grammar and temperature.
+    grammar            holds the answer to a form (see generation.grammar.Grammar).
     stop               a string or several that end the answer; they are not part of it.
     seed               makes draws repeatable; a request's own "seed" wins. Request i of a batch draws from seed + i.
     ignore_eos         go on past end tokens (for benchmarks).
@@ -37,7 +45,13 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    logprobs: int | None = None
+    grammar: Grammar | None = None
     stop: str | Sequence[str] | None = ()
     seed: int | None = None
     ignore_eos: bool = False
@@ -53,6 +67,20 @@ class Sampling:
             raise RequestError(f"top_k must be 0 (off) or a positive whole number, got {self.top_k!r}")
         if not (isinstance(self.repetition_penalty, Real) and 0 < self.repetition_penalty < inf):
             raise RequestError(f"repetition_penalty must be above 0 (1 is off), got {self.repetition_penalty!r}")
+        if not (isinstance(self.min_p, Real) and 0 <= self.min_p <= 1):
+            raise RequestError(f"min_p must be from 0 (off) to 1, got {self.min_p!r}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not (isinstance(getattr(self, name), Real) and isfinite(getattr(self, name))):
+                raise RequestError(f"{name} must be a number, got {getattr(self, name)!r}")
+        for token, bias in (self.logit_bias or {}).items():
+            if not (isinstance(token, Integral) and token >= 0 and isinstance(bias, Real) and isfinite(bias)):
+                raise RequestError(f"logit_bias must map token ids to numbers, got {token!r}: {bias!r}")
+        if self.logprobs is not None and not (isinstance(self.logprobs, Integral) and self.logprobs >= 0):
+            raise RequestError(f"logprobs must be a whole number, 0 or more, or None, got {self.logprobs!r}")
+        if not isinstance(self.grammar, (Grammar, type(None))):
+            raise RequestError(f"grammar must be a Grammar, got {self.grammar!r}")
+        if self.grammar is not None and self.ignore_eos:
+            raise RequestError("ignore_eos and grammar contradict each other: a grammar says where an answer ends")
         if self.seed is not None and not (isinstance(self.seed, Integral) and 0 <= self.seed < 2**63):
             raise RequestError(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed!r}")
         several = isinstance(self.stop, (list, tuple, set, frozenset, type(None)))
@@ -71,11 +99,6 @@ class Sampling:
         if unknown := [name for name in changes if name not in names]:
             raise RequestError(f"unknown option {unknown[0]!r}: the options are {', '.join(names)}")
         return replace(sampling or cls(), **changes)
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the next token is the argmax of the logits as they are."""
-        return self.temperature == 0 and self.repetition_penalty == 1
 
 
 class LogitsProcessor(Protocol):
@@ -96,12 +119,46 @@ class RepetitionPenalty:
         return penalise(logits, self.seen.union(token_ids), self.penalty)
 
 
+class AnswerPenalty:
+    """Makes tokens that the answer holds less likely, by OpenAI's presence and frequency penalties."""
+
+    def __init__(self, presence: float, frequency: float) -> None:
+        self.presence, self.frequency = presence, frequency
+
+    def __call__(self, logits: Tensor, token_ids: list[int]) -> Tensor:
+        counts = torch.bincount(torch.tensor(token_ids, dtype=torch.long), minlength=len(logits)).to(logits)
+        return logits - self.frequency * counts - self.presence * (counts > 0)
+
+
+class Bias:
+    """Adds to the logits of some tokens. Raises RequestError at the first logits for a token that is not there."""
+
+    def __init__(self, bias: Mapping[int, float]) -> None:
+        self.tokens = torch.tensor(list(bias), dtype=torch.long)
+        self.added = torch.tensor(list(bias.values()), dtype=torch.float32)
+
+    def __call__(self, logits: Tensor, token_ids: list[int]) -> Tensor:
+        if len(self.tokens) and int(self.tokens.max()) >= len(logits):
+            raise RequestError(f"logit_bias names the token {int(self.tokens.max())}, and there are {len(logits)}")
+        return logits.index_add(0, self.tokens.to(logits.device), self.added.to(logits.device))
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token's log probability, and the likeliest tokens there with theirs, the likeliest first."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
 class Sampler:
     """Draws tokens for one sequence. Each has its own generator, seeded by the request, so that a draw does not
     depend on the sequence's place in the batch or on its neighbours.
 
     seen        token ids of the prompt, for the repetition penalty.
-    processors  run in order, after the penalty and before temperature, top-k and top-p.
+    processors  run in order, after penalties and bias and before temperature, top-k, top-p and min-p.
+    is_greedy   whether each token is the argmax of the logits as they are, and nothing else is asked for.
     """
 
     def __init__(
@@ -114,14 +171,20 @@ class Sampler:
         else:
             self.generator.manual_seed(int(seed))
         self.drawn: list[int] = []
-        self.processors = list(processors)
+        self.logprobs: list[TokenLogprob] = []  # of `drawn`, if they are asked for
+        self.processors: list[LogitsProcessor] = []
         if options.repetition_penalty != 1.0:
-            self.processors.insert(0, RepetitionPenalty(seen, options.repetition_penalty))
-        self.is_greedy = options.is_greedy and not self.processors
+            self.processors.append(RepetitionPenalty(seen, options.repetition_penalty))
+        if options.presence_penalty or options.frequency_penalty:
+            self.processors.append(AnswerPenalty(options.presence_penalty, options.frequency_penalty))
+        if options.logit_bias:
+            self.processors.append(Bias(options.logit_bias))
+        self.processors += processors
+        self.is_greedy = options.temperature == 0 and not self.processors and options.logprobs is None
 
     def __call__(self, logits: Tensor) -> int:
         """The next token id, from logits [vocabulary]. Raises GenerationError for logits that are not numbers."""
-        logits = logits.float()
+        logits = own = logits.float()
         for processor in self.processors:
             logits = processor(logits, self.drawn)
         if logits.isnan().any().item():
@@ -132,6 +195,8 @@ class Sampler:
             probabilities = filtered_probabilities(logits.cpu(), self.options)
             token = int(torch.multinomial(probabilities, 1, generator=self.generator))
         self.drawn.append(token)
+        if self.options.logprobs is not None:
+            self.logprobs.append(token_logprob(own, token, self.options.logprobs))
         return token
 
 
@@ -142,6 +207,13 @@ def greedy_tokens(logits: Tensor) -> list[int]:
         return [t if row[t] == row[t] else -1 for t, row in zip(rows.argmax(-1).tolist(), rows, strict=True)]
     best = logits.argmax(-1, keepdim=True)  # a NaN counts as the largest
     return torch.where(logits.gather(-1, best).isnan(), -1, best).flatten().tolist()
+
+
+def token_logprob(logits: Tensor, token: int, most: int) -> TokenLogprob:
+    """Of float32 logits [vocabulary]: the token's log probability, and the `most` likeliest tokens."""
+    every = logits.log_softmax(0)
+    best = every.topk(min(most, len(every)))
+    return TokenLogprob(token, every[token].item(), list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
 
 
 def not_a_number(tokens: int) -> GenerationError:
@@ -161,7 +233,7 @@ def penalise(logits: Tensor, seen: set[int], penalty: float) -> Tensor:
 
 
 def filtered_probabilities(logits: Tensor, options: Sampling) -> Tensor:
-    """float32 probabilities [vocabulary] after temperature, top-k and top-p; at least one token survives."""
+    """float32 probabilities [vocabulary] after temperature, top-k, top-p and min-p; at least one token survives."""
     logits = (logits - logits.max()) / options.temperature  # from the top, so that no small temperature overflows
     if options.top_k:
         kth = logits.topk(min(options.top_k, len(logits))).values[-1]
@@ -171,4 +243,6 @@ def filtered_probabilities(logits: Tensor, options: Sampling) -> Tensor:
         tail = ordered.softmax(0).cumsum(0) <= 1 - options.top_p
         tail[-1] = False
         logits = logits.masked_fill(torch.zeros_like(tail).scatter(0, index, tail), -torch.inf)
+    if options.min_p:
+        logits = logits.masked_fill(logits < logits.max() + log(options.min_p), -torch.inf)
     return logits.softmax(0)

@@ -265,12 +265,16 @@ class Scheduler:
 
 def choose(logits: Tensor, sequences: list[Sequence]) -> list[int | Exception]:
     """The next token of each sequence, or what is wrong with it; one transfer from the device for all."""
-    if all(sequence.sampler.is_greedy for sequence in sequences):
-        tokens = greedy_tokens(logits)
-        if min(tokens) >= 0:
-            return tokens
-        return [t if t >= 0 else not_a_number(len(s.token_ids)) for t, s in zip(tokens, sequences, strict=True)]
-    return [_drawn(sequence, row) for sequence, row in zip(sequences, logits.cpu(), strict=True)]
+    if not all(sequence.sampler.is_greedy for sequence in sequences):
+        logits = logits.cpu()
+    tokens = greedy_tokens(logits)
+    chosen: list[int | Exception] = []
+    for sequence, row, token in zip(sequences, logits, tokens, strict=True):
+        if not sequence.sampler.is_greedy:
+            chosen.append(_drawn(sequence, row))
+        else:
+            chosen.append(token if token >= 0 else not_a_number(len(sequence.token_ids)))
+    return chosen
 
 
 def _drawn(sequence: Sequence, logits: Tensor) -> int | Exception:

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from llava_fast.generation.prompt import Prompt
-from llava_fast.generation.sampling import LogitsProcessor, Sampler, Sampling
+from llava_fast.generation.grammar import GrammarMask
+from llava_fast.generation.prompt import Part, Prompt
+from llava_fast.generation.sampling import LogitsProcessor, Sampler, Sampling, TokenLogprob
 from llava_fast.generation.text import TextDecoder
-from llava_fast.inputs.plan.plan import Piece, TextPiece
-from llava_fast.inputs.prepared import Cut
+from llava_fast.inputs.plan.plan import TextPiece
 from llava_fast.models.paged_cache import BlockTable
 from llava_fast.models.vlm import LlavaModel
 
@@ -30,12 +30,14 @@ class Usage:
 @dataclass(frozen=True)
 class Generation:
     """One answer. `token_ids` holds every token generated, an end token included; `text` leaves special tokens and
-    the stop string out. `finish_reason` is "stop" (end token or stop string) or "length"."""
+    the stop string out. `finish_reason` is "stop" (end token or stop string) or "length". `logprobs` has an item for
+    each token, if they were asked for."""
 
     text: str
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
     usage: Usage
+    logprobs: list[TokenLogprob] | None = None
 
 
 class Sequence:
@@ -71,13 +73,13 @@ class Sequence:
         """The keys of all rows (see prompt.Part)."""
         return self.prompt.keys + self.token_ids
 
-    def between(self, first: int, last: int) -> tuple[list[Piece], list[Cut], int]:
+    def between(self, first: int, last: int) -> tuple[list[Part], int]:
         """What rows [first, last) come from, as Prompt.between; after the prompt, from the answer's tokens."""
-        pieces, tiles, begin = self.prompt.between(first, last)
+        parts, begin = self.prompt.between(first, last)
         rows = self.prompt.rows
         if last > rows:
-            pieces.append(TextPiece(np.asarray(self.token_ids[max(first - rows, 0) : last - rows], np.int32)))
-        return pieces, tiles, begin
+            parts.append(Part(TextPiece(np.asarray(self.token_ids[max(first - rows, 0) : last - rows], np.int32))))
+        return parts, begin
 
     def push(self, token: int) -> str:
         """Take the next token; returns the text it made certain and sets `finish_reason` at the end."""
@@ -99,7 +101,8 @@ class Sequence:
             raise self.error
         reason: Literal["stop", "length"] = "stop" if self.finish_reason == "stop" else "length"
         usage = Usage(self.prompt.rows, self.prompt.visual_rows, len(self.token_ids))
-        return Generation(self.text.text, self.token_ids, reason, usage)
+        logprobs = None if self.sampler.options.logprobs is None else self.sampler.logprobs
+        return Generation(self.text.text, self.token_ids, reason, usage, logprobs)
 
 
 def new_sequence(
@@ -118,10 +121,14 @@ def new_sequence(
     # Special tokens leave no text behind, so a stop string that is one is met as a token.
     special = {s: token for s in stop if (token := _special_id(model.tokenizer, s)) is not None}
     room = model.config.decoder.context_length - prompt.rows
+    last: list[LogitsProcessor] = []
+    if sampling.grammar is not None:
+        ends = sorted(end_ids | set(special.values()))
+        last.append(GrammarMask(sampling.grammar, model.tokenizer, model.config.decoder.vocab_size, ends))
     seen = prompt.ids(model.config.image_token_id) if sampling.repetition_penalty != 1 else []
     return Sequence(
         prompt,
-        Sampler(sampling, seed, seen, processors),
+        Sampler(sampling, seed, seen, [*processors, *last]),
         TextDecoder(model.tokenizer, tuple(s for s in stop if s not in special), pieces),
         end_ids | set(special.values()),
         max(0, min(sampling.max_new_tokens, room)),

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -32,7 +32,7 @@ class Hidden:
     """The stand-ins of one request."""
 
     def __init__(self, characters: Sequence[str], texts: Sequence[str]) -> None:
-        used = set().union(*texts)
+        used = set("".join(texts))
         free = (chr(code) for code in STAND_INS if chr(code) not in used)
         self._there = {ord(character): next(free) for character in characters}
         self._back = {ord(stand_in): chr(code) for code, stand_in in self._there.items()}
@@ -146,12 +146,14 @@ def _with_text(part: Any, key: str, hidden: Hidden) -> Any:
     return part
 
 
-def _texts(request: Mapping[str, Any]):
+def _texts(request: Mapping[str, Any]) -> Iterator[str]:
     """Every text of a request."""
     messages = request.get("messages")
-    for value in (request.get("prompt"), *(messages if _is_list(messages) else ())):
-        content = value.get("content") if isinstance(value, Mapping) else value
-        for item in content if _is_list(content) else (content,):
-            text = item.get("text") if isinstance(item, Mapping) else item
-            if isinstance(text, str):
-                yield text
+    values = [request.get("prompt")]
+    for message in messages if _is_list(messages) else []:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        values += content if _is_list(content) else [content]
+    for value in values:
+        text = value.get("text") if isinstance(value, Mapping) else value
+        if isinstance(text, str):
+            yield text

@@ -5,39 +5,57 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from llava_fast.generation.sampling import TokenLogprob
 from llava_fast.generation.sequence import Sequence
 from llava_fast.serve.engine import Step
 from llava_fast.serve.errors import api_error
 
+Bytes = Callable[[int], bytes]
+"""The bytes that a token stands for."""
 
-class ChatAnswer:
-    """The answer to one chat request, as its sequences run."""
 
-    kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+class Answer:
+    """The answer to one request, as its sequences run. Choices are numbered as the sequences are."""
 
-    def __init__(self, model: str, sequences: list[Sequence]) -> None:
-        self.model, self.sequences = model, sequences
-        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+    kind = chunk_kind = prefix = ""
+
+    def __init__(self, model: str, sequences: list[Sequence], token_bytes: Bytes) -> None:
+        self.model, self.sequences, self.token_bytes = model, sequences, token_bytes
+        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
+        self.told = [0] * len(sequences)  # tokens whose log probabilities were sent
+        self.offsets = [0] * len(sequences)  # characters of text that they make
 
     async def whole(self, steps: AsyncIterator[tuple[int, Step]]) -> dict[str, Any]:
         """All choices, when all sequences have ended."""
         async for _ in steps:
             pass
-        choices = [self._choice(number, sequence) for number, sequence in enumerate(self.sequences)]
+        choices = [
+            {
+                "index": number,
+                **self._message(sequence.text.text),
+                "logprobs": self._logprobs(number, len(sequence.token_ids)),
+                "finish_reason": sequence.finish_reason,
+            }
+            for number, sequence in enumerate(self.sequences)
+        ]
         return {**self._head(self.kind), "choices": choices, "usage": self.usage()}
 
     async def events(self, steps: AsyncIterator[tuple[int, Step]], with_usage: bool) -> AsyncIterator[str]:
-        """Server-sent events: chunks as text becomes certain, then [DONE]. An error is the last event."""
+        """Server-sent events: chunks as text becomes certain, then [DONE]. An error takes the place of the rest."""
+        usage = {"usage": None} if with_usage else {}
         try:
-            for chunk in self._first(with_usage):
-                yield chunk
+            for number in range(len(self.sequences)):
+                if (first := self._first()) is not None:
+                    yield self._chunk(number, first, None, None, usage)
             async for number, step in steps:
                 if step.text or step.finished:
-                    yield self._chunk([self._delta(number, step)], with_usage)
+                    reason = step.sequence.finish_reason if step.finished else None
+                    logprobs = self._logprobs(number, step.tokens)
+                    yield self._chunk(number, self._delta(step.text), logprobs, reason, usage)
             if with_usage:
                 yield _event({**self._head(self.chunk_kind), "choices": [], "usage": self.usage()})
         except Exception as error:
@@ -45,37 +63,110 @@ class ChatAnswer:
         yield "data: [DONE]\n\n"
 
     def usage(self) -> dict[str, Any]:
-        prompt = self.sequences[0].prompt
-        answer = sum(len(sequence.token_ids) for sequence in self.sequences)
+        """Tokens of the prompts, each counted once, and of all answers."""
+        prompts = {id(sequence.prompt): sequence for sequence in self.sequences}.values()
+        asked = sum(sequence.prompt.rows for sequence in prompts)
+        answered = sum(len(sequence.token_ids) for sequence in self.sequences)
         return {
-            "prompt_tokens": prompt.rows,
-            "completion_tokens": answer,
-            "total_tokens": prompt.rows + answer,
+            "prompt_tokens": asked,
+            "completion_tokens": answered,
+            "total_tokens": asked + answered,
             "prompt_tokens_details": {
-                "cached_tokens": self.sequences[0].cached_rows,
-                "visual_tokens": prompt.visual_rows,
+                "cached_tokens": sum(sequence.cached_rows for sequence in prompts),
+                "visual_tokens": sum(sequence.prompt.visual_rows for sequence in prompts),
             },
         }
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
-    def _chunk(self, choices: list[dict[str, Any]], with_usage: bool) -> str:
-        return _event({**self._head(self.chunk_kind), "choices": choices, **({"usage": None} if with_usage else {})})
+    def _chunk(self, number: int, content: dict[str, Any], logprobs: Any, reason: str | None, usage: dict) -> str:
+        choice = {"index": number, **content, "logprobs": logprobs, "finish_reason": reason}
+        return _event({**self._head(self.chunk_kind), "choices": [choice], **usage})
 
-    def _first(self, with_usage: bool) -> Iterable[str]:
-        for number in range(len(self.sequences)):
-            delta = {"role": "assistant", "content": ""}
-            yield self._chunk([{"index": number, "delta": delta, "logprobs": None, "finish_reason": None}], with_usage)
+    def _logprobs(self, number: int, tokens: int) -> Any:
+        """Of the tokens up to this one that were not told of before, the end token left out."""
+        sequence = self.sequences[number]
+        if sequence.sampler.options.logprobs is None:
+            return None
+        new = sequence.sampler.logprobs[self.told[number] : tokens]
+        self.told[number] = tokens
+        return self._told(number, [each for each in new if each.token_id not in sequence.end_ids])
 
-    def _choice(self, number: int, sequence: Sequence) -> dict[str, Any]:
-        message = {"role": "assistant", "content": sequence.text.text, "refusal": None}
-        return {"index": number, "message": message, "logprobs": None, "finish_reason": sequence.finish_reason}
+    def _text(self, token: int) -> str:
+        return self.token_bytes(token).decode(errors="replace")
 
-    def _delta(self, number: int, step: Step) -> dict[str, Any]:
-        reason = step.sequence.finish_reason if step.finished else None
-        delta = {"content": step.text} if step.text else {}
-        return {"index": number, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def _message(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _first(self) -> dict[str, Any] | None:
+        raise NotImplementedError
+
+    def _delta(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _told(self, number: int, logprobs: list[TokenLogprob]) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class ChatAnswer(Answer):
+    """The answer to /v1/chat/completions."""
+
+    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def _message(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _first(self) -> dict[str, Any]:
+        return {"delta": {"role": "assistant", "content": ""}}
+
+    def _delta(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text} if text else {}}
+
+    def _told(self, number: int, logprobs: list[TokenLogprob]) -> dict[str, Any]:
+        def one(token: int, logprob: float) -> dict[str, Any]:
+            return {"token": self._text(token), "logprob": finite(logprob), "bytes": list(self.token_bytes(token))}
+
+        return {
+            "content": [
+                {**one(each.token_id, each.logprob), "top_logprobs": [one(*top) for top in each.top]}
+                for each in logprobs
+            ],
+            "refusal": None,
+        }
+
+
+class CompletionAnswer(Answer):
+    """The answer to /v1/completions."""
+
+    kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
+
+    def _message(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def _first(self) -> None:
+        return None
+
+    def _delta(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def _told(self, number: int, logprobs: list[TokenLogprob]) -> dict[str, Any]:
+        tokens = [self._text(each.token_id) for each in logprobs]
+        offsets = []
+        for token in tokens:
+            offsets.append(self.offsets[number])
+            self.offsets[number] += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [finite(each.logprob) for each in logprobs],
+            "top_logprobs": [{self._text(token): finite(value) for token, value in each.top} for each in logprobs],
+            "text_offset": offsets,
+        }
+
+
+def finite(logprob: float) -> float:
+    """As OpenAI has it, -9999 stands for a token that cannot come; JSON has no infinity."""
+    return max(logprob, -9999.0)
 
 
 def _event(body: dict[str, Any]) -> str:

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.types import Receive, Scope, Send
 
-from llava_fast.serve.answers import ChatAnswer
+from llava_fast.serve.answers import Answer, ChatAnswer, CompletionAnswer
 from llava_fast.serve.engine import Step
 from llava_fast.serve.errors import ApiError, api_error, handle_errors
 from llava_fast.serve.gate import Gate
-from llava_fast.serve.protocol import ChatRequest
-from llava_fast.serve.service import Service
+from llava_fast.serve.protocol import ChatRequest, CompletionRequest
+from llava_fast.serve.service import Body, Service
 from llava_fast.version import __version__
 
 T = TypeVar("T")
@@ -35,7 +37,14 @@ def create_app(service: Service) -> FastAPI:
         service.stop()
 
     app = FastAPI(title="llava_fast", version=__version__, lifespan=running, docs_url=None, redoc_url=None)
-    app.add_middleware(Gate, settings=service.settings)
+    app.add_middleware(Gate, settings=service.settings, count=service.metrics.request)
+    if service.settings.allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.settings.allow_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
     handle_errors(app)
 
     @app.get("/health")
@@ -47,10 +56,22 @@ def create_app(service: Service) -> FastAPI:
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(service)]}
 
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return _model(service)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        service.check(body)
-        return await _answered(service, body, request)
+        return await _answered(service, body, request, ChatAnswer)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await _answered(service, body, request, CompletionAnswer)
 
     if (PAGE / "index.html").is_file():
         app.mount("/", StaticFiles(directory=PAGE, html=True))
@@ -67,25 +88,26 @@ def _model(service: Service) -> dict[str, Any]:
     }
 
 
-async def _answered(service: Service, body: ChatRequest, request: Request) -> Response:
+async def _answered(service: Service, body: Body, request: Request, kind: type[Answer]) -> Response:
     """The whole answer, or the start of its stream. Whatever ends it, a client that goes away included, frees its
     place in the queue and its sequences."""
     deadline = asyncio.get_running_loop().time() + service.settings.deadline
-    usage = body.stream_options is not None and body.stream_options.include_usage
 
-    async def answered() -> ChatAnswer | dict[str, Any]:
-        maker = ChatAnswer(body.model, await asyncio.wait_for(service.sequences(body), service.settings.deadline))
+    async def answered() -> Answer | dict[str, Any]:
+        sequences = await asyncio.wait_for(service.sequences(body), service.settings.deadline)
+        answer = kind(body.model, sequences, service.token_bytes)
         if body.stream:
-            return maker
-        async with contextlib.aclosing(service.steps(maker.sequences, deadline)) as steps:
-            return await maker.whole(steps)
+            return answer
+        async with contextlib.aclosing(service.steps(sequences, deadline)) as steps:
+            return await answer.whole(steps)
 
+    service.check(body)
     try:
         with contextlib.ExitStack() as place:
-            place.enter_context(service.admitted(body.n or 1))
+            place.enter_context(service.admitted(body.answers))
             answer = await _while_connected(request, answered())
-            if isinstance(answer, ChatAnswer):
-                return Stream(service.steps(answer.sequences, deadline), answer, usage, place.pop_all())
+            if isinstance(answer, Answer):
+                return Stream(service.steps(answer.sequences, deadline), answer, body.with_usage, place.pop_all())
         return JSONResponse(answer)
     except Exception as error:
         raise api_error(error) from error
@@ -115,7 +137,7 @@ class Stream(StreamingResponse):
     of which Starlette tells by cancelling."""
 
     def __init__(
-        self, steps: AsyncGenerator[tuple[int, Step]], answer: ChatAnswer, usage: bool, place: contextlib.ExitStack
+        self, steps: AsyncGenerator[tuple[int, Step]], answer: Answer, usage: bool, place: contextlib.ExitStack
     ) -> None:
         super().__init__(answer.events(steps, usage), media_type="text/event-stream")
         self.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})

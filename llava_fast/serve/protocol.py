@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from llava_fast.generation.grammar import Grammar
+
 Text = Annotated[str, Field(max_length=4 << 20)]
 
 
@@ -34,7 +36,7 @@ class TextPart(Body):
 
 class ImageUrl(Body):
     url: str
-    detail: Literal["auto", "high"] = Field("auto", description="Images are tiled as the checkpoint says.")
+    detail: Literal["auto", "high"] | None = Field("auto", description="Images are tiled as the checkpoint says.")
 
 
 class ImagePart(Body):
@@ -42,12 +44,69 @@ class ImagePart(Body):
     image_url: ImageUrl
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+class VideoUrl(Body):
+    url: str
+
+
+class VideoPart(Body):
+    type: Literal["video_url"]
+    video_url: VideoUrl
+
+
+Part = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
 
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[Part]
+
+
+class TextFormat(Body):
+    type: Literal["text"]
+
+    @property
+    def grammar(self) -> Grammar | None:
+        return None
+
+
+class JsonFormat(Body):
+    type: Literal["json_object"]
+
+    @property
+    def grammar(self) -> Grammar:
+        return Grammar.json()
+
+
+class JsonSchema(Body):
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    name: str | None = None
+    description: str | None = None
+    json_schema: dict[str, Any] = Field({"type": "object"}, alias="schema")
+    strict: bool | None = Field(None, description="A schema always holds.")
+
+
+class JsonSchemaFormat(Body):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+    @property
+    def grammar(self) -> Grammar:
+        return Grammar.json_schema(self.json_schema.json_schema)
+
+
+class RegexFormat(Body):
+    type: Literal["regex"]
+    regex: Annotated[str, Field(max_length=16384, description="Rust's syntax; the whole answer matches.")]
+
+    @property
+    def grammar(self) -> Grammar:
+        return Grammar.regex(self.regex)
+
+
+ResponseFormat = Annotated[TextFormat | JsonFormat | JsonSchemaFormat | RegexFormat, Field(discriminator="type")]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
 class Options(Body):
@@ -57,20 +116,39 @@ class Options(Body):
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    top_k: Annotated[int, Field(ge=-1)] | None = Field(0, description="0 or -1: off.")
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = 1.0
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(0, description="0 or -1: off.")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = 1.0
+    presence_penalty: Penalty | None = 0.0
+    frequency_penalty: Penalty | None = 0.0
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**62)] | None = None
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     n: Annotated[int, Field(ge=1)] | None = 1
+    response_format: ResponseFormat | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = Field(False, description="Go on past end tokens, for benchmarks.")
-    user: Any = Field(None, description="Not read.")
+    user: str | None = Field(None, description="Not read.")
 
     @property
     def most_tokens(self) -> int | None:
-        """The most tokens of an answer that the client asks for."""
+        """The most tokens of an answer that the client asks for; None: as many as there is room for."""
         return self.max_tokens
+
+    @property
+    def top_tokens(self) -> int | None:
+        """How many likeliest tokens are told of at each token; None: no log probability at all."""
+        raise NotImplementedError
+
+    @property
+    def answers(self) -> int:
+        """How many answers the request asks for."""
+        return self.n or 1
+
+    @property
+    def with_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
 
     @model_validator(mode="after")
     def _stream_options(self) -> Options:
@@ -80,17 +158,23 @@ class Options(Body):
 
     def sampling(self) -> dict[str, Any]:
         """The fields of `Sampling` that the body sets, the answer's length aside."""
+        bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
         chosen = {
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": None if self.top_k is None else max(self.top_k, 0),
+            "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "logit_bias": bias,
+            "logprobs": self.top_tokens,
+            "grammar": None if self.response_format is None else self.response_format.grammar,
             "seed": self.seed,
             "stop": self.stop,
             "ignore_eos": self.ignore_eos,
         }
-        defaults = {"temperature": 1.0}
-        return defaults | {name: value for name, value in chosen.items() if value is not None}
+        return {"temperature": 1.0} | {name: value for name, value in chosen.items() if value is not None}
 
 
 class ChatRequest(Options):
@@ -98,7 +182,39 @@ class ChatRequest(Options):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property
     def most_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def top_tokens(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _top_logprobs(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is for logprobs=true")
+        return self
+
+
+class CompletionRequest(Options):
+    """The body of /v1/completions: the prompt as it is, without the chat template."""
+
+    prompt: Text | Annotated[list[Text], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=0)] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @property
+    def prompts(self) -> list[str]:
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+    @property
+    def answers(self) -> int:
+        return (self.n or 1) * len(self.prompts)
+
+    @property
+    def top_tokens(self) -> int | None:
+        return self.logprobs

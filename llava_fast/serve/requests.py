@@ -1,30 +1,49 @@
-"""A body of OpenAI's form as a request of llava_fast."""
+"""A body of OpenAI's form as requests of llava_fast: messages in its form, images and videos as bytes."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from llava_fast.serve.errors import ApiError
-from llava_fast.serve.protocol import ChatRequest, ImagePart, TextPart
+from llava_fast.serve.media import Media
+from llava_fast.serve.protocol import ChatRequest, CompletionRequest, ImagePart, TextPart, VideoPart
 
 
-def chat_request(body: ChatRequest) -> dict[str, Any]:
-    """{"messages", "images"} of a chat. Raises ApiError for an image that may not be read."""
-    messages: list[dict[str, Any]] = []
-    images: list[Any] = []
-    for message in body.messages:
-        role = "system" if message.role == "developer" else message.role
-        content: Any = message.content
-        if not isinstance(content, str):
-            content = [_item(part, images) for part in content]
-        messages.append({"role": role, "content": content})
-    return {"messages": messages, "images": images}
+def requests_of(body: ChatRequest | CompletionRequest, media: Media) -> list[dict[str, Any]]:
+    """A request for each prompt of the body. Raises ApiError for images and videos that may not be read, and
+    ImageError for those that cannot."""
+    if isinstance(body, CompletionRequest):
+        return [{"prompt": prompt} for prompt in body.prompts]
+    return [_chat(body, media)]
 
 
-def _item(part: TextPart | ImagePart, images: list[Any]) -> dict[str, Any]:
+def _chat(body: ChatRequest, media: Media) -> dict[str, Any]:
+    parts = [part for message in body.messages if not isinstance(message.content, str) for part in message.content]
+    images = [part for part in parts if isinstance(part, ImagePart)]
+    videos = [part for part in parts if isinstance(part, VideoPart)]
+    media.check_number(len(images))
+    if len(videos) > 1:
+        raise ApiError(400, f"the messages hold {len(videos)} videos and a request takes one", "messages")
+    request: dict[str, Any] = {
+        "messages": [_message(message.role, message.content) for message in body.messages],
+        "images": [media.image(part.image_url.url) for part in images],
+    }
+    if videos:
+        request["video"] = media.video(videos[0].video_url.url)
+    return request
+
+
+def _message(role: str, content: str | list[TextPart | ImagePart | VideoPart]) -> dict[str, Any]:
+    if not isinstance(content, str):
+        return {"role": _role(role), "content": [_item(part) for part in content]}
+    return {"role": _role(role), "content": content}
+
+
+def _role(role: str) -> str:
+    return "system" if role == "developer" else role
+
+
+def _item(part: TextPart | ImagePart | VideoPart) -> dict[str, Any]:
     if isinstance(part, TextPart):
         return {"type": "text", "text": part.text}
-    if not part.image_url.url.startswith("data:"):
-        raise ApiError(400, "an image_url must be a data URI here", "messages")
-    images.append(part.image_url.url)
-    return {"type": "image"}
+    return {"type": "image" if isinstance(part, ImagePart) else "video"}

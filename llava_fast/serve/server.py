@@ -9,7 +9,7 @@ from typing import Any
 from llava_fast.errors import MissingPackageError
 from llava_fast.serve.settings import Settings
 
-PACKAGES = ("fastapi", "uvicorn")
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 
 
 def check_packages() -> None:

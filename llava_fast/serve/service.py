@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
-from llava_fast.errors import RequestError
+from llava_fast.errors import RequestError, ServeError
+from llava_fast.generation.feature_cache import FeatureCache
+from llava_fast.generation.grammar import llguidance_tokenizer
 from llava_fast.generation.llava import Llava
 from llava_fast.generation.prefix_cache import PrefixCache
 from llava_fast.generation.prompt import Prompt, read_prompt
@@ -20,9 +22,13 @@ from llava_fast.generation.scheduler import Scheduler
 from llava_fast.generation.sequence import Sequence, new_sequence
 from llava_fast.serve.engine import Engine, Step, error_of
 from llava_fast.serve.errors import ApiError
-from llava_fast.serve.protocol import ChatRequest, Options
-from llava_fast.serve.requests import chat_request
+from llava_fast.serve.media import Media
+from llava_fast.serve.metrics import Metrics
+from llava_fast.serve.protocol import ChatRequest, CompletionRequest
+from llava_fast.serve.requests import requests_of
 from llava_fast.serve.settings import Settings
+
+Body = ChatRequest | CompletionRequest
 
 
 class Service:
@@ -32,9 +38,20 @@ class Service:
     def __init__(self, model: Llava, settings: Settings) -> None:
         self.model, self.settings = model, settings
         self.created = int(time.time())
-        runner = Runner(model)
-        self.engine = Engine(Scheduler(runner, PrefixCache(runner.cache), max_running=settings.max_running))
+        if model.processor is None:
+            raise ServeError("the model has no processor: load it with llava_fast.load")
+        self.processor = replace(
+            model.processor, literal_text=settings.literal_text, video_frames=settings.video_frames
+        )
+        if settings.literal_text:
+            _ = self.processor.literal  # made now, since the first request would wait for it
+        self.media = Media(settings)
+        cache = model.decoder.new_cache(keep_bytes=settings.prefix_bytes)
+        runner = Runner(model, cache, FeatureCache(settings.feature_bytes))
+        scheduler = Scheduler(runner, PrefixCache(cache), settings.chunk_rows, settings.max_running)
+        self.engine = Engine(scheduler)
         self.pool = ThreadPoolExecutor(settings.workers, "llava-fast-prepare")
+        self.metrics = Metrics(scheduler, lambda: self.open_answers)
         self.open_answers = 0
         self.seconds = 1.0  # how long an answer takes, lately
 
@@ -46,7 +63,7 @@ class Service:
         self.engine.stop()
 
     @contextmanager
-    def admitted(self, answers: int):
+    def admitted(self, answers: int) -> Iterator[None]:
         """Room for so many answers while the block runs. Raises ApiError 429 where there is none."""
         most = self.settings.max_running + self.settings.max_waiting
         if self.open_answers + answers > most:
@@ -66,32 +83,50 @@ class Service:
             self.open_answers -= answers
             self.seconds += 0.1 * (time.monotonic() - started - self.seconds)
 
-    def check(self, body: Options) -> None:
+    def check_model(self, name: str) -> None:
+        """Raises ApiError for another model than the one that is served."""
+        served = self.settings.model_name
+        if name != served:
+            message = f"the model {name[:200]!r} is not served here; {served!r} is"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def check(self, body: Body) -> None:
         """Raises ApiError for what this server does not serve."""
         settings = self.settings
-        if body.model != settings.model_name:
+        self.check_model(body.model)
+        if body.answers > settings.max_choices:
             raise ApiError(
-                404,
-                f"the model {body.model[:200]!r} is not served here; {settings.model_name!r} is",
-                param="model",
-                code="model_not_found",
+                400, f"the request asks for {body.answers} answers and this server makes {settings.max_choices}", "n"
             )
-        if (body.n or 1) > settings.max_choices:
-            raise ApiError(400, f"n is {body.n} and this server makes at most {settings.max_choices} answers", "n")
         most = settings.max_answer_tokens
         if most is not None and (body.most_tokens or 0) > most:
             raise ApiError(400, f"max_tokens is {body.most_tokens} and this server's limit is {most}", "max_tokens")
 
-    async def sequences(self, body: ChatRequest) -> list[Sequence]:
-        """The body's prompt read and cut, and a sequence for each answer. Raises RequestError and ImageError."""
-        return await asyncio.get_running_loop().run_in_executor(self.pool, self._prepare, chat_request, body)
+    async def sequences(self, body: Body) -> list[Sequence]:
+        """The body's prompts read and cut, and a sequence for each answer. Raises ApiError, RequestError and
+        ImageError."""
+        return await asyncio.get_running_loop().run_in_executor(self.pool, self._prepare, body)
 
-    def _prepare(self, reader: Callable[[Any], dict], body: Any) -> list[Sequence]:
-        prompt = read_prompt(self.model.processor, reader(body))
-        limit = self._room(prompt, body.most_tokens)
-        sampling = Sampling.of(None, max_new_tokens=limit, **body.sampling())
-        seeds = [None if sampling.seed is None else sampling.seed + i for i in range(body.n or 1)]
-        return [new_sequence(self.model, prompt, sampling, seed, pieces=True) for seed in seeds]
+    def _prepare(self, body: Body) -> list[Sequence]:
+        chosen = body.sampling()
+        if body.top_tokens is not None:
+            self.token_bytes(0)  # the first call takes long, and the answer's are made in the event loop
+        sequences: list[Sequence] = []
+        for request in requests_of(body, self.media):
+            prompt = read_prompt(self.processor, request)
+            sampling = Sampling.of(None, max_new_tokens=self._room(prompt, body.most_tokens), **chosen)
+            for _ in range(body.n or 1):
+                seed = None if sampling.seed is None else sampling.seed + len(sequences)
+                sequences.append(new_sequence(self.model, prompt, sampling, seed, pieces=True))
+        return sequences
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for; of a special token its name, of one without a name none."""
+        config = self.model.config
+        if self.model.tokenizer.convert_ids_to_tokens(token) is None:  # a row of the embedding beyond the vocabulary
+            return b""
+        ends = config.eos_token_ids or (0,)  # llguidance wants one; which it is does not matter here
+        return llguidance_tokenizer(self.model.tokenizer, config.decoder.vocab_size, ends).decode_bytes([token])
 
     def _room(self, prompt: Prompt, asked: int | None) -> int:
         """The most tokens of the answer. Raises RequestError for a prompt that is too long."""
@@ -111,20 +146,23 @@ class Service:
         the event loop's clock)."""
         now = asyncio.get_running_loop().time
         arrived: asyncio.Queue[tuple[int, Step]] = asyncio.Queue()
+        clocks = [self.metrics.answer(sequence) for sequence in sequences]
         try:
             for number, sequence in enumerate(sequences):
                 self.engine.add(sequence, partial(_put, arrived, number))
             left = len(sequences)
             while left:
                 number, step = await asyncio.wait_for(arrived.get(), deadline - now())
+                clocks[number].step(step.tokens)
                 if step.finished:
                     left -= 1
                     if (error := error_of(step.sequence)) is not None:
                         raise error
                 yield number, step
         finally:
-            for sequence in sequences:
+            for sequence, clock in zip(sequences, clocks, strict=True):
                 self.engine.cancel(sequence)
+                clock.end()
 
 
 def _put(arrived: asyncio.Queue[tuple[int, Step]], number: int, step: Step) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
+from pathlib import Path
 
 from llava_fast.errors import ServeError
 
@@ -15,11 +16,24 @@ class Settings:
     model_name          the name that clients ask for.
     api_keys            keys of which a client must send one (none: everybody is served).
     max_running         most answers made at once.
+    chunk_rows          most prompt rows that one step runs beside the answers' tokens.
     max_waiting         most answers that may wait beyond those; more are refused with 429.
     deadline            seconds from a request's arrival to its end; then it ends with an error.
     drain               seconds that running answers may still take after SIGTERM.
     workers             threads that read images and tokenise.
-    max_body_bytes      largest request body.
+    max_body_bytes      largest request body, file or video.
+    max_held_bytes      most bytes of bodies held at once; more are refused with 429.
+    max_images          most images in a request.
+    max_pixels          most pixels of an image, and of those frames of a video that are used together.
+    video_frames        how many frames of a video are used.
+    max_frames          most frames of a video file.
+    allow_remote        hosts from which images and videos are fetched ("*.example.org": every name below); none: no
+                        address is fetched. `max_remote_bytes` and `remote_seconds` bound each.
+    allow_files         folders below which files may be named; none: no file is read.
+    allow_origins       origins whose pages may ask (CORS); none: only the server's own page.
+    literal_text        control tokens and marks that a client spells are text (see inputs.literal).
+    prefix_bytes        keys and values kept for prompts that begin alike.
+    feature_bytes       image features kept for images that come again.
     max_prompt_tokens   longest prompt, visual tokens included (None: the model's context).
     max_answer_tokens   longest answer, and the default where a request names none (None: the model's context).
     max_choices         most answers to one request (`n`).
@@ -30,27 +44,40 @@ class Settings:
     model_name: str
     api_keys: tuple[str, ...] = ()
     max_running: int = 32
+    chunk_rows: int = 1024
     max_waiting: int = 128
     deadline: float = 600.0
     drain: float = 30.0
     workers: int = 2
-    max_body_bytes: int = 64 << 20
+    max_body_bytes: int = 32 << 20
+    max_held_bytes: int = 512 << 20
+    max_images: int = 16
+    max_pixels: int = 64 << 20
+    max_frames: int = 3000
+    allow_remote: tuple[str, ...] = ()
+    max_remote_bytes: int = 32 << 20
+    remote_seconds: float = 10.0
+    allow_files: tuple[Path, ...] = ()
+    allow_origins: tuple[str, ...] = ()
+    literal_text: bool = True
+    video_frames: int = 16
+    prefix_bytes: int = 1 << 30
+    feature_bytes: int = 256 << 20
     max_prompt_tokens: int | None = None
     max_answer_tokens: int | None = None
     max_choices: int = 8
 
     def __post_init__(self) -> None:
-        for name in (
-            *("max_running", "max_waiting", "workers", "max_body_bytes"),
-            *("max_prompt_tokens", "max_answer_tokens", "max_choices"),
-        ):
-            value, least = getattr(self, name), 0 if name == "max_waiting" else 1
-            optional = name in ("max_prompt_tokens", "max_answer_tokens")
-            if not (value is None and optional) and (not isinstance(value, Integral) or value < least):
-                raise ServeError(f"{name} must be a whole number, {least} or more, got {value!r}")
-        for name in ("deadline", "drain"):
-            value = getattr(self, name)
-            if not isinstance(value, Real) or not 0 < value < float("inf"):
-                raise ServeError(f"{name} must be a number of seconds above 0, got {value!r}")
+        for field in fields(self):
+            value, kind = getattr(self, field.name), field.type
+            may_be_none = value is None and kind == "int | None"
+            least = 0 if field.name in ("max_waiting", "prefix_bytes", "feature_bytes") else 1
+            if "int" in str(kind) and not may_be_none and (not isinstance(value, Integral) or value < least):
+                raise ServeError(f"{field.name} must be a whole number, {least} or more, got {value!r}")
+            if kind == "float" and not (isinstance(value, Real) and 0 < value < float("inf")):
+                raise ServeError(f"{field.name} must be a number of seconds above 0, got {value!r}")
         if not all(key.strip() and key.isascii() for key in self.api_keys):
             raise ServeError("an API key must be ASCII text that is not empty")
+        for folder in self.allow_files:
+            if not folder.is_dir():
+                raise ServeError(f"the folder {folder} of allow_files is not there")

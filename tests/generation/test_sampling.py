@@ -1,13 +1,16 @@
 """Sampling against transformers' logits processors, draws that follow the probabilities, and seeds."""
 
 import itertools
+import json
+import re
 
 import pytest
 import torch
 from transformers.generation import logits_process as theirs
 
 from llava_fast.errors import RequestError
-from llava_fast.generation.sampling import Sampler, Sampling, filtered_probabilities, penalise
+from llava_fast.generation.grammar import Grammar
+from llava_fast.generation.sampling import AnswerPenalty, Sampler, Sampling, filtered_probabilities, penalise
 from tests.support import tiny
 from tests.support.parity import assert_same_answer, forget_rope
 
@@ -22,6 +25,8 @@ def reference(logits, options: Sampling, seen=()):
         scores = theirs.TopKLogitsWarper(options.top_k)(ids, scores)
     if options.top_p < 1:
         scores = theirs.TopPLogitsWarper(options.top_p)(ids, scores)
+    if options.min_p:
+        scores = theirs.MinPLogitsWarper(options.min_p)(ids, scores)
     return scores[0].softmax(-1)
 
 
@@ -166,3 +171,106 @@ def test_one_seed_for_all_is_repeatable_and_differs_between_requests():
 def test_every_option_is_checked(options):
     with pytest.raises(RequestError, match=f"^{next(iter(options))} must be"):
         Sampling(**options)
+
+
+@pytest.mark.parametrize("min_p", [0.01, 0.1, 0.5, 1.0])
+def test_min_p_is_transformers(min_p):
+    for number, (temperature, top_p, top_k) in enumerate(itertools.product((0.3, 1.0, 2.0), (1.0, 0.8), (0, 5))):
+        logits = torch.randn(200, generator=torch.Generator().manual_seed(number)) * 3
+        options = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+        ours, expected = filtered_probabilities(logits, options), reference(logits, options)
+        torch.testing.assert_close(ours, expected, rtol=2e-5, atol=1e-7)
+        assert ((ours > 0) == (expected > 0)).all(), options
+
+
+def test_presence_and_frequency_count_the_answer_alone():
+    changed = AnswerPenalty(0.5, 0.25)(torch.zeros(5), [1, 1, 3])
+    assert changed.tolist() == [0.0, -1.0, 0.0, -0.75, 0.0]
+    sampler = Sampler(Sampling(presence_penalty=1.5), None, seen=[2])
+    logits = torch.tensor([0.0, 1.0, 2.0])
+    assert [sampler(logits) for _ in range(4)] == [2, 1, 2, 2]  # the prompt's 2 costs nothing, the answer's does once
+
+
+def test_a_bias_forces_and_forbids():
+    sampler = Sampler(Sampling(logit_bias={2: -100, 0: 100}), None, [])
+    assert sampler(torch.tensor([0.0, 1.0, 50.0])) == 0
+    with pytest.raises(RequestError, match="names the token 7"):
+        Sampler(Sampling(logit_bias={7: 1}), None, [])(torch.zeros(3))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_log_probabilities_are_the_models_own(temperature):
+    options = Sampling(logprobs=2, logit_bias={3: 100}, temperature=temperature, seed=0)
+    sampler = Sampler(options, 0, [])
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    assert sampler(logits) == 3
+    (found,) = sampler.logprobs
+    every = logits.log_softmax(0)
+    assert found.token_id == 3
+    assert found.logprob == pytest.approx(every[3].item())
+    assert [token for token, _ in found.top] == [2, 1]
+    assert [p for _, p in found.top] == pytest.approx(every[[2, 1]].tolist())
+
+
+def test_generate_returns_log_probabilities_and_the_same_answer():
+    model = tiny.pair("next").ours
+    request = {"prompt": "<image>hello", "images": [tiny.picture(60, 90)]}
+    (plain,) = model.generate(request, max_new_tokens=6)
+    (told,) = model.generate(request, max_new_tokens=6, logprobs=3)
+    assert told.token_ids == plain.token_ids
+    assert plain.logprobs is None
+    assert [one.token_id for one in told.logprobs] == told.token_ids
+    assert all(one.top[0] == (one.token_id, one.logprob) for one in told.logprobs)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"digit": {"type": "integer", "minimum": 0, "maximum": 9}, "sure": {"type": "boolean"}},
+    "required": ["digit", "sure"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_takes_its_grammars_form(temperature):
+    model = tiny.pair("next").ours
+    requests = [{"prompt": "hello", "seed": seed} for seed in range(3)]
+    options = {"max_new_tokens": 200, "temperature": temperature}
+    for answer in model.generate(requests, grammar=Grammar.regex("[a-c]{2}x[0-9]{3}"), **options):
+        assert re.fullmatch("[a-c]{2}x[0-9]{3}", answer.text)
+        assert answer.finish_reason == "stop"
+    for answer in model.generate(requests, grammar=Grammar.json_schema(SCHEMA), logit_bias={9 + 2: -50}, **options):
+        if answer.finish_reason == "stop":  # white space may go on for ever
+            assert set(json.loads(answer.text)) == {"digit", "sure"}
+        assert answer.text.startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("grammar", "says"),
+    [
+        (Grammar.regex("(a"), "regular expression cannot be used"),
+        (Grammar.json_schema({"type": "no type"}), "JSON schema cannot be used"),
+        (Grammar("json_schema", "{"), "JSON schema cannot be used"),
+    ],
+)
+def test_a_grammar_that_cannot_be_used_is_refused(grammar, says):
+    with pytest.raises(RequestError, match=says):
+        tiny.pair("next").ours.generate({"prompt": "hello"}, grammar=grammar)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"min_p": 2},
+        {"presence_penalty": float("nan")},
+        {"frequency_penalty": "1"},
+        {"logit_bias": {"a": 1}},
+        {"logit_bias": {1: float("inf")}},
+        {"logprobs": -1},
+        {"grammar": "[a-z]"},
+        {"grammar": Grammar.json(), "ignore_eos": True},
+    ],
+)
+def test_new_options_out_of_range_are_refused(wrong):
+    with pytest.raises(RequestError, match=next(iter(wrong))):
+        Sampling(**wrong)

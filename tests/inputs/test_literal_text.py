@@ -11,7 +11,7 @@ from llava_fast.errors import RequestError
 from llava_fast.inputs.chat.rendering import builtin_template, checkpoint_template
 from llava_fast.inputs.literal import NAMES, LiteralText
 from llava_fast.inputs.plan.plan import TextPiece
-from llava_fast.inputs.prepared import VisualMark
+from llava_fast.inputs.prepared import Placeholder
 from llava_fast.inputs.processor import ORIGINAL_IMAGE_TOKEN
 from tests.support import tiny
 from tests.support.real_tokenizers import TOKENIZERS, llama_3_tokenizer, qwen_tokenizer
@@ -52,7 +52,7 @@ def processor(kind: str = "bytes", template: str = "jinja", **options):
 def ids(made, messages, images=(), labels=False) -> list[int]:
     """The prompt's token ids, -1 for an image."""
     outline = made.outline({"messages": messages, "images": list(images)}, labels)
-    return [t for part in outline for t in ([-1] if isinstance(part, VisualMark) else part.ids.tolist())]
+    return [t for part in outline for t in ([-1] if isinstance(part, Placeholder) else part.ids.tolist())]
 
 
 def user(*texts: str, image: bool = False) -> list[dict]:

@@ -81,6 +81,23 @@ def frame_count(source: Any, num_frames: int | None = None) -> int:
     return total if num_frames is None else num_frames
 
 
+CONTAINERS = "mov,matroska,avi,mpegts,mpeg,gif,flv,ogg,asf"
+
+
+def check_video(data: bytes, most_frames: int) -> tuple[int, int]:
+    """(height, width) of a video file's frames, all of which can be decoded and are `most_frames` or fewer. For files
+    that nobody vouches for: only containers that hold their own frames (CONTAINERS) are opened, not playlists, which
+    name other files. Raises ImageError."""
+    size = (0, 0)
+    with contextlib.closing(_decoded(data, {0}, {"format_whitelist": CONTAINERS})) as frames:
+        for number, frame in enumerate(frames):
+            if number >= most_frames:
+                raise ImageError(f"{source_name(data)} has more than {most_frames} frames: shorten it")
+            if frame is not None:
+                size = frame.shape[0], frame.shape[1]
+    return size
+
+
 class VideoTimes(NamedTuple):
     """How long a video lasts, and when each of the frames taken from it is; seconds."""
 
@@ -160,13 +177,16 @@ def _total_of_file(path: str, size: int, changed: int) -> int:
     return sum(1 for _ in _decoded(path, ()))
 
 
-def _decoded(source: Any, wanted: Collection[int] | None = None) -> Generator[np.ndarray | None]:
+def _decoded(
+    source: Any, wanted: Collection[int] | None = None, options: dict[str, str] | None = None
+) -> Generator[np.ndarray | None]:
     """The frames of a video file in order: uint8 [height, width, 3] of those `wanted` (None: all), None for others.
+    `options` are FFmpeg's, for opening it.
     Raises ImageError, also for a video without frames and for one whose size changes."""
     av, name = _pyav(), source_name(source)
     first = None
     try:
-        with _opened(source, name) as container:
+        with _opened(source, name, options) as container:
             container.streams.video[0].thread_type = "AUTO"
             for number, frame in enumerate(container.decode(video=0)):
                 size = f"{frame.width}x{frame.height}"
@@ -193,11 +213,11 @@ def _rate(source: Any) -> float:
     return float(rate)
 
 
-def _opened(source: Any, name: str) -> Any:
+def _opened(source: Any, name: str, options: dict[str, str] | None = None) -> Any:
     """A path, or the bytes of a video file, as a PyAV container that has a video stream. Raises ImageError."""
     av = _pyav()
     try:
-        container = av.open(source_file(source, name))
+        container = av.open(source_file(source, name), options=options or {})
     except av.FFmpegError as error:
         raise ImageError(f"{name} cannot be read as a video: {error}") from error
     if not container.streams.video:

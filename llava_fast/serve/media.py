@@ -1,0 +1,90 @@
+"""The pictures and videos that a request names: data URIs, and, where the server allows them, files and addresses."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import urllib.parse
+from pathlib import Path
+
+from llava_fast.errors import ImageError
+from llava_fast.inputs.pictures.headers import image_size
+from llava_fast.inputs.pictures.video import check_video
+from llava_fast.serve.errors import ApiError
+from llava_fast.serve.remote import fetch
+from llava_fast.serve.settings import Settings
+
+
+class Media:
+    """Reads what an image_url or a video_url names, within the settings' limits. Its methods take time: run them in
+    the pool. They raise ApiError for what may not be read, ImageError for what cannot."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.folders = [Path(folder).resolve() for folder in settings.allow_files]
+
+    def check_number(self, images: int) -> None:
+        if images > self.settings.max_images:
+            raise ApiError(
+                400, f"the messages hold {images} images and a request takes {self.settings.max_images}", "messages"
+            )
+
+    def image(self, url: str) -> bytes:
+        """The bytes of an image file of allowed size, not decoded."""
+        data = self._read(url)
+        self._check_pixels(*image_size(data))
+        return data
+
+    def video(self, url: str) -> bytes:
+        """The bytes of a video file with allowed frames."""
+        data = self._read(url)
+        self._check_pixels(*check_video(data, self.settings.max_frames), self.settings.video_frames)
+        return data
+
+    def _check_pixels(self, height: int, width: int, number: int = 1) -> None:
+        if number * height * width > self.settings.max_pixels:
+            what = f"an image of {width}x{height}" if number == 1 else f"{number} frames of {width}x{height}"
+            raise ApiError(400, f"{what} pixels: this server takes {self.settings.max_pixels} pixels", "messages")
+
+    def _read(self, url: str) -> bytes:
+        scheme = url[:20].partition(":")[0].lower()
+        if scheme == "data":
+            return _data_uri(url)
+        if scheme in ("http", "https"):
+            settings = self.settings
+            return fetch(url, settings.allow_remote, settings.max_remote_bytes, settings.remote_seconds)
+        if scheme == "file" or "/" in url[:2000]:
+            return self._file(url)
+        raise ApiError(400, "an image_url or video_url must be a data URI: data:image/jpeg;base64,...", "messages")
+
+    def _file(self, url: str) -> bytes:
+        """A file below an allowed folder, wherever symbolic links lead. What is not allowed, and what is not there,
+        cannot be told apart."""
+        name = urllib.parse.unquote(url[len("file://") :]) if url.lower().startswith("file://") else url
+        try:
+            path = Path(name).resolve(strict=True)
+            if path.is_file() and any(path.is_relative_to(folder) for folder in self.folders):
+                if path.stat().st_size > self.settings.max_body_bytes:
+                    raise ApiError(400, f"the file is larger than {self.settings.max_body_bytes} bytes", "messages")
+                with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+                    return file.read(self.settings.max_body_bytes + 1)
+        except (OSError, ValueError, RuntimeError):  # not there, a null byte, a circle of links
+            pass
+        raise ApiError(
+            403,
+            "local files are read only below the folders that the server was started with (--allow-files)",
+            "messages",
+        )
+
+
+def _data_uri(url: str) -> bytes:
+    header, comma, payload = url.partition(",")
+    if not comma:
+        raise ImageError('a data URI has no comma before its data: write "data:image/png;base64,..."')
+    if not header.lower().endswith(";base64"):
+        return urllib.parse.unquote_to_bytes(payload)
+    try:
+        return base64.b64decode(payload)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError(f"a data URI is not valid base64: {error}") from None

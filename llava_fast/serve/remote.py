@@ -1,0 +1,157 @@
+"""Fetching an address that a request names: allowed hosts only, never a private address, bounded in size, time and
+redirects.
+
+A name is resolved once and the connection goes to the address that was checked, so a name that resolves differently
+the next time changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+import urllib.parse
+from collections.abc import Sequence
+
+from llava_fast.serve.errors import ApiError
+
+MAX_REDIRECTS = 3
+PIECE = 64 << 10
+
+
+def fetch(url: str, allowed: Sequence[str], max_bytes: int, seconds: float) -> bytes:
+    """The body at an http or https address. `allowed` are host names ("*.example.org": every name below). Raises
+    ApiError for a host that is not allowed or is private, and for whatever goes wrong."""
+    ends = time.monotonic() + seconds
+    for _ in range(MAX_REDIRECTS + 1):
+        parts = _parsed(url)
+        check_host(parts.hostname or "", allowed)
+        with _connected(parts, ends) as connection:
+            try:
+                path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+                connection.request("GET", path, headers={"Accept": "image/*, video/*", "User-Agent": "llava_fast"})
+                response = connection.getresponse()
+                if response.status in (301, 302, 303, 307, 308) and (location := response.getheader("Location")):
+                    url = urllib.parse.urljoin(url, location)
+                    continue
+                if response.status != 200:
+                    raise _failed(f"it answered with status {response.status}")
+                return _body(response, max_bytes, ends)
+            except ApiError:
+                raise
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                raise _failed(f"{type(error).__name__}") from error
+    raise _failed(f"it redirects more than {MAX_REDIRECTS} times")
+
+
+def check_host(host: str, allowed: Sequence[str]) -> None:
+    """Raises ApiError 403 for a host that is not among those allowed."""
+    host = host.lower().rstrip(".")
+    for each in map(str.lower, allowed):
+        if host == each or (each.startswith("*.") and host.endswith(each[1:])):
+            return
+    raise ApiError(
+        403, "addresses are fetched only from the hosts that the server was started with (--allow-remote)", "messages"
+    )
+
+
+def public_address(host: str, port: int) -> tuple[int, str]:
+    """(address family, IP address) to connect to. Raises ApiError if any address of the host is not public."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise _failed("its name does not resolve") from error
+    addresses = [(family, str(where[0])) for family, _, _, _, where in found]
+    for _, address in addresses:
+        if not is_public(address):
+            raise ApiError(403, "the address leads to a private network, which is never fetched", "messages")
+    return addresses[0]
+
+
+def is_public(address: str) -> bool:
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    mapped = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None)
+    if mapped is None and ip.version == 6 and ip in ipaddress.ip_network("64:ff9b::/96"):
+        mapped = ipaddress.ip_address(int(ip) & 0xFFFFFFFF)
+    return ip.is_global and not ip.is_multicast and (mapped is None or (mapped.is_global and not mapped.is_multicast))
+
+
+def _parsed(url: str) -> urllib.parse.SplitResult:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        bad = parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
+    except ValueError:
+        bad = True
+    if bad or parts.username is not None or not url.isascii() or any(c <= " " or c == "\x7f" for c in url):
+        raise ApiError(
+            400, "an address must be http://HOST/... or https://HOST/..., percent-encoded, no user", "messages"
+        )
+    return parts
+
+
+class _Connection(http.client.HTTPConnection):
+    """A connection to a given IP address, under the name of its host."""
+
+    def __init__(self, host: str, port: int, address: tuple[int, str], secure: bool, seconds: float) -> None:
+        super().__init__(host, port, timeout=seconds)
+        self.address, self.secure = address, secure
+        # A socket's own limit starts anew with each byte that arrives.
+        self._socket: socket.socket | None = None
+        self._timer = threading.Timer(seconds, self._abort)
+        self._timer.daemon = True
+
+    def connect(self) -> None:
+        family, address = self.address
+        self.sock = socket.socket(family, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect((address, self.port))
+        if self.secure:
+            self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+        self._socket = self.sock  # `sock` is gone once a response that ends the connection has begun
+
+    def _abort(self) -> None:
+        if self._socket is None:
+            return
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> _Connection:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        self.close()
+
+
+def _connected(parts: urllib.parse.SplitResult, ends: float) -> _Connection:
+    secure = parts.scheme == "https"
+    port = parts.port or (443 if secure else 80)
+    host = parts.hostname or ""
+    return _Connection(host, port, public_address(host, port), secure, _left(ends))
+
+
+def _body(response: http.client.HTTPResponse, max_bytes: int, ends: float) -> bytes:
+    pieces, size = [], 0
+    while piece := response.read1(PIECE):
+        size += len(piece)
+        if size > max_bytes:
+            raise _failed(f"it has more than {max_bytes} bytes")
+        pieces.append(piece)
+    _left(ends)  # a connection that was cut off at the limit ends like a whole one
+    return b"".join(pieces)
+
+
+def _left(ends: float) -> float:
+    left = ends - time.monotonic()
+    if left <= 0:
+        raise _failed("it took too long")
+    return left
+
+
+def _failed(why: str) -> ApiError:
+    return ApiError(400, f"an address could not be fetched: {why}", "messages")
