@@ -94,17 +94,21 @@ class Prompt:
 
 
 def read_prompt(processor: Processor | None, request: Any, number: int = 0) -> Prompt:
-    """A request's prompt, its images opened and cut. Raises RequestError and ImageError naming the request by its
-    "id" or number."""
-    if processor is None:
-        raise RequestError("this model has no processor: build it with llava_fast.load, or pass one to LlavaModel")
+    """As `prompt_of`; its errors name the request by its "id" or number."""
     try:
-        prompt = Prompt([read_part(processor, part) for part in processor.outline(request)])
-        processor.check_length([part.piece for part in prompt.parts])
-        return prompt
+        return prompt_of(processor, request)
     except (RequestError, ImageError) as error:
         name = request.get("id", number) if isinstance(request, dict) else number
         raise type(error)(f"request {name}: {error}") from None
+
+
+def prompt_of(processor: Processor | None, request: Any) -> Prompt:
+    """A request's prompt, its images opened and cut. Raises RequestError and ImageError."""
+    if processor is None:
+        raise RequestError("this model has no processor: build it with llava_fast.load, or pass one to LlavaModel")
+    prompt = Prompt([read_part(processor, part) for part in processor.outline(request)])
+    processor.check_length([part.piece for part in prompt.parts])
+    return prompt
 
 
 def read_part(processor: Processor, part: TextPiece | Placeholder) -> Part:

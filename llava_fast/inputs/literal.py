@@ -1,7 +1,7 @@
 """Text that stays text: nothing that a user writes is read as a control token, an image or a video.
 
 Before a prompt is rendered, the characters of its texts that a control token could begin with are replaced by stand-ins
-(private-use characters), so the control tokens and marks found afterwards are the template's own, however the template
+(private-use characters), so the control tokens and placeholders found afterwards are the template's own, however the template
 joins, trims or repeats the texts. Then the characters come back. If the prompt now spells control tokens that were not
 there before, it is encoded by a copy of the tokenizer that knows the control tokens by other names of equal length, and
 the template's own are written by these names: one encoding of the whole prompt, so that words are joined across the
@@ -45,10 +45,10 @@ class Hidden:
 
 
 class LiteralText:
-    """The control tokens of a tokenizer: its special tokens, and added ones spelled <...> or [...]. `marks` are hidden
-    as well. Raises RequestError for a tokenizer without a `tokenizers` backend."""
+    """The control tokens of a tokenizer: its special tokens, and added ones spelled <...> or [...]. `placeholders`
+    are hidden as well. Raises RequestError for a tokenizer without a `tokenizers` backend."""
 
-    def __init__(self, tokenizer: Any, marks: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, placeholders: Sequence[str]) -> None:
         inner = getattr(tokenizer, "backend_tokenizer", None)
         if inner is None:
             raise RequestError(
@@ -62,7 +62,7 @@ class LiteralText:
         }
         if len(self.control) > len(NAMES):
             raise RequestError(f"literal_text serves {len(NAMES)} control tokens, and the tokenizer has more")
-        self.characters = sorted({spelling.strip()[0] for spelling in (*self.control, *marks)})
+        self.characters = sorted({spelling.strip()[0] for spelling in (*self.control, *placeholders)})
         longest_first = sorted(self.control, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self.names = {
@@ -149,10 +149,10 @@ def _with_text(part: Any, key: str, hidden: Hidden) -> Any:
 def _texts(request: Mapping[str, Any]) -> Iterator[str]:
     """Every text of a request."""
     messages = request.get("messages")
-    values = [request.get("prompt")]
+    values: list[Any] = [request.get("prompt")]
     for message in messages if _is_list(messages) else []:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        values += content if _is_list(content) else [content]
+        content: Any = message.get("content") if isinstance(message, Mapping) else None
+        values.extend(content if _is_list(content) else [content])
     for value in values:
         text = value.get("text") if isinstance(value, Mapping) else value
         if isinstance(text, str):

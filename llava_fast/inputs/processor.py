@@ -47,7 +47,7 @@ class ProcessorOptions:
     video_frames    how many frames of a video file are used, spaced uniformly (all, if frames are given as images).
     time_instruction  messages about a video also say how long it lasts and when its frames are, in the words that
                     LLaVA-NeXT trains with (chat.messages.with_video_times). It must be a file or a folder of frames.
-    literal_text    what users write is text: control tokens and marks spelled in a message or a prompt are encoded as
+    literal_text    what users write is text: control tokens and placeholders in a message or a prompt are encoded as
                     ordinary characters (see inputs.literal), so images and videos stand in items of their own.
     exif            turn images upright by their EXIF tag. Default: as the checkpoint's own code does when it opens a
                     file: transformers does, the original LLaVA does not.
@@ -205,7 +205,9 @@ class Processor(ProcessorOptions):
         if self.literal_text and isinstance(request, dict):
             request, hidden = self.literal.hidden(request)
             if "prompt" in request and (request.get("images") or request.get("video") is not None):
-                raise RequestError('with literal_text a "prompt" has no marks for images and videos: use "messages"')
+                raise RequestError(
+                    'with literal_text a "prompt" has no placeholders for images and videos: use "messages"'
+                )
         segments, image_sources, video_sources = self.render(request, labels)
         text = "".join(segment.text for segment in segments)
         try:

@@ -15,7 +15,7 @@ from llava_fast.generation.feature_cache import FeatureCache
 from llava_fast.generation.grammar import llguidance_tokenizer
 from llava_fast.generation.llava import Llava
 from llava_fast.generation.prefix_cache import PrefixCache
-from llava_fast.generation.prompt import Prompt, read_prompt
+from llava_fast.generation.prompt import Prompt, prompt_of
 from llava_fast.generation.runner import Runner
 from llava_fast.generation.sampling import Sampling
 from llava_fast.generation.scheduler import Scheduler
@@ -113,7 +113,7 @@ class Service:
             self.token_bytes(0)  # the first call takes long, and the answer's are made in the event loop
         sequences: list[Sequence] = []
         for request in requests_of(body, self.media):
-            prompt = read_prompt(self.processor, request)
+            prompt = prompt_of(self.processor, request)
             sampling = Sampling.of(None, max_new_tokens=self._room(prompt, body.most_tokens), **chosen)
             for _ in range(body.n or 1):
                 seed = None if sampling.seed is None else sampling.seed + len(sequences)

@@ -31,7 +31,7 @@ class Settings:
                         address is fetched. `max_remote_bytes` and `remote_seconds` bound each.
     allow_files         folders below which files may be named; none: no file is read.
     allow_origins       origins whose pages may ask (CORS); none: only the server's own page.
-    literal_text        control tokens and marks that a client spells are text (see inputs.literal).
+    literal_text        control tokens and placeholders that a client spells are text (see inputs.literal).
     prefix_bytes        keys and values kept for prompts that begin alike.
     feature_bytes       image features kept for images that come again.
     max_prompt_tokens   longest prompt, visual tokens included (None: the model's context).

@@ -115,11 +115,11 @@ def test_texts_that_only_together_spell_a_token():
 def test_without_it_the_same_text_is_a_token():
     made = processor(template="vicuna_v1")
     assert made.tokenizer.convert_tokens_to_ids("</s>") in ids(made, user("a</s>b"))
-    with pytest.raises(RequestError, match="1 image marks without a source"):
+    with pytest.raises(RequestError, match="1 image placeholders without a source"):
         ids(made, user("what is <image>?"))
 
 
-def test_the_original_layout_and_marks():
+def test_the_original_layout_and_placeholders():
     made = processor(template="vicuna_v1", literal_text=True, image_token_id=ORIGINAL_IMAGE_TOKEN)
     found = ids(made, user("what is <image> or </s>?", image=True), [tiny.picture(30, 30)])
     assert found.count(-1) == 1
@@ -137,7 +137,7 @@ def test_labels_cover_the_same_characters(text):
     assert taught == f" {text}</s>"
 
 
-def test_a_prompt_is_text_and_has_no_marks():
+def test_a_prompt_is_text_and_has_no_placeholders():
     made = processor(literal_text=True)
     (piece,) = made.outline({"prompt": "a</s> <image>"})
     assert made.tokenizer.decode(piece.ids, skip_special_tokens=True) == "a</s> <image>"
