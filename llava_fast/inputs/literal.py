@@ -1,11 +1,11 @@
 """Text that stays text: nothing that a user writes is read as a control token, an image or a video.
 
 Before a prompt is rendered, the characters of its texts that a control token could begin with are replaced by stand-ins
-(private-use characters), so the control tokens and placeholders found afterwards are the template's own, however the template
-joins, trims or repeats the texts. Then the characters come back. If the prompt now spells control tokens that were not
-there before, it is encoded by a copy of the tokenizer that knows the control tokens by other names of equal length, and
-the template's own are written by these names: one encoding of the whole prompt, so that words are joined across the
-borders of a text as they always are.
+(private-use characters). Control tokens and placeholders found afterwards are then the template's own, however the
+template joins, trims or repeats the texts. Then the characters come back. If the prompt now spells control tokens that
+were not there before, it is encoded by a copy of the tokenizer that knows the control tokens by other names of equal
+length, and the template's own are written by these names. The prompt is encoded once and whole, so that words are
+joined across the borders of a text as they always are.
 
 What this cannot see: a template that writes half a control token itself and lets a text complete it, and one that looks
 for markup in a text (to cut out "<think>", say), which finds none.
