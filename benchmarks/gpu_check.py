@@ -4,7 +4,7 @@ python -m benchmarks.gpu_check measure --output ops.json            # on a GPU; 
 python -m benchmarks.gpu_check measure --output x.json --dry-run    # anywhere: tiny sizes, no times
 python -m benchmarks.gpu_check collect OUT_DIR                      # everything in OUT_DIR into OUT_DIR/gpu.json
 
-An op may become the default on CUDA only if a committed result says "right" and "faster" for it.
+Which form an op takes by itself is not decided by these results but by selection, on each machine (`llava-fast tune`).
 """
 
 from __future__ import annotations

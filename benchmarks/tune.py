@@ -5,7 +5,8 @@ python -m benchmarks.tune --output-dir llava_fast/ops/tuned
 Each candidate must give the right answer before it is timed. Times are medians of CUDA-graph replays on the same
 inputs: those of 40 tiles are larger than any cache, those of 1 and 5 tiles may lie in it, as they do after the op that
 made them. A kernel without a right candidate is named and left out, so that it keeps its shipped configuration. The
-table is named for the GPU (a100, h100, h200) and is only data (llava_fast/ops/triton_support.py).
+table is named for the GPU (a100, h100, h200) and is only data (llava_fast/ops/triton_support.py): what selection tries
+first on such a GPU. Users find the verdicts of their own machine by `llava-fast tune`.
 """
 
 from __future__ import annotations
@@ -26,47 +27,11 @@ from tqdm import tqdm
 
 from benchmarks.op_cases import MAKERS, OpCase, Widths, made
 from llava_fast.ops import triton_support, use_backend
+from llava_fast.ops.selection.candidates import configurations
 from llava_fast.ops.triton_support import Config
 
 TILES = (5, 40, 1)  # a 672x672 image first: a run cut short has tuned what matters most
-ROW_BLOCKS = [{"BLOCK": block, "num_warps": warps} for block in (512, 1024, 2048, 4096) for warps in (2, 4, 8)]
-NARROW_ROW_BLOCKS = [config for config in ROW_BLOCKS if config["BLOCK"] <= 2048]
-PRODUCTS = [
-    {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
-    for m, n, k, warps, stages in (
-        (64, 64, 64, 4, 4),
-        (64, 128, 64, 4, 4),
-        (128, 64, 64, 4, 4),
-        (128, 128, 32, 4, 4),
-        (128, 128, 64, 4, 3),
-        (128, 128, 64, 8, 3),
-        (128, 128, 64, 8, 4),
-    )
-]
-PRODUCTS_IN_PARTS = [{**config, "PARTS": parts} for config in PRODUCTS for parts in (4, 16)]
-CANDIDATES: dict[str, list[Config]] = {
-    "pack_kernel": ROW_BLOCKS,
-    "take_rows_kernel": ROW_BLOCKS,
-    "sum_segments_kernel": [
-        {"BLOCK": block, "ROWS": rows, "num_warps": 4} for block in (256, 512, 1024) for rows in (4, 8, 16)
-    ],
-    "mix_kernel": NARROW_ROW_BLOCKS,
-    "mix_backward_kernel": NARROW_ROW_BLOCKS,
-    "layer_norm_kernel": [{"num_warps": warps} for warps in (1, 2, 4, 8)],
-    "double_layer_norm_kernel": [{"num_warps": warps} for warps in (1, 2, 4, 8)],
-    "layer_norm_backward_kernel": [{"num_warps": warps} for warps in (2, 4, 8, 16)],
-    "rms_norm_kernel": [{"num_warps": warps} for warps in (2, 4, 8, 16)],
-    "rms_norm_backward_kernel": [{"num_warps": warps} for warps in (4, 8, 16)],
-    "rope_kernel": [{"HEADS": heads, "num_warps": warps} for heads in (2, 4, 8, 16) for warps in (1, 2, 4)],
-    "swiglu_kernel": NARROW_ROW_BLOCKS,
-    "swiglu_backward_kernel": NARROW_ROW_BLOCKS,
-    "gemm_kernel": [{**config, "GROUP": 8} for config in PRODUCTS],
-    "weight_gradient_kernel": [{**config, "GROUP": 8} for config in PRODUCTS],
-    "patch_embed_kernel": PRODUCTS,
-    "patch_embed_kernel_rows": PRODUCTS,
-    "patch_weight_gradient_kernel": PRODUCTS_IN_PARTS,
-    "patch_weight_gradient_kernel_rows": PRODUCTS_IN_PARTS,
-}
+CANDIDATES: dict[str, list[Config]] = configurations()
 
 
 def milliseconds(work) -> float:

@@ -10,8 +10,11 @@ import platform
 import torch
 
 import llava_fast._C as _C
+from llava_fast.errors import BackendError
 from llava_fast.models.fused.gate import RULES
 from llava_fast.ops import backend, triton_support  # importing the package registers every op
+from llava_fast.ops.selection import store, tables
+from llava_fast.ops.selection.machine import machine_of
 from llava_fast.version import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "pillow", "numpy", "xformers", "av")
@@ -49,13 +52,32 @@ def report(model: str | None = None) -> str:
         autocast = "" if rule.autocast else ", under autocast its steps"
         where = f"on a CPU {runs['cpu']}, on CUDA {runs['cuda']}, under torch.compile {compiled}{autocast}"
         lines.append(f"  {name:<{width}} for {rule.modules}: {where}")
-    lines.append("")
+    lines += ["", *_selection(), ""]
     kind = triton_support.device_kind(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     measured = "measured on it" if triton_support.table(kind) and kind != "default" else "starting values, not measured"
     lines.append(f"  Launch configurations of the Triton kernels: the table of {kind!r} ({measured})")
-    lines.append("  An op takes a kernel by itself only where a committed result proved it. No GPU result exists yet.")
     lines += ["", *replaced]
     return "\n".join(lines)
+
+
+def _selection() -> list[str]:
+    """How ops choose where no backend is asked for, and the verdicts of each device's table."""
+    settings = tables.settings()
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count()) if torch.cuda.is_available()]
+    lines = [f"selection (LLAVA_FAST_SELECT={settings.mode or ''}; `llava-fast tune` finds verdicts)"]
+    for device in devices:
+        try:
+            verdicts = settings.table(device).verdicts
+        except BackendError as error:
+            lines.append(f"  {device}: {error}")
+            continue
+        mode = settings.mode_on(device.type)
+        where = os.environ["LLAVA_FAST_SELECTION"] if mode == "pinned" else store.path_of(machine_of(device))
+        lines.append(f"  {device}: {mode}, {len(verdicts)} verdicts" + f" in {where}" * bool(verdicts))
+        for name, verdict in verdicts.items():
+            lines += [f"    {name}", f"      {verdict}"]
+    return lines
 
 
 def _choice(op: str, device: str) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported anywhere
+os.environ["LLAVA_FAST_SELECT"] = "off"  # each op runs its default, whatever this machine has found before
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or `poisoned` makes every matrix product on CUDA raise
 
 import torch
@@ -37,6 +38,26 @@ def pytest_collection_modifyitems(config, items):
 def seeded():
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture
+def select(monkeypatch, tmp_path):
+    """`select(LLAVA_FAST_SELECT="first-use", ...)` sets these variables, with verdicts in a folder of this test's own,
+    and gives the settings that this process then has. Proofs time each form only twice."""
+    from llava_fast.ops.selection import proof, tables
+
+    def begin(**environment):
+        for name, value in {"LLAVA_FAST_CACHE": str(tmp_path), **environment}.items():
+            monkeypatch.setenv(name, value)
+        tables.settings.cache_clear()
+        return tables.settings()
+
+    monkeypatch.delenv("LLAVA_FAST_SELECT")
+    monkeypatch.setattr(proof, "LEAST_ROUNDS", 2)
+    monkeypatch.setattr(proof, "ROUNDS_SECONDS", 0.0)
+    yield begin
+    monkeypatch.undo()
+    tables.settings.cache_clear()
 
 
 @pytest.fixture

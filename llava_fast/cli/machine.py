@@ -1,4 +1,4 @@
-"""llava-fast doctor | demo: what this machine has, and a first answer."""
+"""llava-fast doctor | tune | demo: what this machine has, what runs fastest on it, and a first answer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from llava_fast.cli.options import Device, Dtype
 
 
 def doctor(
@@ -20,6 +22,22 @@ def doctor(
     from llava_fast.doctor import report
 
     typer.echo(report(model))
+
+
+def tune(
+    model: Annotated[str | None, typer.Argument(help="A checkpoint directory or a Hub id. Default: the demo.")] = None,
+    training: Annotated[bool, typer.Option("--training", help="A training step's calls too.")] = False,
+    budget: Annotated[float, typer.Option(min=0.0, help="Seconds that proofs may take.")] = 600.0,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Find for each kind of call that a model makes which form of an op is right and fastest here, and keep it.
+
+    llava-fast tune llava-hf/llava-v1.6-mistral-7b-hf --training
+    """
+    from llava_fast.tune import tune as run
+
+    run(model, training, budget, device, dtype)
 
 
 def demo(

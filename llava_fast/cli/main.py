@@ -23,6 +23,7 @@ app.add_typer(recipe.app, name="recipe")
 app.command()(checkpoints.convert)
 app.command("merge-lora")(checkpoints.merge_lora)
 app.command()(machine.doctor)
+app.command()(machine.tune)
 app.command()(machine.demo)
 
 

@@ -1,6 +1,7 @@
 """Which implementation of an op runs: per process by LLAVA_FAST_BACKEND, per block by `use_backend`.
 
-"auto" takes the best one that is proven for the device; naming a backend that cannot serve a call is an error,
+"auto" takes what selection has found to be right and fastest for the class of the call on this machine
+(`ops/selection`), and without a verdict the op's default; naming a backend that cannot serve a call is an error,
 never a silent fall-back.
 """
 
@@ -13,19 +14,24 @@ import os
 from collections.abc import Iterator, Mapping
 
 from llava_fast.errors import BackendError
+from llava_fast.ops.selection import tables
+from llava_fast.ops.selection.decision import current
 
-BACKENDS = ("auto", "triton", "native", "reference")
+BACKENDS = ("auto", "triton", "cublas", "native", "reference")
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("llava_fast_backend", default=None)
 _open: dict[object, str] = {}  # the choices of all blocks that are open, in any thread
 _served: dict[str, dict[str, str]] = {}
-_proven: dict[tuple[str, str], str] = {}
+_defaults: dict[tuple[str, str], str] = {}
 
 
-def register(op: str, backend: str, devices: str, proven_on: tuple[str, ...] = ()) -> None:
-    """Record that `op` has `backend`, with a phrase for `doctor` on which devices; on the device types `proven_on`
-    ("cpu", "cuda") "auto" takes it."""
+def register(op: str, backend: str, devices: str, default_on: tuple[str, ...] = ()) -> None:
+    """Record that `op` has `backend`, with a phrase for `doctor` on which devices.
+
+    default_on: device types ("cpu") on which "auto" takes it without a verdict. Only for a form that is the same code
+    on every such machine and that the package's tests hold to the reference; else the default is the reference.
+    """
     _served.setdefault(op, {})[backend] = devices
-    _proven.update({(op, device): backend for device in proven_on})
+    _defaults.update({(op, device): backend for device in default_on})
 
 
 def served() -> dict[str, dict[str, str]]:
@@ -62,16 +68,30 @@ def choose(op: str, device: str = "", unfit: Mapping[str, str | None] | None = N
     reference. Raises BackendError when the backend asked for does not serve the op, or not this call.
     """
     name, unfit = requested(), unfit or {}
+    decision = current()
+    if name == "auto" and decision is not None and decision.is_trial:
+        decision.asked.append(op)
+        name = decision.backend
     if name == "auto":
-        best = _proven.get((op, device), "reference")
-        return "reference" if unfit.get(best) else best
+        best = decision.backend if decision is not None else default(op, device)
+        return "reference" if unfit.get(best) else _known(op, best)
+    _known(op, name)
+    if name in ("triton", "cublas") and not _has_triton():
+        raise BackendError(f"backend {name!r} needs triton, which is not installed: pip install triton (on Linux)")
+    if unfit.get(name):
+        raise BackendError(f"backend {name!r} cannot run this {op}: {unfit[name]}; use 'auto'")
+    return name
+
+
+def default(op: str, device: str) -> str:
+    """What `op` runs on a device of this type where no class of calls has a verdict."""
+    return tables.pinned_backend(op) or _defaults.get((op, device), "reference")
+
+
+def _known(op: str, name: str) -> str:
     if name not in _served.get(op, {}):
         known = ", ".join(_served.get(op, {})) or "none"
         raise BackendError(f"backend {name!r} does not serve the op {op!r} (it has: {known}); use 'auto'")
-    if name == "triton" and not _has_triton():
-        raise BackendError("backend 'triton' needs triton, which is not installed: pip install triton (on Linux)")
-    if unfit.get(name):
-        raise BackendError(f"backend {name!r} cannot run this {op}: {unfit[name]}; use 'auto'")
     return name
 
 
@@ -85,12 +105,30 @@ def _has_triton() -> bool:
 
 
 def serves(op: str, device: str) -> bool:
-    """Whether the backend in use has a kernel of `op` for such a device. Its reference does not count: an op that runs
-    the same steps as the modules it stands for only adds its own call, some 20 microseconds."""
+    """Whether the backend in use has, or may find at first use, a kernel of `op` for such a device. Its reference does
+    not count: an op that runs the same steps as the modules it stands for only adds its own call, some 20 microseconds.
+    """
     name = requested()
-    return (_proven.get((op, device)) if name == "auto" else _served.get(op, {}).get(name)) is not None and (
-        name != "reference"
-    )
+    if name != "auto":
+        return name != "reference" and name in _served.get(op, {})
+    if default(op, device) != "reference":
+        return True
+    table = tables.settings().table_on(device)
+    if table is None:
+        return False
+    return table.serves(op) or (table.may_grow and bool(_forms_on(device) & _served.get(op, {}).keys()))
+
+
+def _forms_on(device: str) -> set[str]:
+    """The compiled forms that can run on a device of this type."""
+    triton = _has_triton() and (device == "cuda" or _interprets())
+    return {"native"} | ({"triton", "cublas"} if triton else set())
+
+
+def _interprets() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
 
 
 def _checked(name: str) -> str:

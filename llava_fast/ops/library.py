@@ -1,7 +1,8 @@
 """How an op becomes a `torch.library` operator, so that autograd, torch.compile and CUDA graphs take it as one node.
 
 Registered by `Library.define` and `impl` rather than by the `custom_op` decorator, whose call costs several times as
-much. The implementation chooses its backend when it runs, so a compiled graph still follows `use_backend`.
+much. The implementation chooses its backend when it runs, so a compiled graph still follows `use_backend`; where none
+is asked for, selection decides (`ops/selection`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from llava_fast.ops import backend
+from llava_fast.ops.selection import policy
 
 LIBRARY = torch.library.Library("llava_fast", "FRAGMENT")
 
@@ -31,7 +35,7 @@ def define(
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, on_its_device(name, run), "CompositeExplicitAutograd")
+    LIBRARY.impl(name, on_its_device(name, selected(name, run)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"llava_fast::{name}", fake, lib=LIBRARY)
     if backward is not None:
         once = _first_derivative(name, backward)
@@ -49,6 +53,16 @@ def autocast(*tensors: Tensor | None) -> list[Tensor]:
         return list(tensors)  # type: ignore[arg-type]
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]  # type: ignore[misc]
+
+
+def selected(name: str, run: Callable) -> Callable:
+    """`run`, by selection's verdict where no backend is asked for."""
+
+    @functools.wraps(run)
+    def by_verdict(*args):
+        return policy.run(name, run, args) if backend.requested() == "auto" else run(*args)
+
+    return by_verdict
 
 
 def on_its_device(name: str, run: Callable) -> Callable:

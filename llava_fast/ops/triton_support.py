@@ -1,7 +1,7 @@
 """What the Triton kernels share: whether they can run here, which launch configuration, what the compile check needs.
 
-Launch configurations are data: a JSON table per GPU kind in `tuned/`, made by `benchmarks/tune.py`. "default.json"
-holds the starting values that no GPU has measured.
+Launch configurations are data in `tuned/`: a JSON table per GPU kind ("default.json": what no GPU has measured) gives
+what a kernel starts from, "candidates.json" what else selection tries. None is trusted before a machine has proven it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from llava_fast.ops.selection.decision import current
 
 KINDS = ("A100", "H100", "H200")
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
@@ -64,10 +66,17 @@ def device_kind(device: torch.device) -> str:
 
 
 def config(kernel: str, device: torch.device, rows: int) -> Config:
-    """The launch configuration of `kernel` for so many rows: the entry with the most `rows` not above that number."""
+    """The launch configuration of `kernel` for so many rows: what selection has decided for the operator that runs,
+    else the table's entry with the most `rows` not above that number."""
     if kernel in _forced:
         return dict(_forced[kernel])
-    return dict(_entry(kernel, device_kind(device), rows.bit_length() if rows > 0 else 0))
+    decision = current()
+    if decision is not None and kernel in decision.configs:
+        return dict(decision.configs[kernel])
+    found = dict(_entry(kernel, device_kind(device), rows.bit_length() if rows > 0 else 0))
+    if decision is not None and decision.is_trial:
+        decision.kernels[kernel] = found
+    return found
 
 
 @contextlib.contextmanager

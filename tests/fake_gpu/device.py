@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ IMPLEMENTATIONS: dict[str, Callable] = {}  # of operators defined in Python, by 
 
 def load(folder: Path) -> None:
     """Compile device.cpp into a folder and load it, before torch."""
+    os.environ["LLAVA_FAST_SELECT"] = "off"  # nothing that is fake can be timed
     found = importlib.util.find_spec("torch")
     assert found
     assert found.origin

@@ -9,7 +9,7 @@ from llava_fast.ops import backend, library
 from llava_fast.ops.linear_cross_entropy import chunked, reference
 
 backend.register("linear_cross_entropy", "reference", "any device")
-backend.register("linear_cross_entropy", "native", "any device, in chunks", proven_on=("cpu",))
+backend.register("linear_cross_entropy", "native", "any device, in chunks", default_on=("cpu", "cuda"))
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from llava_fast.ops.token_pack import native, reference
 
 backend.register("token_pack", "reference", "any device")
 backend.register("token_pack", "triton", "CUDA")
-backend.register("token_pack", "native", "CPU; CUDA where csrc was built with it", proven_on=("cpu",))
+backend.register("token_pack", "native", "CPU; CUDA where csrc was built with it", default_on=("cpu",))
 
 
 class InversePlacement(NamedTuple):

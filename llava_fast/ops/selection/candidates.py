@@ -1,0 +1,44 @@
+"""Which forms of an op may serve a call: those it has, and for Triton kernels each of a short list of configurations.
+
+The lists are data (ops/tuned/candidates.json), as are the tables that earlier machines' results left there: these are
+seeds, tried first, and checked like any other candidate before they are used.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+
+from llava_fast.ops.selection.decision import Config
+
+FORMS = ("native", "cublas", "triton")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A form of an op, and configurations that its kernels take in place of the tables'."""
+
+    backend: str
+    configs: Mapping[str, Config] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        settings = (f"{kernel}({', '.join(f'{k}={v}' for k, v in c.items())})" for kernel, c in self.configs.items())
+        return " ".join((self.backend, *settings))
+
+
+@functools.cache
+def configurations() -> dict[str, list[Config]]:
+    """Kernel -> launch configurations worth trying."""
+    return json.loads((files("llava_fast.ops") / "tuned" / "candidates.json").read_text())
+
+
+def variations(best: Candidate, kernels: Mapping[str, Config]) -> Iterator[tuple[str, Candidate]]:
+    """(kernel, candidate) for each configuration of each kernel that a call launches (`kernels`: with what), the
+    others' as in `best`."""
+    for kernel, used in kernels.items():
+        for config in configurations().get(kernel, []):
+            if config != used:
+                yield kernel, Candidate(best.backend, {**best.configs, kernel: config})

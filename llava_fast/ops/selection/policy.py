@@ -1,0 +1,117 @@
+"""Each operator's call goes through `run`: by a verdict if its class has one, proven on the spot if it may be."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._pytree import tree_leaves
+
+from llava_fast.ops.selection import proof, samples, store, tables
+from llava_fast.ops.selection.call_class import argument_names, call_class, signature
+from llava_fast.ops.selection.decision import Decision, current, decided
+from llava_fast.ops.selection.tables import InUse, Settings
+from llava_fast.ops.selection.verdict import Verdict
+
+_watched: list[Any] = []  # the hook on optimizers, once there is one
+
+
+def run(operator: str, implementation: Callable, args: Sequence[Any]) -> Any:
+    """`implementation(*args)` as decided for the class of this call of `operator`; inside a trial, by the form that is
+    tried. Only where no backend was asked for by name."""
+    outer = current()
+    if outer is not None and outer.is_trial:
+        return implementation(*args)
+    settings = tables.settings()
+    table = settings.table(args[0].device)
+    verdict = None if table.is_idle else _verdict(operator, implementation, args, table, settings)
+    if verdict is None and outer is None:
+        return implementation(*args)
+    with decided(None if verdict is None else Decision(verdict.backend, verdict.configs)):
+        return implementation(*args)
+
+
+def _verdict(
+    operator: str, implementation: Callable, args: Sequence[Any], table: InUse, settings: Settings
+) -> Verdict | None:
+    key = (operator, signature(args))
+    name = table.classes.get(key)
+    if name is None:
+        name = table.classes[key] = call_class(operator, args, samples.ROW_ARGS.get(operator, ()))
+    verdict = table.verdicts.get(name)
+    if verdict is None or (settings.thorough and verdict.by != "tune"):
+        if name not in table.failed and may_prove(operator, args, table, settings):
+            if settings.met is not None:
+                settings.met.add(name)
+                return verdict
+            return _prove(name, operator, implementation, args, table, settings)
+    return verdict
+
+
+def may_prove(operator: str, args: Sequence[Any], table: InUse, settings: Settings) -> bool:
+    """Whether a call may be proven now: there is budget left, the tensors are real and hold something, no graph is
+    being captured or traced, and it is not of a training step after the first."""
+    if not table.may_grow or settings.spent >= settings.budget:
+        return False
+    tensors = [each for each in tree_leaves(list(args)) if isinstance(each, Tensor)]
+    if any(type(each) not in (Tensor, nn.Parameter) for each in tensors) or not args[0].numel():
+        return False
+    if any(each.dtype == torch.float64 for each in tensors) or not samples.is_known(operator):
+        return False
+    if is_recorded(args[0].device):
+        return False
+    if operator.endswith("_backward") or any(each.requires_grad for each in tensors):
+        if not _watched:
+            _watched.append(register_optimizer_step_post_hook(_note_step))
+        return not settings.stepped
+    return True
+
+
+def is_recorded(device: torch.device) -> bool:
+    """Whether what runs now on a device becomes part of a graph."""
+    return torch.jit.is_tracing() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+def _note_step(*_: Any) -> None:
+    tables.settings().stepped = True
+
+
+def _prove(
+    name: str, operator: str, implementation: Callable, args: Sequence[Any], table: InUse, settings: Settings
+) -> Verdict | None:
+    """The verdict of a class that has none: another process's, if one has found it meanwhile, or one found now."""
+    started = time.perf_counter()
+    verdict = None
+    with store.locked(table.machine, settings.budget - settings.spent) as state:
+        if state == "held":
+            table.verdicts = {**table.verdicts, **store.cached(table.machine).verdicts}
+            verdict = table.verdicts.get(name)
+        if state != "busy" and (verdict is None or (settings.thorough and verdict.by != "tune")):
+            verdict = _found(operator, implementation, args, settings.thorough)
+            if verdict is not None:
+                table.verdicts[name] = verdict
+                if state == "held":
+                    store.keep(table.machine, {name: verdict})
+    if verdict is None:
+        table.failed.add(name)
+    settings.spent += time.perf_counter() - started
+    table.may_grow = settings.spent < settings.budget
+    settings.heard(name, verdict)
+    return verdict
+
+
+def _found(operator: str, implementation: Callable, args: Sequence[Any], thorough: bool) -> Verdict | None:
+    named = dict(zip(argument_names(operator), args, strict=True))
+    try:
+        small = [list(each.values()) for each in samples.samples_of(operator, named)]
+        return proof.prove(implementation, args, small, thorough)
+    except (proof.UnprovableError, torch.OutOfMemoryError):
+        return None
+    except Exception as error:  # of the reference itself: the call that is to be served must not fail for a proof
+        warnings.warn(f"{operator}: no form could be proven ({type(error).__name__}: {error})", stacklevel=2)
+        return None

@@ -1,0 +1,277 @@
+"""Whether a candidate is right, and whether it is faster than the reference: every verdict rests on this file.
+
+Right: on a small call drawn by seed its error against float64 is at most twice the reference's in the same dtype; of
+outputs whose memory held NaN every element is written; a second run gives the same bits. The last two hold for the call
+itself too, where its result must also agree with the reference's. Faster: its median time is below the reference's by
+more than the spread, both timed in turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from llava_fast.errors import BackendError
+from llava_fast.ops.selection.candidates import FORMS, Candidate, variations
+from llava_fast.ops.selection.decision import Decision, decided
+from llava_fast.ops.selection.samples import ROWS
+from llava_fast.ops.selection.verdict import Verdict
+
+Run = Callable[..., Any]
+COPIES = 3
+SLACK = (
+    32  # how many times the reference's error a result of the call itself, whose values are not drawn, may be off it
+)
+ROTATED_BYTES = 64 << 20  # a larger tensor fits into no cache
+FILLED_BYTES = 256 << 20
+LEAST_ROUNDS, MOST_ROUNDS, ROUNDS_SECONDS = 7, 25, 0.3
+
+
+class UnprovableError(Exception):
+    """This call shows nothing about any candidate; another of its class may."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of a candidate and of the reference, timed in turn."""
+
+    ms: float
+    reference_ms: float
+    spread_ms: float
+
+    @property
+    def is_faster(self) -> bool:
+        return self.reference_ms - self.ms > self.spread_ms
+
+
+@dataclass
+class Trial:
+    """One call with everything that its candidates are compared with."""
+
+    run: Run
+    args: Sequence[Any]
+    samples: Sequence[Sequence[Any]]
+    exact: list[Tensor] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+    expected: list[Tensor] = field(default_factory=list)
+    op: str = ""
+
+    def __post_init__(self) -> None:
+        reference = Decision("reference", is_trial=True)
+        with decided(reference):
+            self.exact = _joined(self.run(*tree_map(_exact, list(sample))) for sample in self.samples)
+            errors = self._errors(_joined(self.run(*sample) for sample in self.samples))
+            self.expected = _tensors(self.run(*self.args))
+        if any(bool(each.isnan().any()) for each in self.expected if each.is_floating_point()):
+            raise UnprovableError("the reference's own result holds NaN")
+        self.errors = [
+            max(error, _rounding(each)) if error else 0.0 for error, each in zip(errors, self.expected, strict=True)
+        ]
+        self.op = reference.asked[0] if reference.asked else ""
+
+    def refusal(self, candidate: Candidate) -> tuple[str | None, float, Decision]:
+        """(why it is not right or None, its error, what ran)."""
+        decision = Decision(candidate.backend, candidate.configs, is_trial=True)
+        tried = [self._twice(decision, sample) for sample in self.samples]
+        why = next((why for _, why in tried if why is not None), None)
+        errors = self._errors(_joined(found for found, _ in tried))
+        worst = max(errors, default=0.0)
+        for number, (error, reference) in enumerate(zip(errors, self.errors, strict=True)):
+            if not error <= 2 * reference and why is None:
+                why = f"output {number}: error {error:.1e} against float64, more than twice the reference's"
+        if why is None:
+            found, why = self._twice(decision, self.args)
+        if why is None:
+            why = self._far_off(found)
+        return why, worst, decision
+
+    def _errors(self, found: Sequence[Tensor]) -> list[float]:
+        return [_error(*pair) for pair in zip(found, self.exact, strict=True)]
+
+    def _far_off(self, found: Sequence[Tensor]) -> str | None:
+        """How a result of the call itself differs from the reference's, if by more than its values excuse: they were
+        not drawn, so that sums may cancel (a mean of normalised rows is nothing but rounding) and have more terms."""
+        rows = max((each.shape[0] for each in _tensors(self.args) if each.dim()), default=1)
+        slack = SLACK * max(rows / ROWS, 1) ** 0.5
+        floats = [each for each in self.expected if each.is_floating_point() and each.numel()]
+        largest = max((each.double().square().mean().sqrt().item() for each in floats), default=0.0)
+        for number, (one, other) in enumerate(zip(found, self.expected, strict=True)):
+            off = _error(one, other, least=0.1 * largest * other.numel() ** 0.5)
+            if not off <= slack * self.errors[number]:
+                return f"output {number}: {off:.1e} from the reference's in the call itself"
+        return None
+
+    def _twice(self, decision: Decision, args: Sequence[Any]) -> tuple[list[Tensor], str | None]:
+        with decided(decision), memory_of_nan():
+            first = _tensors(self.run(*args))
+            second = _tensors(self.run(*args))
+        why = None
+        for number, (one, other) in enumerate(zip(first, second, strict=True)):
+            if one.is_floating_point() and bool(one.isnan().any()):
+                why = why or f"output {number}: not every element is written"
+            elif not torch.equal(one, other):
+                why = why or f"output {number}: a second run gives other bits"
+        return first, why
+
+
+def prove(run: Run, args: Sequence[Any], samples: Sequence[Sequence[Any]], thorough: bool = False) -> Verdict:
+    """Try the forms of an op on a call: `run(*args)` is the call, `samples` the arguments of small ones.
+
+    thorough: each configuration of its Triton kernels is tried, not the shipped one alone.
+    Raises UnprovableError if the call's values cannot show anything, torch.OutOfMemoryError if its copies do not fit.
+    """
+    refused: dict[str, str] = {}
+    device = next(each for each in tree_leaves(list(args)) if isinstance(each, Tensor)).device
+    best: tuple[Times, float, Candidate] | None = None
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        args = tree_map_only(Tensor, Tensor.detach, list(args))
+        trial = Trial(run, args, samples)
+        inputs = rotated(args)
+        clock = Clock(device)
+
+        def attempt(candidate: Candidate) -> Decision | None:
+            nonlocal best
+            try:
+                why, error, ran = trial.refusal(candidate)
+                if why is None:
+                    times = clock.in_turn(run, inputs, Candidate("reference"), candidate)
+                    if not times.is_faster:
+                        why = f"{times.ms:.3g} ms, the reference {times.reference_ms:.3g}, spread {times.spread_ms:.2g}"
+                    elif best is None or times.ms / times.reference_ms < best[0].ms / best[0].reference_ms:
+                        best = times, error, candidate
+            except BackendError:
+                return None  # the op has no such form, or not for this call
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as failure:  # a kernel that does not compile or launch on this machine
+                why, ran = f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}", None
+            if why is not None:
+                refused[str(candidate)] = why
+            return ran
+
+        for form in FORMS:
+            ran = attempt(Candidate(form))
+            if thorough and ran is not None and form == "triton":
+                for _, candidate in variations(Candidate(form), ran.kernels):
+                    attempt(candidate)
+    reference_error = max(trial.errors, default=0.0)
+    said = {"op": trial.op, "reference_error": reference_error, "refused": refused}
+    said |= {"found": time.strftime("%Y-%m-%d"), "by": "tune" if thorough else "first use"}
+    if best is None:
+        return Verdict(backend="reference", error=reference_error, **said)
+    times, error, kept = best
+    configs = {kernel: dict(config) for kernel, config in kept.configs.items()}
+    figures = {"ms": times.ms, "reference_ms": times.reference_ms, "spread_ms": times.spread_ms}
+    return Verdict(backend=kept.backend, configs=configs, error=error, **figures, **said)
+
+
+@contextlib.contextmanager
+def memory_of_nan() -> Iterator[None]:
+    """Inside the block memory that is allocated holds NaN (the largest value, of integers) until it is written."""
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        memory.fill_uninitialized_memory = fills
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+
+
+def rotated(args: Sequence[Any]) -> list[list[Any]]:
+    """Copies of a call's arguments to take in turn, so that none lies in a cache because the last run read it."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        if tensor.nbytes > ROTATED_BYTES or 0 in tensor.stride():  # or one whose rows are the same memory
+            return tensor
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(
+            tensor
+        )
+
+    return [list(args), *(tree_map_only(Tensor, copy, list(args)) for _ in range(COPIES - 1))]
+
+
+class Clock:
+    """Times calls on a device: by the wall clock on a CPU; on CUDA by events, behind a fill of memory larger than the
+    caches, during which the host queues the call, so that its own time does not count."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._filler = torch.empty(FILLED_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+
+    def in_turn(self, run: Run, inputs: Sequence[Sequence[Any]], *candidates: Candidate) -> Times:
+        """Times of the second candidate beside the first, the reference; each has run before."""
+        decisions = [Decision(each.backend, each.configs, is_trial=True) for each in candidates]
+        found: list[list[float]] = [[], []]
+        started = time.perf_counter()
+        for number in range(MOST_ROUNDS):
+            for side in (0, 1) if number % 2 else (1, 0):
+                with decided(decisions[side]):
+                    found[side].append(self._once(run, inputs[number % len(inputs)]))
+            if number + 1 >= LEAST_ROUNDS and time.perf_counter() - started > ROUNDS_SECONDS:
+                break
+        reference, own = found
+        spread = max(map(_interquartile, found))
+        return Times(statistics.median(own), statistics.median(reference), spread)
+
+    def _once(self, run: Run, args: Sequence[Any]) -> float:
+        if self.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._filler.zero_()
+            begin.record()
+            run(*args)
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end)
+        begun = time.perf_counter()
+        run(*args)
+        return 1e3 * (time.perf_counter() - begun)
+
+
+def _interquartile(times: list[float]) -> float:
+    low, _, high = statistics.quantiles(times, n=4)
+    return high - low
+
+
+def _tensors(found: Any) -> list[Tensor]:
+    return [each for each in tree_leaves(found) if isinstance(each, Tensor)]
+
+
+def _joined(results: Iterable[Any]) -> list[Tensor]:
+    """Each output of several runs as one."""
+    return [torch.cat([each.flatten() for each in output]) for output in zip(*map(_tensors, results), strict=True)]
+
+
+def _exact(arg: Any) -> Any:
+    """The argument in float64; a dtype among the arguments is that of a result."""
+    if isinstance(arg, Tensor):
+        return arg.double() if arg.is_floating_point() else arg
+    return torch.float64 if isinstance(arg, torch.dtype) and arg.is_floating_point else arg
+
+
+def _rounding(like: Tensor) -> float:
+    """About the error that a correct rounding alone leaves: a reference that happens to do better is no measure."""
+    return torch.finfo(like.dtype).eps / 4 if like.is_floating_point() else 0.0
+
+
+def _error(found: Tensor, exact: Tensor, least: float = 1e-300) -> float:
+    """||found - exact|| / ||exact||, or / `least` if that is more; infinite for NaN and other shapes; for integers 0 or
+    infinite."""
+    if found.shape != exact.shape:
+        return float("inf")
+    if not found.is_floating_point():
+        return 0.0 if torch.equal(found, exact) else float("inf")
+    if not exact.numel():
+        return 0.0
+    error = ((found.double() - exact.double()).norm() / exact.double().norm().clamp_min(least)).item()
+    return error if error == error else float("inf")

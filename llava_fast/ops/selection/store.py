@@ -1,0 +1,108 @@
+"""Verdicts on disk: one JSON file for each kind of machine, in the user's cache, written whole and under a lock.
+
+The folder is LLAVA_FAST_CACHE, else the platform's place for caches (on Linux ~/.cache/llava_fast).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llava_fast.errors import BackendError
+from llava_fast.ops.selection.machine import Machine
+from llava_fast.ops.selection.verdict import Verdict
+
+
+class Table(BaseModel):
+    """What a file holds: the machine that its verdicts were found on (a pinned table may name none), and a verdict for
+    each class of calls. A key that is an op's name alone serves all of its calls that no class names."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    machine: Machine = Field(default_factory=dict)
+    verdicts: dict[str, Verdict] = Field(default_factory=dict)
+
+
+def folder() -> Path:
+    """Where the files are; it need not exist."""
+    given = os.environ.get("LLAVA_FAST_CACHE")
+    return (Path(given).expanduser() if given else user_cache_path("llava_fast")) / "selection"
+
+
+def path_of(machine: Machine) -> Path:
+    """The file of one kind of machine."""
+    name = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
+    return folder() / f"{name}-{hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()[:12]}.json"
+
+
+def read_table(path: Path) -> Table:
+    """Raises BackendError for a file that is not there or holds something else."""
+    try:
+        return Table.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BackendError(f"{path}: the table of verdicts cannot be read: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise BackendError(f"{path}: not a table of verdicts: {where}: {first['msg']}") from None
+
+
+def cached(machine: Machine) -> Table:
+    """The table of this kind of machine; an empty one if there is none. One that is damaged is left aside with a
+    warning: it is only a cache."""
+    path = path_of(machine)
+    if path.is_file():
+        try:
+            return read_table(path)
+        except BackendError as error:
+            warnings.warn(f"{error}; its verdicts are found anew", stacklevel=2)
+    return Table(machine=machine)
+
+
+@contextlib.contextmanager
+def locked(machine: Machine, seconds: float) -> Iterator[str]:
+    """Inside the block this process alone holds the machine's file ("held"); others held it for so long ("busy"); or
+    the folder cannot be written ("nowhere")."""
+    path = path_of(machine)
+    lock = FileLock(path.with_suffix(".lock"), timeout=max(seconds, 0))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        yield "busy"
+        return
+    except OSError as error:
+        warnings.warn(f"{path.parent}: verdicts cannot be kept ({error}); set LLAVA_FAST_CACHE", stacklevel=3)
+        yield "nowhere"
+        return
+    try:
+        yield "held"
+    finally:
+        lock.release()
+
+
+def keep(machine: Machine, verdicts: Mapping[str, Verdict]) -> None:
+    """Add verdicts to the machine's file, in place of those of the same class. Call it inside `locked`."""
+    path, table = path_of(machine), cached(machine)
+    table.verdicts.update(verdicts)
+    table.verdicts = dict(sorted(table.verdicts.items()))
+    handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(table.model_dump_json(indent=1, exclude_defaults=True) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        Path(part).unlink(missing_ok=True)

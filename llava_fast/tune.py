@@ -1,0 +1,91 @@
+"""`llava-fast tune`: verdicts for a model's calls made ahead of time, so that no later run spends time on proofs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+from tqdm import tqdm
+
+from llava_fast.api import load
+from llava_fast.demo.run import model_path
+from llava_fast.errors import BackendError
+from llava_fast.ops.selection import store, tables
+from llava_fast.ops.selection.verdict import Verdict
+
+if TYPE_CHECKING:
+    from llava_fast.generation.llava import Llava
+
+SIZES = ((336, 336), (672, 672), (336, 1008))  # heights and widths: one tile to five
+TOKENS = 4  # of each answer: the first comes from the prompt's pass, the others from steps of one row
+
+
+def tune(
+    model: str | Path | None, training: bool, budget: float, device: str | None = None, dtype: str | None = None
+) -> None:
+    """Run a model (default: the demo's) on pictures of several sizes, prove each class of calls that comes up, write
+    the verdicts to this machine's file and print them. Raises BackendError where selection is off or pinned."""
+    settings = tables.settings()
+    if settings.pinned is not None or settings.mode == "off":
+        raise BackendError("tune finds verdicts: unset LLAVA_FAST_SELECTION, and LLAVA_FAST_SELECT if it is 'off'")
+    settings.mode, settings.budget, settings.thorough = "first-use", math.inf, True
+    llava = load(model or model_path(), device=device, dtype=dtype)
+    table = settings.table(next(llava.parameters()).device)
+    known = {name for name, verdict in table.verdicts.items() if verdict.by == "tune"}
+    met: set[str] = set()
+    settings.met = met
+    workload(llava, training)
+    settings.met, settings.budget = None, budget
+    started = time.perf_counter()
+    with tqdm(total=len(met), desc="proving", unit="class", disable=not met) as bar:
+        settings.heard = lambda name, verdict: bar.update(name in met)
+        if met:
+            workload(llava, training)
+    console = Console()
+    used = sorted(set(table.classes.values()) & table.verdicts.keys())
+    console.print(verdict_table({name: table.verdicts[name] for name in used}))
+    found = sum(table.verdicts[name].by == "tune" for name in used if name not in known)
+    console.print(f"{found} found in {time.perf_counter() - started:.1f} s, {len(known & set(used))} known before")
+    left = sum(name not in table.verdicts or table.verdicts[name].by != "tune" for name in met)
+    if left:
+        console.print(f"{left} left: the budget of {budget:g} s is spent, or nothing could be shown with their values")
+    console.print(f"kept in {store.path_of(table.machine)}", soft_wrap=True)
+
+
+def workload(model: Llava, training: bool) -> None:
+    """The calls of answering, one request and several, and with `training` of a training step."""
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
+    requests = [_talk("<image>\nWhat is in this picture?", images=[picture]) for picture in pictures]
+    for given in (*([request] for request in requests), [*requests, _talk("What is a picture?")]):
+        model.generate(given, max_new_tokens=TOKENS, ignore_eos=True)
+    if training:
+        answered = [{**each, "messages": [*each["messages"], _turn("assistant", "A picture.")]} for each in requests]
+        with torch.enable_grad():
+            model(model.prepare(answered, labels=True, layout="packed"), logits="none").loss.backward()
+        model.zero_grad()
+
+
+def _talk(question: str, **visual: list[np.ndarray]) -> dict[str, Any]:
+    return {"messages": [_turn("user", question)], **visual}
+
+
+def _turn(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+def verdict_table(verdicts: Mapping[str, Verdict]) -> Table:
+    """A row for each class: the form that runs, its error and time beside the reference's, and when that was found."""
+    table = Table(Column("class of calls", overflow="fold"), title="verdicts")
+    for heading in ("runs", "error", "ms", "found"):
+        table.add_column(heading, overflow="fold")
+    for name, verdict in verdicts.items():
+        table.add_row(name, *verdict.columns())
+    return table
