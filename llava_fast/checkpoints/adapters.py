@@ -27,7 +27,7 @@ from llava_fast.checkpoints.peft_merge import merge_with_peft
 from llava_fast.checkpoints.save import NOTE_FILE
 from llava_fast.errors import CheckpointError
 from llava_fast.families import family_of_config, fields
-from llava_fast.families.names import EMBEDDING, HEAD, NameMap
+from llava_fast.families.names import EMBEDDING, HEAD, NameMap, Spelling
 from llava_fast.models.config import LlavaConfig
 from llava_fast.storage.files import read_json, write_json, written_whole
 from llava_fast.storage.hub import resolve
@@ -166,14 +166,16 @@ def save_adapter(
 
 def save_projector(path: Path, tensors: Mapping[str, torch.Tensor], config: LlavaConfig, note: str | None) -> None:
     """Write a directory with a trained projector (and newline row) alone, in place of what is there: mm_projector.bin
-    in the original's names, as its first stage leaves it, which its second stage, its loader and ours read.
+    in the original's names, as its first stage leaves it, which its second stage, its loader and ours read; in those of
+    its own layout for a family that has no original one.
 
     tensors  by our names. config, note: as for `save_adapter`; without the config of an original LLaVA the directory
              is no checkpoint, and serves as `projector_from`.
     """
     names = family_of_config(config).names
     with written_whole(path) as directory:
-        stored = {names.to_stored(name, "original", config): value.contiguous() for name, value in tensors.items()}
+        spelling: Spelling = "original" if "original" in names.written else config.layout
+        stored = {names.to_stored(name, spelling, config): value.contiguous() for name, value in tensors.items()}
         torch.save(stored, directory / _PROJECTOR_FILES[1])
         _describe(directory, config, note)
 

@@ -79,10 +79,10 @@ def load_checkpoint(
     described, base, projector = _find(path, model_base)
     source = read_json(described / "config.json")
     family = family_of(source, described / "config.json")
+    config, tower = family.read_with_tower(source, described, vision_tower, base)  # its errors are the clearer ones
     tensors = family.names.name_tensors(joined(open_weights(base or path), base or path))
     if projector is not None:
         tensors = add_projector(tensors, projector, family.names)
-    config, tower = family.read_with_tower(source, described, vision_tower, base)
     if config.decoder.tie_embeddings and (head := tensors.pop(HEAD, None)) is not None:
         _check_tied(head, tensors.get(EMBEDDING))
     dtype = dtype or _stored_dtype(tensors, base or path)

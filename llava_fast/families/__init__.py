@@ -24,15 +24,21 @@ FAMILIES = Registry(
         "llava_qwen": "llava_original:LlavaOriginal",
         "internvl": "internvl:InternVl",
         "vipllava": "vipllava:VipLlava",
+        "llava_uhd": "llava_uhd:LlavaUhd",
     },
 )
 _ORIGINAL = "llava_llama"
 """The line of original LLaVAs. Their config.json has the field mm_vision_tower, and any model_type: "llava" too."""
+_BY_CONNECTOR = {"adapt_spatial_resampler_v1": "llava_uhd", "uhd_v1_query64": "llava_uhd"}
+"""mm_projector_type -> the line of an original layout of its own."""
 
 
 def find_family(source: dict[str, Any]) -> Family | None:
     """The family of a config.json; None if it is none's."""
-    kind = _ORIGINAL if "mm_vision_tower" in source else source.get("model_type")
+    kind = source.get("model_type")
+    if "mm_vision_tower" in source:
+        connector = source.get("mm_projector_type")
+        kind = _BY_CONNECTOR.get(connector, _ORIGINAL) if isinstance(connector, str) else _ORIGINAL
     return FAMILIES[kind]() if isinstance(kind, str) and kind in FAMILIES else None
 
 
@@ -47,7 +53,8 @@ def family_of(source: dict[str, Any], file: Path) -> Family:
 
 def family_of_config(config: LlavaConfig) -> Family:
     """The family that a model was read as."""
-    return FAMILIES[_ORIGINAL if config.layout == "original" else config.model_type]()
+    plain = config.layout == "original" and config.model_type not in _BY_CONNECTOR.values()
+    return FAMILIES[_ORIGINAL if plain else config.model_type]()
 
 
 def writing_family(config: LlavaConfig, layout: str) -> Family:

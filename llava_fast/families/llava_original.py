@@ -14,7 +14,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -38,6 +38,7 @@ from llava_fast.families.preprocessing import geometry_fields, padded, tower_fit
 from llava_fast.inputs.pictures.preprocessing import Preprocessing, name_fit, standard_fit
 from llava_fast.inputs.tiling.anyres import VisualGeometry, parse_pinpoints
 from llava_fast.models.config import LlavaConfig
+from llava_fast.models.connectors.base import ConnectorConfig
 from llava_fast.models.connectors.mlp import ProjectorConfig
 from llava_fast.models.decoders import DECODERS
 from llava_fast.models.towers.base import TowerConfig
@@ -53,10 +54,14 @@ _PROJECTORS = {"linear": ("linear", 1), "identity": ("identity", 0), "mlp2x_gelu
 
 
 class LlavaOriginal(Family):
-    """Any original LLaVA."""
+    """Any original LLaVA.
+
+    own_type  what a model of the family is called here, where its config.json shows it by mm_projector_type alone.
+    """
 
     model_types = ("llava_llama", "llava_mistral", "llava_qwen")
     layout = "original"
+    own_type: ClassVar[str] = ""
     names = LLAVA_NAMES
     adapter_spelling = "original"
     adapters_see_tower = False  # the original's trainer adds it after PEFT's layers
@@ -99,16 +104,16 @@ class LlavaOriginal(Family):
         decoder = decoder_config(text, file, tied=bool(text.tie_word_embeddings))
         inside = local_directory(base / source["mm_vision_tower"]) if base is not None else None
         tower = find_tower(source["mm_vision_tower"], path, vision_tower or inside)
-        vision = _select_features(tower.config, source, file)
+        vision = self.tower(_select_features(tower.config, source, file), file)
         generation = read_json_if_there(path / "generation_config.json", fields.Generation)
         merge = source.get("mm_patch_merge_type", "flat")
         return LlavaConfig(
             vision=vision,
-            projector=_projector(source, vision.feature_size, decoder.hidden_size, file),
+            projector=self.connector(source, vision, decoder.hidden_size, file),
             decoder=decoder,
-            geometry=_geometry(source, vision, tower, merge, file),
+            geometry=self.tiles(source, vision, tower, merge, file),
             layout="original",
-            model_type=model_type,
+            model_type=self.own_type or model_type,
             image_token_id=IMAGE_TOKEN_ID,
             has_newline="unpad" in merge,
             eos_token_ids=eos_token_ids(generation, source.get("eos_token_id")),
@@ -116,6 +121,20 @@ class LlavaOriginal(Family):
             source=source,
             tower_processor=dict(tower.settings.content),
         ), tower
+
+    def tower(self, vision: TowerConfig, file: Path) -> TowerConfig:
+        """The tower, of which `vision` is what its repository describes."""
+        return vision
+
+    def connector(self, source: dict[str, Any], vision: TowerConfig, out_features: int, file: Path) -> ConnectorConfig:
+        """The connector that config.json describes."""
+        return _projector(source, vision.feature_size, out_features, file)
+
+    def tiles(
+        self, source: dict[str, Any], vision: TowerConfig, tower: Tower, merge: str, file: Path
+    ) -> VisualGeometry:
+        """How images become tiles and rows, from config.json and the tower's image processor."""
+        return _geometry(source, vision, tower, merge, file)
 
     def write(self, config: LlavaConfig, tokens: TokenIds) -> dict[str, Any]:
         if (model_type := config.decoder.original_type) is None:

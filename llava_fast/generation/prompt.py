@@ -47,7 +47,7 @@ class Part:
             digest.update(repr((pixels.shape, pixels.dtype, views)).encode())
             digest.update(np.ascontiguousarray(pixels).data)
         rows = self.piece.rows
-        digest.update(repr((rows.reduce, rows.stage, rows.grid, self.piece.modality)).encode())
+        digest.update(repr((rows.reduce, rows.stage, rows.grids, self.piece.modality)).encode())
         for array in (rows.kind, rows.index, *(rows.pooling or ())):
             digest.update(np.ascontiguousarray(array).data)
         first = (1 << 160) | int.from_bytes(digest.digest(), "little") << 32  # above every token id

@@ -34,22 +34,26 @@ class LlavaConfig:
         if self.projector.rowwise:
             part, given = "tower", self.vision.rows_per_tile
         else:
-            if self.vision.native_sizes:
+            if self.vision.native_sizes and not self.projector.any_shape:
                 raise ValueError("a connector that reads whole tiles has none behind a tower of native sizes")
             part, given = "connector", self.projected_per_tile
             if self.geometry.video_pool != "none" and self.geometry.video_pool_stage == "before":
                 raise ValueError(
                     "video_pool_stage is 'before', and this connector reads whole tiles: set it to 'after'"
                 )
-        if self.geometry.tower_rows_per_tile != given:
+        whole = self.vision.native_sizes and not self.projector.rowwise  # it gives rows for images, not for tiles
+        if not whole and self.geometry.tower_rows_per_tile != given:
             raise ValueError(
                 f"the {part} gives {given} rows a tile, and the geometry counts {self.geometry.tower_rows_per_tile}: "
                 "set its tile_size and patch_size, and class_rows or dropped_rows to 1 for a CLIP tower"
             )
 
     @property
-    def projected_per_tile(self) -> int:
-        """Rows that the connector gives for a tile, where all of its patches are used."""
+    def projected_per_tile(self) -> float:
+        """Rows that the connector gives for a tile, where all of its patches are used; of one that reads whole images
+        of native sizes, a patch's share of a usual image."""
         vision = self.vision
+        if vision.native_sizes and not self.projector.rowwise:
+            return self.projector.rows_of(vision.patches_per_image) / vision.patches_per_image
         left_out = vision.leading_rows if vision.drops_class_row or self.projector.rowwise else 0
         return self.projector.rows_of(vision.rows_per_tile - left_out)

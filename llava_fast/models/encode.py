@@ -5,6 +5,7 @@ The one path for the engine's models and for transformers' (llava_fast.accelerat
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -88,6 +89,27 @@ def project_tiles(
         raise ValueError("rows cannot be pooled before a connector that reads whole tiles")
     rows_TNC = features.unflatten(0, (len(features) // rows_per_tile, rows_per_tile))
     return connector(rows_TNC[:, left_out:]).flatten(0, 1)[kept]
+
+
+def project_images(
+    connector: nn.Module,
+    grids: tuple[tuple[int, int], ...],
+    features: Tensor,
+    kept: Tensor,
+    pooled: list[Tensor],
+) -> Tensor:
+    """Parts.project of a connector that reads whole images of native sizes, `grids` their (rows, columns): one call for
+    images of a shape that follow each other. `kept` are rows of what it gives. Raises ValueError where rows are pooled
+    before it."""
+    if pooled:
+        raise ValueError("rows cannot be pooled before a connector that reads whole images")
+    made, start = [], 0
+    for shape, same in itertools.groupby(grids or ((1, 1),)):
+        count, length = len(list(same)) if grids else 0, shape[0] * shape[1]
+        rows_TNC = features[start : start + count * length].unflatten(0, (count, length))
+        made.append(connector(rows_TNC, shape=shape).flatten(0, 1))
+        start += count * length
+    return joined(made)[kept]
 
 
 def reads_table(embedding: nn.Module) -> bool:

@@ -121,7 +121,7 @@ class LlavaModel(nn.Module):
 
     def inputs_embeds(self, batch: Batch) -> Tensor:
         """[rows, width]: text rows from the embedding table, visual rows from the projector, newlines (see encode)."""
-        return encode.inputs_embeds(self._parts(), self._features(batch), batch.placement())[0]
+        return encode.inputs_embeds(self._parts(batch), self._features(batch), batch.placement())[0]
 
     def _features(self, batch: Batch) -> Tensor | None:
         """The tower's rows of all tiles end to end [tiles * rows, features]; None without tiles, unless every part is
@@ -131,18 +131,20 @@ class LlavaModel(nn.Module):
         own_sizes = {"grids": batch.plan.grids} if self.config.vision.native_sizes else {}
         return self.vision_tower(batch.tiles, count=batch.count("tile"), **own_sizes).flatten(0, 1)
 
-    def _project(self) -> Callable[[Tensor, Tensor, list[Tensor]], Tensor]:
+    def _project(self, batch: Batch) -> Callable[[Tensor, Tensor, list[Tensor]], Tensor]:
         """How the projector is called (see encode.Parts)."""
         if self.config.projector.rowwise:
             return functools.partial(encode.project_rows, self.projector)
         vision = self.config.vision
+        if vision.native_sizes:
+            return functools.partial(encode.project_images, self.projector, batch.plan.grids)
         left_out = vision.leading_rows if vision.drops_class_row else 0
         return functools.partial(encode.project_tiles, self.projector, vision.rows_per_tile, left_out)
 
-    def _parts(self) -> encode.Parts:
+    def _parts(self, batch: Batch) -> encode.Parts:
         return encode.Parts(
             embedding=self.decoder.embed_tokens,
             newline=self.image_newline if self.config.has_newline else None,
-            project=self._project(),
+            project=self._project(batch),
             plain_linears=self.projector.plain_linears,
         )

@@ -10,6 +10,7 @@ import torch
 
 from llava_fast.api import load
 from llava_fast.errors import RecipeError
+from llava_fast.families import writing_family
 from llava_fast.generation.llava import Llava
 from llava_fast.inputs.processor import Processor
 from llava_fast.models.fused import split_linears
@@ -57,6 +58,7 @@ def load_model(recipe: Recipe, world: World) -> Llava:
     """The recipe's model on this process's device: what is trained in float32, the rest in the precision asked for. One
     that is to be sharded stays on the host as its checkpoint holds it, so that no device ever holds all of it."""
     model = load(recipe.model, device="cpu", dtype="auto", chat_template=recipe.data.template, merge=False)
+    writing_family(model.config, recipe.layout)  # an export that cannot be is refused now, not when all is trained
     freeze(model, recipe)
     if recipe.lora is not None:
         add_adapters(model, recipe)

@@ -45,7 +45,7 @@ def test_patches_are_transformers_to_the_bit(size):
     found = make_tiles(image, image_views(geometry(), *size), PATCH)
     rows = image_rows(geometry(), *size)
     assert len(found) == len(rows) == rows.tiles == expected["pixel_attention_mask"].sum()
-    assert rows.grid == tuple(expected["spatial_shapes"][0])
+    assert rows.grids == (tuple(expected["spatial_shapes"][0]),)
     columns_last = found.transpose(0, 2, 3, 1).reshape(len(found), -1)
     assert np.array_equal(columns_last, expected["pixel_values"][0, : len(found)])
 

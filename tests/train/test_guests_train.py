@@ -1,11 +1,16 @@
-"""Every family beyond LLaVA's own four through a recipe: the loss falls, and transformers reads what is exported."""
+"""Every family beyond LLaVA's own four through a recipe: the loss falls, and what is exported is read again, by
+transformers where it has the family."""
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
 import llava_fast
+from llava_fast.errors import CheckpointError
+from llava_fast.families import family_of_config
+from llava_fast.train.estimate.cost import plan
 from llava_fast.train.run import train
+from tests.checkpoints import test_llava_uhd
 from tests.checkpoints.test_guests import GUESTS
 from tests.support import tiny
 from tests.support.training_runs import losses
@@ -34,3 +39,42 @@ def test_it_trains_and_transformers_reads_what_is_exported(name, recipe_in, tmp_
     with torch.no_grad():
         found = after(after.prepare([request]), logits="all").logits
         torch.testing.assert_close(found, stock(**pair.reference_inputs(**request)).logits[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["internvl", "vipllava"])
+def test_a_projector_that_is_trained_alone_is_exported_beside_the_model(name, recipe_in, tmp_path):
+    """In the names of its own layout: these families have no original one."""
+    tiny.save(tiny.CASES[name], tiny.pair(name).hf, tmp_path / "start")
+    recipe = recipe_in(tmp_path / "run", model=str(tmp_path / "start"), trainable=["projector"], steps=1)
+    train(recipe)
+    model = llava_fast.load(recipe.output / "model")
+    stored = torch.load(recipe.output / "projector" / "mm_projector.bin")
+    names = family_of_config(model.config).names
+    alone = {names.from_stored(key).removeprefix("projector."): value for key, value in stored.items()}
+    assert alone.keys() == model.projector.state_dict().keys()
+    assert all(torch.equal(value, alone[key]) for key, value in model.projector.state_dict().items())
+
+
+def test_llava_uhd_trains_and_is_read_again(recipe_in, tmp_path):
+    """Text alone among the samples, and images of several shapes in a batch."""
+    start = tmp_path / "start"
+    test_llava_uhd.write(start)
+    optimizer = {"learning_rate": 2e-3}
+    options = {"model": str(start), "trainable": list(PARTS), "epochs": 2, "optimizer": optimizer}
+    with pytest.raises(CheckpointError, match="llava_uhd has no other layout than 'original'"):
+        train(recipe_in(tmp_path / "hf", **options))
+    assert not (tmp_path / "hf" / "metrics.jsonl").exists()
+    recipe = recipe_in(tmp_path / "run", **options, layout="original")
+    assert plan(recipe, 1).total_memory > 0
+    train(recipe)
+    each = losses(recipe)
+    assert sum(each[-2:]) < sum(each[:2]), each
+    before, after = llava_fast.load(start), llava_fast.load(recipe.output / "model")
+    assert after.config == before.config
+    names = [
+        name
+        for name, value in after.projector.state_dict().items()
+        if not value.equal(before.projector.state_dict()[name])
+    ]
+    assert {"query", "kv_proj.weight", "attn.in_proj_weight", "proj", "pos_embed"} <= set(names)
+    assert after.generate([{"prompt": "<image> hello", "images": [tiny.picture(20, 90)]}], max_new_tokens=3)

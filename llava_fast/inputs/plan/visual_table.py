@@ -38,16 +38,16 @@ class VisualTable:
 
     def __init__(self, tower_rows_per_tile: int) -> None:
         self.tower_rows_per_tile = tower_rows_per_tile
-        self.tiles = 0
+        self.tiles = self.rows = 0
         self.grids: list[tuple[int, int]] = []
         self.direct: list[np.ndarray] = []
         self.pooled: dict[tuple[Stage, Reduce, int], list[tuple[np.ndarray, np.ndarray]]] = {}
 
     def add(self, rows: VisualRows) -> np.ndarray:
-        first = self.tiles * self.tower_rows_per_tile
+        first = self.rows
         self.tiles += rows.tiles
-        if rows.grid is not None:
-            self.grids.append(rows.grid)
+        self.rows += rows.table_rows or rows.tiles * self.tower_rows_per_tile
+        self.grids += rows.grids
         index = rows.index.astype(np.int64)
         is_pooled = rows.kind == POOLED
         provisional = index + first
@@ -82,7 +82,7 @@ class VisualTable:
                 index = np.searchsorted(kept, index)
             name = f"pool{len(pools)}"
             pool = Pool(stage, reduce, f"{name}_index", f"{name}_weight", f"{name}_order", f"{name}_start")
-            sources = len(kept) + before if stage == "after" else self.tiles * self.tower_rows_per_tile
+            sources = len(kept) + before if stage == "after" else self.rows
             columns |= {pool.index: index.astype(np.int32), pool.weight: weight.view(np.int32)}
             if with_inverse:
                 order = np.argsort(index, axis=None, kind="stable").astype(np.int32)

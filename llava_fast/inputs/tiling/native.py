@@ -40,7 +40,7 @@ class NativeTiling(Tiling):
     def rows(self, geometry: VisualGeometry, height: int, width: int) -> VisualRows:
         grid = patch_grid(height, width, geometry.patch_size, self.max_patches)
         tiles = grid[0] * grid[1]
-        return _rows([geometry.kept_rows(tiles)], tiles, grid=grid)
+        return _rows([geometry.kept_rows(tiles)], tiles, grids=(grid,))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -26,8 +26,9 @@ class VisualRows:
     reduce how the K rows combine: "sum" of weighted rows, or "max" (weights unused).
     stage  whether pooling happens "before" or "after" the projector.
     tiles  number of tiles the item is cut into.
-    grid   (rows, columns) of an image whose tiles are the patches that a tower of native sizes reads together; else
-           None.
+    grids  (rows, columns) of each image or slice whose tiles are the patches that a tower of native sizes reads
+           together, in the order of the tiles; else none.
+    table_rows  rows of which `index` counts, where a connector gives them otherwise than tile by tile; else 0.
     """
 
     kind: np.ndarray
@@ -36,7 +37,8 @@ class VisualRows:
     pooling: tuple[np.ndarray, np.ndarray] | None = None
     reduce: Literal["sum", "max"] = "sum"
     stage: Literal["before", "after"] = "after"
-    grid: tuple[int, int] | None = None
+    grids: tuple[tuple[int, int], ...] = ()
+    table_rows: int = 0
 
     def __len__(self) -> int:
         return len(self.kind)

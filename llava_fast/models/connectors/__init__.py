@@ -8,6 +8,7 @@ CONNECTORS = Registry(
         "mlp": "mlp:ProjectorConfig",
         "norm_mlp": "norm_mlp:NormMlpConfig",
         "perceiver": "perceiver:PerceiverConfig",
+        "spatial_resampler": "spatial_resampler:SpatialResamplerConfig",
         "pixel_shuffle": "pixel_shuffle:PixelShuffleConfig",
     },
 )

@@ -18,6 +18,9 @@ class ConnectorConfig(ABC):
     """Each row is made of one row of the tower, so that rows nobody takes need not be made. If False, the connector is
     called with the rows of all tiles [T, N, in_features], without leading ones that are left out, and gives
     [T, M, out_features]; a plan counts M rows a tile."""
+    any_shape: ClassVar[bool] = False
+    """Of one that reads whole tiles: its `forward` takes the (rows, columns) of their rows as `shape`, so that it
+    serves towers of native sizes."""
     hf_names: ClassVar[Mapping[str, str]] = {}
     """Its modules by our names, and what transformers calls them."""
 

@@ -83,6 +83,11 @@ class TowerConfig(ABC):
         return (self.image_size // self.patch_size) ** 2
 
     @property
+    def patches_per_image(self) -> int:
+        """Those of a usual image, or slice of one, that the tower reads as a whole."""
+        return self.patches_per_tile
+
+    @property
     def rows_per_tile(self) -> int:
         """Rows that the tower gives for a tile, leading ones included."""
         return self.patches_per_tile + self.leading_rows

@@ -1,0 +1,94 @@
+"""A resampler whose queries each attend to their own part of a slice. LLaVA-UHD's connector.
+
+Shapes: T slices of one size, N rows each (H x W), G x G queries, E their width. A query reads its part of the slice,
+H / G by W / G rows, interpolated to a few places (RoIAlign, aligned=False, one part a region). Parameter names are
+those of the original checkpoints, pos_embed too: their trainer trains it with the projector.
+Sources: Guo et al. 2024 (LLaVA-UHD); thunlp/LLaVA-UHD 48472b4 uhd_v1_resampler.py; He et al. 2017 (RoIAlign).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from llava_fast.models.blocks.resampling import bicubic
+from llava_fast.models.connectors.perceiver import Perceiver, PerceiverConfig, positions
+
+_PLACES = ((2, 4), (2, 3), (3, 4), (3, 3), (4, 2), (3, 2), (4, 3))
+"""(rows, columns) of the places that a query reads, in the order in which they are tried."""
+
+
+@dataclass(frozen=True)
+class SpatialResamplerConfig(PerceiverConfig):
+    """As a perceiver's; `side` is that of the square slices that costs are counted for."""
+
+    any_shape = True
+
+    def rows_of(self, rows: int) -> int:
+        return self.queries
+
+    def build(self) -> SpatialResampler:
+        return SpatialResampler(self)
+
+
+class SpatialResampler(Perceiver):
+    """[T, N, in_features] -> [T, G * G, out_features]."""
+
+    def __init__(self, config: SpatialResamplerConfig) -> None:
+        super().__init__(config)
+        table = positions(config.grid, config.out_features, (config.grid, config.grid), torch.device("cpu"))
+        self.pos_embed = nn.Parameter(table.clone().to(self.query.device))
+
+    def forward(self, features_TNC: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
+        """`shape` (rows, columns) of the N rows, where it is not the config's square."""
+        config, shape = self.config, shape or (self.config.side, self.config.side)
+        value = self.ln_kv(self.kv_proj(features_TNC))
+        at = bicubic(self.pos_embed.unflatten(0, (config.grid, config.grid)), shape)
+        query = (self.ln_q(self.query) + self.pos_embed)[None, :, None].expand(len(value), -1, -1, -1)
+        key, value = (self._parts(rows, shape) for rows in (value + at, value))
+        out = self.attn(query.flatten(0, 1), key, value, need_weights=False)[0]
+        out = self.ln_post(out.unflatten(0, (len(features_TNC), config.queries)).flatten(2))
+        return out @ self.proj if config.project else out
+
+    def _parts(self, rows_TNE: Tensor, shape: tuple[int, int]) -> Tensor:
+        """[T * G * G, places, E]: what each query reads."""
+        places = best_places(shape)
+        down, across = (
+            sampling(self.config.grid, size, count, rows_TNE.device, rows_TNE.dtype)
+            for size, count in zip(shape, places, strict=True)
+        )
+        square = rows_TNE.unflatten(1, shape)
+        return torch.einsum("iph,jqw,thwe->tijpqe", down, across, square).flatten(3, 4).flatten(0, 2)
+
+
+def best_places(shape: tuple[int, int]) -> tuple[int, int]:
+    """The places a query reads of a slice of this shape: those whose aspect is nearest, the first of equals."""
+    ratio = math.log(shape[1] / shape[0])
+    return min(_PLACES, key=lambda places: abs(ratio - math.log(places[1] / places[0])))
+
+
+@functools.lru_cache(maxsize=4096)
+def sampling(parts: int, size: int, places: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[parts, places, size]: the weights by which RoIAlign reads an axis of `size` rows, cut into `parts`, at `places`
+    each. A part is at least one row long; a place is the mean of as many samples as it has rows, rounded up."""
+    length = size / parts
+    each = max(length, 1.0) / places
+    samples = math.ceil(each)
+    weights = np.zeros((parts, places, size))
+    for part in range(parts):
+        for place in range(places):
+            for sample in range(samples):
+                at = part * length + (place + (sample + 0.5) / samples) * each
+                if at > size:
+                    continue
+                low = min(int(at), size - 1)
+                share = at - low if low < size - 1 else 0.0
+                weights[part, place, low] += (1 - share) / samples
+                weights[part, place, min(low + 1, size - 1)] += share / samples
+    with torch.inference_mode(False):  # so that a later training step may keep them
+        return torch.tensor(weights, dtype=dtype, device=device)
