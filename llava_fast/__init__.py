@@ -20,6 +20,7 @@ from llava_fast.errors import (
     QuantisationError,
     RecipeError,
     RequestError,
+    ServeError,
     TrainingError,
     UnsupportedModelError,
 )
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from llava_fast.checkpoints.assemble import Assembly
     from llava_fast.checkpoints.save import save
     from llava_fast.generation.chat import Chat
+    from llava_fast.generation.grammar import Grammar
     from llava_fast.generation.llava import Llava
     from llava_fast.generation.sampling import Sampling
     from llava_fast.generation.sequence import Generation, Usage
@@ -42,6 +44,7 @@ _MODULES = {
     "Assembly": "checkpoints.assemble",
     "Chat": "generation.chat",
     "Generation": "generation.sequence",
+    "Grammar": "generation.grammar",
     "Llava": "generation.llava",
     "Processor": "inputs.processor",
     "ProcessorOptions": "inputs.processor",
@@ -65,6 +68,7 @@ __all__ = [
     "DataError",
     "Generation",
     "GenerationError",
+    "Grammar",
     "ImageError",
     "Llava",
     "LlavaFastError",
@@ -79,6 +83,7 @@ __all__ = [
     "RecipeError",
     "RequestError",
     "Sampling",
+    "ServeError",
     "TrainingError",
     "UnsupportedModelError",
     "Usage",

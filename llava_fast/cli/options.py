@@ -19,8 +19,15 @@ ModelBase = Annotated[str | None, typer.Option(help="The base model, for a LoRA 
 
 
 def load_model(
-    model: str, device: str | None, dtype: str | None, chat_template: str | None, model_base: str | None
+    model: str,
+    device: str | None,
+    dtype: str | None,
+    chat_template: str | None,
+    model_base: str | None,
+    quantize: str | None = None,
 ) -> Any:
     from llava_fast.api import load
 
-    return load(model, device=device, dtype=dtype, chat_template=chat_template, model_base=model_base)
+    return load(
+        model, device=device, dtype=dtype, chat_template=chat_template, model_base=model_base, quantize=quantize
+    )

@@ -22,6 +22,9 @@ def serve(
     chat_template: Template = None,
     device: Device = None,
     dtype: Dtype = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="int8 or int4: round the decoder's weights (docs/quantisation.md).")
+    ] = None,
     video_frames: Annotated[int, typer.Option(min=1, help="How many frames of a video are used.")] = 16,
     api_key: Annotated[
         list[str],
@@ -143,7 +146,7 @@ def serve(
         workers=workers,
         video_frames=video_frames,
     )
-    server.serve(load_model(model, device, dtype, chat_template, model_base), settings, host, port)
+    server.serve(load_model(model, device, dtype, chat_template, model_base, quantize), settings, host, port)
 
 
 def _api_keys(given: list[str], path: Path | None) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.types import Receive, Scope, Send
@@ -74,7 +74,12 @@ def create_app(service: Service) -> FastAPI:
         return await _answered(service, body, request, CompletionAnswer)
 
     if (PAGE / "index.html").is_file():
-        app.mount("/", StaticFiles(directory=PAGE, html=True))
+        app.mount("/static", StaticFiles(directory=PAGE))
+
+        @app.get("/", include_in_schema=False)
+        async def page() -> Response:
+            return FileResponse(PAGE / "index.html")
+
     return app
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -54,7 +55,7 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(400, str(error))
     if isinstance(error, CacheFullError):
         return ApiError(400, str(error), code="context_length_exceeded")
-    if isinstance(error, TimeoutError):
+    if isinstance(error, asyncio.TimeoutError):
         return ApiError(504, "the answer took longer than this server allows", code="timeout")
     logger.error("a request failed: %r", error, exc_info=error)
     return ApiError(500, "the server failed to answer; its log says why", code="internal_error")

@@ -1,7 +1,8 @@
-"""What every request passes before its body is read: the API key and the body's size."""
+"""What every request passes before its body is read: the API key, and the body's size and time."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llava_fast.serve.errors import ApiError
 from llava_fast.serve.settings import Settings
 
-OPEN = ("/health", "/")  # answered without a key
+OPEN = ("/health", "/", "/static/")  # answered without a key: health, and the page's own files
 
 
 class Gate:
@@ -33,17 +34,23 @@ class Gate:
             await send(message)
 
         try:
-            if scope["path"] not in OPEN:
+            if scope["path"] not in OPEN and not scope["path"].startswith(OPEN[-1]):
                 self._check_key(headers.get(b"authorization", b""))
             self._check_size(headers.get(b"content-length", b"0"))
         except ApiError as error:
             await error.response(scope, receive, counting)
             return
-        received = 0
+        received, whole = 0, False
+        now = asyncio.get_running_loop().time
+        ends = now() + self.settings.body_seconds
 
         async def counted() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, whole
+            try:
+                message = await (receive() if whole else asyncio.wait_for(receive(), ends - now()))
+            except asyncio.TimeoutError:
+                raise ApiError(408, f"the body did not arrive within {self.settings.body_seconds} seconds") from None
+            whole = whole or not message.get("more_body", False)
             size = len(message.get("body", b""))
             received += size
             self.held += size

@@ -22,6 +22,7 @@ class Settings:
     drain               seconds that running answers may still take after SIGTERM.
     workers             threads that read images and tokenise.
     max_body_bytes      largest request body, file or video.
+    body_seconds        seconds that a body may take to arrive.
     max_held_bytes      most bytes of bodies held at once; more are refused with 429.
     max_images          most images in a request.
     max_pixels          most pixels of an image, and of those frames of a video that are used together.
@@ -50,6 +51,7 @@ class Settings:
     drain: float = 30.0
     workers: int = 2
     max_body_bytes: int = 32 << 20
+    body_seconds: float = 60.0
     max_held_bytes: int = 512 << 20
     max_images: int = 16
     max_pixels: int = 64 << 20

@@ -14,7 +14,7 @@ ENDLESS = {"max_tokens": 3500, "extra_body": {"ignore_eos": True}}
 
 
 def test_a_stream_arrives_while_it_is_made_and_a_key_is_asked_for(model_path, model):
-    with serving(model_path, "--api-key", "secret-1", LLAVA_FAST_API_KEY="") as server:
+    with serving(model_path, "--api-key", "secret-1", "--drain", "1", LLAVA_FAST_API_KEY="") as server:
         messages = about("tell me all", data_uri(png()))
         options = {**ENDLESS, "max_tokens": 1500, "stream_options": {"include_usage": True}}
         pieces, times, began = [], [], time.monotonic()
@@ -32,6 +32,11 @@ def test_a_stream_arrives_while_it_is_made_and_a_key_is_asked_for(model_path, mo
         for key in ("secret-2", "secret"):
             with pytest.raises(openai.AuthenticationError, match="API keys"):
                 server.client(key).models.list()
+        endless = ask(server.client("secret-1"), messages, stream=True, n=8, **ENDLESS)
+        next(iter(endless))
+        began = time.monotonic()
+        server.stop()  # what does not end within the drain's time is cut off
+        assert time.monotonic() - began < 8
     assert "secret" not in "".join(server.log)
     assert "tell me" not in "".join(server.log)
 

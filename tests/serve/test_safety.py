@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from llava_fast.errors import ServeError
-from llava_fast.serve import remote
+from llava_fast.serve import app, remote
 from llava_fast.serve.errors import ApiError
 from llava_fast.serve.settings import Settings
 from tests.serve.conftest import about, ask, data_uri, local, png
@@ -238,6 +238,16 @@ def test_a_body_without_a_length_is_counted_as_it_comes(server):
         assert connection.getresponse().status == 413
 
 
+def test_a_body_that_drips_is_not_waited_for(model):
+    with local(model, body_seconds=0.2) as server:
+        connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=10)
+        connection.putrequest("POST", "/v1/chat/completions")
+        connection.putheader("Content-Length", "1000")
+        connection.endheaders(b"{")
+        assert connection.getresponse().status == 408
+        assert ask(server.client(), about("hello"), max_tokens=400, extra_body={"ignore_eos": True}).choices
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -358,6 +368,20 @@ def test_pages_of_other_origins(model, server, allowed):
         connection.request("GET", "/health", headers={"Origin": "https://page.example"})
         header = connection.getresponse().getheader("access-control-allow-origin")
         assert header == ("https://page.example" if allowed else None)
+
+
+def test_the_pages_files_need_no_key(model, tmp_path, monkeypatch):
+    (tmp_path / "index.html").write_text("<p>the page")
+    (tmp_path / "page.js").write_text("let page")
+    monkeypatch.setattr(app, "PAGE", tmp_path)
+    with local(model, api_keys=("one",)) as server:
+        connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=10)
+        found = {"/": 200, "/static/page.js": 200, "/static/../../v1/models": 404, "/static/x": 404, "/v1/models": 401}
+        for path, status in found.items():
+            connection.request("GET", path)
+            response = connection.getresponse()
+            response.read()
+            assert response.status == status, path
 
 
 def test_keys(model):
