@@ -85,6 +85,7 @@ class PrefixCache:
         for block in blocks:
             self._unused.pop(block, None)
             if (node := self._nodes.pop(block, None)) is not None:
+                assert node.parent is not None  # the root holds no block
                 del node.parent.children[node.key]
 
     def keeps(self, block: int) -> bool:

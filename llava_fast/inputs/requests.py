@@ -64,7 +64,7 @@ def _check_request(request: Any) -> None:
     if not isinstance(request.get("images"), (list, tuple, type(None))):
         raise RequestError(f'"images" must be a list, even of one image, got {type(request["images"]).__name__}')
     seed = request.get("seed")
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63):
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63):
         raise RequestError(f'"seed" must be a whole number from 0 to 2**63 - 1, got {seed!r}')
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def inputs_embeds(
               Default: the plan's tokens, 0 for rows without one.
     """
     if reads_table(parts.embedding):
-        table = parts.embedding.weight
+        table: Tensor = parts.embedding.weight
     else:
         table = parts.embedding(at.token_ids() if ids is None else ids).flatten(0, -2)
         at = at.with_own_text()
@@ -112,7 +112,7 @@ def project_images(
     return joined(made)[kept]
 
 
-def reads_table(embedding: nn.Module) -> bool:
+def reads_table(embedding: nn.Module) -> TypeGuard[nn.Embedding]:
     """Whether text rows may be read from the embedding's weight: an exact nn.Embedding without special gradients."""
     return (
         is_plain(embedding, nn.Embedding)

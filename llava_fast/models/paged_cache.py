@@ -203,7 +203,7 @@ class _StepIndex:
         written = np.array([t.blocks[at // rows] for t, at in zip(tables, before, strict=True)])
         self.before = np.array(before)
         self.device = cache.device
-        self.segments = []
+        self.segments: list[tuple[int, Tensor, Tensor | None, Tensor | None, Tensor | None]] = []
         start = 0
         for number, segment in enumerate(cache.segments):
             end = start + segment.shape[3]
@@ -217,7 +217,9 @@ class _StepIndex:
                 there = [i for i in index if i is not None]
                 flat = torch.tensor(np.concatenate(there).tolist(), device=self.device)  # one transfer for all
                 moved = iter(flat.split([len(i) for i in there]))
-                self.segments.append((number, *(None if i is None else next(moved) for i in index)))
+                blocks, *others = (None if i is None else next(moved) for i in index)
+                assert blocks is not None
+                self.segments.append((number, blocks, others[0], others[1], others[2]))
             start = end
         self.mask = self._mask(None) if min(before) + 1 < self.longest else None
 
@@ -239,7 +241,7 @@ class _StepIndex:
         out = None
         for number, block, place, slot, row in self.segments:
             of_layer = segments[number][layer]  # [2, K, blocks, block rows, D]
-            if row is not None:
+            if slot is not None and row is not None:
                 of_layer.flatten(2, 3).index_copy_(2, row, new if place is None else new.index_select(2, slot))
             found = of_layer.index_select(2, block)
             if place is None:
@@ -248,6 +250,7 @@ class _StepIndex:
             if out is None:
                 out = found.new_empty(*found.shape[:2], self.count * self.width, *found.shape[3:])
             out.index_copy_(2, place, found)
+        assert out is not None  # a segment holds at least one of the blocks
         # [2, K, n * width, block rows, D] -> [2, n, K, rows, D]
         keys, values = out.unflatten(2, (self.count, self.width)).flatten(3, 4).transpose(1, 2)[:, :, :, : self.longest]
         return keys, values, self.mask

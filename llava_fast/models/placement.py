@@ -16,17 +16,17 @@ from llava_fast.ops.token_pack import InversePlacement
 
 
 class PoolTable(NamedTuple):
-    """Visual rows pooled from others: index int32, weight float32 [rows, K] (see inputs.plan.Pool and ops.mix_rows).
+    """Visual rows pooled from others: source int32, weight float32 [rows, K] (see inputs.plan.Pool, ops.mix_rows).
     `inverse` is None in a plan without labels, which needs no gradients."""
 
     stage: str
     reduce: str
-    index: Tensor
+    source: Tensor
     weight: Tensor
     inverse: InversePooling | None
 
     def of(self, rows: Tensor) -> Tensor:
-        return mix_rows(rows, self.index, self.weight, self.reduce, self.inverse)
+        return mix_rows(rows, self.source, self.weight, self.reduce, self.inverse)
 
 
 class Placement(NamedTuple):

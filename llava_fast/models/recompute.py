@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -48,7 +48,23 @@ def _keep(products: dict[bool, itertools.count], ctx, op, *args, **kwargs) -> Ch
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def set_recompute(model: nn.Module, how: Recompute) -> None:
+class _Layers(Protocol):
+    recompute: Recompute
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+class _Model(Protocol):
+    """A LlavaModel, which this module knows nothing of."""
+
+    @property
+    def decoder(self) -> _Layers: ...
+
+    @property
+    def vision_tower(self) -> _Layers: ...
+
+
+def set_recompute(model: _Model, how: Recompute) -> None:
     """Let the decoder and the tower of a LlavaModel recompute their layers; the tower only if it is trained."""
     model.decoder.recompute = how
     trained = any(parameter.requires_grad for parameter in model.vision_tower.parameters())

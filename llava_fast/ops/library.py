@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from llava_fast.ops import backend
 from llava_fast.ops.selection import policy
@@ -25,7 +26,7 @@ def define(
     fake: Callable,
     backward: Callable | None = None,
     save: Callable | None = None,
-) -> Callable:
+) -> OpOverload:
     """Register `run` for every device under `schema` and return the callable `torch.ops.llava_fast.<name>.default`.
 
     The first argument is a tensor: where it lies on a GPU, that GPU is the current one while `run` launches kernels.

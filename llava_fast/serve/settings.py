@@ -76,7 +76,7 @@ class Settings:
             least = 0 if field.name in ("max_waiting", "prefix_bytes", "feature_bytes") else 1
             if "int" in str(kind) and not may_be_none and (not isinstance(value, Integral) or value < least):
                 raise ServeError(f"{field.name} must be a whole number, {least} or more, got {value!r}")
-            if kind == "float" and not (isinstance(value, Real) and 0 < value < float("inf")):
+            if kind == "float" and not (isinstance(value, Real) and 0 < float(value) < float("inf")):
                 raise ServeError(f"{field.name} must be a number of seconds above 0, got {value!r}")
         if not all(key.strip() and key.isascii() for key in self.api_keys):
             raise ServeError("an API key must be ASCII text that is not empty")

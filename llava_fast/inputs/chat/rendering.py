@@ -141,9 +141,10 @@ class BuiltinTemplate:
                 out.template(form.after_answer, original=whole_turn)
                 continue
             out.template(form.before_later_users if index else "")
-            inside = bool(system_text) and form.system_inside_user and index == 0
-            system = form.system_wrap[0] + system_text + form.system_wrap[1] if inside else ""
-            out.wrapped(form.user, system + text)
+            opening = ""
+            if system_text and form.system_inside_user and index == 0:
+                opening = form.system_wrap[0] + system_text + form.system_wrap[1]
+            out.wrapped(form.user, opening + text)
         if add_generation_prompt and turns[-1]["role"] == "user":
             out.template(form.assistant_header, original=bool(form.original_label_tokens))
         return out.segments

@@ -75,8 +75,10 @@ def _with_branches(
     out = [_causal(queries[0], keys[0], values[0], window)]
     for query, own_key, own_value in zip(queries[1:], keys[1:], values[1:], strict=True):
         if query.shape[2]:
-            seen = (torch.cat([t[:, :, :prefix], own], 2) for t, own in ((key, own_key), (value, own_value)))
-            out.append(_causal(query, *seen, window))
+            seen_key, seen_value = (
+                torch.cat([t[:, :, :prefix], own], 2) for t, own in ((key, own_key), (value, own_value))
+            )
+            out.append(_causal(query, seen_key, seen_value, window))
     return out
 
 

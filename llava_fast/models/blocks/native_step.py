@@ -7,6 +7,7 @@ must keep its own forward, and then the ordinary modules run. Checked before eac
 from __future__ import annotations
 
 from operator import is_
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -51,7 +52,7 @@ class Snapshot:
 
     def __init__(self, decoder: nn.Module, plain: frozenset[type]) -> None:
         self.weights: DecoderWeights | None = None
-        self._modules = [module for part in (decoder.layers, decoder.norm) for module in part.modules()]
+        self._modules = [module for part in ("layers", "norm") for module in decoder.get_submodule(part).modules()]
         self._kinds = list(map(type, self._modules))
         self._hooks = [
             hooks for module in self._modules for hooks in (module._forward_hooks, module._forward_pre_hooks)
@@ -84,8 +85,8 @@ def _is_ordinary(tensor: Tensor) -> bool:
     return type(tensor) is nn.Parameter and tensor.dtype == torch.float32 and tensor.is_cpu and tensor.is_contiguous()
 
 
-def weights_of(decoder: nn.Module) -> DecoderWeights:
-    """The tensors of a decoder of plain modules."""
+def weights_of(decoder: Any) -> DecoderWeights:
+    """The tensors of a Decoder of plain modules."""
     layers = []
     for layer in decoder.layers:
         attention, mlp = layer.self_attn, layer.mlp

@@ -41,7 +41,7 @@ class RopeConfig:
         for field in ("rope_theta", *_NEEDED[kind]):
             if rope.get(field) is None:
                 raise ValueError(f"RoPE of type {kind!r} needs {field}")
-        chosen = {"theta": float(rope["rope_theta"])}
+        chosen: dict[str, Any] = {"theta": float(rope["rope_theta"])}
         if kind != "default":
             chosen["factor"] = float(rope["factor"])
         if kind == "dynamic":

@@ -58,8 +58,9 @@ class PlainLinears(NamedTuple):
     @classmethod
     def of(cls, linears: Sequence[nn.Linear], activation: str) -> PlainLinears | None:
         """None where only some have a bias."""
-        biases = [linear.bias for linear in linears if linear.bias is not None]
-        found = cls([linear.weight for linear in linears], biases, activation)
+        weights: list[Tensor] = [linear.weight for linear in linears]
+        biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+        found = cls(weights, biases, activation)
         return found if len(biases) in (0, len(linears)) else None
 
 

@@ -73,6 +73,8 @@ class Activation(nn.Module):
 class Projector(Connector):
     """[rows, in_features] -> [rows, out_features]. `layers` is numbered as the original LLaVA's projector."""
 
+    config: ProjectorConfig
+
     def __init__(self, config: ProjectorConfig) -> None:
         super().__init__()
         self.config = config
@@ -94,8 +96,10 @@ class Projector(Connector):
     def plain_linears(self) -> PlainLinears | None:
         if self.config.kind not in ("linear", "mlp") or not is_plain(self, Projector):
             return None
-        linears, activations = list(self.layers)[::2], list(self.layers)[1::2]
-        plain = is_plain(self.layers, nn.Sequential) and all(is_plain(step, nn.Linear) for step in linears)
-        if not plain or not all(is_plain(step, Activation) for step in activations):
+        if not is_plain(self.layers, nn.Sequential):
+            return None
+        steps, activations = list(self.layers)[::2], list(self.layers)[1::2]
+        linears = [step for step in steps if is_plain(step, nn.Linear)]
+        if len(linears) < len(steps) or not all(is_plain(step, Activation) for step in activations):
             return None
         return PlainLinears.of(linears, self.config.activation)

@@ -119,7 +119,9 @@ class LlamaConfig(DecoderConfig):
     def tensor_plan(self) -> dict[str, Split]:
         """Megatron's split: one sum for the attention and one for the MLP."""
         columns = [*(f"self_attn.{name}_proj" for name in "qkv"), "mlp.gate_proj", "mlp.up_proj"]
-        return dict.fromkeys(columns, "columns") | dict.fromkeys(("self_attn.o_proj", "mlp.down_proj"), "rows")
+        plan: dict[str, Split] = dict.fromkeys(columns, "columns")
+        plan.update(dict.fromkeys(("self_attn.o_proj", "mlp.down_proj"), "rows"))
+        return plan
 
     @classmethod
     def from_hf(cls, hf: Any, tied: bool) -> LlamaConfig:

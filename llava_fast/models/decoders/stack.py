@@ -45,11 +45,11 @@ class Decoder(nn.Module):
         if cache is not None:
             for table, before, rows in zip(spans.tables, spans.before, spans.lengths, strict=True):
                 table.reserve(before + rows)
-        rotation = self.rope(position_R, x_RC.dtype, spans)
+        cos, sin = self.rope(position_R, x_RC.dtype, spans)
         if cache is not None and (weights := step_weights(self, _PLAIN, x_RC, spans)) is not None:
             tables = [table.runs for table in spans.tables]
-            return decoder_step(x_RC, weights, *rotation, cache.segments, tables, spans.before)
-        context = RowContext(rotation, spans, cache)
+            return decoder_step(x_RC, weights, cos, sin, cache.segments, tables, spans.before)
+        context = RowContext((cos, sin), spans, cache)
         for layer in self.layers:
             x_RC = run_layer(self.recompute, layer, x_RC, context)
         return self.norm(x_RC)

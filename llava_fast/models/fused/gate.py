@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from llava_fast.ops import backend
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ LEAST = 1 << 17
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     """Whether a module is an exact `kind` as it was built, so that an op may read its weights instead of calling it:
     untouched, and each of its own parameters ordinary."""
     return is_untouched(module, kind) and all(
@@ -86,7 +89,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_untouched(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     """Whether a module is an exact `kind` without hooks, parametrisation (which changes the type) or a forward of its
     own. Asked at each call."""
     return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from llava_fast.ops.activations import ACTIVATIONS
 
 def activated(x: Tensor, linear: nn.Module, activation: str) -> Tensor:
     """activation(linear(x)); `activation` is a name of ops.activations."""
-    if takes("linear_act", x, nn.Linear, linear):
+    if isinstance(linear, nn.Linear) and takes("linear_act", x, nn.Linear, linear):
         return linear_act(x, linear.weight, linear.bias, activation)
     return ACTIVATIONS[activation](linear(x))
 
@@ -34,7 +34,11 @@ class MergedLinear(nn.Linear):
 
     def __init__(self, linears: dict[str, nn.Linear]) -> None:
         first = next(iter(linears.values()))
-        options = {"bias": first.bias is not None, "device": first.weight.device, "dtype": first.weight.dtype}
+        options: dict[str, Any] = {
+            "bias": first.bias is not None,
+            "device": first.weight.device,
+            "dtype": first.weight.dtype,
+        }
         sizes = tuple(linear.out_features for linear in linears.values())
         super().__init__(first.in_features, sum(sizes), **options)
         self.names, self.sizes = tuple(linears), sizes
@@ -43,7 +47,7 @@ class MergedLinear(nn.Linear):
                 torch.cat([getattr(linear, name) for linear in linears.values()], out=parameter)
                 parameter.requires_grad_(getattr(first, name).requires_grad)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]  # a tuple, unlike a Linear
         return super().forward(x).split(self.sizes, dim=-1)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -72,7 +76,12 @@ class MergesLinears(nn.Module):
         """The results for x of the Linears `merges[name]`, by one product where they are merged."""
         if (merged := self._modules.get(name)) is not None:
             return merged(x)
-        return tuple(self._modules[part](x) for part in self.merges[name])
+        return tuple(self._linear(part)(x) for part in self.merges[name])
+
+    def _linear(self, name: str) -> nn.Module:
+        found = self._modules[name]
+        assert found is not None
+        return found
 
     def _load_from_state_dict(self, entries: dict, prefix: str, *rest) -> None:
         for name in self.merges:
@@ -92,7 +101,8 @@ def merge_linears(model: nn.Module) -> nn.Module:
     """
     for module in _mergers(model):
         for name, parts in module.merges.items():
-            linears = {part: module._modules[part] for part in parts if part in module._modules}
+            there = {part: module._modules.get(part) for part in parts}
+            linears = {part: linear for part, linear in there.items() if isinstance(linear, nn.Linear)}
             if len(linears) == len(parts) and _fit_together(list(linears.values())):
                 merged = MergedLinear(linears).train(module.training)
                 for part in parts:
@@ -136,7 +146,7 @@ def _mergers(model: nn.Module) -> list[MergesLinears]:
     return [module for module in model.modules() if isinstance(module, MergesLinears)]
 
 
-def _fit_together(linears: list[nn.Module]) -> bool:
+def _fit_together(linears: list[nn.Linear]) -> bool:
     """Whether all are plain Linears of one input size, dtype, device and state of freezing, all or none with a bias."""
     if not all(is_plain(linear, nn.Linear) for linear in linears):
         return False

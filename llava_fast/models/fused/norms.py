@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -48,6 +50,6 @@ def norm_norm(x: Tensor, first: nn.Module, second: nn.Module) -> tuple[Tensor, T
     return x, second(x)
 
 
-def has_affine(norm: nn.Module) -> bool:
+def has_affine(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
     """Whether a norm is a LayerNorm over the last dimension with weight and bias."""
     return isinstance(norm, nn.LayerNorm) and norm.bias is not None and norm.weight.dim() == 1

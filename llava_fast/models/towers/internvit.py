@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 from pydantic import Field
@@ -109,7 +109,7 @@ class InternVitEmbeddings(nn.Module):
         self.position_embeddings = nn.Parameter(torch.zeros(1, config.rows_per_tile, width))
 
     def forward(self, tiles: Tensor, mean: Tensor, std: Tensor, count: Tensor | None = None) -> Tensor:
-        conv = self.patch_embeddings.projection
+        conv = self.patch_embeddings[0]
         return embed_patches(conv, tiles, self.position_embeddings[0], self.cls_token[0, 0], mean, std, count)
 
 
@@ -173,14 +173,17 @@ class InternVitTower(Tower):
         x_TNC = self.embeddings(tiles, mean, std, count)
         wanted = [layer if layer >= 0 else config.num_layers + 1 + layer for layer in config.feature_layers]
         states = {0: x_TNC}
-        for depth, layer in enumerate(self.encoder["layer"][: config.layers_needed], 1):
+        for depth, layer in enumerate(self._layers()[: config.layers_needed], 1):
             states = {key: state for key, state in states.items() if key in wanted}
             states[depth] = x_TNC = run_layer(self.recompute, layer, x_TNC)
         if config.final_norm and config.feature_layers == (-1,):  # as transformers: of -1 alone, not of several
             return self.layernorm(x_TNC)
         return torch.cat([states[depth] for depth in wanted], dim=-1) if len(wanted) > 1 else states[wanted[0]]
 
+    def _layers(self) -> nn.ModuleList:
+        return cast(nn.ModuleList, self.encoder["layer"])
+
     def unused(self) -> list[nn.Module]:
         config = self.config
         norm = [self.layernorm] if config.final_norm and config.feature_layers != (-1,) else []
-        return [*self.encoder["layer"][config.layers_needed :], *norm]
+        return [*self._layers()[config.layers_needed :], *norm]

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llava_fast.models import fused
-from llava_fast.models.towers.vit import VisionTower, VitConfig, prepare_tiles
+from llava_fast.models.towers.vit import Embeddings, VisionTower, VitConfig, prepare_tiles
 from llava_fast.ops import patch_embed
 from llava_fast.storage.bounds import Layers, Pixels, Positive, Size
 from llava_fast.storage.files import Fields
@@ -79,7 +79,7 @@ class Siglip2Config(VitConfig):
         return own | {name: value for name, value in super().to_hf().items() if name != "image_size"}
 
 
-class Siglip2Embeddings(nn.Module):
+class Siglip2Embeddings(Embeddings):
     """Rows [1, R, C] of patches [R, 3, P, P] and the grids of their images."""
 
     def __init__(self, config: Siglip2Config) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from llava_fast.models import fused
 from llava_fast.models.recompute import Recompute, run_layer
 from llava_fast.models.towers.base import Tower, TowerConfig
 from llava_fast.ops import patch_embed
+
+V = TypeVar("V", bound="VitConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +42,11 @@ class VitConfig(TowerConfig):
     def kept_per_row(self) -> int:
         return 8 * self.hidden_size + 2 * self.intermediate_size
 
-    def build(self) -> VisionTower:
+    def build(self) -> Tower:
         return VisionTower(self)
 
     @classmethod
-    def from_hf(cls, hf: Any, **choices: Any) -> VitConfig:
+    def from_hf(cls: type[V], hf: Any, **choices: Any) -> V:
         if hf.hidden_size % hf.num_attention_heads:
             raise ValueError(
                 f"a tower of hidden_size {hf.hidden_size} has no {hf.num_attention_heads} equal num_attention_heads"
@@ -104,7 +106,13 @@ Images = tuple[tuple[int, int], ...]
 """How rows end to end group into images, in order: (rows of an image, how many such images follow each other)."""
 
 
-class VisionEmbeddings(nn.Module):
+class Embeddings(nn.Module):
+    """The first module of a VisionTower: what it reads as rows [T, N, C]."""
+
+    position_embedding: nn.Embedding
+
+
+class VisionEmbeddings(Embeddings):
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
         width, patch = config.hidden_size, config.patch_size
@@ -161,8 +169,8 @@ class VisionAttention(fused.MergesLinears):
 
 def _attend_tiles(query_TNHD: Tensor, key_TNHD: Tensor, value_TNHD: Tensor) -> Tensor:
     """Attention inside each tile: [T, N, H, D]."""
-    heads_first = (rows.transpose(1, 2) for rows in (query_TNHD, key_TNHD, value_TNHD))
-    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    query, key, value = (rows.transpose(1, 2) for rows in (query_TNHD, key_TNHD, value_TNHD))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
 def _attend_images(images: Images, query_1RHD: Tensor, key_1RHD: Tensor, value_1RHD: Tensor) -> Tensor:
@@ -243,6 +251,8 @@ class VisionTower(Tower):
     Every layer's weights are held, so that saving is complete; only `config.layers_needed` of them run.
     """
 
+    config: VitConfig
+
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
         self.config = config
@@ -253,7 +263,7 @@ class VisionTower(Tower):
         self.recompute: Recompute = "none"
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def build_embeddings(self) -> nn.Module:
+    def build_embeddings(self) -> Embeddings:
         return VisionEmbeddings(self.config)
 
     def forward(self, tiles: Tensor, count: Tensor | None = None) -> Tensor:
@@ -271,14 +281,14 @@ class VisionTower(Tower):
         wanted = [layer if layer >= 0 else config.num_layers + 1 + layer for layer in config.feature_layers]
         states = {}
         for depth, layer in enumerate(self.encoder.layers[: config.layers_needed]):
-            plain = fused.is_untouched(layer, VisionLayer)
-            if depth in wanted or not plain:
+            plain = layer if fused.is_untouched(layer, VisionLayer) else None
+            if depth in wanted or plain is None:
                 x_TNC = _sum(x_TNC if before is None else before(x_TNC), delta_TNC)
                 before = delta_TNC = None
             if depth in wanted:
                 states[depth] = x_TNC
-            if plain:
-                x_TNC, delta_TNC = run_layer(self.recompute, layer.run, x_TNC, delta_TNC, before, images)
+            if plain is not None:
+                x_TNC, delta_TNC = run_layer(self.recompute, plain.run, x_TNC, delta_TNC, before, images)
                 before = None
             else:
                 x_TNC = run_layer(self.recompute, layer, x_TNC, *(() if images is None else (images,)))

@@ -4,6 +4,8 @@ stored straight to their places, the others written beside them. No copy of the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -95,8 +97,8 @@ def specimens() -> list[Specimen]:
     op, name = "assemble_inputs", "gelu"
     found = []
     for dtype in ("bf16", "fp16", "fp32"):
-        first = {"activation": name, "bias": True, "gather": True}
-        hidden = {"activation": name, "slope": True, "gather": True, "transposed": False}
+        first: dict[str, Any] = {"activation": name, "bias": True, "gather": True}
+        hidden: dict[str, Any] = {"activation": name, "slope": True, "gather": True, "transposed": False}
         found += [
             token_pack.pack_specimen(op, dtype, visual=False),
             gemm.gemm_specimen(op, dtype, f"{dtype} first layer", **first),

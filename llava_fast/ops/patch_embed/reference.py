@@ -101,8 +101,10 @@ def patch_embed_backward(
     patches = wide[:, class_rows:]
     found: list[Tensor | None] = [None] * 5
     if needed[0]:
+        assert weight is not None
         found[0] = _unpatch(patches @ weight.to(wide.dtype).flatten(1), shape, patch)
     if needed[1]:
+        assert tiles is not None
         rows = patch_rows(tiles, patch).to(wide.dtype)
         is_pixels = tiles.dtype == torch.uint8
         weight_grad = torch.einsum("tnw,tnk->wk", patches, rows - CENTRE if is_pixels else rows)

@@ -51,6 +51,7 @@ def quantise(weight: Tensor, scheme: str, group: int | None = None, symmetric: b
             codes[rows] = found.to(torch.int8)
             continue
         if zero is not None:
+            assert isinstance(offset, Tensor)  # of an asymmetric weight
             zero[rows] = offset.squeeze(-1).to(torch.uint8)
         codes[rows] = pack(found.clamp_(0, 15).to(torch.uint8))
     parts = {"values": codes} if scheme == "int8" else {"packed": codes, "zero": zero}
@@ -96,9 +97,9 @@ def dequantise(weight: QuantisedWeight, dtype: torch.dtype = torch.float32) -> T
 def _block(weight: QuantisedWeight, dtype: torch.dtype) -> Tensor:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     scale = weight.scale.to(wide).unsqueeze(-1)
-    codes = weight.values if weight.values is not None else unpack(weight.packed)
+    codes = weight.codes if weight.scheme == "int8" else unpack(weight.codes)
     codes = codes.to(wide).unflatten(-1, (scale.shape[1], -1))
-    if weight.packed is not None:
+    if weight.scheme == "int4":
         codes = codes - (8 if weight.zero is None else weight.zero.to(wide).unsqueeze(-1))
     return codes.mul_(scale).flatten(1).to(dtype)
 

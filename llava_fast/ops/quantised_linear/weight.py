@@ -122,21 +122,22 @@ def _check_layout(weight: QuantisedWeight) -> None:
     if scheme not in SCHEMES:
         raise QuantisationError(f"quantisation scheme {scheme!r} is unknown: use {' or '.join(map(repr, SCHEMES))}")
     own, other = ("values", "packed") if scheme == "int8" else ("packed", "values")
-    if codes[own] is None or codes[other] is not None:
+    stored = codes[own]
+    if stored is None or codes[other] is not None:
         raise QuantisationError(f"{scheme} weights have {own!r} and no {other!r}")
     dtype = torch.int8 if scheme == "int8" else torch.uint8
-    _check_matrix(f"{scheme}: {own}", codes[own], dtype)
+    _check_matrix(f"{scheme}: {own}", stored, dtype)
     _check_matrix(f"{scheme}: scale", weight.scale, torch.float32)
     out, columns = weight.shape
     groups = weight.scale.shape[1]
     if weight.scale.shape[0] != out:
         raise QuantisationError(
-            f"{scheme}: {own} {list(codes[own].shape)} has {out} rows and scale {list(weight.scale.shape)} "
+            f"{scheme}: {own} {list(stored.shape)} has {out} rows and scale {list(weight.scale.shape)} "
             f"{weight.scale.shape[0]}: one of them is cut short"
         )
     if not groups or columns % groups:
         raise QuantisationError(
-            f"{scheme}: {own} {list(codes[own].shape)} holds rows of {columns} values, which {groups} groups of scale "
+            f"{scheme}: {own} {list(stored.shape)} holds rows of {columns} values, which {groups} groups of scale "
             f"{list(weight.scale.shape)} do not divide: one of them is cut short"
         )
     check_scheme(scheme, columns, columns // groups)

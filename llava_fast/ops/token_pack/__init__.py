@@ -109,7 +109,7 @@ def _run_backward(
     }
     chosen = backend.choose("token_pack", grad.device.type, unfit)
     if chosen == "reference":
-        found = reference.token_pack_backward(grad, source, row, tuple(sizes), tuple(needed))
+        found = reference.token_pack_backward(grad, source, row, sizes, needed)
     else:
         kernels, grad = _kernels(chosen), grad.contiguous()
         by = InversePlacement(*(column.contiguous() for column in inverse))

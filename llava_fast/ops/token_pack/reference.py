@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ def token_pack(source: Tensor, row: Tensor, embedding: Tensor, visual: Tensor, c
 
 
 def token_pack_backward(
-    grad: Tensor, source: Tensor, row: Tensor, sizes: tuple[int, int, int], needed: tuple[bool, bool, bool]
+    grad: Tensor, source: Tensor, row: Tensor, sizes: Sequence[int], needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of embedding, visual and constant, of `sizes` rows, summed in float32; None where not needed."""
     return tuple(
