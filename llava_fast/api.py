@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,12 +21,10 @@ from llava_fast.inputs.pictures.preprocessing import FILTERS
 from llava_fast.inputs.pictures.tiles import TORCH_MODES
 from llava_fast.inputs.processor import Processor, ProcessorOptions
 from llava_fast.inputs.tiling.anyres import Compat, count_image_rows
+from llava_fast.models.config import LlavaConfig
 from llava_fast.models.fused import merge_linears
 from llava_fast.models.quantised import Quantisation
 from llava_fast.storage.files import check_fields, parse_json
-
-if TYPE_CHECKING:
-    from llava_fast.models.config import LlavaConfig
 
 
 def load(
@@ -116,7 +114,8 @@ def count_tokens(
 ) -> int:
     """Visual tokens that an image of this size (pixels) costs. `compat` reads the pinpoints as Hugging Face ("hf")
     or the original code ("llava") does; default: as the checkpoint does. Raises ImageError for an empty image."""
-    geometry = getattr(model_or_config, "config", model_or_config).geometry
+    config = model_or_config if isinstance(model_or_config, LlavaConfig) else model_or_config.config
+    geometry = config.geometry
     return count_image_rows(geometry.read_as(compat) if compat else geometry, height, width)
 
 

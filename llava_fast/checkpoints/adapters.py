@@ -53,7 +53,7 @@ _UNMERGEABLE = {
     "arrow_config": "weighs several adapters anew at each token, which no merged weight does",
     "layer_replication": "repeats layers, so the result is a model of another config.json",
 }
-_UNSET = (None, False, "none", [], {})
+_UNSET: tuple[object, ...] = (None, False, "none", [], {})
 _LOST_STARTS = {"corda": "data", "lora_ga": "gradients", "pissa_niter_": "random draws"}
 """Starts of init_lora_weights that change the base by what the adapter does not hold. PEFT cannot load the first on the
 base, forgets the change of the second and draws the third anew."""

@@ -92,7 +92,7 @@ def assemble(
     tensors |= tower_tensors(tower, config.vision.num_layers)
     fresh = _fresh_parts(config, assembly.seed)
     given = {} if assembly.projector_from is None else _trained_parts(assembly.projector_from)
-    _check_fits(config.projector, fresh, given, assembly.projector_from)
+    _check_fits(_projector(config), fresh, given, assembly.projector_from)
     tensors |= fresh | {name: tensor for name, tensor in given.items() if name in fresh}
     generation = base / "generation_config.json"
     return LoadedCheckpoint(
@@ -125,10 +125,15 @@ def describe(assembly: Assembly, decoder: dict[str, Any], path: Path) -> tuple[L
     return dataclasses.replace(config, source=source | {"mm_hidden_size": config.vision.hidden_size}), tower
 
 
+def _projector(config: LlavaConfig) -> ProjectorConfig:
+    assert isinstance(config.projector, ProjectorConfig)  # the original's connectors are no others
+    return config.projector
+
+
 def _fresh_parts(config: LlavaConfig, seed: int) -> dict[str, StoredTensor]:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
-        made = {f"projector.{name}": value.detach() for name, value in Projector(config.projector).named_parameters()}
+        made = {f"projector.{name}": value.detach() for name, value in Projector(_projector(config)).named_parameters()}
         if config.has_newline:
             width = config.decoder.hidden_size
             made["image_newline"] = torch.randn(width) / width**0.5
@@ -137,9 +142,8 @@ def _fresh_parts(config: LlavaConfig, seed: int) -> dict[str, StoredTensor]:
 
 def _trained_parts(where: str) -> dict[str, StoredTensor]:
     """Projector and newline of a projector file, its directory, or a whole LLaVA."""
-    file: Path | None = Path(where).expanduser()
-    if not file.is_file():
-        file = find_projector_file(resolve(where))
+    named = Path(where).expanduser()
+    file = named if named.is_file() else find_projector_file(resolve(where))
     if file is not None:
         tensors = add_projector({}, file, LlavaOriginal.names)
     else:

@@ -26,7 +26,7 @@ from llava_fast.errors import CheckpointError, QuantisationError
 from llava_fast.families import family_of, fields, find_family
 from llava_fast.families.known_towers import tower_tensors
 from llava_fast.families.names import EMBEDDING, HEAD
-from llava_fast.models.config import LlavaConfig
+from llava_fast.models.config import ConfiguredModel, LlavaConfig
 from llava_fast.models.quantised import Quantisation, Rounding, plan, put
 from llava_fast.ops.quantised_linear import QuantisedWeight
 from llava_fast.storage.files import read_json, read_json_if_there
@@ -104,7 +104,7 @@ def load_checkpoint(
 
 
 def load_weights(
-    model: nn.Module,
+    model: ConfiguredModel,
     checkpoint: LoadedCheckpoint,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,

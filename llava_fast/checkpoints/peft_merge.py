@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -73,11 +74,11 @@ def merge_with_peft(
 
 def _base_model(
     base: Mapping[str, StoredTensor], config: LlavaConfig, described: Path
-) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+) -> tuple[Any, dict[str, torch.Tensor]]:
     """The base as PEFT sees it, and the tensors that were put into it by its names."""
     family = family_of_config(config)
     with torch.device("meta"):
-        model = family.adapted_model(config, described / "config.json")
+        model: Any = family.adapted_model(config, described / "config.json")
     placed = {
         family.names.to_stored(name, family.adapter_spelling, config): tensor.load()
         for name, tensor in base.items()

@@ -14,6 +14,7 @@ from torch import nn
 
 from llava_fast.errors import CheckpointError
 from llava_fast.families.base import Family
+from llava_fast.models.config import ConfiguredModel
 from llava_fast.models.quantised import Quantised
 from llava_fast.ops.quantised_linear import QuantisedWeight
 
@@ -35,7 +36,7 @@ def quantised_modules(model: nn.Module) -> dict[str, tuple[QuantisedWeight, torc
     return found
 
 
-def describe(model: nn.Module, family: Family) -> dict[str, Any]:
+def describe(model: ConfiguredModel, family: Family) -> dict[str, Any]:
     """quantization_config: a group for each scheme with the modules it is for, and the Linears left as they are."""
     groups: dict[tuple[int, int | None, bool], list[str]] = {}
     dense = []
@@ -75,13 +76,13 @@ def describe(model: nn.Module, family: Family) -> dict[str, Any]:
     }
 
 
-def _patterns(names: list[str], every: Iterable[str], model: nn.Module, family: Family) -> list[str]:
+def _patterns(names: list[str], every: Iterable[str], model: ConfiguredModel, family: Family) -> list[str]:
     """Patterns ("re:...") of modules in every spelling of the family's files; all layers in one where all are named."""
     layers: dict[str, set[str]] = {}
     for name in every:
         layers.setdefault(_LAYER.sub(".layers.*.", name), set()).add(name)
     spellings = [spelling for spelling in family.names.written if spelling != "original"]
-    patterns = {}
+    patterns: dict[str, None] = {}
     for name in names:
         whole = layers[_LAYER.sub(".layers.*.", name)] <= set(names)
         spelled = []

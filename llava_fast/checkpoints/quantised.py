@@ -225,9 +225,9 @@ def _ordered(weight: QuantisedWeight, group_of: Tensor | None) -> Made:
     order = group_of.argsort(stable=True)
     if not torch.equal(group_of[order], torch.arange(columns) // (weight.group * cuts)):
         raise QuantisationError(f"g_idx does not put {weight.group * cuts} columns into each of its groups")
-    codes = weight.values if weight.values is not None else unpack(weight.packed)
-    codes = codes[:, order].contiguous()
-    return QuantisedWeight.unchecked(codes if weight.packed is None else pack(codes), weight.scale, weight.zero), order
+    int8 = weight.scheme == "int8"
+    codes = (weight.codes if int8 else unpack(weight.codes))[:, order].contiguous()
+    return QuantisedWeight.unchecked(codes if int8 else pack(codes), weight.scale, weight.zero), order
 
 
 def _join(
@@ -247,7 +247,7 @@ def _join(
         needed = {"weight_scale", "weight_shape", "qzeros", "scales"} & set(names)
         if lacking := sorted(needed - parts.keys()):
             raise CheckpointError(f"{tensor.file}: {key!r} has no {lacking[0]!r} beside it; the file is damaged")
-        scale = parts.get("weight_scale", parts.get("scales"))
+        scale = parts["weight_scale"] if "weight_scale" in parts else parts["scales"]
         try:
             shape, load = make(parts)
         except QuantisationError as problem:

@@ -14,14 +14,13 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from llava_fast.checkpoints.quantisation_config import describe, quantised_modules
 from llava_fast.errors import CheckpointError
 from llava_fast.families import fields, writing_family
 from llava_fast.families.base import Family, TokenIds
 from llava_fast.families.names import EMBEDDING, HEAD
-from llava_fast.models.config import LlavaConfig
+from llava_fast.models.config import ConfiguredModel, LlavaConfig
 from llava_fast.models.fused import separate_parameters
 from llava_fast.ops.quantised_linear import QuantisedWeight, dequantise, packing, quantise
 from llava_fast.storage.files import Fields, check_fields, parse_json, read_text, write_json, written_whole
@@ -46,7 +45,7 @@ _ROWS_MULTIPLE = 64  # vocabularies are rounded up to this, as transformers' con
 
 
 def save(
-    model: nn.Module,
+    model: ConfiguredModel,
     path: str | Path,
     layout: Literal["hf", "original"] = "hf",
     max_shard_size: int | str = "5GB",
@@ -205,7 +204,8 @@ def _with_vocabulary(
             tensors[name] = torch.cat([tensors[name].detach(), mean.expand(more, -1)])
         if (module := name.removesuffix(".weight")) in quantised:
             weight, dtype = quantised[module]
-            mean = sum(dequantise(weight.rows(block)).sum(0, keepdim=True) for block in weight.blocks()) / have
+            sums = [dequantise(weight.rows(block)).sum(0, keepdim=True) for block in weight.blocks()]
+            mean = torch.stack(sums).sum(0) / have
             new = quantise(mean.expand(more, -1), "int8")
             codes, scale = torch.cat([weight.codes, new.codes]), torch.cat([weight.scale, new.scale])
             quantised[module] = QuantisedWeight.unchecked(codes, scale), dtype

@@ -10,9 +10,9 @@ from typing import Any
 
 from llava_fast.errors import CheckpointError
 from llava_fast.families import fields
-from llava_fast.storage.files import check_regular, one_line, read_json, read_json_if_there
+from llava_fast.storage.files import Fields, check_regular, one_line, read_json, read_json_if_there
 
-_SIDE_FILES = {
+_SIDE_FILES: dict[str, type[Fields]] = {
     "tokenizer_config.json": fields.TokenizerConfig,
     "special_tokens_map.json": fields.SpecialTokens,
     "added_tokens.json": fields.AddedTokens,

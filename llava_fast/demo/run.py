@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from importlib.resources import files
@@ -40,7 +41,7 @@ def run_demo(image: Path | None, question: str, seed: int, output: Path, compare
     model = load(path, device="cpu")
     if image is not None:
         pixels = open_image(image)
-        asked = [(question, None)]
+        asked: list[tuple[str, str | None]] = [(question, None)]
     else:
         rng = np.random.default_rng(seed)
         composed = canvas.compose(rng, canvas.split_scans()[1], count=int(rng.integers(1, canvas.MAX_DIGITS + 1)))
@@ -123,7 +124,7 @@ def _transformers_times(path: Path, model, request: dict) -> tuple[float, float,
 
 def _stage_times(prepare: Callable[[], object], generate: Callable[[int], object]) -> tuple[float, float, float]:
     """Milliseconds to prepare, from there to the first token, and of each further token."""
-    first, all_tokens = (_median_ms(lambda n=n: generate(n)) for n in (1, STAGE_TOKENS))
+    first, all_tokens = (_median_ms(functools.partial(generate, n)) for n in (1, STAGE_TOKENS))
     prepared = _median_ms(prepare)
     return prepared, max(first - prepared, 0.0), (all_tokens - first) / (STAGE_TOKENS - 1)
 

@@ -12,7 +12,7 @@ from llava_fast.models.config import LlavaConfig
 from llava_fast.models.registry import Registry
 from llava_fast.storage.files import read_json
 
-FAMILIES = Registry(
+FAMILIES: Registry[Family] = Registry(
     __name__,
     {
         "llava": "llava:Llava",

@@ -48,7 +48,7 @@ _TILES = Annotated[int, Field(ge=1, le=1024)]
 class InternVlFields(fields.HfConfig):
     """config.json."""
 
-    vision_config: InternVitFields | None = None
+    vision_config: InternVitFields | None = None  # type: ignore[assignment]  # another tower's fields
     vision_feature_layer: fields.Layer | None = None
     downsample_ratio: Positive | None = None
 
@@ -120,11 +120,13 @@ class InternVl(Llava):
         return {"patch_size": patch, "dropped_rows": 0, "tiling": GridTiling(least, most, True, unknown, unknown)}
 
     def geometry(self, config: LlavaConfig, tokenizer: Any) -> VisualGeometry:
-        around = {}
+        around: dict[str, Any] = {}
         for field, end in (("before", "start"), ("after", "end")):
             token = getattr(tokenizer, f"{end}_image_token", {"start": "<img>", "end": "</img>"}[end])
             around[field] = (token_id(tokenizer, token, config),)
-        return dataclasses.replace(config.geometry, tiling=dataclasses.replace(config.geometry.tiling, **around))
+        tiling = config.geometry.tiling
+        assert isinstance(tiling, GridTiling)  # as `tiling` makes it
+        return dataclasses.replace(config.geometry, tiling=dataclasses.replace(tiling, **around))
 
     def token_counts(self, hf: Any, vision: TowerConfig) -> dict[str, Any]:
         return {"image_seq_length": int(vision.patches_per_tile * hf.downsample_ratio**2)}

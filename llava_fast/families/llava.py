@@ -18,6 +18,7 @@ from llava_fast.errors import CheckpointError, ImageError
 from llava_fast.families import fields
 from llava_fast.families.base import Family, TokenIds
 from llava_fast.families.llava_names import LLAVA_NAMES
+from llava_fast.families.names import NameMap
 from llava_fast.families.native_sizes import native_preprocessing, native_processor, native_tiling
 from llava_fast.families.parts import (
     auto_config,
@@ -72,7 +73,7 @@ class Llava(Family):
     """
 
     model_types = ("llava",)
-    names = LLAVA_NAMES
+    names: ClassVar[NameMap] = LLAVA_NAMES
     architecture: ClassVar[str] = "LlavaForConditionalGeneration"
     processor: ClassVar[str] = ""
     config_fields: ClassVar[type[fields.HfConfig]] = fields.HfConfig
@@ -263,7 +264,7 @@ class LlavaNext(Llava):
 
     model_types = ("llava_next",)
     architecture = "LlavaNextForConditionalGeneration"
-    image_kinds = (_NEXT,)
+    image_kinds: ClassVar[tuple[Kind, ...]] = (_NEXT,)
     video_kind: ClassVar[Kind | None] = None
     has_newline = True
     takes_native_sizes = False

@@ -281,9 +281,9 @@ def _select_features(tower: TowerConfig, source: dict[str, Any], file: Path) -> 
 
 def _projector(source: dict[str, Any], in_features: int, out_features: int, file: Path) -> ProjectorConfig:
     kind = source.get("mm_projector_type", "linear")
-    sizes = {"in_features": in_features, "out_features": out_features}
-    if depth := re.fullmatch(r"mlp(\d{1,2})x_gelu", kind):
-        return ProjectorConfig(kind="mlp", depth=int(depth[1]), **sizes)
+    sizes: dict[str, Any] = {"in_features": in_features, "out_features": out_features}
+    if match := re.fullmatch(r"mlp(\d{1,2})x_gelu", kind):
+        return ProjectorConfig(kind="mlp", depth=int(match[1]), **sizes)
     if kind not in _PROJECTORS:
         raise CheckpointError(
             f"{file}: mm_projector_type is {kind!r}; supported are mlpNx_gelu, {', '.join(_PROJECTORS)}"

@@ -88,7 +88,7 @@ def auto_config(source: dict[str, Any], file: Path, decodes: bool = True):
     from transformers import CONFIG_MAPPING  # seconds to import: only a process that loads a checkpoint pays
 
     kind = source.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise CheckpointError(f"{file}: model_type is {kind!r}, which transformers does not know")
     sections = {"vision_config": tuple(TOWERS)} | ({"text_config": tuple(DECODERS)} if decodes else {})
     for section, supported in sections.items():

@@ -179,7 +179,7 @@ def _fit(settings: Settings, kind: Kind, tile: int) -> Fit:
     # Without crop_size transformers takes one of its own, which is no tower's here: the image must be whole already.
     sure = (Size(height=tile, width=tile), Size(shortest_edge=tile))
     known = size is None or (not crops and bool(size.longest_edge or size.max_height))
-    if not known and size not in sure and not (crops and crop):
+    if size is not None and not known and size not in sure and not (crops and crop):
         _refuse_side(settings, "size", next(iter(size.fields().values())), tile)
     return Fit(False, size, crops)
 

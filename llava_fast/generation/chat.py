@@ -48,7 +48,7 @@ class Chat:
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
         messages = [*self.messages, {"role": "user", "content": content}]
         sources = [*self._images, *images]
-        prompt, read = self._prompt(self.model.processor.outline({"messages": messages, "images": sources}))
+        prompt, read = self._prompt(self.model.own_processor.outline({"messages": messages, "images": sources}))
         limit = self.model.config.decoder.context_length
         if prompt.rows >= limit:
             raise RequestError(
@@ -80,6 +80,6 @@ class Chat:
             if known is not None and known[0].source is piece.source and known[0].alone == piece.alone:
                 parts.append(known[1])
             else:
-                parts.append(read_part(self.model.processor, piece))
+                parts.append(read_part(self.model.own_processor, piece))
             read.append((piece, parts[-1]))
         return Prompt(parts), read

@@ -43,7 +43,7 @@ class Runner:
     def chunk_rows(self, sequence: Sequence, most: int) -> int:
         """How many of a sequence's next rows to run in one pass: at most `most`, but where RoPE's base follows the
         length, those that get one base together."""
-        done, left = sequence.table.length, sequence.rows - sequence.table.length
+        done, left = sequence.cached.length, sequence.rows - sequence.cached.length
         prompt, limit = sequence.prompt.rows, self.dynamic_from
         if limit is None or sequence.rows <= limit:
             return min(left, most)
@@ -55,7 +55,7 @@ class Runner:
         """Run the next rows of some sequences. Logits [sequences, vocabulary] after the last row of each sequence that
         has all its rows now, in their order; None if there is none."""
         embeddings = self._embed(chunks)
-        tables = tuple(sequence.table for sequence, _ in chunks)
+        tables = tuple(sequence.cached for sequence, _ in chunks)
         lengths = tuple(rows for _, rows in chunks)
         before = tuple(table.length for table in tables)
         ends = np.cumsum(lengths)
@@ -64,7 +64,8 @@ class Runner:
         device = embeddings.device
         hidden = self.model.decoder(embeddings, torch.from_numpy(position).to(device), spans, self.cache)
         for sequence, rows in chunks:
-            sequence.table.length += rows
+            sequence.cached.length += rows
+            assert sequence.embedded is not None  # by _embed
             first, waiting = sequence.embedded
             sequence.embedded = (first + rows, waiting[rows:].clone()) if rows < len(waiting) else None
         last = [int(end) - 1 for (sequence, _), end in zip(chunks, ends, strict=True) if is_prefilled(sequence)]
@@ -73,7 +74,7 @@ class Runner:
     def step(self, sequences: SequenceOf[Sequence]) -> Tensor:
         """Run the last token of each sequence; logits [sequences, vocabulary] of the next."""
         decoder = self.model.decoder
-        tables = tuple([sequence.table for sequence in sequences])
+        tables = tuple([sequence.cached for sequence in sequences])
         before = tuple([table.length for table in tables])
         tokens = [sequence.token_ids[-1] for sequence in sequences]
         token, position = torch.tensor([tokens, before], device=self.cache.device)  # one transfer for both
@@ -86,9 +87,11 @@ class Runner:
     def _embed(self, chunks: SequenceOf[Chunk]) -> Tensor:
         """The decoder's inputs [rows, C] for all chunks end to end. Images are encoded when their first row is run,
         those of all chunks together, and whole: what a chunk does not take yet waits in `sequence.embedded`."""
-        needed, parts, begins = [], [], []
+        needed: list[tuple[Sequence, int]] = []
+        parts: list[list[Part]] = []
+        begins: list[int] = []
         for sequence, rows in chunks:
-            first = sequence.table.length
+            first = sequence.cached.length
             start = first if sequence.embedded is None else sequence.embedded[0] + len(sequence.embedded[1])
             if start < first + rows:
                 of_sequence, begin = sequence.between(start, first + rows)
@@ -97,13 +100,13 @@ class Runner:
                 begins.append(begin)
         if needed:
             found = self._encoded(parts) if self.features is None else self._found(parts, self.features)
-            for (sequence, start), begin, rows in zip(needed, begins, found, strict=True):
-                new = rows[start - begin :]
+            for (sequence, start), begin, embedded in zip(needed, begins, found, strict=True):
+                new = embedded[start - begin :]
                 if sequence.embedded is None:
                     sequence.embedded = (start, new)
                 else:
                     sequence.embedded = (sequence.embedded[0], torch.cat([sequence.embedded[1], new]))
-        taken = [sequence.embedded[1][:rows] for sequence, rows in chunks]
+        taken = [sequence.embedded[1][:rows] for sequence, rows in chunks if sequence.embedded is not None]
         return torch.cat(taken) if len(taken) > 1 else taken[0]
 
     def _found(self, sequences: list[list[Part]], features: FeatureCache) -> SequenceOf[Tensor]:
@@ -129,9 +132,9 @@ class Runner:
             token = torch.from_numpy(ids).to(self.model.device, torch.long)
             return self.model.decoder.embed_tokens(token).split(list(map(sequence_length, pieces)))
         tiles = [cut for parts in sequences for part in parts for cut in part.tiles]
-        batch = Batch.from_prepared(self.model.processor.assemble(pieces, tiles), self.model.device)
+        batch = Batch.from_prepared(self.model.own_processor.assemble(pieces, tiles), self.model.device)
         return self.model.inputs_embeds(batch).split(batch.plan.lengths)
 
 
 def is_prefilled(sequence: Sequence) -> bool:
-    return sequence.table.length == sequence.rows
+    return sequence.cached.length == sequence.rows

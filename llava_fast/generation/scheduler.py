@@ -193,7 +193,7 @@ class Scheduler:
     def _keep(self, sequence: Sequence, running: bool) -> None:
         """Let other prompts find the rows that the sequence has run."""
         if self.prefixes is not None and self.runner.may_reuse(sequence):
-            self.prefixes.insert(sequence.keys, sequence.table.blocks, sequence.table.length, running)
+            self.prefixes.insert(sequence.keys, sequence.cached.blocks, sequence.cached.length, running)
 
     # ------------------------------------------------------------ running
 
@@ -209,7 +209,7 @@ class Scheduler:
 
     def _decode(self, sequences: list[Sequence]) -> Moved:
         for sequence in sequences:
-            if sequence.table.length == sequence.table.capacity:
+            if sequence.cached.length == sequence.cached.capacity:
                 sequences = self._grown(sequences)
                 break
         return self._run(self._decode_pass, sequences, sequences)
@@ -217,10 +217,10 @@ class Scheduler:
     def _grown(self, sequences: list[Sequence]) -> list[Sequence]:
         """Give a block to each sequence that is out of rows; returns the ones that still run."""
         while True:
-            short = [s for s in sequences if s.table.length == s.table.capacity]
+            short = [s for s in sequences if s.cached.length == s.cached.capacity]
             if len(short) <= self.cache.available_blocks:
                 for sequence in short:
-                    sequence.table.reserve(sequence.table.length + 1)
+                    sequence.cached.reserve(sequence.cached.length + 1)
                 return sequences
             youngest = max(self.prefilling + self.decoding, key=lambda sequence: sequence.admission)
             self._preempt(youngest)

@@ -69,6 +69,12 @@ class Sequence:
         return self.prompt.rows + len(self.token_ids)
 
     @property
+    def cached(self) -> BlockTable:
+        """`table` of a sequence that runs."""
+        assert self.table is not None
+        return self.table
+
+    @property
     def keys(self) -> list[int]:
         """The keys of all rows (see prompt.Part)."""
         return self.prompt.keys + self.token_ids
@@ -115,9 +121,10 @@ def new_sequence(
 ) -> Sequence:
     """A sequence ready to run. With `pieces`, each step returns the text that it made certain; without, a caller gets
     all text at the end. `seed` and `processors`: as for Sampler."""
-    stop, end_ids = sampling.stop, frozenset()
+    stop: tuple[str, ...] = tuple(sampling.stop or ())
+    end_ids: frozenset[int] = frozenset()
     if not sampling.ignore_eos:
-        stop, end_ids = stop + model.processor.template.stop, frozenset(model.config.eos_token_ids)
+        stop, end_ids = stop + model.own_processor.template.stop, frozenset(model.config.eos_token_ids)
     # Special tokens leave no text behind, so a stop string that is one is met as a token.
     special = {s: token for s in stop if (token := _special_id(model.tokenizer, s)) is not None}
     room = model.config.decoder.context_length - prompt.rows

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch import nn
+
 from llava_fast.inputs.tiling.anyres import VisualGeometry
 from llava_fast.models.connectors.base import ConnectorConfig
 from llava_fast.models.decoders.base import DecoderConfig
@@ -57,3 +59,17 @@ class LlavaConfig:
             return self.projector.rows_of(vision.patches_per_image) / vision.patches_per_image
         left_out = vision.leading_rows if vision.drops_class_row or self.projector.rowwise else 0
         return self.projector.rows_of(vision.rows_per_tile - left_out)
+
+
+class ConfiguredModel(nn.Module):
+    """What checkpoints know of a model besides its tensors.
+
+    side_files  the texts of its checkpoint's small files, once one is loaded: `save` writes them back.
+    """
+
+    config: LlavaConfig
+    side_files: dict[str, str]
+
+    @property
+    def tokenizer(self) -> Any:
+        return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,14 @@ class Quantisation:
             if getattr(self, name) not in (None, "int8"):
                 raise QuantisationError(f"{name} is {getattr(self, name)!r}: use 'int8' or None")
 
+    @overload
+    @classmethod
+    def of(cls, asked: Quantisation | str) -> Quantisation: ...
+
+    @overload
+    @classmethod
+    def of(cls, asked: Quantisation | str | None) -> Quantisation | None: ...
+
     @classmethod
     def of(cls, asked: Quantisation | str | None) -> Quantisation | None:
         """From a scheme's name, with the defaults of the rest. Raises QuantisationError for an unknown one."""
@@ -98,6 +107,12 @@ class Quantised(nn.Module):
     order  int64 [in] or None: the weight's column j belongs to element order[j] of the input (GPTQ's act-order).
     dtype  what the module computes in, if it is not told by an input; follows `module.to(dtype)`.
     """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    order: Tensor | None
+    like: Tensor
 
     def __init__(self, weight: QuantisedWeight, dtype: torch.dtype, order: Tensor | None = None) -> None:
         super().__init__()
@@ -164,6 +179,8 @@ class Quantised(nn.Module):
 class QuantisedLinear(Quantised):
     """nn.Linear over a quantised weight: x [.., in] to [.., out] in x's dtype. Gradients flow to x and the bias."""
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         weight: QuantisedWeight,
@@ -213,12 +230,12 @@ def _described(module: Quantised) -> str:
     return f"{columns}, {out}, {weight.scheme}{group}{zeros}"
 
 
-def table_of(embedding: nn.Module) -> Tensor:
+def table_of(embedding: nn.Embedding | Quantised) -> Tensor:
     """What an embedding reads its rows from."""
     return embedding.codes if isinstance(embedding, Quantised) else embedding.weight
 
 
-def like(module: nn.Module) -> Tensor:
+def like(module: nn.Embedding | nn.Linear | Quantised) -> Tensor:
     """A tensor with the dtype and device of an embedding's or a Linear's weight."""
     return module.like if isinstance(module, Quantised) else module.weight
 
@@ -243,7 +260,8 @@ def plan(model: nn.Module, quantisation: Quantisation) -> dict[str, Rounding]:
             ", ".join(undivided[:4]),
             more,
         )
-    tied = model.config.decoder.tie_embeddings
+    config: Any = model.config  # a LlavaConfig
+    tied = config.decoder.tie_embeddings
     if quantisation.embeddings and (quantisation.head or not tied):
         found["decoder.embed_tokens"] = whole_rows
     if quantisation.head and not tied:
@@ -267,6 +285,7 @@ def put(model: nn.Module, name: str, weight: QuantisedWeight, dtype: torch.dtype
     if isinstance(old, nn.Embedding):
         new: Quantised = QuantisedEmbedding(weight, dtype, order)
     else:
+        assert isinstance(old, nn.Linear)
         new = QuantisedLinear(weight, old.bias, dtype, order)
     setattr(model.get_submodule(parent), leaf, new.train(old.training))
 
@@ -279,6 +298,7 @@ def quantise_model(model: nn.Module, quantisation: Quantisation | str) -> nn.Mod
     split_linears(model)
     for name, rounding in plan(model, Quantisation.of(quantisation)).items():
         old = model.get_submodule(name)
+        assert isinstance(old, (nn.Linear, nn.Embedding))
         put(model, name, rounding.of(old.weight.detach()), old.weight.dtype)
     return model
 

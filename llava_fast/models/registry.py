@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
-class Registry(Mapping[str, type]):
+class Registry(Mapping[str, type[T]]):
     """name -> class, from {"name": "module:Class"}; `package` is where the modules are. Imported when first asked for.
 
     Looking up a name that is not there raises KeyError; iterate for the names that are.
@@ -16,7 +19,7 @@ class Registry(Mapping[str, type]):
         self._package = package
         self._entries = dict(entries)
 
-    def __getitem__(self, name: str) -> type:
+    def __getitem__(self, name: str) -> type[T]:
         module, _, kind = self._entries[name].partition(":")
         return getattr(importlib.import_module(f"{self._package}.{module}"), kind)
 

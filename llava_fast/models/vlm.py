@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from llava_fast.inputs.processor import Processor
 from llava_fast.models import encode
 from llava_fast.models.batch import Batch
 from llava_fast.models.blocks.attention import Spans
-from llava_fast.models.config import LlavaConfig
+from llava_fast.models.config import ConfiguredModel, LlavaConfig
 from llava_fast.models.decoders.stack import Decoder
 from llava_fast.models.paged_cache import PagedCache
 
@@ -36,11 +36,9 @@ class LlavaOutput:
     inputs_embeds: Tensor | None = None
 
 
-class LlavaModel(nn.Module):
+class LlavaModel(ConfiguredModel):
     """A LLaVA of any variant, by its config. An ordinary nn.Module: gradients flow to whatever requires them. Raises
     ValueError for a processor whose geometry counts other rows a tile than the config's."""
-
-    side_files: dict[str, str]  # the texts of its checkpoint's small files, once one is loaded: `save` writes them back
 
     def __init__(self, config: LlavaConfig, processor: Processor | None = None) -> None:
         super().__init__()
@@ -62,8 +60,15 @@ class LlavaModel(nn.Module):
         """Run tower and projector on zero tiles where a batch has none: under sharded training every process must."""
 
     @property
-    def tokenizer(self):
+    def tokenizer(self) -> Any:
         return self.processor.tokenizer if self.processor is not None else None
+
+    @property
+    def own_processor(self) -> Processor:
+        """`processor`. Raises RequestError if there is none."""
+        if self.processor is None:
+            raise RequestError("this model has no processor: build it with llava_fast.load, or pass one to LlavaModel")
+        return self.processor
 
     @property
     def device(self) -> torch.device:
@@ -76,9 +81,7 @@ class LlavaModel(nn.Module):
         layout: Layout = "packed",
     ) -> Batch:
         """Tiles and plan of a batch of requests (see inputs.processor), on the model's device."""
-        if self.processor is None:
-            raise RequestError("this model has no processor: build it with llava_fast.load, or pass one to LlavaModel")
-        return Batch.from_prepared(self.processor.prepare(requests, labels, layout), self.device)
+        return Batch.from_prepared(self.own_processor.prepare(requests, labels, layout), self.device)
 
     def forward(self, batch: Batch, logits: Logits | None = None, inputs_embeds: Tensor | None = None) -> LlavaOutput:
         """Logits of the rows asked for: each sequence's "last" (the default without labels), the "supervised" ones

@@ -1,8 +1,15 @@
 """Connectors, from a tower's features to the decoder's width: a kind is one file here and one line below."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from llava_fast.models.registry import Registry
 
-CONNECTORS = Registry(
+if TYPE_CHECKING:
+    from llava_fast.models.connectors.base import ConnectorConfig
+
+CONNECTORS: Registry[ConnectorConfig] = Registry(
     __name__,
     {
         "mlp": "mlp:ProjectorConfig",

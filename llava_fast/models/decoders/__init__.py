@@ -1,8 +1,15 @@
 """Decoders: a kind is one file here and one line below, by the model_type that transformers gives its config."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from llava_fast.models.registry import Registry
 
-DECODERS = Registry(
+if TYPE_CHECKING:
+    from llava_fast.models.decoders.base import DecoderConfig
+
+DECODERS: Registry[DecoderConfig] = Registry(
     __name__,
     {
         "llama": "llama:LlamaConfig",

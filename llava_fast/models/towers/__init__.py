@@ -1,8 +1,15 @@
 """Vision towers: a kind is one file here and one line below, by the model_type that transformers gives its config."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from llava_fast.models.registry import Registry
 
-TOWERS = Registry(
+if TYPE_CHECKING:
+    from llava_fast.models.towers.base import TowerConfig
+
+TOWERS: Registry[TowerConfig] = Registry(
     __name__,
     {
         "clip_vision_model": "vit:ClipConfig",

@@ -27,7 +27,7 @@ NAMES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 def packed(weight: QuantisedWeight, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """A weight by NAMES. Scales are in `dtype` if that holds them exactly, else in float32."""
-    words = _words(weight.packed if weight.values is None else weight.values.view(torch.uint8) ^ 128)
+    words = _words(weight.codes if weight.scheme == "int4" else weight.codes.view(torch.uint8) ^ 128)
     scale = weight.scale.to(dtype)
     exact = scale.is_meta or torch.equal(scale.to(weight.scale.dtype), weight.scale)
     made = {

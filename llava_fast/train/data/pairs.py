@@ -118,7 +118,7 @@ def _marked(turns: list[dict[str, Any]], value: dict[str, Any]) -> list[dict[str
     if any(not isinstance(text, str) or IMAGE_PLACEHOLDER in text or VIDEO_PLACEHOLDER in text for text in texts):
         return turns
     first = next(i for i, turn in enumerate(turns) if turn.get("from", turn.get("role")) in ("human", "user"))
-    text = "".join(f"{placeholder}\n" for placeholder in placeholders) + texts[first]
+    text = "".join(f"{placeholder}\n" for placeholder in placeholders) + str(texts[first])
     return [*turns[:first], {"from": "human", "value": text}, *turns[first + 1 :]]
 
 

@@ -7,7 +7,7 @@ define the utilisation of a model (MFU). Peaks are those of dense bfloat16 produ
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 import torch
@@ -48,6 +48,14 @@ def known_gpu(device_name: str) -> Gpu | None:
     if "A100" in name:
         return GPUS["A100-40G"] if "40GB" in name else GPUS["A100-80G"]
     return None
+
+
+@overload
+def peak_flops(gpu: Gpu, precision: str, tf32: bool = True) -> float: ...
+
+
+@overload
+def peak_flops(gpu: Gpu | None, precision: str, tf32: bool = True) -> float | None: ...
 
 
 def peak_flops(gpu: Gpu | None, precision: str, tf32: bool = True) -> float | None:
