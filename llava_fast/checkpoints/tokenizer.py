@@ -39,13 +39,26 @@ def load_tokenizer(path: Path) -> Any:
             check_regular(path / name)
     try:
         with _without_marks(path) as clean:
-            tokenizer = AutoTokenizer.from_pretrained(clean, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(clean, trust_remote_code=False, **_stand_in_config(path))
     except BaseException as error:  # a panic of the Rust library is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise CheckpointError(f"{_at_fault(path)}: its tokenizer cannot be loaded ({one_line(error)})") from error
     tokenizer.name_or_path = str(path)
     return tokenizer
+
+
+def _stand_in_config(path: Path) -> dict[str, Any]:
+    """The argument `config` for AutoTokenizer where config.json has a model type that transformers does not know; no
+    argument where it does. An original checkpoint's config.json is no business of its tokenizer, and transformers
+    fails on one with Llama 3.1's RoPE scaling."""
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    content = read_json_if_there(path / "config.json")
+    kind, tokenizer_class = content.get("model_type"), content.get("tokenizer_class")
+    if not content or (isinstance(kind, str) and kind in CONFIG_MAPPING):
+        return {}
+    return {"config": PreTrainedConfig(tokenizer_class=tokenizer_class if isinstance(tokenizer_class, str) else None)}
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import llava_fast
 from llava_fast.checkpoints.load import load_checkpoint
 from llava_fast.errors import CheckpointError
 from llava_fast.families.known_towers import KNOWN_TOWERS
@@ -16,6 +17,7 @@ from tests.support.tiny_checkpoints import (
     edit_tensors,
     read_original_config,
     save_hf,
+    tokenizer,
     write_original,
     write_tower,
 )
@@ -151,6 +153,16 @@ def test_decoder_families(tmp_path, model_type, family, bias):
     decoder = config_of(tmp_path, model_type=model_type).decoder
     assert (decoder.family, decoder.qkv_bias) == (family, bias)
     assert (decoder.hidden_size, decoder.num_kv_heads, decoder.rms_norm_eps) == (16, 2, 1e-5)
+
+
+def test_llama31_rope_does_not_keep_the_tokenizer_from_loading(tmp_path):
+    """transformers 5.24 makes a config of any config.json before it reads a tokenizer, and fails on this one."""
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128}
+    write_original(tmp_path, rope_theta=5e5, rope_scaling={"rope_type": "llama3", **scaling})
+    tokenizer().save_pretrained(tmp_path)
+    model = llava_fast.load(tmp_path)
+    assert model.config.decoder.rope.kind == "llama3"
+    assert model.tokenizer.convert_tokens_to_ids("w5") == 5 and type(model.tokenizer) is type(tokenizer())
 
 
 def test_rope_and_sliding_window_of_the_decoder(tmp_path):
