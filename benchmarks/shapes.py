@@ -1,9 +1,9 @@
 """Named shapes: a transformers configuration and its processors, made without any download.
 
 `llava-1.5-7b` and `llava-next-7b` have the real widths (their config.json files: llava-hf/llava-1.5-7b-hf and
-llava-hf/llava-v1.6-vicuna-7b-hf), `tinyllama-1.1b` those of CLIP-L and TinyLlama-1.1B; `tiny`
-has the demo model's. Weights are random, see subject.py. The tokenizer is a stand-in of the same vocabulary size:
-bytes, then made-up words.
+llava-hf/llava-v1.6-vicuna-7b-hf), `tinyllama-1.1b` those of CLIP-L and TinyLlama-1.1B; `tiny` has the demo model's,
+`100m` a hundred million weights. Weights are random, see subject.py. The tokenizer is a stand-in of the same vocabulary
+size: bytes, then made-up words.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 IMAGE_TOKEN = "<image>"
 SPECIAL = ("<pad>", "<s>", "</s>", IMAGE_TOKEN)
 PINPOINTS_336 = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+PINPOINTS_112 = [[112, 224], [224, 112], [224, 224], [336, 112], [112, 336]]
 PINPOINTS_32 = [[32, 64], [64, 32], [64, 64], [32, 96], [96, 32]]
 
 
@@ -63,11 +64,14 @@ _TINYLLAMA = {
 }
 _TINY = {"vision_width": 128, "vision_mlp": 512, "vision_layers": 3, "vision_heads": 8}
 _TINY |= {"width": 128, "mlp": 352, "layers": 4, "heads": 4, "kv_heads": 2, "vocabulary": 352, "context": 1024}
+_100M = {"vision_width": 384, "vision_mlp": 1536, "vision_layers": 6, "vision_heads": 6}
+_100M |= {"width": 768, "mlp": 2048, "layers": 12, "heads": 12, "kv_heads": 4, "vocabulary": 8192, "context": 2048}
 
 SHAPES = {
     shape.name: shape
     for shape in (
         Shape("tiny", False, True, tile=32, patch=4, pinpoints=PINPOINTS_32, **_TINY),
+        Shape("100m", False, True, tile=112, patch=14, pinpoints=PINPOINTS_112, **_100M),
         Shape("llava-1.5-7b", True, False, tile=336, patch=14, **_CLIP_L, **_LLAMA_7B),
         Shape("tinyllama-1.1b", True, False, tile=336, patch=14, **_CLIP_L, **_TINYLLAMA),
         Shape("llava-next-7b", True, True, tile=336, patch=14, pinpoints=PINPOINTS_336, **_CLIP_L, **_LLAMA_7B),
