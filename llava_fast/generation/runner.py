@@ -77,7 +77,7 @@ class Runner:
         tables = tuple([sequence.cached for sequence in sequences])
         before = tuple([table.length for table in tables])
         tokens = [sequence.token_ids[-1] for sequence in sequences]
-        token, position = torch.tensor([tokens, before], device=self.cache.device)  # one transfer for both
+        token, position = torch.from_numpy(np.array([tokens, before])).to(self.cache.device)  # one transfer for both
         spans = Spans(tuple(range(len(tables))), (1,) * len(tables), tables, before)
         hidden = decoder(decoder.embed_tokens(token), position, spans, self.cache)
         for table in tables:

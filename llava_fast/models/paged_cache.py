@@ -158,6 +158,12 @@ class PagedCache:
         after = before + key.shape[1]
         table.require(after)
         views = table.views()
+        if len(views) == 1:  # the usual case, and a prefill pass has one for each sequence and layer
+            both = views[0][layer].narrow(2, 0, after)
+            keys, values = both[0], both[1]
+            keys.narrow(1, before, after - before).copy_(key)
+            values.narrow(1, before, after - before).copy_(value)
+            return keys, values
         start = 0
         for view in views:
             end = start + view.shape[3]
@@ -166,7 +172,7 @@ class PagedCache:
                 view[layer, 0, :, first - start : last - start] = key[:, first - before : last - before]
                 view[layer, 1, :, first - start : last - start] = value[:, first - before : last - before]
             start = end
-        both = views[0][layer] if len(views) == 1 else torch.cat([view[layer] for view in views], 2)
+        both = torch.cat([view[layer] for view in views], 2)
         return both[0, :, :after], both[1, :, :after]
 
     def append_one_each(

@@ -162,7 +162,8 @@ def test_llama31_rope_does_not_keep_the_tokenizer_from_loading(tmp_path):
     tokenizer().save_pretrained(tmp_path)
     model = llava_fast.load(tmp_path)
     assert model.config.decoder.rope.kind == "llama3"
-    assert model.tokenizer.convert_tokens_to_ids("w5") == 5 and type(model.tokenizer) is type(tokenizer())
+    assert model.tokenizer.convert_tokens_to_ids("w5") == 5
+    assert type(model.tokenizer) is type(tokenizer())
 
 
 def test_rope_and_sliding_window_of_the_decoder(tmp_path):

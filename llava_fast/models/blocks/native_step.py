@@ -6,7 +6,8 @@ must keep its own forward, and then the ordinary modules run. Checked before eac
 
 from __future__ import annotations
 
-from operator import is_
+from itertools import repeat
+from operator import contains, is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -60,8 +61,9 @@ class Snapshot:
         self._attributes = [vars(module) for module in self._modules]
         self._children = [module._modules for module in (decoder, *self._modules) if module._modules]
         self._children_then = [dict(children) for children in self._children]
-        self._parameters = [(module._parameters, name) for module in self._modules for name in module._parameters]
-        self._parameters_then = [owner[name] for owner, name in self._parameters]
+        found = [(module._parameters, name) for module in self._modules for name in module._parameters]
+        self._owners, self._names = [owner for owner, _ in found], [name for _, name in found]
+        self._parameters_then = [owner[name] for owner, name in found]
         tensors = [tensor for tensor in self._parameters_then if tensor is not None]
         self._plain = all(kind in plain for kind in self._kinds[1:])  # the first is the list of layers
         if self._plain and self._undisturbed() and all(map(_is_ordinary, tensors)):
@@ -74,11 +76,11 @@ class Snapshot:
             and self._undisturbed()
             and list(map(type, self._modules)) == self._kinds
             and self._children == self._children_then
-            and all(map(is_, [owner.get(name) for owner, name in self._parameters], self._parameters_then))
+            and all(map(is_, map(dict.get, self._owners, self._names), self._parameters_then))
         )
 
     def _undisturbed(self) -> bool:
-        return not any(self._hooks) and not any("forward" in attributes for attributes in self._attributes)
+        return not any(self._hooks) and not any(map(contains, self._attributes, repeat("forward")))
 
 
 def _is_ordinary(tensor: Tensor) -> bool:

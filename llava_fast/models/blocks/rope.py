@@ -85,7 +85,7 @@ class Rope(nn.Module):
         if table is None or len(table[0]) < reach or table[0].device != device or table[0].dtype != dtype:
             rows = 2 * reach  # doubling, so that a growing answer rarely pays for a new table
             table = self._table = self._cos_sin(torch.arange(rows, device=device), self._frequencies(device), dtype)
-        return table[0][position_R], table[1][position_R]
+        return table[0].index_select(0, position_R), table[1].index_select(0, position_R)
 
     def _cos_sin(self, position: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         angle = position.float()[:, None] * frequencies
