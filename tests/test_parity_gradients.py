@@ -26,7 +26,7 @@ def samples(name: str) -> list[dict]:
         {"messages": [user("text alone, somewhat longer than the others"), assistant("yes")]},
         {"messages": [user("<image><image> or?"), assistant("No, the second.")], "images": [second, third]},
     ]
-    if tiny.CASES[name].kind in ("llava_next_video", "llava_onevision"):
+    if tiny.CASES[name].kind in tiny.WITH_VIDEOS:
         frames = np.stack([tiny.picture(50, 80, seed) for seed in range(2)])
         made.append({"messages": [user("<video> moves?"), assistant("It does.")], "video": frames})
     return made

@@ -22,7 +22,7 @@ def requests_of(name: str) -> list[dict]:
     requests = [{"prompt": f"hello <image> {h}x{w}:", "images": [tiny.picture(h, w)]} for h, w in sizes]
     requests.append({"prompt": "a <image><image>\nthe b", "images": [tiny.picture(*size) for size in sizes[:2]]})
     requests.append({"prompt": "Only text, and of another length than the rest of them. " * (3 if place % 2 else 9)})
-    if tiny.CASES[name].kind in ("llava_next_video", "llava_onevision"):
+    if tiny.CASES[name].kind in tiny.WITH_VIDEOS:
         frames = np.stack([tiny.picture(*sizes[3], seed) for seed in range(3)])
         requests.append({"prompt": "<video> what is it?", "video": frames})
         requests.append({"prompt": "<image> or <video>", "video": frames[:2], "images": [tiny.picture(*sizes[0])]})

@@ -24,6 +24,7 @@ FAMILIES: Registry[Family] = Registry(
         "llava_qwen": "llava_original:LlavaOriginal",
         "internvl": "internvl:InternVl",
         "vipllava": "vipllava:VipLlava",
+        "video_llava": "video_llava:VideoLlava",
         "llava_uhd": "llava_uhd:LlavaUhd",
     },
 )

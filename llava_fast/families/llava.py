@@ -105,13 +105,14 @@ class Llava(Family):
                 " set it to 'full'"
             )
         images, frames = self.preprocessing(hf, kind, path)
-        vision = tower_config(
+        described = tower_config(
             tower,
             file,
             feature_layers=feature_layers,
             keep_class_row=keeps_all and kind.leading_rows > 0,
             **images.values(),
         )
+        vision = self.tower(described, file)
         _check_counts(self.token_counts(hf, vision), path / "processor_config.json")
         connector = self.connector(hf, vision, text.hidden_size, file)
         decoder = decoder_config(text, file, tied=bool(hf.tie_word_embeddings))
@@ -136,6 +137,10 @@ class Llava(Family):
     def transformers_config(self, source: dict[str, Any], file: Path) -> Any:
         """What transformers makes of config.json."""
         return auto_config(source, file)
+
+    def tower(self, vision: TowerConfig, file: Path) -> TowerConfig:
+        """The tower, of which `vision` is what vision_config describes."""
+        return vision
 
     def connector(self, hf: Any, vision: TowerConfig, out_features: int, file: Path) -> ConnectorConfig:
         """The connector that a transformers config describes."""

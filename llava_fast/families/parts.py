@@ -117,6 +117,7 @@ def first(*values):
 
 def tower_fields(vision: TowerConfig) -> dict[str, Any]:
     """A transformers vision config, without a pooling head."""
+    vision = vision.plain
     return {"model_type": TOWERS.name_of(type(vision)), **vision.to_hf()}
 
 

@@ -131,8 +131,11 @@ class LlavaModel(ConfiguredModel):
         to run."""
         if not batch.plan.tiles and not self.runs_every_part:
             return None
-        own_sizes = {"grids": batch.plan.grids} if self.config.vision.native_sizes else {}
-        return self.vision_tower(batch.tiles, count=batch.count("tile"), **own_sizes).flatten(0, 1)
+        vision, plan = self.config.vision, batch.plan
+        told: dict[str, Any] = {"grids": plan.grids} if vision.native_sizes else {}
+        if vision.by_modality:
+            told |= {"videos": plan.videos, "every": self.runs_every_part}
+        return self.vision_tower(batch.tiles, count=batch.count("tile"), **told).flatten(0, 1)
 
     def _project(self, batch: Batch) -> Callable[[Tensor, Tensor, list[Tensor]], Tensor]:
         """How the projector is called (see encode.Parts)."""

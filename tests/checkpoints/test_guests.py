@@ -14,7 +14,7 @@ from llava_fast.errors import CheckpointError, UnsupportedModelError
 from llava_fast.integrations.processor import FastProcessor
 from tests.support import tiny
 
-GUESTS = ("internvl", "internvl_6b", "vipllava")
+GUESTS = ("internvl", "internvl_6b", "vipllava", "video_llava")
 
 
 @pytest.fixture(scope="module", params=GUESTS)

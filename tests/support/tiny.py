@@ -36,6 +36,9 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     SiglipVisionConfig,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
+    VideoLlavaProcessor,
     VipLlavaConfig,
     VipLlavaForConditionalGeneration,
 )
@@ -44,6 +47,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.video_llava.image_processing_video_llava import VideoLlavaImageProcessor
 
 import llava_fast
 
@@ -208,7 +212,9 @@ CASES["internvl_6b"] = Case(
     tile=32,
 )
 CASES["vipllava"] = Case("vipllava", options={"vision_feature_layer": [-2, -3, 1]}, tile=48)
+CASES["video_llava"] = Case("video_llava", tile=48)
 MODELS = {
+    "video_llava": (VideoLlavaConfig, VideoLlavaForConditionalGeneration),
     "vipllava": (VipLlavaConfig, VipLlavaForConditionalGeneration),
     "internvl": (InternVLConfig, InternVLForConditionalGeneration),
     "llava": (LlavaConfig, LlavaForConditionalGeneration),
@@ -216,6 +222,9 @@ MODELS = {
     "llava_next_video": (LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration),
     "llava_onevision": (LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration),
 }
+
+
+WITH_VIDEOS = ("llava_next_video", "llava_onevision", "video_llava")
 
 
 def hf_config(case: Case):
@@ -238,9 +247,9 @@ def hf_config(case: Case):
     if case.kind == "vipllava":  # as 5.17 and 5.24 call it
         layers = options.pop("vision_feature_layer")
         return config_class(vision_config=vision, text_config=text, vision_feature_layers=layers, **options)
-    if case.kind != "llava":
+    if case.kind not in ("llava", "video_llava"):
         options["image_grid_pinpoints"] = [list(pair) for pair in case.pinpoints]
-    if case.kind in ("llava_next_video", "llava_onevision"):
+    if case.kind in WITH_VIDEOS:
         options["video_token_id"] = VIDEO_ID
     return config_class(vision_config=vision, text_config=text, **options)
 
@@ -266,6 +275,8 @@ def image_processor(case: Case):
     pinpoints = [list(pair) for pair in case.pinpoints]
     if case.kind == "internvl":
         return GotOcr2ImageProcessorPil(size=square, crop_to_patches=True, max_patches=6)
+    if case.kind == "video_llava":
+        return VideoLlavaImageProcessor(size={"shortest_edge": case.tile}, crop_size=square)
     if case.kind in ("llava", "vipllava"):
         return CLIPImageProcessorPil(size={"shortest_edge": case.tile}, crop_size=square)
     if case.kind == "llava_onevision":
@@ -291,11 +302,19 @@ def tokenizer_of(case: Case) -> PreTrainedTokenizerFast:
     return internvl_tokenizer() if case.kind == "internvl" else tokenizer(bos=case.kind != "llava_onevision")
 
 
-class WithoutVideos(InternVLProcessor):
-    """InternVL's without its part for videos, which needs torchvision."""
+class AnyVideoPart:
+    """A processor without its part for videos, which needs torchvision."""
 
     def check_argument_for_proper_class(self, argument_name, argument):
         return type(argument)
+
+
+class WithoutVideos(AnyVideoPart, InternVLProcessor):
+    pass
+
+
+class VideoLlavaWithoutVideos(AnyVideoPart, VideoLlavaProcessor):
+    pass
 
 
 def hf_processor(case: Case):
@@ -312,6 +331,8 @@ def hf_processor(case: Case):
         processor.vision_feature_select_strategy = "full"
         processor.vision_aspect_ratio = case.options["vision_aspect_ratio"]
         return processor
+    if case.kind == "video_llava":
+        return VideoLlavaWithoutVideos(image_processor=images, tokenizer=words, patch_size=case.patch)
     kind = LlavaProcessor if case.kind in ("llava", "vipllava") else LlavaNextProcessor
     return kind(
         image_processor=images,
@@ -338,7 +359,9 @@ class Pair:
         if len(images):
             pil = [Image.fromarray(image) for image in images]
             onevision = self.case.kind == "llava_onevision"
-            inputs |= self.processor.image_processor([pil] if onevision else pil, return_tensors="pt")
+            # it would take a picture of 1 or 3 rows of pixels for one of channels first
+            last = {"input_data_format": "channels_last"} if self.case.kind == "video_llava" else {}
+            inputs |= self.processor.image_processor([pil] if onevision else pil, return_tensors="pt", **last)
             shown = [self.processor.replace_image_token(inputs, number) for number in range(len(images))]
             inputs.pop("num_patches", None)
         if video is not None:
@@ -359,6 +382,8 @@ class Pair:
 
     def video_rows(self, frames: int) -> int:
         side = self.case.tile // self.case.patch
+        if self.case.kind == "video_llava":
+            return frames * (side**2 + 1)
         if self.case.kind == "llava_onevision":
             return frames * (-(-side // 2)) ** 2 + 1
         return (side // 2) ** 2 * frames

@@ -23,6 +23,7 @@ from llava_fast.inputs.plan.columns import (
     IGNORE,
     MODALITY_IMAGE,
     MODALITY_TEXT,
+    MODALITY_VIDEO,
     PADDING,
     TEXT,
     VISUAL,
@@ -75,7 +76,8 @@ class TokenPlan:
     The visual table that VISUAL rows index is: the kept rows, then each pool of stage "before", then each of stage
     "after". `lengths` counts the real rows of each sequence; `tiles` the tiles of the whole batch. `branches` holds the
     row counts of each sequence's branches; it is empty if no sequence has any. `grids` are the (rows, columns) of each
-    image of native size, in the order of the tiles, which are their patches; empty where tiles have one size.
+    image of native size, in the order of the tiles, which are their patches; empty where tiles have one size. `videos`
+    are the (first, end) of each video's tiles.
     """
 
     layout: Layout
@@ -87,6 +89,7 @@ class TokenPlan:
     sections: dict[str, tuple[int, tuple[int, ...]]]
     branches: tuple[tuple[int, ...], ...] = ()
     grids: tuple[tuple[int, int], ...] = ()
+    videos: tuple[tuple[int, int], ...] = ()
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
@@ -177,7 +180,9 @@ def build_plan(
     )
     flat, sections = pack_columns(columns)
     each = tuple(tuple(int(branch) for branch in of_sequence) for of_sequence in branches)
-    return TokenPlan(layout, lengths, visual.tiles, total, pools, flat, sections, each, tuple(visual.grids))
+    return TokenPlan(
+        layout, lengths, visual.tiles, total, pools, flat, sections, each, tuple(visual.grids), tuple(visual.videos)
+    )
 
 
 _SOURCE_OF = np.empty(4, np.int32)
@@ -196,7 +201,9 @@ def _piece_columns(piece: Piece, visual: VisualTable) -> tuple[np.ndarray, ...]:
     if UNKNOWN_TOKEN in rows.token_ids:
         raise ValueError("the ids of tokens around tiles are not known: make the geometry with Family.geometry")
     source, is_token = _SOURCE_OF[rows.kind], rows.kind == TOKEN
-    row = np.where(is_token, rows.index, np.where(source == VISUAL, visual.add(rows), 0)).astype(np.int32)
+    row = np.where(
+        is_token, rows.index, np.where(source == VISUAL, visual.add(rows, piece.modality == MODALITY_VIDEO), 0)
+    ).astype(np.int32)
     modality = np.where(is_token, MODALITY_TEXT, piece.modality).astype(np.int32)
     return source, row, np.full(len(row), IGNORE, np.int32), modality
 

@@ -39,15 +39,18 @@ class VisualTable:
     def __init__(self, tower_rows_per_tile: int) -> None:
         self.tower_rows_per_tile = tower_rows_per_tile
         self.tiles = self.rows = 0
+        self.videos: list[tuple[int, int]] = []
         self.grids: list[tuple[int, int]] = []
         self.direct: list[np.ndarray] = []
         self.pooled: dict[tuple[Stage, Reduce, int], list[tuple[np.ndarray, np.ndarray]]] = {}
 
-    def add(self, rows: VisualRows) -> np.ndarray:
+    def add(self, rows: VisualRows, is_video: bool = False) -> np.ndarray:
         first = self.rows
         self.tiles += rows.tiles
         self.rows += rows.table_rows or rows.tiles * self.tower_rows_per_tile
         self.grids += rows.grids
+        if is_video:
+            self.videos.append((self.tiles - rows.tiles, self.tiles))
         index = rows.index.astype(np.int64)
         is_pooled = rows.kind == POOLED
         provisional = index + first

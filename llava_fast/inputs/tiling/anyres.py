@@ -48,6 +48,7 @@ class VisualGeometry:
     convert_rgb  False: an image that is not RGB is refused.
     frame_aspect, frame_fit, frame_filter  the same for a video frame, which becomes one tile whatever `aspect` images
                 have.
+    frame_class_row  True: all rows that the tower gives for a video frame are kept, its class row too.
     tiling      another rule by which images are cut, in place of `aspect`, `pinpoints` and `merge`.
     multi_image_anyres  False: images that share a request get one mean-coloured square tile each (OneVision).
     """
@@ -70,6 +71,7 @@ class VisualGeometry:
     frame_aspect: Aspect = "squash"
     frame_fit: Fit | None = None
     frame_filter: Filter = "bicubic"
+    frame_class_row: bool = False
     video_pool: Literal["none", "average", "max", "bilinear"] = "none"
     video_pool_stride: int = 2
     video_pool_stage: Literal["before", "after"] = "before"

@@ -32,6 +32,8 @@ def video_rows(geometry: VisualGeometry, frames: int) -> VisualRows:
     _check_takes_videos(geometry)
     if frames < 1:
         raise ImageError("a video of no frames: give at least one frame")
+    if geometry.frame_class_row:
+        return _rows([np.arange(frames * geometry.tower_rows_per_tile, dtype=np.int32)], frames)
     side = geometry.side
     local = _patch_rows(geometry).reshape(side, side)
     starts = np.arange(frames, dtype=np.int32) * geometry.tower_rows_per_tile

@@ -35,6 +35,9 @@ class TowerConfig(ABC):
     native_sizes: ClassVar[bool] = False
     """Whether it reads images whole, each at its own aspect ratio. A tile is then one patch (image_size is patch_size),
     and `forward` is also given `grids`, the (rows, columns) of each image in the order of the tiles."""
+    by_modality: ClassVar[bool] = False
+    """Whether images and frames of videos have weights of their own. `forward` is then also given `videos`, the
+    (first, end) of each video's tiles, and `every`, whether all weights are to run."""
     hf4_prefix: ClassVar[str] = ""
     """The module that transformers 4 has around the tower's own, whose name is part of stored names."""
     hf_unused: ClassVar[tuple[str, ...]] = ()
@@ -81,6 +84,11 @@ class TowerConfig(ABC):
     @property
     def patches_per_tile(self) -> int:
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def plain(self) -> TowerConfig:
+        """The tower as its own repository and transformers describe it."""
+        return self
 
     @property
     def patches_per_image(self) -> int:
