@@ -61,6 +61,13 @@ def serve(
             help="Control tokens and <image> spelled by a client are ordinary text. Off: for clients that you trust.",
         ),
     ] = True,
+    batch_invariant: Annotated[
+        bool,
+        typer.Option(
+            help="Greedy answers equal `generate` alone to the bit, whatever runs beside them. Slower: no prompt is "
+            "reused or cut, and without plain float32 weights on a CPU each answer decodes by itself."
+        ),
+    ] = False,
     max_running: Annotated[int, typer.Option(min=1, rich_help_panel=LIMITS, help="Most answers made at once.")] = 32,
     max_waiting: Annotated[
         int,
@@ -127,6 +134,7 @@ def serve(
         allow_files=tuple(allow_files),
         allow_origins=tuple(allow_origin),
         literal_text=literal_text,
+        batch_invariant=batch_invariant,
         max_running=max_running,
         max_waiting=max_waiting,
         max_choices=max_choices,

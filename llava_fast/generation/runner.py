@@ -14,6 +14,7 @@ from llava_fast.generation.sequence import Sequence
 from llava_fast.inputs.plan.plan import sequence_length
 from llava_fast.models.batch import Batch
 from llava_fast.models.blocks.attention import Spans
+from llava_fast.models.blocks.native_step import MAX_ROWS
 from llava_fast.models.paged_cache import PagedCache
 from llava_fast.models.vlm import LlavaModel
 
@@ -24,13 +25,22 @@ Chunk = tuple[Sequence, int]
 class Runner:
     """Owns a model and its cache. Every sequence it is given has a table with room for the rows that are run.
 
-    features  keeps what images were encoded to, for prompts that bring them again; None: each is encoded anew.
+    features         keeps what images were encoded to, for prompts that bring them again; None: each is encoded anew.
+    batch_invariant  every sequence gets the logits that it would get alone, to the bit: a prompt is run in passes of
+                     its own and reuses nothing, the head runs a row at a time, and so do decoding steps, except where
+                     decoder_step serves them (plain float32 weights on a CPU). Not together with `features`.
     """
 
     def __init__(
-        self, model: LlavaModel, cache: PagedCache | None = None, features: FeatureCache | None = None
+        self,
+        model: LlavaModel,
+        cache: PagedCache | None = None,
+        features: FeatureCache | None = None,
+        batch_invariant: bool = False,
     ) -> None:
-        self.model, self.features = model, features
+        if batch_invariant and features is not None:
+            raise ValueError("batch_invariant and features: images would be encoded otherwise than alone")
+        self.model, self.features, self.batch_invariant = model, features, batch_invariant
         self.cache = model.decoder.new_cache() if cache is None else cache
         decoder = model.config.decoder
         self.dynamic_from = decoder.max_positions if decoder.rope.kind == "dynamic" else None
@@ -38,6 +48,8 @@ class Runner:
     def may_reuse(self, sequence: Sequence) -> bool:
         """Whether rows of this prompt that another sequence cached are the same rows. Dynamic RoPE turns every key of
         a prompt longer than the decoder's own length by the length of that prompt."""
+        if self.batch_invariant:
+            return False
         return self.dynamic_from is None or sequence.prompt.rows <= self.dynamic_from
 
     def chunk_rows(self, sequence: Sequence, most: int) -> int:
@@ -45,6 +57,10 @@ class Runner:
         length, those that get one base together."""
         done, left = sequence.cached.length, sequence.rows - sequence.cached.length
         prompt, limit = sequence.prompt.rows, self.dynamic_from
+        if self.batch_invariant and done >= prompt:
+            return 1
+        if self.batch_invariant:
+            left = prompt - done
         if limit is None or sequence.rows <= limit:
             return min(left, most)
         if done < prompt:
@@ -69,20 +85,34 @@ class Runner:
             first, waiting = sequence.embedded
             sequence.embedded = (first + rows, waiting[rows:].clone()) if rows < len(waiting) else None
         last = [int(end) - 1 for (sequence, _), end in zip(chunks, ends, strict=True) if is_prefilled(sequence)]
-        return self.model.decoder.logits(hidden[torch.tensor(last, device=device)]) if last else None
+        return self._logits(hidden[torch.tensor(last, device=device)]) if last else None
 
     def step(self, sequences: SequenceOf[Sequence]) -> Tensor:
         """Run the last token of each sequence; logits [sequences, vocabulary] of the next."""
+        if self.batch_invariant:
+            groups = range(0, len(sequences), MAX_ROWS)
+            return self._logits(torch.cat([self._step(sequences[i : i + MAX_ROWS]) for i in groups]))
+        return self._logits(self._step(sequences))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self.model.decoder.logits
+        return torch.cat([logits(row) for row in hidden.split(1)]) if self.batch_invariant else logits(hidden)
+
+    def _step(self, sequences: SequenceOf[Sequence]) -> Tensor:
+        """Final hidden states [sequences, C] of their last tokens."""
         decoder = self.model.decoder
         tables = tuple([sequence.cached for sequence in sequences])
         before = tuple([table.length for table in tables])
         tokens = [sequence.token_ids[-1] for sequence in sequences]
         token, position = torch.from_numpy(np.array([tokens, before])).to(self.cache.device)  # one transfer for both
         spans = Spans(tuple(range(len(tables))), (1,) * len(tables), tables, before)
-        hidden = decoder(decoder.embed_tokens(token), position, spans, self.cache)
+        embeddings = decoder.embed_tokens(token)
+        if self.batch_invariant and len(sequences) > 1 and not decoder.steps_natively(embeddings, spans):
+            return torch.cat([self._step([sequence]) for sequence in sequences])
+        hidden = decoder(embeddings, position, spans, self.cache)
         for table in tables:
             table.length += 1
-        return decoder.logits(hidden)
+        return hidden
 
     def _embed(self, chunks: SequenceOf[Chunk]) -> Tensor:
         """The decoder's inputs [rows, C] for all chunks end to end. Images are encoded when their first row is run,

@@ -201,7 +201,7 @@ class Scheduler:
         chunks: list[Chunk] = []
         left = self.chunk_rows
         for sequence in self.prefilling:
-            if left <= 0:
+            if left <= 0 or (chunks and self.runner.batch_invariant):
                 break
             chunks.append((sequence, self.runner.chunk_rows(sequence, left)))
             left -= chunks[-1][1]

@@ -47,8 +47,12 @@ class Service:
             _ = self.processor.literal  # made now, since the first request would wait for it
         self.media = Media(settings)
         cache = model.decoder.new_cache(keep_bytes=settings.prefix_bytes)
-        runner = Runner(model, cache, FeatureCache(settings.feature_bytes))
-        scheduler = Scheduler(runner, PrefixCache(cache), settings.chunk_rows, settings.max_running)
+        if settings.batch_invariant:
+            runner = Runner(model, cache, batch_invariant=True)
+            scheduler = Scheduler(runner, max_running=settings.max_running)
+        else:
+            runner = Runner(model, cache, FeatureCache(settings.feature_bytes))
+            scheduler = Scheduler(runner, PrefixCache(cache), settings.chunk_rows, settings.max_running)
         self.engine = Engine(scheduler)
         self.pool = ThreadPoolExecutor(settings.workers, "llava-fast-prepare")
         self.metrics = Metrics(scheduler, lambda: self.open_answers)

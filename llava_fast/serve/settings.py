@@ -16,6 +16,8 @@ class Settings:
     model_name          the name that clients ask for.
     api_keys            keys of which a client must send one (none: everybody is served).
     max_running         most answers made at once.
+    batch_invariant     answers do not depend on what runs beside them, to the bit (see Runner); nothing is then kept
+                        for later prompts, and long prompts are not cut.
     chunk_rows          most prompt rows that one step runs beside the answers' tokens.
     max_waiting         most answers that may wait beyond those; more are refused with 429.
     deadline            seconds from a request's arrival to its end; then it ends with an error.
@@ -45,6 +47,7 @@ class Settings:
     model_name: str
     api_keys: tuple[str, ...] = ()
     max_running: int = 32
+    batch_invariant: bool = False
     chunk_rows: int = 1024
     max_waiting: int = 128
     deadline: float = 600.0

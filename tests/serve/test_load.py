@@ -13,10 +13,12 @@ from benchmarks import soak
 from tests.serve.conftest import about, ask, local
 
 
-def test_a_few_seconds_of_everything_at_once(model):
-    asked = soak.questions(model, 12)
-    with local(model, max_body_bytes=100_000, max_running=8, max_waiting=8) as server:
-        report = asyncio.run(soak.soak(server.url, "tiny", asked, 2.5, 20, 100_000))
+@pytest.mark.parametrize("invariant", [False, True], ids=["", "batch-invariant"])
+def test_a_few_seconds_of_everything_at_once(model, invariant):
+    asked = soak.questions(model, 12, 0.0 if invariant else soak.NEAR)
+    limits = {"max_body_bytes": 100_000, "max_running": 8, "max_waiting": 8}
+    with local(model, **limits, batch_invariant=invariant) as server:
+        report = asyncio.run(soak.soak(server.url, "tiny", asked, 2, 20, 100_000))
         assert set(report.counts) <= {"right", "left", "refused as it should be", "busy"}, report.summary()
         assert {"right", "left", "refused as it should be"} <= set(report.counts)
         assert ask(server.client(), about("hello")).choices  # nothing is stuck

@@ -54,6 +54,11 @@ class Decoder(nn.Module):
             x_RC = run_layer(self.recompute, layer, x_RC, context)
         return self.norm(x_RC)
 
+    def steps_natively(self, x_RC: Tensor, spans: Spans) -> bool:
+        """Whether `forward` with a cache would run these rows as one decoder_step, which gives each row what it would
+        get alone, to the bit."""
+        return step_weights(self, _PLAIN, x_RC, spans) is not None
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, C] -> [rows, vocabulary]."""
         if not self.config.tie_embeddings:
