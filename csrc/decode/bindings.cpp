@@ -1,13 +1,18 @@
-// llava_fast._C.decoder_step: sizes and addresses in, checked by llava_fast.ops.decoder_step.
+// llava_fast._C.decoder_step and linear: sizes and addresses in, checked by llava_fast.ops.decoder_step and
+// llava_fast.ops.quantised_linear.
 #include "decode/bindings.h"
 
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <array>
+#include <cstring>
+#include <deque>
 #include <stdexcept>
 #include <string>
 
+#include "decode/linear.h"
+#include "decode/memory.h"
 #include "decode/step.h"
 
 namespace py = pybind11;
@@ -15,13 +20,42 @@ namespace py = pybind11;
 namespace llava_fast::decode {
 namespace {
 
-constexpr size_t kWeightsPerLayer = 16;
-// A thread is worth starting for this many bytes of weights: reading them takes several times as long.
-constexpr int64_t kBytesPerThread = 16 << 20;
-
+constexpr size_t kLinears = 7, kLinearFields = 6, kLayerFields = 2 + kLinears * kLinearFields;
 template <typename T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+// Norms' weights and biases: used where they are if they are float32, else kept here in float32.
+class Floats {
+ public:
+  explicit Floats(bool bfloat16) : bfloat16_(bfloat16) {}
+
+  const float* of(int64_t address, int64_t count) {
+    if (address == 0 || !bfloat16_) return at<const float>(static_cast<uintptr_t>(address));
+    std::vector<float>& wide = kept_.emplace_back(count);
+    const BFloat16* const narrow = at<const BFloat16>(static_cast<uintptr_t>(address));
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t bits = static_cast<uint32_t>(narrow[i].bits) << 16;
+      std::memcpy(&wide[i], &bits, sizeof(bits));
+    }
+    return wide.data();
+  }
+
+ private:
+  const bool bfloat16_;
+  std::deque<std::vector<float>> kept_;
+};
+
+// Fields of a linear layer: kind, weight, scale, zero, group, bias.
+Linear linear_of(const int64_t* fields, int64_t in, int64_t out, Floats& floats) {
+  return {static_cast<Kind>(fields[0]),
+          at<const void>(static_cast<uintptr_t>(fields[1])),
+          floats.of(fields[5], out),
+          in,
+          at<const float>(static_cast<uintptr_t>(fields[2])),
+          at<const uint8_t>(static_cast<uintptr_t>(fields[3])),
+          fields[4]};
 }
 
 // The cache's tensors [layers, 2, kv_heads, blocks, block_rows, head_dim], one after the other: block numbers count
@@ -29,14 +63,15 @@ T* at(uintptr_t address) {
 struct Segments {
   const std::vector<uintptr_t>& addresses;
   const std::vector<int64_t>& blocks;
-  int64_t block_rows, head_dim;
+  int64_t block_rows, head_dim, element_bytes;
 
   Run run(int64_t first, int64_t count) const {
     int64_t start = 0;
     for (size_t i = 0; i < blocks.size(); start += blocks[i++])
       if (first >= start && count > 0 && count <= start + blocks[i] - first) {
         const int64_t block = block_rows * head_dim;
-        return {at<float>(addresses[i]) + (first - start) * block, blocks[i] * block, count * block_rows};
+        char* const segment = at<char>(addresses[i]);
+        return {segment + (first - start) * block * element_bytes, blocks[i] * block, count * block_rows};
       }
     throw std::invalid_argument("blocks " + std::to_string(first) + " to " + std::to_string(first + count - 1) +
                                 " do not lie in one segment of the cache");
@@ -44,23 +79,30 @@ struct Segments {
 };
 
 void decoder_step(uintptr_t x, uintptr_t cos, uintptr_t sin, const std::vector<int64_t>& before,
-                  const std::vector<std::vector<int64_t>>& tables, const std::vector<uintptr_t>& weights,
-                  uintptr_t norm, const std::vector<int64_t>& windows, const std::vector<uintptr_t>& segments,
-                  const std::vector<int64_t>& blocks, const std::array<int64_t, 6>& sizes, float eps, int threads) {
+                  const std::vector<std::vector<int64_t>>& tables, uintptr_t layers, uintptr_t norm,
+                  const std::vector<int64_t>& windows, const std::vector<uintptr_t>& segments,
+                  const std::vector<int64_t>& blocks, const std::array<int64_t, 6>& sizes,
+                  const std::array<bool, 2>& bfloat16, float eps, int threads) {
   const auto [width, intermediate, heads, kv_heads, head_dim, block_rows] = sizes;
-  const size_t layers = windows.size();
-  if (before.empty() || tables.size() != before.size() || weights.size() != kWeightsPerLayer * layers ||
-      segments.size() != blocks.size())
+  const auto [bfloat16_vectors, bfloat16_cache] = bfloat16;
+  if (before.empty() || tables.size() != before.size() || segments.size() != blocks.size())
     throw std::invalid_argument("decoder_step: lists of unequal length");
-  Decoder decoder = {{}, at<const float>(norm), width, intermediate, heads, kv_heads, head_dim, eps};
-  for (size_t i = 0; i < layers; ++i) {
-    const uintptr_t* w = &weights[kWeightsPerLayer * i];
-    const auto linear = [&](int k, int64_t in) { return Linear{at<const float>(w[k]), at<const float>(w[k + 1]), in}; };
-    decoder.layers.push_back({at<const float>(w[0]), linear(1, width), linear(3, width), linear(5, width),
-                              linear(7, heads * head_dim), at<const float>(w[9]), linear(10, width), linear(12, width),
-                              linear(14, intermediate), windows[i]});
+  Floats floats(bfloat16_vectors);
+  Decoder decoder = {{},           floats.of(norm, width), width, intermediate, heads, kv_heads, head_dim, eps,
+                     bfloat16_cache};
+  for (size_t i = 0; i < windows.size(); ++i) {
+    const int64_t* const fields = at<const int64_t>(layers) + i * kLayerFields;
+    const auto linear = [&](size_t k, int64_t in, int64_t out) {
+      return linear_of(fields + 2 + k * kLinearFields, in, out, floats);
+    };
+    decoder.layers.push_back({floats.of(fields[0], width), linear(0, width, heads * head_dim),
+                              linear(1, width, kv_heads * head_dim), linear(2, width, kv_heads * head_dim),
+                              linear(3, heads * head_dim, width), floats.of(fields[1], width),
+                              linear(4, width, intermediate), linear(5, width, intermediate),
+                              linear(6, intermediate, width), windows[i]});
   }
-  const Segments cache = {segments, blocks, block_rows, head_dim};
+  const int64_t element_bytes = bfloat16_cache ? sizeof(BFloat16) : sizeof(float);
+  const Segments cache = {segments, blocks, block_rows, head_dim, element_bytes};
   std::vector<Sequence> sequences(before.size());
   for (size_t i = 0; i < before.size(); ++i) {
     sequences[i].before = before[i];
@@ -73,18 +115,32 @@ void decoder_step(uintptr_t x, uintptr_t cos, uintptr_t sin, const std::vector<i
   }
   const KernelSet& kernels = select_kernels();
   const py::gil_scoped_release release;
-  const int64_t useful = std::max<int64_t>(1, weight_bytes(decoder) / kBytesPerThread);
   step(decoder, sequences, at<const float>(cos), at<const float>(sin), at<float>(x),
-       static_cast<int>(std::min<int64_t>(threads, useful)), kernels);
+       useful_threads(weight_bytes(decoder), threads), kernels);
+}
+
+// y [count, out] = x [count, in] times a weight with these fields, float32.
+void linear(uintptr_t x, int64_t count, const std::array<int64_t, kLinearFields>& fields, int64_t in, int64_t out,
+            uintptr_t y, int threads) {
+  Floats floats(false);
+  const Linear linear = linear_of(fields.data(), in, out, floats);
+  const KernelSet& kernels = select_kernels();
+  const py::gil_scoped_release release;
+  apply(linear, out, at<const float>(x), count, at<float>(y), threads, kernels);
 }
 
 }  // namespace
 
 void bind(py::module_& m) {
   m.def("decoder_step", &decoder_step, py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("before"),
-        py::arg("tables"), py::arg("weights"), py::arg("norm"), py::arg("windows"), py::arg("segments"),
-        py::arg("blocks"), py::arg("sizes"), py::arg("eps"), py::arg("threads"),
-        "One float32 decoder pass, in place in x; see llava_fast.ops.decoder_step, which checks what it passes.");
+        py::arg("tables"), py::arg("layers"), py::arg("norm"), py::arg("windows"), py::arg("segments"),
+        py::arg("blocks"), py::arg("sizes"), py::arg("bfloat16"), py::arg("eps"), py::arg("threads"),
+        "One decoder pass, in place in float32 x; see llava_fast.ops.decoder_step, which checks what it passes.");
+  m.def("linear", &linear, py::arg("x"), py::arg("count"), py::arg("fields"), py::arg("in_features"),
+        py::arg("out_features"), py::arg("y"), py::arg("threads"),
+        "A linear layer of few rows of float32; see llava_fast.ops.quantised_linear, which checks what it passes.");
+  m.def("prefer_huge_pages", &prefer_huge_pages, py::arg("address"), py::arg("bytes"),
+        "Ask for pages of 2 MiB for memory that has not been written yet.");
 }
 
 }  // namespace llava_fast::decode

@@ -1,48 +1,117 @@
-// The inner loops of a decoding step in float32, one set per instruction set, chosen at run time.
+// The inner loops of a decoding step, one set per instruction set, chosen at run time.
 //
 // Every set adds in an order that depends on neither the number of vectors nor the thread: a sequence gets the
-// same bits alone and in a batch. Sets differ from one another in rounding alone.
+// same bits alone and in a batch. Products with int8 and int4 weights are the same bits in every set; the others
+// differ from one set to another in rounding alone.
 #pragma once
 
 #include <cstdint>
 
 namespace llava_fast::decode {
 
-// Rows of a row-major weight [rows, in] to be applied, with an optional bias [rows].
-struct Linear {
-  const float* weight;
-  const float* bias;  // or null
-  int64_t in;
+struct BFloat16 {
+  uint16_t bits;  // the upper half of a float32
 };
 
-// Consecutive cached rows [rows, size] of one key head.
+// How the elements of a weight are stored; the numbers are those of llava_fast.ops.decoder_step.
+enum class Kind : int64_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3 };
+
+inline bool is_quantised(Kind kind) { return kind == Kind::kInt8 || kind == Kind::kInt4; }
+// Bits of an element, its share of scales and zero points left out.
+inline int64_t bits_of(Kind kind) {
+  return kind == Kind::kFloat32 ? 32 : kind == Kind::kBFloat16 ? 16 : kind == Kind::kInt8 ? 8 : 4;
+}
+
+// Rows of a row-major weight [rows, in] to be applied, with an optional bias [rows].
+//   int8   w = value * scale.
+//   int4   two elements a byte, the even one in its low nibble; w = (code - zero) * scale, code and zero 0..15.
+// Elements g * group to (g + 1) * group of a row share scale [rows, in / group] and zero. `group` divides `in`. It is
+// 32, 64, a multiple of 128, or (int8) `in`.
+struct Linear {
+  Kind kind;
+  const void* weight;
+  const float* bias;  // or null
+  int64_t in;
+  const float* scale = nullptr;
+  const uint8_t* zero = nullptr;  // null: 8
+  int64_t group = 0;
+};
+
+// Vectors are quantised to 8 bits for products with quantised weights, in groups of kGroup elements that share a scale:
+// x = code * scale. Codes come in units of as many elements as 64 bytes of weights hold, zeros behind the last element.
+//   int8   a unit has 64 elements in their order.
+//   int4   a unit has 128 elements: 64 even ones (0, 2, 4, ...), then 64 odd ones.
+// Lane l of 16 is what bytes 4l to 4l + 3 of a weight's 64 bytes contribute.
+constexpr int64_t kGroup = 32;
+constexpr int64_t unit_elements(Kind kind) { return kind == Kind::kInt4 ? 128 : 64; }
+constexpr int64_t units_of(Kind kind, int64_t in) { return (in + unit_elements(kind) - 1) / unit_elements(kind); }
+
+// One vector [in]: codes [units * unit elements] and scales [units * unit elements / kGroup]. A group with an element
+// that is not finite has scale NaN.
+void quantise(Kind kind, const float* x, int64_t in, int8_t* codes, float* scales);
+
+// `count` vectors in the form that a weight of one kind takes: float32 (for float32 and bfloat16 weights), or codes and
+// scales, those of a vector `stride` elements behind those of the one before.
+struct Vectors {
+  const void* data;
+  const float* scales;
+  int64_t stride, count;
+};
+
+// How the rows [0, rows) of a weight are read: four at a time, from the four quarters of them. Four long streams are
+// read from memory faster than one, and much faster than four neighbouring rows, whose short streams share pages. The
+// quarters' distance is an odd number of rows: were it a power of two, all streams would fall on the same banks.
+// Row r of [0, fours) goes with r + step, r + 2 * step and r + 3 * step; the others are left.
+struct Quarters {
+  int64_t rows, step, fours;
+
+  explicit Quarters(int64_t count) : rows(count), step(count >= 64 ? count / 4 | 1 : count / 4) {
+    fours = rows - 3 * step < step ? rows - 3 * step : step;
+  }
+
+  template <class Visit>
+  void each_left(const Visit& visit) const {
+    for (int64_t quarter = 0; quarter < 4; ++quarter)
+      for (int64_t r = fours; r < (quarter < 3 ? step : rows - 3 * step); ++r) visit(quarter * step + r);
+  }
+};
+
+// Consecutive cached rows [rows, size] of one key head, float32 or bfloat16.
 struct Piece {
-  const float *keys, *values;
+  const void *keys, *values;
   int64_t rows;
 };
+
+// y[j, r] = weight[r] . x[j] + bias[r] for r in [begin, end) and j in [0, count); `add` adds it to y instead.
+// Each weight is read from memory once for all vectors.
+using LinearKernel = void (*)(const Linear& linear, int64_t begin, int64_t end, const Vectors& x, float* y,
+                              int64_t y_stride, bool add);
+// `group` query heads [group, size], already scaled, over the keys and values that they share, `rows` in all
+// pieces together; out [group, size]. `scores` is scratch for group * padded_rows(rows) floats. The result does not
+// depend on how rows are cut into pieces.
+using AttendKernel = void (*)(const float* query, int64_t group, const Piece* pieces, int64_t count, int64_t rows,
+                              int64_t size, float* scores, float* out);
 
 struct KernelSet {
   const char* name;  // "scalar", "avx2", "avx512"
   bool (*supported)();
-  // y[j, r] = weight[r] . x[j] + bias[r] for r in [begin, end) and j in [0, count); `add` adds it to y instead.
-  // Each weight is read from memory once for all vectors.
-  void (*linear)(const Linear& linear, int64_t begin, int64_t end, const float* x, int64_t x_stride, int64_t count,
-                 float* y, int64_t y_stride, bool add);
+  LinearKernel float32, bfloat16, int8, int4;
   // out = x / rms(x) * weight.
   void (*rms_norm)(const float* x, const float* weight, int64_t width, float eps, float* out);
   // gate = silu(gate) * up.
   void (*swiglu)(float* gate, const float* up, int64_t width);
-  // `group` query heads [group, size], already scaled, over the keys and values that they share, `rows` in all
-  // pieces together; out [group, size]. `scores` is scratch for group * padded_rows(rows) floats. The result does not
-  // depend on how rows are cut into pieces.
-  void (*attend)(const float* query, int64_t group, const Piece* pieces, int64_t count, int64_t rows, int64_t size,
-                 float* scores, float* out);
+  AttendKernel attend_float32, attend_bfloat16;
+
+  LinearKernel linear(Kind kind) const {
+    return kind == Kind::kFloat32 ? float32 : kind == Kind::kBFloat16 ? bfloat16 : kind == Kind::kInt8 ? int8 : int4;
+  }
 };
 
 constexpr int64_t padded_rows(int64_t rows) { return (rows + 15) / 16 * 16; }  // whole vectors of any set
 
 const KernelSet& scalar_kernels();
 #if defined(__x86_64__)
+// With AVX-VNNI or AVX-512 VNNI instructions for integers where the processor has them.
 const KernelSet& avx2_kernels();
 const KernelSet& avx512_kernels();
 #endif

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "decode/kernels.h"
+#include "decode/quantised.h"
 
 namespace llava_fast::decode {
 namespace {
@@ -22,6 +23,10 @@ TARGET inline __m256i first_lanes(int64_t count) {
 }
 TARGET inline Vec load_first(const float* p, int64_t count) { return _mm256_maskload_ps(p, first_lanes(count)); }
 TARGET inline void store_first(float* p, Vec v, int64_t count) { _mm256_maskstore_ps(p, first_lanes(count), v); }
+TARGET inline Vec widen(const BFloat16* p) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
 // The sum of the lanes of each of four vectors.
 TARGET inline Four sum_each(Vec a, Vec b, Vec c, Vec d) {
   const Vec ab = _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b);
@@ -39,7 +44,7 @@ bool supported() {
 }  // namespace
 
 const KernelSet& avx2_kernels() {
-  static const KernelSet set = {"avx2", supported, linear, rms_norm, swiglu, attend};
+  static const KernelSet set = make_kernels("avx2", best_256_quantised());
   return set;
 }
 

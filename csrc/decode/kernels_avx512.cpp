@@ -7,6 +7,7 @@
 #pragma GCC diagnostic pop
 
 #include "decode/kernels.h"
+#include "decode/quantised.h"
 
 namespace llava_fast::decode {
 namespace {
@@ -24,6 +25,10 @@ TARGET inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, 
 TARGET inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
 TARGET inline Vec load_first(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first_lanes(count), p); }
 TARGET inline void store_first(float* p, Vec v, int64_t count) { _mm512_mask_storeu_ps(p, first_lanes(count), v); }
+TARGET inline Vec widen(const BFloat16* p) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
 // The sum of the lanes of each of four vectors.
 TARGET inline Four sum_each(Vec a, Vec b, Vec c, Vec d) {
   const Vec ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
@@ -42,7 +47,8 @@ bool supported() {
 }  // namespace
 
 const KernelSet& avx512_kernels() {
-  static const KernelSet set = {"avx512", supported, linear, rms_norm, swiglu, attend};
+  const QuantisedKernels& vnni = avx512vnni_quantised();
+  static const KernelSet set = make_kernels("avx512", vnni.supported() ? vnni : best_256_quantised());
   return set;
 }
 

@@ -1,13 +1,12 @@
 // The loops themselves, written once. A file of one instruction set defines, in an anonymous namespace, TARGET,
-// Vec, IntVec, Four, kLanes, kRegisters, splat, multiply_add, load_first, store_first and sum_each, then includes
-// this. Rows need not be whole vectors: `load_first` fills up with zeros.
+// Vec, IntVec, Four, kLanes, kRegisters, splat, multiply_add, load_first, store_first, widen (kLanes of bfloat16) and
+// sum_each, then includes this. Rows need not be whole vectors: `load_first` fills up with zeros.
 
 struct __attribute__((packed, may_alias)) Unaligned {
   Vec value;
 };
 TARGET inline Vec load(const float* p) { return reinterpret_cast<const Unaligned*>(p)->value; }
 TARGET inline void store(float* p, Vec v) { reinterpret_cast<Unaligned*>(p)->value = v; }
-TARGET inline Vec load_upto(const float* p, int64_t left) { return left < kLanes ? load_first(p, left) : load(p); }
 TARGET inline void store_upto(float* p, Vec v, int64_t left) {
   if (left < kLanes)
     store_first(p, v, left);
@@ -16,35 +15,48 @@ TARGET inline void store_upto(float* p, Vec v, int64_t left) {
 }
 TARGET inline float sum(Vec v) { return sum_each(v, v, v, v)[0]; }
 
-constexpr int kTileRows = 4;  // weight rows read side by side: enough streams for the memory prefetchers
-constexpr int kTileVectors = kRegisters >= 32 ? 4 : 3;  // vectors at a time: 4x4 or 4x3 sums fit the registers
-constexpr int kAhead = 128;                             // floats fetched ahead in each row
+TARGET inline Vec load(const BFloat16* p) { return widen(p); }
+TARGET inline Vec load_first(const BFloat16* p, int64_t count) {
+  BFloat16 padded[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) padded[i] = p[i];
+  return widen(padded);
+}
+template <class W>
+TARGET inline Vec load_upto(const W* p, int64_t left) {
+  return left < kLanes ? load_first(p, left) : load(p);
+}
 
-// y[j, i] = weight[i] . x[j] for R weight rows and N vectors, all sums in registers; `add` adds to y instead.
-template <int R, int N>
-TARGET inline void tile(const float* weight, int64_t in, const float* x, int64_t x_stride, float* y, int64_t y_stride,
-                        bool add) {
+constexpr int kTileVectors = kRegisters >= 32 ? 4 : 3;  // vectors at a time: 4x4 or 4x3 sums fit the registers
+
+// y[j, row + i * step] = weight[row + i * step] . x[j] for R rows and N vectors, all sums in registers; `add` adds to y
+// instead.
+template <int R, int N, class W>
+TARGET inline void tile(const W* weights, int64_t in, int64_t row, int64_t step, const float* x, int64_t x_stride,
+                        float* y, int64_t y_stride, bool add) {
+  const W* weight[R];
   Vec sums[R][N];
 #pragma GCC unroll 4
-  for (int i = 0; i < R; ++i)
+  for (int i = 0; i < R; ++i) {
+    weight[i] = weights + (row + i * step) * in;
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) sums[i][j] = splat(0);
-  const float *w = weight, *const end = weight + in / kLanes * kLanes;
-  for (; w < end; w += kLanes, x += kLanes) {
+  }
+  const int64_t whole = in / kLanes * kLanes, left = in - whole;
+  for (int64_t c = 0; c < whole; c += kLanes) {
     Vec xs[N];
-    for (int j = 0; j < N; ++j) xs[j] = load(x + j * x_stride);
+    for (int j = 0; j < N; ++j) xs[j] = load(x + j * x_stride + c);
+#pragma GCC unroll 4
     for (int i = 0; i < R; ++i) {
-      __builtin_prefetch(w + i * in + kAhead);
-      const Vec v = load(w + i * in);
+      const Vec v = load(weight[i] + c);
       for (int j = 0; j < N; ++j) sums[i][j] = multiply_add(v, xs[j], sums[i][j]);
     }
   }
-  if (const int64_t left = in % kLanes) {
+  if (left > 0) {
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
-      const Vec last = load_first(x + j * x_stride, left);
+      const Vec last = load_first(x + j * x_stride + whole, left);
 #pragma GCC unroll 4
-      for (int i = 0; i < R; ++i) sums[i][j] = multiply_add(load_first(w + i * in, left), last, sums[i][j]);
+      for (int i = 0; i < R; ++i) sums[i][j] = multiply_add(load_first(weight[i] + whole, left), last, sums[i][j]);
     }
   }
 #pragma GCC unroll 4
@@ -52,48 +64,51 @@ TARGET inline void tile(const float* weight, int64_t in, const float* x, int64_t
     // Four at once: adding up the lanes of each alone would take longer than its products.
     const Four totals = sum_each(sums[0][j], sums[1 % R][j], sums[2 % R][j], sums[3 % R][j]);
 #pragma GCC unroll 4
-    for (int i = 0; i < R; ++i) y[j * y_stride + i] = add ? y[j * y_stride + i] + totals[i] : totals[i];
+    for (int i = 0; i < R; ++i) {
+      float& target = y[j * y_stride + row + i * step];
+      target = add ? target + totals[i] : totals[i];
+    }
   }
 }
 
-// The same for `rows` (at most kTileRows) weight rows.
-template <int N>
-TARGET inline void row_block(const float* weight, int64_t in, int64_t rows, const float* x, int64_t x_stride, float* y,
-                             int64_t y_stride, bool add) {
-  if (rows == kTileRows) return tile<kTileRows, N>(weight, in, x, x_stride, y, y_stride, add);
-  for (int64_t i = 0; i < rows; ++i) tile<1, N>(weight + i * in, in, x, x_stride, y + i, y_stride, add);
+// R rows by all vectors.
+template <int R, class W>
+TARGET inline void rows_by_all(const W* weights, int64_t in, int64_t row, int64_t step, const float* x,
+                               int64_t x_stride, int64_t count, float* y, int64_t y_stride, bool add) {
+  for (int64_t j = 0; j < count; j += kTileVectors, x += kTileVectors * x_stride, y += kTileVectors * y_stride) {
+    switch (count - j) {
+      case 1:
+        tile<R, 1>(weights, in, row, step, x, x_stride, y, y_stride, add);
+        break;
+      case 2:
+        tile<R, 2>(weights, in, row, step, x, x_stride, y, y_stride, add);
+        break;
+      case 3:
+        tile<R, 3>(weights, in, row, step, x, x_stride, y, y_stride, add);
+        break;
+      default:
+        tile<R, kTileVectors>(weights, in, row, step, x, x_stride, y, y_stride, add);
+    }
+  }
 }
 
-TARGET void linear(const Linear& linear, int64_t begin, int64_t end, const float* x, int64_t x_stride, int64_t count,
-                   float* y, int64_t y_stride, bool add) {
+template <class W>
+TARGET void linear(const Linear& linear, int64_t begin, int64_t end, const Vectors& vectors, float* y,
+                   int64_t y_stride, bool add) {
+  const int64_t count = vectors.count, x_stride = vectors.stride;
+  const float* const x = static_cast<const float*>(vectors.data);
+  const W* const weights = static_cast<const W*>(linear.weight);
   if (linear.bias != nullptr) {
     for (int64_t j = 0; j < count; ++j)
       for (int64_t r = begin; r < end; ++r)
         y[j * y_stride + r] = add ? y[j * y_stride + r] + linear.bias[r] : linear.bias[r];
     add = true;
   }
-  const int64_t in = linear.in;
-  for (int64_t r = begin; r < end; r += kTileRows) {
-    const int64_t rows = end - r < kTileRows ? end - r : kTileRows;
-    const float* weight = linear.weight + r * in;
-    for (int64_t j = 0; j < count; j += kTileVectors) {
-      const float* xs = x + j * x_stride;
-      float* ys = y + j * y_stride + r;
-      switch (count - j) {
-        case 1:
-          row_block<1>(weight, in, rows, xs, x_stride, ys, y_stride, add);
-          break;
-        case 2:
-          row_block<2>(weight, in, rows, xs, x_stride, ys, y_stride, add);
-          break;
-        case 3:
-          row_block<3>(weight, in, rows, xs, x_stride, ys, y_stride, add);
-          break;
-        default:
-          row_block<kTileVectors>(weight, in, rows, xs, x_stride, ys, y_stride, add);
-      }
-    }
-  }
+  const Quarters quarters(end - begin);
+  for (int64_t r = 0; r < quarters.fours; ++r)
+    rows_by_all<4>(weights, linear.in, begin + r, quarters.step, x, x_stride, count, y, y_stride, add);
+  quarters.each_left(
+      [&](int64_t r) { rows_by_all<1>(weights, linear.in, begin + r, 0, x, x_stride, count, y, y_stride, add); });
 }
 
 TARGET void rms_norm(const float* x, const float* weight, int64_t width, float eps, float* out) {
@@ -153,8 +168,8 @@ TARGET float exponentials(float* scores, int64_t rows, int64_t padded) {
 }
 
 // out[g] += sum over t of weights[g, t] * values[t], for N heads and the `left` first of V vectors of columns.
-template <int N, int V>
-TARGET inline void add_values(const float* weights, int64_t weights_stride, const float* values, int64_t rows,
+template <int N, int V, class W>
+TARGET inline void add_values(const float* weights, int64_t weights_stride, const W* values, int64_t rows,
                               int64_t size, int64_t left, float* out) {
   Vec sums[N][V];
 #pragma GCC unroll 4
@@ -172,8 +187,8 @@ TARGET inline void add_values(const float* weights, int64_t weights_stride, cons
     for (int v = 0; v < V; ++v) store_upto(out + g * size + v * kLanes, sums[g][v], left - v * kLanes);
 }
 
-template <int N>
-TARGET inline void add_value_rows(const float* weights, int64_t weights_stride, const float* values, int64_t rows,
+template <int N, class W>
+TARGET inline void add_value_rows(const float* weights, int64_t weights_stride, const W* values, int64_t rows,
                                   int64_t size, float* out) {
   int64_t d = 0;
   for (; d + 4 * kLanes <= size; d += 4 * kLanes)
@@ -183,13 +198,15 @@ TARGET inline void add_value_rows(const float* weights, int64_t weights_stride, 
   for (; d < size; d += kLanes) add_values<N, 1>(weights, weights_stride, values + d, rows, size, size - d, out + d);
 }
 
+template <class W>
 TARGET void attend(const float* query, int64_t group, const Piece* pieces, int64_t count, int64_t rows, int64_t size,
                    float* scores, float* out) {
   constexpr int64_t kBlock = 32;  // rows that stay in the first-level cache for every head of the group
   const int64_t padded = padded_rows(rows);
   int64_t done = 0;
   for (const Piece* piece = pieces; piece < pieces + count; done += piece++->rows)
-    linear({piece->keys, nullptr, size}, 0, piece->rows, query, size, group, scores + done, padded, false);
+    linear<W>({Kind::kFloat32, piece->keys, nullptr, size}, 0, piece->rows, {query, nullptr, size, group}, scores + done, padded,
+              false);
   for (int64_t d = 0; d < group * size; ++d) out[d] = 0;
   float total[kTileVectors];
   for (int64_t first = 0; first < group; first += kTileVectors) {
@@ -199,7 +216,7 @@ TARGET void attend(const float* query, int64_t group, const Piece* pieces, int64
     for (const Piece* piece = pieces; piece < pieces + count; mine += piece++->rows)
       for (int64_t t = 0; t < piece->rows; t += kBlock) {
         const int64_t block = piece->rows - t < kBlock ? piece->rows - t : kBlock;
-        const float* values = piece->values + t * size;
+        const W* values = static_cast<const W*>(piece->values) + t * size;
         int64_t g = 0;
         for (; g + 2 <= heads; g += 2)
           add_value_rows<2>(mine + g * padded + t, padded, values, block, size, out + (first + g) * size);
@@ -208,4 +225,9 @@ TARGET void attend(const float* query, int64_t group, const Piece* pieces, int64
     for (int64_t g = 0; g < heads; ++g)
       for (int64_t d = 0; d < size; ++d) out[(first + g) * size + d] /= total[g];
   }
+}
+
+KernelSet make_kernels(const char* name, const QuantisedKernels& quantised) {
+  return {name,     supported, linear<float>, linear<BFloat16>, quantised.int8,
+          quantised.int4, rms_norm,  swiglu,        attend<float>,    attend<BFloat16>};
 }

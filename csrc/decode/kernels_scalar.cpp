@@ -1,5 +1,6 @@
 // The loops of a decoding step for any processor: vectors of four, which the compiler maps to what there is.
 #include "decode/kernels.h"
+#include "decode/quantised.h"
 
 namespace llava_fast::decode {
 namespace {
@@ -20,6 +21,10 @@ inline Vec load_first(const float* p, int64_t count) {
 inline void store_first(float* p, Vec v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = v[i];
 }
+inline Vec widen(const BFloat16* p) {
+  typedef uint32_t Bits __attribute__((vector_size(16)));
+  return (Vec)(Bits{p[0].bits, p[1].bits, p[2].bits, p[3].bits} << 16);
+}
 // The sum of the lanes of each of four vectors.
 inline Four sum_each(Vec a, Vec b, Vec c, Vec d) {
   return Vec{a[0], b[0], c[0], d[0]} + Vec{a[2], b[2], c[2], d[2]} +
@@ -32,7 +37,7 @@ bool supported() { return true; }
 }  // namespace
 
 const KernelSet& scalar_kernels() {
-  static const KernelSet set = {"scalar", supported, linear, rms_norm, swiglu, attend};
+  static const KernelSet set = make_kernels("scalar", scalar_quantised());
   return set;
 }
 

@@ -1,13 +1,17 @@
 // A decoding step is bound by reading the weights once, so it is cut into few phases, each of which splits the
 // rows of its weights among the threads: q, k, v; attention; o; gate and up; down. Threads live for one step and
-// meet at a barrier after each phase.
+// meet at a barrier after each phase. Each thread normalises and quantises all rows for itself, which is cheaper than
+// one more barrier.
 #include "decode/step.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <system_error>
 #include <thread>
+
+#include "decode/inputs.h"
 
 namespace llava_fast::decode {
 namespace {
@@ -44,11 +48,33 @@ struct Shared {
   std::vector<float> q, k, v, attended, gate, up;
 };
 
+std::vector<Kind> kinds(const Decoder& decoder) {
+  std::vector<Kind> kinds;
+  for (const Layer& l : decoder.layers)
+    for (const Linear* linear : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) kinds.push_back(linear->kind);
+  return kinds;
+}
+
+BFloat16 round_to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if (value != value) return {static_cast<uint16_t>(bits >> 16 | 0x40)};  // stays NaN
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
 class Worker {
  public:
   Worker(const Decoder& decoder, const std::vector<Sequence>& sequences, const float* cos, const float* sin, float* x,
          const KernelSet& kernels, Shared& shared)
-      : decoder_(decoder), sequences_(sequences), cos_(cos), sin_(sin), x_(x), kernels_(kernels), shared_(shared) {
+      : decoder_(decoder),
+        sequences_(sequences),
+        cos_(cos),
+        sin_(sin),
+        x_(x),
+        kernels_(kernels),
+        shared_(shared),
+        inputs_(count(), std::max({decoder.width, decoder.intermediate, decoder.heads * decoder.head_dim}),
+                kinds(decoder)) {
     int64_t rows = 0;
     size_t runs = 0;
     for (const Sequence& sequence : sequences) {
@@ -59,6 +85,7 @@ class Worker {
     normed_.resize(count() * decoder.width);
     scores_.resize(decoder.heads / decoder.kv_heads * padded_rows(rows));
     query_.resize(decoder.heads / decoder.kv_heads * decoder.head_dim);
+    key_.resize(decoder.head_dim);
   }
 
   void run(int part, int parts, Barrier& barrier) {
@@ -67,25 +94,27 @@ class Worker {
     for (size_t number = 0; number < d.layers.size(); ++number) {
       const Layer& layer = d.layers[number];
       norm(layer.input_norm);
-      apply(layer.q, q_width, normed_.data(), shared_.q.data(), false, part, parts);
-      apply(layer.k, kv_width, normed_.data(), shared_.k.data(), false, part, parts);
-      apply(layer.v, kv_width, normed_.data(), shared_.v.data(), false, part, parts);
+      apply(layer.q, q_width, shared_.q.data(), false, part, parts);
+      apply(layer.k, kv_width, shared_.k.data(), false, part, parts);
+      apply(layer.v, kv_width, shared_.v.data(), false, part, parts);
       barrier.wait();
       for (int64_t task = part; task < count() * d.kv_heads; task += parts)
         attend(static_cast<int64_t>(number), task / d.kv_heads, task % d.kv_heads);
       barrier.wait();
-      apply(layer.o, width, shared_.attended.data(), x_, true, part, parts);
+      inputs_.set(shared_.attended.data(), q_width);
+      apply(layer.o, width, x_, true, part, parts);
       barrier.wait();
       norm(layer.post_norm);
-      apply(layer.gate, d.intermediate, normed_.data(), shared_.gate.data(), false, part, parts);
-      apply(layer.up, d.intermediate, normed_.data(), shared_.up.data(), false, part, parts);
+      apply(layer.gate, d.intermediate, shared_.gate.data(), false, part, parts);
+      apply(layer.up, d.intermediate, shared_.up.data(), false, part, parts);
       const Range mine = share(d.intermediate, part, parts);
       for (int64_t row = 0; row < count(); ++row) {
         const int64_t at = row * d.intermediate + mine.begin;
         kernels_.swiglu(&shared_.gate[at], &shared_.up[at], mine.end - mine.begin);
       }
       barrier.wait();
-      apply(layer.down, width, shared_.gate.data(), x_, true, part, parts);
+      inputs_.set(shared_.gate.data(), d.intermediate);
+      apply(layer.down, width, x_, true, part, parts);
       barrier.wait();
     }
     for (int64_t row = part; row < count(); row += parts)
@@ -95,16 +124,17 @@ class Worker {
  private:
   int64_t count() const { return static_cast<int64_t>(sequences_.size()); }
 
-  // Each thread normalises all rows for itself: cheaper than one more barrier.
   void norm(const float* weight) {
     for (int64_t row = 0; row < count(); ++row)
       kernels_.rms_norm(x_ + row * decoder_.width, weight, decoder_.width, decoder_.eps,
                         &normed_[row * decoder_.width]);
+    inputs_.set(normed_.data(), decoder_.width);
   }
 
-  void apply(const Linear& linear, int64_t out, const float* x, float* y, bool add, int part, int parts) {
+  // The linear layer of the inputs that were set last.
+  void apply(const Linear& linear, int64_t out, float* y, bool add, int part, int parts) {
     const Range mine = share(out, part, parts);
-    kernels_.linear(linear, mine.begin, mine.end, x, linear.in, count(), y, out, add);
+    kernels_.linear(linear.kind)(linear, mine.begin, mine.end, inputs_.of(linear.kind), y, out, add);
   }
 
   // Rotary embedding (Su et al. 2021), halves paired.
@@ -122,18 +152,20 @@ class Worker {
     const Decoder& d = decoder_;
     const int64_t size = d.head_dim, group = d.heads / d.kv_heads, at = sequences_[row].before;
     const int64_t window = d.layers[layer].window, first = window > 0 ? std::max<int64_t>(0, at + 1 - window) : 0;
+    const int64_t bytes = d.bfloat16_cache ? sizeof(BFloat16) : sizeof(float);
     int64_t start = 0, count = 0;
     for (const Run& run : sequences_[row].runs) {
       const int64_t from = std::max(first, start) - start, to = std::min(at + 1 - start, run.rows);
       if (from < to) {
-        float* const keys = run.first + (layer * 2 * d.kv_heads + kv_head) * run.plane;
-        float* const values = keys + d.kv_heads * run.plane;
+        char* const keys = run.first + (layer * 2 * d.kv_heads + kv_head) * run.plane * bytes;
+        char* const values = keys + d.kv_heads * run.plane * bytes;
         if (start + to == at + 1) {
           const int64_t shared = (row * d.kv_heads + kv_head) * size;
-          rotate(&shared_.k[shared], row, 1.0f, keys + (to - 1) * size);
-          std::copy_n(&shared_.v[shared], size, values + (to - 1) * size);
+          rotate(&shared_.k[shared], row, 1.0f, key_.data());
+          store(key_.data(), keys + (to - 1) * size * bytes);
+          store(&shared_.v[shared], values + (to - 1) * size * bytes);
         }
-        pieces_[count++] = {keys + from * size, values + from * size, to - from};
+        pieces_[count++] = {keys + from * size * bytes, values + from * size * bytes, to - from};
       }
       start += run.rows;
       if (start > at) break;
@@ -141,8 +173,17 @@ class Worker {
     const int64_t queries = (row * d.heads + kv_head * group) * size;
     const float scale = 1.0f / std::sqrt(static_cast<float>(size));
     for (int64_t g = 0; g < group; ++g) rotate(&shared_.q[queries + g * size], row, scale, &query_[g * size]);
-    kernels_.attend(query_.data(), group, pieces_.data(), count, at + 1 - first, size, scores_.data(),
-                    &shared_.attended[queries]);
+    const AttendKernel attend = d.bfloat16_cache ? kernels_.attend_bfloat16 : kernels_.attend_float32;
+    attend(query_.data(), group, pieces_.data(), count, at + 1 - first, size, scores_.data(),
+           &shared_.attended[queries]);
+  }
+
+  // One head's key or value into the cache.
+  void store(const float* row, void* cached) const {
+    if (decoder_.bfloat16_cache)
+      std::transform(row, row + decoder_.head_dim, static_cast<BFloat16*>(cached), round_to_bfloat16);
+    else
+      std::copy_n(row, decoder_.head_dim, static_cast<float*>(cached));
   }
 
   const Decoder& decoder_;
@@ -151,15 +192,22 @@ class Worker {
   float* x_;
   const KernelSet& kernels_;
   Shared& shared_;
+  Inputs inputs_;
   std::vector<Piece> pieces_;
-  std::vector<float> normed_, scores_, query_;
+  std::vector<float> normed_, scores_, query_, key_;
 };
 
 }  // namespace
 
 int64_t weight_bytes(const Decoder& d) {
-  const int64_t attention = d.width * d.head_dim * 2 * (d.heads + d.kv_heads), mlp = 3 * d.width * d.intermediate;
-  return static_cast<int64_t>(d.layers.size()) * (attention + mlp) * static_cast<int64_t>(sizeof(float));
+  const int64_t q_width = d.heads * d.head_dim, kv_width = d.kv_heads * d.head_dim;
+  int64_t bits = 0;
+  for (const Layer& layer : d.layers) {
+    bits += d.width * (q_width * bits_of(layer.q.kind) + kv_width * (bits_of(layer.k.kind) + bits_of(layer.v.kind)));
+    bits += d.width * q_width * bits_of(layer.o.kind);
+    bits += d.width * d.intermediate * (bits_of(layer.gate.kind) + bits_of(layer.up.kind) + bits_of(layer.down.kind));
+  }
+  return bits / 8;
 }
 
 void step(const Decoder& decoder, const std::vector<Sequence>& sequences, const float* cos, const float* sin, float* x,

@@ -1,4 +1,5 @@
-// One pass of a Llama-family decoder for one new row of each of several sequences, float32, on the CPU.
+// One pass of a Llama-family decoder for one new row of each of several sequences, on the CPU. Weights as kernels.h
+// says, all sums in float32; the cache float32 or bfloat16.
 #pragma once
 
 #include <cstdint>
@@ -17,9 +18,9 @@ struct Layer {
 };
 
 // Consecutive cache blocks of one sequence. Its rows of (layer, keys 0 or values 1, key head) are
-// [rows, head_dim] from first + ((layer * 2 + which) * kv_heads + head) * plane.
+// [rows, head_dim], ((layer * 2 + which) * kv_heads + head) * plane elements from first on.
 struct Run {
-  float* first;
+  char* first;
   int64_t plane, rows;
 };
 
@@ -34,6 +35,7 @@ struct Decoder {
   const float* norm;
   int64_t width, intermediate, heads, kv_heads, head_dim;
   float eps;
+  bool bfloat16_cache;
 };
 
 // Bytes of weights that a step reads: what its time is made of.

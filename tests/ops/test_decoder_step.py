@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from llava_fast import _C
@@ -20,6 +20,9 @@ from llava_fast.ops import use_backend
 from llava_fast.ops.backend import BackendError
 from llava_fast.ops.decoder_step import DecoderWeights, decoder_step, native, reference
 from llava_fast.ops.decoder_step.paging import run_views
+from llava_fast.ops.decoder_step.weights import LINEARS
+from llava_fast.ops.quantised_linear import native as quantised_native
+from llava_fast.ops.quantised_linear import quantise
 from tests.support import tiny
 
 SHAPES = {
@@ -163,6 +166,73 @@ def test_where_the_blocks_lie_changes_no_bit(shape, level, monkeypatch):
     assert torch.equal(decoder_step(x, weights, cos, sin, [together], [[0, 8], [8, 8], [16, 8]], before), apart)
 
 
+@pytest.mark.parametrize("level", _C.simd_levels())
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_weights_and_cache_are_summed_in_float32(shape, level, monkeypatch):
+    monkeypatch.setenv("LLAVA_FAST_SIMD", level)
+    before = [0, 17, 4]
+    x, weights, cos, sin, segments, tables, _ = operands(shape, before, torch.bfloat16)
+    mine, theirs, doubles = copy.deepcopy(segments), copy.deepcopy(segments), [s.double() for s in segments]
+    got = decoder_step(x, weights, cos, sin, mine, tables, before)
+    rounded = reference.decoder_step(x, weights, cos, sin, theirs, tables, before)
+    exact = reference.decoder_step(x.double(), in_float64(weights), cos.double(), sin.double(), doubles, tables, before)
+    assert got.dtype == torch.bfloat16
+    # The result, keys and values are rounded, and nothing between.
+    assert (got - exact).abs().max() <= 2**-7 * exact.abs().max()
+    assert (got - exact).abs().mean() <= 0.7 * (rounded - exact).abs().mean()
+    for one, other in zip(mine, doubles, strict=True):
+        limit = 2**-7 * other.nan_to_num().abs().max().item()
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=limit, equal_nan=True)
+
+
+def in_float64(weights: DecoderWeights) -> DecoderWeights:
+    layers = [layer._make(None if t is None else t.double() for t in layer) for layer in weights.layers]
+    return DecoderWeights(layers, weights.norm.double(), weights.head_dim, weights.eps, weights.windows)
+
+
+QUANTISED = {
+    "own key heads": ("int8", None, True),
+    "grouped heads": ("int4", 32, True),
+    "biases": ("int4", 32, False),
+    "windows": ("int8", 32, True),
+    "odd widths": ("int8", None, True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("level", _C.simd_levels())
+@pytest.mark.parametrize("shape", QUANTISED)
+def test_quantised_layers_in_the_step_are_the_op(shape, level, dtype, monkeypatch):
+    """Against the reference of the step with `quantised_linear`'s native form, whose own bound is tested by itself.
+    What differs is rounding, which may turn a code of the inputs into its neighbour."""
+    monkeypatch.setenv("LLAVA_FAST_SIMD", level)
+    before = [0, 17, 4]
+    x, weights, cos, sin, segments, tables, _ = operands(shape, before, dtype)
+    quantised = [
+        layer._replace(**{name: quantise(getattr(layer, name), *QUANTISED[shape]) for name in LINEARS})
+        for layer in weights.layers
+    ]
+    weights = DecoderWeights(quantised, weights.norm, weights.head_dim, weights.eps, weights.windows)
+    with use_backend("native"), torch.no_grad():
+        got = decoder_step(x, weights, cos, sin, copy.deepcopy(segments), tables, before)
+    monkeypatch.setattr(reference, "quantised_linear", quantised_native.quantised_linear)
+    wide = [layer._make(t.float() if isinstance(t, Tensor) else t for t in layer) for layer in quantised]
+    weights = DecoderWeights(wide, weights.norm.float(), weights.head_dim, weights.eps, weights.windows)
+    cache = [segment.float() for segment in segments]
+    expected = reference.decoder_step(x.float(), weights, cos.float(), sin.float(), cache, tables, before)
+    # Keys and values in bfloat16 move later layers' inputs by more than their codes are fine.
+    limit = 5e-3 if dtype == torch.float32 else 5e-2
+    assert (got - expected).abs().max() <= limit * expected.abs().max()
+
+
+def test_a_quantised_layer_of_another_shape_is_refused():
+    _, weights, *_ = operands("grouped heads", [3])
+    layers = list(weights.layers)
+    layers[1] = layers[1]._replace(o=quantise(torch.randn(32, 64), "int8"))
+    with pytest.raises(ValueError, match=r"layer 1's o must be \[64, 64\], got \[32, 64\]"):
+        DecoderWeights(layers, weights.norm, 16, 1e-6)
+
+
 def test_reference_runs_in_float64():
     got = reference.decoder_step(*operands("windows", [0, 17, 4]))
     exact = reference.decoder_step(*operands("windows", [0, 17, 4], torch.float64))
@@ -264,7 +334,7 @@ def test_gradients_autocast_other_dtypes_and_many_rows_take_the_modules(native_c
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         step(decoder)
     with torch.no_grad():
-        step(make({}, torch.bfloat16))
+        step(make({}, torch.float16))
         step(make({}, torch.float64))
         step(decoder, native_step.MAX_ROWS + 1)
         assert not native_calls
@@ -333,7 +403,7 @@ def test_operands_that_do_not_fit_are_refused():
 def test_the_native_backend_says_what_it_cannot_take(monkeypatch):
     x, weights, *rest = operands("grouped heads", [3], torch.float64)
     assert decoder_step(x, weights, *rest).dtype == torch.float64
-    with use_backend("native"), pytest.raises(BackendError, match="it takes float32 on the CPU"):
+    with use_backend("native"), pytest.raises(BackendError, match="it takes float32 and bfloat16 on the CPU"):
         decoder_step(x, weights, *rest)
     with use_backend("triton"), pytest.raises(BackendError, match="does not serve the op 'decoder_step'"):
         decoder_step(x, weights, *rest)

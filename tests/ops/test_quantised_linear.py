@@ -93,8 +93,8 @@ def test_the_operator(kind):
     _, quantised = made(kind, out=8)
     x, bias = torch.randn(3, 256, requires_grad=True), torch.randn(8, requires_grad=True)
     parts = (quantised.codes, quantised.scale, quantised.zero)
-    torch.library.opcheck(torch.ops.llava_fast.quantised_linear.default, (x, *parts, bias))
-    torch.library.opcheck(torch.ops.llava_fast.quantised_linear.default, (x[:0], *parts, None))
+    torch.library.opcheck(torch.ops.llava_fast.quantised_linear.default, (x, *parts, bias, True))
+    torch.library.opcheck(torch.ops.llava_fast.quantised_linear.default, (x[:0], *parts, None, False))
 
 
 def test_autocast_and_compile():

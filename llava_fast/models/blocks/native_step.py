@@ -1,7 +1,7 @@
 """Whether a decoder pass may run as one compiled `decoder_step`, which reads weights and calls no module.
 
-It may while every module is what `Decoder` built: one that is wrapped (LoRA), hooked, quantised or parametrised
-must keep its own forward, and then the ordinary modules run. Checked before each pass.
+It may while every module is what `Decoder` built, or a QuantisedLinear in its place: one that is wrapped (LoRA), hooked
+or parametrised must keep its own forward, and then the ordinary modules run. Checked before each pass.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_fast.models.blocks.attention import Spans
+from llava_fast.models.quantised import QuantisedLinear
 from llava_fast.ops import backend
 from llava_fast.ops.decoder_step import DecoderWeights, LayerWeights
 
@@ -31,7 +32,7 @@ def step_weights(decoder: nn.Module, plain: frozenset[type], x_RC: Tensor, spans
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
         or type(x_RC) is not Tensor
-        or x_RC.dtype != torch.float32
+        or x_RC.dtype not in (torch.float32, torch.bfloat16)
         or not x_RC.is_cpu
         or not 0 < len(x_RC) == len(spans.lengths) <= MAX_ROWS
         or max(spans.lengths) > 1
@@ -42,7 +43,8 @@ def step_weights(decoder: nn.Module, plain: frozenset[type], x_RC: Tensor, spans
     snapshot = _snapshots.get(decoder)
     if snapshot is None or not snapshot.holds():
         snapshot = _snapshots[decoder] = Snapshot(decoder, plain)
-    return snapshot.weights
+    weights = snapshot.weights
+    return weights if weights is not None and weights.norm.dtype == x_RC.dtype else None
 
 
 class Snapshot:
@@ -61,43 +63,59 @@ class Snapshot:
         self._attributes = [vars(module) for module in self._modules]
         self._children = [module._modules for module in (decoder, *self._modules) if module._modules]
         self._children_then = [dict(children) for children in self._children]
-        found = [(module._parameters, name) for module in self._modules for name in module._parameters]
+        found = [
+            (owner, name)
+            for module in self._modules
+            for owner in (module._parameters, module._buffers)
+            for name in owner
+        ]
         self._owners, self._names = [owner for owner, _ in found], [name for _, name in found]
-        self._parameters_then = [owner[name] for owner, name in found]
-        tensors = [tensor for tensor in self._parameters_then if tensor is not None]
+        self._tensors_then = [owner[name] for owner, name in found]
         self._plain = all(kind in plain for kind in self._kinds[1:])  # the first is the list of layers
-        if self._plain and self._undisturbed() and all(map(_is_ordinary, tensors)):
+        if self._plain and self._undisturbed() and _are_ordinary(self._modules, decoder.norm.weight.dtype):
             self.weights = weights_of(decoder)
 
     def holds(self) -> bool:
-        """True if no module, hook or parameter object changed since. Data pointers are not compared."""
+        """True if no module, hook, parameter or buffer object changed since. Data pointers are not compared."""
         return (
             (self.weights is not None or not self._plain)
             and self._undisturbed()
             and list(map(type, self._modules)) == self._kinds
             and self._children == self._children_then
-            and all(map(is_, map(dict.get, self._owners, self._names), self._parameters_then))
+            and all(map(is_, map(dict.get, self._owners, self._names), self._tensors_then))
         )
 
     def _undisturbed(self) -> bool:
         return not any(self._hooks) and not any(map(contains, self._attributes, repeat("forward")))
 
 
-def _is_ordinary(tensor: Tensor) -> bool:
-    return type(tensor) is nn.Parameter and tensor.dtype == torch.float32 and tensor.is_cpu and tensor.is_contiguous()
+def _are_ordinary(modules: list[nn.Module], dtype: torch.dtype) -> bool:
+    """Whether what the modules hold is as csrc/decode takes it: contiguous, on the CPU, what is not quantised in one
+    dtype, the columns of what is in their order."""
+    parameters = [tensor for module in modules for tensor in module._parameters.values() if tensor is not None]
+    buffers = [tensor for module in modules for tensor in module._buffers.values() if tensor is not None]
+    return (
+        all(type(tensor) is nn.Parameter and tensor.dtype == dtype for tensor in parameters)
+        and all(tensor.is_cpu and tensor.is_contiguous() for tensor in parameters + buffers)
+        and all(module.order is None for module in modules if isinstance(module, QuantisedLinear))
+    )
 
 
 def weights_of(decoder: Any) -> DecoderWeights:
-    """The tensors of a Decoder of plain modules."""
+    """The weights of a decoder of plain modules."""
+
+    def parts(linear: Any) -> list:
+        return [linear.quantised if isinstance(linear, QuantisedLinear) else linear.weight, linear.bias]
+
     layers = []
     for layer in decoder.layers:
         attention, mlp = layer.self_attn, layer.mlp
         tensors = [layer.input_layernorm.weight]
         for linear in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
-            tensors += [linear.weight, linear.bias]
+            tensors += parts(linear)
         tensors.append(layer.post_attention_layernorm.weight)
         for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-            tensors += [linear.weight, linear.bias]
+            tensors += parts(linear)
         layers.append(LayerWeights(*tensors))
     config = decoder.config
     return DecoderWeights(layers, decoder.norm.weight, config.head_dim, config.rms_norm_eps, config.sliding_windows)

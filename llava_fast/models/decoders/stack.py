@@ -16,12 +16,12 @@ from llava_fast.models.blocks.rope import Rope
 from llava_fast.models.decoders.base import DecoderConfig, RowContext
 from llava_fast.models.decoders.llama import DecoderAttention, DecoderLayer, DecoderMLP
 from llava_fast.models.paged_cache import BLOCK_ROWS, PagedCache
-from llava_fast.models.quantised import Quantised, QuantisedEmbedding, like
+from llava_fast.models.quantised import Quantised, QuantisedEmbedding, QuantisedLinear, like
 from llava_fast.models.recompute import Recompute, run_layer
 from llava_fast.ops.decoder_step import decoder_step
 from llava_fast.ops.linear_cross_entropy import linear_cross_entropy
 
-_PLAIN = frozenset({fused.RMSNorm, DecoderAttention, DecoderMLP, DecoderLayer, nn.Linear})
+_PLAIN = frozenset({fused.RMSNorm, DecoderAttention, DecoderMLP, DecoderLayer, nn.Linear, QuantisedLinear})
 """What one decoder_step stands for."""
 
 

@@ -19,7 +19,7 @@ from llava_fast.ops.decoder_step.weights import DecoderWeights, LayerWeights
 __all__ = ["DecoderWeights", "LayerWeights", "decoder_step"]
 
 backend.register("decoder_step", "reference", "any device")
-backend.register("decoder_step", "native", "CPU, float32", default_on=("cpu",))
+backend.register("decoder_step", "native", "CPU; float32 or bfloat16, with int8 and int4 weights", default_on=("cpu",))
 
 
 def decoder_step(

@@ -1,4 +1,8 @@
-"""The decoding step of csrc/decode: float32 on the CPU, on up to torch.get_num_threads() threads."""
+"""The decoding step of csrc/decode, on up to torch.get_num_threads() threads.
+
+Sums are in float32 whatever the weights are. The inputs of quantised layers are rounded to 8 bits, a scale to each 32
+elements.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +24,9 @@ def decoder_step(
     tables: Sequence[Sequence[int]],
     before: Sequence[int],
 ) -> Tensor:
-    out = x.detach().clone(memory_format=torch.contiguous_format)
-    cos, sin = cos.contiguous(), sin.contiguous()
+    out = torch.empty(x.shape, dtype=torch.float32).copy_(x)
+    cos, sin = cos.float().contiguous(), sin.float().contiguous()
+    bfloat16 = weights.norm.dtype == torch.bfloat16, segments[0].dtype == torch.bfloat16
     sizes = (weights.width, weights.intermediate, weights.heads, weights.kv_heads, weights.head_dim)
     _C.decoder_step(
         out.data_ptr(),
@@ -29,13 +34,14 @@ def decoder_step(
         sin.data_ptr(),
         before,
         tables,
-        weights.pointers(),
+        weights.table.data_ptr(),
         weights.norm.data_ptr(),
         weights.windows,
         [segment.data_ptr() for segment in segments],
         [segment.shape[3] for segment in segments],
         (*sizes, segments[0].shape[4]),
+        bfloat16,
         weights.eps,
         torch.get_num_threads(),
     )
-    return out
+    return out.to(x.dtype)

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from llava_fast.ops.decoder_step.paging import run_views
 from llava_fast.ops.decoder_step.weights import DecoderWeights, LayerWeights
+from llava_fast.ops.quantised_linear.reference import quantised_linear
+from llava_fast.ops.quantised_linear.weight import QuantisedWeight
 
 
 def decoder_step(
@@ -27,18 +29,18 @@ def decoder_step(
         window = weights.windows[number]
         of_layer = [[run[number] for run in mine] for mine in runs]
         attended = _attention(normed, layer, weights, cos, sin, of_layer, before, window)
-        x = x + F.linear(attended, layer.o, layer.o_bias)
+        x = x + _linear(attended, layer.o, layer.o_bias)
         normed = _rms_norm(x, layer.post_norm, weights.eps)
-        gate = F.silu(F.linear(normed, layer.gate, layer.gate_bias))
-        x = x + F.linear(gate * F.linear(normed, layer.up, layer.up_bias), layer.down, layer.down_bias)
+        gate = F.silu(_linear(normed, layer.gate, layer.gate_bias))
+        x = x + _linear(gate * _linear(normed, layer.up, layer.up_bias), layer.down, layer.down_bias)
     return _rms_norm(x, weights.norm, weights.eps)
 
 
 def _attention(x, layer: LayerWeights, weights: DecoderWeights, cos, sin, runs, before, window):
     split = (-1, weights.head_dim)
-    query = _rotate(F.linear(x, layer.q, layer.q_bias).unflatten(-1, split), cos, sin)
-    key = _rotate(F.linear(x, layer.k, layer.k_bias).unflatten(-1, split), cos, sin)
-    value = F.linear(x, layer.v, layer.v_bias).unflatten(-1, split)
+    query = _rotate(_linear(x, layer.q, layer.q_bias).unflatten(-1, split), cos, sin)
+    key = _rotate(_linear(x, layer.k, layer.k_bias).unflatten(-1, split), cos, sin)
+    value = _linear(x, layer.v, layer.v_bias).unflatten(-1, split)
     group = weights.heads // weights.kv_heads
     rows = []
     for number, (mine, at) in enumerate(zip(runs, before, strict=True)):
@@ -50,6 +52,12 @@ def _attention(x, layer: LayerWeights, weights: DecoderWeights, cos, sin, runs, 
         wide = torch.promote_types(x.dtype, torch.float32)
         rows.append((scores.softmax(-1, dtype=wide).to(x.dtype)[:, None] @ my_values).flatten())
     return torch.stack(rows)
+
+
+def _linear(x: Tensor, weight: Tensor | QuantisedWeight, bias: Tensor | None) -> Tensor:
+    if isinstance(weight, QuantisedWeight):
+        return quantised_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def _store(runs: list[Tensor], at: int, row: Tensor) -> None:

@@ -11,26 +11,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llava_fast.ops.quantised_linear.fields import fields_of
+from llava_fast.ops.quantised_linear.weight import QuantisedWeight
+
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+
 
 class LayerWeights(NamedTuple):
     """One decoder layer. Norms [C]; q [H*D, C]; k, v [K*D, C]; o [C, H*D]; gate, up [I, C]; down [C, I]; each bias
     [rows of its weight] or None."""
 
     input_norm: Tensor
-    q: Tensor
+    q: Tensor | QuantisedWeight
     q_bias: Tensor | None
-    k: Tensor
+    k: Tensor | QuantisedWeight
     k_bias: Tensor | None
-    v: Tensor
+    v: Tensor | QuantisedWeight
     v_bias: Tensor | None
-    o: Tensor
+    o: Tensor | QuantisedWeight
     o_bias: Tensor | None
     post_norm: Tensor
-    gate: Tensor
+    gate: Tensor | QuantisedWeight
     gate_bias: Tensor | None
-    up: Tensor
+    up: Tensor | QuantisedWeight
     up_bias: Tensor | None
-    down: Tensor
+    down: Tensor | QuantisedWeight
     down_bias: Tensor | None
 
 
@@ -38,7 +43,7 @@ class DecoderWeights:
     """A decoder's layers and final norm [C]. `windows[layer]` is how many rows a row attends to, itself included
     (None: all). The tensors are referred to, not copied.
 
-    Raises ValueError where shapes do not fit together or dtypes or devices differ.
+    Raises ValueError where shapes do not fit together, or where dtypes (of what is not quantised) or devices differ.
     """
 
     def __init__(
@@ -60,8 +65,8 @@ class DecoderWeights:
             raise ValueError(f"{len(self.windows)} windows for {len(layers)} layers")
         first = self.layers[0]
         self.width = norm.numel()
-        self.intermediate = len(first.gate)
-        self.heads, self.kv_heads = len(first.q) // head_dim, len(first.k) // head_dim
+        self.intermediate = first.gate.shape[0]
+        self.heads, self.kv_heads = first.q.shape[0] // head_dim, first.k.shape[0] // head_dim
         if head_dim < 2 or head_dim % 2 or not self.kv_heads or self.heads % self.kv_heads:
             raise ValueError(
                 f"q {tuple(first.q.shape)} and k {tuple(first.k.shape)} are not whole groups of heads of an even "
@@ -70,26 +75,31 @@ class DecoderWeights:
         self._named: list[tuple[str, Tensor, tuple[int, ...]]] = [("norm", norm, (self.width,))]
         for number, layer in enumerate(self.layers):
             self._named += self._expected(number, layer)
-        self._tensors = [tensor for _, tensor, _ in self._named]
+        self._tensors = [part for _, weight, _ in self._named for part in _parts(weight)]
         self.check()
 
     def check(self) -> None:
         """Raise ValueError unless every tensor has its shape and all have one dtype and device."""
-        for name, tensor, shape in self._named:
-            if tuple(tensor.shape) != shape:
-                raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
-            if tensor.dtype != self.norm.dtype or tensor.device != self.norm.device:
+        for name, weight, shape in self._named:
+            if tuple(weight.shape) != shape:
+                raise ValueError(f"{name} must be {list(shape)}, got {list(weight.shape)}")
+            if isinstance(weight, QuantisedWeight):
+                dtype, device = self.norm.dtype, weight.scale.device
+            else:
+                dtype, device = weight.dtype, weight.device
+            if dtype != self.norm.dtype or device != self.norm.device:
                 raise ValueError(
-                    f"{name} is {tensor.dtype} on {tensor.device}, the final norm {self.norm.dtype} on "
-                    f"{self.norm.device}: all must be the same"
+                    f"{name} is {dtype} on {device}, the final norm {self.norm.dtype} on {self.norm.device}: all must "
+                    "be the same"
                 )
         self._state = self._current_state()
-        kept = {id(tensor): pointer for tensor, pointer in zip(self._tensors, self._state[0], strict=True)}
-        self._pointers = [0 if t is None else kept[id(t)] for layer in self.layers for t in layer]
-        strided = [name for name, tensor, _ in self._named if not tensor.is_contiguous()]
+        self.table = torch.tensor([_fields(layer) for layer in self.layers], dtype=torch.int64)
+        strided = [name for name, weight, _ in self._named if not all(map(Tensor.is_contiguous, _parts(weight)))]
         self.unfit: str | None = None  # why the native backend cannot take these weights
-        if self.norm.dtype != torch.float32 or self.norm.device.type != "cpu":
-            self.unfit = f"the weights are {self.norm.dtype} on {self.norm.device}, it takes float32 on the CPU"
+        if self.norm.dtype not in (torch.float32, torch.bfloat16) or self.norm.device.type != "cpu":
+            self.unfit = (
+                f"the weights are {self.norm.dtype} on {self.norm.device}, it takes float32 and bfloat16 on the CPU"
+            )
         elif strided:
             self.unfit = f"{strided[0]} is not contiguous"
 
@@ -97,10 +107,6 @@ class DecoderWeights:
         """Check again if a tensor was given other memory (`model.to`, `parameter.data = ...`) since the last time."""
         if self._current_state() != self._state:
             self.check()
-
-    def pointers(self) -> list[int]:
-        """Addresses of the layers' tensors, 16 a layer in LayerWeights' order, 0 for None, as of the last check."""
-        return self._pointers
 
     def _current_state(self) -> tuple[list, list, list]:
         tensors = self._tensors
@@ -110,7 +116,7 @@ class DecoderWeights:
             [tensor.dtype for tensor in tensors],
         )
 
-    def _expected(self, number: int, layer: LayerWeights) -> list[tuple[str, Tensor, tuple[int, ...]]]:
+    def _expected(self, number: int, layer: LayerWeights) -> list[tuple[str, Tensor | QuantisedWeight, tuple]]:
         width, middle = self.width, self.intermediate
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         matrices = {
@@ -129,3 +135,18 @@ class DecoderWeights:
             for name, tensor in layer._asdict().items()
             if tensor is not None
         ]
+
+
+def _parts(weight: Tensor | QuantisedWeight) -> list[Tensor]:
+    if isinstance(weight, QuantisedWeight):
+        return [part for part in (weight.codes, weight.scale, weight.zero) if part is not None]
+    return [weight]
+
+
+def _fields(layer: LayerWeights) -> list[int]:
+    """What _C.decoder_step reads of a layer: the norms' addresses, then each linear layer's fields."""
+    fields = [layer.input_norm.data_ptr(), layer.post_norm.data_ptr()]
+    for name in LINEARS:
+        weight, bias = getattr(layer, name), getattr(layer, f"{name}_bias")
+        fields += fields_of(weight, bias)
+    return fields
