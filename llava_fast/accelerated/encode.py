@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from llava_fast.accelerated.stock import StockModel
 from llava_fast.accelerated.transfer import to_device
 from llava_fast.accelerated.uint8_pixels import Normalisation
 from llava_fast.errors import CheckpointError, ImageError
@@ -63,7 +64,7 @@ def only_gathered(module: nn.Module) -> bool:
     return "forward" not in vars(module) and all(owner.startswith("torch.distributed.fsdp.") for owner in owners)
 
 
-def unfit(model: nn.Module, given: dict) -> str | None:
+def unfit(model: StockModel, given: dict) -> str | None:
     """Why this call of an inner LLaVA model (its forward, get_image_features or get_video_features), with the names of
     normalised pixels, must take the stock path, or None."""
     asked = [name for name in ("output_hidden_states", "output_attentions") if _asked(model, given, name)]
@@ -105,7 +106,7 @@ def unfit(model: nn.Module, given: dict) -> str | None:
     return None if frames is None else _unfit_for_videos(model, frames, select(model, given).skipped)
 
 
-def _unfit_for_videos(model: nn.Module, frames: Tensor, skipped: int) -> str | None:
+def _unfit_for_videos(model: StockModel, frames: Tensor, skipped: int) -> str | None:
     if frames.dim() != 5 or not frames.numel():
         return f"pixel_values_videos of shape {tuple(frames.shape)}"
     if hasattr(model.vision_tower.embeddings, "class_embedding") and not skipped:
@@ -117,7 +118,7 @@ def _unfit_for_videos(model: nn.Module, frames: Tensor, skipped: int) -> str | N
     return None
 
 
-def _asked(model: nn.Module, given: dict, name: str) -> bool:
+def _asked(model: StockModel, given: dict, name: str) -> bool:
     """Whether an output is asked for by argument, or, without one, by the model's or its decoder's config."""
     value = given.get(name)
     if value is None:
@@ -126,12 +127,12 @@ def _asked(model: nn.Module, given: dict, name: str) -> bool:
     return value is not False
 
 
-def _option(model: nn.Module, given: dict, name: str):
+def _option(model: StockModel, given: dict, name: str):
     value = given.get(name)
     return getattr(model.config, name) if value is None else value
 
 
-def select(model: nn.Module, given: dict) -> Selection:
+def select(model: StockModel, given: dict) -> Selection:
     layer = _option(model, given, "vision_feature_layer")
     depth = len(model.vision_tower.encoder.layers)
     skipped = _option(model, given, "vision_feature_select_strategy") == "default"
@@ -145,7 +146,7 @@ def geometry(config, skipped: int, has_class_row: bool, aspect_ratio: str | None
     vision = config.vision_config
     if skipped and not has_class_row:
         raise ImageError("feature selection 'default' cuts a patch off a tower without a class row")
-    rows = {"class_rows": int(has_class_row and not skipped), "dropped_rows": skipped}
+    rows: dict[str, Any] = {"class_rows": int(has_class_row and not skipped), "dropped_rows": skipped}
     return VisualGeometry(vision.image_size, vision.patch_size, **rows, **tiling(config, aspect_ratio))
 
 
@@ -177,7 +178,7 @@ class Visuals(NamedTuple):
     videos: int
 
 
-def plan_visuals(model: nn.Module, given: Mapping[str, Any], integers: Integers, selection: Selection) -> Visuals:
+def plan_visuals(model: StockModel, given: Mapping[str, Any], integers: Integers, selection: Selection) -> Visuals:
     """Images and videos and the placement of their rows. Raises ImageError where pixels, sizes and tokens disagree."""
     has_class_row = hasattr(model.vision_tower.embeddings, "class_embedding")
     shape = geometry(model.config, selection.skipped, has_class_row, given.get("vision_aspect_ratio"))
@@ -222,7 +223,7 @@ class Features(NamedTuple):
 
 
 def tower_features(
-    tower: nn.Module, tiles: Mapping[str, Tensor], layers: int, uint8: Mapping[str, Normalisation], last: bool = False
+    tower: StockModel, tiles: Mapping[str, Tensor], layers: int, uint8: Mapping[str, Normalisation], last: bool = False
 ) -> Features:
     """Hidden states after so many layers; later layers run only where the `last` hidden state is asked for. `uint8`:
     the normalisation that tiles of these names still need."""
@@ -231,15 +232,16 @@ def tower_features(
     if untouched(tower):
         return _hidden_states(tower, tiles, layers, uint8, last)
     # FSDP2 gathers the weights where the tower is called, so this must be its call.
-    vars(tower)["forward"] = functools.partial(_hidden_states, tower)
+    own = tower.__dict__
+    own["forward"] = functools.partial(_hidden_states, tower)
     try:
         return tower(tiles, layers, uint8, last)
     finally:
-        del vars(tower)["forward"]
+        del own["forward"]
 
 
 def _hidden_states(
-    tower: nn.Module, tiles: Mapping[str, Tensor], layers: int, uint8: Mapping[str, Normalisation], last: bool
+    tower: StockModel, tiles: Mapping[str, Tensor], layers: int, uint8: Mapping[str, Normalisation], last: bool
 ) -> Features:
     each = [_embedded(tower.embeddings, pixels, uint8.get(name)) for name, pixels in tiles.items()]
     hidden, is_clip = joined(each), hasattr(tower, "pre_layrnorm")
@@ -255,7 +257,7 @@ def _hidden_states(
     return Features(hidden, end if is_clip else tower.post_layernorm(end))  # CLIP normalises the class row alone
 
 
-def _embedded(embeddings: nn.Module, pixels: Tensor, normalisation: Normalisation | None) -> Tensor:
+def _embedded(embeddings: StockModel, pixels: Tensor, normalisation: Normalisation | None) -> Tensor:
     """[tiles, rows, width]; the normalisation is folded into the patches' weights where they are ordinary ones."""
     if normalisation is None:
         return embeddings(pixels, interpolate_pos_encoding=False)
@@ -273,7 +275,7 @@ def _embedded(embeddings: nn.Module, pixels: Tensor, normalisation: Normalisatio
     return embeddings(normalisation.normalised(pixels), interpolate_pos_encoding=False)
 
 
-def view(model: nn.Module, visuals: Visuals, skipped: int) -> Parts:
+def view(model: StockModel, visuals: Visuals, skipped: int) -> Parts:
     """A transformers model as models.encode takes it."""
     projector = model.multi_modal_projector
     if all(untouched(part) for part in projector.modules()):
@@ -293,14 +295,14 @@ def _projected_as_stock(
     features = features.unflatten(0, (sum(tiles), -1))
     rows = features.shape[1]
     parts = dict(zip(visuals.tiles, features.split(tiles), strict=True))
-    frames = parts.pop("pixel_values_videos", None) if pooled else None
+    frames = parts.pop("pixel_values_videos") if pooled else ()
     done = [projector(part[:, skipped:]).flatten(0, 1) for part in parts.values()]
     picked = [torch.cat(done)[kept - (kept // rows + 1) * skipped]] if done else []
     return joined(picked + [projector(part.unflatten(0, (len(frames), -1))).flatten(0, 1) for part in pooled])
 
 
 def feature_list(
-    model: nn.Module, visuals: Visuals, selection: Selection, uint8: Mapping[str, Normalisation]
+    model: StockModel, visuals: Visuals, selection: Selection, uint8: Mapping[str, Normalisation]
 ) -> list[Tensor]:
     """What stock get_image_features gives as pooler_output: each image's (or video's) rows in order, [rows, width]."""
     features = tower_features(model.vision_tower, visuals.tiles, selection.layers, uint8).selected.flatten(0, 1)
@@ -320,7 +322,7 @@ class Embedded(NamedTuple):
 
 
 def decoder_inputs(
-    model: nn.Module,
+    model: StockModel,
     ids: Tensor,
     visuals: Visuals,
     selection: Selection,
@@ -335,7 +337,7 @@ def decoder_inputs(
     return Embedded(flat.view(*ids.shape, -1), made, selection, visuals, dtype)
 
 
-def projector_linears(model: nn.Module) -> PlainLinears | None:
+def projector_linears(model: StockModel) -> PlainLinears | None:
     """Those of a projector that is just as transformers builds it, else None."""
     projector = model.multi_modal_projector
     linears = [projector.linear_1, projector.linear_2] if hasattr(projector, "linear_2") else []

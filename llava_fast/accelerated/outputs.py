@@ -6,11 +6,12 @@ import dataclasses
 import sys
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava_fast.accelerated import encode, versions
 from llava_fast.accelerated.encode import Unfit
 from llava_fast.accelerated.self_check import NAMES
+from llava_fast.accelerated.stock import StockModel
 
 KINDS = {name + "ForConditionalGeneration": name + "CausalLMOutputWithPast" for name in NAMES.values()}
 """Whole model -> the class of its outputs."""
@@ -21,7 +22,7 @@ def field_names(kind: type) -> set[str]:
     return {field.name for field in dataclasses.fields(kind)}
 
 
-def output_class(model: nn.Module) -> type:
+def output_class(model: StockModel) -> type:
     """The class that the stock forward returns: it lies beside the model's own, which FSDP may have subclassed. Raises
     Unfit where there is none."""
     for kind in type(model).__mro__:
@@ -31,7 +32,7 @@ def output_class(model: nn.Module) -> type:
     raise Unfit(f"the class of what {type(model).__name__} returns is not known")
 
 
-def show_encoder(inner: nn.Module) -> bool:
+def show_encoder(inner: StockModel) -> bool:
     """Whether the outputs of an inner model hold those of its tower, as they do since transformers 5.24. Raises Unfit
     for outputs that are not known."""
     for kind in type(inner).__mro__:
@@ -45,10 +46,10 @@ def encoder_outputs(rows: list[Tensor] | Tensor) -> Any:
     """What get_image_features (a list) and get_video_features (a tensor) return, without the tower's hidden states."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    return BaseModelOutputWithPooling(pooler_output=rows)
+    return BaseModelOutputWithPooling(pooler_output=rows)  # type: ignore[arg-type]  # a list, against its annotation
 
 
-def with_rows(model: nn.Module, outputs: Any, made: encode.Embedded) -> Any:
+def with_rows(model: StockModel, outputs: Any, made: encode.Embedded) -> Any:
     """Outputs of an inner model's stock forward with what tower and projector made of images and videos.
 
     Since transformers 5.24 these are the outputs of the encoder: its last hidden state, that of the selected layer, and
@@ -59,7 +60,8 @@ def with_rows(model: nn.Module, outputs: Any, made: encode.Embedded) -> Any:
     tiles = visuals.tiles
     found = {"pixel_values": visuals.place, "pixel_values_videos": visuals.video_place}
     found = {name: rows[place.long()] for name, place in found.items() if name in tiles}
-    if made.features.last is None:
+    selected, last = made.features
+    if last is None:
         if "pixel_values" in found:
             outputs["image_hidden_states"] = found["pixel_values"]
         if "pixel_values_videos" in found:
@@ -67,31 +69,31 @@ def with_rows(model: nn.Module, outputs: Any, made: encode.Embedded) -> Any:
             outputs["video_hidden_states"] = videos.flatten() if _flattens_videos(model) else videos
         return outputs
     counts = [len(part) for part in tiles.values()]
-    for name, *states in zip(tiles, *(states.split(counts) for states in made.features), strict=True):
+    for name, state, end in zip(tiles, selected.split(counts), last.split(counts), strict=True):
         part = found[name].to(made.dtype)
         if name == "pixel_values":
             anyres = model.config.model_type in encode.ANYRES
             each = visuals.lengths or (len(part) if anyres else len(part) // len(tiles[name]))
-            outputs["image_outputs"] = _encoder(model, made.selection.layers, *states, list(part.split(each)))
+            outputs["image_outputs"] = _encoder(model, made.selection.layers, state, end, list(part.split(each)))
         else:
             outputs["video_outputs"] = _encoder(
-                model, made.selection.layers, *states, part.view(visuals.videos, -1, part.shape[-1])
+                model, made.selection.layers, state, end, part.view(visuals.videos, -1, part.shape[-1])
             )
     return outputs
 
 
-def _encoder(model: nn.Module, layer: int, selected: Tensor, last: Tensor, rows: list[Tensor] | Tensor) -> Any:
+def _encoder(model: StockModel, layer: int, selected: Tensor, last: Tensor, rows: list[Tensor] | Tensor) -> Any:
     """The outputs of a tower whose pooled output the rows have replaced."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     states: list = [None] * (len(model.vision_tower.encoder.layers) + 1)
     states[layer] = selected
     pooled = rows if getattr(model.vision_tower, "use_head", True) else None
-    made = BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=tuple(states))
+    made = BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=tuple(states))  # type: ignore[arg-type]  # as above
     made["pooler_output"] = rows
     return made
 
 
-def _flattens_videos(model: nn.Module) -> bool:
+def _flattens_videos(model: StockModel) -> bool:
     """Whether video_hidden_states has one dimension, as LLaVA-NeXT-Video's has since transformers 5.20."""
     return model.config.model_type == "llava_next_video" and versions.current() >= (5, 20)

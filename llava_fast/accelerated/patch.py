@@ -44,6 +44,7 @@ from llava_fast.accelerated.replacement import (
     tell_stock,
 )
 from llava_fast.accelerated.self_check import ENCODE, ENCODING, IMAGE_PATH, LOSS
+from llava_fast.accelerated.stock import StockModel
 from llava_fast.accelerated.transfer import read_integers, to_device
 from llava_fast.errors import ImageError, LlavaFastError, UnsupportedModelError
 from llava_fast.inputs.plan.from_ids import Integers, supervised_rows
@@ -92,14 +93,14 @@ def accelerate(model: nn.Module, processor=None, *, training_logits: bool = True
             stays[what] = name
     for what, name in stays.items():
         logger.warning("%s stays: its %s was replaced by someone else", what, name)
-    vars(whole)[SKIPS_LOGITS] = not training_logits
+    setattr(whole, SKIPS_LOGITS, not training_logits)
     if processor is not None:
         uint8_pixels.remember(whole.model, processor)
     logger.info("%s: replaced %s", type(whole).__name__, "; ".join(done) or "nothing")
     return model
 
 
-def _unlike_known(inner: nn.Module) -> Mapping[str, str]:
+def _unlike_known(inner: StockModel) -> Mapping[str, str]:
     """What of a model's class is not as known, and takes the stock path: why, by what it is (see `self_check`)."""
     return self_check.reasons(inner, accelerate)
 
@@ -138,7 +139,7 @@ def _replacements(whole: nn.Module) -> Iterator[tuple]:
     yield from decoder.replacements(whole)
 
 
-def find(model: nn.Module) -> nn.Module:
+def find(model: nn.Module) -> StockModel:
     """The whole transformers model that is, or is inside, `model`. Raises UnsupportedModelError."""
     import transformers
 
@@ -153,7 +154,7 @@ def find(model: nn.Module) -> nn.Module:
     )
 
 
-def whole_forward(model: nn.Module, *args, **kwargs):
+def whole_forward(model: StockModel, *args, **kwargs):
     """The stock forward; with labels, its loss over supervised rows alone."""
     if torch.compiler.is_compiling():
         return type(model).forward(model, *args, **_as_stock(model.model, kwargs))
@@ -181,7 +182,7 @@ def whole_forward(model: nn.Module, *args, **kwargs):
     return kind(loss=loss, logits=None if skips else model.lm_head(hidden), **parts)
 
 
-def _attempt(inner: nn.Module, make: Callable[[], Any]) -> tuple[Any, str | None]:
+def _attempt(inner: StockModel, make: Callable[[], Any]) -> tuple[Any, str | None]:
     """(what `make` gives, None), or (None, why the stock path must serve, which raises whatever it would raise).
 
     Errors that are this package's own to raise are raised: no stock model takes a plan or uint8 pixels, nor has a
@@ -200,7 +201,7 @@ def _attempt(inner: nn.Module, make: Callable[[], Any]) -> tuple[Any, str | None
         return None, f"it failed here ({type(error).__name__}: {error})"
 
 
-def _rows_of_loss(model: nn.Module, given: dict, plan: dict | None) -> tuple | None:
+def _rows_of_loss(model: StockModel, given: dict, plan: dict | None) -> tuple | None:
     """(rows with a label, their targets, the class of the answer, the inner model's arguments); None where stock gives
     NaN or raises. Raises Unfit."""
     labels, kind = given["labels"], output_class(model)
@@ -210,6 +211,7 @@ def _rows_of_loss(model: nn.Module, given: dict, plan: dict | None) -> tuple | N
     if plan is not None and len(plan["supervised_row"]):
         return *shipped_plan.supervision(plan, labels), kind, inner
     integers = _integers(model.model, given, labels)
+    assert integers.labels is not None
     on_host = supervised_rows(integers.labels)
     if not len(on_host[0]) or on_host[1].min() < 0 or on_host[1].max() >= len(model.lm_head.weight):
         return None
@@ -219,7 +221,7 @@ def _rows_of_loss(model: nn.Module, given: dict, plan: dict | None) -> tuple | N
     return rows, targets, kind, inner
 
 
-def _loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+def _loss(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
     """The sum of the rows' losses; under autocast in its dtype, as the head's own product would be."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
@@ -228,7 +230,7 @@ def _loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
         return linear_cross_entropy(hidden.to(dtype), head.weight.to(dtype), targets, bias).sum()
 
 
-def unfit_for_loss(model: nn.Module, given: dict) -> str | None:
+def unfit_for_loss(model: StockModel, given: dict) -> str | None:
     """Why the loss of this call of a whole model must take the stock path, or None."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -251,7 +253,7 @@ def unfit_for_loss(model: nn.Module, given: dict) -> str | None:
     return None
 
 
-def _integers(inner: nn.Module, given: dict, labels: Tensor | None = None) -> Integers:
+def _integers(inner: StockModel, given: dict, labels: Tensor | None = None) -> Integers:
     """What is read of a call: image_sizes and batch_num_images only with pixels, and where the model reads them."""
     family = inner.config.model_type
     tiled = any(given.get(name) is not None for name in ("pixel_values", "pixel_values_uint8"))
@@ -260,12 +262,12 @@ def _integers(inner: nn.Module, given: dict, labels: Tensor | None = None) -> In
     return read_integers(given.get("input_ids"), sizes, labels, counts)
 
 
-def _as_stock(inner: nn.Module, given: dict) -> dict:
+def _as_stock(inner: StockModel, given: dict) -> dict:
     """The arguments of a call as a stock model takes them: no plan, and pixels normalised."""
     return uint8_pixels.normalise(*uint8_pixels.take(inner, shipped_plan.without(given)))
 
 
-def inner_forward(model: nn.Module, *args, **kwargs):
+def inner_forward(model: StockModel, *args, **kwargs):
     """The stock forward of decoder inputs made here from ids and pixels."""
     integers: Integers | None = kwargs.pop(INTEGERS, None)
     if torch.compiler.is_compiling():
@@ -286,7 +288,7 @@ def inner_forward(model: nn.Module, *args, **kwargs):
 
 
 def _embedded(
-    model: nn.Module, given: dict, plan: dict | None, uint8: dict, integers: Integers | None
+    model: StockModel, given: dict, plan: dict | None, uint8: dict, integers: Integers | None
 ) -> encode.Embedded:
     """The decoder's inputs and what they were made of. Raises Unfit, ImageError."""
     why = _unlike_known(model).get(IMAGE_PATH) or encode.unfit(model, given) or _unknown_keyword(model, given)
@@ -302,19 +304,19 @@ def _embedded(
     return encode.decoder_inputs(model, given["input_ids"], visuals, selection, uint8, show_encoder(model))
 
 
-def _unknown_keyword(inner: nn.Module, given: dict) -> str | None:
+def _unknown_keyword(inner: StockModel, given: dict) -> str | None:
     """A stock forward may pass on to the tower what it has no name for, as LLaVA's does since transformers 5.24."""
     named = stock_signature(type(inner), "forward").parameters
     new = [name for name in given if given[name] is not None and name not in named and name not in KEYWORDS]
     return f"{', '.join(new)} is given, which accelerate does not know" if new else None
 
 
-def generate(model: nn.Module, *args, **kwargs):
+def generate(model: StockModel, *args, **kwargs):
     """The stock generate without a plan: it would spread the plan's columns over beams, and take the prompt apart."""
     return type(model).generate(model, *args, **shipped_plan.without(kwargs))
 
 
-def prepare_inputs(model: nn.Module, *args, **kwargs) -> dict:
+def prepare_inputs(model: StockModel, *args, **kwargs) -> dict:
     """The stock step of generate that says what forward takes: uint8 pixels come and go as normalised ones do."""
     came = [name for name in uint8_pixels.NAMES if kwargs.get(name) is not None]
     given = {name: value for name, value in kwargs.items() if name not in came}
@@ -323,7 +325,7 @@ def prepare_inputs(model: nn.Module, *args, **kwargs) -> dict:
     return made | {name: made.pop(uint8_pixels.NAMES[name], None) for name in came}
 
 
-def encode_for_generation(model: nn.Module, *args, **kwargs):
+def encode_for_generation(model: StockModel, *args, **kwargs):
     """The stock step of generate that encodes images and videos ahead, with features made here."""
     if why := _unlike_known(model.model).get(ENCODING):
         tell_stock(model, ENCODING, why)
@@ -340,17 +342,17 @@ def encode_for_generation(model: nn.Module, *args, **kwargs):
         _encoding.reset(token)
 
 
-def inner_image_features(model: nn.Module, *args, **kwargs):
+def inner_image_features(model: StockModel, *args, **kwargs):
     """Within generate, image features alone; elsewhere the stock method, whose result shows the whole tower."""
     return _features(model, "get_image_features", args, kwargs)
 
 
-def inner_video_features(model: nn.Module, *args, **kwargs):
+def inner_video_features(model: StockModel, *args, **kwargs):
     """Within generate, video features alone; elsewhere the stock method."""
     return _features(model, "get_video_features", args, kwargs)
 
 
-def _features(model: nn.Module, method: str, args: tuple, kwargs: dict):
+def _features(model: StockModel, method: str, args: tuple, kwargs: dict):
     encoding = _encoding.get()
     if torch.compiler.is_compiling() or encoding is None:
         return getattr(type(model), method)(model, *args, **kwargs)
@@ -362,7 +364,7 @@ def _features(model: nn.Module, method: str, args: tuple, kwargs: dict):
             raise Unfit(why)
         selection = encode.select(model, given)
         visuals = encode.plan_visuals(model, given, _integers(model, given), selection)
-        rows: list[Tensor] | Tensor = encode.feature_list(model, visuals, selection, uint8)
+        rows = encode.feature_list(model, visuals, selection, uint8)
         return encoder_outputs(rows if method == "get_image_features" else torch.stack(rows))
 
     made, why = _attempt(model, make)

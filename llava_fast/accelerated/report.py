@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from llava_fast.accelerated import encode, patch
+from llava_fast.accelerated.stock import StockModel
 from llava_fast.errors import CheckpointError, ImageError
 from llava_fast.models.encode import reads_table
 
@@ -52,7 +52,7 @@ def of_path(path: str | Path) -> list[str]:
     return [f"accelerate on {path}", *of_model(patch.accelerate(model))]
 
 
-def of_model(model: nn.Module) -> list[str]:
+def of_model(model: StockModel) -> list[str]:
     """What is replaced now in a model, and what of it would take the stock path whatever a call asks for. Raises
     UnsupportedModelError."""
     whole = patch.find(model)
@@ -73,7 +73,7 @@ def of_model(model: nn.Module) -> list[str]:
     return lines
 
 
-def _why_images(inner: nn.Module) -> str | None:
+def _why_images(inner: StockModel) -> str | None:
     """Why images would take the stock path in an ordinary call."""
     config, device = inner.config, next(inner.parameters()).device
     side = config.vision_config.image_size

@@ -24,6 +24,7 @@ from llava_fast.accelerated import encode
 from llava_fast.accelerated.decoder import FAMILIES as DECODERS
 from llava_fast.accelerated.decoder import attention_forward, replacements
 from llava_fast.accelerated.replacement import TOLD, replace
+from llava_fast.accelerated.stock import StockModel
 from llava_fast.inputs.plan.from_ids import rows_of_images
 from llava_fast.inputs.tiling.video import video_rows
 from llava_fast.models.fused.gate import LEAST
@@ -87,7 +88,7 @@ def in_trial() -> bool:
     return _trying.get()
 
 
-def reasons(inner: nn.Module, accelerate: Call, thorough: bool = False) -> Mapping[str, str]:
+def reasons(inner: StockModel, accelerate: Call, thorough: bool = False) -> Mapping[str, str]:
     """What takes the stock path in models of this inner model's class, and why; empty if all was found right.
 
     `accelerate` replaces the methods of a whole model. Whether something has changed since the last trial is looked up
@@ -132,10 +133,10 @@ def _tried(family: str, tower: str, decoder: str, accelerate: Call) -> dict[str,
         except Exception as error:
             why = f"no tiny model of its class can be built to try it on ({_named(error)})"
             return dict.fromkeys((IMAGE_PATH, LOSS, ENCODING), why)
-        found = {what: why for what in PARAMETERS if (why := _unknown(whole, what)) is not None}
+        found = {what: unknown for what in PARAMETERS if (unknown := _unknown(whole, what)) is not None}
         for what, call in _calls(inputs).items():
-            if what not in found and (why := _differs(whole, call, accelerate, what != LOSS)) is not None:
-                found[what] = why
+            if what not in found and (differs := _differs(whole, call, accelerate, what != LOSS)) is not None:
+                found[what] = differs
         return found | _decoder(whole)
 
 
@@ -180,7 +181,7 @@ def _tiny(family: str, tower: str, decoder: str) -> nn.Module:
     return whole
 
 
-def _inputs(inner: nn.Module) -> dict[str, Tensor]:
+def _inputs(inner: StockModel) -> dict[str, Tensor]:
     """A prompt with an image, and a video where the model takes one."""
     config = inner.config
     has_class_row = hasattr(inner.vision_tower.embeddings, "class_embedding")
@@ -258,12 +259,16 @@ def _decoder(whole: nn.Module) -> dict[str, str]:
     for what, function in {what: function for _, _, function, what in parts}.items():
         some = [each[:3] for each in parts if each[-1] == what]
 
-        def call(whole: nn.Module, some=some, through_decoder=function is attention_forward) -> Any:
+        def call(whole: StockModel, some=some, through_decoder=function is attention_forward) -> Any:
             if through_decoder:  # which makes the attention's other arguments
                 return whole.model.language_model(inputs_embeds=hidden).last_hidden_state
             return [module(hidden) for module, *_ in some]
 
-        why = _differs(whole, call, lambda _, some=some: [replace(*each) for each in some])
+        def put(_: nn.Module, some=some) -> None:
+            for each in some:
+                replace(*each)
+
+        why = _differs(whole, call, put)
         if why is not None:
             found[what] = why
     return found

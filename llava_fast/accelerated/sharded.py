@@ -8,12 +8,13 @@ sharded the processes wait for each other for ever; where they are not, gradient
 from __future__ import annotations
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from llava_fast.accelerated import encode, outputs
+from llava_fast.accelerated.stock import StockModel
 
 
-def is_sharded(model: nn.Module) -> bool:
+def is_sharded(model: StockModel) -> bool:
     """Whether FSDP2 has sharded a part of it."""
     if not distributed.is_available():
         return False
@@ -22,7 +23,7 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(part, FSDPModule) for part in model.modules())
 
 
-def waited_for(model: nn.Module, given: dict) -> bool:
+def waited_for(model: StockModel, given: dict) -> bool:
     """Whether other processes may have images where this call of an inner LLaVA model has none: its parts are sharded,
     and it is no later step of generate."""
     if given.get("input_ids") is None or not (distributed.is_available() and distributed.is_initialized()):
@@ -35,7 +36,7 @@ def waited_for(model: nn.Module, given: dict) -> bool:
     return is_sharded(model) and encode.unfit(model, given) is None
 
 
-def embeds_of_text(model: nn.Module, given: dict) -> Tensor:
+def embeds_of_text(model: StockModel, given: dict) -> Tensor:
     """[B, S, width], the embeddings of input_ids. Tower and projector run on a blank tile, in the order in which they
     run on images, and get a gradient of zero."""
     tower, selection = model.vision_tower, encode.select(model, given)

@@ -17,7 +17,7 @@ from llava_fast.accelerated.encode import ANYRES, Visuals, geometry, tiling
 from llava_fast.accelerated.transfer import read_integers
 from llava_fast.errors import ImageError, PlanError
 from llava_fast.inputs.plan.from_ids import placement_columns, rows_of_images, supervised_rows
-from llava_fast.inputs.plan.visual_table import Pool
+from llava_fast.inputs.plan.visual_table import Pool, Reduce, Stage
 from llava_fast.inputs.tiling.video import video_rows
 from llava_fast.models.placement import Placement
 from llava_fast.ops.token_pack import InversePlacement
@@ -97,7 +97,7 @@ def make(
     return {PREFIX + name: torch.from_numpy(columns[name].astype(np.int32)) for name in COLUMNS}
 
 
-def _kind_of_pool(config) -> tuple[str, str] | None:
+def _kind_of_pool(config) -> tuple[Stage, Reduce] | None:
     """(stage, reduce) of the rows that this model makes of others: shrunk images and pooled videos."""
     pooled = tiling(config)
     pool = pooled.get("video_pool")
@@ -149,7 +149,7 @@ def visuals(model, given: Mapping[str, Any], plan: dict[str, Tensor]) -> Visuals
         if count > there or (count != there and not fills_up):
             came = "did not come" if part is None else f"are {tuple(part.shape)}"
             raise PlanError(f"the plan is of {count} {column}s, but {name} {came}")
-    device = ids.device if pixels is None and frames is None else (frames if pixels is None else pixels).device
+    device = next(part for part in (pixels, frames, ids) if part is not None).device
     plan = {name: column.to(device, non_blocking=True) for name, column in plan.items()}
     if ids.device.type == "cpu":
         _check_ids(ids.flatten(), plan, model.config)
@@ -170,7 +170,9 @@ def _pools(config, plan: dict[str, Tensor]) -> list[Pool]:
         return []
     if not len(plan["pool_start"]):
         del plan["pool_order"], plan["pool_start"]
-    return [Pool(*_kind_of_pool(config), *POOL)]
+    kind = _kind_of_pool(config)
+    assert kind is not None  # of a plan with pooled rows
+    return [Pool(*kind, *POOL)]
 
 
 def supervision(plan: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:

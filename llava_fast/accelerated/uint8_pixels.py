@@ -38,10 +38,12 @@ class Normalisation(NamedTuple):
     def levels(self) -> np.ndarray:
         """float32 [3, 256]: what transformers' arithmetic makes of each pixel value in each channel."""
         from transformers.image_transforms import normalize, rescale
+        from transformers.image_utils import ChannelDimension
 
+        first = ChannelDimension.FIRST
         every = np.ascontiguousarray(np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256)))
-        rescaled = rescale(every, self.factor, data_format="channels_first", input_data_format="channels_first")
-        made = normalize(rescaled, self.mean, self.std, "channels_first", "channels_first")
+        rescaled = rescale(every, self.factor, data_format=first, input_data_format=first)
+        made = normalize(rescaled, self.mean, self.std, first, first)
         return np.ascontiguousarray(made[:, 0], np.float32)
 
     @torch.compiler.disable

@@ -23,6 +23,7 @@ from llava_fast.families import fields
 from llava_fast.families.base import Family, TokenIds
 from llava_fast.families.known_towers import KNOWN_TOWERS, Tower, find_tower
 from llava_fast.families.llava_names import LLAVA_NAMES
+from llava_fast.families.names import NameMap
 from llava_fast.families.native_sizes import NATIVE_ASPECT, native_geometry, native_processor
 from llava_fast.families.parts import (
     check_feature_layers,
@@ -59,10 +60,10 @@ class LlavaOriginal(Family):
     own_type  what a model of the family is called here, where its config.json shows it by mm_projector_type alone.
     """
 
-    model_types = ("llava_llama", "llava_mistral", "llava_qwen")
+    model_types: ClassVar[tuple[str, ...]] = ("llava_llama", "llava_mistral", "llava_qwen")
     layout = "original"
     own_type: ClassVar[str] = ""
-    names = LLAVA_NAMES
+    names: ClassVar[NameMap] = LLAVA_NAMES
     adapter_spelling = "original"
     adapters_see_tower = False  # the original's trainer adds it after PEFT's layers
 

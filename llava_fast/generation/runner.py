@@ -11,7 +11,7 @@ from torch import Tensor
 from llava_fast.generation.feature_cache import FeatureCache
 from llava_fast.generation.prompt import Part
 from llava_fast.generation.sequence import Sequence
-from llava_fast.inputs.plan.plan import sequence_length
+from llava_fast.inputs.plan.plan import TextPiece, sequence_length
 from llava_fast.models.batch import Batch
 from llava_fast.models.blocks.attention import Spans
 from llava_fast.models.blocks.native_step import MAX_ROWS
@@ -142,8 +142,8 @@ class Runner:
     def _found(self, sequences: list[list[Part]], features: FeatureCache) -> SequenceOf[Tensor]:
         """As `_encoded`; images that were encoded before are not encoded again, nor one twice."""
         visual = {part.key: part for parts in sequences for part in parts if part.is_visual}
-        rows = {key: features.get(key) for key in visual}
-        new = [key for key in visual if rows[key] is None]
+        rows = {key: made for key in visual if (made := features.get(key)) is not None}
+        new = [key for key in visual if key not in rows]
         if new:
             for key, made in zip(new, self._encoded([[visual[key]] for key in new]), strict=True):
                 features.put(key, made)
@@ -158,7 +158,7 @@ class Runner:
         """The decoder's inputs [rows, C] for the parts of each sequence."""
         pieces = [[part.piece for part in parts] for parts in sequences]
         if not any(part.is_visual for parts in sequences for part in parts):  # text needs no plan
-            ids = np.concatenate([part.piece.ids for parts in sequences for part in parts])
+            ids = np.concatenate([p.ids for of_sequence in pieces for p in of_sequence if isinstance(p, TextPiece)])
             token = torch.from_numpy(ids).to(self.model.device, torch.long)
             return self.model.decoder.embed_tokens(token).split(list(map(sequence_length, pieces)))
         tiles = [cut for parts in sequences for part in parts for cut in part.tiles]

@@ -75,8 +75,8 @@ def _of_spans(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scaling: 
     batch, _, length, size = query.shape
     if scaling is not None and scaling != size**-0.5:
         query = query * (scaling * size**0.5)
-    rows = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
-    return attend(*rows, spans, 0, None, None).view(batch, length, -1, value.shape[-1])
+    query, key, rows = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
+    return attend(query, key, rows, spans, 0, None, None).view(batch, length, -1, value.shape[-1])
 
 
 def mask(
@@ -86,9 +86,9 @@ def mask(
     where nothing is masked but the future, else the bool tensor [B, 1, q, k] of its own SDPA mask."""
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-    padded = attention_mask is not None and attention_mask.shape == (batch_size, q_length)
     plain = mask_function is causal_mask_function and q_length == kv_length > 1 and kwargs.get("kv_offset", 0) == 0
-    if padded and plain and not torch.compiler.is_compiling():
+    plain = plain and not torch.compiler.is_compiling()
+    if plain and attention_mask is not None and attention_mask.shape == (batch_size, q_length):
         spans = spans_of(attention_mask)
         if spans is not None:
             return spans

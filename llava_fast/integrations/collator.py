@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -174,7 +174,8 @@ class Collator:
             messages = list(sample["messages"])
             last = messages[-1] if messages and isinstance(messages[-1], dict) else {}
             request["messages"] = messages[:-1] if last.get("role") == "assistant" else messages
-        segments, sources, videos = render_request(self.template, request, self.labels)
+        template = cast(ChatTemplate, self.template)  # of a prompt that is verbatim, no template is read
+        segments, sources, videos = render_request(template, request, self.labels)
         if videos:
             raise RequestError('a "video" is not collated: give the features that the processor makes of it')
         if "prompt" in sample and self.labels:

@@ -72,8 +72,8 @@ class LlavaFast(lmms):
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise RequestError(f"batch_size is a whole number above 0, not {batch_size!r}")
         self.batch_size = int(batch_size)
-        settings = {"chat_template": chat_template, "processor": ProcessorOptions(video_frames=video_frames)}
-        self.model = load(pretrained, device=device, dtype=dtype, **settings)
+        options = ProcessorOptions(video_frames=video_frames)
+        self.model = load(pretrained, device=device, dtype=dtype, chat_template=chat_template, processor=options)
 
     @property
     def device(self) -> torch.device:

@@ -8,7 +8,8 @@ be pickled to a data loader's worker.
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -65,13 +66,24 @@ SETTINGS = (
 """What a LLaVA processor may have besides its image and video processors and its tokenizer."""
 
 
-class FastTiles:
+if TYPE_CHECKING:
+    from typing import Any as _Mixin  # into transformers' classes, whose signatures differ between versions
+else:
+    _Mixin = object
+
+
+class FastTiles(_Mixin):
     """Over a PIL image processor of transformers: the same fields, made faster. FastProcessor sets `output` and
     `threads`."""
 
     output = "float32"
     threads = 0
     stock_class: type
+    _packed: Callable[..., BatchFeature]
+
+    def geometry(self, settings: dict[str, Any]) -> VisualGeometry:
+        """How these settings cut an image. Raises Unserved."""
+        raise NotImplementedError
 
     def stock(self) -> PilBackend:
         """transformers' own image processor with the same settings."""
@@ -84,7 +96,7 @@ class FastTiles:
             return np.moveaxis(np.asarray(image), -1, 0)
         return super().process_image(image, *args, **kwargs)
 
-    def _preprocess(self, images: list[np.ndarray], *counts: list[int], **settings: Any) -> BatchFeature:
+    def _preprocess(self, images: list[np.ndarray], *counts: Any, **settings: Any) -> BatchFeature:
         try:
             is_bytes = all(image.dtype == np.uint8 and len(image) == 3 for image in images)
             check_served(settings, is_bytes, self.output)
@@ -133,19 +145,19 @@ class FastOneTile(FastTiles):
         return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=settings["return_tensors"])
 
 
-class FastCLIPImageProcessor(FastOneTile, CLIPImageProcessorPil):
+class FastCLIPImageProcessor(FastOneTile, CLIPImageProcessorPil):  # type: ignore[misc]  # its keywords are untyped
     """LLaVA-1.5's: the shorter side to the tile, then the middle."""
 
     stock_class = CLIPImageProcessorPil
 
 
-class FastSiglipImageProcessor(FastOneTile, SiglipImageProcessorPil):
+class FastSiglipImageProcessor(FastOneTile, SiglipImageProcessorPil):  # type: ignore[misc]  # its keywords are untyped
     """SigLIP's: squashed to the tile."""
 
     stock_class = SiglipImageProcessorPil
 
 
-class FastLlavaImageProcessor(FastOneTile, LlavaImageProcessorPil):
+class FastLlavaImageProcessor(FastOneTile, LlavaImageProcessorPil):  # type: ignore[misc]  # its keywords are untyped
     """CLIP's; or, with do_pad, the whole image on a square of the mean colour."""
 
     stock_class = LlavaImageProcessorPil
@@ -154,7 +166,7 @@ class FastLlavaImageProcessor(FastOneTile, LlavaImageProcessorPil):
         return one_tile(settings, square=bool(settings["do_pad"]))
 
 
-ONE_TILE = {
+ONE_TILE: dict[str, type[FastOneTile]] = {
     "LlavaImageProcessor": FastLlavaImageProcessor,
     "CLIPImageProcessor": FastCLIPImageProcessor,
     "SiglipImageProcessor": FastSiglipImageProcessor,
@@ -162,7 +174,7 @@ ONE_TILE = {
 """What a llava's file may name -> what serves it; transformers takes the first where it names none."""
 
 
-class FastLlavaNextImageProcessor(FastTiles, LlavaNextImageProcessorPil):
+class FastLlavaNextImageProcessor(FastTiles, LlavaNextImageProcessorPil):  # type: ignore[misc]  # its keywords are untyped
     """AnyRes: the base view and the tiles of the best grid."""
 
     stock_class = LlavaNextImageProcessorPil
@@ -175,7 +187,7 @@ class FastLlavaNextImageProcessor(FastTiles, LlavaNextImageProcessorPil):
         return BatchFeature(data=data, tensor_type=settings["return_tensors"])
 
 
-class FastLlavaOnevisionImageProcessor(FastTiles, LlavaOnevisionImageProcessorPil):
+class FastLlavaOnevisionImageProcessor(FastTiles, LlavaOnevisionImageProcessorPil):  # type: ignore[misc]  # its keywords are untyped
     """AnyRes, squashed base view; images that share a prompt get a padded square each."""
 
     stock_class = LlavaOnevisionImageProcessorPil
@@ -188,10 +200,13 @@ class FastLlavaOnevisionImageProcessor(FastTiles, LlavaOnevisionImageProcessorPi
         return BatchFeature(data=data, tensor_type=settings["return_tensors"])
 
 
-class FastOutput:
+class FastOutput(_Mixin):
     """Over a processor of transformers: uint8 tiles go by a name that no stock model takes by mistake."""
 
     stock_class: type
+    image_processor: Any
+    video_processor: Any
+    tokenizer: Any
 
     def stock(self) -> ProcessorMixin:
         """transformers' own processor with the same settings."""
@@ -199,9 +214,9 @@ class FastOutput:
         known |= {"image_processor": self.image_processor.stock(), "tokenizer": self.tokenizer}
         return self.stock_class(**known)
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any):
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any):
         """Save what transformers loads without llava_fast; FastProcessor.from_pretrained reads it too."""
-        return self.stock().save_pretrained(save_directory, **kwargs)
+        return self.stock().save_pretrained(save_directory, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> BatchFeature:
         if kwargs.get("return_tensors") == "pt" and "text_kwargs" not in kwargs:
@@ -215,8 +230,7 @@ class FastOutput:
         return made
 
     def _with_tensors(self, *args: Any, **kwargs: Any) -> BatchFeature:
-        """The call with return_tensors="pt". Thousands of token numbers become tensors by way of numpy, an order faster
-        than one Python integer after the other."""
+        """The call with return_tensors="pt". Id lists go through numpy: about 10x faster than torch.tensor(list)."""
         for part in ("images_kwargs", "videos_kwargs")[: 1 + hasattr(self, "video_processor")]:
             kwargs[part] = {"return_tensors": "pt", **kwargs.get(part, {})}
         made = super().__call__(*args, **kwargs)
@@ -241,7 +255,7 @@ class FastVideoOutput(FastOutput):
         return kind(video_processor=self.video_processor.stock(), **known)
 
 
-class AnyVideoProcessor:
+class AnyVideoProcessor(_Mixin):
     """Over a processor: without torchvision transformers' check of its parts knows no video processor."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type:
@@ -274,7 +288,7 @@ class FastLlavaOnevisionProcessor(FastVideoOutput, AnyVideoProcessor, LlavaOnevi
     stock_class = LlavaOnevisionProcessor
 
 
-KINDS = {
+KINDS: dict[str, tuple[Any, Any]] = {
     "llava": (FastLlavaProcessor, None),
     "llava_next": (FastLlavaNextProcessor, None),
     "llava_next_video": (FastLlavaNextVideoProcessor, FastLlavaNextVideoVideoProcessor),

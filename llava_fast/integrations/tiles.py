@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from transformers.image_transforms import normalize, rescale
+from transformers.image_utils import ChannelDimension
 
 from llava_fast.accelerated.replacement import logger
 from llava_fast.inputs.pictures.preprocessing import FILTERS, Filter, Fit, Size, name_fit
@@ -111,7 +112,7 @@ def levels_of(settings: dict[str, Any]) -> np.ndarray | None:
     """float32 [3, 256]: what transformers' own arithmetic makes of each pixel value in each channel. None: nothing,
     so that a tile stays uint8."""
     made = np.ascontiguousarray(np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256)))
-    first = "channels_first"
+    first = ChannelDimension.FIRST
     if settings["do_rescale"]:
         made = rescale(made, settings["rescale_factor"], data_format=first, input_data_format=first)
     if settings["do_normalize"]:

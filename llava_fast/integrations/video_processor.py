@@ -7,7 +7,7 @@ levels). They need no torchvision: without it transformers' own make no frame.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,8 +22,13 @@ from llava_fast.inputs.pictures.tiles import make_tiles
 from llava_fast.inputs.tiling.anyres import VisualGeometry, image_views
 from llava_fast.integrations.tiles import Unserved, check_served, normalised, one_tile, tell_stock
 
+if TYPE_CHECKING:
+    from typing import Any as _Mixin  # into transformers' classes, whose signatures differ between versions
+else:
+    _Mixin = object
 
-class FastFrames:
+
+class FastFrames(_Mixin):
     """Over a video processor of transformers: the same fields, made faster. FastProcessor sets `output` and
     `threads`."""
 
@@ -36,8 +41,8 @@ class FastFrames:
         ours = ("video_processor_type", "output", "threads")
         return self.stock_class(**{name: value for name, value in self.to_dict().items() if name not in ours})
 
-    def convert_to_rgb(self, video: Tensor) -> Tensor:
-        return video if video.shape[-3] == 3 else super().convert_to_rgb(video)
+    def convert_to_rgb(self, video: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return video if video.shape[-3] == 3 else super().convert_to_rgb(video, *args, **kwargs)
 
     def _preprocess(self, videos: list[Tensor], **settings: Any) -> BatchFeature:
         try:
@@ -67,13 +72,13 @@ class FastFrames:
         return np.concatenate([make_tiles(frame, views, tile, threads=self.threads) for frame in whole])
 
 
-class FastLlavaNextVideoVideoProcessor(FastFrames, LlavaNextVideoVideoProcessor):
+class FastLlavaNextVideoVideoProcessor(FastFrames, LlavaNextVideoVideoProcessor):  # type: ignore[misc]  # its keywords are untyped
     """LLaVA-NeXT-Video's: the shorter side to the tile, then the middle."""
 
     stock_class = LlavaNextVideoVideoProcessor
 
 
-class FastLlavaOnevisionVideoProcessor(FastFrames, LlavaOnevisionVideoProcessor):
+class FastLlavaOnevisionVideoProcessor(FastFrames, LlavaOnevisionVideoProcessor):  # type: ignore[misc]  # its keywords are untyped
     """LLaVA-OneVision's: squashed to a square."""
 
     stock_class = LlavaOnevisionVideoProcessor

@@ -33,6 +33,8 @@ class LlavaConfig:
     tower_processor: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        part: str
+        given: float
         if self.projector.rowwise:
             part, given = "tower", self.vision.rows_per_tile
         else:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llava_fast.models import fused
 from llava_fast.models.blocks.resampling import Grid, bicubic
-from llava_fast.models.towers.vit import ClipConfig, VisionTower, prepare_tiles
+from llava_fast.models.towers.vit import ClipConfig, Embeddings, VisionTower, prepare_tiles
 from llava_fast.ops import patch_embed
 
 
@@ -54,7 +54,7 @@ class ClipSlicesConfig(ClipConfig):
         return ClipSlicesTower(self)
 
 
-class ClipSlicesEmbeddings(nn.Module):
+class ClipSlicesEmbeddings(Embeddings):
     """Rows [1, R + S, C] of patches [R, 3, P, P] of S slices: each slice's class row, then its patches."""
 
     def __init__(self, config: ClipSlicesConfig) -> None:
