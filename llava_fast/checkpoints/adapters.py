@@ -27,7 +27,7 @@ from llava_fast.checkpoints.peft_merge import merge_with_peft
 from llava_fast.checkpoints.save import NOTE_FILE
 from llava_fast.errors import CheckpointError
 from llava_fast.families import family_of_config, fields
-from llava_fast.families.names import EMBEDDING, HEAD, NameMap, Spelling
+from llava_fast.families.names import HEAD, NameMap, Spelling
 from llava_fast.models.config import LlavaConfig
 from llava_fast.storage.files import read_json, write_json, written_whole
 from llava_fast.storage.hub import resolve
@@ -89,13 +89,14 @@ def add_adapter(
     names = family_of_config(config).names
     if extra := _first_existing(path, _EXTRA_FILES):
         tensors.update(_unwrapped(open_file(extra), names))
-    tied = config.decoder.tie_embeddings and EMBEDDING in tensors
-    stored, untied = open_file(file), tensors | ({HEAD: tensors[EMBEDDING]} if tied else {})
+    embedding = config.embedding
+    tied = config.decoder.tie_embeddings and embedding in tensors
+    stored, untied = open_file(file), tensors | ({HEAD: tensors[embedding]} if tied else {})
     if reason := _beyond_plain(adapter, path) or _beyond_linears(stored, untied, names):
         tensors = merge_with_peft(tensors, path, file, config, described, reason)
     else:
         tensors = _add_plain(untied, stored, adapter, file, names)
-    if tied and HEAD in tensors and _same(tensors[HEAD], tensors[EMBEDDING]):
+    if tied and HEAD in tensors and _same(tensors[HEAD], tensors[embedding]):
         del tensors[HEAD]
     return tensors
 

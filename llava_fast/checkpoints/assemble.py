@@ -21,7 +21,7 @@ from llava_fast.errors import CheckpointError
 from llava_fast.families import fields, find_family
 from llava_fast.families.known_towers import Tower, tower_tensors
 from llava_fast.families.llava_original import LlavaOriginal, assembled_fields, original_types
-from llava_fast.families.names import EMBEDDING, HEAD
+from llava_fast.families.names import HEAD
 from llava_fast.families.parts import require
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.connectors.mlp import Projector, ProjectorConfig
@@ -100,7 +100,7 @@ def assemble(
         tokenizer_path=base,
         config=config,
         tensors=tensors,
-        dtype=dtype or tensors[EMBEDDING].dtype,
+        dtype=dtype or tensors[config.embedding].dtype,
         device=torch.device(device),
         # A language model's own chat template knows no images, so it is left behind.
         side_files={generation.name: read_text(generation)} if generation.is_file() else {},

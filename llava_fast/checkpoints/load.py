@@ -25,7 +25,7 @@ from llava_fast.checkpoints.save import read_side_files
 from llava_fast.errors import CheckpointError, QuantisationError
 from llava_fast.families import family_of, fields, find_family
 from llava_fast.families.known_towers import tower_tensors
-from llava_fast.families.names import EMBEDDING, HEAD
+from llava_fast.families.names import HEAD
 from llava_fast.models.config import ConfiguredModel, LlavaConfig
 from llava_fast.models.quantised import Quantisation, Rounding, plan, put
 from llava_fast.ops.quantised_linear import QuantisedWeight
@@ -84,8 +84,8 @@ def load_checkpoint(
     if projector is not None:
         tensors = add_projector(tensors, projector, family.names)
     if config.decoder.tie_embeddings and (head := tensors.pop(HEAD, None)) is not None:
-        _check_tied(head, tensors.get(EMBEDDING))
-    dtype = dtype or _stored_dtype(tensors, base or path)
+        _check_tied(head, tensors.get(config.embedding))
+    dtype = dtype or _stored_dtype(tensors, config.embedding, base or path)
     if (path / ADAPTER_CONFIG).exists():
         tensors = add_adapter(tensors, path, config, described)
         if config.decoder.tie_embeddings and HEAD in tensors:
@@ -201,12 +201,12 @@ def _find(path: Path, model_base: str | Path | None) -> tuple[Path, Path | None,
     return path, None, None
 
 
-def _stored_dtype(tensors: Mapping[str, StoredTensor], path: Path) -> torch.dtype:
+def _stored_dtype(tensors: Mapping[str, StoredTensor], name: str, path: Path) -> torch.dtype:
     """The dtype of the stored token embedding, which stands for the checkpoint's; of the final norm where the embedding
     is quantised."""
-    if EMBEDDING not in tensors:
+    if name not in tensors:
         raise CheckpointError(f"{path} holds no token embedding: the model of its config.json has one")
-    embedding = tensors[EMBEDDING]
+    embedding = tensors[name]
     norm = tensors.get("decoder.norm.weight") if isinstance(embedding, StoredQuantised) else None
     return (norm or embedding).dtype
 

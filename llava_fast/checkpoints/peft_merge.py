@@ -20,7 +20,7 @@ from torch import nn
 
 from llava_fast.errors import CheckpointError
 from llava_fast.families import family_of_config
-from llava_fast.families.names import EMBEDDING, NameMap
+from llava_fast.families.names import NameMap
 from llava_fast.models.config import LlavaConfig
 from llava_fast.storage.tensor_files import StoredTensor
 
@@ -69,7 +69,7 @@ def merge_with_peft(
     for lack, keys in (("the base has no place for", loaded.unexpected_keys), ("the file lacks", missing)):
         if keys:
             raise CheckpointError(f"{file}: {lack} {keys[0]!r}; give the base model it was trained on as model_base")
-    return _changed(base, merged, placed, file, family_of_config(config).names)
+    return _changed(base, merged, placed, file, family_of_config(config).names, config.embedding)
 
 
 def _base_model(
@@ -131,6 +131,7 @@ def _changed(
     placed: Mapping[str, torch.Tensor],
     file: Path,
     names: NameMap,
+    embedding: str,
 ) -> dict[str, StoredTensor]:
     """`base`, with the parameters of `merged` that are no longer the tensors that were `placed`."""
     found = dict(base)
@@ -141,7 +142,7 @@ def _changed(
         name = names.from_stored(key)
         if name is None:
             raise CheckpointError(f"{file}: merging it makes {key!r}, which no LLaVA model has")
-        like = base.get(name) or base.get(EMBEDDING)
+        like = base.get(name) or base.get(embedding)
         value = value.to(like.dtype) if like else value
         found[name] = StoredTensor.of(file, key, value)
     return found

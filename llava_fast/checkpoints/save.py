@@ -19,7 +19,7 @@ from llava_fast.checkpoints.quantisation_config import describe, quantised_modul
 from llava_fast.errors import CheckpointError
 from llava_fast.families import fields, writing_family
 from llava_fast.families.base import Family, TokenIds
-from llava_fast.families.names import EMBEDDING, HEAD
+from llava_fast.families.names import HEAD
 from llava_fast.models.config import ConfiguredModel, LlavaConfig
 from llava_fast.models.fused import separate_parameters
 from llava_fast.ops.quantised_linear import QuantisedWeight, dequantise, packing, quantise
@@ -81,8 +81,10 @@ def save(
     image_token_id, video_token_id = config.image_token_id, config.video_token_id
     if layout == "hf" and config.layout == "original":
         tokenizer, image_token_id, video_token_id = _with_visual_tokens(tokenizer, family.visual_tokens)
-        tensors, quantised = _with_vocabulary(tensors, quantised, max(image_token_id, video_token_id or 0) + 1)
-    vocabulary, dtype = _table(tensors, quantised)
+        tensors, quantised = _with_vocabulary(
+            tensors, quantised, config.embedding, max(image_token_id, video_token_id or 0) + 1
+        )
+    vocabulary, dtype = _table(tensors, quantised, config.embedding)
     keeps = layout == config.layout and config.source
     tokens = TokenIds(image_token_id, video_token_id, vocab_size=vocabulary)
     written = family.unchanged(config) if keeps else family.write(config, tokens)
@@ -161,13 +163,15 @@ def _sized(stored: Stored) -> torch.Tensor:
 
 
 def _table(
-    tensors: Mapping[str, torch.Tensor], quantised: Mapping[str, tuple[QuantisedWeight, torch.dtype]]
+    tensors: Mapping[str, torch.Tensor],
+    quantised: Mapping[str, tuple[QuantisedWeight, torch.dtype]],
+    embedding: str,
 ) -> tuple[int, torch.dtype]:
     """(rows of the token embedding, dtype)."""
-    if (module := EMBEDDING.removesuffix(".weight")) in quantised:
+    if (module := embedding.removesuffix(".weight")) in quantised:
         weight, dtype = quantised[module]
         return weight.shape[0], dtype
-    return len(tensors[EMBEDDING]), tensors[EMBEDDING].dtype
+    return len(tensors[embedding]), tensors[embedding].dtype
 
 
 def _with_visual_tokens(tokenizer: Any, placeholders: tuple[str, ...]) -> tuple[Any, int, int | None]:
@@ -189,16 +193,19 @@ def _with_visual_tokens(tokenizer: Any, placeholders: tuple[str, ...]) -> tuple[
 
 
 def _with_vocabulary(
-    tensors: dict[str, torch.Tensor], quantised: dict[str, tuple[QuantisedWeight, torch.dtype]], rows: int
+    tensors: dict[str, torch.Tensor],
+    quantised: dict[str, tuple[QuantisedWeight, torch.dtype]],
+    embedding: str,
+    rows: int,
 ) -> tuple[dict[str, torch.Tensor], dict[str, tuple[QuantisedWeight, torch.dtype]]]:
     """Both with at least `rows` rows of vocabulary, new ones the mean of the others: a mean logit is never the
     largest."""
-    have, _ = _table(tensors, quantised)
+    have, _ = _table(tensors, quantised, embedding)
     if rows <= have:
         return tensors, quantised
     more = -(-rows // _ROWS_MULTIPLE) * _ROWS_MULTIPLE - have
     tensors, quantised = dict(tensors), dict(quantised)
-    for name in (EMBEDDING, HEAD):
+    for name in (embedding, HEAD):
         if name in tensors:
             mean = tensors[name].detach().float().mean(0, keepdim=True).to(tensors[name].dtype)
             tensors[name] = torch.cat([tensors[name].detach(), mean.expand(more, -1)])

@@ -218,8 +218,7 @@ class Llava(Family):
 
     def write(self, config: LlavaConfig, tokens: TokenIds) -> dict[str, Any]:
         connector, vision, layers = self.connector_fields(config), config.vision, config.vision.feature_layers
-        text = dataclasses.replace(config.decoder, vocab_size=tokens.vocab_size).to_hf()
-        text["rope_parameters"] = {"rope_theta": config.decoder.rope.theta, **config.decoder.rope.scaling()}  # 5.x
+        text = dataclasses.replace(config.decoder, vocab_size=tokens.vocab_size).to_hf5()
         ids = {"bos_token_id": config.source.get("bos_token_id"), "pad_token_id": config.pad_token_id}
         return {
             "architectures": [self.architecture],

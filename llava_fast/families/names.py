@@ -21,7 +21,7 @@ from llava_fast.ops.quantised_linear import packing
 from llava_fast.storage.tensor_files import WEIGHT_DTYPES, StoredTensor
 
 Spelling = Literal["hf", "hf5", "original"]
-EMBEDDING, HEAD = "decoder.embed_tokens.weight", "decoder.lm_head.weight"  # our names
+HEAD = "decoder.lm_head.weight"  # our name
 Rule = tuple[str, str]
 """(ours, stored): how our name and the stored one start, both ending in "."; or two whole names."""
 

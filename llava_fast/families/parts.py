@@ -48,7 +48,7 @@ def check_feature_layers(tower: TowerConfig, file: Path) -> None:
 def decoder_config(text, file: Path, tied: bool) -> DecoderConfig:
     """A DecoderConfig from a transformers text config."""
     family = DECODERS[require(text.model_type, tuple(DECODERS), "text_config.model_type", file)]
-    _check_whole(text, fields.Decoder, file)
+    _check_whole(text, family.hf_fields or fields.Decoder, file)
     return _made(file, family.from_hf, text, tied)
 
 

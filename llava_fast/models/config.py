@@ -53,6 +53,11 @@ class LlavaConfig:
             )
 
     @property
+    def embedding(self) -> str:
+        """The name of the token embedding's tensor in the whole model."""
+        return f"decoder.{self.decoder.embedding_name}.weight"
+
+    @property
     def projected_per_tile(self) -> float:
         """Rows that the connector gives for a tile, where all of its patches are used; of one that reads whole images
         of native sizes, a patch's share of a usual image."""

@@ -18,7 +18,6 @@ from llava_fast.models import encode
 from llava_fast.models.batch import Batch
 from llava_fast.models.blocks.attention import Spans
 from llava_fast.models.config import ConfiguredModel, LlavaConfig
-from llava_fast.models.decoders.stack import Decoder
 from llava_fast.models.paged_cache import PagedCache
 
 Logits = Literal["last", "supervised", "all", "none"]
@@ -55,7 +54,7 @@ class LlavaModel(ConfiguredModel):
         self.projector = config.projector.build()
         if config.has_newline:
             self.image_newline = nn.Parameter(torch.zeros(config.decoder.hidden_size))
-        self.decoder = Decoder(config.decoder)
+        self.decoder = config.decoder.build()
         self.runs_every_part = False
         """Run tower and projector on zero tiles where a batch has none: under sharded training every process must."""
 

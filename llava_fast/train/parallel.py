@@ -176,6 +176,8 @@ def _shard(model: LlavaModel, recipe: Recipe, world: World) -> None:
 def _check_heads(model: LlavaModel, mesh: DeviceMesh) -> None:
     """Raise RecipeError unless a tensor mesh can share a layer's heads out."""
     config = model.config.decoder
+    if not config.tensor_plan:
+        raise RecipeError(f"parallel.tensor: a decoder of type {config.family} is not split; set it to 1")
     for what, number in (("query", config.num_heads), ("key", config.num_kv_heads)):
         if number % mesh.size():
             raise RecipeError(f"parallel.tensor: {mesh.size()} does not divide the decoder's {number} {what} heads")

@@ -15,9 +15,10 @@ from llava_fast.integrations.processor import FastProcessor
 from tests.support import tiny
 
 GUESTS = ("internvl", "internvl_6b", "vipllava", "video_llava")
+HOSTED = ("llava_opt", "llava_phi", "next_stablelm")  # decoders that transformers runs
 
 
-@pytest.fixture(scope="module", params=GUESTS)
+@pytest.fixture(scope="module", params=GUESTS + HOSTED)
 def guest(request, tmp_path_factory):
     """(name, transformers' checkpoint, what is saved of it here)."""
     stock, saved = (tmp_path_factory.mktemp(request.param) / part for part in ("stock", "saved"))
@@ -59,12 +60,18 @@ def test_files_written_anew_describe_the_same_model(guest, tmp_path):
 
 
 def test_it_has_no_other_layout(guest, tmp_path):
+    if guest[0] in HOSTED:
+        model_type, said = tiny.CASES[guest[0]].text.model_type, "the original layout has no"
+        with pytest.raises(CheckpointError, match=f"{said} '{model_type}' decoder"):
+            llava_fast.save(tiny.pair(guest[0]).ours, tmp_path / "original", layout="original")
+        return
     model_type = tiny.CASES[guest[0]].kind
     with pytest.raises(CheckpointError, match=f"{model_type} has no other layout than 'hf'"):
         llava_fast.save(tiny.pair(guest[0]).ours, tmp_path / "original", layout="original")
     assert not (tmp_path / "original").exists()
 
 
+@pytest.mark.parametrize("guest", GUESTS, indirect=True)
 def test_what_does_not_serve_it_says_so(guest):
     name, stock, _ = guest
     with pytest.raises(UnsupportedModelError, match=f"{type(tiny.pair(name).hf).__name__}: it serves"):

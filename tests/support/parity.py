@@ -27,8 +27,8 @@ def assert_close(what: str, found: Tensor, expected: Tensor, limit: float = 1e-4
 
 def forget_rope(hf) -> None:
     """Dynamic RoPE in transformers remembers the longest sequence of earlier calls; start as a fresh model does."""
-    rotary = hf.model.language_model.rotary_emb
-    if rotary.rope_type == "dynamic":
+    rotary = getattr(hf.model.language_model, "rotary_emb", None)  # OPT has learned positions
+    if getattr(rotary, "rope_type", None) == "dynamic":
         rotary.inv_freq = rotary.original_inv_freq
         rotary.max_seq_len_cached = rotary.original_max_seq_len
 

@@ -32,10 +32,13 @@ from transformers import (
     LlavaOnevisionProcessor,
     LlavaProcessor,
     MistralConfig,
+    OPTConfig,
+    PhiConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     SiglipVisionConfig,
+    StableLmConfig,
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
     VideoLlavaProcessor,
@@ -213,6 +216,27 @@ CASES["internvl_6b"] = Case(
 )
 CASES["vipllava"] = Case("vipllava", options={"vision_feature_layer": [-2, -3, 1]}, tile=48)
 CASES["video_llava"] = Case("video_llava", tile=48)
+_HALF_TURNED = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+CASES |= {  # decoders that transformers runs
+    "llava_opt": Case(  # transformers' LLaVA finds no embedding of OPT's to tie a head to
+        "llava",
+        OPTConfig,
+        {"ffn_dim": 128, "word_embed_proj_dim": 64, "tie_word_embeddings": False},
+        options={"tie_word_embeddings": False},
+        tile=48,
+    ),
+    "llava_phi": Case(
+        "llava", PhiConfig, {"rope_parameters": _HALF_TURNED, "num_key_value_heads": 2}, tile=48, scale=0.3
+    ),
+    "next_stablelm": Case(
+        "llava_next",
+        StableLmConfig,
+        {"rope_parameters": _HALF_TURNED, "num_key_value_heads": 2, "use_qkv_bias": True},
+        tile=48,
+        pinpoints=_grid(48, 2),
+        scale=0.3,
+    ),
+}
 MODELS = {
     "video_llava": (VideoLlavaConfig, VideoLlavaForConditionalGeneration),
     "vipllava": (VipLlavaConfig, VipLlavaForConditionalGeneration),
@@ -404,6 +428,8 @@ def save(case: Case, model, folder: str | Path) -> None:
     model.save_pretrained(folder)
     tokenizer_of(case).save_pretrained(folder)
     image_processor(case).save_pretrained(folder)
+    if case.text in (OPTConfig, PhiConfig, StableLmConfig):  # whose chat format no decoder says
+        (Path(folder) / "llava_fast.json").write_text('{"chat_template": "vicuna_v1"}')
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:

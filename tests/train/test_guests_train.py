@@ -11,14 +11,14 @@ from llava_fast.families import family_of_config
 from llava_fast.train.estimate.cost import plan
 from llava_fast.train.run import train
 from tests.checkpoints import test_llava_uhd
-from tests.checkpoints.test_guests import GUESTS
+from tests.checkpoints.test_guests import GUESTS, HOSTED
 from tests.support import tiny
 from tests.support.training_runs import losses
 
 PARTS = ("vision_tower", "projector", "decoder")
 
 
-@pytest.mark.parametrize("name", GUESTS)
+@pytest.mark.parametrize("name", GUESTS + HOSTED)
 def test_it_trains_and_transformers_reads_what_is_exported(name, recipe_in, tmp_path):
     start = tmp_path / "start"
     tiny.save(tiny.CASES[name], tiny.pair(name).hf, start)

@@ -14,7 +14,10 @@ DECODERS: Registry[DecoderConfig] = Registry(
     {
         "llama": "llama:LlamaConfig",
         "mistral": "llama:MistralConfig",
+        "opt": "hosted:OptConfig",
+        "phi": "hosted:PhiConfig",
         "qwen2": "llama:Qwen2Config",
         "qwen3": "qwen3:Qwen3Config",
+        "stablelm": "hosted:StableLmConfig",
     },
 )

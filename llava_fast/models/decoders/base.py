@@ -6,11 +6,18 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from llava_fast.models import fused
 from llava_fast.models.blocks.attention import Spans
 from llava_fast.models.blocks.rope import RopeConfig
-from llava_fast.models.paged_cache import PagedCache
+from llava_fast.models.paged_cache import BLOCK_ROWS, PagedCache
+from llava_fast.models.quantised import Quantised, QuantisedEmbedding, like
+from llava_fast.models.recompute import Recompute
+from llava_fast.ops.linear_cross_entropy import linear_cross_entropy
+from llava_fast.storage.files import Fields
 
 Split = Literal["columns", "rows", "shared"]
 
@@ -41,6 +48,10 @@ class DecoderConfig(ABC):
     """The model_type that transformers gives its config."""
     original_type: ClassVar[str | None] = None
     """The model_type of an original LLaVA with this decoder; None: the original has none. It is not inherited."""
+    embedding_name: ClassVar[str] = "embed_tokens"
+    """The module of the token embedding in transformers' base model."""
+    hf_fields: ClassVar[type[Fields] | None] = None
+    """What its section of config.json is checked against; None: the fields of a Llama."""
 
     vocab_size: int
     hidden_size: int
@@ -68,12 +79,8 @@ class DecoderConfig(ABC):
         return self.sliding_windows[layer] if self.sliding_windows else None
 
     @abstractmethod
-    def build_layer(self, layer: int) -> nn.Module:
-        """Layer number `layer`: called as (rows [R, C], RowContext) -> [R, C]."""
-
-    @abstractmethod
-    def build_norm(self) -> nn.Module:
-        """The norm after the last layer."""
+    def build(self) -> BaseDecoder:
+        """The decoder itself."""
 
     @property
     @abstractmethod
@@ -90,7 +97,7 @@ class DecoderConfig(ABC):
     def tensor_plan(self) -> dict[str, Split]:
         """How tensor parallel splits a layer's modules: Linears by output features ("columns"), or by input features,
         summed ("rows"). A norm over each head is "shared": every process holds its weights and calls it with its own
-        heads [R, heads, D], and their gradients are summed."""
+        heads [R, heads, D], and their gradients are summed. Empty: it is not split."""
 
     @classmethod
     @abstractmethod
@@ -100,3 +107,84 @@ class DecoderConfig(ABC):
     @abstractmethod
     def to_hf(self) -> dict[str, Any]:
         """The fields of a transformers config, as 4.x names them (rope_theta, rope_scaling), model_type left out."""
+
+    def to_hf5(self) -> dict[str, Any]:
+        """The same for transformers 5, which has `rope_parameters`."""
+        return self.to_hf() | {"rope_parameters": {"rope_theta": self.rope.theta, **self.rope.scaling()}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackConfig(DecoderConfig):
+    """A decoder whose layers are this package's."""
+
+    def build(self) -> BaseDecoder:
+        from llava_fast.models.decoders.stack import Decoder  # which knows the layers that one op stands for
+
+        return Decoder(self)
+
+    @abstractmethod
+    def build_layer(self, layer: int) -> nn.Module:
+        """Layer number `layer`: called as (rows [R, C], RowContext) -> [R, C]."""
+
+    @abstractmethod
+    def build_norm(self) -> nn.Module:
+        """The norm after the last layer."""
+
+
+class BaseDecoder(nn.Module, ABC):
+    """A built decoder: rows in, hidden states out; `logits` applies the (tied or own) head to the rows asked for.
+
+    embed_tokens, layers, lm_head (unless it is tied)  where others find them, whatever they are called inside.
+    """
+
+    config: DecoderConfig
+    embed_tokens: nn.Module
+    layers: nn.ModuleList
+    lm_head: nn.Module
+    recompute: Recompute
+
+    @abstractmethod
+    def forward(self, x_RC: Tensor, position_R: Tensor, spans: Spans, cache: PagedCache | None = None) -> Tensor:
+        """inputs_embeds [R, C] and position ids [R] to final hidden states [R, C]. With a cache, every sequence's table
+        gets the blocks that it needs (CacheFullError if there are none); counting the new rows is the caller's part."""
+
+    def steps_natively(self, x_RC: Tensor, spans: Spans) -> bool:
+        """Whether `forward` with a cache would run these rows as one decoder_step, which gives each row what it would
+        get alone, to the bit."""
+        return False
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, C] -> [rows, vocabulary]."""
+        if not self.config.tie_embeddings:
+            return self.lm_head(hidden)
+        table = self.embed_tokens
+        return table.project(hidden) if isinstance(table, QuantisedEmbedding) else F.linear(hidden, table.weight)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return like(self.embed_tokens).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return like(self.embed_tokens).device
+
+    def losses(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """Negative log-likelihood of each row's target: [rows, C], int [rows] -> float32 [rows]. Where the head is a
+        plain layer, no table of logits is made."""
+        tied = self.config.tie_embeddings
+        head = self.embed_tokens if tied else self.lm_head
+        if not isinstance(head, Quantised) and (tied or fused.is_plain(head, nn.Linear)):
+            return linear_cross_entropy(hidden, head.weight, target)
+        return F.cross_entropy(self.logits(hidden).float(), target.long(), reduction="none")
+
+    def new_cache(self, max_bytes: int | None = None, keep_bytes: int = 0, block_rows: int = BLOCK_ROWS) -> PagedCache:
+        """An empty cache for this decoder's rows; it takes memory as it is used. Arguments as for PagedCache."""
+        config = self.config
+        shape = (config.num_layers, config.num_kv_heads, config.head_dim)
+        return PagedCache(*shape, self.dtype, self.device, max_bytes, keep_bytes, block_rows)
+
+
+def reserve(spans: Spans) -> None:
+    """Have blocks for the rows that a pass with a cache adds. Raises CacheFullError."""
+    for table, before, rows in zip(spans.tables, spans.before, spans.lengths, strict=True):
+        table.reserve(before + rows)

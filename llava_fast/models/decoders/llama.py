@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llava_fast.models import fused
 from llava_fast.models.blocks.attention import attend
 from llava_fast.models.blocks.rope import RopeConfig
-from llava_fast.models.decoders.base import DecoderConfig, RowContext, Split
+from llava_fast.models.decoders.base import RowContext, Split, StackConfig
 from llava_fast.models.fused import MergesLinears, RMSNorm
 
 
@@ -85,7 +85,7 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaConfig(DecoderConfig):
+class LlamaConfig(StackConfig):
     """Llama and Vicuna (and Yi, whose checkpoints call themselves llama)."""
 
     family = "llama"

@@ -1,0 +1,250 @@
+"""Decoders that are transformers' own models: their modules run over rows as they are, with this package's attention
+and cache in place of theirs, so that packing, branches, chunked prefill and batched generation serve them too.
+
+Shapes: R rows (all sequences end to end, see attention.Spans), C width. Parameter names are those of transformers' base
+model. A model is one class here and one line in the registry, if its attention is called through transformers'
+AttentionInterface. No dropout that a config asks for is applied, as in this package's own decoders.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import functools
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from llava_fast.models.blocks.attention import Spans, attend
+from llava_fast.models.decoders.base import BaseDecoder, DecoderConfig, Split, reserve
+from llava_fast.models.paged_cache import PagedCache
+from llava_fast.models.recompute import Recompute, run_layer
+from llava_fast.storage.bounds import Layers, Size
+from llava_fast.storage.files import Fields
+
+_NAME = "llava_fast_rows"
+_ROPES = ("default", "linear")
+
+
+class HostedFields(Fields):
+    """What is read of its section of config.json; the rest is transformers' to check."""
+
+    vocab_size: Annotated[int, Field(ge=1, le=2**24)]
+    hidden_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    num_key_value_heads: Size | None = None
+    max_position_embeddings: Annotated[int, Field(ge=1, le=2**31)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostedConfig(DecoderConfig):
+    """A causal language model of transformers. `fields`: those of its config that not every config has."""
+
+    hf_fields = HostedFields
+    layers_name: ClassVar[str] = "layers"
+    """The list of layers in transformers' base model."""
+
+    fields: dict[str, Any] = field(repr=False, hash=False)
+
+    def build(self) -> HostedDecoder:
+        return HostedDecoder(self)
+
+    def hf_config(self) -> Any:
+        """Its transformers config, without dropout, and without an embedding's row that is not trained."""
+        from transformers import CONFIG_MAPPING
+
+        fields = copy.deepcopy(self.fields) | {"vocab_size": self.vocab_size, "pad_token_id": None}
+        for name, value in fields.items():
+            if "drop" in name and isinstance(value, (int, float)):
+                fields[name] = 0.0
+        return CONFIG_MAPPING[self.family].from_dict(fields)
+
+    @property
+    def layer_matrix_size(self) -> int:
+        return sum(linear.in_features * linear.out_features for linear in self._linears)
+
+    def kept_per_row(self, itemsize: int) -> tuple[int, int]:
+        """Near enough for an estimate: what its Linears read and give, and two norms' inputs in float32."""
+        products = self.hidden_size + sum(linear.out_features for linear in self._linears)
+        read = sum(linear.in_features for linear in self._linears)
+        return 8 * self.hidden_size + itemsize * (products + read), itemsize * products
+
+    @functools.cached_property
+    def _linears(self) -> list[nn.Linear]:
+        """Those of a layer, without storage."""
+        with torch.device("meta"):
+            layer = replace(self, num_layers=1, fields=self.fields | {"num_hidden_layers": 1}).build().layers[0]
+        return [module for module in layer.modules() if isinstance(module, nn.Linear)]
+
+    @property
+    def tensor_plan(self) -> dict[str, Split]:
+        return {}
+
+    @classmethod
+    def from_hf(cls, hf: Any, tied: bool) -> HostedConfig:
+        heads = hf.num_attention_heads
+        if hf.hidden_size % heads:
+            raise ValueError(f"a decoder of hidden_size {hf.hidden_size} has no {heads} equal num_attention_heads")
+        rope = getattr(hf, "rope_parameters", None) or {}
+        if (kind := rope.get("rope_type", "default")) not in _ROPES:
+            raise ValueError(f"rope_type is {kind!r}; supported with a {cls.family} decoder are {', '.join(_ROPES)}")
+        cls.check(hf)
+        return cls(
+            vocab_size=hf.vocab_size,
+            hidden_size=hf.hidden_size,
+            num_layers=hf.num_hidden_layers,
+            num_heads=heads,
+            num_kv_heads=getattr(hf, "num_key_value_heads", None) or heads,
+            head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // heads,
+            max_positions=hf.max_position_embeddings,
+            tie_embeddings=tied,
+            fields=_own_fields(hf),
+        )
+
+    @classmethod
+    def check(cls, hf: Any) -> None:
+        """Raises ValueError for what this model cannot be here."""
+
+    def to_hf(self) -> dict[str, Any]:
+        own = {"vocab_size": self.vocab_size, "tie_word_embeddings": self.tie_embeddings}
+        return self.fields | own
+
+    def to_hf5(self) -> dict[str, Any]:
+        return self.to_hf()
+
+
+def _own_fields(hf: Any) -> dict[str, Any]:
+    from transformers import PretrainedConfig
+
+    general = {*PretrainedConfig().to_dict(), "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "model_type"}
+    return {name: value for name, value in hf.to_dict().items() if name not in general}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptConfig(HostedConfig):
+    """OPT (Zhang et al. 2022): learned positions, which no longer prompt has."""
+
+    family = "opt"
+    embedding_name = "decoder.embed_tokens"
+    layers_name = "decoder.layers"
+
+    @classmethod
+    def check(cls, hf: Any) -> None:
+        if hf.word_embed_proj_dim != hf.hidden_size:
+            raise ValueError(
+                f"word_embed_proj_dim is {hf.word_embed_proj_dim}: rows of a projector have the hidden_size, "
+                f"{hf.hidden_size}, so embeddings must have it too"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhiConfig(HostedConfig):
+    """Phi 1, 1.5 and 2 (Li et al. 2023): attention and MLP side by side, rotary positions in a part of each head."""
+
+    family = "phi"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StableLmConfig(HostedConfig):
+    """StableLM (Bellagente et al. 2024)."""
+
+    family = "stablelm"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What transformers' layers are given as their mask: how rows group into sequences, and the cache."""
+
+    spans: Spans
+    cache: PagedCache | None
+
+
+_rows: contextvars.ContextVar[Rows] = contextvars.ContextVar("rows")
+
+
+class HostedDecoder(BaseDecoder):
+    """A base model of transformers, and a head. The model's own children are this module's, so that parameters have
+    their names; the model itself is no child."""
+
+    config: HostedConfig
+
+    def __init__(self, config: HostedConfig) -> None:
+        super().__init__()
+        self.config = config
+        model = _base_model(config)
+        self._model = (model,)  # a tuple, so that it is not registered
+        for name, child in model.named_children():
+            self.add_module(name, child)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def __getattr__(self, name: str) -> Any:
+        """`embed_tokens` and `layers`, where the model calls them otherwise."""
+        if name in ("embed_tokens", "layers"):
+            inside = self.config.embedding_name if name == "embed_tokens" else self.config.layers_name
+            if inside != name:
+                return self.get_submodule(inside)
+        return super().__getattr__(name)
+
+    @property
+    def recompute(self) -> Recompute:
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, how: Recompute) -> None:
+        self._recompute = how
+        for layer in self.layers:
+            layer.gradient_checkpointing = how != "none"
+            layer._gradient_checkpointing_func = functools.partial(run_layer, how)
+
+    def forward(self, x_RC: Tensor, position_R: Tensor, spans: Spans, cache: PagedCache | None = None) -> Tensor:
+        if cache is not None:
+            reserve(spans)
+        token = _rows.set(Rows(spans, cache))
+        try:
+            out = self._model[0](inputs_embeds=x_RC[None], position_ids=position_R[None], use_cache=False)
+        finally:
+            _rows.reset(token)
+        return out.last_hidden_state[0]
+
+
+def _base_model(config: HostedConfig) -> nn.Module:
+    """transformers' model without a head. On the meta device too its buffers have their values: they are in no
+    checkpoint."""
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModel
+
+    AttentionInterface.register(_NAME, _attention)
+    AttentionMaskInterface.register(_NAME, _mask)
+    hf = config.hf_config()
+    model = AutoModel.from_config(hf, attn_implementation=_NAME)
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            with torch.device("cpu"):
+                model.set_submodule(name, type(module)(config=hf))
+    return model
+
+
+def _mask(*_: Any, **__: Any) -> Rows:
+    return _rows.get()
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Rows,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in each layer: query [1, H, R, D], key and value [1, K, R, D] to [1, R, H, D]."""
+    size = query.shape[-1]
+    if scaling is not None and scaling != size**-0.5:
+        query = query * (scaling * size**0.5)
+    query, key, value = (rows[0].transpose(0, 1) for rows in (query, key, value))
+    out = attend(query, key, value, attention_mask.spans, module.layer_idx, attention_mask.cache, None)
+    return out.view(1, len(query), -1, size), None
