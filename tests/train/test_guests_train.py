@@ -1,6 +1,7 @@
 """Every family beyond LLaVA's own four through a recipe: the loss falls, and what is exported is read again, by
 transformers where it has the family."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
@@ -13,7 +14,7 @@ from llava_fast.train.run import train
 from tests.checkpoints import test_llava_uhd
 from tests.checkpoints.test_guests import GUESTS, HOSTED
 from tests.support import tiny
-from tests.support.training_runs import losses
+from tests.support.training_runs import SHAPES, losses
 
 PARTS = ("vision_tower", "projector", "decoder")
 
@@ -78,3 +79,32 @@ def test_llava_uhd_trains_and_is_read_again(recipe_in, tmp_path):
     ]
     assert {"query", "kv_proj.weight", "attn.in_proj_weight", "proj", "pos_embed"} <= set(names)
     assert after.generate([{"prompt": "<image> hello", "images": [tiny.picture(20, 90)]}], max_new_tokens=3)
+
+
+def test_adapters_on_a_hosted_decoder_and_the_plan_of_a_run(recipe_in, tmp_path):
+    start = tmp_path / "start"
+    tiny.save(tiny.CASES["llava_opt"], tiny.pair("llava_opt").hf, start)
+    lora = {"rank": 4, "alpha": 8, "targets": ["q_proj", "out_proj", "fc1"]}
+    recipe = recipe_in(
+        tmp_path / "run", model=str(start), trainable=["projector"], lora=lora, steps=2, recompute="layers"
+    )
+    assert "decoder, kept" in plan(recipe, gpus=1).to_text()
+    train(recipe)
+    before, after = llava_fast.load(start), llava_fast.load(recipe.output / "model")
+    old = before.decoder.layers[0].fc1.weight
+    assert not torch.equal(after.decoder.layers[0].fc1.weight, old)
+    assert torch.equal(after.decoder.layers[0].fc2.weight, before.decoder.layers[0].fc2.weight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", HOSTED)
+def test_hosted_in_two_processes_the_losses_are_the_same(name, shape, recipe_in, run, tmp_path):
+    start = tmp_path / "start"
+    tiny.save(tiny.CASES[name], tiny.pair(name).hf, start)
+    alone = recipe_in(tmp_path / "alone", model=str(start), trainable=list(PARTS), batch_size=3, steps=3)
+    train(alone)
+    parallel = alone.parallel.model_copy(update=SHAPES[shape])
+    shared = alone.model_copy(update={"output": tmp_path / shape, "parallel": parallel})
+    run(shared, processes=2)
+    np.testing.assert_allclose(losses(shared), losses(alone), rtol=1e-4)

@@ -202,6 +202,9 @@ class HostedDecoder(BaseDecoder):
             layer._gradient_checkpointing_func = functools.partial(run_layer, how)
 
     def forward(self, x_RC: Tensor, position_R: Tensor, spans: Spans, cache: PagedCache | None = None) -> Tensor:
+        if not len(x_RC):  # transformers' models cannot run no rows, and sharded ones have to run
+            row = self(x_RC.new_zeros(1, x_RC.shape[1]), position_R.new_zeros(1), Spans((0,), (1,)))
+            return x_RC + row[:0]
         if cache is not None:
             reserve(spans)
         token = _rows.set(Rows(spans, cache))
