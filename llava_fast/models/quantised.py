@@ -245,9 +245,11 @@ def plan(model: nn.Module, quantisation: Quantisation) -> dict[str, Rounding]:
     does not divide."""
     asked = Rounding(quantisation.scheme, quantisation.group, quantisation.symmetric)
     whole_rows = Rounding("int8")
+    config: Any = model.config  # a LlavaConfig
+    decoder = config.decoder
     found: dict[str, Rounding] = {}
     undivided = []
-    for name, linear in _linears(model, "decoder.layers"):
+    for name, linear in _linears(model, f"decoder.{decoder.layers_name}"):
         divides = asked.group is None or linear.in_features % asked.group == 0
         found[name] = asked if divides else whole_rows
         if not divides:
@@ -260,10 +262,9 @@ def plan(model: nn.Module, quantisation: Quantisation) -> dict[str, Rounding]:
             ", ".join(undivided[:4]),
             more,
         )
-    config: Any = model.config  # a LlavaConfig
-    tied = config.decoder.tie_embeddings
+    tied = decoder.tie_embeddings
     if quantisation.embeddings and (quantisation.head or not tied):
-        found["decoder.embed_tokens"] = whole_rows
+        found[f"decoder.{decoder.embedding_name}"] = whole_rows
     if quantisation.head and not tied:
         found["decoder.lm_head"] = whole_rows
     for part, wanted in (("vision_tower", quantisation.tower), ("projector", quantisation.projector)):

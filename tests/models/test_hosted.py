@@ -16,9 +16,11 @@ from llava_fast.generation.scheduler import Scheduler
 from llava_fast.generation.sequence import new_sequence
 from llava_fast.models.blocks.attention import Spans
 from llava_fast.models.decoders import DECODERS
+from llava_fast.models.quantised import Quantisation
 from llava_fast.models.recompute import set_recompute
 from llava_fast.train.parallel import _check_heads
 from tests.support import tiny
+from tests.support.parity import relative
 from tests.support.tiny_checkpoints import edit_json, read_hf_config
 
 NAMES = ("llava_opt", "llava_phi", "next_stablelm")
@@ -94,6 +96,20 @@ def test_no_rows_leave_gradients_of_zeros(name):
     assert not weight.grad.any()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_quantised_at_load_and_saved(name, tmp_path):
+    tiny.save(tiny.CASES[name], tiny.pair(name).hf, tmp_path / "start")
+    quantisation = Quantisation("int8", head="int8", embeddings="int8")
+    model = llava_fast.load(tmp_path / "start", quantize=quantisation)
+    assert not any(type(module) in (torch.nn.Linear, torch.nn.Embedding) for module in model.decoder.modules())
+    batch = model.prepare(REQUESTS)
+    found, expected = model(batch).logits, tiny.pair(name).ours(batch).logits
+    assert 0 < relative(found, expected) < 0.1
+    llava_fast.save(model, tmp_path / "saved")
+    assert torch.equal(llava_fast.load(tmp_path / "saved")(batch).logits, found)
+
+
 def hf_llava(folder, text, **options):
     vision = tiny.hf_config(tiny.CASES["llava15"]).vision_config
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=tiny.IMAGE_ID, **options)
@@ -134,6 +150,7 @@ def test_a_tied_head_is_read_and_written(tmp_path):
     [
         ({"word_embed_proj_dim": 32}, "word_embed_proj_dim is 32"),
         ({"num_attention_heads": 5}, "hidden_size 64 has no 5 equal num_attention_heads"),
+        ({"activation_function": "none such"}, "transformers cannot build this opt decoder: .*none such"),
         ({"model_type": "t5"}, "text_config.model_type is 't5'; supported are llama, .*opt, phi, .*stablelm"),
         ({"model_type": "mpt"}, "text_config.model_type is 'mpt'; supported are"),
         ({"max_position_embeddings": 0}, "max_position_embeddings: Input should be greater than or equal to 1"),

@@ -49,7 +49,8 @@ class DecoderConfig(ABC):
     original_type: ClassVar[str | None] = None
     """The model_type of an original LLaVA with this decoder; None: the original has none. It is not inherited."""
     embedding_name: ClassVar[str] = "embed_tokens"
-    """The module of the token embedding in transformers' base model."""
+    layers_name: ClassVar[str] = "layers"
+    """The modules of the token embedding and the layers in transformers' base model, and so here."""
     hf_fields: ClassVar[type[Fields] | None] = None
     """What its section of config.json is checked against; None: the fields of a Llama."""
 

@@ -12,7 +12,7 @@ import contextvars
 import copy
 import functools
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -23,10 +23,11 @@ from llava_fast.models.decoders.base import BaseDecoder, DecoderConfig, Split, r
 from llava_fast.models.paged_cache import PagedCache
 from llava_fast.models.recompute import Recompute, run_layer
 from llava_fast.storage.bounds import Layers, Size
-from llava_fast.storage.files import Fields
+from llava_fast.storage.files import Fields, one_line
 
 _NAME = "llava_fast_rows"
 _ROPES = ("default", "linear")
+_UNSERVED = ("sliding_window", "softcap", "position_bias", "s_aux")
 
 
 class HostedFields(Fields):
@@ -45,8 +46,6 @@ class HostedConfig(DecoderConfig):
     """A causal language model of transformers. `fields`: those of its config that not every config has."""
 
     hf_fields = HostedFields
-    layers_name: ClassVar[str] = "layers"
-    """The list of layers in transformers' base model."""
 
     fields: dict[str, Any] = field(repr=False, hash=False)
 
@@ -92,18 +91,26 @@ class HostedConfig(DecoderConfig):
         rope = getattr(hf, "rope_parameters", None) or {}
         if (kind := rope.get("rope_type", "default")) not in _ROPES:
             raise ValueError(f"rope_type is {kind!r}; supported with a {cls.family} decoder are {', '.join(_ROPES)}")
+        kv_heads = getattr(hf, "num_key_value_heads", None) or heads
+        if heads % kv_heads:
+            raise ValueError(f"{heads} num_attention_heads and {kv_heads} num_key_value_heads do not go together")
         cls.check(hf)
-        return cls(
+        config = cls(
             vocab_size=hf.vocab_size,
             hidden_size=hf.hidden_size,
             num_layers=hf.num_hidden_layers,
             num_heads=heads,
-            num_kv_heads=getattr(hf, "num_key_value_heads", None) or heads,
+            num_kv_heads=kv_heads,
             head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // heads,
             max_positions=hf.max_position_embeddings,
             tie_embeddings=tied,
             fields=_own_fields(hf),
         )
+        try:
+            config._linears  # noqa: B018 a layer is built
+        except Exception as problem:  # of many unrelated types
+            raise ValueError(f"transformers cannot build this {cls.family} decoder: {one_line(problem)}") from problem
+        return config
 
     @classmethod
     def check(cls, hf: Any) -> None:
@@ -167,8 +174,8 @@ _rows: contextvars.ContextVar[Rows] = contextvars.ContextVar("rows")
 
 
 class HostedDecoder(BaseDecoder):
-    """A base model of transformers, and a head. The model's own children are this module's, so that parameters have
-    their names; the model itself is no child."""
+    """A base model of transformers, and a head. The model's children are this module's too (one dict, so that one put
+    in the place of another is in both), for parameters to have their names; the model itself is no child."""
 
     config: HostedConfig
 
@@ -177,8 +184,7 @@ class HostedDecoder(BaseDecoder):
         self.config = config
         model = _base_model(config)
         self._model = (model,)  # a tuple, so that it is not registered
-        for name, child in model.named_children():
-            self.add_module(name, child)
+        self.__dict__["_modules"] = model._modules
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -242,9 +248,12 @@ def _attention(
     value: Tensor,
     attention_mask: Rows,
     scaling: float | None = None,
-    **_: Any,
+    **extras: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in each layer: query [1, H, R, D], key and value [1, K, R, D] to [1, R, H, D]."""
+    """What transformers calls in each layer: query [1, H, R, D], key and value [1, K, R, D] to [1, R, H, D]. Raises
+    ValueError for what only some models ask of it."""
+    if found := [name for name in _UNSERVED if extras.get(name) is not None]:
+        raise ValueError(f"attention with {', '.join(found)} is not served: host no model that asks for it")
     size = query.shape[-1]
     if scaling is not None and scaling != size**-0.5:
         query = query * (scaling * size**0.5)
