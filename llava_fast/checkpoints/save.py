@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -44,13 +44,23 @@ _HF_ONLY = ("preprocessor_config.json", "processor_config.json", "video_preproce
 _ROWS_MULTIPLE = 64  # vocabularies are rounded up to this, as transformers' conversions do
 
 
+class Deferred(NamedTuple):
+    """A tensor that is made when it is written; `like` is one of its shape and dtype on the meta device."""
+
+    like: torch.Tensor
+    make: Callable[[], torch.Tensor]
+
+
+Stored = torch.Tensor | Deferred
+
+
 def save(
     model: ConfiguredModel,
     path: str | Path,
     layout: Literal["hf", "original"] = "hf",
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
-    tensors: Mapping[str, torch.Tensor] | None = None,
+    tensors: Mapping[str, Stored] | None = None,
 ) -> None:
     """Write a LlavaModel as safetensors with config, tokenizer and processor files.
 
@@ -58,7 +68,8 @@ def save(
     derived, and each image gets the same tiles as before; an original checkpoint gains an `<image>` token for
     Hugging Face's (new vocabulary rows hold the mean of the others, so that greedy decoding never picks one).
 
-    tensors  all weights by their names in the model, instead of its own: gathered ones of a model that is sharded.
+    tensors  all weights by their names in the model, instead of its own: gathered ones of a model that is sharded, or
+             made when they are written.
 
     Quantised modules (models.quantised) are written in the compressed-tensors format, in Hugging Face's layout only.
 
@@ -67,17 +78,13 @@ def save(
     """
     if layout not in ("hf", "original"):
         raise CheckpointError(f"layout is {layout!r}; supported are 'hf' and 'original'")
-    path = Path(path).expanduser().resolve()
-    if path.exists() and not path.is_dir():
-        raise CheckpointError(f"{path} is a file; give a directory to save into")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise CheckpointError(f"{path} is not empty; choose another directory or pass overwrite=True")
+    path = check_destination(path, overwrite)
     config, tokenizer = model.config, model.tokenizer
     family = writing_family(config, layout)
-    quantised = quantised_modules(model)
+    quantised = quantised_modules(model) if tensors is None else {}
     if quantised and layout != "hf":
         raise CheckpointError(f"layout {layout!r} has no quantised form: save with layout='hf'")
-    tensors = separate_parameters(model) if tensors is None else dict(tensors)
+    tensors = dict(separate_parameters(model) if tensors is None else tensors)
     image_token_id, video_token_id = config.image_token_id, config.video_token_id
     if layout == "hf" and config.layout == "original":
         tokenizer, image_token_id, video_token_id = _with_visual_tokens(tokenizer, family.visual_tokens)
@@ -92,10 +99,9 @@ def save(
     written.pop("quantization_config", None)
     if quantised:
         written["quantization_config"] = describe(model, family)
-    stored: dict[str, Stored] = {name: tensor.detach() for name, tensor in tensors.items()}
-    for name, (weight, computes) in quantised.items():
-        stored |= {f"{name}.{leaf}": (weight, computes, leaf) for leaf in packing.names_of(weight)}
-    stored = {family.names.to_stored(name, layout, config): tensor for name, tensor in stored.items()}
+    for module, (weight, computes) in quantised.items():
+        tensors |= {f"{module}.{leaf}": tensor for leaf, tensor in _packed(weight, computes).items()}
+    stored = {family.names.to_stored(name, layout, config): tensor for name, tensor in tensors.items()}
 
     with written_whole(path) as directory:
         _write_weights(directory, stored, max_shard_size)
@@ -105,6 +111,17 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         _write_side_files(directory, config, family, getattr(model, "side_files", {}))
+
+
+def check_destination(path: str | Path, overwrite: bool = False) -> Path:
+    """The whole path of a directory to save into. Raises CheckpointError for a file, and for one that holds
+    something."""
+    path = Path(path).expanduser().resolve()
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path} is a file; give a directory to save into")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise CheckpointError(f"{path} is not empty; choose another directory or pass overwrite=True")
+    return path
 
 
 def read_side_files(path: Path) -> dict[str, str]:
@@ -128,10 +145,6 @@ def _write_side_files(directory: Path, config: LlavaConfig, family: Family, side
             write_json(directory / name, content)
 
 
-Stored = torch.Tensor | tuple[QuantisedWeight, torch.dtype, str]
-"""What is written under a name: a tensor, or one of those that hold a quantised weight, made when it is written."""
-
-
 def _write_weights(directory: Path, stored: dict[str, Stored], max_shard_size: int | str) -> None:
     from huggingface_hub import split_torch_state_dict_into_shards  # only saving needs it
 
@@ -140,7 +153,7 @@ def _write_weights(directory: Path, stored: dict[str, Stored], max_shard_size: i
         raise CheckpointError(f"{unmade[0]} is on the meta device and has no values; load weights before saving")
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
-        shard = {name: _made(stored[name]).cpu().contiguous() for name in names}
+        shard = {name: _made(stored[name]).detach().cpu().contiguous() for name in names}
         save_file(shard, directory / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -148,22 +161,25 @@ def _write_weights(directory: Path, stored: dict[str, Stored], max_shard_size: i
 
 
 def _made(stored: Stored) -> torch.Tensor:
-    if isinstance(stored, torch.Tensor):
-        return stored
-    weight, dtype, leaf = stored
-    return packing.packed(weight, dtype)[leaf]
+    return stored.make() if isinstance(stored, Deferred) else stored
 
 
 def _sized(stored: Stored) -> torch.Tensor:
     """A tensor of the size that will be written."""
-    if isinstance(stored, torch.Tensor):
-        return stored
-    weight, dtype, leaf = stored
-    return packing.packed(weight.to("meta"), dtype)[leaf].to("meta")
+    return stored.like if isinstance(stored, Deferred) else stored
+
+
+def _packed(weight: QuantisedWeight, dtype: torch.dtype) -> dict[str, Stored]:
+    """What a quantised weight is stored as, each tensor made when it is written."""
+    sizes = packing.packed(weight.to("meta"), dtype)
+    return {
+        name: Deferred(size.to("meta"), lambda name=name: packing.packed(weight, dtype)[name])
+        for name, size in sizes.items()
+    }
 
 
 def _table(
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, Stored],
     quantised: Mapping[str, tuple[QuantisedWeight, torch.dtype]],
     embedding: str,
 ) -> tuple[int, torch.dtype]:
@@ -171,7 +187,8 @@ def _table(
     if (module := embedding.removesuffix(".weight")) in quantised:
         weight, dtype = quantised[module]
         return weight.shape[0], dtype
-    return len(tensors[embedding]), tensors[embedding].dtype
+    table = _sized(tensors[embedding])
+    return len(table), table.dtype
 
 
 def _with_visual_tokens(tokenizer: Any, placeholders: tuple[str, ...]) -> tuple[Any, int, int | None]:
@@ -193,11 +210,11 @@ def _with_visual_tokens(tokenizer: Any, placeholders: tuple[str, ...]) -> tuple[
 
 
 def _with_vocabulary(
-    tensors: dict[str, torch.Tensor],
+    tensors: dict[str, Stored],
     quantised: dict[str, tuple[QuantisedWeight, torch.dtype]],
     embedding: str,
     rows: int,
-) -> tuple[dict[str, torch.Tensor], dict[str, tuple[QuantisedWeight, torch.dtype]]]:
+) -> tuple[dict[str, Stored], dict[str, tuple[QuantisedWeight, torch.dtype]]]:
     """Both with at least `rows` rows of vocabulary, new ones the mean of the others: a mean logit is never the
     largest."""
     have, _ = _table(tensors, quantised, embedding)
@@ -207,8 +224,9 @@ def _with_vocabulary(
     tensors, quantised = dict(tensors), dict(quantised)
     for name in (embedding, HEAD):
         if name in tensors:
-            mean = tensors[name].detach().float().mean(0, keepdim=True).to(tensors[name].dtype)
-            tensors[name] = torch.cat([tensors[name].detach(), mean.expand(more, -1)])
+            table = _made(tensors[name]).detach()
+            mean = table.float().mean(0, keepdim=True).to(table.dtype)
+            tensors[name] = torch.cat([table, mean.expand(more, -1)])
         if (module := name.removesuffix(".weight")) in quantised:
             weight, dtype = quantised[module]
             sums = [dequantise(weight.rows(block)).sum(0, keepdim=True) for block in weight.blocks()]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llava_fast.cli.options import Device, Dtype, Model, ModelBase, Template, load_model
+from llava_fast.cli.options import Device, Dtype, Model, ModelBase, Quantize, Template, load_model
 from llava_fast.errors import LlavaFastError
 
 MaxNewTokens = Annotated[int, typer.Option(min=0, help="The most tokens an answer may have.")]
@@ -46,6 +46,7 @@ def generate(
     chat_template: Template = None,
     device: Device = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
 ) -> None:
     """Ask one question about images.
 
@@ -56,7 +57,7 @@ def generate(
     if short:
         prompt = with_response_format(prompt, "short")
     request = _request(prompt, list(image), video, raw, system)
-    llava = load_model(model, device, dtype, chat_template, model_base)
+    llava = load_model(model, device, dtype, chat_template, model_base, quantize=quantize)
     options = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -90,12 +91,13 @@ def chat(
     chat_template: Template = None,
     device: Device = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
 ) -> None:
     """Talk with a model. An image is encoded once, however many questions follow.
 
     Name an image in a turn with @path: "What is in @cat.jpg?". /reset forgets, /quit (or Ctrl-D) leaves.
     """
-    conversation = load_model(model, device, dtype, chat_template, model_base).chat(system)
+    conversation = load_model(model, device, dtype, chat_template, model_base, quantize=quantize).chat(system)
     waiting = list(image)
     typer.echo("Name images with @path. /reset forgets the conversation, /quit leaves.", err=True)
     while True:

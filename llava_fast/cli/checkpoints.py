@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from llava_fast.cli.options import Dtype, Model, ModelBase, Template, load_model
+from llava_fast.cli.options import Dtype, Model, ModelBase, Quantize, Template, load_model
 
 
 def convert(
@@ -17,15 +18,32 @@ def convert(
         Literal["hf", "original"], typer.Option(help="hf (transformers) or original (the LLaVA repositories').")
     ] = "hf",
     dtype: Dtype = None,
+    quantize: Quantize = None,
+    group: Annotated[
+        int | None, typer.Option(help="Values that share a scale: 32, 64 or 128. Default: int4 32, int8 a whole row.")
+    ] = None,
+    zero_points: Annotated[bool, typer.Option("--zero-points", help="int4: a zero point for each group.")] = False,
     model_base: ModelBase = None,
 ) -> None:
-    """Rewrite a checkpoint in the other layout; answers stay the same at every image size.
+    """Rewrite a checkpoint in the other layout, where answers stay the same at every image size; or with its weights
+    in 8 or 4 bits, in the compressed-tensors format.
 
+    \b
     llava-fast convert liuhaotian/llava-v1.5-7b ./llava-1.5-7b-hf --layout hf
+    llava-fast convert llava-hf/llava-1.5-7b-hf ./llava-1.5-7b-int4 --quantize int4
     """
-    from llava_fast.checkpoints.save import save
+    from tqdm import tqdm
 
-    llava = load_model(model, "cpu", dtype or "auto", None, model_base)
+    from llava_fast.checkpoints.save import check_destination, save
+    from llava_fast.errors import QuantisationError
+    from llava_fast.models.quantised import Quantisation
+
+    if quantize is None and (group is not None or zero_points):
+        raise QuantisationError("--group and --zero-points go with --quantize")
+    check_destination(output)
+    quantisation = quantize and Quantisation(quantize, group, symmetric=not zero_points)
+    bar = functools.partial(tqdm, desc="read", unit=" tensors", dynamic_ncols=True)
+    llava = load_model(model, "cpu", dtype or "auto", None, model_base, quantize=quantisation, progress=bar)
     save(llava, output, layout=layout)
     typer.echo(f"wrote {output} in the {layout} layout")
 

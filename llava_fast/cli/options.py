@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -16,6 +16,10 @@ Template = Annotated[
     typer.Option(help="Use this built-in chat template, not the checkpoint's: vicuna_v1, llama_2, mistral, ..."),
 ]
 ModelBase = Annotated[str | None, typer.Option(help="The base model, for a LoRA or projector-only directory.")]
+Quantize = Annotated[
+    Literal["int8", "int4"] | None,
+    typer.Option(help="Round the decoder's weights to 8 or 4 bits while they are read. Default: as they are stored."),
+]
 
 
 def load_model(
@@ -24,10 +28,8 @@ def load_model(
     dtype: str | None,
     chat_template: str | None,
     model_base: str | None,
-    quantize: str | None = None,
+    **options: Any,
 ) -> Any:
     from llava_fast.api import load
 
-    return load(
-        model, device=device, dtype=dtype, chat_template=chat_template, model_base=model_base, quantize=quantize
-    )
+    return load(model, device=device, dtype=dtype, chat_template=chat_template, model_base=model_base, **options)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llava_fast.cli.options import Device, Dtype, Model, ModelBase, Template, load_model
+from llava_fast.cli.options import Device, Dtype, Model, ModelBase, Quantize, Template, load_model
 from llava_fast.errors import ServeError
 
 ACCESS, LIMITS, MEMORY = "Who and what is let in", "Limits", "Memory and threads"
@@ -22,9 +22,7 @@ def serve(
     chat_template: Template = None,
     device: Device = None,
     dtype: Dtype = None,
-    quantize: Annotated[
-        str | None, typer.Option(help="int8 or int4: round the decoder's weights (docs/quantisation.md).")
-    ] = None,
+    quantize: Quantize = None,
     video_frames: Annotated[int, typer.Option(min=1, help="How many frames of a video are used.")] = 16,
     api_key: Annotated[
         list[str],
@@ -154,7 +152,7 @@ def serve(
         workers=workers,
         video_frames=video_frames,
     )
-    server.serve(load_model(model, device, dtype, chat_template, model_base, quantize), settings, host, port)
+    server.serve(load_model(model, device, dtype, chat_template, model_base, quantize=quantize), settings, host, port)
 
 
 def _api_keys(given: list[str], path: Path | None) -> tuple[str, ...]:

@@ -120,6 +120,8 @@ class Quantised(nn.Module):
         tensors = {"codes": weight.codes, "scale": weight.scale, "zero": weight.zero, "order": order, "like": like}
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)  # a state dict has other names
+        self.in_state_dict = True
+        """Whether a state dict has the weight. Training leaves it out of its checkpoints, as all that is frozen."""
 
     @property
     def quantised(self) -> QuantisedWeight:
@@ -147,7 +149,8 @@ class Quantised(nn.Module):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + name: tensor for name, tensor in self.stored().items()})
+        if self.in_state_dict:
+            destination.update({prefix + name: tensor for name, tensor in self.stored().items()})
 
     def _load_from_state_dict(
         self, entries: dict, prefix: str, metadata: dict, strict: bool, missing: list, unexpected: list, errors: list
@@ -198,6 +201,11 @@ class QuantisedLinear(Quantised):
     @property
     def out_features(self) -> int:
         return self.codes.shape[0]
+
+    @property
+    def qweight(self) -> Tensor:
+        """The codes, under the name by which PEFT finds a quantised layer's device."""
+        return self.codes
 
     def forward(self, x: Tensor) -> Tensor:
         if self.order is not None:

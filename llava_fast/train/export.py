@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from llava_fast.checkpoints.adapters import save_projector
-from llava_fast.checkpoints.save import NOTE_FILE, save
+from llava_fast.checkpoints.save import NOTE_FILE, Deferred, Stored, save
 from llava_fast.generation.llava import Llava
+from llava_fast.models.quantised import Quantised, is_quantised
 from llava_fast.train.lora import export_adapter, merged
 from llava_fast.train.objective import processor_of
 from llava_fast.train.parallel import World
@@ -30,8 +32,7 @@ def export(recipe: Recipe, model: nn.Module, bare: Llava, world: World) -> Path:
     """
     path = recipe.output / "model"
     dtype = getattr(torch, recipe.precision)
-    everything = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    whole = cast(dict[str, Tensor], everything)
+    whole = _whole(model, bare, dtype)
     if world.first:
         for kind in ("saving", "replaced"):  # left over by an export that was killed
             for leftover in recipe.output.glob(f".*.{kind}-*"):
@@ -47,7 +48,21 @@ def export(recipe: Recipe, model: nn.Module, bare: Llava, world: World) -> Path:
             alone = {name: tensor for name, tensor in whole.items() if part_of(name) == "projector"}
             note_file = bare.side_files.get(NOTE_FILE)
             save_projector(recipe.output / "projector", alone, bare.config, note_file)
-        tensors = {name: tensor.to(dtype) for name, tensor in whole.items()}
+        tensors = {name: each if isinstance(each, Deferred) else each.to(dtype) for name, each in whole.items()}
         save(bare, path, layout=recipe.layout, overwrite=True, tensors=tensors)
     world.together()
     return path
+
+
+def _whole(model: nn.Module, bare: Llava, dtype: torch.dtype) -> dict[str, Stored]:
+    """All tensors by their names in `bare`, on the CPU; quantised weights in floating point of `dtype`, made when they
+    are written."""
+    if not is_quantised(bare):
+        everything = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return cast(dict[str, Stored], everything)
+    whole: dict[str, Stored] = {name: parameter.detach().cpu() for name, parameter in bare.named_parameters()}
+    for name, module in bare.named_modules():
+        if isinstance(module, Quantised):
+            like = torch.empty(module.quantised.shape, dtype=dtype, device="meta")
+            whole[f"{name}.weight"] = Deferred(like, functools.partial(module.dense, dtype))
+    return whole

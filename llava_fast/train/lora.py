@@ -6,7 +6,9 @@ Source: Hu et al. 2021; huggingface/peft.
 
 from __future__ import annotations
 
+import functools
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from llava_fast.checkpoints.adapters import merge, save_adapter
-from llava_fast.checkpoints.save import NOTE_FILE
+from llava_fast.checkpoints.save import NOTE_FILE, Deferred, Stored
 from llava_fast.errors import RecipeError
 from llava_fast.generation.llava import Llava
+from llava_fast.models.quantised import QuantisedLinear
 from llava_fast.train.parts import part_of
 from llava_fast.train.recipe import Lora, Recipe
 
@@ -29,37 +32,50 @@ def add_adapters(model: Llava, recipe: Recipe) -> None:
     the adapters do. Raises RecipeError for a target that is no Linear of the decoder, or without PEFT."""
     assert recipe.lora is not None
     config = _peft_config(recipe.lora)
-    linears = {name.rpartition(".")[2] for name, module in model.decoder.named_modules() if type(module) is nn.Linear}
+    kinds = (nn.Linear, QuantisedLinear)
+    linears = {name.rpartition(".")[2] for name, module in model.decoder.named_modules() if type(module) in kinds}
     if wrong := [target for target in recipe.lora.targets if target not in linears]:
         raise RecipeError(
             f"lora.targets: {wrong[0]!r} is no Linear of the decoder; it has {', '.join(sorted(linears))}"
         )
     from peft import inject_adapter_in_model
+    from peft.tuners.lora import Linear as LoraLinear
 
+    config._register_custom_module({QuantisedLinear: LoraLinear})
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unsupported layer type")  # PEFT reads the sizes of ours all the same
         torch.manual_seed(recipe.seed)
         inject_adapter_in_model(config, model.decoder)
     for parameter in trained:  # PEFT freezes everything in the decoder that is no adapter
         parameter.requires_grad_(True)
 
 
-def merged(whole: Mapping[str, Tensor], settings: Lora) -> dict[str, Tensor]:
+def merged(whole: Mapping[str, Stored], settings: Lora) -> dict[str, Stored]:
     """A model's tensors, by the names it has without adapters, from those with adapters: each adapted weight is
     W + alpha / rank * B @ A, computed in float32 and rounded once to its dtype. `whole` stays as it is."""
-    found = {}
+    found: dict[str, Stored] = {}
     for name, value in whole.items():
         if not _is_factor(name):
             module, _, leaf = name.partition(".base_layer.")
             if leaf == "weight":
                 a, b = (whole[f"{module}.lora_{half}{_ADAPTER}.weight"] for half in "AB")
-                found[_own_name(name)] = merge(value, a, b, settings.alpha / settings.rank)
+                scale = settings.alpha / settings.rank
+                if isinstance(value, Deferred):
+                    make = functools.partial(_merge_later, value, a, b, scale)
+                    found[_own_name(name)] = Deferred(value.like, make)
+                else:
+                    found[_own_name(name)] = merge(value, a, b, scale)
             else:
                 found[_own_name(name)] = value
     return found
 
 
-def export_adapter(path: Path, whole: Mapping[str, Tensor], trained: list[str], model: Llava, recipe: Recipe) -> None:
+def _merge_later(weight: Deferred, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return merge(weight.make(), a, b, scale)
+
+
+def export_adapter(path: Path, whole: Mapping[str, Stored], trained: list[str], model: Llava, recipe: Recipe) -> None:
     """Write the adapter, and what else was trained, apart from the base, for PEFT and the original LLaVA.
 
     whole    all tensors of the model with adapters, on the CPU.

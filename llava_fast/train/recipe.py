@@ -93,6 +93,7 @@ class Recipe(_Section):
     output: Path  # checkpoints, metrics and the trained model go here
     trainable: list[str] = ["projector"]  # parts, or patterns of parameter names (fnmatch)
     lora: Lora | None = None
+    quantize: Literal["int8", "int4"] | None = None  # the decoder's frozen Linears and its head, as they are read
     dpo: Dpo | None = None  # an objective other than supervised fine-tuning: preference pairs
     kto: Kto | None = None  # ... or answers labelled desirable or undesirable
     data: Data
@@ -118,6 +119,10 @@ class Recipe(_Section):
     def _fits_together(self) -> Recipe:
         if not self.trainable and self.lora is None:
             raise ValueError("nothing is trained: name parts under `trainable`, or give `lora`")
+        if self.quantize is not None and "decoder" in self.trainable:
+            raise ValueError("`quantize` freezes the decoder's own weights: leave `decoder` out, or train by `lora`")
+        if self.quantize is not None and (self.parallel.kind == "fsdp2" or self.parallel.tensor > 1):
+            raise ValueError("`quantize` is not sharded: use `parallel.kind: ddp`, a whole model in each process")
         if self.lora is not None and "decoder" in self.trainable:
             raise ValueError("`lora` freezes the decoder's own weights: leave `decoder` out of `trainable`")
         if self.parallel.tensor > 1 and self.parallel.kind in ("none", "ddp"):

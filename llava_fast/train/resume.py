@@ -23,7 +23,7 @@ from llava_fast.train.recipe import Recipe
 
 logger = logging.getLogger("llava_fast.train")
 RECIPE_FILE = "recipe.yaml"  # in a run's output: the recipe that it was begun with, or last resumed with
-_KEPT = ("model", "trainable", "lora", "optimizer")  # fields that a resumed run takes from its checkpoint
+_KEPT = ("model", "trainable", "lora", "quantize", "optimizer")  # fields that a resumed run takes from its checkpoint
 
 
 @dataclass

@@ -14,6 +14,7 @@ from llava_fast.families import writing_family
 from llava_fast.generation.llava import Llava
 from llava_fast.inputs.processor import Processor
 from llava_fast.models.fused import split_linears
+from llava_fast.models.quantised import Quantised, is_quantised
 from llava_fast.train.data.lengths import Lengths, measure
 from llava_fast.train.data.loader import Loader
 from llava_fast.train.data.run_samples import run_samples
@@ -57,13 +58,21 @@ def check_output(path: Path) -> None:
 def load_model(recipe: Recipe, world: World) -> Llava:
     """The recipe's model on this process's device: what is trained in float32, the rest in the precision asked for. One
     that is to be sharded stays on the host as its checkpoint holds it, so that no device ever holds all of it."""
-    model = load(recipe.model, device="cpu", dtype="auto", chat_template=recipe.data.template, merge=False)
+    template = recipe.data.template
+    model = load(recipe.model, "cpu", "auto", chat_template=template, merge=False, quantize=recipe.quantize)
     writing_family(model.config, recipe.layout)  # an export that cannot be is refused now, not when all is trained
+    if is_quantised(model):
+        _check_quantised(recipe, world)
     freeze(model, recipe)
     if recipe.lora is not None:
         add_adapters(model, recipe)
     if not is_sharded(recipe, world):
         place(model.parameters(), recipe, world)
+    for module in model.modules():
+        if isinstance(module, Quantised):
+            module.to(world.device)
+            module.like = module.like.to(getattr(torch, recipe.precision))
+            module.in_state_dict = False
     processor = processor_of(model)
     data = recipe.data
     most = data.max_length or processor.max_rows
@@ -71,6 +80,14 @@ def load_model(recipe: Recipe, world: World) -> Llava:
         processor, video_frames=data.video_frames, time_instruction=data.time_instruction, max_rows=most
     )
     return model.train()
+
+
+def _check_quantised(recipe: Recipe, world: World) -> None:
+    """What `Recipe` refuses with `quantize`, for a checkpoint that is quantised already."""
+    if "decoder" in recipe.trainable:
+        raise RecipeError("trainable: the checkpoint's decoder is quantised: leave `decoder` out, or train by `lora`")
+    if is_sharded(recipe, world):
+        raise RecipeError("parallel.kind: a quantised model is not sharded: use ddp, a whole model in each process")
 
 
 def build_trainer(recipe: Recipe, model: Llava, world: World) -> Trainer:

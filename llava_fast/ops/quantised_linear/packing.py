@@ -40,11 +40,6 @@ def packed(weight: QuantisedWeight, dtype: torch.dtype = torch.bfloat16) -> dict
     return made
 
 
-def names_of(weight: QuantisedWeight) -> list[str]:
-    """The NAMES that `packed` gives this weight."""
-    return [name for name in NAMES if name != "weight_zero_point" or weight.zero is not None]
-
-
 def unpacked(stored: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantisedWeight:
     """`packed`, back: a weight of `shape` from its tensors, in 8 or 4 bits as their sizes say. Raises
     QuantisationError."""

@@ -19,6 +19,8 @@ from llava_fast.errors import DataError, RecipeError
 from llava_fast.families import read_config
 from llava_fast.inputs.tiling.anyres import image_rows
 from llava_fast.models.config import LlavaConfig
+from llava_fast.models.quantised import Quantisation
+from llava_fast.models.quantised import plan as quantisation_plan
 from llava_fast.models.vlm import LlavaModel
 from llava_fast.ops.linear_cross_entropy.chunked import CHUNK_BYTES
 from llava_fast.storage.files import read_json
@@ -135,6 +137,8 @@ class ParameterCounts:
     layer: int  # one decoder layer
     outside: int  # of decoder layers and tower: embedding, head, projector
     head: int
+    quantised: int = 0  # those held in 8 or 4 bits
+    quantised_bytes: float = 0  # what these take, scales included
 
 
 def count_parameters(config: LlavaConfig, recipe: Recipe) -> ParameterCounts:
@@ -151,6 +155,9 @@ def count_parameters(config: LlavaConfig, recipe: Recipe) -> ParameterCounts:
         for name, module in model.decoder.named_modules():
             if name.rpartition(".")[2] in recipe.lora.targets and isinstance(module, torch.nn.Linear):
                 adapters += recipe.lora.rank * (module.in_features + module.out_features)
+    roundings = {} if recipe.quantize is None else quantisation_plan(model, Quantisation(recipe.quantize))
+    quantised = {name: model.get_submodule(name).weight for name in roundings}
+    bits = sum(roundings[name].bits(weight.shape[1]) * weight.numel() for name, weight in quantised.items())
     layer = sum(parameter.numel() for parameter in model.decoder.layers[0].parameters())
     layers = layer * config.decoder.num_layers
     return ParameterCounts(
@@ -160,6 +167,8 @@ def count_parameters(config: LlavaConfig, recipe: Recipe) -> ParameterCounts:
         layer,
         outside=everything["decoder"] - layers + everything["projector"],
         head=config.decoder.vocab_size * config.decoder.hidden_size,
+        quantised=sum(weight.numel() for weight in quantised.values()),
+        quantised_bytes=bits / 8,
     )
 
 
@@ -217,7 +226,8 @@ def _memory(config: LlavaConfig, recipe: Recipe, counts: ParameterCounts, sample
     else:
         figures = [
             Figure("trained weights", 4 * trained, "B", "float32"),
-            Figure("frozen weights", narrow * (everything - trained), "B", f"{narrow} bytes each"),
+            Figure("frozen weights", narrow * (everything - trained - counts.quantised), "B", f"{narrow} bytes each"),
+            Figure("quantised weights", counts.quantised_bytes, "B", f"{recipe.quantize}, with their scales"),
             Figure("gradients", 4 * trained, "B", "float32"),
             Figure("AdamW", state * trained, "B", f"{state} bytes of each trained weight"),
         ]
