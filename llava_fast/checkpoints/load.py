@@ -128,19 +128,25 @@ def load_weights(
     check_tensors(expected, checkpoint.tensors, checkpoint.path)
     _check_quantised(model, checkpoint, quantisation)
     roundings = {} if quantisation is None else plan(model, quantisation)
-    # A bias is assigned before its module's weight: what takes the module's place takes the bias with it.
-    for name in progress(sorted(parameters, key=lambda name: name.endswith(".weight"))):
+    rounded = {f"{module}.weight" for module in roundings}
+    # What is rounded comes last: a tensor that is kept as a view keeps the pages of all that its mapping has read, and
+    # a module that takes a Linear's place takes its bias with it.
+    for name in progress(sorted(parameters, key=lambda name: name in rounded or _is_quantised(name, checkpoint))):
         stored, requires_grad = checkpoint.tensors[name], parameters[name].requires_grad
         owner, _, leaf = name.rpartition(".")
         if isinstance(stored, StoredQuantised):
             weight, order = stored.load_quantised()
             put(model, owner, weight.to(device), dtype, None if order is None else order.to(device))
-        elif leaf == "weight" and owner in roundings:
+        elif name in rounded:
             put(model, owner, _rounded(stored, roundings[owner], device), dtype)
         else:
             value = stored.load().to(device=device, dtype=dtype)
             setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=requires_grad))
     model.side_files = dict(checkpoint.side_files)
+
+
+def _is_quantised(name: str, checkpoint: LoadedCheckpoint) -> bool:
+    return isinstance(checkpoint.tensors[name], StoredQuantised)
 
 
 def _rounded(stored: StoredTensor, rounding: Rounding, device: torch.device) -> QuantisedWeight:

@@ -175,3 +175,23 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
     tiny.save(tiny.CASES["next"], hf, tmp_path)
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight': the weight to quantise holds values"):
         llava_fast.load(tmp_path, quantize="int4")
+
+
+def test_convert(checkpoint, tmp_path):
+    from typer.testing import CliRunner
+
+    from llava_fast.cli.main import app
+
+    given = ["convert", str(checkpoint), str(tmp_path / "q"), "--quantize", "int4", "--group", "64", "--zero-points"]
+    run = CliRunner().invoke(app, given)
+    assert run.exit_code == 0, run.output
+    assert "read: 100%" in run.output
+    expected = llava_fast.load(checkpoint, quantize=Quantisation("int4", 64, False), dtype="float32")
+    same(state_of(expected), state_of(llava_fast.load(tmp_path / "q")))
+    before = (tmp_path / "q" / "config.json").stat()
+    again = CliRunner().invoke(app, given)
+    assert "is not empty; choose another directory" in str(again.exception)
+    assert (tmp_path / "q" / "config.json").stat() == before
+    alone = CliRunner().invoke(app, ["convert", str(checkpoint), str(tmp_path / "r"), "--group", "64"])
+    assert "--group and --zero-points go with --quantize" in str(alone.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["q"]

@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from llava_fast.errors import QuantisationError
 from llava_fast.ops.quantised_linear.weight import QuantisedWeight, check_scheme, row_blocks
 
+ROUNDED_VALUES = 1 << 18
+"""Most values that are rounded at once: 1 MiB in float32, and a few temporary tensors of that size."""
+
 
 def quantise(weight: Tensor, scheme: str, group: int | None = None, symmetric: bool = True) -> QuantisedWeight:
     """Round a weight [out, in], floating, to the nearest codes of `scheme`.
@@ -40,13 +43,14 @@ def quantise(weight: Tensor, scheme: str, group: int | None = None, symmetric: b
     )
     scale = torch.empty((out, groups), dtype=torch.float32, device=weight.device)
     zero = None if symmetric else torch.empty((out, groups), dtype=torch.uint8, device=weight.device)
-    for rows in row_blocks(out, columns):
-        block = weight[rows].float().reshape(-1, groups, group)
-        if not torch.isfinite(block).all():
+    for rows in row_blocks(out, columns, ROUNDED_VALUES):
+        block = weight[rows].to(torch.float32, copy=True).reshape(-1, groups, group)
+        least, most = block.amin(-1, keepdim=True), block.amax(-1, keepdim=True)
+        if not (torch.isfinite(least) & torch.isfinite(most)).all():
             raise QuantisationError("the weight to quantise holds values that are not finite")
-        step, offset = _scale_and_zero(block, scheme, symmetric)
+        step, offset = _scale_and_zero(least, most, scheme, symmetric)
         scale[rows] = step.squeeze(-1)
-        found = (block / step).round_().add_(offset).flatten(1)
+        found = block.div_(step).round_().add_(offset).flatten(1)
         if scheme == "int8":
             codes[rows] = found.to(torch.int8)
             continue
@@ -58,12 +62,12 @@ def quantise(weight: Tensor, scheme: str, group: int | None = None, symmetric: b
     return QuantisedWeight(scheme, scale, **parts)
 
 
-def _scale_and_zero(block: Tensor, scheme: str, symmetric: bool) -> tuple[Tensor, Tensor | int]:
-    """Scale and zero point (the code of 0.0), both float32 [rows, groups, 1], of values [rows, groups, group]."""
+def _scale_and_zero(least: Tensor, most: Tensor, scheme: str, symmetric: bool) -> tuple[Tensor, Tensor | int]:
+    """Scale and zero point (the code of 0.0), both float32 [rows, groups, 1], of groups with these bounds."""
     if symmetric:
-        step = block.abs().amax(-1, keepdim=True) / (127 if scheme == "int8" else 7.5)
+        step = torch.maximum(-least, most) / (127 if scheme == "int8" else 7.5)
         return _storable(step), 0 if scheme == "int8" else 8
-    least, most = block.amin(-1, keepdim=True).clamp_(max=0), block.amax(-1, keepdim=True).clamp_(min=0)
+    least, most = least.clamp(max=0), most.clamp(min=0)
     step = _storable((most - least) / 15)
     return step, (-least / step).round_().clamp_(0, 15)
 

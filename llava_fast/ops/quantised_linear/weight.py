@@ -91,9 +91,9 @@ class QuantisedWeight:
         yield from row_blocks(*self.shape)
 
 
-def row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices that cover `rows`, of at most BLOCK_VALUES values each (at least a row)."""
-    step = max(1, BLOCK_VALUES // max(columns, 1))
+def row_blocks(rows: int, columns: int, values: int | None = None) -> Iterator[slice]:
+    """Slices that cover `rows`, of at most `values` (default: BLOCK_VALUES) values each (at least a row)."""
+    step = max(1, (values or BLOCK_VALUES) // max(columns, 1))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
