@@ -7,6 +7,7 @@ destination as it was. Weights go out shard by shard: at most one shard is copie
 from __future__ import annotations
 
 import copy
+import functools
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -173,9 +174,13 @@ def _packed(weight: QuantisedWeight, dtype: torch.dtype) -> dict[str, Stored]:
     """What a quantised weight is stored as, each tensor made when it is written."""
     sizes = packing.packed(weight.to("meta"), dtype)
     return {
-        name: Deferred(size.to("meta"), lambda name=name: packing.packed(weight, dtype)[name])
+        name: Deferred(size.to("meta"), functools.partial(_packed_part, weight, dtype, name))
         for name, size in sizes.items()
     }
+
+
+def _packed_part(weight: QuantisedWeight, dtype: torch.dtype, name: str) -> torch.Tensor:
+    return packing.packed(weight, dtype)[name]
 
 
 def _table(

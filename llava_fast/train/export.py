@@ -40,12 +40,13 @@ def export(recipe: Recipe, model: nn.Module, bare: Llava, world: World) -> Path:
         if recipe.data.template:  # else the base model's own goes with it
             note = json.dumps({"chat_template": processor_of(bare).template.name})
             bare.side_files = {**getattr(bare, "side_files", {}), NOTE_FILE: note}
+        made = {name: each for name, each in whole.items() if not isinstance(each, Deferred)}
         trained = [name for name, parameter in bare.named_parameters() if parameter.requires_grad]
         if recipe.lora is not None:
-            export_adapter(recipe.output / "adapter", whole, trained, bare, recipe)
+            export_adapter(recipe.output / "adapter", made, trained, bare, recipe)
             whole = merged(whole, recipe.lora)
         elif {part_of(name) for name in trained} == {"projector"}:
-            alone = {name: tensor for name, tensor in whole.items() if part_of(name) == "projector"}
+            alone = {name: tensor for name, tensor in made.items() if part_of(name) == "projector"}
             note_file = bare.side_files.get(NOTE_FILE)
             save_projector(recipe.output / "projector", alone, bare.config, note_file)
         tensors = {name: each if isinstance(each, Deferred) else each.to(dtype) for name, each in whole.items()}

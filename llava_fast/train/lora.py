@@ -11,7 +11,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ def merged(whole: Mapping[str, Stored], settings: Lora) -> dict[str, Stored]:
         if not _is_factor(name):
             module, _, leaf = name.partition(".base_layer.")
             if leaf == "weight":
-                a, b = (whole[f"{module}.lora_{half}{_ADAPTER}.weight"] for half in "AB")
+                a, b = (cast(Tensor, whole[f"{module}.lora_{half}{_ADAPTER}.weight"]) for half in "AB")
                 scale = settings.alpha / settings.rank
                 if isinstance(value, Deferred):
                     make = functools.partial(_merge_later, value, a, b, scale)
@@ -75,7 +75,7 @@ def _merge_later(weight: Deferred, a: Tensor, b: Tensor, scale: float) -> Tensor
     return merge(weight.make(), a, b, scale)
 
 
-def export_adapter(path: Path, whole: Mapping[str, Stored], trained: list[str], model: Llava, recipe: Recipe) -> None:
+def export_adapter(path: Path, whole: Mapping[str, Tensor], trained: list[str], model: Llava, recipe: Recipe) -> None:
     """Write the adapter, and what else was trained, apart from the base, for PEFT and the original LLaVA.
 
     whole    all tensors of the model with adapters, on the CPU.

@@ -156,7 +156,8 @@ def count_parameters(config: LlavaConfig, recipe: Recipe) -> ParameterCounts:
             if name.rpartition(".")[2] in recipe.lora.targets and isinstance(module, torch.nn.Linear):
                 adapters += recipe.lora.rank * (module.in_features + module.out_features)
     roundings = {} if recipe.quantize is None else quantisation_plan(model, Quantisation(recipe.quantize))
-    quantised = {name: model.get_submodule(name).weight for name in roundings}
+    parameters = dict(model.named_parameters())
+    quantised = {name: parameters[f"{name}.weight"] for name in roundings}
     bits = sum(roundings[name].bits(weight.shape[1]) * weight.numel() for name, weight in quantised.items())
     layer = sum(parameter.numel() for parameter in model.decoder.layers[0].parameters())
     layers = layer * config.decoder.num_layers

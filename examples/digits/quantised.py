@@ -1,0 +1,51 @@
+"""Measure what rounding its weights costs the digits demo model: the share of digits right, on held-out scans.
+
+python examples/digits/quantised.py --canvases 1000
+
+Writes quantised.json beside this file: machine, versions and the shares of each form.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from evaluate import evaluate
+
+import llava_fast
+from llava_fast.demo import compose, split_scans
+from llava_fast.demo.run import model_path
+
+FORMS = {"float32": None, "int8": "int8", "int4, groups of 32": "int4"}
+
+
+def measure(canvases: int, seed: int = 2026) -> dict[str, dict[str, float]]:
+    """The shares of `evaluate`, for each form."""
+    rng = np.random.default_rng(seed)
+    drawn = [compose(rng, split_scans()[1]) for _ in range(canvases)]
+    return {
+        name: evaluate(llava_fast.load(model_path(), device="cpu", quantize=form), drawn, None, None, name)
+        for name, form in FORMS.items()
+    }
+
+
+def main(canvases: Annotated[int, typer.Option(help="How many held-out canvases.")] = 1000) -> None:
+    """Measure and write quantised.json."""
+    report = {
+        "canvases": canvases,
+        "machine": platform.processor() or platform.machine(),
+        "versions": {name: version(name) for name in ("llava_fast", "torch")},
+        "results": measure(canvases),
+    }
+    Path(__file__).with_name("quantised.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for name, shares in report["results"].items():
+        typer.echo(f"{name}: {100 * shares['digits']:.2f} % of digits")
+
+
+if __name__ == "__main__":
+    typer.run(main)
