@@ -17,7 +17,18 @@ from llava_fast.ops.selection import store, tables
 from llava_fast.ops.selection.machine import machine_of
 from llava_fast.version import __version__
 
-PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "pillow", "numpy", "xformers", "av")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "pillow",
+    "numpy",
+    "xformers",
+    "av",
+    "compressed-tensors",
+)
 
 
 def report(model: str | None = None) -> str:

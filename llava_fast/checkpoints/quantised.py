@@ -1,7 +1,7 @@
 """Quantised checkpoints: the tensors that hold one weight, joined to one stored tensor under the weight's name.
 
 Read are compressed-tensors (pack-quantized and int-quantized, in 4 and 8 bits), and by conversion AWQ (AutoAWQ's
-"gemm"), GPTQ (4 and 8 bits, both zero-point conventions, act-order) and torchao's. Anything else is refused by name.
+"gemm") and GPTQ (4 and 8 bits, both zero-point conventions, act-order). Anything else is refused by name.
 
 Sources: vllm-project/compressed-tensors 0.20; casper-hansen/AutoAWQ (modules/linear/gemm.py: the order of columns in a
 word); AutoGPTQ and ModelCloud/GPTQModel (qlinear: rows in a word, zero points stored less one in "gptq").
@@ -69,12 +69,6 @@ class Packed(Fields):
     group_size: Annotated[int, Field(ge=-1, le=2**20)] = 128
     version: str = "gemm"
     checkpoint_format: str = "gptq"
-
-
-class TorchAo(Fields):
-    """quantization_config of torchao."""
-
-    quant_type: dict[str, Any] | str
 
 
 def quantisation_of(path: Path) -> tuple[dict[str, Any], Path] | None:
@@ -301,8 +295,4 @@ def _refused(file: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{file}: {what} is not read; load the unquantised checkpoint it was made from")
 
 
-def _torchao(stored: Mapping[str, StoredTensor], config: dict, file: Path) -> dict[str, StoredTensor]:
-    raise _refused(file, "torchao")
-
-
-_READERS = {"compressed-tensors": _compressed_tensors, "awq": _awq, "gptq": _gptq, "torchao": _torchao}
+_READERS = {"compressed-tensors": _compressed_tensors, "awq": _awq, "gptq": _gptq}

@@ -162,6 +162,7 @@ def test_gptq_that_says_so_in_a_file_of_its_own(tmp_path):
 
 REFUSED = {
     "method": ({"quant_method": "bitsandbytes"}, r"quantised \(bitsandbytes\); load the unquantised"),
+    "torchao": ({"quant_method": "torchao"}, r"quantised \(torchao\); load the unquantised"),
     "no method": ({"bits": 4}, r"quantised \(unknown\)"),
     "awq version": (AWQ | {"version": "gemv"}, "AWQ of 4 bits, version 'gemv' is not read"),
     "awq bits": (AWQ | {"bits": 3}, "AWQ of 3 bits"),

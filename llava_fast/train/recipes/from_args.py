@@ -348,7 +348,10 @@ def _written(given: dict[str, Any], args: Arguments, head: list[str]) -> str:
         if name in _OFF and args.take(name, _OFF[name]) == _OFF[name]:
             continue
         if name == "bits":
-            unknown.append(f"{shown}: quantised weights are not trained here; LoRA runs over {given['precision']} ones")
+            unknown.append(
+                f"{shown}: quantised weights are not trained here in bitsandbytes' forms; LoRA runs over "
+                f"{given['precision']} ones, or set `quantize: int8` or `int4`"
+            )
         elif name == "fp16":
             unknown.append(f"{shown}: set precision to bfloat16 or float32")
         elif name in _NO_MEANING:
