@@ -38,7 +38,7 @@ def report(model: str | None = None) -> str:
 
     replaced = accelerated.families() if model is None else accelerated.of_path(model)
     lines = [f"llava_fast {__version__} on Python {platform.python_version()}, {platform.platform()}"]
-    lines += [f"  {name:<13} {_version(name)}" for name in PACKAGES]
+    lines += [f"  {name:<18} {_version(name)}" for name in PACKAGES]
     lines += ["", "devices", f"  CPU: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
