@@ -58,7 +58,8 @@ def _stand_in_config(path: Path) -> dict[str, Any]:
     kind, tokenizer_class = content.get("model_type"), content.get("tokenizer_class")
     if not content or (isinstance(kind, str) and kind in CONFIG_MAPPING):
         return {}
-    return {"config": PreTrainedConfig(tokenizer_class=tokenizer_class if isinstance(tokenizer_class, str) else None)}
+    settings: dict[str, Any] = {"tokenizer_class": tokenizer_class if isinstance(tokenizer_class, str) else None}
+    return {"config": PreTrainedConfig(**settings)}
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ or parametrised must keep its own forward, and then the ordinary modules run. Ch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import repeat
 from operator import contains, is_
 from typing import Any
@@ -72,7 +73,8 @@ class Snapshot:
         self._owners, self._names = [owner for owner, _ in found], [name for _, name in found]
         self._tensors_then = [owner[name] for owner, name in found]
         self._plain = all(kind in plain for kind in self._kinds[1:])  # the first is the list of layers
-        if self._plain and self._undisturbed() and _are_ordinary(self._modules, decoder.norm.weight.dtype):
+        norm: Any = decoder.norm
+        if self._plain and self._undisturbed() and _are_ordinary(self._modules, norm.weight.dtype):
             self.weights = weights_of(decoder)
 
     def holds(self) -> bool:
@@ -82,7 +84,7 @@ class Snapshot:
             and self._undisturbed()
             and list(map(type, self._modules)) == self._kinds
             and self._children == self._children_then
-            and all(map(is_, map(dict.get, self._owners, self._names), self._tensors_then))
+            and all(map(is_, map(_get, self._owners, self._names), self._tensors_then))
         )
 
     def _undisturbed(self) -> bool:
@@ -121,4 +123,5 @@ def weights_of(decoder: Any) -> DecoderWeights:
     return DecoderWeights(layers, decoder.norm.weight, config.head_dim, config.rms_norm_eps, config.sliding_windows)
 
 
+_get: Callable[[dict, str], Any] = dict.get
 _snapshots: WeakKeyDictionary[nn.Module, Snapshot] = WeakKeyDictionary()

@@ -72,7 +72,7 @@ class DecoderWeights:
                 f"q {tuple(first.q.shape)} and k {tuple(first.k.shape)} are not whole groups of heads of an even "
                 f"size {head_dim}"
             )
-        self._named: list[tuple[str, Tensor, tuple[int, ...]]] = [("norm", norm, (self.width,))]
+        self._named: list[tuple[str, Tensor | QuantisedWeight, tuple[int, ...]]] = [("norm", norm, (self.width,))]
         for number, layer in enumerate(self.layers):
             self._named += self._expected(number, layer)
         self._tensors = [part for _, weight, _ in self._named for part in _parts(weight)]
