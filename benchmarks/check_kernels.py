@@ -1,6 +1,6 @@
 """Compile every shipped Triton configuration and every CUDA source for sm_80 and sm_90, without a GPU, and judge them.
 
-python -m benchmarks.check_kernels           # compile, print the table, fail on a kernel worse than the committed table
+python -m benchmarks.check_kernels           # compile, print a summary, fail on a kernel worse than the committed table
 python -m benchmarks.check_kernels --write   # and commit to what was found: benchmarks/kernels.json, docs/kernels.md
 python -m benchmarks.check_kernels --changed # compile only what differs from the committed table in source or compiler
 
@@ -238,28 +238,24 @@ def key(row: dict) -> str:
 
 
 def markdown(rows: list[dict], versions: str) -> str:
-    """The table as a page of the documentation."""
+    """A page of the documentation: for each op and architecture, how many kernels there are and the most that one
+    needs. benchmarks/kernels.json has each of them."""
     lines = [
         "# Compiled kernels",
         "",
         f"Made by `make check-kernels WRITE=1` with {versions}. Compiled, not run: nothing here is a speed.",
         "",
-        "| op | kernel | of | configuration | sm | registers | stack | shared | matrix | tf32 |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "Registers, stack and shared memory are the largest of an op's kernels over shipped configurations and dtypes.",
+        "[kernels.json](../benchmarks/kernels.json) lists every kernel.",
+        "",
+        "| op | sm | kernels | registers | stack | shared | matrix instructions | tf32 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        config = " ".join(f"{name}={value}" for name, value in row["config"].items())
-        cells = [
-            row["op"],
-            row["kernel"],
-            row["label"],
-            config,
-            row["sm"],
-            row["registers"],
-            row["stack"],
-            row["shared"],
-        ]
-        cells += [row["matrix"] or "-", "yes" if row["tf32"] else "-"]
+    for op, sm in sorted({(row["op"], row["sm"]) for row in rows}):
+        own = [row for row in rows if (row["op"], row["sm"]) == (op, sm)]
+        most = [max(row[name] for row in own) for name in ("registers", "stack", "shared")]
+        matrix = ", ".join(sorted({row["matrix"] for row in own} - {""})) or "-"
+        cells = [op, sm, len(own), *most, matrix, "yes" if any(row["tf32"] for row in own) else "-"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
@@ -276,7 +272,7 @@ def main(
         bool,
         typer.Option(help="Without nvcc, check Triton's kernels alone instead of failing."),
     ] = False,
-    quiet: Annotated[bool, typer.Option(help="Print faults alone, not the table.")] = False,
+    quiet: Annotated[bool, typer.Option(help="Print faults alone, not the summary.")] = False,
 ) -> None:
     """Compile every shipped kernel for sm_80 and sm_90 and judge it."""
     if write and (only or allow_missing_nvcc or changed):

@@ -29,7 +29,8 @@ class OpCase:
     plain    the same in unfused PyTorch (cuBLAS), as a careful user would write it.
     exact    the op's reference in float64.
     kernels  the Triton kernels whose configuration decides its time; `rows` is what their tables are asked for.
-    comparable  whether `plain` gives the same result, or only does the part of the work it is timed against.
+    comparable  plain() computes the same output. False: it computes only a lower bound of the work; its error is not
+             checked.
     backend  of the op, to be measured.
     limit    the error allowed, ||found - exact|| / ||exact||; None: what the dtype allows.
     bare     what a target is stated against, where that is not `plain` (docs/performance.md, "Targets").

@@ -43,7 +43,7 @@ def replacements(whole: nn.Module) -> Iterator[tuple[nn.Module, str, Callable[..
     """(module, method, function, what it does in words) for the decoder of a LLaVA; nothing for one that is unknown."""
     decoder = getattr(whole.model, "language_model", None)
     for module in decoder.modules() if decoder is not None else ():
-        # One that was replaced and has changed its class since (a parametrisation) is still to be found and restored.
+        # Also match replaced modules whose class changed later (parametrize), so restore() finds them.
         kinds = type(module).__mro__ if is_replaced(module, "forward") else (type(module),)
         found = next((_PARTS[key] for kind in kinds if (key := (kind.__module__, kind.__name__)) in _PARTS), None)
         if found is not None and (len(kinds) > 1 or _is_stock(kinds[0], found[0])):

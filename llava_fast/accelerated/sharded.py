@@ -1,7 +1,7 @@
 """Batches without an image in a model that FSDP2 has sharded (`fully_shard`).
 
 Each process then waits for all others wherever a shard is gathered or a gradient is summed, so a process that has no
-image must go through tower and projector all the same. Stock transformers does not: where the tower's layers are
+image must go through tower and projector anyway. Stock transformers does not: where the tower's layers are
 sharded the processes wait for each other for ever; where they are not, gradients of different lengths meet in one sum.
 """
 

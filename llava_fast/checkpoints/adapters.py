@@ -50,13 +50,13 @@ _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of init_lora_weights that leave the base as it was."""
 _UNMERGEABLE = {
     "alora_invocation_tokens": "acts only from its invocation tokens on, which no merged weight does",
-    "arrow_config": "weighs several adapters anew at each token, which no merged weight does",
+    "arrow_config": "weighs several adapters at each token, which no merged weight does",
     "layer_replication": "repeats layers, so the result is a model of another config.json",
 }
 _UNSET: tuple[object, ...] = (None, False, "none", [], {})
 _LOST_STARTS = {"corda": "data", "lora_ga": "gradients", "pissa_niter_": "random draws"}
 """Starts of init_lora_weights that change the base by what the adapter does not hold. PEFT cannot load the first on the
-base, forgets the change of the second and draws the third anew."""
+base, forgets the change of the second and redraws the third."""
 
 
 def find_projector_file(path: Path) -> Path | None:

@@ -208,7 +208,7 @@ def _find(path: Path, model_base: str | Path | None) -> tuple[Path, Path | None,
 
 
 def _stored_dtype(tensors: Mapping[str, StoredTensor], name: str, path: Path) -> torch.dtype:
-    """The dtype of the stored token embedding, which stands for the checkpoint's; of the final norm where the embedding
+    """The dtype of the stored token embedding, taken as the checkpoint's; of the final norm where the embedding
     is quantised."""
     if name not in tensors:
         raise CheckpointError(f"{path} holds no token embedding: the model of its config.json has one")

@@ -50,7 +50,7 @@ def load_tokenizer(path: Path) -> Any:
 
 def _stand_in_config(path: Path) -> dict[str, Any]:
     """The argument `config` for AutoTokenizer where config.json has a model type that transformers does not know; no
-    argument where it does. An original checkpoint's config.json is no business of its tokenizer, and transformers
+    argument where it does. An original checkpoint's config.json says nothing of its tokenizer, and transformers
     fails on one with Llama 3.1's RoPE scaling."""
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 

@@ -208,7 +208,7 @@ def original_types() -> dict[str, str]:
 
 
 def _decoders() -> dict[str, str]:
-    """The same the other way round. The first LLaVA called itself llava."""
+    """The inverse: model_type to the decoder's name in transformers. The first LLaVA's model_type was llava."""
     return {"llava": "llama"} | {named: kind for kind, named in original_types().items()}
 
 

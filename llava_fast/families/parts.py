@@ -84,7 +84,7 @@ def eos_token_ids(generation: dict[str, Any], *others: int | list[int] | None) -
 
 def auto_config(source: dict[str, Any], file: Path, decodes: bool = True):
     """What transformers makes of the content of a config.json; CheckpointError if it cannot. `decodes`: its text half
-    is a decoder; that of a tower's home is not, and is of no matter."""
+    is a decoder; that of a tower's own repository is not, and is not checked."""
     from transformers import CONFIG_MAPPING  # seconds to import: only a process that loads a checkpoint pays
 
     kind = source.get("model_type")

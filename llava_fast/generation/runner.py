@@ -25,7 +25,7 @@ Chunk = tuple[Sequence, int]
 class Runner:
     """Owns a model and its cache. Every sequence it is given has a table with room for the rows that are run.
 
-    features         keeps what images were encoded to, for prompts that bring them again; None: each is encoded anew.
+    features         keeps what images were encoded to, for prompts that bring them again; None: each is encoded again.
     batch_invariant  every sequence gets the logits that it would get alone, to the bit: a prompt is run in passes of
                      its own and reuses nothing, the head runs a row at a time, and so do decoding steps, except where
                      decoder_step serves them (plain float32 weights on a CPU). Not together with `features`.

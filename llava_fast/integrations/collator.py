@@ -36,7 +36,7 @@ class Collator:
     model         the model, or its config.
     labels        True: answers are supervised. False: prompts, for generate; an answer is left out.
     end           what follows the answer of a sample with a "prompt". Default: the tokenizer's end of sequence; "" for
-                  nothing. (The end of a turn in messages is the chat template's affair.)
+                  nothing. (In messages the chat template writes the end of a turn.)
     chat_template name of a built-in template (see inputs.chat.formats) to use instead of the processor's.
     padding_side  "left" or "right". Default: the tokenizer's; "left" without labels.
     plan          True: the batch carries its plan as int32 tensors `llava_plan_*`, which an accelerated model's forward

@@ -72,9 +72,9 @@ def test_a_damaged_file_is_left_aside_with_a_warning_and_replaced(folder, text):
     folder.mkdir()
     path = store.path_of(MACHINE)
     path.write_text(text, encoding="latin-1")
-    with pytest.warns(UserWarning, match=r"verdicts.*are found anew"):
+    with pytest.warns(UserWarning, match=r"verdicts.*are measured again"):
         assert not store.cached(MACHINE).verdicts
-    with pytest.warns(UserWarning, match="found anew"):
+    with pytest.warns(UserWarning, match="measured again"):
         keep("a")
     assert store.cached(MACHINE).verdicts == {"a": VERDICT}
 

@@ -1,7 +1,7 @@
 """A perceiver resampler with fixed 2D positions: learned queries attend to a tile's rows once.
 
 Shapes: T tiles, N rows a tile, C channels, M queries, E their width. Parameter names are those of the original
-checkpoints; their pos_embed is made anew. Sources: Bai et al. 2023 (Qwen-VL); Guo et al. 2024 (LLaVA-UHD;
+checkpoints; their pos_embed is recomputed. Sources: Bai et al. 2023 (Qwen-VL); Guo et al. 2024 (LLaVA-UHD;
 thunlp/LLaVA-UHD 7a3a1b6 resampler.py).
 """
 

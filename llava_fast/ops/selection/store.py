@@ -66,7 +66,7 @@ def cached(machine: Machine) -> Table:
         try:
             return read_table(path)
         except BackendError as error:
-            warnings.warn(f"{error}; its verdicts are found anew", stacklevel=2)
+            warnings.warn(f"{error}; its verdicts are measured again", stacklevel=2)
     return Table(machine=machine)
 
 
