@@ -16,21 +16,21 @@ import asyncio
 import base64
 import io
 import json
-import os
 import random
-import re
-import signal
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openai
 from PIL import Image
+
+from benchmarks import machine
+from benchmarks.served import llava_fast_server, running
 
 NEAR = 1e-3
 TEXTS = ("What digits are written here?", "hello there", "How many are there? Count them.", "Tell me more about this")
@@ -201,25 +201,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--questions", type=int, default=40)
     parser.add_argument("--batch-invariant", action="store_true")
+    parser.add_argument("--output-json", type=Path)
     chosen = parser.parse_args()
     near = 0.0 if chosen.batch_invariant else NEAR
     asked = questions(llava_fast.load(chosen.model, device="cpu"), chosen.questions, near)
-    command = [sys.executable, "-m", "llava_fast", "serve", chosen.model, "--port", "0", "--name", "m"]
-    server = subprocess.Popen(
-        [*command, "--device", "cpu", "--max-body-mb", "1", *["--batch-invariant"] * chosen.batch_invariant],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ,
-    )
-    try:
-        url = next(found[1] for line in server.stderr if (found := re.search(r"running on (http://\S+)", line)))
-        process = psutil.Process(server.pid)
-        run = soak(url, "m", asked, chosen.seconds, chosen.clients, 1_000_000)
+    server = llava_fast_server(chosen.model, "--max-body-mb", "1", *["--batch-invariant"] * chosen.batch_invariant)
+    about = {"machine": machine.describe("cpu", 1), "versions": machine.versions(), "commit": machine.commit()}
+    with running(server):
+        process = psutil.Process(server.process.pid)
+        run = soak(server.url, server.model, asked, chosen.seconds, chosen.clients, 1_000_000)
         report, sizes = asyncio.run(watched(run, lambda: process.memory_info().rss, chosen.seconds))
-    finally:
-        server.send_signal(signal.SIGTERM)
-    code = server.wait(60)
-    print(json.dumps({**report.summary(), "rss_mb": [size >> 20 for size in sizes], "exit_code": code}, indent=1))
+    found = {**report.summary(), "rss_mb": [size >> 20 for size in sizes]}
+    result = {"schema": "llava_fast-soak/1", **about, "settings": {**vars(chosen), "output_json": None}, **found}
+    print(json.dumps(found, indent=1))
+    if chosen.output_json:
+        chosen.output_json.write_text(json.dumps(result, indent=1) + "\n")
     grown = sizes[-1] - sizes[2]
     bad = {name for name in report.counts if name not in ("right", "left", "refused as it should be", "busy")}
     if bad or grown > max(40 << 20, sizes[2] // 20):
