@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ def llava_fast_server(model: str, *options: str) -> Served:
     process = subprocess.Popen([*command, "--name", "m"], stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
         if found := re.search(r"running on (http://\S+)", line):
+            threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop the server
             return Served(process, found[1], "m")
     raise SystemExit(f"the server ended with {process.wait()}")
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.serving --output-json serving.json      # the demo model, 1, 4 and 16 clients
 
-Both servers run on this machine, one thread each, and are asked in turns; the idle one does nothing. A round is a number
-of questions about digits, each about a picture that was never sent before, streamed, greedy, at most 16 tokens. Rates are
-the median of the rounds. Answers are compared: rates are given only if at least 98 of 100 are equal (the rest are near
-ties).
+Both servers run on this machine, one thread each, and are asked in turns; the idle one does nothing. A round is a
+number of questions about digits, each about a picture that was never sent before, streamed, greedy, at most 16 tokens.
+Rates are the median of the rounds. Answers are compared: rates are given only if at least 98 of 100 are equal (the rest
+are near ties).
 """
 
 from __future__ import annotations

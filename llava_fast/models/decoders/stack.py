@@ -5,6 +5,7 @@ Shapes: R rows (all sequences end to end, see attention.Spans), C width.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from llava_fast.models import fused
@@ -49,4 +50,6 @@ class Decoder(BaseDecoder):
         return self.norm(x_RC)
 
     def steps_natively(self, x_RC: Tensor, spans: Spans) -> bool:
+        if x_RC.dtype != torch.float32 or any(isinstance(module, QuantisedLinear) for module in self.modules()):
+            return False  # of other weights it is not tested
         return step_weights(self, _PLAIN, x_RC, spans) is not None
