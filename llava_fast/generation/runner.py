@@ -15,6 +15,8 @@ from llava_fast.inputs.plan.plan import TextPiece, sequence_length
 from llava_fast.models.batch import Batch
 from llava_fast.models.blocks.attention import Spans
 from llava_fast.models.blocks.native_step import MAX_ROWS
+from llava_fast.models.decode_graphs import DecodeGraphs
+from llava_fast.models.decoders.stack import Decoder
 from llava_fast.models.paged_cache import PagedCache
 from llava_fast.models.vlm import LlavaModel
 
@@ -42,6 +44,9 @@ class Runner:
             raise ValueError("batch_invariant and features: images would be encoded otherwise than alone")
         self.model, self.features, self.batch_invariant = model, features, batch_invariant
         self.cache = model.decoder.new_cache() if cache is None else cache
+        self.graphs: DecodeGraphs | None = None
+        if self.cache.device.type == "cuda" and isinstance(model.decoder, Decoder):  # a hosted one is transformers' own
+            self.graphs = DecodeGraphs(model.decoder, self.cache)
         decoder = model.config.decoder
         self.dynamic_from = decoder.max_positions if decoder.rope.kind == "dynamic" else None
 
@@ -88,11 +93,22 @@ class Runner:
         return self._logits(hidden[torch.tensor(last, device=device)]) if last else None
 
     def step(self, sequences: SequenceOf[Sequence]) -> Tensor:
-        """Run the last token of each sequence; logits [sequences, vocabulary] of the next."""
+        """Run the last token of each sequence; logits [sequences, vocabulary] of the next. The next step may
+        overwrite them."""
         if self.batch_invariant:
             groups = range(0, len(sequences), MAX_ROWS)
             return self._logits(torch.cat([self._step(sequences[i : i + MAX_ROWS]) for i in groups]))
-        return self._logits(self._step(sequences))
+        replayed = None if self.graphs is None else self._replay(self.graphs, sequences)
+        return self._logits(self._step(sequences)) if replayed is None else replayed
+
+    def _replay(self, graphs: DecodeGraphs, sequences: SequenceOf[Sequence]) -> Tensor | None:
+        """Logits from a CUDA graph, if one serves."""
+        tables = [sequence.cached for sequence in sequences]
+        logits = graphs([s.token_ids[-1] for s in sequences], tables, [table.length for table in tables])
+        if logits is not None:
+            for table in tables:
+                table.length += 1
+        return logits
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = self.model.decoder.logits

@@ -264,14 +264,16 @@ class Scheduler:
 
 
 def choose(logits: Tensor, sequences: list[Sequence]) -> list[int | Exception]:
-    """The next token of each sequence, or what is wrong with it; one transfer from the device for all."""
-    if not all(sequence.sampler.is_greedy for sequence in sequences):
+    """The next token of each sequence, or what is wrong with it; one transfer from the device for all greedy ones and
+    one for all others."""
+    greedy = [sequence.sampler.is_greedy for sequence in sequences]
+    tokens = greedy_tokens(logits) if any(greedy) else [-1] * len(sequences)
+    if not all(greedy):
         logits = logits.cpu()
-    tokens = greedy_tokens(logits)
     chosen: list[int | Exception] = []
-    for sequence, row, token in zip(sequences, logits, tokens, strict=True):
-        if not sequence.sampler.is_greedy:
-            chosen.append(_drawn(sequence, row))
+    for number, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
+        if not greedy[number]:
+            chosen.append(_drawn(sequence, logits[number]))
         else:
             chosen.append(token if token >= 0 else not_a_number(len(sequence.token_ids)))
     return chosen

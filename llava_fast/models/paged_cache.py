@@ -8,7 +8,7 @@ as one tensor. Source: Kwon et al. 2023 (PagedAttention); runs are what spares a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,9 +16,13 @@ from torch import Tensor
 
 from llava_fast.errors import CacheFullError
 from llava_fast.ops.decoder_step.paging import run_views
+from llava_fast.ops.paged_attention import block_addresses
 
 BLOCK_ROWS = 32
 SMALLEST_SEGMENT, LARGEST_SEGMENT = 1 << 20, 256 << 20  # bytes: between them, segments double the cache
+
+
+LEAST_WIDTH = 32  # blocks of a sequence in Pages
 
 
 class Keeper(Protocol):
@@ -29,6 +33,15 @@ class Keeper(Protocol):
 
     def give_back(self, count: int) -> list[int]:
         """Up to `count` blocks that no table uses and that it keeps no longer."""
+
+
+class Pages(NamedTuple):
+    """Where the rows of decoding sequences lie, on the device, as ops.paged_attention takes it: `addresses` int64
+    [blocks, 2], `table` int32 [n, width], `before` int32 [n]."""
+
+    addresses: Tensor
+    table: Tensor
+    before: Tensor
 
 
 class PagedCache:
@@ -63,6 +76,8 @@ class PagedCache:
         self.free_blocks = 0  # nobody's
         self.used_blocks = 0  # some table's; the rest is kept by the keeper
         self._step: tuple[tuple, dict[int | None, _StepIndex]] | None = None
+        self._addresses: Tensor | None = None
+        self._addressed = 0  # blocks whose addresses it holds
 
     @property
     def blocks(self) -> int:
@@ -152,6 +167,26 @@ class PagedCache:
         place.copy_(rows)
 
     # ------------------------------------------------------------ what attention calls
+
+    @property
+    def addresses(self) -> Tensor:
+        """int64 [max_blocks, 2] on the device (see ops.paged_attention): the same memory however the cache grows."""
+        with torch.inference_mode(False), torch.no_grad():
+            if self._addresses is None:
+                self._addresses = torch.zeros(self.max_blocks, 2, dtype=torch.int64, device=self.device)
+            if self._addressed < self.blocks:
+                self._addresses[: self.blocks].copy_(block_addresses(self.segments))
+                self._addressed = self.blocks
+        return self._addresses
+
+    def pages(self, tables: Sequence[BlockTable], before: Sequence[int]) -> Pages:
+        """The rows of these sequences, each with room for one more; one transfer to the device."""
+        count, width = len(tables), table_width(tables)
+        numbers = list(before)
+        for table in tables:
+            numbers += table.blocks + [0] * (width - len(table.blocks))
+        flat = torch.tensor(numbers, dtype=torch.int32, device=self.device)
+        return Pages(self.addresses, flat[count:].view(count, width), flat[:count])
 
     def append(self, layer: int, table: BlockTable, before: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store [K, rows, D] after the first `before` rows of a table; returns all its rows, [K, before+rows, D]."""
@@ -317,6 +352,11 @@ class BlockTable:
         self.capacity += len(blocks) * self.cache.block_rows
         self.runs = runs_of(blocks, self.cache.segment_starts, self.runs)
         self._views = None
+
+
+def table_width(tables: Sequence[BlockTable]) -> int:
+    """Blocks a sequence in a table of Pages: a power of two, so that few widths are met."""
+    return max(1 << (max(len(table.blocks) for table in tables) - 1).bit_length(), LEAST_WIDTH)
 
 
 def runs_of(blocks: Sequence[int], segment_starts: set[int], runs: list[int] | None = None) -> list[int]:

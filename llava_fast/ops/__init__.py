@@ -8,6 +8,7 @@ from llava_fast.ops.layer_norm import add_layer_norm, double_layer_norm, layer_n
 from llava_fast.ops.linear_act import linear_act
 from llava_fast.ops.linear_cross_entropy import linear_cross_entropy
 from llava_fast.ops.mix_rows import mix_rows
+from llava_fast.ops.paged_attention import paged_attention
 from llava_fast.ops.patch_embed import patch_embed
 from llava_fast.ops.quantised_linear import QuantisedWeight, quantised_linear
 from llava_fast.ops.rms_norm import add_rms_norm, rms_norm
@@ -27,6 +28,7 @@ __all__ = [
     "linear_act",
     "linear_cross_entropy",
     "mix_rows",
+    "paged_attention",
     "patch_embed",
     "quantised_linear",
     "rms_norm",

@@ -51,10 +51,28 @@ def load(folder: Path) -> None:
     Library.impl = impl
 
 
+LAUNCHES = {"llava_fast::paged_attention": 3}
+
+
+class Reads(list[str]):
+    """The reads of the host, and how many kernels were launched."""
+
+    launches = 0
+
+
+def is_free(function) -> bool:
+    """Whether an operator launches nothing: a view, or memory alone."""
+    returns = function._schema.returns
+    if any(each.alias_info is not None and each.alias_info.is_write for each in function._schema.arguments):
+        return False
+    return any(each.alias_info is not None for each in returns) or function.name().startswith("aten::empty")
+
+
 @contextlib.contextmanager
-def fake_gpu() -> Iterator[list[str]]:
+def fake_gpu() -> Iterator[Reads]:
     """Tensors made inside are fake. Gives a list that grows by the name of the operation whenever the host reads from
-    the device; what it reads is 1."""
+    the device; what it reads is 1. Its `launches` counts the kernels that the operators would launch on the GPU: one
+    for each that is no view and allocates more than memory, those of LAUNCHES as given there."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -62,13 +80,13 @@ def fake_gpu() -> Iterator[list[str]]:
 
     from llava_fast.ops.backend import requested
 
-    reads: list[str] = []
+    reads = Reads()
     aten = torch.ops.aten
 
     def on(tensor, kind: str) -> bool:
         return isinstance(tensor, torch.Tensor) and tensor.device.type == kind
 
-    class Reads(TorchDispatchMode):
+    class Device(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             kwargs = kwargs or {}
             if function in (aten.item.default, aten._local_scalar_dense.default):
@@ -81,9 +99,11 @@ def fake_gpu() -> Iterator[list[str]]:
                 with self:
                     return IMPLEMENTATIONS[function.name().split("::")[1]](*args, **kwargs)
             out = function(*args, **kwargs)
+            if any(on(each, "cuda") for each in tree_leaves(out)) and not is_free(function):
+                reads.launches += LAUNCHES.get(function.name(), 1)
             if any(on(each, "cpu") for each in tree_leaves(out)) and any(on(arg, "cuda") for arg in args[:2]):
                 reads.append(f"{function} to the host")
             return out
 
-    with FakeTensorMode(allow_non_fake_inputs=True), Reads():
+    with FakeTensorMode(allow_non_fake_inputs=True), Device():
         yield reads

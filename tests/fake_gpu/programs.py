@@ -7,11 +7,12 @@ runs them all and prints, as JSON, what each raised, or null. test_fake_gpu.py i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,11 @@ from llava_fast.inputs.plan.buckets import bucket_of
 from llava_fast.inputs.plan.plan import TextPiece
 from llava_fast.integrations.collator import Collator
 from llava_fast.models.batch import Batch
+from llava_fast.models.decoders.llama import LlamaConfig
+from llava_fast.models.decoders.stack import Decoder
 from llava_fast.models.encode_graphs import filled_batch
+from llava_fast.models.fused import merge_linears
+from llava_fast.models.paged_cache import Pages
 from llava_fast.models.recompute import set_recompute
 from llava_fast.ops import rms_norm, use_backend
 from llava_fast.train.objective import forward
@@ -143,6 +148,46 @@ def generating(name: str, **options) -> None:
     assert len(reads) == (4 if options else 4 * 3), reads
 
 
+@contextlib.contextmanager
+def of_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def stepping(heads: int, kv_heads: int, bound: int) -> None:
+    """A decoding step of a 7B from device tensors alone reads nothing back, and launches at most ten kernels a layer
+    (and few besides), with the Triton ops and merged Linears."""
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_layers=32,
+        rms_norm_eps=1e-5,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=128,
+        max_positions=4096,
+    )
+    with fake_gpu() as reads, use_backend("triton"), torch.no_grad():
+        with torch.device("cuda"), of_dtype(torch.bfloat16):
+            decoder = merge_linears(Decoder(config))
+            cache = decoder.new_cache(max_bytes=1 << 30)
+            cache.allocate(4)
+            decoder.rope.reserve(128, cache.device, cache.dtype)
+            numbers = torch.zeros(4, 6, dtype=torch.int32)
+        addresses = torch.zeros(8, 2, dtype=torch.int64, device="cuda")
+        pages = Pages(addresses, numbers[:, 2:].contiguous(), numbers[:, 0].contiguous())
+        reads.launches = 0
+        logits = decoder.step(numbers[:, 1].contiguous(), pages, cache)
+    assert tuple(logits.shape) == (4, 32000)
+    assert not reads, reads
+    assert 10 * 32 <= reads.launches <= bound, reads.launches
+
+
 def optimizing(precision: str, recompute: str, backend: str) -> None:
     """A step of a recipe's optimizer: of it all the gradients' norm is read."""
     recipe = parse_recipe(RECIPE)
@@ -224,6 +269,8 @@ def main() -> None:
     add(training, "next", "auto", "packed", "all")
     add(optimizing, "bfloat16", "layers", "auto")
     add(optimizing, "float32", "none", "auto")
+    add(stepping, 32, 32, 328)
+    add(stepping, 32, 8, 328)
     add(mixing)
     add(reading)
     add(reading_inside)

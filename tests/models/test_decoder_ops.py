@@ -57,8 +57,18 @@ def test_a_hooked_norm_runs_its_own_forward(calls):
         with use_backend(backend), torch.no_grad():
             found.append(decoder(x, position, SPANS))
     assert len(seen) == 2
-    assert calls.count("add_rms_norm") == 2
+    # without gradients each layer's last add belongs to the next norm
+    assert calls.count("add_rms_norm") == 2 + 3
     assert_close("a hooked norm", *found)
+
+
+def test_without_gradients_every_add_is_fused(calls):
+    decoder, x, position = decoder_and_rows("next")
+    with use_backend("triton"), torch.no_grad():
+        decoder(x, position, SPANS)
+    first, *rest = calls
+    assert first == "rms_norm"
+    assert rest == ["rope", "add_rms_norm", "swiglu", "add_rms_norm"] * 3
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])

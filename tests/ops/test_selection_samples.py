@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llava_fast import ops
 from llava_fast.ops.mix_rows import InversePooling
+from llava_fast.ops.paged_attention import block_addresses
 from llava_fast.ops.selection import proof, samples
 from llava_fast.ops.selection.call_class import call_class
 from llava_fast.ops.selection.verdict import Verdict
@@ -90,6 +91,15 @@ def patch_embeds() -> list[Tensor]:
     return made
 
 
+def paged_attention() -> list[Tensor]:
+    segments = [torch.randn(3, 2, 2, 6, 8, WIDTH)]
+    table, before = torch.arange(6, dtype=torch.int32).view(2, 3), integers(20, 3)
+    rows = [torch.randn(2, heads, WIDTH) for heads in (4, 2, 2, 1, 1)]
+    for layer in range(3):  # of one class
+        ops.paged_attention(*rows, segments, block_addresses(segments), table, before, layer)
+    return [floats(1)]
+
+
 CALLS: dict[Callable[[], list[Tensor]], tuple[str, ...]] = {
     layer_norms: ("layer_norm", "add_layer_norm", "double_layer_norm", "layer_norm_backward"),
     rms_norms: ("rms_norm", "add_rms_norm", "rms_norm_backward"),
@@ -100,6 +110,7 @@ CALLS: dict[Callable[[], list[Tensor]], tuple[str, ...]] = {
     token_pack: ("token_pack", "token_pack_backward"),
     assemble_inputs: ("assemble_inputs", "assemble_inputs_backward", "token_pack", "token_pack_backward"),
     patch_embeds: ("patch_embed", "patch_embed_backward"),
+    paged_attention: ("paged_attention",),
 }
 BY_DEFAULT = {"linear_cross_entropy", "linear_cross_entropy_backward", "quantised_linear", "quantised_linear_backward"}
 
@@ -113,6 +124,7 @@ def test_each_form_is_right(select, monkeypatch, made):
     outputs = made()
     torch.autograd.backward(outputs, [torch.randn_like(each) for each in outputs])
     assert {name.split()[0] for name in verdicts} == {*CALLS[made]}
+    assert made is not paged_attention or len(verdicts) == 1
     for name, verdict in verdicts.items():
         assert verdict is not None, name
         assert "triton" in verdict.refused, name

@@ -79,13 +79,23 @@ class Rope(nn.Module):
     def forward(self, position_R: Tensor, dtype: torch.dtype, spans: Spans) -> tuple[Tensor, Tensor]:
         if self.config.kind == "dynamic":
             return self._dynamic(position_R, dtype, spans)
-        device = position_R.device
         reach = max((n + (spans.before[i] if spans.before else 0) for i, n in enumerate(spans.lengths)), default=0)
+        self.reserve(reach, position_R.device, dtype)
+        return self.at(position_R)
+
+    def reserve(self, reach: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Have cos and sin of the positions below `reach`; returns the table, which a longer reach replaces. Not for
+        dynamic RoPE."""
         table = self._table
         if table is None or len(table[0]) < reach or table[0].device != device or table[0].dtype != dtype:
             rows = 2 * reach  # doubling, so that a growing answer rarely pays for a new table
             table = self._table = self._cos_sin(torch.arange(rows, device=device), self._frequencies(device), dtype)
-        return table[0].index_select(0, position_R), table[1].index_select(0, position_R)
+        return table
+
+    def at(self, position_R: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [R, 1, D] of positions that the table has."""
+        assert self._table is not None, "reserve first"
+        return self._table[0].index_select(0, position_R), self._table[1].index_select(0, position_R)
 
     def _cos_sin(self, position: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         angle = position.float()[:, None] * frequencies

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from llava_fast.models import fused
 from llava_fast.models.blocks.attention import Spans
 from llava_fast.models.blocks.rope import RopeConfig
-from llava_fast.models.paged_cache import BLOCK_ROWS, PagedCache
+from llava_fast.models.paged_cache import BLOCK_ROWS, PagedCache, Pages
 from llava_fast.models.quantised import Quantised, QuantisedEmbedding, like
 from llava_fast.models.recompute import Recompute
 from llava_fast.ops.linear_cross_entropy import linear_cross_entropy
@@ -29,6 +29,7 @@ class RowContext:
     rotation  (cos, sin) of each row's position, [R, 1, D] each, the sign of sin's first half folded in.
     spans     how rows group into sequences.
     cache     the KV cache, if keys and values are kept.
+    pages     where their rows lie, on the device: each row is a sequence's next, and ops.paged_attention serves it.
     modality  int32 [R]: text, image or video (see inputs.plan), for layers with weights by modality; None if not asked.
     memory    rows beside the sequence that layers may attend to [M, C]; None if there are none.
     """
@@ -36,6 +37,7 @@ class RowContext:
     rotation: tuple[Tensor, Tensor]
     spans: Spans
     cache: PagedCache | None = None
+    pages: Pages | None = None
     modality: Tensor | None = None
     memory: Tensor | None = None
 

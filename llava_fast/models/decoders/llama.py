@@ -18,6 +18,7 @@ from llava_fast.models.blocks.attention import attend
 from llava_fast.models.blocks.rope import RopeConfig
 from llava_fast.models.decoders.base import RowContext, Split, StackConfig
 from llava_fast.models.fused import MergesLinears, RMSNorm
+from llava_fast.ops import paged_attention
 
 
 class DecoderAttention(MergesLinears):
@@ -36,8 +37,12 @@ class DecoderAttention(MergesLinears):
 
     def forward(self, x_RC: Tensor, context: RowContext) -> Tensor:
         query_RHD, key_RKD, value_RKD = self.heads(x_RC)
-        query_RHD, key_RKD = fused.rotated(query_RHD, key_RKD, context.rotation)
-        out_RC = attend(query_RHD, key_RKD, value_RKD, context.spans, self.layer, context.cache, self.window)
+        if context.cache is not None and context.pages is not None:
+            rows, pages = (query_RHD, key_RKD, value_RKD, *context.rotation), context.pages
+            out_RC = paged_attention(*rows, context.cache.segments, *pages, layer=self.layer, window=self.window)
+        else:
+            query_RHD, key_RKD = fused.rotated(query_RHD, key_RKD, context.rotation)
+            out_RC = attend(query_RHD, key_RKD, value_RKD, context.spans, self.layer, context.cache, self.window)
         return self.o_proj(out_RC)
 
     def heads(self, x_RC: Tensor) -> tuple[Tensor, ...]:
@@ -71,9 +76,15 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = config.build_norm()
 
     def forward(self, x_RC: Tensor, context: RowContext) -> Tensor:
-        change_RC = self.self_attn(self.input_layernorm(x_RC), context)
-        x_RC, normed_RC = fused.add_norm(x_RC, change_RC, self.post_attention_layernorm)
-        return x_RC + self.mlp(normed_RC)
+        x_RC, delta_RC = self.deferred(x_RC, None, context)
+        return x_RC + delta_RC
+
+    def deferred(self, x_RC: Tensor, delta_RC: Tensor | None, context: RowContext) -> tuple[Tensor, Tensor]:
+        """(x, delta): the MLP's output is not added yet; the next layer's fused add + norm adds it. The layer's own
+        input is x + delta (None: x)."""
+        x_RC, normed_RC = fused.add_norm(x_RC, delta_RC, self.input_layernorm)
+        x_RC, normed_RC = fused.add_norm(x_RC, self.self_attn(normed_RC, context), self.post_attention_layernorm)
+        return x_RC, self.mlp(normed_RC)
 
 
 @dataclass(frozen=True)

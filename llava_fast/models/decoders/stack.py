@@ -14,7 +14,7 @@ from llava_fast.models.blocks.native_step import step_weights
 from llava_fast.models.blocks.rope import Rope
 from llava_fast.models.decoders.base import BaseDecoder, RowContext, StackConfig, reserve
 from llava_fast.models.decoders.llama import DecoderAttention, DecoderLayer, DecoderMLP
-from llava_fast.models.paged_cache import PagedCache
+from llava_fast.models.paged_cache import PagedCache, Pages
 from llava_fast.models.quantised import QuantisedLinear
 from llava_fast.models.recompute import Recompute, run_layer
 from llava_fast.ops.decoder_step import decoder_step
@@ -44,10 +44,32 @@ class Decoder(BaseDecoder):
         if cache is not None and (weights := step_weights(self, _PLAIN, x_RC, spans)) is not None:
             tables = [table.runs for table in spans.tables]
             return decoder_step(x_RC, weights, cos, sin, cache.segments, tables, spans.before)
-        context = RowContext((cos, sin), spans, cache)
+        if torch.is_grad_enabled():
+            context = RowContext((cos, sin), spans, cache)
+            for layer in self.layers:
+                x_RC = run_layer(self.recompute, layer, x_RC, context)
+            return self.norm(x_RC)
+        pages = None
+        if cache is not None and set(spans.lengths) == {1} and fused.takes("paged_attention", x_RC):
+            pages = cache.pages(spans.tables, spans.before)
+        return self._run(x_RC, RowContext((cos, sin), spans, cache, pages))
+
+    def step(self, token_R: Tensor, pages: Pages, cache: PagedCache) -> Tensor:
+        """Logits [R, vocabulary] after one more token of each sequence, int [R], from tensors on the device alone, so
+        that a CUDA graph may hold it. The rope's table must reach (`rope.reserve`) and tables have their blocks."""
+        x_RC = self.embed_tokens(token_R)
+        rotation = self.rope.at(pages.before.clamp(min=0))
+        return self.logits(self._run(x_RC, RowContext(rotation, Spans((), ()), cache, pages)))
+
+    def _run(self, x_RC: Tensor, context: RowContext) -> Tensor:
+        """All layers and the final norm, without gradients: each layer's last add is the next norm's."""
+        delta_RC = None
         for layer in self.layers:
-            x_RC = run_layer(self.recompute, layer, x_RC, context)
-        return self.norm(x_RC)
+            if fused.is_untouched(layer, DecoderLayer):
+                x_RC, delta_RC = layer.deferred(x_RC, delta_RC, context)
+            else:
+                x_RC, delta_RC = layer(x_RC if delta_RC is None else x_RC + delta_RC, context), None
+        return fused.add_norm(x_RC, delta_RC, self.norm)[1]
 
     def steps_natively(self, x_RC: Tensor, spans: Spans) -> bool:
         if x_RC.dtype != torch.float32 or any(isinstance(module, QuantisedLinear) for module in self.modules()):

@@ -42,6 +42,7 @@ RULES = {
     "assemble_inputs": Rule("the projector's Linears and the placement of rows", traced=True, autocast=False),
     "rms_norm": Rule("a decoder's RMSNorm, with the add before it", traced=False, stock=True),
     "rope": Rule("rotary embedding of queries and keys", traced=False, stock=True),
+    "paged_attention": Rule("rotary embedding and attention of a decoding step", traced=False, autocast=False),
     "swiglu": Rule("the product of a gated MLP's two halves", traced=False),
 }
 

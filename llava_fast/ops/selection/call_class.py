@@ -41,11 +41,13 @@ def _part(arg: Any) -> Any:
     return float if isinstance(arg, float) else arg
 
 
-def call_class(operator: str, args: Sequence[Any], row_args: Sequence[str] = ()) -> str:
+def call_class(operator: str, args: Sequence[Any], row_args: Sequence[str] = (), ignored: Sequence[str] = ()) -> str:
     """The class of a call of `operator` (a name in the "llava_fast" library). `row_args` names the arguments whose
-    leading dimensions are all rows."""
+    leading dimensions are all rows, `ignored` those that are no part of it."""
     words = [operator]
     for name, arg in zip(argument_names(operator), args, strict=False):
+        if name in ignored:
+            continue
         if isinstance(arg, Tensor):
             words.append(f"{name}={_tensor(arg, name in row_args)}")
         elif isinstance(arg, list) and arg and not isinstance(arg[0], Tensor):

@@ -42,7 +42,8 @@ def _verdict(
     key = (operator, signature(args))
     name = table.classes.get(key)
     if name is None:
-        name = table.classes[key] = call_class(operator, args, samples.ROW_ARGS.get(operator, ()))
+        rows, ignored = samples.ROW_ARGS.get(operator, ()), samples.IGNORED.get(operator, ())
+        name = table.classes[key] = call_class(operator, args, rows, ignored)
     verdict = table.verdicts.get(name)
     if verdict is None or (settings.thorough and verdict.by != "tune"):
         if name not in table.failed and may_prove(operator, args, table, settings):

@@ -33,6 +33,9 @@ ROW_ARGS: dict[str, tuple[str, ...]] = {
 }
 """Operators whose rows are independent -> the arguments that hold a row each; leading dimensions are all rows."""
 
+IGNORED: dict[str, tuple[str, ...]] = {"paged_attention": ("segments", "addresses", "layer")}
+"""Arguments that do not change an operator's class: where its rows lie, not what it does with them."""
+
 
 def is_known(operator: str) -> bool:
     """Whether there are samples of an operator's calls; one without keeps its default."""
@@ -232,6 +235,21 @@ def _assemble_inputs(args: Args, draw: Draw) -> Args:
     return args | found | {"count": None if count is None else torch.full_like(count, kept)}
 
 
+def _paged_attention(args: Args, draw: Draw) -> Args:
+    """A few sequences of up to three blocks in a cache of one layer."""
+    from llava_fast.ops.paged_attention import block_addresses
+
+    count, width, rows = min(len(args["query"]), 8), 3, args["segments"][0].shape[4]
+    names = ("query", "key", "value", "cos", "sin")
+    found: Args = {name: draw.normal(args[name], count, *args[name].shape[1:]) for name in names}
+    kv_heads, size = args["key"].shape[1:]
+    segments = [draw.normal(args["query"], 1, 2, kv_heads, count * width, rows, size)]
+    found |= {"segments": segments, "addresses": block_addresses(segments), "layer": 0}
+    found["table"] = draw.order(count * width).view(count, width).to(args["table"].dtype)
+    found["before"] = draw.integers(width * rows, count).to(args["before"].dtype)
+    return args | found
+
+
 def _as_it_is(args: Args, draw: Draw) -> Args:
     """Bytes made of bytes by tables that only their planner makes: there is nothing to draw."""
     return args
@@ -245,4 +263,5 @@ MAKERS: dict[str, Callable[[Args, Draw], Args]] = {
     **dict.fromkeys(("token_pack", "token_pack_backward"), _token_pack),
     **dict.fromkeys(("assemble_inputs", "assemble_inputs_backward"), _assemble_inputs),
     "image_tiles": _as_it_is,
+    "paged_attention": _paged_attention,
 }
