@@ -70,7 +70,7 @@ def cases(folder: Path, suites: list[str], tokens: int) -> Iterator[tuple[str, s
         requests = asked(8)
         yield (
             "decode",
-            f"generate, 8 x {tokens} tokens, images",
+            f"generate, 8 images, {tokens} tokens each",
             lambda: model.generate(requests, max_new_tokens=tokens, ignore_eos=True),
         )
         # With a stop string the text is made token by token, which bd3b065 left to the end without one.
@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1.0, help="Of timed calls for each case.")
     parser.add_argument("--tokens", type=int, default=96, help="Of an answer (decode).")
-    parser.add_argument("--only", default="", help="Cases with these words in their title alone.")
+    parser.add_argument("--only", default="", help="Cases with one of these words in their title alone, with |.")
     parser.add_argument("--output-json", type=Path)
     options = parser.parse_args(arguments)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # before torch and the compiled module are loaded
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.model.split(","):
         folder = Path(name).resolve()
         for suite, title, work in cases(folder, options.suites.split(","), options.tokens):
-            if options.only not in title:
+            if not any(words in title for words in options.only.split("|")):
                 continue
             gc.collect()
             times = seconds(work, options.seconds)
