@@ -17,7 +17,7 @@ from llava_fast.errors import BackendError
 from llava_fast.ops.selection import tables
 from llava_fast.ops.selection.decision import current
 
-BACKENDS = ("auto", "triton", "cublas", "native", "reference")
+BACKENDS = ("auto", "triton", "native", "reference")
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("llava_fast_backend", default=None)
 _open: dict[object, str] = {}  # the choices of all blocks that are open, in any thread
 _served: dict[str, dict[str, str]] = {}

@@ -70,13 +70,13 @@ class Case:
 
 # features 0, weights 1 and 2, biases 3 and 4, embedding 5, constant 6
 @pytest.mark.parametrize("trained", [[], [0], [1], [2], [3], [4], [5], [6], [1, 2, 3, 4], [0, 2, 5], range(7)], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cublas"])
 def test_each_subset_that_trains(backend, trained, poisoned):
     Case(40, 25, 12, 4, (24, 40, 32), padding=3).check(backend, list(trained))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cublas"])
 def test_dtypes(backend, dtype, poisoned):
     Case(70, 50, 12, 4, (32, 48, 32), dtype, padding=5).check(backend, list(range(7)))
 
@@ -103,7 +103,7 @@ def test_depths_and_odd_widths_in_several_tiles(backend, widths, bias, poisoned)
         case.check(backend, list(range(len(case.tensors))))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cublas"])
 @pytest.mark.parametrize(
     ("rows", "kept", "text", "newlines"), [(1, 1, 0, 0), (5, 0, 7, 0), (0, 0, 3, 0), (577, 577, 3, 24), (9, 1, 0, 9)]
 )

@@ -6,7 +6,7 @@ import torch
 from llava_fast.ops import gemm, linear_act, sums, triton_support, use_backend
 from llava_fast.ops.activations import ACTIVATIONS, activation_gradient
 from llava_fast.ops.backend import BackendError
-from tests.support.kernel_checks import DEVICE, DTYPES, TOLERANCE, check_op, relative
+from tests.support.kernel_checks import DEVICE, DTYPES, TOLERANCE, check_op, relative, running
 
 BACKENDS = ("reference", "triton")
 KERNELS = ("gemm_kernel", "gemm_kernel_fp32", "weight_gradient_kernel", "weight_gradient_kernel_fp32")
@@ -25,14 +25,14 @@ def random(*shape, dtype=torch.float32):
 
 @pytest.mark.parametrize("trained", [[], [0], [1], [2], [0, 1, 2]], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cublas"])
 def test_output_and_gradients(backend, dtype, trained, poisoned):
     args = [random(2, 9, 72, dtype=dtype), random(40, 72, dtype=dtype) / 8, random(40, dtype=dtype), "quick_gelu"]
     check_op(linear_act, args, trained, backend)
 
 
 @pytest.mark.parametrize("activation", ["", *ACTIVATIONS])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cublas"])
 def test_every_activation(backend, activation, poisoned):
     args = [random(30, 24), random(33, 24), random(33), activation]
     check_op(linear_act, args, [0, 1, 2], backend)
@@ -46,7 +46,7 @@ def test_ragged_shapes_without_bias(backend, rows, width, out, poisoned):
     check_op(linear_act, [random(rows, width), random(out, width), None, "gelu"], [0, 1], backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cublas"])
 def test_views_are_handled(backend, poisoned):
     args = [random(24, 30).T, random(24, 33).T, random(66)[::2], "gelu"]
     assert not any(arg.is_contiguous() for arg in args[:3])
@@ -75,6 +75,17 @@ def test_nothing_is_kept_for_frozen_operands(backend):
     assert kept == {"": None, "x": [(0,), (4, 8), pre], "weight": [(6, 8), (0,), pre], "bias": [(0,), (0,), pre]}
     out = linear_act(x, weight, bias.requires_grad_())  # without activation there is nothing to go back through
     assert [t.numel() for t in out.grad_fn.saved_tensors] == [0, 0, 0]
+
+
+def test_the_cublas_form_activates_in_one_kernel(monkeypatch):
+    """And where there is nothing to fuse the reference runs."""
+    calls, activation = [], gemm.activation
+    monkeypatch.setattr(gemm, "activation", lambda *given: calls.append(given[1]) or activation(*given))
+    x, weight = random(6, 8), random(4, 8).requires_grad_()
+    with running("cublas"):
+        linear_act(x, weight, None, "gelu").sum().backward()
+        linear_act(x, weight).sum().backward()
+    assert calls == ["gelu", "gelu"]
 
 
 # ---------------------------------------------------------------- the matrix product itself, in several tiles

@@ -1,10 +1,15 @@
 """What every kernel's tests share: where they run, in which dtypes, and how far a result may lie from float64."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from llava_fast.ops import use_backend
+from llava_fast.ops.selection import store, tables
+from llava_fast.ops.selection.verdict import Verdict
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16)
@@ -22,6 +27,22 @@ def relative(found: Tensor, exact: Tensor) -> float:
     return error if error == error else float("inf")
 
 
+@contextlib.contextmanager
+def running(form: str) -> Iterator[None]:
+    """Inside the block ops run this form: a backend, or "cublas", which only a verdict takes."""
+    if form != "cublas":
+        with use_backend(form):
+            yield
+        return
+    settings = tables.settings()
+    before, pins = settings.pinned, dict.fromkeys(("linear_act", "assemble_inputs"), Verdict(backend=form))
+    settings.pinned = store.Table(verdicts=pins)
+    try:
+        yield
+    finally:
+        settings.pinned = before
+
+
 def check_op(op, args: list, trained: list[int], backend: str, exact_op=None, tolerance: float | None = None) -> None:
     """Run `op` on `backend` and compare output and gradients with the reference (or `exact_op`) in float64 on the CPU.
 
@@ -34,7 +55,7 @@ def check_op(op, args: list, trained: list[int], backend: str, exact_op=None, to
     for index in trained:
         args[index].requires_grad_()
         exact_args[index].requires_grad_()
-    with use_backend(backend):
+    with running(backend):
         out = op(*args)
     with use_backend("reference"):  # "auto" may be the very kernel that is checked
         exact = (exact_op or op)(*exact_args)
@@ -46,7 +67,7 @@ def check_op(op, args: list, trained: list[int], backend: str, exact_op=None, to
     grad = torch.randn(exact.shape, dtype=torch.float64)
     with use_backend("reference"):
         expected = torch.autograd.grad(exact, [exact_args[i] for i in trained], grad.to(out.dtype).double())
-    with use_backend(backend):
+    with running(backend):
         found = torch.autograd.grad(out, [args[i] for i in trained], grad.to(out.device, out.dtype))
     for index, mine, theirs in zip(trained, found, expected, strict=True):
         assert mine.dtype == args[index].dtype

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava_fast.ops import activations, backend, library, triton_support
+from llava_fast.ops import activations, backend, elementwise, library, triton_support
 from llava_fast.ops.assemble_inputs import reference
 from llava_fast.ops.token_pack import InversePlacement, token_pack, token_pack_backward
 
 backend.register("assemble_inputs", "reference", "any device; rows are packed by token_pack's backend")
+backend.register("assemble_inputs", "cublas", "CUDA, several layers")
 backend.register("assemble_inputs", "triton", "CUDA")
 
 
@@ -114,7 +115,14 @@ def _run(
 ) -> tuple[Tensor, list[Tensor]]:
     tables = [features, *weights, *biases, embedding, constant]
     unfit = triton_support.unfit(*tables, kept, source, row) or triton_support.unequal(*tables)
-    if backend.choose("assemble_inputs", embedding.device.type, {"triton": unfit}) == "triton":
+    no_fusion = elementwise.unfit(activation if len(weights) > 1 else "")
+    chosen = backend.choose("assemble_inputs", embedding.device.type, {"triton": unfit, "cublas": unfit or no_fusion})
+    if chosen == "cublas":
+        from llava_fast.ops.assemble_inputs import cublas
+
+        placed = (source.contiguous(), row.contiguous(), embedding.contiguous(), constant.contiguous())
+        return cublas.assemble_inputs(features, kept, weights, biases, *placed, activation, keep)
+    if chosen == "triton":
         from llava_fast.ops.assemble_inputs import triton_kernels
 
         return triton_kernels.assemble_inputs(
@@ -150,7 +158,16 @@ def _run_backward(
     needed: list[bool],
 ) -> list[Tensor]:
     unfit = triton_support.unfit(grad) or triton_support.unequal(grad, *weights)
-    if backend.choose("assemble_inputs", grad.device.type, {"triton": unfit}) == "triton":
+    no_fusion = elementwise.unfit(activation if len(weights) > 1 else "")
+    chosen = backend.choose("assemble_inputs", grad.device.type, {"triton": unfit, "cublas": unfit or no_fusion})
+    if chosen == "cublas":
+        from llava_fast.ops.assemble_inputs import cublas
+
+        place = InversePlacement(*inverse).visual_place.contiguous()
+        of_features, of_weights, of_biases = cublas.project_backward(
+            grad.contiguous(), features, kept, place, weights, pres, activation, feature_rows, needed
+        )
+    elif chosen == "triton":
         from llava_fast.ops.assemble_inputs import triton_kernels
 
         of_features, of_weights, of_biases = triton_kernels.project_backward(

@@ -3,23 +3,31 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava_fast.ops.activations import activate, activation_gradient
+from llava_fast.ops import activations
 
 
 def project(
-    features: Tensor, kept: Tensor, weights: list[Tensor], biases: list[Tensor], activation: str
+    features: Tensor,
+    kept: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    activation: str,
+    form: ModuleType = activations,
 ) -> tuple[Tensor, list[Tensor]]:
-    """(projected rows [k, width], what was activated after each layer but the last)."""
+    """(projected rows [k, width], what was activated after each layer but the last). `form`: `activations` or
+    `elementwise`, whose functions activate."""
     x = _rows(features, kept)
     pres = []
     for number, weight in enumerate(weights):
         if number:
             pres.append(x)
-            x = activate(activation, x)
+            x = form.activate(activation, x)
         x = F.linear(x, weight, biases[number] if biases else None)
     return x, pres
 
@@ -33,6 +41,7 @@ def project_backward(
     activation: str,
     feature_rows: int,
     needed: list[bool],
+    form: ModuleType = activations,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """Gradients of features, weights and biases (None where not `needed`, in this order) from that of the projected
     rows, which is zero for padding."""
@@ -42,7 +51,7 @@ def project_backward(
     bias_grads: list[Tensor | None] = [None] * len(of_biases)
     for number in range(depth - 1, -1, -1):
         if of_weights[number]:
-            x = activate(activation, pres[number - 1]) if number else _rows(features, kept)
+            x = form.activate(activation, pres[number - 1]) if number else _rows(features, kept)
             weight_grads[number] = grad.T @ x
         if of_biases and of_biases[number]:
             bias_grads[number] = grad.sum(0)
@@ -50,7 +59,7 @@ def project_backward(
             return None, weight_grads, bias_grads
         grad = grad @ weights[number]
         if number:
-            grad = activation_gradient(activation, grad, pres[number - 1])
+            grad = form.activation_gradient(activation, grad, pres[number - 1])
     out = grad.new_zeros(feature_rows + 1, grad.shape[1])  # the last row is the padding's
     out.index_copy_(0, torch.where(kept >= 0, kept, feature_rows).long(), grad)
     return out[:feature_rows], weight_grads, bias_grads

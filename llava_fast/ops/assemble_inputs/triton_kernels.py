@@ -109,7 +109,7 @@ def specimens() -> list[Specimen]:
             gemm.gemm_specimen(op, dtype, f"{dtype} gradient of hidden", **hidden),
             gemm.weight_gradient_specimen(op, dtype, f"{dtype} last weight", grad_gather=True),
             gemm.weight_gradient_specimen(op, dtype, f"{dtype} first weight", x_gather=True),
-            gemm.activation_specimen(op, dtype, name, grad=False),
+            *(gemm.activation_specimen(op, dtype, name, gradient) for gradient in (False, True)),
             *sums.sum_specimens(op, dtype, gather=True),
         ]
     for dtype in ("bf16", "fp16"):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava_fast.ops import activations, backend, library, triton_support
+from llava_fast.ops import activations, backend, elementwise, library, triton_support
 from llava_fast.ops.linear_act import reference
 
 backend.register("linear_act", "reference", "any device")
+backend.register("linear_act", "cublas", "CUDA, with an activation")
 backend.register("linear_act", "triton", "CUDA")
 
 
@@ -36,27 +37,35 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep: bool) -> tuple[Tensor, Tensor]:
     given = [x, weight] if bias is None else [x, weight, bias]
-    unfit = triton_support.unfit(*given) or triton_support.unequal(*given)
-    if backend.choose("linear_act", x.device.type, {"triton": unfit}) == "triton":
+    unfit = {
+        "triton": triton_support.unfit(*given) or triton_support.unequal(*given),
+        "cublas": elementwise.unfit(activation, *given),
+    }
+    chosen = backend.choose("linear_act", x.device.type, unfit)
+    if chosen == "triton":
         from llava_fast.ops.linear_act import triton_kernels
 
         return triton_kernels.linear_act(
             x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), activation, keep
         )
-    out, pre = reference.linear_act(x, weight, bias, activation)
+    form = elementwise if chosen == "cublas" else activations
+    out, pre = reference.linear_act(x, weight, bias, activation, form)
     return out, pre if keep else pre.new_empty(0)
 
 
 def _run_backward(
     grad: Tensor, x: Tensor, weight: Tensor, pre: Tensor, activation: str, needed: list[bool]
 ) -> tuple[Tensor, ...]:
-    if backend.choose("linear_act", grad.device.type, {"triton": triton_support.unfit(grad)}) == "triton":
+    unfit = {"triton": triton_support.unfit(grad), "cublas": elementwise.unfit(activation, grad)}
+    chosen = backend.choose("linear_act", grad.device.type, unfit)
+    if chosen == "triton":
         from llava_fast.ops.linear_act import triton_kernels
 
         grad, x, weight, pre = (t.contiguous() for t in (grad, x, weight, pre))
         found = triton_kernels.linear_act_backward(grad, x, weight, pre, activation, needed)
     else:
-        found = reference.linear_act_backward(grad, x, weight, pre, activation, needed)
+        form = elementwise if chosen == "cublas" else activations
+        found = reference.linear_act_backward(grad, x, weight, pre, activation, needed, form)
     return tuple(grad.new_empty(0) if gradient is None else gradient for gradient in found)
 
 

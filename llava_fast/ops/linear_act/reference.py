@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava_fast.ops.activations import activate, activation_gradient
+from llava_fast.ops import activations
 
 
-def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
-    """(output, what was activated)."""
+def linear_act(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, form: ModuleType = activations
+) -> tuple[Tensor, Tensor]:
+    """(output, what was activated). `form`: `activations` or `elementwise`, whose functions activate."""
     pre = F.linear(x, weight, bias)
-    return activate(activation, pre), pre
+    return form.activate(activation, pre), pre
 
 
 def linear_act_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, pre: Tensor, activation: str, needed: list[bool]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    pre: Tensor,
+    activation: str,
+    needed: list[bool],
+    form: ModuleType = activations,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight and bias, None where not needed."""
     if activation:
-        grad = activation_gradient(activation, grad, pre)
+        grad = form.activation_gradient(activation, grad, pre)
     flat = grad.flatten(0, -2)
     return (
         grad @ weight if needed[0] else None,

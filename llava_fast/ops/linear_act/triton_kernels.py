@@ -42,10 +42,10 @@ def specimens() -> list[Specimen]:
             for keep in (False, True):
                 label = f"{dtype} {name}{', kept' if keep else ''}"
                 found.append(gemm.gemm_specimen(op, dtype, label, activation=name, bias=True, pre=keep))
-            found.append(gemm.activation_specimen(op, dtype, name, True))
+            found += [gemm.activation_specimen(op, dtype, name, gradient) for gradient in (False, True)]
         found.append(gemm.weight_gradient_specimen(op, dtype, f"{dtype}, rows shared out", out="fp32"))
     found.append(gemm.gemm_specimen(op, "fp32", "fp32 quick_gelu", activation="quick_gelu", bias=True))
-    found.append(gemm.activation_specimen(op, "fp32", "quick_gelu", True))
+    found += [gemm.activation_specimen(op, "fp32", "quick_gelu", gradient) for gradient in (False, True)]
     for dtype in ("bf16", "fp16", "fp32"):
         found.append(gemm.gemm_specimen(op, dtype, f"{dtype} gradient of x", transposed=False))
         found.append(gemm.weight_gradient_specimen(op, dtype, dtype))
