@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llava_fast.errors import RecipeError
 from llava_fast.models.vlm import LlavaModel
+from llava_fast.ops.selection.sharing import share
 from llava_fast.orphans import end_with_parent
 
 if TYPE_CHECKING:
@@ -127,7 +128,9 @@ def is_sharded(recipe: Recipe, world: World) -> bool:
 
 def parallelize(model: LlavaModel, recipe: Recipe, world: World) -> nn.Module:
     """The model as all processes run it. Call it before the optimizer is made; parameters change. A model that is to be
-    sharded may still be on the host (see `place`): its layers come to the device one by one."""
+    sharded may still be on the host (see `place`): its layers come to the device one by one. From here on all processes
+    have the first rank's verdicts on ops (`ops/selection`). Raises BackendError for GPUs of several kinds."""
+    share(world.device)
     settings = recipe.parallel
     if world.mesh is None or settings.kind == "none":
         return model

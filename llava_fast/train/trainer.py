@@ -24,6 +24,7 @@ from llava_fast.errors import TrainingError
 from llava_fast.generation.llava import Llava
 from llava_fast.models.batch import Batch
 from llava_fast.models.recompute import set_recompute
+from llava_fast.ops.selection.sharing import share
 from llava_fast.train.checkpoint import RunCheckpoints
 from llava_fast.train.data.loader import Loader, StepBatch
 from llava_fast.train.estimate.flops import Utilisation
@@ -89,6 +90,8 @@ class Trainer:
                 except TrainingError:  # on every process alike
                     self.checkpoints.finish()
                     raise
+                if batch.step == first:
+                    share(self.world.device)  # what the first step has proven; no later one proves anything
                 self.checkpoints.poll()
                 done = batch.step + 1
                 if done % self.recipe.checkpoints.every == 0 or done == self.total:

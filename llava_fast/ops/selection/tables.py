@@ -96,10 +96,6 @@ class Settings:
             return self.table(here) if here else None
         return self.table(torch.device(device_type))
 
-    def adopt(self, device: torch.device, verdicts: dict[str, Verdict]) -> None:
-        """Use these verdicts, another process's, from here on. Proofs may add to them as before."""
-        self.table(device).verdicts = dict(verdicts)
-
     def _read(self, device: torch.device) -> InUse:
         mode = self.mode_on(device.type)
         if self.pinned is not None:
@@ -116,10 +112,10 @@ class Settings:
 
 def check_one_kind(machines: Sequence[Machine]) -> None:
     """Raises BackendError if they are GPUs of several kinds."""
-    kinds = sorted({" with ".join(filter(None, (each["device"], each.get("multiprocessors")))) for each in machines})
+    kinds = sorted({f"{each['device']} of {each['multiprocessors']} multiprocessors" for each in machines})
     if len(kinds) > 1:
         raise BackendError(
-            f"this run has several kinds of GPU ({', '.join(kinds)} multiprocessors), whose verdicts would differ: pin "
+            f"this run has several kinds of GPU ({', '.join(kinds)}), whose verdicts would differ: pin "
             "a table for all of them (LLAVA_FAST_SELECTION=FILE), or set LLAVA_FAST_SELECT=off"
         )
 

@@ -1,0 +1,32 @@
+"""One table of verdicts for all processes of a run, so that all of them round alike."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from llava_fast.errors import BackendError
+from llava_fast.ops.selection import tables
+
+
+def share(device: torch.device) -> None:
+    """Give every process of the default group the same verdicts for its `device`: of each class, those of the first
+    rank that has one. A collective that all processes must call; nothing is done in a process alone.
+
+    Raises BackendError, in every process, if their GPUs are of several kinds and no table is pinned, or if they were
+    told different things (LLAVA_FAST_SELECT, LLAVA_FAST_SELECTION).
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    settings = tables.settings()
+    table, mode = settings.table(device), settings.mode_on(device.type)
+    said = [(mode, table.machine, table.verdicts)] * dist.get_world_size()
+    dist.all_gather_object(said, said[0])
+    modes, machines, verdicts = zip(*said, strict=True)
+    if len({*modes}) > 1:
+        raise BackendError(f"the processes of this run select in different ways ({', '.join(modes)}): set them alike")
+    if mode in ("off", "pinned"):
+        return
+    if device.type == "cuda":
+        tables.check_one_kind(machines)
+    table.verdicts = {name: verdict for each in reversed(verdicts) for name, verdict in each.items()}
