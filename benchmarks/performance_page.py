@@ -49,8 +49,9 @@ def measured(results: list[Path]) -> list[str]:
         return [
             "**No GPU has been measured.** The kernels are checked in Triton's interpreter and compiled for sm_80 and",
             "sm_90 ([kernels.md](kernels.md)); not one has run on a GPU, so no share of these floors is known, and",
-            "a machine takes a kernel by itself only after it has proven it there",
-            "(`LLAVA_FAST_BACKEND=triton`). `benchmarks/gpu_check.sh` measures all of it in one command.",
+            "a machine takes a kernel only after it has proven it itself ([selection.md](selection.md)), or where",
+            "it is asked for (`LLAVA_FAST_BACKEND=triton`). `benchmarks/gpu_check.sh` measures all of it in one",
+            "command.",
         ]
     lines = []
     for path in results:
