@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 from typer.testing import CliRunner
 
 import llava_fast
@@ -21,15 +20,11 @@ from llava_fast.train.data.labelled import LabelledBatches, mismatched, read_lab
 from llava_fast.train.data.samples import Source
 from llava_fast.train.data.schedule import Schedule
 from llava_fast.train.estimate.cost import plan
-from llava_fast.train.metrics import FILE, read_metrics
 from llava_fast.train.objectives.kto import kto_losses
 from llava_fast.train.objectives.reference import answer_log_probs
-from llava_fast.train.parallel import World
 from llava_fast.train.run import build_trainer, load_model, train
-from tests.support import tiny
-from tests.support.training_runs import SHAPES, break_off, losses
+from tests.support.training_runs import ALONE, SHAPES, break_off, losses, objective_recipes, steps, write_picture
 
-ALONE = World(0, 1, torch.device("cpu"))
 GOOD = ["a red cup", "two green cups near a table", "the red box says hello"]
 BAD = ["nothing", "hello hello hello", "a table says nothing at all"]
 QUESTIONS = ["what is near?", "what is it?", "what is on the table?", "is it red?"]
@@ -46,9 +41,7 @@ def answers_file(tmp_path_factory):
         sample = {"id": f"sample-{number}", "prompt": QUESTIONS[number % 4], "label": label}
         sample["completion"] = (GOOD if label else BAD)[number % 3]
         if number % 3:
-            sample["image"] = f"{number}.png"
-            size = [int(side) for side in rng.integers(30, 130, 2)]
-            Image.fromarray(tiny.picture(*size, seed=number)).save(folder / sample["image"])
+            sample["image"] = write_picture(folder, rng, number)
         lines.append(sample)
     lines.append({"id": "sample-10", "prompt": "which one?", "chosen": GOOD[0], "rejected": BAD[0]})
     (folder / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -59,15 +52,7 @@ def answers_file(tmp_path_factory):
 def recipe(make_recipe, answers_file):
     """Recipes over the answers; `settings` are those of `kto`."""
 
-    def make(settings=None, **changes):
-        data = {"sources": [{"path": str(answers_file)}]} | changes.pop("data", {})
-        return make_recipe(**{"kto": settings or {}, "batch_size": 6, "data": data} | changes)
-
-    return make
-
-
-def steps(made) -> list[dict]:
-    return read_metrics(made.output / FILE)
+    return objective_recipes(make_recipe, "kto", answers_file)
 
 
 def by_hand(ratios, kl, desirable, beta, lambda_d, lambda_u) -> tuple[list[float], list[float]]:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
@@ -16,15 +15,11 @@ import llava_fast
 from llava_fast.cli.main import app
 from llava_fast.errors import DataError, RecipeError
 from llava_fast.models.batch import Batch
-from llava_fast.train.metrics import FILE, read_metrics
 from llava_fast.train.objectives import reference as references
 from llava_fast.train.objectives.reference import adapters_off
-from llava_fast.train.parallel import World
 from llava_fast.train.run import build_trainer, load_model, train
-from tests.support import tiny
-from tests.support.training_runs import SHAPES, break_off
+from tests.support.training_runs import ALONE, SHAPES, break_off, objective_recipes, steps, write_picture
 
-ALONE = World(0, 1, torch.device("cpu"))
 ANSWERS = ["a red cup", "two green cups near a table", "nothing", "a small box on the table", "the red box says hello"]
 
 
@@ -39,9 +34,7 @@ def pairs_file(tmp_path_factory):
             pair = {"id": f"pair-{number}", "prompt": "what is near?", "chosen": ANSWERS[better]}
             pair["rejected"] = ANSWERS[worse] if number % 3 else f"{ANSWERS[better]} {ANSWERS[worse]}"
             if number % 4:
-                pair["image"] = f"{number}.png"
-                size = [int(side) for side in rng.integers(30, 130, 2)]
-                Image.fromarray(tiny.picture(*size, seed=number)).save(folder / pair["image"])
+                pair["image"] = write_picture(folder, rng, number)
             file.write(json.dumps(pair) + "\n")
     return folder / "pairs.jsonl"
 
@@ -50,15 +43,7 @@ def pairs_file(tmp_path_factory):
 def recipe(make_recipe, pairs_file):
     """Recipes over the pairs; `settings` are those of `dpo`."""
 
-    def make(settings=None, **changes):
-        data = {"sources": [{"path": str(pairs_file)}]} | changes.pop("data", {})
-        return make_recipe(**{"dpo": settings or {}, "batch_size": 6, "data": data} | changes)
-
-    return make
-
-
-def steps(made) -> list[dict]:
-    return read_metrics(made.output / FILE)
+    return objective_recipes(make_recipe, "dpo", pairs_file)
 
 
 def two_pass(trainer, settings) -> tuple[float, dict]:
