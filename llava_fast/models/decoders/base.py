@@ -141,9 +141,9 @@ class BaseDecoder(nn.Module, ABC):
     """
 
     config: DecoderConfig
-    embed_tokens: nn.Module
+    embed_tokens: nn.Embedding | QuantisedEmbedding
     layers: nn.ModuleList
-    lm_head: nn.Module
+    lm_head: nn.Linear | Quantised
     recompute: Recompute
 
     @abstractmethod

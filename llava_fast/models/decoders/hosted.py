@@ -203,6 +203,7 @@ class HostedDecoder(BaseDecoder):
     @recompute.setter
     def recompute(self, how: Recompute) -> None:
         self._recompute = how
+        layer: Any
         for layer in self.layers:
             layer.gradient_checkpointing = how != "none"
             layer._gradient_checkpointing_func = functools.partial(run_layer, how)
@@ -242,7 +243,7 @@ def _mask(*_: Any, **__: Any) -> Rows:
 
 
 def _attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
