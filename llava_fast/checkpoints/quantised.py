@@ -1,10 +1,12 @@
 """Quantised checkpoints: the tensors that hold one weight, joined to one stored tensor under the weight's name.
 
 Read are compressed-tensors (pack-quantized and int-quantized, in 4 and 8 bits), and by conversion AWQ (AutoAWQ's
-"gemm") and GPTQ (4 and 8 bits, both zero-point conventions, act-order). Anything else is refused by name.
+"gemm"), GPTQ (4 and 8 bits, both zero-point conventions, act-order) and torchao's symmetric codes of a byte each.
+Anything else is refused by name.
 
 Sources: vllm-project/compressed-tensors 0.20; casper-hansen/AutoAWQ (modules/linear/gemm.py: the order of columns in a
-word); AutoGPTQ and ModelCloud/GPTQModel (qlinear: rows in a word, zero points stored less one in "gptq").
+word); AutoGPTQ and ModelCloud/GPTQModel (qlinear: rows in a word, zero points stored less one in "gptq");
+pytorch/ao 0.18 (prototype/safetensors: the names of a tensor's parts).
 """
 
 from __future__ import annotations
@@ -206,6 +208,27 @@ def _from_gptq(bits: int, less: int, parts: Mapping[str, StoredTensor]) -> tuple
     return (out, columns), load
 
 
+def _torchao(stored: Mapping[str, StoredTensor], config: dict, file: Path) -> dict[str, StoredTensor]:
+    return _join(stored, "_weight_qdata", ("_weight_qdata", "_weight_scale", "_weight_zero_point"), _from_torchao)
+
+
+def _from_torchao(parts: Mapping[str, StoredTensor]) -> tuple[tuple[int, int], Callable[[], Made]]:
+    """Codes of a byte each: Int8Tensor, IntxUnpackedToInt8Tensor. What others pack has another shape or dtype."""
+    values, scale = parts["_weight_qdata"], parts["_weight_scale"]
+    if values.dtype != torch.int8 or len(values.shape) != 2 or scale.shape[:1] not in ((1,), values.shape[:1]):
+        raise QuantisationError(
+            f"torchao's weight {values.dtype} {list(values.shape)} with scale {list(scale.shape)} is not served: "
+            "int8 codes of a byte each are"
+        )
+
+    def load() -> Made:
+        if "_weight_zero_point" in parts and parts["_weight_zero_point"].load().any():
+            raise QuantisationError("torchao's weights with zero points are not served")
+        return packing.weight_of(8, values.load().view(torch.uint8) ^ 128, scale.load()), None
+
+    return (values.shape[0], values.shape[1]), load
+
+
 def _ordered(weight: QuantisedWeight, group_of: Tensor | None) -> Made:
     """The weight with its columns sorted by group, and their order; columns that lie so already need none."""
     columns, groups = weight.shape[1], weight.scale.shape[1]
@@ -224,6 +247,9 @@ def _ordered(weight: QuantisedWeight, group_of: Tensor | None) -> Made:
     return QuantisedWeight.unchecked(codes if int8 else pack(codes), weight.scale, weight.zero), order
 
 
+_SCALES = ("weight_scale", "scales", "_weight_scale")
+
+
 def _join(
     stored: Mapping[str, StoredTensor],
     main: str,
@@ -238,10 +264,10 @@ def _join(
         if leaf != main or (main == "weight" and tensor.dtype != torch.int8):
             continue
         parts = {name: left.pop(f"{module}.{name}") for name in names if f"{module}.{name}" in left}
-        needed = {"weight_scale", "weight_shape", "qzeros", "scales"} & set(names)
+        needed = {*_SCALES, "weight_shape", "qzeros"} & set(names)
         if lacking := sorted(needed - parts.keys()):
             raise CheckpointError(f"{tensor.file}: {key!r} has no {lacking[0]!r} beside it; the file is damaged")
-        scale = parts["weight_scale"] if "weight_scale" in parts else parts["scales"]
+        scale = next(parts[name] for name in _SCALES if name in parts)
         try:
             shape, load = make(parts)
         except QuantisationError as problem:
@@ -295,4 +321,4 @@ def _refused(file: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{file}: {what} is not read; load the unquantised checkpoint it was made from")
 
 
-_READERS = {"compressed-tensors": _compressed_tensors, "awq": _awq, "gptq": _gptq}
+_READERS = {"compressed-tensors": _compressed_tensors, "awq": _awq, "gptq": _gptq, "torchao": _torchao}

@@ -17,7 +17,7 @@ from llava_fast.models.towers import TOWERS
 from llava_fast.models.towers.base import TowerConfig
 from llava_fast.storage.files import Fields, check_fields, one_line
 
-READ_METHODS = ("compressed-tensors", "awq", "gptq")
+READ_METHODS = ("compressed-tensors", "awq", "gptq", "torchao")
 """quant_method of config.json's quantization_config: those that checkpoints.quantised reads."""
 
 

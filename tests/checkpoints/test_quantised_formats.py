@@ -73,6 +73,16 @@ def int_quantized(out, columns):
     return {"weight": values.to(torch.int8), "weight_scale": scale}, values.double() * scale.double()
 
 
+def torchao(out, columns, group=None):
+    """An Int8Tensor, or with groups an IntxUnpackedToInt8Tensor, as torchao's safetensors support takes them apart."""
+    values = torch.randint(-128, 128, (out, columns)) if group is None else torch.randint(-8, 8, (out, columns))
+    scale = (torch.rand(out, columns // (group or columns)) + 0.5).bfloat16() / 256
+    stored = {"_weight_qdata": values.to(torch.int8), "_weight_scale": scale}
+    if group is not None:
+        stored["_weight_zero_point"] = torch.zeros_like(scale, dtype=torch.int8)
+    return stored, values.double() * scale.double().repeat_interleave(columns // scale.shape[1], 1)
+
+
 def compressed(form="int-quantized", bits=8, **more):
     weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "channel"}
     group = {"targets": ["Linear"], "weights": weights, "format": form, **more}
@@ -88,6 +98,8 @@ FORMATS = {
     "gptq act-order": (GPTQ, lambda out, columns: gptq(out, columns, shuffled=True)),
     "gptq 8 bits": (GPTQ | {"bits": 8}, lambda out, columns: gptq(out, columns, bits=8)),
     "int-quantized": (compressed(), int_quantized),
+    "torchao": ({"quant_method": "torchao"}, torchao),
+    "torchao groups": ({"quant_method": "torchao"}, lambda out, columns: torchao(out, columns, 32)),
     "w8a8": (compressed(input_activations={"num_bits": 8, "dynamic": True}), int_quantized),
 }
 
@@ -162,7 +174,6 @@ def test_gptq_that_says_so_in_a_file_of_its_own(tmp_path):
 
 REFUSED = {
     "method": ({"quant_method": "bitsandbytes"}, r"quantised \(bitsandbytes\); load the unquantised"),
-    "torchao": ({"quant_method": "torchao"}, r"quantised \(torchao\); load the unquantised"),
     "no method": ({"bits": 4}, r"quantised \(unknown\)"),
     "awq version": (AWQ | {"version": "gemv"}, "AWQ of 4 bits, version 'gemv' is not read"),
     "awq bits": (AWQ | {"bits": 3}, "AWQ of 3 bits"),
@@ -210,6 +221,8 @@ DAMAGED = {
     "order": ("gptq", replaced("g_idx", lambda t: t.clone().fill_(1)), "g_idx does not put 32 columns into each"),
     "floating": ("awq", replaced("qweight", lambda t: t.float()), "is torch.float32 .* not an int32 matrix"),
     "zeros of 8 bits": ("gptq 8 bits", replaced("qzeros", lambda t: t + 1), "8-bit weights with zero points"),
+    "torchao zeros": ("torchao groups", replaced("_weight_zero_point", lambda t: t + 1), "with zero points are not"),
+    "torchao packed": ("torchao", replaced("_weight_qdata", lambda t: t.view(torch.uint8)), "codes of a byte each are"),
     "scale": ("int-quantized", replaced("weight_scale", lambda t: t[:-1].clone()), "do not fit together"),
     "another model's": (
         "awq",
