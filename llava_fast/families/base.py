@@ -33,6 +33,8 @@ class Family(ABC):
     """Checkpoints of one kind.
 
     model_types       of config.json; each is a line of the registry.
+    system            the published models that it holds, and `reference` what their results are compared with, for the
+                      page docs/families.md.
     layout            the layout that they have; `other` says which family holds the same model in the other one.
     names             the tensors' names, and those of adapters in `adapter_spelling`.
     visual_tokens     what stands for an image and, if it takes them, a video in the text of a prompt.
@@ -40,6 +42,8 @@ class Family(ABC):
     """
 
     model_types: ClassVar[tuple[str, ...]]
+    system: ClassVar[str]
+    reference: ClassVar[str] = "transformers"
     layout: ClassVar[Literal["hf", "original"]] = "hf"
     names: ClassVar[NameMap]
     adapter_spelling: ClassVar[Spelling] = "hf5"

@@ -65,6 +65,7 @@ class InternVl(Llava):
     """InternVL 2.5, 3 and 3.5 in transformers' own layout."""
 
     model_types = ("internvl",)
+    system = "InternVL 2.5, 3, 3.5"
     names = NameMap(
         {
             "hf": (

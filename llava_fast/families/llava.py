@@ -73,6 +73,7 @@ class Llava(Family):
     """
 
     model_types = ("llava",)
+    system = "LLaVA 1.5"
     names: ClassVar[NameMap] = LLAVA_NAMES
     architecture: ClassVar[str] = "LlavaForConditionalGeneration"
     processor: ClassVar[str] = ""
@@ -267,6 +268,7 @@ class LlavaNext(Llava):
     """LLaVA-NeXT (1.6): an image is a view of the whole and a grid of tiles, without the padding."""
 
     model_types = ("llava_next",)
+    system = "LLaVA-NeXT (1.6)"
     architecture = "LlavaNextForConditionalGeneration"
     image_kinds: ClassVar[tuple[Kind, ...]] = (_NEXT,)
     video_kind: ClassVar[Kind | None] = None
@@ -317,6 +319,7 @@ class LlavaNextVideo(LlavaNext):
     """LLaVA-NeXT-Video: frames are pooled before the projector."""
 
     model_types = ("llava_next_video",)
+    system = "LLaVA-NeXT-Video"
     architecture = "LlavaNextVideoForConditionalGeneration"
     image_kinds = (_NEXT, Kind("LlavaNextVideoImageProcessor"))
     video_kind = Kind("LlavaNextVideoVideoProcessor")
@@ -338,6 +341,7 @@ class LlavaOnevision(LlavaNext):
     """LLaVA-OneVision: rows beyond those of N tiles are shrunk, frames are pooled after the projector."""
 
     model_types = ("llava_onevision",)
+    system = "LLaVA-OneVision"
     architecture = "LlavaOnevisionForConditionalGeneration"
     image_kinds = (Kind("LlavaOnevisionImageProcessor", crops=False),)
     video_kind = Kind("LlavaOnevisionVideoProcessor", crops=False)

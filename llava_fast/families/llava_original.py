@@ -61,6 +61,8 @@ class LlavaOriginal(Family):
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("llava_llama", "llava_mistral", "llava_qwen")
+    system = "LLaVA, 1.5, 1.5-HD, NeXT, NeXT-Video, Yi-VL as their own code writes them"
+    reference = "transformers, by way of conversion"
     layout = "original"
     own_type: ClassVar[str] = ""
     names: ClassVar[NameMap] = LLAVA_NAMES

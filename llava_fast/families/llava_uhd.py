@@ -44,6 +44,8 @@ class LlavaUhd(LlavaOriginal):
     """LLaVA-UHD of branch v1."""
 
     model_types = ("llava_uhd",)
+    system = "LLaVA-UHD, branch v1"
+    reference = "transformers' CLIP and Llama with the original's steps"
     own_type = "llava_uhd"
     names = NameMap(
         {"original": (("projector.", "model.mm_projector."), *LLAVA_NAMES.written["original"])},

@@ -44,6 +44,7 @@ class VideoLlava(Llava):
     """Video-LLaVA."""
 
     model_types = ("video_llava",)
+    system = "Video-LLaVA"
     names = NameMap(
         {
             "hf": (

@@ -40,6 +40,7 @@ class VipLlava(Llava):
     """ViP-LLaVA."""
 
     model_types = ("vipllava",)
+    system = "ViP-LLaVA"
     names = NameMap(
         {
             "hf": (

@@ -53,6 +53,7 @@ class Bridge(Connector):
 
 class MadeUp(Llava):
     model_types = ("made_up",)
+    system = "nothing"
     architecture = "MadeUpForConditionalGeneration"
     visual_tokens = ("<image>",)
     other = Family.other

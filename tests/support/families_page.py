@@ -1,0 +1,108 @@
+"""docs/families.md, made from the registry of families and the figures in docs/families.json.
+
+python -m tests.support.families_page            write the page
+python -m tests.support.families_page --measure  and measure the figures anew (a minute)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from llava_fast.families import FAMILIES
+from llava_fast.families.base import Family
+from tests.support import tiny
+
+DOCS = Path(__file__).parents[2] / "docs"
+BOUND = 1e-4
+PARITY = "tests/test_parity_logits.py", "tests/test_parity_gradients.py"
+OWN_TESTS = {
+    "llava_llama": ("tests/checkpoints/test_checkpoint_save.py", "tests/checkpoints/test_checkpoint_original.py"),
+    "llava_uhd": ("tests/checkpoints/test_llava_uhd.py", "tests/train/test_guests_train.py"),
+}
+"""The tests of families that transformers has not."""
+
+HEAD = """# Families
+
+What `llava_fast.load` reads, by the `model_type` of its config.json. A family is one file in `llava_fast/families`.
+This page is made from their registry (`python -m tests.support.families_page`), and a test keeps it so.
+
+Each is compared with its reference on tiny random models in float32, on a CPU: logits and every gradient within 1e-4 of
+the largest of a tensor (the figures are the worst seen), and, of those that transformers has too, the same greedy
+tokens, singly and in a mixed batch. Each is trained by a recipe, saved and read again. "hf" is transformers' layout,
+"original" that of the system's own code.
+
+| system | model_type | formats | takes | logits, gradients | reference | tests |
+|---|---|---|---|---|---|---|
+"""
+FOOT = """
+`accelerate` and `FastProcessor` serve LLaVA 1.5, NeXT, NeXT-Video and OneVision ([with transformers](huggingface.md));
+of others they say so. What is not served is refused by name: videos of InternVL and LLaVA-UHD, and the other releases
+of LLaVA-UHD.
+"""
+
+
+def families() -> list[Family]:
+    """Each family once, in the order of the registry."""
+    return [FAMILIES[name]() for name in FAMILIES if FAMILIES[name].model_types[0] == name]
+
+
+def cases(family: Family) -> list[str]:
+    """The tiny models of its kind that tests/test_parity_* compare with transformers."""
+    return [name for name, case in tiny.CASES.items() if case.kind in family.model_types]
+
+
+def named_tests(family: Family) -> tuple[str, ...]:
+    return OWN_TESTS.get(family.model_types[0]) or PARITY
+
+
+def page(figures: dict[str, dict[str, float]]) -> str:
+    return HEAD + "".join(row(family, figures.get(family.model_types[0], {})) for family in families()) + FOOT
+
+
+def row(family: Family, figures: dict[str, float]) -> str:
+    both = type(family).other is not Family.other
+    videos = "<video>" in family.visual_tokens or (family.layout == "original" and both)
+    seen = ", ".join(f"{figures[what]:.1e}" for what in ("logits", "gradients")) if figures else "every bit of weights"
+    columns = (
+        family.system,
+        ", ".join(f"`{name}`" for name in family.model_types),
+        "hf, original" if both else family.layout,
+        "images, videos" if videos else "images",
+        seen,
+        family.reference,
+        ", ".join(f"`{test}`" for test in named_tests(family)),
+    )
+    return f"| {' | '.join(columns)} |\n"
+
+
+def measure() -> dict[str, dict[str, float]]:
+    """The worst relative errors of each family that has tiny models, as the tests find them."""
+    import pytest
+
+    from tests import test_parity_gradients as gradients
+    from tests import test_parity_logits as logits
+    from tests.support import parity
+
+    found: dict[str, dict[str, float]] = {}
+    for family in families():
+        name = family.model_types[0]
+        parity.WORST.clear()
+        for case in cases(family):
+            logits.test_logits_of_each_request_alone(case)
+            logits.test_logits_of_all_requests_in_one_batch(case, "packed")
+            gradients.test_loss_and_gradients(case)
+        if name == "llava_uhd":
+            assert pytest.main(["-q", OWN_TESTS[name][0]]) == 0
+        for what in ("logits", "gradients"):
+            if worst := [value for label, value in parity.WORST.items() if what in label]:
+                found.setdefault(name, {})[what] = float(f"{max(worst):.1e}")
+    return found
+
+
+if __name__ == "__main__":
+    file = DOCS / "families.json"
+    if "--measure" in sys.argv:
+        file.write_text(json.dumps(measure(), indent=1) + "\n")
+    (DOCS / "families.md").write_text(page(json.loads(file.read_text())), encoding="utf-8")
