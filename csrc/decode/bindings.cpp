@@ -13,6 +13,7 @@
 
 #include "decode/linear.h"
 #include "decode/memory.h"
+#include "decode/product.h"
 #include "decode/step.h"
 
 namespace py = pybind11;
@@ -129,6 +130,18 @@ void linear(uintptr_t x, int64_t count, const std::array<int64_t, kLinearFields>
   apply(linear, out, at<const float>(x), count, at<float>(y), threads, kernels);
 }
 
+// The same for many rows and a quantised weight, which is worth its while where fast_product() is true.
+void product_of(uintptr_t x, int64_t count, const std::array<int64_t, kLinearFields>& fields, int64_t in, int64_t out,
+                uintptr_t y, int threads) {
+  Floats floats(false);
+  const Linear linear = linear_of(fields.data(), in, out, floats);
+  const KernelSet& kernels = select_kernels();
+  const py::gil_scoped_release release;
+  product(linear, out, at<const float>(x), count, at<float>(y), threads, kernels.panel);
+}
+
+bool fast_product() { return select_kernels().panel != scalar_panel; }
+
 }  // namespace
 
 void bind(py::module_& m) {
@@ -139,6 +152,10 @@ void bind(py::module_& m) {
   m.def("linear", &linear, py::arg("x"), py::arg("count"), py::arg("fields"), py::arg("in_features"),
         py::arg("out_features"), py::arg("y"), py::arg("threads"),
         "A linear layer of few rows of float32; see llava_fast.ops.quantised_linear, which checks what it passes.");
+  m.def("product", &product_of, py::arg("x"), py::arg("count"), py::arg("fields"), py::arg("in_features"),
+        py::arg("out_features"), py::arg("y"), py::arg("threads"),
+        "A quantised linear layer of many rows of float32; see llava_fast.ops.quantised_linear.");
+  m.def("fast_product", &fast_product, "Whether this machine has instructions that make `product` fast.");
   m.def("prefer_huge_pages", &prefer_huge_pages, py::arg("address"), py::arg("bytes"),
         "Ask for pages of 2 MiB for memory that has not been written yet.");
 }

@@ -50,6 +50,9 @@ constexpr int64_t units_of(Kind kind, int64_t in) { return (in + unit_elements(k
 // that is not finite has scale NaN.
 void quantise(Kind kind, const float* x, int64_t in, int8_t* codes, float* scales);
 
+// `count` elements (a multiple of 8) to codes; returns their scale, NaN if one is not finite.
+float quantise_group(const float* x, int64_t count, int8_t* codes);
+
 // `count` vectors in the form that a weight of one kind takes: float32 (for float32 and bfloat16 weights), or codes and
 // scales, those of a vector `stride` elements behind those of the one before.
 struct Vectors {
@@ -92,10 +95,17 @@ using LinearKernel = void (*)(const Linear& linear, int64_t begin, int64_t end, 
 using AttendKernel = void (*)(const float* query, int64_t group, const Piece* pieces, int64_t count, int64_t rows,
                               int64_t size, float* scores, float* out);
 
+struct Panel;
+struct QuantisedRows;
+// Of product.h: many vectors by a panel of a quantised weight.
+using PanelKernel = void (*)(const Panel& panel, const QuantisedRows& x, int64_t rows, float* y, int64_t y_stride,
+                             bool first);
+
 struct KernelSet {
   const char* name;  // "scalar", "avx2", "avx512"
   bool (*supported)();
   LinearKernel float32, bfloat16, int8, int4;
+  PanelKernel panel;  // the portable one where no instructions make it fast
   // out = x / rms(x) * weight.
   void (*rms_norm)(const float* x, const float* weight, int64_t width, float eps, float* out);
   // gate = silu(gate) * up.

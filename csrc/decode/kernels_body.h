@@ -228,6 +228,6 @@ TARGET void attend(const float* query, int64_t group, const Piece* pieces, int64
 }
 
 KernelSet make_kernels(const char* name, const QuantisedKernels& quantised) {
-  return {name,     supported, linear<float>, linear<BFloat16>, quantised.int8,
-          quantised.int4, rms_norm,  swiglu,        attend<float>,    attend<BFloat16>};
+  return {name,           supported, linear<float>, linear<BFloat16>, quantised.int8,   quantised.int4,
+          quantised.panel, rms_norm,  swiglu,        attend<float>,    attend<BFloat16>};
 }

@@ -6,12 +6,10 @@
 #include "decode/kernels.h"
 
 namespace llava_fast::decode {
-namespace {
 
-// kGroup elements to codes; returns their scale.
-float quantise_group(const float* x, int8_t* codes) {
+float quantise_group(const float* x, int64_t count, int8_t* codes) {
   float mosts[8] = {}, invalids[8] = {};
-  for (int i = 0; i < kGroup; i += 8)
+  for (int64_t i = 0; i < count; i += 8)
     for (int lane = 0; lane < 8; ++lane) {
       const float size = std::fabs(x[i + lane]);
       mosts[lane] = size > mosts[lane] ? size : mosts[lane];
@@ -24,16 +22,14 @@ float quantise_group(const float* x, int8_t* codes) {
   }
   const float inverse = 127 / most;
   if (invalid != 0 || !std::isfinite(inverse)) {
-    std::fill_n(codes, kGroup, int8_t{0});
+    std::fill_n(codes, count, int8_t{0});
     return invalid != 0 ? std::numeric_limits<float>::quiet_NaN() : 0;  // 0: zeros, or too small to divide by
   }
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-  for (int i = 0; i < kGroup; ++i)
+  for (int64_t i = 0; i < count; ++i)
     codes[i] = static_cast<int8_t>(static_cast<int32_t>((x[i] * inverse + kRound) - kRound));
   return most / 127;
 }
-
-}  // namespace
 
 void quantise(Kind kind, const float* x, int64_t in, int8_t* codes, float* scales) {
   const int64_t padded = units_of(kind, in) * unit_elements(kind);
@@ -41,11 +37,11 @@ void quantise(Kind kind, const float* x, int64_t in, int8_t* codes, float* scale
     float group[kGroup] = {};
     std::copy_n(x + std::min(first, in), std::clamp<int64_t>(in - first, 0, kGroup), group);
     if (kind == Kind::kInt8) {
-      *scales++ = quantise_group(group, codes + first);
+      *scales++ = quantise_group(group, kGroup, codes + first);
       continue;
     }
     int8_t mixed[kGroup];
-    *scales++ = quantise_group(group, mixed);
+    *scales++ = quantise_group(group, kGroup, mixed);
     int8_t* const even = codes + first / 128 * 128 + first % 128 / 2;
     for (int i = 0; i < kGroup / 2; ++i) {
       even[i] = mixed[2 * i];

@@ -2,12 +2,14 @@
 #pragma once
 
 #include "decode/kernels.h"
+#include "decode/product.h"
 
 namespace llava_fast::decode {
 
 struct QuantisedKernels {
   bool (*supported)();
   LinearKernel int8, int4;
+  PanelKernel panel;
 };
 
 const QuantisedKernels& scalar_quantised();

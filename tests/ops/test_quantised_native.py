@@ -40,13 +40,13 @@ def operands(kind: str, rows: int, out: int = 75, odd: bool = False) -> tuple[Te
     return torch.randn(rows, weight.shape[1]) * torch.rand(rows, 1) * 9, weight, torch.randn(out)
 
 
-def bound(x: Tensor, weight: QuantisedWeight) -> Tensor:
-    """How far a result may be from the exact one, in float64: half a step of each group of 32 elements of x for each
+def bound(x: Tensor, weight: QuantisedWeight, group: int = 32) -> Tensor:
+    """How far a result may be from the exact one, in float64: half a step of each group of x's elements for each
     weight (and what rounding x / step in float32 adds), then a rounding for each addition and each scale."""
     x, dense = x.double(), dequantise(weight, torch.float64).abs()
-    padded = F.pad(x, (0, -x.shape[1] % 32)).unflatten(1, (-1, 32)).abs()
+    padded = F.pad(x, (0, -x.shape[1] % group)).unflatten(1, (-1, group)).abs()
     step = (padded.amax(2, keepdim=True) / 127).expand(padded.shape).flatten(1)[:, : x.shape[1]]
-    additions = x.shape[1] / 64 + 8
+    additions = x.shape[1] / 32 + 8
     return step @ dense.T * (0.5 + 2**-15) + (x.abs() + step) @ dense.T * additions * 2**-24
 
 
@@ -62,6 +62,34 @@ def test_every_instruction_set_gives_the_same_bits_within_the_bound(kind, rows, 
         found.append(native.quantised_linear(x, weight, bias))
     assert ((found[0] - exact).abs() <= bound(x, weight) + 2**-23 * exact.abs()).all()
     assert all(torch.equal(other, found[0]) for other in found[1:])
+
+
+@of_every_kind
+@pytest.mark.parametrize("odd", [False, True], ids=["whole", "odd"])
+@pytest.mark.parametrize("rows", [33, 523])
+def test_many_rows_have_the_same_bits_within_the_bound(kind, rows, odd, monkeypatch):
+    x, weight, bias = operands(kind, rows, odd=odd)
+    exact = F.linear(x.double(), dequantise(weight, torch.float64), bias.double())
+    found = []
+    for level in LEVELS:
+        monkeypatch.setenv("LLAVA_FAST_SIMD", level)
+        found.append(native.quantised_linear(x, weight, bias))
+    group = 128 if weight.scale.shape[1] == 1 else weight.group
+    assert ((found[0] - exact).abs() <= bound(x, weight, group) + 2**-23 * exact.abs()).all()
+    assert all(torch.equal(other, found[0]) for other in found[1:])
+    assert torch.equal(native.quantised_linear(x[:40], weight, bias)[:33], found[0][:33])
+
+
+def test_many_rows_over_blocks_of_columns(monkeypatch):
+    torch.manual_seed(0)
+    weight = quantise(torch.randn(67, 2208), "int4", 32, symmetric=False)
+    x = torch.randn(40, 2208)
+    exact = F.linear(x.double(), dequantise(weight, torch.float64))
+    assert ((native.quantised_linear(x, weight, None) - exact).abs() <= bound(x, weight) + 2**-23 * exact.abs()).all()
+    x[7, 2000] = torch.nan
+    found = native.quantised_linear(x, weight, None)
+    assert found[7].isnan().all()
+    assert found[8:].isfinite().all()
 
 
 @of_every_kind
@@ -108,10 +136,11 @@ def test_what_is_not_a_number_stays_so_and_zeros_are_zeros(level, monkeypatch):
     assert found[3:].isnan().all()
 
 
-def test_threads_do_not_change_a_bit():
+@pytest.mark.parametrize("rows", [2, 37])
+def test_threads_do_not_change_a_bit(rows):
     torch.manual_seed(0)
     weight = QuantisedWeight("int8", torch.rand(4099, 1), values=torch.randint(-127, 128, (4099, 2080)).to(torch.int8))
-    x, here = torch.randn(2, 2080), torch.get_num_threads()
+    x, here = torch.randn(rows, 2080), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         alone = native.quantised_linear(x, weight, None)
@@ -138,10 +167,12 @@ def test_when_the_native_form_runs(monkeypatch):
     with torch.no_grad():
         assert torch.equal(quantised_linear(x, weight, bias), fast)
     many = torch.randn(native.MAX_ROWS + 1, 384)
+    assert torch.equal(quantised_linear(many, weight), native.quantised_linear(many, weight, None)) == _C.fast_product()
+    monkeypatch.setenv("LLAVA_FAST_SIMD", "scalar")
     with use_backend("native"):
         with pytest.raises(BackendError, match="it gives no gradients"):
             quantised_linear(x, weight, bias)
-        with pytest.raises(BackendError, match="it takes up to 32 rows, and x has 33"):
+        with pytest.raises(BackendError, match="it takes more than 32 rows only with AVX-512 VNNI, and x has 33"):
             quantised_linear(many, weight)
         with pytest.raises(BackendError, match=r"x is torch\.float64"):
             quantised_linear(x.detach().double(), weight)

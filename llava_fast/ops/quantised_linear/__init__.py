@@ -27,7 +27,7 @@ backend.register("quantised_linear", "reference", "any device")
 backend.register(
     "quantised_linear",
     "native",
-    f"CPU; float32 or bfloat16, up to {native.MAX_ROWS} rows, no gradients",
+    f"CPU; float32 or bfloat16, no gradients; above {native.MAX_ROWS} rows with AVX-512 VNNI",
     default_on=("cpu",),
 )
 
@@ -38,8 +38,8 @@ def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = N
     x [.., in] floating; bias [out] in x's dtype, or None. Returns [.., out] in x's dtype. Gradients flow to x and bias;
     the weight has none. The backward pass keeps the quantised weight, not x. Under autocast it runs in that dtype, as
     nn.Linear does.
-    The reference multiplies in x's dtype, on a CPU in float32 for bfloat16 and float16. The native form, for up to
-    MAX_ROWS rows where no gradient is needed, rounds x to 8 bits, a scale to each 32 elements.
+    The reference multiplies in x's dtype, on a CPU in float32 for bfloat16 and float16. The native form, where
+    no gradient is needed, rounds x to 8 bits (see native).
     Of n rows: 2 * n * in * out FLOPs forward, and as many for x's gradient. Minimum bytes: codes, scales, x and output
     once.
     Raises ValueError for shapes that do not fit.

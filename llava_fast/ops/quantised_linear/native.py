@@ -1,7 +1,8 @@
 """Products with quantised weights by csrc/decode, on up to torch.get_num_threads() threads.
 
 x is rounded to 8 bits, a scale to each 32 elements; products are summed exactly within such a group, and the groups in
-float32. Each instruction set gives the same bits.
+float32. Above MAX_ROWS rows, where weights are laid out anew for all rows, x has a scale for each group of the weight,
+or for 128 elements where a row of the weight has one scale. Each instruction set gives the same bits.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import llava_fast._C as _C
 from llava_fast.ops.quantised_linear.fields import fields_of
 from llava_fast.ops.quantised_linear.weight import QuantisedWeight
 
-MAX_ROWS = 32  # above this, one product with the weight in floating point is the faster
+MAX_ROWS = 32  # above this, a matrix product is the faster
 
 
 def unfit(x: Tensor) -> str | None:
@@ -23,8 +24,8 @@ def unfit(x: Tensor) -> str | None:
         return f"it takes tensors on the CPU, and x is on {x.device}"
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16, and x is {x.dtype}"
-    if rows > MAX_ROWS:
-        return f"it takes up to {MAX_ROWS} rows, and x has {rows}"
+    if rows > MAX_ROWS and not _C.fast_product():
+        return f"it takes more than {MAX_ROWS} rows only with AVX-512 VNNI, and x has {rows}"
     return None
 
 
@@ -35,5 +36,6 @@ def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) ->
     y = torch.empty((len(flat), out), dtype=torch.float32)
     if len(flat):
         fields = fields_of(weight, bias)
-        _C.linear(flat.data_ptr(), len(flat), fields, columns, out, y.data_ptr(), torch.get_num_threads())
+        run = _C.linear if len(flat) <= MAX_ROWS else _C.product
+        run(flat.data_ptr(), len(flat), fields, columns, out, y.data_ptr(), torch.get_num_threads())
     return y.to(x.dtype).view(*x.shape[:-1], out)
