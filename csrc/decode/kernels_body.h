@@ -205,8 +205,8 @@ TARGET void attend(const float* query, int64_t group, const Piece* pieces, int64
   const int64_t padded = padded_rows(rows);
   int64_t done = 0;
   for (const Piece* piece = pieces; piece < pieces + count; done += piece++->rows)
-    linear<W>({Kind::kFloat32, piece->keys, nullptr, size}, 0, piece->rows, {query, nullptr, size, group}, scores + done, padded,
-              false);
+    linear<W>({Kind::kFloat32, piece->keys, nullptr, size}, 0, piece->rows, {query, nullptr, size, group},
+              scores + done, padded, false);
   for (int64_t d = 0; d < group * size; ++d) out[d] = 0;
   float total[kTileVectors];
   for (int64_t first = 0; first < group; first += kTileVectors) {

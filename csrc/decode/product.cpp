@@ -62,7 +62,8 @@ struct PanelBuffer {
         scale[g * kPanelRows + r] = there ? linear.scale[at] : 0;
         zero[g * kPanelRows + r] = linear.kind == Kind::kInt8 ? 128 : there && linear.zero ? linear.zero[at] : 8;
       }
-      if (there) unsigned_codes(linear, (begin + r) * linear.in + start, std::min(elements, linear.in - start), elements);
+      const int64_t left = std::min(elements, linear.in - start);
+      if (there) unsigned_codes(linear, (begin + r) * linear.in + start, left, elements);
       for (int64_t k = 0; k < elements / 4; ++k) std::memcpy(&codes[(k * kPanelRows + r) * 4], &row[4 * k], 4);
     }
     return {groups, group, codes.data(), scale.data(), zero.data()};

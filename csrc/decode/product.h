@@ -27,16 +27,16 @@ struct QuantisedRows {
   int64_t codes_stride, groups_stride;
 };
 
-// y[m, r] += panel row r . x[m] for m in [0, rows); `first` sets y instead. Groups are exact, and added in their order in
-// float32: every set gives the same bits.
+// y[m, r] += panel row r . x[m] for m in [0, rows); `first` sets y instead. Groups are exact, and added in their order
+// in float32: every set gives the same bits.
 void scalar_panel(const Panel& panel, const QuantisedRows& x, int64_t rows, float* y, int64_t y_stride, bool first);
 #if defined(__x86_64__)
 void avx512vnni_panel(const Panel& panel, const QuantisedRows& x, int64_t rows, float* y, int64_t y_stride, bool first);
 #endif
 
-// y [count, out] = x [count, linear.in] times an int8 or int4 weight, plus the bias. x is rounded to 8 bits, a scale to each
-// group of the weight, or to each 128 elements where a row has one scale. The result depends neither on `threads` nor,
-// for a row, on the others.
+// y [count, out] = x [count, linear.in] times an int8 or int4 weight, plus the bias. x is rounded to 8 bits, a scale to
+// each group of the weight, or to each 128 elements where a row has one scale. The result depends neither on `threads`
+// nor, for a row, on the others.
 void product(const Linear& linear, int64_t out, const float* x, int64_t count, float* y, int threads,
              PanelKernel kernel);
 

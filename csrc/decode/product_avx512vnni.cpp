@@ -70,7 +70,8 @@ void avx512vnni_panel(const Panel& panel, const QuantisedRows& x, int64_t rows, 
     at.sums += count * x.groups_stride;
     y += count * y_stride;
   };
-  for (; rows >= kTileVectors; rows -= kTileVectors, step(kTileVectors)) tile<kTileVectors>(panel, at, y, y_stride, first);
+  for (; rows >= kTileVectors; rows -= kTileVectors, step(kTileVectors))
+    tile<kTileVectors>(panel, at, y, y_stride, first);
   for (; rows > 0; --rows, step(1)) tile<1>(panel, at, y, y_stride, first);
 }
 

@@ -47,7 +47,9 @@ TARGET inline Sixteen dot(Bytes low, Bytes high, const Int4Unit& x) {
   return {dot_nibbles(low.low, high.low, x.even_low, x.odd_low, x.sum_low),
           dot_nibbles(low.high, high.high, x.even_high, x.odd_high, x.sum_high)};
 }
-TARGET inline Sixteen sums(const Int4Unit& x) { return {_mm256_cvtepi32_ps(x.sum_low), _mm256_cvtepi32_ps(x.sum_high)}; }
+TARGET inline Sixteen sums(const Int4Unit& x) {
+  return {_mm256_cvtepi32_ps(x.sum_low), _mm256_cvtepi32_ps(x.sum_high)};
+}
 bool supported() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx2");

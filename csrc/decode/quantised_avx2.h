@@ -1,6 +1,6 @@
 // What AVX2 and AVX-VNNI share. A file of one of them includes <immintrin.h> and defines TARGET before this.
 
-constexpr int kTileVectors = 2;
+constexpr int kTileVectors = 2, kTileRows = 4;
 struct Sixteen {
   __m256 low, high;
 };

@@ -12,7 +12,7 @@ namespace llava_fast::decode {
 namespace {
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vnni")))
-constexpr int kTileVectors = 4;
+constexpr int kTileVectors = 4, kTileRows = 4;
 typedef __m512 Sixteen;
 typedef __m512i Bytes;
 

@@ -1,5 +1,5 @@
 // Products with int8 and int4 weights, written once. A file of one instruction set defines, in an anonymous namespace,
-// TARGET, kTileVectors, and for 16 lanes side by side:
+// TARGET, kTileVectors, kTileRows (4, or 1 where few registers make four rows slow), and for 16 lanes side by side:
 //   Sixteen                  16 floats, with splat16, add, multiply
 //   Bytes                    64 bytes of weight codes, made ready by int8_codes(p), low_nibbles(p), high_nibbles(p)
 //   Int8Unit, Int4Unit       a unit of a vector, made ready from its codes
@@ -8,8 +8,8 @@
 //   sums(Int4Unit)           the lanes' sums of the vector's codes, as floats
 //   spread2, spread4         2 or 4 floats, each to as many neighbouring lanes
 //   spread_zeros2, 4         the same for zero points, bytes, less 8
-//   sum_each16(a, b, c, d)   the sums of the lanes of each: lanes i and i + 8 first, then i and i + 2, i and i + 1, then
-//                            the two halves
+//   sum_each16(a, b, c, d)   the sums of the lanes of each: lanes i and i + 8 first, then i and i + 2, i and i + 1,
+//                            then the two halves
 // Every float operation here is one multiplication or addition, so that all sets round alike.
 
 struct Int8Codes {
@@ -166,12 +166,17 @@ TARGET void all_rows(const Linear& linear, int64_t begin, int64_t end, const Vec
         y[j * y_stride + r] = accumulate ? y[j * y_stride + r] + linear.bias[r] : linear.bias[r];
     accumulate = true;
   }
-  const Quarters quarters(end - begin);
-  for (int64_t r = 0; r < quarters.fours; ++r)
-    rows_by_all<Codes, kScales, kZero, 4>(linear, begin + r, quarters.step, x, y, y_stride, accumulate);
-  quarters.each_left([&](int64_t r) {
+  const auto one_row = [&](int64_t r) {
     rows_by_all<Codes, kScales, kZero, 1>(linear, begin + r, 0, x, y, y_stride, accumulate);
-  });
+  };
+  if constexpr (kTileRows == 1) {
+    for (int64_t r = 0; r < end - begin; ++r) one_row(r);
+  } else {
+    const Quarters quarters(end - begin);
+    for (int64_t r = 0; r < quarters.fours; ++r)
+      rows_by_all<Codes, kScales, kZero, 4>(linear, begin + r, quarters.step, x, y, y_stride, accumulate);
+    quarters.each_left(one_row);
+  }
 }
 
 void int8_linear(const Linear& linear, int64_t begin, int64_t end, const Vectors& x, float* y, int64_t y_stride,

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llava_fast.errors import QuantisationError
+from llava_fast.ops.quantised_linear.memory import in_huge_pages
 from llava_fast.ops.quantised_linear.weight import QuantisedWeight, check_scheme, row_blocks
 
 ROUNDED_VALUES = 1 << 18
@@ -36,12 +37,9 @@ def quantise(weight: Tensor, scheme: str, group: int | None = None, symmetric: b
     out, columns = weight.shape
     group = check_scheme(scheme, columns, group, symmetric)
     groups = columns // group if group else 0
-    codes = torch.empty(
-        (out, columns if scheme == "int8" else columns // 2),
-        dtype=torch.int8 if scheme == "int8" else torch.uint8,
-        device=weight.device,
-    )
-    scale = torch.empty((out, groups), dtype=torch.float32, device=weight.device)
+    stored, dtype = (columns, torch.int8) if scheme == "int8" else (columns // 2, torch.uint8)
+    codes = in_huge_pages(torch.empty((out, stored), dtype=dtype, device=weight.device))
+    scale = in_huge_pages(torch.empty((out, groups), dtype=torch.float32, device=weight.device))
     zero = None if symmetric else torch.empty((out, groups), dtype=torch.uint8, device=weight.device)
     for rows in row_blocks(out, columns, ROUNDED_VALUES):
         block = weight[rows].to(torch.float32, copy=True).reshape(-1, groups, group)
