@@ -160,8 +160,8 @@ def test_a_tied_head(embeddings):
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_logits_stay_within_the_rounding_of_all_weights(scheme):
     """Against float64: each Linear's relative error (of its weights, root mean square) is independent of the others',
-    so that of the logits is at most the root of the sum of their squares. (The rounding of inputs, which the native form
-    adds, is tests/ops/test_quantised_native.py's.)"""
+    so that of the logits is at most the root of the sum of their squares. (The rounding of inputs, which the native
+    form adds, is tests/ops/test_quantised_native.py's.)"""
     exact, model = model_of().double(), quantise_model(model_of(), scheme)
     squares = 0.0
     for name in kinds(model):
