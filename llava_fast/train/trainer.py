@@ -91,7 +91,7 @@ class Trainer:
                     self.checkpoints.finish()
                     raise
                 if batch.step == first:
-                    share(self.world.device)  # what the first step has proven; no later one proves anything
+                    share(self.world.device, is_last=True)  # what the first step has proven
                 self.checkpoints.poll()
                 done = batch.step + 1
                 if done % self.recipe.checkpoints.every == 0 or done == self.total:

@@ -199,6 +199,17 @@ def test_a_verdict_found_by_another_process_meanwhile_is_taken(select, ran, prov
     assert not proven
 
 
+def test_a_proof_leaves_verdicts_in_use_as_they_are(select, ran, proven):
+    """They may be another machine's, shared by the run, while this machine's file says otherwise."""
+    table = select(LLAVA_FAST_SELECT="first-use").table(torch.device("cpu"))
+    table.verdicts[CLASS] = Verdict(backend="reference")
+    with store.locked(table.machine, 1):
+        store.keep(table.machine, {CLASS: Verdict(backend="native")})
+    pack(50)
+    pack()
+    assert ran == ["native", "reference"]
+
+
 def test_a_file_that_stays_locked_ends_in_the_default(select, monkeypatch, ran, proven):
     settings = select(LLAVA_FAST_SELECT="first-use", LLAVA_FAST_SELECT_BUDGET="0.05")
     with store.locked(settings.table(torch.device("cpu")).machine, 1):

@@ -52,6 +52,9 @@ def forms(settings: tables.Settings, device: torch.device) -> dict[str, str]:
 def of_both(rank: int) -> dict[str, str]:
     settings = settings_of(CUDA, "NVIDIA A100", BOTH[rank])
     sharing.share(CUDA)
+    assert settings.table(CUDA).may_grow
+    sharing.share(CUDA, is_last=True)
+    assert not settings.table(CUDA).may_grow
     return forms(settings, CUDA)
 
 

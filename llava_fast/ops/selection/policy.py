@@ -90,7 +90,8 @@ def _prove(
     verdict = None
     with store.locked(table.machine, settings.budget - settings.spent) as state:
         if state == "held":
-            table.verdicts = {**table.verdicts, **store.cached(table.machine).verdicts}
+            # Those in use stay: they may be the first rank's (sharing), found on another machine.
+            table.verdicts = {**store.cached(table.machine).verdicts, **table.verdicts}
             verdict = table.verdicts.get(name)
         if state != "busy" and (verdict is None or (settings.thorough and verdict.by != "tune")):
             verdict = _found(operator, implementation, args, settings.thorough)

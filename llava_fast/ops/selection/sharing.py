@@ -9,9 +9,10 @@ from llava_fast.errors import BackendError
 from llava_fast.ops.selection import tables
 
 
-def share(device: torch.device) -> None:
+def share(device: torch.device, is_last: bool = False) -> None:
     """Give every process of the default group the same verdicts for its `device`: of each class, those of the first
-    rank that has one. A collective that all processes must call; nothing is done in a process alone.
+    rank that has one. A collective that all processes must call; nothing is done in a process alone. is_last: from here
+    on they prove nothing more, so that their verdicts stay the same.
 
     Raises BackendError, in every process, if their GPUs are of several kinds and no table is pinned, or if they were
     told different things (LLAVA_FAST_SELECT, LLAVA_FAST_SELECTION).
@@ -30,3 +31,4 @@ def share(device: torch.device) -> None:
     if device.type == "cuda":
         tables.check_one_kind(machines)
     table.verdicts = {name: verdict for each in reversed(verdicts) for name, verdict in each.items()}
+    table.may_grow = table.may_grow and not is_last
