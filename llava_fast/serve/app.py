@@ -24,6 +24,7 @@ from llava_fast.serve.service import Body, Service
 from llava_fast.version import __version__
 
 T = TypeVar("T")
+SLOW = 5.0
 PAGE = Path(__file__).parent / "page"
 
 
@@ -112,7 +113,8 @@ async def _answered(service: Service, body: Body, request: Request, kind: type[A
             place.enter_context(service.admitted(body.answers))
             answer = await _while_connected(request, answered())
             if isinstance(answer, Answer):
-                return Stream(service.steps(answer.sequences, deadline), answer, body.with_usage, place.pop_all())
+                steps = service.steps(answer.sequences, deadline)
+                return Stream(steps, answer, body.with_usage, deadline, place.pop_all())
         return JSONResponse(answer)
     except Exception as error:
         raise api_error(error) from error
@@ -139,16 +141,22 @@ async def _disconnected(request: Request) -> None:
 
 class Stream(StreamingResponse):
     """Server-sent events. It holds its place in the queue until the last event is sent or the client has gone away,
-    of which Starlette tells by cancelling."""
+    of which Starlette tells by cancelling. A client that does not read is cut off SLOW seconds after the deadline."""
 
     def __init__(
-        self, steps: AsyncGenerator[tuple[int, Step]], answer: Answer, usage: bool, place: contextlib.ExitStack
+        self,
+        steps: AsyncGenerator[tuple[int, Step]],
+        answer: Answer,
+        usage: bool,
+        deadline: float,
+        place: contextlib.ExitStack,
     ) -> None:
         super().__init__(answer.events(steps, usage), media_type="text/event-stream")
         self.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self.steps, self.place = steps, place
+        self.steps, self.deadline, self.place = steps, deadline, place
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        left = self.deadline - asyncio.get_running_loop().time() + SLOW
         with self.place:
             async with contextlib.aclosing(self.steps):
-                await super().__call__(scope, receive, send)
+                await asyncio.wait_for(super().__call__(scope, receive, send), left)

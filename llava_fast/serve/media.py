@@ -9,7 +9,7 @@ import urllib.parse
 from pathlib import Path
 
 from llava_fast.errors import ImageError
-from llava_fast.inputs.pictures.headers import image_size
+from llava_fast.inputs.pictures.reading import open_header
 from llava_fast.inputs.pictures.video import check_video
 from llava_fast.serve.errors import ApiError
 from llava_fast.serve.remote import fetch
@@ -33,7 +33,9 @@ class Media:
     def image(self, url: str) -> bytes:
         """The bytes of an image file of allowed size, not decoded."""
         data = self._read(url)
-        self._check_pixels(*image_size(data))
+        image, _ = open_header(data)
+        with image:
+            self._check_pixels(image.height, image.width)
         return data
 
     def video(self, url: str) -> bytes:

@@ -5,6 +5,7 @@ import http.client
 import http.server
 import io
 import json
+import socket
 import threading
 import time
 from dataclasses import replace
@@ -12,10 +13,12 @@ from dataclasses import replace
 import openai
 import pytest
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from llava_fast.errors import ServeError
 from llava_fast.serve import app, remote
 from llava_fast.serve.errors import ApiError
+from llava_fast.serve.media import Media
 from llava_fast.serve.settings import Settings
 from tests.serve.conftest import about, ask, data_uri, local, png
 from tests.support import made_videos, tiny
@@ -28,9 +31,9 @@ def error_of(call, *arguments, **options) -> openai.APIStatusError:
     return caught.value
 
 
-def blank(height: int, width: int) -> bytes:
+def blank(height: int, width: int, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (width, height)).save(file, "PNG")
+    Image.new("1", (width, height)).save(file, kind)
     return file.getvalue()
 
 
@@ -230,6 +233,13 @@ def test_what_is_too_large_or_broken_is_refused(client, images, status, says):
     assert caught.value.status_code == status
 
 
+def test_no_pixel_of_a_large_image_is_decoded(monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("decoded"))
+    monkeypatch.setattr(TiffImageFile, "load", lambda _: pytest.fail("decoded"))
+    with pytest.raises(ApiError, match="2000x900"):
+        Media(Settings(model_name="m", max_pixels=1_000_000)).image(data_uri(blank(900, 2000, "TIFF")))
+
+
 def test_a_body_without_a_length_is_counted_as_it_comes(server):
     host = server.url.removeprefix("http://")
     connection = http.client.HTTPConnection(host, timeout=10)
@@ -289,6 +299,26 @@ def test_a_deadline_ends_an_answer(model):
         with pytest.raises(openai.APIError, match="longer than this server allows"):
             list(ask(server.client(), about("hello"), stream=True, **endless))
         assert ask(server.client(), about("hello"), max_tokens=2).choices
+
+
+def test_a_client_that_does_not_read_loses_its_place(model, monkeypatch):
+    monkeypatch.setattr(app, "SLOW", 0.2)
+    with local(model, deadline=0.5) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect((host, int(port)))
+            options = {"max_tokens": 3000, "ignore_eos": True, "logprobs": True, "top_logprobs": 20, "stream": True}
+            body = json.dumps({"model": "tiny", "messages": about("hello"), **options}).encode()
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            deaf.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+            held = []
+            ends = time.monotonic() + 3
+            while time.monotonic() < ends and not (held and held[-1] == 0 and 1 in held):
+                held.append(server.service.open_answers)
+                time.sleep(0.02)
+        assert 1 in held
+        assert held[-1] == 0
 
 
 @pytest.mark.parametrize("wrong", [{"max_running": 0}, {"deadline": 0}, {"workers": 1.5}, {"api_keys": ("",)}])
