@@ -234,10 +234,11 @@ def test_what_is_too_large_or_broken_is_refused(client, images, status, says):
 
 
 def test_no_pixel_of_a_large_image_is_decoded(monkeypatch):
+    large = data_uri(blank(900, 2000, "TIFF"))
     monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("decoded"))
     monkeypatch.setattr(TiffImageFile, "load", lambda _: pytest.fail("decoded"))
     with pytest.raises(ApiError, match="2000x900"):
-        Media(Settings(model_name="m", max_pixels=1_000_000)).image(data_uri(blank(900, 2000, "TIFF")))
+        Media(Settings(model_name="m", max_pixels=1_000_000)).image(large)
 
 
 def test_a_body_without_a_length_is_counted_as_it_comes(server):
