@@ -15,7 +15,7 @@ from llava_fast.integrations.processor import FastProcessor
 from tests.support import tiny
 
 GUESTS = ("internvl", "internvl_6b", "vipllava", "video_llava")
-HOSTED = ("llava_opt", "llava_phi", "next_stablelm")  # decoders that transformers runs
+HOSTED = ("llava_mpt", "llava_opt", "llava_phi", "next_stablelm")  # decoders that transformers runs
 
 
 @pytest.fixture(scope="module", params=GUESTS + HOSTED)

@@ -32,6 +32,7 @@ from transformers import (
     LlavaOnevisionProcessor,
     LlavaProcessor,
     MistralConfig,
+    MptConfig,
     OPTConfig,
     PhiConfig,
     PreTrainedTokenizerFast,
@@ -225,6 +226,7 @@ CASES |= {  # decoders that transformers runs
         options={"tie_word_embeddings": False},
         tile=48,
     ),
+    "llava_mpt": Case("llava", MptConfig, {"max_seq_len": 4096, "tie_word_embeddings": False}, tile=48, scale=0.24),
     "llava_phi": Case(
         "llava", PhiConfig, {"rope_parameters": _HALF_TURNED, "num_key_value_heads": 2}, tile=48, scale=0.3
     ),
@@ -428,7 +430,7 @@ def save(case: Case, model, folder: str | Path) -> None:
     model.save_pretrained(folder)
     tokenizer_of(case).save_pretrained(folder)
     image_processor(case).save_pretrained(folder)
-    if case.text in (OPTConfig, PhiConfig, StableLmConfig):  # whose chat format no decoder says
+    if case.text in (MptConfig, OPTConfig, PhiConfig, StableLmConfig):  # whose chat format no decoder says
         (Path(folder) / "llava_fast.json").write_text('{"chat_template": "vicuna_v1"}')
 
 

@@ -39,13 +39,15 @@ def attend(
     layer: int,
     cache: PagedCache | None,
     window: int | None,
+    slopes_H: Tensor | None = None,
 ) -> Tensor:
     """Causal attention inside each sequence: [R, H*D]. With a cache, keys and values are stored in it first and
-    each sequence also attends to the rows cached before. `window` limits how far back a row looks."""
+    each sequence also attends to the rows cached before. `window` limits how far back a row looks. `slopes_H`: what a
+    score loses in each head for each position that the key lies back (ALiBi, Press et al. 2022)."""
     if cache is not None and all(length == 1 for length in spans.lengths):
-        return _attend_one_row_each(query_RHD, key_RKD, value_RKD, spans, layer, cache, window)
+        return _attend_one_row_each(query_RHD, key_RKD, value_RKD, spans, layer, cache, window, slopes_H)
     if cache is None and spans.dense is not None:
-        return _attend_dense(query_RHD, key_RKD, value_RKD, spans.dense, window)
+        return _attend_dense(query_RHD, key_RKD, value_RKD, spans.dense, window, slopes_H)
     out = torch.zeros_like(query_RHD) if sum(spans.lengths) < len(query_RHD) else torch.empty_like(query_RHD)
     pieces = []
     none = not spans.lengths  # then one of no rows: the result stays a function of its inputs, for sharded training
@@ -55,7 +57,7 @@ def attend(
             key, value = cache.append(layer, spans.tables[number], spans.before[number], key[0], value[0])
             key, value = key[None], value[None]
         branches = spans.branches[number] if spans.branches else ()
-        pieces += [part[0].transpose(0, 1) for part in _with_branches(query, key, value, window, branches)]
+        pieces += [part[0].transpose(0, 1) for part in _with_branches(query, key, value, window, slopes_H, branches)]
     if sum(spans.lengths) == len(query_RHD):
         return torch.cat(pieces).flatten(1)
     place = torch.cat([torch.arange(s, s + n) for s, n in zip(spans.starts, spans.lengths, strict=True)])
@@ -63,51 +65,78 @@ def attend(
 
 
 def _with_branches(
-    query: Tensor, key: Tensor, value: Tensor, window: int | None, branches: tuple[int, ...]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    slopes_H: Tensor | None,
+    branches: tuple[int, ...],
 ) -> list[Tensor]:
     """`_causal` of the prefix and the first branch, which are one ordinary sequence, then of each further branch, whose
     few queries see a copy of the prefix's keys and their own."""
     if len(branches) < 2:
-        return [_causal(query, key, value, window)]
+        return [_causal(query, key, value, window, slopes_H)]
     total = query.shape[2]
     prefix, sizes = total - sum(branches), (total - sum(branches[1:]), *branches[1:])
     queries, keys, values = (t.split(sizes, 2) for t in (query, key, value))
-    out = [_causal(queries[0], keys[0], values[0], window)]
+    out = [_causal(queries[0], keys[0], values[0], window, slopes_H)]
     for query, own_key, own_value in zip(queries[1:], keys[1:], values[1:], strict=True):
         if query.shape[2]:
             seen_key, seen_value = (
                 torch.cat([t[:, :, :prefix], own], 2) for t, own in ((key, own_key), (value, own_value))
             )
-            out.append(_causal(query, seen_key, seen_value, window))
+            out.append(_causal(query, seen_key, seen_value, window, slopes_H))
     return out
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None, slopes_H: Tensor | None) -> Tensor:
     """[1, H, q, D] over [1, K, k, D], the queries being the last q of the k positions."""
     length, total = query.shape[2], key.shape[2]
     grouped = query.shape[1] != key.shape[1]
-    if length == total and (window is None or total <= window):
+    if slopes_H is None and length == total and (window is None or total <= window):
         return F.scaled_dot_product_attention(query, key, value, is_causal=length > 1, enable_gqa=grouped)
     position = torch.arange(total - length, total, device=query.device)[:, None]
     at = torch.arange(total, device=query.device)[None, :]
     mask = at <= position
     if window is not None:
         mask &= at > position - window
+    if slopes_H is not None:
+        bias = slopes_H[:, None, None] * (at - position)
+        mask = bias.masked_fill(~mask, -torch.inf).to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
 
 
-def _attend_dense(query: Tensor, key: Tensor, value: Tensor, shape: tuple[int, int], window: int | None) -> Tensor:
+def _attend_dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shape: tuple[int, int],
+    window: int | None,
+    slopes_H: Tensor | None,
+) -> Tensor:
     """Equal-length sequences in one call. Padding is on the right, so causality alone hides it from real rows."""
     query, key, value = (t.unflatten(0, shape).transpose(1, 2) for t in (query, key, value))
-    return _causal(query, key, value, window).transpose(1, 2).flatten(0, 1).flatten(1)
+    return _causal(query, key, value, window, slopes_H).transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 def _attend_one_row_each(
-    query: Tensor, key: Tensor, value: Tensor, spans: Spans, layer: int, cache: PagedCache, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Spans,
+    layer: int,
+    cache: PagedCache,
+    window: int | None,
+    slopes_H: Tensor | None,
 ) -> Tensor:
     """Decoding: one new row for each sequence. The query heads that share a key head become the rows of one small
     matrix, so grouped heads cost no copies of the cache."""
     count, heads, size = query.shape
     keys, values, mask = cache.append_one_each(layer, spans.tables, spans.before, key, value, window)
     grouped = query.view(count, keys.shape[1], heads // keys.shape[1], size)
+    if slopes_H is not None:
+        rows = torch.arange(keys.shape[2], device=query.device)
+        back_n1R = rows - torch.tensor(spans.before, device=query.device)[:, None, None]
+        bias = (slopes_H[:, None] * back_n1R).view(count, *grouped.shape[1:3], -1)
+        mask = (bias if mask is None else bias.masked_fill(~mask, -torch.inf)).to(query.dtype)
     return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(count, heads * size)

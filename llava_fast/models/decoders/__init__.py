@@ -14,6 +14,7 @@ DECODERS: Registry[DecoderConfig] = Registry(
     {
         "llama": "llama:LlamaConfig",
         "mistral": "llama:MistralConfig",
+        "mpt": "mpt:MptConfig",
         "opt": "hosted:OptConfig",
         "phi": "hosted:PhiConfig",
         "qwen2": "llama:Qwen2Config",

@@ -12,7 +12,7 @@ import contextvars
 import copy
 import functools
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -45,21 +45,29 @@ class HostedFields(Fields):
 class HostedConfig(DecoderConfig):
     """A causal language model of transformers. `fields`: those of its config that not every config has."""
 
-    hf_fields = HostedFields
+    hf_fields: ClassVar[type[Fields] | None] = HostedFields
+    layers_field: ClassVar[str] = "num_hidden_layers"
+    positions_field: ClassVar[str] = "max_position_embeddings"
+    """What its config calls them."""
 
     fields: dict[str, Any] = field(repr=False, hash=False)
 
     def build(self) -> HostedDecoder:
         return HostedDecoder(self)
 
+    def base_model(self, hf: Any) -> Any:
+        """transformers' model without a head, whose attention is `attention` below."""
+        from transformers import AttentionInterface, AttentionMaskInterface, AutoModel
+
+        AttentionInterface.register(_NAME, attention)
+        AttentionMaskInterface.register(_NAME, _mask)
+        return AutoModel.from_config(hf, attn_implementation=_NAME)
+
     def hf_config(self) -> Any:
         """Its transformers config, without dropout, and without an embedding's row that is not trained."""
         from transformers import CONFIG_MAPPING
 
-        fields = copy.deepcopy(self.fields) | {"vocab_size": self.vocab_size, "pad_token_id": None}
-        for name, value in fields.items():
-            if "drop" in name and isinstance(value, (int, float)):
-                fields[name] = 0.0
+        fields = _without_dropout(self.fields) | {"vocab_size": self.vocab_size, "pad_token_id": None}
         return CONFIG_MAPPING[self.family].from_dict(fields)
 
     @property
@@ -76,7 +84,7 @@ class HostedConfig(DecoderConfig):
     def _linears(self) -> list[nn.Linear]:
         """Those of a layer, without storage."""
         with torch.device("meta"):
-            layer = replace(self, num_layers=1, fields=self.fields | {"num_hidden_layers": 1}).build().layers[0]
+            layer = replace(self, num_layers=1, fields=self.fields | {self.layers_field: 1}).build().layers[0]
         return [module for module in layer.modules() if isinstance(module, nn.Linear)]
 
     @property
@@ -102,7 +110,7 @@ class HostedConfig(DecoderConfig):
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // heads,
-            max_positions=hf.max_position_embeddings,
+            max_positions=getattr(hf, cls.positions_field),
             tie_embeddings=tied,
             fields=_own_fields(hf),
         )
@@ -124,11 +132,27 @@ class HostedConfig(DecoderConfig):
         return self.to_hf()
 
 
+def _without_dropout(fields: dict[str, Any]) -> dict[str, Any]:
+    """A copy, sections included."""
+    made = copy.deepcopy(fields)
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            made[name] = _without_dropout(value)
+        elif "drop" in name and isinstance(value, (int, float)):
+            made[name] = type(value)()
+    return made
+
+
 def _own_fields(hf: Any) -> dict[str, Any]:
     from transformers import PretrainedConfig
 
     general = {*PretrainedConfig().to_dict(), "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "model_type"}
-    return {name: value for name, value in hf.to_dict().items() if name not in general}
+
+    def own(fields: dict[str, Any]) -> dict[str, Any]:
+        kept = ((name, value) for name, value in fields.items() if name not in general)
+        return {name: own(value) if isinstance(value, dict) else value for name, value in kept}
+
+    return own(hf.to_dict())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +194,7 @@ class Rows:
     cache: PagedCache | None
 
 
-_rows: contextvars.ContextVar[Rows] = contextvars.ContextVar("rows")
+rows_of_pass: contextvars.ContextVar[Rows] = contextvars.ContextVar("rows")
 
 
 class HostedDecoder(BaseDecoder):
@@ -214,23 +238,19 @@ class HostedDecoder(BaseDecoder):
             return x_RC + row[:0]
         if cache is not None:
             reserve(spans)
-        token = _rows.set(Rows(spans, cache))
+        token = rows_of_pass.set(Rows(spans, cache))
         try:
             out = self._model[0](inputs_embeds=x_RC[None], position_ids=position_R[None], use_cache=False)
         finally:
-            _rows.reset(token)
+            rows_of_pass.reset(token)
         return out.last_hidden_state[0]
 
 
 def _base_model(config: HostedConfig) -> nn.Module:
     """transformers' model without a head. On the meta device too its buffers have their values: they are in no
     checkpoint."""
-    from transformers import AttentionInterface, AttentionMaskInterface, AutoModel
-
-    AttentionInterface.register(_NAME, _attention)
-    AttentionMaskInterface.register(_NAME, _mask)
     hf = config.hf_config()
-    model = AutoModel.from_config(hf, attn_implementation=_NAME)
+    model = config.base_model(hf)
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             with torch.device("cpu"):
@@ -239,25 +259,26 @@ def _base_model(config: HostedConfig) -> nn.Module:
 
 
 def _mask(*_: Any, **__: Any) -> Rows:
-    return _rows.get()
+    return rows_of_pass.get()
 
 
-def _attention(
+def attention(
     module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Rows,
     scaling: float | None = None,
+    slopes: Tensor | None = None,
     **extras: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in each layer: query [1, H, R, D], key and value [1, K, R, D] to [1, R, H, D]. Raises
-    ValueError for what only some models ask of it."""
+    """What transformers calls in each layer: query [1, H, R, D], key and value [1, K, R, D] to [1, R, H, D]; `slopes`
+    as for `attend`. Raises ValueError for what only some models ask of it."""
     if found := [name for name in _UNSERVED if extras.get(name) is not None]:
         raise ValueError(f"attention with {', '.join(found)} is not served: host no model that asks for it")
     size = query.shape[-1]
     if scaling is not None and scaling != size**-0.5:
         query = query * (scaling * size**0.5)
     query, key, value = (rows[0].transpose(0, 1) for rows in (query, key, value))
-    out = attend(query, key, value, attention_mask.spans, module.layer_idx, attention_mask.cache, None)
+    out = attend(query, key, value, attention_mask.spans, module.layer_idx, attention_mask.cache, None, slopes)
     return out.view(1, len(query), -1, size), None
