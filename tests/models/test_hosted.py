@@ -105,7 +105,7 @@ def test_quantised_at_load_and_saved(name, tmp_path):
     assert not any(type(module) in (torch.nn.Linear, torch.nn.Embedding) for module in model.decoder.modules())
     batch = model.prepare(REQUESTS)
     found, expected = model(batch).logits, tiny.pair(name).ours(batch).logits
-    assert 0 < relative(found, expected) < 0.1
+    assert 0 < relative(found, expected) < 0.2  # a sanity bound: weights, and where VNNI serves them rows, in 8 bits
     llava_fast.save(model, tmp_path / "saved")
     assert torch.equal(llava_fast.load(tmp_path / "saved")(batch).logits, found)
 
