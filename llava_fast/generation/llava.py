@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -15,6 +16,8 @@ from llava_fast.generation.sampling import Sampling
 from llava_fast.generation.scheduler import Scheduler
 from llava_fast.generation.sequence import Generation, new_sequence
 from llava_fast.generation.sequence import Sequence as Running
+from llava_fast.models.decode_graphs import DecodeGraphs
+from llava_fast.models.paged_cache import PagedCache
 from llava_fast.models.vlm import LlavaModel
 
 
@@ -68,16 +71,39 @@ class Llava(LlavaModel):
 
     def _steps(self, requests: list[dict], sequences: list[Running]) -> Iterator[list[tuple[Running, str]]]:
         """Run the sequences to their ends; yields what moved at each step. A sequence that fails raises its error."""
-        scheduler = Scheduler(Runner(self))
-        for sequence in sequences:
-            scheduler.add(sequence)
-        while not scheduler.is_idle:
-            moved = scheduler.step()
-            for sequence, _ in moved:
-                if sequence.error is not None:
-                    number = sequences.index(sequence)
-                    _raise(sequence.error, requests[number].get("id", number))
-            yield moved
+        runner = _runner_of(self)
+        scheduler = Scheduler(runner)
+        try:
+            for sequence in sequences:
+                scheduler.add(sequence)
+            while not scheduler.is_idle:
+                moved = scheduler.step()
+                for sequence, _ in moved:
+                    if sequence.error is not None:
+                        number = sequences.index(sequence)
+                        _raise(sequence.error, requests[number].get("id", number))
+                yield moved
+        finally:
+            for sequence in sequences:
+                scheduler.cancel(sequence)
+            _idle[self] = runner.cache, runner.graphs
+
+
+_idle: WeakKeyDictionary[Llava, tuple[PagedCache, DecodeGraphs | None]] = WeakKeyDictionary()
+"""Each model's cache that no sequence uses, with the graphs captured over it: the next call takes them, because new
+memory costs page faults and a graph its capture."""
+KEPT_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+
+
+def _runner_of(model: Llava) -> Runner:
+    cache, graphs = _idle.pop(model, (None, None))  # another thread's call meanwhile makes its own
+    decoder, config = model.decoder, model.config.decoder
+    if cache is None or cache.used_blocks or (cache.dtype, cache.device) != (decoder.dtype, decoder.device):
+        return Runner(model)
+    if cache.shape != (config.num_layers, 2, config.num_kv_heads, cache.block_rows, config.head_dim):
+        return Runner(model)
+    cache.reopen(KEPT_BYTES.get(cache.device.type, 0))
+    return Runner(model, cache, graphs=graphs)
 
 
 def _raise(error: Exception, name: Any) -> NoReturn:

@@ -31,6 +31,7 @@ class Runner:
     batch_invariant  every sequence gets the logits that it would get alone, to the bit: a prompt is run in passes of
                      its own and reuses nothing, the head runs a row at a time, and so do decoding steps, except where
                      decoder_step serves them (plain float32 weights on a CPU). Not together with `features`.
+    graphs           that were captured over this cache; None: on CUDA they are captured as steps need them.
     """
 
     def __init__(
@@ -39,14 +40,15 @@ class Runner:
         cache: PagedCache | None = None,
         features: FeatureCache | None = None,
         batch_invariant: bool = False,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         if batch_invariant and features is not None:
             raise ValueError("batch_invariant and features: images would be encoded otherwise than alone")
         self.model, self.features, self.batch_invariant = model, features, batch_invariant
         self.cache = model.decoder.new_cache() if cache is None else cache
-        self.graphs: DecodeGraphs | None = None
-        if self.cache.device.type == "cuda" and isinstance(model.decoder, Decoder):  # a hosted one is transformers' own
-            self.graphs = DecodeGraphs(model.decoder, self.cache)
+        if graphs is None and self.cache.device.type == "cuda" and isinstance(model.decoder, Decoder):
+            graphs = DecodeGraphs(model.decoder, self.cache)  # a hosted decoder is transformers' own
+        self.graphs = graphs
         decoder = model.config.decoder
         self.dynamic_from = decoder.max_positions if decoder.rope.kind == "dynamic" else None
 

@@ -73,7 +73,7 @@ class DecodeGraphs:
             return None
         # Not in inference mode, whose tensors (the static ones, were a graph captured in it) nothing else may write.
         with torch.inference_mode(False), torch.no_grad():
-            self.cache.addresses  # noqa: B018 - brought up to date, in place
+            self.cache.addresses  # noqa: B018 - those of new blocks are written in place
             found = self._captured.get(key)
             if found is None:
                 found = self._captured_now(key, size, width)
@@ -86,7 +86,8 @@ class DecodeGraphs:
     def _follow_changes(self) -> None:
         """Drop all graphs if what they were captured from is no longer what a step would run."""
         snapshot = self._snapshot
-        addresses = [t.data_ptr() for t in (*self.decoder.parameters(), *self.decoder.buffers())]
+        read = (self.cache.addresses, *self.decoder.parameters(), *self.decoder.buffers())
+        addresses = [tensor.data_ptr() for tensor in read]
         if snapshot is not None and snapshot.holds() and addresses == self._addresses:
             return
         self._captured.clear()

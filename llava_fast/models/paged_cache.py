@@ -66,7 +66,8 @@ class PagedCache:
         self.block_rows = block_rows
         self.dtype, self.device = dtype, device
         self.block_bytes = torch.Size(self.shape).numel() * dtype.itemsize
-        self.max_blocks = max(1, (free_memory(device) // 2 if max_bytes is None else max_bytes) // self.block_bytes)
+        self.max_bytes = max_bytes
+        self.max_blocks = self._bound()
         self.keep_blocks = keep_bytes // self.block_bytes
         self.keeper: Keeper | None = None
         self.segments: list[Tensor] = []
@@ -78,6 +79,22 @@ class PagedCache:
         self._step: tuple[tuple, dict[int | None, _StepIndex]] | None = None
         self._addresses: Tensor | None = None
         self._addressed = 0  # blocks whose addresses it holds
+
+    def _bound(self, held: int = 0) -> int:
+        """max_blocks, with `held` bytes of the device's memory in segments already."""
+        most = (free_memory(self.device) + held) // 2 if self.max_bytes is None else self.max_bytes
+        return max(1, most // self.block_bytes)
+
+    def reopen(self, kept_bytes: int) -> None:
+        """Make a cache whose blocks are all free ready for other sequences: memory beyond `kept_bytes` goes back, and
+        the bound is that of the memory that is free now. Raises ValueError while a block is used or kept."""
+        if self.free_blocks != self.blocks:
+            raise ValueError(f"{self.blocks - self.free_blocks} blocks of the cache are in use")
+        if self.blocks * self.block_bytes > kept_bytes:
+            self.segments, self.segment_starts, self.users = [], set(), []
+            self._is_free, self.free_blocks, self._addressed = bytearray(), 0, 0
+        self.max_blocks = max(self._bound(self.blocks * self.block_bytes), self.blocks)
+        self._step = None
 
     @property
     def blocks(self) -> int:
@@ -170,10 +187,12 @@ class PagedCache:
 
     @property
     def addresses(self) -> Tensor:
-        """int64 [max_blocks, 2] on the device (see ops.paged_attention): the same memory however the cache grows."""
+        """int64 [max_blocks, 2] on the device (see ops.paged_attention): the same memory however the cache grows, until
+        it is reopened with a wider bound."""
         with torch.inference_mode(False), torch.no_grad():
-            if self._addresses is None:
+            if self._addresses is None or len(self._addresses) < self.max_blocks:
                 self._addresses = torch.zeros(self.max_blocks, 2, dtype=torch.int64, device=self.device)
+                self._addressed = 0
             if self._addressed < self.blocks:
                 self._addresses[: self.blocks].copy_(block_addresses(self.segments))
                 self._addressed = self.blocks

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from transformers.generation import logits_process as theirs
 
-from llava_fast.errors import ImageError, RequestError
+from llava_fast.errors import GenerationError, ImageError, RequestError
+from llava_fast.generation import llava
 from llava_fast.generation.sampling import Sampling, filtered_probabilities, penalise
 from tests.support import tiny
 
@@ -141,3 +146,52 @@ def test_a_hook_on_the_embedding_is_obeyed_by_prompt_and_answer_alike(model):
         handle.remove()
     assert not torch.allclose(plain, hooked)
     assert np.allclose(plain.detach(), model(model.prepare([request])).logits.detach())
+
+
+def test_calls_share_the_memory_of_a_cache():
+    """The next call takes the last one's memory, also after an error or a stream that was left; answers stay."""
+    model = copy.deepcopy(tiny.pair("next").ours)
+    requests = [{"prompt": "<image>hello", "images": [tiny.picture(60, 90)]}, {"prompt": "hello"}]
+    first = model.generate(requests, max_new_tokens=6)
+    cache, _ = llava._idle[model]
+    segments = list(cache.segments)
+    assert segments
+    assert not cache.used_blocks
+    assert [each.token_ids for each in model.generate(requests, max_new_tokens=6)] == [e.token_ids for e in first]
+    stream = model.stream(requests[1], max_new_tokens=6, ignore_eos=True)
+    next(stream)
+    assert model not in llava._idle
+    assert model.generate(requests[1:], max_new_tokens=6)[0].token_ids == first[1].token_ids  # beside it: its own
+    stream.close()
+    assert llava._idle[model][0] is cache
+    assert not cache.used_blocks
+    with torch.no_grad():
+        model.decoder.norm.weight.fill_(torch.nan)
+    with pytest.raises(GenerationError):
+        model.generate(requests[1:], max_new_tokens=6)
+    with torch.no_grad():
+        model.decoder.norm.weight.copy_(tiny.pair("next").ours.decoder.norm.weight)
+    assert [each.token_ids for each in model.generate(requests, max_new_tokens=6)] == [e.token_ids for e in first]
+    assert [each is mine for each, mine in zip(llava._idle[model][0].segments, segments, strict=True)]
+    assert model.double().generate(requests[1:], max_new_tokens=6)[0].token_ids == first[1].token_ids
+    assert llava._idle[model][0] is not cache
+
+
+def test_a_large_cache_is_given_back(monkeypatch):
+    monkeypatch.setitem(llava.KEPT_BYTES, "cpu", 1)
+    model = copy.deepcopy(tiny.pair("next").ours)
+    before = model.generate([{"prompt": "hello"}], max_new_tokens=6)[0].token_ids
+    cache, _ = llava._idle[model]
+    held = cache.segments[0]
+    assert model.generate([{"prompt": "hello"}], max_new_tokens=6)[0].token_ids == before
+    assert llava._idle[model][0] is cache
+    assert cache.segments[0] is not held
+
+
+def test_a_model_that_goes_takes_its_cache_along():
+    model = copy.deepcopy(tiny.pair("next").ours)
+    model.generate([{"prompt": "hello"}], max_new_tokens=2)
+    cache = weakref.ref(llava._idle[model][0])
+    del model
+    gc.collect()
+    assert cache() is None
