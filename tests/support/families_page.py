@@ -1,7 +1,7 @@
 """docs/families.md, made from the registry of families and the figures in docs/families.json.
 
 python -m tests.support.families_page            write the page
-python -m tests.support.families_page --measure  and measure the figures anew (a minute)
+python -m tests.support.families_page --measure  and measure the figures again (a minute)
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ OWN_TESTS = {
     "llava_llama": ("tests/checkpoints/test_checkpoint_save.py", "tests/checkpoints/test_checkpoint_original.py"),
     "llava_uhd": ("tests/checkpoints/test_llava_uhd.py", "tests/train/test_guests_train.py"),
 }
-"""The tests of families that transformers has not."""
+"""Tests of families that transformers does not have."""
 
 HEAD = """# Families
 
 What `llava_fast.load` reads, by the `model_type` of its config.json. A family is one file in `llava_fast/families`.
-This page is made from their registry (`python -m tests.support.families_page`), and a test keeps it so.
+This page is generated from their registry (`python -m tests.support.families_page`); a test checks that it is current.
 
-Each is compared with its reference on tiny random models in float32, on a CPU: logits and every gradient within 1e-4 of
-the largest of a tensor (the figures are the worst seen), and, of those that transformers has too, the same greedy
-tokens, singly and in a mixed batch. Each is trained by a recipe, saved and read again. "hf" is transformers' layout,
-"original" that of the system's own code.
+Each is compared with its reference on tiny random models in float32, on a CPU: logits and every gradient agree within
+1e-4 of the tensor's largest value (the table has the worst errors seen). Families that transformers implements also
+give the same greedy tokens, singly and in a mixed batch. Each is trained by a recipe, saved and loaded again. "hf" is
+transformers' layout, "original" that of the system's own code.
 
 | system | model_type | formats | takes | logits, gradients | reference | tests |
 |---|---|---|---|---|---|---|
 """
 FOOT = """
-`accelerate` and `FastProcessor` serve LLaVA 1.5, NeXT, NeXT-Video and OneVision ([with transformers](huggingface.md));
-of others they say so. What is not served is refused by name: videos of InternVL and LLaVA-UHD, and the other releases
-of LLaVA-UHD.
+`accelerate` and `FastProcessor` support LLaVA 1.5, NeXT, NeXT-Video and OneVision ([with transformers](huggingface.md))
+and name any other model they are given as unsupported. Refused by name: videos of InternVL and LLaVA-UHD, and the other
+releases of LLaVA-UHD.
 """
 
 
@@ -49,7 +49,7 @@ def families() -> list[Family]:
 
 
 def cases(family: Family) -> list[str]:
-    """The tiny models of its kind that tests/test_parity_* compare with transformers."""
+    """Its tiny models, which tests/test_parity_* compare with transformers."""
     return [name for name, case in tiny.CASES.items() if case.kind in family.model_types]
 
 
