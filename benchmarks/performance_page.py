@@ -48,9 +48,9 @@ def measured(results: list[Path]) -> list[str]:
     if not results:
         return [
             "**No GPU has been measured.** The kernels are checked in Triton's interpreter and compiled for sm_80 and",
-            "sm_90 ([kernels.md](kernels.md)); not one has run on a GPU, so no share of these floors is known, and",
-            "a machine takes a kernel only after it has proven it itself ([selection.md](selection.md)), or where",
-            "it is asked for (`LLAVA_FAST_BACKEND=triton`). `benchmarks/gpu_check.sh` measures all of it in one",
+            "sm_90 ([kernels.md](kernels.md)); none has run on a GPU, so no share of these floors is known. A kernel",
+            "is used only after the machine has verified and timed it ([selection.md](selection.md)), or if it is",
+            "requested by name (`LLAVA_FAST_BACKEND=triton`). `benchmarks/gpu_check.sh` measures everything in one",
             "command.",
         ]
     lines = []

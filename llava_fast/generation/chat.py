@@ -68,8 +68,9 @@ class Chat:
         return answer
 
     def _prompt(self, outline: list[TextPiece | Placeholder]) -> tuple[Prompt, list[tuple[Placeholder, Part]]]:
-        """The outline's prompt and its images. One that is the very object sent before, in the same place and tiled
-        the same way, is not opened again."""
+        """The outline's prompt and its images. An image that is the same object as before, at the same index and with
+        the same tiling, is not opened again.
+        """
         parts: list[Part] = []
         read: list[tuple[Placeholder, Part]] = []
         for piece in outline:

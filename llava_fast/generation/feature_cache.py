@@ -1,4 +1,4 @@
-"""Decoder inputs of images and videos that were encoded before, found by their content."""
+"""A cache of the decoder inputs of encoded images and videos, keyed by their content."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from torch import Tensor
 
 
 class FeatureCache:
-    """Rows [rows, C] by the key of what they were made from (prompt.Part.key), at most `max_bytes` of them; the ones
-    not used for longest go first. It belongs to one model whose weights do not change."""
+    """Rows [rows, C] by prompt.Part.key, at most `max_bytes` of them, evicted least recently used first. For one model
+    whose weights do not change.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -26,7 +27,7 @@ class FeatureCache:
         return rows
 
     def put(self, key: int, rows: Tensor) -> None:
-        """Keep a copy of the rows, unless they alone are too many."""
+        """Keep a copy of the rows, unless they alone exceed `max_bytes`."""
         size = rows.numel() * rows.element_size()
         if size > self.max_bytes or key in self._rows:
             return

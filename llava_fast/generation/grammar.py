@@ -1,4 +1,4 @@
-"""Answers held to a form: JSON, a JSON schema or a regular expression, by llguidance's token masks."""
+"""Constrained decoding: JSON, a JSON schema or a regular expression, by llguidance's token masks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from llava_fast.errors import GenerationError, MissingPackageError, RequestError
 
 @dataclass(frozen=True)
 class Grammar:
-    """The form of an answer: `Grammar.json()` any JSON object, `Grammar.json_schema(schema)`, `Grammar.regex(pattern)`
-    (Rust's syntax; the whole answer matches)."""
+    """What an answer must match: `Grammar.json()` any JSON object, `Grammar.json_schema(schema)`,
+    `Grammar.regex(pattern)` (Rust's syntax; the whole answer matches).
+    """
 
     kind: Literal["json_schema", "regex"]
     text: str
@@ -29,7 +30,7 @@ class Grammar:
 
     @classmethod
     def json_schema(cls, schema: dict[str, Any] | bool) -> Grammar:
-        """Raises RequestError for a schema that is no JSON."""
+        """Raises RequestError for a schema that is not JSON."""
         try:
             return cls("json_schema", json.dumps(schema))
         except (TypeError, ValueError, RecursionError) as error:
@@ -41,8 +42,9 @@ class Grammar:
 
 
 class GrammarMask:
-    """A logits processor that leaves the tokens with which the answer can still take the grammar's form, and `end_ids`
-    where it may end. Raises RequestError for a grammar that cannot be used, MissingPackageError without llguidance."""
+    """A logits processor that allows only tokens after which the answer can still match the grammar, and `end_ids`
+    where it may end. Raises RequestError for a grammar that cannot be used, MissingPackageError without llguidance.
+    """
 
     def __init__(self, grammar: Grammar, tokenizer: Any, vocabulary: int, end_ids: Sequence[int]) -> None:
         guide = _llguidance()
@@ -76,7 +78,7 @@ _tokenizers: WeakKeyDictionary[Any, dict[tuple, Any]] = WeakKeyDictionary()
 
 
 def llguidance_tokenizer(tokenizer: Any, vocabulary: int, end_ids: Sequence[int]) -> Any:
-    """llguidance's form of a tokenizer, made once (a second for a large vocabulary). Raises RequestError."""
+    """The tokenizer in llguidance's format, built once (a second for a large vocabulary). Raises RequestError."""
     made = _tokenizers.setdefault(tokenizer, {})
     key = (vocabulary, tuple(end_ids))
     if key not in made:

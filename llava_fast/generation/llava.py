@@ -1,4 +1,4 @@
-"""`Llava`: the model users hold, with generate, stream and chat over the scheduler."""
+"""`Llava`: the model that `load` returns, with generate, stream and chat on the scheduler."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Llava(LlavaModel):
     def generate(
         self, requests: Sequence[dict] | dict, sampling: Sampling | None = None, **options: Any
     ) -> list[Generation]:
-        """Answer a batch of requests; each gets what it would get alone.
+        """Answer a batch of requests; each answer is that of its request alone.
 
         requests  dicts {"prompt" | "messages", "images", "video", "seed"}; see inputs.processor.
         sampling  how to generate (see Sampling); default: greedy, at most 128 tokens.
@@ -44,9 +44,10 @@ class Llava(LlavaModel):
         return [sequence.result() for sequence in sequences]
 
     def stream(self, request: dict, sampling: Sampling | None = None, **options: Any) -> Iterator[str]:
-        """Text pieces of one answer as they become certain: never half a character, never part of a stop string.
-        Their concatenation is what `generate` returns. Arguments and errors as for `generate`; those of the request
-        are raised at once."""
+        """Text pieces of one answer as soon as they are final: never part of a character or of a stop string. Their
+        concatenation equals the text that `generate` returns. Arguments and errors as for `generate`; errors in the
+        request are raised immediately.
+        """
         sequences = self._sequences([request], Sampling.of(sampling, **options), pieces=True)
         return (piece for moved in self._steps([request], sequences) for _, piece in moved if piece)
 
@@ -70,7 +71,9 @@ class Llava(LlavaModel):
         return sequences
 
     def _steps(self, requests: list[dict], sequences: list[Running]) -> Iterator[list[tuple[Running, str]]]:
-        """Run the sequences to their ends; yields what moved at each step. A sequence that fails raises its error."""
+        """Run the sequences to their ends; yields the sequences that advanced at each step. A sequence that fails
+        raises its error.
+        """
         runner = _runner_of(self)
         scheduler = Scheduler(runner)
         try:

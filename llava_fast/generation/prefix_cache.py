@@ -1,8 +1,8 @@
-"""Rows that are kept after their sequence has ended, for prompts that begin with the same ones.
+"""Cached rows kept after their sequence has ended, for prompts with the same prefix.
 
-A tree of blocks: a node is a block's rows, after those of its ancestors, so equal rows are found where everything
-before them is equal too, to the row. Blocks are compared by the rows' keys (prompt.Part.keys), never by a hash of
-them. Sources: Kwon et al. 2023 (sharing blocks), Zheng et al. 2024 (RadixAttention: the tree, evicted from its leaves).
+A tree of blocks: a node holds a block's rows, which follow those of its ancestors, so a prompt matches up to the first
+row that differs. Blocks are compared by the rows' keys (prompt.Part.keys), never by a hash of them. Sources: Kwon et
+al. 2023 (sharing blocks), Zheng et al. 2024 (RadixAttention: the tree, evicted from its leaves).
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ class _Node:
 
 
 class PrefixCache:
-    """Keeps blocks of a cache that no sequence uses any more; the cache takes them back when it needs them, the one
-    least recently used first. How much memory they may take: PagedCache's `keep_bytes`."""
+    """Keeps blocks of a cache that no sequence uses any more; the cache reclaims them as needed, least recently used
+    first. PagedCache's `keep_bytes` limits their memory.
+    """
 
     def __init__(self, cache: PagedCache) -> None:
         self.cache = cache
@@ -37,8 +38,9 @@ class PrefixCache:
         self._unused: OrderedDict[int, None] = OrderedDict()  # blocks without a user, and some that have one again
 
     def find(self, keys: list[int]) -> tuple[list[int], int]:
-        """The longest cached beginning of these rows: its blocks and its length. The last block may hold more rows
-        than belong to it (BlockTable.share copies it)."""
+        """The longest cached prefix of these rows: its blocks and its length. The last block may hold further rows
+        (BlockTable.share copies it).
+        """
         node, blocks, rows = self._root, [], 0
         size = self.cache.block_rows
         while rows < len(keys):
@@ -59,9 +61,10 @@ class PrefixCache:
         return blocks, rows
 
     def insert(self, keys: list[int], blocks: list[int], rows: int, running: bool) -> None:
-        """Make the first `rows` rows of a sequence's blocks findable. A last block that is not full may grow and be
-        inserted again. While its sequence is `running`, only as far as no other sequence has brought the same rows
-        before: a block with a user never hangs below one without."""
+        """Add the first `rows` rows of a sequence's blocks to the tree. A last block that is not full may grow and be
+        inserted again. While its sequence is `running`, insertion stops at rows that another sequence has already
+        inserted, so that a block in use is never below an unused one.
+        """
         node, size = self._root, self.cache.block_rows
         for number, block in enumerate(blocks):
             key = tuple(keys[number * size : min((number + 1) * size, rows)])
@@ -81,7 +84,7 @@ class PrefixCache:
             node = child
 
     def forget(self, blocks: list[int]) -> None:
-        """Let nobody find these blocks any more."""
+        """Remove these blocks from the tree."""
         for block in blocks:
             self._unused.pop(block, None)
             if (node := self._nodes.pop(block, None)) is not None:
@@ -107,5 +110,5 @@ class PrefixCache:
 
 
 def common_rows(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many rows two lists of keys begin with alike."""
+    """The length of the common prefix of two lists of keys."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

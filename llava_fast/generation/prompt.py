@@ -1,4 +1,4 @@
-"""What a sequence begins with: text and images in order, and what tells its rows from those of another prompt."""
+"""Prompts: text and images in order, with a key for each row by which equal rows of other prompts are recognised."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llava_fast.inputs.processor import Processor
 
 @dataclass
 class Part:
-    """One piece of a prompt; of an image or video also its tiles."""
+    """One piece of a prompt; an image or video also has its tiles."""
 
     piece: Piece
     tiles: list[Cut] = field(default_factory=list)
@@ -32,13 +32,15 @@ class Part:
 
     @property
     def key(self) -> int:
-        """Of an image or video: equal for equal rows, whatever the prompt."""
+        """Of an image or video: equal if the rows are equal, in any prompt."""
         return self.keys[0]
 
     @functools.cached_property
     def keys(self) -> list[int]:
-        """One integer a row. Equal rows after equal rows have equal keys and caches: a text row's is its token id, a
-        visual row's (a newline's too) a hash of the tiles and how rows come from them, and its number."""
+        """One integer for each row. Rows with equal keys, after rows with equal keys, have equal cache entries: a text
+        row's key is its token id, a visual row's (newlines included) a hash of the tiles and the row table, plus its
+        index.
+        """
         if isinstance(self.piece, TextPiece):
             return self.piece.ids.tolist()
         digest = blake2b(digest_size=16)
@@ -77,8 +79,9 @@ class Prompt:
         return ids + [placeholder] * (self.visual_rows > 0)
 
     def between(self, first: int, last: int) -> tuple[list[Part], int]:
-        """(parts, the row that they begin with) of rows [first, last). Text is cut to these rows, an image comes
-        whole."""
+        """(parts, the first row of each) for rows [first, last). Text is cut to these rows; an image is returned
+        whole.
+        """
         parts: list[Part] = []
         begin, start = first, 0
         for part in self.parts:
@@ -103,7 +106,7 @@ def read_prompt(processor: Processor | None, request: Any, number: int = 0) -> P
 
 
 def prompt_of(processor: Processor | None, request: Any) -> Prompt:
-    """A request's prompt, its images opened and cut. Raises RequestError and ImageError."""
+    """A request's prompt, with its images read and tiled. Raises RequestError and ImageError."""
     if processor is None:
         raise RequestError("this model has no processor: build it with llava_fast.load, or pass one to LlavaModel")
     prompt = Prompt([read_part(processor, part) for part in processor.outline(request)])
@@ -112,7 +115,7 @@ def prompt_of(processor: Processor | None, request: Any) -> Prompt:
 
 
 def read_part(processor: Processor, part: TextPiece | Placeholder) -> Part:
-    """One part of an outline; an image is opened and cut. Raises RequestError and ImageError."""
+    """One part of an outline; an image is read and tiled. Raises RequestError and ImageError."""
     tiles: list[Cut] = []
     (piece,) = processor.pieces([part], tiles)
     return Part(piece, tiles)

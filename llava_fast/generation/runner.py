@@ -1,4 +1,4 @@
-"""Runs the model for sequences that have their places in its cache: prompts a chunk at a time, answers a token."""
+"""Runs the model for sequences with room in its cache: prompts in chunks, answers a token at a time."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Chunk = tuple[Sequence, int]
 
 
 class Runner:
-    """Owns a model and its cache. Every sequence it is given has a table with room for the rows that are run.
+    """Owns a model and its cache. Every sequence passed to it must have a table with room for the rows that are run.
 
-    features         keeps what images were encoded to, for prompts that bring them again; None: each is encoded again.
-    batch_invariant  every sequence gets the logits that it would get alone, to the bit: a prompt is run in passes of
-                     its own and reuses nothing, the head runs a row at a time, and so do decoding steps, except where
-                     decoder_step serves them (plain float32 weights on a CPU). Not together with `features`.
-    graphs           that were captured over this cache; None: on CUDA they are captured as steps need them.
+    features         caches encoded images for later prompts that contain them; None: images are always encoded.
+    batch_invariant  each sequence's logits equal those it would get alone, to the bit: a prompt runs in its own passes
+                     and reuses nothing, and the head and decoding steps run a row at a time, except where decoder_step
+                     applies (plain float32 weights on a CPU). Not together with `features`.
+    graphs           CUDA graphs already captured on this cache; None: on CUDA they are captured when first needed.
     """
 
     def __init__(
@@ -53,15 +53,17 @@ class Runner:
         self.dynamic_from = decoder.max_positions if decoder.rope.kind == "dynamic" else None
 
     def may_reuse(self, sequence: Sequence) -> bool:
-        """Whether rows of this prompt that another sequence cached are the same rows. Dynamic RoPE turns every key of
-        a prompt longer than the decoder's own length by the length of that prompt."""
+        """Whether this prompt may reuse rows cached by another sequence. Under dynamic RoPE the keys of a prompt longer
+        than the decoder's trained length depend on that prompt's length.
+        """
         if self.batch_invariant:
             return False
         return self.dynamic_from is None or sequence.prompt.rows <= self.dynamic_from
 
     def chunk_rows(self, sequence: Sequence, most: int) -> int:
-        """How many of a sequence's next rows to run in one pass: at most `most`, but where RoPE's base follows the
-        length, those that get one base together."""
+        """How many of a sequence's next rows to run in one pass: at most `most`; under dynamic RoPE, all rows that
+        share one base.
+        """
         done, left = sequence.cached.length, sequence.rows - sequence.cached.length
         prompt, limit = sequence.prompt.rows, self.dynamic_from
         if self.batch_invariant and done >= prompt:
@@ -75,8 +77,9 @@ class Runner:
         return min(limit - done, most) if done < limit else 1  # the answer's rows were turned one at a time
 
     def prefill(self, chunks: SequenceOf[Chunk]) -> Tensor | None:
-        """Run the next rows of some sequences. Logits [sequences, vocabulary] after the last row of each sequence that
-        has all its rows now, in their order; None if there is none."""
+        """Run the next rows of some sequences. Returns logits [sequences, vocabulary] after the last row of each
+        sequence whose rows are now all cached, in order; None if there is no such sequence.
+        """
         embeddings = self._embed(chunks)
         tables = tuple(sequence.cached for sequence, _ in chunks)
         lengths = tuple(rows for _, rows in chunks)
@@ -104,7 +107,7 @@ class Runner:
         return self._logits(self._step(sequences)) if replayed is None else replayed
 
     def _replay(self, graphs: DecodeGraphs, sequences: SequenceOf[Sequence]) -> Tensor | None:
-        """Logits from a CUDA graph, if one serves."""
+        """Logits from a CUDA graph, or None if there is none for this step."""
         tables = [sequence.cached for sequence in sequences]
         logits = graphs([s.token_ids[-1] for s in sequences], tables, [table.length for table in tables])
         if logits is not None:
@@ -133,8 +136,9 @@ class Runner:
         return hidden
 
     def _embed(self, chunks: SequenceOf[Chunk]) -> Tensor:
-        """The decoder's inputs [rows, C] for all chunks end to end. Images are encoded when their first row is run,
-        those of all chunks together, and whole: what a chunk does not take yet waits in `sequence.embedded`."""
+        """The decoder's inputs [rows, C] for all chunks end to end. Images are encoded whole when their first row is
+        run, those of all chunks together; rows beyond the chunk are kept in `sequence.embedded`.
+        """
         needed: list[tuple[Sequence, int]] = []
         parts: list[list[Part]] = []
         begins: list[int] = []
@@ -158,7 +162,7 @@ class Runner:
         return torch.cat(taken) if len(taken) > 1 else taken[0]
 
     def _found(self, sequences: list[list[Part]], features: FeatureCache) -> SequenceOf[Tensor]:
-        """As `_encoded`; images that were encoded before are not encoded again, nor one twice."""
+        """As `_encoded`, but each distinct image is encoded at most once, and cached ones not at all."""
         visual = {part.key: part for parts in sequences for part in parts if part.is_visual}
         rows = {key: made for key in visual if (made := features.get(key)) is not None}
         new = [key for key in visual if key not in rows]

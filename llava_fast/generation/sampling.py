@@ -1,4 +1,4 @@
-"""Choosing the next token: penalties, temperature, top-k, top-p, min-p and a draw that depends on the request alone.
+"""Choosing the next token: penalties, temperature, top-k, top-p, min-p and a draw that depends only on the request.
 
 Sources: Holtzman et al. 2020 (top-p); Fan et al. 2018 (top-k); Nguyen et al. 2024 (min-p); Keskar et al. 2019
 (repetition penalty). The order (penalty, temperature, top-k, top-p, min-p) is transformers'.
@@ -28,12 +28,12 @@ class Sampling:
     top_p, top_k       keep the likeliest tokens of total probability top_p, or the top_k likeliest (1 and 0: off).
     min_p              keeps tokens that are at least min_p times as likely as the likeliest (0: off).
     repetition_penalty above 1 makes tokens of the prompt and the answer less likely again (1: off).
-    presence_penalty   subtracted from the logit of every token that the answer holds (0: off).
-    frequency_penalty  the same, times how often the answer holds it.
+    presence_penalty   subtracted from the logit of every token that occurs in the answer (0: off).
+    frequency_penalty  the same, times the token's count in the answer (0: off).
     logit_bias         {token id: what is added to its logit}.
-    logprobs           keep each token's log probability, and those of so many likeliest tokens (None: off). They are
-                       the model's own, before penalties, bias, grammar and temperature.
-    grammar            holds the answer to a form (see generation.grammar.Grammar).
+    logprobs           return each token's log probability, and those of this many likeliest tokens (None: off),
+                       computed before penalties, bias, grammar and temperature.
+    grammar            constrains the answer (see generation.grammar.Grammar).
     stop               a string or several that end the answer; they are not part of it.
     seed               makes draws repeatable; a request's own "seed" wins. Request i of a batch draws from seed + i.
     ignore_eos         go on past end tokens (for benchmarks).
@@ -105,7 +105,7 @@ class LogitsProcessor(Protocol):
     """Changes a sequence's logits before a token is chosen: a penalty, a bias, a grammar's mask."""
 
     def __call__(self, logits: Tensor, token_ids: list[int]) -> Tensor:
-        """New logits, float32 [vocabulary], from the ones given and the answer so far. An error ends the sequence."""
+        """New logits, float32 [vocabulary], from the given ones and the answer so far. An error ends the sequence."""
 
 
 class RepetitionPenalty:
@@ -120,7 +120,7 @@ class RepetitionPenalty:
 
 
 class AnswerPenalty:
-    """Makes tokens that the answer holds less likely, by OpenAI's presence and frequency penalties."""
+    """Makes tokens that occur in the answer less likely, by OpenAI's presence and frequency penalties."""
 
     def __init__(self, presence: float, frequency: float) -> None:
         self.presence, self.frequency = presence, frequency
@@ -131,7 +131,9 @@ class AnswerPenalty:
 
 
 class Bias:
-    """Adds to the logits of some tokens. Raises RequestError at the first logits for a token that is not there."""
+    """Adds to the logits of some tokens. Raises RequestError at the first call for a token id outside the
+    vocabulary.
+    """
 
     def __init__(self, bias: Mapping[int, float]) -> None:
         self.tokens = torch.tensor(list(bias), dtype=torch.long)
@@ -145,7 +147,7 @@ class Bias:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's log probability, and the likeliest tokens there with theirs, the likeliest first."""
+    """A token's log probability, and those of the likeliest tokens at its position, in descending order."""
 
     token_id: int
     logprob: float
@@ -158,7 +160,7 @@ class Sampler:
 
     seen        token ids of the prompt, for the repetition penalty.
     processors  run in order, after penalties and bias and before temperature, top-k, top-p and min-p.
-    is_greedy   whether each token is the argmax of the logits as they are, and nothing else is asked for.
+    is_greedy   whether each token is the argmax of unmodified logits and no log probabilities are requested.
     """
 
     def __init__(
@@ -183,7 +185,7 @@ class Sampler:
         self.is_greedy = options.temperature == 0 and not self.processors and options.logprobs is None
 
     def __call__(self, logits: Tensor) -> int:
-        """The next token id, from logits [vocabulary]. Raises GenerationError for logits that are not numbers."""
+        """The next token id, from logits [vocabulary]. Raises GenerationError for NaN logits."""
         logits = own = logits.float()
         for processor in self.processors:
             logits = processor(logits, self.drawn)

@@ -1,12 +1,12 @@
-"""Which sequences run: they join and leave between steps, and share one cache.
+"""Continuous batching: sequences join and leave between steps, and share one cache.
 
-A step is at most one prefill pass, of a bounded number of rows, and one decoding pass, of a token for every sequence
-whose prompt is done; so a long prompt does not stall the others. Sources: Yu et al. 2022 (Orca: joining
+A step is at most one prefill pass, with a bounded number of rows, and one decoding pass, with a token for every
+sequence whose prompt is done, so that a long prompt does not stall the others. Sources: Yu et al. 2022 (Orca: joining
 between steps), Agrawal et al. 2023 (chunked prefill).
 
 Admission is in order of arrival, as soon as the cache has blocks for all rows that a sequence has to run. Answers take
-blocks as they grow. When there are none left, the sequence that was admitted last gives its blocks back and waits in
-front of the queue; its rows are run again later, and its answer is the same.
+blocks as they grow. When none are left, the sequence admitted last is preempted: its blocks are freed and it returns to
+the front of the queue; its rows are recomputed later, and its answer is the same.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ GROWTH_ROWS = 256  # of its answer that memory is taken for with a prompt's, if 
 
 @dataclass(frozen=True)
 class Stats:
-    """What a scheduler holds. `used_blocks` hold running sequences' rows, `kept_blocks` rows kept for later prompts.
-    `reused_rows` and `preemptions` count since it was made."""
+    """A scheduler's state. `used_blocks` hold running sequences' rows, `kept_blocks` rows kept for later prompts.
+    `reused_rows` and `preemptions` are totals since its creation.
+    """
 
     waiting: int
     prefilling: int
@@ -47,12 +48,12 @@ class Stats:
 
 
 class Scheduler:
-    """Not thread-safe: one thread calls it, between steps.
+    """Not thread-safe: call it from one thread.
 
     chunk_rows   most prompt rows in one prefill pass (an image is encoded whole; under dynamic RoPE a prompt beyond
                  the decoder's own length runs whole).
     max_running  most sequences admitted at once.
-    prefixes     keeps finished rows for prompts that begin with the same; None: each prompt runs whole.
+    prefixes     keeps finished rows for prompts with the same prefix; None: each prompt runs whole.
     """
 
     def __init__(
@@ -88,7 +89,8 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Put a sequence at the end of the queue. Raises CacheFullError if the cache could never hold its prompt; an
-        answer that it could not hold ends with "length"."""
+        answer that outgrows it ends with "length".
+        """
         most = self.cache.max_blocks * self.cache.block_rows
         if sequence.prompt.rows >= most:
             raise CacheFullError(
@@ -100,14 +102,15 @@ class Scheduler:
             self.waiting.append(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is, and give its blocks back; nothing if it has ended already."""
+        """Remove a sequence, waiting or running, and free its blocks; no effect if it has ended."""
         if sequence.finish_reason is None:
             sequence.finish_reason = "cancelled"
             self._leave(sequence)
 
     def step(self) -> Moved:
-        """Run one step; returns the sequences that moved, each with the text that became certain. A sequence whose
-        pass or sampler fails moves to "error" alone. Call it until `is_idle`."""
+        """Run one step; returns the sequences that advanced, each with its new final text. If a sequence's pass or
+        sampler fails, only that sequence ends, with "error". Call it until `is_idle`.
+        """
         if not torch.is_inference_mode_enabled():
             with torch.inference_mode():
                 return self.step()
@@ -158,8 +161,9 @@ class Scheduler:
         return self.prefixes.find(sequence.keys[: sequence.rows - 1])
 
     def _is_being_cached(self, sequence: Sequence, rows: int) -> bool:
-        """Whether another sequence has still to run rows that this one shares, and they begin alike for half of this
-        one's rows or more: then it waits for them."""
+        """Whether another sequence has yet to run rows that are a common prefix of at least half of this one's rows:
+        then this one waits for them.
+        """
         if self.prefixes is None or not self.runner.may_reuse(sequence):
             return False
         keys, half = sequence.keys[: sequence.rows - 1], sequence.rows // 2
@@ -169,7 +173,7 @@ class Scheduler:
         )
 
     def _leave(self, sequence: Sequence) -> None:
-        """Take a sequence out of the list that it is in, and give its blocks back."""
+        """Remove a sequence from its list, and free its blocks."""
         for members in (self.decoding, self.prefilling, self.waiting):
             if sequence in members:
                 members.remove(sequence)
@@ -191,7 +195,7 @@ class Scheduler:
         self._preemptions += 1
 
     def _keep(self, sequence: Sequence, running: bool) -> None:
-        """Let other prompts find the rows that the sequence has run."""
+        """Make the rows that the sequence has run available to other prompts."""
         if self.prefixes is not None and self.runner.may_reuse(sequence):
             self.prefixes.insert(sequence.keys, sequence.cached.blocks, sequence.cached.length, running)
 
@@ -215,7 +219,7 @@ class Scheduler:
         return self._run(self._decode_pass, sequences, sequences)
 
     def _grown(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Give a block to each sequence that is out of rows; returns the ones that still run."""
+        """Allocate a block for each sequence that needs one; returns the sequences that still run."""
         while True:
             short = [s for s in sequences if s.cached.length == s.cached.capacity]
             if len(short) <= self.cache.available_blocks:
@@ -264,8 +268,9 @@ class Scheduler:
 
 
 def choose(logits: Tensor, sequences: list[Sequence]) -> list[int | Exception]:
-    """The next token of each sequence, or what is wrong with it; one transfer from the device for all greedy ones and
-    one for all others."""
+    """The next token of each sequence, or its error; one transfer from the device for all greedy sequences and one for
+    all others.
+    """
     greedy = [sequence.sampler.is_greedy for sequence in sequences]
     tokens = greedy_tokens(logits) if any(greedy) else [-1] * len(sequences)
     if not all(greedy):

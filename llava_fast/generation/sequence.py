@@ -1,4 +1,4 @@
-"""One answer while it is made: its prompt, its sampler, its text so far, where its rows are cached."""
+"""One answer in progress: its prompt, its sampler, its text so far, the table of its cached rows."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Sequence:
 
     finish_reason  None while it runs; then "stop", "length", "cancelled" or "error" (`error` says which).
     table          its rows in the cache, while it has any.
-    cached_rows    rows that were found in the cache when it was last admitted; `admission` counts admissions.
+    cached_rows    rows found in the cache at its last admission; `admission` counts admissions.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class Sequence:
 
     @property
     def rows(self) -> int:
-        """Rows that have to be cached before the next token can be chosen."""
+        """Rows that must be cached before the next token can be chosen."""
         return self.prompt.rows + len(self.token_ids)
 
     @property
     def cached(self) -> BlockTable:
-        """`table` of a sequence that runs."""
+        """`table` of a running sequence."""
         assert self.table is not None
         return self.table
 
@@ -80,7 +80,7 @@ class Sequence:
         return self.prompt.keys + self.token_ids
 
     def between(self, first: int, last: int) -> tuple[list[Part], int]:
-        """What rows [first, last) come from, as Prompt.between; after the prompt, from the answer's tokens."""
+        """The parts of rows [first, last), as Prompt.between; rows after the prompt are the answer's tokens."""
         parts, begin = self.prompt.between(first, last)
         rows = self.prompt.rows
         if last > rows:
@@ -88,7 +88,7 @@ class Sequence:
         return parts, begin
 
     def push(self, token: int) -> str:
-        """Take the next token; returns the text it made certain and sets `finish_reason` at the end."""
+        """Append the next token; returns the new final text and sets `finish_reason` at the end."""
         self.token_ids.append(token)
         if token in self.end_ids:
             self.finish_reason = "stop"
@@ -119,8 +119,9 @@ def new_sequence(
     pieces: bool = False,
     processors: SequenceOf[LogitsProcessor] = (),
 ) -> Sequence:
-    """A sequence ready to run. With `pieces`, each step returns the text that it made certain; without, a caller gets
-    all text at the end. `seed` and `processors`: as for Sampler."""
+    """A sequence ready to run. With `pieces`, each step returns its new final text; without, all text is returned at
+    the end. `seed` and `processors`: as for Sampler.
+    """
     stop: tuple[str, ...] = tuple(sampling.stop or ())
     end_ids: frozenset[int] = frozenset()
     if not sampling.ignore_eos:

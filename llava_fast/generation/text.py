@@ -1,4 +1,4 @@
-"""Token ids back to text, piece by piece: never half a character, never past a stop string."""
+"""Incremental detokenisation: never part of a character, never past a stop string."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 class TextDecoder:
     """Grows the text of one sequence as its tokens arrive.
 
-    `push` returns the text that is now certain: characters whose bytes are not complete yet, and text that may turn
-    out to be the start of a stop string, are held back. `stopped` tells that a stop string was met; nothing of it
-    or after it is ever returned. `text` is all returned so far. If `pieces` is False and there is no stop string,
-    push() returns "" and finish() returns everything, decoded once: only for callers that do not stream.
+    `push` returns the text that is now final: incomplete characters, and text that may be the start of a stop string,
+    are held back. `stopped` is True after a stop string; neither it nor later text is ever returned. `text` is
+    everything returned so far. If `pieces` is False and there is no stop string, push() returns "" and finish() returns
+    everything, decoded once: only for callers that do not stream.
     """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = (), pieces: bool = True) -> None:
@@ -40,7 +40,7 @@ class TextDecoder:
         return self._release(final=False)
 
     def finish(self) -> str:
-        """The rest, when no more tokens come: what was held back, incomplete characters as U+FFFD."""
+        """The remaining text after the last token: whatever was held back, incomplete characters as U+FFFD."""
         if not self.stopped and self._done < len(self.ids):
             before = self._decode(self.ids[self._context : self._done])
             self._decoded += self._decode(self.ids[self._context :])[len(before) :]
@@ -62,7 +62,7 @@ class TextDecoder:
         return piece
 
     def _held_back(self) -> int:
-        """Length of the longest end of the text that begins some stop string."""
+        """Length of the longest suffix of the text that is a prefix of a stop string."""
         longest = 0
         for stop in self.stop:
             for size in range(min(len(stop) - 1, len(self._decoded)), longest, -1):
