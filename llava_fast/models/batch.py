@@ -52,8 +52,9 @@ class Batch:
         return self.flat[start : start + torch.Size(shape).numel()].view(shape)
 
     def count(self, what: Literal["tile", "kept"]) -> Tensor | None:
-        """How many of the tiles or kept rows are real, int32 [1] on the device, in a batch that was filled up to a
-        bucket (inputs.plan.buckets); else None, for all are."""
+        """How many of the tiles or kept rows are real, int32 [1] on the device, in a batch padded to a bucket
+        (inputs.plan.buckets); else None: all are.
+        """
         name = f"{what}_count"
         return self.column(name) if name in self.plan.sections else None
 

@@ -1,4 +1,4 @@
-"""The shape of a checkpoint, in the field's own terms; built by `llava_fast.checkpoints`, read by models."""
+"""The config of a checkpoint; built by `llava_fast.checkpoints`, read by models."""
 
 from __future__ import annotations
 
@@ -59,8 +59,9 @@ class LlavaConfig:
 
     @property
     def projected_per_tile(self) -> float:
-        """Rows that the connector gives for a tile, where all of its patches are used; of one that reads whole images
-        of native sizes, a patch's share of a usual image."""
+        """Rows that the connector returns for a tile if all of its patches are used; for a connector that reads whole
+        images of native sizes, the share of one patch in an image of usual size.
+        """
         vision = self.vision
         if vision.native_sizes and not self.projector.rowwise:
             return self.projector.rows_of(vision.patches_per_image) / vision.patches_per_image
@@ -69,9 +70,9 @@ class LlavaConfig:
 
 
 class ConfiguredModel(nn.Module):
-    """What checkpoints know of a model besides its tensors.
+    """A model with what a checkpoint has besides tensors.
 
-    side_files  the texts of its checkpoint's small files, once one is loaded: `save` writes them back.
+    side_files  the texts of the loaded checkpoint's small files, which `save` writes back.
     """
 
     config: LlavaConfig

@@ -1,8 +1,8 @@
 """Decoding steps replayed from CUDA graphs, one for each bucket of sequences: a step is one copy and one launch.
 
 Between replays only the contents of one static tensor change: each sequence's token, rows cached before, and blocks.
-A graph holds addresses, so everything that it reads must stay where it is: it is dropped once a module, a hook or a
-weight of the decoder has changed. The cache may grow: its addresses lie in a tensor of their own.
+A graph holds addresses, so everything that it reads must stay in place: all graphs are dropped once a module, a hook or
+a weight of the decoder has changed. The cache may grow: its addresses are in a tensor of their own.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class _Captured:
 
 
 class DecodeGraphs:
-    """`graphs(tokens, tables, before)` is what the decoder gives for one more row of each sequence, from a graph
-    captured for the bucket; None where none serves, and then the ordinary modules run.
+    """`graphs(tokens, tables, before)` returns the decoder's logits for one more row of each sequence, from a graph
+    captured for the bucket, or None if there is none; then run the modules.
 
     A bucket is a number of sequences and of blocks a sequence, each a power of two; graphs are captured when first
     needed. Sequences that fill a bucket up write nothing. The returned logits [n, vocabulary] are a view that the next
-    call overwrites. `unfit` says why no graph serves: the decoder's rotary embedding follows the length, a hook is on a
-    module, or a capture failed (logged once, and not tried again until a module changes).
+    call overwrites. `unfit` says why there is no graph: dynamic RoPE, a hooked module, or a failed capture (logged
+    once, and not tried again until a module changes).
     """
 
     def __init__(self, decoder: Decoder, cache: PagedCache) -> None:
@@ -84,7 +84,7 @@ class DecodeGraphs:
         return found.out[:count]
 
     def _follow_changes(self) -> None:
-        """Drop all graphs if what they were captured from is no longer what a step would run."""
+        """Drop all graphs if the modules or weights have changed since capture."""
         snapshot = self._snapshot
         read = (self.cache.addresses, *self.decoder.parameters(), *self.decoder.buffers())
         addresses = [tensor.data_ptr() for tensor in read]
@@ -121,7 +121,7 @@ class DecodeGraphs:
         return _Captured(host, static, size, rope, replay, out)
 
     def capture(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """(a function that runs `step` again, where its result then lies)."""
+        """(a function that replays `step`, its output tensor)."""
         with torch.cuda.device(self.cache.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -138,7 +138,9 @@ class DecodeGraphs:
     def _fill(
         self, found: _Captured, tokens: Sequence[int], tables: Sequence[BlockTable], before: Sequence[int]
     ) -> None:
-        """Write the static tensor, in one copy. The host's memory is free: the last step's tokens have been read."""
+        """Write the static tensor, in one copy. The host buffer can be reused, because the last step's tokens have been
+        read.
+        """
         numbers, size, count = found.host.numpy(), found.size, len(tokens)
         numbers[:count], numbers[size : size + count], numbers[size + count : 2 * size] = tokens, before, -1
         blocks = numbers[2 * size :].reshape(size, -1)

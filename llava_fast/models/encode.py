@@ -1,6 +1,6 @@
-"""From a tower's features to the decoder's inputs: kept rows projected, rows pooled, every row put in its place.
+"""From a tower's features to the decoder's inputs: kept rows are projected, rows pooled, and every row placed.
 
-The one path for the engine's models and for transformers' (llava_fast.accelerated): each hands over its `Parts`.
+Shared by the engine's models and transformers' (llava_fast.accelerated): each passes its `Parts`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from llava_fast.ops import assemble_inputs, token_pack
 
 
 class Parts(NamedTuple):
-    """What a model has between its tower and its decoder.
+    """The parts of a model between its tower and its decoder.
 
     embedding      the decoder's token embedding.
     newline        [width], the row that follows each line of tiles, or None.
     project        (features [rows, F], kept int64, rows pooled from features) -> [kept, then pooled; width].
-    plain_linears  gives the connector's Linears if it is nothing else (see Connector.plain_linears), or None.
+    plain_linears  returns the connector's Linears if it has only those (see Connector.plain_linears), or None.
     """
 
     embedding: nn.Module
@@ -36,13 +36,13 @@ class Parts(NamedTuple):
 def inputs_embeds(
     parts: Parts, features: Tensor | None, at: Placement, ids: Tensor | None = None
 ) -> tuple[Tensor, torch.dtype]:
-    """([rows, width] in the embedding's dtype, the dtype in which the connector gave its rows).
+    """([rows, width] in the embedding's dtype, the dtype of the connector's output).
 
-    One op where a backend fuses connector and placement and the modules are plain; else step by step.
+    One op if a backend fuses connector and placement and the modules are plain; else separate steps.
 
     features  the tower's rows of all tiles end to end [tiles * rows, F]; None without tiles.
-    ids       what the embedding is called with where its table may not be read, a token for each row, of any shape.
-              Default: the plan's tokens, 0 for rows without one.
+    ids       the embedding's input if its table may not be read directly: a token for each row, of any shape. Default:
+              the plan's tokens, 0 for rows without one.
     """
     if reads_table(parts.embedding):
         table: Tensor = parts.embedding.weight
@@ -62,29 +62,30 @@ def inputs_embeds(
 
 
 def visual_rows(parts: Parts, features: Tensor, at: Placement) -> Tensor:
-    """The plan's visual table [kept rows, then pooled ones; width]: only rows that something takes are projected."""
+    """The plan's visual table [kept rows, then pooled ones; width]: only rows that are used are projected."""
     pooled = [pool.of(features) for pool in at.pools if pool.stage == "before"]
     projected = parts.project(features, at.kept.long(), pooled)
     return joined([projected, *(pool.of(projected) for pool in at.pools if pool.stage == "after")])
 
 
 def placed(parts: Parts, table: Tensor | None, visual: Tensor, at: Placement) -> Tensor:
-    """[rows, width]: rows of `table` (None: there is no text), of the visual table and newlines, each in its place."""
+    """[rows, width]: rows of `table` (None: no text), of the visual table and newlines, each in its place."""
     table = _empty(visual) if table is None else table
     newline, at = _constants(parts.newline, table, at)
     return token_pack(at.source, at.row, table, visual, newline, at.inverse)
 
 
 def project_rows(connector: nn.Module, features: Tensor, kept: Tensor, pooled: list[Tensor]) -> Tensor:
-    """Parts.project of a connector that makes each row of one row."""
+    """Parts.project of a connector that works row by row."""
     return connector(joined([features[kept], *pooled]))
 
 
 def project_tiles(
     connector: nn.Module, rows_per_tile: int, left_out: int, features: Tensor, kept: Tensor, pooled: list[Tensor]
 ) -> Tensor:
-    """Parts.project of a connector that reads whole tiles: it gets all their rows but the first `left_out` of each, and
-    `kept` are rows of what it gives. Raises ValueError where rows are pooled before it."""
+    """Parts.project of a connector that reads whole tiles: its input is all their rows but the first `left_out` of
+    each, and `kept` indexes its output. Raises ValueError if rows are pooled before it.
+    """
     if pooled:
         raise ValueError("rows cannot be pooled before a connector that reads whole tiles")
     rows_TNC = features.unflatten(0, (len(features) // rows_per_tile, rows_per_tile))
@@ -99,8 +100,8 @@ def project_images(
     pooled: list[Tensor],
 ) -> Tensor:
     """Parts.project of a connector that reads whole images of native sizes, `grids` their (rows, columns): one call for
-    images of a shape that follow each other. `kept` are rows of what it gives. Raises ValueError where rows are pooled
-    before it."""
+    consecutive images of one shape. `kept` indexes its output. Raises ValueError if rows are pooled before it.
+    """
     if pooled:
         raise ValueError("rows cannot be pooled before a connector that reads whole images")
     made, start = [], 0

@@ -1,7 +1,7 @@
 """The path from uint8 tiles to the decoder's inputs, replayed from CUDA graphs, one for each bucket of sizes.
 
 Between capture and replay only the contents of two static tensors change: the tiles and the plan's integers. Opt-in:
-no GPU has measured it yet.
+not measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class _Captured:
 class EncodeGraphs:
     """`graphs(batch)` is `model.inputs_embeds(batch)` without gradients, from a graph captured for the batch's bucket.
 
-    A bucket is captured when first met with tiles of a form and a backend asked for, and again after the weights were
-    replaced (a graph holds their addresses; values that change in place are followed). Each graph holds the memory
-    that it works in, and none is dropped; the rows returned are a view of it, which the next call for the same bucket
-    overwrites. Raises ValueError for a model that is not on CUDA or a plan that pools rows (pooled video, anyres_max)
-    or has images of native sizes: call model.inputs_embeds for those.
+    A bucket is captured at its first use with each tile format and requested backend, and again after weights were
+    replaced (a graph holds addresses, so in-place changes are seen). Each graph keeps its memory pool, and none is
+    dropped; the returned rows are a view of it, which the next call for the same bucket overwrites. Raises ValueError
+    for a model that is not on CUDA or a plan that pools rows (pooled video, anyres_max) or has images of native sizes:
+    call model.inputs_embeds for those.
     """
 
     def __init__(self, model: LlavaModel) -> None:
@@ -78,7 +78,7 @@ class EncodeGraphs:
 
 
 def weight_addresses(model: LlavaModel) -> tuple[int, ...]:
-    """Where what the path to the decoder's inputs reads lies; other numbers once a weight was replaced."""
+    """Addresses of everything that the path to the decoder's inputs reads; they change if a weight is replaced."""
     found = [table_of(model.decoder.embed_tokens).data_ptr()]
     if model.config.has_newline:
         found.append(model.image_newline.data_ptr())
@@ -88,7 +88,7 @@ def weight_addresses(model: LlavaModel) -> tuple[int, ...]:
 
 
 def _collect_addresses(module: nn.Module, into: list[int]) -> None:
-    """As module.parameters() and buffers() would give them, in a quarter of its time: this is asked at each replay."""
+    """As from module.parameters() and buffers(), in a quarter of the time, because it runs at each replay."""
     for owned in (module._parameters, module._buffers):
         into += [tensor.data_ptr() for tensor in owned.values() if tensor is not None]
     for child in module._modules.values():
@@ -97,12 +97,12 @@ def _collect_addresses(module: nn.Module, into: list[int]) -> None:
 
 
 def graph_key(batch: Batch, bucket: Bucket) -> tuple:
-    """What a graph is captured for: sizes, the tiles' form (uint8 or normalised, planar or patch rows), the backend."""
+    """The key of a graph: sizes, the tiles' format (uint8 or normalised, planar or patch rows), the backend."""
     return bucket, batch.tiles.dtype, batch.tiles.shape[1:], backend.requested()
 
 
 def filled_batch(batch: Batch, bucket: Bucket) -> Batch:
-    """The batch filled up to a bucket (inputs.plan.buckets): tiles of zeros, rows that lead nowhere."""
+    """The batch padded to a bucket (inputs.plan.buckets): tiles of zeros, rows with index -1."""
     plan = fill(batch.plan, bucket)
     tiles = batch.tiles.new_zeros(bucket.tiles, *batch.tiles.shape[1:])
     tiles[: len(batch.tiles)] = batch.tiles

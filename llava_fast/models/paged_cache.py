@@ -1,8 +1,8 @@
 """A key/value cache in blocks of rows: sequences take blocks as they grow and can share them.
 
-Memory is taken in segments as it is needed, up to a bound in bytes, and nothing is copied when the cache grows. A
-sequence's rows lie in the blocks of its `BlockTable`; blocks that lie side by side in memory form a run, which reads
-as one tensor. Source: Kwon et al. 2023 (PagedAttention); runs are what spares a single sequence the gather.
+Memory is allocated in segments as needed, up to a limit in bytes, and nothing is copied when the cache grows. A
+sequence's rows are in the blocks of its `BlockTable`; adjacent blocks form a run, which reads as one tensor, so that a
+single sequence needs no gather. Source: Kwon et al. 2023 (PagedAttention).
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ LEAST_WIDTH = 32  # blocks of a sequence in Pages
 
 
 class Keeper(Protocol):
-    """Who may hold on to blocks that no table uses any more (generation.prefix_cache)."""
+    """May keep blocks that no table uses any more (generation.prefix_cache)."""
 
     def keeps(self, block: int) -> bool:
-        """Whether to keep this block, which no table uses since now."""
+        """Whether to keep this block, which no table uses any more."""
 
     def give_back(self, count: int) -> list[int]:
-        """Up to `count` blocks that no table uses and that it keeps no longer."""
+        """Stop keeping up to `count` blocks that no table uses; returns them."""
 
 
 class Pages(NamedTuple):
-    """Where the rows of decoding sequences lie, on the device, as ops.paged_attention takes it: `addresses` int64
-    [blocks, 2], `table` int32 [n, width], `before` int32 [n]."""
+    """Where the rows of decoding sequences are, on the device, as arguments of ops.paged_attention: `addresses` int64
+    [blocks, 2], `table` int32 [n, width], `before` int32 [n].
+    """
 
     addresses: Tensor
     table: Tensor
@@ -47,8 +48,8 @@ class Pages(NamedTuple):
 class PagedCache:
     """Blocks of keys and values of every layer, [layers, 2, K, blocks, block rows, D] a segment.
 
-    max_bytes   bound of all segments together (None: half of the device's free memory when it is made).
-    keep_bytes  the size up to which the cache grows rather than take blocks back from its `keeper`.
+    max_bytes   limit of all segments together (None: half of the device's memory that is free at creation).
+    keep_bytes  the size up to which the cache grows before it reclaims blocks from its `keeper`.
     """
 
     def __init__(
@@ -86,8 +87,9 @@ class PagedCache:
         return max(1, most // self.block_bytes)
 
     def reopen(self, kept_bytes: int) -> None:
-        """Make a cache whose blocks are all free ready for other sequences: memory beyond `kept_bytes` goes back, and
-        the bound is that of the memory that is free now. Raises ValueError while a block is used or kept."""
+        """Prepare a cache whose blocks are all free for other sequences: memory beyond `kept_bytes` is freed, and the
+        limit is computed again from the memory that is free now. Raises ValueError while a block is used or kept.
+        """
         if self.free_blocks != self.blocks:
             raise ValueError(f"{self.blocks - self.free_blocks} blocks of the cache are in use")
         if self.blocks * self.block_bytes > kept_bytes:
@@ -98,20 +100,21 @@ class PagedCache:
 
     @property
     def blocks(self) -> int:
-        """Blocks that memory has been taken for."""
+        """Blocks with allocated memory."""
         return len(self._is_free)
 
     @property
     def available_blocks(self) -> int:
-        """Blocks that could be allocated, if the cache grew to its bound and the keeper gave everything back."""
+        """Blocks that could be allocated if the cache grew to its limit and the keeper gave everything back."""
         return self.max_blocks - self.used_blocks
 
     def blocks_for(self, rows: int) -> int:
         return -(-rows // self.block_rows)
 
     def allocate(self, count: int, after: int = -1, expected: int = 0) -> list[int]:
-        """`count` blocks, zeroed, if possible contiguous and right after block `after`. A cache that has to grow makes
-        room for `expected` blocks at once. Raises CacheFullError, having allocated none."""
+        """`count` blocks, zeroed, if possible contiguous and right after block `after`. If the cache has to grow, it
+        does so for `expected` blocks at once. Raises CacheFullError, having allocated none.
+        """
         self._make_room(count, expected)
         taken: list[int] = []
         at = after + 1
@@ -233,7 +236,7 @@ class PagedCache:
         self, layer: int, tables: Sequence[BlockTable], before: tuple[int, ...], key: Tensor, value: Tensor, window
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store one row a table, [n, K, D]; returns their keys and values [n, K, rows, D] and a mask [n, 1, 1, rows]
-        of the rows that count, or None where all do."""
+        of the valid rows, or None if all are."""
         if len(tables) == 1:
             keys, values = self.append(layer, tables[0], before[0], key[0, :, None], value[0, :, None])
             start = max(0, before[0] + 1 - window) if window else 0
@@ -251,7 +254,8 @@ class PagedCache:
 
 class _StepIndex:
     """Index tensors of one decoding step of several sequences, made once on the host and shared by its layers. They
-    number a segment's blocks (or rows) from 0; `places` says where in the result a segment's blocks go."""
+    number a segment's blocks (or rows) from 0; `places` holds where in the result a segment's blocks go.
+    """
 
     def __init__(self, cache: PagedCache, tables: Sequence[BlockTable], before: tuple[int, ...]) -> None:
         self.count, self.longest, rows = len(tables), max(before) + 1, cache.block_rows
@@ -327,14 +331,15 @@ class BlockTable:
         self._views: tuple[tuple[bool, bool], list[Tensor]] | None = None
 
     def reserve(self, rows: int, expected: int = 0) -> None:
-        """Have blocks for `rows` rows in all. `expected`: as for allocate. Raises CacheFullError."""
+        """Allocate blocks for `rows` rows in total. `expected`: as for allocate. Raises CacheFullError."""
         if rows > self.capacity:
             short = self.cache.blocks_for(rows) - len(self.blocks)
             self._add(self.cache.allocate(short, self.blocks[-1] if self.blocks else -1, expected))
 
     def share(self, blocks: list[int], length: int) -> None:
-        """Begin with the first `length` rows of blocks that others use or the keeper keeps; of a last block that is
-        not full, a copy. Raises CacheFullError."""
+        """Begin with the first `length` rows of blocks that others use or the keeper keeps; a last block that is not
+        full is copied. Raises CacheFullError.
+        """
         full = length // self.cache.block_rows
         for block in blocks[:full]:
             self.cache.use(block)
@@ -350,7 +355,7 @@ class BlockTable:
         self.length = length
 
     def release(self) -> None:
-        """Give every block back, the last first."""
+        """Free every block, the last first."""
         for block in reversed(self.blocks):
             self.cache.release(block)
         self.blocks, self.runs, self.length, self.capacity, self._views = [], [], 0, 0, None
@@ -374,7 +379,7 @@ class BlockTable:
 
 
 def table_width(tables: Sequence[BlockTable]) -> int:
-    """Blocks a sequence in a table of Pages: a power of two, so that few widths are met."""
+    """Blocks a sequence in a table of Pages: a power of two, so that there are few widths."""
     return max(1 << (max(len(table.blocks) for table in tables) - 1).bit_length(), LEAST_WIDTH)
 
 
@@ -390,7 +395,7 @@ def runs_of(blocks: Sequence[int], segment_starts: set[int], runs: list[int] | N
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes free on the device; where nobody tells, 8 GB."""
+    """Bytes free on the device; 8 GB if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

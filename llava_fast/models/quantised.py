@@ -1,6 +1,6 @@
-"""Modules whose weight is in 8 or 4 bits: a Linear and a token embedding; which modules of a model become one, and how.
+"""Modules with weights in 8 or 4 bits: a Linear and a token embedding; which modules of a model are quantised, and how.
 
-Their state dict has the names and forms of compressed-tensors' format "pack-quantized" (ops.quantised_linear.packing).
+Their state dict has the names and shapes of compressed-tensors' format "pack-quantized" (ops.quantised_linear.packing).
 `nn.Module.to` and the like move them, but never round a scale.
 """
 
@@ -32,20 +32,20 @@ logger = logging.getLogger("llava_fast.quantised")
 
 @dataclass(frozen=True)
 class Quantisation:
-    """What becomes of a model's weights. Norms, biases and the newline row are never quantised.
+    """How to quantise a model's weights. Norms, biases and the newline row are never quantised.
 
     scheme      of the Linears in the decoder's layers: "int8" or "int4".
     group       elements of a row that share a scale: 32, 64 or 128, for int8 also None (the whole row). Default: 32
                 for int4, None for int8.
     symmetric   int4: False gives each group a zero point.
-    head        "int8" (a scale for each row) or None: as it is stored.
+    head        "int8" (a scale for each row) or None: not quantised.
     embeddings  the same for the token embedding, which transformers and vLLM read only as None. Where head and
                 embedding are one weight, it is quantised only if both are.
     tower       "int8" or None, for the Linears in the vision tower's layers.
     projector   "int8" or None, for the projector's Linears.
 
-    A Linear of the decoder whose rows the group does not divide gets int8 with a scale for each row. It is named in
-    the log "llava_fast.quantised", and in what `save` writes. Raises QuantisationError for what cannot be.
+    A Linear of the decoder whose row length is not a multiple of the group gets int8 with a scale for each row. It is
+    named in the log "llava_fast.quantised" and in saved files. Raises QuantisationError for unsupported combinations.
     """
 
     scheme: str = "int4"
@@ -96,7 +96,7 @@ class Rounding:
         return quantise(weight, self.scheme, self.group, self.symmetric)
 
     def bits(self, columns: int) -> float:
-        """Bits a value takes in memory, its share of scale and zero point included."""
+        """Bits per value, including its share of scale and zero point."""
         of_group = 32 if self.symmetric else 40
         return (8 if self.scheme == "int8" else 4) + of_group / (self.group or columns)
 
@@ -105,7 +105,7 @@ class Quantised(nn.Module):
     """A module that holds a QuantisedWeight: `codes`, `scale` (always float32) and `zero` or None.
 
     order  int64 [in] or None: the weight's column j belongs to element order[j] of the input (GPTQ's act-order).
-    dtype  what the module computes in, if it is not told by an input; follows `module.to(dtype)`.
+    dtype  the compute dtype if the input does not determine it; follows `module.to(dtype)`.
     """
 
     codes: Tensor
@@ -170,7 +170,7 @@ class Quantised(nn.Module):
         super()._load_from_state_dict(entries, prefix, metadata, strict, missing, unexpected, errors)
 
     def stored(self) -> dict[str, Tensor]:
-        """The weight as compressed-tensors stores it. Raises QuantisationError for one with an order of its own."""
+        """The weight as compressed-tensors stores it. Raises QuantisationError for one with a column order."""
         if self.order is not None:
             raise QuantisationError(
                 "a weight with GPTQ's act-order (desc_act) has no place in the compressed-tensors format: keep the "
@@ -239,7 +239,7 @@ def _described(module: Quantised) -> str:
 
 
 def table_of(embedding: nn.Embedding | Quantised) -> Tensor:
-    """What an embedding reads its rows from."""
+    """The table that an embedding reads."""
     return embedding.codes if isinstance(embedding, Quantised) else embedding.weight
 
 
@@ -249,8 +249,9 @@ def like(module: nn.Embedding | nn.Linear | Quantised) -> Tensor:
 
 
 def plan(model: nn.Module, quantisation: Quantisation) -> dict[str, Rounding]:
-    """Module name -> how its weight is quantised, for a LlavaModel that may be on the meta device. Logs what the group
-    does not divide."""
+    """Module name -> how its weight is quantised, for a LlavaModel that may be on the meta device. Logs weights whose
+    row length is not a multiple of the group.
+    """
     asked = Rounding(quantisation.scheme, quantisation.group, quantisation.symmetric)
     whole_rows = Rounding("int8")
     config: Any = model.config  # a LlavaConfig
@@ -288,7 +289,7 @@ def _linears(model: nn.Module, part: str) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def put(model: nn.Module, name: str, weight: QuantisedWeight, dtype: torch.dtype, order: Tensor | None = None) -> None:
-    """Put a quantised module in the place of the model's Linear or embedding of that name, whose bias it takes over."""
+    """Replace the model's Linear or embedding of that name by a quantised module, which keeps its bias."""
     parent, _, leaf = name.rpartition(".")
     old = model.get_submodule(name)
     if isinstance(old, nn.Embedding):

@@ -1,7 +1,7 @@
-"""Activation checkpointing: layers that run again in the backward pass instead of keeping what they computed.
+"""Activation checkpointing: layers are recomputed in the backward pass instead of saving their activations.
 
-Source: Chen et al. 2016. "selective" keeps what costs most to make again: attention's result and every second matrix
-product (Korthikanti et al. 2022 chose by cost too).
+Source: Chen et al. 2016. "selective" saves what is most expensive to recompute: attention's output and every second
+matrix product (Korthikanti et al. 2022 chose by cost too).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ATTENTION = (
 
 
 def run_layer(how: Recompute, function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), a layer's forward, keeping as little for the backward pass as `how` says."""
+    """function(*args), a layer's forward, saving for the backward pass only what `how` allows."""
     if how == "none" or not torch.is_grad_enabled():
         return function(*args)
     if how == "layers":
@@ -55,7 +55,7 @@ class _Layers(Protocol):
 
 
 class _Model(Protocol):
-    """A LlavaModel, which this module knows nothing of."""
+    """The interface of a LlavaModel, which this module does not import."""
 
     @property
     def decoder(self) -> _Layers: ...

@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, type[T]]):
-    """name -> class, from {"name": "module:Class"}; `package` is where the modules are. Imported when first asked for.
+    """name -> class, from {"name": "module:Class"}; `package` is where the modules are. Imported at first use.
 
-    Looking up a name that is not there raises KeyError; iterate for the names that are.
+    Looking up an unknown name raises KeyError; iterating yields the names.
     """
 
     def __init__(self, package: str, entries: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""LLaVA itself: tiles through tower and projector into their places among the text, then the decoder."""
+"""The LLaVA model: tiles run through tower and projector and are placed among the text, then the decoder runs."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ class LlavaOutput:
 
 
 class LlavaModel(ConfiguredModel):
-    """A LLaVA of any variant, by its config. An ordinary nn.Module: gradients flow to whatever requires them. Raises
-    ValueError for a processor whose geometry counts other rows a tile than the config's."""
+    """A LLaVA of any variant, by its config. An ordinary nn.Module: gradients flow to all parameters that require them.
+    Raises ValueError for a processor whose geometry gives another number of rows a tile than the config.
+    """
 
     def __init__(self, config: LlavaConfig, processor: Processor | None = None) -> None:
         super().__init__()
@@ -84,11 +85,11 @@ class LlavaModel(ConfiguredModel):
 
     def forward(self, batch: Batch, logits: Logits | None = None, inputs_embeds: Tensor | None = None) -> LlavaOutput:
         """Logits of the rows asked for: each sequence's "last" (the default without labels), the "supervised" ones
-        (the default with labels; the loss is over these), or "all" ([sequences, rows, vocabulary] if padded). "none"
-        is for training: losses alone, and no table of logits is ever made (ops.linear_cross_entropy); it also takes a
-        batch of no sequences, whose loss is 0, for a process that has nothing to do in a step.
+        (the default with labels; the loss is over these), or "all" ([sequences, rows, vocabulary] if padded). "none" is
+        for training: losses only, without materialising logits (ops.linear_cross_entropy); it also accepts a batch
+        without sequences, with loss 0, for a process that has no samples in a step.
 
-        inputs_embeds  what another pass over the batch made of it, so that tower and projector need not run again.
+        inputs_embeds  those of an earlier pass over the batch, so that tower and projector need not run again.
 
         Raises ValueError for an unknown choice, or for "supervised" or "none" on a batch without labels.
         """
@@ -126,8 +127,9 @@ class LlavaModel(ConfiguredModel):
         return encode.inputs_embeds(self._parts(batch), self._features(batch), batch.placement())[0]
 
     def _features(self, batch: Batch) -> Tensor | None:
-        """The tower's rows of all tiles end to end [tiles * rows, features]; None without tiles, unless every part is
-        to run."""
+        """The tower's rows of all tiles end to end [tiles * rows, features]; None without tiles, unless every part must
+        run.
+        """
         if not batch.plan.tiles and not self.runs_every_part:
             return None
         vision, plan = self.config.vision, batch.plan

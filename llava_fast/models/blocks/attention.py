@@ -41,9 +41,10 @@ def attend(
     window: int | None,
     slopes_H: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention inside each sequence: [R, H*D]. With a cache, keys and values are stored in it first and
-    each sequence also attends to the rows cached before. `window` limits how far back a row looks. `slopes_H`: what a
-    score loses in each head for each position that the key lies back (ALiBi, Press et al. 2022)."""
+    """Causal attention inside each sequence: [R, H*D]. With a cache, keys and values are stored in it first and each
+    sequence also attends to its earlier rows. `window` is the number of keys that a row attends to. `slopes_H`: ALiBi's
+    slope of each head, subtracted once for each position between query and key (Press et al. 2022).
+    """
     if cache is not None and all(length == 1 for length in spans.lengths):
         return _attend_one_row_each(query_RHD, key_RKD, value_RKD, spans, layer, cache, window, slopes_H)
     if cache is None and spans.dense is not None:
@@ -72,8 +73,9 @@ def _with_branches(
     slopes_H: Tensor | None,
     branches: tuple[int, ...],
 ) -> list[Tensor]:
-    """`_causal` of the prefix and the first branch, which are one ordinary sequence, then of each further branch, whose
-    few queries see a copy of the prefix's keys and their own."""
+    """`_causal` of prefix and first branch, which form one ordinary sequence, then of each further branch, whose few
+    queries attend to a copy of the prefix's keys and to their own.
+    """
     if len(branches) < 2:
         return [_causal(query, key, value, window, slopes_H)]
     total = query.shape[2]
@@ -114,7 +116,7 @@ def _attend_dense(
     window: int | None,
     slopes_H: Tensor | None,
 ) -> Tensor:
-    """Equal-length sequences in one call. Padding is on the right, so causality alone hides it from real rows."""
+    """Equal-length sequences in one call. Padding is on the right, so the causal mask alone hides it from real rows."""
     query, key, value = (t.unflatten(0, shape).transpose(1, 2) for t in (query, key, value))
     return _causal(query, key, value, window, slopes_H).transpose(1, 2).flatten(0, 1).flatten(1)
 

@@ -1,7 +1,7 @@
 """Whether a decoder pass may run as one compiled `decoder_step`, which reads weights and calls no module.
 
-It may while every module is what `Decoder` built, or a QuantisedLinear in its place: one that is wrapped (LoRA), hooked
-or parametrised must keep its own forward, and then the ordinary modules run. Checked before each pass.
+It may if every module is the one that `Decoder` built, or a QuantisedLinear in its place. If one is wrapped (LoRA),
+hooked or parametrised, the modules run instead, because its own forward must be called. Checked before each pass.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ MAX_ROWS = 32  # above this PyTorch's matrix products catch up
 
 
 def step_weights(decoder: nn.Module, plain: frozenset[type], x_RC: Tensor, spans: Spans) -> DecoderWeights | None:
-    """The decoder's weights for `decoder_step`, or None if this pass has to run module by module.
+    """The decoder's weights for `decoder_step`, or None if this pass must run the modules.
 
-    `plain` are the module types whose forward the op stands for.
+    `plain` are the module types that the op replaces.
     """
     if (
         torch.is_grad_enabled()
@@ -49,7 +49,7 @@ def step_weights(decoder: nn.Module, plain: frozenset[type], x_RC: Tensor, spans
 
 
 class Snapshot:
-    """What a decoder's modules were when it was taken: `weights` if all were plain then, else None.
+    """A decoder's modules at one moment: `weights` if all were plain, else None.
 
     `holds` compares lists made here, a few microseconds a layer.
     """
@@ -92,8 +92,9 @@ class Snapshot:
 
 
 def _are_ordinary(modules: list[nn.Module], dtype: torch.dtype) -> bool:
-    """Whether what the modules hold is as csrc/decode takes it: contiguous, on the CPU, what is not quantised in one
-    dtype, the columns of what is in their order."""
+    """Whether csrc/decode supports the modules' tensors: contiguous, on the CPU, unquantised ones of one dtype,
+    quantised ones without a column order.
+    """
     parameters = [tensor for module in modules for tensor in module._parameters.values() if tensor is not None]
     buffers = [tensor for module in modules for tensor in module._buffers.values() if tensor is not None]
     return (

@@ -1,4 +1,4 @@
-"""Tables of positions brought to another grid, as linear maps whose gradients are summed in a fixed order.
+"""Position tables resized to another grid, as linear maps whose gradients are summed in a fixed order.
 
 Shapes: G side of a square table, C channels.
 """
@@ -24,8 +24,9 @@ def bicubic(table_GGC: Tensor, grid: Grid) -> Tensor:
 
 @functools.lru_cache(maxsize=4096)
 def _cubic_weights(side: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[size, side]: the weights by which `size` places along an axis read `side` learnt ones, copied to a device once
-    (Keys' kernel with a = -0.75; beyond the ends the last one counts)."""
+    """[size, side]: interpolation weights from `side` learned positions along an axis to `size`, copied to a device
+    once (Keys' kernel with a = -0.75, clamped at the ends).
+    """
     centre = (np.arange(size) + 0.5) * (side / size) - 0.5
     base = np.floor(centre).astype(np.int64)
     weights = np.zeros((size, side))

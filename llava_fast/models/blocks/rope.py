@@ -32,8 +32,9 @@ class RopeConfig:
 
     @classmethod
     def from_hf(cls, text: Any) -> RopeConfig:
-        """From a transformers text config (5.x: rope_parameters). Raises ValueError for another kind, or a field that
-        its kind needs and is not there."""
+        """From a transformers text config (5.x: rope_parameters). Raises ValueError for another kind, or if a field
+        that its kind needs is missing.
+        """
         rope = text.rope_parameters
         kind = rope.get("rope_type", "default")
         if kind not in _NEEDED:
@@ -84,8 +85,9 @@ class Rope(nn.Module):
         return self.at(position_R)
 
     def reserve(self, reach: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Have cos and sin of the positions below `reach`; returns the table, which a longer reach replaces. Not for
-        dynamic RoPE."""
+        """Compute cos and sin of the positions below `reach`; returns the table, which a call with a longer reach
+        replaces. Not for dynamic RoPE.
+        """
         table = self._table
         if table is None or len(table[0]) < reach or table[0].device != device or table[0].dtype != dtype:
             rows = 2 * reach  # doubling, so that a growing answer rarely pays for a new table
@@ -124,8 +126,9 @@ class Rope(nn.Module):
         return frequencies
 
     def _dynamic(self, position_R: Tensor, dtype: torch.dtype, spans: Spans) -> tuple[Tensor, Tensor]:
-        """The base grows with each sequence's own length, so a batch gives what each sequence gives alone. Keys cached
-        before it grew keep the base they were made with, as in transformers."""
+        """The base grows with each sequence's own length, so results do not depend on the batch. Keys cached before it
+        grew keep their base, as in transformers.
+        """
         config, device = self.config, position_R.device
         theta = torch.full((len(position_R), 1), config.theta, dtype=torch.float32, device=device)
         for number, (start, length) in enumerate(zip(spans.starts, spans.lengths, strict=True)):

@@ -1,4 +1,4 @@
-"""Connectors, from a tower's features to the decoder's width: a kind is one file here and one line below."""
+"""Connectors, from a tower's features to the decoder's width: each kind is one file here and one line below."""
 
 from __future__ import annotations
 

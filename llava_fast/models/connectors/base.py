@@ -1,4 +1,6 @@
-"""What a connector is to the rest: whether it works row by row, how many rows it gives, what it costs; it builds it."""
+"""The interface of connectors: whether they work row by row, how many rows they return, what they cost, how to build
+them.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ class ConnectorConfig(ABC):
     """Its modules by our names, and what transformers calls them."""
 
     def rows_of(self, rows: int) -> int:
-        """Rows that it makes of so many rows of a tile. Raises ValueError for a number that it cannot take."""
+        """Output rows for this many rows of a tile. Raises ValueError for an unsupported number."""
         return rows
 
     @property
@@ -36,11 +38,11 @@ class ConnectorConfig(ABC):
     @property
     @abstractmethod
     def first_matrix_size(self) -> int:
-        """Those of the matrix that reads the tower's features: no gradient passes through it if the tower is frozen."""
+        """Entries of the matrix that reads the tower's features; with a frozen tower it has no input gradient."""
 
     @abstractmethod
     def kept_per_row(self, trained: bool) -> int:
-        """Values of a row that its backward pass reads, with or without gradients of its weights."""
+        """Values saved for a row's backward pass, with or without gradients of the weights."""
 
     @abstractmethod
     def build(self) -> Connector:
@@ -48,8 +50,9 @@ class ConnectorConfig(ABC):
 
 
 class PlainLinears(NamedTuple):
-    """Linears with one activation between (its name in ops.activations): weights [out, in], biases [out], an empty list
-    without."""
+    """Linears with one activation between (its name in ops.activations): weights [out, in], biases [out], empty if
+    there are none.
+    """
 
     weights: list[Tensor]
     biases: list[Tensor]
@@ -57,7 +60,7 @@ class PlainLinears(NamedTuple):
 
     @classmethod
     def of(cls, linears: Sequence[nn.Linear], activation: str) -> PlainLinears | None:
-        """None where only some have a bias."""
+        """None if only some have a bias."""
         weights: list[Tensor] = [linear.weight for linear in linears]
         biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
         found = cls(weights, biases, activation)
@@ -70,6 +73,7 @@ class Connector(nn.Module):
     config: ConnectorConfig
 
     def plain_linears(self) -> PlainLinears | None:
-        """Its Linears if it is only those with one activation between, so that ops.assemble_inputs may run them; None
-        if not, or if anything is wrapped, hooked, sharded or quantised."""
+        """Its Linears if it consists only of Linears with one activation between, so that ops.assemble_inputs may run
+        them; None if not, or if anything is wrapped, hooked, sharded or quantised.
+        """
         return None

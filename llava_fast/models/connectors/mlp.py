@@ -44,7 +44,7 @@ class ProjectorConfig(ConnectorConfig):
         return 0 if self.kind == "identity" else self.in_features * self.out_features
 
     def kept_per_row(self, trained: bool) -> int:
-        """What an activation or LayerNorm takes, and, where weights are trained, what they are multiplied with."""
+        """The inputs of activations and LayerNorms and, if weights are trained, of the Linears."""
         if self.kind == "identity":
             return 0
         norms = self.depth if self.kind == "yi" else 0

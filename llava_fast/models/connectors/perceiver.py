@@ -48,7 +48,7 @@ class PerceiverConfig(ConnectorConfig):
 
     @property
     def resizes_rows(self) -> bool:
-        """Whether rows are brought to the queries' width by a Linear."""
+        """Whether a Linear projects rows to the queries' width."""
         return self.in_features != self.out_features
 
     def rows_of(self, rows: int) -> int:
@@ -89,7 +89,7 @@ class Perceiver(Connector):
             self.proj = nn.Parameter(torch.randn(width, width) / math.sqrt(width))
 
     def forward(self, features_TNC: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
-        """`shape` (rows, columns) of the N rows, where it is not the config's square."""
+        """`shape` (rows, columns) of the N rows, if not the config's square."""
         config = self.config
         value = self.ln_kv(self.kv_proj(features_TNC))
         grid, shape = (config.grid, config.grid), shape or (config.side, config.side)
@@ -104,9 +104,10 @@ class Perceiver(Connector):
 
 @functools.cache
 def positions(grid: int, width: int, shape: tuple[int, int], device: torch.device, half: bool = False) -> Tensor:
-    """Fixed positions, float32 [rows * columns, width]: of a square grid, sines, then cosines, of the column in the
-    first half of the channels, and of the row in the second; brought to `shape` bicubically where that is another.
-    `half`: rounded to float16 first."""
+    """Fixed positions of a square grid, float32 [rows * columns, width]: sines, then cosines, of the column in the
+    first half of the channels and of the row in the second; resized bicubically to `shape` if that differs. `half`:
+    rounded to float16 first.
+    """
     with torch.inference_mode(False), torch.device(device):  # so that a later training step may keep them
         rate = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
         angle = torch.arange(grid, dtype=torch.float64)[:, None] * rate

@@ -1,4 +1,4 @@
-"""A resampler whose queries each attend to their own part of a slice. LLaVA-UHD's connector.
+"""A resampler in which each query attends to its own part of a slice. LLaVA-UHD's connector.
 
 Shapes: T slices of one size, N rows each (H x W), G x G queries, E their width. A query reads its part of the slice,
 H / G by W / G rows, interpolated to a few places (RoIAlign, aligned=False, one part a region). Parameter names are
@@ -25,7 +25,7 @@ _PLACES = ((2, 4), (2, 3), (3, 4), (3, 3), (4, 2), (3, 2), (4, 3))
 
 @dataclass(frozen=True)
 class SpatialResamplerConfig(PerceiverConfig):
-    """As a perceiver's; `side` is that of the square slices that costs are counted for."""
+    """As a perceiver's; `side` is that of the square slices assumed by the cost estimate."""
 
     any_shape = True
 
@@ -45,7 +45,7 @@ class SpatialResampler(Perceiver):
         self.pos_embed = nn.Parameter(table.clone().to(self.query.device))
 
     def forward(self, features_TNC: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
-        """`shape` (rows, columns) of the N rows, where it is not the config's square."""
+        """`shape` (rows, columns) of the N rows, if not the config's square."""
         config, shape = self.config, shape or (self.config.side, self.config.side)
         value = self.ln_kv(self.kv_proj(features_TNC))
         at = bicubic(self.pos_embed.unflatten(0, (config.grid, config.grid)), shape)
@@ -56,7 +56,7 @@ class SpatialResampler(Perceiver):
         return out @ self.proj if config.project else out
 
     def _parts(self, rows_TNE: Tensor, shape: tuple[int, int]) -> Tensor:
-        """[T * G * G, places, E]: what each query reads."""
+        """[T * G * G, places, E]: the keys of each query."""
         places = best_places(shape)
         down, across = (
             sampling(self.config.grid, size, count, rows_TNE.device, rows_TNE.dtype)
@@ -67,7 +67,9 @@ class SpatialResampler(Perceiver):
 
 
 def best_places(shape: tuple[int, int]) -> tuple[int, int]:
-    """The places a query reads of a slice of this shape: those whose aspect is nearest, the first of equals."""
+    """How many places a query samples in a slice of this shape: the choice with the nearest aspect ratio, the first at
+    a tie.
+    """
     ratio = math.log(shape[1] / shape[0])
     return min(_PLACES, key=lambda places: abs(ratio - math.log(places[1] / places[0])))
 

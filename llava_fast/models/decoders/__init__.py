@@ -1,4 +1,4 @@
-"""Decoders: a kind is one file here and one line below, by the model_type that transformers gives its config."""
+"""Decoders: each kind is one file here and one line below, by its model_type in transformers."""
 
 from __future__ import annotations
 

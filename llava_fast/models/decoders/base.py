@@ -1,4 +1,4 @@
-"""What a decoder is to the rest: its config says its sizes and costs, and builds its layers for the stack."""
+"""The interface of decoders: a config gives sizes and costs, and builds the layers for the stack."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ Split = Literal["columns", "rows", "shared"]
 
 @dataclass(frozen=True)
 class RowContext:
-    """What a layer is told of its rows besides their values.
+    """What a layer gets besides its rows' values.
 
     rotation  (cos, sin) of each row's position, [R, 1, D] each, the sign of sin's first half folded in.
     spans     how rows group into sequences.
-    cache     the KV cache, if keys and values are kept.
-    pages     where their rows lie, on the device: each row is a sequence's next, and ops.paged_attention serves it.
-    modality  int32 [R]: text, image or video (see inputs.plan), for layers with weights by modality; None if not asked.
-    memory    rows beside the sequence that layers may attend to [M, C]; None if there are none.
+    cache     the KV cache, or None.
+    pages     where cached rows are, on the device: each row is the next of its sequence, for ops.paged_attention.
+    modality  int32 [R]: text, image or video (see inputs.plan), for layers with weights by modality; None if not
+    needed.
+    memory    rows outside the sequence that layers may attend to [M, C], or None.
     """
 
     rotation: tuple[Tensor, Tensor]
@@ -44,7 +45,7 @@ class RowContext:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(ABC):
-    """A decoder-only language model. `sliding_windows` gives each layer's, None for layers that see everything."""
+    """A decoder-only language model. `sliding_windows` has one entry for each layer, None for full attention."""
 
     family: ClassVar[str]
     """The model_type that transformers gives its config."""
@@ -73,7 +74,7 @@ class DecoderConfig(ABC):
 
     @property
     def context_length(self) -> int:
-        """Positions the decoder is made for: stretched by linear and dynamic RoPE scaling."""
+        """Positions that the decoder supports, including linear and dynamic RoPE scaling."""
         stretched = self.rope.factor if self.rope.kind in ("linear", "dynamic") else 1.0
         return int(self.max_positions * stretched)
 
@@ -92,24 +93,25 @@ class DecoderConfig(ABC):
 
     @abstractmethod
     def kept_per_row(self, itemsize: int) -> tuple[int, int]:
-        """Bytes that a layer keeps of a row for its backward pass: (everything, its input and its products alone), for
-        values of `itemsize` bytes."""
+        """Bytes that a layer saves for a row's backward pass: (everything, only its input and matrix products), for
+        values of `itemsize` bytes.
+        """
 
     @property
     @abstractmethod
     def tensor_plan(self) -> dict[str, Split]:
         """How tensor parallel splits a layer's modules: Linears by output features ("columns"), or by input features,
-        summed ("rows"). A norm over each head is "shared": every process holds its weights and calls it with its own
-        heads [R, heads, D], and their gradients are summed. Empty: it is not split."""
+        summed ("rows"). A per-head norm is "shared": every process holds its weights and calls it with its own heads
+        [R, heads, D], and gradients are summed. Empty: not split."""
 
     @classmethod
     @abstractmethod
     def from_hf(cls, hf: Any, tied: bool) -> DecoderConfig:
-        """From a transformers config of this family. Raises ValueError for what this decoder cannot be."""
+        """From a transformers config of this family. Raises ValueError for unsupported settings."""
 
     @abstractmethod
     def to_hf(self) -> dict[str, Any]:
-        """The fields of a transformers config, as 4.x names them (rope_theta, rope_scaling), model_type left out."""
+        """The fields of a transformers config, with the names of 4.x (rope_theta, rope_scaling), without model_type."""
 
     def to_hf5(self) -> dict[str, Any]:
         """The same for transformers 5, which has `rope_parameters`."""
@@ -137,7 +139,8 @@ class StackConfig(DecoderConfig):
 class BaseDecoder(nn.Module, ABC):
     """A built decoder: rows in, hidden states out; `logits` applies the (tied or own) head to the rows asked for.
 
-    embed_tokens, layers, lm_head (unless it is tied)  where others find them, whatever they are called inside.
+    embed_tokens, layers, lm_head (unless it is tied)  the names by which other code finds them, whatever the model
+    calls them.
     """
 
     config: DecoderConfig
@@ -149,11 +152,13 @@ class BaseDecoder(nn.Module, ABC):
     @abstractmethod
     def forward(self, x_RC: Tensor, position_R: Tensor, spans: Spans, cache: PagedCache | None = None) -> Tensor:
         """inputs_embeds [R, C] and position ids [R] to final hidden states [R, C]. With a cache, every sequence's table
-        gets the blocks that it needs (CacheFullError if there are none); counting the new rows is the caller's part."""
+        gets the blocks that it needs (CacheFullError if there are none); the caller updates the tables' lengths.
+        """
 
     def steps_natively(self, x_RC: Tensor, spans: Spans) -> bool:
-        """Whether `forward` with a cache would run these rows as one decoder_step, which gives each row what it would
-        get alone, to the bit."""
+        """Whether `forward` with a cache would run these rows as one decoder_step, whose result for each row does not
+        depend on the others, to the bit.
+        """
         return False
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -172,8 +177,9 @@ class BaseDecoder(nn.Module, ABC):
         return like(self.embed_tokens).device
 
     def losses(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """Negative log-likelihood of each row's target: [rows, C], int [rows] -> float32 [rows]. Where the head is a
-        plain layer, no table of logits is made."""
+        """Negative log-likelihood of each row's target: [rows, C], int [rows] -> float32 [rows]. If the head is a plain
+        layer, the logits are not materialised.
+        """
         tied = self.config.tie_embeddings
         head = self.embed_tokens if tied else self.lm_head
         if not isinstance(head, Quantised) and (tied or fused.is_plain(head, nn.Linear)):
@@ -181,13 +187,13 @@ class BaseDecoder(nn.Module, ABC):
         return F.cross_entropy(self.logits(hidden).float(), target.long(), reduction="none")
 
     def new_cache(self, max_bytes: int | None = None, keep_bytes: int = 0, block_rows: int = BLOCK_ROWS) -> PagedCache:
-        """An empty cache for this decoder's rows; it takes memory as it is used. Arguments as for PagedCache."""
+        """An empty cache for this decoder's rows, which allocates memory as it is used. Arguments as for PagedCache."""
         config = self.config
         shape = (config.num_layers, config.num_kv_heads, config.head_dim)
         return PagedCache(*shape, self.dtype, self.device, max_bytes, keep_bytes, block_rows)
 
 
 def reserve(spans: Spans) -> None:
-    """Have blocks for the rows that a pass with a cache adds. Raises CacheFullError."""
+    """Allocate blocks for the rows that a pass with a cache adds. Raises CacheFullError."""
     for table, before, rows in zip(spans.tables, spans.before, spans.lengths, strict=True):
         table.reserve(before + rows)

@@ -1,9 +1,9 @@
-"""Decoders that are transformers' own models: their modules run over rows as they are, with this package's attention
-and cache in place of theirs, so that packing, branches, chunked prefill and batched generation serve them too.
+"""Decoders that are transformers' own models: their modules run on packed rows, with this package's attention and
+cache, so that packing, branches, chunked prefill and batched generation work for them too.
 
 Shapes: R rows (all sequences end to end, see attention.Spans), C width. Parameter names are those of transformers' base
 model. A model is one class here and one line in the registry, if its attention is called through transformers'
-AttentionInterface. No dropout that a config asks for is applied, as in this package's own decoders.
+AttentionInterface. A config's dropout is not applied, as in this package's own decoders.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _UNSERVED = ("sliding_window", "softcap", "position_bias", "s_aux")
 
 
 class HostedFields(Fields):
-    """What is read of its section of config.json; the rest is transformers' to check."""
+    """The fields read from its section of config.json; transformers checks the rest."""
 
     vocab_size: Annotated[int, Field(ge=1, le=2**24)]
     hidden_size: Size
@@ -64,7 +64,7 @@ class HostedConfig(DecoderConfig):
         return AutoModel.from_config(hf, attn_implementation=_NAME)
 
     def hf_config(self) -> Any:
-        """Its transformers config, without dropout, and without an embedding's row that is not trained."""
+        """Its transformers config, without dropout and without a padding row in the embedding."""
         from transformers import CONFIG_MAPPING
 
         fields = _without_dropout(self.fields) | {"vocab_size": self.vocab_size, "pad_token_id": None}
@@ -75,14 +75,14 @@ class HostedConfig(DecoderConfig):
         return sum(linear.in_features * linear.out_features for linear in self._linears)
 
     def kept_per_row(self, itemsize: int) -> tuple[int, int]:
-        """Near enough for an estimate: what its Linears read and give, and two norms' inputs in float32."""
+        """An estimate: the inputs and outputs of its Linears, and two norms' inputs in float32."""
         products = self.hidden_size + sum(linear.out_features for linear in self._linears)
         read = sum(linear.in_features for linear in self._linears)
         return 8 * self.hidden_size + itemsize * (products + read), itemsize * products
 
     @functools.cached_property
     def _linears(self) -> list[nn.Linear]:
-        """Those of a layer, without storage."""
+        """A layer's Linears, without storage."""
         with torch.device("meta"):
             layer = replace(self, num_layers=1, fields=self.fields | {self.layers_field: 1}).build().layers[0]
         return [module for module in layer.modules() if isinstance(module, nn.Linear)]
@@ -122,7 +122,7 @@ class HostedConfig(DecoderConfig):
 
     @classmethod
     def check(cls, hf: Any) -> None:
-        """Raises ValueError for what this model cannot be here."""
+        """Raises ValueError for unsupported settings."""
 
     def to_hf(self) -> dict[str, Any]:
         own = {"vocab_size": self.vocab_size, "tie_word_embeddings": self.tie_embeddings}
@@ -157,7 +157,7 @@ def _own_fields(hf: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class OptConfig(HostedConfig):
-    """OPT (Zhang et al. 2022): learned positions, which no longer prompt has."""
+    """OPT (Zhang et al. 2022): learned positions, so longer prompts are impossible."""
 
     family = "opt"
     embedding_name = "decoder.embed_tokens"
@@ -174,7 +174,7 @@ class OptConfig(HostedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PhiConfig(HostedConfig):
-    """Phi 1, 1.5 and 2 (Li et al. 2023): attention and MLP side by side, rotary positions in a part of each head."""
+    """Phi 1, 1.5 and 2 (Li et al. 2023): attention and MLP in parallel, rotary positions in a part of each head."""
 
     family = "phi"
 
@@ -188,7 +188,7 @@ class StableLmConfig(HostedConfig):
 
 @dataclass(frozen=True)
 class Rows:
-    """What transformers' layers are given as their mask: how rows group into sequences, and the cache."""
+    """Passed to transformers' layers as their mask: how rows group into sequences, and the cache."""
 
     spans: Spans
     cache: PagedCache | None
@@ -198,8 +198,9 @@ rows_of_pass: contextvars.ContextVar[Rows] = contextvars.ContextVar("rows")
 
 
 class HostedDecoder(BaseDecoder):
-    """A base model of transformers, and a head. The model's children are this module's too (one dict, so that one put
-    in the place of another is in both), for parameters to have their names; the model itself is no child."""
+    """A base model of transformers, and a head. The model's children are also this module's (one shared dict, so that
+    replacing a child affects both), so that parameters have the same names; the model itself is not a child.
+    """
 
     config: HostedConfig
 
@@ -213,7 +214,7 @@ class HostedDecoder(BaseDecoder):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def __getattr__(self, name: str) -> Any:
-        """`embed_tokens` and `layers`, where the model calls them otherwise."""
+        """`embed_tokens` and `layers`, if the model has other names for them."""
         if name in ("embed_tokens", "layers"):
             inside = self.config.embedding_name if name == "embed_tokens" else self.config.layers_name
             if inside != name:
@@ -247,8 +248,9 @@ class HostedDecoder(BaseDecoder):
 
 
 def _base_model(config: HostedConfig) -> nn.Module:
-    """transformers' model without a head. On the meta device too its buffers have their values: they are in no
-    checkpoint."""
+    """transformers' model without a head. Its buffers have their values even on the meta device, because no checkpoint
+    stores them.
+    """
     hf = config.hf_config()
     model = config.base_model(hf)
     for name, module in list(model.named_modules()):
@@ -272,8 +274,9 @@ def attention(
     slopes: Tensor | None = None,
     **extras: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in each layer: query [1, H, R, D], key and value [1, K, R, D] to [1, R, H, D]; `slopes`
-    as for `attend`. Raises ValueError for what only some models ask of it."""
+    """Called by transformers in each layer: query [1, H, R, D], key and value [1, K, R, D] to [1, R, H, D]; `slopes` as
+    for `attend`. Raises ValueError for options that it does not support.
+    """
     if found := [name for name in _UNSERVED if extras.get(name) is not None]:
         raise ValueError(f"attention with {', '.join(found)} is not served: host no model that asks for it")
     size = query.shape[-1]

@@ -1,4 +1,4 @@
-"""Llama's decoder layer, and the families that differ from it by their config: Mistral and Qwen 1.5 and 2.
+"""Llama's decoder layer, and the families that differ from it only in their config: Mistral and Qwen 1.5 and 2.
 
 Shapes: R rows (all sequences end to end, see attention.Spans), C width, H query heads, K key heads, D head size.
 Parameter names are transformers'. Sources: Touvron et al. 2023 (Llama 2), Jiang et al. 2023 (Mistral), Bai et al.
@@ -46,7 +46,7 @@ class DecoderAttention(MergesLinears):
         return self.o_proj(out_RC)
 
     def heads(self, x_RC: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values before their rotation, each [R, heads, D]."""
+        """Queries, keys and values before rotation, each [R, heads, D]."""
         return tuple(rows.unflatten(-1, (-1, self.head_dim)) for rows in self.project(x_RC, "qkv_proj"))
 
 
@@ -66,7 +66,7 @@ class DecoderMLP(MergesLinears):
 
 
 class DecoderLayer(nn.Module):
-    """A layer of parts that its LayerSpec names, each before a norm of its own and added to the rows."""
+    """A pre-norm layer with residual connections; its LayerSpec names the parts."""
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class LayerSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig(StackConfig):
-    """Llama and Vicuna (and Yi, whose checkpoints call themselves llama)."""
+    """Llama and Vicuna (and Yi, whose checkpoints have model_type llama)."""
 
     family = "llama"
     original_type = "llava_llama"
@@ -128,7 +128,7 @@ class LlamaConfig(StackConfig):
 
     @property
     def tensor_plan(self) -> dict[str, Split]:
-        """Megatron's split: one sum for the attention and one for the MLP."""
+        """Megatron's split: one all-reduce for the attention and one for the MLP."""
         columns = [*(f"self_attn.{name}_proj" for name in "qkv"), "mlp.gate_proj", "mlp.up_proj"]
         plan: dict[str, Split] = dict.fromkeys(columns, "columns")
         plan.update(dict.fromkeys(("self_attn.o_proj", "mlp.down_proj"), "rows"))
@@ -162,7 +162,7 @@ class LlamaConfig(StackConfig):
 
     @classmethod
     def _own_choices(cls, hf: Any) -> dict[str, Any]:
-        """Biases and windows, as this family's config has them."""
+        """Biases and windows from this family's config."""
         bias = bool(getattr(hf, "attention_bias", False))
         return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bool(getattr(hf, "mlp_bias", False))}
 
@@ -186,7 +186,7 @@ class LlamaConfig(StackConfig):
         return fields | self._own_fields()
 
     def _own_fields(self) -> dict[str, Any]:
-        """_own_choices, back."""
+        """The inverse of _own_choices."""
         return {"attention_bias": self.o_bias, "mlp_bias": self.mlp_bias}
 
 

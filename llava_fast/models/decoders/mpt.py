@@ -1,4 +1,5 @@
-"""MPT (MosaicML 2023), hosted: transformers' modules with an attention of ours, for its own knows no interface.
+"""MPT (MosaicML 2023), hosted: transformers' modules with our attention, because its own does not use
+AttentionInterface.
 
 Shapes as in hosted.py. Source: transformers 5.24 modeling_mpt.py.
 """
@@ -19,7 +20,7 @@ from llava_fast.storage.files import Fields
 
 
 class MptFields(Fields):
-    """What is read of its section of config.json."""
+    """The fields read from its section of config.json."""
 
     vocab_size: Annotated[int, Field(ge=1, le=2**24)]
     d_model: Size
@@ -30,8 +31,9 @@ class MptFields(Fields):
 
 @dataclass(frozen=True, kw_only=True)
 class MptConfig(HostedConfig):
-    """MPT with ALiBi, all that transformers runs of it. Fields of `attn_config` that transformers disregards must be
-    their defaults."""
+    """MPT with ALiBi, the only kind that transformers runs. Fields of `attn_config` that transformers ignores must have
+    their defaults.
+    """
 
     family = "mpt"
     embedding_name = "wte"
@@ -66,7 +68,7 @@ def _run(model: Any, inputs_embeds: Tensor, **_: Any) -> SimpleNamespace:
 
 
 def _attend(module: Any, x_1RC: Tensor, position_bias: Tensor, attention_mask: Rows, **_: Any) -> tuple:
-    """In the place of MptAttention's forward; `position_bias` holds the heads' slopes."""
+    """Replaces MptAttention's forward; `position_bias` holds the heads' slopes."""
     qkv = module.Wqkv(x_1RC)
     if module.clip_qkv:
         qkv = qkv.clamp(-module.clip_qkv, module.clip_qkv)

@@ -29,7 +29,7 @@ class Qwen3Attention(DecoderAttention):
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen3Config(Qwen2Config):
-    """Qwen 3: no biases unless the config asks for them, a head_dim of its own, windows by layer as Qwen 2."""
+    """Qwen 3: no biases by default, an explicit head_dim, windows by layer as in Qwen 2."""
 
     family = "qwen3"
     spec = LayerSpec(attention=Qwen3Attention)

@@ -55,14 +55,16 @@ class Decoder(BaseDecoder):
         return self._run(x_RC, RowContext((cos, sin), spans, cache, pages))
 
     def step(self, token_R: Tensor, pages: Pages, cache: PagedCache) -> Tensor:
-        """Logits [R, vocabulary] after one more token of each sequence, int [R], from tensors on the device alone, so
-        that a CUDA graph may hold it. The rope's table must reach (`rope.reserve`) and tables have their blocks."""
+        """Logits [R, vocabulary] after one more token of each sequence, int [R], from tensors on the device only, so
+        that a CUDA graph can capture it. The rope's table must be long enough (`rope.reserve`) and tables must have
+        their blocks.
+        """
         x_RC = self.embed_tokens(token_R)
         rotation = self.rope.at(pages.before.clamp(min=0))
         return self.logits(self._run(x_RC, RowContext(rotation, Spans((), ()), cache, pages)))
 
     def _run(self, x_RC: Tensor, context: RowContext) -> Tensor:
-        """All layers and the final norm, without gradients: each layer's last add is the next norm's."""
+        """All layers and the final norm, without gradients: each layer's last add is fused with the next norm."""
         delta_RC = None
         for layer in self.layers:
             if fused.is_untouched(layer, DecoderLayer):

@@ -1,4 +1,4 @@
-"""Where a fused op stands for several modules: one gate decides, a file for each group of ops asks it."""
+"""Fused ops in place of several modules: one gate decides, and a file for each group of ops consults it."""
 
 from llava_fast.models.fused.gate import is_plain, is_plain_parameter, is_untouched, takes
 from llava_fast.models.fused.linears import (

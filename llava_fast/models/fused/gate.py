@@ -1,7 +1,8 @@
-"""The gate: whether a fused op stands for modules in this call. Everything it asks is in RULES and `takes`.
+"""The gate: whether a fused op replaces modules in this call. All conditions are in RULES and `takes`.
 
-An op reads weights instead of calling the modules that own them, so it may run only while those modules are what they
-were built as. A module that is wrapped (LoRA), hooked, quantised, parametrised or sharded keeps its own forward.
+An op reads weights instead of calling the modules that own them, so it may run only if those modules are unchanged
+since they were built. A module that is wrapped (LoRA), hooked, quantised, parametrised or sharded keeps its own
+forward.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Rule:
-    """When an op stands for modules.
+    """When an op replaces modules.
 
-    modules   the modules that it stands for, in words.
-    traced    what a graph that torch.compile traces holds: the op (True), or PyTorch's steps, which inductor fuses.
+    modules   the modules that it replaces, in words.
+    traced    whether a graph traced by torch.compile contains the op (True), or PyTorch's ops, which inductor fuses.
     autocast  whether the op runs under autocast as the modules would.
     stock     whether on a CPU, in float32, the op's reference is faster than the steps of a transformers module, for
               inputs of at least LEAST values.
@@ -73,8 +74,9 @@ def takes_for_stock(op: str, x: Tensor) -> bool:
 
 
 def is_worth_asking(x: Tensor) -> bool:
-    """False where no op can stand for the modules of a transformers model: in a traced graph, and for an input on a CPU
-    so small that calling an op costs more than it saves. A step of generation asks at every module."""
+    """False if no op can replace modules of a transformers model: in a traced graph, and for an input on a CPU so small
+    that calling an op costs more than it saves. A cheap check, because a decoding step makes it at every module.
+    """
     return not torch.compiler.is_compiling() and (not x.is_cpu or x.numel() >= LEAST or backend.requested() != "auto")
 
 
@@ -83,8 +85,9 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
-    """Whether a module is an exact `kind` as it was built, so that an op may read its weights instead of calling it:
-    untouched, and each of its own parameters ordinary."""
+    """Whether an op may read a module's weights instead of calling it: it is exactly a `kind`, untouched, with ordinary
+    parameters.
+    """
     return is_untouched(module, kind) and all(
         parameter is None or is_plain_parameter(parameter) for parameter in module._parameters.values()
     )
@@ -102,8 +105,9 @@ def is_untouched(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
 
 
 def is_plain_parameter(parameter: object) -> bool:
-    """True for an ordinary parameter: not None, sharded (DTensor) or quantised. What stands for one while a program is
-    traced (torch's FakeTensorMode) is one too."""
+    """True for an ordinary parameter: not None, sharded (DTensor) or quantised. Fake parameters (torch's
+    FakeTensorMode) count as ordinary.
+    """
     return type(parameter) is nn.Parameter or (
         isinstance(parameter, FakeTensor) and isinstance(parameter, nn.Parameter)
     )

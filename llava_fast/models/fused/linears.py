@@ -28,8 +28,8 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 class MergedLinear(nn.Linear):
     """Several Linears of one input as one product: x [..., in] to a tuple of their results, which are views.
 
-    It owns one weight [sum of out, in] and one bias, in the order of `names`, the Linears that it stands for. Its
-    state dict has their entries, not its own, so that checkpoints look the same with it and without.
+    It owns one weight [sum of out, in] and one bias, in the order of `names`, the Linears that it replaces. Its state
+    dict has their entries, not its own, so that checkpoints look the same with and without it.
     """
 
     def __init__(self, linears: dict[str, nn.Linear]) -> None:
@@ -67,8 +67,9 @@ def _parent(prefix: str) -> str:
 
 
 class MergesLinears(nn.Module):
-    """A module some of whose Linears read the same input and may be one MergedLinear: `merges` says which, by the name
-    of the one, as {"qkv_proj": ("q_proj", "k_proj", "v_proj")}."""
+    """A module with Linears that read the same input and can be merged into one MergedLinear: `merges` maps its name to
+    theirs, as {"qkv_proj": ("q_proj", "k_proj", "v_proj")}.
+    """
 
     merges: ClassVar[dict[str, tuple[str, ...]]] = {}
 
@@ -94,10 +95,10 @@ class MergesLinears(nn.Module):
 
 
 def merge_linears(model: nn.Module) -> nn.Module:
-    """Put a MergedLinear in the place of Linears that read the same input, for inference; returns the model.
+    """Replace Linears that read the same input by a MergedLinear, for inference; returns the model.
 
     Linears that are wrapped, hooked or sharded, or of which only some have a bias, stay as they are. One module's
-    weights are copied at a time, and the separate ones go.
+    weights are copied at a time, and the separate ones freed.
     """
     for module in _mergers(model):
         for name, parts in module.merges.items():
@@ -112,7 +113,7 @@ def merge_linears(model: nn.Module) -> nn.Module:
 
 
 def split_linears(model: nn.Module) -> nn.Module:
-    """Undo merge_linears: each Linear has a weight with storage of its own again, as training and adapters expect."""
+    """Undo merge_linears: each Linear gets a weight with its own storage, as training and adapters expect."""
     for module in _mergers(model):
         for name in module.merges:
             if not isinstance(merged := module._modules.get(name), MergedLinear):
@@ -147,7 +148,9 @@ def _mergers(model: nn.Module) -> list[MergesLinears]:
 
 
 def _fit_together(linears: list[nn.Linear]) -> bool:
-    """Whether all are plain Linears of one input size, dtype, device and state of freezing, all or none with a bias."""
+    """Whether all are plain Linears with the same input size, dtype, device and requires_grad, all or none with a
+    bias.
+    """
     if not all(is_plain(linear, nn.Linear) for linear in linears):
         return False
     kinds = {(part.dtype, part.device, part.requires_grad) for linear in linears for part in linear.parameters()}

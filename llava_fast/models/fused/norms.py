@@ -1,4 +1,4 @@
-"""Norms together with the step before them, so that the rows between the two are not written and read again."""
+"""Norms fused with the preceding step, which saves writing and reading the rows in between."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from llava_fast.ops import rope
 
 
 def rotated(query_RHD: Tensor, key_RKD: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Queries and keys turned by (cos, sin), each [R, 1, D], the sign of sin's first half folded in."""
+    """Queries and keys rotated by (cos, sin), each [R, 1, D], the sign of sin's first half folded in."""
     if takes("rope", query_RHD):
         return rope(query_RHD, key_RKD, *rotation, is_signed=True)
     return rotate(query_RHD, *rotation), rotate(key_RKD, *rotation)

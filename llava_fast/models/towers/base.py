@@ -1,4 +1,4 @@
-"""What a vision tower is to the rest: its config says its rows, sizes and costs, and builds it."""
+"""The interface of vision towers: a config gives rows, sizes and costs, and builds the tower."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from llava_fast.storage.files import Fields
 
 @dataclass(frozen=True, kw_only=True)
 class TowerConfig(ABC):
-    """A vision tower, in the field's own terms.
+    """A vision tower's config.
 
     feature_layers  counts hidden states as transformers does: 0 is the embedding's output, k the output of layer k,
                     negative counts from the last; several are concatenated feature-wise.
-    keep_class_row  whether leading rows that are no patches (CLIP's class row) reach the connector.
-    image_mean, image_std, do_normalize, do_rescale, rescale_factor  the image processor's, in its names: what is done
-                    to the bytes of a tile.
+    keep_class_row  whether leading rows that are not patches (CLIP's class row) reach the connector.
+    image_mean, image_std, do_normalize, do_rescale, rescale_factor  the image processor's fields of these names: how a
+                    tile's bytes are normalised.
     """
 
     kind: ClassVar[str]
@@ -64,12 +64,12 @@ class TowerConfig(ABC):
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """(mean, std) of pixels in 0..1: all that is done to a tile's bytes."""
+        """(mean, std) of pixels in 0..1, which describes the whole conversion of a tile's bytes."""
         return fold_values(self.do_rescale, self.rescale_factor, self.do_normalize, self.image_mean, self.image_std)
 
     @property
     def folds_normalisation(self) -> bool:
-        """Whether tiles go into the patch embedding as bytes, or normalised before."""
+        """Whether the patch embedding takes bytes (normalisation folded) or normalised values."""
         return may_fold(self.normalisation[1])
 
     @property
@@ -78,7 +78,7 @@ class TowerConfig(ABC):
 
     @property
     def drops_class_row(self) -> bool:
-        """Whether leading rows run with the others and are then left out."""
+        """Whether leading rows run with the others and are then dropped."""
         return self.has_class_row and not self.keep_class_row
 
     @property
@@ -87,17 +87,17 @@ class TowerConfig(ABC):
 
     @property
     def plain(self) -> TowerConfig:
-        """The tower as its own repository and transformers describe it."""
+        """The tower as described by its own repository and transformers."""
         return self
 
     @property
     def patches_per_image(self) -> int:
-        """Those of a usual image, or slice of one, that the tower reads as a whole."""
+        """Patches of an image, or slice, of usual size that the tower reads as a whole."""
         return self.patches_per_tile
 
     @property
     def rows_per_tile(self) -> int:
-        """Rows that the tower gives for a tile, leading ones included."""
+        """Rows that the tower returns for a tile, leading ones included."""
         return self.patches_per_tile + self.leading_rows
 
     @property
@@ -121,10 +121,10 @@ class TowerConfig(ABC):
     @property
     @abstractmethod
     def kept_per_row(self) -> int:
-        """Values that one layer keeps of a row for its backward pass."""
+        """Values that one layer saves for a row's backward pass."""
 
     def product_flops(self, tiles: int) -> float:
-        """Operations of the products with weights: patch embedding and the layers that run."""
+        """Operations of matrix products with weights: patch embedding and the layers that run."""
         embedding = 3 * self.patch_size**2 * self.hidden_size
         layers = self.rows_per_tile * self.layers_needed * self.layer_matrix_size
         return 2.0 * tiles * (self.patches_per_tile * embedding + layers)
@@ -135,18 +135,19 @@ class TowerConfig(ABC):
 
     @classmethod
     def tile_side(cls, hf: Any) -> int:
-        """Pixels along a side of the tiles that it reads, from the fields of a transformers config."""
+        """Side of its input tiles in pixels, from the fields of a transformers config."""
         return hf.image_size
 
     @classmethod
     @abstractmethod
     def from_hf(cls, hf: Any, **choices: Any) -> TowerConfig:
-        """From the fields of a transformers config of this kind; `choices` are the fields that it does not have.
-        Raises ValueError for what this tower cannot be."""
+        """From the fields of a transformers config of this kind; `choices` are fields of TowerConfig that it lacks.
+        Raises ValueError for unsupported settings.
+        """
 
     @abstractmethod
     def to_hf(self) -> dict[str, Any]:
-        """The fields of a transformers config, model_type left out."""
+        """The fields of a transformers config, without model_type."""
 
 
 class Tower(nn.Module, ABC):
@@ -158,8 +159,8 @@ class Tower(nn.Module, ABC):
     @abstractmethod
     def forward(self, tiles: Tensor, count: Tensor | None = None) -> Tensor:
         """[T, 3, H, W] uint8 or normalised float -> [T, rows, features] in the weights' dtype, leading rows included.
-        `count` int32 [1]: only the first so many tiles are real, and nothing may read the others' features."""
+        `count` int32 [1]: the number of real tiles; features of later tiles are undefined and must not be read."""
 
     @abstractmethod
     def unused(self) -> list[nn.Module]:
-        """Modules whose weights are held, so that saving is complete, and never run."""
+        """Modules that never run; their weights are kept so that saving is complete."""

@@ -21,7 +21,7 @@ from llava_fast.ops import patch_embed
 
 @dataclass(frozen=True, kw_only=True)
 class ClipSlicesConfig(ClipConfig):
-    """A CLIP tower whose positions were learnt on squares of `trained_size` pixels. Its class rows are left out."""
+    """A CLIP tower whose positions were learned on squares of `trained_size` pixels. Its class rows are dropped."""
 
     native_sizes = True
 
@@ -47,7 +47,7 @@ class ClipSlicesConfig(ClipConfig):
         return (self.trained_size // self.patch_size) ** 2
 
     def attention_flops(self, tiles: int) -> float:
-        """Of slices with as many patches as there are positions."""
+        """For slices with as many patches as there are positions."""
         return 4.0 * tiles * self.patches_per_image * self.hidden_size * self.layers_needed
 
     def build(self) -> ClipSlicesTower:
@@ -85,7 +85,7 @@ class ClipSlicesEmbeddings(Embeddings):
 class ClipSlicesTower(VisionTower):
     """uint8 patches (or normalised float ones) of slices end to end to the selected features.
 
-    Every layer's weights are held, so that saving is complete; only `config.layers_needed` of them run.
+    All layers are kept, so that saving is complete; only `config.layers_needed` of them run.
     """
 
     config: ClipSlicesConfig
@@ -95,8 +95,8 @@ class ClipSlicesTower(VisionTower):
 
     def forward(self, tiles: Tensor, count: Tensor | None = None, grids: tuple[Grid, ...] = ()) -> Tensor:
         """[R, 3, P, P] uint8 or normalised float -> [1, R, features], in the weights' dtype. `grids`: the (rows,
-        columns) of each slice's patches. Raises ValueError for grids of another number of patches, and for a `count`:
-        no graph serves slices of many sizes."""
+        columns) of each slice's patches. Raises ValueError if grids and patches differ in number, and for a `count`,
+        because CUDA graphs do not support slices of various sizes."""
         if count is not None:
             raise ValueError("patches of slices of many sizes cannot be filled up to a bucket")
         lengths = [1 + rows * columns for rows, columns in grids]

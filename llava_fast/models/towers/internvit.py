@@ -54,7 +54,7 @@ class InternVitFields(Fields):
 @dataclass(frozen=True, kw_only=True)
 class InternVitConfig(VitConfig):
     """InternViT. `norm` is "layer_norm" (300M) or "rms_norm" (6B), which also normalises queries and keys (`qk_norm`).
-    `final_norm`: a LayerNorm after the last layer, which its hidden state as a feature has had."""
+    `final_norm`: a LayerNorm after the last layer, applied to its hidden state when that is the feature."""
 
     kind = "internvit"
     leading_rows = 1
@@ -154,7 +154,7 @@ class InternVitLayer(nn.Module):
 class InternVitTower(Tower):
     """uint8 tiles (or normalised float ones) to the selected features.
 
-    Every layer's weights are held, so that saving is complete; only `config.layers_needed` of them run.
+    All layers are kept, so that saving is complete; only `config.layers_needed` of them run.
     """
 
     def __init__(self, config: InternVitConfig) -> None:

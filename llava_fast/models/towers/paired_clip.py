@@ -19,7 +19,7 @@ from llava_fast.models.towers.vit import ClipConfig, VisionTower
 
 @dataclass(frozen=True, kw_only=True)
 class PairedClipConfig(ClipConfig):
-    """What both towers are."""
+    """The config of both towers."""
 
     by_modality = True
 
@@ -55,7 +55,8 @@ class PairedClipTower(Tower):
         self, tiles: Tensor, count: Tensor | None = None, videos: Sequence[tuple[int, int]] = (), every: bool = False
     ) -> Tensor:
         """[T, 3, H, W] -> [T, rows, features], leading rows included. `videos`: the (first, end) of each video's tiles.
-        `every`: both towers run, if only on no tiles. Raises ValueError for a `count`: no graph serves this pair."""
+        `every`: run both towers, even on zero tiles. Raises ValueError for a `count`, because CUDA graphs do not
+        support this pair."""
         if count is not None:
             raise ValueError("tiles of two towers cannot be filled up to a bucket")
         of_videos = np.zeros(len(tiles), dtype=bool)

@@ -44,7 +44,7 @@ class Siglip2Fields(Fields):
 
 @dataclass(frozen=True, kw_only=True)
 class Siglip2Config(VitConfig):
-    """SigLIP 2 of native sizes. `num_patches`: positions that are learnt, those of a square grid."""
+    """SigLIP 2 for native sizes. `num_patches`: learned positions, of a square grid."""
 
     kind = "siglip2"
     native_sizes = True
@@ -57,7 +57,7 @@ class Siglip2Config(VitConfig):
         return Siglip2Tower(self)
 
     def attention_flops(self, tiles: int) -> float:
-        """Of images with as many patches as there are positions."""
+        """For images with as many patches as there are positions."""
         return 4.0 * tiles * self.num_patches * self.hidden_size * self.layers_needed
 
     @classmethod
@@ -104,7 +104,7 @@ class Siglip2Embeddings(Embeddings):
 class Siglip2Tower(VisionTower):
     """uint8 patches (or normalised float ones) of images end to end to the selected features.
 
-    Every layer's weights are held, so that saving is complete; only `config.layers_needed` of them run.
+    All layers are kept, so that saving is complete; only `config.layers_needed` of them run.
     """
 
     config: Siglip2Config
@@ -114,8 +114,8 @@ class Siglip2Tower(VisionTower):
 
     def forward(self, tiles: Tensor, count: Tensor | None = None, grids: tuple[Grid, ...] = ()) -> Tensor:
         """[R, 3, P, P] uint8 or normalised float -> [1, R, features], in the weights' dtype. `grids`: the (rows,
-        columns) of each image's patches. Raises ValueError for grids of another number of patches, and for a `count`:
-        no graph serves images of native sizes."""
+        columns) of each image's patches. Raises ValueError if grids and patches differ in number, and for a `count`,
+        because CUDA graphs do not support images of native sizes."""
         if count is not None:
             raise ValueError("patches of images of native sizes cannot be filled up to a bucket")
         lengths = [rows * columns for rows, columns in grids]
@@ -141,8 +141,9 @@ def positions(table: Tensor, grids: tuple[Grid, ...]) -> Tensor:
 
 @functools.lru_cache(maxsize=4096)
 def _resampling(side: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[size, side]: the weights by which `size` places along an axis read `side` learnt ones, copied to a device once:
-    torch's interpolate with mode="bilinear", antialias=True, align_corners=False."""
+    """[size, side]: interpolation weights from `side` learned positions along an axis to `size`, copied to a device
+    once: torch's interpolate with mode="bilinear", antialias=True, align_corners=False.
+    """
     scale = side / size
     centre = (np.arange(size) + 0.5) * scale - 0.5
     weights = np.maximum(1 - np.abs(np.arange(side) - centre[:, None]) / max(scale, 1.0), 0)

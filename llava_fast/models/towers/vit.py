@@ -107,7 +107,7 @@ Images = tuple[tuple[int, int], ...]
 
 
 class Embeddings(nn.Module):
-    """The first module of a VisionTower: what it reads as rows [T, N, C]."""
+    """The first module of a VisionTower: tiles to rows [T, N, C]."""
 
     position_embedding: nn.Embedding
 
@@ -231,14 +231,17 @@ class VisionEncoder(nn.Module):
 
 @functools.cache
 def on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """float32 values, copied to a device once: a copy a call would make the GPU wait, and no graph could hold it."""
+    """float32 values, copied to a device once: a copy at each call would stall the GPU and could not be captured in a
+    graph.
+    """
     with torch.inference_mode(False):  # so that a later training step may keep them
         return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def prepare_tiles(config: TowerConfig, tiles: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(tiles, mean, std) for a patch embedding with weights like this one: tiles stay bytes where it folds their
-    normalisation, else they are normalised; mean and std float32 [3]."""
+    """(tiles, mean, std) for a patch embedding with weights like this one: tiles stay bytes if it folds their
+    normalisation, else they are normalised; mean and std float32 [3].
+    """
     mean, std = (on_device(values, like.device) for values in config.normalisation)
     if tiles.dtype == torch.uint8 and not config.folds_normalisation:
         tiles = (tiles / 255 - mean[:, None, None]) / std[:, None, None]
@@ -248,7 +251,7 @@ def prepare_tiles(config: TowerConfig, tiles: Tensor, like: Tensor) -> tuple[Ten
 class VisionTower(Tower):
     """uint8 tiles (or normalised float ones) to the selected ViT features.
 
-    Every layer's weights are held, so that saving is complete; only `config.layers_needed` of them run.
+    All layers are kept, so that saving is complete; only `config.layers_needed` of them run.
     """
 
     config: VitConfig
@@ -267,14 +270,17 @@ class VisionTower(Tower):
         return VisionEmbeddings(self.config)
 
     def forward(self, tiles: Tensor, count: Tensor | None = None) -> Tensor:
-        """[T, 3, H, W] uint8 or normalised float -> [T, rows, features], in the weights' dtype. A class row is among
-        them whether or not the plan takes it: to leave it out would copy all others. `count` int32 [1]: only the first
-        so many tiles are real, and nothing may read the others' features."""
+        """[T, 3, H, W] uint8 or normalised float -> [T, rows, features], in the weights' dtype. A class row is always
+        included, even if the plan does not use it: slicing it off would copy all others. `count` int32 [1]: the number
+        of real tiles; features of later tiles are undefined and must not be read.
+        """
         tiles, mean, std = prepare_tiles(self.config, tiles, self.embeddings.position_embedding.weight)
         return self.run_layers(self.embeddings(tiles, mean, std, count))
 
     def run_layers(self, x_TNC: Tensor, images: Images | None = None) -> Tensor:
-        """The embeddings' rows through the layers that are needed: the selected features. `images` as for a layer."""
+        """Run the embeddings' rows through the needed layers; returns the selected features. `images` as for a
+        layer.
+        """
         config = self.config
         before = self.pre_layrnorm if config.has_class_row else None
         delta_TNC = None
