@@ -21,10 +21,10 @@ def supervised_tokens(offsets: np.ndarray, segments: list[Segment]) -> np.ndarra
 
 
 def offsets_before_expansion(offsets: np.ndarray, is_image: np.ndarray, text: str, token: str) -> np.ndarray:
-    """Where tokens stand in `text`, given where they stand once each image token in it has become as many as its image
-    has rows. offsets [S, 2]; is_image bool [S]. Image tokens get (0, 0), the place of what is not in the text.
+    """Character offsets of tokens in `text`, from offsets after each image token was repeated once for each row of its
+    image. offsets [S, 2]; is_image bool [S]. Image tokens get (0, 0), like all tokens that are not in the text.
 
-    Raises RequestError where runs of image tokens and of placeholders in the text differ in number.
+    Raises RequestError if runs of image tokens and placeholders in the text differ in number.
     """
     at = np.flatnonzero(is_image)
     first = np.flatnonzero(np.diff(at, prepend=-2) > 1) if len(at) else at

@@ -1,14 +1,14 @@
-"""Text that stays text: nothing that a user writes is read as a control token, an image or a video.
+"""Literal text: nothing that a user writes is interpreted as a control token, an image or a video.
 
 Before a prompt is rendered, the characters of its texts that a control token could begin with are replaced by stand-ins
 (private-use characters). Control tokens and placeholders found afterwards are then the template's own, however the
-template joins, trims or repeats the texts. Then the characters come back. If the prompt now spells control tokens that
-were not there before, it is encoded by a copy of the tokenizer that knows the control tokens by other names of equal
-length, and the template's own are written by these names. The prompt is encoded once and whole, so that words are
-joined across the borders of a text as they always are.
+template joins, trims or repeats the texts. Then the characters are restored. If the prompt now spells additional
+control tokens, it is encoded by a copy of the tokenizer with other names of equal length for its control tokens, and
+the template's own are written with these names. The prompt is encoded once and whole, so that words merge across the
+borders of a text as usual.
 
-What this cannot see: a template that writes half a control token itself and lets a text complete it, and one that looks
-for markup in a text (to cut out "<think>", say), which finds none.
+Limits: a template that writes part of a control token and lets a text complete it still produces one, and a template
+that searches a text for markup (to remove "<think>", say) finds none.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class LiteralText:
         self._renamed = self._copy(inner)
 
     def hidden(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], Hidden]:
-        """The request with stand-ins in its texts. What is malformed stays as it is."""
+        """The request with stand-ins in its texts. Malformed parts are left unchanged."""
         hidden = Hidden(self.characters, list(_texts(request)))
         changed = dict(request)
         if isinstance(request.get("prompt"), str):
@@ -87,8 +87,9 @@ class LiteralText:
         return [found.span() for found in before] != [found.span() for found in after]
 
     def encode(self, rendered: str, hidden: Hidden, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """(ids, character spans) of a prompt with stand-ins in it. Raises RequestError for a text with a character
-        that names a control token here."""
+        """(ids, character spans) of a prompt with stand-ins in it. Raises RequestError for a text with a character that
+        is used to name a control token.
+        """
         restored = hidden.restore(rendered)
         if reserved := self._reserved.search(restored):
             raise RequestError(
@@ -100,8 +101,9 @@ class LiteralText:
         return encoded.ids, encoded.offsets
 
     def _copy(self, inner: Tokenizer) -> Tokenizer:
-        """The tokenizer with other names for its control tokens, ids unchanged. Nothing else makes their ids: they
-        leave the vocabulary under their own names, and merges that would end in one are left out."""
+        """The tokenizer with other names for its control tokens and the same ids. No other text gives these ids: the
+        original names are removed from the vocabulary, and merges that would produce one are dropped.
+        """
         state = json.loads(inner.to_str())
         names = self.names
         for token in state["added_tokens"]:

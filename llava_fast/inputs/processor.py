@@ -1,4 +1,4 @@
-"""From requests to tiles and a TokenPlan: images are cut, prompts tokenised, and both meet in one plan.
+"""From requests to tiles and a TokenPlan: images are tiled, prompts tokenised, and both combined in one plan.
 
 A request is {"prompt": str, "images": [...], "video": frames}, the prompt used verbatim with `<image>` (or
 `<video>`) marking each item; or {"messages": [...]} in the OpenAI form, rendered through the chat template. Numpy
@@ -42,16 +42,16 @@ _IMAGE_PLACEHOLDER = re.compile(r"<image>")
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessorOptions:
-    """How a processor works, where its checkpoint leaves a choice: `load(path, processor=ProcessorOptions(...))`.
+    """Options of a processor that its checkpoint does not determine: `load(path, processor=ProcessorOptions(...))`.
 
     video_frames    how many frames of a video file are used, spaced uniformly (all, if frames are given as images).
-    time_instruction  messages about a video also say how long it lasts and when its frames are, in the words that
-                    LLaVA-NeXT trains with (chat.messages.with_video_times). It must be a file or a folder of frames.
-    literal_text    what users write is text: control tokens and placeholders in a message or a prompt are encoded as
-                    ordinary characters (see inputs.literal), so images and videos stand in items of their own.
-    exif            turn images upright by their EXIF tag. Default: as the checkpoint's own code does when it opens a
-                    file: transformers does, the original LLaVA does not.
-    resample        "pillow" (to the bit), or "torchvision" (what transformers does where it is installed).
+    time_instruction  add LLaVA-NeXT's sentence with a video's duration and its frames' times
+                    (chat.messages.with_video_times) to messages. The video must be a file or a folder of frames.
+    literal_text    control tokens and placeholders in a message or a prompt are encoded as ordinary characters (see
+                    inputs.literal); images and videos then need items of their own.
+    exif            apply images' EXIF orientation. Default: as the checkpoint's own code does when it opens a file:
+                    transformers does, the original LLaVA does not.
+    resample        "pillow" (to the bit), or "torchvision" (as transformers does if it is installed).
     pillow          the order of Pillow's passes: "12" or "13". Default: the installed Pillow's.
     threads         threads that make one image's tiles; 0: one for each core.
     tiles_on        "host", or "device": a batch then carries whole images, and the device that it is moved to makes
@@ -90,7 +90,7 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class Processor(ProcessorOptions):
-    """Everything a checkpoint needs to read images and text; its options are those of ProcessorOptions.
+    """Turns images and text into a model's inputs; its options are those of ProcessorOptions.
 
     geometry        how images become tiles and rows.
     tokenizer       a transformers tokenizer.
@@ -155,9 +155,9 @@ class Processor(ProcessorOptions):
         return Prepared(self._joined(tiles), plan)
 
     def count(self, request: dict, labels: Labels = False) -> RowCounts:
-        """The rows that a request takes, as its plan has them, from its text and the headers of its files: no pixel is
-        decoded, so a truncated file passes. Raises RequestError and ImageError, but not for a request that is too
-        long."""
+        """The rows that a request takes in a plan, from its text and its files' headers: no pixel is decoded, so a
+        truncated file passes. Raises RequestError and ImageError, but not for a request that is too long.
+        """
         outline = self.outline(request, labels)
         return count_rows(outline, self.rows_of(outline))
 
@@ -176,7 +176,7 @@ class Processor(ProcessorOptions):
         return len(image_rows(self.geometry, *size, placeholder.alone))
 
     def _frames_of(self, video: Any) -> int | None:
-        """How many frames of a video are used; None: all, as the caller has chosen them."""
+        """How many frames of a video are used; None: all, because the caller has chosen them."""
         from_file = isinstance(video, (str, os.PathLike, bytes, bytearray, memoryview))
         return self.video_frames if from_file else None
 
@@ -252,7 +252,9 @@ class Processor(ProcessorOptions):
         return [piece for piece in outline if not isinstance(piece, TextPiece) or len(piece.ids)]
 
     def _check_ids(self, outline: Sequence[TextPiece | Placeholder]) -> None:
-        """Raises RequestError for a token that the decoder has no embedding of: a tokenizer may have grown alone."""
+        """Raises RequestError for a token without an embedding in the decoder, as after a tokenizer was extended
+        alone.
+        """
         texts = [part.ids for part in outline if isinstance(part, TextPiece) and len(part.ids)]
         largest = max((int(ids.max()) for ids in texts), default=0)
         if self.vocabulary is not None and largest >= self.vocabulary:
@@ -318,7 +320,7 @@ class Processor(ProcessorOptions):
 
     @functools.cached_property
     def literal(self) -> LiteralText:
-        """What keeps a user's text text (`literal_text`)."""
+        """The encoder of literal text (`literal_text`)."""
         return LiteralText(self.tokenizer, ("<image>", "<video>"))
 
     def _tokens(self, text: str, special: bool, offsets: bool, hidden: Hidden | None) -> tuple[list[int], Any]:
@@ -376,8 +378,9 @@ class Processor(ProcessorOptions):
 
     @functools.cached_property
     def _original_label_ids(self) -> list[int]:
-        """The tokens that the original trainer supervises wherever they stand. A text that is not one token of this
-        tokenizer plays no part, as there."""
+        """The tokens that the original trainer supervises at any position. A text that is not a single token is
+        ignored, as in the original.
+        """
         encoded = [
             self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in self.template.original_label_tokens
         ]

@@ -69,8 +69,9 @@ def _check_request(request: Any) -> None:
 
 
 def _check_answers(messages: list[dict]) -> None:
-    """Labels without an answer would make a loss of nothing, so the sample is refused. Of several answers some may be
-    empty, as in the original trainers: their end of turn is learnt."""
+    """A sample with labels needs an answer, or its loss would be empty. If there are several, some may be empty, as in
+    the original trainers, which learn their end of turn.
+    """
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     if not any(item["text"] for content in answers for item in content):
         raise RequestError("labels need an assistant message with text in it: this sample has nothing to learn from")

@@ -1,9 +1,9 @@
-"""Rendering a checkpoint's Jinja chat template, which is foreign code, with bounds on its time and memory.
+"""Rendering a checkpoint's Jinja chat template, which is untrusted code, with limits on time and memory.
 
-The sandbox has the filters and globals of transformers' `apply_chat_template`. Jinja's own sandbox keeps a template
-from Python's internals, and nothing more: two nested loops run for hours, and `"a" * 10**10` takes 10 GB. So a template
-is compiled with a check in each loop, call, filter and arithmetic operation. A check counts the characters that were
-made and now and then reads this thread's processor time, so the bounds hold in any thread and under any load.
+The sandbox has the filters and globals of transformers' `apply_chat_template`. Jinja's own sandbox only protects
+Python's internals: two nested loops run for hours, and `"a" * 10**10` takes 10 GB. So a template is compiled with a
+check in each loop, call, filter and arithmetic operation. A check counts the characters produced and periodically reads
+this thread's processor time, so the limits hold in any thread and under any load.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ _CHECKS = 64  # loop steps between two checks of the clock
 
 
 class TemplateLimitError(Exception):
-    """A template took too long or made too much. Not one of Jinja's errors, some of which it handles itself."""
+    """A template exceeded its limit of time or size. Not a subclass of Jinja's errors, some of which Jinja handles
+    itself.
+    """
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one rendering may take: seconds of this thread's processor time, and characters made, output or not."""
+    """Limits of one rendering: seconds of this thread's processor time, and characters produced, output or not."""
 
     seconds: float
     characters: int

@@ -1,4 +1,4 @@
-"""The size of an image from what its file says first: no pixel is decoded.
+"""The size of an image from its file's header: no pixel is decoded.
 
 It agrees with `open_image` wherever that succeeds; a file that is truncated after its header still has a size
 here.

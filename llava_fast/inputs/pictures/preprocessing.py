@@ -1,4 +1,4 @@
-"""What an image processor does to make one tile of an image: its steps as numbers, in transformers' names.
+"""How an image processor turns an image into one tile: its settings, with transformers' names.
 
 Sources: transformers 5.17-5.24, image_processing_backends.PilBackend and image_transforms.py.
 """
@@ -20,7 +20,7 @@ CLIP_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class Size:
-    """The size an image is resized to, as `size` of a processor's file states it; which fields are set says how.
+    """The size an image is resized to, as `size` in a processor's file; the fields that are set determine the mode.
 
     height and width: exactly that. shortest_edge: the shorter side, aspect kept; with longest_edge: less, if the longer
     side would pass that. max_height and max_width: as large as fits, aspect kept.
@@ -67,10 +67,10 @@ class Size:
 class Fit:
     """How an image becomes a square tile.
 
-    square  it first goes onto a square of its longer side, in the mean colour.
+    square  it is first padded to a square of its longer side with the mean colour.
     size    it is resized to this; None: it is not resized.
-    crop    then the middle of the tile's size is cut out, filled up with black where the image is smaller. False: it is
-            taken as it is, and an image that has another size by now is refused.
+    crop    then the centre of the tile's size is cropped, padded with black if the image is smaller. False: no crop,
+            and an image of another size is refused.
     """
 
     square: bool
@@ -82,14 +82,14 @@ Aspect = Literal["squash", "crop", "pad"]
 
 
 def standard_fit(aspect: Aspect, tile: int) -> Fit:
-    """What each way to make one tile means: SigLIP's "squash", CLIP's "crop", LLaVA-1.5's "pad"."""
+    """The Fit of each aspect: SigLIP's "squash", CLIP's "crop", LLaVA-1.5's "pad"."""
     if aspect == "squash":
         return Fit(square=False, size=Size(height=tile, width=tile), crop=False)
     return Fit(square=aspect == "pad", size=Size(shortest_edge=tile), crop=True)
 
 
 def name_fit(fit: Fit, tile: int) -> tuple[Aspect, Fit | None]:
-    """The aspect that does the same to every image, and None; or the nearest one, and the fit itself."""
+    """(an aspect equivalent to this fit, None), or (the nearest aspect, the fit itself)."""
     exact, shortest = Size(height=tile, width=tile), Size(shortest_edge=tile)
     if fit.size == exact or (fit.square and fit.size == shortest):
         return ("pad" if fit.square else "squash"), None
@@ -120,15 +120,16 @@ class Preprocessing:
 
 def may_fold(std: Sequence[float]) -> bool:
     """Whether normalisation by this std, of pixels in 0..1, may be folded into a patch embedding (ops.patch_embed).
-    Values far above one, as of bytes that are not rescaled, would come out as small differences of large sums."""
+    Values far above one, as from bytes that are not rescaled, would suffer from cancellation."""
     return min(std) > 1 / 32
 
 
 def fold_values(
     do_rescale: bool, rescale_factor: float, do_normalize: bool, image_mean: Sequence[float], image_std: Sequence[float]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) of each channel, of pixels in 0..1, so that (pixel / 255 - mean) / std is what a processor with
-    these settings makes of a byte."""
+    """(mean, std) of each channel, for pixels in 0..1, so that (pixel / 255 - mean) / std is the output of a processor
+    with these settings.
+    """
     scale = 255 * (rescale_factor if do_rescale else 1.0)
     mean, std = (image_mean, image_std) if do_normalize else ((0.0,) * 3, (1.0,) * 3)
     return tuple(value / scale for value in mean), tuple(value / scale for value in std)

@@ -20,8 +20,8 @@ def open_image(source: Any, exif: bool = True, alpha: Literal["drop", "white"] =
 
     source  a path (str or PathLike), the bytes of a file, a `data:` URI, a PIL image, or a uint8 array [H, W],
             [H, W, 3] or [H, W, 4].
-    exif    turn a file upright by its EXIF orientation, as transformers' load_image does (the original LLaVA does
-            not). PIL images and arrays are never turned, as in transformers' processors.
+    exif    apply a file's EXIF orientation, as transformers' load_image does (the original LLaVA does not). PIL images
+            and arrays are never turned, as in transformers' processors.
     alpha   "drop" ignores transparency: PIL's convert("RGB"), which the original LLaVA and transformers' load_image
             use. "white" blends onto white, as newer transformers (5.23, image_transforms.convert_to_rgb) does with
             PIL images and arrays handed to a processor.

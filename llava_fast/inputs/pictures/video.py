@@ -1,7 +1,7 @@
-"""The frames of a video: how many there are, when they are, and their pixels.
+"""The frames of a video: their number, times and pixels.
 
-Headers and packets may say another number of frames than a decoder returns, so wherever a number of frames matters it
-is that of `_decoded`, which reading uses too.
+Headers and packets may give another number of frames than a decoder returns, so frames are always counted by
+`_decoded`, which reading uses too.
 """
 
 from __future__ import annotations
@@ -85,9 +85,10 @@ CONTAINERS = "mov,matroska,avi,mpegts,mpeg,gif,flv,ogg,asf"
 
 
 def check_video(data: bytes, most_frames: int) -> tuple[int, int]:
-    """(height, width) of a video file's frames, all of which can be decoded and are `most_frames` or fewer. For files
-    that nobody vouches for: only containers that hold their own frames (CONTAINERS) are opened, not playlists, which
-    name other files. Raises ImageError."""
+    """(height, width) of a video file's frames, all of which can be decoded and are `most_frames` or fewer. For
+    untrusted files: only self-contained containers (CONTAINERS) are opened, not playlists, which refer to other files.
+    Raises ImageError.
+    """
     size = (0, 0)
     with contextlib.closing(_decoded(data, {0}, {"format_whitelist": CONTAINERS})) as frames:
         for number, frame in enumerate(frames):
@@ -106,10 +107,10 @@ class VideoTimes(NamedTuple):
 
 
 def video_times(source: Any, num_frames: int) -> VideoTimes:
-    """When the frames of `read_video(source, num_frames)` are: frame i at i / rate, the average rate that a file's
-    header says, as LLaVA-NeXT has it (process_video_with_decord in llava/utils.py). A folder of frames has FOLDER_RATE.
-    A file's frames are counted by decoding them. Raises ImageError for a video without times, and what `read_video`
-    raises."""
+    """When the frames of `read_video(source, num_frames)` are: frame i at i / rate, with the average rate from a file's
+    header, as in LLaVA-NeXT (process_video_with_decord in llava/utils.py). A folder of frames has FOLDER_RATE. A file's
+    frames are counted by decoding them. Raises ImageError for a video without times, and what `read_video` raises.
+    """
     if _is_folder(source):
         total, rate = frame_count(source), FOLDER_RATE
     elif isinstance(source, _FILE):
@@ -173,7 +174,7 @@ def _total(source: Any) -> int:
 
 @functools.lru_cache(4096)
 def _total_of_file(path: str, size: int, changed: int) -> int:
-    """Counted once, as long as the file keeps its size and the time of its last change."""
+    """Cached while the file's size and modification time do not change."""
     return sum(1 for _ in _decoded(path, ()))
 
 

@@ -1,4 +1,4 @@
-"""The columns of a plan: what their numbers mean, and how they travel as one flat array."""
+"""The columns of a plan: the meaning of their values, and their packing into one flat array."""
 
 from __future__ import annotations
 

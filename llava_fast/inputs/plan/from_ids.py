@@ -1,5 +1,5 @@
-"""The planner's second front: a batch whose image tokens a processor has repeated already, once for each row. Integers
-in, the index columns of a plan out.
+"""Plans for batches in which a processor has already repeated each image token once for each row: from integers to the
+index columns of a plan.
 
 Shapes: B sequences of S tokens; rows are numbered b * S + s.
 """
@@ -20,8 +20,9 @@ from llava_fast.inputs.tiling.rows import NEWLINE, VisualRows
 
 
 class Integers(NamedTuple):
-    """What a batch says in integers, on the host: ids and labels int64 [B, S], sizes int64 [images, 2] as (height,
-    width), counts int64 [groups] the images of each group that shares a prompt; None for what was not given."""
+    """A batch's integers, on the host: ids and labels int64 [B, S], sizes int64 [images, 2] as (height, width), counts
+    int64 [groups] the images of each group that shares a prompt; None for what was not given.
+    """
 
     ids: np.ndarray | None
     sizes: np.ndarray | None

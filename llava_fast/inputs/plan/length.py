@@ -1,4 +1,4 @@
-"""How many decoder rows a sample takes, and how one that is too long for the decoder is shortened or left out."""
+"""How many decoder rows a sample takes, and how a sample too long for the decoder is cut or dropped."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def count_rows(parts: Sequence[Part], rows: Sequence[int]) -> RowCounts:
 
 
 def fit(parts: Sequence[Part], rows: Sequence[int], max_rows: int, policy: LengthPolicy) -> list[Part] | None:
-    """The parts of a sample that `max_rows` decoder rows hold, or None for a sample to leave out.
+    """The parts of a sample that fit into `max_rows` decoder rows, or None if the sample is dropped.
 
     rows[i] is the length of parts[i]: `Processor.rows_of(outline)` before any image is opened, else those of a plan's
     pieces. A sample that fits is returned as it is.
-    policy  "drop": a sample that is too long is left out. "cut": its end is. Text is cut after any token; an image or
-            video that does not fit whole is removed, with everything after it. A sample that then has no supervised
-            row is left out.
+    policy  "drop": a sample that is too long is dropped. "cut": its end is cut off. Text is cut after any token; an
+            image or video that does not fit whole is removed, with everything after it. A sample without a remaining
+            supervised row is dropped.
 
     The original trainers (LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal in llava/model/llava_arch.py) keep
     the first `tokenizer_model_max_length` rows whatever they are: of an image there, they keep its first rows, and

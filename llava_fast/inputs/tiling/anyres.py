@@ -1,8 +1,8 @@
 """AnyRes geometry: which tiles an image becomes and which rows of them reach the decoder. Integers only.
 
-One frozen `VisualGeometry` says how a checkpoint reads an image. From it and an image size follow
-`image_views` (how the pixels are resized and cut) and `image_rows` (what the decoder sees, in order), so the
-number of tokens and the number of features come from one place and cannot disagree.
+One frozen `VisualGeometry` defines how a checkpoint reads an image. It and an image size determine `image_views` (how
+the pixels are resized and cut) and `image_rows` (what the decoder sees, in order), so the number of tokens and the
+number of features come from one place and cannot disagree.
 
 Sources: haotian-liu/LLaVA c121f04 (llava/mm_utils.py, llava/model/llava_arch.py), LLaVA-VL/LLaVA-NeXT df17966
 (the same files) and transformers 5.17-5.23 (image_processing_utils.py, models/llava_next). Where they differ,
@@ -41,15 +41,14 @@ class VisualGeometry:
     merge       "flat", "spatial", "spatial_unpad"; LLaVA-NeXT also appends "_maxpool2x2" and "_nobase".
     max_tiles   N of anyres_max_N: more rows than N tiles hold are shrunk bilinearly. None: never.
     class_rows  1 when the tower's class row is kept ("full" / "cls_patch"), else 0.
-    dropped_rows  1 when the tower gives a class row that is left out, else 0.
-    fit         how an image becomes one tile, where a processor's file says something that no `aspect` does; of an
-                AnyRes checkpoint only images that share a request.
-    filter      what images are resized by.
+    dropped_rows  1 when the tower returns a class row that is dropped, else 0.
+    fit         how an image becomes one tile, if a processor's file has settings that no `aspect` covers; for an AnyRes
+                checkpoint this applies only to images that share a request.
+    filter      the resize filter of images.
     convert_rgb  False: an image that is not RGB is refused.
-    frame_aspect, frame_fit, frame_filter  the same for a video frame, which becomes one tile whatever `aspect` images
-                have.
-    frame_class_row  True: all rows that the tower gives for a video frame are kept, its class row too.
-    tiling      another rule by which images are cut, in place of `aspect`, `pinpoints` and `merge`.
+    frame_aspect, frame_fit, frame_filter  the same for a video frame, which becomes one tile regardless of `aspect`.
+    frame_class_row  True: all of the tower's rows for a video frame are kept, including its class row.
+    tiling      another tiling rule, which replaces `aspect`, `pinpoints` and `merge`.
     multi_image_anyres  False: images that share a request get one mean-coloured square tile each (OneVision).
     """
 
@@ -106,7 +105,7 @@ class VisualGeometry:
 
     @property
     def tower_rows_per_tile(self) -> int:
-        """Rows that the tower gives for one tile, also those that are left out."""
+        """Rows that the tower returns for one tile, including dropped ones."""
         return self.rows_per_tile + self.dropped_rows
 
     @property
@@ -197,8 +196,7 @@ def image_views(geometry: VisualGeometry, height: int, width: int, alone: bool =
     """The resizes that make an image's tiles, base view first (in the order of `geometry.tiling` where it has one).
 
     `alone` is False for an image that shares its request with others: LLaVA-OneVision then gives each a single
-    padded tile. Raises ImageError for an empty image, and for one that the checkpoint's processor does not make a
-    tile of.
+    padded tile. Raises ImageError for an empty image, and for one that the checkpoint's processor does not support.
     """
     check_size(height, width)
     if geometry.tiling is not None:

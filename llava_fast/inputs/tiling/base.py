@@ -1,4 +1,4 @@
-"""What a rule of tiling is to the rest: which views an image is cut into, and which rows of them the decoder sees."""
+"""The interface of tiling rules: which views an image is cut into, and which of their rows the decoder sees."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 
 class Tiling(ABC):
-    """A rule beside those of LLaVA, which `VisualGeometry` has itself. One file a rule: a frozen dataclass, since views
-    and rows are cached by it."""
+    """A tiling rule other than LLaVA's, which `VisualGeometry` implements itself. One file a rule: a frozen dataclass,
+    because views and rows are cached by it.
+    """
 
     @abstractmethod
     def views(self, geometry: VisualGeometry, height: int, width: int) -> tuple[View, ...]:

@@ -1,4 +1,4 @@
-"""InternVL's tiling: the image is squashed onto the grid of tiles whose shape is nearest, and a thumbnail follows.
+"""InternVL's tiling: the image is resized to the grid of tiles with the nearest aspect ratio, and a thumbnail follows.
 
 Source: transformers 5.23 models/got_ocr2/image_processing_pil_got_ocr2.py, which InternVL uses.
 """
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class GridTiling(Tiling):
     """Grids of `least` to `most` tiles. `thumbnail`: an image of several tiles has one more, of the whole. `before` and
-    `after`: the ids of tokens around an image's rows. Raises ImageError where no grid has so few and so many tiles."""
+    `after`: the ids of tokens around an image's rows. Raises ImageError if no grid has between `least` and `most`
+    tiles."""
 
     least: int = 1
     most: int = 12
@@ -50,8 +51,9 @@ class GridTiling(Tiling):
 
 
 def nearest_grid(height: int, width: int, tile: int, least: int, most: int) -> tuple[int, int]:
-    """The (rows, columns) of tiles whose aspect differs least from the image's. Of equals, one of more tiles if the
-    image has more than half of their pixels."""
+    """The (rows, columns) of tiles whose aspect ratio is nearest to the image's. At a tie, the grid with more tiles if
+    the image has more than half of their pixels.
+    """
     best, best_difference = (1, 1), float("inf")
     for rows, columns in _grids(least, most):
         difference = abs(width / height - columns / rows)

@@ -1,4 +1,4 @@
-"""The decoder rows that an image or a video gives: rows of the tower, rows pooled from others, newline rows."""
+"""The decoder rows of an image or a video: rows of the tower, pooled rows, newline rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LLaVA-UHD's rule: slices of one size and any aspect ratio, then the whole image, each at about the area of a tile.
+"""LLaVA-UHD's rule: slices of one size and any aspect ratio, then the whole image, each with about the area of a tile.
 
 A tile is one patch. Source: thunlp/LLaVA-UHD dd7f6cc (branch v1) slice_process.py, which follows MiniCPM-V.
 """

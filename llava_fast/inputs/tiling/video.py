@@ -1,4 +1,4 @@
-"""The rows and views of a video: one tile a frame, pooled as the checkpoint asks."""
+"""The rows and views of a video: one tile a frame, pooled as the checkpoint specifies."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _of_frames(geometry: VisualGeometry) -> VisualGeometry:
 
 @functools.lru_cache(maxsize=64)
 def video_rows(geometry: VisualGeometry, frames: int) -> VisualRows:
-    """The decoder rows of a video of `frames` frames, each one tile (1xN), pooled as the checkpoint asks."""
+    """The decoder rows of a video of `frames` frames, each one tile (1xN), pooled as the checkpoint specifies."""
     _check_takes_videos(geometry)
     if frames < 1:
         raise ImageError("a video of no frames: give at least one frame")
