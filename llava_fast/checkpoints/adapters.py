@@ -1,10 +1,10 @@
-"""Directories that hold only a part of a model: a trained projector, or an adapter with what else was trained.
+"""Directories with only a part of a model: a trained projector, or an adapter with other trained parts.
 
 Both need the base they were trained on. Plain LoRA is merged as it is read: W + scale * B @ A, computed in float32 and
 rounded once to the base's dtype. An adapter is plain only if each field of its adapter_config.json is unset or known
 to add nothing to that sum. All others are merged by PEFT (peft_merge), or refused by name. `save_adapter` and
-`save_projector` write such directories: beside an original base as the original's trainer does, beside a Hugging Face
-one as PEFT does.
+`save_projector` write such directories: for an original base as the original's trainer does, for a Hugging Face base as
+PEFT does.
 
 Sources: haotian-liu/LLaVA c121f04 model/builder.py (which files, which prefixes) and train/train.py (what they
 hold); Hu et al. 2021 (LoRA); huggingface/peft 0.21: adapter_config.json's fields, what its modules_to_save are stored
@@ -65,7 +65,7 @@ def find_projector_file(path: Path) -> Path | None:
 
 
 def add_projector(base: Mapping[str, StoredTensor], file: Path, names: NameMap) -> dict[str, StoredTensor]:
-    """Our names -> tensors, those of a projector-only file over those of the language model."""
+    """Our names -> tensors: the language model's, overridden by those of a projector-only file."""
     return {**base, **_unwrapped(open_file(file), names)}
 
 
@@ -128,7 +128,7 @@ def _add_plain(
 
 
 def check_adapter(path_or_hub_id: str | Path) -> None:
-    """Raises CheckpointError for what is no adapter directory."""
+    """Raises CheckpointError if this is not an adapter directory."""
     path = resolve(path_or_hub_id)
     if not (path / ADAPTER_CONFIG).exists():
         raise CheckpointError(f"{path} holds no {ADAPTER_CONFIG}, so there is no adapter to merge")
@@ -147,7 +147,7 @@ def save_adapter(
 
     settings  adapter_config.json, PEFT's fields. What its modules_to_save name goes with the factors.
     factors   LoRA factors by our names: decoder.layers.0.self_attn.q_proj.lora_A.weight.
-    others    what else was trained, by our names.
+    others    other trained tensors, by our names.
     config    the model's. An original LLaVA's goes with the adapter, whose base may be a bare language model.
     note      what NOTE_FILE says.
     """
@@ -187,7 +187,7 @@ def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) 
 
 
 def _beside(config: LlavaConfig, name: str) -> str:
-    """What PEFT calls our tensor `name`: transformers 5's name of it, or the original's."""
+    """PEFT's name of our tensor `name`: transformers 5's, or the original's."""
     family = family_of_config(config)
     return family.names.to_stored(name, family.adapter_spelling, config)
 
@@ -204,8 +204,9 @@ def _merge(weight: StoredTensor, a: StoredTensor, b: StoredTensor, scale: float)
 
 
 def _beyond_plain(adapter: Mapping[str, Any], path: Path) -> str | None:
-    """What keeps an adapter from being plain LoRA, as `field value`; None if nothing does. Raises CheckpointError for
-    what can be merged by nobody."""
+    """Why an adapter is not plain LoRA, as `field value`; None if it is. Raises CheckpointError for one that cannot be
+    merged at all.
+    """
     kind, start = adapter.get("peft_type", "LORA"), adapter.get("init_lora_weights")
     if kind != "LORA":
         return f"peft_type is {kind!r}, which"

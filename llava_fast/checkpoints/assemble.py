@@ -1,7 +1,7 @@
-"""A LLaVA that is nowhere yet: a language model, a vision tower and a projector, put together for training.
+"""A new LLaVA: a language model, a vision tower and a projector, assembled for training.
 
-What results is an original LLaVA in memory (its config.json is written here, and read like any other), so that it is
-trained as the original code trains it. `save` gives it an `<image>` token where Hugging Face's layout needs one.
+The result is an original LLaVA in memory (its config.json is written here, and read like any other), so that it is
+trained as in the original code. `save` gives it an `<image>` token where Hugging Face's layout needs one.
 
 Sources: haotian-liu/LLaVA c121f04 and LLaVA-VL/LLaVA-NeXT df17966, llava_arch.py (initialize_vision_modules).
 """
@@ -31,7 +31,7 @@ from llava_fast.storage.tensor_files import StoredTensor, open_weights
 
 
 class Rope(BaseModel):
-    """A context that is stretched, as LLaVA-NeXT's rope_scaling_type and rope_scaling_factor do it."""
+    """RoPE scaling for a longer context, as LLaVA-NeXT's rope_scaling_type and rope_scaling_factor."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -67,8 +67,9 @@ def open_checkpoint(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> tuple[LoadedCheckpoint, str]:
-    """A checkpoint, or one put together, its weights still on disk; and what to call it. `options` are those of
-    `load_checkpoint`, and have no meaning for an assembly. Raises CheckpointError."""
+    """(a checkpoint or assembly with its weights still on disk, its name). `options` are those of `load_checkpoint`,
+    and do not apply to an assembly. Raises CheckpointError.
+    """
     if not isinstance(model, Assembly):
         return load_checkpoint(model, dtype, device, **options), str(model)
     if given := [name for name, value in options.items() if value is not None]:
@@ -81,8 +82,8 @@ def assemble(
 ) -> LoadedCheckpoint:
     """Find the parts. A fresh projector begins as nn.Linear does, a newline as the original's.
 
-    Raises CheckpointError for a decoder that is none or is a LLaVA already, an unknown tower, and a projector that
-    does not fit.
+    Raises CheckpointError for a `decoder` that is not a decoder or already a LLaVA, an unknown tower, and a projector
+    that does not fit.
     """
     base = resolve(assembly.decoder)
     config, tower = describe(assembly, read_json(base / "config.json"), base)
@@ -108,8 +109,9 @@ def assemble(
 
 
 def describe(assembly: Assembly, decoder: dict[str, Any], path: Path) -> tuple[LlavaConfig, Tower]:
-    """The config of a model that is put together, and where its tower is; from the decoder's config.json alone, whose
-    directory is `path`. Raises CheckpointError."""
+    """The config of an assembled model, and where its tower is, from only the decoder's config.json in directory
+    `path`. Raises CheckpointError.
+    """
     if find_family(decoder) is not None:
         raise CheckpointError(f"{assembly.decoder} is a LLaVA already: write `model: {assembly.decoder}`")
     kind = require(

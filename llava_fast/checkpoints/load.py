@@ -38,7 +38,7 @@ Progress = Callable[[list[str]], Iterable[str]]
 
 @dataclass(frozen=True, eq=False)
 class LoadedCheckpoint:
-    """A checkpoint that has been found and understood, its weights still on disk.
+    """A checkpoint whose config has been read, with its weights still on disk.
 
     path            directory of config.json and the processor files.
     tokenizer_path  directory of the tokenizer: the same, or the base's for LoRA and projector-only directories.
@@ -47,7 +47,7 @@ class LoadedCheckpoint:
     dtype           what parameters become: the one asked for, else that of the stored token embedding, not an
                     adapter's (checkpoints mix: a CLIP tower from its own repository is float32 beside a float16
                     decoder).
-    device          where they go.
+    device          of the parameters.
     side_files      the texts of the small files (chat template, processor configs) that saving writes back.
     """
 
@@ -73,7 +73,7 @@ def load_checkpoint(
     vision_tower  where the tower of an original checkpoint is, if not where its config says. Tower weights inside
                   the checkpoint take precedence, since they may have been trained.
 
-    Raises CheckpointError for a directory that is no LLaVA, an unsupported model, or a missing shard.
+    Raises CheckpointError for a directory that is not a LLaVA, an unsupported model, or a missing shard.
     """
     path = resolve(path_or_hub_id)
     described, base, projector = _find(path, model_base)
@@ -157,8 +157,9 @@ def _rounded(stored: StoredTensor, rounding: Rounding, device: torch.device) -> 
 
 
 def _check_quantised(model: nn.Module, checkpoint: LoadedCheckpoint, asked: Quantisation | None) -> None:
-    """Raise CheckpointError for a weight that is quantised in the file and no Linear's or embedding's in the model, and
-    for a quantised checkpoint that is to be quantised."""
+    """Raise CheckpointError for a weight that is quantised in the file but does not belong to a Linear or embedding,
+    and if a quantised checkpoint is to be quantised again.
+    """
     for name, stored in checkpoint.tensors.items():
         if isinstance(stored, StoredQuantised):
             if asked is not None:
@@ -188,7 +189,9 @@ def check_tensors(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, 
 
 
 def _find(path: Path, model_base: str | Path | None) -> tuple[Path, Path | None, Path | None]:
-    """(directory whose config.json counts, that of a base if there is one, file of the projector if that is all)."""
+    """(directory of the config.json to use, the base's directory if there is one, projector file of a projector-only
+    directory).
+    """
     if (path / ADAPTER_CONFIG).exists():
         model_base = model_base or read_json(path / ADAPTER_CONFIG, fields.Adapter).get("base_model_name_or_path")
         if not model_base:
@@ -218,7 +221,7 @@ def _stored_dtype(tensors: Mapping[str, StoredTensor], name: str, path: Path) ->
 
 
 def _untied(config: LlavaConfig) -> LlavaConfig:
-    """The config of the same model with an output head of its own, in what it says of its source too."""
+    """The config of the same model with an untied output head, also in `source`."""
     source = {**config.source, "tie_word_embeddings": False}
     if "text_config" in source:
         source["text_config"] = {**source["text_config"], "tie_word_embeddings": False}

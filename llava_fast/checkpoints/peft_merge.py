@@ -34,10 +34,10 @@ def merge_with_peft(
 
     path       the adapter's directory, and `file` the one with its weights.
     config     the base's, and `described` the directory of its config.json.
-    reason     what keeps the adapter from being a plain low-rank sum, for errors.
+    reason     why the adapter is not a plain low-rank sum, for errors.
 
     Under tied embeddings the result holds a head only if it differs from the embedding. Raises CheckpointError, naming
-    `reason`, without PEFT and for what PEFT cannot load or merge.
+    `reason`, if PEFT is missing or cannot load or merge the adapter.
     """
     where = f"{path / 'adapter_config.json'}: {reason}"
     try:

@@ -1,8 +1,8 @@
 """Quantised checkpoints: the tensors that hold one weight, joined to one stored tensor under the weight's name.
 
 Read are compressed-tensors (pack-quantized and int-quantized, in 4 and 8 bits), and by conversion AWQ (AutoAWQ's
-"gemm"), GPTQ (4 and 8 bits, both zero-point conventions, act-order) and torchao's symmetric codes of a byte each.
-Anything else is refused by name.
+"gemm"), GPTQ (4 and 8 bits, both zero-point conventions, act-order) and torchao's symmetric 8-bit codes. Anything else
+is refused by name.
 
 Sources: vllm-project/compressed-tensors 0.20; casper-hansen/AutoAWQ (modules/linear/gemm.py: the order of columns in a
 word); AutoGPTQ and ModelCloud/GPTQModel (qlinear: rows in a word, zero points stored less one in "gptq");
@@ -213,7 +213,9 @@ def _torchao(stored: Mapping[str, StoredTensor], config: dict, file: Path) -> di
 
 
 def _from_torchao(parts: Mapping[str, StoredTensor]) -> tuple[tuple[int, int], Callable[[], Made]]:
-    """Codes of a byte each: Int8Tensor, IntxUnpackedToInt8Tensor. What others pack has another shape or dtype."""
+    """One byte per code: Int8Tensor, IntxUnpackedToInt8Tensor. Packed tensors of other types have another shape or
+    dtype.
+    """
     values, scale = parts["_weight_qdata"], parts["_weight_scale"]
     if values.dtype != torch.int8 or len(values.shape) != 2 or scale.shape[:1] not in ((1,), values.shape[:1]):
         raise QuantisationError(
@@ -230,7 +232,7 @@ def _from_torchao(parts: Mapping[str, StoredTensor]) -> tuple[tuple[int, int], C
 
 
 def _ordered(weight: QuantisedWeight, group_of: Tensor | None) -> Made:
-    """The weight with its columns sorted by group, and their order; columns that lie so already need none."""
+    """The weight with its columns sorted by group, and their order, or None if they are sorted already."""
     columns, groups = weight.shape[1], weight.scale.shape[1]
     if group_of is None:
         return weight, None

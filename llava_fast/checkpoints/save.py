@@ -1,7 +1,7 @@
 """Saving a model in either layout, whole or not at all.
 
-Everything is written beside the destination and renamed into place at the end, so that a run that dies leaves the
-destination as it was. Weights go out shard by shard: at most one shard is copied to the host at a time.
+Everything is written to a temporary directory next to the destination and renamed at the end, so that a crash leaves
+the destination unchanged. Weights go out shard by shard: at most one shard is copied to the host at a time.
 """
 
 from __future__ import annotations
@@ -115,8 +115,9 @@ def save(
 
 
 def check_destination(path: str | Path, overwrite: bool = False) -> Path:
-    """The whole path of a directory to save into. Raises CheckpointError for a file, and for one that holds
-    something."""
+    """The whole path of a directory to save into. Raises CheckpointError for a file and for a directory that is not
+    empty.
+    """
     path = Path(path).expanduser().resolve()
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path} is a file; give a directory to save into")
@@ -171,7 +172,7 @@ def _sized(stored: Stored) -> torch.Tensor:
 
 
 def _packed(weight: QuantisedWeight, dtype: torch.dtype) -> dict[str, Stored]:
-    """What a quantised weight is stored as, each tensor made when it is written."""
+    """The stored tensors of a quantised weight, each computed when it is written."""
     sizes = packing.packed(weight.to("meta"), dtype)
     return {
         name: Deferred(size.to("meta"), functools.partial(_packed_part, weight, dtype, name))

@@ -1,4 +1,4 @@
-"""The chat templates that a checkpoint brings, by name, from any of the files that transformers reads them from."""
+"""A checkpoint's chat templates by name, from any of the files that transformers reads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Templates:
     sources: Mapping[str, str]
 
     def choose(self, name: str = "default") -> str:
-        """The source of one template. Raises CheckpointError for a name that is not there, and an empty template."""
+        """The source of one template. Raises CheckpointError for an unknown name and an empty template."""
         if name not in self.sources:
             others = ", ".join(self.sources) or "none"
             raise CheckpointError(
@@ -35,7 +35,7 @@ class Templates:
 
 def find_templates(path: Path, tokenizer: Any, tokenizer_path: Path) -> Templates | None:
     """chat_template.jinja and those beside it, else the older chat_template.json or processor_config.json, else the
-    tokenizer's. None where a checkpoint brings no template. Raises CheckpointError for one that cannot be read."""
+    tokenizer's. None if a checkpoint has no template. Raises CheckpointError for one that cannot be read."""
     named = {file.stem: file for file in sorted((path / _MORE_JINJA).glob("*.jinja"))}
     if (path / _JINJA).exists():
         named["default"] = path / _JINJA

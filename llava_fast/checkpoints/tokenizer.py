@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, made by transformers after its side files were checked."""
+"""A checkpoint's tokenizer, built by transformers after its side files were checked."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _MARK = b"\xef\xbb\xbf"
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The transformers tokenizer of a directory; no code of the checkpoint's own is run.
+    """The transformers tokenizer of a directory; no code from the checkpoint is run.
 
-    Raises CheckpointError where there is none or it is broken, naming the file if one is known to be at fault.
+    Raises CheckpointError if there is none or it is broken, naming the faulty file if known.
     """
     from transformers import AutoTokenizer  # imported late: it takes a second
 

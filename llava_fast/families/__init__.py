@@ -1,4 +1,4 @@
-"""Families of checkpoints: a family is one file here and one line below for each model_type of its config.json."""
+"""Families of checkpoints: each is one file here and one line below for each model_type of its config.json."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _BY_CONNECTOR = {"adapt_spatial_resampler_v1": "llava_uhd", "uhd_v1_query64": "l
 
 
 def find_family(source: dict[str, Any]) -> Family | None:
-    """The family of a config.json; None if it is none's."""
+    """The family of a config.json, or None."""
     kind = source.get("model_type")
     if "mm_vision_tower" in source:
         connector = source.get("mm_projector_type")
@@ -44,7 +44,7 @@ def find_family(source: dict[str, Any]) -> Family | None:
 
 
 def family_of(source: dict[str, Any], file: Path) -> Family:
-    """The family of a config.json, which is `file`. Raises CheckpointError if it is none's."""
+    """The family of a config.json, which is `file`. Raises CheckpointError if there is none."""
     family = find_family(source)
     if family is None:
         require(source.get("model_type"), tuple(FAMILIES), "model_type", file)
@@ -65,6 +65,6 @@ def writing_family(config: LlavaConfig, layout: str) -> Family:
 
 
 def read_config(path: Path, vision_tower: str | Path | None = None) -> tuple[LlavaConfig, Tower | None]:
-    """The config of a directory, and its tower if that has a home of its own (see Family). Raises CheckpointError."""
+    """The config of a directory, and its tower if that has its own repository (see Family). Raises CheckpointError."""
     source = read_json(path / "config.json")
     return family_of(source, path / "config.json").read_with_tower(source, path, vision_tower)

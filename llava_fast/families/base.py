@@ -1,5 +1,6 @@
-"""What a family is to the rest: how checkpoints of one kind are read and written. It is one file, and a line in
-`families/__init__.py`."""
+"""The interface of families: how checkpoints of one kind are read and written. A family is one file, and a line in
+`families/__init__.py`.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ from llava_fast.models.config import LlavaConfig
 
 @dataclass(frozen=True)
 class TokenIds:
-    """The ids of the visual tokens in the tokenizer that a model is saved with (None: it takes no video), and the rows
-    of its embedding."""
+    """The ids of the visual tokens in the tokenizer that a model is saved with (None: no videos), and the number of
+    rows of its embedding.
+    """
 
     image: int
     video: int | None
@@ -33,12 +35,12 @@ class Family(ABC):
     """Checkpoints of one kind.
 
     model_types       of config.json; each is a line of the registry.
-    system            the published models that it holds, and `reference` what their results are compared with, for the
-                      page docs/families.md.
-    layout            the layout that they have; `other` says which family holds the same model in the other one.
+    system            the published models in this family, and `reference` what their results are compared with, for
+                      docs/families.md.
+    layout            their layout; `other` names the family for the same model in the other layout.
     names             the tensors' names, and those of adapters in `adapter_spelling`.
-    visual_tokens     what stands for an image and, if it takes them, a video in the text of a prompt.
-    adapters_see_tower  whether the model that an adapter is trained on holds the tower.
+    visual_tokens     the placeholders of an image and, if supported, a video in the text of a prompt.
+    adapters_see_tower  whether the model that an adapter is trained on includes the tower.
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -52,19 +54,20 @@ class Family(ABC):
 
     @abstractmethod
     def read(self, source: dict[str, Any], path: Path) -> LlavaConfig:
-        """The config of a directory, and of `source`, its config.json. Raises CheckpointError for anything that this
-        package cannot run, naming file and field and what is supported."""
+        """The config of a directory, and of `source`, its config.json. Raises CheckpointError for unsupported settings,
+        naming file, field and what is supported.
+        """
 
     @abstractmethod
     def write(self, config: LlavaConfig, tokens: TokenIds) -> dict[str, Any]:
-        """config.json, from the config alone. Raises CheckpointError for what this family cannot hold."""
+        """config.json, from the config alone. Raises CheckpointError for a config that this family cannot represent."""
 
     @abstractmethod
     def processor_files(self, config: LlavaConfig) -> dict[str, dict[str, Any]]:
-        """The processor's JSON files by their path in the checkpoint, for one that brings none."""
+        """The processor's JSON files by their path in the checkpoint, for a checkpoint without such files."""
 
     def other(self, config: LlavaConfig) -> str:
-        """A model type of the family that holds this model in the other layout. Raises CheckpointError if none does."""
+        """A model type of the family for this model in the other layout. Raises CheckpointError if there is none."""
         raise CheckpointError(
             f"{self.model_types[0]} has no other layout than {self.layout!r}: save with layout={self.layout!r}"
         )
@@ -72,9 +75,9 @@ class Family(ABC):
     def read_with_tower(
         self, source: dict[str, Any], path: Path, vision_tower: str | Path | None = None, base: Path | None = None
     ) -> tuple[LlavaConfig, Tower | None]:
-        """`read`, and the tower if it has a home of its own.
+        """`read`, and the tower if it has its own repository.
 
-        vision_tower  where the user says that it is.
+        vision_tower  its location if given by the user.
         base          the directory of the model that an adapter or a projector belongs to.
         """
         if vision_tower is not None:
@@ -82,8 +85,9 @@ class Family(ABC):
         return self.read(source, path), None
 
     def geometry(self, config: LlavaConfig, tokenizer: Any) -> VisualGeometry:
-        """The config's geometry, with the ids of tokens that stand around or between tiles. Raises CheckpointError for
-        a tokenizer without them."""
+        """The config's geometry, with the ids of tokens around or between tiles. Raises CheckpointError for a tokenizer
+        without them.
+        """
         return config.geometry
 
     def unchanged(self, config: LlavaConfig) -> dict[str, Any]:
@@ -91,7 +95,7 @@ class Family(ABC):
         return dict(config.source)
 
     def template(self, name: str, config: LlavaConfig) -> str:
-        """The built-in chat template of a checkpoint that brings none; `name` is what the user called it."""
+        """The built-in chat template of a checkpoint without one; `name` is what the user called the checkpoint."""
         return default_template_name(name, config.decoder.family)
 
     def adapted_model(self, config: LlavaConfig, file: Path) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What the JSON files of a checkpoint may hold: type and bounds (see storage.bounds) of each field that is obeyed."""
+"""Schemas of a checkpoint's JSON files: type and bounds (see storage.bounds) of each field that is obeyed."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Decoder(Fields):
 
 
 class TowerHome(Tower):
-    """config.json of a tower's own repository: the tower's alone, or a whole CLIP's or SigLIP's."""
+    """config.json of a tower's own repository: that of the tower alone, or of a whole CLIP or SigLIP."""
 
     vision_config: Tower | None = None
 
@@ -130,7 +130,7 @@ class HfConfig(Fields):
 
 
 class OriginalConfig(Decoder):
-    """config.json of an original LLaVA: a decoder's with mm_ fields beside it."""
+    """config.json of an original LLaVA: a decoder's with additional mm_ fields."""
 
     mm_vision_tower: str | None = None
     mm_vision_select_layer: Layer = -2
@@ -155,7 +155,7 @@ class Generation(Fields):
 
 class ImageProcessor(Fields):
     """preprocessor_config.json, video_preprocessor_config.json, and the sections of processor_config.json: every field
-    that transformers reads there. Those after image_grid_pinpoints change nothing that a model is given here."""
+    that transformers reads there. Those after image_grid_pinpoints have no effect here."""
 
     image_processor_type: str | None = None
     feature_extractor_type: str | None = None

@@ -1,7 +1,7 @@
 """InternVL in transformers (internvl): InternViT, pixel shuffle, a grid of tiles, `<img>` and `</img>` around an image.
 
-transformers' processor cuts every image into tiles, whatever crop_to_patches of its file says, and adds a thumbnail to
-several; min_patches and max_patches are obeyed. Videos, which it writes as a line for each frame, are refused.
+transformers' processor cuts every image into tiles, regardless of crop_to_patches in its file, and adds a thumbnail if
+there are several; min_patches and max_patches are obeyed. Videos, written as a line for each frame, are refused.
 
 Sources: transformers 5.24 configuration_internvl.py, processing_internvl.py,
 models/got_ocr2/image_processing_pil_got_ocr2.py.
@@ -54,7 +54,7 @@ class InternVlFields(fields.HfConfig):
 
 
 class TilesFields(Fields):
-    """What the image processor's file says beside other image processors'."""
+    """Fields of the image processor's file that other image processors lack."""
 
     crop_to_patches: bool | None = None
     min_patches: _TILES | None = None

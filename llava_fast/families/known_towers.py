@@ -62,8 +62,9 @@ KNOWN_TOWERS: dict[str, TowerConfig] = {
 
 @dataclass(frozen=True)
 class Tower:
-    """A tower by name: what it is in its own repository, where that is (a directory or a Hub id), and what its image
-    processor does."""
+    """A named tower: its config in its own repository, the repository (a directory or a Hub id), and its image
+    processor.
+    """
 
     config: TowerConfig
     home: str | Path
@@ -71,7 +72,7 @@ class Tower:
     settings: Settings
 
     def check_anyres(self) -> None:
-        """Raises CheckpointError where its processor makes AnyRes tiles of another size than it reads."""
+        """Raises CheckpointError if its processor makes AnyRes tiles of another size than the tower's."""
         check_anyres(self.settings, tower_kind(self.config), self.config.image_size)
 
 
@@ -79,7 +80,7 @@ def find_tower(name: str, checkpoint: Path, override: str | Path | None = None) 
     """The tower that a checkpoint calls `name`: `override` if given, else a directory of that name inside the
     checkpoint or here, else a known repository of that last path component, else a Hub id.
 
-    Raises CheckpointError if it is none of these, or no CLIP, SigLIP or SigLIP 2 tower.
+    Raises CheckpointError if it is none of these, or not a CLIP, SigLIP or SigLIP 2 tower.
     """
     wanted = str(override or name)
     for place in (checkpoint / wanted, wanted):
@@ -100,7 +101,9 @@ def find_tower(name: str, checkpoint: Path, override: str | Path | None = None) 
 
 
 def tower_tensors(tower: Tower, num_layers: int) -> dict[str, StoredTensor]:
-    """The tower's tensors from its own home, under our names: its first `num_layers` layers, no text half."""
+    """The tower's tensors from its own repository, under our names: its first `num_layers` layers, without the text
+    encoder.
+    """
     tensors: dict[str, StoredTensor] = {}
     for key, tensor in open_weights(resolve(tower.home)).items():
         name = from_tower_repository(key)
@@ -115,7 +118,7 @@ def _layer_of(name: str) -> int:
 
 
 def _read_preprocessing(settings: Settings, tower: TowerConfig | type[TowerConfig], tile: int) -> Preprocessing:
-    """The original code converts images to RGB itself, whatever the file says."""
+    """The original code always converts images to RGB, regardless of the file."""
     if tower.native_sizes:
         return dataclasses.replace(native_preprocessing(settings, tile), do_convert_rgb=True)
     kind = tower_kind(tower)
@@ -124,7 +127,7 @@ def _read_preprocessing(settings: Settings, tower: TowerConfig | type[TowerConfi
 
 
 def _read_tower(directory: Path) -> Tower:
-    """The tower of a repository of its own, whole or vision half only."""
+    """The tower of its own repository, which holds a whole model or only its vision half."""
     file = directory / "config.json"
     config = auto_config(read_json(file, fields.TowerHome), file, decodes=False)
     config = getattr(config, "vision_config", config)

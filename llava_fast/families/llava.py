@@ -65,9 +65,9 @@ class Llava(Family):
     """LLaVA 1.5: an image is one tile.
 
     architecture  transformers' class.
-    processor     its processor, where that is not called like it.
+    processor     its processor, if its name differs.
     config_fields  what config.json is checked against.
-    image_kinds   the image processors that make its tiles, the one of a file that names none first.
+    image_kinds   the supported image processors, the default first.
     has_newline   whether a learned row ends each row of an image's grid of tiles.
     takes_native_sizes  whether its tower may read images at their own sizes.
     """
@@ -136,11 +136,11 @@ class Llava(Family):
         )
 
     def transformers_config(self, source: dict[str, Any], file: Path) -> Any:
-        """What transformers makes of config.json."""
+        """config.json as transformers reads it."""
         return auto_config(source, file)
 
     def tower(self, vision: TowerConfig, file: Path) -> TowerConfig:
-        """The tower, of which `vision` is what vision_config describes."""
+        """The tower, from `vision`, the one that vision_config describes."""
         return vision
 
     def connector(self, hf: Any, vision: TowerConfig, out_features: int, file: Path) -> ConnectorConfig:
@@ -154,7 +154,7 @@ class Llava(Family):
         )
 
     def connector_fields(self, config: LlavaConfig) -> dict[str, Any]:
-        """`connector`, back. Raises CheckpointError for another kind."""
+        """The inverse of `connector`. Raises CheckpointError for another kind."""
         projector = config.projector
         if not isinstance(projector, ProjectorConfig):
             raise CheckpointError(f"transformers' LLaVA has a projector of two Linears, not {projector}")
@@ -166,8 +166,9 @@ class Llava(Family):
         return {"projector_hidden_act": projector.activation, "multimodal_projector_bias": projector.bias}
 
     def preprocessing(self, hf: Any, tower: type[TowerConfig], path: Path) -> tuple[Preprocessing, Preprocessing]:
-        """What is done to images and to video frames. LLaVA-1.5 and NeXT have no videos in transformers: their frames
-        are made as the tower's own processor makes images."""
+        """Preprocessing of images and of video frames. LLaVA-1.5 and NeXT have no videos in transformers: their frames
+        are processed like images by the tower's own processor.
+        """
         settings, tile = image_settings(path), tower.tile_side(hf.vision_config)
         if tower.native_sizes:
             images = native_preprocessing(settings, tile)
@@ -189,7 +190,7 @@ class Llava(Family):
         return {}
 
     def tiling_fields(self, config: LlavaConfig, tokens: TokenIds) -> dict[str, Any]:
-        """`tiling`, back, and what else only some families have."""
+        """The inverse of `tiling`, and other fields that only some families have."""
         return {} if config.vision.native_sizes else {"image_seq_length": config.geometry.rows_per_tile}
 
     def token_counts(self, hf: Any, vision: TowerConfig) -> dict[str, Any]:
@@ -265,7 +266,7 @@ class Llava(Family):
 
 
 class LlavaNext(Llava):
-    """LLaVA-NeXT (1.6): an image is a view of the whole and a grid of tiles, without the padding."""
+    """LLaVA-NeXT (1.6): an image is a view of the whole and a grid of tiles, without padding rows."""
 
     model_types = ("llava_next",)
     system = "LLaVA-NeXT (1.6)"
@@ -338,7 +339,7 @@ class LlavaNextVideo(LlavaNext):
 
 
 class LlavaOnevision(LlavaNext):
-    """LLaVA-OneVision: rows beyond those of N tiles are shrunk, frames are pooled after the projector."""
+    """LLaVA-OneVision: rows beyond those of N tiles are interpolated down, frames are pooled after the projector."""
 
     model_types = ("llava_onevision",)
     system = "LLaVA-OneVision"
@@ -378,8 +379,9 @@ class LlavaOnevision(LlavaNext):
 
 
 def _check_counts(expected: dict[str, Any], file: Path) -> None:
-    """Raises CheckpointError where processor_config.json counts tokens otherwise than config.json, by which they are
-    counted here; transformers goes by both, and fails."""
+    """Raises CheckpointError if token counts of processor_config.json and config.json differ; config.json counts here,
+    transformers uses both, and fails.
+    """
     given = read_json_if_there(file, fields.Processor)
     for field, value in expected.items():
         if given.get(field) not in (None, value):

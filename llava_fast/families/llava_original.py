@@ -57,7 +57,7 @@ _PROJECTORS = {"linear": ("linear", 1), "identity": ("identity", 0), "mlp2x_gelu
 class LlavaOriginal(Family):
     """Any original LLaVA.
 
-    own_type  what a model of the family is called here, where its config.json shows it by mm_projector_type alone.
+    own_type  the family's type here, if config.json identifies it only by mm_projector_type.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("llava_llama", "llava_mistral", "llava_qwen")
@@ -70,10 +70,10 @@ class LlavaOriginal(Family):
     adapters_see_tower = False  # the original's trainer adds it after PEFT's layers
 
     def other(self, config: LlavaConfig) -> str:
-        """Which of transformers' four LLaVA classes computes what this config says of images.
+        """Which of transformers' four LLaVA classes treats images as this config does.
 
-        Of videos, transformers knows two kinds only: pooled before the projector (llava_next_video), or bilinear after
-        it (llava_onevision). Another kind becomes llava_next, which takes no video.
+        transformers has only two kinds of video pooling: before the projector (llava_next_video), or bilinear after it
+        (llava_onevision). Another kind becomes llava_next, which does not support videos.
         """
         geometry = config.geometry
         if geometry.merge == "flat" and geometry.aspect in ("crop", "pad", "squash"):
@@ -184,7 +184,7 @@ class LlavaOriginal(Family):
         }
 
     def unchanged(self, config: LlavaConfig) -> dict[str, Any]:
-        """The weights now include the tower, which the last field tells the original loader."""
+        """The weights now include the tower; the last field tells the original loader so."""
         return config.source | {"mm_vision_tower": _tower_name(config)[0], "unfreeze_mm_vision_tower": True}
 
     def processor_files(self, config: LlavaConfig) -> dict[str, dict[str, Any]]:
@@ -220,8 +220,9 @@ def _architecture(model_type: str) -> str:
 
 
 def assembled_fields(decoder: str, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json's fields that make a language model's a LLaVA's: `decoder` is its kind, and `parts` the fields of a
-    recipe's Assembly."""
+    """The fields that turn a language model's config.json into a LLaVA's: `decoder` is its kind, and `parts` the fields
+    of a recipe's Assembly.
+    """
     pinpoints = parts["pinpoints"]
     if isinstance(pinpoints, list):
         pinpoints = [list(pair) for pair in pinpoints]  # as JSON has them
@@ -250,7 +251,7 @@ def assembled_fields(decoder: str, parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_config(source: Mapping[str, Any], file: Path) -> Any:
-    """What transformers makes of an original config.json's decoder; CheckpointError if it cannot."""
+    """The decoder of an original config.json as transformers reads it; CheckpointError if it cannot."""
     from transformers import CONFIG_MAPPING  # seconds to import, as in parts.py
 
     decoders = _decoders()

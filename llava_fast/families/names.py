@@ -1,6 +1,6 @@
-"""Tensor names: those that a family's checkpoints store and ours, mapped both ways as plain strings.
+"""Tensor names: mapping between those stored in a family's checkpoints and ours, as plain strings.
 
-Reading accepts any spelling of a family without being told which; writing names one:
+Reading accepts any spelling of a family; writing requires one by name:
 
     hf        what the Hub has and every transformers reads
     hf5       what transformers 5 holds in memory, and so what PEFT calls them
@@ -32,7 +32,7 @@ class NameMap:
 
     written  the rules of each spelling that is written. They are read too.
     read     further rules that are read: what other programs write.
-    skipped  a pattern of stored names that no model needs. They are left out knowingly, and are not written back.
+    skipped  a pattern of stored names that no model needs. They are skipped deliberately, and not written back.
     """
 
     written: Mapping[Spelling, tuple[Rule, ...]]
@@ -45,7 +45,7 @@ class NameMap:
 
     def from_stored(self, stored: str) -> str | None:
         """Our name of a tensor stored under `stored`, in whichever spelling; None for a name the family does not have.
-        Where several rules fit, the one with the longest start of the stored name counts."""
+        If several rules match, the one with the longest prefix of the stored name wins."""
         for ours, theirs in self._readers:
             if (renamed := _renamed(stored, theirs, ours)) is not None:
                 return renamed
@@ -60,7 +60,7 @@ class NameMap:
         return self.by_rules(ours, spelling)
 
     def by_rules(self, ours: str, spelling: Spelling) -> str:
-        """As `to_stored`, by the rules alone; the first that fits counts."""
+        """As `to_stored`, by the rules alone; the first match wins."""
         for mine, theirs in self.written[spelling]:
             if (renamed := _renamed(ours, mine, theirs)) is not None:
                 return renamed
@@ -107,8 +107,9 @@ def within(modules: Mapping[str, str], ours: str, stored: str) -> tuple[Rule, ..
 
 
 def _renamed(name: str, start: str, new: str) -> str | None:
-    """`name` with `new` in place of `start`; None if it does not start so, or is not `start` where that is a whole
-    name."""
+    """`name` with `new` in place of the prefix `start` (or the whole name, if `start` is one); None if it does not
+    match.
+    """
     if name == start or (start.endswith(".") and name.startswith(start)):
         return new + name.removeprefix(start)
     return None

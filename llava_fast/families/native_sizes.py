@@ -40,8 +40,9 @@ class NativeProcessor(Fields):
 
 
 def native_preprocessing(settings: Settings, patch: int) -> Preprocessing:
-    """What is done to a patch's bytes, and how images are resized. Raises CheckpointError for settings of another
-    processor, for another patch than the tower's, and for images that are not resized."""
+    """The normalisation of a patch's bytes, and how images are resized. Raises CheckpointError for settings of another
+    processor, for another patch than the tower's, and for images that are not resized.
+    """
     image_kind(settings, (SIGLIP2_KIND,))
     check_fields(settings.content, NativeProcessor, settings.where)
     if settings.get("patch_size") not in (None, patch):

@@ -31,7 +31,7 @@ def tower_config(tower, file: Path, **choices) -> TowerConfig:
 
 
 def _made(file: Path, make: Callable[..., Any], *given: Any, **choices: Any) -> Any:
-    """make(...), what it refuses as a CheckpointError that names the file."""
+    """make(...); its ValueError becomes a CheckpointError that names the file."""
     try:
         return make(*given, **choices)
     except ValueError as problem:
@@ -53,7 +53,7 @@ def decoder_config(text, file: Path, tied: bool) -> DecoderConfig:
 
 
 def _check_whole(config: Any, kind: type[Fields], file: Path) -> None:
-    """The bounds of the file's own fields, for what transformers made of them: nothing may be left out."""
+    """Check the config that transformers made against the bounds of the file's fields; no field may be missing."""
     check_fields({name: getattr(config, name, None) for name in kind.model_fields}, kind, file, sparse=False)
 
 
@@ -76,15 +76,17 @@ def refuse_quantised(source: dict[str, Any], file: Path) -> None:
 
 
 def eos_token_ids(generation: dict[str, Any], *others: int | list[int] | None) -> tuple[int, ...]:
-    """What ends an answer: as generation_config.json says (null: nothing does), else the first of `others` that is
-    stated. A number, a list or nothing."""
+    """The end tokens of an answer: from generation_config.json (null: none), else the first of `others` that is set. A
+    number, a list or nothing.
+    """
     stated = generation.get("eos_token_id", first(*others))
     return () if stated is None else tuple(stated) if isinstance(stated, list) else (stated,)
 
 
 def auto_config(source: dict[str, Any], file: Path, decodes: bool = True):
-    """What transformers makes of the content of a config.json; CheckpointError if it cannot. `decodes`: its text half
-    is a decoder; that of a tower's own repository is not, and is not checked."""
+    """The content of a config.json as transformers reads it; CheckpointError if it cannot. `decodes`: its text half is
+    a decoder and is checked; that of a tower's own repository is not.
+    """
     from transformers import CONFIG_MAPPING  # seconds to import: only a process that loads a checkpoint pays
 
     kind = source.get("model_type")

@@ -1,4 +1,4 @@
-"""An image or video processor's settings, from the files that transformers reads them from, and as they are written.
+"""An image or video processor's settings: reading them from the files that transformers reads, and writing them.
 
 Every field that changes what a model sees is obeyed or refused by name. A field that transformers does not read has no
 effect in it or here; a warning in the log `llava_fast.checkpoints` names it, and saving in the same layout keeps it.
@@ -39,8 +39,9 @@ logger = logging.getLogger("llava_fast.checkpoints")
 
 @dataclass(frozen=True)
 class Kind:
-    """What a processor of transformers does where its file says nothing. `squares`: do_pad puts an image on a square
-    of the mean colour (others' do_pad fills a batch up, which tiles of one size do not need)."""
+    """Defaults of one of transformers' processors. `squares`: do_pad pads an image to a square with the mean colour (in
+    others do_pad pads a batch, which tiles of one size do not need).
+    """
 
     name: str
     crops: bool = True
@@ -66,14 +67,15 @@ SIGLIP2_KIND = dataclasses.replace(
 
 @dataclass(frozen=True)
 class Settings:
-    """The content of a processor's file, or of its section of one, and what an error calls that."""
+    """The content of a processor's file, or of its section in one, and its name in errors."""
 
     content: Mapping[str, Any]
     where: str
 
     def get(self, field: str, default: Any = None) -> Any:
-        """The field, or the default if the file lacks it. A null is False where a bool stands, as in transformers, and
-        the default elsewhere, where transformers fails if it needs the field."""
+        """The field, or the default if the file lacks it. A null is False for a bool, as in transformers, and otherwise
+        the default, where transformers fails if it needs the field.
+        """
         value = self.content.get(field, default)
         return value if value is not None else False if isinstance(default, bool) else default
 
@@ -82,13 +84,13 @@ class Settings:
 
 
 def image_settings(path: Path) -> Settings:
-    """What transformers reads images' settings from: their section of processor_config.json, else their own file."""
+    """The image settings that transformers reads: their section of processor_config.json, else their own file."""
     section = _section(path, "image_processor")
     return section or _file(path, "preprocessor_config.json") or Settings({}, str(path / "preprocessor_config.json"))
 
 
 def video_settings(path: Path) -> Settings:
-    """The same for videos, whose file may be absent: images' then counts."""
+    """The same for videos; if their file is absent, that of images is used."""
     own = _section(path, "video_processor") or _file(path, "video_preprocessor_config.json")
     return own or _file(path, "preprocessor_config.json") or image_settings(path)
 
@@ -105,7 +107,7 @@ def _section(path: Path, name: str) -> Settings | None:
 
 
 def image_kind(settings: Settings, allowed: tuple[Kind, ...]) -> Kind:
-    """The image processor that the settings are for, by the name that they give; the first allowed one without."""
+    """The image processor named in the settings; by default the first allowed one."""
     field = "image_processor_type" if settings.get("image_processor_type") else "feature_extractor_type"
     named = (settings.get(field) or allowed[0].name).replace("FeatureExtractor", "ImageProcessor")
     kinds = {kind.name: kind for kind in allowed}
@@ -124,8 +126,9 @@ def check_video(settings: Settings, kind: Kind) -> None:
 
 
 def read_preprocessing(settings: Settings, kind: Kind, tile: int) -> Preprocessing:
-    """What these settings do to an image or a frame that becomes one tile of `tile` pixels. What they leave unsaid is
-    as in transformers, but for sizes, which are the tower's."""
+    """How these settings turn an image or a frame into one tile of `tile` pixels. Defaults are transformers', except
+    sizes, which are the tower's.
+    """
     if settings.get("input_data_format") not in (None, "channels_last"):
         settings.refuse("input_data_format", "arrays are [height, width, channels] here: leave it out")
     if settings.get("use_square_size", False):
@@ -170,7 +173,7 @@ KNOWN = {*fields.ImageProcessor.model_fields, "aspect_ratio_setting", "_valid_pr
 
 
 def _fit(settings: Settings, kind: Kind, tile: int) -> Fit:
-    """Raises CheckpointError for settings that give an image of the tower's size to no image at all."""
+    """Raises CheckpointError for settings that never produce the tower's image size."""
     resizes, crops = settings.get("do_resize", True), settings.get("do_center_crop", kind.crops)
     size = _size(settings, kind, tile) if resizes else None
     crop = _crop_size(settings)
@@ -222,7 +225,7 @@ def _crop_size(settings: Settings) -> tuple[int, int] | None:
 
 
 def check_anyres(settings: Settings, kind: Kind, tile: int) -> None:
-    """Raises CheckpointError unless base view and tiles of the grid come out in the tower's size, resized once."""
+    """Raises CheckpointError unless base view and grid tiles have the tower's size after a single resize."""
     size, crop = _size(settings, kind, tile), _crop_size(settings)
     base = (size.height, size.width) if size.height else (size.shortest_edge, size.shortest_edge)
     if base != (tile, tile) or size.of(tile, tile) != (tile, tile):
@@ -234,8 +237,9 @@ def check_anyres(settings: Settings, kind: Kind, tile: int) -> None:
 
 
 def check_pinpoints(settings: Settings, expected: tuple[tuple[int, int], ...]) -> None:
-    """Raises CheckpointError for pinpoints other than config.json's: images would be cut by these and put together
-    again by those."""
+    """Raises CheckpointError for pinpoints other than config.json's: images would be cut by one list and reassembled by
+    the other.
+    """
     given = settings.get("image_grid_pinpoints")
     if given is not None and tuple(tuple(pair) for pair in given) != expected:
         settings.refuse("image_grid_pinpoints", "config.json has others: make them equal")
@@ -255,7 +259,7 @@ def check_tokens(path: Path, tokenizer: Any, **ids: int | None) -> None:
 
 
 def written(preprocessing: Preprocessing, tile: int, kind: Kind) -> dict[str, Any]:
-    """The fields that make a processor of this kind do just that."""
+    """The fields with which a processor of this kind does exactly this preprocessing."""
     fit = preprocessing.fit
     size = fit.size or Size(shortest_edge=tile)
     made: dict[str, Any] = {
@@ -308,7 +312,7 @@ def pad_color(mean: Triple) -> tuple[int, int, int]:
 
 
 def check_same_values(images: Preprocessing, frames: Preprocessing, settings: Settings) -> None:
-    """Raises CheckpointError where frames are normalised otherwise than images: a model has one normalisation."""
+    """Raises CheckpointError if frames and images are normalised differently: a model has one normalisation."""
     own, others = frames.values(), images.values()
     if fold_values(**own) == fold_values(**others):
         return

@@ -1,7 +1,7 @@
 """Video-LLaVA in transformers (video_llava): LLaVA 1.5 with a tower for images and one for the frames of videos.
 
-An image's class row is dropped as vision_feature_select_strategy says; a frame's is kept whatever it says. The port has
-a plain CLIP for videos, where the original's attends across time.
+An image's class row is dropped according to vision_feature_select_strategy; a frame's is always kept. The port has a
+plain CLIP for videos, where the original's attends across time.
 
 Source: transformers 5.17-5.24 configuration_video_llava.py, modeling_video_llava.py, processing_video_llava.py,
 image_processing_video_llava.py.
