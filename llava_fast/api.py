@@ -1,4 +1,4 @@
-"""The package's front door: `load` a checkpoint, `save` it, `count_tokens` of an image."""
+"""The public API: `load` a checkpoint, `save` it, `count_tokens` of an image."""
 
 from __future__ import annotations
 
@@ -47,19 +47,20 @@ def load(
     dtype          torch dtype or its name; "auto" is the checkpoint's own. Default: "auto", but float32 on a CPU.
     chat_template  name of a built-in template (see inputs.chat.formats) to use instead of the checkpoint's, or of one
                    of those that the checkpoint brings (default: the one named "default").
-    processor      how images and videos are read, where the checkpoint leaves a choice (see ProcessorOptions).
+    processor      how images and videos are read, as far as the checkpoint does not determine it (see
+    ProcessorOptions).
     model_base     the model that a LoRA or projector-only directory was trained on.
     vision_tower   where an original checkpoint's tower is, if not where its config says.
     merge          one weight for query, key and value and one for gate and up, so that each is one product (see
-                   models.fused.merge_linears). Default: on CUDA. False for a model that is trained or given adapters;
-                   llava_fast.models.fused.split_linears undoes it. Saving writes the separate weights in any case.
+                   models.fused.merge_linears). Default: on CUDA. Pass False for training or adapters;
+                   llava_fast.models.fused.split_linears undoes it. Saving always writes the separate weights.
     quantize       "int8", "int4" or a Quantisation: round the decoder's Linears, its head and its embedding to 8 or 4
-                   bits as they are read (see docs/quantisation.md). A checkpoint that is quantised already is read as
-                   it is, without this.
-    progress       what the names of tensors are iterated through, such as tqdm.tqdm.
+                   bits as they are read (see docs/quantisation.md). Not for a checkpoint that is already quantised,
+                   which is loaded as stored.
+    progress       wraps the iteration over tensor names, such as tqdm.tqdm.
 
     Weights are memory-mapped and assigned tensor by tensor. Raises CheckpointError, naming file and tensor, and
-    QuantisationError for a quantisation that cannot be.
+    QuantisationError for an unsupported quantisation.
     """
     device, quantisation = _device(device), Quantisation.of(quantize)
     if dtype is None and device.type == "cpu":
@@ -112,8 +113,9 @@ def count_tokens(
     width: int,
     compat: Compat | None = None,
 ) -> int:
-    """Visual tokens that an image of this size (pixels) costs. `compat` reads the pinpoints as Hugging Face ("hf")
-    or the original code ("llava") does; default: as the checkpoint does. Raises ImageError for an empty image."""
+    """The number of visual tokens for an image of this size (pixels). `compat` reads the pinpoints as Hugging Face
+    ("hf") or the original code ("llava") does; default: the checkpoint's. Raises ImageError for an empty image.
+    """
     config = model_or_config if isinstance(model_or_config, LlavaConfig) else model_or_config.config
     geometry = config.geometry
     return count_image_rows(geometry.read_as(compat) if compat else geometry, height, width)
@@ -121,8 +123,8 @@ def count_tokens(
 
 def _chat_template(checkpoint: LoadedCheckpoint, name: str, tokenizer: Any, asked: str | None) -> ChatTemplate:
     """The template asked for (a built-in one, or one that the checkpoint brings under that name), else the one it was
-    trained with here, else the checkpoint's own, else the one that its name and decoder suggest. A template that is
-    there and cannot be used is an error."""
+    trained with here, else the checkpoint's own, else the one that its name and decoder suggest. An existing template
+    that cannot be used is an error."""
     if asked is not None and asked in builtin_names():
         return builtin_template(asked)
     if asked is None and (trained_with := _trained_template(checkpoint)) is not None:

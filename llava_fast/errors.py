@@ -1,4 +1,4 @@
-"""The errors a user of llava_fast can meet, each a sentence that names the thing and the remedy."""
+"""The errors that llava_fast raises; each message names the problem and the remedy."""
 
 
 class LlavaFastError(ValueError):
@@ -17,15 +17,15 @@ class MissingPackageError(LlavaFastError, ImportError):
 
 
 class MissingFileError(ImageError, FileNotFoundError):
-    """An image or video file that is not there."""
+    """An image or video file that does not exist."""
 
 
 class RequestError(LlavaFastError):
-    """A request that cannot be served: placeholders and images disagree, the prompt is too long, a bad option."""
+    """An invalid request: placeholders and images that do not match, a prompt that is too long, a bad option."""
 
 
 class GenerationError(LlavaFastError):
-    """An answer that breaks off: the model's logits are not numbers."""
+    """An answer that cannot continue: the model's logits are NaN."""
 
 
 class CacheFullError(LlavaFastError):
@@ -37,13 +37,15 @@ class CheckpointError(LlavaFastError):
 
 
 class QuantisationError(LlavaFastError):
-    """A quantised weight that is not one: unknown scheme, a group that does not divide, a bad scale, a short tensor."""
+    """An invalid quantisation or quantised weight: an unknown scheme, a group that does not divide, a bad scale, a
+    truncated tensor.
+    """
 
 
 class DataError(LlavaFastError):
-    """Training data that cannot be used: a file that is no JSON, turns out of order, placeholders without images.
-
-    `kind` sorts what is wrong, for reports."""
+    """Training data that cannot be used: a file that is not JSON, turns out of order, placeholders without images.
+    `kind` classifies the problem, for reports.
+    """
 
     def __init__(self, message: str, kind: str = "malformed") -> None:
         super().__init__(message)
@@ -51,19 +53,19 @@ class DataError(LlavaFastError):
 
 
 class RecipeError(LlavaFastError):
-    """A training recipe that cannot be run: an unknown field, a bad value, parts that do not go together."""
+    """An invalid training recipe: an unknown field, a bad value, incompatible settings."""
 
 
 class BackendError(LlavaFastError):
-    """A backend that was asked for by name and cannot serve this op or this call."""
+    """A backend requested by name that does not support this op or this call."""
 
 
 class UnsupportedModelError(LlavaFastError):
-    """A model that `accelerate` does not serve."""
+    """A model that `accelerate` does not support."""
 
 
 class PixelError(LlavaFastError):
-    """uint8 pixels that an accelerated model cannot take."""
+    """uint8 pixels that an accelerated model cannot accept."""
 
 
 class PlanError(LlavaFastError):

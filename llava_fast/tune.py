@@ -1,4 +1,4 @@
-"""`llava-fast tune`: verdicts for a model's calls made ahead of time, so that no later run spends time on proofs."""
+"""`llava-fast tune`: finds verdicts for a model's calls ahead of time, so that later runs spend no time on tests."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ TOKENS = 4  # of each answer: the first comes from the prompt's pass, the others
 def tune(
     model: str | Path | None, training: bool, budget: float, device: str | None = None, dtype: str | None = None
 ) -> None:
-    """Run a model (default: the demo's) on pictures of several sizes, prove each class of calls that comes up, write
-    the verdicts to this machine's file and print them. Raises BackendError where selection is off or pinned."""
+    """Run a model (default: the demo's) on pictures of several sizes, test each class of calls that occurs, write the
+    verdicts to this machine's file and print them. Raises BackendError if selection is off or pinned.
+    """
     settings = tables.settings()
     if settings.pinned is not None or settings.mode == "off":
         raise BackendError("tune finds verdicts: unset LLAVA_FAST_SELECTION, and LLAVA_FAST_SELECT if it is 'off'")
@@ -60,7 +61,7 @@ def tune(
 
 
 def workload(model: Llava, training: bool) -> None:
-    """The calls of answering, one request and several, and with `training` of a training step."""
+    """Runs generation for one request and for several, and with `training` a training step."""
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
     requests = [_talk("<image>\nWhat is in this picture?", images=[picture]) for picture in pictures]
@@ -82,7 +83,9 @@ def _turn(role: str, text: str) -> dict[str, str]:
 
 
 def verdict_table(verdicts: Mapping[str, Verdict]) -> Table:
-    """A row for each class: the form that runs, its error and time beside the reference's, and when that was found."""
+    """A row for each class: the chosen form, its error and time next to the reference's, and the date of the
+    verdict.
+    """
     table = Table(Column("class of calls", overflow="fold"), title="verdicts")
     for heading in ("runs", "error", "ms", "found"):
         table.add_column(heading, overflow="fold")

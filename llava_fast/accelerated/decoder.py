@@ -1,20 +1,20 @@
-"""RMSNorm, SwiGLU and RoPE of a transformers decoder, replaced by instance where an op serves the call.
+"""RMSNorm, SwiGLU and RoPE of a transformers decoder, replaced on instances by ops where these support the call.
 
-Of Llama, Mistral and Qwen2 only, and only modules of transformers' own classes. Forwards of three kinds of module are
-replaced (see `replacement`), and each asks at every call whether it may:
+Only for Llama, Mistral and Qwen2, and only modules of transformers' own classes. Forwards of three kinds of module are
+replaced (see `replacement`), and each checks at every call whether the op applies:
 
-- RMSNorm: ops.rms_norm. For the backward pass it keeps its input and a number for each row, where the stock one keeps
-  the normalised rows too (for half-precision rows also a float32 copy of them);
+- RMSNorm: ops.rms_norm. For the backward pass it saves its input and one number for each row; the stock one also saves
+  the normalised rows (for half-precision rows also a float32 copy of them);
 - MLP: ops.swiglu between the three projections, which are called as they are. It keeps gate and up, where the stock one
   keeps silu(gate) too. Without gradients the product is made in silu(gate)'s own memory;
 - attention: ops.rope on queries and keys. transformers calls RoPE by a module's global name, and a patch of that would
   reach every model of the process; so what runs is the stock forward's own code with that one name bound to ops.rope.
   It keeps nothing more or less, but makes one new tensor of each where the stock one makes five.
 
-An op is taken where a backend fuses it. On a CPU, where no kernel serves, the references of rms_norm and rope are
-faster than the stock modules for float32 from models.fused.gate.LEAST values on; below that, in half precision, and for
-swiglu's backward pass, they are not, and the stock path runs. Hooks on these modules, and wrapped or quantised
-projections, work as ever: they are called.
+An op runs if a backend fuses it. On a CPU, without a kernel, the references of rms_norm and rope are faster than the
+stock modules for float32 inputs of at least models.fused.gate.LEAST values; otherwise, in half precision, and for
+swiglu's backward pass, the stock path runs. Hooks on these modules, and wrapped or quantised projections, keep working:
+they are called.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CACHES = ("cache", "past_key_values")
 
 
 def replacements(whole: nn.Module) -> Iterator[tuple[nn.Module, str, Callable[..., Any], str]]:
-    """(module, method, function, what it does in words) for the decoder of a LLaVA; nothing for one that is unknown."""
+    """(module, method, function, what it does in words) for the decoder of a LLaVA; empty for an unknown decoder."""
     decoder = getattr(whole.model, "language_model", None)
     for module in decoder.modules() if decoder is not None else ():
         # Also match replaced modules whose class changed later (parametrize), so restore() finds them.
@@ -51,7 +51,7 @@ def replacements(whole: nn.Module) -> Iterator[tuple[nn.Module, str, Callable[..
 
 
 def _is_stock(kind: type[nn.Module], function: Callable) -> bool:
-    """Whether a class has the forward that transformers gave it, and one that can be served here."""
+    """Whether a class still has transformers' forward, and a supported one."""
     known = function is not attention_forward or _with_rope(kind.forward) is not None
     return known and kind.forward.__module__ == kind.__module__
 

@@ -1,7 +1,8 @@
 """From a Hugging Face LLaVA's images and videos to the decoder's inputs: the tower up to the selected layer, only rows
 that are kept or pooled into others projected, every row put in its place by integers.
 
-`unfit` says at each call why a model or a call must take the stock path; the other functions assume it said nothing.
+`unfit` returns at each call why a model or a call must take the stock path; the other functions assume that it returned
+None.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ TOWER_RUNS: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("l
 
 
 class Unfit(Exception):
-    """Why a call must take the stock path; never seen outside."""
+    """Raised internally when a call must take the stock path; never reaches the caller."""
 
 
 class Selection(NamedTuple):
@@ -53,12 +54,14 @@ class Selection(NamedTuple):
 
 
 def untouched(module: nn.Module) -> bool:
-    """No hooks and no forward of its own: calling its parts is calling it."""
+    """No hooks and no overridden forward: calling its parts is equivalent to calling it."""
     return is_untouched(module, type(module))
 
 
 def only_gathered(module: nn.Module) -> bool:
-    """No forward of its own, and no hooks but those with which FSDP2 gathers and frees its weights (`fully_shard`)."""
+    """No overridden forward, and no hooks except those with which FSDP2 gathers and frees its weights
+    (`fully_shard`).
+    """
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     owners = (type(getattr(hook, "__self__", None)).__module__ for hook in hooks)
     return "forward" not in vars(module) and all(owner.startswith("torch.distributed.fsdp.") for owner in owners)
@@ -119,7 +122,7 @@ def _unfit_for_videos(model: StockModel, frames: Tensor, skipped: int) -> str | 
 
 
 def _asked(model: StockModel, given: dict, name: str) -> bool:
-    """Whether an output is asked for by argument, or, without one, by the model's or its decoder's config."""
+    """Whether an output is requested by argument, or else by the model's or its decoder's config."""
     value = given.get(name)
     if value is None:
         config = model.config
@@ -141,7 +144,8 @@ def select(model: StockModel, given: dict) -> Selection:
 
 def geometry(config, skipped: int, has_class_row: bool, aspect_ratio: str | None = None) -> VisualGeometry:
     """How the checkpoint reads an image or a video, `skipped` rows of each tile left out; `aspect_ratio` "anyres_max_N"
-    is LLaVA-OneVision's, by default its config's. Raises ImageError for a layout that stock code does not have either.
+    is LLaVA-OneVision's, by default its config's. Raises ImageError for a layout that stock code does not support
+    either.
     """
     vision = config.vision_config
     if skipped and not has_class_row:
@@ -151,8 +155,9 @@ def geometry(config, skipped: int, has_class_row: bool, aspect_ratio: str | None
 
 
 def tiling(config, aspect_ratio: str | None = None) -> dict[str, Any]:
-    """The fields of a VisualGeometry that the family reads from a config; of a pooler that is not known, none. Raises
-    ImageError."""
+    """The fields of a VisualGeometry that the family reads from a config; none for an unknown pooler. Raises
+    ImageError.
+    """
     family, file = FAMILIES[config.model_type](), Path("config.json")
     assert isinstance(family, Llava)
     if aspect_ratio is not None:
@@ -179,7 +184,7 @@ class Visuals(NamedTuple):
 
 
 def plan_visuals(model: StockModel, given: Mapping[str, Any], integers: Integers, selection: Selection) -> Visuals:
-    """Images and videos and the placement of their rows. Raises ImageError where pixels, sizes and tokens disagree."""
+    """Images and videos and the placement of their rows. Raises ImageError if pixels, sizes and tokens do not match."""
     has_class_row = hasattr(model.vision_tower.embeddings, "class_embedding")
     shape = geometry(model.config, selection.skipped, has_class_row, given.get("vision_aspect_ratio"))
     pixels, frames = given.get("pixel_values"), given.get("pixel_values_videos")
@@ -204,7 +209,7 @@ def plan_visuals(model: StockModel, given: Mapping[str, Any], integers: Integers
 
 
 def _tiles(pixels: Tensor, counts: list[int]) -> Tensor:
-    """The tiles of all images end to end, without those that fill up [images, most, 3, H, W]."""
+    """The tiles of all images end to end, without the padding tiles of [images, most, 3, H, W]."""
     if pixels.dim() == 5:
         if len(pixels) != len(counts) or max(counts) > pixels.shape[1]:
             raise ImageError(f"pixel_values {tuple(pixels.shape)} do not hold {len(counts)} images of {counts} tiles")
@@ -215,8 +220,9 @@ def _tiles(pixels: Tensor, counts: list[int]) -> Tensor:
 
 
 class Features(NamedTuple):
-    """What a tower makes of tiles: the hidden states [tiles, rows, width] of the selected layer and, if asked for, its
-    last hidden state."""
+    """A tower's output: the hidden states [tiles, rows, width] of the selected layer and, if requested, its last hidden
+    state.
+    """
 
     selected: Tensor
     last: Tensor | None
@@ -225,8 +231,9 @@ class Features(NamedTuple):
 def tower_features(
     tower: StockModel, tiles: Mapping[str, Tensor], layers: int, uint8: Mapping[str, Normalisation], last: bool = False
 ) -> Features:
-    """Hidden states after so many layers; later layers run only where the `last` hidden state is asked for. `uint8`:
-    the normalisation that tiles of these names still need."""
+    """Hidden states after this many layers; later layers run only if the `last` hidden state is requested. `uint8`: the
+    normalisation that tiles of these names still need.
+    """
     if (runs := TOWER_RUNS.get()) is not None:
         runs.append(layers)
     if untouched(tower):
@@ -276,7 +283,7 @@ def _embedded(embeddings: StockModel, pixels: Tensor, normalisation: Normalisati
 
 
 def view(model: StockModel, visuals: Visuals, skipped: int) -> Parts:
-    """A transformers model as models.encode takes it."""
+    """The Parts of a transformers model, for models.encode."""
     projector = model.multi_modal_projector
     if all(untouched(part) for part in projector.modules()):
         project = functools.partial(project_rows, projector)
@@ -289,8 +296,9 @@ def view(model: StockModel, visuals: Visuals, skipped: int) -> Parts:
 def _projected_as_stock(
     projector: nn.Module, visuals: Visuals, skipped: int, features: Tensor, kept: Tensor, pooled: list[Tensor]
 ) -> Tensor:
-    """Kept rows, then those already pooled, by a projector with hooks: it sees what it sees in the stock model, all
-    tiles of images, then all frames of videos."""
+    """Kept rows, then those already pooled, by a projector with hooks: it gets the same inputs as in the stock model,
+    all tiles of images, then all frames of videos.
+    """
     tiles = [len(part) for part in visuals.tiles.values()]
     features = features.unflatten(0, (sum(tiles), -1))
     rows = features.shape[1]
@@ -304,7 +312,7 @@ def _projected_as_stock(
 def feature_list(
     model: StockModel, visuals: Visuals, selection: Selection, uint8: Mapping[str, Normalisation]
 ) -> list[Tensor]:
-    """What stock get_image_features gives as pooler_output: each image's (or video's) rows in order, [rows, width]."""
+    """The pooler_output of stock get_image_features: each image's (or video's) rows in order, [rows, width]."""
     features = tower_features(model.vision_tower, visuals.tiles, selection.layers, uint8).selected.flatten(0, 1)
     parts, at = view(model, visuals, selection.skipped), visuals.placement
     return list(placed(parts, None, visual_rows(parts, features, at), at).split(visuals.lengths))
@@ -338,7 +346,7 @@ def decoder_inputs(
 
 
 def projector_linears(model: StockModel) -> PlainLinears | None:
-    """Those of a projector that is just as transformers builds it, else None."""
+    """The Linears of a projector that is unchanged since transformers built it, else None."""
     projector = model.multi_modal_projector
     linears = [projector.linear_1, projector.linear_2] if hasattr(projector, "linear_2") else []
     if not linears or not untouched(projector) or not untouched(projector.act):

@@ -23,8 +23,9 @@ def field_names(kind: type) -> set[str]:
 
 
 def output_class(model: StockModel) -> type:
-    """The class that the stock forward returns: it lies beside the model's own, which FSDP may have subclassed. Raises
-    Unfit where there is none."""
+    """The class that the stock forward returns, from the module of the model's class (which FSDP may have subclassed).
+    Raises Unfit if there is none.
+    """
     for kind in type(model).__mro__:
         found = getattr(sys.modules[kind.__module__], KINDS.get(kind.__name__, ""), None)
         if found is not None:
@@ -34,7 +35,8 @@ def output_class(model: StockModel) -> type:
 
 def show_encoder(inner: StockModel) -> bool:
     """Whether the outputs of an inner model hold those of its tower, as they do since transformers 5.24. Raises Unfit
-    for outputs that are not known."""
+    for unknown outputs.
+    """
     for kind in type(inner).__mro__:
         found = getattr(sys.modules[kind.__module__], f"{kind.__name__}OutputWithPast", None)
         if found is not None and field_names(found) & {"image_outputs", "image_hidden_states"}:

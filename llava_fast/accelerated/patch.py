@@ -3,21 +3,20 @@
 Methods of the model and of its parts are replaced, by instance (see `replacement`); classes, parameters and state_dict
 keys stay:
 
-- the whole model's forward: with labels, the loss and its gradients are made of supervised rows alone, by
+- the whole model's forward: with labels, the loss and its gradients are computed from supervised rows only, by
   ops.linear_cross_entropy;
 - the inner model's forward: the tower stops at the selected layer, only kept rows of images and videos are projected,
   and every row is put in its place by integers (see `encode`);
 - the inner model's get_image_features and get_video_features: the same, but only while generate encodes ahead of the
   prompt. A direct call still runs the whole tower, for its result shows the last hidden state;
-- generate: it leaves out a collator's plan (`llava_plan_*`, see `shipped_plan`), which forward takes;
-- prepare_inputs_for_generation: uint8 pixels (see `uint8_pixels`) go to the first step alone, as normalised ones do;
-- the forwards of the decoder's RMSNorm, MLP and attention: RMSNorm, SwiGLU and RoPE are one op each where that is the
-  faster, and stock elsewhere, without a word in the log (see `decoder`).
+- generate: drops a collator's plan (`llava_plan_*`, see `shipped_plan`), which only forward uses; -
+prepare_inputs_for_generation: uint8 pixels (see `uint8_pixels`) go only to the first step, as normalised ones do; - the
+forwards of the decoder's RMSNorm, MLP and attention: RMSNorm, SwiGLU and RoPE are one op each where that is faster, and
+  stock elsewhere, without a log entry (see `decoder`).
 
-A call that another replacement does not serve takes the stock path, and says so once in the log
-`llava_fast.integrations`; so does one that fails here, and each of those for which this version of transformers is not
-what is known here, as a trial on a tiny model shows (see `self_check`). A graph that torch.compile traces is the stock
-one.
+A call that one of the other replacements does not support takes the stock path, which is logged once in
+`llava_fast.integrations`; so does a call that fails here, and every call of a method for which a trial on a tiny model
+shows that this version of transformers differs (see `self_check`). A graph that torch.compile traces is the stock one.
 """
 
 from __future__ import annotations
@@ -70,13 +69,13 @@ def accelerate(model: nn.Module, processor=None, *, training_logits: bool = True
 
     model           a Llava, LlavaNext, LlavaNextVideo or LlavaOnevision ForConditionalGeneration, or a wrapper that
                     holds one (PEFT).
-    processor       the model's processor, which tells how pixels are normalised: with it the model also takes the uint8
-                    tiles of FastProcessor(output="uint8"), as `pixel_values_uint8` (of videos,
+    processor       the model's processor, which defines how pixels are normalised: with it the model also accepts the
+                    uint8 tiles of FastProcessor(output="uint8"), as `pixel_values_uint8` (of videos,
                     `pixel_values_videos_uint8`). Without it they raise uint8_pixels.PixelError. (A stock or restored
-                    model's generate refuses these names; its forward ignores any name it does not know, so that
-                    it answers as if there were no image: do not restore a model that is fed them.)
-    training_logits False: in training mode, a call with labels gives its loss alone, and `logits` is None; the table of
-                    logits [B, S, vocabulary] is then never made. True: logits are given, as the stock model does.
+                    model's generate raises for these names; its forward ignores unknown names, and answers as if there
+                    were no image: do not restore a model that gets uint8 pixels.)
+    training_logits False: in training mode, a call with labels returns only its loss, and `logits` is None: logits [B,
+                    S, vocabulary] are never materialised. True: logits are returned, as by the stock model.
     Raises UnsupportedModelError for any other model, PixelError for a processor without image settings.
     """
     versions.warn_if_untried()
@@ -101,7 +100,7 @@ def accelerate(model: nn.Module, processor=None, *, training_logits: bool = True
 
 
 def _unlike_known(inner: StockModel) -> Mapping[str, str]:
-    """What of a model's class is not as known, and takes the stock path: why, by what it is (see `self_check`)."""
+    """What differs in a model's class and takes the stock path: the reasons by part (see `self_check`)."""
     return self_check.reasons(inner, accelerate)
 
 
@@ -119,7 +118,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def replaced(model: nn.Module) -> list[str]:
-    """What of a model is replaced now, in words."""
+    """What is currently replaced in a model, in words."""
     done = (what for module, name, _, what in _replacements(find(model)) if is_replaced(module, name))
     return list(dict.fromkeys(done))
 
@@ -183,7 +182,7 @@ def whole_forward(model: StockModel, *args, **kwargs):
 
 
 def _attempt(inner: StockModel, make: Callable[[], Any]) -> tuple[Any, str | None]:
-    """(what `make` gives, None), or (None, why the stock path must serve, which raises whatever it would raise).
+    """(the result of `make`, None), or (None, why the stock path must run, which then raises its own error).
 
     Errors that are this package's own to raise are raised: no stock model takes a plan or uint8 pixels, nor has a
     backend. So are all others where processes share a sharded model and wait for each other: it cannot run again."""
@@ -263,7 +262,7 @@ def _integers(inner: StockModel, given: dict, labels: Tensor | None = None) -> I
 
 
 def _as_stock(inner: StockModel, given: dict) -> dict:
-    """The arguments of a call as a stock model takes them: no plan, and pixels normalised."""
+    """The arguments of a call for a stock model: without a plan, and with normalised pixels."""
     return uint8_pixels.normalise(*uint8_pixels.take(inner, shipped_plan.without(given)))
 
 
@@ -312,7 +311,7 @@ def _unknown_keyword(inner: StockModel, given: dict) -> str | None:
 
 
 def generate(model: StockModel, *args, **kwargs):
-    """The stock generate without a plan: it would spread the plan's columns over beams, and take the prompt apart."""
+    """The stock generate without a plan, because it would repeat the plan's columns for beams and split the prompt."""
     return type(model).generate(model, *args, **shipped_plan.without(kwargs))
 
 
@@ -343,12 +342,14 @@ def encode_for_generation(model: StockModel, *args, **kwargs):
 
 
 def inner_image_features(model: StockModel, *args, **kwargs):
-    """Within generate, image features alone; elsewhere the stock method, whose result shows the whole tower."""
+    """Within generate, only image features; elsewhere the stock method, whose result includes all of the tower's
+    outputs.
+    """
     return _features(model, "get_image_features", args, kwargs)
 
 
 def inner_video_features(model: StockModel, *args, **kwargs):
-    """Within generate, video features alone; elsewhere the stock method."""
+    """Within generate, only video features; elsewhere the stock method."""
     return _features(model, "get_video_features", args, kwargs)
 
 

@@ -1,7 +1,7 @@
 """Replacing a method of one object, so that deepcopy and pickle carry the replacement over to the copy's own weights.
 
 A replacement is `functools.partial(function, module)` of a module-level function in the instance's own dict. A closure
-would go on using the weights it was made with; a bound method cannot be pickled inside the object it is bound to.
+would keep using the original's weights; a bound method cannot be pickled inside the object it is bound to.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ TOLD = "_llava_fast_told"
 
 def replace(module: nn.Module, name: str, function: Callable[..., Any], more: tuple[str, ...] = ()) -> bool:
     """Let `module.name(...)` be `function(module, ...)`, under the signature of the method it replaces (Trainer and
-    generate read it) and `more` keywords. False, and nothing done, if something else has replaced it already."""
+    generate read it) and `more` keywords. Returns False, without a change, if something else has already replaced
+    it."""
     if name in vars(module):
         return is_replaced(module, name)
     bound = functools.partial(function, module)

@@ -1,6 +1,6 @@
-"""What `accelerate` would replace, and what would take the stock path and why, in words: for `llava-fast doctor`.
+"""What `accelerate` would replace, what would take the stock path, and why, as text for `llava-fast doctor`.
 
-Models are built on the meta device, from a config alone: no weight is read, and nothing is computed.
+Models are built on the meta device, from only a config: no weight is read, and nothing is computed.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Trying `accelerate` on a tiny model of the same class, against the class's own methods.
 
 transformers changes its models from release to release: an output field becomes a property, a method gets another name,
-a forward another argument. So before anything is served for a class of model, a tiny one of that class, tower and
-decoder is built, and the stock methods and those that replace them answer the same calls. What gives another answer,
-fails, or has a parameter that is not known here takes the stock path, and `reasons` says why. It takes some 0.1 s, once
-a process for each kind of model, and again when a class or function of its modules has been changed since.
+a forward another argument. So before a class of model is accelerated, a tiny one of that class, tower and decoder is
+built, and the same calls are made to stock methods and replacements. A method that gives another answer, fails, or has
+an unknown parameter takes the stock path, and `reasons` says why. It takes about 0.1 s, once a process for each kind of
+model, and again if a class or function of its modules has changed.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def in_trial() -> bool:
 
 
 def reasons(inner: StockModel, accelerate: Call, thorough: bool = False) -> Mapping[str, str]:
-    """What takes the stock path in models of this inner model's class, and why; empty if all was found right.
+    """What takes the stock path in models of this inner model's class, and why; empty if all agreed.
 
     `accelerate` replaces the methods of a whole model. Whether something has changed since the last trial is looked up
     in the family's own module, and if `thorough` in the tower's and the decoder's too. During a trial: nothing.

@@ -1,8 +1,8 @@
 """Batches without an image in a model that FSDP2 has sharded (`fully_shard`).
 
-Each process then waits for all others wherever a shard is gathered or a gradient is summed, so a process that has no
-image must go through tower and projector anyway. Stock transformers does not: where the tower's layers are
-sharded the processes wait for each other for ever; where they are not, gradients of different lengths meet in one sum.
+Each process then waits for all others wherever a shard is gathered or a gradient is reduced, so a process without an
+image must run tower and projector anyway. Stock transformers does not: if the tower's layers are sharded the processes
+deadlock; if not, gradients of different lengths meet in one reduction.
 """
 
 from __future__ import annotations

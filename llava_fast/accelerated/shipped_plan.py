@@ -1,7 +1,7 @@
-"""The plan of a batch as flat int32 tensors named `llava_plan_*`, made by the collator and taken by an accelerated
-model's forward, which then asks no tensor for its values: nothing waits for the device.
+"""The plan of a batch as flat int32 tensors named `llava_plan_*`, made by the collator for an accelerated model's
+forward, which then reads no tensor's values: nothing synchronises with the device.
 
-Only shapes are checked on a device; on a CPU, where looking costs nothing, also that the plan is of this batch.
+On a device only shapes are checked; on a CPU, where reading values is free, also that the plan belongs to this batch.
 """
 
 from __future__ import annotations

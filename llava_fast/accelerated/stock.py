@@ -1,4 +1,4 @@
-"""What the type checker is told of a transformers LLaVA."""
+"""Types of a transformers LLaVA for the type checker."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """uint8 pixels in a transformers model: the names they come under, and the normalisation that the processor would have
 done, read from it once and kept with the model.
 
-A stock model knows none of these names, so that no model takes unnormalised pixels for normalised ones. Normalisation
-is folded into the patch embedding where that is an ordinary one (see ops.patch_embed); elsewhere pixels are looked up
-in a table of the processor's own values.
+A stock model has none of these names, so no model mistakes unnormalised pixels for normalised ones. Normalisation is
+folded into the patch embedding where that is an ordinary one (see ops.patch_embed); elsewhere pixels are looked up in a
+table of the processor's own values.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Normalisation(NamedTuple):
         return fold_values(True, self.factor, True, self.mean, self.std)
 
     def levels(self) -> np.ndarray:
-        """float32 [3, 256]: what transformers' arithmetic makes of each pixel value in each channel."""
+        """float32 [3, 256]: each pixel value in each channel, normalised with transformers' arithmetic."""
         from transformers.image_transforms import normalize, rescale
         from transformers.image_utils import ChannelDimension
 
@@ -71,7 +71,7 @@ def remember(inner: nn.Module, processor: Any) -> None:
 
 
 def _read(part: Any) -> Normalisation | None:
-    """None where a processor leaves out a step, so that its pixels are not what a model is fed."""
+    """None if a processor omits a step, so that its pixels are not a model's input."""
     if not (part.do_rescale and part.do_normalize):
         return None
     mean, std = (tuple(map(float, np.broadcast_to(value, 3))) for value in (part.image_mean, part.image_std))
@@ -79,7 +79,7 @@ def _read(part: Any) -> Normalisation | None:
 
 
 def take(inner: nn.Module, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Normalisation]]:
-    """(arguments with uint8 pixels under the names they stand for, the normalisation each of those still needs).
+    """(arguments with uint8 pixels under the stock names, the normalisation that each of those still needs).
 
     Raises PixelError for pixels that are not uint8 or come twice, or for a model that was not given its processor.
     """
@@ -100,5 +100,5 @@ def take(inner: nn.Module, given: dict[str, Any]) -> tuple[dict[str, Any], dict[
 
 
 def normalise(given: Mapping[str, Any], needed: Mapping[str, Normalisation]) -> dict[str, Any]:
-    """The arguments as a stock model takes them."""
+    """The arguments for a stock model."""
     return dict(given) | {name: normalisation.normalised(given[name]) for name, normalisation in needed.items()}

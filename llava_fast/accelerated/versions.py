@@ -1,4 +1,4 @@
-"""Which versions of transformers the tests were run with."""
+"""The versions of transformers that the tests were run with."""
 
 from __future__ import annotations
 

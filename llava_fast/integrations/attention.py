@@ -1,13 +1,13 @@
 """`register()`: this package's attention for any transformers model, as `attn_implementation="llava_fast"`.
 
 transformers has two registries, and a name needs an entry in both: one for attention, one for the mask that it gets.
-With the first alone no mask is made, and padding is attended to in silence.
+With only the first no mask is made, and padding is attended to without an error.
 
-Where a prefill or a training step has nothing but causality and padding on one side, the mask is a `Spans` (where each
-sequence's rows lie), and `models.blocks.attention` works on each sequence's own rows: padding costs nothing, and the
-kernels that take no mask are used. (Attention at padding itself, which is never read, gives zeros or what causality
-gives.) In every other case the mask is the tensor that transformers makes for SDPA. Finding out reads the 2-D mask once
-a step, as transformers' own SDPA mask does.
+If a prefill or a training step has only causality and padding on one side, the mask is a `Spans` (where each sequence's
+rows are), and `models.blocks.attention` works on each sequence's own rows: padding costs nothing, and kernels without a
+mask are used. (Attention at padding itself, which is never read, gives zeros or causal attention's result.) In every
+other case the mask is the tensor that transformers makes for SDPA. Finding out reads the 2-D mask once a step, as
+transformers' own SDPA mask does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REFUSED = ("softcap", "position_bias", "s_aux", "cache")
 
 
 def register(name: str = NAME) -> str:
-    """Make `attn_implementation=name` known to transformers; return the name. Calling it again does no harm."""
+    """Make `attn_implementation=name` known to transformers; return the name. It may be called repeatedly."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(name, attention)
@@ -43,9 +43,9 @@ def attention(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in each layer: query [B, H, q, D], key and value [B, K, k, D] to [B, q, H, D].
+    """Called by transformers in each layer: query [B, H, q, D], key and value [B, K, k, D] to [B, q, H, D].
 
-    Raises ValueError for what it does not compute: attention dropout beside padding, soft capping, biases, sinks.
+    Raises ValueError for unsupported options: attention dropout with padding, soft capping, biases, sinks.
     """
     if found := [name for name in REFUSED if kwargs.get(name) is not None]:
         raise ValueError(f"the attention {NAME!r} does not serve {', '.join(found)}: use attn_implementation='sdpa'")
@@ -82,8 +82,9 @@ def _of_spans(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scaling: 
 def mask(
     batch_size: int, q_length: int, kv_length: int, *, mask_function, attention_mask: Tensor | None = None, **kwargs
 ) -> Spans | Tensor | None:
-    """What transformers calls once a step: a Spans where only causality and padding on one side are asked for, None
-    where nothing is masked but the future, else the bool tensor [B, 1, q, k] of its own SDPA mask."""
+    """Called by transformers once a step: a Spans for causality and padding on one side, None for causality alone, else
+    the bool tensor [B, 1, q, k] of its own SDPA mask.
+    """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     plain = mask_function is causal_mask_function and q_length == kv_length > 1 and kwargs.get("kv_offset", 0) == 0

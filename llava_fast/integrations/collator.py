@@ -1,7 +1,8 @@
-"""`Collator`: samples of text and images to a batch for a transformers LLaVA, with labels and the plan of the batch.
+"""`Collator`: makes a batch for a transformers LLaVA from samples of text and images, with labels and the batch's plan.
 
 Labels come from the spans of one tokenisation: the whole conversation is tokenised once, and a token is supervised if
-it ends inside an answer. A Collator holds a processor and a config, no model: a data loader's worker can have it.
+it ends inside an answer. A Collator holds a processor and a config, but no model, so it can run in a data loader's
+workers.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ class Collator:
     processor     a LLaVA processor of transformers, or a FastProcessor.
     model         the model, or its config.
     labels        True: answers are supervised. False: prompts, for generate; an answer is left out.
-    end           what follows the answer of a sample with a "prompt". Default: the tokenizer's end of sequence; "" for
-                  nothing. (In messages the chat template writes the end of a turn.)
+    end           the text after the answer of a sample with a "prompt". Default: the tokenizer's end of sequence; ""
+                  for nothing. (In messages the chat template writes the end of a turn.)
     chat_template name of a built-in template (see inputs.chat.formats) to use instead of the processor's.
     padding_side  "left" or "right". Default: the tokenizer's; "left" without labels.
-    plan          True: the batch carries its plan as int32 tensors `llava_plan_*`, which an accelerated model's forward
-                  takes, so that it asks the device for nothing. False: for a model that is not accelerated, or
+    plan          True: the batch carries its plan as int32 tensors `llava_plan_*`, which let an accelerated model's
+                  forward run without reading from the device. False: for a model that is not accelerated, or
                   nn.DataParallel.
 
     A sample is one of
