@@ -1,8 +1,8 @@
 """Which implementation of an op runs: per process by LLAVA_FAST_BACKEND, per block by `use_backend`.
 
-"auto" takes what selection has found to be right and fastest for the class of the call on this machine
-(`ops/selection`), and without a verdict the op's default; naming a backend that cannot serve a call is an error,
-never a silent fall-back.
+"auto" uses the form that selection found to be correct and fastest for the call's class on this machine
+(`ops/selection`), and without a verdict the op's default. A backend requested by name that does not support a call is
+an error, never a silent fallback.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ _defaults: dict[tuple[str, str], str] = {}
 def register(op: str, backend: str, devices: str, default_on: tuple[str, ...] = ()) -> None:
     """Record that `op` has `backend`, with a phrase for `doctor` on which devices.
 
-    default_on: device types ("cpu") on which "auto" takes it without a verdict. Only for a form that is the same code
-    on every such machine and that the package's tests hold to the reference; else the default is the reference.
+    default_on: device types ("cpu") on which "auto" uses it without a verdict. Only for a form whose code is the same
+    on every such machine and which the package's tests compare with the reference; otherwise the default is the
+    reference.
     """
     _served.setdefault(op, {})[backend] = devices
     _defaults.update({(op, device): backend for device in default_on})
@@ -43,8 +44,8 @@ def served() -> dict[str, dict[str, str]]:
 def use_backend(name: str) -> Iterator[None]:
     """Run the ops called inside the block on backend `name` ("auto", "triton", "native", "reference").
 
-    A thread without a block of its own follows the latest that is open: autograd runs a CUDA backward pass on threads
-    of its own, to which no context comes.
+    A thread without its own block follows the most recently opened one, because autograd runs a CUDA backward pass on
+    its own threads, which do not inherit the context.
     """
     token, block = _chosen.set(_checked(name)), object()
     _open[block] = name
@@ -56,7 +57,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def requested() -> str:
-    """The backend asked for, by `use_backend` or LLAVA_FAST_BACKEND; "auto" when none is."""
+    """The backend requested by `use_backend` or LLAVA_FAST_BACKEND; "auto" if none is."""
     mine = _chosen.get() or next(reversed(_open.values()), None)
     return mine or _checked(os.environ.get("LLAVA_FAST_BACKEND", "auto"))
 
@@ -64,8 +65,8 @@ def requested() -> str:
 def choose(op: str, device: str = "", unfit: Mapping[str, str | None] | None = None) -> str:
     """The backend `op` uses now for tensors on a device of this type.
 
-    `unfit` says for each backend why it cannot serve this very call (None or absent: it can); "auto" then takes the
-    reference. Raises BackendError when the backend asked for does not serve the op, or not this call.
+    `unfit` gives for each backend why it does not support this call (None or absent: it does); "auto" then uses the
+    reference. Raises BackendError if the requested backend does not support the op or this call.
     """
     name, unfit = requested(), unfit or {}
     decision = current()
@@ -84,7 +85,7 @@ def choose(op: str, device: str = "", unfit: Mapping[str, str | None] | None = N
 
 
 def default(op: str, device: str) -> str:
-    """What `op` runs on a device of this type where no class of calls has a verdict."""
+    """The form of `op` on a device of this type for calls without a verdict."""
     return tables.pinned_backend(op) or _defaults.get((op, device), "reference")
 
 
@@ -105,8 +106,9 @@ def _has_triton() -> bool:
 
 
 def serves(op: str, device: str) -> bool:
-    """Whether the backend in use has, or may find at first use, a kernel of `op` for such a device. Its reference does
-    not count: an op that runs the same steps as the modules it stands for only adds its own call, some 20 microseconds.
+    """Whether the backend in use has, or may find at first use, a kernel of `op` for such a device. The reference does
+    not count: an op that runs the same steps as the modules it replaces only adds the overhead of its call, some 20
+    microseconds.
     """
     name = requested()
     if name != "auto":

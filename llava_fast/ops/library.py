@@ -1,8 +1,8 @@
 """How an op becomes a `torch.library` operator, so that autograd, torch.compile and CUDA graphs take it as one node.
 
 Registered by `Library.define` and `impl` rather than by the `custom_op` decorator, whose call costs several times as
-much. The implementation chooses its backend when it runs, so a compiled graph still follows `use_backend`; where none
-is asked for, selection decides (`ops/selection`).
+much. The implementation chooses its backend when it runs, so a compiled graph still follows `use_backend`; if none is
+requested, selection decides (`ops/selection`).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def define(
 ) -> OpOverload:
     """Register `run` for every device under `schema` and return the callable `torch.ops.llava_fast.<name>.default`.
 
-    The first argument is a tensor: where it lies on a GPU, that GPU is the current one while `run` launches kernels.
-    Tensors on different devices raise ValueError.
-    `fake` gives the outputs' shapes and dtypes. `save(ctx, inputs, output)` keeps what `backward(ctx, *gradients)`
-    needs; without them the op has no gradient. A second derivative raises RuntimeError.
+    The first argument is a tensor: if it is on a GPU, that GPU is the current one while `run` launches kernels. Tensors
+    on different devices raise ValueError. `fake` gives the outputs' shapes and dtypes. `save(ctx, inputs, output)`
+    keeps what `backward(ctx, *gradients)` needs; without them the op has no gradient. A second derivative raises
+    RuntimeError.
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -45,9 +45,9 @@ def define(
 
 
 def autocast(*tensors: Tensor | None) -> list[Tensor]:
-    """The tensors (None stays None) as a matrix product takes them under autocast: in its dtype where it is on.
+    """The tensors (None stays None) cast as for a matrix product: to autocast's dtype if autocast is on.
 
-    An op casts its operands before it is called, or its two passes would multiply in different dtypes.
+    An op's operands are cast before the call; otherwise its two passes would multiply in different dtypes.
     """
     device = tensors[0].device.type  # type: ignore[union-attr]
     if not torch.is_autocast_enabled(device):
@@ -57,7 +57,7 @@ def autocast(*tensors: Tensor | None) -> list[Tensor]:
 
 
 def selected(name: str, run: Callable) -> Callable:
-    """`run`, by selection's verdict where no backend is asked for."""
+    """`run`, by selection's verdict if no backend is requested."""
 
     @functools.wraps(run)
     def by_verdict(*args):

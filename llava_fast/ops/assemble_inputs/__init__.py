@@ -1,4 +1,4 @@
-"""assemble_inputs: from ViT features to the decoder's inputs as one op: the projector, and every row in its place."""
+"""assemble_inputs: from ViT features to the decoder's inputs as one op: the projector and the placement of all rows."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def assemble_inputs(
     """Projected feature rows, text embeddings and constant rows, each in its place: inputs_embeds [rows, width].
 
     features  [n, in]: rows of the vision tower.
-    kept      int [k]: the feature row that each projected row is made of, no two alike; negative: none, for a
-              padding row, whose place is negative too.
+    kept      int [k]: the feature row of each projected row, without duplicates; negative for a padding row, whose
+              place is negative too.
     weights   of the projector's linear layers, [out, in] each, with `activation` (by transformers' name) between;
     biases    [out] each, or an empty list.
     source    int [rows]: 0 text embedding, 1 projected row, 2 constant, -1 padding (a zero row).
@@ -39,10 +39,10 @@ def assemble_inputs(
     embedding [vocabulary, width]; constant [m, width] (row 0: the newline).
     inverse   the inverse placement; its visual_place [k] is the decoder row that each projected row
               goes to, or negative. It must agree with source and row, as the plan's columns do.
-    count     int [1] on the same device: all kept rows from count[0] on are padding, which a kernel then need not
-              project (where gradients are wanted it does). None: there may be padding anywhere.
+    count     int [1] on the same device: all kept rows from count[0] on are padding, which a kernel may skip (not if
+              gradients are needed). None: padding may be anywhere.
     Returns [rows, width] in embedding's dtype. Gradients flow to features (zeros where not kept), every weight and
-    bias, embedding and constant; sums are float32 in a fixed order, and nothing is kept or computed for what is frozen.
+    bias, embedding and constant; sums are float32 in a fixed order, and nothing is saved or computed for frozen inputs.
 
     FLOPs: 2 * k * (in * hidden + hidden * width) forward for two layers; each layer costs the same again for the
     gradient of its weight, and for the gradient of its input. Minimum bytes: kept feature rows read, hidden rows

@@ -1,8 +1,8 @@
 """decoder_step: a whole decoder pass for one new row a sequence, as one compiled call.
 
-In PyTorch a small decoder spends most of a token between operators and a large one reads its weights no faster than
-its matrix-vector products do; one call does away with the former and streams each weight once for all sequences.
-For inference only: it writes the cache, and no gradient flows through it.
+In PyTorch a small decoder spends most of a token's time on operator overhead, and a large one is bound by the weight
+reads of its matrix-vector products; one call removes the overhead and streams each weight once for all sequences. For
+inference only: it writes the cache, and no gradient flows through it.
 """
 
 from __future__ import annotations
@@ -42,9 +42,8 @@ def decoder_step(
     Per layer: x += o(attention(norm(x))); x += down(silu(gate(norm(x))) * up(norm(x))); then the final norm.
     Softmax is in float32 or wider. FLOPs: 2n per weight and 4*n*rows*H*D a layer for attention. Minimum bytes: each
     weight once, each cached row once.
-    Row i's result is the same bits whatever the other rows, wherever its blocks lie, and on any number of threads
-    (native).
-    Raises ValueError for tensors that do not fit together and for a table without room for the new row.
+    The bits of row i's result do not depend on the other rows, on where its blocks are, or on the number of threads
+    (native). Raises ValueError for mismatched tensors and for a table without room for the new row.
     """
     weights.refresh()
     rows, head_dim, like = len(before), weights.head_dim, weights.norm

@@ -43,10 +43,10 @@ def image_tiles(pixels: Tensor, plan: TilePlan) -> Tensor:
 
     pixels   uint8 [bytes]: the images of the plan, [H, W, 3] each, one after another.
     Returns [tiles, 3, tile, tile], or [tiles, (tile // patch)**2, 3 * patch**2 rounded up to 16] if `plan.patch`: what
-    inputs.pictures.tiles.make_tiles gives for the images in turn. It has no gradient. The plan's tables are trusted:
-    only inputs.pictures.tiles.plan_tiles makes valid ones. Minimum bytes: the pixels of every view read once, the tiles
-    written once, and the middle rows between the two passes written and read once.
-    Raises ValueError for tensors of another shape, dtype or device than the plan says.
+    inputs.pictures.tiles.make_tiles gives for the images in turn. It has no gradient. The plan's tables are not
+    checked: use only those from inputs.pictures.tiles.plan_tiles. Minimum bytes: the pixels of every view read once,
+    the tiles written once, and the middle rows between the two passes written and read once. Raises ValueError for
+    tensors of another shape, dtype or device than the plan says.
     """
     if pixels.dtype != torch.uint8 or pixels.dim() != 1:
         raise ValueError(f"pixels must be uint8 [bytes], got {pixels.dtype} {tuple(pixels.shape)}")

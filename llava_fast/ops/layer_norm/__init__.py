@@ -20,10 +20,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm of the rows of x.
 
     x [..., width] floating; weight, bias [width]. Returns [..., width] in x's dtype.
-    Statistics are float32, of the centred row; gradients of weight and bias are summed in float32 in a fixed order,
-    and nothing is kept or computed for what is frozen. Under autocast it runs in float32, as PyTorch's does.
-    For R rows of C values of b bytes: about 8RC FLOPs, at least 2RCb bytes (backward 11RC, 3RCb).
-    Raises ValueError for shapes that do not fit or an x that is not floating.
+    Statistics are float32, of the centred row; gradients of weight and bias are summed in float32 in a fixed order, and
+    nothing is saved or computed for frozen parameters. Under autocast it runs in float32, as PyTorch's does. For R rows
+    of C values of b bytes: about 8RC FLOPs, at least 2RCb bytes (backward 11RC, 3RCb). Raises ValueError for shapes
+    that do not fit or an x that is not floating.
     """
     _check(x, weight, bias)
     return _layer_norm(x, weight, bias, eps)[0]

@@ -1,4 +1,4 @@
-"""linear_cross_entropy: the output head and its loss in one, without a table of logits for every row."""
+"""linear_cross_entropy: the output head and its loss in one op, without materialising all logits."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, bias: T
     """Negative log-likelihood of each row's target: [rows], float32 (float64 for float64 inputs).
 
     hidden [rows, width]; weight [vocabulary, width] and bias [vocabulary] as of nn.Linear; target int [rows], each in
-    0 .. vocabulary - 1 (rows without a target are left out by the caller: that is what the plan's supervised rows are).
-    Their mean or sum is the loss; sums over an answer are its log-probability. Gradients flow to hidden, weight and
-    bias, those of weight and bias summed in float32. Under autocast the products are in that dtype.
-    FLOPs 2*rows*width*vocabulary forward, three times that backward (logits are made twice); minimum bytes: hidden and
-    weight once.
-    Raises ValueError for shapes that do not fit. Source: Wijmans et al. 2024; Hsu et al. 2024.
+    0 .. vocabulary - 1 (the caller passes only rows with a target, as in the plan's supervised rows). Their mean or sum
+    is the loss; sums over an answer are its log-probability. Gradients flow to hidden, weight and bias, those of weight
+    and bias summed in float32. Under autocast the products are in that dtype. FLOPs 2*rows*width*vocabulary forward,
+    three times that backward (logits are made twice); minimum bytes: hidden and weight once. Raises ValueError for
+    shapes that do not fit. Source: Wijmans et al. 2024; Hsu et al. 2024.
     """
     if hidden.dim() != 2 or target.shape != hidden.shape[:1] or weight.shape[1:] != hidden.shape[1:]:
         raise ValueError(

@@ -1,10 +1,11 @@
-"""The loss of an output head a part of the vocabulary at a time: a table of logits for all of it never exists.
+"""The loss of an output head, computed for a part of the vocabulary at a time, so that the logits are never
+materialised whole.
 
-The backward pass makes the logits again, as activation checkpointing would: one more matrix product instead of
-rows x vocabulary of memory. Method: Wijmans et al. 2024 (Cut Cross-Entropy) and Hsu et al. 2024 (Liger Kernel), in
-PyTorch's own matrix products. Parts of the vocabulary rather than of the rows, so that each weight is read once a pass
-and its gradient is one product over all rows, summed in float32 and written in place; the gradient of the hidden rows,
-which is small, is summed over the parts in float32.
+The backward pass recomputes the logits, as in activation checkpointing: one more matrix product instead of rows x
+vocabulary of memory. Method: Wijmans et al. 2024 (Cut Cross-Entropy) and Hsu et al. 2024 (Liger Kernel), in PyTorch's
+own matrix products. Parts of the vocabulary rather than of the rows, so that each weight is read once a pass and its
+gradient is one product over all rows, summed in float32 and written in place; the gradient of the hidden rows, which is
+small, is summed over the parts in float32.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""mix_rows: rows pooled from others by a table: average, max and bilinear pooling as one plan-driven op."""
+"""mix_rows: pooling by a table: average, max and bilinear pooling as one plan-driven op."""
 
 from __future__ import annotations
 
@@ -30,9 +30,8 @@ def mix_rows(
 
     rows [n, width]; index int [pooled, K] into rows; weight float32 [pooled, K], unused by reduce "max".
     inverse: the inverse table, for gradients; the Triton backward needs it.
-    Returns [pooled, width] in rows' dtype, accumulated in float32. A gradient flows to rows alone; that of a maximum
-    goes to the first of equal rows. FLOPs 2*pooled*K*width; minimum bytes: each row read once, each pooled row written
-    once.
+    Returns [pooled, width] in rows' dtype, accumulated in float32. Gradients flow only to rows; that of a maximum goes
+    to the first of equal rows. FLOPs 2*pooled*K*width; minimum bytes: each row read once, each pooled row written once.
     Raises ValueError for an unknown `reduce` or for tables that do not match.
     """
     if reduce not in ("sum", "max"):
