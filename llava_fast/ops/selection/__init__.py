@@ -1,5 +1,5 @@
-"""Which form of an op runs where nobody asked for one: found by proof on the machine itself, and kept.
+"""Which form of an op runs if none is requested: chosen by tests on the machine itself, and cached.
 
-`policy` lets each call of an operator go by the verdict of its class (`call_class`); `tables` holds the verdicts of
-this process, `store` those of the user; `proof` finds them, with small calls from `samples` and `candidates` to try.
+`policy` runs each call of an operator by the verdict of its class (`call_class`); `tables` holds the verdicts of this
+process, `store` those on disk; `proof` finds them, testing `candidates` on small calls from `samples`.
 """

@@ -1,7 +1,7 @@
-"""Which forms of an op may serve a call: those it has, and for Triton kernels each of a short list of configurations.
+"""The candidates for a call: the forms of its op, and for Triton kernels each of a short list of launch configurations.
 
-The lists are data (ops/tuned/candidates.json), as are the tables that earlier machines' results left there: these are
-seeds, tried first, and checked like any other candidate before they are used.
+The lists are data (ops/tuned/candidates.json), as are the tables of earlier machines' results: these are tried first,
+and checked like any other candidate before they are used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FORMS = ("native", "cublas", "triton")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A form of an op, and configurations that its kernels take in place of the tables'."""
+    """A form of an op, and launch configurations of its kernels that override the tables'."""
 
     backend: str
     configs: Mapping[str, Config] = field(default_factory=dict)

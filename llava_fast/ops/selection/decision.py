@@ -1,4 +1,4 @@
-"""What selection has decided for the operator that runs now, in this thread: which form, with which configurations."""
+"""Selection's thread-local decision for the running operator: which form, with which configurations."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _here = threading.local()
 class Decision:
     """A form of an op, and launch configurations of its Triton kernels by name (absent: those of the tables).
 
-    is_trial: it is being proven, so a form that does not serve the call raises BackendError, and operators called
-    inside run the same form. `asked` and `kernels` then collect what was chosen for, in this order.
+    is_trial: it is being tested, so a form that does not support the call raises BackendError, and operators called
+    inside run the same form. `asked` and `kernels` then record what was chosen for, in order.
     """
 
     backend: str
@@ -27,13 +27,13 @@ class Decision:
 
 
 def current() -> Decision | None:
-    """The decision for the operator that runs now; None outside of operators and where nothing was decided."""
+    """The decision for the running operator; None outside of operators and if nothing was decided."""
     return getattr(_here, "decision", None)
 
 
 @contextlib.contextmanager
 def decided(decision: Decision | None) -> Iterator[None]:
-    """Inside the block, operators of this thread run as decided."""
+    """Inside the block, operators of this thread follow the decision."""
     before = current()
     _here.decision = decision
     try:

@@ -1,4 +1,4 @@
-"""What verdicts depend on beside the call: the machine, the versions and the kernels' sources."""
+"""What verdicts depend on besides the call: the machine, the versions and the kernels' sources."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _software() -> Machine:
 
 @functools.cache
 def kernels_hash() -> str:
-    """A hash of all that kernels are made of: the sources and tables of `ops`, and the compiled extension."""
+    """A hash of everything that defines the kernels: the sources and tables of `ops`, and the compiled extension."""
     import llava_fast._C as _C
 
     found, folder = hashlib.sha256(), Path(__file__).parents[1]

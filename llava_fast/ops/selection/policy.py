@@ -1,4 +1,6 @@
-"""Each operator's call goes through `run`: by a verdict if its class has one, proven on the spot if it may be."""
+"""Each operator's call goes through `run`: it follows the verdict of its class, which is found on the spot if
+allowed.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,9 @@ _watched: list[Any] = []  # the hook on optimizers, once there is one
 
 
 def run(operator: str, implementation: Callable, args: Sequence[Any]) -> Any:
-    """`implementation(*args)` as decided for the class of this call of `operator`; inside a trial, by the form that is
-    tried. Only where no backend was asked for by name."""
+    """`implementation(*args)` as decided for the class of this call of `operator`; inside a trial, by the form under
+    test. Only if no backend was requested by name.
+    """
     outer = current()
     if outer is not None and outer.is_trial:
         return implementation(*args)
@@ -55,8 +58,9 @@ def _verdict(
 
 
 def may_prove(operator: str, args: Sequence[Any], table: InUse, settings: Settings) -> bool:
-    """Whether a call may be proven now: there is budget left, the tensors are real and hold something, no graph is
-    being captured or traced, and it is not of a training step after the first."""
+    """Whether a call may be tested now: budget is left, the tensors are real and not empty, no graph is being captured
+    or traced, and it is not in a training step after the first.
+    """
     if not table.may_grow or settings.spent >= settings.budget:
         return False
     tensors = [each for each in tree_leaves(list(args)) if isinstance(each, Tensor)]
@@ -74,7 +78,7 @@ def may_prove(operator: str, args: Sequence[Any], table: InUse, settings: Settin
 
 
 def is_recorded(device: torch.device) -> bool:
-    """Whether what runs now on a device becomes part of a graph."""
+    """Whether a device's work is being captured in a graph."""
     return torch.jit.is_tracing() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
@@ -85,7 +89,7 @@ def _note_step(*_: Any) -> None:
 def _prove(
     name: str, operator: str, implementation: Callable, args: Sequence[Any], table: InUse, settings: Settings
 ) -> Verdict | None:
-    """The verdict of a class that has none: another process's, if one has found it meanwhile, or one found now."""
+    """The verdict of a class that has none yet: another process's, if found meanwhile, or one found now."""
     started = time.perf_counter()
     verdict = None
     with store.locked(table.machine, settings.budget - settings.spent) as state:

@@ -1,4 +1,4 @@
-"""Whether a candidate is right, and whether it is faster than the reference: every verdict rests on this file.
+"""Tests whether a candidate is correct, and whether it is faster than the reference.
 
 Right: on a small call drawn by seed its error against float64 is at most twice the reference's in the same dtype; of
 outputs whose memory held NaN every element is written; a second run gives the same bits. The last two hold for the call
@@ -36,7 +36,7 @@ LEAST_ROUNDS, MOST_ROUNDS, ROUNDS_SECONDS = 7, 25, 0.3
 
 
 class UnprovableError(Exception):
-    """This call shows nothing about any candidate; another of its class may."""
+    """This call cannot be used to test candidates; another of its class may."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Times:
 
 @dataclass
 class Trial:
-    """One call with everything that its candidates are compared with."""
+    """One call with the references that its candidates are compared with."""
 
     run: Run
     args: Sequence[Any]
@@ -125,8 +125,8 @@ class Trial:
 def prove(run: Run, args: Sequence[Any], samples: Sequence[Sequence[Any]], thorough: bool = False) -> Verdict:
     """Try the forms of an op on a call: `run(*args)` is the call, `samples` the arguments of small ones.
 
-    thorough: each configuration of its Triton kernels is tried, not the shipped one alone.
-    Raises UnprovableError if the call's values cannot show anything, torch.OutOfMemoryError if its copies do not fit.
+    thorough: each configuration of its Triton kernels is tried, not only the shipped one. Raises UnprovableError if the
+    call's values cannot show anything, torch.OutOfMemoryError if its copies do not fit.
     """
     refused: dict[str, str] = {}
     device = next(each for each in tree_leaves(list(args)) if isinstance(each, Tensor)).device
@@ -189,7 +189,7 @@ def memory_of_nan() -> Iterator[None]:
 
 
 def rotated(args: Sequence[Any]) -> list[list[Any]]:
-    """Copies of a call's arguments to take in turn, so that none lies in a cache because the last run read it."""
+    """Copies of a call's arguments to use in turn, so that none is in a cache from the last run."""
 
     def copy(tensor: Tensor) -> Tensor:
         if tensor.nbytes > ROTATED_BYTES or 0 in tensor.stride():  # or one whose rows are the same memory
@@ -202,8 +202,9 @@ def rotated(args: Sequence[Any]) -> list[list[Any]]:
 
 
 class Clock:
-    """Times calls on a device: by the wall clock on a CPU; on CUDA by events, behind a fill of memory larger than the
-    caches, during which the host queues the call, so that its own time does not count."""
+    """Times calls on a device: by the wall clock on a CPU; on CUDA by events, after filling memory larger than the
+    caches, while the host queues the call, so that launch time does not count.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -260,7 +261,7 @@ def _exact(arg: Any) -> Any:
 
 
 def _rounding(like: Tensor) -> float:
-    """About the error that a correct rounding alone leaves: a reference that happens to do better is no measure."""
+    """About the error of a correctly rounded result, the least that a reference's error counts as."""
     return torch.finfo(like.dtype).eps / 4 if like.is_floating_point() else 0.0
 
 

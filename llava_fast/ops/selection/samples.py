@@ -1,7 +1,7 @@
-"""Small calls like a given one, on which a candidate must be right: at most ROWS rows, values drawn by seed.
+"""Small calls like a given one, for the correctness test: at most ROWS rows, values drawn by seed.
 
-Values are drawn, not taken from the call, because a fresh model's biases are zero and its norms' weights one, and a
-kernel that leaves them out would look right.
+Values are drawn, not taken from the call, because a new model's biases are zero and its norms' weights one, and a
+kernel that ignores them would look correct.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ IGNORED: dict[str, tuple[str, ...]] = {"paged_attention": ("segments", "addresse
 
 
 def is_known(operator: str) -> bool:
-    """Whether there are samples of an operator's calls; one without keeps its default."""
+    """Whether there are samples of an operator's calls; without them it keeps its default."""
     return operator in ROW_ARGS or operator in MAKERS
 
 
@@ -83,7 +83,7 @@ class Draw:
         return torch.randperm(count, generator=self._generator, device=self.device)
 
     def values(self, args: Args, keep: tuple[str, ...] = ()) -> Args:
-        """The arguments with the floating tensors' values drawn anew, but for those named."""
+        """The arguments with the floating tensors' values redrawn, except those named."""
 
         def fresh(name: str, arg: Any) -> Any:
             if isinstance(arg, list):
@@ -251,7 +251,7 @@ def _paged_attention(args: Args, draw: Draw) -> Args:
 
 
 def _as_it_is(args: Args, draw: Draw) -> Args:
-    """Bytes made of bytes by tables that only their planner makes: there is nothing to draw."""
+    """The call itself: bytes and a planner's tables, with nothing to draw."""
     return args
 
 

@@ -1,4 +1,4 @@
-"""One table of verdicts for all processes of a run, so that all of them round alike."""
+"""One table of verdicts for all processes of a run, so that all round in the same way."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from llava_fast.ops.selection import tables
 
 def share(device: torch.device, is_last: bool = False) -> None:
     """Give every process of the default group the same verdicts for its `device`: of each class, those of the first
-    rank that has one. A collective that all processes must call; nothing is done in a process alone. is_last: from here
-    on they prove nothing more, so that their verdicts stay the same.
+    rank that has one. A collective that all processes must call; no effect in a single process. is_last: from here on
+    they run no more tests, so that their verdicts stay the same.
 
-    Raises BackendError, in every process, if their GPUs are of several kinds and no table is pinned, or if they were
-    told different things (LLAVA_FAST_SELECT, LLAVA_FAST_SELECTION).
+    Raises BackendError, in every process, if their GPUs are of several kinds and no table is pinned, or if their
+    settings differ (LLAVA_FAST_SELECT, LLAVA_FAST_SELECTION).
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return

@@ -1,6 +1,6 @@
-"""Verdicts on disk: one JSON file for each kind of machine, in the user's cache, written whole and under a lock.
+"""Verdicts on disk: one JSON file for each kind of machine, in the user's cache, written atomically under a lock.
 
-The folder is LLAVA_FAST_CACHE, else the platform's place for caches (on Linux ~/.cache/llava_fast).
+The folder is LLAVA_FAST_CACHE, else the platform's cache directory (on Linux ~/.cache/llava_fast).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from llava_fast.ops.selection.verdict import Verdict
 
 class Table(BaseModel):
     """What a file holds: the machine that its verdicts were found on (a pinned table may name none), and a verdict for
-    each class of calls. A key that is an op's name alone serves all of its calls that no class names."""
+    each class of calls. A key that is only an op's name applies to all of its calls without a verdict of their
+    class."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -35,7 +36,7 @@ class Table(BaseModel):
 
 
 def folder() -> Path:
-    """Where the files are; it need not exist."""
+    """The files' folder; it need not exist."""
     given = os.environ.get("LLAVA_FAST_CACHE")
     return (Path(given).expanduser() if given else user_cache_path("llava_fast")) / "selection"
 
@@ -47,7 +48,7 @@ def path_of(machine: Machine) -> Path:
 
 
 def read_table(path: Path) -> Table:
-    """Raises BackendError for a file that is not there or holds something else."""
+    """Raises BackendError for a missing or invalid file."""
     try:
         return Table.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -59,8 +60,9 @@ def read_table(path: Path) -> Table:
 
 
 def cached(machine: Machine) -> Table:
-    """The table of this kind of machine; an empty one if there is none. One that is damaged is left aside with a
-    warning: it is only a cache."""
+    """The table of this kind of machine; an empty one if there is none. A damaged one is ignored with a warning: it is
+    only a cache.
+    """
     path = path_of(machine)
     if path.is_file():
         try:
@@ -93,7 +95,7 @@ def locked(machine: Machine, seconds: float) -> Iterator[str]:
 
 
 def keep(machine: Machine, verdicts: Mapping[str, Verdict]) -> None:
-    """Add verdicts to the machine's file, in place of those of the same class. Call it inside `locked`."""
+    """Add verdicts to the machine's file, replacing those of the same class. Call it inside `locked`."""
     path, table = path_of(machine), cached(machine)
     table.verdicts.update(verdicts)
     table.verdicts = dict(sorted(table.verdicts.items()))

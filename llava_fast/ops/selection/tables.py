@@ -1,10 +1,10 @@
 """The verdicts that this process uses, and when it may add to them.
 
-LLAVA_FAST_SELECT says how: "first-use" (a call without a verdict is proven when it first comes, within a budget),
-"cached" (only verdicts that are there already), "off" (none). Unset, it is "first-use" on CUDA and "cached" on a CPU:
-there the native forms are the same code on every machine, held to the reference by the package's tests, and stand as
-stated defaults (`ops/backend`), so that a short call never waits for a proof. LLAVA_FAST_SELECTION names a file that
-replaces the cache's, for repeatable bits. All are read when an op first runs.
+LLAVA_FAST_SELECT says how: "first-use" (a call without a verdict is tested at its first use, within a budget), "cached"
+(only existing verdicts), "off" (none). Unset, it is "first-use" on CUDA and "cached" on a CPU: there the native forms
+are the same code on every machine, compared with the reference by the package's tests, and are the declared defaults
+(`ops/backend`), so that a short call never waits for a test. LLAVA_FAST_SELECTION names a file that replaces the
+cache's, for results that repeat bit for bit. All are read when an op first runs.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ class InUse:
         return not self.verdicts and not self.may_grow
 
     def serves(self, op: str) -> bool:
-        """Whether some call of the op takes another form than the reference."""
+        """Whether some call of the op runs another form than the reference."""
         return any(op in (each.op, key) and each.backend != "reference" for key, each in self.verdicts.items())
 
 
 class Settings:
-    """What this process was told, and the tables that it has read.
+    """This process's settings, and the tables that it has read.
 
-    thorough: `llava-fast tune` runs: every configuration is tried, and what only first use has proven is proven again.
-    met: where it is a set, classes that would be proven are put into it instead. heard: called with each class that was
-    tried and its verdict. stepped: an optimizer has made a step since a call of training was first met. spent: seconds
-    of proofs so far.
+    thorough: `llava-fast tune` runs: every configuration is tried, and verdicts from first use are tested again. met:
+    if it is a set, classes that would be tested are added to it instead. heard: called with each class that was tried
+    and its verdict. stepped: an optimizer has made a step since a call of training was first met. spent: seconds of
+    proofs so far.
     """
 
     def __init__(self) -> None:
