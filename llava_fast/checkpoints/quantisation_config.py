@@ -15,6 +15,7 @@ from torch import nn
 from llava_fast.errors import CheckpointError
 from llava_fast.families.base import Family
 from llava_fast.models.config import ConfiguredModel
+from llava_fast.models.fused import MergedLinear
 from llava_fast.models.quantised import Quantised
 from llava_fast.ops.quantised_linear import QuantisedWeight
 
@@ -46,6 +47,9 @@ def describe(model: ConfiguredModel, family: Family) -> dict[str, Any]:
             group = None if weight.scheme == "int8" and weight.group == weight.shape[1] else weight.group
             scheme = (8 if weight.scheme == "int8" else 4, group, weight.zero is None)
             groups.setdefault(scheme, []).append(name)
+        elif isinstance(module, MergedLinear):  # its parts are stored by their own names
+            parent = name.rpartition(".")[0]
+            dense += [f"{parent}.{part}" if parent else part for part in module.names]
         elif isinstance(module, nn.Linear):
             dense.append(name)
     every = [name for names in (*groups.values(), dense) for name in names]

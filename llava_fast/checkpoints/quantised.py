@@ -62,6 +62,8 @@ class Weights(Fields):
     num_bits: int
     type: str = "int"
     strategy: str | None = None
+    symmetric: bool = True
+    group_size: Annotated[int, Field(ge=-1, le=2**20)] | None = None
 
 
 class Packed(Fields):
@@ -110,6 +112,8 @@ def _compressed_tensors(stored: Mapping[str, StoredTensor], config: dict, file: 
     for unread in ("sparsity_config", "transform_config", "kv_cache_scheme"):
         if config.get(unread):
             raise _refused(file, f"compressed-tensors with {unread}")
+    asymmetric = bool(config.get("config_groups"))  # all groups are: then each packed weight has zero points
+    sizes = set()
     for group in (config.get("config_groups") or {}).values():
         form = group.get("format") or config.get("format")
         if form not in ("pack-quantized", "int-quantized", "naive-quantized"):
@@ -117,18 +121,25 @@ def _compressed_tensors(stored: Mapping[str, StoredTensor], config: dict, file: 
         if weights := group.get("weights"):
             check_fields(weights, Weights, file, sparse=False)
             bits, kind, strategy = weights["num_bits"], weights.get("type", "int"), weights.get("strategy")
+            asymmetric &= not weights.get("symmetric", True)
+            sizes.add(weights.get("group_size") if weights.get("strategy") == "group" else None)
             if kind != "int" or bits not in (4, 8) or strategy not in (None, "tensor", "channel", "group"):
                 raise _refused(file, f"compressed-tensors weights of {bits} bits, type {kind!r}, strategy {strategy!r}")
         if activations := group.get("input_activations"):
             if not activations.get("dynamic"):
                 raise _refused(file, "compressed-tensors with static scales of activations (input_activations)")
             logger.warning("%s: activations are not quantised here, the weights are as stored", file)
-    stored = _join(stored, "weight_packed", (*packing.NAMES, "weight_g_idx"), _from_packed)
+    also = ("weight_zero_point",) if asymmetric else ()
+    read = functools.partial(_from_packed, group=sizes.pop() if len(sizes) == 1 else None)
+    stored = _join(stored, "weight_packed", (*packing.NAMES, "weight_g_idx"), read, also)
     return _join(stored, "weight", ("weight", "weight_scale", "weight_zero_point"), _from_values)
 
 
-def _from_packed(parts: Mapping[str, StoredTensor]) -> tuple[tuple[int, int], Callable[[], Made]]:
+def _from_packed(parts: Mapping[str, StoredTensor], group: int | None) -> tuple[tuple[int, int], Callable[[], Made]]:
+    """`group`: the group size of all weights, if they have one."""
     shape = _shape_of(parts["weight_shape"])
+    if group is not None and group > 0 and shape[1] != group * (groups := parts["weight_scale"].shape[-1]):
+        raise QuantisationError(f"{groups} groups of {group} (group_size) do not make rows of {shape[1]}")
     words = parts["weight_packed"]
     if packing.bits_of(words.shape, shape) is None or words.dtype != torch.int32:
         raise QuantisationError(
@@ -234,15 +245,17 @@ def _from_torchao(parts: Mapping[str, StoredTensor]) -> tuple[tuple[int, int], C
 def _ordered(weight: QuantisedWeight, group_of: Tensor | None) -> Made:
     """The weight with its columns sorted by group, and their order, or None if they are sorted already."""
     columns, groups = weight.shape[1], weight.scale.shape[1]
-    if group_of is None:
+    if group_of is None or (group_of.numel() and bool((group_of == -1).all())):  # -1 everywhere: unset
         return weight, None
     group_of = group_of.long()
+    if group_of.shape != (columns,) or (columns and int(group_of.min()) < 0):
+        raise QuantisationError(f"g_idx {list(group_of.shape)} does not give each of {columns} columns a group")
     # A group that was cut into several (packing.weight_of) has as many columns as before.
     cuts = max(1, groups // (int(group_of.max()) + 1)) if len(group_of) else 1
-    if torch.equal(group_of, torch.arange(columns) // (weight.group * cuts)):
+    if torch.equal(group_of, torch.arange(columns, device=group_of.device) // (weight.group * cuts)):
         return weight, None
     order = group_of.argsort(stable=True)
-    if not torch.equal(group_of[order], torch.arange(columns) // (weight.group * cuts)):
+    if not torch.equal(group_of[order], torch.arange(columns, device=group_of.device) // (weight.group * cuts)):
         raise QuantisationError(f"g_idx does not put {weight.group * cuts} columns into each of its groups")
     int8 = weight.scheme == "int8"
     codes = (weight.codes if int8 else unpack(weight.codes))[:, order].contiguous()
@@ -257,16 +270,17 @@ def _join(
     main: str,
     names: tuple[str, ...],
     make: Callable[[Mapping[str, StoredTensor]], tuple[tuple[int, int], Callable[[], Made]]],
+    also: tuple[str, ...] = (),
 ) -> dict[str, StoredTensor]:
     """Every module with a tensor `main` gets one entry MODULE.weight in place of the tensors `names`; `make` says its
-    shape and how it is read. Raises CheckpointError for a module that lacks one of them."""
+    shape and how it is read. Raises CheckpointError for a module that lacks one of them (`also`: of those too)."""
     left = dict(stored)
     for key, tensor in stored.items():
         module, _, leaf = key.rpartition(".")
         if leaf != main or (main == "weight" and tensor.dtype != torch.int8):
             continue
         parts = {name: left.pop(f"{module}.{name}") for name in names if f"{module}.{name}" in left}
-        needed = {*_SCALES, "weight_shape", "qzeros"} & set(names)
+        needed = {*_SCALES, "weight_shape", "qzeros", *also} & set(names)
         if lacking := sorted(needed - parts.keys()):
             raise CheckpointError(f"{tensor.file}: {key!r} has no {lacking[0]!r} beside it; the file is damaged")
         scale = next(parts[name] for name in _SCALES if name in parts)

@@ -237,7 +237,8 @@ def _with_vocabulary(
             weight, dtype = quantised[module]
             sums = [dequantise(weight.rows(block)).sum(0, keepdim=True) for block in weight.blocks()]
             mean = torch.stack(sums).sum(0) / have
-            new = quantise(mean.expand(more, -1), "int8")
+            new = quantise(mean.expand(more, -1), weight.scheme, weight.group, weight.zero is None)
             codes, scale = torch.cat([weight.codes, new.codes]), torch.cat([weight.scale, new.scale])
-            quantised[module] = QuantisedWeight.unchecked(codes, scale), dtype
+            zero = None if weight.zero is None or new.zero is None else torch.cat([weight.zero, new.zero])
+            quantised[module] = QuantisedWeight.unchecked(codes, scale, zero), dtype
     return tensors, quantised

@@ -156,7 +156,8 @@ class Quantised(nn.Module):
         self, entries: dict, prefix: str, metadata: dict, strict: bool, missing: list, unexpected: list, errors: list
     ) -> None:
         given = {name: entries.pop(prefix + name) for name in packing.NAMES if prefix + name in entries}
-        if absent := [name for name in packing.NAMES[:2] if name not in given]:
+        needed = packing.NAMES[:2] if self.zero is None else (*packing.NAMES[:2], "weight_zero_point")
+        if absent := [name for name in needed if name not in given]:
             missing += [prefix + name for name in absent]
         else:
             try:

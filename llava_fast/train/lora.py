@@ -72,7 +72,7 @@ def merged(whole: Mapping[str, Stored], settings: Lora) -> dict[str, Stored]:
 
 
 def _merge_later(weight: Deferred, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    return merge(weight.make(), a, b, scale)
+    return merge(weight.make().to(a.device), a, b, scale)  # made on its module's device, gathered on the host
 
 
 def export_adapter(path: Path, whole: Mapping[str, Tensor], trained: list[str], model: Llava, recipe: Recipe) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from llava_fast.train.lora import add_adapters
 from llava_fast.train.objective import Objective, processor_of
 from llava_fast.train.optim import freeze
 from llava_fast.train.parallel import World, is_sharded, join_world, place
+from llava_fast.train.parts import part_of
 from llava_fast.train.recipe import Recipe
 from llava_fast.train.trainer import Trainer
 
@@ -62,7 +64,7 @@ def load_model(recipe: Recipe, world: World) -> Llava:
     model = load(recipe.model, "cpu", "auto", chat_template=template, merge=False, quantize=recipe.quantize)
     writing_family(model.config, recipe.layout)  # an export that cannot be is refused now, not when all is trained
     if is_quantised(model):
-        _check_quantised(recipe, world)
+        _check_quantised(recipe, model, world)
     freeze(model, recipe)
     if recipe.lora is not None:
         add_adapters(model, recipe)
@@ -82,10 +84,16 @@ def load_model(recipe: Recipe, world: World) -> Llava:
     return model.train()
 
 
-def _check_quantised(recipe: Recipe, world: World) -> None:
-    """What `Recipe` refuses with `quantize`, for a checkpoint that is quantised already."""
-    if "decoder" in recipe.trainable:
-        raise RecipeError("trainable: the checkpoint's decoder is quantised: leave `decoder` out, or train by `lora`")
+def _check_quantised(recipe: Recipe, model: Llava, world: World) -> None:
+    """What `Recipe` refuses with `quantize`, for a checkpoint that is quantised already: its weights cannot be trained,
+    and beside them biases and norms alone would be."""
+    weights = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Quantised)]
+    for pattern in recipe.trainable:
+        if found := next((name for name in weights if part_of(name) == pattern or fnmatchcase(name, pattern)), None):
+            raise RecipeError(
+                f"trainable: {pattern!r} names weights that the checkpoint holds quantised ({found}): leave it out, "
+                "or train by `lora`"
+            )
     if is_sharded(recipe, world):
         raise RecipeError("parallel.kind: a quantised model is not sharded: use ddp, a whole model in each process")
 

@@ -81,7 +81,7 @@ def test_a_wrong_model_fails_the_check(tiny, suite, monkeypatch):
         return
     if suite == "dpo":  # both sides are the same model: let answers see each other
         assert agrees(tiny, suite, settings)
-        monkeypatch.setattr(attention, "_with_branches", lambda *given: [attention._causal(*given[:4])])
+        monkeypatch.setattr(attention, "_with_branches", lambda *given: [attention._causal(*given[:5])])
         assert not agrees(tiny, suite, settings)
         return
     if suite == "packing":  # here too: let packed samples see those before them

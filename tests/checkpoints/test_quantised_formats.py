@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llava_fast
-from llava_fast import CheckpointError
+from llava_fast import CheckpointError, Quantisation
 from llava_fast.models.quantised import QuantisedLinear
-from llava_fast.ops.quantised_linear import dequantise
+from llava_fast.ops.quantised_linear import dequantise, quantise
 from tests.support import tiny
 from tests.support.tiny_checkpoints import edit_json
 
@@ -248,18 +248,55 @@ def test_a_config_without_quantised_weights(tmp_path):
 
 
 PACKED = {
-    "cut": (lambda t: t[:, :-1].clone(), r"weight_packed torch.int32 \[128, 7\] does not hold \[128, 64\]"),
-    "bytes": (lambda t: t.view(torch.uint8), r"weight_packed torch.uint8 \[128, 32\]"),
+    "no zeros": ("weight_zero_point", None, "has no 'weight_zero_point' beside it"),
+    "scale turned": (
+        "weight_scale",
+        lambda t: t.T.contiguous(),
+        r"128 groups of 32 \(group_size\) do not make rows of 64",
+    ),
+    "fewer groups": (
+        "weight_scale",
+        lambda t: t[:, :1].clone(),
+        r"1 groups of 32 \(group_size\) do not make rows of 64",
+    ),
+    "fewer scales": ("weight_scale", lambda t: t[:-1].clone(), r"scale \[127, 2\] does not fit a weight of 128 rows"),
+    "cut": ("weight_packed", lambda t: t[:, :-1].clone(), r"torch.int32 \[128, 7\] does not hold \[128, 64\]"),
+    "bytes": ("weight_packed", lambda t: t.view(torch.uint8), r"weight_packed torch.uint8 \[128, 32\]"),
 }
 
 
-@pytest.mark.parametrize(("change", "message"), PACKED.values(), ids=PACKED)
-def test_damaged_compressed_tensors_are_named(tmp_path, change, message):
+@pytest.mark.parametrize(("name", "change", "message"), PACKED.values(), ids=PACKED)
+def test_damaged_compressed_tensors_are_named(tmp_path, name, change, message):
     tiny.save(tiny.CASES["next"], tiny.pair("next").hf, tmp_path / "d")
-    llava_fast.save(llava_fast.load(tmp_path / "d", quantize="int4"), tmp_path / "q")
+    zeros = Quantisation("int4", group=32, symmetric=False)
+    llava_fast.save(llava_fast.load(tmp_path / "d", quantize=zeros), tmp_path / "q")
+    edit_json(tmp_path / "q" / "config.json", quantization_config=of_four_bits(tmp_path / "q" / "config.json"))
     file = tmp_path / "q" / "model.safetensors"
-    tensors = load_file(file)
-    tensors[f"{UP}.weight_packed"] = change(tensors[f"{UP}.weight_packed"])
+    tensors = {key: value for key, value in load_file(file).items() if "lm_head" not in key}
+    dense = load_file(tmp_path / "d" / "model.safetensors")
+    tensors |= {key: value for key, value in dense.items() if "lm_head" in key}
+    value = tensors.pop(f"{UP}.{name}")
+    if change is not None:
+        tensors[f"{UP}.{name}"] = change(value)
     save_file(tensors, file)
-    with pytest.raises(CheckpointError, match=rf"up_proj\.weight_packed': {message}"):
+    with pytest.raises(CheckpointError, match=rf"up_proj\.weight_packed'.*{message}"):
         llava_fast.load(tmp_path / "q")
+
+
+def of_four_bits(path):
+    """The quantization_config without its group of 8 bits, so that every weight has zero points."""
+    config = json.loads(path.read_text())["quantization_config"]
+    config["config_groups"] = {k: g for k, g in config["config_groups"].items() if g["weights"]["num_bits"] == 4}
+    return config
+
+
+def test_an_order_that_is_unset_is_none(tmp_path):
+    """compressed-tensors writes -1 everywhere."""
+    from llava_fast.checkpoints.quantised import _ordered
+    from llava_fast.errors import QuantisationError
+
+    weight = quantise(torch.randn(8, 64), "int4", 32)
+    assert _ordered(weight, torch.full((64,), -1, dtype=torch.int32)) == (weight, None)
+    for wrong in (torch.arange(64) // 32 - 1, torch.arange(32) // 32):
+        with pytest.raises(QuantisationError, match="does not give each of 64 columns a group"):
+            _ordered(weight, wrong)

@@ -436,3 +436,17 @@ def test_generate_gives_the_same_tokens_with_and_without(name, native_calls):
     with use_backend("reference"):
         assert model.generate(requests, max_new_tokens=24, ignore_eos=True) == got
     assert len(native_calls) == 23
+
+
+def test_a_weight_that_was_turned_in_place_is_noticed():
+    """Same address, size and dtype, other strides."""
+    x, weights, cos, sin, segments, tables, before = operands("grouped heads", [3])
+    decoder_step(x, weights, cos, sin, copy.deepcopy(segments), tables, before)
+    assert weights.unfit is None
+    with torch.no_grad():
+        weights.layers[0].q.t_()
+    found = decoder_step(x, weights, cos, sin, copy.deepcopy(segments), tables, before)
+    assert weights.unfit is not None
+    with use_backend("reference"):
+        expected = decoder_step(x, weights, cos, sin, copy.deepcopy(segments), tables, before)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -158,6 +158,7 @@ def parts(**changes):
         ({"zero": torch.full((4, 2), 16, dtype=torch.uint8)}, "zero holds 16: zero points are 0 to 15"),
         ({"scale": torch.tensor([[1, 1], [1, float("nan")], [1, 1], [1, 1]])}, r"scale\[1, 1\] is nan"),
         ({"scale": torch.tensor([[1, 0.0], [1, 1], [1, 1], [1, 1]])}, r"scale\[0, 1\] is 0.0: scales are"),
+        ({"packed": torch.zeros(4, 0, dtype=torch.uint8)}, "the weight has no columns"),
         ({"scale": -torch.ones(4, 2)}, r"scale\[0, 0\] is -1.0"),
         ({"scale": torch.ones(2, 4).T}, "scale .* must be contiguous"),
         ({"scale": torch.ones(4, 2, device="meta")}, "must be on one device"),
@@ -175,5 +176,16 @@ def test_shapes_and_dtypes_of_a_call_are_checked():
         quantised_linear(torch.randn(2, 40), quantised)
     with pytest.raises(ValueError, match=r"bias \(5,\) must be \[37\]"):
         quantised_linear(torch.randn(2, 256), quantised, torch.randn(5))
+    with pytest.raises(ValueError, match="codes is on meta and x on cpu: move them to one device"):
+        quantised_linear(torch.randn(2, 256), quantised.to("meta"))
     with pytest.raises(ValueError, match=r"bias is torch\.float64 and x torch\.float32"):
         quantised_linear(torch.randn(2, 256), quantised, torch.randn(37).double())
+
+
+def test_a_default_device_elsewhere_changes_nothing():
+    """csrc gets memory of its own on the CPU."""
+    _, quantised = made(KINDS["int8"])
+    x = torch.randn(2, 256)
+    expected = quantised_linear(x, quantised)
+    with torch.device("meta"):
+        assert torch.equal(quantised_linear(x, quantised), expected)

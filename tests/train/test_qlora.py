@@ -6,10 +6,13 @@ import pytest
 import torch
 
 import llava_fast
+from llava_fast import Quantisation
+from llava_fast.checkpoints.save import Deferred
 from llava_fast.errors import RecipeError
 from llava_fast.models.quantised import Quantised, QuantisedLinear, is_quantised
 from llava_fast.train import run as training
 from llava_fast.train.estimate.cost import plan
+from llava_fast.train.lora import _merge_later
 from llava_fast.train.parallel import World
 from llava_fast.train.run import load_model, train
 from tests.support.training_runs import break_off, losses
@@ -77,12 +80,35 @@ def test_a_quantised_checkpoint_is_trained_as_it_is(recipe, tmp_path):
     made = recipe(model=str(tmp_path / "q"), quantize=None)
     train(made)
     assert losses(made)
-    with pytest.raises(RecipeError, match="the checkpoint's decoder is quantised: leave `decoder` out"):
+    with pytest.raises(RecipeError, match="'decoder' names weights that the checkpoint holds quantised"):
         load_model(recipe(model=str(tmp_path / "q"), quantize=None, lora=None, trainable=["decoder"]), ALONE)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(training, "is_sharded", lambda recipe, world: True)
         with pytest.raises(RecipeError, match="a quantised model is not sharded: use ddp"):
             load_model(made, ALONE)
+
+
+def test_biases_alone_are_not_trained(recipe, tmp_path):
+    """Of a quantised projector or of some layers of the decoder."""
+    dense = recipe()
+    llava_fast.save(llava_fast.load(dense.model, quantize=Quantisation("int8", projector="int8")), tmp_path / "q")
+    for pattern in ("projector", "decoder.layers.*"):
+        with pytest.raises(RecipeError, match="names weights that the checkpoint holds quantised"):
+            load_model(recipe(model=str(tmp_path / "q"), quantize=None, trainable=[pattern]), ALONE)
+
+
+def test_a_weight_is_merged_where_its_factors_lie():
+    """Weights are made on their module's device, factors are gathered on the host."""
+    made = []
+
+    class Weight(torch.Tensor):
+        def to(self, *args, **kwargs):
+            made.append(args)
+            return torch.zeros(4, 4)
+
+    later = Deferred(torch.zeros(4, 4), lambda: torch.zeros(4, 4).as_subclass(Weight))
+    _merge_later(later, torch.ones(2, 4), torch.ones(4, 2), 1.0)
+    assert made == [(torch.device("cpu"),)]
 
 
 @pytest.mark.parametrize(

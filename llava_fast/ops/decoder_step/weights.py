@@ -93,7 +93,7 @@ class DecoderWeights:
                     "be the same"
                 )
         self._state = self._current_state()
-        self.table = torch.tensor([_fields(layer) for layer in self.layers], dtype=torch.int64)
+        self.table = torch.tensor([_fields(layer) for layer in self.layers], dtype=torch.int64, device="cpu")
         strided = [name for name, weight, _ in self._named if not all(map(Tensor.is_contiguous, _parts(weight)))]
         self.unfit: str | None = None  # why the native backend cannot take these weights
         if self.norm.dtype not in (torch.float32, torch.bfloat16) or self.norm.device.type != "cpu":
@@ -108,11 +108,12 @@ class DecoderWeights:
         if self._current_state() != self._state:
             self.check()
 
-    def _current_state(self) -> tuple[list, list, list]:
+    def _current_state(self) -> tuple[list, list, list, list]:
         tensors = self._tensors
         return (
             list(map(Tensor.data_ptr, tensors)),
-            list(map(Tensor.numel, tensors)),
+            list(map(Tensor.size, tensors)),
+            list(map(Tensor.stride, tensors)),
             [tensor.dtype for tensor in tensors],
         )
 

@@ -57,6 +57,9 @@ def quantised_product(
         raise ValueError(f"x {tuple(x.shape)} {x.dtype} must be floating [.., in] and the weight is {[out, columns]}")
     if bias is not None and bias.shape != (out,):
         raise ValueError(f"bias {tuple(bias.shape)} must be [{out}], one entry for each row of the weight")
+    for name, part in {"codes": codes, "scale": scale, "zero": zero, "bias": bias}.items():
+        if part is not None and part.device != x.device:
+            raise ValueError(f"{name} is on {part.device} and x on {x.device}: move them to one device")
     x, bias = library.autocast(x, bias)
     if bias is not None and bias.dtype != x.dtype:
         raise ValueError(f"bias is {bias.dtype} and x {x.dtype}: they must be of one dtype")

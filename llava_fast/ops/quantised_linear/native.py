@@ -33,7 +33,7 @@ def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) ->
     out, columns = weight.shape
     flat = x.flatten(0, -2).float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    y = torch.empty((len(flat), out), dtype=torch.float32)
+    y = torch.empty((len(flat), out), dtype=torch.float32, device="cpu")
     if len(flat):
         fields = fields_of(weight, bias)
         run = _C.linear if len(flat) <= MAX_ROWS else _C.product

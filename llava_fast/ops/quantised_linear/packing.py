@@ -76,7 +76,11 @@ def weight_of(bits: int, codes: Tensor, scale: Tensor, zero: Tensor | None = Non
     Groups that are larger than any served are cut into those. Raises QuantisationError for what cannot be: groups of
     another size, 8 bits with zero points other than 128.
     """
-    scale = (scale.expand(len(codes)) if scale.numel() == 1 else scale).reshape(len(codes), -1).float()
+    if scale.numel() == 1:
+        scale = scale.reshape(1).expand(len(codes))
+    if scale.dim() not in (1, 2) or len(scale) != len(codes):
+        raise QuantisationError(f"scale {list(scale.shape)} does not fit a weight of {len(codes)} rows")
+    scale = scale.reshape(len(codes), -1).float()
     columns = codes.shape[1] * 8 // bits
     cuts = 1
     if scale.shape[1] and columns % scale.shape[1] == 0 and not (bits == 8 and scale.shape[1] == 1):

@@ -103,6 +103,8 @@ def check_scheme(scheme: str, columns: int, group: int | None, symmetric: bool =
     Raises QuantisationError for a scheme, group or symmetry that cannot be."""
     if scheme not in SCHEMES:
         raise QuantisationError(f"quantisation scheme {scheme!r} is unknown: use {' or '.join(map(repr, SCHEMES))}")
+    if not columns:
+        raise QuantisationError(f"{scheme}: the weight has no columns")
     if scheme == "int8" and not symmetric:
         raise QuantisationError("int8 weights are symmetric: zero points are for int4")
     if scheme == "int8" and group in (None, columns):
