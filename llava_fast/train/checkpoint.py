@@ -1,8 +1,8 @@
-"""Checkpoints of a run: written whole or not at all, found again, pruned.
+"""Checkpoints of a run: atomic writes, discovery, pruning.
 
 A checkpoint is a directory `step-000500` of PyTorch's distributed checkpoint format. It is copied to the host, written
-under another name by a thread while the run goes on, flushed to disk, and renamed once every process has finished; one
-that lacks its name was never finished.
+under a temporary name by a thread while training continues, flushed to disk, and renamed once every process has
+finished; a directory with a temporary name is incomplete.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 
 def finished_steps(directory: Path) -> list[int]:
-    """Steps of the checkpoints in a directory that are whole, in order."""
+    """Steps of the complete checkpoints in a directory, in order."""
     if not directory.is_dir():
         return []
     return sorted(int(found[1]) for each in directory.iterdir() if (found := _NAME.fullmatch(each.name)))
@@ -50,13 +50,14 @@ class RunCheckpoints:
         return self.directory / f"step-{step:06d}"
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are whole, in order."""
+        """Steps of the complete checkpoints, in order."""
         return finished_steps(self.directory)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Copy `state`, a nested dict of tensors and plain values, and write it as the checkpoint of `step` while the
-        run goes on; the run waits where the copy cannot be made. It exists once `poll` or `finish` has found it
-        written."""
+        """Copy `state`, a nested dict of tensors and plain values, and write it as the checkpoint of `step` while
+        training continues (training pauses if the copy cannot be made). It exists once `poll` or `finish` has found it
+        written.
+        """
         self.finish()
         final = self.path(step)
         part = final.with_name(f".{final.name}.part")
@@ -74,7 +75,7 @@ class RunCheckpoints:
         self._writing = (future, part, final)
 
     def poll(self) -> None:
-        """Give the checkpoint that is being written its name, if every process has finished."""
+        """Rename the checkpoint being written to its final name, if every process has finished."""
         if self._writing is None:
             return
         done = torch.tensor([int(self._writing[0].done())])
@@ -84,7 +85,7 @@ class RunCheckpoints:
             self.finish()
 
     def finish(self) -> None:
-        """Wait until the checkpoint that is being written is there."""
+        """Wait for the checkpoint being written."""
         if self._writing is None:
             return
         (future, part, final), self._writing = self._writing, None
@@ -118,7 +119,7 @@ class RunCheckpoints:
 
 
 def _can_be_staged(value: Any) -> bool:
-    """Whether DCP can copy it to the host beforehand. Not so tensors that hold others, as torchao's 8-bit states."""
+    """Whether DCP can stage it on the host. It cannot for wrapper tensors such as torchao's 8-bit states."""
     if isinstance(value, DTensor):
         value = value.to_local()
     return not isinstance(value, Tensor) or type(value) in (Tensor, Parameter)
@@ -139,7 +140,7 @@ def _commit(part: Path, final: Path) -> None:
 
 
 def _hide(whole: Path) -> None:
-    """Take away a checkpoint's name first, so that half a directory never bears it."""
+    """Rename a checkpoint before deleting it, so that a partial directory never has its name."""
     hidden = whole.with_name(f".{whole.name}.old")
     shutil.rmtree(hidden, ignore_errors=True)
     whole.rename(hidden)

@@ -1,4 +1,4 @@
-"""`llava-fast data check`: everything that is wrong with training data, and how long it is, before any GPU time."""
+"""`llava-fast data check`: reports all problems of training data, and its lengths, before any GPU time is spent."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class Plan:
 class Report:
     """What a check found. Lists hold plain values, as `to_json` gives them.
 
-    left        samples that a training has: those without a problem, and short enough unless long ones are cut.
+    left        samples that are trained on: those without a problem, and short enough unless long ones are cut.
     tokens      for each of text, visual, supervised and all (text and visual): sum, mean, p50, p95, max per sample;
                 empty if no model was given.
     sources     for each: path, samples, samples per epoch, problems, too long, tokens.
-    problems    {"sample", "kind", "problem"}: each would stop a training, or be missing from it.
+    problems    {"sample", "kind", "problem"}: each would stop a training run, or be left out of it.
     too_long    {"sample", "tokens"}: more than `max_length`; they are dropped, or cut if the recipe says so.
     keys_not_read  keys that samples have and training does not read, and how many samples have each.
-    oddities    what is trained on although it looks like a mistake, and how many samples have it.
+    oddities    likely mistakes in samples that are still trained on, and how many samples have each.
     skips_problems  the recipe says to train without samples that have a problem.
     lengths     of every sample, for a histogram; not in the JSON.
     """
@@ -76,7 +76,7 @@ class Report:
 
     @property
     def stops(self) -> bool:
-        """Whether this data would stop a training: a problem that is not skipped, or nothing left to train on."""
+        """Whether this data would stop a training run: a problem that is not skipped, or no usable sample."""
         bad_files = any(each["kind"] == _BAD_FILE for each in self.problems)
         return not self.left or bad_files or (bool(self.problems) and not self.skips_problems)
 
@@ -97,7 +97,7 @@ def plan_for(
     changes: Sequence[str] = (),
 ) -> Plan:
     """A plan for a recipe (a YAML file without `datasets:`, or the name of one that comes with the package) or for data
-    files; what is given replaces a recipe's own, and `changes` are those of `load_recipe`.
+    files; given arguments override the recipe's, and `changes` are those of `load_recipe`.
 
     Raises RecipeError or DataError.
     """
@@ -135,7 +135,7 @@ def plan_for(
 def check(plan: Plan, workers: int = 2, decode: bool = True, progress: bool = True) -> Report:
     """Check all samples of a plan. `decode`: open every image and video fully, not only its header.
 
-    Raises CheckpointError for a model that is none; what is wrong with the data goes into the report.
+    Raises CheckpointError for an invalid model; problems of the data go into the report.
     """
     processor = None if plan.model is None else _processor(plan)
     max_length = plan.max_length or (processor.max_rows if processor else None)
@@ -176,7 +176,7 @@ def check(plan: Plan, workers: int = 2, decode: bool = True, progress: bool = Tr
 
 
 def show(report: Report, console: Console) -> None:
-    """The report on a screen."""
+    """The report as text."""
     if report.tokens:
         table = Table("tokens per sample", title_justify="left")
         for column in ("sum", "mean", "p50", "p95", "max"):
@@ -341,5 +341,5 @@ def _by_source(
 
 
 def _printable(text: str) -> str:
-    """Half a surrogate pair, which JSON can hold and a terminal cannot, is spelt out."""
+    """Lone surrogates, which JSON allows and terminals do not, are escaped."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -16,8 +16,9 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def expand(path: str, beside: str = "") -> list[str]:
-    """The files that a path stands for: itself, "{a,b}.json" written out, or what a glob finds, sorted. A relative
-    path that leads nowhere is looked for in the folder `beside` too. Raises DataError if there is nothing."""
+    """The files of a path: itself, "{a,b}.json" expanded, or a glob's matches, sorted. A relative path that does not
+    exist is also looked up in the folder `beside`. Raises DataError if there is no file.
+    """
     braces = re.search(r"\{([^{}]*)\}", path)
     if braces and not os.path.exists(path):
         before, after = path[: braces.start()], path[braces.end() :]
@@ -55,7 +56,7 @@ def read_values(path: str) -> Iterator[Any]:
 
 
 def _values(text: str) -> Iterator[Any]:
-    """One value after another: a large file never stands in memory as Python objects."""
+    """One value after another, so that a large file is never in memory as Python objects."""
     decode = json.JSONDecoder().raw_decode
     at = _after_space(text, 0)
     listed = text.startswith("[", at)

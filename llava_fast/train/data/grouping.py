@@ -15,7 +15,7 @@ from llava_fast.train.data.samples import SampleTable
 
 
 def word_counts(table: SampleTable) -> np.ndarray:
-    """What the original takes for a sample's length: int64 [samples], words between white space in all its turns."""
+    """The original's measure of a sample's length: int64 [samples], whitespace-separated words in all its turns."""
     return np.array([_words(table.value(number)) for number in range(len(table))], np.int64)
 
 
@@ -28,9 +28,9 @@ def grouped_order(
                 and whether it has images or a video.
     batch_size  samples of an optimiser step; the original's devices x accumulation x micro-batch.
     seed        of the order of steps.
-    Of each kind, steps are cut from the random order; what is left of both kinds (a whole step, where a kind has
-    nothing over) goes together: a step of it comes first, if it fills one, and the rest last. Data of one kind keeps
-    its steps in the random order.
+    Steps of each kind are cut from the random order; the remainders of both kinds (a whole step, if a kind has no
+    remainder) are combined: a step of it comes first, if it fills one, and the rest last. Data of one kind keeps its
+    steps in the random order.
     """
     kinds = [np.flatnonzero(kind) for kind in (visual, ~visual)]
     lengths = words if all(len(places) for places in kinds) else np.where(visual, words, -words)  # as the original has
@@ -50,8 +50,9 @@ def grouped_order(
 
 
 def _dealt(step: np.ndarray, lengths: np.ndarray, micro_batch: int, batch_size: int) -> np.ndarray:
-    """The places of one step, micro-batch after micro-batch: the longest first, each to the micro-batch with the least
-    so far; where the step does not fill all its micro-batches alike, one to each in turn."""
+    """The indices of one step, micro-batch after micro-batch: the longest first, each to the micro-batch with the
+    smallest sum so far; if the step does not fill all micro-batches equally, round-robin.
+    """
     count = batch_size // micro_batch
     step = step[np.argsort(-lengths[step], kind="stable")]
     if len(step) % count:

@@ -2,11 +2,11 @@
 
 A sample is an object {"id", "image" | "images" | "video", "prompt", "completion", "label"}, where `label` is true for a
 desirable answer and false for an undesirable one ("prompt" as in data.pairs); or an ordinary sample (`conversations` or
-`messages`) with a `label`, which is that of its last answer. A preference pair (data.pairs) stands for two samples: its
+`messages`) with a `label`, which is that of its last answer. A preference pair (data.pairs) is read as two samples: its
 chosen answer is desirable, its rejected one is not.
 
-KTO also needs each question with an answer to another one. Both answers follow the question in one sequence, as
-branches.
+KTO also needs each question paired with an answer to another question. Both answers follow the question in one
+sequence, as branches.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class LabelledTable(SampleTable):
         return super().sample(number, given)
 
     def desirable(self, number: int) -> bool:
-        """The label of a sample that is sound."""
+        """The label of a valid sample."""
         return bool(self.value(number)["label"])
 
     def question(self, number: int) -> bytes:
-        """A hash of all of a sample but its last answer and its label."""
+        """A hash of a sample without its last answer and its label."""
         value = {key: part for key, part in self.value(number).items() if key not in ("id", "label", *_ANSWERS)}
         for key in ("conversations", "messages"):
             if key in value:
@@ -68,7 +68,7 @@ def read_labelled(sources: Sequence[Source]) -> LabelledTable:
 
 
 def _split(value: Any) -> list[Any]:
-    """The samples that a value of a data file stands for: two for a pair, else itself."""
+    """The samples of a value in a data file: two for a pair, else itself."""
     if not isinstance(value, dict) or "label" in value or "rejected" not in value:
         return [value]
     shared = {key: part for key, part in value.items() if key not in _ANSWERS}
@@ -101,8 +101,8 @@ def _as_ordinary(value: Any) -> dict[str, Any]:
 
 
 def mismatched(table: LabelledTable, schedule: Schedule) -> np.ndarray:
-    """int64 [samples]: for each sample of a run another one, whose answer is taken as one to this sample's question (-1
-    for samples that no step takes). It is the next one, with another question, of the first step that takes the sample.
+    """int64 [samples]: for each sample of a run the one whose answer is paired with its question (-1 for samples in no
+    step). It is the next sample with another question in the first step that contains the sample.
 
     Raises DataError if all samples have one question.
     """

@@ -1,7 +1,7 @@
-"""One pass over the data before any training: how long each sample is, and what is wrong with it.
+"""One pass over the data before training: the length and the problem, if any, of each sample.
 
-Worker processes tokenise each sample and read its images' sizes (or, asked to, all their pixels). What they find is
-kept on disk, so that a run that is started again, or a run after `llava-fast data check`, has it at once.
+Worker processes tokenise each sample and read its images' sizes (or, on request, decode their pixels). Results are
+cached on disk, so that a restarted run, or a run after `llava-fast data check`, has them at once.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ _PLAIN_SETTINGS = (
 class Lengths:
     """Rows of each sample: `text`, `visual`, and how many of the text rows are `supervised`; int32 [n].
 
-    problems  what is wrong with a sample, in words, by its number; such a sample's rows are 0.
-    kinds     and of what kind that is: "missing file", "unreadable file", "roles and turns", "placeholders",
-              "malformed", "cannot be masked", "unexpected".
+    problems  the problem of a sample, in words, by its number; such a sample's rows are 0.
+    kinds     and its kind: "missing file", "unreadable file", "roles and turns", "placeholders", "malformed", "cannot
+              be masked", "unexpected".
     """
 
     text: np.ndarray
@@ -84,7 +84,7 @@ def measure(
 ) -> Lengths:
     """Measure all samples of a table.
 
-    processor  of the model to train; its `max_rows` plays no part. None: only looks for problems, all rows are 0.
+    processor  of the model to train; its `max_rows` is ignored. None: only looks for problems, all rows are 0.
     workers    processes that do it; 0 does it in this one.
     cache      a directory to keep results in, by a hash of the data and of the processor's settings; samples with a
                problem are measured `again` the next time, as their files may have been fixed.
@@ -149,7 +149,7 @@ class _Chunks(Dataset):
 
 
 def described(name: str, error: Exception) -> tuple[str, str]:
-    """(kind, one line that begins with the sample's name) of what is wrong with a sample."""
+    """(kind, one line that begins with the sample's name) of a sample's problem."""
     kind, problem = _kind_and_words(error)
     problem = " ".join(problem.split())
     return kind, problem if problem.startswith(name) else f"{name}: {problem}"
@@ -192,7 +192,7 @@ class _Kept(NamedTuple):
 
 
 def _merged(old: Lengths, found: list[_Found]) -> Lengths:
-    """`old`, with what was found since in its place."""
+    """`old`, updated with newer results."""
     rows = np.stack([old.text, old.visual, old.supervised])
     problems, kinds = dict(old.problems), dict(old.kinds)
     for number, *counts, kind, problem in found:
@@ -211,7 +211,7 @@ def _lengths(rows: np.ndarray, problems: dict[int, str], kinds: dict[int, str]) 
 
 
 def _key(table: SampleTable, processor: Processor | None, labels: LabelMask) -> str:
-    """A hash of all that lengths depend on, but for the sizes of the images."""
+    """A hash of everything that lengths depend on except the sizes of the images."""
     settings: list[Any] = [__version__, table.fingerprint(), labels]
     if processor is not None:
         settings += [repr(getattr(processor, name)) for name in _PLAIN_SETTINGS]
@@ -223,7 +223,7 @@ def _key(table: SampleTable, processor: Processor | None, labels: LabelMask) -> 
 
 
 def _read(path: Path, count: int, decode: bool) -> _Kept | None:
-    """The stored result, if it is whole and its images were opened as fully as is asked now."""
+    """The stored result, if it is complete and its images were opened as fully as requested now."""
     try:
         with np.load(path, allow_pickle=False) as held:
             rows = held["rows"]

@@ -1,6 +1,6 @@
 """From a schedule to micro-batches: workers open and cut images and build plans while the device computes.
 
-The position in the data is the step alone, so a loader starts anywhere, and with any number of processes.
+The position in the data is just the step, so a loader can start at any step, with any number of processes.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _Made = TypeVar("_Made")
 
 
 class LeftOut(NamedTuple):
-    """A sample that could not be used when it was met: its number, and what is wrong with it, by its name."""
+    """A sample that could not be used at its step: its number, and its problem with its name."""
 
     number: int
     problem: str
 
 
 class Made(NamedTuple):
-    """A micro-batch, the names of the samples that it holds, and those it would hold were they sound."""
+    """A micro-batch, the names of its samples, and the samples left out of it."""
 
     prepared: Prepared
     names: list[str]
@@ -51,8 +51,8 @@ class Made(NamedTuple):
 @dataclass(frozen=True)
 class StepBatch:
     """What one process runs in one optimiser step: its micro-batches, the names of their samples, how long the device
-    waited for them (seconds), and the samples left out. A micro-batch may have lost all of its samples; it is there all
-    the same, as every process has as many."""
+    waited for them (seconds), and the samples left out. A micro-batch whose samples were all left out is kept, because
+    every process needs the same number."""
 
     step: int
     micro_batches: list[Prepared]
@@ -106,7 +106,7 @@ def each_sound(
 class Loader:
     """Iterates over the steps of a run from any of them. Iteration is deterministic.
 
-    decoder          the model's, whose operations packed micro-batches are balanced by.
+    decoder          the model's, whose operation count balances packed micro-batches.
     processes, rank  how many processes share a step, and which of them this is.
     """
 

@@ -19,8 +19,8 @@ def epoch_order(
     table_sources   int [n], the source of each sample (`SampleTable.source_of`).
     mixing          "concat": of a source of n samples, weight * n (rounded), at most its cap. "sqrt": shares are
                     proportional to weight * sqrt(n) and add up to the number of samples, then caps apply.
-    Within a source samples take turns: none is seen again before all have been seen, over epochs too, so a weight
-    of 0.5 shows one half in one epoch and the other in the next. Raises DataError if nothing is left.
+    No sample of a source is repeated before all have been seen, also across epochs, so a weight of 0.5 shows one half
+    in one epoch and the other in the next. Raises DataError if no sample is left.
     """
     sizes = np.bincount(table_sources, minlength=len(sources))
     picked = []

@@ -1,4 +1,4 @@
-"""How the samples of one optimiser step are shared out: process by process, micro-batch by micro-batch.
+"""How the samples of one optimiser step are distributed to processes and micro-batches.
 
 The loss is averaged over the whole step, so any split gives the same gradients up to rounding; a good one keeps
 processes equally busy.
@@ -19,8 +19,9 @@ def split_packed(samples: Sequence[int], rows: np.ndarray, costs: np.ndarray, pr
     """Micro-batches of at most `most_rows` rows (a longer sample has one to itself), balanced by cost.
 
     samples  sample numbers; rows[i] and costs[i] the length of samples[i] and how much work it is, in any unit.
-    Costliest first, each into the least busy micro-batch that it fits (Graham 1969). The processes' micro-batches of
-    one turn are then alike, and the busiest goes to the process with the least work so far. Deterministic.
+    Costliest first, each into the least busy micro-batch that it fits (Graham 1969). The processes' concurrent
+    micro-batches then have similar cost, and the costliest goes to the process with the least work so far.
+    Deterministic.
     """
     order = sorted(range(len(samples)), key=lambda i: (-float(costs[i]), i))
     most = max(math.ceil(len(samples) / processes), 1)  # enough for each sample to have one to itself

@@ -1,11 +1,11 @@
 """Preference data: a question and two answers to it, of which one is preferred.
 
 A pair is an object {"id", "image" | "images" | "video", "prompt", "chosen", "rejected"}, as in LLaVA-NeXT-Video's and
-LLaVA-Hound's DPO data ("answer" is read where there is no "chosen"). "prompt" is a text, or the turns before the answer
-in LLaVA's or the OpenAI form; images that it does not place with `<image>` come before it.
+LLaVA-Hound's DPO data ("answer" is read if "chosen" is missing). "prompt" is a text, or the turns before the answer in
+LLaVA's or the OpenAI form; images that it does not place with `<image>` come before it.
 
-Question and answers meet in one sequence: what both have in common (image, question, equal first words of the answers)
-is there once, and each answer's rest follows it as a branch (see inputs.plan).
+Question and answers form one sequence: the common prefix (image, question, equal first words of the answers) occurs
+once, and the rest of each answer follows as a branch (see inputs.plan).
 """
 
 from __future__ import annotations
@@ -184,8 +184,8 @@ def _same(one: list[TextPiece | Placeholder], other: list[TextPiece | Placeholde
 class TwoAnswers(Dataset):
     """A micro-batch of sequences with two branches, by sample numbers: what a worker makes.
 
-    references  float32 [samples, 2], the reference's log-probabilities of both answers, which then travel with the plan
-                as its column "reference" [sequences, 2].
+    references  float32 [samples, 2], the reference's log-probabilities of both answers, stored in the plan's column
+                "reference" [sequences, 2].
     """
 
     def __init__(self, processor: Processor, references: np.ndarray | None = None) -> None:
