@@ -25,10 +25,10 @@ from llava_fast.train.recipe import Recipe
 
 def export(recipe: Recipe, model: nn.Module, bare: Llava, world: World) -> Path:
     """Write the model into the recipe's output, in the recipe's precision; returns its directory (`output`/model). With
-    `lora`, merged, and the adapter alone beside it (`output`/adapter). A projector that was trained alone is beside it
-    too (`output`/projector), in float32.
+    `lora` it is merged, and the adapter is also written alone (`output`/adapter). A projector that was trained alone is
+    also written (`output`/projector), in float32.
 
-    model  as all processes run it; `bare` the same without what wraps it. Every process calls this.
+    model  as all processes run it; `bare` the same without wrappers. Every process calls this.
     """
     path = recipe.output / "model"
     dtype = getattr(torch, recipe.precision)

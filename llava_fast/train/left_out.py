@@ -1,4 +1,4 @@
-"""Samples that could not be read at their step: all processes learn of them and do the same."""
+"""Samples that could not be read at their step: all processes exchange them and act alike."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def left_out_together(recipe: Recipe, world: World, found: Sequence[LeftOut], when: str) -> list[LeftOut]:
     """The samples that any process `found` bad, in order of their numbers; every process calls this and gets the same.
 
-    when  what they were met in, as "step 12", for errors.
+    when  where they were found, as "step 12", for errors.
     Raises TrainingError, on every process, unless the recipe skips such samples, and if processes that run the same
     samples did not find the same.
     """

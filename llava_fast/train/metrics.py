@@ -1,4 +1,4 @@
-"""What a run reports: a progress bar, `metrics.jsonl`, TensorBoard and, if asked for, Weights & Biases."""
+"""A run's reports: a progress bar, `metrics.jsonl`, TensorBoard and, optionally, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ LEFT_OUT = "left_out.txt"  # samples that steps went without, a line each
 
 
 class Metrics:
-    """Reports steps of a run. Only the first process writes. A resumed run goes on in the same files, and steps that
-    it repeats are taken out first, so that no step stands there twice."""
+    """Reports steps of a run. Only the first process writes. A resumed run appends to the same files, after removing
+    the steps that it repeats, so that no step occurs twice.
+    """
 
     def __init__(self, recipe: Recipe, total: int, first: int, writes: bool) -> None:
         self.writes, self.path = writes, recipe.output / FILE
@@ -85,7 +86,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The steps in a metrics file; a last line cut short by a kill is left out."""
+    """The steps in a metrics file; a last line truncated by a kill is ignored."""
     steps = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):

@@ -1,5 +1,5 @@
-"""What a run minimises. An objective says what it needs of the data, what a step's loss is a mean over, and the losses
-of a micro-batch; the trainer, which runs any of them, knows nothing else of it.
+"""What a run minimises. An objective defines its data, what a step's loss is a mean over, and the losses of a
+micro-batch; the trainer depends on nothing else.
 
 A new objective is one file in objectives/, with its settings and its class, and one field of `recipe.Recipe`.
 """
@@ -39,7 +39,7 @@ class ObjectiveSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     def check(self, recipe: Recipe) -> None:
-        """Raises ValueError if the rest of the recipe does not go with this section."""
+        """Raises ValueError if the rest of the recipe is incompatible with this section."""
 
     def objective(self, recipe: Recipe) -> Objective:
         raise NotImplementedError
@@ -54,7 +54,7 @@ class Objective(ABC):
                 each micro-batch; report. A step without a single thing to count has no survey and no losses.
 
     unit            what `count` counts: the name of that number in the metrics.
-    stops_at_spikes whether a loss many times the usual is the sign of a broken run.
+    stops_at_spikes whether a loss many times the usual indicates a broken run.
     branches        continuations of a sample in its sequence, for cost estimates; 1 is its own answer alone.
     figures         what `losses` and `survey` add to `means`, by name: reported as means over all processes.
     """
@@ -89,7 +89,7 @@ class Objective(ABC):
     # ---------------------------------------------------------------- a step
 
     def start(self, model: nn.Module, world: World) -> None:
-        """Called with the model that all steps run. Raises RecipeError for one that cannot be trained so."""
+        """Called with the model that all steps run. Raises RecipeError if this objective cannot train it."""
         self.world = world
         self.means = Means(self.figures, world)
 
@@ -120,12 +120,13 @@ class Objective(ABC):
     # ---------------------------------------------------------------- a checkpoint, a cost estimate
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs of the objective, as plain values and tensors (copies: a resume fills them in
-        place); empty if steps depend on nothing but the data, the weights and the step's number."""
+        """The objective's state for a resumed run, as plain values and tensors (copies: a resume fills them in place);
+        empty if steps depend only on the data, the weights and the step's number.
+        """
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `state` gave."""
+        """Restore what `state` returned."""
 
     @property
     def passes_before(self) -> int:
@@ -134,7 +135,7 @@ class Objective(ABC):
 
     @property
     def passes_beside(self) -> int:
-        """Forward passes of a step without gradients, beside the one with."""
+        """Forward passes of a step without gradients, in addition to the one with."""
         return 0
 
 

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 
 def freeze(model: LlavaModel, recipe: Recipe) -> list[str]:
-    """Let only what the recipe names require gradients; returns the names of what does. Raises RecipeError for a
-    name that matches nothing. Tower layers after the selected one never run, so they stay frozen."""
+    """Make only the parts named in the recipe require gradients; returns the names of these parameters. Raises
+    RecipeError for a name that matches nothing. Tower layers after the selected one never run, so they stay frozen.
+    """
     trained = set()
     names = [name for name, _ in model.named_parameters()]
     for pattern in recipe.trainable:

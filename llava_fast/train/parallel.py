@@ -1,4 +1,4 @@
-"""Several processes as one trainer: who this process is, and how a model is spread over all of them.
+"""Distributed training: this process's place among all, and how a model is distributed over them.
 
 Processes form a mesh [data, tensor]: those along "data" run different samples, those along "tensor" share each decoder
 layer of the same samples. Sources: Zhao et al. 2023 (FSDP), Shoeybi et al. 2019 (tensor parallel).
@@ -56,7 +56,7 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Whether this process is the one that writes shared files."""
         return self.mesh is None or dist.get_rank() == 0
 
     def sum(self, value: Tensor) -> Tensor:
@@ -84,8 +84,9 @@ class World:
 
 
 def join_world(settings: Parallel) -> World:
-    """Take part in what torchrun started; alone, a world of one. Raises RecipeError if the processes cannot be shared
-    out as the recipe says."""
+    """Take part in what torchrun started; alone, a world of one. Raises RecipeError if the processes cannot be arranged
+    as the recipe specifies.
+    """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -111,13 +112,13 @@ def join_world(settings: Parallel) -> World:
 
 
 def place(parameters: Iterable[nn.Parameter], recipe: Recipe, world: World) -> None:
-    """Move parameters to this process's device: what is trained in float32, the rest in the recipe's precision."""
+    """Move parameters to this process's device: trained ones in float32, the rest in the recipe's precision."""
     for parameter in parameters:
         parameter.data = parameter.data.to(world.device).to(placed_dtype(parameter, recipe))  # the fewer bytes move
 
 
 def placed_dtype(parameter: nn.Parameter, recipe: Recipe) -> torch.dtype:
-    """What `place` gives a parameter."""
+    """The dtype that `place` gives a parameter."""
     return torch.float32 if parameter.requires_grad else getattr(torch, recipe.precision)
 
 
@@ -128,8 +129,8 @@ def is_sharded(recipe: Recipe, world: World) -> bool:
 
 def parallelize(model: LlavaModel, recipe: Recipe, world: World) -> nn.Module:
     """The model as all processes run it. Call it before the optimizer is made; parameters change. A model that is to be
-    sharded may still be on the host (see `place`): its layers come to the device one by one. From here on all processes
-    have the first rank's verdicts on ops (`ops/selection`). Raises BackendError for GPUs of several kinds."""
+    sharded may still be on the host (see `place`): its layers are moved to the device one by one. From here on all
+    processes have the first rank's verdicts on ops (`ops/selection`). Raises BackendError for GPUs of several kinds."""
     share(world.device)
     settings = recipe.parallel
     if world.mesh is None or settings.kind == "none":
@@ -177,7 +178,7 @@ def _shard(model: LlavaModel, recipe: Recipe, world: World) -> None:
 
 
 def _check_heads(model: LlavaModel, mesh: DeviceMesh) -> None:
-    """Raise RecipeError unless a tensor mesh can share a layer's heads out."""
+    """Raise RecipeError unless a layer's heads divide evenly over the tensor mesh."""
     config = model.config.decoder
     if not config.tensor_plan:
         raise RecipeError(f"parallel.tensor: a decoder of type {config.family} is not split; set it to 1")

@@ -141,7 +141,7 @@ class Recipe(_Section):
         return self
 
     def objective(self) -> Objective:
-        """What the run minimises: the objective of the section that there is, else supervised fine-tuning."""
+        """The run's objective: that of the section present, else supervised fine-tuning."""
         sections = self._objective_sections().values()
         return next((section.objective(self) for section in sections), None) or Sft(self)
 
@@ -200,7 +200,7 @@ def parse_recipe(given: dict[str, Any], name: str = "the recipe") -> Recipe:
 
 
 def _said(problem: Mapping[str, Any]) -> str:
-    """What is wrong with a field, in our words where pydantic's are those of its code."""
+    """A field's error, reworded where pydantic's message refers to its own code."""
     if problem["type"] == "missing":
         return "it is missing"
     if problem["type"] != "extra_forbidden":

@@ -1,4 +1,4 @@
-"""What a run goes on from: its state in a checkpoint, and whether recipe and data are still those of the run."""
+"""Resuming a run: its state in a checkpoint, and checks that recipe and data are still those of the run."""
 
 from __future__ import annotations
 
@@ -86,12 +86,12 @@ class RunState:
         return int(state["run"]["step"])
 
     def write_recipe(self) -> None:
-        """Keep the recipe that the run goes by, for the next start."""
+        """Store the run's recipe, for the next start."""
         text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
         (self.recipe.output / RECIPE_FILE).write_text(text, encoding="utf-8")
 
     def _check_recipe(self, says: bool) -> None:
-        """Raises TrainingError if the output is another recipe's; other differences are said."""
+        """Raises TrainingError if the output is another recipe's; other differences are logged."""
         path = self.recipe.output / RECIPE_FILE
         if not path.exists():
             return

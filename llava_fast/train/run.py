@@ -1,4 +1,4 @@
-"""From a recipe to a trained model: what a run is made of, put together in order."""
+"""From a recipe to a trained model: assembles the parts of a run in order."""
 
 from __future__ import annotations
 
@@ -47,8 +47,7 @@ def train(recipe: Recipe, resume: bool = True) -> Path:
 
 
 def check_output(path: Path) -> None:
-    """Make the output directory, and see that it can be written to. Raises RecipeError now, not when the first
-    checkpoint is due."""
+    """Make the output directory, and check that it is writable. Raises RecipeError now, not at the first checkpoint."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -58,8 +57,9 @@ def check_output(path: Path) -> None:
 
 
 def load_model(recipe: Recipe, world: World) -> Llava:
-    """The recipe's model on this process's device: what is trained in float32, the rest in the precision asked for. One
-    that is to be sharded stays on the host as its checkpoint holds it, so that no device ever holds all of it."""
+    """The recipe's model on this process's device: trained parts in float32, the rest in the requested precision. A
+    model to be sharded stays on the host as stored in its checkpoint, so that no device ever holds all of it.
+    """
     template = recipe.data.template
     model = load(recipe.model, "cpu", "auto", chat_template=template, merge=False, quantize=recipe.quantize)
     writing_family(model.config, recipe.layout)  # an export that cannot be is refused now, not when all is trained

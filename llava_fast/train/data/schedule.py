@@ -1,7 +1,7 @@
 """Which samples an optimiser step takes: integers alone, the same for any number of processes.
 
 A step's samples depend on the data, the seed and the batch size, so a run that is resumed with another number of
-processes neither loses nor repeats a sample. How they are shared out is `packing`'s.
+processes neither loses nor repeats a sample. `packing` distributes them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 class Schedule:
     """`order(epoch)` gives the sample numbers of an epoch; steps of `batch_size` are cut from it, the last of an epoch
     smaller, as transformers' Trainer does. `total` is the number of steps of the whole run. Samples that are not `left`
-    (bool [samples]) are missing from their steps, which nothing else moves into."""
+    (bool [samples]) are missing from their steps, and no other sample takes their place."""
 
     order: Callable[[int], np.ndarray]
     batch_size: int

@@ -1,4 +1,4 @@
-"""Which samples a run trains on, and how long they are: those that are sound and fit, or are cut to fit."""
+"""Which samples a run trains on, and how long they are: valid samples that fit, or are cut to fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Worker processes that read and cut samples, as every pass over the data starts them."""
+"""Worker processes that read and tile samples, for every pass over the data."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from llava_fast.orphans import end_with_parent
 
 
 def in_workers(dataset: Dataset, order: Iterable[Any], workers: int, ahead: int = 2) -> DataLoader:
-    """Iterates over dataset[each] for each in `order`, whose items may be of any kind, made by so many processes (0:
-    this one), each `ahead` of what is asked for. They share this process's memory and end with it."""
+    """Iterates over dataset[each] for each in `order`, whose items may be of any kind, made by this many processes (0:
+    this one), each prefetching `ahead` items. They share this process's memory and end with it.
+    """
     return DataLoader(
         dataset,
         batch_size=None,

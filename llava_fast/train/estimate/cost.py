@@ -50,7 +50,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a sample is thought to hold: decoder rows, image tiles, and rows that have a label."""
+    """An assumed mean sample: decoder rows, image tiles, and rows with a label."""
 
     rows: int
     tiles: int
@@ -87,7 +87,7 @@ def plan(
 
     samples  of an epoch; default: the recipe's data is counted if it is here, else hours are not known.
     rows     decoder rows of a mean sample, tiles: its image tiles; default: one 1024x768 image and a text.
-    share    of the GPU's peak that is thought to be reached; nothing has been measured yet.
+    share    of the GPU's peak that is assumed; nothing has been measured yet.
     Raises RecipeError for an unknown GPU, CheckpointError for a model that cannot be described.
     """
     if gpu not in GPUS:
@@ -142,7 +142,9 @@ class ParameterCounts:
 
 
 def count_parameters(config: LlavaConfig, recipe: Recipe) -> ParameterCounts:
-    """Counted in a model without storage, frozen as the recipe says. Raises RecipeError for what matches nothing."""
+    """Counted in a model without storage, frozen as the recipe says. Raises RecipeError for a name that matches no
+    part.
+    """
     with torch.device("meta"):
         model = LlavaModel(config)
     freeze(model, recipe)
@@ -281,7 +283,7 @@ def _micro_batch(config: LlavaConfig, recipe: Recipe, sample: Sample) -> tuple[i
 def _activations(
     config: LlavaConfig, recipe: Recipe, counts: ParameterCounts, rows: int, tiles: int, how: str, narrow: int
 ) -> list[Figure]:
-    """What is kept of a forward pass, and what the layer at work holds."""
+    """Saved activations of a forward pass, and the working memory of one layer."""
     decoder, vision = config.decoder, config.vision
     width = decoder.hidden_size
     whole, products = decoder.kept_per_row(narrow)
@@ -358,7 +360,7 @@ def _time(
 
 
 def _recomputed(forward: Forward, recipe: Recipe, tower_trained: bool) -> float:
-    """Operations that are done a second time for the backward pass: not counted as the model's."""
+    """Operations recomputed in the backward pass, which do not count as the model's."""
     again = forward.head  # see ops.linear_cross_entropy
     if recipe.recompute == "layers":
         again += forward.decoder + forward.decoder_attention

@@ -1,5 +1,5 @@
-"""Direct preference optimisation (Rafailov et al. 2023): of two answers, the chosen one is to be likelier, measured
-against the model that the run began with.
+"""Direct preference optimisation (Rafailov et al. 2023): raises the likelihood of the chosen answer over the rejected
+one, relative to the model that the run began with.
 
 A pair is one sequence in which both answers follow the rows that they share (see data.pairs), so image and question are
 run once, forward and backward.
@@ -84,6 +84,6 @@ class DpoObjective(AgainstReference):
 
 def preference_losses(rewards: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """DPO's sigmoid loss of each pair [pairs], from beta * (log-probability - the reference's) of its chosen and its
-    rejected answer [pairs, 2]. With smoothing, so large a share of preferences is taken to be wrong (Mitchell 2023)."""
+    rejected answer [pairs, 2]. With smoothing, that share of preferences is assumed to be wrong (Mitchell 2023)."""
     margin = rewards[:, 0] - rewards[:, 1]
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)

@@ -1,7 +1,7 @@
-"""Objectives that measure a model against the one that their run began with: its log-probabilities of two answers.
+"""Objectives relative to a reference, the model that the run began with: its log-probabilities of two answers.
 
-Both answers follow their question in one sequence, as two branches. The reference's log-probabilities are made before
-the first step (`precomputed`), or beside each batch by the model without its adapters (`base`).
+Both answers follow their question in one sequence, as two branches. The reference's log-probabilities are computed
+before the first step (`precomputed`), or with each batch by the model without its adapters (`base`).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class AgainstReference(Objective):
         travel as the plan's column "reference" [sequences, 2]."""
 
     def fingerprint(self) -> bytes:
-        """What the reference depends on beside samples, weights and precision."""
+        """What the reference depends on besides samples, weights and precision."""
         return b""
 
     def processor(self, model: Llava) -> Processor:
@@ -182,7 +182,7 @@ def reference_log_probs(
     """The starting model's log-probabilities of both answers, float32 [all samples, 2] (NaN for those not in
     `samples`, and for those that could not be read, if the recipe skips them).
 
-    Made once and kept at `path`, whole or not at all; a run that is resumed reads them.
+    Computed once and written atomically to `path`; a resumed run reads them.
     """
     if world.sum(torch.tensor([world.first and path.exists()], dtype=torch.int32, device=world.device)).item():
         return np.load(path)

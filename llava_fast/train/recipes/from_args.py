@@ -75,12 +75,12 @@ _OPTIMIZERS |= {"adamw_bnb_8bit": "8bit", "adamw_8bit": "8bit"}
 
 
 def recipe_from_args(words: Sequence[str], gpus: int | None = None) -> str:
-    """YAML of the recipe that a training command stands for.
+    """YAML of the recipe equivalent to a training command.
 
     words  the command (deepspeed, torchrun or python, a train script and its arguments), or one path of a shell
            script that holds it. gpus  how many it ran on; default: what the command says.
-    Raises RecipeError for a command that is no LLaVA training, lacks what a recipe needs, or does not say how many
-    GPUs it ran on.
+    Raises RecipeError for a command that is not a LLaVA training, lacks required arguments, or does not state its
+    number of GPUs.
     """
     command = read_command(words)
     gpus = gpus or command.gpus
@@ -98,7 +98,7 @@ def recipe_from_args(words: Sequence[str], gpus: int | None = None) -> str:
 
 
 class Arguments:
-    """The command's arguments: each is taken once, and what was not taken, or not as it stood, is noted."""
+    """The command's arguments: each is taken once; arguments not taken, or changed, are recorded."""
 
     def __init__(self, given: dict[str, str]) -> None:
         self.given = given

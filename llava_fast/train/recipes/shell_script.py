@@ -67,7 +67,7 @@ def _command_of_script(path: Path) -> tuple[list[str], str]:
 
 
 def _expand(line: str, known: dict[str, str]) -> str:
-    """The line with what is known of $NAME put in; the rest stays as it is written."""
+    """The line with known variables expanded; unknown ones are left as written."""
 
     def value(found: re.Match) -> str:
         name, pattern, replacement = found[1] or found[4], found[2], found[3]
