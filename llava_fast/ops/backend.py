@@ -15,12 +15,12 @@ from collections.abc import Iterator, Mapping
 
 from llava_fast.errors import BackendError
 from llava_fast.ops.selection import tables
+from llava_fast.ops.selection.candidates import SERVED
 from llava_fast.ops.selection.decision import current
 
 BACKENDS = ("auto", "triton", "native", "reference")
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("llava_fast_backend", default=None)
 _open: dict[object, str] = {}  # the choices of all blocks that are open, in any thread
-_served: dict[str, dict[str, str]] = {}
 _defaults: dict[tuple[str, str], str] = {}
 
 
@@ -31,13 +31,13 @@ def register(op: str, backend: str, devices: str, default_on: tuple[str, ...] = 
     on every such machine and which the package's tests compare with the reference; otherwise the default is the
     reference.
     """
-    _served.setdefault(op, {})[backend] = devices
+    SERVED.setdefault(op, {})[backend] = devices
     _defaults.update({(op, device): backend for device in default_on})
 
 
 def served() -> dict[str, dict[str, str]]:
     """Op -> backend -> devices, for `llava-fast doctor`."""
-    return {op: dict(backends) for op, backends in _served.items()}
+    return {op: dict(backends) for op, backends in SERVED.items()}
 
 
 @contextlib.contextmanager
@@ -90,8 +90,8 @@ def default(op: str, device: str) -> str:
 
 
 def _known(op: str, name: str) -> str:
-    if name not in _served.get(op, {}):
-        known = ", ".join(_served.get(op, {})) or "none"
+    if name not in SERVED.get(op, {}):
+        known = ", ".join(SERVED.get(op, {})) or "none"
         raise BackendError(f"backend {name!r} does not serve the op {op!r} (it has: {known}); use 'auto'")
     return name
 
@@ -112,13 +112,13 @@ def serves(op: str, device: str) -> bool:
     """
     name = requested()
     if name != "auto":
-        return name != "reference" and name in _served.get(op, {})
+        return name != "reference" and name in SERVED.get(op, {})
     if default(op, device) != "reference":
         return True
     table = tables.settings().table_on(device)
     if table is None:
         return False
-    return table.serves(op) or (table.may_grow and bool(_forms_on(device) & _served.get(op, {}).keys()))
+    return table.serves(op) or (table.is_asked and bool(_forms_on(device) & SERVED.get(op, {}).keys()))
 
 
 def _forms_on(device: str) -> set[str]:

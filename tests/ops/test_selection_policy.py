@@ -1,6 +1,8 @@
 """When a call is proven, when it goes by a verdict, and when by its op's default."""
 
+import contextlib
 import json
+import time
 
 import pytest
 import torch
@@ -184,9 +186,8 @@ def test_training_proves_in_its_first_step_alone(select, proven):
     optimizer.step()
     assert settings.stepped
     pack(500, requires_grad=True).sum().backward()
+    pack(500)  # nor without gradients, as a frozen tower runs
     assert len(proven) == 4
-    pack(500)
-    assert len(proven) == 5
 
 
 def test_a_verdict_found_by_another_process_meanwhile_is_taken(select, ran, proven):
@@ -214,10 +215,100 @@ def test_a_file_that_stays_locked_ends_in_the_default(select, monkeypatch, ran, 
     settings = select(LLAVA_FAST_SELECT="first-use", LLAVA_FAST_SELECT_BUDGET="0.05")
     with store.locked(settings.table(torch.device("cpu")).machine, 1):
         # A lock is its process's own: another one is played by its file, opened anew.
-        monkeypatch.setattr(store.FileLock, "acquire", lambda self: (_ for _ in ()).throw(store.Timeout("file")))
+        monkeypatch.setattr(store.FileLock, "acquire", lambda self, **_: (_ for _ in ()).throw(store.Timeout("file")))
         pack()
     assert ran == ["native"]
     assert not proven
+
+
+def test_waiting_for_the_file_is_not_spent_and_has_an_end(select, monkeypatch, proven):
+    settings = select(LLAVA_FAST_SELECT="first-use", LLAVA_FAST_SELECT_BUDGET="inf")
+    waits, acquire = [], store.FileLock.acquire
+
+    def late(self, **given):
+        waits.append(self.timeout)
+        time.sleep(0.2)
+        return acquire(self, **given)
+
+    monkeypatch.setattr(store.FileLock, "acquire", late)
+    monkeypatch.setattr(proof, "prove", lambda *_: Verdict(backend="native"))
+    pack()
+    pack(50)
+    assert settings.spent < 0.2 <= settings.waited - 0.2
+    assert waits[0] == store.WAIT > waits[1] + 0.19
+
+
+def test_a_device_is_done_before_the_file_is_locked(select, monkeypatch):
+    settings, done = select(LLAVA_FAST_SELECT="first-use"), []
+
+    class OnGpu:
+        is_cuda, device = True, torch.device("cuda", 0)
+
+    def locked(*_):
+        done.append("locked")
+        return contextlib.nullcontext("busy")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", done.append)
+    monkeypatch.setattr(store, "locked", locked)
+    policy._prove("rope x", "rope", None, [OnGpu()], tables.InUse({}, {}, True), settings)
+    assert done == [OnGpu.device, "locked"]
+
+
+def test_the_end_of_the_budget_changes_no_training_step(select, proven):
+    settings = select(LLAVA_FAST_SELECT="first-use", LLAVA_FAST_SELECT_BUDGET="0.000001")
+    table = settings.table(torch.device("cpu"))
+    with torch.inference_mode():
+        pack()
+    assert not table.is_asked
+    table = select(LLAVA_FAST_SELECT="first-use").table(torch.device("cpu"))
+    pack()
+    assert table.is_asked
+    torch.optim.SGD([nn.Parameter(torch.ones(2))]).step()
+    assert not table.is_asked
+
+
+def test_a_verdict_that_cannot_be_kept_is_a_warning(select, monkeypatch, ran, proven):
+    select(LLAVA_FAST_SELECT="first-use")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store.os, "replace", full)
+    with pytest.warns(UserWarning, match=r"\.json: a verdict cannot be kept \(.*No space left"):
+        pack()
+    pack()
+    assert ran == ["native"] * 2
+    assert len(proven) == 1
+
+
+def test_classes_worked_out_are_bounded(select, monkeypatch, proven):
+    monkeypatch.setattr(tables, "MOST_CLASSES", 3)
+    table = select(LLAVA_FAST_SELECT="first-use").table(torch.device("cpu"))
+    for rows in range(1, 10):
+        pack(rows)
+    assert len(table.classes) <= 3
+
+
+def test_a_cached_form_that_the_op_has_not_is_left_out(select, ran):
+    settings = select(LLAVA_FAST_SELECT="first-use")
+    machine = settings.table(torch.device("cpu")).machine
+    with store.locked(machine, 1):
+        store.keep(machine, {CLASS: Verdict(backend="cublas"), "rope x": Verdict(backend="triton")})
+    settings = select(LLAVA_FAST_SELECT="cached")
+    with pytest.warns(
+        UserWarning, match=r"\.json: the op 'token_pack' has no form 'cublas'; left out: token_pack source"
+    ):
+        pack()
+    assert ran == ["native"]
+    assert {*settings.table(torch.device("cpu")).verdicts} == {"rope x"}
+
+
+def test_configurations_of_all_calls_are_refused(select, tmp_path):
+    path = tmp_path / "pinned.json"
+    verdict = {"backend": "triton", "configs": {"rms_norm_kernel": {"num_warps": 4}}}
+    path.write_text(json.dumps({"verdicts": {"rms_norm": verdict}}))
+    with pytest.raises(BackendError, match=r"pinned\.json: verdicts\.rms_norm\.configs: only a class"):
+        select(LLAVA_FAST_SELECTION=str(path))
 
 
 def test_a_proof_that_fails_is_said_and_the_call_is_served(select, monkeypatch, ran):
@@ -263,7 +354,9 @@ def test_modules_leave_their_place_to_an_op_that_may_win(select, monkeypatch):
     assert backend.serves("rms_norm", "cuda")
     assert backend.serves("rope", "cuda")
     table = settings.table_on("cuda")
-    table.may_grow = False
+    table.may_grow = False  # the budget is spent, perhaps between a layer and its run for the gradients
+    assert backend.serves("rms_norm", "cuda")
+    settings.end_step()
     assert not backend.serves("rms_norm", "cuda")
     table.verdicts["add_rms_norm x"] = Verdict(backend="triton", op="rms_norm")
     table.verdicts["rope query"] = Verdict(backend="reference", op="rope")

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from llava_fast import ops
 from llava_fast.ops.mix_rows import InversePooling
-from llava_fast.ops.paged_attention import block_addresses
+from llava_fast.ops.paged_attention import block_addresses, reference
 from llava_fast.ops.selection import proof, samples
-from llava_fast.ops.selection.call_class import call_class
+from llava_fast.ops.selection.call_class import argument_names, call_class, written_arguments
+from llava_fast.ops.selection.decision import current
 from llava_fast.ops.selection.verdict import Verdict
 from llava_fast.ops.token_pack import InversePlacement
 
@@ -171,3 +172,31 @@ def test_classes():
     assert call_class("linear_act", [x, weight, None, "gelu", True], named) != found
     given = [x, x, torch.float16, [True, False]]
     assert call_class("swiglu_backward", [x, *given], ("grad", "gate", "up")).endswith(" dtype=fp16 needed=1,0")
+
+
+@pytest.mark.parametrize("fault", ["stores nothing", "stores elsewhere", None])
+def test_what_an_op_writes_to_its_arguments_is_compared(monkeypatch, fault):
+    """A paged_attention that attends as it should and whose store is missing fails only the next step."""
+    segments = [torch.randn(1, 2, 2, 6, 8, WIDTH)]
+    rows = [*(torch.randn(2, heads, WIDTH) for heads in (4, 2, 2)), *torch.randn(2, 2, WIDTH)]
+    table, before = torch.arange(6, dtype=torch.int32).view(2, 3), integers(20, 3)
+    args = [*rows, segments, block_addresses(segments), table, before, 0, 0]
+
+    def run(*given):
+        if current().backend == "native" and fault is not None:
+            stored = given[5][0].clone()
+            found = reference.paged_attention(*given[:5], [stored], *given[7:])
+            if fault == "stores elsewhere":
+                given[5][0].copy_(stored)
+                given[5][0][0, 0, 0, 0, 0] += 1
+            return found
+        return reference.paged_attention(*given[:6], *given[7:])
+
+    monkeypatch.setattr(proof, "FORMS", ("native",))
+    monkeypatch.setattr(proof.Clock, "in_turn", lambda *_: proof.Times(1.0, 2.0, 0.1))
+    named = dict(zip(argument_names("paged_attention"), args, strict=True))
+    small = [list(each.values()) for each in samples.samples_of("paged_attention", named)]
+    verdict = proof.prove(run, args, small, False, written_arguments("paged_attention"))
+    said = {"stores nothing": "output 1: not every element is written", "stores elsewhere": "output 1: error", None: ""}
+    assert verdict.refused.get("native", "").startswith(said[fault])
+    assert (verdict.backend == "native") == (fault is None)

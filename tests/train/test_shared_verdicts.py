@@ -82,6 +82,17 @@ def of_two_kinds_pinned(rank: int) -> dict[str, str]:
     return of_two_kinds(rank, pinned=True)
 
 
+def pinned_differently(rank: int) -> None:
+    settings_of(CPU, "CPU", {}).pinned = Table(verdicts={"rope": Verdict(backend=("reference", "triton")[rank])})
+    sharing.share(CPU)
+
+
+def test_processes_that_pin_different_tables_are_refused(select, tmp_path):
+    select()
+    for said in in_two_processes(pinned_differently, tmp_path):
+        assert said == "the processes of this run have pinned different tables (LLAVA_FAST_SELECTION): give all one"
+
+
 def told_different_things(rank: int) -> dict[str, str]:
     return of_two_kinds(rank, ("cached", "off")[rank])
 

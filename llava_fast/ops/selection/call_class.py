@@ -68,6 +68,13 @@ def argument_names(operator: str) -> tuple[str, ...]:
     return tuple(argument.name for argument in schema.arguments)
 
 
+@functools.cache
+def written_arguments(operator: str) -> tuple[int, ...]:
+    """Which of an operator's arguments, by number, it writes to."""
+    arguments = getattr(torch.ops.llava_fast, operator).default._schema.arguments
+    return tuple(i for i, each in enumerate(arguments) if each.alias_info is not None and each.alias_info.is_write)
+
+
 def _tensor(tensor: Tensor, is_rows: bool) -> str:
     shape = tuple(tensor.shape)
     if is_rows and len(shape) > 2:

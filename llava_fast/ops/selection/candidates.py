@@ -15,6 +15,8 @@ from importlib.resources import files
 from llava_fast.ops.selection.decision import Config
 
 FORMS = ("native", "cublas", "triton")
+SERVED: dict[str, dict[str, str]] = {}
+"""Op -> form -> on which devices, as `ops/backend.register` was told."""
 
 
 @dataclass(frozen=True)

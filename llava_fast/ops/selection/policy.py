@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_leaves
 
 from llava_fast.ops.selection import proof, samples, store, tables
-from llava_fast.ops.selection.call_class import argument_names, call_class, signature
+from llava_fast.ops.selection.call_class import argument_names, call_class, signature, written_arguments
 from llava_fast.ops.selection.decision import Decision, current, decided
 from llava_fast.ops.selection.tables import InUse, Settings
 from llava_fast.ops.selection.verdict import Verdict
@@ -45,6 +45,8 @@ def _verdict(
     key = (operator, signature(args))
     name = table.classes.get(key)
     if name is None:
+        if len(table.classes) >= tables.MOST_CLASSES:  # sizes that never come again; a class is soon worked out anew
+            table.classes.clear()
         rows, ignored = samples.ROW_ARGS.get(operator, ()), samples.IGNORED.get(operator, ())
         name = table.classes[key] = call_class(operator, args, rows, ignored)
     verdict = table.verdicts.get(name)
@@ -59,10 +61,12 @@ def _verdict(
 
 def may_prove(operator: str, args: Sequence[Any], table: InUse, settings: Settings) -> bool:
     """Whether a call may be tested now: budget is left, the tensors are real and not empty, no graph is being captured
-    or traced, and it is not in a training step after the first.
+    or traced, and no optimizer has made a step: all later steps of a run take the same forms.
     """
-    if not table.may_grow or settings.spent >= settings.budget:
+    if not table.may_grow or settings.stepped or settings.spent >= settings.budget:
         return False
+    if not _watched:
+        _watched.append(register_optimizer_step_post_hook(_note_step))
     tensors = [each for each in tree_leaves(list(args)) if isinstance(each, Tensor)]
     if any(type(each) not in (Tensor, nn.Parameter) for each in tensors) or not args[0].numel():
         return False
@@ -71,9 +75,7 @@ def may_prove(operator: str, args: Sequence[Any], table: InUse, settings: Settin
     if is_recorded(args[0].device):
         return False
     if operator.endswith("_backward") or any(each.requires_grad for each in tensors):
-        if not _watched:
-            _watched.append(register_optimizer_step_post_hook(_note_step))
-        return not settings.stepped
+        settings.trains = True
     return True
 
 
@@ -83,16 +85,19 @@ def is_recorded(device: torch.device) -> bool:
 
 
 def _note_step(*_: Any) -> None:
-    tables.settings().stepped = True
+    tables.settings().end_step()
 
 
 def _prove(
     name: str, operator: str, implementation: Callable, args: Sequence[Any], table: InUse, settings: Settings
 ) -> Verdict | None:
     """The verdict of a class that has none yet: another process's, if found meanwhile, or one found now."""
-    started = time.perf_counter()
-    verdict = None
-    with store.locked(table.machine, settings.budget - settings.spent) as state:
+    if args[0].is_cuda:  # no process may hold the file while its stream waits for others, which may wait for the file
+        torch.cuda.synchronize(args[0].device)
+    verdict, asked = None, time.perf_counter()
+    with store.locked(table.machine, store.WAIT - settings.waited) as state:
+        started = time.perf_counter()
+        settings.waited += started - asked
         if state == "held":
             # Those in use stay: they may be the first rank's (sharing), found on another machine.
             table.verdicts = {**store.cached(table.machine).verdicts, **table.verdicts}
@@ -102,20 +107,30 @@ def _prove(
             if verdict is not None:
                 table.verdicts[name] = verdict
                 if state == "held":
-                    store.keep(table.machine, {name: verdict})
+                    _keep(table, name, verdict)
     if verdict is None:
         table.failed.add(name)
     settings.spent += time.perf_counter() - started
     table.may_grow = settings.spent < settings.budget
+    if torch.is_inference_mode_enabled() and not settings.trains:
+        table.is_asked = table.may_grow  # nothing that ran before is run again for its gradients
     settings.heard(name, verdict)
     return verdict
+
+
+def _keep(table: InUse, name: str, verdict: Verdict) -> None:
+    try:
+        store.keep(table.machine, {name: verdict})
+    except OSError as error:
+        path = store.path_of(table.machine)
+        warnings.warn(f"{path}: a verdict cannot be kept ({error}); set LLAVA_FAST_CACHE", stacklevel=2)
 
 
 def _found(operator: str, implementation: Callable, args: Sequence[Any], thorough: bool) -> Verdict | None:
     named = dict(zip(argument_names(operator), args, strict=True))
     try:
         small = [list(each.values()) for each in samples.samples_of(operator, named)]
-        return proof.prove(implementation, args, small, thorough)
+        return proof.prove(implementation, args, small, thorough, written_arguments(operator))
     except (proof.UnprovableError, torch.OutOfMemoryError):
         return None
     except Exception as error:  # of the reference itself: the call that is to be served must not fail for a proof

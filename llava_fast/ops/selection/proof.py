@@ -1,9 +1,9 @@
 """Tests whether a candidate is correct, and whether it is faster than the reference.
 
 Right: on a small call drawn by seed its error against float64 is at most twice the reference's in the same dtype; of
-outputs whose memory held NaN every element is written; a second run gives the same bits. The last two hold for the call
-itself too, where its result must also agree with the reference's. Faster: its median time is below the reference's by
-more than the spread, both timed in turn.
+outputs whose memory held NaN every element is written; a second run gives the same bits. Arguments that the op writes
+are outputs too. The last two hold for the call itself as well, where its result must also agree with the reference's.
+Faster: its median time is below the reference's by more than the spread, both timed in turn.
 """
 
 from __future__ import annotations
@@ -63,24 +63,33 @@ class Trial:
     errors: list[float] = field(default_factory=list)
     expected: list[Tensor] = field(default_factory=list)
     op: str = ""
+    written: Sequence[int] = ()
+    held: list[list[Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         reference = Decision("reference", is_trial=True)
+        self.held = [[each.clone() for each in self._written(sample)] for sample in self.samples]
         with decided(reference):
-            self.exact = _joined(self.run(*tree_map(_exact, list(sample))) for sample in self.samples)
-            errors = self._errors(_joined(self.run(*sample) for sample in self.samples))
+            exact = (tree_map(_exact, list(sample)) for sample in self.samples)
+            self.exact = _joined([*_tensors(self.run(*sample)), *self._written(sample)] for sample in exact)
+            found = [self._outputs(number) for number in range(len(self.samples))]
+            errors = self._errors(_joined(found))
             self.expected = _tensors(self.run(*self.args))
+        for before, outputs in zip(self.held, found, strict=True):  # what is to be written holds NaN before it is
+            after = outputs[len(outputs) - len(before) :]
+            for one, other in zip(before, after, strict=True):
+                one[one != other] = torch.nan if one.is_floating_point() else torch.iinfo(one.dtype).max
         if any(bool(each.isnan().any()) for each in self.expected if each.is_floating_point()):
             raise UnprovableError("the reference's own result holds NaN")
         self.errors = [
-            max(error, _rounding(each)) if error else 0.0 for error, each in zip(errors, self.expected, strict=True)
+            max(error, _rounding(each)) if error else 0.0 for error, each in zip(errors, found[0], strict=True)
         ]
         self.op = reference.asked[0] if reference.asked else ""
 
     def refusal(self, candidate: Candidate) -> tuple[str | None, float, Decision]:
         """(why it is not right or None, its error, what ran)."""
         decision = Decision(candidate.backend, candidate.configs, is_trial=True)
-        tried = [self._twice(decision, sample) for sample in self.samples]
+        tried = [self._twice(decision, number) for number in range(len(self.samples))]
         why = next((why for _, why in tried if why is not None), None)
         errors = self._errors(_joined(found for found, _ in tried))
         worst = max(errors, default=0.0)
@@ -88,7 +97,7 @@ class Trial:
             if not error <= 2 * reference and why is None:
                 why = f"output {number}: error {error:.1e} against float64, more than twice the reference's"
         if why is None:
-            found, why = self._twice(decision, self.args)
+            found, why = self._twice(decision, None)
         if why is None:
             why = self._far_off(found)
         return why, worst, decision
@@ -109,10 +118,23 @@ class Trial:
                 return f"output {number}: {off:.1e} from the reference's in the call itself"
         return None
 
-    def _twice(self, decision: Decision, args: Sequence[Any]) -> tuple[list[Tensor], str | None]:
+    def _written(self, args: Sequence[Any]) -> list[Tensor]:
+        return _tensors([args[number] for number in self.written])
+
+    def _outputs(self, number: int | None) -> list[Tensor]:
+        """What a run of a sample gives, with copies of what it wrote to its arguments; None: of the call itself, which
+        writes to its own memory, as it will again when it is served."""
+        if number is None:
+            return _tensors(self.run(*self.args))
+        sample = self.samples[number]
+        for each, held in zip(self._written(sample), self.held[number], strict=True):
+            each.copy_(held)
+        return [*_tensors(self.run(*sample)), *(each.clone() for each in self._written(sample))]
+
+    def _twice(self, decision: Decision, number: int | None) -> tuple[list[Tensor], str | None]:
         with decided(decision), memory_of_nan():
-            first = _tensors(self.run(*args))
-            second = _tensors(self.run(*args))
+            first = self._outputs(number)
+            second = self._outputs(number)
         why = None
         for number, (one, other) in enumerate(zip(first, second, strict=True)):
             if one.is_floating_point() and bool(one.isnan().any()):
@@ -122,8 +144,15 @@ class Trial:
         return first, why
 
 
-def prove(run: Run, args: Sequence[Any], samples: Sequence[Sequence[Any]], thorough: bool = False) -> Verdict:
-    """Try the forms of an op on a call: `run(*args)` is the call, `samples` the arguments of small ones.
+def prove(
+    run: Run,
+    args: Sequence[Any],
+    samples: Sequence[Sequence[Any]],
+    thorough: bool = False,
+    written: Sequence[int] = (),
+) -> Verdict:
+    """Try the forms of an op on a call: `run(*args)` is the call, `samples` the arguments of small ones, `written` the
+    numbers of the arguments that it writes to.
 
     thorough: each configuration of its Triton kernels is tried, not only the shipped one. Raises UnprovableError if the
     call's values cannot show anything, torch.OutOfMemoryError if its copies do not fit.
@@ -133,7 +162,7 @@ def prove(run: Run, args: Sequence[Any], samples: Sequence[Sequence[Any]], thoro
     best: tuple[Times, float, Candidate] | None = None
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         args = tree_map_only(Tensor, Tensor.detach, list(args))
-        trial = Trial(run, args, samples)
+        trial = Trial(run, args, samples, written=written)
         inputs = rotated(args)
         clock = Clock(device)
 

@@ -21,14 +21,19 @@ def share(device: torch.device, is_last: bool = False) -> None:
         return
     settings = tables.settings()
     table, mode = settings.table(device), settings.mode_on(device.type)
-    said = [(mode, table.machine, table.verdicts)] * dist.get_world_size()
+    said = [(mode, table.machine, table.verdicts, settings.pinned)] * dist.get_world_size()
     dist.all_gather_object(said, said[0])
-    modes, machines, verdicts = zip(*said, strict=True)
+    modes, machines, verdicts, pinned = zip(*said, strict=True)
     if len({*modes}) > 1:
         raise BackendError(f"the processes of this run select in different ways ({', '.join(modes)}): set them alike")
+    if any(each != pinned[0] for each in pinned):
+        raise BackendError(
+            "the processes of this run have pinned different tables (LLAVA_FAST_SELECTION): give all one"
+        )
     if mode in ("off", "pinned"):
         return
     if device.type == "cuda":
         tables.check_one_kind(machines)
     table.verdicts = {name: verdict for each in reversed(verdicts) for name, verdict in each.items()}
-    table.may_grow = table.may_grow and not is_last
+    if is_last:
+        table.may_grow = table.is_asked = False

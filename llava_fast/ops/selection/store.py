@@ -20,8 +20,11 @@ from platformdirs import user_cache_path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llava_fast.errors import BackendError
+from llava_fast.ops.selection.candidates import SERVED
 from llava_fast.ops.selection.machine import Machine
 from llava_fast.ops.selection.verdict import Verdict
+
+WAIT = 60.0  # seconds that a process waits in all for other processes' proofs; then it takes the default
 
 
 class Table(BaseModel):
@@ -66,10 +69,34 @@ def cached(machine: Machine) -> Table:
     path = path_of(machine)
     if path.is_file():
         try:
-            return read_table(path)
+            return _known(path, read_table(path))
         except BackendError as error:
             warnings.warn(f"{error}; its verdicts are measured again", stacklevel=2)
     return Table(machine=machine)
+
+
+def _known(path: Path, table: Table) -> Table:
+    """The table without verdicts for forms that their op has not: they would fail every call."""
+    known: dict[str, Verdict] = {}
+    for name, verdict in table.verdicts.items():
+        op = verdict.op or name.split()[0].removesuffix("_backward")
+        if verdict.backend not in SERVED.get(op, {verdict.backend: ""}):
+            warnings.warn(f"{path}: the op {op!r} has no form {verdict.backend!r}; left out: {name}", stacklevel=3)
+        else:
+            known[name] = verdict
+    return table.model_copy(update={"verdicts": known})
+
+
+def pinned(path: Path) -> Table:
+    """A table that a user pins. Raises BackendError as `read_table` does, and for configurations that no call would
+    take, under an op's name alone."""
+    table = read_table(path)
+    for name, verdict in table.verdicts.items():
+        if verdict.configs and " " not in name:
+            raise BackendError(
+                f"{path}: verdicts.{name}.configs: only a class of calls has configurations; remove them"
+            )
+    return table
 
 
 @contextlib.contextmanager
@@ -80,7 +107,7 @@ def locked(machine: Machine, seconds: float) -> Iterator[str]:
     lock = FileLock(path.with_suffix(".lock"), timeout=max(seconds, 0))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        lock.acquire(poll_interval=0.01)  # less than its holder's next call takes, or others would never have it
     except Timeout:
         yield "busy"
         return

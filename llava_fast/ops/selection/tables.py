@@ -23,19 +23,26 @@ from llava_fast.ops.selection.machine import Machine, machine_of
 from llava_fast.ops.selection.verdict import Verdict
 
 MODES = ("first-use", "cached", "off")
+MOST_CLASSES = 4096
 BUDGET = 30.0  # seconds that a process spends on proofs, unless LLAVA_FAST_SELECT_BUDGET says otherwise
 
 
 @dataclass
 class InUse:
     """Verdicts of one kind of device, by class; under an op's name, those of all its calls. `may_grow`: calls are
-    proven. `classes` keeps the classes worked out already, by signature; `failed` those not to be tried again."""
+    proven. `is_asked`: modules leave their place to ops that may be proven; unlike `may_grow` it does not change within
+    a training step, where layers that are run again must run as before. `classes` keeps up to MOST_CLASSES classes
+    worked out already, by signature; `failed` those not to be tried again."""
 
     machine: Machine
     verdicts: dict[str, Verdict]
     may_grow: bool
     classes: dict[tuple, str] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
+    is_asked: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.is_asked = self.may_grow
 
     @property
     def is_idle(self) -> bool:
@@ -52,8 +59,8 @@ class Settings:
 
     thorough: `llava-fast tune` runs: every configuration is tried, and verdicts from first use are tested again. met:
     if it is a set, classes that would be tested are added to it instead. heard: called with each class that was tried
-    and its verdict. stepped: an optimizer has made a step since a call of training was first met. spent: seconds of
-    proofs so far.
+    and its verdict. trains: a call with gradients was seen. stepped: an optimizer has made a step since the first call
+    that could be tested. spent, waited: seconds of tests, and of waiting for other processes' tests, so far.
     """
 
     def __init__(self) -> None:
@@ -61,17 +68,23 @@ class Settings:
         if self.mode not in (None, *MODES):
             raise BackendError(f"LLAVA_FAST_SELECT={self.mode}: choose one of {', '.join(MODES)}")
         pinned = os.environ.get("LLAVA_FAST_SELECTION")
-        self.pinned = store.read_table(Path(pinned).expanduser()) if pinned else None
+        self.pinned = store.pinned(Path(pinned).expanduser()) if pinned else None
         given = os.environ.get("LLAVA_FAST_SELECT_BUDGET") or BUDGET
         try:
             self.budget = float(given)
         except ValueError:
             raise BackendError(f"LLAVA_FAST_SELECT_BUDGET={given}: give a number of seconds") from None
-        self.spent = 0.0
-        self.thorough = self.stepped = False
+        self.spent = self.waited = 0.0
+        self.thorough = self.trains = self.stepped = False
         self.met: set[str] | None = None
         self.heard: Callable[[str, Verdict | None], None] = lambda name, verdict: None
         self._tables: dict[torch.device, InUse] = {}
+
+    def end_step(self) -> None:
+        """An optimizer has made a step: from here on nothing is proven."""
+        self.stepped = True
+        for table in self._tables.values():
+            table.may_grow = table.is_asked = False
 
     def mode_on(self, device_type: str) -> str:
         """ "pinned", or one of MODES."""
@@ -107,7 +120,7 @@ class Settings:
             if other.type == device.type == "cuda":
                 check_one_kind([table.machine, machine])
                 return table
-        return InUse(machine, store.cached(machine).verdicts, mode == "first-use")
+        return InUse(machine, store.cached(machine).verdicts, mode == "first-use" and not self.stepped)
 
 
 def check_one_kind(machines: Sequence[Machine]) -> None:
