@@ -78,7 +78,7 @@ class Runner:
 
     def prefill(self, chunks: SequenceOf[Chunk]) -> Tensor | None:
         """Run the next rows of some sequences. Returns logits [sequences, vocabulary] after the last row of each
-        sequence whose rows are now all cached, in order; None if there is no such sequence.
+        sequence whose rows are then all cached, in order; None if there is no such sequence. `advance` ends the pass.
         """
         embeddings = self._embed(chunks)
         tables = tuple(sequence.cached for sequence, _ in chunks)
@@ -89,17 +89,21 @@ class Runner:
         position = np.concatenate([np.arange(b, b + n) for b, n in zip(before, lengths, strict=True)])
         device = embeddings.device
         hidden = self.model.decoder(embeddings, torch.from_numpy(position).to(device), spans, self.cache)
+        last = [int(end) - 1 for chunk, end in zip(chunks, ends, strict=True) if is_last(*chunk)]
+        return self._logits(hidden[torch.tensor(last, device=device)]) if last else None
+
+    @staticmethod
+    def advance(chunks: SequenceOf[Chunk]) -> None:
+        """Count rows that `prefill` or `step` has run as cached. Until then the same pass may be run again."""
         for sequence, rows in chunks:
             sequence.cached.length += rows
-            assert sequence.embedded is not None  # by _embed
-            first, waiting = sequence.embedded
-            sequence.embedded = (first + rows, waiting[rows:].clone()) if rows < len(waiting) else None
-        last = [int(end) - 1 for (sequence, _), end in zip(chunks, ends, strict=True) if is_prefilled(sequence)]
-        return self._logits(hidden[torch.tensor(last, device=device)]) if last else None
+            if sequence.embedded is not None:
+                first, waiting = sequence.embedded
+                sequence.embedded = (first + rows, waiting[rows:].clone()) if rows < len(waiting) else None
 
     def step(self, sequences: SequenceOf[Sequence]) -> Tensor:
         """Run the last token of each sequence; logits [sequences, vocabulary] of the next. The next step may
-        overwrite them."""
+        overwrite them. `advance` ends the pass."""
         if self.batch_invariant:
             groups = range(0, len(sequences), MAX_ROWS)
             return self._logits(torch.cat([self._step(sequences[i : i + MAX_ROWS]) for i in groups]))
@@ -109,11 +113,7 @@ class Runner:
     def _replay(self, graphs: DecodeGraphs, sequences: SequenceOf[Sequence]) -> Tensor | None:
         """Logits from a CUDA graph, or None if there is none for this step."""
         tables = [sequence.cached for sequence in sequences]
-        logits = graphs([s.token_ids[-1] for s in sequences], tables, [table.length for table in tables])
-        if logits is not None:
-            for table in tables:
-                table.length += 1
-        return logits
+        return graphs([s.token_ids[-1] for s in sequences], tables, [table.length for table in tables])
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = self.model.decoder.logits
@@ -130,10 +130,7 @@ class Runner:
         embeddings = decoder.embed_tokens(token)
         if self.batch_invariant and len(sequences) > 1 and not decoder.steps_natively(embeddings, spans):
             return torch.cat([self._step([sequence]) for sequence in sequences])
-        hidden = decoder(embeddings, position, spans, self.cache)
-        for table in tables:
-            table.length += 1
-        return hidden
+        return decoder(embeddings, position, spans, self.cache)
 
     def _embed(self, chunks: SequenceOf[Chunk]) -> Tensor:
         """The decoder's inputs [rows, C] for all chunks end to end. Images are encoded whole when their first row is
@@ -188,5 +185,6 @@ class Runner:
         return self.model.inputs_embeds(batch).split(batch.plan.lengths)
 
 
-def is_prefilled(sequence: Sequence) -> bool:
-    return sequence.cached.length == sequence.rows
+def is_last(sequence: Sequence, rows: int) -> bool:
+    """Whether so many rows more are all that the sequence has."""
+    return sequence.cached.length + rows == sequence.rows

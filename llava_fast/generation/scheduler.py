@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llava_fast.errors import CacheFullError
 from llava_fast.generation.prefix_cache import PrefixCache, common_rows
-from llava_fast.generation.runner import Chunk, Runner, is_prefilled
+from llava_fast.generation.runner import Chunk, Runner, is_last
 from llava_fast.generation.sampling import greedy_tokens, not_a_number
 from llava_fast.generation.sequence import Sequence
 from llava_fast.models.paged_cache import BlockTable
@@ -118,6 +118,7 @@ class Scheduler:
             self._admit()
         decoding = list(self.decoding)  # one that is prefilled in this step has its token of this step
         moved = self._prefill() if self.prefilling else []
+        decoding = [sequence for sequence in decoding if sequence.finish_reason is None]
         if decoding:
             moved += self._decode(decoding)
         return moved
@@ -231,36 +232,54 @@ class Scheduler:
             sequences = [sequence for sequence in sequences if sequence is not youngest]
 
     def _run(self, one_pass: Callable[[list], Moved], items: list, sequences: list[Sequence]) -> Moved:
-        """A pass over all items; if it fails, one pass for each, so that an error stays with its sequence."""
+        """A pass over all items; if it fails, one pass for each, so that an error stays with its sequence. After an
+        error of the device no pass can succeed, so every sequence fails."""
+        failure = None
         try:
             return one_pass(items)
         except Exception as error:
-            if len(items) == 1:
-                return [self._fail(sequences[0], error)]
-            logger.warning("a pass of %d sequences failed, so each runs alone: %r", len(items), error)
-            pairs = zip(items, sequences, strict=True)
-            return [moved for item, sequence in pairs for moved in self._run(one_pass, [item], [sequence])]
+            failure = error
+        failure.__traceback__ = None  # its frames hold the pass's tensors
+        if isinstance(failure, torch.AcceleratorError):
+            logger.error("the device failed, and with it every sequence: %r", failure)
+            return [self._fail(each, failure) for each in (*self.decoding, *self.prefilling, *self.waiting)]
+        if len(items) == 1:
+            return [self._fail(sequences[0], failure)]
+        logger.warning("a pass of %d sequences failed, so each runs alone: %r", len(items), failure)
+        moved: Moved = []
+        for item, sequence in zip(items, sequences, strict=True):
+            if sequence.finish_reason is None:
+                moved += self._run(one_pass, [item], [sequence])
+        return moved
 
     def _prefill_pass(self, chunks: list[Chunk]) -> Moved:
         logits = self.runner.prefill(chunks)
+        ready = [sequence for sequence, rows in chunks if is_last(sequence, rows)]
+        tokens = choose(logits, ready) if logits is not None else []
+        self.runner.advance(chunks)  # what may fail for all of a pass lies before: it changes no sequence
         for sequence, _ in chunks:
             self._keep(sequence, running=True)
-        ready = [sequence for sequence, _ in chunks if is_prefilled(sequence)]
         for sequence in ready:
             self.prefilling.remove(sequence)
             self.decoding.append(sequence)
-        return self._advance(ready, logits) if logits is not None else []
+        return self._push(ready, tokens)
 
     def _decode_pass(self, sequences: list[Sequence]) -> Moved:
-        return self._advance(sequences, self.runner.step(sequences))
+        tokens = choose(self.runner.step(sequences), sequences)
+        self.runner.advance([(sequence, 1) for sequence in sequences])
+        return self._push(sequences, tokens)
 
-    def _advance(self, sequences: list[Sequence], logits: Tensor) -> Moved:
+    def _push(self, sequences: list[Sequence], tokens: list[int | Exception]) -> Moved:
         moved: Moved = []
-        for sequence, token in zip(sequences, choose(logits, sequences), strict=True):
+        for sequence, token in zip(sequences, tokens, strict=True):
             if isinstance(token, Exception):
                 moved.append(self._fail(sequence, token))
                 continue
-            moved.append((sequence, sequence.push(token)))
+            try:
+                moved.append((sequence, sequence.push(token)))
+            except Exception as error:
+                moved.append(self._fail(sequence, error))
+                continue
             if sequence.finish_reason is not None:
                 self._keep(sequence, running=False)
                 self._leave(sequence)

@@ -25,6 +25,15 @@ WARM_UP = 3  # steps before capture, on a side stream, as torch.cuda.graph asks
 MOST_SEQUENCES = 256  # beyond, a step's products outweigh its launches
 
 
+def _keeps_no_switch(kind: type) -> bool:
+    """Whether modules of a type do the same at each step, so that a graph may stand for them: this package's and
+    PyTorch's plain ones. Others, as PEFT's, turn adapters on and off by attributes that nothing here compares."""
+    return kind.__module__.startswith("llava_fast.") or kind in _PLAIN
+
+
+_PLAIN = (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU, nn.Identity)
+
+
 @dataclass
 class _Captured:
     host: Tensor  # int32 [n * (2 + width)]: tokens, rows before, blocks
@@ -41,8 +50,8 @@ class DecodeGraphs:
 
     A bucket is a number of sequences and of blocks a sequence, each a power of two; graphs are captured when first
     needed. Sequences that fill a bucket up write nothing. The returned logits [n, vocabulary] are a view that the next
-    call overwrites. `unfit` says why there is no graph: dynamic RoPE, a hooked module, or a failed capture (logged
-    once, and not tried again until a module changes).
+    call overwrites. `unfit` says why there is no graph: dynamic RoPE, a hooked module, one that is neither this
+    package's nor a plain one of PyTorch, or a failed capture (logged once, and not tried again until a module changes).
     """
 
     def __init__(self, decoder: Decoder, cache: PagedCache) -> None:
@@ -91,13 +100,15 @@ class DecodeGraphs:
         if snapshot is not None and snapshot.holds() and addresses == self._addresses:
             return
         self._captured.clear()
-        self._snapshot, self._addresses = Snapshot(self.decoder, frozenset()), addresses
+        self._snapshot, self._addresses = Snapshot(self.decoder, frozenset(), whole=True), addresses
         self.unfit = None
         if self.decoder.rope.config.kind == "dynamic":
             self.unfit = "dynamic RoPE follows each sequence's length"
         elif not self._snapshot.holds():
             self.unfit = "a module of the decoder has a hook or a forward of its own"
             self._snapshot = None  # so that the next step looks again
+        elif strange := sorted(kind.__name__ for kind in self._snapshot.kinds if not _keeps_no_switch(kind)):
+            self.unfit = f"a module of the decoder may choose anew at each step what it does ({', '.join(strange)})"
 
     def _captured_now(self, key: tuple, size: int, width: int) -> _Captured | None:
         try:

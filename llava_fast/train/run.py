@@ -78,6 +78,9 @@ def load_model(recipe: Recipe, world: World) -> Llava:
     processor = processor_of(model)
     data = recipe.data
     most = data.max_length or processor.max_rows
+    decoder = model.config.decoder
+    if decoder.has_learned_positions and most is not None and most > decoder.max_positions:
+        raise RecipeError(f"data.max_length: the decoder learned {decoder.max_positions} positions, fewer than {most}")
     model.processor = dataclasses.replace(
         processor, video_frames=data.video_frames, time_instruction=data.time_instruction, max_rows=most
     )

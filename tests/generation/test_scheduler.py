@@ -303,6 +303,42 @@ def test_a_pass_that_fails_takes_only_its_cause_along(alone, monkeypatch):
     assert_empty(scheduler)
 
 
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_a_pass_that_fails_late_is_run_again_as_it_was(alone, monkeypatch, at):
+    """The model has run; what its logits say cannot be read."""
+    calls, choose = [], scheduling.choose
+
+    def failing(logits, sequences):
+        calls.append(len(sequences))
+        if len(calls) == at:
+            raise RuntimeError("a transfer failed")
+        return choose(logits, sequences)
+
+    monkeypatch.setattr(scheduling, "choose", failing)
+    scheduler = make(tiny.pair("next").ours, chunk_rows=10_000)
+    sequences = [sequence_of(scheduler.runner.model, request) for request in REQUESTS]
+    run(scheduler, *sequences)
+    assert calls[at - 1] == len(sequences)
+    assert [sequence.result() for sequence in sequences] == alone("next")
+    assert_empty(scheduler)
+
+
+def test_an_error_of_the_device_fails_all(monkeypatch):
+    calls = []
+
+    def failing(logits, sequences):
+        calls.append(len(sequences))
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(scheduling, "choose", failing)
+    scheduler = make(tiny.pair("next").ours, max_running=2)
+    sequences = [sequence_of(scheduler.runner.model, request) for request in REQUESTS]
+    run(scheduler, *sequences)
+    assert len(calls) == 1
+    assert all(isinstance(sequence.error, torch.AcceleratorError) for sequence in sequences)
+    assert_empty(scheduler)
+
+
 # ---------------------------------------------------------------- logits processors
 
 

@@ -152,6 +152,25 @@ def test_weights_and_hooks_that_change_are_followed(served):
     assert "hook" in graphs.unfit
     hook.remove()
     check(4)
+    for module in (model.decoder, model.decoder.embed_tokens, model.decoder.lm_head):
+        hook = module.register_forward_hook(lambda module, args, out: out * 3)
+        assert step()[0] is None
+        hook.remove()
+    check(5)
+
+    class Adapted(torch.nn.Module):
+        """As PEFT's: an attribute says whether it adds anything."""
+
+        def __init__(self, base):
+            super().__init__()
+            self.base_layer, self.disable_adapters = base, False
+
+        def forward(self, x):
+            return self.base_layer(x) * (1 if self.disable_adapters else 2)
+
+    layer.mlp.up_proj = Adapted(layer.mlp.up_proj)
+    assert step()[0] is step()[0] is None
+    assert "(Adapted)" in graphs.unfit
 
 
 def test_a_capture_that_fails_leaves_it_to_the_modules(expected, served, caplog):

@@ -18,7 +18,10 @@ from llava_fast.models.blocks.attention import Spans
 from llava_fast.models.decoders import DECODERS
 from llava_fast.models.quantised import Quantisation
 from llava_fast.models.recompute import set_recompute
-from llava_fast.train.parallel import _check_heads
+from llava_fast.train import run
+from llava_fast.train.parallel import World, _check_heads
+from llava_fast.train.recipe import parse_recipe
+from tests.fake_gpu.programs import RECIPE
 from tests.support import tiny
 from tests.support.parity import relative
 from tests.support.tiny_checkpoints import edit_json, read_hf_config
@@ -184,3 +187,20 @@ def test_its_costs_are_those_of_its_linears():
     config = DECODERS["opt"].from_hf(OPTConfig(hidden_size=8, ffn_dim=20, num_attention_heads=2), tied=True)
     assert config.layer_matrix_size == 4 * 8 * 8 + 2 * 8 * 20
     assert config.kept_per_row(2)[1] == 2 * (8 + 4 * 8 + 20 + 8)
+
+
+def test_linear_rope_stretches_the_context():
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "partial_rotary_factor": 0.5}
+    config = DECODERS["phi"].from_hf(PhiConfig(**SIZES, rope_parameters=rope), tied=False)
+    assert config.context_length == 2 * config.max_positions
+
+
+def test_samples_longer_than_learned_positions_are_refused(monkeypatch):
+    model = copy.deepcopy(tiny.pair("llava_opt").ours)
+    most = model.config.decoder.max_positions
+    monkeypatch.setattr(run, "load", lambda *_, **__: model)
+    recipe = parse_recipe({**RECIPE, "parallel": {"kind": "none"}, "data": {**RECIPE["data"], "max_length": most + 1}})
+    with pytest.raises(
+        RecipeError, match=f"data.max_length: the decoder learned {most} positions, fewer than {most + 1}"
+    ):
+        run.load_model(recipe, World(0, 1, torch.device("cpu")))

@@ -54,9 +54,11 @@ class Snapshot:
     `holds` compares lists made here, a few microseconds a layer.
     """
 
-    def __init__(self, decoder: nn.Module, plain: frozenset[type]) -> None:
+    def __init__(self, decoder: nn.Module, plain: frozenset[type], whole: bool = False) -> None:
+        """`whole`: of the decoder itself too, its embedding and its head."""
         self.weights: DecoderWeights | None = None
-        self._modules = [module for part in ("layers", "norm") for module in decoder.get_submodule(part).modules()]
+        parts = [decoder] if whole else [decoder.get_submodule(part) for part in ("layers", "norm")]
+        self._modules = [module for part in parts for module in part.modules()]
         self._kinds = list(map(type, self._modules))
         self._hooks = [
             hooks for module in self._modules for hooks in (module._forward_hooks, module._forward_pre_hooks)
@@ -86,6 +88,11 @@ class Snapshot:
             and self._children == self._children_then
             and all(map(is_, map(_get, self._owners, self._names), self._tensors_then))
         )
+
+    @property
+    def kinds(self) -> set[type]:
+        """The types of its modules."""
+        return set(self._kinds)
 
     def _undisturbed(self) -> bool:
         return not any(self._hooks) and not any(map(contains, self._attributes, repeat("forward")))

@@ -57,6 +57,9 @@ class DecoderConfig(ABC):
     hf_fields: ClassVar[type[Fields] | None] = None
     """What its section of config.json is checked against; None: the fields of a Llama."""
 
+    has_learned_positions: ClassVar[bool] = False
+    """Whether no row can lie beyond `max_positions`."""
+
     vocab_size: int
     hidden_size: int
     num_layers: int

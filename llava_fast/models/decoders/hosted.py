@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llava_fast.models.blocks.attention import Spans, attend
+from llava_fast.models.blocks.rope import RopeConfig
 from llava_fast.models.decoders.base import BaseDecoder, DecoderConfig, Split, reserve
 from llava_fast.models.paged_cache import PagedCache
 from llava_fast.models.recompute import Recompute, run_layer
@@ -112,6 +113,7 @@ class HostedConfig(DecoderConfig):
             head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // heads,
             max_positions=getattr(hf, cls.positions_field),
             tie_embeddings=tied,
+            rope=_rope_of(rope),
             fields=_own_fields(hf),
         )
         try:
@@ -130,6 +132,15 @@ class HostedConfig(DecoderConfig):
 
     def to_hf5(self) -> dict[str, Any]:
         return self.to_hf()
+
+
+def _rope_of(parameters: dict[str, Any]) -> RopeConfig:
+    """What a context's length needs of RoPE, which transformers' model applies itself."""
+    if parameters.get("rope_type", "default") == "default":
+        return RopeConfig()
+    if not isinstance(factor := parameters.get("factor"), (int, float)):
+        raise ValueError("RoPE of type 'linear' needs factor")
+    return RopeConfig("linear", factor=float(factor))
 
 
 def _without_dropout(fields: dict[str, Any]) -> dict[str, Any]:
@@ -160,6 +171,7 @@ class OptConfig(HostedConfig):
     """OPT (Zhang et al. 2022): learned positions, so longer prompts are impossible."""
 
     family = "opt"
+    has_learned_positions = True
     embedding_name = "decoder.embed_tokens"
     layers_name = "decoder.layers"
 
