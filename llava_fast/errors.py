@@ -24,6 +24,10 @@ class RequestError(LlavaFastError):
     """An invalid request: placeholders and images that do not match, a prompt that is too long, a bad option."""
 
 
+class PromptTooLongError(RequestError):
+    """A prompt of more tokens than the context, or a server, takes."""
+
+
 class GenerationError(LlavaFastError):
     """An answer that cannot continue: the model's logits are NaN."""
 

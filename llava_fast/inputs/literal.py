@@ -73,7 +73,7 @@ class LiteralText:
 
     def hidden(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], Hidden]:
         """The request with stand-ins in its texts. Malformed parts are left unchanged."""
-        hidden = Hidden(self.characters, list(_texts(request)))
+        hidden = Hidden(self.characters, list(texts_of(request)))
         changed = dict(request)
         if isinstance(request.get("prompt"), str):
             changed["prompt"] = hidden.hide(request["prompt"])
@@ -97,7 +97,7 @@ class LiteralText:
                 "needed to tell such texts from control tokens: leave that character out"
             )
         named = hidden.restore(self.pattern.sub(lambda found: self.names[found[0]], rendered))
-        encoded = self._renamed.encode(named, add_special_tokens=special)
+        (encoded,) = self._renamed.encode_batch([named], add_special_tokens=special)  # `encode` holds the GIL
         return encoded.ids, encoded.offsets
 
     def _copy(self, inner: Tokenizer) -> Tokenizer:
@@ -148,7 +148,7 @@ def _with_text(part: Any, key: str, hidden: Hidden) -> Any:
     return part
 
 
-def _texts(request: Mapping[str, Any]) -> Iterator[str]:
+def texts_of(request: Mapping[str, Any]) -> Iterator[str]:
     """Every text of a request."""
     messages = request.get("messages")
     values: list[Any] = [request.get("prompt")]

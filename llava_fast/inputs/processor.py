@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llava_fast.errors import ImageError, RequestError
+from llava_fast.errors import ImageError, PromptTooLongError, RequestError
 from llava_fast.inputs.chat.rendering import ChatTemplate, Segment
 from llava_fast.inputs.labels import supervised_tokens
 from llava_fast.inputs.literal import Hidden, LiteralText
@@ -49,6 +49,7 @@ class ProcessorOptions:
                     (chat.messages.with_video_times) to messages. The video must be a file or a folder of frames.
     literal_text    control tokens and placeholders in a message or a prompt are encoded as ordinary characters (see
                     inputs.literal); images and videos then need items of their own.
+    formats         Pillow formats that an image file may have, as ("JPEG", "PNG") (None: all).
     exif            apply images' EXIF orientation. Default: as the checkpoint's own code does when it opens a file:
                     transformers does, the original LLaVA does not.
     resample        "pillow" (to the bit), or "torchvision" (as transformers does if it is installed).
@@ -63,6 +64,7 @@ class ProcessorOptions:
     video_frames: int = 16
     time_instruction: bool = False
     literal_text: bool = False
+    formats: tuple[str, ...] | None = None
     exif: bool | None = None
     resample: Literal["pillow", "torchvision"] = "pillow"
     pillow: Literal["12", "13"] | None = None
@@ -306,7 +308,8 @@ class Processor(ProcessorOptions):
         given = not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview))
         if given and not self.geometry.convert_rgb:
             require_rgb(source)
-        return open_image(source, exif=self.exif, alpha="white" if given and self.exif else "drop")
+        alpha: Literal["drop", "white"] = "white" if given and self.exif else "drop"
+        return open_image(source, self.exif, alpha, self.formats)
 
     def _make(self, image: np.ndarray, views: Sequence[View]) -> np.ndarray:
         return make_tiles(
@@ -398,7 +401,7 @@ class Processor(ProcessorOptions):
             raise RequestError("the prompt is empty: give some text or an image")
         if self.max_rows is not None and rows > self.max_rows:
             visual = sum(len(piece.rows) for piece in pieces if isinstance(piece, VisualPiece))
-            raise RequestError(
+            raise PromptTooLongError(
                 f"the prompt takes {rows} tokens ({visual} of them visual) and the model's context holds "
                 f"{self.max_rows}: shorten the text, or use fewer or smaller images"
             )

@@ -141,7 +141,7 @@ class PagedCache:
         if short <= 0:
             return
         room = self.max_blocks - self.blocks
-        if self.keeper is not None and self.blocks + short > self.keep_blocks:
+        if self.keeper is not None and self.blocks + short > min(self.keep_blocks, self.max_blocks):
             for block in self.keeper.give_back(short):
                 self._free(block)
             short = count - self.free_blocks

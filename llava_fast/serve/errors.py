@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from llava_fast.errors import CacheFullError, ImageError, RequestError
+from llava_fast.errors import CacheFullError, ImageError, PromptTooLongError, RequestError
 
 logger = logging.getLogger("llava_fast.serve")
 
@@ -51,10 +51,10 @@ def api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+    if isinstance(error, (CacheFullError, PromptTooLongError)):
+        return ApiError(400, str(error), code="context_length_exceeded")
     if isinstance(error, (RequestError, ImageError)):
         return ApiError(400, str(error))
-    if isinstance(error, CacheFullError):
-        return ApiError(400, str(error), code="context_length_exceeded")
     if isinstance(error, asyncio.TimeoutError):
         return ApiError(504, "the answer took longer than this server allows", code="timeout")
     logger.error("a request failed: %r", error, exc_info=error)

@@ -9,7 +9,7 @@ import urllib.parse
 from pathlib import Path
 
 from llava_fast.errors import ImageError
-from llava_fast.inputs.pictures.reading import open_header
+from llava_fast.inputs.pictures.reading import OPEN_FORMATS, open_header
 from llava_fast.inputs.pictures.video import check_video
 from llava_fast.serve.errors import ApiError
 from llava_fast.serve.remote import fetch
@@ -33,7 +33,7 @@ class Media:
     def image(self, url: str) -> bytes:
         """The bytes of an image file of allowed size, not decoded."""
         data = self._read(url)
-        image, _ = open_header(data)
+        image, _ = open_header(data, OPEN_FORMATS)
         with image:
             self._check_pixels(image.height, image.width)
         return data
@@ -41,7 +41,8 @@ class Media:
     def video(self, url: str) -> bytes:
         """The bytes of a video file with allowed frames."""
         data = self._read(url)
-        self._check_pixels(*check_video(data, self.settings.max_frames), self.settings.video_frames)
+        used = self.settings.video_frames
+        check_video(data, self.settings.max_frames, lambda height, width: self._check_pixels(height, width, used))
         return data
 
     def _check_pixels(self, height: int, width: int, number: int = 1) -> None:

@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
-from llava_fast.errors import RequestError, ServeError
+from llava_fast.errors import PromptTooLongError, ServeError
 from llava_fast.generation.feature_cache import FeatureCache
 from llava_fast.generation.grammar import llguidance_tokenizer
 from llava_fast.generation.llava import Llava
@@ -20,6 +21,8 @@ from llava_fast.generation.runner import Runner
 from llava_fast.generation.sampling import Sampling
 from llava_fast.generation.scheduler import Scheduler
 from llava_fast.generation.sequence import Sequence, new_sequence
+from llava_fast.inputs.literal import texts_of
+from llava_fast.inputs.pictures.reading import OPEN_FORMATS
 from llava_fast.serve.engine import Engine, Step, error_of
 from llava_fast.serve.errors import ApiError
 from llava_fast.serve.media import Media
@@ -29,6 +32,8 @@ from llava_fast.serve.requests import requests_of
 from llava_fast.serve.settings import Settings
 
 Body = ChatRequest | CompletionRequest
+
+CHARACTERS_A_TOKEN = 32  # text that holds more for each token of the longest prompt is not tokenised
 
 
 class Service:
@@ -41,7 +46,10 @@ class Service:
         if model.processor is None:
             raise ServeError("the model has no processor: load it with llava_fast.load")
         self.processor = replace(
-            model.processor, literal_text=settings.literal_text, video_frames=settings.video_frames
+            model.processor,
+            literal_text=settings.literal_text,
+            video_frames=settings.video_frames,
+            formats=OPEN_FORMATS,
         )
         if settings.literal_text:
             _ = self.processor.literal  # made now, since the first request would wait for it
@@ -117,6 +125,7 @@ class Service:
             self.token_bytes(0)  # the first call takes long, and the answer's are made in the event loop
         sequences: list[Sequence] = []
         for request in requests_of(body, self.media):
+            self._check_text(request)
             prompt = prompt_of(self.processor, request)
             sampling = Sampling.of(None, max_new_tokens=self._room(prompt, body.most_tokens), **chosen)
             for _ in range(body.n or 1):
@@ -132,14 +141,27 @@ class Service:
         ends = config.eos_token_ids or (0,)  # llguidance wants one; which it is does not matter here
         return llguidance_tokenizer(self.model.tokenizer, config.decoder.vocab_size, ends).decode_bytes([token])
 
-    def _room(self, prompt: Prompt, asked: int | None) -> int:
-        """The most tokens of the answer. Raises RequestError for a prompt that is too long."""
+    @property
+    def _most_rows(self) -> int:
+        """The longest prompt, visual tokens included."""
         context = self.model.config.decoder.context_length
-        most = min(context, self.settings.max_prompt_tokens or context)
-        if prompt.rows > most or prompt.rows >= context:
-            raise RequestError(
+        return min(context - 1, self.settings.max_prompt_tokens or context)
+
+    def _check_text(self, request: dict[str, Any]) -> None:
+        """Raises PromptTooLongError for texts that are far too long, before anything is tokenised."""
+        characters = sum(map(len, texts_of(request)))
+        if characters > CHARACTERS_A_TOKEN * self._most_rows:
+            raise PromptTooLongError(
+                f"the prompt has {characters} characters and this server takes {self._most_rows} tokens: shorten it"
+            )
+
+    def _room(self, prompt: Prompt, asked: int | None) -> int:
+        """The most tokens of the answer. Raises PromptTooLongError."""
+        context = self.model.config.decoder.context_length
+        if prompt.rows > self._most_rows:
+            raise PromptTooLongError(
                 f"the prompt takes {prompt.rows} tokens ({prompt.visual_rows} of them visual) and this server takes "
-                f"{min(most, context - 1)}: shorten it, or use fewer or smaller images"
+                f"{self._most_rows}: shorten it, or use fewer or smaller images"
             )
         room = context - prompt.rows
         return min(room, self.settings.max_answer_tokens or room) if asked is None else min(room, asked)

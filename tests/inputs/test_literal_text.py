@@ -166,3 +166,19 @@ def test_a_unigram_vocabulary_that_lists_its_control_tokens():
 def test_malformed_messages_are_refused_as_ever(broken):
     with pytest.raises(RequestError):
         processor(literal_text=True).outline({"messages": broken})
+
+
+def test_other_threads_run_while_a_control_token_is_encoded(monkeypatch):
+    """`Tokenizer.encode` holds the GIL, `encode_batch` does not."""
+    made = processor(literal_text=True)
+    asked = []
+
+    class Renamed:
+        def encode_batch(self, texts, add_special_tokens):
+            asked.append(texts)
+            return renamed.encode_batch(texts, add_special_tokens=add_special_tokens)
+
+    renamed = made.literal._renamed
+    monkeypatch.setattr(made.literal, "_renamed", Renamed())
+    assert len(ids(made, user("</s>"))) > 4
+    assert len(asked) == 1

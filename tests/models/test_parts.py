@@ -10,6 +10,7 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
+from llava_fast.generation.prefix_cache import PrefixCache
 from llava_fast.models import paged_cache
 from llava_fast.models.batch import Batch
 from llava_fast.models.blocks.attention import Spans, attend
@@ -78,6 +79,17 @@ def scattered_cache(blocks: str, before, lengths) -> tuple[PagedCache, tuple[Blo
     assert all((len(table.runs) == 2) == (blocks == "one run" or len(table.blocks) == 1) for table in tables)
     assert len(cache.segments) == 1 if blocks == "one run" else len(cache.segments) > 1
     return cache, tables
+
+
+def test_kept_blocks_come_back_where_more_may_be_kept_than_there_is_memory():
+    cache = PagedCache(1, 2, 8, torch.float32, torch.device("cpu"), max_bytes=4 * 4096, keep_bytes=1 << 30)
+    prefixes = PrefixCache(cache)
+    for first in range(0, 4000, 1000):  # four prompts of two blocks: two of them fill the cache
+        table = BlockTable(cache)
+        table.reserve(64)
+        prefixes.insert(list(range(first, first + 64)), table.blocks, 64, running=False)
+        table.release()
+    assert cache.blocks == cache.max_blocks == 4
 
 
 @pytest.mark.parametrize("blocks", ["one run", "scattered"])

@@ -9,14 +9,16 @@ import socket
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import openai
 import pytest
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
-from llava_fast.errors import ServeError
-from llava_fast.serve import app, remote
+from llava_fast.errors import ImageError, ServeError
+from llava_fast.inputs.pictures import video
+from llava_fast.serve import app, remote, service
 from llava_fast.serve.errors import ApiError
 from llava_fast.serve.media import Media
 from llava_fast.serve.settings import Settings
@@ -241,6 +243,57 @@ def test_no_pixel_of_a_large_image_is_decoded(monkeypatch):
         Media(Settings(model_name="m", max_pixels=1_000_000)).image(large)
 
 
+def test_no_frame_of_a_large_video_is_decoded(tmp_path, monkeypatch):
+    data = made_videos.write(tmp_path / "a.mp4", [tiny.picture(480, 640, 0)] * 3).read_bytes()
+    decoded = []
+    monkeypatch.setattr(video, "_pyav", _counting_pyav(video._pyav(), decoded))
+    uri = data_uri(data, "video/mp4")
+    with pytest.raises(ApiError, match="4 frames of 640x480"):
+        Media(Settings(model_name="m", max_pixels=1_000_000, video_frames=4)).video(uri)
+    with pytest.raises(ImageError, match="more than 2 frames"):
+        Media(Settings(model_name="m", max_frames=2)).video(uri)
+    assert not decoded
+    Media(Settings(model_name="m", max_frames=3)).video(uri)
+    assert decoded
+
+
+def _counting_pyav(av, decoded):
+    """PyAV, whose containers write down that they were asked for frames."""
+
+    class Container:
+        def __init__(self, opened):
+            self.opened, self.streams = opened, opened.streams
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.opened.close()
+
+        def decode(self, **options):
+            decoded.append(options)
+            return self.opened.decode(**options)
+
+    names = SimpleNamespace(FFmpegError=av.FFmpegError, open=lambda *a, **b: Container(av.open(*a, **b)))
+    return lambda: names
+
+
+@pytest.mark.parametrize("kind", ["ICO", "EPS", "PPM"])
+def test_pictures_of_other_formats_are_refused(kind):
+    file = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(file, kind)
+    with pytest.raises(ImageError, match="JPEG, PNG, WEBP, GIF, BMP, TIFF"):
+        Media(Settings(model_name="m")).image(data_uri(file.getvalue()))
+
+
+def test_a_text_far_too_long_is_not_tokenised(model, monkeypatch):
+    monkeypatch.setattr(service, "prompt_of", lambda *_: pytest.fail("tokenised"))
+    with local(model, max_prompt_tokens=100) as server:
+        error = error_of(ask, server.client(), about("x" * 3201))
+    assert "3201 characters" in str(error)
+    assert error.code == "context_length_exceeded"
+
+
 def test_a_body_without_a_length_is_counted_as_it_comes(server):
     host = server.url.removeprefix("http://")
     connection = http.client.HTTPConnection(host, timeout=10)
@@ -283,12 +336,16 @@ def test_a_body_that_is_no_request_is_refused(server, body):
 def test_prompts_and_answers_are_bounded(model):
     with local(model, max_prompt_tokens=200, max_answer_tokens=5) as server:
         client = server.client()
-        assert "this server takes 200" in str(error_of(ask, client, about("hello " * 200), max_tokens=2))
+        long = error_of(ask, client, about("hello " * 200), max_tokens=2)
+        assert "this server takes 200" in str(long)
+        assert long.code == "context_length_exceeded"
         assert "limit is 5" in str(error_of(ask, client, about("hello"), max_tokens=6))
         assert ask(client, about("x"), max_tokens=None).usage.completion_tokens <= 5
     context = model.config.decoder.context_length
     with local(model) as server:
-        assert f"context holds {context}" in str(error_of(ask, server.client(), about("z " * context)))
+        long = error_of(ask, server.client(), about("z " * context))
+        assert f"context holds {context}" in str(long)
+        assert long.code == "context_length_exceeded"
 
 
 def test_a_deadline_ends_an_answer(model):

@@ -14,8 +14,17 @@ from PIL import Image, ImageOps
 
 from llava_fast.errors import ImageError, MissingFileError
 
+OPEN_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""Formats for files that nobody vouches for: Pillow reads them itself (EPS runs Ghostscript), and their headers say the
+size that is decoded (ICO's may not)."""
 
-def open_image(source: Any, exif: bool = True, alpha: Literal["drop", "white"] = "drop") -> np.ndarray:
+
+def open_image(
+    source: Any,
+    exif: bool = True,
+    alpha: Literal["drop", "white"] = "drop",
+    formats: tuple[str, ...] | None = None,
+) -> np.ndarray:
     """The pixels of an image as uint8 [height, width, 3], C-contiguous; may be read-only or shared with `source`.
 
     source  a path (str or PathLike), the bytes of a file, a `data:` URI, a PIL image, or a uint8 array [H, W],
@@ -25,6 +34,7 @@ def open_image(source: Any, exif: bool = True, alpha: Literal["drop", "white"] =
     alpha   "drop" ignores transparency: PIL's convert("RGB"), which the original LLaVA and transformers' load_image
             use. "white" blends onto white, as newer transformers (5.23, image_transforms.convert_to_rgb) does with
             PIL images and arrays handed to a processor.
+    formats the formats of Pillow that a file may have (None: all).
     Raises ImageError for anything that cannot be read, FileNotFoundError for a missing file, TypeError for another
     kind of source.
     """
@@ -34,22 +44,23 @@ def open_image(source: Any, exif: bool = True, alpha: Literal["drop", "white"] =
         return _from_array(source, alpha)
     if isinstance(source, Image.Image):
         return _from_pil(source, f"PIL image ({source.mode}, {source.width}x{source.height})", False, alpha)
-    image, name = open_header(source)
+    image, name = open_header(source, formats)
     with image:
         return _from_pil(image, name, exif, alpha)
 
 
-def open_header(source: Any) -> tuple[Image.Image, str]:
-    """A path, bytes or data URI as a PIL image of which only the header is read, and what an error calls it. Raises
-    as `open_image` does."""
+def open_header(source: Any, formats: tuple[str, ...] | None = None) -> tuple[Image.Image, str]:
+    """A path, bytes or data URI as a PIL image of which only the header is read, and what an error calls it. `formats`,
+    and what it raises, are `open_image`'s."""
     if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
         raise TypeError(f"an image is a path, bytes, data URI, PIL image or uint8 array, not {type(source).__name__}")
     name = source_name(source)
     file = source_file(source, name)
     try:
-        return Image.open(file), name
+        return Image.open(file, formats=formats), name
     except Image.UnidentifiedImageError:
-        raise ImageError(f"{name} is not an image of a kind that Pillow reads") from None
+        kinds = "that Pillow reads" if formats is None else f"read here ({', '.join(formats)})"
+        raise ImageError(f"{name} is not an image of a kind {kinds}") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is too large: {error}") from None
     except MemoryError:
@@ -142,13 +153,14 @@ def _from_pil(image: Image.Image, name: str, exif: bool, alpha: str) -> np.ndarr
     check_pixels(image.width, image.height, name)
     try:
         image.load()
+        check_pixels(image.width, image.height, name)  # again: a header may say another size
         if exif:
             image = ImageOps.exif_transpose(image)
         if alpha == "white" and ("A" in image.getbands() or image.info.get("transparency") is not None):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return np.asarray(image.convert("RGB"))
-    except MemoryError:
+    except (MemoryError, ImageError):
         raise
     except Exception as error:  # truncated or corrupt data: Pillow's decoders raise many kinds
         raise ImageError(f"{name} cannot be decoded: {error}") from error

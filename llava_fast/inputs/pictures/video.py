@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 import os
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,19 +84,24 @@ def frame_count(source: Any, num_frames: int | None = None) -> int:
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,gif,flv,ogg,asf"
 
 
-def check_video(data: bytes, most_frames: int) -> tuple[int, int]:
-    """(height, width) of a video file's frames, all of which can be decoded and are `most_frames` or fewer. For
-    untrusted files: only self-contained containers (CONTAINERS) are opened, not playlists, which refer to other files.
-    Raises ImageError.
-    """
-    size = (0, 0)
-    with contextlib.closing(_decoded(data, {0}, {"format_whitelist": CONTAINERS})) as frames:
-        for number, frame in enumerate(frames):
-            if number >= most_frames:
-                raise ImageError(f"{source_name(data)} has more than {most_frames} frames: shorten it")
-            if frame is not None:
-                size = frame.shape[0], frame.shape[1]
-    return size
+def check_video(data: bytes, most_frames: int, check_size: Callable[[int, int], None]) -> None:
+    """Raises ImageError for a video file with more than `most_frames` frames, or of which a frame cannot be decoded.
+    `check_size` is called with the height and width that the header says, before any frame is decoded, and with those
+    of each frame; it raises for what is too large. For files that nobody vouches for: only containers that hold their
+    own frames (CONTAINERS) are opened, not playlists, which name other files."""
+
+    def check_header(stream: Any) -> None:
+        check_size(stream.codec_context.height, stream.codec_context.width)
+        check_number(stream.frames)
+
+    def check_number(frames: int) -> None:
+        if frames > most_frames:
+            raise ImageError(f"{source_name(data)} has more than {most_frames} frames: shorten it")
+
+    options = {"format_whitelist": CONTAINERS}
+    with contextlib.closing(_decoded(data, (), options, check_header, check_size)) as frames:
+        for number, _ in enumerate(frames, 1):
+            check_number(number)
 
 
 class VideoTimes(NamedTuple):
@@ -179,17 +184,27 @@ def _total_of_file(path: str, size: int, changed: int) -> int:
 
 
 def _decoded(
-    source: Any, wanted: Collection[int] | None = None, options: dict[str, str] | None = None
+    source: Any,
+    wanted: Collection[int] | None = None,
+    options: dict[str, str] | None = None,
+    check_header: Callable[[Any], None] | None = None,
+    check_size: Callable[[int, int], None] | None = None,
 ) -> Generator[np.ndarray | None]:
     """The frames of a video file in order: uint8 [height, width, 3] of those `wanted` (None: all), None for others.
-    `options` are FFmpeg's, for opening it.
+    `options` are FFmpeg's, for opening it. `check_header` is given the stream before a frame is decoded, `check_size`
+    each frame's height and width.
     Raises ImageError, also for a video without frames and for one whose size changes."""
     av, name = _pyav(), source_name(source)
     first = None
     try:
         with _opened(source, name, options) as container:
-            container.streams.video[0].thread_type = "AUTO"
+            stream = container.streams.video[0]
+            if check_header is not None:
+                check_header(stream)
+            stream.thread_type = "AUTO"
             for number, frame in enumerate(container.decode(video=0)):
+                if check_size is not None:
+                    check_size(frame.height, frame.width)
                 size = f"{frame.width}x{frame.height}"
                 first = first or size
                 if size != first:
