@@ -131,7 +131,9 @@ def new_sequence(
     room = model.config.decoder.context_length - prompt.rows
     last: list[LogitsProcessor] = []
     if sampling.grammar is not None:
-        ends = sorted(end_ids | set(special.values()))
+        # Only the model's own: llguidance's tokenizer is kept for each set of them.
+        own = {token for s in model.own_processor.template.stop if (token := special.get(s)) is not None}
+        ends = sorted(end_ids | own)
         last.append(GrammarMask(sampling.grammar, model.tokenizer, model.config.decoder.vocab_size, ends))
     seen = prompt.ids(model.config.image_token_id) if sampling.repetition_penalty != 1 else []
     return Sequence(

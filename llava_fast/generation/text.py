@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+MOST_PENDING = 32
+"""Tokens that text may wait for another to complete its last character. A character has four bytes at most, so more
+wait only where the tokens are no text, or where each completes one character and begins another."""
+
 
 class TextDecoder:
     """Grows the text of one sequence as its tokens arrive.
@@ -18,6 +22,8 @@ class TextDecoder:
         self.tokenizer = tokenizer
         self.pieces = pieces
         self.stop = tuple(s for s in stop if s)
+        self._begun = [_Begun(s) for s in self.stop]
+        self._seen = 0  # characters of `_decoded` that `_begun` was given
         self.ids: list[int] = []
         self.text = ""
         self.stopped = False
@@ -31,7 +37,7 @@ class TextDecoder:
             return ""
         before = self._decode(self.ids[self._context : self._done])
         both = self._decode(self.ids[self._context :])
-        if both.endswith("\ufffd"):
+        if both.endswith("\ufffd") and len(self.ids) - self._done < MOST_PENDING:
             return ""
         self._decoded += both[len(before) :]
         if both != before:  # a context without text would make the next word the first, which loses its space
@@ -62,14 +68,34 @@ class TextDecoder:
         return piece
 
     def _held_back(self) -> int:
-        """Length of the longest suffix of the text that is a prefix of a stop string."""
-        longest = 0
-        for stop in self.stop:
-            for size in range(min(len(stop) - 1, len(self._decoded)), longest, -1):
-                if self._decoded.endswith(stop[:size]):
-                    longest = size
-                    break
-        return longest
+        """Length of the longest suffix of the text that is a prefix of a stop string, none of which is in it."""
+        new, self._seen = self._decoded[self._seen :], len(self._decoded)
+        return max((begun.add(new) for begun in self._begun), default=0)
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class _Begun:
+    """How much of a stop string the text ends with, kept as the text grows (Knuth, Morris and Pratt 1977): the time is
+    that of reading the text once."""
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.shorter = [0]  # of each beginning: the longest shorter one that it ends with
+        self.length = 0
+        for character in stop[1:]:
+            self.length = self._next(character)
+            self.shorter.append(self.length)
+        self.length = 0
+
+    def add(self, text: str) -> int:
+        for character in text:
+            self.length = self._next(character)
+        return self.length
+
+    def _next(self, character: str) -> int:
+        length = self.length
+        while length and self.stop[length] != character:
+            length = self.shorter[length - 1]
+        return length + (self.stop[length] == character)

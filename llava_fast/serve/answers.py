@@ -64,7 +64,7 @@ class Answer:
 
     def usage(self) -> dict[str, Any]:
         """Tokens of the prompts, each counted once, and of all answers."""
-        prompts = {id(sequence.prompt): sequence for sequence in self.sequences}.values()
+        prompts = {id(sequence.prompt): sequence for sequence in reversed(self.sequences)}.values()  # the first of each
         asked = sum(sequence.prompt.rows for sequence in prompts)
         answered = sum(len(sequence.token_ids) for sequence in self.sequences)
         return {

@@ -9,6 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from llava_fast.generation.grammar import Grammar
 
 Text = Annotated[str, Field(max_length=4 << 20)]
+Name = Annotated[str, Field(max_length=1024)]
+Stop = Annotated[str, Field(max_length=256)]
+
+
+SMALLEST_TEMPERATURE = 1e-6  # below it an answer is greedy: logits divided by less are no float32 numbers
+SMALLEST_TOP_P = 1e-9  # top_p of 0: the likeliest token alone
 
 
 class Body(BaseModel):
@@ -23,6 +29,9 @@ class Body(BaseModel):
             served = ", ".join(type(self).model_fields)
             raise ValueError(f"{others[0][:80]!r} is not supported by this server; it takes {served}")
         return self
+
+
+MOST_SCHEMA = 256 << 10
 
 
 class StreamOptions(Body):
@@ -58,7 +67,7 @@ Part = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part]
+    content: Text | Annotated[list[Part], Field(max_length=1024)]
 
 
 class TextFormat(Body):
@@ -84,6 +93,12 @@ class JsonSchema(Body):
     description: str | None = None
     json_schema: dict[str, Any] = Field({"type": "object"}, alias="schema")
     strict: bool | None = Field(None, description="A schema always holds.")
+
+    @model_validator(mode="after")
+    def _bounded(self) -> JsonSchema:
+        if len(Grammar.json_schema(self.json_schema).text) > MOST_SCHEMA:
+            raise ValueError(f"the schema has more than {MOST_SCHEMA} characters")
+        return self
 
 
 class JsonSchemaFormat(Body):
@@ -115,15 +130,15 @@ class Options(Body):
     model: str
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = 1.0
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(0, description="0 or -1: off.")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = 1.0
     presence_penalty: Penalty | None = 0.0
     frequency_penalty: Penalty | None = 0.0
     logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**62)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     n: Annotated[int, Field(ge=1)] | None = 1
     response_format: ResponseFormat | None = None
     stream: bool | None = False
@@ -160,8 +175,8 @@ class Options(Body):
         """The fields of `Sampling` that the body sets, the answer's length aside."""
         bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
         chosen = {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
+            "temperature": 0.0 if (self.temperature or 1) < SMALLEST_TEMPERATURE else self.temperature,
+            "top_p": None if self.top_p is None else max(self.top_p, SMALLEST_TOP_P),
             "top_k": None if self.top_k is None else max(self.top_k, 0),
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
@@ -170,7 +185,7 @@ class Options(Body):
             "logit_bias": bias,
             "logprobs": self.top_tokens,
             "grammar": None if self.response_format is None else self.response_format.grammar,
-            "seed": self.seed,
+            "seed": None if self.seed is None else self.seed % 2**62,
             "stop": self.stop,
             "ignore_eos": self.ignore_eos,
         }
@@ -180,7 +195,7 @@ class Options(Body):
 class ChatRequest(Options):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -203,7 +218,7 @@ class ChatRequest(Options):
 class CompletionRequest(Options):
     """The body of /v1/completions: the prompt as it is, without the chat template."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1)]
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1024)]
     max_tokens: Annotated[int, Field(ge=0)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 

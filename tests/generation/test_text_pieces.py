@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from llava_fast.generation.text import TextDecoder
+from llava_fast.generation.text import MOST_PENDING, TextDecoder, _Begun
 from tests.support import tiny
 
 
@@ -133,3 +133,28 @@ def test_bytes_that_are_no_text_become_replacement_characters(noise, last):
     """Random bytes decode as the tokenizer decodes them, and what is incomplete comes out at the end."""
     ids = [token_of_byte("bytes", byte) for byte in [*noise, last]]
     assert run(TOKENIZERS["bytes"], ids)[0].text == whole(TOKENIZERS["bytes"], ids)
+
+
+def test_tokens_that_are_no_text_do_not_pile_up():
+    decoded = []
+
+    class Tokenizer:
+        def decode(self, ids, **_):
+            decoded.append(len(ids))
+            return "\ufffd" * len(ids)
+
+    text = TextDecoder(Tokenizer())
+    pieces = [text.push(1) for _ in range(500)]
+    assert "".join(pieces) + text.finish() == "\ufffd" * 500
+    assert max(decoded) <= 2 * MOST_PENDING
+
+
+@given(st.text("ab", min_size=1, max_size=6), st.lists(st.text("ab", max_size=4), max_size=6))
+def test_what_is_held_back_is_the_longest_beginning_of_a_stop_string(stop, texts):
+    begun, whole = _Begun(stop), ""
+    for text in texts:
+        whole += text
+        if stop in whole:
+            return
+        longest = max(size for size in range(len(stop)) if whole.endswith(stop[:size]))
+        assert begun.add(text) == longest

@@ -6,8 +6,9 @@ import re
 import openai
 import pytest
 
+from llava_fast.generation import grammar
 from llava_fast.generation.grammar import Grammar
-from tests.serve.conftest import about, ask, data_uri, png
+from tests.serve.conftest import about, ask, data_uri, local, png
 
 PICTURE = data_uri(png())
 SCHEMA = {
@@ -174,7 +175,8 @@ def test_no_room_for_an_answer_is_an_empty_answer(client):
         ({"top_logprobs": 2}, "logprobs=true"),
         ({"logit_bias": {"99999": 1}}, "names the token 99999"),
         ({"n": 9}, "9 answers"),
-        ({"seed": -1}, "seed"),
+        ({"stop": "x" * 257}, "stop"),
+        ({"extra_body": {"messages": [{"role": "user", "content": "x"}] * 4097}}, "4096"),
         ({"temperature": 1e300}, "temperature"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": 7}}}}, "schema"),
         ({"extra_body": {"response_format": {"type": "regex", "regex": "("}}}, "regular expression"),
@@ -186,6 +188,30 @@ def test_what_is_not_served_is_refused_by_name(client, options, says):
     with pytest.raises(openai.BadRequestError, match=says) as caught:
         ask(client, about("hello"), **options)
     assert caught.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1e-46}, {"temperature": 1, "top_p": 0}])
+def test_as_good_as_greedy_is_greedy(client, options):
+    assert ask(client, about("hello"), **options).choices[0].message == ask(client, about("hello")).choices[0].message
+
+
+def test_a_negative_seed_repeats_an_answer(client):
+    first, second = (ask(client, about("hello"), temperature=1, seed=-5).choices[0].message for _ in range(2))
+    assert first == second
+
+
+def test_cached_tokens_are_those_that_the_first_choice_found(model):
+    with local(model) as server:
+        many = ask(server.client(), about("never asked before"), n=2, temperature=1)
+        assert many.usage.prompt_tokens_details.cached_tokens == 0
+
+
+def test_stop_strings_of_a_client_make_no_tokenizers(client, model):
+    options = {"response_format": {"type": "json_object"}, "max_tokens": 2}
+    ask(client, about("hello"), **options)
+    before = len(grammar._tokenizers[model.tokenizer])
+    ask(client, about("hello"), stop=["<image>"], **options)
+    assert len(grammar._tokenizers[model.tokenizer]) == before
 
 
 def test_another_model_is_not_there(client):
