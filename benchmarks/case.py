@@ -7,7 +7,8 @@ compared with the reference's, and only then is anything timed. A provider that 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from benchmarks.memory import PeakMemory
 from benchmarks.timing import Quantiles, Timed, time_in_turns
 
 GRAPHS = "llava_fast-graphs"
-BACKENDS = ("llava_fast", GRAPHS, "hf-eager", "hf-compile")
+LLAMA_CPP = "llama.cpp"
+BACKENDS = ("llava_fast", GRAPHS, "hf-eager", "hf-compile", LLAMA_CPP)
 REFERENCES = ("hf-eager", "hf-compile")
 """What the others are checked against and compared with: the first of these that takes part."""
 
@@ -27,7 +29,10 @@ REFERENCES = ("hf-eager", "hf-compile")
 @dataclass(frozen=True)
 class Settings:
     """What a run was asked for. `image_size` is (width, height); `context` None is what a prompt with the image
-    takes; `warmup` is in seconds."""
+    takes; `text_rows` (prefill) takes text of that many tokens in the photograph's place; `warmup` is in seconds.
+
+    `quantize` and `group` say how llava_fast's decoder is quantised. `llama_bench` and `gguf_dir` are paths of one
+    machine, which a row does not repeat."""
 
     backends: tuple[str, ...] = ("llava_fast", "hf-eager")
     image_size: tuple[int, int] = (1024, 768)
@@ -40,10 +45,23 @@ class Settings:
     new_tokens: int = 32
     context: int | None = None
     answer_tokens: int = 64
+    text_rows: int | None = None
+    quantize: str | None = None
+    group: int | None = None
+    llama_bench: Path | None = None
+    gguf_dir: Path | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """The backends that run in this process."""
+        return tuple(name for name in self.backends if name != LLAMA_CPP)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name not in ("llama_bench", "gguf_dir")}
 
 
 @dataclass(frozen=True)
@@ -62,6 +80,23 @@ class Provider:
 
 
 @dataclass(frozen=True)
+class PeerTimes:
+    """Seconds of each call, the bytes of the weights, and versions to add to the row's."""
+
+    seconds: Sequence[float]
+    weight_bytes: int
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A program that times itself, after all providers. Its results cannot be checked, so its row has no ratio."""
+
+    backend: str
+    run: Callable[[], PeerTimes]
+
+
+@dataclass(frozen=True)
 class Case:
     """`items` of `unit` are done by one call, for the rate. `check(result, reference result)` must pass."""
 
@@ -77,6 +112,7 @@ class Case:
     weight_bytes: int = 0
     reference: str | None = None  # the provider that others are compared with, where it is none of REFERENCES
     calls: int = 1  # timed calls for each one asked for: a short stage beside long ones needs more
+    peers: Sequence[Peer] = ()
 
 
 @dataclass
@@ -115,7 +151,7 @@ class Row:
 
 
 def measure(case: Case, settings: Settings, ceilings: Ceilings) -> list[Row]:
-    """A row for each provider of the case."""
+    """A row for each provider of the case, then for each peer."""
     device = torch.device(settings.device)
     reference = case.reference or next((name for name in REFERENCES if name in settings.backends), None)
     results, peaks = {}, {}
@@ -143,10 +179,18 @@ def measure(case: Case, settings: Settings, ceilings: Ceilings) -> list[Row]:
     timed = [Timed(provider.run, provider.prepare, provider.finish) for provider in case.providers]
     times = time_in_turns(timed, settings.iters * case.calls, settings.warmup, device)
     by_backend = {provider.backend: time for provider, time in zip(case.providers, times, strict=True)}
-    return [
+    rows = [
         _row(case, settings, ceilings, name, quantiles, peaks[name], checks.get(name), reference, by_backend)
         for name, quantiles in by_backend.items()
     ]
+    return rows + [_peer_row(case, settings, ceilings, peer) for peer in case.peers]
+
+
+def _peer_row(case: Case, settings: Settings, ceilings: Ceilings, peer: Peer) -> Row:
+    told = peer.run()
+    time = Quantiles.of([(seconds, None) for seconds in told.seconds])
+    row = _row(case, settings, ceilings, peer.backend, time, None, None, None, {})
+    return replace(row, weight_bytes=told.weight_bytes, versions=dict(told.versions))
 
 
 def _row(
@@ -168,7 +212,7 @@ def _row(
         real_width=case.real_width,
         case=case.label,
         backend=backend,
-        settings=asdict(settings),
+        settings=settings.as_dict(),
         median=time.median,
         p20=time.p20,
         p80=time.p80,

@@ -74,9 +74,21 @@ def prefill_floor(config: LlavaConfig, sizes: Sizes, itemsize: int) -> Floor:
     return Floor((*encode_floor(config, sizes, itemsize).phases, Phase(flops, itemsize * moved)))
 
 
-def decode_floor(decoder: DecoderConfig, context: int, batch: int, tokens: int, itemsize: int) -> Floor:
-    """`tokens` steps of one row a sequence, each reading every weight and the cache so far."""
-    return Floor(tuple(_step(decoder, context + step, batch, itemsize) for step in range(tokens)))
+def text_prefill_floor(decoder: DecoderConfig, rows: int, batch: int, itemsize: int, weight_itemsize: float) -> Floor:
+    """The decoder over `rows` rows of each sequence, then logits of the last; arithmetic as in decode_floor."""
+    flops = decoder_flops(decoder, batch * rows, batch * rows * (rows + 1) // 2) + head_flops(decoder, batch)
+    weights = decoder_weights(decoder) + head_weights(decoder)
+    return Floor((Phase(flops, weight_itemsize * weights + itemsize * batch * rows * cache_values(decoder)),))
+
+
+def decode_floor(
+    decoder: DecoderConfig, context: int, batch: int, tokens: int, itemsize: int, weight_itemsize: float | None = None
+) -> Floor:
+    """`tokens` steps of one row a sequence, each reading every weight and the cache so far. `weight_itemsize`: of
+    quantised weights, whose arithmetic is counted as the dtype's: products in 8 bits can be faster than that."""
+    if weight_itemsize is None:
+        weight_itemsize = itemsize
+    return Floor(tuple(_step(decoder, context + step, batch, itemsize, weight_itemsize) for step in range(tokens)))
 
 
 def generate_floor(config: LlavaConfig, sizes: Sizes, tokens: int, itemsize: int) -> Floor:
@@ -130,10 +142,10 @@ def cache_values(decoder: DecoderConfig) -> int:
     return 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim
 
 
-def _step(decoder: DecoderConfig, context: int, batch: int, itemsize: int) -> Phase:
+def _step(decoder: DecoderConfig, context: int, batch: int, itemsize: int, weight_itemsize: float) -> Phase:
     flops = decoder_flops(decoder, batch, batch * (context + 1)) + head_flops(decoder, batch)
-    moved = decoder_weights(decoder) + head_weights(decoder) + batch * context * cache_values(decoder)
-    return Phase(flops, itemsize * moved)
+    weights = decoder_weights(decoder) + head_weights(decoder)
+    return Phase(flops, weight_itemsize * weights + itemsize * batch * context * cache_values(decoder))
 
 
 def _arithmetic(phase: Phase, ceilings: Ceilings) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,9 @@ from PIL import Image
 from benchmarks.case import Settings
 from benchmarks.floors import Sizes
 from benchmarks.subject import Subject
+from llava_fast.generation.prompt import Part, Prompt
 from llava_fast.inputs.plan.columns import MODALITY_TEXT
+from llava_fast.inputs.plan.plan import TextPiece
 from llava_fast.models.batch import Batch
 
 PROMPT = "USER: <image>\nWhat is shown in this picture? ASSISTANT:"
@@ -85,6 +88,11 @@ def inference(work):
             return work(number)
 
     return run
+
+
+def text_prompt(ids: Sequence[int]) -> Prompt:
+    """llava_fast's prompt of text whose token ids are known."""
+    return Prompt([Part(TextPiece(np.asarray(ids, np.int32)))])
 
 
 def _photograph() -> Image.Image:

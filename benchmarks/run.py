@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 if TYPE_CHECKING:
     from benchmarks.case import Row, Settings
+    from llava_fast.models.quantised import Quantisation
 
 SUITE_NAMES = (
     "preprocess",
@@ -30,6 +31,8 @@ SUITE_NAMES = (
     "accelerate",
 )
 DTYPES = ("float32", "bfloat16", "float16")
+SCHEMES = ("none", "int8", "int4")
+QUANTISED_SUITES = ("prefill", "decode")
 
 app = typer.Typer(
     help=__doc__,
@@ -56,7 +59,8 @@ Backend = Annotated[
     str,
     typer.Option(
         help="Which sides run, with commas: llava_fast, llava_fast-graphs (encode on CUDA alone), hf-eager "
-        "(transformers as it is), hf-compile (transformers under torch.compile; minutes to compile on a CPU). "
+        "(transformers as it is), hf-compile (transformers under torch.compile; minutes to compile on a CPU), "
+        "llama.cpp (decode and prefill of text on a CPU; see --llama-bench). "
         "Ratios are against hf-eager, or hf-compile without it."
     ),
 ]
@@ -69,6 +73,24 @@ NewTokens = Annotated[int, typer.Option(min=2, help="Tokens an answer has (decod
 Context = Annotated[
     int | None,
     typer.Option(min=1, help="Rows already cached (decode). Default: what a prompt with one image takes."),
+]
+TextRows = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of text in place of a photograph and its prompt (prefill).")
+]
+Quantize = Annotated[
+    str,
+    typer.Option(help=f"llava_fast's decoder, rounded: {', '.join(SCHEMES)} (decode, prefill; without transformers)."),
+]
+Group = Annotated[
+    int | None, typer.Option(help="Elements that share a scale: 32, 64 or 128. Default: 32 for int4, a row for int8.")
+]
+LlamaBench = Annotated[
+    Path | None,
+    typer.Option(help="llama.cpp's llama-bench, for --backend llama.cpp; llama-quantize must lie beside it."),
+]
+GgufDir = Annotated[
+    Path | None,
+    typer.Option(help="Keep the model's GGUF files here and reuse those that are. Default: a temporary directory."),
 ]
 Only = Annotated[str, typer.Option(help="Cases with these words in their title alone.")]
 OutputJson = Annotated[Path | None, typer.Option(help="Write every row here as JSON.")]
@@ -112,6 +134,11 @@ def _add_suite(name: str) -> None:
         iters: Iters = 20,
         new_tokens: NewTokens = 32,
         context: Context = None,
+        text_rows: TextRows = None,
+        quantize: Quantize = "none",
+        group: Group = None,
+        llama_bench: LlamaBench = None,
+        gguf_dir: GgufDir = None,
         only: Only = "",
         quick: Quick = False,
         output_json: OutputJson = None,
@@ -133,7 +160,14 @@ def _add_suite(name: str) -> None:
             iters=iters,
             new_tokens=new_tokens,
             context=context,
+            text_rows=text_rows,
+            quantize=None if _choice(quantize, SCHEMES, "--quantize") == "none" else quantize,
+            group=group,
+            llama_bench=llama_bench,
+            gguf_dir=gguf_dir,
         )
+        _check_quantised(settings, suites)
+        _check_llama_cpp(settings, suites)
         _execute([(one, layers, suites, settings) for one in model.split(",")], threads, output_json, only)
 
     app.command(name, help=_HELP[name])(command)
@@ -216,7 +250,8 @@ def _execute(jobs: list[Job], threads: int, output_json: Path | None, only: str 
             f"ceilings here: {ceilings.bytes_per_second / 1e9:.1f} GB/s, "
             f"{ceilings.flops_per_second / 1e9:.0f} GFLOP/s {settings.dtype}"
         )
-        subject = Subject(model, layers, settings.torch_dtype, settings.device)
+        quantisation = _quantisation(settings)
+        subject = Subject(model, layers, settings.torch_dtype, settings.device, quantisation)
         for suite in suites:
             done: list[Row] = []
             for case in SUITES[suite].cases(subject, settings):
@@ -224,7 +259,8 @@ def _execute(jobs: list[Job], threads: int, output_json: Path | None, only: str 
                     continue
                 new = measure(case, settings, ceilings)
                 for row in new:
-                    row.machine, row.versions, row.commit, row.date = measured, versions, commit, date
+                    row.machine, row.versions = measured, versions | row.versions
+                    row.commit, row.date = commit, date
                 done += new
                 typer.echo("\n" + report.table(new))
             rows += done
@@ -256,6 +292,53 @@ def _backends(text: str, suites: tuple[str, ...], device: str) -> tuple[str, ...
     if GRAPHS in names and (suites != ("encode",) or not device.startswith("cuda")):
         raise typer.BadParameter(f"{GRAPHS} is a side of `encode --device cuda` alone", param_hint="--backend")
     return names
+
+
+def _check_quantised(settings: Settings, suites: tuple[str, ...]) -> None:
+    if settings.quantize is None:
+        if settings.group is not None:
+            raise typer.BadParameter("needs --quantize int8 or int4", param_hint="--group")
+        return
+    if not set(suites) <= set(QUANTISED_SUITES):
+        raise typer.BadParameter(f"only of {' and '.join(QUANTISED_SUITES)}", param_hint="--quantize")
+    if others := [name for name in settings.providers if name != "llava_fast"]:
+        text = f"{', '.join(others)} does not run rounded weights: use --backend llava_fast or llava_fast,llama.cpp"
+        raise typer.BadParameter(text, param_hint="--quantize")
+    from llava_fast.errors import QuantisationError
+
+    try:
+        _quantisation(settings)
+    except QuantisationError as problem:
+        raise typer.BadParameter(str(problem), param_hint="--group") from None
+
+
+def _quantisation(settings: Settings) -> Quantisation | None:
+    from llava_fast.models.quantised import Quantisation
+
+    return Quantisation(settings.quantize, settings.group) if settings.quantize else None
+
+
+def _check_llama_cpp(settings: Settings, suites: tuple[str, ...]) -> None:
+    from benchmarks.case import LLAMA_CPP
+
+    if LLAMA_CPP not in settings.backends:
+        return
+    if not set(suites) <= set(QUANTISED_SUITES) or ("prefill" in suites and settings.text_rows is None):
+        raise typer.BadParameter(f"{LLAMA_CPP} runs decode, and prefill with --text-rows", param_hint="--backend")
+    if not settings.providers:
+        raise typer.BadParameter(f"{LLAMA_CPP} runs beside another side: add llava_fast", param_hint="--backend")
+    if settings.device != "cpu" or settings.batch_size != 1:
+        raise typer.BadParameter(f"{LLAMA_CPP} runs with --device cpu and --batch-size 1", param_hint="--backend")
+    if settings.llama_bench is None:
+        raise typer.BadParameter(f"{LLAMA_CPP} needs --llama-bench PATH", param_hint="--backend")
+    if not settings.llama_bench.is_file():
+        raise typer.BadParameter(f"there is no file {settings.llama_bench}", param_hint="--llama-bench")
+    from benchmarks.llama_cpp import check_package
+
+    try:
+        check_package()
+    except ValueError as problem:
+        raise typer.BadParameter(str(problem), param_hint="--backend") from None
 
 
 def _image_size(text: str) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from llava_fast.families.llava_names import from_stored, is_skipped
 from llava_fast.generation.llava import Llava
 from llava_fast.inputs.chat.rendering import builtin_template
 from llava_fast.inputs.processor import Processor
+from llava_fast.models.quantised import Quantisation, Quantised, quantise_model
 
 BLOCK = (1 << 20) + 7
 """Random values drawn for a shape's weights, then repeated: an odd length, so that no two rows of a matrix agree."""
@@ -31,7 +32,14 @@ class Subject:
     Parts are built when first used: preprocessing needs no weights. Raises ValueError for a name that is neither.
     """
 
-    def __init__(self, model: str, layers: int | None, dtype: torch.dtype, device: str) -> None:
+    def __init__(
+        self,
+        model: str,
+        layers: int | None,
+        dtype: torch.dtype,
+        device: str,
+        quantisation: Quantisation | None = None,
+    ) -> None:
         self.model = model
         self.shape = SHAPES.get(model)
         if self.shape is None and not (Path(model) / "config.json").is_file():
@@ -41,6 +49,7 @@ class Subject:
         self.layers = layers if self.shape is not None and self.shape.real_width else None
         self.dtype = dtype
         self.device = torch.device(device)
+        self.quantisation = quantisation  # of llava_fast's model alone
 
     @property
     def label(self) -> str:
@@ -117,7 +126,7 @@ class Subject:
 
     @cached_property
     def ours(self) -> Llava:
-        """llava_fast's model over the same weights: its parameters share the other's memory."""
+        """llava_fast's model over the same weights: its parameters share the other's memory, except where quantised."""
         with torch.device("meta"):
             model = Llava(self.config, self.processor)
         missing = {name for name, _ in model.named_parameters()}
@@ -129,11 +138,24 @@ class Subject:
                 missing.remove(name)
         if missing:
             raise ValueError(f"transformers' model has no weights for {', '.join(sorted(missing)[:4])}")
+        if self.quantisation is not None:
+            quantise_model(model, self.quantisation)
         return model.eval()
 
     @property
     def weight_bytes(self) -> int:
-        return sum(value.nbytes for value in self.hf.parameters())
+        if self.quantisation is None:
+            return sum(value.nbytes for value in self.hf.parameters())
+        return sum(value.nbytes for value in (*self.ours.parameters(), *self.ours.buffers()))
+
+    @property
+    def decoder_itemsize(self) -> float:
+        """Bytes of a weight in the decoder's matrices, on average, scales and zero points included."""
+        if self.quantisation is None:
+            return self.dtype.itemsize
+        quantised = [module for module in self.ours.decoder.modules() if isinstance(module, Quantised)]
+        held = sum(value.nbytes for module in quantised for value in module.buffers(recurse=False))
+        return held / sum(math.prod(module.quantised.shape) for module in quantised)
 
     def close(self) -> None:
         """Free the models and the temporary directory."""

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import checks
+from benchmarks import checks, llama_cpp
 from benchmarks.case import Case, Provider, Settings
 from benchmarks.checks import Greedy
 from benchmarks.floors import decode_floor
-from benchmarks.inputs import PROMPT, ROTATED, inference, photographs
+from benchmarks.inputs import PROMPT, ROTATED, inference, photographs, text_prompt
 from benchmarks.subject import Subject
-from llava_fast.generation.prompt import Part, Prompt
 from llava_fast.generation.runner import Runner
 from llava_fast.generation.sampling import Sampling
 from llava_fast.generation.scheduler import Scheduler
 from llava_fast.generation.sequence import Sequence, new_sequence
-from llava_fast.inputs.plan.plan import TextPiece, sequence_length
+from llava_fast.inputs.plan.plan import sequence_length
 from llava_fast.models.paged_cache import BlockTable
 
 
@@ -39,12 +37,20 @@ def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
         model=subject.label,
         real_width=subject.real_width,
         label=f"{settings.batch_size} x {steps} tokens after {context} rows",
-        providers=[makers[name](subject, settings, context) for name in settings.backends],
+        providers=[makers[name](subject, settings, context) for name in settings.providers],
         check=checks.same_greedy(settings.dtype),
-        floor=decode_floor(subject.config.decoder, context, settings.batch_size, steps, subject.dtype.itemsize),
+        floor=decode_floor(
+            subject.config.decoder,
+            context,
+            settings.batch_size,
+            steps,
+            subject.dtype.itemsize,
+            subject.decoder_itemsize,
+        ),
         items=steps * settings.batch_size,
         unit="tokens",
         weight_bytes=subject.weight_bytes,
+        peers=llama_cpp.peers(subject, settings, new_tokens=steps, context=context),
     )
 
 
@@ -59,7 +65,9 @@ def _ours(subject: Subject, settings: Settings, context: int) -> Provider:
         cache.append(layer, filled[number], 0, key, value)
     options = Sampling(max_new_tokens=steps, ignore_eos=True)
     context_ids = [5] * context  # only their number matters: they are cached
-    prompts = [[_prompt([*context_ids, token]) for token in _first_tokens(count, number)] for number in range(ROTATED)]
+    prompts = [
+        [text_prompt([*context_ids, token]) for token in _first_tokens(count, number)] for number in range(ROTATED)
+    ]
     tables: list[BlockTable] = []
 
     def prepare() -> None:
@@ -90,10 +98,6 @@ def _ours(subject: Subject, settings: Settings, context: int) -> Provider:
         return Greedy(tokens, next_logits=logits.clone())
 
     return Provider("llava_fast", inference(run), result, prepare)
-
-
-def _prompt(ids: list[int]) -> Prompt:
-    return Prompt([Part(TextPiece(np.asarray(ids, np.int32)))])
 
 
 def _hf_eager(subject: Subject, settings: Settings, context: int) -> Provider:
