@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import LlavaConfig, LlavaForConditionalGeneration, OPTConfig, PhiConfig
 
 import llava_fast
@@ -16,14 +17,16 @@ from llava_fast.generation.scheduler import Scheduler
 from llava_fast.generation.sequence import new_sequence
 from llava_fast.models.blocks.attention import Spans
 from llava_fast.models.decoders import DECODERS
-from llava_fast.models.quantised import Quantisation
+from llava_fast.models.quantised import Quantisation, Quantised, QuantisedLinear
 from llava_fast.models.recompute import set_recompute
+from llava_fast.ops import use_backend
 from llava_fast.train import run
 from llava_fast.train.parallel import World, _check_heads
 from llava_fast.train.recipe import parse_recipe
 from tests.fake_gpu.programs import RECIPE
 from tests.support import tiny
 from tests.support.parity import relative
+from tests.support.rounded_rows import rounding_error
 from tests.support.tiny_checkpoints import edit_json, read_hf_config
 
 NAMES = ("llava_mpt", "llava_opt", "llava_phi", "next_stablelm")
@@ -107,8 +110,22 @@ def test_quantised_at_load_and_saved(name, tmp_path):
     model = llava_fast.load(tmp_path / "start", quantize=quantisation)
     assert not any(type(module) in (torch.nn.Linear, torch.nn.Embedding) for module in model.decoder.modules())
     batch = model.prepare(REQUESTS)
-    found, expected = model(batch).logits, tiny.pair(name).ours(batch).logits
-    assert 0 < relative(found, expected) < 0.2  # a sanity bound: weights, and where VNNI serves them rows, in 8 bits
+    dense, products = copy.deepcopy(tiny.pair(name).ours), []
+    for path, module in model.decoder.named_modules():
+        if isinstance(module, Quantised):
+            dense.decoder.get_submodule(path).weight.copy_(module.dense())
+        if isinstance(module, QuantisedLinear):
+            module.register_forward_hook(lambda module, args, out: products.append((module, args[0], out)))
+    with use_backend("reference"):
+        assert relative(model(batch).logits, dense(batch).logits) < 1e-5
+    products.clear()
+    found = model(batch).logits
+    assert len(products) == sum(isinstance(module, QuantisedLinear) for module in model.modules())
+    for module, x, out in products:  # each may round its rows to 8 bits, a scale for at most 128 entries
+        rows, bias = x.flatten(0, -2), module.bias
+        exact = F.linear(rows.double(), module.dense(torch.float64), None if bias is None else bias.double())
+        error = (out.flatten(0, -2) - exact).abs()
+        assert (error <= rounding_error(rows, module.quantised, bias, 128)).all()
     llava_fast.save(model, tmp_path / "saved")
     assert torch.equal(llava_fast.load(tmp_path / "saved")(batch).logits, found)
 

@@ -11,6 +11,7 @@ from llava_fast import _C
 from llava_fast.ops import QuantisedWeight, quantised_linear, use_backend
 from llava_fast.ops.backend import BackendError
 from llava_fast.ops.quantised_linear import dequantise, native, quantise
+from tests.support.rounded_rows import emulated, emulation_error, rounding_error
 
 KINDS = {
     "int8": ("int8", None, True),
@@ -40,16 +41,6 @@ def operands(kind: str, rows: int, out: int = 75, odd: bool = False) -> tuple[Te
     return torch.randn(rows, weight.shape[1]) * torch.rand(rows, 1) * 9, weight, torch.randn(out)
 
 
-def bound(x: Tensor, weight: QuantisedWeight, group: int = 32) -> Tensor:
-    """How far a result may be from the exact one, in float64: half a step of each group of x's elements for each
-    weight (and what rounding x / step in float32 adds), then a rounding for each addition and each scale."""
-    x, dense = x.double(), dequantise(weight, torch.float64).abs()
-    padded = F.pad(x, (0, -x.shape[1] % group)).unflatten(1, (-1, group)).abs()
-    step = (padded.amax(2, keepdim=True) / 127).expand(padded.shape).flatten(1)[:, : x.shape[1]]
-    additions = x.shape[1] / 32 + 8
-    return step @ dense.T * (0.5 + 2**-15) + (x.abs() + step) @ dense.T * additions * 2**-24
-
-
 @of_every_kind
 @pytest.mark.parametrize("odd", [False, True], ids=["whole", "odd"])
 @pytest.mark.parametrize("rows", [1, 3, 32])
@@ -60,7 +51,8 @@ def test_every_instruction_set_gives_the_same_bits_within_the_bound(kind, rows, 
     for level in LEVELS:
         monkeypatch.setenv("LLAVA_FAST_SIMD", level)
         found.append(native.quantised_linear(x, weight, bias))
-    assert ((found[0] - exact).abs() <= bound(x, weight) + 2**-23 * exact.abs()).all()
+    assert ((found[0] - exact).abs() <= rounding_error(x, weight, bias)).all()
+    assert ((found[0] - emulated(x, weight, bias)).abs() <= emulation_error(x, weight, bias)).all()
     assert all(torch.equal(other, found[0]) for other in found[1:])
 
 
@@ -75,7 +67,8 @@ def test_many_rows_have_the_same_bits_within_the_bound(kind, rows, odd, monkeypa
         monkeypatch.setenv("LLAVA_FAST_SIMD", level)
         found.append(native.quantised_linear(x, weight, bias))
     group = 128 if weight.scale.shape[1] == 1 else weight.group
-    assert ((found[0] - exact).abs() <= bound(x, weight, group) + 2**-23 * exact.abs()).all()
+    assert ((found[0] - exact).abs() <= rounding_error(x, weight, bias, group)).all()
+    assert ((found[0] - emulated(x, weight, bias, group)).abs() <= emulation_error(x, weight, bias, group)).all()
     assert all(torch.equal(other, found[0]) for other in found[1:])
     assert torch.equal(native.quantised_linear(x[:40], weight, bias)[:33], found[0][:33])
 
@@ -85,7 +78,7 @@ def test_many_rows_over_blocks_of_columns(monkeypatch):
     weight = quantise(torch.randn(67, 2208), "int4", 32, symmetric=False)
     x = torch.randn(40, 2208)
     exact = F.linear(x.double(), dequantise(weight, torch.float64))
-    assert ((native.quantised_linear(x, weight, None) - exact).abs() <= bound(x, weight) + 2**-23 * exact.abs()).all()
+    assert ((native.quantised_linear(x, weight, None) - exact).abs() <= rounding_error(x, weight, None)).all()
     x[7, 2000] = torch.nan
     found = native.quantised_linear(x, weight, None)
     assert found[7].isnan().all()
@@ -103,7 +96,7 @@ def test_a_row_is_the_same_bits_alone_and_among_others(kind):
 def test_any_number_of_outputs(out):
     x, weight, bias = operands("int8", 2, out)
     exact = F.linear(x.double(), dequantise(weight, torch.float64), bias.double())
-    assert ((native.quantised_linear(x, weight, bias) - exact).abs() <= bound(x, weight) + 2**-23 * exact.abs()).all()
+    assert ((native.quantised_linear(x, weight, bias) - exact).abs() <= rounding_error(x, weight, bias)).all()
 
 
 @pytest.mark.parametrize("level", LEVELS)
