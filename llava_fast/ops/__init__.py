@@ -5,6 +5,7 @@ from llava_fast.ops.backend import use_backend
 from llava_fast.ops.decoder_step import decoder_step
 from llava_fast.ops.image import image_tiles
 from llava_fast.ops.layer_norm import add_layer_norm, double_layer_norm, layer_norm
+from llava_fast.ops.linear import linear
 from llava_fast.ops.linear_act import linear_act
 from llava_fast.ops.linear_cross_entropy import linear_cross_entropy
 from llava_fast.ops.mix_rows import mix_rows
@@ -25,6 +26,7 @@ __all__ = [
     "double_layer_norm",
     "image_tiles",
     "layer_norm",
+    "linear",
     "linear_act",
     "linear_cross_entropy",
     "mix_rows",

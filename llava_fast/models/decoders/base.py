@@ -12,10 +12,12 @@ from torch.nn import functional as F
 
 from llava_fast.models import fused
 from llava_fast.models.blocks.attention import Spans
+from llava_fast.models.blocks.native_step import head_runs_natively
 from llava_fast.models.blocks.rope import RopeConfig
 from llava_fast.models.paged_cache import BLOCK_ROWS, PagedCache, Pages
 from llava_fast.models.quantised import Quantised, QuantisedEmbedding, like
 from llava_fast.models.recompute import Recompute
+from llava_fast.ops.linear import linear
 from llava_fast.ops.linear_cross_entropy import linear_cross_entropy
 from llava_fast.storage.files import Fields
 
@@ -166,10 +168,16 @@ class BaseDecoder(nn.Module, ABC):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, C] -> [rows, vocabulary]."""
-        if not self.config.tie_embeddings:
-            return self.lm_head(hidden)
-        table = self.embed_tokens
-        return table.project(hidden) if isinstance(table, QuantisedEmbedding) else F.linear(hidden, table.weight)
+        tied = self.config.tie_embeddings
+        head = self.embed_tokens if tied else self.lm_head
+        if isinstance(head, QuantisedEmbedding):
+            return head.project(hidden)
+        if isinstance(head, nn.Embedding):
+            run = linear if head_runs_natively(hidden, head.weight) else F.linear
+            return run(hidden, head.weight)
+        if fused.is_plain(head, nn.Linear) and head_runs_natively(hidden, head.weight, head.bias):
+            return linear(hidden, head.weight, head.bias)
+        return head(hidden)
 
     @property
     def dtype(self) -> torch.dtype:

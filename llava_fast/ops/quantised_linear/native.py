@@ -7,6 +7,8 @@ or for 128 elements where a row of the weight has one scale. Each instruction se
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -30,12 +32,22 @@ def unfit(x: Tensor) -> str | None:
 
 
 def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) -> Tensor:
+    rows = x.shape[:-1].numel()
+    return _applied(_C.linear if rows <= MAX_ROWS else _C.product, x, weight, bias)
+
+
+def few_rows(x: Tensor, weight: Tensor | QuantisedWeight, bias: Tensor | None) -> Tensor:
+    """The same for up to MAX_ROWS rows; also for a weight [out, in] in float32 or bfloat16, contiguous, whose products
+    take x as it is."""
+    return _applied(_C.linear, x, weight, bias)
+
+
+def _applied(run: Callable[..., None], x: Tensor, weight: Tensor | QuantisedWeight, bias: Tensor | None) -> Tensor:
     out, columns = weight.shape
     flat = x.flatten(0, -2).float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
     y = torch.empty((len(flat), out), dtype=torch.float32, device="cpu")
     if len(flat):
         fields = fields_of(weight, bias)
-        run = _C.linear if len(flat) <= MAX_ROWS else _C.product
         run(flat.data_ptr(), len(flat), fields, columns, out, y.data_ptr(), torch.get_num_threads())
     return y.to(x.dtype).view(*x.shape[:-1], out)

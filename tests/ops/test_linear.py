@@ -1,0 +1,89 @@
+"""linear: its native form against float64 at every instruction set, when it runs, and a decoder's head through it."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llava_fast import _C
+from llava_fast.models.decoders.llama import LlamaConfig
+from llava_fast.models.decoders.stack import Decoder
+from llava_fast.ops import linear, use_backend
+from llava_fast.ops.backend import BackendError
+from llava_fast.ops.linear import native
+
+
+def operands(rows: int, columns: int = 77, out: int = 131) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    shapes = ((rows, columns), (out, columns), (out,))
+    return tuple(torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
+
+
+def error_bound(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A rounding in float32 for each addition, then one to bfloat16."""
+    x, weight, bias = x.double(), weight.double(), bias.double()
+    terms = F.linear(x.abs(), weight.abs(), bias.abs())
+    return F.linear(x, weight, bias).abs() * 2**-8 + terms * (x.shape[1] + 1) * 2**-24 * (1 + 2**-8)
+
+
+@pytest.mark.parametrize("level", _C.simd_levels())
+@pytest.mark.parametrize("rows", [1, 3, native.MAX_ROWS])
+def test_native_sums_in_float32(rows, level, monkeypatch):
+    monkeypatch.setenv("LLAVA_FAST_SIMD", level)
+    x, weight, bias = operands(rows)
+    with use_backend("native"):
+        found = linear(x, weight, bias)
+        alone = [linear(row[None], weight, bias) for row in x]
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    assert found.dtype == torch.bfloat16
+    assert ((found - exact).abs() <= error_bound(x, weight, bias)).all()
+    assert torch.equal(torch.cat(alone), found)
+
+
+def test_when_the_native_form_runs():
+    x, weight, bias = operands(4)
+    assert linear(x[None], weight).shape == (1, 4, 131)
+    assert linear(x[:0], weight, bias).shape == (0, 131)
+    assert linear(x, weight.requires_grad_()).requires_grad
+    with use_backend("native"):
+        with pytest.raises(BackendError, match="it gives no gradients"):
+            linear(x, weight)
+        with pytest.raises(BackendError, match="it takes up to 32 rows, and x has 33"):
+            linear(operands(33)[0], weight.detach())
+        with pytest.raises(BackendError, match=r"it takes bfloat16, and they are torch\.float32"):
+            linear(x.float(), weight.float())
+        with pytest.raises(BackendError, match="not contiguous"):
+            linear(x[:, :64], weight[:, :64])
+    with pytest.raises(ValueError, match="must be"):
+        linear(x[:, 1:], weight)
+    with pytest.raises(ValueError, match="one entry for each row"):
+        linear(x, weight, bias[1:])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_of_a_decoder_in_bfloat16(tied, monkeypatch):
+    calls = []
+    run = native.linear
+    monkeypatch.setattr(native, "linear", lambda x, *rest: calls.append(len(x)) or run(x, *rest))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+    config = LlamaConfig(vocab_size=50, num_layers=1, max_positions=64, rms_norm_eps=1e-6, tie_embeddings=tied, **sizes)
+    decoder = Decoder(config).bfloat16().eval()
+    weight = (decoder.embed_tokens if tied else decoder.lm_head).weight
+    rows = torch.randn(2, 64).bfloat16()
+    assert decoder.logits(rows[:1]).requires_grad
+    with torch.no_grad():
+        decoder.logits(rows)  # more than one row
+        with torch.autocast("cpu", torch.bfloat16):
+            decoder.logits(rows[:1])
+        with use_backend("reference"):
+            decoder.logits(rows[:1])
+        assert not calls
+        found = decoder.logits(rows[:1])
+        assert calls == [1]
+        bound = error_bound(rows[:1], weight, torch.zeros(50))
+        assert ((found - rows[:1].double() @ weight.double().T).abs() <= bound).all()
+        if not tied:
+            decoder.lm_head.register_forward_hook(lambda module, args, out: out * 0)
+            assert not decoder.logits(rows[:1]).any()
+            assert calls == [1]
