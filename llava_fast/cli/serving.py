@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 from llava_fast.cli.options import Device, Dtype, Model, ModelBase, Quantize, Template, load_model
 from llava_fast.errors import ServeError
 
+API_KEY = "LLAVA_FAST_API_KEY"
 ACCESS, LIMITS, MEMORY = "Who and what is let in", "Limits", "Memory and threads"
 
 
@@ -27,10 +29,9 @@ def serve(
     api_key: Annotated[
         list[str],
         typer.Option(
-            envvar="LLAVA_FAST_API_KEY",
             rich_help_panel=ACCESS,
             help="A key, of which a client must send one; repeat for several. Other users of this machine can read a "
-            "command line, so prefer the variable or a file.",
+            "command line, so prefer the variable LLAVA_FAST_API_KEY (one key) or a file.",
         ),
     ] = [],  # noqa: B006
     api_key_file: Annotated[
@@ -47,6 +48,13 @@ def serve(
     allow_files: Annotated[
         list[Path],
         typer.Option(rich_help_panel=ACCESS, help="Let clients name files below this folder; repeat for several."),
+    ] = [],  # noqa: B006
+    host_name: Annotated[
+        list[str],
+        typer.Option(
+            rich_help_panel=ACCESS,
+            help="A name of this server, besides localhost and addresses (*: any); repeat for several.",
+        ),
     ] = [],  # noqa: B006
     allow_origin: Annotated[
         list[str],
@@ -130,6 +138,7 @@ def serve(
         api_keys=_api_keys(api_key, api_key_file),
         allow_remote=tuple(allow_remote),
         allow_files=tuple(allow_files),
+        host_names=tuple(host_name),
         allow_origins=tuple(allow_origin),
         literal_text=literal_text,
         batch_invariant=batch_invariant,
@@ -156,6 +165,11 @@ def serve(
 
 
 def _api_keys(given: list[str], path: Path | None) -> tuple[str, ...]:
+    """The keys of options, file and variable, which holds one. Raises ServeError where one of them holds none."""
+    if not given and (key := os.environ.get(API_KEY)) is not None:
+        if not key.strip():
+            raise ServeError(f"{API_KEY} is set and holds no key: give it one, or unset it")
+        given = [key.strip()]
     if path is None:
         return tuple(given)
     try:

@@ -1,9 +1,11 @@
-"""What every request passes before its body is read: the API key, and the body's size and time."""
+"""What every request passes before its body is read: the host name, the API key, and the body's size and time."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
+import urllib.parse
 from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -34,6 +36,8 @@ class Gate:
             await send(message)
 
         try:
+            if scope["path"] != OPEN[0]:
+                self._check_host(headers.get(b"host", b""))
             if scope["path"] not in OPEN and not scope["path"].startswith(OPEN[-1]):
                 self._check_key(headers.get(b"authorization", b""))
             self._check_size(headers.get(b"content-length", b"0"))
@@ -70,6 +74,19 @@ class Gate:
         finally:
             self.held -= received
 
+    def _check_host(self, sent: bytes) -> None:
+        """Raises ApiError for a name that is not this server's: a page can make its own name lead here (DNS rebinding)
+        and would then ask as a page of this server. An address cannot be made to."""
+        try:
+            host = (urllib.parse.urlsplit("//" + sent.decode("ascii")).hostname or "").rstrip(".")
+        except ValueError:
+            host = "?"
+        if host in ("", "localhost") or _is_address(host):
+            return
+        if any(each == "*" or host == each.lower() for each in self.settings.host_names):
+            return
+        raise ApiError(403, "this server is not called so: start it with --host-name NAME", code="unknown_host")
+
     def _check_key(self, sent: bytes) -> None:
         keys = self.settings.api_keys
         if not keys:
@@ -94,3 +111,11 @@ class Gate:
             f"the request's body is larger than {self.settings.max_body_bytes} bytes",
             code="body_too_large",
         )
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

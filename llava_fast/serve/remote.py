@@ -101,6 +101,7 @@ class _Connection(http.client.HTTPConnection):
         self.address, self.secure = address, secure
         # A socket's own limit starts anew with each byte that arrives.
         self._socket: socket.socket | None = None
+        self._aborted = False
         self._timer = threading.Timer(seconds, self._abort)
         self._timer.daemon = True
 
@@ -108,12 +109,23 @@ class _Connection(http.client.HTTPConnection):
         family, address = self.address
         self.sock = socket.socket(family, socket.SOCK_STREAM)
         self.sock.settimeout(self.timeout)
+        self._watch(self.sock)
         self.sock.connect((address, self.port))
         if self.secure:
-            self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
-        self._socket = self.sock  # `sock` is gone once a response that ends the connection has begun
+            context = ssl.create_default_context()
+            # The handshake waits until the timer knows the new socket, which takes the old one's place.
+            secured = context.wrap_socket(self.sock, server_hostname=self.host, do_handshake_on_connect=False)
+            self.sock = secured
+            self._watch(secured)
+            secured.do_handshake()
+
+    def _watch(self, used: socket.socket) -> None:
+        self._socket = used  # `sock` is gone once a response that ends the connection has begun
+        if self._aborted:
+            raise TimeoutError
 
     def _abort(self) -> None:
+        self._aborted = True
         if self._socket is None:
             return
         with contextlib.suppress(OSError):

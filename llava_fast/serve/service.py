@@ -71,7 +71,7 @@ class Service:
         self.engine.start(asyncio.get_running_loop())
 
     def stop(self) -> None:
-        self.pool.shutdown(cancel_futures=True)
+        self.pool.shutdown(wait=False, cancel_futures=True)  # what a job still reads is not waited for
         self.engine.stop()
 
     @contextmanager

@@ -33,6 +33,7 @@ class Settings:
     allow_remote        hosts from which images and videos are fetched ("*.example.org": every name below); none: no
                         address is fetched. `max_remote_bytes` and `remote_seconds` bound each.
     allow_files         folders below which files may be named; none: no file is read.
+    host_names          names under which the server may be asked, besides localhost and addresses ("*": any).
     allow_origins       origins whose pages may ask (CORS); none: only the server's own page.
     literal_text        control tokens and placeholders that a client spells are text (see inputs.literal).
     prefix_bytes        keys and values kept for prompts that begin alike.
@@ -63,6 +64,7 @@ class Settings:
     max_remote_bytes: int = 32 << 20
     remote_seconds: float = 10.0
     allow_files: tuple[Path, ...] = ()
+    host_names: tuple[str, ...] = ()
     allow_origins: tuple[str, ...] = ()
     literal_text: bool = True
     video_frames: int = 16

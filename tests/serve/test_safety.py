@@ -1,5 +1,6 @@
 """What a server does not do for a client: read its files, fetch from its network, run out of memory, fail."""
 
+import asyncio
 import contextlib
 import http.client
 import http.server
@@ -16,9 +17,10 @@ import pytest
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
+from llava_fast.cli import serving
 from llava_fast.errors import ImageError, ServeError
 from llava_fast.inputs.pictures import video
-from llava_fast.serve import app, remote, service
+from llava_fast.serve import app, gate, remote, service
 from llava_fast.serve.errors import ApiError
 from llava_fast.serve.media import Media
 from llava_fast.serve.settings import Settings
@@ -368,7 +370,7 @@ def test_a_client_that_does_not_read_loses_its_place(model, monkeypatch):
             deaf.connect((host, int(port)))
             options = {"max_tokens": 3000, "ignore_eos": True, "logprobs": True, "top_logprobs": 20, "stream": True}
             body = json.dumps({"model": "tiny", "messages": about("hello"), **options}).encode()
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
             deaf.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
             held = []
             ends = time.monotonic() + 3
@@ -445,6 +447,74 @@ def test_a_video_is_read(tmp_path):
         assert "cannot be read as a video" in str(error_of(ask, server.client(), broken))
     with local(video_model, max_frames=5) as server:
         assert "more than 5 frames" in str(error_of(ask, server.client(), messages))
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *(
+            ("localhost:8000", 200),
+            ("127.0.0.1", 200),
+            ("[::1]:8000", 200),
+            ("Mine.example", 200),
+            ("192.0.2.7:1", 200),
+        ),
+        *(("evil.example", 403), ("127.0.0.1.evil.example", 403), ("localhost.evil.example", 403), ("[", 403)),
+    ],
+)
+def test_a_page_whose_name_leads_here_is_refused(host, status):
+    """A name that its owner makes lead to loopback (DNS rebinding)."""
+    sent = []
+
+    async def answered(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message):
+        sent.append(message)
+
+    settings = Settings(model_name="m", host_names=("mine.example",))
+    scope = {"type": "http", "path": "/v1/models", "headers": [(b"host", host.encode())]}
+    asyncio.run(gate.Gate(answered, settings, lambda *_: None)(scope, None, send))
+    assert sent[0]["status"] == status
+
+
+def test_a_handshake_that_drips_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(remote, "is_public", lambda _: True)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def drip():
+            connection, _ = listening.accept()
+            with connection, contextlib.suppress(OSError):
+                for byte in b"\x16\x03\x03\x40\x00" + b"\x02" * 95:  # a record that never ends
+                    connection.sendall(bytes([byte]))
+                    time.sleep(0.03)
+
+        threading.Thread(target=drip, daemon=True).start()
+        began = time.monotonic()
+        with pytest.raises(ApiError):
+            remote.fetch(f"https://127.0.0.1:{listening.getsockname()[1]}/a.png", ["127.0.0.1"], 50_000, 0.3)
+        assert time.monotonic() - began < 1.5
+
+
+def test_the_end_does_not_wait_for_what_is_being_read(model):
+    held = threading.Event()
+    with local(model) as server:
+        server.service.pool.submit(held.wait, 3)
+        began = time.monotonic()
+    assert time.monotonic() - began < 2.5
+    held.set()
+
+
+@pytest.mark.parametrize(("variable", "keys"), [(None, ()), ("one key", ("one key",)), (" ", None), ("", None)])
+def test_the_variable_holds_one_key(monkeypatch, variable, keys):
+    monkeypatch.delenv(serving.API_KEY, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(serving.API_KEY, variable)
+    if keys is None:
+        with pytest.raises(ServeError, match="holds no key"):
+            serving._api_keys([], None)
+    else:
+        assert serving._api_keys([], None) == keys
 
 
 @pytest.mark.parametrize("allowed", [False, True])
