@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from llava_fast.errors import CacheFullError
-from llava_fast.ops.decoder_step.paging import run_views
-from llava_fast.ops.paged_attention import block_addresses
+from llava_fast.ops.paging import block_addresses, run_views
 
 BLOCK_ROWS = 32
 SMALLEST_SEGMENT, LARGEST_SEGMENT = 1 << 20, 256 << 20  # bytes: between them, segments double the cache

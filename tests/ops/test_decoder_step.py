@@ -19,8 +19,8 @@ from llava_fast.models.paged_cache import BlockTable, PagedCache
 from llava_fast.ops import use_backend
 from llava_fast.ops.backend import BackendError
 from llava_fast.ops.decoder_step import DecoderWeights, decoder_step, native, reference
-from llava_fast.ops.decoder_step.paging import run_views
 from llava_fast.ops.decoder_step.weights import LINEARS
+from llava_fast.ops.paging import run_views
 from llava_fast.ops.quantised_linear import quantise
 from tests.support import tiny
 from tests.support.rounded_rows import emulated, room

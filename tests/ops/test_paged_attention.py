@@ -7,7 +7,7 @@ from llava_fast.models.blocks.attention import Spans, attend
 from llava_fast.models.fused.rotary import rotate
 from llava_fast.models.paged_cache import BlockTable, PagedCache
 from llava_fast.ops import paged_attention, use_backend
-from llava_fast.ops.paged_attention import block_addresses
+from llava_fast.ops.paging import block_addresses
 from llava_fast.ops.triton_support import forced
 from tests.support.kernel_checks import DEVICE, DTYPES, TOLERANCE, relative
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from llava_fast import ops
 from llava_fast.ops.mix_rows import InversePooling
-from llava_fast.ops.paged_attention import block_addresses, reference
+from llava_fast.ops.paged_attention import reference
+from llava_fast.ops.paging import block_addresses
 from llava_fast.ops.selection import proof, samples
 from llava_fast.ops.selection.call_class import argument_names, call_class, written_arguments
 from llava_fast.ops.selection.decision import current

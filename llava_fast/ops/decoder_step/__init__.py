@@ -35,7 +35,7 @@ def decoder_step(
 
     x             [n, C]: the rows' embeddings.
     cos, sin      [n, 1, D]: rotary tables of their positions, halves paired; sin's first half is negated.
-    segments      the KV cache's memory, [layers, 2, K, blocks, block rows, D] each (see paging).
+    segments      the KV cache's memory, [layers, 2, K, blocks, block rows, D] each (see ops.paging).
     tables        per sequence the runs of blocks that hold its rows: (first block, blocks, ...).
     before        per sequence the rows cached already: these are read, and the row after them is written. Nothing
                   else in the cache is touched. No two sequences may share the block that is written.

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava_fast.ops.decoder_step.paging import run_views
 from llava_fast.ops.decoder_step.weights import DecoderWeights, LayerWeights
+from llava_fast.ops.paging import run_views
 from llava_fast.ops.quantised_linear.reference import quantised_linear
 from llava_fast.ops.quantised_linear.weight import QuantisedWeight
 

@@ -53,17 +53,6 @@ def paged_attention(
     return _paged_attention(query, key, value, cos, sin, list(segments), addresses, table, before, layer, window or 0)
 
 
-def block_addresses(segments: Sequence[Tensor], blocks: int | None = None) -> Tensor:
-    """`addresses` of these segments on their device, int64 [blocks, 2], filled up with zeros to `blocks`."""
-    found = []
-    for segment in segments:
-        _, _, _, count, rows, size = segment.shape
-        step = rows * size * segment.element_size()
-        found += [(segment.data_ptr() + number * step, count) for number in range(count)]
-    found += [(0, 0)] * ((blocks or 0) - len(found))
-    return torch.tensor(found, dtype=torch.int64, device=segments[0].device).reshape(-1, 2)
-
-
 def _check(query, key, value, cos, sin, segments, addresses, table, before, layer: int) -> None:
     sizes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if query.dim() != 3 or key.shape != value.shape or key.dim() != 3 or query.shape[::2] != key.shape[::2]:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from llava_fast.ops.paging import block_addresses
+
 ROWS = 512
 SEEDS = 8
 Args = dict[str, Any]
@@ -237,8 +239,6 @@ def _assemble_inputs(args: Args, draw: Draw) -> Args:
 
 def _paged_attention(args: Args, draw: Draw) -> Args:
     """A few sequences of up to three blocks in a cache of one layer."""
-    from llava_fast.ops.paged_attention import block_addresses
-
     count, width, rows = min(len(args["query"]), 8), 3, args["segments"][0].shape[4]
     names = ("query", "key", "value", "cos", "sin")
     found: Args = {name: draw.normal(args[name], count, *args[name].shape[1:]) for name in names}

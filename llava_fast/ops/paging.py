@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -26,3 +27,14 @@ def run_views(segments: Sequence[Tensor], table: Sequence[int]) -> list[Tensor]:
         else:
             raise ValueError(f"blocks {first} to {first + count - 1} do not lie in one segment of the cache")
     return views
+
+
+def block_addresses(segments: Sequence[Tensor], blocks: int | None = None) -> Tensor:
+    """`addresses` of these segments on their device, int64 [blocks, 2], filled up with zeros to `blocks`."""
+    found = []
+    for segment in segments:
+        _, _, _, count, rows, size = segment.shape
+        step = rows * size * segment.element_size()
+        found += [(segment.data_ptr() + number * step, count) for number in range(count)]
+    found += [(0, 0)] * ((blocks or 0) - len(found))
+    return torch.tensor(found, dtype=torch.int64, device=segments[0].device).reshape(-1, 2)
