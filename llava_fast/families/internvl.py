@@ -19,6 +19,7 @@ from llava_fast.errors import CheckpointError
 from llava_fast.families import fields
 from llava_fast.families.base import Family, TokenIds
 from llava_fast.families.llava import Llava
+from llava_fast.families.llava_names import HF5_DECODER, HF_DECODER
 from llava_fast.families.names import NameMap
 from llava_fast.families.parts import require, token_id, tower_preprocessing
 from llava_fast.families.preprocessing import (
@@ -69,14 +70,12 @@ class InternVl(Llava):
     names = NameMap(
         {
             "hf": (
-                ("decoder.lm_head.", "language_model.lm_head."),
-                ("decoder.", "language_model.model."),
+                *HF_DECODER,
                 ("vision_tower.", "vision_tower."),
                 ("projector.", "multi_modal_projector."),
             ),
             "hf5": (
-                ("decoder.lm_head.", "lm_head."),
-                ("decoder.", "model.language_model."),
+                *HF5_DECODER,
                 ("vision_tower.", "model.vision_tower."),
                 ("projector.", "model.multi_modal_projector."),
             ),

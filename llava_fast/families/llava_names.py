@@ -41,18 +41,20 @@ class LlavaNames(NameMap):
         return to_stored(ours, spelling, getattr(config.projector, "kind", type(config.projector).__name__))
 
 
+HF_DECODER = (("decoder.lm_head.", "language_model.lm_head."), ("decoder.", "language_model.model."))
+HF5_DECODER = (("decoder.lm_head.", "lm_head."), ("decoder.", "model.language_model."))
+"""The language model in transformers' two spellings, of every system that it builds as it does LLaVA."""
+
 LLAVA_NAMES = LlavaNames(
     written={
         "hf": (
-            ("decoder.lm_head.", "language_model.lm_head."),
-            ("decoder.", "language_model.model."),
+            *HF_DECODER,
             ("vision_tower.", f"vision_tower.{_TOWER}"),
             *within(ProjectorConfig.hf_names, "projector.", "multi_modal_projector."),
             ("image_newline", "image_newline"),
         ),
         "hf5": (
-            ("decoder.lm_head.", "lm_head."),
-            ("decoder.", "model.language_model."),
+            *HF5_DECODER,
             ("vision_tower.", "model.vision_tower."),
             *within(ProjectorConfig.hf_names, "projector.", "model.multi_modal_projector."),
             ("image_newline", "model.image_newline"),

@@ -15,7 +15,7 @@ from typing import Any
 from llava_fast.errors import CheckpointError
 from llava_fast.families.base import Family, TokenIds
 from llava_fast.families.llava import Llava
-from llava_fast.families.llava_names import LLAVA_NAMES
+from llava_fast.families.llava_names import HF5_DECODER, HF_DECODER, LLAVA_NAMES
 from llava_fast.families.names import NameMap, within
 from llava_fast.families.parts import tower_preprocessing
 from llava_fast.families.preprocessing import (
@@ -48,14 +48,12 @@ class VideoLlava(Llava):
     names = NameMap(
         {
             "hf": (
-                ("decoder.lm_head.", "language_model.lm_head."),
-                ("decoder.", "language_model.model."),
+                *HF_DECODER,
                 *((f"vision_tower.{tower}.", f"{tower}.{_INNER}") for tower in _TOWERS),
                 *within(ProjectorConfig.hf_names, "projector.", "multi_modal_projector."),
             ),
             "hf5": (
-                ("decoder.lm_head.", "lm_head."),
-                ("decoder.", "model.language_model."),
+                *HF5_DECODER,
                 *((f"vision_tower.{tower}.", f"model.{tower}.") for tower in _TOWERS),
                 *within(ProjectorConfig.hf_names, "projector.", "model.multi_modal_projector."),
             ),

@@ -15,6 +15,7 @@ from llava_fast.errors import CheckpointError
 from llava_fast.families import fields
 from llava_fast.families.base import Family, TokenIds
 from llava_fast.families.llava import Llava
+from llava_fast.families.llava_names import HF5_DECODER, HF_DECODER
 from llava_fast.families.names import NameMap, within
 from llava_fast.families.parts import require
 from llava_fast.families.preprocessing import CLIP_KIND
@@ -44,15 +45,13 @@ class VipLlava(Llava):
     names = NameMap(
         {
             "hf": (
-                ("decoder.lm_head.", "language_model.lm_head."),
-                ("decoder.", "language_model.model."),
+                *HF_DECODER,
                 ("vision_tower.", f"vision_tower.{VitConfig.hf4_prefix}"),
                 *within(NormMlpConfig.hf_names, "projector.", "multi_modal_projector."),
                 ("projector.", "multi_modal_projector."),
             ),
             "hf5": (
-                ("decoder.lm_head.", "lm_head."),
-                ("decoder.", "model.language_model."),
+                *HF5_DECODER,
                 ("vision_tower.", "model.vision_tower."),
                 *within(NormMlpConfig.hf_names, "projector.", "model.multi_modal_projector."),
                 ("projector.", "model.multi_modal_projector."),

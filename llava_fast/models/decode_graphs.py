@@ -14,14 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llava_fast.models import fused
+from llava_fast.models import cuda_graphs, fused
 from llava_fast.models.blocks.native_step import Snapshot
 from llava_fast.models.decoders.stack import Decoder
 from llava_fast.models.paged_cache import BlockTable, PagedCache, Pages, table_width
 from llava_fast.ops import backend
 
 logger = logging.getLogger("llava_fast.generation")
-WARM_UP = 3  # steps before capture, on a side stream, as torch.cuda.graph asks
 MOST_SEQUENCES = 256  # beyond, a step's products outweigh its launches
 
 
@@ -95,8 +94,7 @@ class DecodeGraphs:
     def _follow_changes(self) -> None:
         """Drop all graphs if the modules or weights have changed since capture."""
         snapshot = self._snapshot
-        read = (self.cache.addresses, *self.decoder.parameters(), *self.decoder.buffers())
-        addresses = [tensor.data_ptr() for tensor in read]
+        addresses = [self.cache.addresses.data_ptr(), *cuda_graphs.addresses_of(self.decoder)]
         if snapshot is not None and snapshot.holds() and addresses == self._addresses:
             return
         self._captured.clear()
@@ -134,16 +132,7 @@ class DecodeGraphs:
     def capture(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """(a function that replays `step`, its output tensor)."""
         with torch.cuda.device(self.cache.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP):
-                    step()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            # Its stream is of this device (the default one is the first capture's); other threads may use the GPU.
-            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-                out = step()
+            graph, out = cuda_graphs.capture(step)
         return graph.replay, out
 
     def _fill(

@@ -9,15 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava_fast.inputs.plan.buckets import Bucket, bucket_of, fill
 from llava_fast.models.batch import Batch
+from llava_fast.models.cuda_graphs import addresses_of, capture
 from llava_fast.models.quantised import table_of
 from llava_fast.models.vlm import LlavaModel
 from llava_fast.ops import backend
-
-WARM_UP = 3  # passes before capture, on a side stream, as torch.cuda.graph asks
 
 
 @dataclass
@@ -64,16 +63,7 @@ class EncodeGraphs:
         return found.out[: batch.plan.rows]
 
     def _capture(self, batch: Batch) -> _Captured:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                self.model.inputs_embeds(batch)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Its stream is of this device (the default one is the first capture's); other threads may go on using the GPU.
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            out = self.model.inputs_embeds(batch)
+        graph, out = capture(lambda: self.model.inputs_embeds(batch))
         return _Captured(weight_addresses(self.model), batch, out, graph)
 
 
@@ -82,18 +72,7 @@ def weight_addresses(model: LlavaModel) -> tuple[int, ...]:
     found = [table_of(model.decoder.embed_tokens).data_ptr()]
     if model.config.has_newline:
         found.append(model.image_newline.data_ptr())
-    for part in (model.vision_tower, model.projector):
-        _collect_addresses(part, found)
-    return tuple(found)
-
-
-def _collect_addresses(module: nn.Module, into: list[int]) -> None:
-    """As from module.parameters() and buffers(), in a quarter of the time, because it runs at each replay."""
-    for owned in (module._parameters, module._buffers):
-        into += [tensor.data_ptr() for tensor in owned.values() if tensor is not None]
-    for child in module._modules.values():
-        if child is not None:
-            _collect_addresses(child, into)
+    return (*found, *addresses_of(model.vision_tower), *addresses_of(model.projector))
 
 
 def graph_key(batch: Batch, bucket: Bucket) -> tuple:

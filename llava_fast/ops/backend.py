@@ -17,6 +17,7 @@ from llava_fast.errors import BackendError
 from llava_fast.ops.selection import tables
 from llava_fast.ops.selection.candidates import SERVED
 from llava_fast.ops.selection.decision import current
+from llava_fast.ops.triton_support import interpreting
 
 BACKENDS = ("auto", "triton", "native", "reference")
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("llava_fast_backend", default=None)
@@ -123,14 +124,8 @@ def serves(op: str, device: str) -> bool:
 
 def _forms_on(device: str) -> set[str]:
     """The compiled forms that can run on a device of this type."""
-    triton = _has_triton() and (device == "cuda" or _interprets())
+    triton = _has_triton() and (device == "cuda" or interpreting())
     return {"native"} | ({"triton", "cublas"} if triton else set())
-
-
-def _interprets() -> bool:
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
 
 
 def _checked(name: str) -> str:

@@ -11,6 +11,14 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from llava_fast.ops.activations import ACTIVATIONS
+
+
+def check_activation(name: str) -> None:
+    """Raises ValueError for an activation that is not served."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation is {name!r}; supported are {', '.join(ACTIVATIONS)}")
+
 
 @dataclass(frozen=True)
 class ConnectorConfig(ABC):

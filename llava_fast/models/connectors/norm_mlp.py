@@ -12,8 +12,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from llava_fast.models import fused
-from llava_fast.models.connectors.base import Connector, ConnectorConfig
-from llava_fast.ops.activations import ACTIVATIONS
+from llava_fast.models.connectors.base import Connector, ConnectorConfig, check_activation
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,7 @@ class NormMlpConfig(ConnectorConfig):
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation is {self.activation!r}; supported are {', '.join(ACTIVATIONS)}")
+        check_activation(self.activation)
 
     @property
     def matrix_size(self) -> int:

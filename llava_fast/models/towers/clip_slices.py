@@ -6,17 +6,14 @@ CLIPVisionModel. Sources: Guo et al. 2024 (LLaVA-UHD); thunlp/LLaVA-UHD 30a3bc3 
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
-from llava_fast.models import fused
 from llava_fast.models.blocks.resampling import Grid, bicubic
-from llava_fast.models.towers.vit import ClipConfig, Embeddings, VisionTower, prepare_tiles
-from llava_fast.ops import patch_embed
+from llava_fast.models.towers.vit import ClipConfig, Embeddings, VisionTower, embed_patches, grouped, prepare_tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +62,9 @@ class ClipSlicesEmbeddings(Embeddings):
         self.position_embedding = nn.Embedding(config.patches_per_image + 1, width)
 
     def forward(self, tiles: Tensor, mean: Tensor, std: Tensor, grids: tuple[Grid, ...]) -> Tensor:
-        conv, table = self.patch_embedding, self.position_embedding.weight
-        if fused.is_plain(conv, nn.Conv2d):
-            rows = patch_embed(tiles, conv.weight, table.new_zeros(1, table.shape[1]), mean=mean, std=std).flatten(0, 1)
-        else:
-            if tiles.dtype == torch.uint8:
-                tiles = ((tiles / 255.0 - mean[:, None, None]) / std[:, None, None]).to(table.dtype)
-            rows = conv(tiles).flatten(1)
+        table = self.position_embedding.weight
+        none = table.new_zeros(1, table.shape[1])  # positions are added below
+        rows = embed_patches(self.patch_embedding, tiles, none, None, mean, std).flatten(0, 1)
         side = math.isqrt(len(table) - 1)
         positions = {grid: bicubic(table[1:].unflatten(0, (side, side)), grid) for grid in dict.fromkeys(grids)}
         first = (self.class_embedding + table[0])[None]
@@ -103,6 +96,5 @@ class ClipSlicesTower(VisionTower):
         if sum(lengths) - len(grids) != len(tiles):
             raise ValueError(f"{len(tiles)} patches, but the slices' grids have {sum(lengths) - len(grids)}")
         tiles, mean, std = prepare_tiles(self.config, tiles, self.embeddings.position_embedding.weight)
-        slices = tuple((length, len(list(same))) for length, same in itertools.groupby(lengths))
-        rows = self.run_layers(self.embeddings(tiles, mean, std, grids), slices or ((0, 1),))[0]
+        rows = self.run_layers(self.embeddings(tiles, mean, std, grids), grouped(lengths))[0]
         return torch.cat([rows[:0], *(part[1:] for part in rows.split(lengths))])[None]

@@ -8,7 +8,6 @@ Sources: Tschannen et al. 2025 (SigLIP 2); transformers 5.24 modeling_siglip2.py
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -20,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llava_fast.models import fused
-from llava_fast.models.towers.vit import Embeddings, VisionTower, VitConfig, prepare_tiles
+from llava_fast.models.towers.vit import Embeddings, VisionTower, VitConfig, grouped, normalised, prepare_tiles
 from llava_fast.ops import patch_embed
 from llava_fast.storage.bounds import Layers, Pixels, Positive, Size
 from llava_fast.storage.files import Fields
@@ -95,9 +94,7 @@ class Siglip2Embeddings(Embeddings):
             none = table.new_zeros(1, len(weight))
             rows = patch_embed(tiles, weight, none, mean=mean, std=std, bias=linear.bias).flatten(0, 1)
         else:
-            if tiles.dtype == torch.uint8:
-                tiles = ((tiles / 255.0 - mean[:, None, None]) / std[:, None, None]).to(table.dtype)
-            rows = linear(tiles.permute(0, 2, 3, 1).flatten(1))
+            rows = linear(normalised(tiles, mean, std, table.dtype).permute(0, 2, 3, 1).flatten(1))
         return (rows + positions(table, grids))[None]
 
 
@@ -122,8 +119,7 @@ class Siglip2Tower(VisionTower):
         if sum(lengths) != len(tiles):
             raise ValueError(f"{len(tiles)} patches, but the images' grids have {sum(lengths)}")
         tiles, mean, std = prepare_tiles(self.config, tiles, self.embeddings.position_embedding.weight)
-        images = tuple((length, len(list(same))) for length, same in itertools.groupby(lengths))
-        return self.run_layers(self.embeddings(tiles, mean, std, grids), images or ((0, 1),))
+        return self.run_layers(self.embeddings(tiles, mean, std, grids), grouped(lengths))
 
 
 def positions(table: Tensor, grids: tuple[Grid, ...]) -> Tensor:

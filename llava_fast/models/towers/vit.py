@@ -7,6 +7,8 @@ transformers' CLIPVisionModel and SiglipVisionModel. Sources: Radford et al. 202
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -127,6 +129,18 @@ class VisionEmbeddings(Embeddings):
         return embed_patches(self.patch_embedding, tiles, self.position_embedding.weight, class_row, mean, std, count)
 
 
+def grouped(lengths: Sequence[int]) -> Images:
+    """(rows, how many in succession) of images with these numbers of rows, as run_layers takes them."""
+    return tuple((length, len(list(same))) for length, same in itertools.groupby(lengths)) or ((0, 1),)
+
+
+def normalised(tiles: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes [T, 3, H, W] normalised by mean and std [3], in `dtype`; floating tiles as they are."""
+    if tiles.dtype != torch.uint8:
+        return tiles
+    return ((tiles / 255.0 - mean[:, None, None]) / std[:, None, None]).to(dtype)
+
+
 def embed_patches(
     conv: nn.Module,
     tiles: Tensor,
@@ -142,9 +156,7 @@ def embed_patches(
         return patch_embed(
             tiles, conv.weight, position, mean=mean, std=std, bias=conv.bias, class_row=class_row, count=count
         )
-    if tiles.dtype == torch.uint8:
-        tiles = ((tiles / 255.0 - mean[:, None, None]) / std[:, None, None]).to(position.dtype)
-    rows = conv(tiles).flatten(2).transpose(1, 2)
+    rows = conv(normalised(tiles, mean, std, position.dtype)).flatten(2).transpose(1, 2)
     if class_row is not None:
         rows = torch.cat([class_row.expand(len(rows), 1, -1), rows], dim=1)
     return rows + position
