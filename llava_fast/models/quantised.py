@@ -122,6 +122,9 @@ class Quantised(nn.Module):
             self.register_buffer(name, tensor, persistent=False)  # a state dict has other names
         self.in_state_dict = True
         """Whether a state dict has the weight. Training leaves it out of its checkpoints, as all that is frozen."""
+        self.exact_inputs = False
+        """Whether products take their inputs unrounded also where no gradient is needed. Training sets it, so that a
+        policy and its reference, or a forward pass and its recomputation, are computed alike."""
 
     @property
     def quantised(self) -> QuantisedWeight:
@@ -211,7 +214,7 @@ class QuantisedLinear(Quantised):
     def forward(self, x: Tensor) -> Tensor:
         if self.order is not None:
             x = x.index_select(-1, self.order)
-        return quantised_product(x, self.codes, self.scale, self.zero, self.bias)
+        return quantised_product(x, self.codes, self.scale, self.zero, self.bias, exact_inputs=self.exact_inputs)
 
     def extra_repr(self) -> str:
         return f"{_described(self)}, bias={self.bias is not None}"
@@ -225,7 +228,7 @@ class QuantisedEmbedding(Quantised):
 
     def project(self, hidden: Tensor) -> Tensor:
         """hidden [.., width] @ table.T, for a head that shares the table."""
-        return quantised_product(hidden, self.codes, self.scale, self.zero)
+        return quantised_product(hidden, self.codes, self.scale, self.zero, exact_inputs=self.exact_inputs)
 
     def extra_repr(self) -> str:
         return _described(self)

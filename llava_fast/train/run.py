@@ -75,6 +75,7 @@ def load_model(recipe: Recipe, world: World) -> Llava:
             module.to(world.device)
             module.like = module.like.to(getattr(torch, recipe.precision))
             module.in_state_dict = False
+            module.exact_inputs = True
     processor = processor_of(model)
     data = recipe.data
     most = data.max_length or processor.max_rows

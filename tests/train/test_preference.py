@@ -119,6 +119,14 @@ def test_learns_the_preferences(recipe):
     assert min(moved) > 0
 
 
+@pytest.mark.parametrize("reference", ["precomputed", "base"])
+def test_over_quantised_weights_the_first_step_has_no_margin(recipe, reference):
+    """The reference is computed without gradients, where a faster product that rounds its inputs would do."""
+    made = recipe({"reference": reference}, quantize="int8", lora={"rank": 4}, trainable=[], epochs=1)
+    train(made)
+    assert steps(made)[0]["reward_margin"] == pytest.approx(0, abs=1e-6)
+
+
 def test_the_sft_term_keeps_chosen_answers_likely(recipe, tmp_path):
     plain = recipe(epochs=4, output=str(tmp_path / "plain"))
     held = recipe({"sft_weight": 1.0}, epochs=4, output=str(tmp_path / "held"))

@@ -48,9 +48,18 @@ def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = N
 
 
 def quantised_product(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None = None, bias: Tensor | None = None
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    exact_inputs: bool = False,
 ) -> Tensor:
-    """`quantised_linear` over the tensors of a QuantisedWeight, which must have been checked when it was made."""
+    """`quantised_linear` over the tensors of a QuantisedWeight, which must have been checked when it was made.
+
+    exact_inputs: use no form that rounds x, also where no gradient is needed.
+    """
     out, stored = codes.shape
     columns = stored if codes.dtype == torch.int8 else 2 * stored
     if x.dim() < 2 or not x.is_floating_point() or x.shape[-1] != columns:
@@ -64,11 +73,11 @@ def quantised_product(
     if bias is not None and bias.dtype != x.dtype:
         raise ValueError(f"bias is {bias.dtype} and x {x.dtype}: they must be of one dtype")
     gradients = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    return _quantised_linear(x, codes, scale, zero, bias, gradients)
+    return _quantised_linear(x, codes, scale, zero, bias, gradients or exact_inputs)
 
 
-def _run(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, gradients: bool) -> Tensor:
-    unfit = "it gives no gradients" if gradients else native.unfit(x)
+def _run(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, exact: bool) -> Tensor:
+    unfit = "it rounds its inputs and gives no gradients" if exact else native.unfit(x)
     weight = QuantisedWeight.unchecked(codes, scale, zero)
     if backend.choose("quantised_linear", x.device.type, {"native": unfit}) == "native":
         return native.quantised_linear(x, weight, bias)
@@ -83,7 +92,7 @@ def _run_backward(
     return of_x, of_bias
 
 
-def _fake(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, gradients: bool) -> Tensor:
+def _fake(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, exact: bool) -> Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
@@ -116,7 +125,7 @@ _quantised_linear_backward = library.define(
     _fake_backward,
 )
 _quantised_linear = library.define(
-    "quantised_linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, bool gradients) -> Tensor",
+    "quantised_linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, bool exact) -> Tensor",
     _run,
     _fake,
     _backward,
