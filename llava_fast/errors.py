@@ -82,3 +82,9 @@ class TrainingError(LlavaFastError):
 
 class ServeError(LlavaFastError):
     """A server that cannot be started as asked: an option out of range, a key file that cannot be read."""
+
+
+class EndpointError(LlavaFastError):
+    """A chat endpoint that cannot be asked: a wrong key or model, no quota, no connection, a spent budget, replies that
+    cannot be kept.
+    """

@@ -9,6 +9,7 @@ import torch
 
 from llava_fast.cli.main import main
 from llava_fast.demo import canvas
+from llava_fast.endpoint import asking
 from llava_fast.errors import LlavaFastError
 from llava_fast.generation.grammar import Grammar, GrammarMask
 from llava_fast.inputs.pictures import video as videos
@@ -19,7 +20,7 @@ from llava_fast.train.data import check
 from llava_fast.train.objectives import reference
 
 OPTIONAL = ("sklearn", "matplotlib", "av", "peft", "accelerate", "tensorboard", "xformers", "torchvision", "lmms_eval")
-OPTIONAL += ("fastapi", "uvicorn", "prometheus_client", "llguidance")
+OPTIONAL += ("fastapi", "uvicorn", "prometheus_client", "llguidance", "openai")
 BUILD = ("ninja", "pybind11", "setuptools")
 
 
@@ -62,6 +63,7 @@ USES = {
     "a picture to come": (lambda: check.check_picture_path(Path("lengths.png")), "plot"),
     "adapters": (lambda: lora._peft_config(SimpleNamespace()), "train"),
     "a grammar": (lambda: GrammarMask(Grammar.json(), None, 1, ()), "serve"),
+    "an endpoint": (asking._openai, "endpoint"),
     "a server": (server.check_packages, "serve"),
     "a base without adapters": (adapters_off, "train"),
 }
