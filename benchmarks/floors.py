@@ -91,10 +91,13 @@ def decode_floor(
     return Floor(tuple(_step(decoder, context + step, batch, itemsize, weight_itemsize) for step in range(tokens)))
 
 
-def generate_floor(config: LlavaConfig, sizes: Sizes, tokens: int, itemsize: int) -> Floor:
-    """Prefill gives the first token, the rest are steps. Reading the images is left out (it is a thousandth)."""
+def generate_floor(
+    config: LlavaConfig, sizes: Sizes, tokens: int, itemsize: int, weight_itemsize: float | None = None
+) -> Floor:
+    """Prefill gives the first token, the rest are steps. Reading the images is left out (it is a thousandth).
+    `weight_itemsize`: as in decode_floor; prefill is counted in the dtype."""
     context, batch = max(sizes.lengths), len(sizes.lengths)
-    steps = decode_floor(config.decoder, context, batch, tokens - 1, itemsize)
+    steps = decode_floor(config.decoder, context, batch, tokens - 1, itemsize, weight_itemsize)
     return Floor((*prefill_floor(config, sizes, itemsize).phases, *steps.phases))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,8 @@ FORMATS = {None: ("f16",), "int8": ("q8_0",), "int4": ("q4_K_M", "q4_0")}
 
 
 def peers(subject: Subject, settings: Settings, prompt: int = 0, new_tokens: int = 0, context: int = 0) -> list[Peer]:
-    """A peer for each format, if llama.cpp takes part: `prompt` rows, or `new_tokens` after `context` rows, a call."""
+    """A peer for each format, if llama.cpp takes part. A call is `prompt` rows, `new_tokens` after `context` rows, or
+    with both `prompt` and `new_tokens` the one after the other."""
     if LLAMA_CPP not in settings.backends:
         return []
 
@@ -33,7 +35,10 @@ def peers(subject: Subject, settings: Settings, prompt: int = 0, new_tokens: int
         path = _file(subject, settings, form)
         command = [str(settings.llama_bench), "--model", str(path), "--threads", str(settings.threads)]
         command += ["--n-gpu-layers", "0", "--output", "json", "--repetitions", str(settings.iters)]
-        command += ["--n-prompt", str(prompt), "--n-gen", str(new_tokens), "--n-depth", str(context)]
+        if prompt and new_tokens:
+            command += ["--n-prompt", "0", "--n-gen", "0", "-pg", f"{prompt},{new_tokens}"]
+        else:
+            command += ["--n-prompt", str(prompt), "--n-gen", str(new_tokens), "--n-depth", str(context)]
         return parse(_output_of(command))
 
     return [Peer(f"{LLAMA_CPP} {form}", partial(run, form)) for form in FORMATS[settings.quantize]]
@@ -94,20 +99,23 @@ def write_gguf(subject: Subject, path: Path) -> None:
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     _add_tokenizer(writer, gguf, decoder.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, decoder.num_layers)
+    for name, value in _decoder_weights(subject):  # twice through the weights, so that one at a time is in memory
+        dtype = np.dtype(np.float16 if value.dim() > 1 else np.float32)
+        size = value.numel() * dtype.itemsize
+        writer.add_tensor_info(names.get_name(name, try_suffixes=(".weight",)), tuple(value.shape), dtype, size)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
     for name, value in _decoder_weights(subject):
         turned = {"q_proj": decoder.num_heads, "k_proj": decoder.num_kv_heads}.get(name.split(".")[-2])
         rows = value if turned is None else _interleaved(value, turned)
-        dtype = torch.float16 if value.dim() > 1 else torch.float32
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), rows.to("cpu", dtype).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+        writer.write_tensor_data(rows.to("cpu", torch.float16 if value.dim() > 1 else torch.float32).numpy())
     writer.close()
 
 
 def _decoder_weights(subject: Subject) -> Iterator[tuple[str, Tensor]]:
     """Under the names of a Llama checkpoint."""
-    for stored, value in subject.hf.named_parameters():
+    for stored, value in subject.weights():
         name = "" if is_skipped(stored) else from_stored(stored) or ""
         if name.startswith("decoder."):
             leaf = name.removeprefix("decoder.")

@@ -32,7 +32,7 @@ SUITE_NAMES = (
 )
 DTYPES = ("float32", "bfloat16", "float16")
 SCHEMES = ("none", "int8", "int4")
-QUANTISED_SUITES = ("prefill", "decode")
+QUANTISED_SUITES = ("prefill", "decode", "generate")
 
 app = typer.Typer(
     help=__doc__,
@@ -60,7 +60,7 @@ Backend = Annotated[
     typer.Option(
         help="Which sides run, with commas: llava_fast, llava_fast-graphs (encode on CUDA alone), hf-eager "
         "(transformers as it is), hf-compile (transformers under torch.compile; minutes to compile on a CPU), "
-        "llama.cpp (decode and prefill of text on a CPU; see --llama-bench). "
+        "llama.cpp (its decoder in decode, generate, and prefill of text on a CPU; see --llama-bench). "
         "Ratios are against hf-eager, or hf-compile without it."
     ),
 ]
@@ -300,7 +300,7 @@ def _check_quantised(settings: Settings, suites: tuple[str, ...]) -> None:
             raise typer.BadParameter("needs --quantize int8 or int4", param_hint="--group")
         return
     if not set(suites) <= set(QUANTISED_SUITES):
-        raise typer.BadParameter(f"only of {' and '.join(QUANTISED_SUITES)}", param_hint="--quantize")
+        raise typer.BadParameter(f"only of {', '.join(QUANTISED_SUITES)}", param_hint="--quantize")
     if others := [name for name in settings.providers if name != "llava_fast"]:
         text = f"{', '.join(others)} does not run rounded weights: use --backend llava_fast or llava_fast,llama.cpp"
         raise typer.BadParameter(text, param_hint="--quantize")
@@ -324,7 +324,9 @@ def _check_llama_cpp(settings: Settings, suites: tuple[str, ...]) -> None:
     if LLAMA_CPP not in settings.backends:
         return
     if not set(suites) <= set(QUANTISED_SUITES) or ("prefill" in suites and settings.text_rows is None):
-        raise typer.BadParameter(f"{LLAMA_CPP} runs decode, and prefill with --text-rows", param_hint="--backend")
+        raise typer.BadParameter(
+            f"{LLAMA_CPP} runs decode, generate, and prefill with --text-rows", param_hint="--backend"
+        )
     if not settings.providers:
         raise typer.BadParameter(f"{LLAMA_CPP} runs beside another side: add llava_fast", param_hint="--backend")
     if settings.device != "cpu" or settings.batch_size != 1:

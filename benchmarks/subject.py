@@ -20,7 +20,8 @@ from llava_fast.families.llava_names import from_stored, is_skipped
 from llava_fast.generation.llava import Llava
 from llava_fast.inputs.chat.rendering import builtin_template
 from llava_fast.inputs.processor import Processor
-from llava_fast.models.quantised import Quantisation, Quantised, quantise_model
+from llava_fast.models.quantised import Quantisation, Quantised, put
+from llava_fast.models.quantised import plan as quantisation_plan
 
 BLOCK = (1 << 20) + 7
 """Random values drawn for a shape's weights, then repeated: an odd length, so that no two rows of a matrix agree."""
@@ -105,8 +106,9 @@ class Subject:
 
             model = AutoModelForImageTextToText.from_pretrained(self.directory, dtype=self.dtype).to(self.device)
         else:
-            model = self._hf_without_weights()
-            fill(model.named_parameters())
+            model, block = self._hf_without_weights(), random_block()
+            for number, (name, value) in enumerate(model.named_parameters()):
+                fill(number, name, value, block)
         model.generation_config.eos_token_id = None  # answers run to the length asked for
         return model.eval()
 
@@ -126,21 +128,37 @@ class Subject:
 
     @cached_property
     def ours(self) -> Llava:
-        """llava_fast's model over the same weights: its parameters share the other's memory, except where quantised."""
+        """llava_fast's model over the same weights: its parameters share the other's memory, except where quantised.
+        A quantised shape never holds more than one weight in floating point besides those it keeps so."""
         with torch.device("meta"):
             model = Llava(self.config, self.processor)
         missing = {name for name, _ in model.named_parameters()}
-        for stored, value in self.hf.named_parameters():
+        roundings = {} if self.quantisation is None else quantisation_plan(model, self.quantisation)
+        for stored, value in self.weights():
             name = None if is_skipped(stored) else from_stored(stored)
-            if name in missing:
-                owner, _, leaf = name.rpartition(".")
+            if name not in missing:
+                continue
+            missing.remove(name)
+            owner, _, leaf = name.rpartition(".")
+            if owner in roundings and leaf == "weight":
+                put(model, owner, roundings[owner].of(value.detach()), self.dtype)
+            else:
                 setattr(model.get_submodule(owner), leaf, nn.Parameter(value.data))
-                missing.remove(name)
         if missing:
             raise ValueError(f"transformers' model has no weights for {', '.join(sorted(missing)[:4])}")
-        if self.quantisation is not None:
-            quantise_model(model, self.quantisation)
         return model.eval()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(transformers' name, value) of each weight. Of a quantised shape, each is made when it is asked for, with the
+        same values, and not kept."""
+        if self.shape is None or self.quantisation is None or "hf" in self.__dict__:
+            yield from self.hf.named_parameters()
+            return
+        block = random_block()
+        for number, (name, shaped) in enumerate(self._hf_without_weights("meta").named_parameters()):
+            value = torch.empty_like(shaped, device=self.device, requires_grad=False)
+            fill(number, name, value, block)
+            yield name, value
 
     @property
     def weight_bytes(self) -> int:
@@ -166,7 +184,7 @@ class Subject:
         if "_temporary" in self.__dict__:
             self._temporary.cleanup()
 
-    def _hf_without_weights(self) -> nn.Module:
+    def _hf_without_weights(self, device: str | None = None) -> nn.Module:
         from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
         from transformers.initialization import no_init_weights
 
@@ -174,26 +192,27 @@ class Subject:
         before = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:
-            with no_init_weights(), self.device:
+            with no_init_weights(), torch.device(device or self.device):
                 return kind(build_config(self.shape, self.layers))
         finally:
             torch.set_default_dtype(before)
 
 
-@torch.no_grad()
-def fill(parameters: Iterator[tuple[str, Tensor]], seed: int = 0) -> None:
-    """Random weights whose greedy answers vary: Linears keep the variance of their input, norms are near 1.
+def random_block() -> Tensor:
+    """Normal values that `fill` repeats, because drawing a billion of them takes longer than the benchmark."""
+    return torch.randn(BLOCK, generator=torch.Generator().manual_seed(0))
 
-    One block of normal values is repeated, because drawing a billion values takes longer than the benchmark.
-    """
-    block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(seed))
-    for number, (name, value) in enumerate(parameters):
-        if value.dim() > 1:
-            scale, shift = 1 / math.sqrt(value[0].numel()), 0.0
-        else:
-            scale, shift = 0.05, float("norm" in name and name.endswith("weight"))
-        if "embed_tokens" in name:
-            scale = 1.0
-        source = (block * scale + shift).roll(1009 * number).to(value.device, value.dtype)
-        for part in value.view(-1).split(BLOCK):
-            part.copy_(source[: part.numel()])
+
+@torch.no_grad()
+def fill(number: int, name: str, value: Tensor, block: Tensor) -> None:
+    """Random values for a model's parameter of that number and name, such that greedy answers vary: Linears keep the
+    variance of their input, norms are near 1."""
+    if value.dim() > 1:
+        scale, shift = 1 / math.sqrt(value[0].numel()), 0.0
+    else:
+        scale, shift = 0.05, float("norm" in name and name.endswith("weight"))
+    if "embed_tokens" in name:
+        scale = 1.0
+    source = (block * scale + shift).roll(1009 * number).to(value.device, value.dtype)
+    for part in value.view(-1).split(BLOCK):
+        part.copy_(source[: part.numel()])

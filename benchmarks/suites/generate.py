@@ -1,4 +1,6 @@
-"""A whole answer: photographs and prompts in, text out, preprocessing and prefill included."""
+"""A whole answer: photographs and prompts in, text out, preprocessing and prefill included. llama.cpp as a peer runs
+its decoder alone, over as many rows of text and new tokens; --new-tokens 1 gives the time to the first token.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks import checks
+from benchmarks import checks, llama_cpp
 from benchmarks.case import Case, Provider, Settings
 from benchmarks.checks import Greedy
 from benchmarks.floors import generate_floor
@@ -62,10 +64,11 @@ def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
         model=subject.label,
         real_width=subject.real_width,
         label=f"{describe(settings, batch)}, {steps} new tokens",
-        providers=[provider(name) for name in settings.backends],
+        providers=[provider(name) for name in settings.providers],
         check=checks.same_greedy(settings.dtype),
-        floor=generate_floor(subject.config, sizes(batch), steps, subject.dtype.itemsize),
+        floor=generate_floor(subject.config, sizes(batch), steps, subject.dtype.itemsize, subject.decoder_itemsize),
         items=steps * settings.batch_size,
         unit="tokens",
         weight_bytes=subject.weight_bytes,
+        peers=llama_cpp.peers(subject, settings, prompt=sum(batch.plan.lengths), new_tokens=steps),
     )

@@ -19,7 +19,7 @@ from benchmarks import checks
 from benchmarks.case import Case, Provider, Row, Settings
 from benchmarks.floors import Floor, Phase, head_flops, head_weights
 from benchmarks.memory import PeakMemory
-from benchmarks.subject import Subject, fill
+from benchmarks.subject import Subject, fill, random_block
 from benchmarks.suites.train_step import digest
 from llava_fast.inputs.plan.columns import IGNORE
 from llava_fast.inputs.plan.from_ids import supervised_rows
@@ -33,7 +33,9 @@ def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
     width, vocabulary, itemsize = decoder.hidden_size, decoder.vocab_size, subject.dtype.itemsize
     weight = nn.Parameter(torch.empty(vocabulary, width, dtype=subject.dtype, device=subject.device))
     hidden = torch.empty(ROWS, width, dtype=subject.dtype, device=subject.device)
-    fill([("lm_head", weight), ("embed_tokens", hidden)])  # rows of variance 1, as the last norm gives them
+    block = random_block()
+    for number, (name, value) in enumerate({"lm_head": weight, "embed_tokens": hidden}.items()):
+        fill(number, name, value, block)  # rows of variance 1, as the last norm gives them
     yield Case(
         suite="loss",
         model=subject.label,

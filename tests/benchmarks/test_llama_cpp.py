@@ -16,7 +16,7 @@ from benchmarks.machine import Ceilings
 from benchmarks.run import app
 from benchmarks.subject import Subject
 from benchmarks.suites import SUITES
-from llava_fast.models.quantised import Quantisation
+from llava_fast.models.quantised import Quantisation, quantise_model
 
 CEILINGS = Ceilings(1e10, 1e11)
 TEST = {"build_commit": "abc123", "build_number": 7, "model_size": 1000, "samples_ns": [2_000_000_000, 1_000_000_000]}
@@ -28,7 +28,7 @@ BENCH = ["--llama-bench", sys.executable]
     [
         (["decode", "--quantize", "int2"], "choose from none, int8, int4"),
         (["decode", "--quantize", "int8"], "hf-eager does not run rounded weights"),
-        (["encode", "--quantize", "int8", "--backend", "llava_fast"], "only of prefill and decode"),
+        (["encode", "--quantize", "int8", "--backend", "llava_fast"], "only of prefill, decode, generate"),
         (["decode", "--group", "32"], "needs --quantize"),
         (["decode", "--quantize", "int4", "--group", "7", "--backend", "llava_fast"], "--group"),
         (["decode", "--backend", "llava_fast,llama.cpp"], "needs --llama-bench PATH"),
@@ -36,7 +36,7 @@ BENCH = ["--llama-bench", sys.executable]
         (["decode", "--backend", "llama.cpp", *BENCH], "add llava_fast"),
         (["decode", "--backend", "llava_fast,llama.cpp", *BENCH, "--batch-size", "2"], "--batch-size 1"),
         (["prefill", "--backend", "llava_fast,llama.cpp", *BENCH], "prefill with --text-rows"),
-        (["encode", "--backend", "llava_fast,llama.cpp", *BENCH], "runs decode, and prefill"),
+        (["encode", "--backend", "llava_fast,llama.cpp", *BENCH], "runs decode, generate, and prefill"),
     ],
 )
 def test_wrong_options_say_what_is_right(arguments, message, monkeypatch):
@@ -92,6 +92,9 @@ def test_command_and_format(monkeypatch, tmp_path):
     numbers = [int(given[f"--{name}"]) for name in ("threads", "repetitions", "n-gen", "n-depth", "n-prompt")]
     assert numbers == [2, 3, 16, 8, 0]
     assert llama_cpp.peers(subject, Settings(), prompt=8) == []
+    (peer,) = llama_cpp.peers(subject, settings, prompt=7, new_tokens=16)
+    peer.run()
+    assert ran[1][-6:] == ["--n-prompt", "0", "--n-gen", "0", "-pg", "7,16"]
 
 
 def test_rows_are_interleaved_for_llama_cpp():
@@ -101,7 +104,7 @@ def test_rows_are_interleaved_for_llama_cpp():
     assert turned == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
 
 
-@pytest.mark.parametrize("suite", ["decode", "prefill"])
+@pytest.mark.parametrize("suite", ["decode", "prefill", "generate"])
 def test_quantised_rows_beside_a_peer(suite, monkeypatch):
     told = PeerTimes([2.0, 1.0, 3.0], 1000, {"llama.cpp": "abc123 (7)"})
     monkeypatch.setattr(llama_cpp, "peers", lambda *given, **more: [Peer("llama.cpp q8_0", lambda: told)])
@@ -111,6 +114,7 @@ def test_quantised_rows_beside_a_peer(suite, monkeypatch):
     )
     (case,) = SUITES[suite].cases(subject, settings)
     ours, theirs = measure(case, settings, CEILINGS)
+    assert "hf" not in subject.__dict__  # the floating-point model is never whole
     float_bytes = sum(value.nbytes for value in subject.hf.parameters())
     assert ours.backend == "llava_fast"
     assert ours.weight_bytes < float_bytes
@@ -120,6 +124,19 @@ def test_quantised_rows_beside_a_peer(suite, monkeypatch):
     assert theirs.ratio is theirs.check is ours.ratio is None
     assert "llama_bench" not in ours.settings
     subject.close()
+
+
+def test_a_quantised_shape_has_the_weights_of_the_floating_point_one():
+    dense, ours = (
+        Subject("tiny", None, torch.float32, "cpu"),
+        Subject("tiny", None, torch.float32, "cpu", Quantisation("int4")),
+    )
+    wanted = quantise_model(dense.ours, Quantisation("int4")).state_dict()
+    found = ours.ours.state_dict()
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    dense.close()
+    ours.close()
 
 
 def test_prefill_of_text_agrees_with_transformers():
