@@ -75,3 +75,14 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"worst relative error, {what}: {error:.1e}")
     if TIES["tokens"]:
         terminalreporter.write_line(f"greedy tokens against transformers: {TIES['tokens']}, ties {TIES['ties']}")
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """For played graphs (tests/support/played.py): the gate takes paged_attention, whose reference then runs, a hundred
+    times faster than the interpreter."""
+    from llava_fast.ops import backend, use_backend
+
+    monkeypatch.setattr(backend, "serves", lambda op, device: op == "paged_attention")
+    with use_backend("reference"):
+        yield

@@ -10,13 +10,13 @@ import torch
 
 from llava_fast.errors import LlavaFastError, RequestError
 from llava_fast.generation.chat import Chat
+from llava_fast.generation.device_sampling import DeviceSteps
 from llava_fast.generation.prompt import read_prompt
 from llava_fast.generation.runner import Runner
 from llava_fast.generation.sampling import Sampling
 from llava_fast.generation.scheduler import Scheduler
 from llava_fast.generation.sequence import Generation, new_sequence
 from llava_fast.generation.sequence import Sequence as Running
-from llava_fast.models.decode_graphs import DecodeGraphs
 from llava_fast.models.paged_cache import PagedCache
 from llava_fast.models.vlm import LlavaModel
 
@@ -89,24 +89,24 @@ class Llava(LlavaModel):
         finally:
             for sequence in sequences:
                 scheduler.cancel(sequence)
-            _idle[self] = runner.cache, runner.graphs
+            _idle[self] = runner.cache, runner.device
 
 
-_idle: WeakKeyDictionary[Llava, tuple[PagedCache, DecodeGraphs | None]] = WeakKeyDictionary()
+_idle: WeakKeyDictionary[Llava, tuple[PagedCache, DeviceSteps | None]] = WeakKeyDictionary()
 """Each model's cache that no sequence uses, with the graphs captured over it: the next call takes them, because new
 memory costs page faults and a graph its capture."""
 KEPT_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
 def _runner_of(model: Llava) -> Runner:
-    cache, graphs = _idle.pop(model, (None, None))  # another thread's call meanwhile makes its own
+    cache, device = _idle.pop(model, (None, None))  # another thread's call meanwhile makes its own
     decoder, config = model.decoder, model.config.decoder
     if cache is None or cache.used_blocks or (cache.dtype, cache.device) != (decoder.dtype, decoder.device):
         return Runner(model)
     if cache.shape != (config.num_layers, 2, config.num_kv_heads, cache.block_rows, config.head_dim):
         return Runner(model)
     cache.reopen(KEPT_BYTES.get(cache.device.type, 0))
-    return Runner(model, cache, graphs=graphs)
+    return Runner(model, cache, device=device)
 
 
 def _raise(error: Exception, name: Any) -> NoReturn:

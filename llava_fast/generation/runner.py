@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llava_fast.generation.device_sampling import DeviceSteps, Flight
 from llava_fast.generation.feature_cache import FeatureCache
 from llava_fast.generation.prompt import Part
 from llava_fast.generation.sequence import Sequence
@@ -31,7 +32,7 @@ class Runner:
     batch_invariant  each sequence's logits equal those it would get alone, to the bit: a prompt runs in its own passes
                      and reuses nothing, and the head and decoding steps run a row at a time, except where decoder_step
                      applies (plain float32 weights on a CPU). Not together with `features`.
-    graphs           CUDA graphs already captured on this cache; None: on CUDA they are captured when first needed.
+    device           CUDA graphs already captured on this cache; None: on CUDA they are captured when first needed.
     """
 
     def __init__(
@@ -40,15 +41,15 @@ class Runner:
         cache: PagedCache | None = None,
         features: FeatureCache | None = None,
         batch_invariant: bool = False,
-        graphs: DecodeGraphs | None = None,
+        device: DeviceSteps | None = None,
     ) -> None:
         if batch_invariant and features is not None:
             raise ValueError("batch_invariant and features: images would be encoded otherwise than alone")
         self.model, self.features, self.batch_invariant = model, features, batch_invariant
         self.cache = model.decoder.new_cache() if cache is None else cache
-        if graphs is None and self.cache.device.type == "cuda" and isinstance(model.decoder, Decoder):
-            graphs = DecodeGraphs(model.decoder, self.cache)  # a hosted decoder is transformers' own
-        self.graphs = graphs
+        if device is None and self.cache.device.type == "cuda" and isinstance(model.decoder, Decoder):
+            device = DeviceSteps(DecodeGraphs(model.decoder, self.cache))  # a hosted decoder is transformers' own
+        self.device = device
         decoder = model.config.decoder
         self.dynamic_from = decoder.max_positions if decoder.rope.kind == "dynamic" else None
 
@@ -101,13 +102,24 @@ class Runner:
                 first, waiting = sequence.embedded
                 sequence.embedded = (first + rows, waiting[rows:].clone()) if rows < len(waiting) else None
 
+    def launch(self, sequences: SequenceOf[Sequence]) -> Flight | None:
+        """Run the last token of each sequence, even one that the host does not know yet, and choose the next on the
+        device; does not wait. None where `step` and the host must. `advance` ends the pass."""
+        return None if self.device is None or self.batch_invariant else self.device.launch(sequences)
+
+    def release(self, sequences: SequenceOf[Sequence]) -> None:
+        """Free what `launch` keeps on the device for sequences that leave."""
+        if self.device is not None:
+            self.device.release(sequences)
+
     def step(self, sequences: SequenceOf[Sequence]) -> Tensor:
         """Run the last token of each sequence; logits [sequences, vocabulary] of the next. The next step may
         overwrite them. `advance` ends the pass."""
         if self.batch_invariant:
             groups = range(0, len(sequences), MAX_ROWS)
             return self._logits(torch.cat([self._step(sequences[i : i + MAX_ROWS]) for i in groups]))
-        replayed = None if self.graphs is None else self._replay(self.graphs, sequences)
+        self.release(sequences)  # the device does not learn of the tokens that the host is to choose
+        replayed = None if self.device is None else self._replay(self.device.graphs, sequences)
         return self._logits(self._step(sequences)) if replayed is None else replayed
 
     def _replay(self, graphs: DecodeGraphs, sequences: SequenceOf[Sequence]) -> Tensor | None:

@@ -1,11 +1,17 @@
 """Choosing the next token: penalties, temperature, top-k, top-p, min-p and a draw that depends only on the request.
 
+A draw is an inverse transform: from the probabilities (float32, in the vocabulary's order) and a number in [0, 1) that
+is a function of the request's seed and the token's index alone (`uniform`), so the device (device_sampling) and the
+host draw the same token without sharing a generator.
+
 Sources: Holtzman et al. 2020 (top-p); Fan et al. 2018 (top-k); Nguyen et al. 2024 (min-p); Keskar et al. 2019
-(repetition penalty). The order (penalty, temperature, top-k, top-p, min-p) is transformers'.
+(repetition penalty); Steele et al. 2014 (SplitMix64). The order (penalty, temperature, top-k, top-p, min-p) is
+transformers'.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import inf, isfinite, log
@@ -155,34 +161,35 @@ class TokenLogprob:
 
 
 class Sampler:
-    """Draws tokens for one sequence. Each has its own generator, seeded by the request, so that a draw does not
-    depend on the sequence's place in the batch or on its neighbours.
+    """Draws tokens for one sequence. A draw depends on the request's seed and the token's index, not on the sequence's
+    place in the batch or on its neighbours.
 
     seen        token ids of the prompt, for the repetition penalty.
     processors  run in order, after penalties and bias and before temperature, top-k, top-p and min-p.
     is_greedy   whether each token is the argmax of unmodified logits and no log probabilities are requested.
+    on_device   whether device_sampling can choose the tokens too: no log probabilities, and nothing but a repetition
+                penalty changes the logits.
     """
 
     def __init__(
         self, options: Sampling, seed: int | None, seen: Iterable[int], processors: Sequence[LogitsProcessor] = ()
     ) -> None:
         self.options = options
-        self.generator = torch.Generator()
-        if seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(int(seed))
+        self.seed = secrets.randbits(63) if seed is None else int(seed)
+        self.seen = frozenset(seen)
         self.drawn: list[int] = []
         self.logprobs: list[TokenLogprob] = []  # of `drawn`, if they are asked for
         self.processors: list[LogitsProcessor] = []
         if options.repetition_penalty != 1.0:
-            self.processors.append(RepetitionPenalty(seen, options.repetition_penalty))
+            self.processors.append(RepetitionPenalty(self.seen, options.repetition_penalty))
         if options.presence_penalty or options.frequency_penalty:
             self.processors.append(AnswerPenalty(options.presence_penalty, options.frequency_penalty))
         if options.logit_bias:
             self.processors.append(Bias(options.logit_bias))
         self.processors += processors
         self.is_greedy = options.temperature == 0 and not self.processors and options.logprobs is None
+        penalties = all(isinstance(each, RepetitionPenalty) for each in self.processors)
+        self.on_device = penalties and options.logprobs is None
 
     def __call__(self, logits: Tensor) -> int:
         """The next token id, from logits [vocabulary]. Raises GenerationError for NaN logits."""
@@ -195,7 +202,9 @@ class Sampler:
             token = int(logits.argmax())
         else:
             probabilities = filtered_probabilities(logits.cpu(), self.options)
-            token = int(torch.multinomial(probabilities, 1, generator=self.generator))
+            if probabilities.isnan().any().item():  # of infinite logits
+                raise not_a_number(len(self.drawn))
+            token = int(drawn(probabilities, uniform(self.seed, len(self.drawn))))
         self.drawn.append(token)
         if self.options.logprobs is not None:
             self.logprobs.append(token_logprob(own, token, self.options.logprobs))
@@ -234,14 +243,40 @@ def penalise(logits: Tensor, seen: set[int], penalty: float) -> Tensor:
     return logits.index_copy(0, index, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
 
 
+def uniform(seed: int, number: int) -> float:
+    """The number in [0, 1) by which token `number` of an answer is drawn: 52 bits of SplitMix64, whose state starts
+    from the mixed seed."""
+    return (_mixed(_mixed(seed + _STEP) + (number + 1) * _STEP) >> 12) * 2.0**-52
+
+
+_STEP, _WORD = 0x9E3779B97F4A7C15, (1 << 64) - 1
+
+
+def _mixed(z: int) -> int:
+    z &= _WORD
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _WORD
+    return z ^ (z >> 31)
+
+
+def drawn(probabilities: Tensor, number: Tensor | float) -> Tensor:
+    """The tokens [...] at which the running sums of probabilities [..., vocabulary], in float64, first exceed `number`
+    ([..., 1] or one for all, in [0, 1)) times their total."""
+    reached = probabilities.double().cumsum(-1)
+    return (reached <= number * reached[..., -1:]).sum(-1)
+
+
+COLDEST = 1e-30  # a lower temperature draws the same and would not be a float32 above 0
+
+
 def filtered_probabilities(logits: Tensor, options: Sampling) -> Tensor:
     """float32 probabilities [vocabulary] after temperature, top-k, top-p and min-p; at least one token survives."""
-    logits = (logits - logits.max()) / options.temperature  # from the top, so that no small temperature overflows
+    logits = (logits - logits.max()) / max(options.temperature, COLDEST)  # from the top: nothing overflows
     if options.top_k:
         kth = logits.topk(min(options.top_k, len(logits))).values[-1]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if options.top_p < 1:
-        ordered, index = logits.sort()
+        ordered, index = logits.sort(stable=True)
         tail = ordered.softmax(0).cumsum(0) <= 1 - options.top_p
         tail[-1] = False
         logits = logits.masked_fill(torch.zeros_like(tail).scatter(0, index, tail), -torch.inf)

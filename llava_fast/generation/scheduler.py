@@ -7,6 +7,10 @@ between steps), Agrawal et al. 2023 (chunked prefill).
 Admission is in order of arrival, as soon as the cache has blocks for all rows that a sequence has to run. Answers take
 blocks as they grow. When none are left, the sequence admitted last is preempted: its blocks are freed and it returns to
 the front of the queue; its rows are recomputed later, and its answer is the same.
+
+Where the device chooses the tokens (device_sampling), a step is launched before the tokens of the last one are read, so
+that the device never waits for the host. A sequence whose token turns out to end it has then run one row too many,
+whose token is dropped.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import torch
 from torch import Tensor
 
 from llava_fast.errors import CacheFullError
+from llava_fast.generation.device_sampling import Flight
 from llava_fast.generation.prefix_cache import PrefixCache, common_rows
 from llava_fast.generation.runner import Chunk, Runner, is_last
 from llava_fast.generation.sampling import greedy_tokens, not_a_number
@@ -66,6 +71,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.prefilling: list[Sequence] = []  # both in the order of admission
         self.decoding: list[Sequence] = []
+        self._flight: Flight | None = None  # launched, and its tokens not read
         self._refused: tuple[Sequence, int] | None = None  # who found too few blocks, when so many were in use
         self._admissions = self._reused_rows = self._preemptions = 0
 
@@ -108,8 +114,9 @@ class Scheduler:
             self._leave(sequence)
 
     def step(self) -> Moved:
-        """Run one step; returns the sequences that advanced, each with its new final text. If a sequence's pass or
-        sampler fails, only that sequence ends, with "error". Call it until `is_idle`.
+        """Run one step; returns the sequences that advanced, each with its new final text (none, where a first step was
+        launched). If a sequence's pass or sampler fails, only that sequence ends, with "error". Call it until
+        `is_idle`.
         """
         if not torch.is_inference_mode_enabled():
             with torch.inference_mode():
@@ -181,6 +188,9 @@ class Scheduler:
         if sequence.table is not None:
             sequence.table.release()
         sequence.table = sequence.embedded = None
+        self.runner.release([sequence])
+        if not self.decoding:
+            self._flight = None  # nobody's tokens
 
     def _fail(self, sequence: Sequence, error: Exception) -> tuple[Sequence, str]:
         sequence.finish_reason, sequence.error = "error", error
@@ -213,11 +223,49 @@ class Scheduler:
         return self._run(self._prefill_pass, chunks, [sequence for sequence, _ in chunks])
 
     def _decode(self, sequences: list[Sequence]) -> Moved:
-        for sequence in sequences:
-            if sequence.cached.length == sequence.cached.capacity:
-                sequences = self._grown(sequences)
-                break
-        return self._run(self._decode_pass, sequences, sequences)
+        """The next token of each sequence; where the device chooses, the next step is launched and the last one's
+        tokens are read. No sequence runs beyond its limit."""
+        going = [each for each in sequences if len(each.token_ids) + each.ahead < each.limit]
+        short = sum(each.cached.length == each.cached.capacity for each in going)
+        if self._flight is not None and short > self.cache.available_blocks:  # who is preempted must know its tokens
+            return self._land(None)
+        if short:
+            going = self._grown(going)
+        flight = self._launched(going) if going else None
+        if self._flight is not None or flight is not None:
+            return self._land(flight)
+        return self._run(self._decode_pass, going, going)
+
+    def _launched(self, sequences: list[Sequence]) -> Flight | None:
+        try:
+            flight = self.runner.launch(sequences)
+        except Exception as error:  # the host's way shows whether a sequence is at fault
+            logger.warning("launching a step of %d sequences failed, so the host runs it: %r", len(sequences), error)
+            return None
+        if flight is not None:
+            self.runner.advance([(sequence, 1) for sequence in sequences])
+            for sequence in sequences:
+                sequence.ahead += 1
+        return flight
+
+    def _land(self, launched: Flight | None) -> Moved:
+        """Read the tokens of the last step that was launched; `launched` is now the last one."""
+        flight, self._flight = self._flight, launched
+        if flight is None:
+            return []
+        try:
+            tokens = flight.tokens()
+        except Exception as error:
+            return self._all_failed(error)
+        running: list[Sequence] = []
+        chosen: list[int | Exception] = []
+        for sequence, token in zip(flight.sequences, tokens, strict=True):
+            sequence.ahead -= 1
+            if sequence.finish_reason is None:
+                running.append(sequence)
+                chosen.append(token if token >= 0 else not_a_number(len(sequence.token_ids)))
+                sequence.sampler.drawn.append(token)
+        return self._push(running, chosen)
 
     def _grown(self, sequences: list[Sequence]) -> list[Sequence]:
         """Allocate a block for each sequence that needs one; returns the sequences that still run."""
@@ -241,8 +289,7 @@ class Scheduler:
             failure = error
         failure.__traceback__ = None  # its frames hold the pass's tensors
         if isinstance(failure, torch.AcceleratorError):
-            logger.error("the device failed, and with it every sequence: %r", failure)
-            return [self._fail(each, failure) for each in (*self.decoding, *self.prefilling, *self.waiting)]
+            return self._all_failed(failure)
         if len(items) == 1:
             return [self._fail(sequences[0], failure)]
         logger.warning("a pass of %d sequences failed, so each runs alone: %r", len(items), failure)
@@ -251,6 +298,11 @@ class Scheduler:
             if sequence.finish_reason is None:
                 moved += self._run(one_pass, [item], [sequence])
         return moved
+
+    def _all_failed(self, failure: Exception) -> Moved:
+        logger.error("the device failed, and with it every sequence: %r", failure)
+        self._flight = None
+        return [self._fail(each, failure) for each in (*self.decoding, *self.prefilling, *self.waiting)]
 
     def _prefill_pass(self, chunks: list[Chunk]) -> Moved:
         logits = self.runner.prefill(chunks)

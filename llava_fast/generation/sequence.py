@@ -46,6 +46,8 @@ class Sequence:
     finish_reason  None while it runs; then "stop", "length", "cancelled" or "error" (`error` says which).
     table          its rows in the cache, while it has any.
     cached_rows    rows found in the cache at its last admission; `admission` counts admissions.
+    ahead          steps that were launched for it and whose tokens the host has not seen; `slot` is its place on the
+                   device for them (device_sampling).
     """
 
     def __init__(
@@ -60,7 +62,8 @@ class Sequence:
         self.finish_reason: Literal["stop", "length", "cancelled", "error"] | None = "length" if limit == 0 else None
         self.error: Exception | None = None
         self.table: BlockTable | None = None
-        self.cached_rows = self.admission = 0
+        self.cached_rows = self.admission = self.ahead = 0
+        self.slot: int | None = None
         self.embedded: tuple[int, Tensor] | None = None  # first row, embeddings that wait for their prefill pass
 
     @property

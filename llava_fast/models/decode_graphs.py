@@ -1,6 +1,8 @@
 """Decoding steps replayed from CUDA graphs, one for each bucket of sequences: a step is one copy and one launch.
 
-Between replays only the contents of one static tensor change: each sequence's token, rows cached before, and blocks.
+Between replays only the contents of one static tensor change: each sequence's rows cached before, its blocks, and the
+values that the graph's `Ending` names (its token at least). Each step fills new pinned memory, which PyTorch's
+allocator reuses only after the copy from it, so a step can be launched while earlier ones still run.
 A graph holds addresses, so everything that it reads must stay in place: all graphs are dropped once a module, a hook or
 a weight of the decoder has changed. The cache may grow: its addresses are in a tensor of their own.
 """
@@ -8,9 +10,11 @@ a weight of the decoder has changed. The cache may grow: its addresses are in a 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,11 +37,82 @@ def _keeps_no_switch(kind: type) -> bool:
 _PLAIN = (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU, nn.Identity)
 
 
+class Column(NamedTuple):
+    """A value of each sequence in the static tensor: its numpy dtype, and what sequences that fill a bucket up get."""
+
+    dtype: str
+    filler: float
+
+
+Columns = Mapping[str, Column]
+
+
+class Ending(Protocol):
+    """What a captured step does around the decoder. Hashable: graphs are found by it."""
+
+    @property
+    def columns(self) -> Columns:
+        """Values of each sequence that it reads, `token` or its like among them."""
+
+    def tokens(self, given: dict[str, Tensor]) -> Tensor:
+        """The tokens to run, int [n], from the columns [n]."""
+
+    def result(self, token: Tensor, logits: Tensor, given: dict[str, Tensor]) -> Tensor:
+        """What the step returns, [n, ...], from the tokens run and the logits [n, vocabulary]."""
+
+
+class _Logits:
+    """Logits, for the host to choose from."""
+
+    columns: ClassVar[Columns] = {"token": Column("int32", 0)}
+
+    def tokens(self, given: dict[str, Tensor]) -> Tensor:
+        return given["token"]
+
+    def result(self, token: Tensor, logits: Tensor, given: dict[str, Tensor]) -> Tensor:
+        return logits
+
+
+LOGITS = _Logits()
+
+
+class _Layout:
+    """Where each value lies in a static tensor of bytes: the columns, widest first, then rows before and blocks."""
+
+    def __init__(self, columns: Columns, size: int, width: int) -> None:
+        every = {**columns, "before": Column("int32", -1)}
+        ordered = sorted(every.items(), key=lambda item: -np.dtype(item[1].dtype).itemsize)
+        self.columns = [(name, np.dtype(column.dtype), column.filler) for name, column in ordered]
+        self.size, self.width = size, width
+        self.bytes = sum(dtype.itemsize for _, dtype, _ in self.columns) * size + 4 * size * width
+
+    def host(self, values: Mapping[str, Sequence[float]], tables: Sequence[BlockTable], pinned: bool) -> Tensor:
+        """uint8 [bytes] on the host: `values` of the first sequences, fillers for the others."""
+        numbers, start = np.zeros(self.bytes, np.uint8), 0
+        for name, dtype, filler in self.columns:
+            end = start + dtype.itemsize * self.size
+            column, given = numbers[start:end].view(dtype), values.get(name, ())
+            column[: len(given)], column[len(given) :] = given, filler
+            start = end
+        for row, table in zip(numbers[start:].view(np.int32).reshape(self.size, -1), tables, strict=False):
+            row[: len(table.blocks)] = table.blocks
+        flat = torch.from_numpy(numbers)
+        return flat.pin_memory() if pinned else flat
+
+    def views(self, flat: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """(each column [n], blocks int32 [n, width]) of such a tensor."""
+        found, start = {}, 0
+        for name, dtype, _ in self.columns:
+            end = start + dtype.itemsize * self.size
+            found[name] = flat[start:end].view(getattr(torch, dtype.name))
+            start = end
+        return found, flat[start:].view(torch.int32).view(self.size, self.width)
+
+
 @dataclass
 class _Captured:
-    host: Tensor  # int32 [n * (2 + width)]: tokens, rows before, blocks
-    device: Tensor
-    size: int  # n
+    layout: _Layout
+    device: Tensor  # uint8
     rope: tuple[Tensor, Tensor]  # kept alive: the graph reads it
     replay: Callable[[], None]
     out: Tensor
@@ -45,27 +120,44 @@ class _Captured:
 
 class DecodeGraphs:
     """`graphs(tokens, tables, before)` returns the decoder's logits for one more row of each sequence, from a graph
-    captured for the bucket, or None if there is none; then run the modules.
+    captured for the bucket, or None if there is none; then run the modules. `launch` does the same with another ending.
 
     A bucket is a number of sequences and of blocks a sequence, each a power of two; graphs are captured when first
-    needed. Sequences that fill a bucket up write nothing. The returned logits [n, vocabulary] are a view that the next
-    call overwrites. `unfit` says why there is no graph: dynamic RoPE, a hooked module, one that is neither this
-    package's nor a plain one of PyTorch, or a failed capture (logged once, and not tried again until a module changes).
+    needed. Sequences that fill a bucket up write nothing. What is returned is a view that the next call overwrites.
+    `unfit` says why there is no graph: dynamic RoPE, a hooked module, one that is neither this package's nor a plain
+    one of PyTorch, or a failed capture (logged once, and not tried again until a module changes). A failed capture with
+    an ending other than logits is a reason against that ending alone (`failed`).
     """
 
     def __init__(self, decoder: Decoder, cache: PagedCache) -> None:
         self.decoder, self.cache = decoder, cache
         self.unfit: str | None = None
+        self.failed: dict[Ending, str] = {}
         self._captured: dict[tuple, _Captured] = {}
         self._snapshot: Snapshot | None = None
         self._addresses: list[int] = []
         self._met: set[tuple] = set()
 
     def __call__(self, tokens: Sequence[int], tables: Sequence[BlockTable], before: Sequence[int]) -> Tensor | None:
-        decoder, count = self.decoder, len(tokens)
-        if not 0 < count <= MOST_SEQUENCES or nn.modules.module._has_any_global_hook():
+        bucket = self._bucket(tables, before)
+        if bucket is not None and bucket not in self._met:
+            self._met.add(bucket)  # the first step of a bucket runs the modules: there ops are proven (ops/selection)
             return None
-        like = next(decoder.norm.parameters())
+        return self._run(bucket, LOGITS, {"token": tokens}, tables, before)
+
+    def launch(
+        self, ending: Ending, values: Mapping[str, Sequence[float]], tables: Sequence[BlockTable], before: Sequence[int]
+    ) -> Tensor | None:
+        """`ending`'s result for each sequence, given its columns; None also before a bucket's first step has run the
+        modules."""
+        bucket = self._bucket(tables, before)
+        return self._run(bucket if bucket in self._met else None, ending, values, tables, before)
+
+    def _bucket(self, tables: Sequence[BlockTable], before: Sequence[int]) -> tuple | None:
+        """The key of a step's bucket, with blocks for the new rows; None if no graph can run it."""
+        if not 0 < len(tables) <= MOST_SEQUENCES or nn.modules.module._has_any_global_hook():
+            return None
+        like = next(self.decoder.norm.parameters())
         if not fused.takes("paged_attention", like):
             return None
         self._follow_changes()
@@ -73,23 +165,35 @@ class DecodeGraphs:
             return None
         for table, at in zip(tables, before, strict=True):
             table.reserve(at + 1)
-        size = 1 << (count - 1).bit_length()
-        width = table_width(tables)
-        key = size, width, backend.requested(), like.dtype
-        if key not in self._met:  # the first step of a bucket runs the modules: there ops are proven (ops/selection)
-            self._met.add(key)
+        return 1 << (len(tables) - 1).bit_length(), table_width(tables), backend.requested(), like.dtype
+
+    def _run(
+        self,
+        bucket: tuple | None,
+        ending: Ending,
+        values: Mapping[str, Sequence[float]],
+        tables: Sequence[BlockTable],
+        before: Sequence[int],
+    ) -> Tensor | None:
+        if bucket is None or ending in self.failed:
             return None
+        key = ending, *bucket
         # Not in inference mode, whose tensors (the static ones, were a graph captured in it) nothing else may write.
         with torch.inference_mode(False), torch.no_grad():
             self.cache.addresses  # noqa: B018 - those of new blocks are written in place
             found = self._captured.get(key)
             if found is None:
-                found = self._captured_now(key, size, width)
+                found = self._captured_now(key)
                 if found is None:
                     return None
-            self._fill(found, tokens, tables, before)
+            host = found.layout.host({**values, "before": before}, tables, self._pins)
+            found.device.copy_(host, non_blocking=True)
             found.replay()
-        return found.out[:count]
+        return found.out[: len(tables)]
+
+    @property
+    def _pins(self) -> bool:
+        return self.cache.device.type == "cuda"
 
     def _follow_changes(self) -> None:
         """Drop all graphs if the modules or weights have changed since capture."""
@@ -98,6 +202,7 @@ class DecodeGraphs:
         if snapshot is not None and snapshot.holds() and addresses == self._addresses:
             return
         self._captured.clear()
+        self.failed.clear()
         self._snapshot, self._addresses = Snapshot(self.decoder, frozenset(), whole=True), addresses
         self.unfit = None
         if self.decoder.rope.config.kind == "dynamic":
@@ -108,42 +213,39 @@ class DecodeGraphs:
         elif strange := sorted(kind.__name__ for kind in self._snapshot.kinds if not _keeps_no_switch(kind)):
             self.unfit = f"a module of the decoder may choose anew at each step what it does ({', '.join(strange)})"
 
-    def _captured_now(self, key: tuple, size: int, width: int) -> _Captured | None:
+    def _captured_now(self, key: tuple) -> _Captured | None:
+        ending, size, width, *_ = key
         try:
-            found = self._captured[key] = self._prepared(size, width)
+            found = self._captured[key] = self._prepared(ending, size, width)
         except Exception as error:  # whatever a capture may raise, the modules still serve
             self._captured.pop(key, None)
-            self.unfit = f"capturing a decoding step of {size} sequences failed: {error!r}"
-            logger.warning("%s; its modules run one by one", self.unfit)
+            reason = f"capturing a decoding step of {size} sequences failed: {error!r}"
+            if ending is LOGITS:
+                self.unfit = reason
+                logger.warning("%s; its modules run one by one", reason)
+            else:
+                self.failed[ending] = reason
+                logger.warning("%s; the host chooses its tokens", reason)
             return None
         return found
 
-    def _prepared(self, size: int, width: int) -> _Captured:
+    def _prepared(self, ending: Ending, size: int, width: int) -> _Captured:
         decoder, cache, device = self.decoder, self.cache, self.cache.device
-        host = torch.zeros(size * (2 + width), dtype=torch.int32, pin_memory=device.type == "cuda")
-        host[size : 2 * size] = -1
-        static = host.to(device, copy=True)
-        token, before, table = static.split([size, size, size * width])
+        layout = _Layout(ending.columns, size, width)
+        static = layout.host({}, (), self._pins).to(device, copy=True)
+        given, table = layout.views(static)
         rope = decoder.rope.reserve(width * cache.block_rows, device, cache.dtype)
-        pages = Pages(cache.addresses, table.view(size, width), before)
-        replay, out = self.capture(lambda: decoder.step(token, pages, cache))
-        return _Captured(host, static, size, rope, replay, out)
+        pages = Pages(cache.addresses, table, given["before"])
+
+        def step() -> Tensor:
+            token = ending.tokens(given)
+            return ending.result(token, decoder.step(token, pages, cache), given)
+
+        replay, out = self.capture(step)
+        return _Captured(layout, static, rope, replay, out)
 
     def capture(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """(a function that replays `step`, its output tensor)."""
         with torch.cuda.device(self.cache.device):
             graph, out = cuda_graphs.capture(step)
         return graph.replay, out
-
-    def _fill(
-        self, found: _Captured, tokens: Sequence[int], tables: Sequence[BlockTable], before: Sequence[int]
-    ) -> None:
-        """Write the static tensor, in one copy. The host buffer can be reused, because the last step's tokens have been
-        read.
-        """
-        numbers, size, count = found.host.numpy(), found.size, len(tokens)
-        numbers[:count], numbers[size : size + count], numbers[size + count : 2 * size] = tokens, before, -1
-        blocks = numbers[2 * size :].reshape(size, -1)
-        for row, table in zip(blocks, tables, strict=False):
-            row[: len(table.blocks)] = table.blocks
-        found.device.copy_(found.host, non_blocking=True)

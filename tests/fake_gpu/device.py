@@ -37,6 +37,14 @@ def load(folder: Path) -> None:
     from torch import cuda
     from torch.library import Library
 
+    class Event:
+        """Of a stream that has done all that it was given."""
+
+        def record(self, stream: None) -> None: ...
+
+        def synchronize(self) -> None: ...
+
+    cuda.Event, cuda.current_stream = Event, lambda device: None
     cuda.current_device = lambda: 0
     cuda.is_bf16_supported = lambda *_: True
     cuda.mem_get_info = lambda *_: (1 << 34, 1 << 34)
@@ -99,9 +107,11 @@ def fake_gpu() -> Iterator[Reads]:
                 with self:
                     return IMPLEMENTATIONS[function.name().split("::")[1]](*args, **kwargs)
             out = function(*args, **kwargs)
-            if any(on(each, "cuda") for each in tree_leaves(out)) and not is_free(function):
+            there = any(on(each, "cuda") for each in tree_leaves(out))
+            if (there or (function is aten.copy_.default and on(args[1], "cuda"))) and not is_free(function):
                 reads.launches += LAUNCHES.get(function.name(), 1)
-            if any(on(each, "cpu") for each in tree_leaves(out)) and any(on(arg, "cuda") for arg in args[:2]):
+            waits = not (function is aten.copy_.default and len(args) > 2 and args[2])
+            if any(on(each, "cpu") for each in tree_leaves(out)) and any(on(arg, "cuda") for arg in args[:2]) and waits:
                 reads.append(f"{function} to the host")
             return out
 

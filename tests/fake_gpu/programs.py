@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from tests.fake_gpu.device import IMPLEMENTATIONS, fake_gpu, load
+from tests.fake_gpu.device import IMPLEMENTATIONS, Reads, fake_gpu, load
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
@@ -27,11 +27,17 @@ import torch
 from torch import nn
 
 import llava_fast
+from llava_fast.generation.device_sampling import DeviceSteps
 from llava_fast.generation.llava import Llava
+from llava_fast.generation.prompt import read_prompt
+from llava_fast.generation.runner import Runner
+from llava_fast.generation.scheduler import Scheduler
+from llava_fast.generation.sequence import new_sequence
 from llava_fast.inputs.plan.buckets import bucket_of
 from llava_fast.inputs.plan.plan import TextPiece
 from llava_fast.integrations.collator import Collator
 from llava_fast.models.batch import Batch
+from llava_fast.models.decode_graphs import DecodeGraphs
 from llava_fast.models.decoders.llama import LlamaConfig
 from llava_fast.models.decoders.stack import Decoder
 from llava_fast.models.encode_graphs import filled_batch
@@ -188,6 +194,56 @@ def stepping(heads: int, kv_heads: int, bound: int) -> None:
     assert 10 * 32 <= reads.launches <= bound, reads.launches
 
 
+class Counted(DecodeGraphs):
+    """Graphs whose launch counts as one kernel; what the device chooses is 1."""
+
+    kernels = 0  # of the last one
+
+    def __init__(self, *args, reads: Reads) -> None:
+        super().__init__(*args)
+        self.reads = reads
+
+    def capture(self, step):
+        before = self.reads.launches
+        out = step()
+        self.kernels = self.reads.launches - before
+
+        def replay():
+            self.reads.launches += 1
+
+        return replay, out
+
+
+def choosing(kernels: int, **options) -> None:
+    """A decoding step whose tokens the device chooses: one copy to it, one launch, one copy back, and no wait. In the
+    graph the choice costs so many kernels beside those of a step that ends with logits."""
+    with fake_gpu() as reads, use_backend("triton"), torch.inference_mode():
+        model = on_gpu("next")
+        cache = model.decoder.new_cache()
+        graphs = Counted(model.decoder, cache, reads=reads)
+        scheduler = Scheduler(Runner(model, cache, device=DeviceSteps(graphs)))
+        sampling = llava_fast.Sampling(max_new_tokens=20, ignore_eos=True, **options)
+        for request in requests("next"):
+            scheduler.add(new_sequence(model, read_prompt(model.processor, request), sampling, 1))
+        for _ in range(4):
+            scheduler.step()  # prompts, the bucket's first step, the capture
+        reads.clear()
+        reads.launches = 0
+        moved = scheduler.step()
+        assert len(moved) == 3
+        assert reads.launches == 3, reads.launches
+        assert not reads, reads
+        chosen = graphs.kernels
+        token = torch.ones(4, dtype=torch.int32, device="cuda")
+        graphs.capture(lambda: model.decoder.step(token, some_pages(cache), cache))
+    assert chosen - graphs.kernels <= kernels, chosen - graphs.kernels
+
+
+def some_pages(cache) -> Pages:
+    numbers = torch.zeros(4, 33, dtype=torch.int32, device="cuda")
+    return Pages(cache.addresses, numbers[:, 1:].contiguous(), numbers[:, 0].contiguous())
+
+
 def optimizing(precision: str, recompute: str, backend: str) -> None:
     """A step of a recipe's optimizer: of it all the gradients' norm is read."""
     recipe = parse_recipe(RECIPE)
@@ -271,6 +327,9 @@ def main() -> None:
     add(optimizing, "float32", "none", "auto")
     add(stepping, 32, 32, 328)
     add(stepping, 32, 8, 328)
+    add(choosing, 10)
+    add(choosing, 26, temperature=1.0, min_p=0.1)
+    add(choosing, 50, temperature=1.0, top_p=0.9, top_k=5, repetition_penalty=1.2)
     add(mixing)
     add(reading)
     add(reading_inside)

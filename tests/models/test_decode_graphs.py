@@ -1,5 +1,4 @@
-"""Decoding steps over device tensors alone, and from graphs. Where there is no GPU a graph is played: the recorded step
-runs again on its static tensors, as they are then, and gives what it would give."""
+"""Decoding steps over device tensors alone, and from graphs, which are played (tests/support/played.py)."""
 
 import copy
 from types import SimpleNamespace
@@ -10,12 +9,11 @@ import torch
 from llava_fast.generation.prompt import read_prompt
 from llava_fast.generation.runner import Runner
 from llava_fast.generation.sampling import Sampling
-from llava_fast.generation.scheduler import Scheduler
 from llava_fast.generation.sequence import new_sequence
-from llava_fast.models.decode_graphs import DecodeGraphs
 from llava_fast.models.paged_cache import BlockTable
-from llava_fast.ops import backend, use_backend
+from llava_fast.ops import use_backend
 from tests.support import tiny
+from tests.support.played import Played, scheduler_of
 
 PICTURES = [tiny.picture(60, 90, seed) for seed in range(2)]
 REQUESTS = [
@@ -26,38 +24,9 @@ REQUESTS = [
 ]
 
 
-class Played(DecodeGraphs):
-    """Graphs that a CPU can play: a replay runs the recorded step, of which only tensors can have changed."""
-
-    captures = 0
-    replays = 0
-
-    def capture(self, step):
-        self.captures += 1
-        out = torch.full_like(step(), torch.nan)
-
-        def replay():
-            self.replays += 1
-            out.copy_(step())
-
-        return replay, out
-
-
-@pytest.fixture
-def served(monkeypatch):
-    """The gate takes paged_attention, whose reference then runs: a hundred times faster than the interpreter."""
-    monkeypatch.setattr(backend, "serves", lambda op, device: op == "paged_attention")
-    with use_backend("reference"):
-        yield
-
-
 def answers(model, requests, graphs=None, tokens=9, block_rows=16, blocks=None, **options):
     """Greedy tokens of requests that join one after the other, a step apart; the runner."""
-    cache = model.decoder.new_cache(block_rows=block_rows)
-    cache.max_blocks = blocks or 400
-    runner = Runner(model, cache)
-    runner.graphs = graphs(model.decoder, cache) if graphs else None
-    scheduler = Scheduler(runner, **options)
+    scheduler = scheduler_of(model, graphs, block_rows, blocks, **options)
     sampling = Sampling(max_new_tokens=tokens, ignore_eos=True)
     sequences = [new_sequence(model, read_prompt(model.processor, each), sampling, None, True, ()) for each in requests]
     with torch.inference_mode():
@@ -69,7 +38,7 @@ def answers(model, requests, graphs=None, tokens=9, block_rows=16, blocks=None, 
     for sequence in sequences:
         if sequence.error is not None:
             raise sequence.error
-    return [sequence.token_ids for sequence in sequences], runner
+    return [sequence.token_ids for sequence in sequences], scheduler.runner
 
 
 NAMES = ["next", "next_qwen", "next_mistral_window", "onevision_window", "next_qwen3"]
@@ -91,8 +60,8 @@ def test_steps_from_graphs(name, expected, served):
     """Sequences join and leave, so buckets of 1, 2 and 4 are met, and blocks are added between replays."""
     found, runner = answers(tiny.pair(name).ours, REQUESTS, Played)
     assert found == expected[name]
-    assert runner.graphs.captures == 3
-    assert runner.graphs.replays > 5
+    assert runner.device.graphs.captures == 3
+    assert runner.device.graphs.replays > 5
 
 
 @pytest.mark.parametrize("graphs", [None, Played])
@@ -104,7 +73,7 @@ def test_every_op_in_triton(graphs):
     with use_backend("triton"):
         found, runner = answers(tiny.pair("next_qwen").ours, requests, **options)
     assert found == expected
-    assert graphs is None or runner.graphs.replays == 1
+    assert graphs is None or runner.device.graphs.replays == 1
 
 
 def test_a_cache_that_grows_and_one_that_preempts(expected, served):
@@ -181,8 +150,8 @@ def test_a_capture_that_fails_leaves_it_to_the_modules(expected, served, caplog)
 
     found, runner = answers(tiny.pair("next").ours, REQUESTS, Failing)
     assert found == expected["next"]
-    assert runner.graphs.captures == 1
-    assert "no memory for a graph" in runner.graphs.unfit
+    assert runner.device.graphs.captures == 2  # that chooses tokens, that ends with logits; neither again
+    assert "no memory for a graph" in runner.device.graphs.unfit
     assert [record.message for record in caplog.records if "capturing" in record.message]
 
 
@@ -192,10 +161,10 @@ def test_what_no_graph_serves(expected, served, monkeypatch):
     alone, _ = answers(dynamic, REQUESTS)
     found, runner = answers(dynamic, REQUESTS, Played)
     assert found == alone
-    assert not runner.graphs.captures
-    assert "dynamic" in runner.graphs.unfit
+    assert not runner.device.graphs.captures
+    assert "dynamic" in runner.device.graphs.unfit
     monkeypatch.undo()
     with use_backend("reference"):
         found, runner = answers(tiny.pair("next").ours, REQUESTS, Played)
     assert found == expected["next"]
-    assert not runner.graphs.captures
+    assert not runner.device.graphs.captures
