@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llava_fast.cli.main import main
+from llava_fast.datagen import nouns, ocr
 from llava_fast.demo import canvas
 from llava_fast.endpoint import asking
 from llava_fast.errors import LlavaFastError
@@ -20,7 +21,7 @@ from llava_fast.train.data import check
 from llava_fast.train.objectives import reference
 
 OPTIONAL = ("sklearn", "matplotlib", "av", "peft", "accelerate", "tensorboard", "xformers", "torchvision", "lmms_eval")
-OPTIONAL += ("fastapi", "uvicorn", "prometheus_client", "llguidance", "openai")
+OPTIONAL += ("fastapi", "uvicorn", "prometheus_client", "llguidance", "openai", "textblob", "rapidocr")
 BUILD = ("ninja", "pybind11", "setuptools")
 
 
@@ -64,6 +65,8 @@ USES = {
     "adapters": (lambda: lora._peft_config(SimpleNamespace()), "train"),
     "a grammar": (lambda: GrammarMask(Grammar.json(), None, 1, ()), "serve"),
     "an endpoint": (asking._openai, "endpoint"),
+    "noun phrases": (lambda: nouns.tagger("textblob"), "data"),
+    "text in pictures": (lambda: ocr.engine("rapidocr"), "ocr"),
     "a server": (server.check_packages, "serve"),
     "a base without adapters": (adapters_off, "train"),
 }

@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from llava_fast.endpoint.cost import estimate
 from llava_fast.endpoint.pace import Pace
-from llava_fast.endpoint.replies import MalformedReply, Reply, Store, without
+from llava_fast.endpoint.replies import MalformedReply, Reply, Store
 from llava_fast.endpoint.requests import Request
 from llava_fast.endpoint.settings import Endpoint
 from llava_fast.errors import EndpointError, MissingPackageError
+from llava_fast.storage.journal import without
 
 Ask = Callable[[Sequence[Request], str], Sequence["Reply | None"]]
 """What the makers of data call: requests and a title in, their replies in order out; None for one that failed."""

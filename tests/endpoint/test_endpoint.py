@@ -320,7 +320,7 @@ def test_a_torn_line_is_cut_off_and_a_broken_one_left_alone(tmp_path):
 
 
 def test_one_process_at_a_time(tmp_path):
-    with Store(tmp_path / "replies.jsonl"), pytest.raises(EndpointError, match="another process keeps replies"):
+    with Store(tmp_path / "replies.jsonl"), pytest.raises(EndpointError, match="another process writes"):
         Store(tmp_path / "replies.jsonl")
     Store(tmp_path / "replies.jsonl").close()
 

@@ -1,0 +1,94 @@
+"""From replies to questions and answers, and why some are left out. Text in another form is refused, not guessed at."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from llava_fast.datagen.wording import Patterns
+from llava_fast.endpoint import Reply
+
+_SPEAKER = re.compile(r"^[ \t*#>-]*(question|answer)[ \t]*\d*[ \t*]*:[ \t*]*", re.IGNORECASE | re.MULTILINE)
+
+Pairs = list[tuple[str, str]]
+
+
+class Unusable(ValueError):
+    """A reply, or part of one, that is left out; the message is the reason that is counted."""
+
+
+def whole_text(reply: Reply | None) -> str:
+    """The text of a reply that ended by itself. Raises Unusable."""
+    if reply is None:
+        raise Unusable("no reply")
+    if reply.refusal or reply.finish == "content_filter":
+        raise Unusable("refusal")
+    if not reply.text.strip():
+        raise Unusable("empty")
+    if reply.finish != "stop":
+        raise Unusable("cut short")
+    try:
+        reply.text.encode()
+    except UnicodeEncodeError:
+        raise Unusable("half a surrogate pair") from None
+    return reply.text.strip()
+
+
+def read_pairs(text: str, patterns: Patterns) -> Pairs:
+    """The questions and answers of a text whose turns begin with "Question:" and "Answer:"; text before the first is
+    ignored. Raises Unusable if they do not alternate."""
+    parts = _SPEAKER.split(text)[1:]
+    speakers, said = [each.lower() for each in parts[::2]], [each.strip() for each in parts[1::2]]
+    if not speakers:
+        refused = patterns.compiled["refusals"].search(text)
+        raise Unusable("refusal" if refused else "no questions and answers")
+    if len(speakers) % 2 or speakers != ["question", "answer"] * (len(speakers) // 2):
+        raise Unusable("wrong roles")
+    return list(zip(said[::2], said[1::2], strict=True))
+
+
+def problem(question: str, answer: str, patterns: Patterns) -> str:
+    """Why a turn cannot be trained on, or "". An empty question is allowed for: it is drawn from a list."""
+    if not answer:
+        return "empty"
+    if patterns.compiled["refusals"].search(answer):
+        return "refusal"
+    for text in (question, answer):
+        if patterns.compiled["sources"].search(text):
+            return "speaks of captions or boxes"
+        if patterns.compiled["roles"].search(text):
+            return "roles or placeholders inside a text"
+    return ""
+
+
+def usable_turns(pairs: Sequence[tuple[str, str]], patterns: Patterns, left_out: Counter[str]) -> Pairs:
+    """The turns before the first unusable one, since later ones may refer to it. Raises Unusable if none is left; why
+    and how many turns are cut off goes into `left_out`."""
+    kept: Pairs = []
+    for question, answer in pairs:
+        why = "empty" if not question else problem(question, answer, patterns)
+        why = why or ("repeated question" if question.lower() in {each.lower() for each, _ in kept} else "")
+        if why:
+            if not kept:
+                raise Unusable(why)
+            left_out[f"turns cut off: {why}"] += len(pairs) - len(kept)
+            break
+        kept.append((question, answer))
+    return kept
+
+
+class Duplicates:
+    """Tells whether the same texts came before."""
+
+    def __init__(self) -> None:
+        self._seen: set[bytes] = set()
+
+    def check(self, *texts: str) -> None:
+        """Raises Unusable for texts that were checked before, but for case and spaces."""
+        joined = "\0".join(" ".join(text.lower().split()) for text in texts)
+        key = hashlib.blake2b(joined.encode(), digest_size=16).digest()
+        if key in self._seen:
+            raise Unusable("duplicate")
+        self._seen.add(key)

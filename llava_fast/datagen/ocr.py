@@ -1,0 +1,157 @@
+"""Text in pictures: words by an OCR engine, and samples that ask to read them, as LLaVAR's 422K (arXiv 2306.17107).
+
+LLaVAR chose its pictures from LAION by a classifier and clusters, and does not publish how boxes were merged; here the
+pictures are given, and lines are put in reading order by their boxes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llava_fast.datagen.filters import Duplicates, Unusable
+from llava_fast.datagen.output import Report, turns
+from llava_fast.datagen.plugins import function
+from llava_fast.datagen.records import Record
+from llava_fast.datagen.wording import Questions
+from llava_fast.errors import DataError, MissingPackageError
+from llava_fast.storage.journal import Journal
+
+RAPIDOCR = "rapidocr"
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class Word:
+    """A piece of text that an engine read: (left, top, right, bottom) in pixels, and how sure it is, 0 to 1."""
+
+    text: str
+    box: tuple[float, float, float, float]
+    score: float
+
+
+Engine = Callable[[str], Iterable[Word]]
+
+
+def engine(name: str) -> Engine:
+    """The OCR engine of a name: "rapidocr", or "module:function" from a path to Words. Raises MissingPackageError or
+    DataError."""
+    return _rapidocr() if name == RAPIDOCR else function(name, "the OCR engine")
+
+
+def _rapidocr() -> Engine:
+    try:
+        from rapidocr import RapidOCR
+    except ImportError:
+        raise MissingPackageError("reading text in pictures", "rapidocr and onnxruntime", "ocr") from None
+    reader = RapidOCR(params={"Global.log_level": "error"})
+
+    def read(path: str) -> list[Word]:
+        found: Any = reader(path)
+        if found.txts is None:
+            return []
+        return [
+            Word(text, (box[:, 0].min(), box[:, 1].min(), box[:, 0].max(), box[:, 1].max()), score)
+            for text, box, score in zip(found.txts, found.boxes, found.scores, strict=True)
+        ]
+
+    return read
+
+
+def reading_order(words: Iterable[Word]) -> list[Word]:
+    """Lines from top to bottom, each from left to right. A word belongs to a line if its middle lies within the height
+    of the line's first word, the highest."""
+    lines: list[list[Word]] = []
+    for word in sorted(words, key=lambda each: (each.box[1] + each.box[3], each.box[0])):
+        middle = (word.box[1] + word.box[3]) / 2
+        for line in reversed(lines):
+            if line[0].box[1] <= middle <= line[0].box[3]:
+                line.append(word)
+                break
+        else:
+            lines.append([word])
+    return [word for line in lines for word in sorted(line, key=lambda each: each.box[0])]
+
+
+def pictures(folder: Path, under: Path | None = None) -> list[str]:
+    """The pictures below a folder, as paths relative to it, sorted. Raises DataError if there is none."""
+    found = sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.suffix.lower() in PICTURES and path.is_file()
+    )
+    if not found:
+        raise DataError(f"there is no picture ({', '.join(PICTURES)}) below {folder}")
+    return found
+
+
+def read_words(
+    images: Sequence[str], folder: Path, name: str, journal: Journal, least_score: float = 0.5, workers: int = 1
+) -> Iterator[Record]:
+    """A record for each picture, its words in reading order; those read before come from the journal.
+
+    A picture that cannot be read has no words. Raises MissingPackageError or DataError.
+    """
+    read = engine(name) if any(_key(image, name) not in journal for image in images) else None
+
+    def words_of(image: str) -> list[list[Any]]:
+        kept = journal.entry(_key(image, name))
+        if kept is not None:
+            return kept["words"]
+        assert read is not None
+        try:
+            found = [
+                [each.text, [float(value) for value in each.box], float(each.score)]
+                for each in read(str(folder / image))
+            ]
+        except MissingPackageError:
+            raise
+        except Exception as error:  # an engine raises whatever it likes about a broken picture
+            return [[f"{type(error).__name__}: {error}"]]
+        return found
+
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(images), desc="reading text", unit="picture") as bar:
+        for image, found in zip(images, pool.map(words_of, images), strict=True):
+            key = _key(image, name)
+            bar.update()
+            if found and len(found[0]) == 1:  # the engine's error
+                tqdm.write(f"{image}: {found[0][0]}")
+                yield Record(id=image, image=image)
+                continue
+            if key not in journal:
+                journal.append({"key": key, "image": image, "words": found})
+            words = [Word(text, tuple(box), score) for text, box, score in found]
+            ordered = reading_order(word for word in words if word.score >= least_score and word.text.strip())
+            yield Record(id=image, image=image, words=[" ".join(word.text.split()) for word in ordered])
+
+
+def _key(image: str, name: str) -> str:
+    return hashlib.blake2b(f"{name}\0{image}".encode(), digest_size=16).hexdigest()
+
+
+def samples(
+    records: Iterable[Record], questions: Questions, report: Report, least_words: int = 3, seed: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Questions to read the text of a picture; pictures with too few words, or another's words, are left out."""
+    duplicates = Duplicates()
+    for record in records:
+        answer = "\n".join(record.words)
+        try:
+            if not answer:
+                raise Unusable("no text")
+            if len(answer.split()) < least_words:
+                raise Unusable(f"fewer than {least_words} words")
+            duplicates.check(answer)
+        except Unusable as why:
+            report.left_out[str(why)] += 1
+            continue
+        question = random.Random(f"{seed} {record.id}").choice(questions.questions)
+        report.made["read text"] += 1
+        yield {"id": record.id, **record.media(), "conversations": turns([(f"<image>\n{question}", answer)])}

@@ -1,0 +1,121 @@
+"""A file of finished work: JSON lines by key, only ever appended to, so that a killed run loses nothing it finished.
+
+A killed process leaves at most the last line torn, which the next opening cuts off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from llava_fast.errors import DataError, LlavaFastError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Journal:
+    """Objects by their "key", read from the file when they are asked for. One process at a time has it open.
+
+    unreadable  lines that are no JSON, as a machine's crash may leave, or that `is_entry` raises ValueError for; they
+                are ignored, so that their work is done again.
+
+    Raises `error` if the file cannot be opened or another process has it.
+    """
+
+    error: type[LlavaFastError] = DataError
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.unreadable = 0
+        self._places: dict[str, tuple[int, int]] = {}
+        self._lock = FileLock(f"{self.path}.lock")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise self.error(f"another process writes {self.path}: wait for it, or end it") from None
+        except OSError as error:
+            raise self.error(f"{self.path} cannot be opened: {error.strerror or error}") from None
+        try:
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            self._lock.release()
+            raise self.error(f"{self.path} cannot be opened: {error.strerror or error}") from None
+        self._end = self._read()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.fsync(self._file)
+            os.close(self._file)
+            self._file = -1
+            self._lock.release()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def entry(self, key: str) -> dict[str, Any] | None:
+        """The newest object of this key, or None."""
+        if key not in self._places:
+            return None
+        at, length = self._places[key]
+        return json.loads(os.pread(self._file, length, at))
+
+    def append(self, entry: dict[str, Any], secret: str = "") -> None:
+        """Append an object with a "key". Every occurrence of `secret` (an API key) in it is replaced by ***.
+
+        Raises `error` if it cannot be written.
+        """
+        data = without(json.dumps(entry), secret).encode() + b"\n"  # ASCII: half a surrogate pair is kept too
+        at, left = self._end, data
+        try:
+            while left:
+                left = left[os.write(self._file, left) :]
+        except OSError as error:
+            os.ftruncate(self._file, at)
+            raise self.error(f"{self.path} cannot be written: {error.strerror or error}") from None
+        self._end += len(data)
+        if self.is_entry(entry):
+            self._places[str(entry["key"])] = (at, len(data))
+
+    def is_entry(self, entry: Any) -> bool:
+        """Whether an object is finished work; False for a note. Raises ValueError for neither."""
+        if not isinstance(entry, dict) or "key" not in entry:
+            raise ValueError("it has no key")
+        return True
+
+    def _read(self) -> int:
+        """Index the lines, cut off a torn last one, and return the file's length."""
+        at = 0
+        with open(self.path, "rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    os.ftruncate(self._file, at)
+                    break
+                try:
+                    entry = json.loads(line)
+                    if self.is_entry(entry):
+                        self._places[str(entry["key"])] = (at, len(line))
+                except (ValueError, RecursionError):  # JSON's errors are ValueErrors
+                    self.unreadable += 1
+                at += len(line)
+        return at
+
+
+def without(text: str, secret: str) -> str:
+    """`text` with *** in place of a secret of eight characters or more."""
+    return text.replace(secret, "***") if len(secret) >= 8 else text

@@ -1,0 +1,146 @@
+"""`llava-fast make-data` as a user types it; the data is what `llava-fast data check` accepts."""
+
+import functools
+import json
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from llava_fast.cli import endpoint as options
+from llava_fast.cli.main import app
+from llava_fast.datagen.ocr import Word
+from llava_fast.errors import DataError, LlavaFastError
+from llava_fast.train.data.samples import Source, read_sources
+from tests.support.scripted_endpoint import REPLIES, scripted
+
+FAULTY = ("500", "429", "truncate", "not json", "list")
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, ["make-data", *map(str, arguments)])
+    if result.exception and not isinstance(result.exception, (SystemExit, LlavaFastError)):
+        raise result.exception
+    return result
+
+
+def one_word(path):
+    return [Word(f"Open every day {path[-5:]}", (0, 0, 9, 9), 1.0)]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(options, "Endpoint", functools.partial(options.Endpoint, backoff=0.001))
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """COCO files of twelve pictures; returns (captions, instances)."""
+    images = [{"id": n, "file_name": f"{n:012}.jpg", "width": 40, "height": 30} for n in range(12)]
+    (tmp_path / "train2017").mkdir()
+    for each in images:
+        Image.new("RGB", (40, 30)).save(tmp_path / "train2017" / each["file_name"])
+    texts = [{"image_id": n, "caption": f"Cat {n} sits on a red chair."} for n in range(12)]
+    boxes = [{"image_id": n, "category_id": 3, "bbox": [10, 10, 10, 10]} for n in range(12)]
+    files = tmp_path / "captions.json", tmp_path / "instances.json"
+    files[0].write_text(json.dumps({"images": images, "annotations": texts}))
+    categories = [{"id": 3, "name": "cat"}]
+    files[1].write_text(json.dumps({"images": images, "annotations": boxes, "categories": categories}))
+    return files
+
+
+def writes(body):
+    """What a language model would write."""
+    about, system = body["messages"][-1]["content"], body["messages"][0]["content"]
+    cat = about.split()[2] + about.split()[3]
+    if "detailed descriptions" in system:
+        return f"This is {cat} at length."
+    if "need reasoning" in system:
+        return f"Question: Why does {cat} sit?\nAnswer: {cat} is tired."
+    return f"Question: What sits?\nAnswer: {cat}.\nQuestion: Where?\nAnswer: On a red chair."
+
+
+def checked(path):
+    table = read_sources([Source(path=str(path))])
+    return [table[number] for number in range(len(table))]
+
+
+def test_from_cocos_files_to_data_that_trains(coco, tmp_path):
+    out = tmp_path / "data.json"
+    files = ("--coco-captions", coco[0], "--coco-instances", coco[1], "--prefix", "train2017/", "-o", out)
+    fault = lambda body, number: (FAULTY + REPLIES)[number % 8] if number < 8 else None  # noqa: E731
+    with scripted(writes, fault) as server:
+        ask = ("--endpoint", server.url, "--endpoint-model", "scripted", "--concurrency", 2)
+        result = run("instruct", *files, *ask, "--dry-run")
+        assert "Objects (left, top, right, bottom):\ncat: 0.250, 0.333, 0.500, 0.667" in result.output
+        assert not out.exists()
+        result = run("instruct", *files, *ask)
+        assert result.exit_code == 0, result.output
+        assert "9 samples: " in result.output
+        assert "left out: " in result.output
+        again = run("instruct", *files, *ask)
+        assert "all 12 replies are there already" in again.output
+    samples = checked(out)
+    assert len(samples) == 9
+    assert all(sample.request["images"][0].endswith(".jpg") for sample in samples)
+    report = json.loads((tmp_path / "data.report.json").read_text())
+    assert report["left_out"] == {"empty": 1, "refusal": 1, "cut short": 1}
+    assert sum(report["made"].values()) == 9
+
+
+def test_pairs_of_pretraining(coco, tmp_path):
+    result = run(
+        "pretrain", "--coco-captions", coco[0], "--prefix", "train2017/", "--most", 4, "-o", tmp_path / "p.jsonl"
+    )
+    assert result.exit_code == 0, result.output
+    samples = checked(tmp_path / "p.jsonl")
+    assert 4 <= len(samples) <= 8
+    assert f"{12 - len(samples)} not needed for coverage" in result.output
+
+
+def test_text_in_pictures_and_conversations_about_it(coco, tmp_path):
+    words = tmp_path / "words.jsonl"
+    engine = ("--engine", f"{__name__}:one_word")
+    result = run("ocr", tmp_path / "train2017", "-o", tmp_path / "train2017.json", "--records", words, *engine)
+    assert result.exit_code == 0, result.output
+    values = [json.loads(line) for line in words.read_text().splitlines()]
+    assert values[0] == {"id": "000000000000.jpg", "image": "000000000000.jpg", "words": ["Open every day 0.jpg"]}
+    with scripted(lambda body: f"Question: When?\nAnswer: {body['messages'][-1]['content'].splitlines()[1]}") as server:
+        out = ("-o", tmp_path / "t.json", "--endpoint", server.url, "--count", 3)
+        result = run("instruct", words, "--mix", "text=1", *out)
+    assert "3 samples: 3 text" in result.output
+
+
+def test_texts_are_copied_out(tmp_path):
+    assert "conversation.yaml" in run("texts", tmp_path / "texts").output
+    assert run("texts", tmp_path / "texts").output == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("instruct", "-o", "x.json"), "give either files of records or --coco-captions"),
+        (("instruct", "r.jsonl", "-o", "x.txt"), "must be a .json or .jsonl"),
+        (("instruct", "none.jsonl", "-o", "x.json"), "there is no data file none.jsonl"),
+        (("instruct", "r.jsonl", "--mix", "conversation", "-o", "x.json"), "is no kind and share"),
+        (("pretrain", "r.jsonl", "--tagger", "x", "-o", "x.json"), "the tagger 'x'"),
+        (("ocr", "none", "-o", "x.json"), "no folder of pictures"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.jsonl").write_text('{"image": "a.jpg", "caption": "A cat."}')
+    assert words in str(run(*arguments).exception)
+
+
+def test_nothing_made_is_an_error(tmp_path):
+    (tmp_path / "r.jsonl").write_text('{"image": "a.jpg", "caption": "A cat."}')
+    with scripted(lambda body: "No.") as server:
+        result = run("instruct", tmp_path / "r.jsonl", "-o", tmp_path / "x.json", "--endpoint", server.url)
+    assert isinstance(result.exception, DataError)
+    assert "left out: 1 no questions and answers" in result.output
+
+
+@pytest.mark.parametrize("kind", ["instruct", "pretrain", "ocr", "texts"])
+def test_help_has_an_example(kind):
+    assert f"llava-fast make-data {kind}" in run(kind, "--help").output
