@@ -1,7 +1,8 @@
 """Two commits against each other: each in a throwaway git worktree with its own build, their suites run in turns.
 
 One run of a commit after one of the other, in alternating order (A B, B A, ...), so that a machine that slows down or
-speeds up does both the same. A ratio is one round's; its spread over the rounds is what tells a change from noise.
+speeds up does both the same. A ratio is one round's; its spread over the rounds is what tells a change from noise, and
+so are the ratios of A against itself, where each round runs A once more (--control).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def compare(
         str, typer.Option(help="Arguments of python in each checkout, which must write --output-json.")
     ] = SUITES,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each commit, in turns.")] = 3,
+    control: Annotated[bool, typer.Option(help="Run A once more in each round, for its ratios to itself.")] = False,
     build: Annotated[str, typer.Option(help='How a checkout is built; "" if it need not be.')] = BUILD,
     output_json: Annotated[Path | None, typer.Option(help="Write every run's rows and the ratios here.")] = None,
 ) -> None:
@@ -55,16 +57,20 @@ def compare(
             if build:
                 _run(shlex.split(build), folder)
         for number in range(rounds):
-            for side in (0, 1) if number % 2 == 0 else (1, 0):
-                typer.echo(f"round {number + 1} of {rounds}: {(first, second)[side]}", err=True)
-                runs.append({"side": "AB"[side], "round": number, "rows": measured(folders[side], run)})
+            order = [("A", 0), ("B", 1)] + ([("A again", 0)] if control else [])
+            for side, which in order if number % 2 == 0 else order[::-1]:
+                typer.echo(f"round {number + 1} of {rounds}: {(first, second)[which]}", err=True)
+                runs.append({"side": side, "round": number, "rows": measured(folders[which], run)})
     found = ratios(runs)
     typer.echo(table(found, first, second))
+    again = ratios(runs, ("A", "A again")) if control else []
+    if control:
+        typer.echo(f"\nThe noise:\n{table(again, first, f'{first} again')}")
     if output_json is not None:
         names = dict(
             zip("AB", ({"name": n, "commit": c} for n, c in zip((first, second), commits, strict=True)), strict=True)
         )
-        content = {"schema": SCHEMA, **about, **names, "ratios": found, "runs": runs}
+        content = {"schema": SCHEMA, **about, **names, "ratios": found, "control": again, "runs": runs}
         output_json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         typer.echo(f"wrote {output_json}")
     if any(row["ratio"] is None for row in found):
@@ -98,9 +104,10 @@ def measured(folder: Path, run: str) -> list[dict]:
     return json.loads(path.read_text(encoding="utf-8"))["rows"]
 
 
-def ratios(runs: Iterable[dict]) -> list[dict]:
+def ratios(runs: Iterable[dict], sides: tuple[str, str] = ("A", "B")) -> list[dict]:
     """For each kind of row: A's median seconds over B's in each round, as their median, least and most; None where a
-    row is missing or a check failed."""
+    row is missing or a check failed. `sides`: which runs are A's and B's."""
+    runs = [{**one, "side": "AB"[sides.index(one["side"])]} for one in runs if one["side"] in sides]
     by_key: dict[Key, dict[tuple[str, int], dict]] = {}
     for one in runs:
         for row in one["rows"]:

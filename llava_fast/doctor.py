@@ -52,7 +52,7 @@ def report(model: str | None = None) -> str:
         f"  llava_fast._C: built {'with' if _C.built_with_cuda() else 'without'} CUDA; "
         f"CUDA kernels are {'usable' if _C.has_cuda() else 'not usable'} here"
     )
-    lines += ["", f"ops (LLAVA_FAST_BACKEND={os.environ.get('LLAVA_FAST_BACKEND', 'auto')})"]
+    lines += ["", f"ops (LLAVA_FAST_BACKEND={backend.of_process()})"]
     width = max(map(len, backend.served()))
     for name, backends in sorted(backend.served().items()):
         has = "; ".join(f"{kind} ({devices})" for kind, devices in backends.items())

@@ -129,6 +129,7 @@ def load_weights(
     _check_quantised(model, checkpoint, quantisation)
     roundings = {} if quantisation is None else plan(model, quantisation)
     rounded = {f"{module}.weight" for module in roundings}
+    modules = dict(model.named_modules())  # those that are replaced are not asked for again
     # What is rounded comes last: a tensor that is kept as a view keeps the pages of all that its mapping has read, and
     # a module that takes a Linear's place takes its bias with it.
     for name in progress(sorted(parameters, key=lambda name: name in rounded or _is_quantised(name, checkpoint))):
@@ -141,7 +142,7 @@ def load_weights(
             put(model, owner, _rounded(stored, roundings[owner], device), dtype)
         else:
             value = stored.load().to(device=device, dtype=dtype)
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=requires_grad))
+            setattr(modules[owner], leaf, nn.Parameter(value, requires_grad=requires_grad))
     model.side_files = dict(checkpoint.side_files)
 
 

@@ -25,6 +25,7 @@ from llava_fast.models.connectors.mlp import ProjectorConfig
 from llava_fast.models.towers.vit import SiglipConfig, VitConfig
 
 _TOWER = VitConfig.hf4_prefix
+_ORIGINAL_PROJECTOR = re.compile(r"(?:model\.)?mm_projector\.(?:(\d+)\.)?(weight|bias)")
 _UNUSED = "|".join(map(re.escape, SiglipConfig.hf_unused))
 
 
@@ -33,7 +34,7 @@ class LlavaNames(NameMap):
     all."""
 
     def from_stored(self, stored: str) -> str | None:
-        if match := re.fullmatch(r"(?:model\.)?mm_projector\.(?:(\d+)\.)?(weight|bias)", stored):
+        if match := _ORIGINAL_PROJECTOR.fullmatch(stored):
             return f"projector.layers.{match[1] or 0}.{match[2]}"
         return super().from_stored(stored)
 

@@ -46,10 +46,12 @@ class NameMap:
     def from_stored(self, stored: str) -> str | None:
         """Our name of a tensor stored under `stored`, in whichever spelling; None for a name the family does not have.
         If several rules match, the one with the longest prefix of the stored name wins."""
-        for ours, theirs in self._readers:
-            if (renamed := _renamed(stored, theirs, ours)) is not None:
-                return renamed
-        return None
+        ours = self._read.get(stored)
+        end = len(stored)
+        while ours is None and (end := stored.rfind(".", 0, end)) >= 0:
+            if (start := self._read.get(stored[: end + 1])) is not None:
+                ours = start + stored[end + 1 :]
+        return ours
 
     def to_stored(self, ours: str, spelling: Spelling, config: LlavaConfig) -> str:
         """The name under which `spelling` stores our tensor of a model of this `config`. Raises CheckpointError for a
@@ -91,9 +93,9 @@ class NameMap:
         return tensors
 
     @cached_property
-    def _readers(self) -> list[Rule]:
-        rules = {rule for rules in self.written.values() for rule in rules} | set(self.read)
-        return sorted(rules, key=lambda rule: -len(rule[1]))
+    def _read(self) -> dict[str, str]:
+        """Stored start or name -> ours, of all rules."""
+        return {theirs: ours for rules in (*self.written.values(), self.read) for ours, theirs in rules}
 
 
 def within(modules: Mapping[str, str], ours: str, stored: str) -> tuple[Rule, ...]:

@@ -97,7 +97,7 @@ def auto_config(source: dict[str, Any], file: Path, decodes: bool = True):
         if (given := (source.get(section) or {}).get("model_type")) is not None:
             require(given, supported, f"{section}.model_type", file)
     try:
-        return CONFIG_MAPPING[kind].from_dict(copy.deepcopy(source))
+        return CONFIG_MAPPING[kind](**copy.deepcopy(source))  # from_dict would also log it, which takes longer
     except Exception as problem:  # its validators raise a dozen unrelated types
         raise CheckpointError(f"{file}: transformers cannot read it: {one_line(problem)}") from problem
 

@@ -189,7 +189,8 @@ class Processor(ProcessorOptions):
         segments, images, videos = render_request(self.template, request, labels, times_of)
         if self.image_token_id != ORIGINAL_IMAGE_TOKEN:
             own = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
-            segments = [replace(each, text=each.text.replace(own, "<image>")) for each in segments]
+            if own != "<image>":
+                segments = [replace(each, text=each.text.replace(own, "<image>")) for each in segments]
         return segments, images, videos
 
     def _times_of(self, video: Any) -> VideoTimes:
@@ -257,9 +258,11 @@ class Processor(ProcessorOptions):
         """Raises RequestError for a token without an embedding in the decoder, as after a tokenizer was extended
         alone.
         """
+        if self.vocabulary is None:
+            return
         texts = [part.ids for part in outline if isinstance(part, TextPiece) and len(part.ids)]
         largest = max((int(ids.max()) for ids in texts), default=0)
-        if self.vocabulary is not None and largest >= self.vocabulary:
+        if largest >= self.vocabulary:
             raise RequestError(
                 f"the token {self.tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}, and the model has "
                 f"embeddings of {self.vocabulary} tokens: use the tokenizer that the model was trained with"
@@ -352,7 +355,10 @@ class Processor(ProcessorOptions):
         token_ids, spans = self._tokens(text, special, segments is not None, hidden)
         ids = np.asarray(token_ids, np.int32)
         supervised = None if segments is None else supervised_tokens(np.asarray(spans), segments)
-        return ids, supervised, np.flatnonzero(np.isin(ids, list(tokens.values())))
+        is_image = ids == tokens["<image>"]
+        if tokens["<video>"] != tokens["<image>"]:
+            is_image |= ids == tokens["<video>"]
+        return ids, supervised, np.flatnonzero(is_image)
 
     def _encode_chunks(
         self, text: str, placeholders: re.Pattern, segments: list[Segment] | None, hidden: Hidden | None

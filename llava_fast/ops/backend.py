@@ -1,4 +1,5 @@
-"""Which implementation of an op runs: per process by LLAVA_FAST_BACKEND, per block by `use_backend`.
+"""Which implementation of an op runs: per process by LLAVA_FAST_BACKEND (read when an op first runs), per block by
+`use_backend`.
 
 "auto" uses the form that selection found to be correct and fastest for the call's class on this machine
 (`ops/selection`), and without a verdict the op's default. A backend requested by name that does not support a call is
@@ -59,8 +60,16 @@ def use_backend(name: str) -> Iterator[None]:
 
 def requested() -> str:
     """The backend requested by `use_backend` or LLAVA_FAST_BACKEND; "auto" if none is."""
-    mine = _chosen.get() or next(reversed(_open.values()), None)
-    return mine or _checked(os.environ.get("LLAVA_FAST_BACKEND", "auto"))
+    mine = _chosen.get()
+    if mine is None and _open:
+        mine = next(reversed(_open.values()), None)
+    return mine or of_process()
+
+
+@functools.cache
+def of_process() -> str:
+    """LLAVA_FAST_BACKEND, read when an op first runs. Raises BackendError for an unknown name."""
+    return _checked(os.environ.get("LLAVA_FAST_BACKEND", "auto"))
 
 
 def choose(op: str, device: str = "", unfit: Mapping[str, str | None] | None = None) -> str:

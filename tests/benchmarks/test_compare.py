@@ -65,6 +65,17 @@ def test_two_commits_take_turns_and_get_a_ratio(seen, tmp_path):
     assert len(trees.splitlines()) == 1
 
 
+def test_the_control_is_the_first_commit_against_itself(seen, tmp_path):
+    output = tmp_path / "out.json"
+    result = run("slow", "fast", "--rounds", "2", "--control", "--output-json", str(output))
+    assert result.exit_code == 0, result.output
+    assert seen.read_text() == "sfssfs"
+    content = json.loads(output.read_text())
+    assert [row["ratio"] for row in content["control"]] == [1.0, 1.0]
+    assert [row["ratio"] for row in content["ratios"]] == [2.0, 1.0]
+    assert "slow again" in result.output
+
+
 @pytest.mark.parametrize(("second", "why"), [("wrong", "check failed"), ("short", "only in A")])
 def test_what_cannot_be_compared_has_no_ratio(seen, second, why):
     result = run("slow", second, "--rounds", "1")

@@ -198,13 +198,14 @@ def _piece_columns(piece: Piece, visual: VisualTable) -> tuple[np.ndarray, ...]:
             label = np.where(piece.supervised, ids, IGNORE).astype(np.int32)
         return np.full(len(ids), TEXT, np.int32), ids, label, np.full(len(ids), MODALITY_TEXT, np.int32)
     rows = piece.rows
-    if UNKNOWN_TOKEN in rows.token_ids:
-        raise ValueError("the ids of tokens around tiles are not known: make the geometry with Family.geometry")
-    source, is_token = _SOURCE_OF[rows.kind], rows.kind == TOKEN
-    row = np.where(
-        is_token, rows.index, np.where(source == VISUAL, visual.add(rows, piece.modality == MODALITY_VIDEO), 0)
-    ).astype(np.int32)
-    modality = np.where(is_token, MODALITY_TEXT, piece.modality).astype(np.int32)
+    source = _SOURCE_OF[rows.kind]
+    row = np.where(source == VISUAL, visual.add(rows, piece.modality == MODALITY_VIDEO), 0).astype(np.int32)
+    modality = np.full(len(row), piece.modality, np.int32)
+    is_token = rows.kind == TOKEN
+    if is_token.any():
+        row[is_token], modality[is_token] = rows.token_ids, MODALITY_TEXT
+        if UNKNOWN_TOKEN in rows.token_ids:
+            raise ValueError("the ids of tokens around tiles are not known: make the geometry with Family.geometry")
     return source, row, np.full(len(row), IGNORE, np.int32), modality
 
 

@@ -47,9 +47,10 @@ def step_weights(decoder: nn.Module, plain: frozenset[type], x_RC: Tensor, spans
 def head_runs_natively(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether the native form of ops.linear gives the logits of these rows: of a single one, where it is faster."""
     return (
-        _may_run(hidden)
-        and len(hidden) == 1  # of four, PyTorch's product is faster: 12.0 ms to 14.5 (of one, 12.7 to 7.5) at 7B width
+        len(hidden) == 1  # of four, PyTorch's product is faster: 12.0 ms to 14.5 (of one, 12.7 to 7.5) at 7B width
+        and hidden.dtype == native.DTYPE  # asked first, because of float32 each token asks in vain
         and type(weight) is nn.Parameter
+        and _may_run(hidden)
         and native.unfit(hidden, weight, bias) is None
     )
 

@@ -175,7 +175,11 @@ class BaseDecoder(nn.Module, ABC):
         if isinstance(head, nn.Embedding):
             run = linear if head_runs_natively(hidden, head.weight) else F.linear
             return run(hidden, head.weight)
-        if fused.is_plain(head, nn.Linear) and head_runs_natively(hidden, head.weight, head.bias):
+        if (
+            type(head) is nn.Linear
+            and head_runs_natively(hidden, head.weight, head.bias)
+            and fused.is_plain(head, nn.Linear)
+        ):
             return linear(hidden, head.weight, head.bias)
         return head(hidden)
 

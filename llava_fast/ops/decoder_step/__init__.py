@@ -52,9 +52,10 @@ def decoder_step(
     if cos.shape != (rows, 1, head_dim) or sin.shape != cos.shape:
         raise ValueError(f"cos {list(cos.shape)} and sin {list(sin.shape)} must be [{rows}, 1, {head_dim}]")
     block_rows = segments[0].shape[4] if segments and segments[0].dim() == 6 else 0
+    of_layers, of_blocks = (len(weights.layers), 2, weights.kv_heads), (block_rows, head_dim)
     for segment in segments:
-        shape = (len(weights.layers), 2, weights.kv_heads, segment.shape[3] if segment.dim() == 6 else 0)
-        if segment.shape != (*shape, block_rows, head_dim):
+        shape = segment.shape
+        if len(shape) != 6 or shape[:3] != of_layers or shape[4:] != of_blocks:
             raise ValueError(
                 f"every segment must be [{len(weights.layers)} layers, 2, {weights.kv_heads}, blocks, block rows, "
                 f"{head_dim}] with the same block rows, got {[list(segment.shape) for segment in segments]}"
@@ -62,14 +63,17 @@ def decoder_step(
     if len(tables) != rows:
         raise ValueError(f"{len(tables)} tables of blocks for {rows} sequences")
     for table, at in zip(tables, before, strict=True):
-        if not 0 <= at < sum(table[1::2]) * block_rows:
-            raise ValueError(f"row {at} does not lie in a table of {sum(table[1::2])} blocks of {block_rows} rows")
-    if any(t.dtype != like.dtype or t.device != like.device for t in (x, cos, sin, *segments)):
-        raise ValueError(f"x, cos, sin and the cache must be {like.dtype} on {like.device}, as the weights are")
+        blocks = table[1] if len(table) == 2 else sum(table[1::2])
+        if not 0 <= at < blocks * block_rows:
+            raise ValueError(f"row {at} does not lie in a table of {blocks} blocks of {block_rows} rows")
+    dtype, device = like.dtype, like.device
+    for t in (x, cos, sin, *segments):
+        if t.dtype != dtype or t.device != device:
+            raise ValueError(f"x, cos, sin and the cache must be {dtype} on {device}, as the weights are")
     unfit = weights.unfit
     if unfit is None and not all(map(Tensor.is_contiguous, segments)):
         unfit = "a segment of the cache is not contiguous"
-    if backend.choose("decoder_step", like.device.type, {"native": unfit}) == "native":
+    if backend.choose("decoder_step", device.type, {"native": unfit}) == "native":
         return native.decoder_step(x, weights, cos, sin, segments, tables, before)
     with torch.no_grad():
         return reference.decoder_step(x, weights, cos, sin, segments, tables, before)

@@ -24,7 +24,7 @@ def decoder_step(
     tables: Sequence[Sequence[int]],
     before: Sequence[int],
 ) -> Tensor:
-    out = torch.empty(x.shape, dtype=torch.float32, device="cpu").copy_(x)
+    out = x.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     cos, sin = cos.float().contiguous(), sin.float().contiguous()
     bfloat16 = weights.norm.dtype == torch.bfloat16, segments[0].dtype == torch.bfloat16
     sizes = (weights.width, weights.intermediate, weights.heads, weights.kv_heads, weights.head_dim)

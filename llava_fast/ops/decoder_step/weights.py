@@ -113,7 +113,7 @@ class DecoderWeights:
         return (
             list(map(Tensor.data_ptr, tensors)),
             list(map(Tensor.size, tensors)),
-            list(map(Tensor.stride, tensors)),
+            list(map(Tensor.is_contiguous, tensors)),  # other strides than these the native form does not take
             [tensor.dtype for tensor in tensors],
         )
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from llava_fast.ops.quantised_linear.native import MAX_ROWS, few_rows
 
-__all__ = ["MAX_ROWS", "linear", "unfit"]
+__all__ = ["DTYPE", "MAX_ROWS", "linear", "unfit"]
+DTYPE = torch.bfloat16
 
 
 def unfit(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -16,7 +17,7 @@ def unfit(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     rows = x.shape[:-1].numel()
     if not all(t.is_cpu for t in given):
         return f"it takes tensors on the CPU, and they are on {', '.join(str(t.device) for t in given)}"
-    if any(t.dtype != torch.bfloat16 for t in given):
+    if any(t.dtype != DTYPE for t in given):
         return f"it takes bfloat16, and they are {', '.join(str(t.dtype) for t in given)}"
     if not weight.is_contiguous():
         return "the weight is not contiguous"
