@@ -1,4 +1,4 @@
-"""The fused operations, usable on their own: each validates its arguments and runs on the chosen backend."""
+"""The fused ops. Each can be called on its own: it validates its arguments and runs on the chosen backend."""
 
 from llava_fast.ops.assemble_inputs import assemble_inputs
 from llava_fast.ops.backend import use_backend

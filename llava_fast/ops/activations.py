@@ -1,6 +1,6 @@
-"""Activation functions by transformers' names, and their gradients; "" is none.
+"""Activation functions and their gradients, named as in transformers; "" means no activation.
 
-`quick_gelu` is CLIP's, plain `gelu` the exact erf form.
+`quick_gelu` is CLIP's approximation, `gelu` the exact (erf) GELU.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def check(name: str) -> None:
-    """Raises ValueError for a name that is neither "" nor in ACTIVATIONS."""
+    """Raise ValueError unless `name` is "" or a key of ACTIVATIONS."""
     if name and name not in ACTIVATIONS:
         raise ValueError(f"unknown activation {name!r}: choose one of {', '.join(ACTIVATIONS)}, or '' for none")
 
 
 def activate(name: str, x: Tensor) -> Tensor:
-    """The activation of x, elementwise."""
+    """Apply the activation elementwise."""
     return ACTIVATIONS[name](x) if name else x
 
 
 def activation_gradient(name: str, grad: Tensor, x: Tensor) -> Tensor:
-    """`grad` times the activation's derivative at x, elementwise, as autograd has it."""
+    """`grad` times the activation's derivative at x, elementwise, with autograd's formulas."""
     aten = torch.ops.aten
     if name == "gelu":
         return aten.gelu_backward(grad, x)

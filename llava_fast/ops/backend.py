@@ -1,9 +1,9 @@
-"""Which implementation of an op runs: per process by LLAVA_FAST_BACKEND (read when an op first runs), per block by
-`use_backend`.
+"""Which implementation of an op runs: chosen per process by LLAVA_FAST_BACKEND (read when an op first runs), per block
+by `use_backend`.
 
-"auto" uses the form that selection found to be correct and fastest for the call's class on this machine
-(`ops/selection`), and without a verdict the op's default. A backend requested by name that does not support a call is
-an error, never a silent fallback.
+"auto" uses the backend that selection found correct and fastest for this class of calls on this machine
+(`ops/selection`), or the op's default if there is no verdict. Requesting a backend that does not support a call is an
+error, never a silent fallback.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from llava_fast.ops.triton_support import interpreting
 
 BACKENDS = ("auto", "triton", "native", "reference")
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("llava_fast_backend", default=None)
-_open: dict[object, str] = {}  # the choices of all blocks that are open, in any thread
+_open: dict[object, str] = {}  # the backends of all open blocks, in any thread
 _defaults: dict[tuple[str, str], str] = {}
 
 
 def register(op: str, backend: str, devices: str, default_on: tuple[str, ...] = ()) -> None:
-    """Record that `op` has `backend`, with a phrase for `doctor` on which devices.
+    """Record that `op` has `backend`; `devices` is the phrase that `doctor` prints.
 
-    default_on: device types ("cpu") on which "auto" uses it without a verdict. Only for a form whose code is the same
-    on every such machine and which the package's tests compare with the reference; otherwise the default is the
+    default_on: device types ("cpu") on which "auto" uses it without a verdict. Only for backends whose code is the
+    same on every such machine and is compared with the reference by the package's tests. Elsewhere the default is the
     reference.
     """
     SERVED.setdefault(op, {})[backend] = devices
@@ -73,10 +73,10 @@ def of_process() -> str:
 
 
 def choose(op: str, device: str = "", unfit: Mapping[str, str | None] | None = None) -> str:
-    """The backend `op` uses now for tensors on a device of this type.
+    """The backend that `op` uses now for tensors on a device of this type.
 
-    `unfit` gives for each backend why it does not support this call (None or absent: it does); "auto" then uses the
-    reference. Raises BackendError if the requested backend does not support the op or this call.
+    unfit: backend -> why it does not support this call (None or absent: it does). "auto" falls back to the reference;
+    a requested backend that does not support the op or this call raises BackendError.
     """
     name, unfit = requested(), unfit or {}
     decision = current()
@@ -95,7 +95,7 @@ def choose(op: str, device: str = "", unfit: Mapping[str, str | None] | None = N
 
 
 def default(op: str, device: str) -> str:
-    """The form of `op` on a device of this type for calls without a verdict."""
+    """The backend of `op` on a device of this type for calls without a verdict."""
     return tables.pinned_backend(op) or _defaults.get((op, device), "reference")
 
 
@@ -116,9 +116,9 @@ def _has_triton() -> bool:
 
 
 def serves(op: str, device: str) -> bool:
-    """Whether the backend in use has, or may find at first use, a kernel of `op` for such a device. The reference does
-    not count: an op that runs the same steps as the modules it replaces only adds the overhead of its call, some 20
-    microseconds.
+    """Whether the backend in use has a kernel of `op` for this type of device, or may find one at first use. The
+    reference does not count: it runs the same steps as the modules it would replace, plus about 20 microseconds of
+    call overhead.
     """
     name = requested()
     if name != "auto":
@@ -132,7 +132,7 @@ def serves(op: str, device: str) -> bool:
 
 
 def _forms_on(device: str) -> set[str]:
-    """The compiled forms that can run on a device of this type."""
+    """The compiled backends that can run on a device of this type."""
     triton = _has_triton() and (device == "cuda" or interpreting())
     return {"native"} | ({"triton", "cublas"} if triton else set())
 

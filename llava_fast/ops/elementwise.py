@@ -1,6 +1,6 @@
-"""Activations and their gradients as one kernel each, for the form of an op that leaves its products to cuBLAS.
+"""Activations and their gradients as one Triton kernel each, for the cuBLAS backend of an op.
 
-Two functions with the arguments of those in `activations`, which the references take in their place.
+The two functions have the signatures of those in `activations`, which the references use.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from llava_fast.ops import triton_support
 
 
 def activate(name: str, x: Tensor) -> Tensor:
-    """The activation of x."""
+    """Apply the activation elementwise."""
     from llava_fast.ops import gemm
 
     return gemm.activation(x.contiguous(), name) if name else x
@@ -25,7 +25,7 @@ def activation_gradient(name: str, grad: Tensor, x: Tensor) -> Tensor:
 
 
 def unfit(activation: str, *tensors: Tensor | None) -> str | None:
-    """Why no such form can serve a call with these tensors; None if it can."""
+    """Why the cuBLAS backend does not support a call with these tensors; None if it does."""
     if not activation:
-        return "there is no activation to fuse, and the reference is products alone already"
+        return "there is no activation to fuse: the reference runs the same matrix products"
     return triton_support.unfit(*tensors)

@@ -1,13 +1,13 @@
-"""The matrix product that ops share, in Triton: rows gathered, an epilogue, rows stored in their places.
+"""The GEMM that ops share, in Triton, with gathered input rows, a fused epilogue and scattered output rows.
 
     out[store[m]] = epilogue(sum_k a[gather[m], k] * b[k, n])
 
-16-bit operands use the matrix units; float32 is multiplied as IEEE float32, never tf32. Sums are float32, in an order
-that depends on shapes and the launch configuration alone, so equal inputs give equal bits. A gradient of weights sums
-over rows, of which there are many: they are shared out among programs, whose partial sums are added in order.
+16-bit operands use tensor cores; float32 is multiplied as IEEE float32, never as tf32. Sums are float32, in an order
+that depends only on shapes and the launch configuration, so equal inputs give equal bits. A weight gradient reduces
+over many rows: it splits them among programs and adds the partial sums in order (split-K).
 
 FLOPs of `gemm` and `weight_gradient`: 2 * rows * columns * inner. Minimum bytes: each operand read and each output
-written once (for `weight_gradient`, 8 bytes more for each entry and share of the rows, where there are several).
+written once; for `weight_gradient` with several splits, 8 more bytes for each entry of each split.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 from llava_fast.ops import sums, triton_support
 from llava_fast.ops.triton_support import Config, Specimen
 
-PROGRAMS = 256  # a weight gradient with fewer tiles shares its rows out until there are about so many programs
-SHARE = 512  # but no program gets fewer rows than this
+PROGRAMS = 256  # a weight gradient with fewer tiles splits its rows to launch about this many programs
+SHARE = 512  # least rows of a split
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def derivative(x, NAME: tl.constexpr):
 
 @triton.jit
 def tile_of(program, down, across, GROUP: tl.constexpr):
-    """(tile row, tile column) of a program: GROUP tile rows are walked column by column, so that L2 serves both."""
+    """(tile row, tile column) of a program: column by column within GROUP tile rows, so that both operands hit L2."""
     group = program // (GROUP * across)
     first = group * GROUP
     size = tl.minimum(down - first, GROUP)
@@ -99,11 +99,11 @@ def gemm_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One tile of the product. Pointers may be None: no bias, nothing kept, every row in its place, all rows made.
+    """One tile of the product. Optional pointers may be None.
 
     a [.., inner]; b [columns, inner] if TRANSPOSED (nn.Linear's weight), else [inner, columns]. With slope_ptr
-    [rows, columns] the sum is multiplied by the activation's derivative there; else it is activated, and pre_ptr
-    [rows, columns] gets it before. With count_ptr only the first count rows are made.
+    [rows, columns] the sum is multiplied by the activation's derivative at those values. Otherwise the sum is stored to
+    pre_ptr [rows, columns], if given, and then activated. With count_ptr only the first count rows are computed.
     """
     if count_ptr is not None:
         rows = tl.minimum(rows, tl.load(count_ptr))
@@ -171,7 +171,7 @@ def weight_gradient_kernel(
 ):
     """out[s, n, k] = sum of grad[grad_gather[m], n] * x[x_gather[m], k] over the `share` rows m from s * share.
 
-    Gather pointers may be None (every row is its own); a negative index is a zero row.
+    A gather pointer that is None means the identity; a negative index stands for a zero row.
     """
     tile_n, tile_k = tile_of(tl.program_id(0), tl.cdiv(columns, BLOCK_N), tl.cdiv(inner, BLOCK_K), GROUP)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -201,7 +201,7 @@ def weight_gradient_kernel(
 
 @triton.jit
 def activation_kernel(x_ptr, grad_ptr, out_ptr, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
-    """out = the activation of x; with grad_ptr, grad times its derivative at x."""
+    """out = activation(x); with grad_ptr, grad times the activation's derivative at x."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
     if grad_ptr is not None:
@@ -229,10 +229,10 @@ def gemm(
     """[rows, columns] = epilogue(a @ b.T), or of a @ b with `transposed` False; returns `out`.
 
     a [.., inner], b [columns, inner] ([inner, columns]), bias [columns], all of one dtype and contiguous.
-    gather, store int32 [rows]: row m is made from a's row gather[m] (negative: zeros) and written to row store[m] of
-    `out` (negative: nowhere; no two alike). pre [rows, columns] receives the sum with its bias before the activation.
-    count int32 [1]: rows from count[0] on need not be made, and their memory is left as it was.
-    slope [rows, columns]: multiply by the activation's derivative there instead of activating.
+    gather, store int32 [rows]: row m reads a's row gather[m] (negative: zeros) and is written to row store[m] of `out`
+    (negative: not written; no duplicates). pre [rows, columns] receives the pre-activation, bias included.
+    count int32 [1]: rows from count[0] on may be skipped; their memory is then left unchanged.
+    slope [rows, columns]: multiply by the activation's derivative at these values instead of activating.
     """
     inner, columns = a.shape[-1], b.shape[0] if transposed else b.shape[1]
     if out is None:
@@ -257,7 +257,7 @@ def weight_gradient(
     """[columns, inner] = sum over m < rows of grad[grad_gather[m]] (outer) x[x_gather[m]], in their dtype.
 
     grad [.., columns], x [.., inner], contiguous and of one dtype; gathers int32 [rows], negative: a zero row.
-    `share` rows at most are summed by one program (default: by shapes).
+    share: most rows that one program sums (default: from the shapes).
     """
     columns, inner = grad.shape[-1], x.shape[-1]
     out = torch.empty(columns, inner, dtype=grad.dtype, device=grad.device)
@@ -277,7 +277,7 @@ def weight_gradient(
 
 
 def activation(x: Tensor, name: str, grad: Tensor | None = None) -> Tensor:
-    """The activation of x; with `grad`, of x's shape and dtype, grad times its derivative at x. Both contiguous."""
+    """activation(x); with `grad` (shape and dtype of x), grad times the derivative at x. Both contiguous."""
     out = torch.empty_like(x)
     if x.numel():
         config = _config("activation_kernel", x, x.numel(), own_float32=False)
@@ -318,7 +318,7 @@ def gemm_specimen(
 def weight_gradient_specimen(
     op: str, dtype: str, label: str, *, out: str = "", grad_gather: bool = False, x_gather: bool = False
 ) -> Specimen:
-    """How `weight_gradient` compiles with these options; `out` is the dtype of several shares' sums ("fp32")."""
+    """How `weight_gradient` compiles with these options; out: dtype of the partial sums of several splits ("fp32")."""
     gathers = {"grad_gather_ptr": grad_gather, "x_gather_ptr": x_gather}
     indices = [name for name, use in gathers.items() if use]
     constants: dict[str, Any] = {name: None for name, use in gathers.items() if not use} | {"UPCAST": False}

@@ -1,8 +1,8 @@
-"""How an op becomes a `torch.library` operator, so that autograd, torch.compile and CUDA graphs take it as one node.
+"""Registers an op as a `torch.library` operator: one node for autograd, torch.compile and CUDA graphs.
 
-Registered by `Library.define` and `impl` rather than by the `custom_op` decorator, whose call costs several times as
-much. The implementation chooses its backend when it runs, so a compiled graph still follows `use_backend`; if none is
-requested, selection decides (`ops/selection`).
+Uses `Library.define` and `impl` because a call through the `custom_op` decorator costs several times as much. The
+backend is chosen when the operator runs, so a compiled graph still follows `use_backend`; if no backend is requested,
+selection decides (`ops/selection`).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def define(
 ) -> OpOverload:
     """Register `run` for every device under `schema` and return the callable `torch.ops.llava_fast.<name>.default`.
 
-    The first argument is a tensor: if it is on a GPU, that GPU is the current one while `run` launches kernels. Tensors
-    on different devices raise ValueError. `fake` gives the outputs' shapes and dtypes. `save(ctx, inputs, output)`
-    keeps what `backward(ctx, *gradients)` needs; without them the op has no gradient. A second derivative raises
-    RuntimeError.
+    The first argument must be a tensor; its GPU is the current device while `run` launches kernels. Tensors on
+    different devices raise ValueError. `fake` returns empty outputs of the right shapes and dtypes. `save(ctx, inputs,
+    output)` saves what `backward(ctx, *gradients)` needs; without these two the op has no gradient. A second derivative
+    raises RuntimeError.
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -45,9 +45,9 @@ def define(
 
 
 def autocast(*tensors: Tensor | None) -> list[Tensor]:
-    """The tensors (None stays None) cast as for a matrix product: to autocast's dtype if autocast is on.
+    """Cast the tensors (None stays None) as autocast casts the operands of a matrix product.
 
-    An op's operands are cast before the call; otherwise its two passes would multiply in different dtypes.
+    Operands are cast before the op is called; otherwise its forward and backward would multiply in different dtypes.
     """
     device = tensors[0].device.type  # type: ignore[union-attr]
     if not torch.is_autocast_enabled(device):
@@ -57,7 +57,7 @@ def autocast(*tensors: Tensor | None) -> list[Tensor]:
 
 
 def selected(name: str, run: Callable) -> Callable:
-    """`run`, by selection's verdict if no backend is requested."""
+    """`run`, wrapped to follow selection's verdict if no backend is requested."""
 
     @functools.wraps(run)
     def by_verdict(*args):
@@ -67,8 +67,8 @@ def selected(name: str, run: Callable) -> Callable:
 
 
 def on_its_device(name: str, run: Callable) -> Callable:
-    """`run` with the device of its first argument as the current one (Triton launches on the current device), and an
-    error for a tensor on another: kernels take addresses as they are."""
+    """`run`, wrapped to make its first argument's device the current one, on which Triton launches. Raises ValueError
+    for tensors on different devices: kernels do not check addresses."""
 
     @functools.wraps(run)
     def on_device(first: Tensor, *rest):
@@ -86,7 +86,7 @@ def on_its_device(name: str, run: Callable) -> Callable:
 
 
 def _first_derivative(name: str, backward: Callable) -> Callable:
-    """`backward`, its results marked as final where autograd would differentiate them again (create_graph=True)."""
+    """`backward`, wrapped so that differentiating its results again (create_graph=True) raises RuntimeError."""
 
     def once(ctx, *grads):
         if not torch.is_grad_enabled():

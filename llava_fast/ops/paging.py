@@ -1,8 +1,8 @@
-"""Where a sequence's cached rows lie: runs of blocks in the cache's segments.
+"""Block tables of the paged KV cache: the runs of blocks that hold a sequence's cached rows.
 
-A segment is [layers, 2, K, blocks, block rows, D]: keys (0) and values (1) of every layer. Block numbers count through
-all segments. A table lists a sequence's runs of consecutive blocks, flat: first block, blocks, first block, blocks, ...
-No run crosses from one segment into another.
+A segment is [layers, 2, K, blocks, block rows, D]: keys (0) and values (1) of every layer. Blocks are numbered
+consecutively over all segments. A table lists a sequence's runs of consecutive blocks as a flat list: first block,
+number of blocks, first block, number of blocks, ... No run crosses a segment boundary.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def run_views(segments: Sequence[Tensor], table: Sequence[int]) -> list[Tensor]:
-    """The rows of each run, [layers, 2, K, rows, D], without a copy. Raises ValueError for a run outside a segment."""
+    """Views of the rows of each run, [layers, 2, K, rows, D]. Raises ValueError if a run is not in one segment."""
     views = []
     for first, count in zip(table[::2], table[1::2], strict=True):
         start = 0
@@ -30,7 +30,8 @@ def run_views(segments: Sequence[Tensor], table: Sequence[int]) -> list[Tensor]:
 
 
 def block_addresses(segments: Sequence[Tensor], blocks: int | None = None) -> Tensor:
-    """`addresses` of these segments on their device, int64 [blocks, 2], filled up with zeros to `blocks`."""
+    """The `addresses` argument of paged_attention for these segments: int64 [blocks, 2] on their device, zero-padded to
+    `blocks` rows."""
     found = []
     for segment in segments:
         _, _, _, count, rows, size = segment.shape

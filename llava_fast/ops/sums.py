@@ -1,6 +1,6 @@
-"""Sums over rows in a fixed order, in Triton: what gradients of weights, biases and tables end in.
+"""Deterministic sums over rows in Triton, for the gradients of weights, biases and tables.
 
-Rows are shared out among programs, whose float32 sums are added in order: no atomics, and equal inputs give equal bits.
+Rows are split among programs, whose float32 sums are added in order: no atomics, and equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from llava_fast.ops import triton_support
 from llava_fast.ops.triton_support import Specimen
 
-SHARES = 64  # at most so many programs share the rows of a column out
+SHARES = 64  # most splits of the rows
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def sum_shares_kernel(parts_ptr, out_ptr, size, parts, BLOCK: tl.constexpr):
 
 
 def sum_rows(x: Tensor, rows: int, gather: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """[columns] = sum over m < rows of x[gather[m]] (negative: nothing), in `dtype` or x's. Bytes: each row once.
+    """[columns] = sum over m < rows of x[gather[m]] (negative: skipped), in `dtype` or x's. Bytes: each row once.
 
     x [.., columns], contiguous.
     """
@@ -73,7 +73,7 @@ def sum_shares(parts: Tensor, out: Tensor) -> None:
 
 
 def sum_specimens(op: str, dtype: str, out: str = "", gather: bool = False) -> list[Specimen]:
-    """How `sum_rows` compiles for rows of `dtype` summed to `out` (by default the same)."""
+    """How `sum_rows` compiles for rows of `dtype` and sums of dtype `out` (default: the same)."""
     indices = {"gather_ptr": "*i32"} if gather else {}
     rows = {"x_ptr": f"*{dtype}", **indices, "out_ptr": "*fp32", "rows": "i32", "columns": "i32", "share": "i32"}
     absent = {} if gather else {"gather_ptr": None}

@@ -1,7 +1,8 @@
-"""What the Triton kernels share: whether they can run here, which launch configuration, what the compile check needs.
+"""Shared by the Triton kernels: whether they can run here, launch configurations, specimens for the compile check.
 
-Launch configurations are data in `tuned/`: a JSON table per GPU kind ("default.json": what no GPU has measured) gives
-what a kernel starts from, "candidates.json" what else selection tries. None is trusted before a machine has proven it.
+Launch configurations are data in `tuned/`: one JSON table per kind of GPU ("default.json" for kinds without
+measurements) gives a kernel's first choice, "candidates.json" what else selection tries. Selection tests a
+configuration on the machine before it is used.
 """
 
 from __future__ import annotations
@@ -27,38 +28,38 @@ _forced: dict[str, Config] = {}
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter (TRITON_INTERPRET=1), where CPU tensors will do."""
+    """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), which takes CPU tensors."""
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
 
 
 def upcast(like: Tensor) -> bool:
-    """Whether a kernel widens the operands of a product: the interpreter's product of raw bfloat16 is wrong."""
+    """Whether a kernel must convert the operands of a product to float32: the interpreter's bfloat16 dot is wrong."""
     return like.dtype == torch.bfloat16 and interpreting()
 
 
 def unfit(*tensors: Tensor | None) -> str | None:
-    """Why a Triton kernel cannot take these tensors; None if it can."""
+    """Why Triton kernels do not support these tensors; None if they do."""
     for tensor in tensors:
         if tensor is None:
             continue
         if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreting()):
             return f"a tensor is on {tensor.device}, and Triton kernels run on CUDA (or with TRITON_INTERPRET=1)"
         if tensor.dtype not in DTYPES and tensor.dtype != torch.int64:
-            return f"{tensor.dtype} is not among the dtypes it has ({', '.join(DTYPES.values())})"
+            return f"{tensor.dtype} is not one of its dtypes ({', '.join(DTYPES.values())})"
     return None
 
 
 def unequal(*tensors: Tensor) -> str | None:
-    """Why a Triton kernel that wants one dtype cannot take these tensors; None if it can."""
+    """Why a Triton kernel that needs tensors of one dtype does not support these; None if it does."""
     dtypes = dict.fromkeys(tensor.dtype for tensor in tensors)
     return f"its tensors' dtypes differ: {', '.join(map(str, dtypes))}" if len(dtypes) > 1 else None
 
 
 @functools.cache
 def device_kind(device: torch.device) -> str:
-    """The table that serves a device: "a100", "h100", "h200" by its name, else "default"."""
+    """The name of a device's table: "a100", "h100" or "h200" by the GPU's name, else "default"."""
     if device.type != "cuda":
         return "default"
     name = torch.cuda.get_device_name(device)
@@ -66,8 +67,8 @@ def device_kind(device: torch.device) -> str:
 
 
 def config(kernel: str, device: torch.device, rows: int) -> Config:
-    """The launch configuration of `kernel` for so many rows: what selection has decided for the operator that runs,
-    else the table's entry with the most `rows` not above that number."""
+    """The launch configuration of `kernel` for this number of rows: selection's decision for the running operator, else
+    the table's entry with the largest `rows` that is not above the number."""
     if kernel in _forced:
         return dict(_forced[kernel])
     decision = current()
@@ -81,7 +82,7 @@ def config(kernel: str, device: torch.device, rows: int) -> Config:
 
 @contextlib.contextmanager
 def forced(configs: dict[str, Config]) -> Iterator[None]:
-    """Inside the block these kernels run with these configurations: for tuning and for tests with small blocks."""
+    """Inside the block, run these kernels with these configurations: for tuning, and for tests with small blocks."""
     before = dict(_forced)
     _forced.update(configs)
     try:
@@ -100,7 +101,7 @@ def _entry(kernel: str, kind: str, bits: int) -> Config:
 
 @functools.cache
 def table(kind: str) -> dict[str, list[dict[str, Any]]]:
-    """Kernel -> [{"rows": least number of rows (a power of two or 0), "config": {...}}], by rising rows."""
+    """Kernel -> [{"rows": least number of rows (a power of two or 0), "config": {...}}], sorted by rows."""
     path = files("llava_fast.ops") / "tuned" / f"{kind}.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -120,8 +121,8 @@ class Specimen:
     """One way a kernel is compiled, for `make check-kernels`.
 
     signature: argument name -> Triton type ("*bf16", "i32", ...) of the run-time arguments; constants: name -> value
-    of the constexpr ones, without those that the launch configuration gives. `matrix`: it must use the matrix units;
-    `tf32`: it may use tf32. `entry`: the name of its configurations in the tables, by default the kernel's.
+    of the constexpr arguments, except those of the launch configuration. matrix: it must use tensor cores; tf32: it may
+    use tf32. entry: the name of its configurations in the tables, by default the kernel's.
     """
 
     op: str
@@ -135,7 +136,7 @@ class Specimen:
     entry: str = ""
 
     def compilations(self) -> Iterator[tuple[Config, dict[str, Any], dict[str, int]]]:
-        """(launch configuration, all constants, compiler options) of every shipped configuration."""
+        """(launch configuration, all constants, compiler options) for every shipped configuration."""
         for found in shipped_configs(self.entry or self.kernel.__name__):
             options: dict[str, int] = {name: found[name] for name in ("num_warps", "num_stages") if name in found}
             constants = {name: value for name, value in found.items() if name not in options}

@@ -195,7 +195,7 @@ def test_gradients_reach_what_is_trained():
     ("options", "message"),
     [
         ({"scheme": "int2"}, "scheme 'int2' is unknown"),
-        ({"group": 48}, "int4: group 48 is not served"),
+        ({"group": 48}, "int4: group 48 is not supported"),
         ({"scheme": "int8", "symmetric": False}, "int8 weights are symmetric"),
         ({"head": "int4"}, "head is 'int4': use 'int8' or None"),
         ({"tower": "int4"}, "tower is 'int4'"),

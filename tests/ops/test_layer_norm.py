@@ -222,7 +222,7 @@ def test_what_does_not_fit_is_refused():
     x, residual, weight, bias = arguments(add_both, 3, 24)
     with pytest.raises(ValueError, match=r"weight \(23,\) and bias \(24,\) must both be \[width\]"):
         layer_norm(x, weight[1:], bias, EPS)
-    with pytest.raises(ValueError, match="must be alike"):
+    with pytest.raises(ValueError, match="must have the same shape"):
         add_layer_norm(x, residual[1:], weight, bias, EPS)
     with pytest.raises(ValueError, match=r"x must be floating, got torch.int32"):
         layer_norm(x.int(), weight, bias, EPS)

@@ -46,11 +46,11 @@ def test_when_the_native_form_runs():
     assert linear(x[:0], weight, bias).shape == (0, 131)
     assert linear(x, weight.requires_grad_()).requires_grad
     with use_backend("native"):
-        with pytest.raises(BackendError, match="it gives no gradients"):
+        with pytest.raises(BackendError, match="it has no gradients"):
             linear(x, weight)
-        with pytest.raises(BackendError, match="it takes up to 32 rows, and x has 33"):
+        with pytest.raises(BackendError, match="it takes up to 32 rows, x has 33"):
             linear(operands(33)[0], weight.detach())
-        with pytest.raises(BackendError, match=r"it takes bfloat16, and they are torch\.float32"):
+        with pytest.raises(BackendError, match=r"it takes bfloat16, got torch\.float32"):
             linear(x.float(), weight.float())
         with pytest.raises(BackendError, match="not contiguous"):
             linear(x[:, :64], weight[:, :64])

@@ -217,7 +217,7 @@ def test_what_does_not_fit_is_refused():
     x, residual, weight = arguments(add_both, 3, 24)
     with pytest.raises(ValueError, match=r"weight \(23,\) must be \[width\] for x \(3, 24\)"):
         rms_norm(x, weight[1:], EPS)
-    with pytest.raises(ValueError, match="must be alike"):
+    with pytest.raises(ValueError, match="must have the same shape"):
         add_rms_norm(x, residual[1:], weight, EPS)
     with pytest.raises(ValueError, match=r"x must be floating, got torch.int32"):
         rms_norm(x.int(), weight, EPS)

@@ -296,7 +296,7 @@ def test_a_cached_form_that_the_op_has_not_is_left_out(select, ran):
         store.keep(machine, {CLASS: Verdict(backend="cublas"), "rope x": Verdict(backend="triton")})
     settings = select(LLAVA_FAST_SELECT="cached")
     with pytest.warns(
-        UserWarning, match=r"\.json: the op 'token_pack' has no form 'cublas'; left out: token_pack source"
+        UserWarning, match=r"\.json: the op 'token_pack' has no backend 'cublas'; ignoring: token_pack source"
     ):
         pack()
     assert ran == ["native"]

@@ -79,8 +79,8 @@ def failing(x):
     [
         (wrong, "e-06 against float64, more than twice the reference's"),
         (unwritten, "output 0: not every element is written"),
-        (unsteady, "output 0: a second run gives other bits"),
-        (wrong_when_large, "output 0: 1.0e-02 from the reference's in the call itself"),
+        (unsteady, "output 0: a second run gives different bits"),
+        (wrong_when_large, "output 0: differs by 1.0e-02 from the reference's in the user's call"),
         (of_another_shape, "error inf against float64"),
         (failing, "RuntimeError: out of resource: shared memory"),
     ],

@@ -132,7 +132,7 @@ def test_a_second_derivative_is_refused():
 
 def test_what_does_not_fit_is_refused():
     gate, up = arguments(3, 24)
-    with pytest.raises(ValueError, match=r"gate \(3, 24\) and up \(3, 23\) must be alike"):
+    with pytest.raises(ValueError, match=r"gate \(3, 24\) and up \(3, 23\) must have the same shape"):
         swiglu(gate, up[:, 1:])
     with pytest.raises(ValueError, match=r"must be floating, got torch.float32 and torch.int32"):
         swiglu(gate, up.int())

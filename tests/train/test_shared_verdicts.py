@@ -89,8 +89,8 @@ def pinned_differently(rank: int) -> None:
 
 def test_processes_that_pin_different_tables_are_refused(select, tmp_path):
     select()
-    for said in in_two_processes(pinned_differently, tmp_path):
-        assert said == "the processes of this run have pinned different tables (LLAVA_FAST_SELECTION): give all one"
+    expected = "the processes of this run pin different tables (LLAVA_FAST_SELECTION): give all of them the same"
+    assert in_two_processes(pinned_differently, tmp_path) == [expected] * 2
 
 
 def told_different_things(rank: int) -> dict[str, str]:
@@ -112,7 +112,11 @@ def test_two_kinds_of_gpu_with_a_pinned_table_are_not(select, tmp_path):
 def test_processes_that_select_in_different_ways_are_refused(select, tmp_path):
     select()
     said = in_two_processes(told_different_things, tmp_path)
-    assert said == ["the processes of this run select in different ways (cached, off): set them alike"] * 2
+    expected = (
+        "the processes of this run select differently (cached, off): give all of them the same LLAVA_FAST_SELECT and "
+        "LLAVA_FAST_SELECTION"
+    )
+    assert said == [expected] * 2
 
 
 def test_a_process_alone_shares_nothing(select):

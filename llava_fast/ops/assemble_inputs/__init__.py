@@ -1,4 +1,4 @@
-"""assemble_inputs: from ViT features to the decoder's inputs as one op: the projector and the placement of all rows."""
+"""assemble_inputs: from ViT features to the decoder's inputs_embeds in one op: projector and placement of all rows."""
 
 from __future__ import annotations
 
@@ -27,29 +27,30 @@ def assemble_inputs(
     activation: str = "gelu",
     count: Tensor | None = None,
 ) -> Tensor:
-    """Projected feature rows, text embeddings and constant rows, each in its place: inputs_embeds [rows, width].
+    """Write projected feature rows, text embeddings and constant rows to their places: inputs_embeds [rows, width].
 
     features  [n, in]: rows of the vision tower.
-    kept      int [k]: the feature row of each projected row, without duplicates; negative for a padding row, whose
-              place is negative too.
-    weights   of the projector's linear layers, [out, in] each, with `activation` (by transformers' name) between;
+    kept      int [k]: the feature row of each projected row, without duplicates; negative for a padding row, which
+              must have a negative place too.
+    weights   [out, in] each: the projector's linear layers; `activation` (transformers' name) runs between them.
     biases    [out] each, or an empty list.
     source    int [rows]: 0 text embedding, 1 projected row, 2 constant, -1 padding (a zero row).
     row       int [rows]: the row of that table (for text, the token id); ignored for padding.
     embedding [vocabulary, width]; constant [m, width] (row 0: the newline).
     inverse   the inverse placement; its visual_place [k] is the decoder row that each projected row
               goes to, or negative. It must agree with source and row, as the plan's columns do.
-    count     int [1] on the same device: all kept rows from count[0] on are padding, which a kernel may skip (not if
-              gradients are needed). None: padding may be anywhere.
-    Returns [rows, width] in embedding's dtype. Gradients flow to features (zeros where not kept), every weight and
-    bias, embedding and constant; sums are float32 in a fixed order, and nothing is saved or computed for frozen inputs.
+    count     int [1] on the same device: all kept rows from index count[0] on are padding, and kernels may skip them
+              unless gradients are needed. None: padding may be anywhere.
+    Returns [rows, width] in embedding's dtype. Gradients flow to features (zeros for rows not kept), every weight and
+    bias, embedding and constant. They are summed in float32 in a fixed order; nothing is saved or computed for frozen
+    inputs.
 
-    FLOPs: 2 * k * (in * hidden + hidden * width) forward for two layers; each layer costs the same again for the
-    gradient of its weight, and for the gradient of its input. Minimum bytes: kept feature rows read, hidden rows
-    written and read, output rows written, weights read, all once; in training the hidden rows' pre-activation is
-    written too. The projected rows and the kept features are never copied. Under autocast the projector runs in that
-    dtype, as nn.Linear does.
-    Raises ValueError for shapes that do not fit and for an unknown activation.
+    FLOPs: 2 * k * (in * hidden + hidden * width) forward for two layers; per layer the same again for the gradient of
+    its weight, and again for that of its input. Minimum bytes: kept feature rows read, hidden rows written and read,
+    output rows written, weights read, each once; in training the hidden rows' pre-activations are written too. The
+    projected rows and the kept features are never copied. Under autocast the projector runs in autocast's dtype, as
+    nn.Linear does.
+    Raises ValueError for mismatched shapes and for an unknown activation.
     """
     activations.check(activation)
     _check(features, kept, weights, biases, source, row, embedding, constant, inverse, count)
@@ -65,7 +66,9 @@ def _check(features, kept, weights, biases, source, row, embedding, constant, in
     if source.shape != row.shape or source.dim() != 1:
         raise ValueError(f"source {tuple(source.shape)} and row {tuple(row.shape)} must both be [rows]")
     if not weights or len(biases) not in (0, len(weights)):
-        raise ValueError(f"{len(weights)} weights and {len(biases)} biases: give at least one, and as many or none")
+        raise ValueError(
+            f"{len(weights)} weights and {len(biases)} biases: give at least one weight, and a bias for each or none"
+        )
     width = features.shape[-1]
     for number, weight in enumerate(weights):
         if weight.dim() != 2 or weight.shape[1] != width:
@@ -87,8 +90,8 @@ def _check(features, kept, weights, biases, source, row, embedding, constant, in
 
 
 def _first_kept(features: Tensor, weights: list[Tensor], biases: list[Tensor]) -> int:
-    """The first layer after which the pre-activation must be kept: that of the first layer that gets a gradient, or
-    the one before it if that is a weight, whose gradient is made of the layer's input."""
+    """Index of the first layer whose pre-activation the backward pass needs: the first layer with a gradient, or the
+    layer before it if that gradient is its weight's, which is computed from the layer's input."""
     if features.requires_grad:
         return 0
     for number, weight in enumerate(weights):

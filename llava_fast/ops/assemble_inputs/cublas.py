@@ -1,4 +1,4 @@
-"""assemble_inputs with its products left to PyTorch, that is to cuBLAS: activations and placement are a kernel each."""
+"""assemble_inputs with matrix products by PyTorch (cuBLAS) and one kernel each for activation and placement."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def assemble_inputs(
     activation: str,
     keep: int,
 ) -> tuple[Tensor, list[Tensor]]:
-    """(inputs_embeds [rows, width], what was activated after each layer; empty after those before layer `keep`)."""
+    """(inputs_embeds [rows, width], each layer's pre-activation; an empty tensor for layers before `keep`)."""
     visual, pres = reference.project(features, kept, weights, biases, activation, elementwise)
     out = token_pack.token_pack(source, row, embedding, visual, constant)
     return out, [pre if number >= keep else pre.new_empty(0, pre.shape[1]) for number, pre in enumerate(pres)]
@@ -38,7 +38,7 @@ def project_backward(
     feature_rows: int,
     needed: list[bool],
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """Gradients of features, weights and biases (None where not `needed`, in this order) from that of the output."""
+    """Gradients of features, weights and biases from the output's gradient; None where not `needed` (same order)."""
     grad = token_pack.visual_gradient(grad, place)
     return reference.project_backward(
         grad, features, kept, weights, pres, activation, feature_rows, needed, elementwise

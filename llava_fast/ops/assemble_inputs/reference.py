@@ -1,4 +1,4 @@
-"""The projector in plain PyTorch, between taking kept rows and token_pack: with it, the specification of
+"""The projector in plain PyTorch. Gathering kept rows, this projector, then token_pack: the specification of
 `llava_fast.ops.assemble_inputs`."""
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def project(
     activation: str,
     form: ModuleType = activations,
 ) -> tuple[Tensor, list[Tensor]]:
-    """(projected rows [k, width], what was activated after each layer but the last). `form`: `activations` or
-    `elementwise`, whose functions activate."""
+    """(projected rows [k, width], pre-activations of every layer but the last). `form`: the module whose activation
+    functions run, `activations` or `elementwise`."""
     x = _rows(features, kept)
     pres = []
     for number, weight in enumerate(weights):
@@ -43,8 +43,8 @@ def project_backward(
     needed: list[bool],
     form: ModuleType = activations,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """Gradients of features, weights and biases (None where not `needed`, in this order) from that of the projected
-    rows, which is zero for padding."""
+    """Gradients of features, weights and biases from `grad`, that of the projected rows (zero for padding rows); None
+    where not `needed` (same order)."""
     depth = len(weights)
     of_weights, of_biases = needed[1 : 1 + depth], needed[1 + depth :]
     weight_grads: list[Tensor | None] = [None] * depth
@@ -60,11 +60,11 @@ def project_backward(
         grad = grad @ weights[number]
         if number:
             grad = form.activation_gradient(activation, grad, pres[number - 1])
-    out = grad.new_zeros(feature_rows + 1, grad.shape[1])  # the last row is the padding's
+    out = grad.new_zeros(feature_rows + 1, grad.shape[1])  # the extra last row takes the padding's gradients
     out.index_copy_(0, torch.where(kept >= 0, kept, feature_rows).long(), grad)
     return out[:feature_rows], weight_grads, bias_grads
 
 
 def _rows(features: Tensor, kept: Tensor) -> Tensor:
-    """features[kept]; a padding row goes nowhere, so any will do."""
+    """features[kept]; an arbitrary row for padding, since its result is not used."""
     return features[kept.clamp(0).long()]

@@ -1,5 +1,5 @@
-"""assemble_inputs on the shared matrix product: kept rows gathered in its first operand's loads, projected rows
-stored straight to their places, the others written beside them. No copy of the features, none of the projected rows.
+"""assemble_inputs with the shared GEMM: its loads gather the kept rows and its epilogue stores projected rows at their
+places, so neither features nor projected rows are copied. token_pack's kernel writes the other rows.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def assemble_inputs(
     keep: int,
     count: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """(inputs_embeds [rows, width], what was activated after each layer; empty after those before layer `keep`).
+    """(inputs_embeds [rows, width], each layer's pre-activation; an empty tensor for layers before `keep`).
 
-    Where anything is kept for a backward pass, which reads all rows of it, `count` is not made use of.
+    `count` is ignored if pre-activations are kept: the backward pass reads all of their rows.
     """
     count = count if keep == len(weights) else None
     out = torch.empty(len(source), embedding.shape[1], dtype=embedding.dtype, device=embedding.device)
@@ -61,10 +61,10 @@ def project_backward(
     feature_rows: int,
     needed: list[bool],
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """Gradients of features, weights and biases (None where not `needed`, in this order) from that of the output.
+    """Gradients of features, weights and biases from the output's gradient; None where not `needed` (same order).
 
-    The output's gradient is read at the places of the projected rows, and features at kept rows; nothing is copied.
-    A hidden layer's rows are made again from what was activated, once, for the gradient of the weight after it.
+    The output's gradient is gathered by the projected rows' places and features by `kept`, without copies. Hidden
+    activations are recomputed once from the pre-activations, for the gradient of the next layer's weight.
     """
     depth, rows = len(weights), len(kept)
     of_weights, of_biases = needed[1 : 1 + depth], needed[1 + depth :]
@@ -92,8 +92,8 @@ def project_backward(
 
 
 def specimens() -> list[Specimen]:
-    """What LLaVA's mlp2x_gelu and linear projectors launch, running and training, with a trained tower or without; the
-    linear projector and a trained tower in 16 bits."""
+    """The launches of LLaVA's mlp2x_gelu projector in inference and training. In 16 bits also those of the linear
+    projector and of a trained tower."""
     op, name = "assemble_inputs", "gelu"
     found = []
     for dtype in ("bf16", "fp16", "fp32"):

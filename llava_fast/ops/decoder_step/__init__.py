@@ -1,8 +1,8 @@
-"""decoder_step: a whole decoder pass for one new row a sequence, as one compiled call.
+"""decoder_step: one decoding step (one new token per sequence) through all decoder layers in one compiled call.
 
-In PyTorch a small decoder spends most of a token's time on operator overhead, and a large one is bound by the weight
-reads of its matrix-vector products; one call removes the overhead and streams each weight once for all sequences. For
-inference only: it writes the cache, and no gradient flows through it.
+In PyTorch a small decoder spends most of a step on operator overhead, and a large one is bound by reading the weights
+for matrix-vector products. One call removes the overhead and reads each weight once for all sequences. For inference
+only: it writes the KV cache and has no gradient.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ def decoder_step(
     tables: Sequence[Sequence[int]],
     before: Sequence[int],
 ) -> Tensor:
-    """Final hidden states [n, C] of one new row for each of n sequences.
+    """Final hidden states [n, C] of one new token for each of n sequences.
 
-    x             [n, C]: the rows' embeddings.
-    cos, sin      [n, 1, D]: rotary tables of their positions, halves paired; sin's first half is negated.
+    x             [n, C]: the tokens' embeddings.
+    cos, sin      [n, 1, D]: rotary tables for the tokens' positions, halves paired; sin's first half is negated.
     segments      the KV cache's memory, [layers, 2, K, blocks, block rows, D] each (see ops.paging).
-    tables        per sequence the runs of blocks that hold its rows: (first block, blocks, ...).
-    before        per sequence the rows cached already: these are read, and the row after them is written. Nothing
-                  else in the cache is touched. No two sequences may share the block that is written.
+    tables        for each sequence, the runs of blocks that hold its rows: (first block, blocks, ...).
+    before        for each sequence, the number of cached rows. Those are read and the next row is written; nothing
+                  else in the cache changes. No two sequences may share the block that is written.
     Per layer: x += o(attention(norm(x))); x += down(silu(gate(norm(x))) * up(norm(x))); then the final norm.
-    Softmax is in float32 or wider. FLOPs: 2n per weight and 4*n*rows*H*D a layer for attention. Minimum bytes: each
+    Softmax is in float32 or wider. FLOPs: 2n per weight and 4*n*rows*H*D per layer for attention. Minimum bytes: each
     weight once, each cached row once.
-    The bits of row i's result do not depend on the other rows, on where its blocks are, or on the number of threads
-    (native). Raises ValueError for mismatched tensors and for a table without room for the new row.
+    Native: row i's result is bit-identical whatever the other rows, the placement of its blocks and the number of
+    threads. Raises ValueError for mismatched tensors and for a table without room for the new row.
     """
     weights.refresh()
     rows, head_dim, like = len(before), weights.head_dim, weights.norm
     if x.shape != (rows, weights.width) or not rows:
-        raise ValueError(f"x {list(x.shape)} must be [{rows} (one a sequence), {weights.width}]")
+        raise ValueError(f"x {list(x.shape)} must be [{rows} (one per sequence), {weights.width}]")
     if cos.shape != (rows, 1, head_dim) or sin.shape != cos.shape:
         raise ValueError(f"cos {list(cos.shape)} and sin {list(sin.shape)} must be [{rows}, 1, {head_dim}]")
     block_rows = segments[0].shape[4] if segments and segments[0].dim() == 6 else 0
@@ -65,7 +65,7 @@ def decoder_step(
     for table, at in zip(tables, before, strict=True):
         blocks = table[1] if len(table) == 2 else sum(table[1::2])
         if not 0 <= at < blocks * block_rows:
-            raise ValueError(f"row {at} does not lie in a table of {blocks} blocks of {block_rows} rows")
+            raise ValueError(f"row {at} is outside its table of {blocks} blocks of {block_rows} rows")
     dtype, device = like.dtype, like.device
     for t in (x, cos, sin, *segments):
         if t.dtype != dtype or t.device != device:

@@ -1,6 +1,6 @@
 """The decoding step of csrc/decode, on up to torch.get_num_threads() threads.
 
-Sums are in float32 whatever the weights are. The inputs of quantised layers are rounded to 8 bits, a scale to each 32
+Sums are in float32 for every weight dtype. Inputs of quantised layers are rounded to 8 bits, with one scale per 32
 elements.
 """
 

@@ -61,7 +61,7 @@ def _linear(x: Tensor, weight: Tensor | QuantisedWeight, bias: Tensor | None) ->
 
 
 def _store(runs: list[Tensor], at: int, row: Tensor) -> None:
-    """Write row [2, K, D] at index `at` of the runs' rows end to end."""
+    """Write `row` [2, K, D] at index `at` of the concatenated runs."""
     for run in runs:
         if at < run.shape[2]:
             run[:, :, at] = row

@@ -1,6 +1,6 @@
-"""The weights that `decoder_step` takes: checked once, and again whenever one of them has moved.
+"""The weights of `decoder_step`: validated once, and again whenever the memory of one of them changes.
 
-Shapes: C width, H query heads, K key heads, D head size, I intermediate width.
+Shapes: C width, H query heads, K key/value heads, D head size, I intermediate width.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class LayerWeights(NamedTuple):
 
 
 class DecoderWeights:
-    """A decoder's layers and final norm [C]. `windows[layer]` is how many rows a row attends to, itself included
-    (None: all). The tensors are referred to, not copied.
+    """A decoder's layers and final norm [C]. windows[layer]: how many rows a row attends to, itself included (None:
+    all). The tensors are referenced, not copied.
 
-    Raises ValueError where shapes do not fit together, or where dtypes (of what is not quantised) or devices differ.
+    Raises ValueError for mismatched shapes or devices, and for unquantised tensors of different dtypes.
     """
 
     def __init__(
@@ -95,16 +95,16 @@ class DecoderWeights:
         self._state = self._current_state()
         self.table = torch.tensor([_fields(layer) for layer in self.layers], dtype=torch.int64, device="cpu")
         strided = [name for name, weight, _ in self._named if not all(map(Tensor.is_contiguous, _parts(weight)))]
-        self.unfit: str | None = None  # why the native backend cannot take these weights
+        self.unfit: str | None = None  # why the native backend does not support these weights
         if self.norm.dtype not in (torch.float32, torch.bfloat16) or self.norm.device.type != "cpu":
             self.unfit = (
-                f"the weights are {self.norm.dtype} on {self.norm.device}, it takes float32 and bfloat16 on the CPU"
+                f"the weights are {self.norm.dtype} on {self.norm.device}; it takes float32 and bfloat16 on the CPU"
             )
         elif strided:
             self.unfit = f"{strided[0]} is not contiguous"
 
     def refresh(self) -> None:
-        """Check again if a tensor was given other memory (`model.to`, `parameter.data = ...`) since the last time."""
+        """Check again if the memory of a tensor changed since the last check (`model.to`, `parameter.data = ...`)."""
         if self._current_state() != self._state:
             self.check()
 
@@ -145,7 +145,7 @@ def _parts(weight: Tensor | QuantisedWeight) -> list[Tensor]:
 
 
 def _fields(layer: LayerWeights) -> list[int]:
-    """What _C.decoder_step reads of a layer: the norms' addresses, then each linear layer's fields."""
+    """A layer as _C.decoder_step reads it: the addresses of the norms, then the fields of each linear layer."""
     fields = [layer.input_norm.data_ptr(), layer.post_norm.data_ptr()]
     for name in LINEARS:
         weight, bias = getattr(layer, name), getattr(layer, f"{name}_bias")

@@ -1,4 +1,4 @@
-"""image_tiles: a batch of uint8 images of any sizes to the uint8 tiles of a vision tower, on the pixels' device."""
+"""image_tiles: cut a batch of uint8 images of any sizes into a vision tower's uint8 tiles, on the pixels' device."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ JOB_WORDS = 28
 class TilePlan(NamedTuple):
     """How images become tiles, as integers: inputs.pictures.tiles.TilePlan with its two tables as tensors.
 
-    jobs          int32 [jobs, 28]: one view of one image each, on the pixels' device.
-    words         int32: the filters' tables, on the pixels' device.
-    tile          side of a tile; patch: side of a patch for patch rows, 0 for planar tiles.
-    tiles         tiles of the whole batch; pixel_bytes: bytes of all its images.
-    middle_bytes, first_pixels, canvas_pixels, taps   sizes of the work, for the launches.
+    jobs          int32 [jobs, 28] on the pixels' device: one view of one image each.
+    words         int32 on the pixels' device: the tables of the resize filters.
+    tile          side of a tile in pixels; patch: side of a patch for patch rows, 0 for planar tiles.
+    tiles         number of tiles in the batch; pixel_bytes: bytes of all its images.
+    middle_bytes, first_pixels, canvas_pixels, taps   sizes of the launches: scratch bytes between the two passes,
+                  pixels of the largest job in each pass, most taps of a filter.
     """
 
     jobs: Tensor
@@ -39,14 +40,14 @@ class TilePlan(NamedTuple):
 
 
 def image_tiles(pixels: Tensor, plan: TilePlan) -> Tensor:
-    """The uint8 tiles of a batch of images: each view resized as by Pillow, to the bit, placed and cut.
+    """The uint8 tiles of a batch of images: each view is resized bit for bit as by Pillow, padded and cut.
 
-    pixels   uint8 [bytes]: the images of the plan, [H, W, 3] each, one after another.
-    Returns [tiles, 3, tile, tile], or [tiles, (tile // patch)**2, 3 * patch**2 rounded up to 16] if `plan.patch`: what
-    inputs.pictures.tiles.make_tiles gives for the images in turn. It has no gradient. The plan's tables are not
-    checked: use only those from inputs.pictures.tiles.plan_tiles. Minimum bytes: the pixels of every view read once,
-    the tiles written once, and the middle rows between the two passes written and read once. Raises ValueError for
-    tensors of another shape, dtype or device than the plan says.
+    pixels   uint8 [bytes]: the images of the plan, [H, W, 3] each, concatenated.
+    Returns [tiles, 3, tile, tile], or patch rows [tiles, (tile // patch)**2, 3 * patch**2 rounded up to 16] if
+    `plan.patch`: the same as inputs.pictures.tiles.make_tiles for each image. It has no gradient. The plan's tables are
+    not checked: use only those of inputs.pictures.tiles.plan_tiles. Minimum bytes: the pixels of every view read once,
+    the tiles written once, the intermediate rows between the two passes written and read once. Raises ValueError if a
+    tensor's shape, dtype or device differs from the plan's.
     """
     if pixels.dtype != torch.uint8 or pixels.dim() != 1:
         raise ValueError(f"pixels must be uint8 [bytes], got {pixels.dtype} {tuple(pixels.shape)}")

@@ -1,4 +1,4 @@
-"""The tile kernels of csrc/image: on CUDA two launches on the current stream; on the CPU the same per-pixel code."""
+"""The tile kernels of csrc/image: two launches on the current stream on CUDA, the same per-pixel code on the CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llava_fast.ops.image.reference import tiles_shape
 
 
 def unfit(pixels: Tensor) -> str | None:
-    """Why it cannot make tiles where `pixels` are; None if it can."""
+    """Why csrc cannot make tiles on the device of `pixels`; None if it can."""
     if pixels.device.type == "cuda" and not hasattr(_C, "make_tiles_cuda"):
         return "llava_fast was built without CUDA (build it where nvcc is)"
     return None if pixels.device.type in ("cpu", "cuda") else f"the pixels are on {pixels.device}"
@@ -39,8 +39,8 @@ def image_tiles(
         return torch.from_numpy(_C.run_tile_plan(plan, pixels.numpy(), *layout))
     out = pixels.new_empty(tiles_shape(tile, patch, tiles))
     if tiles:
-        scratch = pixels.new_empty(middle_bytes)  # of the current stream, so it is safe to free it when this returns
-        stream = torch.cuda.current_stream().cuda_stream  # of the tensors' GPU: ops.library has made it the current one
+        scratch = pixels.new_empty(middle_bytes)  # allocated on the current stream, so safe to free on return
+        stream = torch.cuda.current_stream().cuda_stream  # ops.library made the tensors' GPU the current device
         addresses = (pixels.data_ptr(), scratch.data_ptr(), out.data_ptr(), stream)
         sizes = (first_pixels, canvas_pixels)
         _C.make_tiles_cuda(jobs.data_ptr(), len(jobs), words.data_ptr(), *layout, *sizes, *addresses)

@@ -1,7 +1,7 @@
 """The tiles of a batch of images in plain PyTorch: the specification of `llava_fast.ops.image_tiles`.
 
-The integer arithmetic of csrc/image/tile_pixels.h over all pixels of all images at once, so exact to the bit on every
-device. The only loop is over a filter's taps, whose number the host knows: nothing waits for a device.
+The integer arithmetic of csrc/image/tile_pixels.h over all pixels of all images at once: bit-exact on every device. The
+only loop is over the filter's taps, whose number the host knows, so nothing synchronises with the device.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch.nn import functional as F
 from llava_fast.ops.patch_embed.reference import patch_rows
 
 PRECISION_BITS = 22
-"""Fraction bits of a filter weight, as Pillow's 8-bit resize has them."""
+"""Fraction bits of a filter weight, as in Pillow's 8-bit resize."""
 
 _FIELDS = (
     "height width top left middle_height middle_width out_height out_width offset_y offset_x canvas_height "
     "canvas_width vertical_first x_first x_count x_weights x_width y_first y_count y_weights y_width fill"
 ).split()
 COLUMN = {name: 6 + number for number, name in enumerate(_FIELDS)}
-"""Place of a field among the 28 words of a job (TileJob in csrc/image/tile_plan.h); the first 6 are three int64."""
+"""Field name -> index among the 28 words of a job (TileJob in csrc/image/tile_plan.h); the first 6 are three int64."""
 
 
 def image_tiles(
@@ -35,7 +35,7 @@ def image_tiles(
     channel = torch.arange(3, device=pixels.device)
     fill = jobs.view(torch.uint8)[:, 4 * COLUMN["fill"] :][:, :3]
 
-    # First pass: every pixel of the middle rows of every job, along one axis of its source.
+    # First pass: every pixel of every job's intermediate rows, filtered along one axis of the source.
     pixel = torch.arange(middle_bytes // 3, device=pixels.device)
     job = torch.searchsorted(middle_start // 3, pixel, right=True) - 1
     of = _Fields(jobs, job)
@@ -52,7 +52,7 @@ def image_tiles(
 
     middle = _filter(words, of.axis(vertical), torch.where(vertical, y, x), from_source, taps).flatten()
 
-    # Second pass: every pixel of every tile, along the other axis of the middle rows.
+    # Second pass: every pixel of every tile, filtered along the other axis of the intermediate rows.
     pixel = torch.arange(tiles * tile * tile, device=pixels.device)
     number = pixel // (tile * tile)
     tile_start = tile_start // tiles_shape(tile, patch, 1).numel()
@@ -87,7 +87,7 @@ def tiles_shape(tile: int, patch: int, tiles: int) -> torch.Size:
 
 
 class _Fields:
-    """Fields of each pixel's job, as int64."""
+    """The fields of each pixel's job, by name, int64 [pixels]."""
 
     def __init__(self, jobs: Tensor, job: Tensor) -> None:
         self.jobs, self.job = jobs, job
@@ -96,7 +96,7 @@ class _Fields:
         return self.jobs[:, COLUMN[name]].long()[self.job]
 
     def axis(self, vertical: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Where the filter's tables lie among the words: first, count, weights, and weights of an output."""
+        """Offsets of the filter's tables in `words`: first, count, weights; and the number of weights per output."""
         first, count, weights, width = (
             torch.where(vertical, self[f"y_{name}"], self[f"x_{name}"])
             for name in ("first", "count", "weights", "width")

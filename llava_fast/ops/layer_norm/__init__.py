@@ -1,4 +1,4 @@
-"""layer_norm: LayerNorm alone, with the residual add before it, and CLIP's two in a row."""
+"""layer_norm: LayerNorm alone, fused with a residual add, and two LayerNorms in sequence as in CLIP."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from llava_fast.ops.layer_norm import reference
 backend.register("layer_norm", "reference", "any device")
 backend.register("layer_norm", "triton", "CUDA")
 
-MAX_WIDTH = 4096  # with 8192 float32 values a backward pass takes stack (on sm_90), for registers do not hold them
+MAX_WIDTH = 4096  # at 8192 float32 values the backward pass spills registers (sm_90)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm of the rows of x.
 
     x [..., width] floating; weight, bias [width]. Returns [..., width] in x's dtype.
-    Statistics are float32, of the centred row; gradients of weight and bias are summed in float32 in a fixed order, and
-    nothing is saved or computed for frozen parameters. Under autocast it runs in float32, as PyTorch's does. For R rows
-    of C values of b bytes: about 8RC FLOPs, at least 2RCb bytes (backward 11RC, 3RCb). Raises ValueError for shapes
-    that do not fit or an x that is not floating.
+    Mean and variance (of the centred row) are float32. Gradients of weight and bias are summed in float32 in a fixed
+    order; nothing is saved or computed for frozen parameters. Under autocast it runs in float32, as in PyTorch. For R
+    rows of C values of b bytes: about 8RC FLOPs, at least 2RCb bytes (backward 11RC, 3RCb). Raises ValueError for
+    mismatched shapes or an x that is not floating.
     """
     _check(x, weight, bias)
     return _layer_norm(x, weight, bias, eps)[0]
@@ -32,21 +32,22 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(s, y): s = x + residual, y = LayerNorm(s).
 
-    residual: x's shape. Both results are in the dtype that x + residual has. Otherwise as `layer_norm`; 9RC FLOPs, at
-    least 4RCb bytes (backward 12RC, 4RCb).
+    residual has x's shape; both results have the dtype of x + residual. Otherwise as `layer_norm`: 9RC FLOPs, at least
+    4RCb bytes (backward 12RC, 4RCb).
     """
     _check(x, weight, bias)
     if residual.shape != x.shape:
-        raise ValueError(f"residual is {tuple(residual.shape)}, x {tuple(x.shape)}: they must be alike")
+        raise ValueError(f"residual is {tuple(residual.shape)}, x {tuple(x.shape)}: they must have the same shape")
     return _add_layer_norm(x, residual, weight, bias, eps)[:2]
 
 
 def double_layer_norm(
     x: Tensor, pre_weight: Tensor, pre_bias: Tensor, pre_eps: float, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(s, y): s = LayerNorm(x) by the `pre_` parameters, y = LayerNorm(s) by the others: how CLIP's tower begins.
+    """(s, y): s = LayerNorm(x) with the `pre_` parameters, y = LayerNorm(s) with the others: CLIP's pre-LayerNorm and
+    its first layer's.
 
-    Otherwise as `layer_norm`; 16RC FLOPs, at least 3RCb bytes (backward 23RC, 7RCb, as two steps).
+    Otherwise as `layer_norm`: 16RC FLOPs, at least 3RCb bytes (backward 23RC, 7RCb, in two steps).
     """
     _check(x, pre_weight, pre_bias)
     _check(x, weight, bias)
@@ -113,7 +114,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Any]:
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Stand-ins for mean and rstd."""
+    """Empty mean and rstd."""
     shape, dtype = (*x.shape[:-1], 1), torch.promote_types(x.dtype, torch.float32)
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
 
@@ -146,7 +147,7 @@ def _fake_backward(
 
 
 def _kept(rows: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, needed: tuple[bool, ...]) -> list:
-    """What the backward of one LayerNorm reads; the gradient of the bias takes no more than the weight's dtype."""
+    """The tensors that the backward of one LayerNorm reads (for the bias's gradient only the weight's dtype)."""
     return [rows, mean, rstd, weight] if any(needed[:2]) else [None, None, None, weight]
 
 
@@ -206,8 +207,8 @@ def _backward_double(ctx, grad_s: Tensor | None, grad: Tensor | None, *_):
 
 
 def _gradients(grad: Tensor | None, grad_sum: Tensor | None, saved, needed: list[bool]) -> list[Tensor | None]:
-    """Gradients of rows, weight and bias through one LayerNorm whose result has gradient `grad`, its rows `grad_sum`
-    on top of that; None where not needed, or where no gradient comes."""
+    """Gradients of rows, weight and bias of one LayerNorm with output gradient `grad`; `grad_sum` is added to that of
+    the rows. None where not needed or if there is no incoming gradient."""
     if grad is None or not any(needed):
         return [grad_sum if needed[0] else None, None, None]
     found = _layer_norm_backward(grad, grad_sum, *saved, needed)

@@ -43,13 +43,13 @@ def layer_norm_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, None where not `needed`; grad_sum, if given, is added to that of x.
 
-    x, mean and rstd may be None where the bias's gradient alone is needed.
+    x, mean and rstd may be None if only the bias's gradient is needed.
     """
     if x is None:
         summed = grad.reshape(-1, len(weight)).sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
         return None, None, summed.to(weight.dtype)
     wide = _wide_on_cpu(weight, x)
-    # Of the bias only the dtype is read.
+    # The kernel reads only the dtype of the bias, so `weight` stands in for it.
     grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
         grad, x, x.shape[-1:], mean, rstd, wide, wide, needed
     )
@@ -59,5 +59,6 @@ def layer_norm_backward(
 
 
 def _wide_on_cpu(parameter: Tensor, x: Tensor) -> Tensor:
-    """On the CPU PyTorch keeps the statistics in the parameters' dtype: float32 at least. On CUDA it always does."""
+    """Parameters in at least float32 on the CPU, where PyTorch keeps the statistics in their dtype. (CUDA's statistics
+    are always float32 at least.)"""
     return parameter.to(torch.promote_types(x.dtype, torch.float32)) if x.is_cpu else parameter

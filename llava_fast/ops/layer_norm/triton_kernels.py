@@ -1,8 +1,8 @@
 """LayerNorm in Triton: one program holds a whole row in registers; gradients by partial sums in a fixed order.
 
-Rows are read once, whatever is made of them: the mean, then the variance of the centred row, both in float32.
-Bytes for R rows of C values of b bytes: forward 2RCb (residual form 4RCb, double form 3RCb); backward 3RCb, and RCb
-more where the sum has a gradient of its own.
+Each row is read once; its mean and the variance of the centred row are computed in float32.
+Bytes for R rows of C values of b bytes: forward 2RCb (with residual 4RCb, double 3RCb); backward 3RCb, and RCb more if
+the sum x + residual has a gradient of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llava_fast.ops import triton_support
 from llava_fast.ops.triton_support import Specimen
 
 PARTS = 256  # most partial sums of a weight's gradient
-PART_ROWS = 8  # least rows in one of them
+PART_ROWS = 8  # least rows of a partial sum
 
 
 @triton.jit
@@ -107,8 +107,8 @@ def layer_norm_backward_kernel(
     width,
     BLOCK: tl.constexpr,
 ):
-    """A program's `share` of rows: grad_x of each, and one part of the sums for weight and bias. A pointer that is
-    None stands for what is not there or not needed."""
+    """One program processes `share` rows: grad_x of each, and one partial sum for weight and bias. Pointers of absent
+    inputs and of gradients that are not needed are None."""
     part = tl.program_id(0)
     first = part * share
     columns = tl.arange(0, BLOCK)
@@ -145,7 +145,7 @@ def layer_norm_backward_kernel(
 
 @triton.jit
 def layer_norm_parts_kernel(parts_ptr, out_ptr, parts, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """out = the sum of `parts` rows, ROWS running sums in order and then those."""
+    """out = the sum of `parts` rows: ROWS running sums in order, then the sum of these."""
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     total = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -166,7 +166,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(s, y, mean, rstd) of contiguous rows, s and y in the dtype of a sum."""
+    """(s, y, mean, rstd) of contiguous rows, s and y in the dtype of x + residual."""
     total = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
     y, mean, rstd = torch.empty_like(total), _statistic(x), _statistic(x)
     _launch_layer_norm(x, residual, weight, bias, total, y, mean, rstd, eps)
@@ -206,7 +206,7 @@ def layer_norm_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, None where not `needed`; grad_sum, if given, is added to that of x.
 
-    x, mean and rstd may be None where the bias's gradient alone is needed.
+    x, mean and rstd may be None if only the bias's gradient is needed.
     """
     width = grad.shape[-1]
     rows = grad.numel() // width if width else 0
@@ -258,8 +258,8 @@ def _block(x: Tensor) -> int:
 
 
 def specimens() -> list[Specimen]:
-    """How each kernel is compiled: CLIP-L's width 1024, SigLIP's 1152 and 1280 (which share a block), and 4096, the
-    widest there is.
+    """How each kernel is compiled: for CLIP-L's width 1024, SigLIP's 1152 and 1280 (which share a block), and 4096, the
+    largest that is supported.
     """
     found = []
     for dtype in ("bf16", "fp16", "fp32"):
@@ -283,7 +283,7 @@ def specimens() -> list[Specimen]:
 
 
 def _specimen(kernel, label: str, dtype: str, absent: tuple[str, ...] = (), **constants: int) -> Specimen:
-    """All pointers but the `absent` ones are of `dtype`, except those of statistics and parts, and are aligned."""
+    """Aligned pointers of `dtype`, except those of statistics and partial sums; `absent` ones are None."""
     signature = {}
     for name in kernel.arg_names:
         if name.endswith("_ptr") and name not in absent:

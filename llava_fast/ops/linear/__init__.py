@@ -1,4 +1,4 @@
-"""linear: a linear layer of few rows, as the head of a decoding step is."""
+"""linear: a linear layer for few rows, such as the output head of a decoding step."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias.
 
     x [.., in], weight [out, in] (nn.Linear's), bias [out] or None, all floating and of one dtype. Returns [.., out] in
-    it. The reference is PyTorch's F.linear, with its gradients; the native form, for inference, sums in float32.
-    Of n rows: 2 * n * in * out FLOPs. Minimum bytes: x, weight and output once.
-    Row i's result is the same bits whatever the other rows (native).
-    Raises ValueError for shapes that do not fit.
+    that dtype. The reference is PyTorch's F.linear, with gradients. The native backend is for inference; it sums in
+    float32, and row i's result is bit-identical whatever the other rows.
+    FLOPs for n rows: 2 * n * in * out. Minimum bytes: x, weight and output once.
+    Raises ValueError for mismatched shapes.
     """
     if x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x {tuple(x.shape)} must be [.., in] and weight {tuple(weight.shape)} [out, in]")
@@ -28,7 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise ValueError(f"bias {tuple(bias.shape)} must be [{len(weight)}], one entry for each row of weight")
     unfit = native.unfit(x, weight, bias)
     if unfit is None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        unfit = "it gives no gradients"
+        unfit = "it has no gradients"
     if backend.choose("linear", x.device.type, {"native": unfit}) == "native":
         return native.linear(x, weight, bias)
     return F.linear(x, weight, bias)

@@ -19,10 +19,10 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     x [.., in], weight [out, in] (nn.Linear's), bias [out] or None; activation by transformers' name ("quick_gelu",
     "gelu", "gelu_pytorch_tanh", "relu", "silu"), "" for none.
     Returns [.., out] in their dtype. Gradients flow to x, weight and bias; sums are float32. The pre-activation is
-    saved only if one of them needs a gradient; the output never is. Under autocast it runs in that dtype, as nn.Linear
-    does. Of n rows: 2 * n * in * out FLOPs forward, and again for each of the gradients of x and weight. Minimum bytes:
-    x, weight and output once; in training the pre-activation is written once and read once more. Raises ValueError for
-    shapes that do not fit and for an unknown activation.
+    saved only if one of these gradients is needed, the output never. Under autocast it runs in autocast's dtype, as
+    nn.Linear does. FLOPs for n rows: 2 * n * in * out forward, and again for each of the gradients of x and weight.
+    Minimum bytes: x, weight and output once; in training the pre-activation is also written once and read once. Raises
+    ValueError for mismatched shapes and for an unknown activation.
     """
     activations.check(activation)
     if x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:

@@ -13,7 +13,7 @@ from llava_fast.ops import activations
 def linear_act(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, form: ModuleType = activations
 ) -> tuple[Tensor, Tensor]:
-    """(output, what was activated). `form`: `activations` or `elementwise`, whose functions activate."""
+    """(output, pre-activation). `form`: the module whose activation functions run, `activations` or `elementwise`."""
     pre = F.linear(x, weight, bias)
     return form.activate(activation, pre), pre
 

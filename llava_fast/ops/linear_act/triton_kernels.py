@@ -1,4 +1,4 @@
-"""linear_act on the shared matrix product: bias and activation in its epilogue, gradients without atomics."""
+"""linear_act with the shared GEMM: bias and activation in its epilogue, gradients without atomics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def linear_act_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight and bias, None where not needed."""
     rows = grad.shape[:-1].numel()
-    if activation:  # once, not in the operand loads: those read each entry once for every tile across
+    if activation:  # applied once here: in the GEMM's operand loads it would run once per output tile
         grad = gemm.activation(pre, activation, grad)
     return (
         gemm.gemm(grad, weight, rows, transposed=False).view(*grad.shape[:-1], weight.shape[1]) if needed[0] else None,
@@ -33,8 +33,8 @@ def linear_act_backward(
 
 
 def specimens() -> list[Specimen]:
-    """First layers of the MLPs of CLIP (quick GELU; erf GELU in OpenCLIP's) and SigLIP (tanh GELU), running and
-    training; in float32 quick GELU stands for all."""
+    """The first MLP layers of CLIP (quick GELU; erf GELU in OpenCLIP's) and SigLIP (tanh GELU), in inference and
+    training; in float32 only quick GELU."""
     op = "linear_act"
     found = []
     for dtype in ("bf16", "fp16"):

@@ -15,12 +15,12 @@ backend.register("linear_cross_entropy", "native", "any device, in chunks", defa
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
     """Negative log-likelihood of each row's target: [rows], float32 (float64 for float64 inputs).
 
-    hidden [rows, width]; weight [vocabulary, width] and bias [vocabulary] as of nn.Linear; target int [rows], each in
-    0 .. vocabulary - 1 (the caller passes only rows with a target, as in the plan's supervised rows). Their mean or sum
-    is the loss; sums over an answer are its log-probability. Gradients flow to hidden, weight and bias, those of weight
-    and bias summed in float32. Under autocast the products are in that dtype. FLOPs 2*rows*width*vocabulary forward,
-    three times that backward (logits are made twice); minimum bytes: hidden and weight once. Raises ValueError for
-    shapes that do not fit. Source: Wijmans et al. 2024; Hsu et al. 2024.
+    hidden [rows, width]; weight [vocabulary, width] and bias [vocabulary] as in nn.Linear; target int [rows], each in
+    0 .. vocabulary - 1: pass only supervised rows. The mean of the result is the usual loss; the sum over an answer's
+    rows is its negative log-probability. Gradients flow to hidden, weight and bias; those of weight and bias are summed
+    in float32. Under autocast the products run in autocast's dtype. FLOPs: 2*rows*width*vocabulary forward, three times
+    that backward (it recomputes the logits); minimum bytes: hidden and weight once. Raises ValueError for mismatched
+    shapes. Source: Wijmans et al. 2024; Hsu et al. 2024.
     """
     if hidden.dim() != 2 or target.shape != hidden.shape[:1] or weight.shape[1:] != hidden.shape[1:]:
         raise ValueError(

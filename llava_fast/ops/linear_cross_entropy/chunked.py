@@ -1,11 +1,10 @@
-"""The loss of an output head, computed for a part of the vocabulary at a time, so that the logits are never
-materialised whole.
+"""The loss of an output head, one chunk of the vocabulary at a time, so that the full logits are never materialised.
 
 The backward pass recomputes the logits, as in activation checkpointing: one more matrix product instead of rows x
-vocabulary of memory. Method: Wijmans et al. 2024 (Cut Cross-Entropy) and Hsu et al. 2024 (Liger Kernel), in PyTorch's
-own matrix products. Parts of the vocabulary rather than of the rows, so that each weight is read once a pass and its
-gradient is one product over all rows, summed in float32 and written in place; the gradient of the hidden rows, which is
-small, is summed over the parts in float32.
+vocabulary of memory. Method: Wijmans et al. 2024 (Cut Cross-Entropy) and Hsu et al. 2024 (Liger Kernel), with PyTorch's
+matrix products. Chunking the vocabulary instead of the rows reads each weight once per pass and computes its gradient
+as one product over all rows, written in place. The much smaller gradient of the hidden rows is accumulated over the
+chunks in float32.
 """
 
 from __future__ import annotations
@@ -18,22 +17,22 @@ from torch import Tensor
 from llava_fast.ops.linear_cross_entropy.reference import wide_logits
 
 CHUNK_BYTES = 64 << 20
-"""Of logits at once, in float32. On a CPU:"""
-CPU_CHUNK_BYTES = 4 << 20  # they stay in its caches
+"""Largest float32 logits of one chunk, except on the CPU."""
+CPU_CHUNK_BYTES = 4 << 20  # stays in the caches
 LEAST_COLUMNS = 1024
-"""Tokens of the vocabulary at once, however many rows there are: thinner products are slow."""
+"""Least tokens of the vocabulary in a chunk, for any number of rows: narrower products are slow."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(hidden.dtype, torch.float32)
     denominator = torch.full((len(hidden),), float("-inf"), dtype=wide, device=hidden.device)
-    logit = torch.zeros_like(denominator)  # of each row's target
+    logit = torch.zeros_like(denominator)  # the logit of each row's target
     for part in _parts(hidden, len(weight), wide):
         logits = wide_logits(hidden, weight[part], None if bias is None else bias[part])
         inside, column = _place(target, part)
         logit += logits.gather(1, column).where(inside, 0)[:, 0]
         largest = logits.amax(1, keepdim=True)
-        sums = logits.sub_(largest).exp_().sum(1)  # as logsumexp does, without a second table
+        sums = logits.sub_(largest).exp_().sum(1)  # logsumexp in place, without a second buffer
         denominator = torch.logaddexp(denominator, sums.log_() + largest[:, 0])
         del logits  # before the next part's are made
     return denominator - logit, denominator
@@ -59,7 +58,7 @@ def linear_cross_entropy_backward(
         share.scatter_add_(1, column, inside.to(wide).neg_()).mul_(grad.to(wide)[:, None])
         if grad_bias is not None:
             grad_bias[part] = share.sum(0)
-        narrow = share.to(weight.dtype)  # the matrix units' operands; sums stay in float32 inside a product
+        narrow = share.to(weight.dtype)  # tensor-core operands; the products accumulate in float32
         if grad_hidden is not None and narrow.dtype == wide:
             grad_hidden.addmm_(narrow, weight[part])
         elif grad_hidden is not None:
@@ -71,7 +70,7 @@ def linear_cross_entropy_backward(
 
 
 def _parts(hidden: Tensor, vocabulary: int, wide: torch.dtype) -> Iterator[slice]:
-    """Equal parts of the vocabulary, as large as may be."""
+    """Equal chunks of the vocabulary, as large as the limits allow."""
     size = CPU_CHUNK_BYTES if hidden.is_cpu else CHUNK_BYTES
     most = max(size // max(len(hidden) * wide.itemsize, 1), LEAST_COLUMNS)
     size = -(-vocabulary // -(-vocabulary // most))
@@ -79,7 +78,7 @@ def _parts(hidden: Tensor, vocabulary: int, wide: torch.dtype) -> Iterator[slice
 
 
 def _place(target: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-    """Whether each row's target is in this part, and its column there (any column where it is not): both [rows, 1]."""
+    """Whether each row's target is in this chunk, and its column there (arbitrary if it is not): both [rows, 1]."""
     column = target.long()[:, None] - part.start
     inside = (column >= 0) & (column < part.stop - part.start)
     return inside, column.clamp_(0, part.stop - part.start - 1)

@@ -23,7 +23,7 @@ def linear_cross_entropy_backward(
     denominator: Tensor,
     needed: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias (None where not needed), from that of the losses [rows]."""
+    """Gradients of hidden, weight and bias from `grad` [rows], that of the losses; None where not needed."""
     share = logit_gradient(grad, wide_logits(hidden, weight, bias), target, denominator)
     wide = share.dtype
     return (
@@ -34,7 +34,7 @@ def linear_cross_entropy_backward(
 
 
 def wide_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[rows, vocabulary] in float32 or wider, from products in the operands' own dtype as a model's head makes them."""
+    """Logits [rows, vocabulary] in float32 or wider, from a product in the operands' dtype as in a model's head."""
     logits = F.linear(hidden, weight, bias)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

@@ -1,4 +1,4 @@
-"""mix_rows: pooling by a table: average, max and bilinear pooling as one plan-driven op."""
+"""mix_rows: average, max and bilinear pooling as one op, driven by a table of row indices and weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ backend.register("mix_rows", "triton", "CUDA")
 
 
 class InversePooling(NamedTuple):
-    """Which entries of the table read each row (CSR), for gradients in a fixed order: int32 columns of the plan.
+    """Which table entries read each row (CSR), for gradients in a fixed order: int32 columns of the plan.
 
-    order [pooled * K]: numbers m * K + k, by rising row; start [n + 1]: where each row's begin, then the end.
+    order [pooled * K]: entry numbers m * K + k, sorted by the row they read; start [n + 1]: offsets of each row's
+    entries in `order`.
     """
 
     order: Tensor
@@ -26,13 +27,13 @@ class InversePooling(NamedTuple):
 def mix_rows(
     rows: Tensor, index: Tensor, weight: Tensor, reduce: str = "sum", inverse: InversePooling | None = None
 ) -> Tensor:
-    """Weighted sums (or maxima) of rows.
+    """Weighted sums or maxima of rows: out[m] = sum or max over k of weight[m, k] * rows[index[m, k]].
 
-    rows [n, width]; index int [pooled, K] into rows; weight float32 [pooled, K], unused by reduce "max".
-    inverse: the inverse table, for gradients; the Triton backward needs it.
-    Returns [pooled, width] in rows' dtype, accumulated in float32. Gradients flow only to rows; that of a maximum goes
-    to the first of equal rows. FLOPs 2*pooled*K*width; minimum bytes: each row read once, each pooled row written once.
-    Raises ValueError for an unknown `reduce` or for tables that do not match.
+    rows [n, width]; index int [pooled, K] into rows; weight float32 [pooled, K], not applied if reduce is "max".
+    inverse: the inverse table, for gradients; the Triton backward requires it.
+    Returns [pooled, width] in rows' dtype, accumulated in float32. Only rows has a gradient; that of a maximum goes to
+    the first of equal rows. FLOPs: 2*pooled*K*width; minimum bytes: each row read once, each pooled row written once.
+    Raises ValueError for an unknown `reduce` and for mismatched tables.
     """
     if reduce not in ("sum", "max"):
         raise ValueError(f"reduce must be 'sum' or 'max', got {reduce!r}")
@@ -57,7 +58,7 @@ def _run(rows: Tensor, index: Tensor, weight: Tensor, reduce: str, inverse: list
 def _run_backward(
     grad: Tensor, rows: Tensor, index: Tensor, weight: Tensor, reduce: str, source_rows: int, inverse: list[Tensor]
 ) -> Tensor:
-    unfit = triton_support.unfit(grad) or (None if inverse else "no `inverse` was given, so its entries are not sorted")
+    unfit = triton_support.unfit(grad) or (None if inverse else "no `inverse` was given")
     if backend.choose("mix_rows", grad.device.type, {"triton": unfit}) == "triton":
         from llava_fast.ops.mix_rows import triton_kernels
 

@@ -17,7 +17,7 @@ def mix_rows(rows: Tensor, index: Tensor, weight: Tensor, reduce: str) -> Tensor
 def mix_rows_backward(
     grad: Tensor, rows: Tensor, index: Tensor, weight: Tensor, reduce: str, source_rows: int
 ) -> Tensor:
-    """Gradient of the rows [source_rows, width]; a maximum's goes to the first of equal rows, as max pooling's does."""
+    """Gradient of the rows [source_rows, width]; a maximum's goes to the first of equal rows, as in max pooling."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     if reduce == "max":
         shares = (first_maximum(rows[index.long()])[:, None] == _number(index)[None, :, None]).to(wide)
@@ -29,7 +29,7 @@ def mix_rows_backward(
 
 
 def first_maximum(picked: Tensor) -> Tensor:
-    """int64 [pooled, width]: which of [pooled, K, width] is largest, the first of equals."""
+    """int64 [pooled, width]: index along K of the first maximum of [pooled, K, width]."""
     best, number = picked[:, 0], torch.zeros_like(picked[:, 0], dtype=torch.int64)
     for k in range(1, picked.shape[1]):
         better = picked[:, k] > best

@@ -1,6 +1,6 @@
-"""mix_rows in Triton: one program makes one row (or a part of a wide one); gradients by the inverse table, no atomics.
+"""mix_rows in Triton: one program computes one row, or part of a wide one; gradients by the inverse table, no atomics.
 
-Bytes: forward reads each tap's row and writes each mixed row; neighbours' taps mostly come from the cache.
+Bytes: forward reads the row of each table entry and writes each pooled row; overlapping windows mostly hit the cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llava_fast.ops.triton_support import Specimen
 def mix_kernel(
     rows_ptr, index_ptr, weight_ptr, out_ptr, width, TAPS: tl.constexpr, MAXIMUM: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """out[m] = sum over taps of weight[m, tap] * rows[index[m, tap]], in float32; or the largest of them."""
+    """out[m] = sum over taps of weight[m, tap] * rows[index[m, tap]] in float32, or the maximum of these rows."""
     mixed = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -47,7 +47,7 @@ def mix_backward_kernel(
     MAXIMUM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[r] = the sum over the taps that took row r, in the order of `use`, of their share of the gradient."""
+    """out[r] = the sum of the gradients of the table entries that read row r, in the order of the inverse table."""
     at = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -86,7 +86,7 @@ def mix_rows(rows: Tensor, index: Tensor, weight: Tensor, reduce: str) -> Tensor
 def mix_rows_backward(
     grad: Tensor, rows: Tensor, index: Tensor, weight: Tensor, reduce: str, order: Tensor, start: Tensor
 ) -> Tensor:
-    """[len(start) - 1, width]: `order` holds the numbers of the taps (m * taps + tap) sorted by the row they take."""
+    """[len(start) - 1, width]: `order` holds entry numbers (m * taps + tap) sorted by the row they read."""
     count, width = len(start) - 1, grad.shape[1]
     out = torch.empty(count, width, dtype=grad.dtype, device=grad.device)
     if out.numel():
@@ -98,7 +98,7 @@ def mix_rows_backward(
 
 
 def specimens() -> list[Specimen]:
-    """How each kernel is compiled for real use: four taps (2x2 pooling, bilinear), sums and maxima."""
+    """How each kernel is compiled: four taps (2x2 pooling, bilinear), sums and maxima."""
     found = []
     for dtype in ("bf16", "fp16", "fp32"):
         for maximum in (False, True):

@@ -1,7 +1,7 @@
-"""paged_attention: one decoding step's attention, from unrotated queries, keys and values to attended rows.
+"""paged_attention: the attention of one decoding step, RoPE and cache update included.
 
-One new row a sequence: its query and key are rotated, its key and value are stored in the paged cache, and the query
-attends to all rows the sequence has. For inference only: it writes the cache, and no gradient flows through it.
+For one new row per sequence: rotate its query and key, store its key and value in the paged cache, attend to all rows
+of the sequence. For inference only: it writes the cache and has no gradient.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ def paged_attention(
     layer: int,
     window: int | None = None,
 ) -> Tensor:
-    """Attended rows [n, H*D] of one new row for each of n sequences, in query's dtype.
+    """Attention outputs [n, H*D] of one new row for each of n sequences, in query's dtype.
 
-    query         [n, H, D]; key, value [n, K, D], before their rotation. H is a multiple of K.
+    query         [n, H, D]; key, value [n, K, D], before RoPE. H is a multiple of K.
     cos, sin      [n, D] or [n, 1, D]: rotary tables of the rows' positions, halves paired; sin's first half is negated.
     segments      the cache's memory, [layers, 2, K, blocks, block rows, D] each, contiguous, in query's dtype.
     addresses     int64 [blocks, 2] on the same device: for each block of all segments, the address of its first key of
                   layer 0 and head 0, and the number of blocks of its segment (`block_addresses` makes them).
     table         int32 [n, width]: each sequence's blocks, first to last. Entries beyond its rows are not read.
-    before        int32 [n]: rows cached already. The new row is stored behind them; its block is in the table. -1: no
-                  sequence (a bucket's filler); nothing is stored and its result is 0.
-    layer         whose keys and values are stored and read. window: how many rows the new one sees, itself included.
+    before        int32 [n]: rows already cached. The new row is stored after them, in a block of the table. -1 marks a
+                  padding sequence: nothing is stored and its result is 0.
+    layer         index of the layer in the cache. window: how many rows the new row attends to, itself included.
     The softmax is in float32 (float64 for float64). FLOPs: 4*rows*H*D. Minimum bytes: the layer's cached rows, once.
-    Nothing is read back to the host by the Triton form, so a CUDA graph may hold the call.
-    Raises ValueError for tensors that do not fit together.
+    The Triton backend does not synchronise with the host, so a CUDA graph can capture the call.
+    Raises ValueError for mismatched tensors.
     """
     cos, sin = (t.squeeze(1) if t.dim() == 3 else t for t in (cos, sin))
     _check(query, key, value, cos, sin, segments, addresses, table, before, layer)

@@ -1,5 +1,5 @@
-"""Attention of one new row a sequence over a paged cache, in plain PyTorch: the specification of
-`llava_fast.ops.paged_attention`. Reads the number of fillers back from the device."""
+"""Attention of one new row per sequence over a paged cache, in plain PyTorch: the specification of
+`llava_fast.ops.paged_attention`. It synchronises with the device to count the padding sequences."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def paged_attention(
 
 
 def _local(block: Tensor, start: int, segment: Tensor) -> tuple[Tensor, Tensor]:
-    """Block numbers within a segment that begins at block `start`, and which of them lie in it (the others are 0)."""
+    """Block numbers relative to a segment that begins at block `start` (0 if outside it), and which are inside."""
     local = block.long() - start
     inside = (local >= 0) & (local < segment.shape[3])
     return local.where(inside, 0), inside

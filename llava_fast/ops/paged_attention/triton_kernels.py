@@ -1,8 +1,8 @@
-"""Decoding attention over a paged cache in Triton: three kernels, none of which reads anything back.
+"""Decoding attention over a paged cache in Triton: three kernels, without host synchronisation.
 
-append_kernel rotates the new rows' queries and keys and stores keys and values in their blocks. split_kernel gives each
-program a share of one sequence's rows for one key head and all query heads that share it (split-KV; Dao et al. 2023,
-Flash-Decoding); combine_kernel joins the shares. Blocks are found by their addresses, so the cache may lie in several
+append_kernel rotates the new rows' queries and keys and stores keys and values in their blocks. In split_kernel each
+program attends to a split of one sequence's rows for one key head and all its query heads (split-KV; Dao et al. 2023,
+Flash-Decoding); combine_kernel combines the splits. Kernels read blocks by address, so the cache may consist of several
 allocations. Products accumulate in float32.
 """
 
@@ -24,7 +24,7 @@ MAX_SPLITS = 32
 
 @triton.jit
 def _place(table_ptr, address_ptr, row, inside, layer, head, heads, like_ptr, size, ROWS: tl.constexpr):
-    """Where a sequence's rows lie in `layer` and `head`: a pointer, and the offsets from it of keys and of values."""
+    """Addresses of a sequence's rows in `layer` and `head`: a pointer, and the offsets of keys and values from it."""
     block = tl.load(table_ptr + row // ROWS, mask=inside, other=0)
     address = tl.load(address_ptr + 2 * block, mask=inside, other=0)
     head_step = tl.load(address_ptr + 2 * block + 1, mask=inside, other=0) * (ROWS * size)
@@ -55,7 +55,7 @@ def append_kernel(
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program rotates HEADS heads of one row's queries, or rotates and stores HEADS of its keys and values."""
+    """One program rotates HEADS heads of one row's query, or rotates and stores HEADS heads of its key and value."""
     sequence = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     half = size // 2
@@ -117,8 +117,8 @@ def split_kernel(
     ALIGNED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """scale: of the scores, in powers of two. `group` query heads share a key head, padded to GROUP rows. part: the
-    share's weighted sum of values [n, H, splits, D]; stat: largest score and sum of weights [n, H, splits, 2]."""
+    """scale: factor of the scores, for exp2. `group` query heads share a key head, padded to GROUP rows. part: the
+    split's weighted sum of values [n, H, splits, D]; stat: largest score and sum of weights [n, H, splits, 2]."""
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     split = tl.program_id(2)
@@ -150,7 +150,7 @@ def split_kernel(
         base, to_key, to_value = _place(
             table_ptr + sequence * table_row, address_ptr, row, inside, layer, head, heads, query_ptr, size, ROWS
         )
-        # A hint is lost where a function gives its value back, so it stands here.
+        # Here, because a hint on a value that a function returns is lost.
         key_pointer = tl.multiple_of(base + to_key, ALIGNED)
         value_pointer = tl.multiple_of(base + to_value, ALIGNED)
         wanted = inside[:, None] & (column < size)[None, :]
@@ -175,14 +175,14 @@ def split_kernel(
 
 @triton.jit
 def combine_kernel(part_ptr, stat_ptr, out_ptr, size, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A program joins the shares of one query head of one sequence. No rows at all (a filler) give 0."""
+    """One program combines the splits of one query head of one sequence. The result of a padding sequence is 0."""
     place = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
     column = tl.arange(0, BLOCK_D)
     inside = column < size
     largest = tl.load(stat_ptr + 2 * (place * SPLITS + split))
     total = tl.load(stat_ptr + 2 * (place * SPLITS + split) + 1)
-    peak = tl.maximum(tl.max(largest, 0), -1e30)  # finite where there are no rows at all
+    peak = tl.maximum(tl.max(largest, 0), -1e30)  # finite even without rows
     weight = tl.exp2(largest - peak)
     pointer = part_ptr + (place * SPLITS + split)[:, None] * size + column[None, :]
     parts = tl.load(pointer, mask=inside[None, :], other=0.0)
@@ -196,8 +196,8 @@ def _entry(query: Tensor) -> str:
 
 
 def splits(programs: int, device: torch.device) -> int:
-    """Into how many shares a sequence's rows go, a power of two: so that twice as many programs run as the GPU has
-    multiprocessors. It does not depend on the rows, which a CUDA graph does not know."""
+    """The number of splits of a sequence's rows, a power of two that gives about two programs per multiprocessor. It
+    does not depend on the number of rows, which is not fixed in a CUDA graph."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     return min(triton.next_power_of_2(triton.cdiv(2 * processors, programs)), MAX_SPLITS)
 
@@ -261,8 +261,8 @@ def paged_attention(
 
 
 def specimens() -> list[Specimen]:
-    """How the kernels compile for real use: 7B decoders (heads of 128), 32 to 32 heads, 8 to 32 and 4 to 28 (Qwen2),
-    and heads of 64 (Qwen2 0.5B); blocks of 32 rows."""
+    """How the kernels compile for 7B decoders (head size 128; 32 key heads for 32 query heads, 8 for 32, Qwen2's 4 for
+    28) and head size 64 (Qwen2 0.5B); blocks of 32 rows."""
     found = []
     for dtype in ("bf16", "fp16", "fp32"):
         pointers = {"table_ptr": "*i32", "before_ptr": "*i32", "address_ptr": "*i64", "part_ptr": "*fp32"}

@@ -1,4 +1,4 @@
-"""patch_embed: uint8 tiles to ViT rows, with pixel normalisation folded into the weight."""
+"""patch_embed: uint8 tiles to a ViT's input rows, with the pixel normalisation folded into the weight."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ def patch_embed(
 ) -> Tensor:
     """Patch embeddings with class row and position embedding.
 
-    tiles      uint8 [tiles, 3, H, W], pixels as they are; or uint8 [tiles, patches, row bytes], the same cut into
-               patches, each row being one patch in (channel, y, x) order and then padding to a multiple of 16; or
-               floating [tiles, 3, H, W], already normalised.
+    tiles      uint8 [tiles, 3, H, W] raw pixels; or uint8 [tiles, patches, row bytes], the same pixels as one row per
+               patch in (channel, y, x) order, padded to a multiple of 16; or floating [tiles, 3, H, W], already
+               normalised.
     weight     [width, 3, P, P], the convolution's weight. bias [width] or None.
-    position   [rows, width] with rows = (H//P)*(W//P), plus one first where `class_row` [width] is given.
-    mean, std  [3], of pixels in 0..1; they get no gradient.
-    count      int32 [1] on the tiles' device: only the first count[0] tiles are there, and the others, which fill a
-               graph's bucket up, have rows of zeros and no part in any gradient. None: all are.
-    Returns [tiles, rows, width] in the weight's dtype. FLOPs 2*tiles*patches*3*P*P*width; minimum bytes: the
-    tiles, the weight and the rows, once each. The weight's gradient takes as many FLOPs again, and at least the
-    bytes of the rows' gradient and the tiles. Gradients are summed in float32 in a fixed order.
+    position   [rows, width] with rows = (H//P)*(W//P), plus one for the class row, first, if `class_row` is given.
+    class_row  [width] or None.
+    mean, std  [3], of pixels scaled to 0..1; no gradient.
+    count      int32 [1] on the tiles' device: tiles from index count[0] on are padding of a CUDA graph's bucket. Their
+               output rows are zeros and they do not contribute to gradients. None: no padding.
+    Returns [tiles, rows, width] in the weight's dtype. FLOPs: 2*tiles*patches*3*P*P*width; minimum bytes: the tiles,
+    the weight and the rows, once each. The weight's gradient takes as many FLOPs again, and at least the bytes of the
+    rows' gradient and the tiles. Gradients are summed in float32 in a fixed order.
 
-    Raises ValueError for shapes that do not fit. Source: Dosovitskiy et al. 2021 (ViT), the fold is ours.
+    Raises ValueError for mismatched shapes. Source: Dosovitskiy et al. 2021 (ViT); folding the normalisation is ours.
     """
     if weight.dim() != 4 or weight.shape[1] != 3 or weight.shape[2] != weight.shape[3]:
         raise ValueError(f"weight must be [width, 3, P, P], got {tuple(weight.shape)}")
@@ -92,7 +93,7 @@ def _run(
 
 def _unfit(tiles: Tensor | None, grad_or_weight: Tensor) -> str | None:
     if tiles is not None and tiles.dtype != torch.uint8:
-        return f"the tiles are {tiles.dtype}, and it takes uint8 pixels"
+        return f"it takes uint8 pixels, and the tiles are {tiles.dtype}"
     return None if grad_or_weight.is_floating_point() else f"the weight is {grad_or_weight.dtype}"
 
 
@@ -113,7 +114,7 @@ def _run_backward(
     needed: list[bool],
 ) -> tuple[Tensor, ...]:
     unfit = triton_support.unfit(grad, tiles) or _unfit(tiles, grad)
-    unfit = unfit or ("a gradient of the tiles is wanted" if needed[0] else None)
+    unfit = unfit or ("it does not compute the gradient of the tiles" if needed[0] else None)
     if backend.choose("patch_embed", grad.device.type, {"triton": unfit}) == "triton":
         from llava_fast.ops.patch_embed import triton_kernels
 
@@ -143,7 +144,7 @@ def _backward(ctx, grad: Tensor):
     tiles, weight, mean, std, count = ctx.saved_tensors
     if count is not None:
         grad = reference.first_tiles(grad, count)
-        if tiles is not None and tiles.is_floating_point():  # padding may hold NaN, and zero times that is no zero
+        if tiles is not None and tiles.is_floating_point():  # padding may hold NaN, and 0 * NaN is NaN
             tiles = reference.first_tiles(tiles, count)
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5, 6)]
     found = _patch_embed_backward(grad, tiles, weight, mean, std, list(ctx.shape), ctx.patch, ctx.class_rows, needed)

@@ -1,7 +1,7 @@
-"""uint8 tiles to patch embeddings with the normalisation folded into the weight: the specification.
+"""uint8 tiles to patch embeddings in plain PyTorch: the specification of `llava_fast.ops.patch_embed`.
 
-A ViT sees ((pixel / 255) - mean) / std through a strided convolution, which is a GEMM over flattened patches. The
-affine normalisation is folded: with x' = pixel - 128 (exact in bfloat16), weight' = weight / (255 std) and
+A ViT applies a strided convolution, that is a GEMM over flattened patches, to ((pixel / 255) - mean) / std. This affine
+normalisation is folded into the weight: with x' = pixel - 128 (exact in bfloat16), weight' = weight / (255 std) and
 bias' = bias + sum(weight (128/255 - mean) / std). Products and bias are summed in float32 and rounded once.
 """
 
@@ -17,7 +17,7 @@ CENTRE = 128.0
 def fold_normalisation(weight: Tensor, bias: Tensor | None, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     """(weight', bias') for centred pixels. weight [width, 3, P, P] -> [width, 3*P*P] in its dtype; bias' float32.
 
-    The bias is taken from the rounded weight', so that a uniform image still maps where it should in bfloat16.
+    bias' is computed from the rounded weight', so that an image of the mean colour maps to the bias in bfloat16 too.
     """
     wide = _wide(weight.dtype)
     folded = (weight.to(wide) / (255.0 * std.to(wide)[:, None, None])).to(weight.dtype)
@@ -27,7 +27,7 @@ def fold_normalisation(weight: Tensor, bias: Tensor | None, mean: Tensor, std: T
 
 
 def fold_gradient(folded_grad: Tensor, offset_grad: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """The weight's gradient from those of weight' [width, 3, P, P] and bias' [width], rounding taken as the identity.
+    """The weight's gradient from those of weight' [width, 3, P, P] and bias' [width]; rounding counts as the identity.
 
     weight' = weight / (255 std) and bias' = bias + sum(weight' (128 - 255 mean)), so
     d weight = (d weight' + d bias' (128 - 255 mean)) / (255 std).
@@ -40,7 +40,8 @@ def fold_gradient(folded_grad: Tensor, offset_grad: Tensor, mean: Tensor, std: T
 def patch_rows(tiles: Tensor, patch: int) -> Tensor:
     """Tiles to patch rows [tiles, patches, 3*P*P] in (channel, y, x) order.
 
-    Planar tiles [tiles, 3, H, W] have (H//P)*(W//P) patches; [tiles, patches, row bytes] are rows already, padded.
+    Planar tiles [tiles, 3, H, W] have (H//P)*(W//P) patches. Of patch rows [tiles, patches, row bytes] only the padding
+    is removed.
     """
     if tiles.dim() == 3:
         return tiles[..., : 3 * patch * patch]
@@ -61,7 +62,7 @@ def patch_embed(
     std: Tensor,
     count: Tensor | None,
 ) -> Tensor:
-    """Rows of the ViT: [tiles, (1 +) patches, width]. See `llava_fast.ops.patch_embed` for the arguments."""
+    """The ViT's input rows [tiles, (1 +) patches, width]. See `llava_fast.ops.patch_embed` for the arguments."""
     patch = weight.shape[-1]
     if tiles.dtype == torch.uint8:
         folded, offset = fold_normalisation(weight, bias, mean, std)
@@ -76,7 +77,7 @@ def patch_embed(
 
 
 def first_tiles(rows: Tensor, count: Tensor) -> Tensor:
-    """rows [tiles, ..] with zeros in place of those of the tiles from count[0] on."""
+    """rows [tiles, ..] with zeros for tiles from index count[0] on."""
     is_first = torch.arange(len(rows), device=rows.device) < count
     return torch.where(is_first.view(-1, *[1] * (rows.dim() - 1)), rows, 0.0)
 
@@ -94,8 +95,8 @@ def patch_embed_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of tiles, weight, position, bias and class_row, summed in float32; None where not needed.
 
-    grad [tiles, rows, width], of which the first `class_rows` (0 or 1) rows of a tile are class rows; shape is the
-    tiles' shape. tiles is wanted only for the weight's gradient, weight only for that of (float) tiles.
+    grad [tiles, rows, width], where the first `class_rows` (0 or 1) rows of a tile are class rows; shape: the tiles'.
+    tiles is read only for the weight's gradient, weight only for the gradient of floating tiles.
     """
     wide = grad.to(_wide(grad.dtype))
     patches = wide[:, class_rows:]
@@ -120,7 +121,7 @@ def patch_embed_backward(
 
 
 def _unpatch(rows: Tensor, shape: tuple[int, ...], patch: int) -> Tensor:
-    """patch_rows the other way round: pixels beyond the last whole patch are 0."""
+    """The inverse of patch_rows; pixels after the last whole patch are 0."""
     height, width = shape[2] // patch, shape[3] // patch
     blocks = rows.reshape(shape[0], height, width, 3, patch, patch).permute(0, 3, 1, 4, 2, 5)
     whole = blocks.reshape(shape[0], 3, height * patch, width * patch)

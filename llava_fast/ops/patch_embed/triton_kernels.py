@@ -1,8 +1,8 @@
-"""patch_embed in Triton: one GEMM over patches, read from planar tiles (implicitly cut) or from aligned patch rows.
+"""patch_embed in Triton: one GEMM over patches, read from planar tiles (implicit im2col) or from aligned patch rows.
 
-An output row of a tile is a row of the GEMM, the class row too (its pixels count as 0). The folded weight is padded
-to a multiple of 16 columns, so that its rows are aligned; the padding is 0. Backward: the sum of the rows' gradient
-over tiles gives position, class row and bias; the weight's is a GEMM in parts of the rows, added in a fixed order.
+Every output row is a row of the GEMM, class rows too (with pixels of 0). The folded weight is zero-padded to a multiple
+of 16 columns, so that its rows are aligned. Backward: the rows' gradient, summed over tiles, gives the gradients of
+position, class row and bias; that of the weight is a GEMM over splits of the rows, added in a fixed order.
 
 FLOPs: 2*tiles*rows*3*P*P*width each way. Bytes: forward reads tiles and weight and writes the rows once each (plus
 what the caches miss); backward reads the rows' gradient twice and the tiles once, and writes and reads the float32
@@ -42,7 +42,7 @@ def centred_pixels(
 ):
     """[row, k] of pixel - 128 in float32; 0 for class rows, rows from `end` on, and padding.
 
-    row = first + 0..: rows of all tiles, `rows` a tile. Offsets are 32-bit from the tile of `first`.
+    row = first + 0..: index over the rows of all tiles, `rows` each. Offsets from the tile of `first` are 32-bit.
     """
     area: tl.constexpr = PATCH * PATCH
     padded: tl.constexpr = (3 * PATCH * PATCH + 15) // 16 * 16
@@ -89,8 +89,8 @@ def patch_embed_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[r] = round(pixels[r] @ weight.T + offset) + position[r % rows]; class_row in place of the product. With
-    count_ptr the rows of tiles from count on are zeros, and nothing is multiplied for them."""
+    """out[r] = round(pixels[r] @ weight.T + offset) + position[r % rows], with class_row instead of the product for
+    class rows. With count_ptr, rows of tiles from count on are set to zero without computing the product."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     padded: tl.constexpr = (3 * PATCH * PATCH + 15) // 16 * 16
     blocks = tl.cdiv(channels, BLOCK_N)
@@ -273,7 +273,7 @@ def patch_embed_backward(
             found[1] = weight_gradient(grad, tiles, offset, mean, std, patch, class_rows)
         found[3] = offset.to(grad.dtype) if of_bias else None
     if of_class_row:
-        found[4] = by_row[0].to(grad.dtype, copy=True)  # a copy: an op's outputs share no memory
+        found[4] = by_row[0].to(grad.dtype, copy=True)  # a copy: outputs of an op must not share memory
     if of_position:
         found[2] = by_row.to(grad.dtype)
     return tuple(found)
@@ -323,15 +323,15 @@ def weight_gradient(
 
 
 def _strides(shape: torch.Size, patch: int) -> tuple[int, int, int, int]:
-    """(patches side by side, height, width, bytes of a patch row) of tiles, 1 where their form has no use for it."""
+    """(patches per row of patches, height, width, bytes of a patch row) of tiles; 1 where their layout has none."""
     if len(shape) == 3:
         return 1, 1, 1, shape[2]
     return max(shape[3] // patch, 1), shape[2], shape[3], 1
 
 
 def _entry(kernel: str, is_float32: bool, patch_rows: bool) -> str:
-    """The name of a kernel's launch configurations: float32, multiplied without the matrix units, has its own, and
-    so have patch rows, which are read in whole vectors."""
+    """The name of a kernel's launch configurations: separate for float32, which does not use tensor cores, and for
+    patch rows, which are read in aligned vectors."""
     return f"{kernel}_fp32" if is_float32 else f"{kernel}_rows" if patch_rows else kernel
 
 
@@ -339,10 +339,10 @@ INTEGERS = dict.fromkeys(("total", "rows", "columns", "height", "width", "row_by
 
 
 def specimens() -> list[Specimen]:
-    """How each kernel is compiled for real use, for the compile check."""
+    """How each kernel is compiled, for the compile check."""
     found = []
     for name in ("bf16", "fp16", "fp32"):
-        # CLIP ViT-L/14 has a class row, SigLIP none; a weight of P = 16 fills its rows, one of 14 is padded.
+        # CLIP ViT-L/14 has a class row, SigLIP none; weight rows need padding for P = 14 but not for P = 16.
         for patch, class_rows, patch_rows in ((14, 1, False), (14, 1, True), (14, 0, False), (16, 0, True)):
             found += [
                 _forward_specimen(name, patch, class_rows, patch_rows),
@@ -354,7 +354,7 @@ def specimens() -> list[Specimen]:
         fold = pointers | {"channels": "i32", "parts": "i32"}
         found.append(Specimen("patch_embed", fold_gradient_kernel, fold, {"PATCH": 14}, name, aligned=(*pointers,)))
         found += sums.sum_specimens("patch_embed", name)[:1]
-    return [*found, sums.shares_specimen("patch_embed", "fp32")]  # whatever the rows' dtype, their sum is float32
+    return [*found, sums.shares_specimen("patch_embed", "fp32")]  # sums are float32 for rows of any dtype
 
 
 def _forward_specimen(dtype: str, patch: int, class_rows: int, patch_rows: bool, counted: bool = False) -> Specimen:

@@ -36,13 +36,13 @@ def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = N
     """x @ dequantise(weight).T + bias.
 
     x [.., in] floating; bias [out] in x's dtype, or None. Returns [.., out] in x's dtype. Gradients flow to x and bias;
-    the weight has none. The backward pass keeps the quantised weight, not x. Under autocast it runs in that dtype, as
-    nn.Linear does.
-    The reference multiplies in x's dtype, on a CPU in float32 for bfloat16 and float16. The native form, where
-    no gradient is needed, rounds x to 8 bits (see native).
-    Of n rows: 2 * n * in * out FLOPs forward, and as many for x's gradient. Minimum bytes: codes, scales, x and output
+    the weight has none. The quantised weight is saved for the backward pass, x is not. Under autocast it runs in
+    autocast's dtype, as nn.Linear does.
+    The reference multiplies in x's dtype, but in float32 for bfloat16 and float16 on a CPU. The native backend, only
+    for calls without gradients, rounds x to 8 bits (see native.py).
+    FLOPs for n rows: 2 * n * in * out forward, and as many for x's gradient. Minimum bytes: codes, scales, x and output
     once.
-    Raises ValueError for shapes that do not fit.
+    Raises ValueError for mismatched shapes.
     """
     return quantised_product(x, weight.codes, weight.scale, weight.zero, bias)
 
@@ -56,9 +56,9 @@ def quantised_product(
     *,
     exact_inputs: bool = False,
 ) -> Tensor:
-    """`quantised_linear` over the tensors of a QuantisedWeight, which must have been checked when it was made.
+    """`quantised_linear` with the tensors of a QuantisedWeight, which are not validated again.
 
-    exact_inputs: use no form that rounds x, also where no gradient is needed.
+    exact_inputs: use no backend that rounds x, even if no gradient is needed.
     """
     out, stored = codes.shape
     columns = stored if codes.dtype == torch.int8 else 2 * stored
@@ -77,7 +77,7 @@ def quantised_product(
 
 
 def _run(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, exact: bool) -> Tensor:
-    unfit = "it rounds its inputs and gives no gradients" if exact else native.unfit(x)
+    unfit = "it rounds its inputs and has no gradients" if exact else native.unfit(x)
     weight = QuantisedWeight.unchecked(codes, scale, zero)
     if backend.choose("quantised_linear", x.device.type, {"native": unfit}) == "native":
         return native.quantised_linear(x, weight, bias)

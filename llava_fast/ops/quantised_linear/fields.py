@@ -1,4 +1,4 @@
-"""A linear layer as csrc/decode takes it."""
+"""A linear layer as the integers that csrc/decode reads."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  #
 
 
 def fields_of(weight: Tensor | QuantisedWeight, bias: Tensor | None) -> list[int]:
-    """Kind, then addresses of weight, scale and zero point, group, address of the bias; 0 for what there is not. The
-    tensors must be contiguous and on the CPU. Another dtype's kind is -1."""
+    """[kind, address of the weight, of the scale, of the zero point, group size, address of the bias]; 0 for what is
+    absent. The tensors must be contiguous and on the CPU. The kind of an unsupported dtype is -1."""
     of_bias = 0 if bias is None else bias.data_ptr()
     if isinstance(weight, Tensor):
         return [_KINDS.get(weight.dtype, -1), weight.data_ptr(), 0, 0, 0, of_bias]

@@ -1,4 +1,4 @@
-"""Where weights lie in memory."""
+"""Huge pages for weights."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import llava_fast._C as _C
 
 
 def in_huge_pages(tensor: Tensor) -> Tensor:
-    """The tensor, which must not have been written yet: on a CPU in pages of 2 MiB, where the system gives them.
-    A weight is read up to a third faster from those."""
+    """Back a CPU tensor with pages of 2 MiB, if the system provides them, and return it. Reading a weight is up to a
+    third faster that way. Call it before the tensor is first written."""
     if tensor.is_cpu:
         _C.prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor

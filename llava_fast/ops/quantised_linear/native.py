@@ -1,8 +1,8 @@
-"""Products with quantised weights by csrc/decode, on up to torch.get_num_threads() threads.
+"""Matrix products with quantised weights by csrc/decode, on up to torch.get_num_threads() threads.
 
-x is rounded to 8 bits, a scale to each 32 elements; products are summed exactly within such a group, and the groups in
-float32. Above MAX_ROWS rows, where weights are laid out anew for all rows, x has a scale for each group of the weight,
-or for 128 elements where a row of the weight has one scale. Each instruction set gives the same bits.
+x is rounded to 8 bits with one scale per 32 elements. Products are summed exactly within such a group, and the groups
+in float32. Above MAX_ROWS rows the weight is repacked once per call, and x has one scale per group of the weight, or
+per 128 elements if a row of the weight has a single scale. All instruction sets give the same bits.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import llava_fast._C as _C
 from llava_fast.ops.quantised_linear.fields import fields_of
 from llava_fast.ops.quantised_linear.weight import QuantisedWeight
 
-MAX_ROWS = 32  # above this, a matrix product is the faster
+MAX_ROWS = 32  # above this a blocked matrix product is faster
 
 
 def unfit(x: Tensor) -> str | None:
-    """Why the native backend cannot take x, or None."""
+    """Why the native backend does not support x; None if it does."""
     rows = x.shape[:-1].numel()
     if not x.is_cpu:
-        return f"it takes tensors on the CPU, and x is on {x.device}"
+        return f"it takes tensors on the CPU, x is on {x.device}"
     if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"it takes float32 and bfloat16, and x is {x.dtype}"
+        return f"it takes float32 and bfloat16, x is {x.dtype}"
     if rows > MAX_ROWS and not _C.fast_product():
-        return f"it takes more than {MAX_ROWS} rows only with AVX-512 VNNI, and x has {rows}"
+        return f"it takes more than {MAX_ROWS} rows only with AVX-512 VNNI, x has {rows}"
     return None
 
 
@@ -37,8 +37,8 @@ def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) ->
 
 
 def few_rows(x: Tensor, weight: Tensor | QuantisedWeight, bias: Tensor | None) -> Tensor:
-    """The same for up to MAX_ROWS rows; also for a weight [out, in] in float32 or bfloat16, contiguous, whose products
-    take x as it is."""
+    """`quantised_linear` for up to MAX_ROWS rows. The weight may also be a contiguous [out, in] in float32 or bfloat16;
+    x is then not rounded."""
     return _applied(_C.linear, x, weight, bias)
 
 

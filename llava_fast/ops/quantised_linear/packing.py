@@ -1,13 +1,12 @@
-"""A quantised weight in the names and forms of compressed-tensors' format "pack-quantized", which transformers and vLLM
-read.
+"""Quantised weights in compressed-tensors' format "pack-quantized", which transformers and vLLM read.
 
-weight_packed      int32 [out, words]: codes from bit 0 up, 8-bit ones as 128 + code.
+weight_packed      int32 [out, words]: codes from the lowest bit up, 8-bit codes stored as code + 128.
 weight_scale       [out, groups].
-weight_zero_point  int32 [words, groups], packed down the rows; absent where it is symmetric.
+weight_zero_point  int32 [words, groups], packed along the rows; absent if symmetric.
 weight_shape       int64 (out, in).
 
-Source: vllm-project/compressed-tensors 0.20 (compressors/pack_quantized). Words are little-endian, as this package's
-other code takes for granted.
+Source: vllm-project/compressed-tensors 0.20 (compressors/pack_quantized). Words are little-endian, which the rest of
+this package assumes too.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ NAMES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
 def packed(weight: QuantisedWeight, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """A weight by NAMES. Scales are in `dtype` if that holds them exactly, else in float32."""
+    """A weight as a dict with keys NAMES. Scales are in `dtype` if it represents them exactly, else in float32."""
     words = _words(weight.codes if weight.scheme == "int4" else weight.codes.view(torch.uint8) ^ 128)
     scale = weight.scale.to(dtype)
     exact = scale.is_meta or torch.equal(scale.to(weight.scale.dtype), weight.scale)
@@ -41,8 +40,8 @@ def packed(weight: QuantisedWeight, dtype: torch.dtype = torch.bfloat16) -> dict
 
 
 def unpacked(stored: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantisedWeight:
-    """`packed`, back: a weight of `shape` from its tensors, in 8 or 4 bits as their sizes say. Raises
-    QuantisationError."""
+    """The inverse of `packed`: a weight of `shape` in 8 or 4 bits, deduced from the tensors' sizes. Raises
+    QuantisationError for tensors that do not match the shape."""
     out, columns = shape
     words, zero = stored["weight_packed"], stored.get("weight_zero_point")
     bits = bits_of(words.shape, shape)
@@ -56,7 +55,7 @@ def unpacked(stored: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantisedW
         groups = stored["weight_scale"].shape[-1]
         if zero.dtype != torch.int32 or zero.shape != (-(-out * bits // 32), groups):
             raise QuantisationError(
-                f"weight_zero_point {zero.dtype} {list(zero.shape)} does not hold {out} x {groups} of {bits} bits"
+                f"weight_zero_point {zero.dtype} {list(zero.shape)} does not hold {out} x {groups} {bits}-bit values"
             )
         zero = bytes_of(zero.T)
         zero = (unpack(zero) if bits == 4 else zero)[:, :out].T
@@ -64,17 +63,17 @@ def unpacked(stored: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantisedW
 
 
 def bits_of(words: tuple[int, ...], shape: tuple[int, int]) -> int | None:
-    """4 or 8: the bits of codes whose int32 words have the shape `words`; None if it is neither."""
+    """Bits per code, 4 or 8, given the shape `words` of the int32 words; None if neither fits."""
     fits = len(words) == 2 and words[0] == shape[0]
     return next((bits for bits in (4, 8) if fits and words[1] == -(-shape[1] * bits // 32)), None)
 
 
 def weight_of(bits: int, codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> QuantisedWeight:
-    """A QuantisedWeight of unsigned codes: uint8 [out, in] in 8 bits, or [out, in / 2] in 4; scale [out, groups],
-    [out] or one value, in any floating dtype; zero points [out, groups] as unsigned, None for symmetric.
+    """A QuantisedWeight from unsigned codes: uint8 [out, in] for 8 bits, [out, in / 2] for 4; scale [out, groups],
+    [out] or one value, in any floating dtype; unsigned zero points [out, groups], None for symmetric.
 
-    Groups that are larger than any served are cut into those. Raises QuantisationError for what cannot be: groups of
-    another size, 8 bits with zero points other than 128.
+    Groups larger than the supported sizes are split into supported ones. Raises QuantisationError for other group sizes
+    and for 8 bits with zero points other than 128.
     """
     if scale.numel() == 1:
         scale = scale.reshape(1).expand(len(codes))
@@ -89,7 +88,7 @@ def weight_of(bits: int, codes: Tensor, scale: Tensor, zero: Tensor | None = Non
     scale = scale.repeat_interleave(cuts, 1).contiguous()
     if bits == 8:
         if zero is not None and not (zero == 128).all():
-            raise QuantisationError("8-bit weights with zero points are not served: int8 weights are symmetric")
+            raise QuantisationError("8-bit weights with zero points are not supported: int8 weights are symmetric")
         return QuantisedWeight("int8", scale, values=(codes ^ 128).view(torch.int8).contiguous())
     if zero is not None:
         zero = None if (zero == 8).all() else zero.repeat_interleave(cuts, 1).contiguous()
@@ -97,11 +96,11 @@ def weight_of(bits: int, codes: Tensor, scale: Tensor, zero: Tensor | None = Non
 
 
 def _words(codes: Tensor) -> Tensor:
-    """Bytes [rows, n] as int32 [rows, n / 4], filled up with zeros."""
+    """Bytes [rows, n] as int32 [rows, ceil(n / 4)], zero-padded."""
     filled = F.pad(codes, (0, -codes.shape[1] % 4))
     return filled.reshape(-1).view(torch.int32).view(len(filled), -1)
 
 
 def bytes_of(words: Tensor) -> Tensor:
-    """int32 [rows, n] as bytes [rows, 4n]. (Flattened first: the strides of a single row or column may be any.)"""
+    """int32 [rows, n] as bytes [rows, 4n]. (Flattened first, since a single row or column may have any strides.)"""
     return words.reshape(-1).view(torch.uint8).view(len(words), -1)

@@ -1,6 +1,7 @@
-"""Quantising a weight, and a linear layer over it, in plain PyTorch: the specification of `ops.quantised_linear`.
+"""Quantisation, and a linear layer with a quantised weight, in plain PyTorch: the specification of
+`ops.quantised_linear`.
 
-A weight becomes floating point a block of rows at a time, so that none of these needs memory for more than a block.
+Weights are dequantised one block of rows at a time, so that no function needs memory for more than a block.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ from llava_fast.ops.quantised_linear.memory import in_huge_pages
 from llava_fast.ops.quantised_linear.weight import QuantisedWeight, check_scheme, row_blocks
 
 ROUNDED_VALUES = 1 << 18
-"""Most values that are rounded at once: 1 MiB in float32, and a few temporary tensors of that size."""
+"""Most values that are rounded at once: 1 MiB in float32, plus a few temporary tensors of that size."""
 
 
 def quantise(weight: Tensor, scheme: str, group: int | None = None, symmetric: bool = True) -> QuantisedWeight:
     """Round a weight [out, in], floating, to the nearest codes of `scheme`.
 
-    group      elements of a row that share a scale: 32, 64 or 128; int8 also None, one scale for the row.
-    symmetric  int4: True, no zero points; False, a zero point for each group.
+    group      elements of a row that share a scale: 32, 64 or 128; for int8 also None, one scale per row.
+    symmetric  int4 only. True: no zero points; False: one zero point per group.
 
-    Scales, of float32 values of a group: int8 max|w| / 127; int4 symmetric max|w| / 7.5, the code clamped to 0..15;
-    int4 with zero points (max(w, 0) - min(w, 0)) / 15; each rounded up to a value of bfloat16, so that files in 16 bits
-    hold it exactly. A group of zeros gets scale 1. No weight is off by more than half its scale, up to rounding in
-    float32.
-    The result is on the weight's device. Raises QuantisationError for an unknown scheme, a group that does not divide,
-    or values that are not finite.
+    The scale of a group, in float32: int8 max|w| / 127; int4 symmetric max|w| / 7.5, with codes clamped to 0..15; int4
+    with zero points (max(w, 0) - min(w, 0)) / 15. It is rounded up to the next bfloat16 value, so that 16-bit files
+    store it exactly. The scale of an all-zero group is 1. The error of a weight is at most half its scale, up to
+    float32 rounding.
+    The result is on the weight's device. Raises QuantisationError for an unknown scheme, a group size that does not
+    divide the rows, and values that are not finite.
     """
     if weight.dim() != 2 or not weight.is_floating_point():
         raise QuantisationError(
@@ -53,7 +54,7 @@ def quantise(weight: Tensor, scheme: str, group: int | None = None, symmetric: b
             codes[rows] = found.to(torch.int8)
             continue
         if zero is not None:
-            assert isinstance(offset, Tensor)  # of an asymmetric weight
+            assert isinstance(offset, Tensor)
             zero[rows] = offset.squeeze(-1).to(torch.uint8)
         codes[rows] = pack(found.clamp_(0, 15).to(torch.uint8))
     parts = {"values": codes} if scheme == "int8" else {"packed": codes, "zero": zero}
@@ -61,7 +62,7 @@ def quantise(weight: Tensor, scheme: str, group: int | None = None, symmetric: b
 
 
 def _scale_and_zero(least: Tensor, most: Tensor, scheme: str, symmetric: bool) -> tuple[Tensor, Tensor | int]:
-    """Scale and zero point (the code of 0.0), both float32 [rows, groups, 1], of groups with these bounds."""
+    """Scale and zero point (the code of 0.0), both float32 [rows, groups, 1], of groups with these extreme values."""
     if symmetric:
         step = torch.maximum(-least, most) / (127 if scheme == "int8" else 7.5)
         return _storable(step), 0 if scheme == "int8" else 8
@@ -71,7 +72,7 @@ def _scale_and_zero(least: Tensor, most: Tensor, scheme: str, symmetric: bool) -
 
 
 def _storable(step: Tensor) -> Tensor:
-    """The next value of bfloat16, from `step` up, in float32; 1 for what is no normal number there."""
+    """The least bfloat16 value that is not below `step`, in float32; 1 if that is not a normal number."""
     near = step.bfloat16()
     above = (near.view(torch.int16) + 1).view(torch.bfloat16)
     step = torch.where(near.float() < step, above, near).float()
@@ -79,17 +80,17 @@ def _storable(step: Tensor) -> Tensor:
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Codes 0..15, uint8 [out, in] with an even `in`, two to a byte: [out, in / 2]."""
+    """Pack codes 0..15, uint8 [out, in] with an even `in`, two per byte: [out, in / 2]."""
     return codes[:, 0::2] | codes[:, 1::2] << 4
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """The codes 0..15, uint8 [out, in], of bytes [out, in / 2]."""
+    """The inverse of `pack`: codes 0..15, uint8 [out, in]."""
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
 def dequantise(weight: QuantisedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight [out, in] in `dtype`, from products in float32 (float64: in float64)."""
+    """The weight [out, in] in `dtype`, computed in float32 (float64 for float64)."""
     made = torch.empty(weight.shape, dtype=dtype, device=weight.scale.device)
     for rows in weight.blocks():
         made[rows] = _block(weight.rows(rows), dtype)
@@ -107,7 +108,7 @@ def _block(weight: QuantisedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def dequantise_rows(weight: QuantisedWeight, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows of the weight by number, as an embedding reads them: int64 [..] to [.., in] in `dtype`."""
+    """An embedding lookup in the weight: row numbers int64 [..] to rows [.., in] in `dtype`."""
     flat = rows.reshape(-1)
     zero = None if weight.zero is None else weight.zero[flat]
     taken = QuantisedWeight.unchecked(weight.codes[flat], weight.scale[flat], zero)
@@ -115,7 +116,7 @@ def dequantise_rows(weight: QuantisedWeight, rows: Tensor, dtype: torch.dtype = 
 
 
 def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) -> Tensor:
-    """F.linear(x, dequantised weight, bias) for x [.., in], a block of the weight's rows at a time, in x's dtype."""
+    """F.linear(x, dequantised weight, bias) for x [.., in] in x's dtype, one block of the weight's rows at a time."""
     flat = x.flatten(0, -2).to(_product_dtype(x))
     out = x.new_empty(len(flat), weight.shape[0])
     for rows in weight.blocks():
@@ -133,7 +134,7 @@ def quantised_linear_backward(
     flat = grad.flatten(0, -2)
     if needed[0]:
         flat = flat.to(_product_dtype(grad))
-        # Blocks are summed: in float32, or halves would be rounded once a block.
+        # Accumulate blocks in float32: 16-bit sums would be rounded once per block.
         wide = torch.float32 if flat.dtype.itemsize < 4 else flat.dtype
         total = torch.zeros(len(flat), weight.shape[1], dtype=wide, device=grad.device)
         for rows in weight.blocks():
@@ -149,6 +150,6 @@ def quantised_linear_backward(
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
-    """What the products run in: x's dtype, but float32 for halves on a CPU, whose products there are slower and whose
-    weights would be rounded once more."""
+    """The dtype of the products: x's, but float32 for 16-bit x on a CPU, where 16-bit products are slower and the
+    dequantised weights would be rounded once more."""
     return torch.float32 if x.is_cpu and x.dtype in (torch.bfloat16, torch.float16) else x.dtype

@@ -1,8 +1,8 @@
-"""How a quantised weight is stored: codes, scales and zero points, checked when they are put together.
+"""The storage of a quantised weight: codes, scales and zero points, validated when the object is created.
 
-int8: `values` int8 [out, in], w = value * scale. int4: `packed` uint8 [out, in / 2], byte j holds element 2j in its low
-nibble and 2j + 1 in its high one, unsigned 0..15, w = (code - zero) * scale with zero 8 where it is None. The bytes of
-`packed` are those of compressed-tensors' int32 `weight_packed` on a little-endian machine.
+int8: `values` int8 [out, in], w = value * scale. int4: `packed` uint8 [out, in / 2]; byte j holds element 2j in its low
+nibble and 2j + 1 in its high one, unsigned 0..15; w = (code - zero) * scale, with zero = 8 if it is None. The bytes of
+`packed` equal those of compressed-tensors' int32 `weight_packed` on a little-endian machine.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from llava_fast.errors import QuantisationError
 
 SCHEMES = ("int8", "int4")
 GROUPS = (32, 64, 128)
-"""How many elements of a row may share a scale (for int8 also the whole row)."""
+"""Supported group sizes: elements of a row that share a scale (for int8 also the whole row)."""
 BLOCK_VALUES = 1 << 20
-"""Most float32 values of a weight that are made at once: 4 MiB."""
+"""Most values of a weight that are dequantised at once: 4 MiB in float32."""
 
 
 @dataclass(frozen=True, eq=False)
 class QuantisedWeight:
-    """A weight [out, in] in one of SCHEMES. Codes, scales and zero points are on one device, contiguous.
+    """A weight [out, in] in one of SCHEMES. Codes, scales and zero points are contiguous and on one device.
 
     scheme  "int8" or "int4".
     scale   float32 [out, groups], finite and positive; group g scales elements g * group to (g + 1) * group of a row.
-    values  int8 only: int8 [out, in]; 1 group (a scale for each row) or groups of 32, 64 or 128.
+    values  int8 only: int8 [out, in]; 1 group (one scale per row) or groups of 32, 64 or 128.
     packed  int4 only: uint8 [out, in / 2]; groups of 32, 64 or 128.
     zero    int4 only: uint8 [out, groups], 0..15; None stands for 8 everywhere (symmetric).
 
-    Raises QuantisationError, which says what does not fit. Scales are not read on the meta device.
+    Raises QuantisationError for mismatched tensors and invalid values. Values are not checked on the meta device.
     """
 
     scheme: str
@@ -48,7 +48,7 @@ class QuantisedWeight:
 
     @classmethod
     def unchecked(cls, codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> QuantisedWeight:
-        """Of tensors that were checked before; costs nothing a call would notice. The codes' dtype says the scheme."""
+        """A weight from tensors that were validated before, without checks. The codes' dtype decides the scheme."""
         made = object.__new__(cls)
         int8 = codes.dtype == torch.int8
         parts = {"values": codes if int8 else None, "packed": None if int8 else codes, "scale": scale, "zero": zero}
@@ -58,7 +58,7 @@ class QuantisedWeight:
 
     @property
     def codes(self) -> Tensor:
-        """`values` or `packed`, whichever the scheme has."""
+        """`values` (int8) or `packed` (int4)."""
         return self.values if self.scheme == "int8" else self.packed  # type: ignore[return-value]
 
     @property
@@ -69,7 +69,7 @@ class QuantisedWeight:
 
     @property
     def group(self) -> int:
-        """How many elements of a row share a scale."""
+        """Number of elements of a row that share a scale."""
         return self.shape[1] // self.scale.shape[1]
 
     @property
@@ -82,25 +82,25 @@ class QuantisedWeight:
         return QuantisedWeight.unchecked(self.codes.to(device), self.scale.to(device), zero)
 
     def rows(self, rows: slice) -> QuantisedWeight:
-        """Some rows of the weight; views."""
+        """A slice of the weight's rows, as views."""
         zero = None if self.zero is None else self.zero[rows]
         return QuantisedWeight.unchecked(self.codes[rows], self.scale[rows], zero)
 
     def blocks(self) -> Iterator[slice]:
-        """Rows of the weight in blocks of at most BLOCK_VALUES values (at least a row)."""
+        """Slices of rows with at most BLOCK_VALUES values each, but at least one row."""
         yield from row_blocks(*self.shape)
 
 
 def row_blocks(rows: int, columns: int, values: int | None = None) -> Iterator[slice]:
-    """Slices that cover `rows`, of at most `values` (default: BLOCK_VALUES) values each (at least a row)."""
+    """Slices that cover `rows`, with at most `values` (default: BLOCK_VALUES) values each, but at least one row."""
     step = max(1, (values or BLOCK_VALUES) // max(columns, 1))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
 def check_scheme(scheme: str, columns: int, group: int | None, symmetric: bool = True) -> int:
-    """The group size of a weight with rows of `columns` values: `group`, or for int8 the whole row if it is None.
-    Raises QuantisationError for a scheme, group or symmetry that cannot be."""
+    """The group size of a weight with rows of `columns` values: `group`, or the whole row for int8 with None. Raises
+    QuantisationError for an unsupported scheme, group or symmetry."""
     if scheme not in SCHEMES:
         raise QuantisationError(f"quantisation scheme {scheme!r} is unknown: use {' or '.join(map(repr, SCHEMES))}")
     if not columns:
@@ -112,7 +112,7 @@ def check_scheme(scheme: str, columns: int, group: int | None, symmetric: bool =
     if group not in GROUPS:
         also = " or None" if scheme == "int8" else ""
         raise QuantisationError(
-            f"{scheme}: group {group!r} is not served: use {', '.join(map(str, GROUPS[:-1]))} or {GROUPS[-1]}{also}"
+            f"{scheme}: group {group!r} is not supported: use {', '.join(map(str, GROUPS[:-1]))} or {GROUPS[-1]}{also}"
         )
     if columns % group:
         raise QuantisationError(f"{scheme}: group {group} does not divide rows of {columns} values")

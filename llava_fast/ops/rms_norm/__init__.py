@@ -1,4 +1,4 @@
-"""rms_norm: RMSNorm alone, and with the residual add before it."""
+"""rms_norm: RMSNorm alone, and fused with a residual add."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from llava_fast.ops.rms_norm import reference
 backend.register("rms_norm", "reference", "any device")
 backend.register("rms_norm", "triton", "CUDA")
 
-MAX_WIDTH = 8192  # what the registers of a Triton program hold
+MAX_WIDTH = 8192  # what fits into the registers of a Triton program
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, over the rows of x.
 
     x [..., width] floating; weight [width]. Returns [..., width] in the dtype of x * weight. x / rms(x) is computed in
-    float32, rounded to x's dtype and then scaled, as transformers' LlamaRMSNorm does it, autocast or not.
-    Kept for the backward pass: x and one float32 a row, where the steps one by one keep the normalised rows too (and
-    for half-precision rows a float32 copy). The weight's gradient is summed in float32 in a fixed order, and nothing is
-    computed for what is frozen.
+    float32, rounded to x's dtype and then scaled, as in transformers' LlamaRMSNorm, with or without autocast.
+    Saved for the backward pass: x and one float32 per row. (The unfused steps also save the normalised rows, and a
+    float32 copy of 16-bit rows.) The weight's gradient is summed in float32 in a fixed order; nothing is computed for
+    frozen tensors.
     For R rows of C values of b bytes: about 4RC FLOPs, at least 2RCb bytes (backward 9RC, 3RCb).
-    Raises ValueError for shapes that do not fit or an x that is not floating.
+    Raises ValueError for mismatched shapes or an x that is not floating.
     """
     _check(x, weight)
     return _rms_norm(x, weight, eps)[0]
@@ -34,12 +34,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(s, y): s = x + residual, y = RMSNorm(s).
 
-    residual: x's shape. s is in the dtype that x + residual has, y in that of s * weight. Otherwise as `rms_norm`;
-    5RC FLOPs, at least 4RCb bytes (backward 10RC, 4RCb).
+    residual has x's shape; s has the dtype of x + residual, y that of s * weight. Otherwise as `rms_norm`: 5RC FLOPs,
+    at least 4RCb bytes (backward 10RC, 4RCb).
     """
     _check(x, weight)
     if residual.shape != x.shape:
-        raise ValueError(f"residual is {tuple(residual.shape)}, x {tuple(x.shape)}: they must be alike")
+        raise ValueError(f"residual is {tuple(residual.shape)}, x {tuple(x.shape)}: they must have the same shape")
     return _add_rms_norm(x, residual, weight, eps)[:2]
 
 
@@ -84,7 +84,7 @@ def _run_backward(
 
 
 def _outputs(total: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Stand-ins for y and rstd of contiguous rows."""
+    """Empty y and rstd."""
     y = total.new_empty(total.shape, dtype=torch.promote_types(total.dtype, weight.dtype))
     return y, total.new_empty((*total.shape[:-1], 1), dtype=torch.promote_types(total.dtype, torch.float32))
 

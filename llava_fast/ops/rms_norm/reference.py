@@ -1,7 +1,7 @@
-"""RMSNorm in plain PyTorch: the specification of `llava_fast.ops.rms_norm` and of its form with a residual add.
+"""RMSNorm in plain PyTorch: the specification of `llava_fast.ops.rms_norm` and `add_rms_norm`.
 
-Rounding as transformers' LlamaRMSNorm has it: x / rms(x) in float32 (float64 for float64 rows), rounded to x's dtype,
-then times the weight. rstd is 1 / rms(x), [..., 1]. Source: Zhang and Sennrich 2019.
+Rounding as in transformers' LlamaRMSNorm: x / rms(x) in float32 (float64 for float64 rows), rounded to x's dtype, then
+times the weight. rstd is 1 / rms(x), [..., 1]. Source: Zhang and Sennrich 2019.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(y, rstd) of x [..., width]; y in the dtype that x * weight has."""
-    # Few passes and little fresh memory, which is what large rows cost on a CPU: no table of squares.
+    """(y, rstd) of x [..., width]; y has the dtype of x * weight."""
+    # On a CPU passes over memory dominate, so avoid temporaries such as a tensor of squares.
     wide = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
     rstd = torch.rsqrt(norm.square() / x.shape[-1] + eps)

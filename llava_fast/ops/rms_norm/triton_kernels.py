@@ -1,7 +1,7 @@
 """RMSNorm in Triton: one program holds a whole row in registers; the weight's gradient by partial sums in fixed order.
 
-Bytes for R rows of C values of b bytes: forward 2RCb (residual form 4RCb); backward 3RCb, and RCb more where the sum
-has a gradient of its own.
+Bytes for R rows of C values of b bytes: forward 2RCb (with residual 4RCb); backward 3RCb, and RCb more if the sum
+x + residual has a gradient of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llava_fast.ops.sums import sum_rows, sum_specimens
 from llava_fast.ops.triton_support import Specimen
 
 PARTS = 256  # most partial sums of the weight's gradient
-PART_ROWS = 8  # least rows in one of them
+PART_ROWS = 8  # least rows of a partial sum
 
 
 @triton.jit
@@ -52,8 +52,8 @@ def rms_norm_backward_kernel(
     width,
     BLOCK: tl.constexpr,
 ):
-    """A program's `share` of rows: grad_x of each, and one part of the weight's sum. A pointer that is None stands for
-    what is not there or not needed."""
+    """One program processes `share` rows: grad_x of each, and one partial sum for the weight. Pointers of absent inputs
+    and of gradients that are not needed are None."""
     part = tl.program_id(0)
     first = part * share
     columns = tl.arange(0, BLOCK)
@@ -94,7 +94,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, total: Tensor | None, y: Tensor, eps: float) -> Tensor:
-    """Writes y (and total); returns rstd."""
+    """Write y, and total if given; return rstd."""
     rstd = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
     if y.numel():
         rows, width = rstd.numel(), x.shape[-1]
@@ -125,7 +125,7 @@ def _block(width: int) -> int:
 
 
 def specimens() -> list[Specimen]:
-    """How each kernel is compiled for real use: decoders of width 896 (Qwen2-0.5B), 4096 or 3584, and 5120 to 8192."""
+    """How each kernel is compiled: for decoders of width 896 (Qwen2-0.5B), 4096 or 3584, and 5120 to 8192."""
     found = []
     for dtype in ("bf16", "fp16", "fp32"):
         for block, widths in ((1024, "896"), (4096, "3584, 4096"), (8192, "5120 to 8192")):
@@ -144,7 +144,7 @@ def specimens() -> list[Specimen]:
 
 
 def _specimen(kernel, label: str, dtype: str, block: int, absent: tuple[str, ...] = ()) -> Specimen:
-    """All pointers but the `absent` ones are of `dtype`, except those of rstd and parts, and are aligned."""
+    """Aligned pointers of `dtype`, except those of rstd and partial sums; `absent` ones are None."""
     signature = {}
     for name in kernel.arg_names:
         if name.endswith("_ptr") and name not in absent:

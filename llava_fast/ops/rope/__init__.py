@@ -1,4 +1,4 @@
-"""rope: rotary position embedding of queries and keys, as one op."""
+"""rope: rotary position embedding (RoPE) of queries and keys in one op."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ backend.register("rope", "triton", "CUDA")
 
 
 def rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, is_signed: bool = False) -> tuple[Tensor, Tensor]:
-    """(query, key) turned by their rows' angles: x * cos + rotate_half(x) * sin, as transformers'
-    apply_rotary_pos_emb.
+    """Rotate query and key: x * cos + rotate_half(x) * sin, as transformers' apply_rotary_pos_emb.
 
     query [B, H, S, D] and key [B, K, S, D] with cos and sin [B or 1, S, D]; or packed rows, query [R, H, D] and key
-    [R, K, D] with cos and sin [R, D] or [R, 1, D]. D is even; heads and rows may lie in any order. is_signed: sin's
-    first half already holds the minus sign that rotate_half gives.
-    Returns both in the dtype of a product with cos. Gradients flow to query and key (turned back), none to cos and
-    sin, and nothing but cos and sin is kept for them.
-    For N values of b bytes in query and key: 3N FLOPs and at least 2Nb bytes, forward and backward alike.
-    Raises ValueError for shapes that do not fit or tensors that are not floating.
+    [R, K, D] with cos and sin [R, D] or [R, 1, D]. D is even; strides of heads and rows are arbitrary. is_signed: the
+    first half of sin is already negated, as rotate_half would do.
+    Returns both in the dtype of a product with cos. Gradients flow to query and key (rotated by the negative angles),
+    none to cos and sin, the only tensors saved for the backward pass.
+    For N values of b bytes in query and key: 3N FLOPs and at least 2Nb bytes, forward and backward.
+    Raises ValueError for mismatched shapes or tensors that are not floating.
     """
     if query.dim() == 3:
         if cos.dim() == 3 and cos.shape[1] == sin.shape[1] == 1:
@@ -49,7 +48,7 @@ def _check(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, names: tuple[st
 
 
 def empty_out(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory for x turned: laid out as x is, where each row's values lie side by side."""
+    """Memory for the rotated x: with x's strides if each row's values are contiguous in x."""
     if x.stride(-1) == 1:
         out = torch.empty_like(x, dtype=dtype)
         if out.stride(-1) == 1:
@@ -116,7 +115,7 @@ def _backward(ctx, grad_query: Tensor | None, grad_key: Tensor | None):
     like = next((grad for grad in grads if grad is not None), None)
     if like is None:
         return None, None, None, None, None
-    # Without a gradient there are no heads to turn.
+    # A missing gradient becomes a tensor with no heads.
     given = [like[:, :0] if grad is None else grad for grad in grads]
     found = _rope_backward(*given, cos, sin, ctx.is_signed, *ctx.dtypes)
     return *(None if grad is None else of for grad, of in zip(grads, found, strict=True)), None, None, None

@@ -1,7 +1,7 @@
-"""Rotary embedding in Triton: a program turns a few heads of one row, of the queries or of the keys.
+"""Rotary embedding in Triton: one program rotates a few heads of one row's query or key.
 
-Reads and writes tensors as they lie ([B, H, S, D] views of [B, S, H, D] included). Float32 inside, rounded once.
-Bytes for R rows of H + K heads of D values of b bytes: 2R(H + K)Db + 2RDb, forward and backward alike.
+Takes any strides, such as [B, H, S, D] views of [B, S, H, D]. Computes in float32 and rounds once.
+Bytes for R rows of H + K heads of D values of b bytes: 2R(H + K)Db + 2RDb, forward and backward.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llava_fast.ops.triton_support import Specimen
 
 @triton.jit
 def _turn(x_ptr, out_ptr, first_head, heads, x_head, out_head, cos1, cos2, sin1, sin2, half, HEADS, BLOCK):
-    """HEADS heads from `first_head` on; x_ptr and out_ptr stand at the row's head 0."""
+    """Rotate HEADS heads from `first_head` on; x_ptr and out_ptr point at the row's head 0."""
     head = first_head + tl.arange(0, HEADS).to(tl.int64)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
     inside = (head < heads) & (columns < half)
@@ -58,7 +58,7 @@ def rope_kernel(
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Names that end in _batch, _head and _row are strides; those of cos and sin are alike."""
+    """Arguments that end in _batch, _head and _row are strides; cos and sin have the same ones."""
     batch = (tl.program_id(0) // length).to(tl.int64)
     row = (tl.program_id(0) % length).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -91,9 +91,9 @@ def rope_kernel(
 def rope(
     query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, is_signed: bool, inverse: bool, outs: tuple[Tensor, Tensor]
 ) -> None:
-    """Writes the turned query [B, H, S, D] and key [B, K, S, D] into `outs`; cos and sin [B or 1, S, D].
+    """Write the rotated query [B, H, S, D] and key [B, K, S, D] to `outs`; cos and sin [B or 1, S, D].
 
-    Each row's values lie side by side, in all of them.
+    The last dimension of all tensors must be contiguous.
     """
     batch, query_heads, length, size = query.shape
     if cos.stride() != sin.stride():
@@ -125,7 +125,7 @@ def rope(
 
 
 def specimens() -> list[Specimen]:
-    """How the kernel compiles for real use: heads of 128 values (Llama, Mistral, Qwen2 7B) and of 64 (Qwen2 0.5B)."""
+    """How the kernel compiles for head size 128 (Llama, Mistral, Qwen2 7B) and 64 (Qwen2 0.5B)."""
     found = []
     for dtype in ("bf16", "fp16", "fp32"):
         for block in (64, 32):

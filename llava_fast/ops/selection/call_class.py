@@ -1,11 +1,12 @@
-"""The class of a call: all calls of one class run the same code on data of about one size, so one verdict serves them.
+"""The class of a call. All calls of a class run the same code on data of similar size, so they share one verdict.
 
-A class is one line of text: the operator, then each tensor's dtype and sizes, then what else changes the code.
+A class is one line of text: the operator, each tensor's dtype and sizes, and every other argument that changes the
+code.
 
     linear_act x=bf16[4096,1024] weight=bf16[4096,1024] bias=bf16[4096] activation=quick_gelu keep=0
 
-Sizes are rounded up to powers of two. Rows whose width is no multiple of 16 are marked "~" (kernels then load and store
-narrower), a tensor that is not contiguous "*". Rows that lie in several leading dimensions are counted as one.
+Sizes are rounded up to powers of two. "~" marks rows whose width is not a multiple of 16 (kernels then use narrower
+loads and stores), "*" a tensor that is not contiguous. Several leading dimensions of rows are merged into one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ NAMES = {
 
 
 def signature(args: Sequence[Any]) -> tuple:
-    """What of a call's arguments its class is made of, exact and hashable; calls that agree in it are of one class."""
+    """A hashable key of the arguments' exact properties: calls with equal keys belong to the same class."""
     return tuple(map(_part, args))
 
 
@@ -42,8 +43,8 @@ def _part(arg: Any) -> Any:
 
 
 def call_class(operator: str, args: Sequence[Any], row_args: Sequence[str] = (), ignored: Sequence[str] = ()) -> str:
-    """The class of a call of `operator` (a name in the "llava_fast" library). `row_args` names the arguments whose
-    leading dimensions are all rows, `ignored` those that are no part of it."""
+    """The class of a call of `operator` (a name in the "llava_fast" library). row_args: arguments whose leading
+    dimensions are all rows; ignored: arguments that are left out."""
     words = [operator]
     for name, arg in zip(argument_names(operator), args, strict=False):
         if name in ignored:
@@ -55,7 +56,7 @@ def call_class(operator: str, args: Sequence[Any], row_args: Sequence[str] = (),
         elif isinstance(arg, list) and arg and arg[0].is_floating_point():
             words.append(f"{name}={';'.join(_tensor(each, name in row_args) for each in arg)}")
         elif isinstance(arg, list) and arg:
-            words.append(f"{name}={len(arg)}")  # an inverse placement, whose parts differ from call to call
+            words.append(f"{name}={len(arg)}")  # an inverse placement: its sizes differ from call to call
         elif arg is not None and not isinstance(arg, (float, list)):
             words.append(f"{name}={_value(arg)}")
     return " ".join(words)
@@ -70,7 +71,7 @@ def argument_names(operator: str) -> tuple[str, ...]:
 
 @functools.cache
 def written_arguments(operator: str) -> tuple[int, ...]:
-    """Which of an operator's arguments, by number, it writes to."""
+    """The indices of the arguments that an operator writes to."""
     arguments = getattr(torch.ops.llava_fast, operator).default._schema.arguments
     return tuple(i for i, each in enumerate(arguments) if each.alias_info is not None and each.alias_info.is_write)
 

@@ -1,7 +1,7 @@
-"""The candidates for a call: the forms of its op, and for Triton kernels each of a short list of launch configurations.
+"""The candidates for a call: the backends of its op, and for Triton kernels each of a few launch configurations.
 
-The lists are data (ops/tuned/candidates.json), as are the tables of earlier machines' results: these are tried first,
-and checked like any other candidate before they are used.
+The configurations are listed in ops/tuned/candidates.json. Those of the shipped tables, measured on other machines, are
+tried first; they are tested like every other candidate before use.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from llava_fast.ops.selection.decision import Config
 
 FORMS = ("native", "cublas", "triton")
 SERVED: dict[str, dict[str, str]] = {}
-"""Op -> form -> on which devices, as `ops/backend.register` was told."""
+"""Op -> backend -> devices, as registered by `ops/backend.register`."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A form of an op, and launch configurations of its kernels that override the tables'."""
+    """A backend of an op, and launch configurations of its kernels that override the tables'."""
 
     backend: str
     configs: Mapping[str, Config] = field(default_factory=dict)
@@ -38,8 +38,8 @@ def configurations() -> dict[str, list[Config]]:
 
 
 def variations(best: Candidate, kernels: Mapping[str, Config]) -> Iterator[tuple[str, Candidate]]:
-    """(kernel, candidate) for each configuration of each kernel that a call launches (`kernels`: with what), the
-    others' as in `best`."""
+    """(kernel, candidate) for each configuration of each kernel in `kernels` (kernel -> configuration that the call
+    launched); the other kernels keep their configurations of `best`."""
     for kernel, used in kernels.items():
         for config in configurations().get(kernel, []):
             if config != used:

@@ -1,4 +1,4 @@
-"""Selection's thread-local decision for the running operator: which form, with which configurations."""
+"""Selection's thread-local decision for the running operator: which backend, with which configurations."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _here = threading.local()
 
 @dataclass(frozen=True)
 class Decision:
-    """A form of an op, and launch configurations of its Triton kernels by name (absent: those of the tables).
+    """A backend of an op, and launch configurations of its Triton kernels by name (absent: those of the tables).
 
-    is_trial: it is being tested, so a form that does not support the call raises BackendError, and operators called
-    inside run the same form. `asked` and `kernels` then record what was chosen for, in order.
+    is_trial: the backend is being tested. If it does not support the call, the call raises BackendError; operators
+    called inside use the same backend. `asked` and `kernels` record the ops and kernels that ran, in order.
     """
 
     backend: str
@@ -27,13 +27,13 @@ class Decision:
 
 
 def current() -> Decision | None:
-    """The decision for the running operator; None outside of operators and if nothing was decided."""
+    """The decision for the running operator; None outside operators and without a decision."""
     return getattr(_here, "decision", None)
 
 
 @contextlib.contextmanager
 def decided(decision: Decision | None) -> Iterator[None]:
-    """Inside the block, operators of this thread follow the decision."""
+    """Make this thread's operators follow the decision inside the block."""
     before = current()
     _here.decision = decision
     try:

@@ -1,4 +1,4 @@
-"""What verdicts depend on besides the call: the machine, the versions and the kernels' sources."""
+"""The key of a table of verdicts: the machine, the software versions and a hash of the kernels' sources."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Machine = dict[str, str]
 
 
 def machine_of(device: torch.device) -> Machine:
-    """The key of a device's verdicts: name -> value. "device" names the kind of GPU or CPU."""
+    """The key of a device's verdicts: name -> value; "device" is the model of the GPU or CPU."""
     return {**_hardware(device), **_software(), "kernels": kernels_hash()}
 
 

@@ -1,6 +1,4 @@
-"""Each operator's call goes through `run`: it follows the verdict of its class, which is found on the spot if
-allowed.
-"""
+"""Runs each operator call by the verdict of its class. A missing verdict is found at once, if tests are allowed."""
 
 from __future__ import annotations
 
@@ -20,12 +18,12 @@ from llava_fast.ops.selection.decision import Decision, current, decided
 from llava_fast.ops.selection.tables import InUse, Settings
 from llava_fast.ops.selection.verdict import Verdict
 
-_watched: list[Any] = []  # the hook on optimizers, once there is one
+_watched: list[Any] = []  # the handle of the hook on optimizers, once registered
 
 
 def run(operator: str, implementation: Callable, args: Sequence[Any]) -> Any:
-    """`implementation(*args)` as decided for the class of this call of `operator`; inside a trial, by the form under
-    test. Only if no backend was requested by name.
+    """Run `implementation(*args)` with the verdict of this call's class, or with the candidate of the current trial.
+    Only for calls without a requested backend.
     """
     outer = current()
     if outer is not None and outer.is_trial:
@@ -45,7 +43,7 @@ def _verdict(
     key = (operator, signature(args))
     name = table.classes.get(key)
     if name is None:
-        if len(table.classes) >= tables.MOST_CLASSES:  # sizes that never come again; a class is soon worked out anew
+        if len(table.classes) >= tables.MOST_CLASSES:  # most belong to sizes that do not recur; a class is cheap
             table.classes.clear()
         rows, ignored = samples.ROW_ARGS.get(operator, ()), samples.IGNORED.get(operator, ())
         name = table.classes[key] = call_class(operator, args, rows, ignored)
@@ -61,7 +59,7 @@ def _verdict(
 
 def may_prove(operator: str, args: Sequence[Any], table: InUse, settings: Settings) -> bool:
     """Whether a call may be tested now: budget is left, the tensors are real and not empty, no graph is being captured
-    or traced, and no optimizer has made a step: all later steps of a run take the same forms.
+    or traced, and no optimizer has stepped yet, so that all later steps of a run use the same backends.
     """
     if not table.may_grow or settings.stepped or settings.spent >= settings.budget:
         return False
@@ -80,7 +78,7 @@ def may_prove(operator: str, args: Sequence[Any], table: InUse, settings: Settin
 
 
 def is_recorded(device: torch.device) -> bool:
-    """Whether a device's work is being captured in a graph."""
+    """Whether a CUDA graph is being captured on this device."""
     return torch.jit.is_tracing() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
@@ -91,15 +89,15 @@ def _note_step(*_: Any) -> None:
 def _prove(
     name: str, operator: str, implementation: Callable, args: Sequence[Any], table: InUse, settings: Settings
 ) -> Verdict | None:
-    """The verdict of a class that has none yet: another process's, if found meanwhile, or one found now."""
-    if args[0].is_cuda:  # no process may hold the file while its stream waits for others, which may wait for the file
+    """Find the verdict of a class: read it if another process has found it meanwhile, else run the tests."""
+    if args[0].is_cuda:  # holding the lock while the stream waits for another process could deadlock
         torch.cuda.synchronize(args[0].device)
     verdict, asked = None, time.perf_counter()
     with store.locked(table.machine, store.WAIT - settings.waited) as state:
         started = time.perf_counter()
         settings.waited += started - asked
         if state == "held":
-            # Those in use stay: they may be the first rank's (sharing), found on another machine.
+            # Keep verdicts in use: they may come from another rank (see sharing), found on another machine.
             table.verdicts = {**store.cached(table.machine).verdicts, **table.verdicts}
             verdict = table.verdicts.get(name)
         if state != "busy" and (verdict is None or (settings.thorough and verdict.by != "tune")):
@@ -113,7 +111,7 @@ def _prove(
     settings.spent += time.perf_counter() - started
     table.may_grow = settings.spent < settings.budget
     if torch.is_inference_mode_enabled() and not settings.trains:
-        table.is_asked = table.may_grow  # nothing that ran before is run again for its gradients
+        table.is_asked = table.may_grow  # no earlier call will be recomputed for its gradients
     settings.heard(name, verdict)
     return verdict
 
@@ -133,6 +131,6 @@ def _found(operator: str, implementation: Callable, args: Sequence[Any], thoroug
         return proof.prove(implementation, args, small, thorough, written_arguments(operator))
     except (proof.UnprovableError, torch.OutOfMemoryError):
         return None
-    except Exception as error:  # of the reference itself: the call that is to be served must not fail for a proof
+    except Exception as error:  # raised by the reference: a failed test must not fail the user's call
         warnings.warn(f"{operator}: no form could be proven ({type(error).__name__}: {error})", stacklevel=2)
         return None

@@ -1,9 +1,10 @@
 """Tests whether a candidate is correct, and whether it is faster than the reference.
 
-Right: on a small call drawn by seed its error against float64 is at most twice the reference's in the same dtype; of
-outputs whose memory held NaN every element is written; a second run gives the same bits. Arguments that the op writes
-are outputs too. The last two hold for the call itself as well, where its result must also agree with the reference's.
-Faster: its median time is below the reference's by more than the spread, both timed in turn.
+Correct: on a small call with seeded random values, (1) its error against float64 is at most twice that of the reference
+in the same dtype, (2) every element of outputs pre-filled with NaN is written, and (3) a second run gives the same
+bits. Arguments that the op writes count as outputs. (2) and (3) must also hold for the user's call, whose result must
+agree with the reference's.
+Faster: its median time is below the reference's by more than the spread; the two are timed alternately.
 """
 
 from __future__ import annotations
@@ -27,21 +28,19 @@ from llava_fast.ops.selection.verdict import Verdict
 
 Run = Callable[..., Any]
 COPIES = 3
-SLACK = (
-    32  # how many times the reference's error a result of the call itself, whose values are not drawn, may be off it
-)
-ROTATED_BYTES = 64 << 20  # a larger tensor fits into no cache
+SLACK = 32  # tolerance for the user's call, whose values are not drawn: this many times the reference's error
+ROTATED_BYTES = 64 << 20  # larger than any cache
 FILLED_BYTES = 256 << 20
 LEAST_ROUNDS, MOST_ROUNDS, ROUNDS_SECONDS = 7, 25, 0.3
 
 
 class UnprovableError(Exception):
-    """This call cannot be used to test candidates; another of its class may."""
+    """This call cannot be used to test candidates; another call of its class may be usable."""
 
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of a candidate and of the reference, timed in turn."""
+    """Milliseconds of a candidate and of the reference, timed alternately."""
 
     ms: float
     reference_ms: float
@@ -54,7 +53,7 @@ class Times:
 
 @dataclass
 class Trial:
-    """One call with the references that its candidates are compared with."""
+    """One call with the reference results that its candidates are compared with."""
 
     run: Run
     args: Sequence[Any]
@@ -75,7 +74,7 @@ class Trial:
             found = [self._outputs(number) for number in range(len(self.samples))]
             errors = self._errors(_joined(found))
             self.expected = _tensors(self.run(*self.args))
-        for before, outputs in zip(self.held, found, strict=True):  # what is to be written holds NaN before it is
+        for before, outputs in zip(self.held, found, strict=True):  # fill arguments that the op writes with NaN
             after = outputs[len(outputs) - len(before) :]
             for one, other in zip(before, after, strict=True):
                 one[one != other] = torch.nan if one.is_floating_point() else torch.iinfo(one.dtype).max
@@ -87,7 +86,7 @@ class Trial:
         self.op = reference.asked[0] if reference.asked else ""
 
     def refusal(self, candidate: Candidate) -> tuple[str | None, float, Decision]:
-        """(why it is not right or None, its error, what ran)."""
+        """(why it is not correct or None, its error, what ran)."""
         decision = Decision(candidate.backend, candidate.configs, is_trial=True)
         tried = [self._twice(decision, number) for number in range(len(self.samples))]
         why = next((why for _, why in tried if why is not None), None)
@@ -106,8 +105,9 @@ class Trial:
         return [_error(*pair) for pair in zip(found, self.exact, strict=True)]
 
     def _far_off(self, found: Sequence[Tensor]) -> str | None:
-        """How a result of the call itself differs from the reference's, if by more than its values excuse: they were
-        not drawn, so that sums may cancel (a mean of normalised rows is nothing but rounding) and have more terms."""
+        """How a result of the user's call differs from the reference's, if by more than a tolerance. The tolerance is
+        wide because the values were not drawn: sums may cancel (a mean of normalised rows is only rounding error) and
+        have more terms."""
         rows = max((each.shape[0] for each in _tensors(self.args) if each.dim()), default=1)
         slack = SLACK * max(rows / ROWS, 1) ** 0.5
         floats = [each for each in self.expected if each.is_floating_point() and each.numel()]
@@ -115,15 +115,15 @@ class Trial:
         for number, (one, other) in enumerate(zip(found, self.expected, strict=True)):
             off = _error(one, other, least=0.1 * largest * other.numel() ** 0.5)
             if not off <= slack * self.errors[number]:
-                return f"output {number}: {off:.1e} from the reference's in the call itself"
+                return f"output {number}: differs by {off:.1e} from the reference's in the user's call"
         return None
 
     def _written(self, args: Sequence[Any]) -> list[Tensor]:
         return _tensors([args[number] for number in self.written])
 
     def _outputs(self, number: int | None) -> list[Tensor]:
-        """What a run of a sample gives, with copies of what it wrote to its arguments; None: of the call itself, which
-        writes to its own memory, as it will again when it is served."""
+        """Outputs of sample `number`, or of the user's call (None), with copies of the arguments that it writes. The
+        user's call writes to its own memory; running it again later writes the same values."""
         if number is None:
             return _tensors(self.run(*self.args))
         sample = self.samples[number]
@@ -140,7 +140,7 @@ class Trial:
             if one.is_floating_point() and bool(one.isnan().any()):
                 why = why or f"output {number}: not every element is written"
             elif not torch.equal(one, other):
-                why = why or f"output {number}: a second run gives other bits"
+                why = why or f"output {number}: a second run gives different bits"
         return first, why
 
 
@@ -151,11 +151,11 @@ def prove(
     thorough: bool = False,
     written: Sequence[int] = (),
 ) -> Verdict:
-    """Try the forms of an op on a call: `run(*args)` is the call, `samples` the arguments of small ones, `written` the
-    numbers of the arguments that it writes to.
+    """Test the backends of an op on a call `run(*args)`. samples: arguments of small calls; written: indices of the
+    arguments that the op writes to.
 
-    thorough: each configuration of its Triton kernels is tried, not only the shipped one. Raises UnprovableError if the
-    call's values cannot show anything, torch.OutOfMemoryError if its copies do not fit.
+    thorough: try each listed configuration of its Triton kernels, not only the shipped one. Raises UnprovableError if
+    the call's values cannot tell a correct candidate from a wrong one, torch.OutOfMemoryError if the copies do not fit.
     """
     refused: dict[str, str] = {}
     device = next(each for each in tree_leaves(list(args)) if isinstance(each, Tensor)).device
@@ -177,7 +177,7 @@ def prove(
                     elif best is None or times.ms / times.reference_ms < best[0].ms / best[0].reference_ms:
                         best = times, error, candidate
             except BackendError:
-                return None  # the op has no such form, or not for this call
+                return None  # the op has no such backend, or it does not support this call
             except torch.OutOfMemoryError:
                 raise
             except Exception as failure:  # a kernel that does not compile or launch on this machine
@@ -204,7 +204,7 @@ def prove(
 
 @contextlib.contextmanager
 def memory_of_nan() -> Iterator[None]:
-    """Inside the block memory that is allocated holds NaN (the largest value, of integers) until it is written."""
+    """Inside the block, allocated memory is filled with NaN (integers: the largest value)."""
     before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
     fills = memory.fill_uninitialized_memory
@@ -218,10 +218,10 @@ def memory_of_nan() -> Iterator[None]:
 
 
 def rotated(args: Sequence[Any]) -> list[list[Any]]:
-    """Copies of a call's arguments to use in turn, so that none is in a cache from the last run."""
+    """Copies of a call's arguments to use in rotation, so that no run finds its arguments in a cache."""
 
     def copy(tensor: Tensor) -> Tensor:
-        if tensor.nbytes > ROTATED_BYTES or 0 in tensor.stride():  # or one whose rows are the same memory
+        if tensor.nbytes > ROTATED_BYTES or 0 in tensor.stride():  # or an expanded tensor
             return tensor
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(
             tensor
@@ -231,8 +231,8 @@ def rotated(args: Sequence[Any]) -> list[list[Any]]:
 
 
 class Clock:
-    """Times calls on a device: by the wall clock on a CPU; on CUDA by events, after filling memory larger than the
-    caches, while the host queues the call, so that launch time does not count.
+    """Times calls on a device: by the wall clock on a CPU, by events on CUDA. There, each call follows a fill of memory
+    larger than the caches, during which the host queues the call, so that launch time is not measured.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -240,7 +240,7 @@ class Clock:
         self._filler = torch.empty(FILLED_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
 
     def in_turn(self, run: Run, inputs: Sequence[Sequence[Any]], *candidates: Candidate) -> Times:
-        """Times of the second candidate beside the first, the reference; each has run before."""
+        """Times of the second candidate and of the first, the reference. Both must have run before (warm)."""
         decisions = [Decision(each.backend, each.configs, is_trial=True) for each in candidates]
         found: list[list[float]] = [[], []]
         started = time.perf_counter()
@@ -278,25 +278,24 @@ def _tensors(found: Any) -> list[Tensor]:
 
 
 def _joined(results: Iterable[Any]) -> list[Tensor]:
-    """Each output of several runs as one."""
+    """Concatenate each output over several runs."""
     return [torch.cat([each.flatten() for each in output]) for output in zip(*map(_tensors, results), strict=True)]
 
 
 def _exact(arg: Any) -> Any:
-    """The argument in float64; a dtype among the arguments is that of a result."""
+    """The argument in float64; a dtype argument (of a result) becomes float64 too."""
     if isinstance(arg, Tensor):
         return arg.double() if arg.is_floating_point() else arg
     return torch.float64 if isinstance(arg, torch.dtype) and arg.is_floating_point else arg
 
 
 def _rounding(like: Tensor) -> float:
-    """About the error of a correctly rounded result, the least that a reference's error counts as."""
+    """About the error of a correctly rounded result: a lower bound for the reference's error."""
     return torch.finfo(like.dtype).eps / 4 if like.is_floating_point() else 0.0
 
 
 def _error(found: Tensor, exact: Tensor, least: float = 1e-300) -> float:
-    """||found - exact|| / ||exact||, or / `least` if that is more; infinite for NaN and other shapes; for integers 0 or
-    infinite."""
+    """||found - exact|| / max(||exact||, least); infinite for NaN and mismatched shapes; 0 or infinite for integers."""
     if found.shape != exact.shape:
         return float("inf")
     if not found.is_floating_point():

@@ -1,7 +1,7 @@
-"""Small calls like a given one, for the correctness test: at most ROWS rows, values drawn by seed.
+"""Small calls similar to a given one, for the correctness test: at most ROWS rows, seeded random values.
 
-Values are drawn, not taken from the call, because a new model's biases are zero and its norms' weights one, and a
-kernel that ignores them would look correct.
+Values are drawn because those of the call may hide errors: in a new model biases are 0 and norm weights 1, so a kernel
+that ignores them would look correct.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ ROW_ARGS: dict[str, tuple[str, ...]] = {
     "linear_act": ("x",),
     "linear_act_backward": ("grad", "x", "pre"),
 }
-"""Operators whose rows are independent -> the arguments that hold a row each; leading dimensions are all rows."""
+"""Operators with independent rows -> the arguments that have those rows; leading dimensions are all rows."""
 
 IGNORED: dict[str, tuple[str, ...]] = {"paged_attention": ("segments", "addresses", "layer")}
-"""Arguments that do not change an operator's class: where its rows lie, not what it does with them."""
+"""Arguments that do not change an operator's class: they only say where rows are stored."""
 
 
 def is_known(operator: str) -> bool:
-    """Whether there are samples of an operator's calls; without them it keeps its default."""
+    """Whether an operator's calls can be sampled; otherwise it keeps its default backend."""
     return operator in ROW_ARGS or operator in MAKERS
 
 
 def samples_of(operator: str, args: Args) -> list[Args]:
-    """Small calls like the call of `operator` with `args` (by name): one, or up to SEEDS where that has few rows, whose
-    error would be a matter of luck."""
+    """Small calls similar to the call of `operator` with `args` (by name): one, or up to SEEDS if a call has so few
+    rows that its error would depend on chance."""
     first = sample_of(operator, args)
     largest = max(each.shape[0] for each in tree_leaves(first) if isinstance(each, Tensor) and each.dim())
     return [first, *(sample_of(operator, args, seed) for seed in range(1, min(SEEDS, ROWS // largest)))]
 
 
 def sample_of(operator: str, args: Args, seed: int = 0) -> Args:
-    """A small call of the same code as the call of `operator` with `args` (by name), in the same order."""
+    """The arguments, in order, of a small call with the same code path as the call of `operator` with `args`."""
     draw = Draw(next(each for each in args.values() if isinstance(each, Tensor)).device, seed)
     if operator in MAKERS:
         return MAKERS[operator](args, draw)
@@ -61,15 +61,15 @@ def sample_of(operator: str, args: Args, seed: int = 0) -> Args:
 
 
 class Draw:
-    """Random tensors on a device, the same at each call."""
+    """A seeded source of random tensors on a device."""
 
     def __init__(self, device: torch.device, seed: int = 0) -> None:
         self.device = device
         self._generator = torch.Generator(device).manual_seed(seed)
 
     def normal(self, like: Tensor, *shape: int, name: str = "") -> Tensor:
-        """Values of the standard normal distribution in `like`'s dtype; those of a weight matrix are divided by the
-        root of its inputs, so that products stay near 1."""
+        """Standard normal values in `like`'s dtype; those of a weight matrix are divided by the square root of its
+        number of inputs, so that products have variance about 1."""
         shape = shape or tuple(like.shape)
         values = torch.randn(shape, generator=self._generator, device=self.device)
         if name.startswith("weight") and len(shape) > 1:
@@ -97,14 +97,14 @@ class Draw:
 
 
 def _fewer_rows(args: Args, names: tuple[str, ...], draw: Draw) -> Args:
-    """The call with at most ROWS of its rows, drawn."""
+    """The call with at most ROWS rows of random values."""
     tables = {name: args[name] for name in names if args.get(name) is not None and args[name].numel()}
     chosen = draw.order(next(iter(tables.values())).shape[:-1].numel())[:ROWS]
     return args | {name: table.reshape(-1, table.shape[-1])[chosen] for name, table in tables.items()}
 
 
 def _norm_backward(args: Args, draw: Draw) -> Args:
-    """With the statistics that belong to the rows: with others, sums that cancel would make every form look bad."""
+    """Uses the statistics of the drawn rows: with others, sums would not cancel and no backend would be accurate."""
     found = draw.values(_fewer_rows(args, NORM_BACKWARD, draw))
     if found["rstd"] is not None and found["rstd"].numel():
         x, dtype = found["x"].float(), found["rstd"].dtype
@@ -116,7 +116,7 @@ def _norm_backward(args: Args, draw: Draw) -> Args:
 
 
 def _rope(args: Args, draw: Draw) -> Args:
-    """[B, heads, S, D] at fewer positions."""
+    """[B, heads, S, D] with fewer positions."""
     query = "query" if "query" in args else "grad_query"
     key = "key" if "key" in args else "grad_key"
     batch, _, positions, _ = args[query].shape
@@ -148,7 +148,7 @@ def _mix_rows(args: Args, draw: Draw) -> Args:
 
 
 def _patch_embed(args: Args, draw: Draw) -> Args:
-    """One tile; mean and standard deviation of the pixels stay."""
+    """One tile; mean and standard deviation of the pixels are kept."""
     found = dict(args)
     for name in ("tiles", "grad"):
         if args.get(name) is not None:
@@ -161,8 +161,8 @@ def _patch_embed(args: Args, draw: Draw) -> Args:
 
 
 def _placement(args: Args, draw: Draw, visual: int, constants: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(source, row, inverse) of a sequence in random order: text, each of so many visual rows once, constant rows, and
-    two rows of padding. Indices are of the call's dtype."""
+    """(source, row, inverse) of a sequence in random order: text, each of `visual` visual rows once, constant rows, and
+    two padding rows. Indices have the call's dtype."""
     dtype = args["source"].dtype
     text = visual // 4 + 1
     parts = [
@@ -192,7 +192,7 @@ def _placement(args: Args, draw: Draw, visual: int, constants: int) -> tuple[Ten
     return source.to(dtype), row.to(dtype), [part.int() for part in inverse]
 
 
-VOCABULARY = 1000  # token ids of a sample, so that the embedding is a small one
+VOCABULARY = 1000  # number of token ids of a sample, to keep the embedding small
 
 
 def _token_pack(args: Args, draw: Draw) -> Args:
@@ -200,7 +200,7 @@ def _token_pack(args: Args, draw: Draw) -> Args:
     like = args["grad"] if is_backward else args["embedding"]
     width = like.shape[1]
     given = args["sizes"] if is_backward else [len(args[name]) for name in ("embedding", "visual", "constant")]
-    if args["inverse"]:  # a backward pass is told no size of a table that gets no gradient
+    if args["inverse"]:  # a backward pass gets no size of a table without a gradient
         given = [given[0], len(args["inverse"][3]), len(args["inverse"][5]) - 1]
     visual, constants = min(given[1], ROWS // 2), given[2]
     source, row, inverse = _placement(args, draw, visual, constants)
@@ -212,7 +212,7 @@ def _token_pack(args: Args, draw: Draw) -> Args:
 
 
 def _assemble_inputs(args: Args, draw: Draw) -> Args:
-    """Projected rows taken of twice as many features, in random order."""
+    """Projected rows selected from twice as many features, in random order."""
     is_backward = "grad" in args
     kept = min(len(args["kept"]), ROWS // 2)
     constants = len(args["inverse"][5]) - 1
@@ -251,7 +251,7 @@ def _paged_attention(args: Args, draw: Draw) -> Args:
 
 
 def _as_it_is(args: Args, draw: Draw) -> Args:
-    """The call itself: bytes and a planner's tables, with nothing to draw."""
+    """The user's call itself: image bytes and a planner's tables cannot be drawn."""
     return args
 
 

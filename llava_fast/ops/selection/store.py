@@ -1,4 +1,4 @@
-"""Verdicts on disk: one JSON file for each kind of machine, in the user's cache, written atomically under a lock.
+"""Verdicts on disk: one JSON file per kind of machine in the user's cache, written atomically under a lock.
 
 The folder is LLAVA_FAST_CACHE, else the platform's cache directory (on Linux ~/.cache/llava_fast).
 """
@@ -24,13 +24,12 @@ from llava_fast.ops.selection.candidates import SERVED
 from llava_fast.ops.selection.machine import Machine
 from llava_fast.ops.selection.verdict import Verdict
 
-WAIT = 60.0  # seconds that a process waits in all for other processes' proofs; then it takes the default
+WAIT = 60.0  # seconds that a process waits in total for other processes' tests before it uses the default
 
 
 class Table(BaseModel):
-    """What a file holds: the machine that its verdicts were found on (a pinned table may name none), and a verdict for
-    each class of calls. A key that is only an op's name applies to all of its calls without a verdict of their
-    class."""
+    """The content of a file: the machine on which the verdicts were found (optional in a pinned table), and one verdict
+    per class of calls. A key that is only an op's name applies to its calls whose class has no verdict."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -39,7 +38,7 @@ class Table(BaseModel):
 
 
 def folder() -> Path:
-    """The files' folder; it need not exist."""
+    """The folder of the files; it may not exist yet."""
     given = os.environ.get("LLAVA_FAST_CACHE")
     return (Path(given).expanduser() if given else user_cache_path("llava_fast")) / "selection"
 
@@ -51,7 +50,7 @@ def path_of(machine: Machine) -> Path:
 
 
 def read_table(path: Path) -> Table:
-    """Raises BackendError for a missing or invalid file."""
+    """Read a file. Raises BackendError if it is missing or invalid."""
     try:
         return Table.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -63,8 +62,8 @@ def read_table(path: Path) -> Table:
 
 
 def cached(machine: Machine) -> Table:
-    """The table of this kind of machine; an empty one if there is none. A damaged one is ignored with a warning: it is
-    only a cache.
+    """The table of this kind of machine, empty if there is no file. A damaged file is ignored with a warning, since it
+    is only a cache.
     """
     path = path_of(machine)
     if path.is_file():
@@ -76,20 +75,20 @@ def cached(machine: Machine) -> Table:
 
 
 def _known(path: Path, table: Table) -> Table:
-    """The table without verdicts for forms that their op has not: they would fail every call."""
+    """The table without verdicts for backends that the op does not have, which would fail every call."""
     known: dict[str, Verdict] = {}
     for name, verdict in table.verdicts.items():
         op = verdict.op or name.split()[0].removesuffix("_backward")
         if verdict.backend not in SERVED.get(op, {verdict.backend: ""}):
-            warnings.warn(f"{path}: the op {op!r} has no form {verdict.backend!r}; left out: {name}", stacklevel=3)
+            warnings.warn(f"{path}: the op {op!r} has no backend {verdict.backend!r}; ignoring: {name}", stacklevel=3)
         else:
             known[name] = verdict
     return table.model_copy(update={"verdicts": known})
 
 
 def pinned(path: Path) -> Table:
-    """A table that a user pins. Raises BackendError as `read_table` does, and for configurations that no call would
-    take, under an op's name alone."""
+    """A table pinned by the user. Raises BackendError as `read_table`, and for launch configurations under an op's name
+    alone, which no call would use."""
     table = read_table(path)
     for name, verdict in table.verdicts.items():
         if verdict.configs and " " not in name:
@@ -101,13 +100,13 @@ def pinned(path: Path) -> Table:
 
 @contextlib.contextmanager
 def locked(machine: Machine, seconds: float) -> Iterator[str]:
-    """Inside the block this process alone holds the machine's file ("held"); others held it for so long ("busy"); or
-    the folder cannot be written ("nowhere")."""
+    """Lock the machine's file for the block. Yields "held", "busy" if others held it for `seconds`, or "nowhere" if the
+    folder cannot be written."""
     path = path_of(machine)
     lock = FileLock(path.with_suffix(".lock"), timeout=max(seconds, 0))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(poll_interval=0.01)  # less than its holder's next call takes, or others would never have it
+        lock.acquire(poll_interval=0.01)  # shorter than the holder's next call, or others would never get the lock
     except Timeout:
         yield "busy"
         return

@@ -1,10 +1,10 @@
 """The verdicts that this process uses, and when it may add to them.
 
-LLAVA_FAST_SELECT says how: "first-use" (a call without a verdict is tested at its first use, within a budget), "cached"
-(only existing verdicts), "off" (none). Unset, it is "first-use" on CUDA and "cached" on a CPU: there the native forms
-are the same code on every machine, compared with the reference by the package's tests, and are the declared defaults
-(`ops/backend`), so that a short call never waits for a test. LLAVA_FAST_SELECTION names a file that replaces the
-cache's, for results that repeat bit for bit. All are read when an op first runs.
+LLAVA_FAST_SELECT is "first-use" (test a call without a verdict at its first use, within a budget), "cached" (only
+existing verdicts) or "off" (no verdicts). The default is "first-use" on CUDA and "cached" on a CPU. There the native
+backends are the same code on every machine, are compared with the reference by the package's tests and are the declared
+defaults (`ops/backend`), so a short call never waits for a test. LLAVA_FAST_SELECTION names a file that replaces the
+cached one, for bitwise reproducible results. The variables are read when an op first runs.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from llava_fast.ops.selection.verdict import Verdict
 
 MODES = ("first-use", "cached", "off")
 MOST_CLASSES = 4096
-BUDGET = 30.0  # seconds that a process spends on proofs, unless LLAVA_FAST_SELECT_BUDGET says otherwise
+BUDGET = 30.0  # seconds that a process spends on tests, unless LLAVA_FAST_SELECT_BUDGET is set
 
 
 @dataclass
 class InUse:
-    """Verdicts of one kind of device, by class; under an op's name, those of all its calls. `may_grow`: calls are
-    proven. `is_asked`: modules leave their place to ops that may be proven; unlike `may_grow` it does not change within
-    a training step, where layers that are run again must run as before. `classes` keeps up to MOST_CLASSES classes
-    worked out already, by signature; `failed` those not to be tried again."""
+    """Verdicts of one kind of device, by class, or by op's name for all of its calls.
+
+    may_grow: calls without a verdict are tested. is_asked: modules call ops that may still be tested; unlike may_grow
+    it does not change within a training step, since recomputed layers must run as before. classes: up to MOST_CLASSES
+    computed classes, by signature. failed: classes not to be tried again.
+    """
 
     machine: Machine
     verdicts: dict[str, Verdict]
@@ -46,11 +48,11 @@ class InUse:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no call needs its class."""
+        """Whether no call needs to compute its class."""
         return not self.verdicts and not self.may_grow
 
     def serves(self, op: str) -> bool:
-        """Whether some call of the op runs another form than the reference."""
+        """Whether some call of the op runs a backend other than the reference."""
         if not self.verdicts:  # the usual case on a CPU, asked by every module
             return False
         return any(op in (each.op, key) and each.backend != "reference" for key, each in self.verdicts.items())
@@ -59,10 +61,10 @@ class InUse:
 class Settings:
     """This process's settings, and the tables that it has read.
 
-    thorough: `llava-fast tune` runs: every configuration is tried, and verdicts from first use are tested again. met:
-    if it is a set, classes that would be tested are added to it instead. heard: called with each class that was tried
-    and its verdict. trains: a call with gradients was seen. stepped: an optimizer has made a step since the first call
-    that could be tested. spent, waited: seconds of tests, and of waiting for other processes' tests, so far.
+    thorough: set by `llava-fast tune`: try every configuration, and test verdicts from first use again. met: if a set,
+    classes are added to it instead of being tested. heard: callback with each tested class and its verdict. trains: a
+    call with gradients was seen. stepped: an optimizer has stepped since the first call that could be tested. spent,
+    waited: seconds so far spent on tests, and on waiting for other processes' tests.
     """
 
     def __init__(self) -> None:
@@ -83,7 +85,7 @@ class Settings:
         self._tables: dict[torch.device, InUse] = {}
 
     def end_step(self) -> None:
-        """An optimizer has made a step: from here on nothing is proven."""
+        """Called after an optimizer's step: from here on nothing is tested."""
         self.stepped = True
         for table in self._tables.values():
             table.may_grow = table.is_asked = False
@@ -95,14 +97,14 @@ class Settings:
         return self.mode or ("first-use" if device_type == "cuda" else "cached")
 
     def table(self, device: torch.device) -> InUse:
-        """The verdicts for a device. Raises BackendError for a GPU of another kind than an earlier one's."""
+        """The verdicts for a device. Raises BackendError for a GPU of another kind than one used earlier."""
         found = self._tables.get(device)
         if found is None:
             found = self._tables[device] = self._read(device)
         return found
 
     def table_on(self, device_type: str) -> InUse | None:
-        """The verdicts for devices of a type, of the current one if none was asked for yet; None if there is none."""
+        """The verdicts for devices of a type: those in use, else those of the current device; None without a device."""
         for device, table in self._tables.items():
             if device.type == device_type:
                 return table
@@ -126,7 +128,7 @@ class Settings:
 
 
 def check_one_kind(machines: Sequence[Machine]) -> None:
-    """Raises BackendError if they are GPUs of several kinds."""
+    """Raise BackendError if the machines have different GPUs."""
     kinds = sorted({f"{each['device']} of {each['multiprocessors']} multiprocessors" for each in machines})
     if len(kinds) > 1:
         raise BackendError(
@@ -137,13 +139,13 @@ def check_one_kind(machines: Sequence[Machine]) -> None:
 
 @functools.cache
 def settings() -> Settings:
-    """Those of this process; `settings.cache_clear()` has the environment and the files read again. Raises BackendError
-    for an environment variable with a wrong value."""
+    """The settings of this process. `settings.cache_clear()` makes the next call read the environment and the files
+    again. Raises BackendError for an invalid environment variable."""
     return Settings()
 
 
 def pinned_backend(op: str) -> str | None:
-    """The form that a pinned table gives to all calls of an op."""
+    """The backend that a pinned table gives to all calls of an op; None if there is none."""
     pinned = settings().pinned
     verdict = pinned.verdicts.get(op) if pinned is not None else None
     return verdict.backend if verdict is not None else None

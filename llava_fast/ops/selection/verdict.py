@@ -1,4 +1,4 @@
-"""A verdict: which form serves a class of calls on a machine, and the figures that it rests on."""
+"""A verdict: which backend runs a class of calls on a machine, and the measurements behind that."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ BACKENDS = ("reference", "native", "cublas", "triton")
 
 
 class Verdict(BaseModel):
-    """What was found for one class of calls. Only `backend` and `configs` matter for what runs.
+    """The result of testing one class of calls. Only `backend` and `configs` decide what runs.
 
     configs: kernel -> launch configuration. error, reference_error: ||found - exact|| / ||exact|| against float64, the
-    largest of the outputs. ms, reference_ms: medians, and spread_ms the larger of their interquartile ranges. found:
-    day; by: "first use" (shipped configurations alone) or "tune" (all of the list). refused: candidate -> why.
+    largest over the outputs. ms, reference_ms: medians; spread_ms: the larger of their interquartile ranges. found: the
+    date; by: "first use" (only shipped configurations) or "tune" (all listed ones). refused: candidate -> why.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=True)
@@ -37,14 +37,14 @@ class Verdict(BaseModel):
         return ", ".join(filter(None, found))
 
     def columns(self) -> tuple[str, str, str, str]:
-        """(form, error and the reference's, milliseconds and the reference's, when and by what it was found)."""
+        """(backend, error and the reference's, milliseconds and the reference's, when and by what it was found)."""
         settings = (f"{name}={value}" for config in self.configs.values() for name, value in config.items())
         errors = "" if self.error is None else f"{self.error:.1e} (reference {self.reference_error or 0:.1e})"
         times = "" if self.ms is None else f"{self.ms:.3g} (reference {self.reference_ms or 0:.3g})"
         return " ".join((self.backend, *settings)), errors, times, " ".join(filter(None, (self.found, self.by)))
 
     def _refusals(self) -> list[str]:
-        """Why other forms are not taken: those tried first, one configuration each."""
+        """Why the other backends were rejected, one configuration each."""
         return [f"not {name}: {why}" for name, why in self.refused.items() if " " not in name]
 
     def model_post_init(self, _: Any) -> None:

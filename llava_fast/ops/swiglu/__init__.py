@@ -1,4 +1,4 @@
-"""swiglu: silu(gate) * up, the middle of a Llama MLP, as one op."""
+"""swiglu: silu(gate) * up, the activation of a Llama MLP, as one op."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ backend.register("swiglu", "triton", "CUDA")
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up.
 
-    gate, up [..., width] floating, of one shape; rows may lie apart (halves of one wider product). Returns
-    [..., width], contiguous, in the dtype of a product of the two. silu(gate) is rounded to gate's dtype first, as two
-    steps have it.
-    Kept for the backward pass: gate and up alone (for up's gradient just gate), where two steps keep silu(gate) too.
+    gate, up [..., width] floating, of one shape; rows may be strided (halves of one wider product). Returns
+    [..., width], contiguous, in the dtype of gate * up. silu(gate) is rounded to gate's dtype first, as in the unfused
+    steps.
+    Saved for the backward pass: gate and up (only gate for up's gradient), but not silu(gate).
     For R rows of C values of b bytes: about 6RC FLOPs, at least 3RCb bytes (backward 12RC, 5RCb).
-    Raises ValueError for shapes that differ or tensors that are not floating.
+    Raises ValueError for different shapes or tensors that are not floating.
     """
     if not gate.dim() or gate.shape != up.shape:
-        raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must be alike, [.., width]")
+        raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must have the same shape [.., width]")
     if not (gate.is_floating_point() and up.is_floating_point()):
         raise ValueError(f"gate and up must be floating, got {gate.dtype} and {up.dtype}")
     return _swiglu(gate, up)

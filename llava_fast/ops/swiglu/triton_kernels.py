@@ -1,4 +1,4 @@
-"""swiglu in Triton: elementwise over rows that may lie apart (halves of one wider product). Backward makes silu again.
+"""swiglu in Triton: elementwise over possibly strided rows (halves of a wider product). Backward recomputes silu(gate).
 
 Bytes for R rows of C values of b bytes: forward 3RCb, backward 5RCb.
 """
@@ -38,7 +38,7 @@ def swiglu_backward_kernel(
     width,
     BLOCK: tl.constexpr,
 ):
-    """The gradients of gate and of up; a pointer that is None stands for one that is not needed."""
+    """The gradients of gate and of up; the pointer of a gradient that is not needed is None."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -67,7 +67,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, needed: list[bool]) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of gate and up, None where not needed; `up` may be empty where only its own gradient is."""
+    """Gradients of gate and up, None where not needed; `up` may be empty if only its own gradient is needed."""
     of_gate, of_up = (gate.new_empty(gate.shape) if need else None for need in needed)
     if gate.numel():
         grad, gate = _rows(grad), _rows(gate)
@@ -81,13 +81,13 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, needed: list[bool]) 
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x as [rows, width], each row's values side by side; a view where it can be one."""
+    """x as [rows, width] with contiguous rows; a view if possible."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def specimens() -> list[Specimen]:
-    """How each kernel is compiled for real use: widths and strides that are multiples of 16, and width 4864 + 1."""
+    """How each kernel is compiled: for widths and strides that are multiples of 16, and for width 4864 + 1."""
     found = []
     for dtype in ("bf16", "fp16", "fp32"):
         found.append(_specimen(swiglu_kernel, dtype, dtype))

@@ -1,4 +1,4 @@
-"""token_pack: decoder inputs from text, visual and constant rows, each in the place the plan gives it."""
+"""token_pack: gather decoder inputs from text, visual and constant rows, at the places given by the plan."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ backend.register("token_pack", "native", "CPU; CUDA where csrc was built with it
 
 
 class InversePlacement(NamedTuple):
-    """Which output row read each table row (CSR): gradients are summed in a fixed order, without atomics or a search.
+    """Which output rows read each table row (CSR): lets the backward sum in a fixed order, without atomics or a search.
 
-    All int32, columns of the plan by the same names. text_row: rows that took a text embedding, by rising token id;
-    text_token: the distinct ids; text_segment: where each id's rows start, then their number. visual_place
-    [visual rows]: the one row that took each visual row, or -1. constant_row, constant_segment [constants + 1]: the
-    same for constant rows, one segment for each constant.
+    All int32, named as the columns of the plan. text_row: output rows with a text embedding, sorted by token id;
+    text_token: the distinct ids; text_segment [ids + 1]: offsets of each id's rows in text_row. visual_place
+    [visual rows]: the output row that read each visual row, or -1. constant_row, constant_segment [constants + 1]: the
+    same as text_row and text_segment, with one segment per constant.
     """
 
     text_row: Tensor
@@ -40,15 +40,15 @@ def token_pack(
     constant: Tensor,
     inverse: InversePlacement | None = None,
 ) -> Tensor:
-    """Rows gathered from three tables.
+    """Gather rows from three tables.
 
     source    int [rows]: 0 text embedding, 1 visual, 2 constant, -1 padding (a zero row).
     row       int [rows]: the row of that table (for text, the token id); ignored for padding.
     embedding [vocabulary, width]; visual [n, width]; constant [m, width] (row 0: the newline).
-    inverse   the inverse placement, for gradients; the kernels' backward passes need it.
-    Returns [rows, width] in embedding's dtype. Gradients flow to the three tables; each is summed in float32 in a
-    fixed order. Minimum bytes: each output row written once, each input row read once.
-    Raises ValueError for tables of different width or indices of different length.
+    inverse   the inverse placement, for gradients; the compiled backends' backward requires it.
+    Returns [rows, width] in embedding's dtype. Gradients flow to the three tables, summed in float32 in a fixed order.
+    Minimum bytes: each output row written once, each input row read once.
+    Raises ValueError for tables of different widths and indices of different lengths.
     """
     if source.shape != row.shape or source.dim() != 1:
         raise ValueError(f"source {tuple(source.shape)} and row {tuple(row.shape)} must both be [rows]")
@@ -95,13 +95,13 @@ def _kernels(chosen: str):
 
 def _not_int32(*indices: Tensor) -> str | None:
     dtypes = {index.dtype for index in indices} - {torch.int32}
-    return f"indices are {', '.join(map(str, dtypes))}, and csrc takes int32" if dtypes else None
+    return f"csrc takes int32 indices, these are {', '.join(map(str, dtypes))}" if dtypes else None
 
 
 def _run_backward(
     grad: Tensor, source: Tensor, row: Tensor, sizes: list[int], needed: list[bool], inverse: list[Tensor]
 ) -> tuple[Tensor, ...]:
-    unsorted = None if inverse else "no `inverse` was given, so its rows are not sorted"
+    unsorted = None if inverse else "no `inverse` was given"
     sums = native.unfit_sum(grad) if needed[0] or needed[2] else native.unfit(grad)
     unfit = {
         "triton": triton_support.unfit(grad) or unsorted,

@@ -1,4 +1,4 @@
-"""token_pack in csrc/pack: on the CPU on up to torch.get_num_threads() threads, on CUDA on the current stream."""
+"""token_pack by csrc/pack: up to torch.get_num_threads() threads on the CPU, the current stream on CUDA."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def unfit(tensor: Tensor) -> str | None:
     """Why csrc cannot pack rows on this tensor's device; None if it can."""
     if tensor.device.type == "cpu" or (tensor.device.type == "cuda" and _C.has_cuda()):
         return None
-    return f"csrc was not built for {tensor.device.type}, or no usable device is here (see llava-fast doctor)"
+    return f"csrc was not built for {tensor.device.type}, or there is no usable device (see llava-fast doctor)"
 
 
 def unfit_sum(grad: Tensor) -> str | None:
@@ -73,7 +73,7 @@ def _sum(
 
 
 def _call(name: str, out: Tensor, *arguments) -> None:
-    """The CPU function, or the CUDA one on the current stream of the tensors' GPU (ops.library made it the current)."""
+    """Call the CPU function, or the CUDA one on the current stream. ops.library made the tensors' GPU current."""
     if out.device.type == "cpu":
         getattr(_C, name)(*arguments, torch.get_num_threads())
     else:

@@ -22,7 +22,7 @@ def token_pack(source: Tensor, row: Tensor, embedding: Tensor, visual: Tensor, c
 def token_pack_backward(
     grad: Tensor, source: Tensor, row: Tensor, sizes: Sequence[int], needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of embedding, visual and constant, of `sizes` rows, summed in float32; None where not needed."""
+    """Gradients of embedding, visual and constant, which have `sizes` rows; float32 sums. None where not needed."""
     return tuple(
         _table_gradient(grad, source == kind, row, size) if wanted else None
         for kind, size, wanted in zip((TEXT, VISUAL, CONSTANT), sizes, needed, strict=True)
@@ -30,7 +30,7 @@ def token_pack_backward(
 
 
 def _table_gradient(grad: Tensor, is_kind: Tensor, row: Tensor, size: int) -> Tensor:
-    """[size, width]: the sum of `grad` over the rows that took each row of one table."""
+    """[size, width]: for each row of one table, the sum of `grad` over the output rows that read it."""
     if not size or not len(grad):
         return grad.new_zeros(size, grad.shape[1])
     wide = torch.promote_types(grad.dtype, torch.float32) if grad.device.type == "cpu" else grad.dtype

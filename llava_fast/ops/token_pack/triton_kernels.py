@@ -1,4 +1,4 @@
-"""token_pack in Triton: one program writes one row (or a part of a wide one); gradients by sorted uses, no atomics.
+"""token_pack in Triton: one program writes one row, or part of a wide one; gradients by sorted row lists, no atomics.
 
 Bytes: forward reads and writes each row once. Backward reads each gradient row once and writes each table once.
 """
@@ -13,14 +13,14 @@ from torch import Tensor
 from llava_fast.ops import sums, triton_support
 from llava_fast.ops.triton_support import Specimen
 
-CONSTANT_PARTS = 64  # a constant row's uses are summed in so many parts, then the parts in order
+CONSTANT_PARTS = 64  # partial sums of a constant row's gradient, added in order
 
 
 @triton.jit
 def pack_kernel(source_ptr, row_ptr, embedding_ptr, visual_ptr, constant_ptr, out_ptr, width, BLOCK: tl.constexpr):
-    """out[r] = the table row that source[r], row[r] name; zeros for a filler.
+    """out[r] = row row[r] of table source[r]; zeros for padding.
 
-    visual_ptr None: visual rows are left as they are, for whoever writes them.
+    visual_ptr None: visual rows of the output are not written here.
     """
     at = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -53,7 +53,7 @@ def take_rows_kernel(grad_ptr, place_ptr, out_ptr, width, BLOCK: tl.constexpr):
 def sum_segments_kernel(
     grad_ptr, order_ptr, segment_ptr, target_ptr, out_ptr, width, parts, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
-    """One part of one segment: out[part, target] = sum of grad[order[segment start .. end)], in float32, in order."""
+    """One part of one segment: out[part, target] = sum of grad[order[start .. end)] in float32, in order."""
     segment, part = tl.program_id(0), tl.program_id(2)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -80,7 +80,7 @@ def token_pack(source: Tensor, row: Tensor, embedding: Tensor, visual: Tensor, c
 
 
 def pack(source: Tensor, row: Tensor, embedding: Tensor, visual: Tensor | None, constant: Tensor, out: Tensor) -> None:
-    """Write the rows of `out` [rows, width]; without `visual` all but the visual ones."""
+    """Write the rows of `out` [rows, width]; all but the visual rows if `visual` is None."""
     rows, width = out.shape
     if out.numel():
         config = triton_support.config("pack_kernel", out.device, rows)
@@ -89,7 +89,7 @@ def pack(source: Tensor, row: Tensor, embedding: Tensor, visual: Tensor | None, 
 
 
 def visual_gradient(grad: Tensor, visual_place: Tensor) -> Tensor:
-    """[visual rows, width]: each visual row's gradient is that of the one row that took it, if any did."""
+    """[visual rows, width]: the gradient of the output row that read each visual row; zeros if none did."""
     rows, width = len(visual_place), grad.shape[1]
     out = torch.empty(rows, width, dtype=grad.dtype, device=grad.device)
     if out.numel():
@@ -112,7 +112,7 @@ def embedding_gradient(
 
 
 def constant_gradient(grad: Tensor, constant_row: Tensor, constant_segment: Tensor, constants: int) -> Tensor:
-    """[constants, width]: every constant has a segment of `constant_row`; a long one is summed in parts."""
+    """[constants, width]: each constant has a segment of `constant_row`; segments are summed in parts."""
     width = grad.shape[1]
     out = torch.empty(constants, width, dtype=grad.dtype, device=grad.device)
     if out.numel():
@@ -134,7 +134,7 @@ def pack_specimen(op: str, dtype: str, visual: bool = True) -> Specimen:
 
 
 def specimens() -> list[Specimen]:
-    """How each kernel is compiled for real use, for the compile check."""
+    """How each kernel is compiled, for the compile check."""
     found = []
     for dtype in ("bf16", "fp16", "fp32"):
         table = f"*{dtype}"
