@@ -1,21 +1,20 @@
-"""RMSNorm, SwiGLU and RoPE of a transformers decoder, replaced on instances by ops where these support the call.
+"""RMSNorm, SwiGLU and RoPE of a transformers decoder, replaced on instances by ops.
 
-Only for Llama, Mistral and Qwen2, and only modules of transformers' own classes. Forwards of three kinds of module are
-replaced (see `replacement`), and each checks at every call whether the op applies:
+Only for Llama, Mistral and Qwen2, and only for modules of transformers' own classes. The forwards of three kinds of
+modules are replaced (see `replacement`). Each checks at every call whether its op supports the call:
 
-- RMSNorm: ops.rms_norm. For the backward pass it saves its input and one number for each row; the stock one also saves
-  the normalised rows (for half-precision rows also a float32 copy of them);
-- MLP: ops.swiglu between the three projections, which are called as they are. It keeps gate and up, where the stock one
-  keeps silu(gate) too. Without gradients the product is made in silu(gate)'s own memory;
-- attention: ops.rope on queries and keys. transformers calls RoPE by a module's global name, and a patch of that would
-  reach every model of the process; so what runs is the stock forward's own code with that one name bound to ops.rope.
-  It keeps nothing more or less, but makes one new tensor of each where the stock one makes five.
+- RMSNorm: ops.rms_norm. For the backward pass it saves its input and one number per row; the stock module also saves
+  the normalised rows (for 16-bit rows also a float32 copy of them).
+- MLP: ops.swiglu between the three projections, which are called unchanged. It saves gate and up; the stock module also
+  saves silu(gate). Without gradients the product is computed in place, in silu(gate)'s memory.
+- Attention: ops.rope on queries and keys. transformers calls RoPE through a global name of the module, and patching it
+  would affect every model of the process. Instead, a copy of the stock forward runs in which only this name is bound to
+  ops.rope. It saves the same tensors and allocates one new tensor per operand (the stock code five).
 
-An op runs if a backend fuses it. On a CPU, without a kernel, the references of rms_norm and rope are faster than the
-stock modules for float32 inputs of at least models.fused.gate.LEAST values; otherwise, in half precision, and for
-swiglu's backward pass, the stock path runs. Hooks on these modules, and wrapped or quantised projections, keep working:
-they are called.
-"""
+An op runs if a backend has a fused kernel for it. On a CPU without a kernel, the references of rms_norm and rope run
+for float32 inputs of at least models.fused.gate.LEAST values, where they are faster than the stock modules. The stock
+path runs otherwise: for smaller inputs, in 16 bits and for swiglu's backward pass. Hooks on these modules and wrapped
+or quantised projections keep working, since they are called."""
 
 from __future__ import annotations
 
@@ -34,13 +33,13 @@ from llava_fast.ops import rms_norm, rope, swiglu
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 SILU = {("torch.nn.modules.activation", "SiLU"), ("transformers.activations", "SiLUActivation")}
 ROPE = "apply_rotary_pos_emb"
-"""The global name by which transformers' attention calls RoPE."""
+"""The global name through which transformers' attention calls RoPE."""
 CACHES = ("cache", "past_key_values")
-"""What the attention's parameter for the cache is called: since transformers 5.24, and before."""
+"""Names of the attention's cache parameter: since transformers 5.24, and before."""
 
 
 def replacements(whole: nn.Module) -> Iterator[tuple[nn.Module, str, Callable[..., Any], str]]:
-    """(module, method, function, what it does in words) for the decoder of a LLaVA; empty for an unknown decoder."""
+    """(module, method, replacement, description) for the decoder of a LLaVA; empty for an unknown decoder."""
     decoder = getattr(whole.model, "language_model", None)
     for module in decoder.modules() if decoder is not None else ():
         # Also match replaced modules whose class changed later (parametrize), so restore() finds them.
@@ -94,8 +93,8 @@ def _rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor,
 
 @functools.cache
 def _with_rope(forward: Callable) -> Callable | None:
-    """The code of a stock attention's forward with ops.rope in place of transformers' function; None if it calls none
-    of that name. (Its decorators only translate an old name of the cache, see CACHES.)"""
+    """A stock attention's forward with ops.rope bound to the name ROPE; None if it does not use that name. (Its
+    decorators are dropped: they only translate an old name of the cache, see CACHES.)"""
     plain = inspect.unwrap(forward)
     if ROPE not in plain.__code__.co_names:
         return None

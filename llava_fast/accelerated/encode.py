@@ -1,8 +1,7 @@
-"""From a Hugging Face LLaVA's images and videos to the decoder's inputs: the tower up to the selected layer, only rows
-that are kept or pooled into others projected, every row put in its place by integers.
+"""From a Hugging Face LLaVA's images and videos to the decoder's inputs: runs the tower up to the selected layer,
+projects only rows that are used, and places every row by integer indices.
 
-`unfit` returns at each call why a model or a call must take the stock path; the other functions assume that it returned
-None.
+`unfit` returns why a model or a call must take the stock path; the other functions assume that it returned None.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ ANYRES = ("llava_next", "llava_next_video", "llava_onevision")
 POOLS = {"average": nn.AvgPool2d, "max": nn.MaxPool2d}
 TOWERS = ("transformers.models.clip.modeling_clip", "transformers.models.siglip.modeling_siglip")
 TOWER_RUNS: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("llava_fast_tower_runs", default=None)
-"""In a trial: the number of layers of each run of a tower that is made here, to know that there was one."""
+"""In a self-check: the number of layers of each tower run by this module, which proves that it ran."""
 
 
 class Unfit(Exception):
@@ -47,20 +46,21 @@ class Unfit(Exception):
 
 
 class Selection(NamedTuple):
-    """Which of the tower's hidden states are used: the layers to run, and how many rows of each tile to skip."""
+    """Which of the tower's hidden states are used: the number of layers to run, and of rows to skip in each tile."""
 
     layers: int
     skipped: int
 
 
 def untouched(module: nn.Module) -> bool:
-    """No hooks and no overridden forward: calling its parts is equivalent to calling it."""
+    """Whether a module has no hooks and no overridden forward, so that calling its parts is equivalent to calling
+    it."""
     return is_untouched(module, type(module))
 
 
 def only_gathered(module: nn.Module) -> bool:
-    """No overridden forward, and no hooks except those with which FSDP2 gathers and frees its weights
-    (`fully_shard`).
+    """Whether a module has no overridden forward and no hooks except those of FSDP2 (`fully_shard`), which gather and
+    free its weights.
     """
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     owners = (type(getattr(hook, "__self__", None)).__module__ for hook in hooks)
@@ -68,8 +68,8 @@ def only_gathered(module: nn.Module) -> bool:
 
 
 def unfit(model: StockModel, given: dict) -> str | None:
-    """Why this call of an inner LLaVA model (its forward, get_image_features or get_video_features), with the names of
-    normalised pixels, must take the stock path, or None."""
+    """Why this call of an inner LLaVA model (its forward, get_image_features or get_video_features) must take the stock
+    path, or None. `given` has pixels under the stock names."""
     asked = [name for name in ("output_hidden_states", "output_attentions") if _asked(model, given, name)]
     if asked:
         return f"{' and '.join(asked)} asked for"
@@ -98,7 +98,7 @@ def unfit(model: StockModel, given: dict) -> str | None:
     parts = [*visual, *tower.embeddings.parameters(), *model.get_input_embeddings().parameters()]
     devices = {str(part.device) for part in parts} | ({str(ids.device)} if ids is not None else set())
     if len(devices) > 1:
-        return f"the model and its inputs lie on several devices ({', '.join(sorted(devices))})"
+        return f"the model and its inputs are on several devices ({', '.join(sorted(devices))})"
     if not only_gathered(tower) or not untouched(tower.encoder):
         return "the vision tower is hooked or wrapped"
     depth = len(tower.encoder.layers)
@@ -122,7 +122,7 @@ def _unfit_for_videos(model: StockModel, frames: Tensor, skipped: int) -> str | 
 
 
 def _asked(model: StockModel, given: dict, name: str) -> bool:
-    """Whether an output is requested by argument, or else by the model's or its decoder's config."""
+    """Whether an output is requested by an argument or, without one, by the model's or its decoder's config."""
     value = given.get(name)
     if value is None:
         config = model.config
@@ -143,19 +143,19 @@ def select(model: StockModel, given: dict) -> Selection:
 
 
 def geometry(config, skipped: int, has_class_row: bool, aspect_ratio: str | None = None) -> VisualGeometry:
-    """How the checkpoint reads an image or a video, `skipped` rows of each tile left out; `aspect_ratio` "anyres_max_N"
-    is LLaVA-OneVision's, by default its config's. Raises ImageError for a layout that stock code does not support
-    either.
+    """The geometry of a checkpoint's images and videos, without `skipped` rows of each tile. aspect_ratio: LLaVA-
+    OneVision's "anyres_max_N", default its config's. Raises ImageError for a layout that the stock code does not
+    support either.
     """
     vision = config.vision_config
     if skipped and not has_class_row:
-        raise ImageError("feature selection 'default' cuts a patch off a tower without a class row")
+        raise ImageError("feature selection 'default' drops a patch of a tower without a class row")
     rows: dict[str, Any] = {"class_rows": int(has_class_row and not skipped), "dropped_rows": skipped}
     return VisualGeometry(vision.image_size, vision.patch_size, **rows, **tiling(config, aspect_ratio))
 
 
 def tiling(config, aspect_ratio: str | None = None) -> dict[str, Any]:
-    """The fields of a VisualGeometry that the family reads from a config; none for an unknown pooler. Raises
+    """The fields of VisualGeometry that the family reads from a config; empty for an unknown pooler. Raises
     ImageError.
     """
     family, file = FAMILIES[config.model_type](), Path("config.json")
@@ -171,9 +171,9 @@ def tiling(config, aspect_ratio: str | None = None) -> dict[str, Any]:
 
 
 class Visuals(NamedTuple):
-    """A call's images and videos: the tiles of images and the frames of videos [tiles, 3, H, W] by the names they came
-    under, where their rows go, the rows that images and videos take (int32), how many rows each image (or, without
-    images, each video) has, if the host knows, and the number of videos."""
+    """A call's images and videos: the tiles of images and the frames of videos [tiles, 3, H, W] by argument name, the
+    placement of their rows, the decoder rows of images and videos (int32), the number of rows of each image (or of each
+    video if there are no images), if known on the host, and the number of videos."""
 
     tiles: dict[str, Tensor]
     placement: Placement
@@ -184,7 +184,8 @@ class Visuals(NamedTuple):
 
 
 def plan_visuals(model: StockModel, given: Mapping[str, Any], integers: Integers, selection: Selection) -> Visuals:
-    """Images and videos and the placement of their rows. Raises ImageError if pixels, sizes and tokens do not match."""
+    """A call's images and videos, and the placement of their rows. Raises ImageError if pixels, sizes and tokens do not
+    match."""
     has_class_row = hasattr(model.vision_tower.embeddings, "class_embedding")
     shape = geometry(model.config, selection.skipped, has_class_row, given.get("vision_aspect_ratio"))
     pixels, frames = given.get("pixel_values"), given.get("pixel_values_videos")
@@ -209,7 +210,7 @@ def plan_visuals(model: StockModel, given: Mapping[str, Any], integers: Integers
 
 
 def _tiles(pixels: Tensor, counts: list[int]) -> Tensor:
-    """The tiles of all images end to end, without the padding tiles of [images, most, 3, H, W]."""
+    """The tiles of all images, concatenated, without the padding tiles of [images, most, 3, H, W]."""
     if pixels.dim() == 5:
         if len(pixels) != len(counts) or max(counts) > pixels.shape[1]:
             raise ImageError(f"pixel_values {tuple(pixels.shape)} do not hold {len(counts)} images of {counts} tiles")
@@ -231,14 +232,14 @@ class Features(NamedTuple):
 def tower_features(
     tower: StockModel, tiles: Mapping[str, Tensor], layers: int, uint8: Mapping[str, Normalisation], last: bool = False
 ) -> Features:
-    """Hidden states after this many layers; later layers run only if the `last` hidden state is requested. `uint8`: the
-    normalisation that tiles of these names still need.
+    """Hidden states after this many layers; later layers run only if the `last` hidden state is requested. uint8: name
+    of tiles -> the normalisation that they still need.
     """
     if (runs := TOWER_RUNS.get()) is not None:
         runs.append(layers)
     if untouched(tower):
         return _hidden_states(tower, tiles, layers, uint8, last)
-    # FSDP2 gathers the weights where the tower is called, so this must be its call.
+    # FSDP2 gathers the weights when the tower is called, so call the tower itself.
     own = tower.__dict__
     own["forward"] = functools.partial(_hidden_states, tower)
     try:
@@ -261,11 +262,11 @@ def _hidden_states(
     end = hidden
     for layer in tower.encoder.layers[layers:]:
         end = layer(end, None)
-    return Features(hidden, end if is_clip else tower.post_layernorm(end))  # CLIP normalises the class row alone
+    return Features(hidden, end if is_clip else tower.post_layernorm(end))  # CLIP normalises only the class row
 
 
 def _embedded(embeddings: StockModel, pixels: Tensor, normalisation: Normalisation | None) -> Tensor:
-    """[tiles, rows, width]; the normalisation is folded into the patches' weights where they are ordinary ones."""
+    """[tiles, rows, width]; the normalisation is folded into the patch embedding's weight if that is a plain Conv2d."""
     if normalisation is None:
         return embeddings(pixels, interpolate_pos_encoding=False)
     conv, position = embeddings.patch_embedding, embeddings.position_embedding
@@ -283,7 +284,7 @@ def _embedded(embeddings: StockModel, pixels: Tensor, normalisation: Normalisati
 
 
 def view(model: StockModel, visuals: Visuals, skipped: int) -> Parts:
-    """The Parts of a transformers model, for models.encode."""
+    """A transformers model's Parts, for models.encode."""
     projector = model.multi_modal_projector
     if all(untouched(part) for part in projector.modules()):
         project = functools.partial(project_rows, projector)
@@ -296,8 +297,8 @@ def view(model: StockModel, visuals: Visuals, skipped: int) -> Parts:
 def _projected_as_stock(
     projector: nn.Module, visuals: Visuals, skipped: int, features: Tensor, kept: Tensor, pooled: list[Tensor]
 ) -> Tensor:
-    """Kept rows, then those already pooled, by a projector with hooks: it gets the same inputs as in the stock model,
-    all tiles of images, then all frames of videos.
+    """Kept rows, then pooled rows, for a projector with hooks. It is called with the stock model's inputs: all tiles of
+    images, then all frames of videos.
     """
     tiles = [len(part) for part in visuals.tiles.values()]
     features = features.unflatten(0, (sum(tiles), -1))
@@ -312,15 +313,15 @@ def _projected_as_stock(
 def feature_list(
     model: StockModel, visuals: Visuals, selection: Selection, uint8: Mapping[str, Normalisation]
 ) -> list[Tensor]:
-    """The pooler_output of stock get_image_features: each image's (or video's) rows in order, [rows, width]."""
+    """The pooler_output of the stock get_image_features: each image's (or video's) rows in order, [rows, width]."""
     features = tower_features(model.vision_tower, visuals.tiles, selection.layers, uint8).selected.flatten(0, 1)
     parts, at = view(model, visuals, selection.skipped), visuals.placement
     return list(placed(parts, None, visual_rows(parts, features, at), at).split(visuals.lengths))
 
 
 class Embedded(NamedTuple):
-    """The decoder's inputs [B, S, width] and what they were made of: what the tower gave at which layer, where rows of
-    images and videos went, and the dtype in which the projector gave them."""
+    """The decoder's inputs [B, S, width] and their sources: the tower's features and layer, the decoder rows of images
+    and videos, and the dtype of the projector's output."""
 
     embeds: Tensor
     features: Features
@@ -337,8 +338,8 @@ def decoder_inputs(
     uint8: Mapping[str, Normalisation],
     last: bool,
 ) -> Embedded:
-    """Text rows from the embedding, visual rows from tower and projector (see models.encode). The tower runs to its end
-    if `last` is true."""
+    """Decoder inputs: text rows from the embedding, visual rows from tower and projector (see models.encode). last: run
+    all layers of the tower."""
     made = tower_features(model.vision_tower, visuals.tiles, selection.layers, uint8, last)
     parts = view(model, visuals, selection.skipped)
     flat, dtype = inputs_embeds(parts, made.selected.flatten(0, 1), visuals.placement, ids)
@@ -346,13 +347,13 @@ def decoder_inputs(
 
 
 def projector_linears(model: StockModel) -> PlainLinears | None:
-    """The Linears of a projector that is unchanged since transformers built it, else None."""
+    """The Linears of a projector that has not been changed since transformers built it, else None."""
     projector = model.multi_modal_projector
     linears = [projector.linear_1, projector.linear_2] if hasattr(projector, "linear_2") else []
     if not linears or not untouched(projector) or not untouched(projector.act):
         return None
     if not type(projector).__module__.startswith("transformers."):
-        return None  # a wrapper shows the attributes of what it wraps
+        return None  # a wrapper forwards the attributes of the wrapped module
     if not all(is_plain(linear, nn.Linear) for linear in linears):
         return None
     activation = model.config.projector_hidden_act

@@ -1,4 +1,4 @@
-"""The outputs of transformers' LLaVA models: their classes, and the rows of images and videos in them."""
+"""The output classes of transformers' LLaVA models, and the image and video features in them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from llava_fast.accelerated.self_check import NAMES
 from llava_fast.accelerated.stock import StockModel
 
 KINDS = {name + "ForConditionalGeneration": name + "CausalLMOutputWithPast" for name in NAMES.values()}
-"""Whole model -> the class of its outputs."""
+"""Class name of the whole model -> class name of its outputs."""
 
 
 def field_names(kind: type) -> set[str]:
-    """The fields of a class of outputs."""
+    """The field names of an output class."""
     return {field.name for field in dataclasses.fields(kind)}
 
 
@@ -30,12 +30,12 @@ def output_class(model: StockModel) -> type:
         found = getattr(sys.modules[kind.__module__], KINDS.get(kind.__name__, ""), None)
         if found is not None:
             return found
-    raise Unfit(f"the class of what {type(model).__name__} returns is not known")
+    raise Unfit(f"the output class of {type(model).__name__} is not known")
 
 
 def show_encoder(inner: StockModel) -> bool:
-    """Whether the outputs of an inner model hold those of its tower, as they do since transformers 5.24. Raises Unfit
-    for unknown outputs.
+    """Whether the outputs of an inner model include those of its tower, as since transformers 5.24. Raises Unfit for
+    unknown outputs.
     """
     for kind in type(inner).__mro__:
         found = getattr(sys.modules[kind.__module__], f"{kind.__name__}OutputWithPast", None)
@@ -45,18 +45,18 @@ def show_encoder(inner: StockModel) -> bool:
 
 
 def encoder_outputs(rows: list[Tensor] | Tensor) -> Any:
-    """What get_image_features (a list) and get_video_features (a tensor) return, without the tower's hidden states."""
+    """The result of get_image_features (a list) or get_video_features (a tensor), without the tower's hidden states."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     return BaseModelOutputWithPooling(pooler_output=rows)  # type: ignore[arg-type]  # a list, against its annotation
 
 
 def with_rows(model: StockModel, outputs: Any, made: encode.Embedded) -> Any:
-    """Outputs of an inner model's stock forward with what tower and projector made of images and videos.
+    """Add the features of images and videos to the outputs of an inner model's stock forward.
 
-    Since transformers 5.24 these are the outputs of the encoder: its last hidden state, that of the selected layer, and
-    the rows of each image (or of all together where a plan of AnyRes images came: the host does not know how many each
-    has). Before, they were the rows alone.
+    Since transformers 5.24 they are the encoder's outputs: its last hidden state, that of the selected layer, and the
+    rows of each image (all rows in one tensor for AnyRes images with a shipped plan, whose counts the host does not
+    know). Before, they were only the rows.
     """
     visuals, rows = made.visuals, made.embeds.flatten(0, 1)
     tiles = visuals.tiles
@@ -85,7 +85,7 @@ def with_rows(model: StockModel, outputs: Any, made: encode.Embedded) -> Any:
 
 
 def _encoder(model: StockModel, layer: int, selected: Tensor, last: Tensor, rows: list[Tensor] | Tensor) -> Any:
-    """The outputs of a tower whose pooled output the rows have replaced."""
+    """A tower's outputs with the rows as pooler_output."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     states: list = [None] * (len(model.vision_tower.encoder.layers) + 1)

@@ -1,22 +1,22 @@
-"""`accelerate(model)`: a Hugging Face LLaVA that is already loaded, faster and in less memory, with the same answers.
+"""`accelerate(model)`: makes a loaded Hugging Face LLaVA faster and smaller in memory, with the same answers.
 
-Methods of the model and of its parts are replaced, by instance (see `replacement`); classes, parameters and state_dict
-keys stay:
+Methods of the model and of its parts are replaced on the instance (see `replacement`). Classes, parameters and
+state_dict keys do not change.
 
-- the whole model's forward: with labels, the loss and its gradients are computed from supervised rows only, by
-  ops.linear_cross_entropy;
-- the inner model's forward: the tower stops at the selected layer, only kept rows of images and videos are projected,
-  and every row is put in its place by integers (see `encode`);
-- the inner model's get_image_features and get_video_features: the same, but only while generate encodes ahead of the
-  prompt. A direct call still runs the whole tower, for its result shows the last hidden state;
-- generate: drops a collator's plan (`llava_plan_*`, see `shipped_plan`), which only forward uses; -
-prepare_inputs_for_generation: uint8 pixels (see `uint8_pixels`) go only to the first step, as normalised ones do; - the
-forwards of the decoder's RMSNorm, MLP and attention: RMSNorm, SwiGLU and RoPE are one op each where that is faster, and
-  stock elsewhere, without a log entry (see `decoder`).
+- The whole model's forward: with labels, the loss and its gradients are computed from supervised rows only, by
+  ops.linear_cross_entropy.
+- The inner model's forward: the tower stops at the selected layer, only kept rows of images and videos are projected,
+  and every row is placed by integer indices (see `encode`).
+- The inner model's get_image_features and get_video_features: the same, but only while generate encodes images before
+  the prompt. A direct call runs the whole tower, since its result includes the last hidden state.
+- generate: drops a collator's plan (`llava_plan_*`, see `shipped_plan`), which only forward uses.
+- prepare_inputs_for_generation: passes uint8 pixels (see `uint8_pixels`) only to the first step, like normalised ones.
+- The forwards of the decoder's RMSNorm, MLP and attention: RMSNorm, SwiGLU and RoPE run as one op each if that is
+  faster, otherwise as stock, without a log entry (see `decoder`).
 
-A call that one of the other replacements does not support takes the stock path, which is logged once in
-`llava_fast.integrations`; so does a call that fails here, and every call of a method for which a trial on a tiny model
-shows that this version of transformers differs (see `self_check`). A graph that torch.compile traces is the stock one.
+A call that another replacement does not support takes the stock path; so does a call that fails here, and every call of
+a method that differs in this version of transformers according to a check on a tiny model (see `self_check`). This is
+logged once in `llava_fast.integrations`. torch.compile traces the stock methods.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ from llava_fast.ops import linear_cross_entropy
 
 SUPPORTED = tuple(KINDS)
 NEW_NAMES = (*shipped_plan.NAMES, *uint8_pixels.NAMES)
-"""Keywords that the whole model's forward takes besides those of the stock one."""
+"""Keywords of the whole model's forward in addition to the stock ones."""
 KEYWORDS = (
     "output_attentions output_hidden_states return_dict use_cache cache_position past_key_values logits_to_keep labels "
     "num_items_in_batch cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx"
 ).split()
-"""What callers give an inner model besides its forward's parameters, and only the decoder reads."""
+"""Arguments that callers pass to an inner model beyond its forward's parameters, and that only the decoder reads."""
 SKIPS_LOGITS = "_llava_fast_skips_training_logits"
 INTEGERS = "llava_fast_integers"
 _encoding: contextvars.ContextVar[dict | None] = contextvars.ContextVar("llava_fast_encoding", default=None)
-"""While generate encodes images and videos: what their pixels, by name, still need (see uint8_pixels.take)."""
+"""While generate encodes images and videos: argument name -> normalisation still needed (see uint8_pixels.take)."""
 
 
 def accelerate(model: nn.Module, processor=None, *, training_logits: bool = True) -> nn.Module:
@@ -69,18 +69,18 @@ def accelerate(model: nn.Module, processor=None, *, training_logits: bool = True
 
     model           a Llava, LlavaNext, LlavaNextVideo or LlavaOnevision ForConditionalGeneration, or a wrapper that
                     holds one (PEFT).
-    processor       the model's processor, which defines how pixels are normalised: with it the model also accepts the
-                    uint8 tiles of FastProcessor(output="uint8"), as `pixel_values_uint8` (of videos,
-                    `pixel_values_videos_uint8`). Without it they raise uint8_pixels.PixelError. (A stock or restored
-                    model's generate raises for these names; its forward ignores unknown names, and answers as if there
-                    were no image: do not restore a model that gets uint8 pixels.)
-    training_logits False: in training mode, a call with labels returns only its loss, and `logits` is None: logits [B,
-                    S, vocabulary] are never materialised. True: logits are returned, as by the stock model.
+    processor       the model's processor, which defines the pixel normalisation. With it the model also accepts the
+                    uint8 tiles of FastProcessor(output="uint8") as `pixel_values_uint8` (for videos
+                    `pixel_values_videos_uint8`); without it they raise uint8_pixels.PixelError. Do not restore a model
+                    that gets uint8 pixels: a stock model's generate raises for these names, but its forward ignores
+                    them and answers as if there were no image.
+    training_logits False: in training mode, a call with labels returns only its loss and `logits` is None, so that
+                    logits [B, S, vocabulary] are never materialised. True: logits are returned as by the stock model.
     Raises UnsupportedModelError for any other model, PixelError for a processor without image settings.
     """
     versions.warn_if_untried()
     whole = find(model)
-    done: dict[str, None] = {}  # in order, each once: a decoder's layers are many
+    done: dict[str, None] = {}  # an ordered set: a decoder's layers repeat descriptions
     stays: dict[str, str] = {}
     unlike = self_check.reasons(whole.model, accelerate, thorough=True)
     for module, name, function, what in _replacements(whole):
@@ -91,7 +91,7 @@ def accelerate(model: nn.Module, processor=None, *, training_logits: bool = True
         else:
             stays[what] = name
     for what, name in stays.items():
-        logger.warning("%s stays: its %s was replaced by someone else", what, name)
+        logger.warning("%s is left unchanged: its %s was replaced by other code", what, name)
     setattr(whole, SKIPS_LOGITS, not training_logits)
     if processor is not None:
         uint8_pixels.remember(whole.model, processor)
@@ -100,17 +100,17 @@ def accelerate(model: nn.Module, processor=None, *, training_logits: bool = True
 
 
 def _unlike_known(inner: StockModel) -> Mapping[str, str]:
-    """What differs in a model's class and takes the stock path: the reasons by part (see `self_check`)."""
+    """Part -> why it takes the stock path in models of this class (see `self_check`)."""
     return self_check.reasons(inner, accelerate)
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `accelerate` in place, also on a copy of an accelerated model; return it. A model that is not accelerated
-    stays as it is."""
+    """Undo `accelerate` in place, also on a copy of an accelerated model, and return the model. A model that is not
+    accelerated does not change."""
     wholes = [module for module in model.modules() if SKIPS_LOGITS in vars(module)]
     for module, name, _, what in [each for whole in wholes for each in _replacements(whole)]:
         if name in vars(module) and not put_back(module, name):
-            logger.warning("%s stays: something has wrapped %s.%s since", what, type(module).__name__, name)
+            logger.warning("%s is not restored: other code has wrapped %s.%s since", what, type(module).__name__, name)
     for module in model.modules():
         for name in (TOLD, SKIPS_LOGITS, uint8_pixels.SETTING):
             vars(module).pop(name, None)
@@ -118,13 +118,13 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def replaced(model: nn.Module) -> list[str]:
-    """What is currently replaced in a model, in words."""
+    """Descriptions of what is currently replaced in a model."""
     done = (what for module, name, _, what in _replacements(find(model)) if is_replaced(module, name))
     return list(dict.fromkeys(done))
 
 
 def _replacements(whole: nn.Module) -> Iterator[tuple]:
-    """(module, method, function, what it does in words)."""
+    """(module, method, replacement, description)."""
     yield whole, "forward", whole_forward, "the loss (supervised rows only)"
     yield whole, "generate", generate, "generate (it leaves out a collator's plan)"
     yield whole, "prepare_inputs_for_generation", prepare_inputs, "the inputs of generate's steps (uint8 pixels)"
@@ -139,7 +139,7 @@ def _replacements(whole: nn.Module) -> Iterator[tuple]:
 
 
 def find(model: nn.Module) -> StockModel:
-    """The whole transformers model that is, or is inside, `model`. Raises UnsupportedModelError."""
+    """The transformers LLaVA that is `model` or inside it. Raises UnsupportedModelError."""
     import transformers
 
     kinds = tuple(getattr(transformers, name) for name in SUPPORTED)
@@ -149,12 +149,12 @@ def find(model: nn.Module) -> StockModel:
             if type(module).forward is kind.forward:
                 return module
     raise UnsupportedModelError(
-        f"accelerate does not know {type(model).__name__}: it serves {', '.join(SUPPORTED)} of transformers"
+        f"accelerate does not support {type(model).__name__}, only {', '.join(SUPPORTED)} of transformers"
     )
 
 
 def whole_forward(model: StockModel, *args, **kwargs):
-    """The stock forward; with labels, its loss over supervised rows alone."""
+    """The stock forward; with labels, the loss is computed from supervised rows only."""
     if torch.compiler.is_compiling():
         return type(model).forward(model, *args, **_as_stock(model.model, kwargs))
     given = by_name(model, "forward", args, kwargs)
@@ -184,8 +184,8 @@ def whole_forward(model: StockModel, *args, **kwargs):
 def _attempt(inner: StockModel, make: Callable[[], Any]) -> tuple[Any, str | None]:
     """(the result of `make`, None), or (None, why the stock path must run, which then raises its own error).
 
-    Errors that are this package's own to raise are raised: no stock model takes a plan or uint8 pixels, nor has a
-    backend. So are all others where processes share a sharded model and wait for each other: it cannot run again."""
+    Errors about plans, uint8 pixels and backends are raised, since no stock model has these. For a sharded model all
+    errors are raised: other processes wait for this one, so the call cannot run again."""
     try:
         return make(), None
     except Unfit as found:
@@ -201,7 +201,7 @@ def _attempt(inner: StockModel, make: Callable[[], Any]) -> tuple[Any, str | Non
 
 
 def _rows_of_loss(model: StockModel, given: dict, plan: dict | None) -> tuple | None:
-    """(rows with a label, their targets, the class of the answer, the inner model's arguments); None where stock gives
+    """(rows with a label, their targets, the output class, the inner model's arguments); None if the stock model gives
     NaN or raises. Raises Unfit."""
     labels, kind = given["labels"], output_class(model)
     if why := _unlike_known(model.model).get(LOSS) or unfit_for_loss(model, given):
@@ -221,7 +221,7 @@ def _rows_of_loss(model: StockModel, given: dict, plan: dict | None) -> tuple | 
 
 
 def _loss(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
-    """The sum of the rows' losses; under autocast in its dtype, as the head's own product would be."""
+    """The sum of the rows' losses; under autocast in autocast's dtype, like the head's own product."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
     bias = None if head.bias is None else head.bias.to(dtype)
@@ -230,14 +230,14 @@ def _loss(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 def unfit_for_loss(model: StockModel, given: dict) -> str | None:
-    """Why the loss of this call of a whole model must take the stock path, or None."""
+    """Why the loss of this call of a whole model must be computed by the stock path, or None."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     head, labels, ids = model.lm_head, given["labels"], given.get("input_ids")
     if not is_plain(head, nn.Linear):
         return "the output head is hooked, wrapped, sharded or not an exact nn.Linear"
     if model.loss_function is not ForCausalLMLoss:
-        return "the model has a loss function of its own"
+        return "the model has its own loss function"
     for name in ("shift_labels", "ignore_index"):
         if given.get(name) is not None:
             return f"{name} is given"
@@ -253,7 +253,7 @@ def unfit_for_loss(model: StockModel, given: dict) -> str | None:
 
 
 def _integers(inner: StockModel, given: dict, labels: Tensor | None = None) -> Integers:
-    """What is read of a call: image_sizes and batch_num_images only with pixels, and where the model reads them."""
+    """The integers of a call: image_sizes and batch_num_images only with pixels, and only if the model uses them."""
     family = inner.config.model_type
     tiled = any(given.get(name) is not None for name in ("pixel_values", "pixel_values_uint8"))
     sizes = given.get("image_sizes") if tiled and family in encode.ANYRES else None
@@ -262,12 +262,12 @@ def _integers(inner: StockModel, given: dict, labels: Tensor | None = None) -> I
 
 
 def _as_stock(inner: StockModel, given: dict) -> dict:
-    """The arguments of a call for a stock model: without a plan, and with normalised pixels."""
+    """The arguments of a call for a stock model: without a plan and with normalised pixels."""
     return uint8_pixels.normalise(*uint8_pixels.take(inner, shipped_plan.without(given)))
 
 
 def inner_forward(model: StockModel, *args, **kwargs):
-    """The stock forward of decoder inputs made here from ids and pixels."""
+    """The stock forward, with decoder inputs computed here from ids and pixels."""
     integers: Integers | None = kwargs.pop(INTEGERS, None)
     if torch.compiler.is_compiling():
         return type(model).forward(model, *args, **_as_stock(model, kwargs))
@@ -289,7 +289,7 @@ def inner_forward(model: StockModel, *args, **kwargs):
 def _embedded(
     model: StockModel, given: dict, plan: dict | None, uint8: dict, integers: Integers | None
 ) -> encode.Embedded:
-    """The decoder's inputs and what they were made of. Raises Unfit, ImageError."""
+    """The decoder's inputs and their sources. Raises Unfit, ImageError."""
     why = _unlike_known(model).get(IMAGE_PATH) or encode.unfit(model, given) or _unknown_keyword(model, given)
     if why or given.get("input_ids") is None:
         raise Unfit(why or "input_ids are not given")
@@ -298,13 +298,14 @@ def _embedded(
         visuals = shipped_plan.visuals(model, given, plan)
     else:
         integers = integers or _integers(model, given)
-        told = given | {"vision_aspect_ratio": None}  # the stock forward goes by the config, whatever is given
+        told = given | {"vision_aspect_ratio": None}  # the stock forward always uses the config's
         visuals = encode.plan_visuals(model, told, integers, selection)
     return encode.decoder_inputs(model, given["input_ids"], visuals, selection, uint8, show_encoder(model))
 
 
 def _unknown_keyword(inner: StockModel, given: dict) -> str | None:
-    """A stock forward may pass on to the tower what it has no name for, as LLaVA's does since transformers 5.24."""
+    """Why unknown keywords need the stock path, or None: a stock forward may pass them to the tower, as LLaVA's does
+    since transformers 5.24."""
     named = stock_signature(type(inner), "forward").parameters
     new = [name for name in given if given[name] is not None and name not in named and name not in KEYWORDS]
     return f"{', '.join(new)} is given, which accelerate does not know" if new else None
@@ -316,7 +317,7 @@ def generate(model: StockModel, *args, **kwargs):
 
 
 def prepare_inputs(model: StockModel, *args, **kwargs) -> dict:
-    """The stock step of generate that says what forward takes: uint8 pixels come and go as normalised ones do."""
+    """The stock prepare_inputs_for_generation, which treats uint8 pixels like normalised ones."""
     came = [name for name in uint8_pixels.NAMES if kwargs.get(name) is not None]
     given = {name: value for name, value in kwargs.items() if name not in came}
     given |= {uint8_pixels.NAMES[name]: kwargs[name] for name in came}
@@ -325,7 +326,7 @@ def prepare_inputs(model: StockModel, *args, **kwargs) -> dict:
 
 
 def encode_for_generation(model: StockModel, *args, **kwargs):
-    """The stock step of generate that encodes images and videos ahead, with features made here."""
+    """The stock step of generate that encodes images and videos before the prompt, with features computed here."""
     if why := _unlike_known(model.model).get(ENCODING):
         tell_stock(model, ENCODING, why)
         return getattr(type(model), ENCODE)(model, *args, **kwargs)
@@ -342,14 +343,14 @@ def encode_for_generation(model: StockModel, *args, **kwargs):
 
 
 def inner_image_features(model: StockModel, *args, **kwargs):
-    """Within generate, only image features; elsewhere the stock method, whose result includes all of the tower's
+    """Image features, if called by generate; otherwise the stock method, whose result includes all of the tower's
     outputs.
     """
     return _features(model, "get_image_features", args, kwargs)
 
 
 def inner_video_features(model: StockModel, *args, **kwargs):
-    """Within generate, only video features; elsewhere the stock method."""
+    """Video features, if called by generate; otherwise the stock method."""
     return _features(model, "get_video_features", args, kwargs)
 
 

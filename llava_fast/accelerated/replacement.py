@@ -1,7 +1,7 @@
-"""Replacing a method of one object, so that deepcopy and pickle carry the replacement over to the copy's own weights.
+"""Replaces a method of one object such that after deepcopy or pickle the replacement uses the copy's weights.
 
-A replacement is `functools.partial(function, module)` of a module-level function in the instance's own dict. A closure
-would keep using the original's weights; a bound method cannot be pickled inside the object it is bound to.
+A replacement is `functools.partial(function, module)` of a module-level function, stored in the instance's dict. A
+closure would keep using the original's weights; a bound method cannot be pickled as part of its own object.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ TOLD = "_llava_fast_told"
 
 
 def replace(module: nn.Module, name: str, function: Callable[..., Any], more: tuple[str, ...] = ()) -> bool:
-    """Let `module.name(...)` be `function(module, ...)`, under the signature of the method it replaces (Trainer and
-    generate read it) and `more` keywords. Returns False, without a change, if something else has already replaced
-    it."""
+    """Make `module.name(...)` call `function(module, ...)`. The signature, which Trainer and generate inspect, is that
+    of the replaced method with `more` keywords. Returns False without a change if other code has already replaced the
+    method."""
     if name in vars(module):
         return is_replaced(module, name)
     bound = functools.partial(function, module)
@@ -39,13 +39,13 @@ def _with_keywords(signature: inspect.Signature, names: tuple[str, ...]) -> insp
 
 
 def is_replaced(module: nn.Module, name: str) -> bool:
-    """Whether `module.name` is one of this package's replacements, and no one has wrapped it since."""
+    """Whether `module.name` is one of this package's replacements that has not been wrapped since."""
     found = vars(module).get(name)
     return isinstance(found, functools.partial) and found.func.__module__.startswith("llava_fast.")
 
 
 def put_back(module: nn.Module, name: str) -> bool:
-    """Undo `replace`; False if it was not replaced, or something has wrapped the replacement."""
+    """Undo `replace`; False if the method was not replaced or the replacement has been wrapped since."""
     if not is_replaced(module, name):
         return False
     delattr(module, name)
@@ -53,8 +53,8 @@ def put_back(module: nn.Module, name: str) -> bool:
 
 
 def stock_signature(kind: type, name: str) -> inspect.Signature:
-    """The signature of a method as its instances show it, without the annotations that cannot be pickled. (By the
-    others a caller sees what `**kwargs` takes, `output_attentions` for example.)"""
+    """The signature of a bound method, without annotations that cannot be pickled. (The others show callers which
+    `**kwargs` are accepted, such as `output_attentions`.)"""
     return _signature(getattr(kind, name))
 
 
@@ -73,19 +73,19 @@ def _picklable(parameter: inspect.Parameter) -> inspect.Parameter:
 
 
 def by_name(module: nn.Module, name: str, args: tuple, kwargs: dict) -> dict:
-    """All arguments of a call by their names."""
+    """All arguments of a call by name."""
     if not args:
         return kwargs
     return dict(zip(stock_signature(type(module), name).parameters, args, strict=False)) | kwargs
 
 
 def stock(module: nn.Module, name: str, given: dict) -> Any:
-    """Call the method that was replaced."""
+    """Call the replaced stock method."""
     return getattr(type(module), name)(module, **given)
 
 
 def tell_stock(module: nn.Module, what: str, why: str) -> None:
-    """Log that a call takes the stock path, once for each reason."""
+    """Log, once per reason, that a call takes the stock path."""
     told = vars(module).setdefault(TOLD, set())
     if (what, why) not in told:
         told.add((what, why))

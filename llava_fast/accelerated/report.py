@@ -1,6 +1,6 @@
-"""What `accelerate` would replace, what would take the stock path, and why, as text for `llava-fast doctor`.
+"""Text for `llava-fast doctor`: what `accelerate` would replace, what would take the stock path, and why.
 
-Models are built on the meta device, from only a config: no weight is read, and nothing is computed.
+Models are built on the meta device from a config: no weights are read and nothing is computed.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ CALLS = (
 
 
 def families() -> list[str]:
-    """What would be replaced in each family of transformers that `accelerate` serves, one line for each thing."""
+    """What would be replaced in each supported family of transformers, one line per method."""
     import transformers
 
     lines = ["accelerate(model) replaces, in transformers' models"]
     for name in patch.SUPPORTED:
         kind = getattr(transformers, name)
         config = kind.config_class()
-        config.text_config.num_hidden_layers = 1  # all layers are alike, and large ones take their time
+        config.text_config.num_hidden_layers = 1  # layers are identical, and building large ones is slow
         with torch.device("meta"):
             model = patch.accelerate(kind(config))
         lines += [f"  {name}", *(f"    {what}" for what in patch.replaced(model))]
@@ -37,8 +37,8 @@ def families() -> list[str]:
 
 
 def of_path(path: str | Path) -> list[str]:
-    """The same for one Hugging Face checkpoint, of which only the config is read. Raises CheckpointError for a config
-    that cannot be read, UnsupportedModelError for a model that `accelerate` does not know."""
+    """What would be replaced in one Hugging Face checkpoint, of which only the config is read. Raises CheckpointError
+    for an unreadable config, UnsupportedModelError for an unsupported model."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     try:
@@ -53,7 +53,7 @@ def of_path(path: str | Path) -> list[str]:
 
 
 def of_model(model: StockModel) -> list[str]:
-    """What is replaced now in a model, and what of it would take the stock path whatever a call asks for. Raises
+    """What is currently replaced in a model, and which parts take the stock path in every call. Raises
     UnsupportedModelError."""
     whole = patch.find(model)
     inner = whole.model

@@ -1,11 +1,10 @@
-"""Trying `accelerate` on a tiny model of the same class, against the class's own methods.
+"""Tests `accelerate` on a tiny model of the same class against the stock methods.
 
-transformers changes its models from release to release: an output field becomes a property, a method gets another name,
-a forward another argument. So before a class of model is accelerated, a tiny one of that class, tower and decoder is
-built, and the same calls are made to stock methods and replacements. A method that gives another answer, fails, or has
-an unknown parameter takes the stock path, and `reasons` says why. It takes about 0.1 s, once a process for each kind of
-model, and again if a class or function of its modules has changed.
-"""
+transformers changes its models between releases: an output field becomes a property, a method is renamed, a forward
+gets another argument. So before a model is accelerated, a tiny model with the same model class, tower and decoder is
+built, and stock methods and replacements get the same calls. A method whose results differ, which fails or has an
+unknown parameter takes the stock path, and `reasons` says why. The check takes about 0.1 s once per process and kind of
+model, and runs again if a class or function of the modules involved changes."""
 
 from __future__ import annotations
 
@@ -31,16 +30,16 @@ from llava_fast.models.fused.gate import LEAST
 from llava_fast.ops.backend import use_backend
 
 IMAGE_PATH, LOSS, ENCODING = "the image path", "the loss", "generate's encoding of images"
-"""What may take the stock path; besides these the words of decoder.replacements."""
+"""Parts that may take the stock path; in addition, the descriptions of decoder.replacements."""
 NAMES = {
     "llava": "Llava",
     "llava_next": "LlavaNext",
     "llava_next_video": "LlavaNextVideo",
     "llava_onevision": "LlavaOnevision",
 }
-"""Model type -> what the names of its classes begin with."""
+"""Model type -> prefix of its class names."""
 TOWERS = {"clip_vision_model": "CLIPVision", "siglip_vision_model": "SiglipVision"}
-"""The same for towers."""
+"""Tower's model type -> prefix of its class names."""
 ENCODE = "_prepare_multimodal_encoder_kwargs_for_generation"
 FEATURES = (
     "pixel_values",
@@ -74,7 +73,7 @@ PARAMETERS = {
         ("inner", "get_video_features", FEATURES),
     ),
 }
-"""What of the stock methods' parameters is known."""
+"""Known parameters of the stock methods."""
 TEXT, TOWER = 16, 2  # the tiny model's sizes: the decoder's width and vocabulary, the tower's layers
 IMAGE_ID, VIDEO_ID = 14, 15
 
@@ -84,15 +83,15 @@ _trying: contextvars.ContextVar[bool] = contextvars.ContextVar("llava_fast_tryin
 
 
 def in_trial() -> bool:
-    """Whether a tiny model runs, not a caller's."""
+    """Whether a self-check's tiny model is running, not a caller's model."""
     return _trying.get()
 
 
 def reasons(inner: StockModel, accelerate: Call, thorough: bool = False) -> Mapping[str, str]:
-    """What takes the stock path in models of this inner model's class, and why; empty if all agreed.
+    """Part -> why it takes the stock path in models of this inner model's class; empty if all results agree.
 
-    `accelerate` replaces the methods of a whole model. Whether something has changed since the last trial is looked up
-    in the family's own module, and if `thorough` in the tower's and the decoder's too. During a trial: nothing.
+    accelerate: replaces the methods of a whole model. The check is repeated if the family's module has changed since;
+    thorough: also if the tower's or the decoder's has. Empty during a check.
     """
     if in_trial():
         return {}
@@ -105,13 +104,13 @@ def reasons(inner: StockModel, accelerate: Call, thorough: bool = False) -> Mapp
     every = _definitions(names) if thorough else own
     key, short = (*kind, thorough, *map(id, every)), (*kind, False, *map(id, own))
     if key not in _found:
-        _found[key] = _tried(*kind, accelerate), every  # which are kept, so that no other object gets their ids
+        _found[key] = _tried(*kind, accelerate), every  # keep them alive, so that their ids are not reused
     _found[short] = _found[key][0], own
     return _found[key][0]
 
 
 def _definitions(names: list[str]) -> list:
-    """The global names of the modules that models come from and what they are, and the same of the modules' classes."""
+    """The global names and objects of the modules that define the models, and the attributes of their classes."""
     import transformers
 
     values: list = []
@@ -131,7 +130,7 @@ def _tried(family: str, tower: str, decoder: str, accelerate: Call) -> dict[str,
             whole = _tiny(family, tower, decoder)
             inputs = _inputs(whole.model)
         except Exception as error:
-            why = f"no tiny model of its class can be built to try it on ({_named(error)})"
+            why = f"no tiny model of its class can be built for the check ({_named(error)})"
             return dict.fromkeys((IMAGE_PATH, LOSS, ENCODING), why)
         found = {what: unknown for what in PARAMETERS if (unknown := _unknown(whole, what)) is not None}
         for what, call in _calls(inputs).items():
@@ -142,12 +141,12 @@ def _tried(family: str, tower: str, decoder: str, accelerate: Call) -> dict[str,
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Neither sees nor changes modes, random numbers or devices of the process."""
+    """Isolate the block from the modes, random state and devices of the process."""
     token, dtype = _trying.set(True), torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
         with (
-            _disable_current_modes(),  # FakeTensorMode and its like, within which nothing has a value
+            _disable_current_modes(),  # such as FakeTensorMode, in which tensors have no values
             torch.random.fork_rng(devices=[]),
             torch.device("cpu"),
             torch.inference_mode(False),
@@ -182,7 +181,7 @@ def _tiny(family: str, tower: str, decoder: str) -> nn.Module:
 
 
 def _inputs(inner: StockModel) -> dict[str, Tensor]:
-    """A prompt with an image, and a video where the model takes one."""
+    """A prompt with an image, and a video if the model supports it."""
     config = inner.config
     has_class_row = hasattr(inner.vision_tower.embeddings, "class_embedding")
     shape = encode.geometry(config, encode.select(inner, {}).skipped, has_class_row)
@@ -222,7 +221,7 @@ def _unknown(whole: nn.Module, what: str) -> str | None:
 
 
 def _differs(whole: nn.Module, call: Call, accelerate: Call, with_images: bool = False) -> str | None:
-    """Why a call of the accelerated model is not what it is of the stock one, or was not served here; else None."""
+    """How a call of the accelerated model differs from the stock one, or why the stock path ran; else None."""
     try:
         expected = call(whole)
     except Exception as error:
@@ -232,7 +231,7 @@ def _differs(whole: nn.Module, call: Call, accelerate: Call, with_images: bool =
 
 
 def _accelerated(whole: nn.Module, call: Call, accelerate: Call, with_images: bool) -> tuple:
-    """(what a call gives with methods replaced, None), or (None, why it cannot be trusted)."""
+    """(the result of a call with replaced methods, None), or (None, why it cannot be used)."""
     before = {module: dict(vars(module)) for module in whole.modules()}
     runs: list[int] = []
     token = encode.TOWER_RUNS.set(runs)
@@ -248,19 +247,19 @@ def _accelerated(whole: nn.Module, call: Call, accelerate: Call, with_images: bo
             vars(module).clear()
             vars(module).update(names)
     if told or (with_images and not runs):
-        return None, next(iter(told), "this version of transformers does not come by the methods that are replaced")
+        return None, next(iter(told), "this version of transformers does not call the methods that are replaced")
     return found, None
 
 
 def _decoder(whole: nn.Module) -> dict[str, str]:
-    """The same for what is replaced of the decoder, each kind of module alone."""
-    hidden, found = torch.randn(LEAST // (8 * TEXT), 8, TEXT), {}  # so many that they are served on a CPU
+    """Replacement -> why it takes the stock path, for the decoder, each kind of module separately."""
+    hidden, found = torch.randn(LEAST // (8 * TEXT), 8, TEXT), {}  # large enough for the replacements to run on a CPU
     parts = list(replacements(whole))
     for what, function in {what: function for _, _, function, what in parts}.items():
         some = [each[:3] for each in parts if each[-1] == what]
 
         def call(whole: StockModel, some=some, through_decoder=function is attention_forward) -> Any:
-            if through_decoder:  # which makes the attention's other arguments
+            if through_decoder:  # which computes the attention's other arguments
                 return whole.model.language_model(inputs_embeds=hidden).last_hidden_state
             return [module(hidden) for module, *_ in some]
 
@@ -275,7 +274,7 @@ def _decoder(whole: nn.Module) -> dict[str, str]:
 
 
 def _unlike(found: Any, expected: Any, what: str) -> str | None:
-    """How two answers differ, in words; None if they do not."""
+    """A description of how two results differ; None if they agree."""
     if type(found) is not type(expected):
         return f"{what} is a {type(found).__name__}, and transformers gives a {type(expected).__name__}"
     if isinstance(expected, Tensor):

@@ -1,8 +1,8 @@
-"""Batches without an image in a model that FSDP2 has sharded (`fully_shard`).
+"""Batches without an image in a model that is sharded by FSDP2 (`fully_shard`).
 
-Each process then waits for all others wherever a shard is gathered or a gradient is reduced, so a process without an
-image must run tower and projector anyway. Stock transformers does not: if the tower's layers are sharded the processes
-deadlock; if not, gradients of different lengths meet in one reduction.
+Gathering a shard and reducing a gradient are collectives, so a process whose batch has no image must run tower and
+projector anyway. Stock transformers does not: the processes deadlock if the tower's layers are sharded; otherwise
+gradients of different lengths meet in one reduction.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from llava_fast.accelerated.stock import StockModel
 
 
 def is_sharded(model: StockModel) -> bool:
-    """Whether FSDP2 has sharded a part of it."""
+    """Whether a part of the model is sharded by FSDP2."""
     if not distributed.is_available():
         return False
     from torch.distributed.fsdp import FSDPModule
@@ -24,8 +24,8 @@ def is_sharded(model: StockModel) -> bool:
 
 
 def waited_for(model: StockModel, given: dict) -> bool:
-    """Whether other processes may have images where this call of an inner LLaVA model has none: its parts are sharded,
-    and it is no later step of generate."""
+    """Whether other processes may have images in this call of an inner LLaVA model: its parts are sharded, and the call
+    is not a decoding step of generate."""
     if given.get("input_ids") is None or not (distributed.is_available() and distributed.is_initialized()):
         return False
     if distributed.get_world_size() == 1:
@@ -37,12 +37,12 @@ def waited_for(model: StockModel, given: dict) -> bool:
 
 
 def embeds_of_text(model: StockModel, given: dict) -> Tensor:
-    """[B, S, width], the embeddings of input_ids. Tower and projector run on a blank tile, in the order in which they
-    run on images, and get a gradient of zero."""
+    """[B, S, width], the embeddings of input_ids. Tower and projector run on a blank tile, in the same order
+    as for images, and get zero gradients."""
     tower, selection = model.vision_tower, encode.select(model, given)
     weight, edge = tower.embeddings.patch_embedding.weight, model.config.vision_config.image_size
     blank = torch.zeros(1, 3, edge, edge, dtype=weight.dtype, device=weight.device)
-    last = outputs.show_encoder(model)  # so that it runs as many layers as where there are images
+    last = outputs.show_encoder(model)  # run as many layers as for images
     made = encode.tower_features(tower, {"pixel_values": blank}, selection.layers, {}, last)
     rows = made.selected[0, selection.skipped :]
     embeds = model.get_input_embeddings()(given["input_ids"])

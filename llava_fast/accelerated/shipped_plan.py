@@ -1,7 +1,8 @@
-"""The plan of a batch as flat int32 tensors named `llava_plan_*`, made by the collator for an accelerated model's
-forward, which then reads no tensor's values: nothing synchronises with the device.
+"""The plan of a batch as flat int32 tensors named `llava_plan_*`, made by the collator, so that an accelerated model's
+forward reads no tensor values and does not synchronise with the device.
 
-On a device only shapes are checked; on a CPU, where reading values is free, also that the plan belongs to this batch.
+On a GPU only shapes are checked. On a CPU, where reading values is free, it is also checked that the plan belongs to
+the batch.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ COLUMNS = (
     *SUPERVISED,
 )
 NAMES = tuple(PREFIX + name for name in COLUMNS)
-"""source, row, kept, place, video_place and the inverse placement are those of inputs.plan.from_ids.placement_columns;
-tile [tiles] numbers each real tile among the tiles of pixel_values, padding tiles counted, and frame [frames] those of
-pixel_values_videos; pool_* are the table of pooled rows (pool_weight holds the bits of float32; see inputs.plan.Pool),
-the last two only with labels; supervised_row, supervised_target [labelled rows] are the rows whose next token carries a
-label, and it. What a batch does not have is empty."""
+"""source, row, kept, place, video_place and the inverse placement are those of inputs.plan.from_ids.placement_columns.
+tile [tiles]: index of each real tile in pixel_values, counting padding tiles; frame [frames]: the same in
+pixel_values_videos. pool_*: the table of pooled rows (pool_weight is float32 reinterpreted as int32; see
+inputs.plan.Pool), the last two only with labels. supervised_row, supervised_target [labelled rows]: the rows whose next
+token has a label, and the labels. Columns that do not apply to a batch are empty."""
 
 
 def make(
@@ -54,16 +55,16 @@ def make(
     frames: Tensor | None = None,
     batch_num_images: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The plan of a batch on the CPU, one tensor for each of NAMES; none where only the stock path serves its videos.
+    """The plan of a batch on the CPU: one tensor per name in NAMES, or {} if only the stock path supports its videos.
 
-    config            the model's.
+    config            the model's config.
     ids, labels       int64 [B, S].
-    pixels            as the processor pads them: [images, most, 3, H, W] for AnyRes, else [images, 3, H, W].
+    pixels            as padded by the processor: [images, most tiles, 3, H, W] for AnyRes, else [images, 3, H, W].
     image_sizes       int [images, 2] as (height, width), for AnyRes.
     frames            of videos, [videos, frames, 3, H, W].
-    batch_num_images  int [groups], LLaVA-OneVision's: how many images each prompt with images has.
-    Raises ImageError where image or video tokens and their rows differ in number, PlanError for a label outside the
-    vocabulary.
+    batch_num_images  int [prompts with images], LLaVA-OneVision's: the number of images of each.
+    Raises ImageError if the numbers of image or video tokens and of their rows differ, PlanError for a label outside
+    the vocabulary.
     """
     has_class_row = config.vision_config.model_type == "clip_vision_model"
     skipped = int(config.vision_feature_select_strategy == "default")
@@ -82,7 +83,7 @@ def make(
         images, integers.ids, tokens[0], shape.tower_rows_per_tile, videos, tokens[1], labels is not None
     )
     if [(pool.stage, pool.reduce) for pool in pools] not in ([], [_kind_of_pool(config)]):
-        raise PlanError(f"no plan tells of the pooling of this {config.model_type}: use Collator(..., plan=False)")
+        raise PlanError(f"a plan cannot express the pooling of this {config.model_type}: use Collator(..., plan=False)")
     empty = {name: np.zeros((0, 1) if name in POOL[:2] else 0, np.int64) for name in POOL}
     columns = empty | {name.replace("pool0_", "pool_"): column for name, column in columns.items()}
     columns["frame"] = np.arange(sum(rows.tiles for rows in videos))
@@ -92,26 +93,26 @@ def make(
     rows, targets = (none, none) if integers.labels is None else supervised_rows(integers.labels)
     vocabulary = config.text_config.vocab_size
     if len(targets) and not 0 <= targets.min() <= targets.max() < vocabulary:
-        raise PlanError(f"labels lie in {targets.min()}..{targets.max()}, and the vocabulary has {vocabulary} tokens")
+        raise PlanError(f"labels are {targets.min()}..{targets.max()}, but the vocabulary has {vocabulary} tokens")
     columns |= dict(zip(SUPERVISED, (rows, targets), strict=True))
     return {PREFIX + name: torch.from_numpy(columns[name].astype(np.int32)) for name in COLUMNS}
 
 
 def _kind_of_pool(config) -> tuple[Stage, Reduce] | None:
-    """(stage, reduce) of the rows that this model makes of others: shrunk images and pooled videos."""
+    """(stage, reduce) of this model's pooled rows: those of shrunk images and pooled videos."""
     pooled = tiling(config)
     pool = pooled.get("video_pool")
     return pool and (pooled["video_pool_stage"], "max" if pool == "max" else "sum")
 
 
 def without(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call without a plan's."""
+    """The arguments of a call without those of a plan."""
     return {name: value for name, value in given.items() if not name.startswith(PREFIX)}
 
 
 def find(given: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """The plan among a call's arguments, by the names in COLUMNS, or None if there is none. Raises PlanError if it does
-    not fit input_ids."""
+    """The plan among a call's arguments, by the names in COLUMNS, or None. Raises PlanError if it does not match
+    input_ids."""
     plan = {name: given[PREFIX + name] for name in COLUMNS if given.get(PREFIX + name) is not None}
     if not plan:
         return None
@@ -119,9 +120,7 @@ def find(given: Mapping[str, Any]) -> dict[str, Tensor] | None:
     if ids is None:
         raise PlanError(f"a plan ({PREFIX}*) came without input_ids: leave its names out of this call")
     if missing := [PREFIX + name for name in COLUMNS if name not in plan]:
-        raise PlanError(
-            f"of a plan, {', '.join(missing)} did not come: pass on every {PREFIX}* that the collator makes"
-        )
+        raise PlanError(f"the plan lacks {', '.join(missing)}: pass every {PREFIX}* that the collator makes")
     if len(plan["constant_segment"]) != 2 or len(plan["text_segment"]) != len(plan["text_token"]) + 1:
         raise PlanError(
             f"the plan ({PREFIX}*) was cut or repeated, as nn.DataParallel cuts every tensor of a batch: use "
@@ -130,14 +129,14 @@ def find(given: Mapping[str, Any]) -> dict[str, Tensor] | None:
     for name in ("source", "row"):
         if plan[name].numel() != ids.numel():
             raise PlanError(
-                f"the plan is of {plan[name].numel()} rows, but input_ids {tuple(ids.shape)} are {ids.numel()}: "
+                f"the plan has {plan[name].numel()} rows, but input_ids {tuple(ids.shape)} have {ids.numel()}: "
                 f"collate the batch again after changing it, or leave the {PREFIX}* out"
             )
     return plan
 
 
 def visuals(model, given: Mapping[str, Any], plan: dict[str, Tensor]) -> Visuals:
-    """The images and videos of a call and the placement of their rows. Raises PlanError where the plan does not fit."""
+    """The images and videos of a call and the placement of their rows. Raises PlanError if the plan does not match."""
     strategy = given.get("vision_feature_select_strategy")
     if strategy not in (None, model.config.vision_feature_select_strategy):
         raise PlanError(f"the plan is not for vision_feature_select_strategy={strategy!r}: leave the {PREFIX}* out")
@@ -165,7 +164,7 @@ def visuals(model, given: Mapping[str, Any], plan: dict[str, Tensor]) -> Visuals
 
 
 def _pools(config, plan: dict[str, Tensor]) -> list[Pool]:
-    """The pooling of a plan, if it has any. Removes the two columns for gradients from a plan that has them empty."""
+    """The pooling of a plan, if any. Removes the two columns for gradients from the plan if they are empty."""
     if not len(plan["pool_index"]):
         return []
     if not len(plan["pool_start"]):
@@ -176,8 +175,8 @@ def _pools(config, plan: dict[str, Tensor]) -> list[Pool]:
 
 
 def supervision(plan: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, targets) of the loss, on the device of labels [B, S]. Raises PlanError for labels other than those the
-    plan was made of, where comparing them costs no transfer from a device."""
+    """(rows, targets) of the loss, on the device of labels [B, S]. Raises PlanError for labels that differ from those
+    of the plan, if comparing them needs no transfer from a device."""
     rows, targets = (plan[name].to(labels.device, non_blocking=True) for name in SUPERVISED)
     if labels.device.type == "cpu":
         expected = supervised_rows(labels.numpy())

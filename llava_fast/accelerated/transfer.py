@@ -1,4 +1,4 @@
-"""The integers of a call, read from a device, and the columns of its plan, moved to it: one copy each."""
+"""Copies the integers of a call from the device, and the columns of its plan to the device, in one copy each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_integers(ids: Tensor | None, sizes, labels: Tensor | None = None, count
 
 
 def to_device(columns: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
-    """Columns as int32 tensors on a device, moved in one copy without a synchronisation."""
+    """Columns as int32 tensors on a device, in one copy without synchronisation."""
     flat, sections = pack_columns(columns)
     moved = torch.from_numpy(flat)
     if device.type == "cuda":

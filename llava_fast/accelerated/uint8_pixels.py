@@ -1,9 +1,9 @@
-"""uint8 pixels in a transformers model: the names they come under, and the normalisation that the processor would have
-done, read from it once and kept with the model.
+"""uint8 pixels as inputs of a transformers model: their argument names, and the processor's normalisation, read once
+and kept with the model.
 
-A stock model has none of these names, so no model mistakes unnormalised pixels for normalised ones. Normalisation is
-folded into the patch embedding where that is an ordinary one (see ops.patch_embed); elsewhere pixels are looked up in a
-table of the processor's own values.
+Stock models do not use these names, so none mistakes unnormalised pixels for normalised ones. The normalisation is
+folded into the patch embedding if that is a plain Conv2d (see ops.patch_embed); otherwise pixels are looked up in a
+table of values computed by the processor's arithmetic.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from llava_fast.errors import PixelError
 from llava_fast.inputs.pictures.preprocessing import fold_values
 
 NAMES = {"pixel_values_uint8": "pixel_values", "pixel_values_videos_uint8": "pixel_values_videos"}
-"""uint8 name -> the name of the normalised pixels it stands for."""
+"""Argument name of uint8 pixels -> that of normalised pixels."""
 SETTING = "_llava_fast_normalisations"
 
 
 class Normalisation(NamedTuple):
-    """What a processor does to pixels: x * factor, then (x - mean) / std for each channel."""
+    """A processor's normalisation: x * factor, then (x - mean) / std per channel."""
 
     factor: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def folded(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """(mean, std) of pixels in 0..1, whatever the factor is."""
+        """(mean, std) for pixels scaled to 0..1 instead of by the factor."""
         return fold_values(True, self.factor, True, self.mean, self.std)
 
     def levels(self) -> np.ndarray:
@@ -48,20 +48,20 @@ class Normalisation(NamedTuple):
 
     @torch.compiler.disable
     def normalised(self, pixels: Tensor) -> Tensor:
-        """uint8 [..., 3, H, W] to float32 [..., 3, H, W], the values that transformers' processor gives."""
+        """uint8 [..., 3, H, W] to float32 [..., 3, H, W], with the exact values of transformers' processor."""
         levels = _levels(self, pixels.device)
         return torch.stack([levels[channel][pixels.select(-3, channel).int()] for channel in range(3)], dim=-3)
 
 
 @functools.cache
 def _levels(normalisation: Normalisation, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # so that a later training step may keep it
+    with torch.inference_mode(False):  # so that a later training step can save it for backward
         return torch.from_numpy(normalisation.levels()).to(device)
 
 
 def remember(inner: nn.Module, processor: Any) -> None:
-    """Keep the normalisations of a processor (or of an image processor alone) with an inner model. Raises PixelError
-    for one without image settings."""
+    """Keep the normalisations of a processor (or of an image processor) with an inner model. Raises PixelError for a
+    processor without image settings."""
     images = getattr(processor, "image_processor", processor)
     if not hasattr(images, "image_mean"):
         raise PixelError(f"{type(processor).__name__} has no image processor: give the checkpoint's own processor")
@@ -71,7 +71,7 @@ def remember(inner: nn.Module, processor: Any) -> None:
 
 
 def _read(part: Any) -> Normalisation | None:
-    """None if a processor omits a step, so that its pixels are not a model's input."""
+    """The normalisation of an image or video processor; None if it skips a step."""
     if not (part.do_rescale and part.do_normalize):
         return None
     mean, std = (tuple(map(float, np.broadcast_to(value, 3))) for value in (part.image_mean, part.image_std))
@@ -79,9 +79,9 @@ def _read(part: Any) -> Normalisation | None:
 
 
 def take(inner: nn.Module, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Normalisation]]:
-    """(arguments with uint8 pixels under the stock names, the normalisation that each of those still needs).
+    """(arguments with uint8 pixels under the stock names, name -> normalisation still needed).
 
-    Raises PixelError for pixels that are not uint8 or come twice, or for a model that was not given its processor.
+    Raises PixelError for pixels that are not uint8 or given twice, and for a model without a processor.
     """
     wanted = {name: stands for name, stands in NAMES.items() if given.get(name) is not None}
     known = vars(inner).get(SETTING, {})
@@ -92,7 +92,7 @@ def take(inner: nn.Module, given: dict[str, Any]) -> tuple[dict[str, Any], dict[
             raise PixelError(f"{name} and {stands} were both given: leave one out")
         if stands not in known:
             raise PixelError(
-                f"{name} came, but how to normalise it is not known: call llava_fast.accelerate(model, processor) "
+                f"{name} is given, but its normalisation is not known: call llava_fast.accelerate(model, processor) "
                 "with a processor that rescales and normalises"
             )
     rest = {name: value for name, value in given.items() if name not in NAMES}
@@ -100,5 +100,5 @@ def take(inner: nn.Module, given: dict[str, Any]) -> tuple[dict[str, Any], dict[
 
 
 def normalise(given: Mapping[str, Any], needed: Mapping[str, Normalisation]) -> dict[str, Any]:
-    """The arguments for a stock model."""
+    """The arguments for a stock model, with normalised pixels."""
     return dict(given) | {name: normalisation.normalised(given[name]) for name, normalisation in needed.items()}

@@ -1,4 +1,4 @@
-"""The versions of transformers that the tests were run with."""
+"""The versions of transformers with which the tests were run."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ import functools
 from llava_fast.accelerated.replacement import logger
 
 TRIED = ("5.17", "5.24")
-"""The first and the last minor version of transformers that was tried, both included. pyproject.toml says the same: the
-first as the requirement, the last in the extra `tried`."""
+"""The first and last tested minor versions of transformers, inclusive. pyproject.toml must agree: the first is the
+requirement, the last is in the extra `tried`."""
 
 
 @functools.cache
 def warn_if_untried() -> None:
-    """Name an untried version of transformers in the log `llava_fast.integrations`, once a process."""
+    """Log an untested version of transformers in `llava_fast.integrations`, once per process."""
     import transformers
 
     first, last = map(_numbers, TRIED)
     if not first <= current() <= last:
         logger.warning(
-            "transformers %s is untried: llava_fast was tested with %s to %s. What differs from those takes the stock "
-            "path; pip install 'llava_fast[tried]' brings a tested version",
+            "transformers %s is untested: llava_fast was tested with %s to %s. Methods that differ take the stock "
+            "path; pip install 'llava_fast[tried]' installs a tested version",
             transformers.__version__,
             *TRIED,
         )
 
 
 def current() -> tuple[int, int]:
-    """(major, minor) of the transformers that is installed."""
+    """(major, minor) of the installed transformers."""
     import transformers
 
     return _numbers(transformers.__version__)

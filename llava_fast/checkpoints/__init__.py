@@ -1,1 +1,1 @@
-"""Checkpoints in Hugging Face's and the original LLaVA layout: names, configs, loading, saving."""
+"""Checkpoints in Hugging Face's and the original LLaVA layout: tensor names, configs, loading, saving."""

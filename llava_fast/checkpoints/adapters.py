@@ -1,14 +1,14 @@
 """Directories with only a part of a model: a trained projector, or an adapter with other trained parts.
 
-Both need the base they were trained on. Plain LoRA is merged as it is read: W + scale * B @ A, computed in float32 and
-rounded once to the base's dtype. An adapter is plain only if each field of its adapter_config.json is unset or known
-to add nothing to that sum. All others are merged by PEFT (peft_merge), or refused by name. `save_adapter` and
-`save_projector` write such directories: for an original base as the original's trainer does, for a Hugging Face base as
-PEFT does.
+Both need the base model they were trained on. Plain LoRA is merged while it is read: W + scale * B @ A, computed in
+float32 and rounded once to the base's dtype. An adapter is plain only if each field of its adapter_config.json is unset
+or known not to change that sum. Other adapters are merged by PEFT (peft_merge) or rejected by name. `save_adapter` and
+`save_projector` write such directories: for an original base like the original's trainer, for a Hugging Face base like
+PEFT.
 
-Sources: haotian-liu/LLaVA c121f04 model/builder.py (which files, which prefixes) and train/train.py (what they
-hold); Hu et al. 2021 (LoRA); huggingface/peft 0.21: adapter_config.json's fields, what its modules_to_save are stored
-as, and what it does to the base as it loads an adapter (tuners/lora/layer.py).
+Sources: haotian-liu/LLaVA c121f04 model/builder.py (file names, prefixes) and train/train.py (file contents); Hu et al.
+2021 (LoRA); huggingface/peft 0.21 (fields of adapter_config.json, storage of modules_to_save, changes to the base while
+an adapter is loaded: tuners/lora/layer.py).
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ _PLAIN_FIELDS = frozenset(
     "layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config megatron_core modules_to_save peft_type "
     "peft_version qalora_group_size r revision runtime_config target_modules task_type use_rslora".split()
 )
-"""Fields of adapter_config.json that leave an adapter plain LoRA, whatever they say: the merge reads them, or what they
-say shows in the names and shapes of the adapter's tensors, or in init_lora_weights."""
+"""Fields of adapter_config.json that are compatible with plain LoRA at any value: the merge reads them, or their effect
+is visible in the adapter's tensor names and shapes, or in init_lora_weights."""
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-"""Values of init_lora_weights that leave the base as it was."""
+"""Values of init_lora_weights that do not change the base."""
 _UNMERGEABLE = {
     "alora_invocation_tokens": "acts only from its invocation tokens on, which no merged weight does",
     "arrow_config": "weighs several adapters at each token, which no merged weight does",
@@ -55,31 +55,32 @@ _UNMERGEABLE = {
 }
 _UNSET: tuple[object, ...] = (None, False, "none", [], {})
 _LOST_STARTS = {"corda": "data", "lora_ga": "gradients", "pissa_niter_": "random draws"}
-"""Starts of init_lora_weights that change the base by what the adapter does not hold. PEFT cannot load the first on the
-base, forgets the change of the second and redraws the third."""
+"""Prefixes of init_lora_weights that change the base in ways the adapter does not store. PEFT cannot load the first on
+the base, loses the change of the second and draws new random values for the third."""
 
 
 def find_projector_file(path: Path) -> Path | None:
-    """The file of a directory that holds only a trained projector, if there is one."""
+    """The projector file of a projector-only directory, or None."""
     return _first_existing(path, _PROJECTOR_FILES)
 
 
 def add_projector(base: Mapping[str, StoredTensor], file: Path, names: NameMap) -> dict[str, StoredTensor]:
-    """Our names -> tensors: the language model's, overridden by those of a projector-only file."""
+    """Our names -> tensors: those of the language model, overridden by those of a projector-only file."""
     return {**base, **_unwrapped(open_file(file), names)}
 
 
 def add_adapter(
     base: Mapping[str, StoredTensor], path: Path, config: LlavaConfig, described: Path
 ) -> dict[str, StoredTensor]:
-    """Our names -> tensors, with an adapter directory merged and its other trained tensors put in place: those of the
-    original's own file, and the modules that PEFT saves whole.
+    """Our names -> tensors of the base with an adapter directory merged. Its other trained tensors replace those of the
+    base: the original's non_lora_trainables, and PEFT's modules_to_save.
 
-    base    the tensors of a model that `config` describes, without the head if that is tied.
-    config  the base's, and `described` the directory of its config.json.
+    base       the tensors of the base model, without a tied head.
+    config     the base's config.
+    described  directory of the base's config.json.
 
-    If `config` ties the head and the adapter makes it differ from the embedding, the result holds the head as well.
-    Raises CheckpointError for an adapter that does not fit this base, and for one that cannot be merged.
+    If `config` ties the head and the adapter makes it differ from the embedding, the result contains the head too.
+    Raises CheckpointError for an adapter that does not match this base or cannot be merged.
     """
     adapter = read_json(path / ADAPTER_CONFIG, fields.Adapter)
     file = _first_existing(path, _ADAPTER_FILES)
@@ -108,7 +109,7 @@ def _add_plain(
     file: Path,
     names: NameMap,
 ) -> dict[str, StoredTensor]:
-    """`base` with low-rank sums, and with the tensors that are stored whole in their place."""
+    """`base` with low-rank updates added, and with the tensors that the adapter stores whole."""
     tensors, rank, scale = dict(base), adapter.get("r"), _scale(adapter, file.parent)
     pairs, whole = _split(stored, file, names)
     tensors.update(whole)
@@ -128,7 +129,7 @@ def _add_plain(
 
 
 def check_adapter(path_or_hub_id: str | Path) -> None:
-    """Raises CheckpointError if this is not an adapter directory."""
+    """Raise CheckpointError unless this is an adapter directory."""
     path = resolve(path_or_hub_id)
     if not (path / ADAPTER_CONFIG).exists():
         raise CheckpointError(f"{path} holds no {ADAPTER_CONFIG}, so there is no adapter to merge")
@@ -142,14 +143,14 @@ def save_adapter(
     config: LlavaConfig,
     note: str | None = None,
 ) -> None:
-    """Write an adapter directory, in place of what is there. `add_adapter` reads it, and so do PEFT on the base in
-    transformers and, for an original LLaVA, the original's loader.
+    """Write an adapter directory, replacing an existing one. It can be read by `add_adapter`, by PEFT (with the base in
+    transformers) and, for an original LLaVA, by the original's loader.
 
-    settings  adapter_config.json, PEFT's fields. What its modules_to_save name goes with the factors.
-    factors   LoRA factors by our names: decoder.layers.0.self_attn.q_proj.lora_A.weight.
+    settings  the content of adapter_config.json. Its modules_to_save are stored in the same file as the factors.
+    factors   LoRA factors by our names, such as decoder.layers.0.self_attn.q_proj.lora_A.weight.
     others    other trained tensors, by our names.
-    config    the model's. An original LLaVA's goes with the adapter, whose base may be a bare language model.
-    note      what NOTE_FILE says.
+    config    the model's config. That of an original LLaVA is saved too, since its base may be a bare language model.
+    note      the content of NOTE_FILE.
     """
     stored = {name: _PEFT_PREFIX + _beside(config, name) for name in (*factors, *others)}
     saved = tuple(f"{_PEFT_PREFIX}model.{module}." for module in settings.get("modules_to_save") or ())
@@ -159,19 +160,19 @@ def save_adapter(
         write_json(directory / ADAPTER_CONFIG, dict(settings))
         file = directory / _ADAPTER_FILES[0]
         save_file({stored[name]: each.contiguous() for name, each in held.items()}, file, metadata={"format": "pt"})
-        file.chmod((directory / ADAPTER_CONFIG).stat().st_mode)  # safetensors' files are their owner's alone
+        file.chmod((directory / ADAPTER_CONFIG).stat().st_mode)  # safetensors' mode is 600
         if rest:
             torch.save(rest, directory / _EXTRA_FILES[1])
         _describe(directory, config, note)
 
 
 def save_projector(path: Path, tensors: Mapping[str, torch.Tensor], config: LlavaConfig, note: str | None) -> None:
-    """Write a directory with a trained projector (and newline row) alone, in place of what is there: mm_projector.bin
-    in the original's names, as its first stage leaves it, which its second stage, its loader and ours read; in those of
-    its own layout for a family that has no original one.
+    """Write a directory with only a trained projector (and newline row), replacing an existing one. The file is
+    mm_projector.bin with the original's names, as written by the original's first stage; its second stage, its loader
+    and ours read it. Families without an original layout use the names of their own.
 
-    tensors  by our names. config, note: as for `save_adapter`; without the config of an original LLaVA the directory
-             is no checkpoint, and serves as `projector_from`.
+    tensors  by our names. config, note: as for `save_adapter`. Without the config of an original LLaVA the directory
+             is not a checkpoint, but can be given as `projector_from`.
     """
     names = family_of_config(config).names
     with written_whole(path) as directory:
@@ -187,7 +188,7 @@ def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) 
 
 
 def _beside(config: LlavaConfig, name: str) -> str:
-    """PEFT's name of our tensor `name`: transformers 5's, or the original's."""
+    """PEFT's name for our tensor `name`: based on transformers 5's names, or on the original's."""
     family = family_of_config(config)
     return family.names.to_stored(name, family.adapter_spelling, config)
 
@@ -204,8 +205,8 @@ def _merge(weight: StoredTensor, a: StoredTensor, b: StoredTensor, scale: float)
 
 
 def _beyond_plain(adapter: Mapping[str, Any], path: Path) -> str | None:
-    """Why an adapter is not plain LoRA, as `field value`; None if it is. Raises CheckpointError for one that cannot be
-    merged at all.
+    """Why an adapter is not plain LoRA, as `field value`; None if it is plain. Raises CheckpointError for an adapter
+    that cannot be merged at all.
     """
     kind, start = adapter.get("peft_type", "LORA"), adapter.get("init_lora_weights")
     if kind != "LORA":
@@ -220,7 +221,7 @@ def _beyond_plain(adapter: Mapping[str, Any], path: Path) -> str | None:
         if isinstance(start, str) and start.startswith(lost):
             raise CheckpointError(
                 f"{path / ADAPTER_CONFIG}: init_lora_weights {start!r} changed the base by {what}, which the adapter "
-                "does not hold; save it as plain LoRA (PEFT's path_initial_model_for_weight_conversion), or give the "
+                "does not store; save it as plain LoRA (PEFT's path_initial_model_for_weight_conversion), or give the "
                 "changed base as model_base and set the field to true"
             )
     if start not in _PLAIN_STARTS:
@@ -232,7 +233,7 @@ def _beyond_plain(adapter: Mapping[str, Any], path: Path) -> str | None:
 def _scale(adapter: Mapping[str, Any], path: Path) -> float:
     rank, alpha = adapter.get("r"), adapter.get("lora_alpha")
     if not rank or alpha is None:
-        raise CheckpointError(f"{path / ADAPTER_CONFIG} states no r and lora_alpha, so LoRA cannot be scaled")
+        raise CheckpointError(f"{path / ADAPTER_CONFIG} lacks r or lora_alpha, which define LoRA's scale")
     return alpha / (math.sqrt(rank) if adapter.get("use_rslora") else rank)
 
 
@@ -241,43 +242,43 @@ def _same(first: StoredTensor, second: StoredTensor) -> bool:
 
 
 def _beyond_linears(stored: Mapping[str, StoredTensor], base: Mapping[str, StoredTensor], names: NameMap) -> str | None:
-    """The first tensor that is neither a LoRA factor of a Linear nor one of the base's, whole; None if all are."""
+    """The first tensor that is neither a LoRA factor of a Linear nor a whole tensor of the base, or None."""
     for key, tensor in stored.items():
         match = _FACTOR.fullmatch(_bare(key))
         ours = names.from_stored(f"{match[1]}.weight" if match else _bare(key))
         known = ours and len(tensor.shape) == 2 if match else ours in base
         if not known:
-            return f"{key!r}, which is no LoRA factor of a Linear in a LLaVA model,"
+            return f"{key!r}, which is not a LoRA factor of a Linear in a LLaVA model,"
     return None
 
 
 def _split(
     stored: Mapping[str, StoredTensor], file: Path, names: NameMap
 ) -> tuple[dict[str, tuple[StoredTensor, StoredTensor]], dict[str, StoredTensor]]:
-    """(our weight name -> (A, B), our name -> what takes a tensor's place in the base)."""
+    """(our weight name -> (A, B), our name -> the tensor that replaces the base's)."""
     halves: dict[str, dict[str, StoredTensor]] = {}
     whole = {}
     for key, tensor in stored.items():
         match = _FACTOR.fullmatch(_bare(key))
         name = names.from_stored(f"{match[1]}.weight" if match else _bare(key))
-        assert name is not None  # else it is beyond Linears
+        assert name is not None  # _beyond_linears has excluded it
         if match:
             halves.setdefault(name, {})[match[2]] = tensor
         else:
             whole[name] = tensor
     for name, pair in halves.items():
         if len(pair) == 1:
-            raise CheckpointError(f"{file} holds lora_{next(iter(pair))} of {name} without its other half")
+            raise CheckpointError(f"{file} has lora_{next(iter(pair))} of {name} without the other LoRA factor")
     return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}, whole
 
 
 def _unwrapped(stored: Mapping[str, StoredTensor], names: NameMap) -> dict[str, StoredTensor]:
-    """Our names -> tensors of a file whose names may have wrappers' prefixes."""
+    """Our names -> tensors of a file whose names may have prefixes of wrappers."""
     return names.name_tensors(stored, lambda key: names.from_stored(_bare(key)))
 
 
 def _bare(key: str) -> str:
-    """A stored name without the wrappers of peft (base_model.model.) and of DeepSpeed (module.)."""
+    """A stored name without the prefixes of PEFT (base_model.model.) and DeepSpeed (module.)."""
     return key.removeprefix("module.").removeprefix(_PEFT_PREFIX)
 
 

@@ -1,7 +1,7 @@
-"""A new LLaVA: a language model, a vision tower and a projector, assembled for training.
+"""A new LLaVA, assembled for training from a language model, a vision tower and a projector.
 
-The result is an original LLaVA in memory (its config.json is written here, and read like any other), so that it is
-trained as in the original code. `save` gives it an `<image>` token where Hugging Face's layout needs one.
+The result is an original LLaVA in memory, with a config.json generated here and read like any other, so that it trains
+as in the original code. `save` adds an `<image>` token if Hugging Face's layout is requested.
 
 Sources: haotian-liu/LLaVA c121f04 and LLaVA-VL/LLaVA-NeXT df17966, llava_arch.py (initialize_vision_modules).
 """
@@ -31,7 +31,7 @@ from llava_fast.storage.tensor_files import StoredTensor, open_weights
 
 
 class Rope(BaseModel):
-    """RoPE scaling for a longer context, as LLaVA-NeXT's rope_scaling_type and rope_scaling_factor."""
+    """RoPE scaling for a longer context; LLaVA-NeXT's rope_scaling_type and rope_scaling_factor."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -40,14 +40,14 @@ class Rope(BaseModel):
 
 
 class Assembly(BaseModel):
-    """The parts of a LLaVA: the section `model:` of a recipe. Comments give the original command line's names."""
+    """The parts of a LLaVA: the section `model:` of a recipe. Comments name the original code's arguments."""
 
     model_config = ConfigDict(extra="forbid")
 
     decoder: str  # a Llama, Mistral or Qwen2 language model, with its tokenizer
     vision_tower: str  # a CLIP, SigLIP or SigLIP 2 repository or directory
     projector: str = "mlp2x_gelu"  # mlpNx_gelu, linear, identity, mlp2x_gelu_Norm (mm_projector_type)
-    projector_from: str | None = None  # a trained one: mm_projector.bin, its directory, or a whole LLaVA
+    projector_from: str | None = None  # a trained projector: mm_projector.bin, its directory, or a whole LLaVA
     feature_layer: int = -2  # mm_vision_select_layer
     feature: Literal["patch", "cls_patch"] = "patch"  # mm_vision_select_feature
     aspect: str = "pad"  # square, pad, anyres, anyres_max_N, highres, native (image_aspect_ratio)
@@ -58,7 +58,7 @@ class Assembly(BaseModel):
     video_pool_stage: Literal["before", "after"] = "after"  # the projector; before: mm_resampler_type spatial_pool
     video_newline: Literal["grid", "frame", "one_token", "no_token"] = "one_token"  # mm_newline_position
     rope: Rope | None = None
-    seed: int = 0  # of a fresh projector and newline
+    seed: int = 0  # for initialising the projector and newline
 
 
 def open_checkpoint(
@@ -67,23 +67,23 @@ def open_checkpoint(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> tuple[LoadedCheckpoint, str]:
-    """(a checkpoint or assembly with its weights still on disk, its name). `options` are those of `load_checkpoint`,
-    and do not apply to an assembly. Raises CheckpointError.
+    """(a checkpoint or assembly with its weights still on disk, its name). options: those of `load_checkpoint`; not
+    allowed for an assembly. Raises CheckpointError.
     """
     if not isinstance(model, Assembly):
         return load_checkpoint(model, dtype, device, **options), str(model)
     if given := [name for name, value in options.items() if value is not None]:
-        raise CheckpointError(f"{given[0]} has no meaning for a model that is put together: its parts are all named")
+        raise CheckpointError(f"{given[0]} cannot be used with a recipe that assembles the model from named parts")
     return assemble(model, dtype, device), model.decoder
 
 
 def assemble(
     assembly: Assembly, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> LoadedCheckpoint:
-    """Find the parts. A fresh projector begins as nn.Linear does, a newline as the original's.
+    """Find the parts. A new projector is initialised like nn.Linear, a newline like the original's.
 
     Raises CheckpointError for a `decoder` that is not a decoder or already a LLaVA, an unknown tower, and a projector
-    that does not fit.
+    of other dimensions.
     """
     base = resolve(assembly.decoder)
     config, tower = describe(assembly, read_json(base / "config.json"), base)
@@ -103,14 +103,14 @@ def assemble(
         tensors=tensors,
         dtype=dtype or tensors[config.embedding].dtype,
         device=torch.device(device),
-        # A language model's own chat template knows no images, so it is left behind.
+        # The language model's chat template does not know images, so it is not kept.
         side_files={generation.name: read_text(generation)} if generation.is_file() else {},
     )
 
 
 def describe(assembly: Assembly, decoder: dict[str, Any], path: Path) -> tuple[LlavaConfig, Tower]:
-    """The config of an assembled model, and where its tower is, from only the decoder's config.json in directory
-    `path`. Raises CheckpointError.
+    """The config of an assembled model and the location of its tower, given the decoder's config.json (in directory
+    `path`). Raises CheckpointError.
     """
     if find_family(decoder) is not None:
         raise CheckpointError(f"{assembly.decoder} is a LLaVA already: write `model: {assembly.decoder}`")
@@ -128,7 +128,7 @@ def describe(assembly: Assembly, decoder: dict[str, Any], path: Path) -> tuple[L
 
 
 def _projector(config: LlavaConfig) -> ProjectorConfig:
-    assert isinstance(config.projector, ProjectorConfig)  # the original's connectors are no others
+    assert isinstance(config.projector, ProjectorConfig)  # the original code has no other connectors
     return config.projector
 
 
@@ -150,7 +150,7 @@ def _trained_parts(where: str) -> dict[str, StoredTensor]:
         tensors = add_projector({}, file, LlavaOriginal.names)
     else:
         whole = resolve(where)
-        family = find_family(read_json(whole / "config.json")) or LlavaOriginal()  # it may be a language model
+        family = find_family(read_json(whole / "config.json")) or LlavaOriginal()  # a bare language model has no family
         tensors = family.names.name_tensors(open_weights(whole))
     return {name: tensor for name, tensor in tensors.items() if name.startswith(("projector.", "image_newline"))}
 

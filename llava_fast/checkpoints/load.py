@@ -1,12 +1,12 @@
-"""Loading a checkpoint: find it, read its config, and fill a model that was built on the meta device.
+"""Loads a checkpoint: find it, read its config, and fill a model that was built on the meta device.
 
     checkpoint = load_checkpoint("llava-hf/llava-1.5-7b-hf")
     with torch.device("meta"):
         model = LlavaModel(checkpoint.config)
     load_weights(model, checkpoint, device="cpu")
 
-Nothing is allocated twice: parameters are assigned, one tensor at a time, and where neither dtype nor device
-changes they stay views of the file.
+Nothing is allocated twice: parameters are assigned one tensor at a time, and a parameter whose dtype and device do not
+change is a view of the file.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class LoadedCheckpoint:
 
     path            directory of config.json and the processor files.
     tokenizer_path  directory of the tokenizer: the same, or the base's for LoRA and projector-only directories.
-    config          what the model is.
-    tensors         our name -> where it is stored.
-    dtype           what parameters become: the one asked for, else that of the stored token embedding, not an
-                    adapter's (checkpoints mix: a CLIP tower from its own repository is float32 beside a float16
-                    decoder).
-    device          of the parameters.
-    side_files      the texts of the small files (chat template, processor configs) that saving writes back.
+    config          the model's config.
+    tensors         our name -> the stored tensor.
+    dtype           dtype of the parameters: the requested one, else that of the base's stored token embedding. (The
+                    dtypes of a checkpoint may differ: a CLIP tower from its own repository is float32 beside a float16
+                    decoder.)
+    device          device of the parameters.
+    side_files      texts of the small files (chat template, processor configs) that saving writes back.
     """
 
     path: Path
@@ -67,19 +67,19 @@ def load_checkpoint(
     model_base: str | Path | None = None,
     vision_tower: str | Path | None = None,
 ) -> LoadedCheckpoint:
-    """Find a checkpoint (a directory, or a Hub id, taken from the cache or downloaded) and read its config.
+    """Find a checkpoint (a directory, or a Hub id from the cache or downloaded) and read its config.
 
-    model_base    the model that a LoRA or projector-only directory was trained on (LoRA: default the one it names).
-    vision_tower  where the tower of an original checkpoint is, if not where its config says. Tower weights inside
-                  the checkpoint take precedence, since they may have been trained.
+    model_base    the model that a LoRA or projector-only directory was trained on; default for LoRA: the one it names.
+    vision_tower  location of an original checkpoint's tower, if it differs from its config's. Tower weights in the
+                  checkpoint take precedence, since they may have been trained.
 
-    Raises CheckpointError for a directory that is not a LLaVA, an unsupported model, or a missing shard.
+    Raises CheckpointError for a directory that is not a LLaVA, an unsupported model, and a missing shard.
     """
     path = resolve(path_or_hub_id)
     described, base, projector = _find(path, model_base)
     source = read_json(described / "config.json")
     family = family_of(source, described / "config.json")
-    config, tower = family.read_with_tower(source, described, vision_tower, base)  # its errors are the clearer ones
+    config, tower = family.read_with_tower(source, described, vision_tower, base)  # first, since its errors are clearer
     tensors = family.names.name_tensors(joined(open_weights(base or path), base or path))
     if projector is not None:
         tensors = add_projector(tensors, projector, family.names)
@@ -111,15 +111,15 @@ def load_weights(
     quantisation: Quantisation | None = None,
     progress: Progress = list,
 ) -> None:
-    """Assign every parameter of `model` (built on the meta device or not) from the checkpoint, and the side files
-    that `save` writes back. A weight that the checkpoint holds quantised, and each that `quantisation` names, becomes
-    a module of models.quantised in the place of its Linear or embedding, one weight at a time.
+    """Assign every parameter of `model` (built on the meta device or not) and the side files that `save` writes back.
+    Modules of models.quantised replace the Linears and embeddings whose weights are stored quantised or named by
+    `quantisation`, one weight at a time.
 
-    quantisation  for a checkpoint that is not quantised; CheckpointError for one that is.
-    progress      is given the names of the tensors and iterates over them, as tqdm does.
+    quantisation  which weights to quantise while loading; CheckpointError if the checkpoint is quantised already.
+    progress      wraps the iteration over tensor names, like tqdm.
 
-    `device` and `dtype` default to the checkpoint's. Names and shapes are checked before anything is read:
-    CheckpointError lists tensors that are missing, unexpected or of another shape, and nothing is assigned.
+    `device` and `dtype` default to the checkpoint's. Names and shapes are checked first: for tensors that are missing,
+    unexpected or of another shape, CheckpointError lists them and nothing is assigned.
     """
     device = torch.device(device) if device is not None else checkpoint.device
     dtype = dtype or checkpoint.dtype
@@ -129,9 +129,9 @@ def load_weights(
     _check_quantised(model, checkpoint, quantisation)
     roundings = {} if quantisation is None else plan(model, quantisation)
     rounded = {f"{module}.weight" for module in roundings}
-    modules = dict(model.named_modules())  # those that are replaced are not asked for again
-    # What is rounded comes last: a tensor that is kept as a view keeps the pages of all that its mapping has read, and
-    # a module that takes a Linear's place takes its bias with it.
+    modules = dict(model.named_modules())  # replaced modules are not looked up again
+    # Quantise last: a view keeps alive all pages that its mapping has read, and a module that replaces a Linear takes
+    # over its bias.
     for name in progress(sorted(parameters, key=lambda name: name in rounded or _is_quantised(name, checkpoint))):
         stored, requires_grad = checkpoint.tensors[name], parameters[name].requires_grad
         owner, _, leaf = name.rpartition(".")
@@ -158,8 +158,8 @@ def _rounded(stored: StoredTensor, rounding: Rounding, device: torch.device) -> 
 
 
 def _check_quantised(model: nn.Module, checkpoint: LoadedCheckpoint, asked: Quantisation | None) -> None:
-    """Raise CheckpointError for a weight that is quantised in the file but does not belong to a Linear or embedding,
-    and if a quantised checkpoint is to be quantised again.
+    """Raise CheckpointError for a weight that is stored quantised but does not belong to a Linear or embedding, and for
+    quantising a quantised checkpoint again.
     """
     for name, stored in checkpoint.tensors.items():
         if isinstance(stored, StoredQuantised):
@@ -171,58 +171,58 @@ def _check_quantised(model: nn.Module, checkpoint: LoadedCheckpoint, asked: Quan
 
 
 def check_tensors(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor], path: Path) -> None:
-    """Raise one CheckpointError if the stored tensors are not exactly the expected ones, names and shapes."""
+    """Raise CheckpointError unless the stored tensors have exactly the expected names and shapes."""
     if missing := sorted(expected.keys() - stored.keys()):
         raise CheckpointError(
-            f"{path} lacks {_listed(missing)}; its download is incomplete or its config.json another model's"
+            f"{path} lacks {_listed(missing)}; the download is incomplete, or config.json belongs to another model"
         )
     if extra := sorted(stored.keys() - expected.keys()):
         raise CheckpointError(
-            f"{path} holds {_listed(stored[name].key for name in extra)} with no place in the model that "
-            "config.json describes; check its layer counts, biases and tie_word_embeddings"
+            f"{path} has {_listed(stored[name].key for name in extra)} that the model described by config.json "
+            "does not have; check its layer counts, biases and tie_word_embeddings"
         )
     for name, shape in expected.items():
         if stored[name].shape != shape:
             raise CheckpointError(
-                f"{stored[name].file}: {stored[name].key!r} has shape {list(stored[name].shape)} and "
-                f"config.json asks for {list(shape)}; the two files belong to different models"
+                f"{stored[name].file}: {stored[name].key!r} has shape {list(stored[name].shape)}, but "
+                f"config.json implies {list(shape)}; the two files belong to different models"
             )
 
 
 def _find(path: Path, model_base: str | Path | None) -> tuple[Path, Path | None, Path | None]:
-    """(directory of the config.json to use, the base's directory if there is one, projector file of a projector-only
-    directory).
+    """(directory of the config.json to use, the base's directory or None, the projector file of a projector-only
+    directory or None).
     """
     if (path / ADAPTER_CONFIG).exists():
         model_base = model_base or read_json(path / ADAPTER_CONFIG, fields.Adapter).get("base_model_name_or_path")
         if not model_base:
-            raise CheckpointError(f"{path} holds LoRA factors without naming their base; give model_base=")
+            raise CheckpointError(f"{path} has LoRA factors but does not name their base; give model_base=")
         base = resolve(model_base)
         own = find_family(read_json_if_there(path / "config.json"))
         return path if own is not None and own.layout == "original" else base, base, None
     projector = None if has_weights(path) else find_projector_file(path)
     if projector is not None:
         if model_base is None:
-            raise CheckpointError(f"{path} holds a projector only; give model_base= the language model it belongs to")
+            raise CheckpointError(f"{path} has only a projector; give model_base= the language model it belongs to")
         return path, resolve(model_base), projector
-    read_json(path / "config.json")  # the clearer error comes first for a directory that is no checkpoint
+    read_json(path / "config.json")  # gives the clearest error for a directory that is not a checkpoint
     if model_base is not None:
-        raise CheckpointError(f"{path} is a whole model, so model_base has no meaning; leave it out")
+        raise CheckpointError(f"{path} is a whole model and does not use model_base; leave it out")
     return path, None, None
 
 
 def _stored_dtype(tensors: Mapping[str, StoredTensor], name: str, path: Path) -> torch.dtype:
-    """The dtype of the stored token embedding, taken as the checkpoint's; of the final norm where the embedding
-    is quantised."""
+    """The dtype of the stored token embedding, or of the final norm if the embedding is quantised. It counts as the
+    checkpoint's dtype."""
     if name not in tensors:
-        raise CheckpointError(f"{path} holds no token embedding: the model of its config.json has one")
+        raise CheckpointError(f"{path} has no token embedding, which the model of its config.json needs")
     embedding = tensors[name]
     norm = tensors.get("decoder.norm.weight") if isinstance(embedding, StoredQuantised) else None
     return (norm or embedding).dtype
 
 
 def _untied(config: LlavaConfig) -> LlavaConfig:
-    """The config of the same model with an untied output head, also in `source`."""
+    """The config with an untied output head, also in `source`."""
     source = {**config.source, "tie_word_embeddings": False}
     if "text_config" in source:
         source["text_config"] = {**source["text_config"], "tie_word_embeddings": False}
@@ -230,7 +230,7 @@ def _untied(config: LlavaConfig) -> LlavaConfig:
 
 
 def _check_tied(head: StoredTensor, embedding: StoredTensor | None) -> None:
-    """A tied checkpoint may store the head as well; it must then be the embedding."""
+    """Raise CheckpointError if a tied checkpoint stores a head that differs from the embedding."""
     if embedding is not None and not torch.equal(head.load(), embedding.load()):
         raise CheckpointError(
             f"{head.file}: {head.key!r} differs from the token embedding though config.json ties them; "

@@ -1,9 +1,9 @@
-"""Adapters that are more than a low-rank sum on Linears, merged by PEFT itself.
+"""Merges adapters that are more than a low-rank update of Linears, with PEFT.
 
-PEFT gets the base as a module with the names it had in training: transformers' LLaVA for a Hugging Face base; for an
-original one the language model with projector and newline beside it. The tower of an original LLaVA is left out, since
-its trainer adds it after PEFT's layers. Weights are views of their files, and only those that the merge replaces take
-memory: all adapted ones at once, unlike a low-rank sum, which is merged tensor by tensor as it is read.
+PEFT gets the base as a module with the names it had in training: transformers' LLaVA for a Hugging Face base; the
+language model with projector and newline for an original one. The tower of an original LLaVA is left out, since the
+original's trainer adds it after PEFT's layers. Weights are views of their files; only those that the merge replaces
+take memory, but all at once (plain LoRA is merged one tensor at a time).
 
 Source: huggingface/peft 0.21, peft_model.py (load_adapter), tuners/tuners_utils.py (merge_and_unload).
 """
@@ -30,20 +30,20 @@ _ADAPTER = "default"
 def merge_with_peft(
     base: Mapping[str, StoredTensor], path: Path, file: Path, config: LlavaConfig, described: Path, reason: str
 ) -> dict[str, StoredTensor]:
-    """Our names -> tensors: those of `base`, with what the merge changes in their place, in the dtypes of the base.
+    """Our names -> tensors of `base`, with those that the merge changes replaced, in the base's dtypes.
 
-    path       the adapter's directory, and `file` the one with its weights.
-    config     the base's, and `described` the directory of its config.json.
-    reason     why the adapter is not a plain low-rank sum, for errors.
+    path       the adapter's directory; file: its weights.
+    config     the base's config; described: the directory of its config.json.
+    reason     why the adapter is not plain LoRA, for errors.
 
-    Under tied embeddings the result holds a head only if it differs from the embedding. Raises CheckpointError, naming
-    `reason`, if PEFT is missing or cannot load or merge the adapter.
+    With tied embeddings the result contains a head only if it differs from the embedding. Raises CheckpointError,
+    naming `reason`, if PEFT is missing or cannot load or merge the adapter.
     """
     where = f"{path / 'adapter_config.json'}: {reason}"
     try:
         import peft
     except ImportError:
-        raise CheckpointError(f"{where} takes PEFT to merge: pip install 'llava_fast[train]'") from None
+        raise CheckpointError(f"{where} needs PEFT to be merged: pip install 'llava_fast[train]'") from None
     model, placed = _base_model(base, config, described)
     shared = model.get_input_embeddings().weight
     try:
@@ -52,13 +52,13 @@ def merge_with_peft(
             settings = peft.PeftConfig.from_pretrained(str(path))
             settings.inference_mode = True
             if settings.is_prompt_learning:
-                raise ValueError("it learns a prompt, which no weight of the model can hold")
+                raise ValueError("it learns a prompt, which cannot be merged into weights")
             adapted = peft.PeftModel(model, settings, _ADAPTER)
             loaded = adapted.load_adapter(str(path), _ADAPTER, torch_device="cpu")
             missing = _missing(adapted, set(loaded.missing_keys))
             _untie(adapted, shared)
             merged = adapted.merge_and_unload(safe_merge=True)
-    except Exception as problem:  # PEFT and torch raise a dozen unrelated types
+    except Exception as problem:  # PEFT and torch raise many unrelated types
         raise CheckpointError(
             f"{where} cannot be merged by PEFT {peft.__version__} ({' '.join(str(problem).split())}); "
             "answer with transformers and PEFT, unmerged"
@@ -66,7 +66,7 @@ def merge_with_peft(
     for warning in said:
         if "Unexpected keyword arguments" in str(warning.message):
             raise CheckpointError(f"{where} is unknown to PEFT {peft.__version__}: upgrade it ({warning.message})")
-    for lack, keys in (("the base has no place for", loaded.unexpected_keys), ("the file lacks", missing)):
+    for lack, keys in (("the base does not have", loaded.unexpected_keys), ("the file lacks", missing)):
         if keys:
             raise CheckpointError(f"{file}: {lack} {keys[0]!r}; give the base model it was trained on as model_base")
     return _changed(base, merged, placed, file, family_of_config(config).names, config.embedding)
@@ -75,7 +75,7 @@ def merge_with_peft(
 def _base_model(
     base: Mapping[str, StoredTensor], config: LlavaConfig, described: Path
 ) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The base as PEFT sees it, and the tensors that were put into it by its names."""
+    """The base as a module for PEFT, and the tensors that were assigned to it by its names."""
     family = family_of_config(config)
     with torch.device("meta"):
         model: Any = family.adapted_model(config, described / "config.json")
@@ -92,8 +92,8 @@ def _base_model(
 
 
 def _place(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Make `value` the parameter `name` of `model`, with the modules that hold it: Linears for weights of a projector,
-    which an original LLaVA's language model does not have."""
+    """Make `value` the parameter `name` of `model`, creating missing modules: Linears for the weights of a projector,
+    which the language model of an original LLaVA lacks."""
     *owners, leaf = name.split(".")
     module = model
     for depth, part in enumerate(owners, 1):
@@ -106,15 +106,15 @@ def _place(model: nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def _missing(adapted: nn.Module, keys: set[str]) -> list[str]:
-    """Those of PEFT's missing `keys` that are no second name of a parameter that was loaded."""
+    """Those of PEFT's missing `keys` that are not another name of a loaded parameter."""
     parameters = dict(adapted.named_parameters(remove_duplicate=False))
     loaded = {id(parameter) for key, parameter in parameters.items() if key not in keys}
     return sorted(key for key in keys if id(parameters.get(key)) not in loaded)
 
 
 def _untie(adapted: nn.Module, shared: nn.Parameter) -> None:
-    """Give each module but the first that holds the embedding's weight (the head, if tied) a copy of its own. Merged
-    into a weight that both share, an adapter of one would change the other too."""
+    """Give every module but the first that has the embedding's weight (a tied head) its own copy: an adapter of one,
+    merged into a shared weight, would change the other too."""
     holders = [
         (module, leaf)
         for module in adapted.modules()
@@ -133,7 +133,7 @@ def _changed(
     names: NameMap,
     embedding: str,
 ) -> dict[str, StoredTensor]:
-    """`base`, with the parameters of `merged` that are no longer the tensors that were `placed`."""
+    """`base`, with the parameters of `merged` that differ from the tensors in `placed`."""
     found = dict(base)
     for key, parameter in merged.named_parameters(remove_duplicate=False):
         value = parameter.detach()
@@ -141,7 +141,7 @@ def _changed(
             continue
         name = names.from_stored(key)
         if name is None:
-            raise CheckpointError(f"{file}: merging it makes {key!r}, which no LLaVA model has")
+            raise CheckpointError(f"{file}: merging it gives {key!r}, which no LLaVA model has")
         like = base.get(name) or base.get(embedding)
         value = value.to(like.dtype) if like else value
         found[name] = StoredTensor.of(file, key, value)

@@ -1,6 +1,7 @@
-"""config.json's quantization_config of a quantised model, as compressed-tensors has it.
+"""config.json's quantization_config of a quantised model in the compressed-tensors format.
 
-Modules are named by patterns that fit both what files call them and what transformers does, since readers match either.
+Modules are named by patterns that match both the names in the files and those in transformers, since readers match
+either.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 def quantised_modules(model: nn.Module) -> dict[str, tuple[QuantisedWeight, torch.dtype]]:
-    """Name -> the weight of every quantised module, and the dtype that it computes in. Raises CheckpointError for one
-    that no file can hold."""
+    """Name -> (weight, compute dtype) of every quantised module. Raises CheckpointError for a weight that the format
+    cannot store."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, Quantised):
             if module.order is not None:
                 raise CheckpointError(
-                    f"{name} has GPTQ's act-order (desc_act), which compressed-tensors has no place for: keep the "
+                    f"{name} has GPTQ's act-order (desc_act), which compressed-tensors cannot store: keep the "
                     "checkpoint that it came from"
                 )
             found[name] = module.quantised, module.dtype
@@ -38,7 +39,7 @@ def quantised_modules(model: nn.Module) -> dict[str, tuple[QuantisedWeight, torc
 
 
 def describe(model: ConfiguredModel, family: Family) -> dict[str, Any]:
-    """quantization_config: a group for each scheme with the modules it is for, and the Linears left as they are."""
+    """quantization_config: one group per scheme with its modules, and the list of unquantised Linears."""
     groups: dict[tuple[int, int | None, bool], list[str]] = {}
     dense = []
     for name, module in model.named_modules():
@@ -47,7 +48,7 @@ def describe(model: ConfiguredModel, family: Family) -> dict[str, Any]:
             group = None if weight.scheme == "int8" and weight.group == weight.shape[1] else weight.group
             scheme = (8 if weight.scheme == "int8" else 4, group, weight.zero is None)
             groups.setdefault(scheme, []).append(name)
-        elif isinstance(module, MergedLinear):  # its parts are stored by their own names
+        elif isinstance(module, MergedLinear):  # stored as its separate parts
             parent = name.rpartition(".")[0]
             dense += [f"{parent}.{part}" if parent else part for part in module.names]
         elif isinstance(module, nn.Linear):
@@ -81,7 +82,7 @@ def describe(model: ConfiguredModel, family: Family) -> dict[str, Any]:
 
 
 def _patterns(names: list[str], every: Iterable[str], model: ConfiguredModel, family: Family) -> list[str]:
-    """Patterns ("re:...") of modules in every spelling of the family's files; all layers in one where all are named."""
+    """Patterns ("re:...") of modules in every spelling of the family's files; one per module that all layers have."""
     layers: dict[str, set[str]] = {}
     for name in every:
         layers.setdefault(_LAYER.sub(".layers.*.", name), set()).add(name)

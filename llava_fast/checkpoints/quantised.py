@@ -1,11 +1,11 @@
-"""Quantised checkpoints: the tensors that hold one weight, joined to one stored tensor under the weight's name.
+"""Reads quantised checkpoints: joins the tensors of each quantised weight to one stored tensor under its name.
 
-Read are compressed-tensors (pack-quantized and int-quantized, in 4 and 8 bits), and by conversion AWQ (AutoAWQ's
-"gemm"), GPTQ (4 and 8 bits, both zero-point conventions, act-order) and torchao's symmetric 8-bit codes. Anything else
-is refused by name.
+Supported are compressed-tensors (pack-quantized and int-quantized, 4 and 8 bits) and, by conversion, AWQ (AutoAWQ's
+"gemm"), GPTQ (4 and 8 bits, both zero-point conventions, act-order) and torchao's symmetric 8-bit codes. Other formats
+are rejected by name.
 
-Sources: vllm-project/compressed-tensors 0.20; casper-hansen/AutoAWQ (modules/linear/gemm.py: the order of columns in a
-word); AutoGPTQ and ModelCloud/GPTQModel (qlinear: rows in a word, zero points stored less one in "gptq");
+Sources: vllm-project/compressed-tensors 0.20; casper-hansen/AutoAWQ (modules/linear/gemm.py: column order within a
+word); AutoGPTQ and ModelCloud/GPTQModel (qlinear: rows within a word, "gptq" stores zero points minus one);
 pytorch/ao 0.18 (prototype/safetensors: the names of a tensor's parts).
 """
 
@@ -31,18 +31,18 @@ from llava_fast.storage.tensor_files import StoredTensor
 
 logger = logging.getLogger("llava_fast.quantised")
 Made = tuple[QuantisedWeight, Tensor | None]
-"""A weight and, for act-order, which element of the input each of its columns belongs to (int64 [in])."""
+"""A weight and, for act-order, the input element of each of its columns (int64 [in])."""
 
 
 @dataclass(frozen=True, eq=False)
 class StoredQuantised(StoredTensor):
-    """A weight [out, in] that a file holds quantised: `load` gives it in floating point, `load_quantised` as it is."""
+    """A weight [out, in] that is stored quantised: `load` dequantises it, `load_quantised` does not."""
 
     load_quantised: Callable[[], Made]
 
 
 class Group(Fields):
-    """One scheme of compressed-tensors and the modules it is for."""
+    """One scheme of compressed-tensors and its modules."""
 
     weights: dict[str, Any] | None = None
     input_activations: dict[str, Any] | None = None
@@ -80,18 +80,18 @@ def quantisation_of(path: Path) -> tuple[dict[str, Any], Path] | None:
     CheckpointError."""
     file, older = path / "config.json", path / "quantize_config.json"
     config = read_json(file).get("quantization_config")
-    if config is None and os.path.lexists(older):  # GPTQ's, before transformers read such checkpoints
+    if config is None and os.path.lexists(older):  # GPTQ's file before transformers supported it
         file, config = older, {"quant_method": "gptq", **read_json(older)}
     if not config:
         return None
     if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: quantization_config is no object")
+        raise CheckpointError(f"{file}: quantization_config is not an object")
     return config, file
 
 
 def joined(stored: Mapping[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint in `path` with those that make up a quantised weight joined under its name; the same
-    where it is not quantised. Raises CheckpointError for a quantisation that is not read."""
+    """The tensors of a checkpoint in `path`, with the parts of each quantised weight joined under its name; unchanged
+    if it is not quantised. Raises CheckpointError for an unsupported quantisation."""
     if (found := quantisation_of(path)) is None:
         return dict(stored)
     config, file = found
@@ -101,7 +101,7 @@ def joined(stored: Mapping[str, StoredTensor], path: Path) -> dict[str, StoredTe
     tensors = _READERS[method](stored, config, file)
     if not any(isinstance(tensor, StoredQuantised) for tensor in tensors.values()):
         raise CheckpointError(
-            f"{file}: it says that the weights are quantised ({method}), and none is stored so: remove "
+            f"{file}: quantization_config ({method}) is present, but no stored weight is quantised: remove "
             "quantization_config, or download the weights again"
         )
     return tensors
@@ -112,7 +112,7 @@ def _compressed_tensors(stored: Mapping[str, StoredTensor], config: dict, file: 
     for unread in ("sparsity_config", "transform_config", "kv_cache_scheme"):
         if config.get(unread):
             raise _refused(file, f"compressed-tensors with {unread}")
-    asymmetric = bool(config.get("config_groups"))  # all groups are: then each packed weight has zero points
+    asymmetric = bool(config.get("config_groups"))  # all groups: require zero points of each weight
     sizes = set()
     for group in (config.get("config_groups") or {}).values():
         form = group.get("format") or config.get("format")
@@ -128,7 +128,7 @@ def _compressed_tensors(stored: Mapping[str, StoredTensor], config: dict, file: 
         if activations := group.get("input_activations"):
             if not activations.get("dynamic"):
                 raise _refused(file, "compressed-tensors with static scales of activations (input_activations)")
-            logger.warning("%s: activations are not quantised here, the weights are as stored", file)
+            logger.warning("%s: activations are not quantised here; the weights are used as stored", file)
     also = ("weight_zero_point",) if asymmetric else ()
     read = functools.partial(_from_packed, group=sizes.pop() if len(sizes) == 1 else None)
     stored = _join(stored, "weight_packed", (*packing.NAMES, "weight_g_idx"), read, also)
@@ -136,7 +136,7 @@ def _compressed_tensors(stored: Mapping[str, StoredTensor], config: dict, file: 
 
 
 def _from_packed(parts: Mapping[str, StoredTensor], group: int | None) -> tuple[tuple[int, int], Callable[[], Made]]:
-    """`group`: the group size of all weights, if they have one."""
+    """group: the group size that all weights must have; None: any."""
     shape = _shape_of(parts["weight_shape"])
     if group is not None and group > 0 and shape[1] != group * (groups := parts["weight_scale"].shape[-1]):
         raise QuantisationError(f"{groups} groups of {group} (group_size) do not make rows of {shape[1]}")
@@ -156,11 +156,11 @@ def _from_packed(parts: Mapping[str, StoredTensor], group: int | None) -> tuple[
 def _from_values(parts: Mapping[str, StoredTensor]) -> tuple[tuple[int, int], Callable[[], Made]]:
     values, scale = parts["weight"], parts["weight_scale"]
     if len(values.shape) != 2 or scale.shape[:1] not in ((1,), values.shape[:1]):
-        raise QuantisationError(f"weight {list(values.shape)} and weight_scale {list(scale.shape)} do not fit together")
+        raise QuantisationError(f"weight {list(values.shape)} and weight_scale {list(scale.shape)} do not match")
 
     def load() -> Made:
         if "weight_zero_point" in parts and parts["weight_zero_point"].load().any():
-            raise QuantisationError("8-bit weights with zero points are not served: int8 weights are symmetric")
+            raise QuantisationError("8-bit weights with zero points are not supported: int8 weights are symmetric")
         step = scale.load().float().reshape(scale.shape[0], -1).expand(values.shape[0], -1).contiguous()
         return QuantisedWeight("int8", step, values=values.load().contiguous()), None
 
@@ -168,7 +168,7 @@ def _from_values(parts: Mapping[str, StoredTensor]) -> tuple[tuple[int, int], Ca
 
 
 _AWQ_COLUMNS = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Where column c of eight lies in a word of AWQ's: words hold columns 0, 2, 4, 6, 1, 3, 5, 7."""
+"""Position of column c of eight in an AWQ word, which stores columns 0, 2, 4, 6, 1, 3, 5, 7."""
 
 
 def _awq(stored: Mapping[str, StoredTensor], config: dict, file: Path) -> dict[str, StoredTensor]:
@@ -224,33 +224,31 @@ def _torchao(stored: Mapping[str, StoredTensor], config: dict, file: Path) -> di
 
 
 def _from_torchao(parts: Mapping[str, StoredTensor]) -> tuple[tuple[int, int], Callable[[], Made]]:
-    """One byte per code: Int8Tensor, IntxUnpackedToInt8Tensor. Packed tensors of other types have another shape or
-    dtype.
-    """
+    """Int8Tensor and IntxUnpackedToInt8Tensor, with one byte per code. Packed types have another shape or dtype."""
     values, scale = parts["_weight_qdata"], parts["_weight_scale"]
     if values.dtype != torch.int8 or len(values.shape) != 2 or scale.shape[:1] not in ((1,), values.shape[:1]):
         raise QuantisationError(
-            f"torchao's weight {values.dtype} {list(values.shape)} with scale {list(scale.shape)} is not served: "
-            "int8 codes of a byte each are"
+            f"torchao's weight {values.dtype} {list(values.shape)} with scale {list(scale.shape)} is not supported: "
+            "only int8 codes of one byte each are"
         )
 
     def load() -> Made:
         if "_weight_zero_point" in parts and parts["_weight_zero_point"].load().any():
-            raise QuantisationError("torchao's weights with zero points are not served")
+            raise QuantisationError("torchao's weights with zero points are not supported")
         return packing.weight_of(8, values.load().view(torch.uint8) ^ 128, scale.load()), None
 
     return (values.shape[0], values.shape[1]), load
 
 
 def _ordered(weight: QuantisedWeight, group_of: Tensor | None) -> Made:
-    """The weight with its columns sorted by group, and their order, or None if they are sorted already."""
+    """The weight with its columns sorted by group, and their order; None if they are sorted already."""
     columns, groups = weight.shape[1], weight.scale.shape[1]
     if group_of is None or (group_of.numel() and bool((group_of == -1).all())):  # -1 everywhere: unset
         return weight, None
     group_of = group_of.long()
     if group_of.shape != (columns,) or (columns and int(group_of.min()) < 0):
         raise QuantisationError(f"g_idx {list(group_of.shape)} does not give each of {columns} columns a group")
-    # A group that was cut into several (packing.weight_of) has as many columns as before.
+    # Groups that packing.weight_of has split: compare with the sizes before the split.
     cuts = max(1, groups // (int(group_of.max()) + 1)) if len(group_of) else 1
     if torch.equal(group_of, torch.arange(columns, device=group_of.device) // (weight.group * cuts)):
         return weight, None
@@ -272,8 +270,8 @@ def _join(
     make: Callable[[Mapping[str, StoredTensor]], tuple[tuple[int, int], Callable[[], Made]]],
     also: tuple[str, ...] = (),
 ) -> dict[str, StoredTensor]:
-    """Every module with a tensor `main` gets one entry MODULE.weight in place of the tensors `names`; `make` says its
-    shape and how it is read. Raises CheckpointError for a module that lacks one of them (`also`: of those too)."""
+    """Replace the tensors `names` of every module that has a tensor `main` by one entry MODULE.weight; `make` gives its
+    shape and loader. Raises CheckpointError for a module that lacks one of `names` or `also`."""
     left = dict(stored)
     for key, tensor in stored.items():
         module, _, leaf = key.rpartition(".")
@@ -282,7 +280,7 @@ def _join(
         parts = {name: left.pop(f"{module}.{name}") for name in names if f"{module}.{name}" in left}
         needed = {*_SCALES, "weight_shape", "qzeros", *also} & set(names)
         if lacking := sorted(needed - parts.keys()):
-            raise CheckpointError(f"{tensor.file}: {key!r} has no {lacking[0]!r} beside it; the file is damaged")
+            raise CheckpointError(f"{tensor.file}: {key!r} has no {lacking[0]!r}; the file is damaged")
         scale = next(parts[name] for name in _SCALES if name in parts)
         try:
             shape, load = make(parts)
@@ -321,20 +319,20 @@ def _matrix(tensor: StoredTensor) -> tuple[int, int]:
 
 
 def _check_shapes(parts: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int | None, ...]]) -> None:
-    """Shapes of the parts that are there; None stands for any size, the same in all."""
+    """Check the shapes of the parts that are present; None stands for any size, the same in all."""
     free = set()
     for name, shape in wanted.items():
         if name in parts:
             found = parts[name].shape
             if len(found) != len(shape) or any(w not in (None, f) for w, f in zip(shape, found, strict=True)):
-                raise QuantisationError(f"{name} {list(found)} does not fit it: one of them is cut short")
+                raise QuantisationError(f"{name} {list(found)} does not match it: one of them is truncated")
             free |= {f for w, f in zip(shape, found, strict=True) if w is None}
     if len(free) > 1:
         raise QuantisationError(f"{' and '.join(wanted)} have different numbers of groups: {sorted(free)}")
 
 
 def _refused(file: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{file}: {what} is not read; load the unquantised checkpoint it was made from")
+    return CheckpointError(f"{file}: {what} is not supported; load the unquantised checkpoint it was made from")
 
 
 _READERS = {"compressed-tensors": _compressed_tensors, "awq": _awq, "gptq": _gptq, "torchao": _torchao}

@@ -1,7 +1,7 @@
-"""Saving a model in either layout, whole or not at all.
+"""Saves a model in either layout, atomically.
 
 Everything is written to a temporary directory next to the destination and renamed at the end, so that a crash leaves
-the destination unchanged. Weights go out shard by shard: at most one shard is copied to the host at a time.
+the destination unchanged. Weights are written shard by shard: at most one shard is copied to the host at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llava_fast.ops.quantised_linear import QuantisedWeight, dequantise, packing
 from llava_fast.storage.files import Fields, check_fields, parse_json, read_text, write_json, written_whole
 
 NOTE_FILE = "llava_fast.json"
-"""What a checkpoint says to llava_fast alone: "chat_template", the built-in template it was trained with."""
+"""File with settings that only llava_fast reads: "chat_template", the built-in template used in training."""
 
 SIDE_FILES: dict[str, type[Fields] | None] = {
     NOTE_FILE: fields.Note,
@@ -38,15 +38,15 @@ SIDE_FILES: dict[str, type[Fields] | None] = {
     "processor_config.json": fields.Processor,
     "video_preprocessor_config.json": fields.ImageProcessor,
 }
-"""Small files of a checkpoint that are kept in memory with a loaded model, so that saving can write them back; and what
-they may hold."""
+"""Small files of a checkpoint that are kept in memory with a loaded model, so that saving can write them back, and
+their schemas."""
 
 _HF_ONLY = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-_ROWS_MULTIPLE = 64  # vocabularies are rounded up to this, as transformers' conversions do
+_ROWS_MULTIPLE = 64  # vocabularies are rounded up to a multiple of this, as in transformers' conversions
 
 
 class Deferred(NamedTuple):
-    """A tensor that is made when it is written; `like` is one of its shape and dtype on the meta device."""
+    """A tensor that is computed when it is written; `like` has its shape and dtype, on the meta device."""
 
     like: torch.Tensor
     make: Callable[[], torch.Tensor]
@@ -65,17 +65,17 @@ def save(
 ) -> None:
     """Write a LlavaModel as safetensors with config, tokenizer and processor files.
 
-    A model in the layout it was loaded from keeps its config.json and side files. In the other layout these are
-    derived, and each image gets the same tiles as before; an original checkpoint gains an `<image>` token for
-    Hugging Face's (new vocabulary rows hold the mean of the others, so that greedy decoding never picks one).
+    In the layout that it was loaded from, a model keeps its config.json and side files. In the other layout they are
+    derived such that each image gets the same tiles. An original checkpoint gets an `<image>` token in Hugging Face's
+    layout; new vocabulary rows are the mean of the others, so that greedy decoding never picks them.
 
-    tensors  all weights by their names in the model, instead of its own: gathered ones of a model that is sharded, or
-             made when they are written.
+    tensors  weights to write instead of the model's, by their names in the model: those gathered from a sharded model,
+             or Deferred ones.
 
-    Quantised modules (models.quantised) are written in the compressed-tensors format, in Hugging Face's layout only.
+    Quantised modules (models.quantised) are written in the compressed-tensors format, only in Hugging Face's layout.
 
-    Raises CheckpointError, and leaves `path` as it was, if `path` holds something and `overwrite` is not set, or if
-    the layout cannot hold this model.
+    Raises CheckpointError, and leaves `path` unchanged, if `path` is not empty and `overwrite` is not set, or if the
+    layout does not support this model.
     """
     if layout not in ("hf", "original"):
         raise CheckpointError(f"layout is {layout!r}; supported are 'hf' and 'original'")
@@ -84,7 +84,7 @@ def save(
     family = writing_family(config, layout)
     quantised = quantised_modules(model) if tensors is None else {}
     if quantised and layout != "hf":
-        raise CheckpointError(f"layout {layout!r} has no quantised form: save with layout='hf'")
+        raise CheckpointError(f"layout {layout!r} does not support quantised weights: save with layout='hf'")
     tensors = dict(separate_parameters(model) if tensors is None else tensors)
     image_token_id, video_token_id = config.image_token_id, config.video_token_id
     if layout == "hf" and config.layout == "original":
@@ -107,7 +107,7 @@ def save(
     with written_whole(path) as directory:
         _write_weights(directory, stored, max_shard_size)
         write_json(directory / "config.json", written)
-        for file in directory.glob("*.safetensors"):  # safetensors writes files that only their owner can read
+        for file in directory.glob("*.safetensors"):  # safetensors makes its files readable by their owner only
             shutil.copymode(directory / "config.json", file)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
@@ -115,8 +115,8 @@ def save(
 
 
 def check_destination(path: str | Path, overwrite: bool = False) -> Path:
-    """The whole path of a directory to save into. Raises CheckpointError for a file and for a directory that is not
-    empty.
+    """The absolute path of a directory to save into. Raises CheckpointError for a file and, without `overwrite`, for a
+    directory that is not empty.
     """
     path = Path(path).expanduser().resolve()
     if path.exists() and not path.is_dir():
@@ -127,7 +127,7 @@ def check_destination(path: str | Path, overwrite: bool = False) -> Path:
 
 
 def read_side_files(path: Path) -> dict[str, str]:
-    """The texts of SIDE_FILES that a checkpoint directory has. Raises CheckpointError for one that cannot be read."""
+    """The texts of those SIDE_FILES that a checkpoint directory has. Raises CheckpointError for unreadable ones."""
     texts = {}
     for name, kind in SIDE_FILES.items():
         if (path / name).exists():
@@ -148,7 +148,7 @@ def _write_side_files(directory: Path, config: LlavaConfig, family: Family, side
 
 
 def _write_weights(directory: Path, stored: dict[str, Stored], max_shard_size: int | str) -> None:
-    from huggingface_hub import split_torch_state_dict_into_shards  # only saving needs it
+    from huggingface_hub import split_torch_state_dict_into_shards  # imported late: only saving needs it
 
     sizes = {name: _sized(each) for name, each in stored.items()}
     if unmade := [name for name, each in stored.items() if isinstance(each, torch.Tensor) and each.is_meta]:
@@ -167,7 +167,7 @@ def _made(stored: Stored) -> torch.Tensor:
 
 
 def _sized(stored: Stored) -> torch.Tensor:
-    """A tensor of the size that will be written."""
+    """A tensor with the size of the one that will be written."""
     return stored.like if isinstance(stored, Deferred) else stored
 
 
@@ -198,7 +198,7 @@ def _table(
 
 
 def _with_visual_tokens(tokenizer: Any, placeholders: tuple[str, ...]) -> tuple[Any, int, int | None]:
-    """A copy of an original checkpoint's tokenizer that knows `<image>` (and `<video>`), and their ids."""
+    """A copy of an original checkpoint's tokenizer with `<image>` (and `<video>`) tokens, and their ids."""
     if tokenizer is None:
         raise CheckpointError("layout 'hf' needs a tokenizer with an image token, and this model has no tokenizer")
     from transformers import AddedToken
@@ -221,8 +221,8 @@ def _with_vocabulary(
     embedding: str,
     rows: int,
 ) -> tuple[dict[str, Stored], dict[str, tuple[QuantisedWeight, torch.dtype]]]:
-    """Both with at least `rows` rows of vocabulary, new ones the mean of the others: a mean logit is never the
-    largest."""
+    """Both, extended to at least `rows` vocabulary rows. New rows are the mean of the others: a mean of logits is never
+    the largest logit."""
     have, _ = _table(tensors, quantised, embedding)
     if rows <= have:
         return tensors, quantised

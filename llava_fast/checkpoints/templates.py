@@ -16,13 +16,13 @@ _JINJA, _MORE_JINJA = "chat_template.jinja", "additional_chat_templates"
 
 @dataclass(frozen=True)
 class Templates:
-    """Chat templates by name, and the file that has them. Most checkpoints have one, which is "default"."""
+    """Chat templates by name, and the file they come from. Most checkpoints have only one, "default"."""
 
     file: Path
     sources: Mapping[str, str]
 
     def choose(self, name: str = "default") -> str:
-        """The source of one template. Raises CheckpointError for an unknown name and an empty template."""
+        """The Jinja source of one template. Raises CheckpointError for an unknown name and an empty template."""
         if name not in self.sources:
             others = ", ".join(self.sources) or "none"
             raise CheckpointError(
@@ -34,8 +34,9 @@ class Templates:
 
 
 def find_templates(path: Path, tokenizer: Any, tokenizer_path: Path) -> Templates | None:
-    """chat_template.jinja and those beside it, else the older chat_template.json or processor_config.json, else the
-    tokenizer's. None if a checkpoint has no template. Raises CheckpointError for one that cannot be read."""
+    """The templates of a checkpoint, from the first of: chat_template.jinja and additional_chat_templates/, the older
+    chat_template.json or processor_config.json, the tokenizer. None if there is none. Raises CheckpointError for an
+    unreadable template."""
     named = {file.stem: file for file in sorted((path / _MORE_JINJA).glob("*.jinja"))}
     if (path / _JINJA).exists():
         named["default"] = path / _JINJA
@@ -50,7 +51,7 @@ def find_templates(path: Path, tokenizer: Any, tokenizer_path: Path) -> Template
 
 
 def _by_name(given: str | dict[str, str] | list[dict[str, str]]) -> dict[str, str]:
-    """A template alone, a mapping, or a list of {"name": ..., "template": ...}."""
+    """Templates by name, from one template, a mapping, or a list of {"name": ..., "template": ...}."""
     if isinstance(given, str):
         return {"default": given}
     return dict(given) if isinstance(given, dict) else {each["name"]: each["template"] for each in given}

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, built by transformers after its side files were checked."""
+"""Loads a checkpoint's tokenizer with transformers, after validating its side files."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _SIDE_FILES: dict[str, type[Fields]] = {
     "added_tokens.json": fields.AddedTokens,
 }
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
-_READ = (*_SIDE_FILES, *_VOCABULARIES, "config.json", "chat_template.jinja")  # what transformers reads
+_READ = (*_SIDE_FILES, *_VOCABULARIES, "config.json", "chat_template.jinja")  # the files that transformers reads
 _MARK = b"\xef\xbb\xbf"
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The transformers tokenizer of a directory; no code from the checkpoint is run.
+    """The transformers tokenizer of a directory. Code in the checkpoint is never run.
 
-    Raises CheckpointError if there is none or it is broken, naming the faulty file if known.
+    Raises CheckpointError for a missing or invalid tokenizer, naming the faulty file if known.
     """
-    from transformers import AutoTokenizer  # imported late: it takes a second
+    from transformers import AutoTokenizer  # imported late, because importing it takes a second
 
     for name, kind in _SIDE_FILES.items():
         settings = read_json_if_there(path / name, kind)
@@ -40,7 +40,7 @@ def load_tokenizer(path: Path) -> Any:
     try:
         with _without_marks(path) as clean:
             tokenizer = AutoTokenizer.from_pretrained(clean, trust_remote_code=False, **_stand_in_config(path))
-    except BaseException as error:  # a panic of the Rust library is no Exception
+    except BaseException as error:  # a panic in the Rust library is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise CheckpointError(f"{_at_fault(path)}: its tokenizer cannot be loaded ({one_line(error)})") from error
@@ -49,9 +49,9 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def _stand_in_config(path: Path) -> dict[str, Any]:
-    """The argument `config` for AutoTokenizer where config.json has a model type that transformers does not know; no
-    argument where it does. An original checkpoint's config.json says nothing of its tokenizer, and transformers
-    fails on one with Llama 3.1's RoPE scaling."""
+    """The argument `config` for AutoTokenizer if transformers does not know the model type in config.json, else no
+    argument. The config.json of an original checkpoint does not describe its tokenizer, and transformers fails on one
+    with Llama 3.1's RoPE scaling."""
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     content = read_json_if_there(path / "config.json")
@@ -64,8 +64,8 @@ def _stand_in_config(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _without_marks(path: Path) -> Iterator[Path]:
-    """The directory, or a copy of its tokenizer's files if one starts with a byte order mark, which transformers does
-    not read."""
+    """The directory, or a copy of its tokenizer files without byte order marks if one has such a mark, which
+    transformers does not accept."""
     files = [path / name for name in _READ if (path / name).is_file()]
     if not any(_starts_with_mark(file) for file in files):
         yield path
@@ -82,7 +82,8 @@ def _starts_with_mark(file: Path) -> bool:
 
 
 def _at_fault(path: Path) -> Path:
-    """Which file keeps a tokenizer from loading, or the directory. Raises CheckpointError for one that is no JSON."""
+    """The file that keeps a tokenizer from loading, or the directory if unknown. Raises CheckpointError for a file that
+    is not JSON."""
     from tokenizers import Tokenizer
 
     for name in ("tokenizer.json", "vocab.json"):

@@ -1,4 +1,4 @@
-"""The digits demo: canvases of handwritten digits and the questions the shipped demo model answers."""
+"""The digits demo: images ("canvases") of handwritten digits, and the questions that the demo model answers."""
 
 from llava_fast.demo.canvas import Canvas, compose, split_scans
 from llava_fast.demo.questions import KINDS, PHRASINGS, answer, ask

@@ -2,10 +2,10 @@
 
 The scans are the 1797 images of 8x8 pixels that scikit-learn ships (`sklearn.datasets.load_digits`, the
 UCI "Optical Recognition of Handwritten Digits" test set); the photographs are its `china.jpg` and
-`flower.jpg`. A canvas is a few hundred pixels a side, of many aspect ratios, and its digits are small enough
-that a model reading it through AnyRes needs the tiles: the squashed base view shows them too small.
+`flower.jpg`. Canvases have sides of a few hundred pixels and many aspect ratios. Their digits are so small that an
+AnyRes model needs the tiles: they are too small in the downscaled base view.
 
-Composition is a step of the training loop, so it is written to take 1 to 2 ms.
+Training composes a canvas per sample, so composing takes only 1 to 2 ms.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from llava_fast.errors import MissingPackageError
 Box = tuple[int, int, int, int]
 
 MAX_DIGITS = 5
-NONE_SHARE = 0.05  # share of canvases without a digit when the caller does not ask for a count
-GLYPH = 48  # side of an upsampled scan: 8 source pixels of 4, and a margin of 8 on each side
+NONE_SHARE = 0.05  # share of canvases without a digit if no count is given
+GLYPH = 48  # side of an upsampled scan: 8 source pixels, 4 pixels each, and a margin of 8 on each side
 GLYPH_CELL = 32
 NOISE_SIDE = 512
 VISIBLE = 64  # opacity (of 255) from which a pixel counts as ink
 WHITE = (255, 255, 255)
-MIN_CONTRAST = 90  # least difference in luminance between the ink and any background pixel before blur
+MIN_CONTRAST = 90  # least luminance difference between the ink and any background pixel, before blur
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """One composed image and what is written on it.
+    """One composed image and its digits.
 
     image: uint8 [height, width, 3], RGB. digits: values in reading order (lines top to bottom, each left to
     right). boxes: (left, top, right, bottom) of each digit's ink in pixels, right and bottom exclusive.
@@ -71,8 +71,8 @@ def compose(
 
     count: number of digits, 0 to 5; None draws 0 with probability 0.05 and otherwise 1 to 5 uniformly.
     long_side: range of the longer side in pixels, drawn log-uniformly. size: range of a digit's cell as a
-    share of the longer side; on long canvases it is limited by the shorter side instead. aspect: width over
-    height; None draws squarish, wide and tall canvases. plain: white ink on black, for the start of training.
+    share of the longer side, limited by the shorter side on long canvases. aspect: width over height; None draws
+    nearly square, wide and tall canvases. plain: white ink on black, for the start of training.
 
     Reading order is unambiguous: digits of a line overlap vertically, lines do not, and the first digit is
     the topmost-leftmost one. Raises ValueError if count is out of range or `scans` is empty.
@@ -107,7 +107,7 @@ def compose(
 
 
 def _sides(rng: np.random.Generator, long_side: tuple[int, int], aspect: float | None) -> tuple[int, int]:
-    """Draw (width, height). Without an aspect half of the canvases are squarish, a quarter wide or tall."""
+    """Draw (width, height). Without an aspect, half of the canvases are nearly square, the others wide or tall."""
     if aspect is None:
         aspect = math.exp(rng.uniform(0, math.log(1.8))) if rng.random() < 0.5 else rng.uniform(1.9, 3.6)
         aspect = aspect if rng.random() < 0.5 else 1 / aspect
@@ -128,7 +128,7 @@ def _layout(
     cell = rng.uniform(*size) * max(width, height)
     cell = min(cell, 0.9 * width / (0.85 * longest + 0.3), 0.9 * height / (1.15 * len(lines)))
 
-    # Gaps between neighbours: from nearly touching to whatever the canvas leaves, biased to the small side.
+    # Gaps between neighbours: from nearly touching to the largest that fits, biased towards small ones.
     step_x = cell * rng.uniform(0.85, 1.15)
     if longest > 1:
         step_x += rng.random() ** 2 * max(0.0, (width - cell * 1.2) / (longest - 1) - step_x)
@@ -144,7 +144,7 @@ def _layout(
     top = rng.uniform(0, max(0.0, height - block_height)) + cell / 2
     cells = []
     for row, in_line in enumerate(lines):
-        # The first line starts furthest left, so that its first digit is the one at the top left.
+        # No line starts further left than the first, so that its first digit is the one at the top left.
         indent = 0.0 if row == 0 else rng.uniform(0, 0.25) * cell
         slope = rng.uniform(-0.08, 0.08)
         for column in range(in_line):
@@ -158,7 +158,7 @@ def _layout(
 
 
 def _lines(rng: np.random.Generator, aspect: float, count: int) -> list[int]:
-    """How many digits each line holds: one line if wide, one digit a line if tall, else one or two lines."""
+    """Number of digits of each line: one line if wide, one digit per line if tall, else one or two lines."""
     if aspect > 1.85:
         return [count]
     if aspect < 1 / 1.85:
@@ -172,8 +172,8 @@ def _lines(rng: np.random.Generator, aspect: float, count: int) -> list[int]:
 def _colours(rng: np.random.Generator, width: int, height: int) -> tuple[tuple[int, int, int], np.ndarray]:
     """An ink colour and a background (uint8 [height, width, 3]), at least MIN_CONTRAST apart in luminance.
 
-    The background is kept inside a luminance band on the far side of the ink: dark ink on a light band or,
-    inverted, light ink on a dark one.
+    The background stays in a luminance band away from the ink: dark ink on a light band or, inverted, light ink on
+    a dark one.
     """
     inverted = rng.random() < 0.4
     ink_level = rng.uniform(0, 75)
@@ -200,7 +200,7 @@ def _colours(rng: np.random.Generator, width: int, height: int) -> tuple[tuple[i
 
 
 def _tint(rng: np.random.Generator, level: float, reach: float) -> np.ndarray:
-    """A colour of the given luminance (float32 [3]) whose channels stray from it by up to `reach`."""
+    """A colour of the given luminance (float32 [3]) whose channels deviate from it by up to `reach`."""
     stray = rng.uniform(-reach, reach, 3)
     return (level + stray - stray @ _LUMA).astype(np.float32)
 
@@ -228,7 +228,7 @@ def _stroke_curve(rng: np.random.Generator) -> np.ndarray:
 
 
 def _render(rng: np.random.Generator, glyph: Image.Image, cell: float, tilt: float) -> Image.Image:
-    """Resample one upsampled scan into a cell of the given side, turned, sheared and stretched a little."""
+    """Resample one upsampled scan into a cell of the given side, slightly rotated, sheared and stretched."""
     side = max(4, math.ceil(cell * GLYPH / GLYPH_CELL))
     angle = math.radians(np.clip(tilt + rng.uniform(-6, 6), -10, 10))
     shear = rng.uniform(-0.15, 0.15)
@@ -243,7 +243,7 @@ def _render(rng: np.random.Generator, glyph: Image.Image, cell: float, tilt: flo
 
 
 def _add_noise(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Add sensor-like noise of a random strength, cut from one fixed field, in half of the canvases."""
+    """Add noise of a random strength to half of the canvases: a random crop of one fixed field."""
     height, width, _ = image.shape
     if rng.random() < 0.5 or height > NOISE_SIDE or width > NOISE_SIDE:
         return image
@@ -262,7 +262,7 @@ def _scans() -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=1)
 def _glyphs() -> tuple[list[Image.Image], np.ndarray]:
-    """Every scan upsampled bicubically to GLYPH_CELL pixels inside a margin, as 8-bit greyscale images."""
+    """Every scan upsampled bicubically to GLYPH_CELL pixels plus a margin, 8-bit greyscale; and their digits."""
     images, targets = _scans()
     margin = (GLYPH - GLYPH_CELL) // 2 // (GLYPH_CELL // 8)
     padded = np.pad(images, ((0, 0), (margin, margin), (margin, margin))) * (255 / 16)
@@ -277,7 +277,7 @@ def _photos() -> list[Image.Image]:
 
 
 def _sklearn() -> Any:
-    """The package that holds the scans and the photographs."""
+    """The package with the scans and the photographs. Raises MissingPackageError."""
     try:
         import sklearn.datasets
     except ImportError:

@@ -1,4 +1,4 @@
-"""The questions the digits demo asks about a canvas, and their exact answers."""
+"""The questions of the digits demo about a canvas, and their exact answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`llava-fast demo`: a picture of digits, a question, an answer, and how long each stage took beside transformers."""
+"""`llava-fast demo`: questions about an image of digits, the answers, and the time per stage, against transformers."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from llava_fast.errors import CheckpointError
 from llava_fast.inputs.pictures.reading import open_image
 
 STAGES = ("image to tiles and token ids", "to the first token", "each further token")
-STAGE_TOKENS = 33  # the first and 32 more, so that a token's time is an average
+STAGE_TOKENS = 33  # the first token, and 32 more to average over
 REPEATS = 5
 
 
 def model_path() -> Path:
-    """The directory of the demo model that ships with the package. Raises CheckpointError if it is not there."""
+    """The directory of the demo model that ships with the package. Raises CheckpointError if it is missing."""
     path = Path(str(files("llava_fast"))) / "demo_model"
     if not (path / "config.json").is_file():
-        raise CheckpointError(f"the demo model is not in {path}: reinstall llava_fast, or train it (examples/digits)")
+        raise CheckpointError(f"{path} has no demo model: reinstall llava_fast, or train it (examples/digits)")
     return path
 
 
 def run_demo(image: Path | None, question: str, seed: int, output: Path, compare: bool) -> None:
-    """Run the demo and print it. With `image`, the user's own picture is asked `question`; else a held-out canvas
-    is composed from `seed`, saved to `output`, and asked one question of each kind."""
+    """Run the demo and print the results. With `image`: ask `question` about it. Otherwise: compose a canvas of
+    held-out scans from `seed`, save it to `output`, and ask one question of each kind."""
     console = Console()
     path = model_path()
     model = load(path, device="cpu")
@@ -74,7 +74,7 @@ def _request(question: str, pixels: np.ndarray) -> dict:
 
 
 def _timing_table(model, path: Path, request: dict, compare: bool) -> Table:
-    """Milliseconds of each stage, llava_fast's and (with `compare`) transformers', on the same weights."""
+    """Milliseconds of each stage in llava_fast and, with `compare`, in transformers with the same weights."""
     ours = _stage_times(
         lambda: model.prepare([request]), lambda n: model.generate([request], max_new_tokens=n, ignore_eos=True)
     )
@@ -89,14 +89,14 @@ def _timing_table(model, path: Path, request: dict, compare: bool) -> Table:
         for row, own, other in zip(rows, ours, theirs, strict=True):
             row += [f"{other:.2f}", f"{other / own:.1f}x"]
     elif compare:
-        table.caption = "transformers answered with other tokens (does it use torchvision?), so it is not compared"
+        table.caption = "no comparison: transformers gave different tokens (does it use torchvision?)"
     for row in rows:
         table.add_row(*row)
     return table
 
 
 def _transformers_times(path: Path, model, request: dict) -> tuple[float, float, float] | None:
-    """The same three stages in transformers, or None if it gives other tokens: then there is nothing to compare."""
+    """Milliseconds of the three stages in transformers, or None if its tokens differ: then times are not comparable."""
     from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
     from transformers.utils import logging
 
@@ -115,7 +115,7 @@ def _transformers_times(path: Path, model, request: dict) -> tuple[float, float,
         out = theirs.generate(**prepared, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
         return out[0, prepared["input_ids"].shape[1] :].tolist()
 
-    # transformers keeps end tokens away while min_new_tokens lasts, so compare up to ours.
+    # min_new_tokens keeps transformers from giving an end token, so compare up to ours.
     answer = model.generate([request], max_new_tokens=STAGE_TOKENS)[0].token_ids[:-1]
     if generate(STAGE_TOKENS)[: len(answer)] != answer:
         return None
@@ -123,7 +123,7 @@ def _transformers_times(path: Path, model, request: dict) -> tuple[float, float,
 
 
 def _stage_times(prepare: Callable[[], object], generate: Callable[[int], object]) -> tuple[float, float, float]:
-    """Milliseconds to prepare, from there to the first token, and of each further token."""
+    """Milliseconds to prepare, from then to the first token, and per further token."""
     first, all_tokens = (_median_ms(functools.partial(generate, n)) for n in (1, STAGE_TOKENS))
     prepared = _median_ms(prepare)
     return prepared, max(first - prepared, 0.0), (all_tokens - first) / (STAGE_TOKENS - 1)
@@ -140,7 +140,7 @@ def _median_ms(work: Callable[[], object]) -> float:
 
 
 def _in_blocks(pixels: np.ndarray, columns: int) -> Text:
-    """The picture as coloured half blocks: each character cell shows two pixels, one above the other."""
+    """The image as coloured half-block characters; each cell shows two pixels, one above the other."""
     height, width = pixels.shape[:2]
     columns = min(columns, width)
     rows = max(1, min(round(height / width * columns / 2), 36))

@@ -1,13 +1,13 @@
 """`register()`: this package's attention for any transformers model, as `attn_implementation="llava_fast"`.
 
-transformers has two registries, and a name needs an entry in both: one for attention, one for the mask that it gets.
-With only the first no mask is made, and padding is attended to without an error.
+transformers has two registries, one for attention functions and one for their masks, and a name needs an entry in both:
+without the second no mask is made, and padding is silently attended to.
 
-If a prefill or a training step has only causality and padding on one side, the mask is a `Spans` (where each sequence's
-rows are), and `models.blocks.attention` works on each sequence's own rows: padding costs nothing, and kernels without a
-mask are used. (Attention at padding itself, which is never read, gives zeros or causal attention's result.) In every
-other case the mask is the tensor that transformers makes for SDPA. Finding out reads the 2-D mask once a step, as
-transformers' own SDPA mask does.
+If the mask of a prefill or training step is only causality and padding on one side, it is a `Spans` (each sequence's
+range of rows). `models.blocks.attention` then runs on each sequence's rows: padding costs nothing, and kernels without
+a mask are used. (Outputs at padding, which are never read, are zeros or those of causal attention.) In all other cases
+the mask is the tensor that transformers makes for SDPA. Either way the 2-D mask is read once per step, as for
+transformers' own SDPA mask.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from llava_fast.models.blocks.attention import Spans, attend
 
 NAME = "llava_fast"
 REFUSED = ("softcap", "position_bias", "s_aux", "cache")
-"""Extras of some models' attention that this one does not compute."""
+"""Options of some models' attention that this implementation does not support."""
 
 
 def register(name: str = NAME) -> str:
-    """Make `attn_implementation=name` known to transformers; return the name. It may be called repeatedly."""
+    """Register `attn_implementation=name` with transformers and return the name. May be called repeatedly."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(name, attention)
@@ -45,7 +45,7 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Called by transformers in each layer: query [B, H, q, D], key and value [B, K, k, D] to [B, q, H, D].
 
-    Raises ValueError for unsupported options: attention dropout with padding, soft capping, biases, sinks.
+    Raises ValueError for unsupported options: soft capping, biases, sinks, and dropout together with padding.
     """
     if found := [name for name in REFUSED if kwargs.get(name) is not None]:
         raise ValueError(f"the attention {NAME!r} does not serve {', '.join(found)}: use attn_implementation='sdpa'")
@@ -54,7 +54,7 @@ def attention(
             raise ValueError(f"the attention {NAME!r} has no dropout: set attention_dropout=0 or use 'sdpa'")
         return _of_spans(query, key, value, attention_mask, scaling), None
     length, groups = query.shape[2], query.shape[1] // key.shape[1]
-    if length == 1:  # the query heads that share a key head become the rows of one small matrix
+    if length == 1:  # stack the query heads of a key head as rows of one matrix
         query = query.reshape(len(query), key.shape[1], groups, -1)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     out = F.scaled_dot_product_attention(
@@ -71,7 +71,7 @@ def attention(
 
 
 def _of_spans(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scaling: float | None) -> Tensor:
-    """Rows of all sequences end to end through the package's own attention, and back."""
+    """Concatenate the rows of all sequences, apply the package's attention, and restore the padded layout."""
     batch, _, length, size = query.shape
     if scaling is not None and scaling != size**-0.5:
         query = query * (scaling * size**0.5)
@@ -82,8 +82,8 @@ def _of_spans(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scaling: 
 def mask(
     batch_size: int, q_length: int, kv_length: int, *, mask_function, attention_mask: Tensor | None = None, **kwargs
 ) -> Spans | Tensor | None:
-    """Called by transformers once a step: a Spans for causality and padding on one side, None for causality alone, else
-    the bool tensor [B, 1, q, k] of its own SDPA mask.
+    """Called by transformers once per step. Returns a Spans for causality with padding on one side, None for causality
+    alone, else transformers' SDPA mask, bool [B, 1, q, k].
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -98,7 +98,7 @@ def mask(
 
 
 def spans_of(attention_mask: Tensor) -> Spans | None:
-    """The spans of a 2-D mask [B, S], nonzero where a token is; None if nothing is masked, or a row has a gap."""
+    """The spans of a 2-D mask [B, S], nonzero at tokens; None if nothing is masked or a row has a gap."""
     real = attention_mask != 0
     width = real.shape[1]
     first, last = real.int().argmax(1), width - real.flip(1).int().argmax(1)

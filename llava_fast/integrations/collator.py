@@ -1,8 +1,7 @@
-"""`Collator`: makes a batch for a transformers LLaVA from samples of text and images, with labels and the batch's plan.
+"""`Collator`: makes batches for a transformers LLaVA from samples of text and images, with labels and plan.
 
-Labels come from the spans of one tokenisation: the whole conversation is tokenised once, and a token is supervised if
-it ends inside an answer. A Collator holds a processor and a config, but no model, so it can run in a data loader's
-workers.
+The whole conversation is tokenised once, and a token is supervised if it ends inside an answer. A Collator holds a
+processor and a config but no model, so it can run in DataLoader workers.
 """
 
 from __future__ import annotations
@@ -35,26 +34,26 @@ class Collator:
 
     processor     a LLaVA processor of transformers, or a FastProcessor.
     model         the model, or its config.
-    labels        True: answers are supervised. False: prompts, for generate; an answer is left out.
-    end           the text after the answer of a sample with a "prompt". Default: the tokenizer's end of sequence; ""
-                  for nothing. (In messages the chat template writes the end of a turn.)
+    labels        True: answers are supervised. False: prompts for generate; answers are left out.
+    end           text appended to the answer of a sample with a "prompt". Default: the tokenizer's end of sequence; ""
+                  for none. (In messages the chat template ends a turn.)
     chat_template name of a built-in template (see inputs.chat.formats) to use instead of the processor's.
     padding_side  "left" or "right". Default: the tokenizer's; "left" without labels.
-    plan          True: the batch carries its plan as int32 tensors `llava_plan_*`, which let an accelerated model's
-                  forward run without reading from the device. False: for a model that is not accelerated, or
+    plan          True: the batch includes its plan as int32 tensors `llava_plan_*`, so that an accelerated model's
+                  forward needs no synchronisation with the device. False: for a model that is not accelerated, or for
                   nn.DataParallel.
 
     A sample is one of
-      {"messages": [...], "images": [...]}  OpenAI form, through the chat template; assistant messages are supervised
-      {"prompt": str, "images": [...], "answer": str}  the prompt verbatim, `<image>` marking each image
-      {"input_ids": ...}  the processor's features of one sample, with its "labels" if they are wanted;
-                          `features(sample)` makes them of the other two forms
-    "images" are paths, bytes, PIL images or uint8 arrays. Any sample may have an "id", by which errors name it. HF
-    Trainer takes keys away that no model knows: TrainingArguments(remove_unused_columns=False) keeps them.
+      {"messages": [...], "images": [...]}  OpenAI format, for the chat template; assistant messages are supervised
+      {"prompt": str, "images": [...], "answer": str}  the prompt verbatim, with `<image>` for each image
+      {"input_ids": ...}  the processor's features of one sample, with "labels" if needed; `features(sample)` makes
+                          them from the other two formats
+    "images" are paths, bytes, PIL images or uint8 arrays. Any sample may have an "id", used in errors. HF Trainer drops
+    keys that the model does not accept: TrainingArguments(remove_unused_columns=False) keeps them.
 
-    The batch is a dict: input_ids, attention_mask, labels int64 [B, S]; pixel_values as the processor gives them,
-    filled up to the most tiles; image_sizes; and the plan. Raises RequestError or ImageError, naming the sample, for
-    one that cannot be masked or read.
+    The batch is a dict: input_ids, attention_mask, labels int64 [B, S]; pixel_values as returned by the processor,
+    padded to the largest number of tiles; image_sizes; and the plan. Raises RequestError or ImageError, naming the
+    sample, for one that cannot be masked or read.
     """
 
     def __init__(
@@ -81,10 +80,10 @@ class Collator:
                 "the tokenizer has no padding token: set tokenizer.pad_token, for instance to its unk_token"
             )
         if labels and not self.tokenizer.is_fast:
-            raise ValueError("labels need a fast tokenizer, which says where each token stands in the text")
+            raise ValueError("labels need a fast tokenizer, which gives each token's position in the text")
 
     def __call__(self, samples: Sequence[dict]) -> dict[str, Tensor]:
-        if get_worker_info() is not None:  # whose loader is the caller's
+        if get_worker_info() is not None:  # in a DataLoader worker
             end_with_parent()
         made = [self._named(sample, number) for number, sample in enumerate(samples)]
         batch = self._padded(made)
@@ -98,8 +97,8 @@ class Collator:
         return batch
 
     def features(self, sample: dict) -> dict[str, Tensor]:
-        """One sample as the processor gives it: input_ids, attention_mask, labels [S], pixel_values [images, ...] and
-        image_sizes. Raises RequestError or ImageError."""
+        """One sample's features: input_ids, attention_mask, labels [S], and the processor's pixel_values [images, ...]
+        and image_sizes. Raises RequestError or ImageError."""
         segments, sources = self._render(sample)
         token = self.processor.image_token
         text = "".join(segment.text for segment in segments)
@@ -136,7 +135,7 @@ class Collator:
         return checkpoint_template(source, self.tokenizer.special_tokens_map) if isinstance(source, str) else None
 
     def _named(self, sample: dict, number: int) -> dict[str, Tensor]:
-        """The features of a sample; an error names it by its "id" or its place in the batch."""
+        """The features of a sample; errors name it by its "id" or its index in the batch."""
         name = sample.get("id", number)
         try:
             made = self._given(sample) if "input_ids" in sample else self.features(sample)
@@ -147,7 +146,7 @@ class Collator:
             raise type(error)(f"sample {name}: {error}") from None
 
     def _given(self, sample: dict) -> dict[str, Tensor]:
-        """Features made elsewhere, the processor's own batch axis of one taken off."""
+        """Features made by the caller, without the processor's batch dimension of 1."""
         unknown = set(sample) - {*FEATURES, "id"}
         if unknown:
             raise RequestError(f"unknown features {sorted(unknown)}: a batch has {', '.join(FEATURES)}")
@@ -166,8 +165,8 @@ class Collator:
         request = {name: value for name, value in sample.items() if name != "answer"}
         if "prompt" not in sample and "messages" not in sample:
             raise RequestError(
-                f'it has the keys {sorted(sample)}: give "messages", "prompt" or "input_ids" (HF Trainer leaves others '
-                "out: TrainingArguments(remove_unused_columns=False))"
+                f'it has the keys {sorted(sample)}: give "messages", "prompt" or "input_ids" (HF Trainer drops them '
+                "without TrainingArguments(remove_unused_columns=False))"
             )
         if "messages" in sample and self.template is None:
             raise RequestError("its messages need a chat template, and the processor has none: name a chat_template")
@@ -175,7 +174,7 @@ class Collator:
             messages = list(sample["messages"])
             last = messages[-1] if messages and isinstance(messages[-1], dict) else {}
             request["messages"] = messages[:-1] if last.get("role") == "assistant" else messages
-        template = cast(ChatTemplate, self.template)  # of a prompt that is verbatim, no template is read
+        template = cast(ChatTemplate, self.template)  # not used for a verbatim prompt
         segments, sources, videos = render_request(template, request, self.labels)
         if videos:
             raise RequestError('a "video" is not collated: give the features that the processor makes of it')
@@ -189,7 +188,7 @@ class Collator:
         return segments, sources
 
     def _padded(self, made: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """One batch of all samples' features."""
+        """Pad the samples' features to one batch."""
         batch = {}
         for name, fill in (("input_ids", self.tokenizer.pad_token_id), ("attention_mask", 0), ("labels", IGNORE)):
             if name in made[0]:
@@ -203,21 +202,21 @@ class Collator:
 
 
 def _to_most_tiles(name: str, parts: list[Tensor]) -> list[Tensor]:
-    """Pixels [images, tiles, 3, H, W] filled up with zeros to the most tiles; [images, 3, H, W] as they are. Raises
-    RequestError for videos of different lengths, whose frames cannot be filled up."""
+    """Pixels [images, tiles, 3, H, W], zero-padded to the largest number of tiles; [images, 3, H, W] unchanged. Raises
+    RequestError for videos of different lengths, which cannot be padded."""
     if parts[0].dim() == 4:
         return parts
     most = max(part.shape[1] for part in parts)
     if "videos" in name and any(part.shape[1] != most for part in parts):
         raise RequestError(
-            f"the videos of a batch must have as many frames each, got {[part.shape[1] for part in parts]}: sample as "
-            "many of each, or batch videos of one length"
+            f"the videos of a batch must have equal numbers of frames, got {[part.shape[1] for part in parts]}: sample "
+            "the same number from each, or batch videos of one length"
         )
     return [torch.nn.functional.pad(part, (0, 0, 0, 0, 0, 0, 0, most - part.shape[1])) for part in parts]
 
 
 def _opened(source: Any) -> Any:
-    """An image as the processor takes it; files are opened as transformers opens them."""
+    """An image in a form that the processor accepts; files are opened as in transformers."""
     if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
         return open_image(source, exif=True, alpha="drop")
     return source

@@ -1,11 +1,11 @@
 """Model classes for lmms-eval: `--model llava_fast --model_args pretrained=PATH,dtype=bfloat16`.
 
-lmms-eval finds them by this package's entry point (`manifest`): `LlavaFastChat` for tasks as messages, its default, and
-`LlavaFast` for tasks as text and pictures (`--force_simple`), which is also what its loglikelihood and multiple-choice
-tasks need. Nothing in llava_fast imports this file; it needs lmms-eval, which llava_fast does not bring.
+lmms-eval finds them through this package's entry point (`manifest`): `LlavaFastChat` for tasks that give messages (its
+default), and `LlavaFast` for tasks that give text and images (`--force_simple`), among them loglikelihood and
+multiple-choice tasks. Nothing in llava_fast imports this file. It needs lmms-eval, which llava_fast does not install.
 
 Tested with lmms-eval 0.7.3 (test_lmms_eval_real.py) and on a stub of its interface (api/model.py, api/instance.py,
-models/registry_v2.py). One process only: data parallel runs are refused.
+models/registry_v2.py). Only one process is supported: data-parallel runs raise RequestError.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from llava_fast.inputs.processor import ProcessorOptions
 
 try:
     from lmms_eval.api.instance import GenerationResult, TokenCounts
-except ImportError:  # lmms-eval before 0.7 takes bare answers, without counts
+except ImportError:  # lmms-eval before 0.7 expects plain texts without token counts
     GenerationResult = None
 
 logger = logging.getLogger("llava_fast.integrations")
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tiff", ".webp")
-"""Endings of paths that are pictures; lmms-eval takes any other path for a video."""
+"""Suffixes of image files; lmms-eval treats any other path as a video."""
 WITHOUT_EFFECT = {"do_sample", "num_beams", "use_cache", "image_aspect_ratio"}
-"""Settings of a task that are read elsewhere or that the checkpoint decides."""
+"""Settings of a task that are handled elsewhere or decided by the checkpoint."""
 
 
 def manifest():
-    """What lmms-eval's registry reads from the entry point group "lmms_eval.models"."""
+    """The manifest that lmms-eval's registry reads from the entry point group "lmms_eval.models"."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest("llava_fast", f"{__name__}.LlavaFast", f"{__name__}.LlavaFastChat")
@@ -46,11 +46,11 @@ def manifest():
 
 @register_model("llava_fast")
 class LlavaFast(lmms):
-    """A checkpoint that `llava_fast.load` reads, for tasks that give a text and pictures.
+    """A checkpoint that `llava_fast.load` reads, for tasks that give text and images.
 
     pretrained     a Hugging Face or original LLaVA checkpoint.
-    device, dtype, chat_template   as `llava_fast.load` has them; video_frames as ProcessorOptions.
-    batch_size     requests answered at once; an answer does not depend on its neighbours.
+    device, dtype, chat_template   as in `llava_fast.load`; video_frames as in ProcessorOptions.
+    batch_size     requests per batch; an answer does not depend on the others in its batch.
     """
 
     is_simple = True
@@ -65,7 +65,7 @@ class LlavaFast(lmms):
         video_frames: int = 16,
         max_batch_size: int | None = None,
     ) -> None:
-        self.pretrained = pretrained  # lmms-eval names its cache by it
+        self.pretrained = pretrained  # names lmms-eval's cache
         super().__init__()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise RequestError("llava_fast evaluates in one process: start lmms-eval without accelerate or torchrun")
@@ -84,8 +84,8 @@ class LlavaFast(lmms):
         return self.model.tokenizer
 
     def generate_until(self, requests: list) -> list:
-        """The answer to each lmms-eval Instance, in order, with the tokens of prompt (visual ones included) and answer:
-        GenerationResults, or their texts where lmms-eval has no such class. A task's "until" ends an answer and is not
+        """The answers to lmms-eval Instances, in order: GenerationResults with token counts of the prompt (visual ones
+        included) and answer, or plain texts if lmms-eval has no such class. A task's "until" ends an answer and is not
         part of it. Raises RequestError or ImageError naming the sample, and RequestError for beam search."""
         read = [self._read(instance.args) for instance in requests]
         answers: list[Any] = [None] * len(requests)
@@ -106,9 +106,9 @@ class LlavaFast(lmms):
         return answers
 
     def loglikelihood(self, requests: list) -> list:
-        """For each Instance (the mean loss of the target's tokens, end of turn included; whether greedy decoding would
-        say them), as the text of a GenerationResult: lmms-eval 0.7 turns a bare pair into a string. lmms-eval's own
-        models return a loss under this name, and its tasks take the smallest."""
+        """For each Instance the pair (mean loss of the target's tokens, end of turn included; whether greedy decoding
+        gives them), as the text of a GenerationResult, since lmms-eval 0.7 turns a bare pair into a string. Like here,
+        lmms-eval's own models return a loss under this name, and its tasks choose the smallest."""
         found: list = []
         for first in tqdm(range(0, len(requests), self.batch_size), desc="llava_fast"):
             part = requests[first : first + self.batch_size]
@@ -116,7 +116,7 @@ class LlavaFast(lmms):
         return found
 
     def generate_until_multi_round(self, requests: list) -> list[str]:
-        raise NotImplementedError("llava_fast does not serve lmms-eval's tasks of several rounds")
+        raise NotImplementedError("llava_fast does not support lmms-eval's multi-round tasks")
 
     def _read(self, args: tuple) -> tuple[dict, dict]:
         """(request, options of generate) of a generate_until Instance."""
@@ -142,7 +142,7 @@ class LlavaFast(lmms):
 
     def _with_target(self, args: tuple) -> dict:
         if len(args) != 6:
-            raise RequestError("a loglikelihood without a document (acc_mutual_info) is not served")
+            raise RequestError("a loglikelihood without a document (acc_mutual_info) is not supported")
         context, target, doc_to_visual, doc_id, task, split = args
         doc = self.task_dict[task][split][doc_id]
         target = target if isinstance(target, str) else target(doc)
@@ -152,7 +152,7 @@ class LlavaFast(lmms):
 
 @register_model("llava_fast_chat")
 class LlavaFastChat(LlavaFast):
-    """The same for tasks that give messages."""
+    """LlavaFast for tasks that give messages."""
 
     is_simple = False
 
@@ -169,28 +169,28 @@ class LlavaFastChat(LlavaFast):
 
 
 def _result(answer: Any, input_tokens: int, output_tokens: int) -> Any:
-    """An answer as lmms-eval takes it: with its counts, where it has a class for them."""
+    """An answer for lmms-eval: with token counts if it has a class for them."""
     if GenerationResult is None:
         return answer
     return GenerationResult(answer, TokenCounts(input_tokens, output_tokens))
 
 
 def _item(item: dict) -> dict:
-    """A message's item as the engine has it; what it shows is given beside the messages."""
+    """A message's item in the engine's format; its image or video is passed separately."""
     if item["type"] not in ("text", "image", "video"):
         raise RequestError(f"llava_fast reads text, images and videos, not {item['type']!r}")
     return item if item["type"] == "text" else {"type": item["type"]}
 
 
 def _request(turns: list[dict], visuals: Any, place: tuple) -> dict:
-    """An engine's request, named by task, split and document. Where no turn marks what is shown, the first turn's text
-    gets it in front."""
+    """An engine request, with task, split and document as its id. If no turn has a placeholder, images and videos are
+    put before the first turn's text."""
     doc_id, task, split = place
     shown = list(_flat(visuals))
     videos = [each for each in shown if isinstance(each, str) and not each.lower().endswith(PICTURES)]
     images = [each for each in shown if not any(each is video for video in videos)]
     if len(videos) > 1:
-        raise RequestError(f"request {task}/{split}/{doc_id}: {len(videos)} videos, and one is served")
+        raise RequestError(f"request {task}/{split}/{doc_id}: {len(videos)} videos; at most one is supported")
     first = turns[0]["content"]
     if isinstance(first, str):
         kinds = [("image", len(images)), ("video", len(videos))]
@@ -201,7 +201,7 @@ def _request(turns: list[dict], visuals: Any, place: tuple) -> dict:
 
 
 def _flat(visuals: Any) -> Iterable:
-    """Pictures and paths out of lists of lists; None holds none."""
+    """Images and paths from nested lists; None gives none."""
     if isinstance(visuals, (list, tuple)):
         for each in visuals:
             yield from _flat(each)
@@ -210,9 +210,9 @@ def _flat(visuals: Any) -> Iterable:
 
 
 def _options(settings: dict) -> dict[str, Any]:
-    """A task's generation settings as options of `Llava.generate`."""
+    """Convert a task's generation settings to options of `Llava.generate`."""
     if (settings.get("num_beams") or 1) > 1:
-        raise RequestError(f"beam search (num_beams={settings['num_beams']}) is not served: set num_beams=1")
+        raise RequestError(f"beam search (num_beams={settings['num_beams']}) is not supported: set num_beams=1")
     temperature = settings.get("temperature")
     if temperature is None:
         temperature = 1.0 if settings.get("do_sample") else 0.0

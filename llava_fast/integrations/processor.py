@@ -1,8 +1,8 @@
-"""FastProcessor: transformers' own LLaVA processors, with tiles made by csrc on all cores instead of Pillow and numpy.
+"""FastProcessor: transformers' LLaVA processors, with tiles made by csrc on all cores instead of by Pillow and numpy.
 
-Text, templates and token counts are transformers' code; only `_preprocess` of the image processor is replaced, and only
-for settings it serves to the bit (others run transformers' own). Classes are at module level, so that a processor can
-be pickled to a data loader's worker.
+Text, templates and token counts are transformers' code. Only `_preprocess` of the image processor is replaced, and only
+for settings with bit-identical results; other settings run transformers' code. The classes are at module level, so that
+a processor can be pickled to a DataLoader worker.
 """
 
 from __future__ import annotations
@@ -63,18 +63,18 @@ SETTINGS = (
     "num_image_tokens",
     "vision_aspect_ratio",
 )
-"""What a LLaVA processor may have besides its image and video processors and its tokenizer."""
+"""Attributes of a LLaVA processor besides its image and video processors and its tokenizer."""
 
 
 if TYPE_CHECKING:
-    from typing import Any as _Mixin  # into transformers' classes, whose signatures differ between versions
+    from typing import Any as _Mixin  # signatures of transformers' classes differ between versions
 else:
     _Mixin = object
 
 
 class FastTiles(_Mixin):
-    """Over a PIL image processor of transformers: the same fields, made faster. FastProcessor sets `output` and
-    `threads`."""
+    """Mixin for a PIL image processor of transformers: the same outputs, computed faster. FastProcessor sets `output`
+    and `threads`."""
 
     output = "float32"
     threads = 0
@@ -82,16 +82,16 @@ class FastTiles(_Mixin):
     _packed: Callable[..., BatchFeature]
 
     def geometry(self, settings: dict[str, Any]) -> VisualGeometry:
-        """How these settings cut an image. Raises Unserved."""
+        """How these settings cut an image into tiles. Raises Unserved."""
         raise NotImplementedError
 
     def stock(self) -> PilBackend:
-        """transformers' own image processor with the same settings."""
+        """transformers' image processor with the same settings."""
         ours = ("image_processor_type", "output", "threads")
         return self.stock_class(**{name: value for name, value in self.to_dict().items() if name not in ours})
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
-        """[3, H, W]. A PIL image that is RGB already is read once, where transformers copies it three times."""
+        """[3, H, W]. An RGB PIL image is copied once (in transformers three times)."""
         if isinstance(image, Image.Image) and image.mode == "RGB":
             return np.moveaxis(np.asarray(image), -1, 0)
         return super().process_image(image, *args, **kwargs)
@@ -113,8 +113,8 @@ class FastTiles(_Mixin):
         return self._packed(made, [image.shape[-2:] for image in images], settings, *counts)
 
     def _batch(self, made: list[np.ndarray], settings: dict[str, Any]) -> list[np.ndarray] | np.ndarray:
-        """The tiles of images with zeros up to the most that one has, as transformers fills them up; where tensors are
-        asked for, in one array, so that none is copied once more."""
+        """The images' tiles, zero-padded to the largest number of tiles, as in transformers. If tensors are requested,
+        in one array, to avoid another copy."""
         if not settings["do_pad"]:
             return made
         if settings["return_tensors"] is None:
@@ -133,7 +133,7 @@ class FastTiles(_Mixin):
 
 
 class FastOneTile(FastTiles):
-    """One tile of each image, by the steps that the settings switch on."""
+    """One tile per image, by the steps that the settings enable."""
 
     def geometry(self, settings: dict[str, Any]) -> VisualGeometry:
         if settings["do_pad"] and settings["pad_size"]:
@@ -146,19 +146,19 @@ class FastOneTile(FastTiles):
 
 
 class FastCLIPImageProcessor(FastOneTile, CLIPImageProcessorPil):  # type: ignore[misc]  # its keywords are untyped
-    """LLaVA-1.5's: the shorter side to the tile, then the middle."""
+    """LLaVA-1.5: resize the shorter side to the tile's, then centre-crop."""
 
     stock_class = CLIPImageProcessorPil
 
 
 class FastSiglipImageProcessor(FastOneTile, SiglipImageProcessorPil):  # type: ignore[misc]  # its keywords are untyped
-    """SigLIP's: squashed to the tile."""
+    """SigLIP: resize to the tile without keeping the aspect ratio."""
 
     stock_class = SiglipImageProcessorPil
 
 
 class FastLlavaImageProcessor(FastOneTile, LlavaImageProcessorPil):  # type: ignore[misc]  # its keywords are untyped
-    """CLIP's; or, with do_pad, the whole image on a square of the mean colour."""
+    """As CLIP; with do_pad, the whole image padded to a square with the mean colour."""
 
     stock_class = LlavaImageProcessorPil
 
@@ -171,11 +171,11 @@ ONE_TILE: dict[str, type[FastOneTile]] = {
     "CLIPImageProcessor": FastCLIPImageProcessor,
     "SiglipImageProcessor": FastSiglipImageProcessor,
 }
-"""What a llava's file may name -> what serves it; transformers takes the first where it names none."""
+"""Image processor type named in the file of a `llava` -> our class. Without a name transformers uses the first."""
 
 
 class FastLlavaNextImageProcessor(FastTiles, LlavaNextImageProcessorPil):  # type: ignore[misc]  # its keywords are untyped
-    """AnyRes: the base view and the tiles of the best grid."""
+    """AnyRes: the base view, and the tiles of the best grid."""
 
     stock_class = LlavaNextImageProcessorPil
 
@@ -188,7 +188,8 @@ class FastLlavaNextImageProcessor(FastTiles, LlavaNextImageProcessorPil):  # typ
 
 
 class FastLlavaOnevisionImageProcessor(FastTiles, LlavaOnevisionImageProcessorPil):  # type: ignore[misc]  # its keywords are untyped
-    """AnyRes, squashed base view; images that share a prompt get a padded square each."""
+    """AnyRes with a base view that does not keep the aspect ratio; several images of one prompt are each padded to a
+    square."""
 
     stock_class = LlavaOnevisionImageProcessorPil
 
@@ -201,7 +202,7 @@ class FastLlavaOnevisionImageProcessor(FastTiles, LlavaOnevisionImageProcessorPi
 
 
 class FastOutput(_Mixin):
-    """Over a processor of transformers: uint8 tiles go by a name that no stock model takes by mistake."""
+    """Mixin for a processor of transformers: returns uint8 tiles under names that no stock model uses."""
 
     stock_class: type
     image_processor: Any
@@ -209,13 +210,13 @@ class FastOutput(_Mixin):
     tokenizer: Any
 
     def stock(self) -> ProcessorMixin:
-        """transformers' own processor with the same settings."""
+        """transformers' processor with the same settings."""
         known = {name: getattr(self, name) for name in SETTINGS if hasattr(self, name)}
         known |= {"image_processor": self.image_processor.stock(), "tokenizer": self.tokenizer}
         return self.stock_class(**known)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any):
-        """Save what transformers loads without llava_fast; FastProcessor.from_pretrained reads it too."""
+        """Save files that transformers can load without llava_fast; FastProcessor.from_pretrained reads them too."""
         return self.stock().save_pretrained(save_directory, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> BatchFeature:
@@ -236,19 +237,19 @@ class FastOutput(_Mixin):
         made = super().__call__(*args, **kwargs)
         for name, value in made.items():
             if isinstance(value, list):
-                with contextlib.suppress(ValueError, TypeError, OverflowError):  # rows of unlike lengths, no numbers
+                with contextlib.suppress(ValueError, TypeError, OverflowError):  # ragged, or not numbers
                     numbers = np.array(value)
-                    if numbers.dtype.kind == "i" or not numbers.size:  # no token at all makes int64 too
+                    if numbers.dtype.kind == "i" or not numbers.size:  # an empty list gives int64 too
                         made[name] = torch.from_numpy(numbers.astype(np.int64, copy=False))
-        return made.convert_to_tensors("pt")  # the rest, or transformers' own complaint about it
+        return made.convert_to_tensors("pt")  # everything else; transformers raises its own errors
 
 
 class FastVideoOutput(FastOutput):
-    """The same for a processor that also takes videos."""
+    """FastOutput for a processor that also takes videos."""
 
     def stock(self) -> ProcessorMixin:
-        """transformers' own processor with the same settings; without torchvision its video part serves to be saved,
-        not to be called."""
+        """transformers' processor with the same settings. Without torchvision its video part can be saved but not
+        called."""
         known = {name: getattr(self, name) for name in SETTINGS if hasattr(self, name)}
         known |= {"image_processor": self.image_processor.stock(), "tokenizer": self.tokenizer}
         kind = type(self.stock_class.__name__, (AnyVideoProcessor, self.stock_class), {})
@@ -256,7 +257,7 @@ class FastVideoOutput(FastOutput):
 
 
 class AnyVideoProcessor(_Mixin):
-    """Over a processor: without torchvision transformers' check of its parts knows no video processor."""
+    """Mixin that accepts a video processor without torchvision, for which transformers' type check has no class."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type:
         if argument_name == "video_processor" and isinstance(argument, BaseVideoProcessor):
@@ -294,7 +295,7 @@ KINDS: dict[str, tuple[Any, Any]] = {
     "llava_next_video": (FastLlavaNextVideoProcessor, FastLlavaNextVideoVideoProcessor),
     "llava_onevision": (FastLlavaOnevisionProcessor, FastLlavaOnevisionVideoProcessor),
 }
-"""Model type -> its processor and what makes its videos' frames."""
+"""Model type -> its processor class and its video processor class."""
 
 
 class FastProcessor:
@@ -305,14 +306,13 @@ class FastProcessor:
         """A transformers processor (Llava-, LlavaNext-, LlavaNextVideo- or LlavaOnevisionProcessor) whose image and
         video parts are fast.
 
-        output   "float32": `pixel_values` and `pixel_values_videos`, equal to those of transformers' PIL image
-                 processors in every bit, frame by frame for videos. "uint8": `pixel_values_uint8` and
-                 `pixel_values_videos_uint8`, the tiles before normalisation, a quarter of the bytes; for a model that
-                 `accelerate` was given this processor for. A stock or restored model's generate refuses them, but its
-                 forward ignores them in silence, as it does any unknown keyword, and answers as if there were no image.
-        threads  of one call; 0 is all cores. A data loader's worker wants 1.
-        Works without torchvision. Raises CheckpointError for a model type it does not serve, ValueError for another
-        output.
+        output   "float32": `pixel_values` and `pixel_values_videos`, bit-identical to those of transformers' PIL image
+                 processors, for videos frame by frame. "uint8": `pixel_values_uint8` and `pixel_values_videos_uint8`,
+                 the tiles before normalisation, a quarter of the bytes, for a model accelerated with this processor.
+                 generate of a stock or restored model raises for these names, but its forward silently ignores them,
+                 as it ignores any unknown keyword, and answers as if there were no image.
+        threads  per call; 0: all cores. Use 1 in DataLoader workers.
+        Works without torchvision. Raises CheckpointError for an unsupported model type, ValueError for another output.
         """
         versions.warn_if_untried()
         if output not in OUTPUTS:
@@ -320,8 +320,8 @@ class FastProcessor:
         model_type = PreTrainedConfig.get_config_dict(path, **kwargs)[0].get("model_type")
         if model_type not in KINDS:
             raise CheckpointError(
-                f"FastProcessor serves the model types {', '.join(KINDS)}; {path} is {model_type!r}: use transformers' "
-                f"AutoProcessor for it"
+                f"FastProcessor supports the model types {', '.join(KINDS)}; {path} is {model_type!r}: use "
+                "transformers' AutoProcessor for it"
             )
         kind, frames = KINDS[model_type]
         settings, _ = kind.get_processor_dict(path, **kwargs)
@@ -335,7 +335,7 @@ class FastProcessor:
 
 
 def _image_processor(path: str, model_type: str, kwargs: dict[str, Any]) -> FastTiles:
-    """The checkpoint's settings, in the class that serves them."""
+    """The fast image processor with the checkpoint's settings. Raises CheckpointError for an unsupported one."""
     if model_type == "llava_onevision":
         return FastLlavaOnevisionImageProcessor.from_pretrained(path, **kwargs)
     if model_type in ("llava_next", "llava_next_video"):
@@ -347,7 +347,7 @@ def _image_processor(path: str, model_type: str, kwargs: dict[str, Any]) -> Fast
     named = (settings.get("image_processor_type") or old).removesuffix("Fast").removesuffix("Pil")
     if named not in ONE_TILE:
         raise CheckpointError(
-            f"FastProcessor serves the image processors {', '.join(ONE_TILE)} of a llava; {path} names {named!r}: use "
-            "transformers' AutoProcessor for it"
+            f"FastProcessor supports the image processors {', '.join(ONE_TILE)} of a llava; {path} names {named!r}: "
+            "use transformers' AutoProcessor for it"
         )
     return ONE_TILE[named].from_pretrained(path, **kwargs)

@@ -1,4 +1,4 @@
-"""What the settings of transformers' image and video processors ask for, where csrc makes the same to the bit."""
+"""Translates settings of transformers' image and video processors that csrc reproduces bit for bit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _told: set[str] = set()
 
 
 def tell_stock(processor: Any, why: str) -> None:
-    """Log, once a reason, that transformers' own code makes these tiles."""
+    """Log, once per reason, that transformers' own code makes these tiles."""
     told = f"{type(processor).__name__} takes the stock path: {why}"
     if told not in _told:
         _told.add(told)
@@ -28,11 +28,11 @@ def tell_stock(processor: Any, why: str) -> None:
 
 
 class Unserved(ValueError):
-    """Settings or inputs that are left to transformers' own code, and why."""
+    """Raised for settings or inputs that transformers' own code must handle; the message says why."""
 
 
 def check_served(settings: dict[str, Any], is_bytes: bool, output: str) -> None:
-    """Raises Unserved for inputs that are not uint8 RGB, and for uint8 output that a model could not normalise."""
+    """Raise Unserved for inputs that are not uint8 RGB, and for uint8 output without rescaling or normalisation."""
     if not is_bytes:
         raise Unserved("an input is not uint8 RGB")
     if output == "uint8" and not (settings["do_rescale"] and settings["do_normalize"]):
@@ -40,18 +40,19 @@ def check_served(settings: dict[str, Any], is_bytes: bool, output: str) -> None:
 
 
 def one_tile(settings: dict[str, Any], square: bool = False) -> VisualGeometry:
-    """How these settings make one tile of an image, `square` if they pad it to a square first. Raises Unserved."""
+    """The geometry of one tile per image with these settings; square: they pad the image to a square first. Raises
+    Unserved."""
     size, crop, crops = _size(settings), settings["crop_size"], bool(settings["do_center_crop"])
     if crops and (not crop or crop.height != crop.width):
-        raise Unserved(f"crop_size is {crop}, no square")
+        raise Unserved(f"crop_size is {crop}, not a square")
     if size is None and not crops:
         raise Unserved("do_resize and do_center_crop are off")
     tile = crop.height if crops else (size.height or size.shortest_edge) if size else None
     if not tile:
-        raise Unserved(f"size is {settings['size']}, no square, and do_center_crop is off")
+        raise Unserved(f"size is {settings['size']}, not a square, and do_center_crop is off")
     aspect, fit = name_fit(Fit(square, size, crops), tile)
     if fit is not None and not crops:
-        raise Unserved(f"size is {settings['size']}, no square, and do_center_crop is off")
+        raise Unserved(f"size is {settings['size']}, not a square, and do_center_crop is off")
     color = (0, 0, 0)
     if square:
         if crops and (size is None or min(size.of(tile, tile)) < tile):
@@ -62,7 +63,7 @@ def one_tile(settings: dict[str, Any], square: bool = False) -> VisualGeometry:
 
 
 def anyres_tiles(settings: dict[str, Any]) -> VisualGeometry:
-    """How these settings make AnyRes tiles. Raises Unserved."""
+    """The geometry of AnyRes tiles with these settings. Raises Unserved."""
     size, crop = _size(settings | {"do_resize": True}), settings["crop_size"]
     assert size is not None
     tile = (crop.height if crop else None) or size.height or size.shortest_edge
@@ -72,30 +73,30 @@ def anyres_tiles(settings: dict[str, Any]) -> VisualGeometry:
         raise Unserved(f"size is {settings['size']} and crop_size {crop}: tiles would be resized twice")
     pinpoints = tuple(tuple(pair) for pair in settings["image_grid_pinpoints"])
     if any(side % tile for pair in pinpoints for side in pair):
-        raise Unserved(f"image_grid_pinpoints are no multiples of {tile}")
+        raise Unserved(f"image_grid_pinpoints are not multiples of {tile}")
     filter = _filter(settings)
     return VisualGeometry(tile_size=tile, patch_size=1, aspect="anyres", pinpoints=pinpoints, filter=filter)
 
 
 def padded_when_shared(geometry: VisualGeometry, settings: dict[str, Any], mean: Any) -> VisualGeometry:
-    """The same, but images that share a prompt become one tile each, on a square of the colour `mean`. Raises
-    Unserved."""
+    """The same geometry, except that several images of one prompt become one tile each, padded to a square with the
+    colour `mean`. Raises Unserved."""
     if not settings["do_resize"]:
-        raise Unserved("do_resize is off, and images that share a prompt keep their size")
+        raise Unserved("do_resize is off, and several images of one prompt keep their sizes")
     return dataclasses.replace(geometry, multi_image_anyres=False, pad_color=_color(mean))
 
 
 def _color(mean: Any) -> tuple[int, int, int]:
     if not isinstance(mean, Sequence) or not all(0 <= int(value * 255) <= 255 for value in mean):
-        raise Unserved(f"image_mean is {mean}, no colour to pad with")
+        raise Unserved(f"image_mean is {mean}, not a colour to pad with")
     red, green, blue = (int(value * 255) for value in mean)
     return red, green, blue
 
 
 def _filter(settings: dict[str, Any]) -> Filter:
     number = settings["resample"]
-    if not isinstance(number, int) or not 0 <= number < len(FILTERS):  # PIL's enumeration counts as int
-        raise Unserved(f"resample is {number!r}, none of Pillow's numbers")
+    if not isinstance(number, int) or not 0 <= number < len(FILTERS):  # PIL's enum is an int too
+        raise Unserved(f"resample is {number!r}, which Pillow does not know")
     return FILTERS[number]
 
 
@@ -109,8 +110,8 @@ def _size(settings: dict[str, Any]) -> Size | None:
 
 
 def levels_of(settings: dict[str, Any]) -> np.ndarray | None:
-    """float32 [3, 256]: what transformers' own arithmetic makes of each pixel value in each channel. None: nothing,
-    so that a tile stays uint8."""
+    """float32 [3, 256]: each pixel value of each channel after rescaling and normalisation with transformers'
+    arithmetic. None if the settings do neither, so that tiles stay uint8."""
     made = np.ascontiguousarray(np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256)))
     first = ChannelDimension.FIRST
     if settings["do_rescale"]:
@@ -121,12 +122,12 @@ def levels_of(settings: dict[str, Any]) -> np.ndarray | None:
 
 
 def normalised(tiles: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
-    """uint8 [tiles, 3, T, T] rescaled and normalised as the settings say."""
+    """uint8 [tiles, 3, T, T], rescaled and normalised according to the settings."""
     levels = levels_of(settings)
     if levels is None:
         return tiles
     out = np.empty(tiles.shape, levels.dtype)
     for tile, made in zip(tiles, out, strict=True):
         for channel in range(3):
-            np.take(levels[channel], tile[channel], out=made[channel], mode="clip")  # "clip" writes without a buffer
+            np.take(levels[channel], tile[channel], out=made[channel], mode="clip")  # "clip": no buffer
     return out

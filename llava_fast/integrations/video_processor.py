@@ -1,8 +1,8 @@
-"""Frames of videos for FastProcessor: transformers' own LLaVA video processors, with frames made by csrc.
+"""Video frames for FastProcessor: transformers' LLaVA video processors, with frames made by csrc.
 
-Sampling and checking of videos are transformers' code; the frames equal, in every bit, what the PIL image processor
-with the same settings makes of each (transformers' own video processors resize by torchvision, which differs by up to 2
-levels). They need no torchvision: without it transformers' own make no frame.
+Sampling and validating videos is transformers' code. Each frame is bit-identical to the result of the PIL image
+processor with the same settings; transformers' video processors resize with torchvision, which differs by up to 2
+levels. torchvision is not needed here; transformers' own video processors do not work without it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from llava_fast.inputs.tiling.anyres import VisualGeometry, image_views
 from llava_fast.integrations.tiles import Unserved, check_served, normalised, one_tile, tell_stock
 
 if TYPE_CHECKING:
-    from typing import Any as _Mixin  # into transformers' classes, whose signatures differ between versions
+    from typing import Any as _Mixin  # signatures of transformers' classes differ between versions
 else:
     _Mixin = object
 
 
 class FastFrames(_Mixin):
-    """Over a video processor of transformers: the same fields, made faster. FastProcessor sets `output` and
+    """Mixin for a video processor of transformers: the same outputs, computed faster. FastProcessor sets `output` and
     `threads`."""
 
     output = "float32"
@@ -37,7 +37,7 @@ class FastFrames(_Mixin):
     stock_class: type
 
     def stock(self) -> BaseVideoProcessor:
-        """transformers' own video processor with the same settings."""
+        """transformers' video processor with the same settings."""
         ours = ("video_processor_type", "output", "threads")
         return self.stock_class(**{name: value for name, value in self.to_dict().items() if name not in ours})
 
@@ -54,7 +54,7 @@ class FastFrames(_Mixin):
                 raise ValueError(f"FastProcessor(output='uint8'): {why}; use output='float32' for that") from None
             if not is_torchvision_available():
                 raise ImportError(
-                    f"{why}: that is transformers' own to serve, and its video processor needs torchvision: "
+                    f"{why}: this needs transformers' own video processor, which needs torchvision: "
                     "install it, or give uint8 RGB frames and settings that make square tiles"
                 ) from None
             tell_stock(self, str(why))
@@ -73,12 +73,12 @@ class FastFrames(_Mixin):
 
 
 class FastLlavaNextVideoVideoProcessor(FastFrames, LlavaNextVideoVideoProcessor):  # type: ignore[misc]  # its keywords are untyped
-    """LLaVA-NeXT-Video's: the shorter side to the tile, then the middle."""
+    """LLaVA-NeXT-Video: resize the shorter side to the tile's, then centre-crop."""
 
     stock_class = LlavaNextVideoVideoProcessor
 
 
 class FastLlavaOnevisionVideoProcessor(FastFrames, LlavaOnevisionVideoProcessor):  # type: ignore[misc]  # its keywords are untyped
-    """LLaVA-OneVision's: squashed to a square."""
+    """LLaVA-OneVision: resize to a square without keeping the aspect ratio."""
 
     stock_class = LlavaOnevisionVideoProcessor

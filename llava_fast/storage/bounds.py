@@ -1,5 +1,5 @@
-"""Bounds of what several JSON files hold: far above any published model, and below what would exhaust memory or time
-before weights are compared."""
+"""Upper bounds for values in JSON files: far above any published model, and low enough that reading a config never
+exhausts memory or time before the weights are checked."""
 
 from __future__ import annotations
 

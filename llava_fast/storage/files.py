@@ -1,8 +1,8 @@
-"""A checkpoint's small files: text of a bounded size, JSON objects checked against a pydantic model, and directories
-that are written whole or not at all.
+"""A checkpoint's small files: text of bounded size, JSON objects validated by a pydantic model, and atomically written
+directories.
 
-Nothing here knows what a file means. Every function that reads raises CheckpointError, one line that names the file and
-the field.
+This module does not interpret the files. Every reading function raises CheckpointError with one line that names the
+file and the field.
 """
 
 from __future__ import annotations
@@ -21,41 +21,41 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from llava_fast.errors import CheckpointError
 
 MOST_BYTES = 64 * 2**20
-"""The largest side file that is read: a tokenizer's vocabulary is the largest of any published model, below 40 MB."""
+"""The largest side file that is read. The largest of published models are tokenizer vocabularies, below 40 MB."""
 MOST_NESTED = 64
-"""How deep lists and objects of a JSON file may be nested."""
+"""Maximum nesting depth of lists and objects in a JSON file."""
 
 
 class Fields(BaseModel):
-    """Base of what a JSON file is checked against: exact types, finite numbers, other fields allowed and ignored."""
+    """Base class of JSON schemas: strict types, finite numbers; unknown fields are allowed and ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
 
 def one_line(problem: BaseException) -> str:
-    """What another library says, on one line."""
+    """The message of another library's exception, on one line."""
     return " ".join(str(problem).split())
 
 
 def check_regular(file: Path) -> None:
-    """Raises CheckpointError unless `file` is a regular file, or a link to one: opening a FIFO would wait for ever."""
+    """Raise CheckpointError unless `file` is a regular file or a link to one: opening a FIFO would block for ever."""
     try:
         if file.is_file():
             return
         there = file.exists() or file.is_symlink()
-    except OSError as problem:  # a name that is too long
+    except OSError as problem:  # for example a name that is too long
         raise CheckpointError(f"{file} cannot be read ({problem.strerror})") from None
     if there:
-        raise CheckpointError(f"{file} is no regular file; put the checkpoint's own file there")
-    raise CheckpointError(f"{file.parent} holds no {file.name}: it is no LLaVA checkpoint")
+        raise CheckpointError(f"{file} is not a regular file; replace it with the checkpoint's file")
+    raise CheckpointError(f"{file.parent} has no {file.name}: it is not a LLaVA checkpoint")
 
 
 def read_text(file: Path) -> str:
-    """The text of a UTF-8 file, without the byte order mark if it starts with one, lines ending in "\\n"."""
+    """The text of a UTF-8 file, without a byte order mark and with lines ending in "\\n"."""
     check_regular(file)
     try:
         if (size := file.stat().st_size) > MOST_BYTES:
-            raise CheckpointError(f"{file} has {size} bytes; at most {MOST_BYTES} are read of such a file")
+            raise CheckpointError(f"{file} has {size} bytes, above the limit of {MOST_BYTES} for such a file")
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as problem:
         raise CheckpointError(f"{file} is not UTF-8 ({problem}); save it in that encoding") from None
@@ -64,7 +64,7 @@ def read_text(file: Path) -> str:
 
 
 def read_json(file: Path, fields: type[Fields] | None = None) -> dict[str, Any]:
-    """The JSON object in `file`, as it stands there, after `fields` accepted it."""
+    """The JSON object in `file`, unchanged, after validation by `fields`."""
     content = parse_json(read_text(file), file)
     if fields is not None:
         check_fields(content, fields, file)
@@ -72,12 +72,12 @@ def read_json(file: Path, fields: type[Fields] | None = None) -> dict[str, Any]:
 
 
 def read_json_if_there(file: Path, fields: type[Fields] | None = None) -> dict[str, Any]:
-    """As `read_json`, and {} for a file that is absent."""
-    return read_json(file, fields) if os.path.lexists(file) else {}  # a link to nothing is no absent file
+    """Like `read_json`, but {} for an absent file."""
+    return read_json(file, fields) if os.path.lexists(file) else {}  # a broken link is an error, not absent
 
 
 def parse_json(text: str, file: Path) -> dict[str, Any]:
-    """The JSON object that is the text of `file`."""
+    """The JSON object in `text`, the content of `file`."""
     try:
         content = json.loads(text)
     except RecursionError:
@@ -91,8 +91,8 @@ def parse_json(text: str, file: Path) -> dict[str, Any]:
 
 
 def check_fields(content: Mapping[str, Any], fields: type[Fields], file: Path | str, sparse: bool = True) -> None:
-    """Raises CheckpointError for fields of another type or out of bounds. sparse: fields that `fields` requires may
-    be missing, as in a file that leaves them to defaults."""
+    """Raise CheckpointError for fields of a wrong type or out of bounds. sparse: required fields may be missing, as in
+    a file that relies on defaults."""
     try:
         fields.model_validate(content)
     except ValidationError as error:
@@ -102,12 +102,12 @@ def check_fields(content: Mapping[str, Any], fields: type[Fields], file: Path | 
                 place = _place(each["loc"], content)
                 value = "" if each["type"] == "missing" else f", not {reprlib.repr(each['input'])}"
                 wrong.setdefault(place, []).append(each["msg"].removeprefix("Value error, ") + value)
-        for place, messages in wrong.items():  # the first is enough: one line
+        for place, messages in wrong.items():  # report only the first, on one line
             raise CheckpointError(f"{file}: {place}: {' or '.join(dict.fromkeys(messages))}") from None
 
 
 def _place(loc: tuple[int | str, ...], content: Any) -> str:
-    """The path of a field within the file: `loc` without the names of types that pydantic adds for unions."""
+    """The path of a field in the file: `loc` without the type names that pydantic inserts for unions."""
     path = []
     for index, part in enumerate(loc):
         parts = range(len(content)) if isinstance(content, list) else content if isinstance(content, Mapping) else ()
@@ -115,12 +115,12 @@ def _place(loc: tuple[int | str, ...], content: Any) -> str:
             path.append(str(part))
             content = content[part]
         elif index == len(loc) - 1 and isinstance(content, Mapping):
-            path.append(str(part))  # it is missing
+            path.append(str(part))  # a missing field
     return ".".join(path)
 
 
 def _check_values(content: Any, file: Path, escapes: bool) -> None:
-    """Refuse deep nesting, and halves of surrogate pairs, which are no text and cannot be written again."""
+    """Reject deep nesting, and lone surrogates, which cannot be encoded when the file is written again."""
     level = [content]
     for _ in range(MOST_NESTED):
         inner = []
@@ -139,7 +139,7 @@ def _check_texts(texts: list[str], file: Path) -> None:
         for text in texts:
             text.encode()
     except UnicodeEncodeError as problem:
-        raise CheckpointError(f"{file} holds half a surrogate pair ({problem}), which is no text") from None
+        raise CheckpointError(f"{file} has half a surrogate pair ({problem}), which is not valid text") from None
 
 
 def _refuse_nesting(file: Path) -> NoReturn:
@@ -148,7 +148,7 @@ def _refuse_nesting(file: Path) -> NoReturn:
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A new directory beside `path` that takes its place when the block ends, and vanishes if it fails."""
+    """A new directory beside `path` that replaces `path` when the block ends and is removed if the block fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.saving-{os.getpid()}")
     old = path.with_name(f".{path.name}.replaced-{os.getpid()}")

@@ -1,4 +1,4 @@
-"""From a path or a Hub id to a local directory."""
+"""Resolves a path or a Hub id to a local directory."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ _UNUSED_FILES = ["*.gguf", "*.onnx", "*.msgpack", "*.h5"]
 
 
 def resolve(path_or_hub_id: str | Path, only: list[str] | None = None) -> Path:
-    """A local directory as it is, else a Hub id from the cache or downloaded (HF_HUB_OFFLINE is obeyed): all of it, or
-    `only` the files that match these patterns.
+    """The local directory of that name, else that of a Hub repository in the cache, downloaded if necessary
+    (HF_HUB_OFFLINE is respected). only: patterns of the files to download; default all.
 
-    Raises CheckpointError for a file, and for what is neither here nor to be had from the Hub.
+    Raises CheckpointError for a file, and for a name that is neither a directory nor available from the Hub.
     """
     if (path := local_directory(path_or_hub_id)) is not None:
         return path
     if os.path.exists(os.path.expanduser(path_or_hub_id)):
         raise CheckpointError(f"{path_or_hub_id} is a file; give the directory that holds config.json")
-    from huggingface_hub import snapshot_download  # not needed for a local directory
+    from huggingface_hub import snapshot_download  # imported late: not needed for a local directory
 
     try:
         return Path(snapshot_download(str(path_or_hub_id), allow_patterns=only, ignore_patterns=_UNUSED_FILES))
     except Exception as problem:  # no such repository, no network, not allowed, no valid id
         raise CheckpointError(
-            f"{path_or_hub_id!r} is neither a directory here nor a repository the Hub gives us ({one_line(problem)})"
+            f"{path_or_hub_id!r} is neither a local directory nor an accessible Hub repository ({one_line(problem)})"
         ) from problem
 
 
 def local_directory(name: str | Path) -> Path | None:
-    """The directory of that name here, if there is one; "~" is the home directory. A name may be any text."""
-    path = os.path.expanduser(name)  # unlike pathlib's, these two take a name that is too long or no name at all
+    """The local directory of that name, if it exists; "~" is the home directory. `name` may be any text."""
+    path = os.path.expanduser(name)  # unlike pathlib, os.path raises for no name, however long or invalid
     return Path(path) if os.path.isdir(path) else None

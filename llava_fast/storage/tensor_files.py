@@ -1,7 +1,7 @@
-"""The tensors of a checkpoint directory, by stored name, read one at a time through a memory map.
+"""The tensors of a checkpoint directory by stored name, read one at a time through a memory map.
 
-Only headers are read until a tensor is asked for, and one that is kept as it is stored is a view of its file, not a
-copy.
+Only headers are read until a tensor is loaded. A tensor whose dtype and device stay the same is a view of its file, not
+a copy.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """One tensor in a file: what it is, and `load`, which reads it onto the CPU in its stored dtype."""
+    """One tensor in a file: its metadata, and `load`, which reads it to the CPU in its stored dtype."""
 
     file: Path
     key: str
@@ -60,13 +60,13 @@ class StoredTensor:
 
     @classmethod
     def of(cls, file: Path, key: str, tensor: torch.Tensor) -> StoredTensor:
-        """A tensor that is in memory already."""
+        """A StoredTensor of a tensor that is already in memory."""
         return cls(file, key, tuple(tensor.shape), tensor.dtype, functools.partial(_itself, tensor))
 
 
 class _SafetensorsFile:
-    """A mapped file that is mapped anew every 4 MiB. A tensor that is kept keeps its mapping; one that is converted
-    or copied to a device lets it go, so that the pages it touched do not add up to the whole file."""
+    """A memory-mapped file that is mapped again after every 4 MiB read. A mapping is released unless a tensor that is a
+    view of it is kept, so that pages of converted or copied tensors do not accumulate to the size of the file."""
 
     remap_after = 4 * 2**20
 
@@ -83,17 +83,17 @@ class _SafetensorsFile:
 
 
 def open_weights(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a directory by stored name: one file or shards with an index, safetensors before .bin. A single
-    file comes before an index, which may be left over from shards that it replaced.
+    """Every tensor of a directory by stored name, from one file or from shards with an index; safetensors is preferred
+    to .bin. A single file is preferred to an index, which may be left over from shards that it replaced.
 
-    Raises CheckpointError for a directory without weights and for a shard that is missing or unreadable.
+    Raises CheckpointError for a directory without weights and for a missing or unreadable shard.
     """
     for name in _WEIGHT_FILES:
         if (path / name).exists():
             return open_file(path / name)
         if (path / f"{name}.index.json").exists():
             return _open_shards(path, f"{name}.index.json")
-    raise CheckpointError(f"{path} holds no weights: it needs {' or '.join(_WEIGHT_FILES)}, or an index.json")
+    raise CheckpointError(f"{path} has no weights: it needs {' or '.join(_WEIGHT_FILES)}, or an index.json")
 
 
 def open_file(file: Path) -> dict[str, StoredTensor]:
@@ -118,7 +118,7 @@ def _open_shards(path: Path, index: str) -> dict[str, StoredTensor]:
         if not os.path.lexists(path / shard):
             count = sum(home == shard for home in placed.values())
             raise CheckpointError(
-                f"{path} lacks the shard {shard}, which {index} says holds {count} tensors; download it again"
+                f"{path} lacks the shard {shard}, which has {count} tensors according to {index}; download it again"
             )
         try:
             tensors.update(open_file(path / shard))
@@ -147,7 +147,7 @@ def _safetensors_header(file: Path) -> Iterator[tuple[str, tuple[int, ...], torc
             header = json.loads(raw.read(struct.unpack("<Q", raw.read(8))[0]))
     except (SafetensorError, OSError, ValueError, RecursionError) as problem:
         raise CheckpointError(
-            f"{file} is no readable safetensors file ({problem}); it may be cut short or a Git LFS pointer: "
+            f"{file} is not a readable safetensors file ({problem}); it may be truncated or a Git LFS pointer: "
             "download it again"
         ) from None
     for key, entry in header.items():
@@ -174,7 +174,7 @@ def _open_pickle(file: Path) -> dict[str, StoredTensor]:
 
 
 def _is_plain(key: Any, value: Any) -> bool:
-    """Whether an entry is a name and a tensor with values of its own: not sparse, and not on the meta device."""
+    """Whether an entry is a name and a dense tensor with values (not sparse, not on the meta device)."""
     return isinstance(key, str) and isinstance(value, torch.Tensor) and value.is_cpu and value.layout is torch.strided
 
 

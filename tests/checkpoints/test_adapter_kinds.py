@@ -225,7 +225,7 @@ REFUSED = {
     "no type": (lora, {"peft_type": "NEW"}, "peft_type is 'NEW', which cannot be merged by PEFT"),
     "no field": (lora, {"use_more": True}, "use_more True is unknown to PEFT .*: upgrade it"),
     "no magnitudes": (lora, {"use_dora": True}, "the file lacks .*lora_magnitude_vector.*; give the base model"),
-    "no targets": (lora, {"target_modules": ["q_proj"], "use_dora": True}, "the base has no place for .*v_proj"),
+    "no targets": (lora, {"target_modules": ["q_proj"], "use_dora": True}, "the base does not have .*v_proj"),
 }
 
 
@@ -241,7 +241,9 @@ def test_refused_by_name(kind, base, tmp_path):
 def test_without_peft(base, tmp_path, monkeypatch):
     path = write(tmp_path, MORE["dora"]())
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(CheckpointError, match=r"use_dora True takes PEFT to merge: pip install 'llava_fast\[train\]'"):
+    with pytest.raises(
+        CheckpointError, match=r"use_dora True needs PEFT to be merged: pip install 'llava_fast\[train\]'"
+    ):
         load_checkpoint(path, model_base=base)
 
 

@@ -70,7 +70,7 @@ def test_a_projector_only_directory(tmp_path, file):
     checkpoint = load_checkpoint(part, model_base=base)
     assert_same_tensors(build(checkpoint), tensors)
     assert (checkpoint.path, checkpoint.tokenizer_path) == (part, base)
-    with pytest.raises(CheckpointError, match="holds a projector only; give model_base="):
+    with pytest.raises(CheckpointError, match="has only a projector; give model_base="):
         load_checkpoint(part)
 
 
@@ -139,9 +139,9 @@ def test_peft_reads_the_same_scale(tmp_path):
     ("changes", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"r": None}, "states no r and lora_alpha"),
+        ({"r": None}, "lacks r or lora_alpha"),
         ({"r": 2}, r"LoRA of decoder\..* has rank 4 and adapter_config.json states r 2"),
-        ({"base_model_name_or_path": None}, "without naming their base; give model_base="),
+        ({"base_model_name_or_path": None}, "does not name their base; give model_base="),
     ],
 )
 def test_adapters_that_are_not_plain_lora(tmp_path, changes, message):
@@ -158,7 +158,9 @@ def test_factors_that_do_not_fit(tmp_path):
     prefix = "base_model.model.model.layers"
 
     write_lora(lora, {f"{prefix}.0.mlp.up_proj.lora_A.weight": torch.ones(4, 16)}, base)
-    with pytest.raises(CheckpointError, match=r"lora_A of decoder\.layers\.0\.mlp\.up_proj\.weight without its other"):
+    with pytest.raises(
+        CheckpointError, match=r"lora_A of decoder\.layers\.0\.mlp\.up_proj\.weight without the other LoRA factor"
+    ):
         load_checkpoint(lora)
     pair = {"lora_A.weight": torch.ones(4, 16), "lora_B.weight": torch.ones(25, 4)}
     write_lora(lora, {f"{prefix}.0.mlp.up_proj.{half}": t for half, t in pair.items()}, base)
@@ -168,7 +170,7 @@ def test_factors_that_do_not_fit(tmp_path):
     with pytest.raises(CheckpointError, match="the base has no such tensor; give the base model"):
         load_checkpoint(lora)
     write_lora(lora, {"base_model.model.lm_head.lora_embedding_A": torch.ones(4, 16)}, base)
-    with pytest.raises(CheckpointError, match="which is no LoRA factor of a Linear"):
+    with pytest.raises(CheckpointError, match="which is not a LoRA factor of a Linear"):
         load_checkpoint(lora)
     (lora / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"but neither adapter_model.safetensors nor"):
@@ -177,5 +179,5 @@ def test_factors_that_do_not_fit(tmp_path):
 
 def test_model_base_for_a_whole_model_is_a_mistake(tmp_path):
     save_hf("llava", tmp_path)
-    with pytest.raises(CheckpointError, match="is a whole model, so model_base has no meaning"):
+    with pytest.raises(CheckpointError, match="is a whole model and does not use model_base"):
         load_checkpoint(tmp_path, model_base=tmp_path)

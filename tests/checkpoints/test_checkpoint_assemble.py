@@ -180,5 +180,5 @@ def test_a_decoder_that_is_a_llava_or_no_llama(parts, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(CheckpointError, match="model_type of the decoder is 'gpt2'; supported are llama"):
         assemble(Assembly(**parts | {"decoder": str(tmp_path)}))
-    with pytest.raises(CheckpointError, match="vision_tower has no meaning"):
+    with pytest.raises(CheckpointError, match="vision_tower cannot be used with a recipe"):
         llava_fast.load(Assembly(**parts), vision_tower="elsewhere")

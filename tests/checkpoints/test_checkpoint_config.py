@@ -260,7 +260,7 @@ def test_unsupported_parts_are_named(tmp_path, section, changes, message):
 
 
 def test_no_config_and_a_broken_one(tmp_path):
-    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
         read_hf_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be read as JSON"):

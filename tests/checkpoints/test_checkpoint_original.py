@@ -104,7 +104,7 @@ def test_known_tower_weights_come_from_the_hub(tmp_path, monkeypatch):
     write_original(
         tmp_path / "llava", tower=False, mm_vision_tower="openai/clip-vit-large-patch14-336", mm_hidden_size=1
     )
-    with pytest.raises(CheckpointError, match="snapshot holds no weights"):
+    with pytest.raises(CheckpointError, match="snapshot has no weights"):
         load_checkpoint(tmp_path / "llava")
     assert asked == ["openai/clip-vit-large-patch14-336"]
 

@@ -175,12 +175,15 @@ def test_gptq_that_says_so_in_a_file_of_its_own(tmp_path):
 REFUSED = {
     "method": ({"quant_method": "bitsandbytes"}, r"quantised \(bitsandbytes\); load the unquantised"),
     "no method": ({"bits": 4}, r"quantised \(unknown\)"),
-    "awq version": (AWQ | {"version": "gemv"}, "AWQ of 4 bits, version 'gemv' is not read"),
+    "awq version": (AWQ | {"version": "gemv"}, "AWQ of 4 bits, version 'gemv' is not supported"),
     "awq bits": (AWQ | {"bits": 3}, "AWQ of 3 bits"),
     "awq type": (AWQ | {"bits": "four"}, "bits: Input should be a valid integer, not 'four'"),
-    "gptq bits": (GPTQ | {"bits": 3}, "GPTQ of 3 bits, checkpoint_format 'gptq' is not read"),
+    "gptq bits": (GPTQ | {"bits": 3}, "GPTQ of 3 bits, checkpoint_format 'gptq' is not supported"),
     "gptq form": (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
-    "format": (compressed("nvfp4-pack-quantized", 4), "compressed-tensors format 'nvfp4-pack-quantized' is not read"),
+    "format": (
+        compressed("nvfp4-pack-quantized", 4),
+        "compressed-tensors format 'nvfp4-pack-quantized' is not supported",
+    ),
     "bits": (compressed(bits=2), "compressed-tensors weights of 2 bits, type 'int', strategy 'channel'"),
     "static": (compressed(input_activations={"dynamic": False}), "static scales of activations"),
     "sparse": (compressed() | {"sparsity_config": {"format": "24"}}, "compressed-tensors with sparsity_config"),
@@ -211,10 +214,10 @@ def with_nan(scales):
 
 
 DAMAGED = {
-    "no scales": ("awq", removed("scales"), r"up_proj\.qweight' has no 'scales' beside it"),
-    "no zeros": ("gptq", removed("qzeros"), r"up_proj\.qweight' has no 'qzeros' beside it"),
-    "short": ("awq", replaced("qweight", lambda t: t[:, :-1].clone()), r"up_proj.*qzeros \[2, 16\] does not fit it"),
-    "short gptq": ("gptq", replaced("qweight", lambda t: t[:-1].clone()), r"up_proj.*g_idx \[64\] does not fit it"),
+    "no scales": ("awq", removed("scales"), r"up_proj\.qweight' has no 'scales'"),
+    "no zeros": ("gptq", removed("qzeros"), r"up_proj\.qweight' has no 'qzeros'"),
+    "short": ("awq", replaced("qweight", lambda t: t[:, :-1].clone()), r"up_proj.*qzeros \[2, 16\] does not match it"),
+    "short gptq": ("gptq", replaced("qweight", lambda t: t[:-1].clone()), r"up_proj.*g_idx \[64\] does not match it"),
     "fewer groups": ("awq", replaced("scales", lambda t: t[:1].clone()), r"different numbers of groups: \[1, 2\]"),
     "nan": ("awq", replaced("scales", with_nan), r"up_proj.qweight': int4: scale\[0, 1\] is nan"),
     "negative": ("gptq", replaced("scales", lambda t: -t), r"scale\[0, 0\] is -0.0"),
@@ -222,12 +225,16 @@ DAMAGED = {
     "floating": ("awq", replaced("qweight", lambda t: t.float()), "is torch.float32 .* not an int32 matrix"),
     "zeros of 8 bits": ("gptq 8 bits", replaced("qzeros", lambda t: t + 1), "8-bit weights with zero points"),
     "torchao zeros": ("torchao groups", replaced("_weight_zero_point", lambda t: t + 1), "with zero points are not"),
-    "torchao packed": ("torchao", replaced("_weight_qdata", lambda t: t.view(torch.uint8)), "codes of a byte each are"),
-    "scale": ("int-quantized", replaced("weight_scale", lambda t: t[:-1].clone()), "do not fit together"),
+    "torchao packed": (
+        "torchao",
+        replaced("_weight_qdata", lambda t: t.view(torch.uint8)),
+        "codes of one byte each are",
+    ),
+    "scale": ("int-quantized", replaced("weight_scale", lambda t: t[:-1].clone()), "do not match"),
     "another model's": (
         "awq",
         lambda t: t.update({f"{UP}.{name}": part for name, part in awq(64, 64)[0].items()}),
-        r"up_proj\.qweight' has shape \[64, 64\] and config.json asks for \[128, 64\]",
+        r"up_proj\.qweight' has shape \[64, 64\], but config.json implies \[128, 64\]",
     ),
 }
 
@@ -243,12 +250,14 @@ def test_damaged_weights_are_named(tmp_path, name, change, message):
 def test_a_config_without_quantised_weights(tmp_path):
     tiny.save(tiny.CASES["next"], tiny.pair("next").hf, tmp_path)
     edit_json(tmp_path / "config.json", quantization_config=AWQ)
-    with pytest.raises(CheckpointError, match=r"says that the weights are quantised \(awq\), and none is stored so"):
+    with pytest.raises(
+        CheckpointError, match=r"quantization_config \(awq\) is present, but no stored weight is quantised"
+    ):
         llava_fast.load(tmp_path)
 
 
 PACKED = {
-    "no zeros": ("weight_zero_point", None, "has no 'weight_zero_point' beside it"),
+    "no zeros": ("weight_zero_point", None, "has no 'weight_zero_point'"),
     "scale turned": (
         "weight_scale",
         lambda t: t.T.contiguous(),

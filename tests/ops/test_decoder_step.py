@@ -397,7 +397,7 @@ def test_operands_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="cos"):
         decoder_step(x, weights, cos[:2], sin, segments, tables, before)
     for wrong in ([], [segments[0][:2]], [segments[0], segments[0][:, :, :, :, :3]], [segments[0][0]]):
-        with pytest.raises(ValueError, match=r"every segment|does not lie"):
+        with pytest.raises(ValueError, match=r"every segment|is outside its table"):
             decoder_step(x, weights, cos, sin, wrong, tables, before)
     with pytest.raises(ValueError, match="2 tables of blocks for 3 sequences"):
         decoder_step(x, weights, cos, sin, segments, tables[:2], before)

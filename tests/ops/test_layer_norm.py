@@ -227,7 +227,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"x must be floating, got torch.int32"):
         layer_norm(x.int(), weight, bias, EPS)
     with use_backend("triton"):
-        with pytest.raises(BackendError, match=r"torch.float64 is not among"):
+        with pytest.raises(BackendError, match=r"torch.float64 is not one of"):
             layer_norm(x.double(), weight, bias, EPS)
         wide = torch.zeros(1, 4097, device=DEVICE)
         with pytest.raises(BackendError, match="rows of 4097 values do not fit"):

@@ -222,7 +222,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"x must be floating, got torch.int32"):
         rms_norm(x.int(), weight, EPS)
     with use_backend("triton"):
-        with pytest.raises(BackendError, match=r"torch.float64 is not among"):
+        with pytest.raises(BackendError, match=r"torch.float64 is not one of"):
             rms_norm(x.double(), weight, EPS)
         wide = torch.zeros(1, 8193, device=DEVICE)
         with pytest.raises(BackendError, match="rows of 8193 values do not fit"):
