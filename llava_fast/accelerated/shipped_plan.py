@@ -118,7 +118,7 @@ def find(given: Mapping[str, Any]) -> dict[str, Tensor] | None:
         return None
     ids = given.get("input_ids")
     if ids is None:
-        raise PlanError(f"a plan ({PREFIX}*) came without input_ids: leave its names out of this call")
+        raise PlanError(f"a plan ({PREFIX}*) was given without input_ids: leave it out of this call")
     if missing := [PREFIX + name for name in COLUMNS if name not in plan]:
         raise PlanError(f"the plan lacks {', '.join(missing)}: pass every {PREFIX}* that the collator makes")
     if len(plan["constant_segment"]) != 2 or len(plan["text_segment"]) != len(plan["text_token"]) + 1:
@@ -146,8 +146,8 @@ def visuals(model, given: Mapping[str, Any], plan: dict[str, Tensor]) -> Visuals
         there = 0 if part is None else part.shape[:-3].numel()
         fills_up = name == "pixel_values" and part is not None and part.dim() == 5 and model.config.model_type in ANYRES
         if count > there or (count != there and not fills_up):
-            came = "did not come" if part is None else f"are {tuple(part.shape)}"
-            raise PlanError(f"the plan is of {count} {column}s, but {name} {came}")
+            shape = "is not given" if part is None else f"has shape {tuple(part.shape)}"
+            raise PlanError(f"the plan has {count} {column}s, but {name} {shape}: collate the batch again")
     device = next(part for part in (pixels, frames, ids) if part is not None).device
     plan = {name: column.to(device, non_blocking=True) for name, column in plan.items()}
     if ids.device.type == "cpu":

@@ -268,7 +268,7 @@ def test_what_it_says(caplog):
     assert "LlavaNextForConditionalGeneration: replaced the loss" in caplog.text
     model.model.forward = model.model.forward.func  # someone else's
     llava_fast.restore(model)
-    assert "something has wrapped LlavaNextModel.forward since" in caplog.text
+    assert "other code has wrapped LlavaNextModel.forward since" in caplog.text
 
 
 def test_other_models_are_refused_by_name():

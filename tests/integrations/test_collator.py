@@ -139,7 +139,7 @@ def test_the_mixes_of_plans_are_those_of_the_models():
 def test_videos_of_different_lengths_are_refused():
     short, long = features("video", "film both")
     short["pixel_values_videos"] = short["pixel_values_videos"][:, :2]
-    with pytest.raises(RequestError, match=r"as many frames each, got \[2, 3\]"):
+    with pytest.raises(RequestError, match=r"equal numbers of frames, got \[2, 3\]"):
         collator("video")([short, long])
 
 
@@ -242,13 +242,13 @@ def changed(batch: dict, how: str) -> dict:
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ("shorter", "the plan is of .* rows, but input_ids"),
+        ("shorter", "the plan has .* rows, but input_ids"),
         ("another text", "input_ids were changed"),
         ("other labels", "labels were changed"),
-        ("a name missing", "llava_plan_kept did not come"),
-        ("fewer tiles", "the plan is of .* tiles, but pixel_values"),
-        ("no video", "the plan is of 6 frames, but pixel_values_videos did not come"),
-        ("fewer frames", "the plan is of 6 frames, but pixel_values_videos are"),
+        ("a name missing", "the plan lacks llava_plan_kept"),
+        ("fewer tiles", "the plan has .* tiles, but pixel_values"),
+        ("no video", "the plan has 6 frames, but pixel_values_videos is not given"),
+        ("fewer frames", "the plan has 6 frames, but pixel_values_videos has"),
         ("another place of the video", "input_ids were changed"),
         ("another selection", "vision_feature_select_strategy='full'"),
         ("no ids", "without input_ids"),

@@ -110,12 +110,12 @@ def test_other_settings_give_what_transformers_gives(name, settings, checkpoints
 @pytest.mark.parametrize(
     ("name", "settings", "why"),
     [
-        ("llava15", {"do_center_crop": False}, "no square, and do_center_crop is off"),
+        ("llava15", {"do_center_crop": False}, "not a square, and do_center_crop is off"),
         ("llava15", {"do_center_crop": False, "do_resize": False}, "do_resize and do_center_crop are off"),
         ("llava15", {"crop_size": {"height": 40, "width": 30}}, "crop_size is .*no square"),
         ("llava15", {"do_pad": True, "pad_size": {"height": 60, "width": 60}}, "pad_size is"),
         ("next", {"size": {"shortest_edge": 40}}, "tiles would be resized twice"),
-        ("next", {"image_grid_pinpoints": [[56, 60], [60, 56]], "do_center_crop": True}, "no multiples of 56"),
+        ("next", {"image_grid_pinpoints": [[56, 60], [60, 56]], "do_center_crop": True}, "not multiples of 56"),
     ],
     ids=str,
 )
@@ -201,7 +201,7 @@ def test_another_image_processor_is_refused(checkpoints, tmp_path):
     shutil.copytree(checkpoints["llava15"], tmp_path, dirs_exist_ok=True)
     (tmp_path / "processor_config.json").unlink()
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "ViTImageProcessor"}))
-    with pytest.raises(CheckpointError, match=r"serves the image processors LlavaImageProcessor.*'ViTImageProcessor'"):
+    with pytest.raises(CheckpointError, match=r"supports the image processors Llava.*'ViTImageProcessor'"):
         FastProcessor.from_pretrained(tmp_path)
 
 

@@ -63,7 +63,7 @@ def test_a_live_model():
 
 def test_what_cannot_be_built_says_so(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "blip-2"}')
-    with pytest.raises(patch.UnsupportedModelError, match="does not know"):
+    with pytest.raises(patch.UnsupportedModelError, match="does not support"):
         says.of_path(tmp_path)
     with pytest.raises(CheckpointError, match="transformers cannot build its model"):
         says.of_path(tmp_path / "nothing")

@@ -305,5 +305,5 @@ def test_an_untried_version_is_named_once(version, told, monkeypatch, caplog):
     versions.warn_if_untried.cache_clear()
     for _ in range(2):
         versions.warn_if_untried()
-    assert caplog.text.count(f"transformers {version} is untried") == told
+    assert caplog.text.count(f"transformers {version} is untested") == told
     versions.warn_if_untried.cache_clear()

@@ -209,5 +209,5 @@ def test_what_does_not_fit_is_refused():
         rope(query[0].transpose(0, 1), key[0].transpose(0, 1), cos, sin)
     with pytest.raises(ValueError, match="all must be floating"):
         rope(query.int(), key.int(), cos, sin)
-    with use_backend("triton"), pytest.raises(BackendError, match=r"torch.float64 is not among"):
+    with use_backend("triton"), pytest.raises(BackendError, match=r"torch.float64 is not one of"):
         rope(query.double(), key.double(), cos, sin)
