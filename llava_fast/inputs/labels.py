@@ -1,4 +1,4 @@
-"""Which tokens carry a label, from the spans of the one tokenisation."""
+"""Label masks: which tokens are supervised, from the character spans of the prompt's single tokenisation."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from llava_fast.inputs.chat.rendering import Segment
 
 
 def supervised_tokens(offsets: np.ndarray, segments: list[Segment]) -> np.ndarray:
-    """Which tokens carry a label: those that end inside a supervised segment. A token that begins with the space
-    before an answer ends inside it, so it counts; special tokens without text do not."""
+    """bool [S]: the tokens that end inside a supervised segment. This includes a token that begins with the space
+    before an answer, but no special tokens without text."""
     ends = np.cumsum([len(segment.text) for segment in segments])
     flags = np.array([segment.supervised for segment in segments] + [False])
     offsets = offsets.reshape(-1, 2)
@@ -21,10 +21,11 @@ def supervised_tokens(offsets: np.ndarray, segments: list[Segment]) -> np.ndarra
 
 
 def offsets_before_expansion(offsets: np.ndarray, is_image: np.ndarray, text: str, token: str) -> np.ndarray:
-    """Character offsets of tokens in `text`, from offsets after each image token was repeated once for each row of its
-    image. offsets [S, 2]; is_image bool [S]. Image tokens get (0, 0), like all tokens that are not in the text.
+    """Character offsets of tokens in `text`, given offsets in the text in which each image token is repeated for every
+    row of its image. offsets [S, 2]; is_image bool [S]. Image tokens get (0, 0), like all tokens that are not in the
+    text.
 
-    Raises RequestError if runs of image tokens and placeholders in the text differ in number.
+    Raises RequestError if the numbers of runs of image tokens and of placeholders in the text differ.
     """
     at = np.flatnonzero(is_image)
     first = np.flatnonzero(np.diff(at, prepend=-2) > 1) if len(at) else at

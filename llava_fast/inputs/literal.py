@@ -1,14 +1,14 @@
-"""Literal text: nothing that a user writes is interpreted as a control token, an image or a video.
+"""Literal text: no text of a user is interpreted as a control token, an image or a video.
 
-Before a prompt is rendered, the characters of its texts that a control token could begin with are replaced by stand-ins
-(private-use characters). Control tokens and placeholders found afterwards are then the template's own, however the
-template joins, trims or repeats the texts. Then the characters are restored. If the prompt now spells additional
-control tokens, it is encoded by a copy of the tokenizer with other names of equal length for its control tokens, and
-the template's own are written with these names. The prompt is encoded once and whole, so that words merge across the
-borders of a text as usual.
+Before a prompt is rendered, characters of its texts that could begin a control token are replaced by private-use
+characters ("stand-ins"). All control tokens and placeholders in the rendered prompt are then the template's, however it
+joins, trims or repeats the texts. Then the characters are restored. If the prompt now spells additional control tokens,
+it is encoded by a copy of the tokenizer in which control tokens have other names of equal length, and the template's
+control tokens are written with these names. The prompt is encoded once and as a whole, so that tokens merge across the
+boundaries of a text as usual.
 
-Limits: a template that writes part of a control token and lets a text complete it still produces one, and a template
-that searches a text for markup (to remove "<think>", say) finds none.
+Limitations: if a template writes part of a control token and a text completes it, the token is still produced. A
+template that searches a text for markup (for example to remove "<think>") finds none.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tokenizers import Tokenizer
 from llava_fast.errors import RequestError
 
 _MARKUP = re.compile(r"<.+>|\[.+\]", re.DOTALL)
-STAND_INS = range(0xF0000, 0xFFFFE)  # private use, plane 15: chosen among those that a request's texts do not hold
-NAMES = range(0x100000, 0x10FFFD)  # private use, plane 16: the first character of each control token's other name
+STAND_INS = range(0xF0000, 0xFFFFE)  # private use, plane 15; only characters that the request's texts do not contain
+NAMES = range(0x100000, 0x10FFFD)  # private use, plane 16: first characters of the control tokens' other names
 FILLER = chr(0x10FFFD)
 
 
@@ -61,7 +61,7 @@ class LiteralText:
             if token.content.strip() and (token.special or _MARKUP.fullmatch(token.content))
         }
         if len(self.control) > len(NAMES):
-            raise RequestError(f"literal_text serves {len(NAMES)} control tokens, and the tokenizer has more")
+            raise RequestError(f"literal_text supports {len(NAMES)} control tokens, and the tokenizer has more")
         self.characters = sorted({spelling.strip()[0] for spelling in (*self.control, *placeholders)})
         longest_first = sorted(self.control, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -87,14 +87,14 @@ class LiteralText:
         return [found.span() for found in before] != [found.span() for found in after]
 
     def encode(self, rendered: str, hidden: Hidden, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """(ids, character spans) of a prompt with stand-ins in it. Raises RequestError for a text with a character that
-        is used to name a control token.
+        """(ids, character spans) of a prompt that contains stand-ins. Raises RequestError for a text with a character
+        that is needed to name a control token.
         """
         restored = hidden.restore(rendered)
         if reserved := self._reserved.search(restored):
             raise RequestError(
-                f"the text spells a control token and holds U+{ord(reserved[0]):X}, a private-use character that is "
-                "needed to tell such texts from control tokens: leave that character out"
+                f"the text spells a control token and contains U+{ord(reserved[0]):X}, a private-use character that "
+                "is needed to distinguish such texts from control tokens: leave that character out"
             )
         named = hidden.restore(self.pattern.sub(lambda found: self.names[found[0]], rendered))
         (encoded,) = self._renamed.encode_batch([named], add_special_tokens=special)  # `encode` holds the GIL
@@ -123,7 +123,7 @@ class LiteralText:
         for spelling, number in self.control.items():
             if copy.token_to_id(names[spelling]) != number:
                 raise RequestError(
-                    f"literal_text cannot serve this tokenizer: its token {spelling!r} is not found again"
+                    f"literal_text does not support this tokenizer: it does not find its own token {spelling!r}"
                 )
         return copy
 

@@ -1,4 +1,4 @@
-"""What the processor hands on: a batch on the host, and images or videos that are not opened yet."""
+"""The processor's results: a batch on the host, and placeholders for images or videos that are not opened yet."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from llava_fast.inputs.pictures.view import View
 from llava_fast.inputs.plan.plan import TokenPlan
 
 Cut = np.ndarray | tuple[np.ndarray, Sequence[View]]
-"""The tiles of an image, or the image and its views where a device is to make them."""
+"""The tiles of an image, or, if the device makes the tiles, the image and its views."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch on the host: uint8 tiles [tiles, 3, H, W], or the images that a device is to cut into them, and the
-    plan that places them."""
+    """A batch on the host: uint8 tiles [tiles, 3, H, W], or the images from which the device makes them, and the
+    plan."""
 
     tiles: np.ndarray | UncutImages
     plan: TokenPlan
@@ -27,7 +27,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Placeholder:
-    """An image or video named in a prompt, not opened yet. `alone`: it is tiled as the only image of a request is."""
+    """An image or video of a prompt, not opened yet. `alone`: it is tiled like the only image of a request."""
 
     kind: Literal["<image>", "<video>"]
     source: Any

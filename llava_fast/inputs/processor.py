@@ -1,8 +1,8 @@
 """From requests to tiles and a TokenPlan: images are tiled, prompts tokenised, and both combined in one plan.
 
-A request is {"prompt": str, "images": [...], "video": frames}, the prompt used verbatim with `<image>` (or
-`<video>`) marking each item; or {"messages": [...]} in the OpenAI form, rendered through the chat template. Numpy
-and integers only: no torch.
+A request is {"prompt": str, "images": [...], "video": frames}, whose prompt is used verbatim, with `<image>` (or
+`<video>`) for each item; or {"messages": [...]} in OpenAI's format, rendered through the chat template. Uses numpy
+only, not torch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from llava_fast.inputs.tiling.anyres import VisualGeometry, image_rows, image_vi
 from llava_fast.inputs.tiling.video import frame_views, video_rows
 
 ORIGINAL_IMAGE_TOKEN = -200
-"""The placeholder id of original LLaVA checkpoints, whose vocabulary has no image token (llava/constants.py)."""
+"""The placeholder id for original LLaVA checkpoints, whose vocabulary has no image token (llava/constants.py)."""
 _PLACEHOLDER = re.compile(r"<image>|<video>")
 _IMAGE_PLACEHOLDER = re.compile(r"<image>")
 
@@ -44,21 +44,21 @@ _IMAGE_PLACEHOLDER = re.compile(r"<image>")
 class ProcessorOptions:
     """Options of a processor that its checkpoint does not determine: `load(path, processor=ProcessorOptions(...))`.
 
-    video_frames    how many frames of a video file are used, spaced uniformly (all, if frames are given as images).
+    video_frames    number of frames of a video file, spaced uniformly. (Frames that are given as images are all used.)
     time_instruction  add LLaVA-NeXT's sentence with a video's duration and its frames' times
                     (chat.messages.with_video_times) to messages. The video must be a file or a folder of frames.
-    literal_text    control tokens and placeholders in a message or a prompt are encoded as ordinary characters (see
-                    inputs.literal); images and videos then need items of their own.
-    formats         Pillow formats that an image file may have, as ("JPEG", "PNG") (None: all).
-    exif            apply images' EXIF orientation. Default: as the checkpoint's own code does when it opens a file:
+    literal_text    encode control tokens and placeholders in a message or a prompt as ordinary characters (see
+                    inputs.literal); images and videos must then be content items.
+    formats         allowed Pillow formats of image files, such as ("JPEG", "PNG") (None: all).
+    exif            apply images' EXIF orientation. Default: as the checkpoint's reference code does for a file:
                     transformers does, the original LLaVA does not.
-    resample        "pillow" (to the bit), or "torchvision" (as transformers does if it is installed).
+    resample        "pillow" (bit-identical), or "torchvision" (used by transformers if it is installed).
     pillow          the order of Pillow's passes: "12" or "13". Default: the installed Pillow's.
-    threads         threads that make one image's tiles; 0: one for each core.
-    tiles_on        "host", or "device": a batch then carries whole images, and the device that it is moved to makes
-                    the tiles, the same to the bit. Only for resample="pillow".
+    threads         threads per image; 0: one per core.
+    tiles_on        "host", or "device": a batch then contains whole images, and the device to which it is moved makes
+                    the tiles, bit-identically. Only for resample="pillow".
 
-    Raises ValueError for a value that is none of these.
+    Raises ValueError for any other value.
     """
 
     video_frames: int = 16
@@ -96,10 +96,10 @@ class Processor(ProcessorOptions):
 
     geometry        how images become tiles and rows.
     tokenizer       a transformers tokenizer.
-    image_token_id  the id that marks an image; ORIGINAL_IMAGE_TOKEN tokenises the text around placeholders in chunks.
+    image_token_id  the image token; with ORIGINAL_IMAGE_TOKEN the text between placeholders is tokenised in chunks.
     template        the chat template for requests with messages.
-    max_rows        the decoder's context length; a longer prompt is refused.
-    vocabulary      rows of the decoder's embedding; a token whose id is not among them is refused.
+    max_rows        the decoder's context length; longer prompts raise PromptTooLongError.
+    vocabulary      rows of the decoder's embedding; tokens with larger ids raise RequestError.
     """
 
     geometry: VisualGeometry
@@ -112,15 +112,15 @@ class Processor(ProcessorOptions):
     exif: bool = field(default=True, kw_only=True)
 
     def with_options(self, options: ProcessorOptions) -> Processor:
-        """This processor with other options. Where `options.exif` is None, it stays."""
+        """This processor with other options; `exif` is kept if `options.exif` is None."""
         chosen = {option.name: getattr(options, option.name) for option in fields(ProcessorOptions)}
         if options.exif is None:
             chosen["exif"] = self.exif
         return replace(self, **chosen)
 
     def tiles(self, image: Any, alone: bool = True) -> np.ndarray:
-        """uint8 tiles [tiles, 3, H, W] of one image (path, bytes, data URI, PIL image, uint8 array), base view
-        first. `alone` is False for one of several images in a request. Raises ImageError."""
+        """uint8 tiles [tiles, 3, H, W] of one image (path, bytes, data URI, PIL image, uint8 array), base view first.
+        alone: False for one of several images of a request. Raises ImageError."""
         pixels = self._open(image)
         return self._make(pixels, self._image_views(pixels, alone))
 
@@ -131,7 +131,7 @@ class Processor(ProcessorOptions):
         layout: Layout = "packed",
     ) -> Prepared:
         """Tiles and plan of a batch of requests. With `labels`, requests must have messages. Raises RequestError
-        (naming the request by its place or "id") and ImageError."""
+        (naming the request by its index or "id") and ImageError."""
         tiles: list[Cut] = []
         sequences = []
         for number, request in enumerate(requests):
@@ -151,14 +151,14 @@ class Processor(ProcessorOptions):
         first_positions: list[int] | None = None,
         branches: Sequence[Sequence[int]] = (),
     ) -> Prepared:
-        """Pieces of each sequence and the tiles they refer to, as one batch. `first_positions` are the rows that a
-        cache already holds of each sequence, `branches` the rows of each branch that it ends in (see inputs.plan)."""
+        """Combine the pieces of each sequence and their tiles to one batch. first_positions: the number of cached rows
+        of each sequence; branches: the row counts of its branches (see inputs.plan)."""
         plan = build_plan(sequences, self.geometry.tower_rows_per_tile, layout, first_positions, branches)
         return Prepared(self._joined(tiles), plan)
 
     def count(self, request: dict, labels: Labels = False) -> RowCounts:
-        """The rows that a request takes in a plan, from its text and its files' headers: no pixel is decoded, so a
-        truncated file passes. Raises RequestError and ImageError, but not for a request that is too long.
+        """The number of rows of a request, from its text and its files' headers. No pixels are decoded, so a truncated
+        file is not detected. Raises RequestError and ImageError, but not for a request that is too long.
         """
         outline = self.outline(request, labels)
         return count_rows(outline, self.rows_of(outline))
@@ -178,13 +178,12 @@ class Processor(ProcessorOptions):
         return len(image_rows(self.geometry, *size, placeholder.alone))
 
     def _frames_of(self, video: Any) -> int | None:
-        """How many frames of a video are used; None: all, because the caller has chosen them."""
+        """How many frames of a video are used; None: all, since the caller selected them."""
         from_file = isinstance(video, (str, os.PathLike, bytes, bytearray, memoryview))
         return self.video_frames if from_file else None
 
     def render(self, request: dict, labels: Labels = False) -> tuple[list[Segment], list, list]:
-        """See `render_request`. An image's place may also be marked by the checkpoint's own token, as its template
-        does."""
+        """See `render_request`. The checkpoint's own image token also counts as a placeholder, as in its template."""
         times_of = self._times_of if self.time_instruction else None
         segments, images, videos = render_request(self.template, request, labels, times_of)
         if self.image_token_id != ORIGINAL_IMAGE_TOKEN:
@@ -198,12 +197,12 @@ class Processor(ProcessorOptions):
 
     def outline(self, request: dict, labels: Labels = False) -> list[TextPiece | Placeholder]:
         """A request as token ids and placeholders, before any image is opened; only a time instruction reads the
-        video's header. Raises RequestError, also where labels are asked for and no token would carry one, and
+        video's header. Raises RequestError, also if labels are requested and no token would be supervised, and
         ImageError for a video without times."""
         if labels not in (False, True, "answers", "original"):
             raise ValueError(f"labels are False, True, 'answers' or 'original', not {labels!r}")
         if labels and "messages" not in request:
-            raise RequestError('labels need "messages": a verbatim "prompt" does not say which part is the answer')
+            raise RequestError('labels need "messages": a verbatim "prompt" does not define which part is the answer')
         hidden = None
         if self.literal_text and isinstance(request, dict):
             request, hidden = self.literal.hidden(request)
@@ -217,9 +216,9 @@ class Processor(ProcessorOptions):
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(
-                f"the prompt holds half a surrogate pair at character {error.start}: check how it was decoded"
+                f"the prompt has half a surrogate pair at character {error.start}: check how it was decoded"
             ) from None
-        # Without a video, "<video>" is ordinary text, in the original layout as in a question about HTML.
+        # Without a video, "<video>" is ordinary text, for example in a question about HTML.
         pattern = _PLACEHOLDER if video_sources or self.video_token_id is not None else _IMAGE_PLACEHOLDER
         placeholders = pattern.findall(text)
         for placeholder, sources in (("<image>", image_sources), ("<video>", video_sources)):
@@ -228,7 +227,7 @@ class Processor(ProcessorOptions):
                     f"the prompt has {placeholders.count(placeholder)} {placeholder} placeholders and {len(sources)} "
                     f"were given: mark each one's place in the prompt with {placeholder}"
                 )
-        if labels == "original":  # from here on, what is supervised is what the original trainers supervise
+        if labels == "original":  # from here on, `supervised` is what the original trainers supervise
             segments = [Segment(each.text, each.supervised_original) for each in segments]
         ids, supervised, places = self._encode(
             text, pattern, segments if labels else None, "messages" in request, hidden
@@ -236,7 +235,7 @@ class Processor(ProcessorOptions):
         if labels == "original":
             supervised |= np.isin(ids, self._original_label_ids)
         if labels and not supervised.any():
-            raise RequestError("the tokenizer leaves nothing of the answers: this sample has nothing to learn from")
+            raise RequestError("no token of the answers is supervised: this sample has nothing to learn from")
         if len(places) != len(placeholders):
             raise RequestError(
                 f"the tokenizer found {len(places)} image tokens for {len(placeholders)} placeholders in the prompt"
@@ -255,8 +254,8 @@ class Processor(ProcessorOptions):
         return [piece for piece in outline if not isinstance(piece, TextPiece) or len(piece.ids)]
 
     def _check_ids(self, outline: Sequence[TextPiece | Placeholder]) -> None:
-        """Raises RequestError for a token without an embedding in the decoder, as after a tokenizer was extended
-        alone.
+        """Raise RequestError for a token without an embedding in the decoder, for example if only the tokenizer was
+        extended.
         """
         if self.vocabulary is None:
             return
@@ -264,12 +263,13 @@ class Processor(ProcessorOptions):
         largest = max((int(ids.max()) for ids in texts), default=0)
         if largest >= self.vocabulary:
             raise RequestError(
-                f"the token {self.tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}, and the model has "
-                f"embeddings of {self.vocabulary} tokens: use the tokenizer that the model was trained with"
+                f"the token {self.tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}, but the model has "
+                f"embeddings for {self.vocabulary} tokens: use the tokenizer with which the model was trained"
             )
 
     def pieces(self, outline: Sequence[TextPiece | Placeholder], tiles: list[Cut]) -> list[Piece]:
-        """The pieces of a plan: each placeholder's image is opened, cut and appended to `tiles`. Raises ImageError."""
+        """The pieces of a plan. Opens and cuts each placeholder's image and appends it to `tiles`. Raises
+        ImageError."""
         return [self._visual_piece(part, tiles) if isinstance(part, Placeholder) else part for part in outline]
 
     def _visual_piece(self, placeholder: Placeholder, tiles: list[Cut]) -> VisualPiece:
@@ -295,7 +295,7 @@ class Processor(ProcessorOptions):
         return (image, views) if self.tiles_on == "device" else self._make(image, views)
 
     def _joined(self, tiles: list[Cut]) -> np.ndarray | UncutImages:
-        """The tiles of a batch, or its images if a device is to cut them."""
+        """The tiles of a batch, or its images if the device makes the tiles."""
         size = self.geometry.tile_size
         uncut = [part for part in tiles if isinstance(part, tuple)]
         if uncut:
@@ -306,8 +306,9 @@ class Processor(ProcessorOptions):
         return np.concatenate(made) if made else np.zeros((0, 3, size, size), np.uint8)
 
     def _open(self, source: Any) -> np.ndarray:
-        """Pixels of an image. transformers drops transparency when it opens a file itself, and lays a picture or an
-        array it is given on white; the original LLaVA always drops it."""
+        """The pixels of an image. transformers drops transparency of files, and blends PIL images and arrays onto
+        white;
+        the original LLaVA always drops it."""
         given = not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview))
         if given and not self.geometry.convert_rgb:
             require_rgb(source)
@@ -326,11 +327,11 @@ class Processor(ProcessorOptions):
 
     @functools.cached_property
     def literal(self) -> LiteralText:
-        """The encoder of literal text (`literal_text`)."""
+        """The encoder for the option `literal_text`."""
         return LiteralText(self.tokenizer, ("<image>", "<video>"))
 
     def _tokens(self, text: str, special: bool, offsets: bool, hidden: Hidden | None) -> tuple[list[int], Any]:
-        """(ids, character spans if `offsets`) of a text, in which some characters may be hidden."""
+        """(ids, character spans if `offsets`) of a text, some of whose characters may be replaced by stand-ins."""
         if hidden is not None:
             plain = hidden.restore(text)
             if self.literal.needs_names(text, plain):
@@ -342,12 +343,12 @@ class Processor(ProcessorOptions):
     def _encode(
         self, text: str, placeholders: re.Pattern, segments: list[Segment] | None, rendered: bool, hidden: Hidden | None
     ):
-        """(ids, supervised or None, places of the image and video tokens among the ids)."""
+        """(ids, supervised or None, indices of the image and video tokens among the ids)."""
         if self.image_token_id == ORIGINAL_IMAGE_TOKEN:
             return self._encode_chunks(text, placeholders, segments, hidden)
         tokens = {"<image>": self.image_token_id, "<video>": self.video_token_id or self.image_token_id}
         names = {placeholder: self.tokenizer.convert_ids_to_tokens(token) for placeholder, token in tokens.items()}
-        if any(placeholder != name for placeholder, name in names.items()):  # as this checkpoint spells its image token
+        if any(placeholder != name for placeholder, name in names.items()):  # the checkpoint's spelling
             if segments is not None:
                 segments = [replace(each, text=_spelt(each.text, placeholders, names)) for each in segments]
             text = _spelt(text, placeholders, names)
@@ -363,7 +364,8 @@ class Processor(ProcessorOptions):
     def _encode_chunks(
         self, text: str, placeholders: re.Pattern, segments: list[Segment] | None, hidden: Hidden | None
     ):
-        """Original LLaVA tokenises the text between placeholders chunk by chunk and keeps the first chunk's BOS."""
+        """`_encode` for original LLaVA, which tokenises the text between placeholders in chunks and keeps the first
+        chunk's BOS."""
         ids, supervised, places = [], [], []
         offset, bos = 0, self.tokenizer.bos_token_id
         chunks = placeholders.split(text)
@@ -387,7 +389,7 @@ class Processor(ProcessorOptions):
 
     @functools.cached_property
     def _original_label_ids(self) -> list[int]:
-        """The tokens that the original trainer supervises at any position. A text that is not a single token is
+        """The ids of tokens that the original trainer supervises at any position. Texts that are not a single token are
         ignored, as in the original.
         """
         encoded = [
@@ -396,19 +398,19 @@ class Processor(ProcessorOptions):
         return [ids[0] for ids in encoded if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id]
 
     def _brings_bos(self, text: str) -> bool:
-        """Whether a rendered template starts with the BOS token itself, so that the tokenizer must not add another."""
+        """Whether a rendered prompt already starts with the BOS token, so that the tokenizer must not add another."""
         bos = self.tokenizer.bos_token
         return bos is not None and text.startswith(bos)
 
     def check_length(self, pieces: list[Piece]) -> None:
-        """Raises RequestError for an empty sequence and for one that the decoder's context cannot hold."""
+        """Raise RequestError for an empty sequence, PromptTooLongError for one that exceeds the decoder's context."""
         rows = sequence_length(pieces)
         if rows == 0:
             raise RequestError("the prompt is empty: give some text or an image")
         if self.max_rows is not None and rows > self.max_rows:
             visual = sum(len(piece.rows) for piece in pieces if isinstance(piece, VisualPiece))
             raise PromptTooLongError(
-                f"the prompt takes {rows} tokens ({visual} of them visual) and the model's context holds "
+                f"the prompt has {rows} tokens ({visual} of them visual), but the model's context is "
                 f"{self.max_rows}: shorten the text, or use fewer or smaller images"
             )
 

@@ -1,4 +1,4 @@
-"""A request: its keys, checked, and its prompt rendered through the chat template."""
+"""Validates a request's keys and renders its prompt through the chat template."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ REQUEST_KEYS = {"prompt", "messages", "images", "video", "seed", "id"}
 
 
 Labels = bool | Literal["answers", "original"]
-"""What of a conversation is supervised. "answers", or True: all that the model has to generate after each generation
-prompt. "original": what the original trainers put a loss on (see chat_templates), role headers of qwen and llama_3
-included; for most templates the same. False: nothing."""
+"""Which tokens of a conversation are supervised. "answers" or True: all that the model must generate after each
+generation prompt. "original": those that the original trainers supervise (see chat/formats.py), including role headers
+of qwen and llama_3; for most templates the same. False: none."""
 
 
 def render_request(
@@ -26,9 +26,9 @@ def render_request(
     labels: Labels = False,
     times_of: Callable[[Any], VideoTimes] | None = None,
 ) -> tuple[list[Segment], list, list]:
-    """(segments of the prompt, image sources, video sources) of a request, placeholders still in the text. Only with
-    `labels` is a conversation split into segments; otherwise the whole prompt is one. `times_of` a video: messages get
-    its time instruction. Raises RequestError, and what `times_of` raises."""
+    """(segments of the prompt, image sources, video sources) of a request; placeholders are still in the text. Without
+    `labels` the whole prompt is one segment. times_of: returns the times of a video, for adding its time instruction to
+    messages. Raises RequestError, and the errors of `times_of`."""
     _check_request(request)
     given = list(request.get("images") or [])
     videos = [] if request.get("video") is None else [request["video"]]
@@ -69,8 +69,8 @@ def _check_request(request: Any) -> None:
 
 
 def _check_answers(messages: list[dict]) -> None:
-    """A sample with labels needs an answer, or its loss would be empty. If there are several, some may be empty, as in
-    the original trainers, which learn their end of turn.
+    """Raise RequestError if all answers are empty, so that the loss would have no targets. Some of several answers may
+    be empty, as in the original trainers, which train on their end of turn.
     """
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     if not any(item["text"] for content in answers for item in content):

@@ -125,7 +125,7 @@ NORM = "language_model.model.norm.weight"
             lambda t: t.update({"language_model.model.layers.7.mlp.up_proj.weight": torch.ones(2, 2)}),
             r"has 1 tensor: language_model\.model\.layers\.7\.mlp\.up_proj\.weight that the model",
         ),
-        (lambda t: t.update({NORM: torch.ones(17)}), r"model\.norm\.weight' has shape \[17\] and .*implies \[16\]"),
+        (lambda t: t.update({NORM: torch.ones(17)}), r"model\.norm\.weight' has shape \[17\], but .*implies \[16\]"),
         (lambda t: t.update({"transformer.wte.weight": torch.ones(2)}), r"'transformer\.wte\.weight', which no"),
         (lambda t: t.update({NORM: t[NORM].to(torch.int8)}), r"norm\.weight' is torch\.int8; load an unquantised"),
         (lambda t: t.pop("language_model.model.embed_tokens.weight"), "has no token embedding"),

@@ -87,7 +87,7 @@ def test_without_any_template_the_family_decides(checkpoint):
         ("tokenizer_config.json", [], "no chat template named 'default'"),
         ("tokenizer_config.json", {"tool_use": OTHER}, "no chat template named 'default'.*tool_use"),
         ("chat_template.json", "", "is empty"),
-        ("tokenizer_config.json", "{% for", "no valid Jinja"),
+        ("tokenizer_config.json", "{% for", "not valid Jinja"),
         ("tokenizer_config.json", "{{ 'a' * 10 ** 10 }}", "cannot be used"),
     ],
 )

@@ -78,7 +78,7 @@ def test_a_repetition_penalty_counts_the_tokens_around_an_image():
 
 def test_videos_are_refused_by_name():
     frames = np.stack([tiny.picture(30, 30)] * 2)
-    with pytest.raises(ImageError, match="videos are not served for this kind of checkpoint: give frames as images"):
+    with pytest.raises(ImageError, match="videos are not supported for this kind of checkpoint: give frames as images"):
         tiny.pair(NAME).ours.prepare([{"prompt": "<video>", "video": frames}])
 
 

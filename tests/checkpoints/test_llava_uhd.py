@@ -215,5 +215,5 @@ def test_the_published_connector_has_144_rows_a_slice(uhd, tmp_path):
 
 def test_videos_are_refused(uhd):
     frames = np.stack([tiny.picture(30, 30)] * 2)
-    with pytest.raises(ImageError, match="videos are not served for this kind of checkpoint"):
+    with pytest.raises(ImageError, match="videos are not supported for this kind of checkpoint"):
         uhd[1].prepare([{"prompt": "<video>", "video": frames}])

@@ -209,7 +209,7 @@ def test_images_of_the_same_bytes_and_another_shape_share_no_cached_rows(native)
 
 def test_a_video_is_refused(native):
     _, ours, _ = native
-    with pytest.raises(llava_fast.ImageError, match=r"videos are not served .* give frames as images"):
+    with pytest.raises(llava_fast.ImageError, match=r"videos are not supported .* give frames as images"):
         ours.generate([{"prompt": "<video>hello", "video": IMAGES[:1] * 2}], max_new_tokens=1)
 
 

@@ -154,7 +154,7 @@ def test_a_template_that_is_not_prefix_stable_renders_but_has_no_answer_segments
 
 
 def test_checkpoint_template_errors():
-    with pytest.raises(CheckpointError, match="no valid Jinja"):
+    with pytest.raises(CheckpointError, match="not valid Jinja"):
         checkpoint_template("{% for m in messages %}", {})
     picky = "{% if messages[0].role == 'system' %}{{ raise_exception('no system, please') }}{% endif %}ok"
     with pytest.raises(RequestError, match="no system, please"):

@@ -67,7 +67,7 @@ def test_numbers_that_disagree_are_refused():
         placement_columns([], np.array([[1]]), IMAGE, 16, [video_rows(geometry, 2)], VIDEO)
     with pytest.raises(ImageError, match="2 images, but 1 image sizes"):
         rows_of_images(geometry, np.array([[28, 28]]), 2)
-    with pytest.raises(ImageError, match="batch_num_images tells of 3"):
+    with pytest.raises(ImageError, match="batch_num_images sums to 3"):
         rows_of_images(geometry, None, 2, np.array([1, 2]))
 
 

@@ -72,7 +72,7 @@ def test_a_plan_knows_each_images_grid():
 
 
 def test_what_it_does_not_do_is_refused():
-    with pytest.raises(ImageError, match=r"videos are not served .* give frames as images"):
+    with pytest.raises(ImageError, match=r"videos are not supported .* give frames as images"):
         video_rows(geometry(), 2)
     with pytest.raises(ImageError, match="at most 0 patches has no content"):
         NativeTiling(0)

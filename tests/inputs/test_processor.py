@@ -403,7 +403,7 @@ def test_the_time_instruction_is_llava_nexts(tmp_path):
         assert without == processor.render(request)[0][0].text.replace(said, "<video>\nWhat?")
     picture = {"messages": [{"role": "user", "content": "<image>\nWhat?"}], "images": [tiny.picture(6, 8)]}
     assert "The video lasts" not in processor.render(picture)[0][0].text
-    with pytest.raises(ImageError, match="request 0: frames given as images do not say when they are"):
+    with pytest.raises(ImageError, match="request 0: frames given as images have no times"):
         processor.prepare([request | {"video": np.zeros((3, 4, 4, 3), np.uint8)}])
 
 

@@ -67,9 +67,9 @@ def repeated(start, step):
         ("{{ 1.5 | round(1000000000, 'ceil') }}", "rounds to more than"),
         # what Jinja's or Python's compiler refuses
         ("a" * (MOST_SOURCE + 1), "characters, more than"),
-        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "no valid Jinja"),
-        ("{% for i in [1] %}" * 25 + "{% endfor %}" * 25, "no valid Jinja"),
-        ("{{ 1 | nonsense }}", "no valid Jinja"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "not valid Jinja"),
+        ("{% for i in [1] %}" * 25 + "{% endfor %}" * 25, "not valid Jinja"),
+        ("{{ 1 | nonsense }}", "not valid Jinja"),
     ],
 )
 def test_a_template_without_end_is_refused_when_it_is_loaded(source, message):
@@ -83,7 +83,7 @@ def test_a_template_without_end_is_refused_when_it_is_loaded(source, message):
     "source", ["{% for i in range(10 ** 12) %}{% endfor %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"]
 )
 def test_what_jinja_and_python_bound_themselves(source):
-    with pytest.raises(RequestError, match="refuses these messages"):
+    with pytest.raises(RequestError, match="rejects these messages"):
         checkpoint_template(source, {}).render([{"role": "user", "content": "Hi"}])
 
 

@@ -180,7 +180,7 @@ def test_times_where_the_header_has_no_number_of_frames(five_frames, tmp_path):
 def test_a_video_without_times_is_refused(bad_videos, five_frames):
     for video, error, message in (
         *bad_videos,
-        (np.zeros((3, 4, 4, 3), np.uint8), ImageError, "do not say when they are: give a video file"),
+        (np.zeros((3, 4, 4, 3), np.uint8), ImageError, "frames given as images have no times: give a video file"),
     ):
         with pytest.raises(error, match=message):
             video_times(video, 4)
@@ -222,7 +222,7 @@ def check_counts(video) -> str | int:
     try:
         duration, times = video_times(video, total)
     except ImageError as error:
-        assert "does not say how many frames it has a second" in str(error)
+        assert "does not state its frame rate" in str(error)
     else:
         assert times == pytest.approx(np.arange(total) * duration / total)
     return total

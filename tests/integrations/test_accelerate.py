@@ -272,7 +272,9 @@ def test_what_it_says(caplog):
 
 
 def test_other_models_are_refused_by_name():
-    with pytest.raises(patch.UnsupportedModelError, match="Linear: it serves LlavaForConditionalGeneration"):
+    with pytest.raises(
+        patch.UnsupportedModelError, match="does not support Linear, only LlavaForConditionalGeneration"
+    ):
         llava_fast.accelerate(nn.Linear(2, 2))
 
 

@@ -112,7 +112,7 @@ def test_other_settings_give_what_transformers_gives(name, settings, checkpoints
     [
         ("llava15", {"do_center_crop": False}, "not a square, and do_center_crop is off"),
         ("llava15", {"do_center_crop": False, "do_resize": False}, "do_resize and do_center_crop are off"),
-        ("llava15", {"crop_size": {"height": 40, "width": 30}}, "crop_size is .*no square"),
+        ("llava15", {"crop_size": {"height": 40, "width": 30}}, "crop_size is .*not a square"),
         ("llava15", {"do_pad": True, "pad_size": {"height": 60, "width": 60}}, "pad_size is"),
         ("next", {"size": {"shortest_edge": 40}}, "tiles would be resized twice"),
         ("next", {"image_grid_pinpoints": [[56, 60], [60, 56]], "do_center_crop": True}, "not multiples of 56"),

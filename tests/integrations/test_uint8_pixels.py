@@ -175,7 +175,7 @@ def test_without_a_processor_they_are_refused():
     model = llava_fast.accelerate(fresh("next"))
     inputs = as_uint8(batch("next", labels=True), "next")
     for call in (model, model.model, lambda **given: model.generate(**given, max_new_tokens=2)):
-        with pytest.raises(PixelError, match=r"pixel_values_uint8 came, but .*accelerate\(model, processor\)"):
+        with pytest.raises(PixelError, match=r"pixel_values_uint8 is given, but .*accelerate\(model, processor\)"):
             call(**{name: value for name, value in inputs.items() if name != "labels"})
     with pytest.raises(PixelError, match="pixel_values_uint8 came"):
         model(**inputs)

@@ -3,19 +3,19 @@
 Read in the public sources llava/conversation.py and llava/train/train.py of haotian-liu/LLaVA (branch main,
 c121f04) and LLaVA-VL/LLaVA-NeXT (main; the files as of 7315dc1 and 45f2d92). `chat.py` renders them.
 
-What the original trainers put a loss on (their preprocess_* functions):
+Which tokens the original trainers supervise (their preprocess_* functions):
 
-- plain: everything after `<image>`, that is caption and "\n". The human text of the sample is thrown away,
-  the sample must be one question with an image and one answer, and nothing ends the answer but "\n".
+- plain: everything after `<image>`, that is the caption and "\n". The human text of the sample is dropped. A
+  sample must be one question with an image and one answer, and only "\n" ends the answer.
 - v1 (vicuna), llama_2 and mistral, mpt (chatml_direct): the answer with the space before it, and the token
-  that ends the turn. They find it by tokenising each round again; when the lengths disagree they print
+  that ends the turn. They find it by tokenising each round again; if the lengths differ they print
   "tokenization mismatch" and drop every label of the sample.
-- qwen (LLaVA-NeXT): the whole assistant turn, `<|im_start|>assistant\n` and the last newline included, and
-  besides every token that is `<|im_start|>`, `<|im_end|>` or a lone newline (id 198), wherever it stands:
-  in the system and the user turns too, even a newline inside the user's text.
-- llama_v3 (LLaVA-NeXT): the whole assistant turn, header included, and every `<|begin_of_text|>`,
-  `<|start_header_id|>`, `<|end_header_id|>` and `<|eot_id|>`. "\n\n" is on its list as well, but is looked
-  up as a vocabulary string, which a byte-level vocabulary (it spells newlines "Ċ") does not hold: no effect.
+- qwen (LLaVA-NeXT): the whole assistant turn with `<|im_start|>assistant\n` and the last newline. In addition every
+  token that is `<|im_start|>`, `<|im_end|>` or a single newline (id 198), at any position: also in system and
+  user turns, even a newline inside the user's text.
+- llama_v3 (LLaVA-NeXT): the whole assistant turn with its header, and every `<|begin_of_text|>`,
+  `<|start_header_id|>`, `<|end_header_id|>` and `<|eot_id|>`. "\n\n" is on its list too, but without effect: it is
+  looked up as a vocabulary string, and a byte-level vocabulary spells newlines "Ċ".
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from llava_fast.errors import RequestError
 class TurnFormat:
     """One chat format. Pairs are the literal text before and after what they wrap.
 
-    `system` is the prompt used when the caller gives none: "" writes no system part, None means that the
-    format has no place for one. `answer` wraps the part that the model itself generates (so its second
-    half holds the end of turn); `assistant_header` is the generation prompt before it.
+    `system` is the default system prompt: "" writes no system part, None means that the format does not support
+    one. `answer` wraps the text that the model generates, so its second string contains the end of turn;
+    `assistant_header` is the generation prompt before it.
     """
 
     name: str
@@ -43,12 +43,12 @@ class TurnFormat:
     after_answer: str = ""
     system: str | None = ""
     system_wrap: tuple[str, str] = ("", "")
-    system_inside_user: bool = False  # the system part stands inside the first user turn (Llama 2)
+    system_inside_user: bool = False  # the system part is inside the first user turn (Llama 2)
     start: str = ""  # before everything else
     before_later_users: str = ""  # before every user turn but the first
-    strip_text: bool = False  # texts lose white space at both ends, as `| trim` does in the source template
-    placeholders_only: bool = False  # of a user turn only its image placeholders are kept
-    # Not empty: the original trainer supervises whole assistant turns, and these tokens wherever they stand.
+    strip_text: bool = False  # strip white space at both ends of texts, like `| trim` in the source template
+    placeholders_only: bool = False  # keep only the image placeholders of a user turn
+    # If not empty, the original trainer supervises whole assistant turns, and these tokens at any position.
     original_label_tokens: tuple[str, ...] = ()
 
 
@@ -77,7 +77,7 @@ _VICUNA_V1 = TurnFormat(
     assistant_header="ASSISTANT:",
     answer=(" ", "</s>"),
 )
-# LLaVA-1.5 and 1.6 are trained and evaluated with vicuna_v1; the original command line picks this for them.
+# LLaVA-1.5 and 1.6 are trained and evaluated with vicuna_v1, but the original command line uses this one.
 _LLAVA_V1 = replace(
     _VICUNA_V1,
     name="llava_v1",
@@ -110,7 +110,7 @@ _MISTRAL = replace(
     system="",
     before_later_users="",
 )
-# 34b (Yi). Nothing stands between `<|im_end|>` and the next `<|im_start|>`.
+# 34b (Yi). There is no text between `<|im_end|>` and the next `<|im_start|>`.
 _CHATML_DIRECT = TurnFormat(
     name="chatml_direct",
     aliases=("mistral_direct",),
@@ -121,7 +121,7 @@ _CHATML_DIRECT = TurnFormat(
     assistant_header="<|im_start|>assistant\n",
     answer=("", "<|im_end|>"),
 )
-# The source renders with the tokeniser of Meta-Llama-3-8B-Instruct; this is what that one's template writes.
+# The source uses the chat template of Meta-Llama-3-8B-Instruct's tokenizer; this is the text it produces.
 _LLAVA_LLAMA_3 = TurnFormat(
     name="llava_llama_3",
     aliases=(),
@@ -162,18 +162,18 @@ TURN_FORMATS = (
 
 
 def default_template_name(model_path_or_name: str, decoder_type: str) -> str:
-    """The template to use for a checkpoint that brings none, by its name and then by its decoder.
+    """The template for a checkpoint without one, chosen by its name, then by its decoder.
 
     The order for names with "llama-2", "mistral", "v1.6-34b" or "v1" is that of the original command line
     (llava/eval/run_llava.py and llava/serve/cli.py, haotian-liu/LLaVA c121f04). LLaVA-NeXT leaves the choice
     for its Llama 3 and Qwen models to the user ("llava_llama_3" and "qwen_1_5" in its examples); here their
-    names decide, before "v1" is looked for. Where the original would fall back to the format of the first
-    LLaVA (llava_v0) whatever the model is, the decoder decides.
+    names decide, and take precedence over "v1". The original's fallback is always the format of the first LLaVA
+    (llava_v0); here it depends on the decoder.
 
-    model_path_or_name: a path or hub id; only its last part counts (the last two for ".../checkpoint-N").
+    model_path_or_name: a path or Hub id; only its last component counts (the last two for ".../checkpoint-N").
     decoder_type: `model_type` of the language model or of the original checkpoint ("llama", "mistral",
         "qwen2", "llava_qwen", ...).
-    Returns a name that `builtin_template` knows; raises RequestError for a decoder no template is known for.
+    Returns a name for `builtin_template`. Raises RequestError for a decoder without a known template.
     """
     parts = model_path_or_name.strip("/").split("/")
     name = "_".join(parts[-2:] if parts[-1].startswith("checkpoint-") else parts[-1:]).lower()

@@ -1,7 +1,4 @@
-"""OpenAI-style messages: checking them, finding their images, and making them from LLaVA training data.
-
-`chat.py` is the public face of what is here.
-"""
+"""OpenAI-style messages: validating them, finding their images, and converting LLaVA training data to them."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ IMAGE_PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
 PLACEHOLDERS = {"image": IMAGE_PLACEHOLDER, "video": VIDEO_PLACEHOLDER}
 
-# LLaVA-1.5 (arXiv 2310.03744), the response-format prompts of its short-answer and multiple-choice data.
+# The response-format prompts of LLaVA-1.5's short-answer and multiple-choice data (arXiv 2310.03744).
 RESPONSE_FORMATS = {
     "short": "Answer the question using a single word or phrase.",
     "option letter": "Answer with the option's letter from the given choices directly.",
@@ -23,18 +20,18 @@ RESPONSE_FORMATS = {
 
 
 def normalise_messages(messages: Sequence[Mapping]) -> tuple[list[dict], list[Any]]:
-    """Check OpenAI-style messages and bring their content to lists of items.
+    """Validate OpenAI-style messages and convert their content to lists of items.
 
-    messages: {"role": "system" | "user" | "assistant", "content": str or list}; an optional system message,
-        then user and assistant in turn. Content items: {"type": "text", "text"}, {"type": "image_url",
+    messages: {"role": "system" | "user" | "assistant", "content": str or list}: an optional system message,
+        then alternating user and assistant messages. Content items: {"type": "text", "text"}, {"type": "image_url",
         "image_url": {"url"} or str}, {"type": "image"} (with "image", "url" or "path", or without a source),
-        {"type": "video"}. Other keys of a message are not read.
+        {"type": "video"}. Other keys of a message are ignored.
     Returns (messages, image_sources). Items of the new messages are {"type": "text", "text"},
-        {"type": "image"} or {"type": "video"}. image_sources holds one entry per image in reading order: its
-        source (a data URI, a path, or the object given), or None where the request's own list of images must
-        supply it: an image item without a source, or a `<image>` placeholder inside a text. Texts stay as they are.
-    Raises RequestError, naming the message, for a wrong order of roles, an empty user message, an unknown content,
-    images outside user messages, and web addresses. (An assistant's message may be empty: models do answer nothing.)
+        {"type": "image"} or {"type": "video"}. image_sources has one entry per image in reading order: its
+        source (a data URI, a path, or the given object), or None for an image item without a source and for an
+        `<image>` placeholder in a text, which are taken from the request's "images". Texts are not changed.
+    Raises RequestError, naming the message, for a wrong order of roles, an empty user message, unknown content,
+    images outside user messages, and web addresses. (Assistant messages may be empty, since models may answer nothing.)
     """
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
         raise RequestError("messages must be a non-empty list of {'role': ..., 'content': ...}")
@@ -61,7 +58,7 @@ def normalise_messages(messages: Sequence[Mapping]) -> tuple[list[dict], list[An
 
 
 def _normalise_content(content: Any, role: str, where: str, sources: list[Any]) -> list[dict]:
-    """The items of one message; appends its image sources to `sources`."""
+    """The items of one message. Appends its image sources to `sources`."""
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, Sequence):
@@ -105,13 +102,13 @@ def _image_source(item: Mapping, where: str) -> Any:
 def messages_from_conversations(conversations: Sequence[Mapping], image_first: bool = True) -> list[dict]:
     """Messages from the `conversations` of a LLaVA data sample: [{"from": "human" | "gpt", "value": str}].
 
-    Also reads the "role"/"content" keys and the names system, user and assistant, as LLaVA-NeXT does. A first
+    Also reads the keys "role" and "content" and the roles system, user and assistant, like LLaVA-NeXT. A first
     turn by "gpt" is left out, as in the original trainers.
-    image_first: do what preprocess_multimodal of LLaVA-NeXT does to a text with exactly one `<image>` that
-        does not start with it: the placeholder moves to the front and a newline follows it. (The first LLaVA trainer
-        did so to every text with a placeholder; for several images in one text it so lost all placeholders but one.)
-    Raises RequestError, naming the turn, for an unknown role, a value that is no string, or two turns in a
-    row by the same side.
+    image_first: in a text with exactly one `<image>` that is not at the start, move the placeholder to the start and
+        add a newline, like LLaVA-NeXT's preprocess_multimodal. (The first LLaVA trainer did this to every text with a
+        placeholder and so lost all but one of several.)
+    Raises RequestError, naming the turn, for an unknown role, a value that is not a string, and two consecutive turns
+    of the same role.
     """
     names = {
         "human": "user",
@@ -143,8 +140,8 @@ def messages_from_conversations(conversations: Sequence[Mapping], image_first: b
 def with_response_format(text: str, style: str) -> str:
     """`text`, a newline, and the response-format prompt of LLaVA-1.5: style "short" or "option letter".
 
-    These are the words the short-answer and multiple-choice training data carry, so a model answers them in
-    that form. Raises RequestError for another style.
+    The short-answer and multiple-choice training data contain these prompts, so a model answers in that format.
+    Raises RequestError for another style.
     """
     if style not in RESPONSE_FORMATS:
         raise RequestError(f"unknown response format {style!r}: use one of {', '.join(map(repr, RESPONSE_FORMATS))}")
@@ -152,10 +149,10 @@ def with_response_format(text: str, style: str) -> str:
 
 
 def with_video_times(messages: Sequence[Mapping], duration: float, times: Sequence[float]) -> list[dict]:
-    """Normalised messages in which the question that holds the video begins with the video and LLaVA-NeXT's time
-    instruction (add_time_instruction in llava/train/train.py): how long it lasts, and when its frames are (seconds).
+    """Normalised messages in which the video's question begins with the video and LLaVA-NeXT's time instruction, which
+    states its duration and the times of its frames in seconds (add_time_instruction in llava/train/train.py).
 
-    The sentence is the one that models were trained with, to the missing space.
+    The sentence is exactly the one used in training, including its missing space.
     """
     located = ",".join(f"{time:.2f}s" for time in times)
     instruction = (
@@ -174,11 +171,10 @@ def with_video_times(messages: Sequence[Mapping], duration: float, times: Sequen
 
 
 def content_text(items: Sequence[Mapping]) -> str:
-    """Items as one text, in the order given: texts as they are, a newline between image and neighbour.
+    """Join items to one text, with a newline between an image and its neighbours.
 
-    So an image and a question give "<image>\\nquestion", as llava/eval/run_llava.py writes it. A video is
-    marked `<video>`, so that the two can be told apart; LLaVA-NeXT writes `<image>` for both, and gives both
-    the same token id.
+    An image and a question give "<image>\\nquestion", as in llava/eval/run_llava.py. A video becomes `<video>`, to
+    distinguish it from an image; LLaVA-NeXT writes `<image>` for both and gives both the same token id.
     """
     pieces: list[str] = []
     was_visual = False
@@ -194,7 +190,7 @@ def content_text(items: Sequence[Mapping]) -> str:
 
 
 def take_system(messages: list[dict], system: str | None) -> tuple[str | None, list[dict]]:
-    """The system prompt (None: nobody gave one) and the other messages."""
+    """The system prompt (None if there is none) and the other messages."""
     if messages[0]["role"] != "system":
         return system, messages
     if system is not None:

@@ -1,10 +1,9 @@
-"""Messages in, prompt text out: OpenAI-style messages, the chat templates, and what an answer's label covers.
+"""Renders messages to prompt text through chat templates, and marks which text is supervised.
 
-A prompt is a list of `Segment`s whose texts, joined, are what is tokenised (once; a label mask then comes
-from the segments' spans, never from tokenising pieces again). The texts hold `<image>` or `<video>` where pictures go.
-Nothing here knows token ids. A template may write the beginning-of-sequence token itself (llava_llama_3, many
-checkpoints' own): whoever tokenises must not add a second one to a prompt that starts with it.
-"""
+A prompt is a list of `Segment`s. Their joined text is tokenised once; the label mask is computed from the segments'
+spans, never by tokenising parts again. The text contains `<image>` or `<video>` for each image or video. No token ids
+are used here. A template may write the BOS token itself (llava_llama_3, many checkpoints' templates); the tokenizer
+must then not add a second one."""
 
 from __future__ import annotations
 
@@ -29,10 +28,10 @@ from llava_fast.inputs.chat.sandbox import PROBE, PROMPT, CompiledTemplate, Limi
 class Segment:
     """A piece of a prompt.
 
-    supervised: the piece is what an answer's label covers: all that the model has to generate after the
-        generation prompt (a space before the answer where the format has one, the answer, its end of turn).
-    supervised_original: the original trainers put a loss on it (see chat_templates.py). Of user and system
-        texts this marks only what the template wrote; for the rest see `original_label_tokens`.
+    supervised: the piece is part of an answer, that is, of what the model must generate after the generation
+        prompt: a space before the answer if the format has one, the answer, the end of turn.
+    supervised_original: the original trainers supervise the piece (see formats.py). In user and system turns only the
+        template's own text is marked; for the rest see `original_label_tokens`.
     """
 
     text: str
@@ -41,11 +40,11 @@ class Segment:
 
 
 class ChatTemplate(Protocol):
-    """How messages become a prompt.
+    """Interface of chat templates: messages to prompt.
 
     name: the canonical name. stop: the strings that end an assistant turn.
-    original_label_tokens: texts of single tokens that the original trainer supervised wherever they stood,
-        also inside a user's text. Empty for most templates.
+    original_label_tokens: texts of single tokens that the original trainer supervises at any position, also inside a
+        user's text. Empty for most templates.
     """
 
     @property
@@ -70,12 +69,12 @@ class ChatTemplate(Protocol):
 
 
 def builtin_names() -> set[str]:
-    """The names that `builtin_template` takes."""
+    """The names that `builtin_template` accepts."""
     return {name for each in TURN_FORMATS for name in (each.name, *each.aliases)}
 
 
 def builtin_template(name: str) -> ChatTemplate:
-    """A template by its name here or in llava/conversation.py; RequestError for an unknown one."""
+    """A template by its name here or in llava/conversation.py. Raises RequestError for an unknown name."""
     for turn_format in TURN_FORMATS:
         if name == turn_format.name or name in turn_format.aliases:
             return BuiltinTemplate(turn_format)
@@ -87,8 +86,8 @@ def builtin_template(name: str) -> ChatTemplate:
 class BuiltinTemplate:
     """A `ChatTemplate` from a `TurnFormat`.
 
-    The text before an answer's supervised segment is what rendering the messages before it with the
-    generation prompt gives, so a chat can go on from its own cache.
+    The text before an answer's supervised segment equals the earlier messages rendered with the generation prompt, so
+    a chat can continue from its KV cache.
     """
 
     format: TurnFormat
@@ -111,11 +110,11 @@ class BuiltinTemplate:
     def segments(
         self, messages: Sequence[Mapping], system: str | None = None, add_generation_prompt: bool = True
     ) -> list[Segment]:
-        """The prompt for `messages` (any form that `normalise_messages` takes).
+        """The prompt for `messages` (in any form that `normalise_messages` accepts).
 
         system: replaces the template's system prompt; "" leaves it out.
-        add_generation_prompt: open the assistant's turn after the last user message; ignored when the last
-            message is the assistant's.
+        add_generation_prompt: open the assistant's turn after the last user message; ignored if the last message is
+            the assistant's.
         """
         form = self.format
         system, turns = take_system(normalise_messages(messages)[0], system)
@@ -171,7 +170,7 @@ class _SegmentList:
             self.segments.append(Segment(text, supervised, original))
 
     def template(self, text: str, original: bool = False) -> None:
-        """Text the template wrote: the original's label tokens in it are supervised there."""
+        """Add text written by the template. The original label tokens in it are marked supervised_original."""
         pieces = self._pattern.split(text) if self._pattern else [text]
         for index, piece in enumerate(pieces):  # the odd ones are the pattern's matches
             self.add(piece, False, original or index % 2 == 1)
@@ -184,21 +183,21 @@ class _SegmentList:
 
 # ---------------------------------------------------------------- a checkpoint's own template
 
-# What ends a turn in the family's templates; a checkpoint's own is searched for them.
+# The ends of turn in the family's templates; a checkpoint's template is searched for them.
 _TURN_ENDS = ("</s>", "<|im_end|>", "<|eot_id|>")
 
 
 def checkpoint_template(
     jinja_source: str, special_tokens: Mapping[str, str], origin: str = "the checkpoint's chat template"
 ) -> ChatTemplate:
-    """The template a checkpoint brings (chat_template.jinja, chat_template.json or tokenizer_config.json).
+    """A checkpoint's chat template (from chat_template.jinja, chat_template.json or tokenizer_config.json).
 
-    special_tokens: {"bos_token": ..., "eos_token": ...}, a tokeniser's `special_tokens_map`.
-    origin: what the errors call it, with its file.
-    It is rendered as transformers' `apply_chat_template` does it, with bounds on time and memory; see
-    template_sandbox. Content goes in as lists of items, or, for a template that only knows texts (probed once,
-    here), as the text that the built-in templates would write.
-    Raises CheckpointError for a template that is no valid Jinja, or does not end on one message.
+    special_tokens: {"bos_token": ..., "eos_token": ...}, a tokenizer's `special_tokens_map`.
+    origin: the name and file of the template in errors.
+    It is rendered like transformers' `apply_chat_template`, but with limits on time and memory (see sandbox.py).
+    Content is passed as lists of items or, if a probe here shows that the template only supports strings, as the text
+    that the built-in templates would write.
+    Raises CheckpointError for invalid Jinja, and for a template that exceeds the limits with one message.
     """
     stop = [end for end in _TURN_ENDS if end in jinja_source]
     eos = special_tokens.get("eos_token")
@@ -208,8 +207,8 @@ def checkpoint_template(
         _compiled(jinja_source)
     except ImportError:
         raise
-    except Exception as error:  # also Python's own, of nested blocks that its compiler refuses
-        raise CheckpointError(f"{origin} is no valid Jinja: {' '.join(str(error).split())}") from error
+    except Exception as error:  # also Python's, since its compiler limits nested blocks
+        raise CheckpointError(f"{origin} is not valid Jinja: {' '.join(str(error).split())}") from error
     probe = "a text to find again"
     try:
         text, _ = _render_jinja(
@@ -222,7 +221,7 @@ def checkpoint_template(
         takes_items = probe in text and "'type'" not in text and '"type"' not in text
     except TemplateLimitError as error:
         raise CheckpointError(f"{origin} cannot be used: {error}") from error
-    except Exception:  # foreign code: adding a list to a string, its own raise_exception, ...
+    except Exception:  # untrusted code: adding a list to a string, its own raise_exception, ...
         takes_items = False
     return CheckpointTemplate(jinja_source, dict(special_tokens), tuple(stop), takes_items)
 
@@ -239,7 +238,7 @@ def _render_jinja(
     add_generation_prompt: bool,
     limits: Limits = PROMPT,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The prompt, and the character spans of its `{% generation %}` blocks (none where it has none)."""
+    """The prompt, and the character spans of its `{% generation %}` blocks (empty without such blocks)."""
     variables: dict[str, Any] = {"messages": messages, "tools": None, "documents": None}
     return _compiled(source).render(
         {**variables, "add_generation_prompt": add_generation_prompt, **special_tokens}, limits
@@ -248,9 +247,9 @@ def _render_jinja(
 
 @dataclass(frozen=True)
 class CheckpointTemplate:
-    """A `ChatTemplate` from a checkpoint's Jinja source; `checkpoint_template` makes one.
+    """A `ChatTemplate` from a checkpoint's Jinja source, made by `checkpoint_template`.
 
-    Some published templates write no end of turn after an answer (llava-1.5's own); then none is supervised.
+    Some published templates (such as llava-1.5's) write no end of turn after an answer; then none is supervised.
     """
 
     source: str
@@ -266,12 +265,12 @@ class CheckpointTemplate:
     def segments(
         self, messages: Sequence[Mapping], system: str | None = None, add_generation_prompt: bool = True
     ) -> list[Segment]:
-        """The prompt for `messages`, cut at the answers; both flags of an answer's segment are set.
+        """The prompt for `messages`, split at the answers; both flags of an answer's segment are set.
 
-        An answer is found by rendering the messages before it with the generation prompt: what follows that,
-        up to and with the end of turn, is supervised. Where the prompt is not a prefix of the whole, the
-        template's `{% generation %}` block tells where the answer starts. Raises RequestError when neither
-        does, or when a turn is written differently once others follow it; `render` still works then.
+        To find an answer, the messages before it are rendered with the generation prompt; the text after that prefix,
+        including the end of turn, is supervised. If the rendering is not a prefix of the whole prompt, the template's
+        `{% generation %}` block gives the start of the answer. Raises RequestError if there is no such block, or if a
+        turn is rendered differently when others follow it; `render` still works then.
         """
         prepared = self._prepare(messages, system)
         text, blocks = self._render(prepared, add_generation_prompt)
@@ -321,5 +320,5 @@ class CheckpointTemplate:
     def _render(self, messages: list[dict], add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
         try:
             return _render_jinja(self.source, self.special_tokens, messages, add_generation_prompt)
-        except Exception as error:  # foreign code may raise anything
-            raise RequestError(f"the checkpoint's chat template refuses these messages: {error}") from error
+        except Exception as error:  # untrusted code may raise anything
+            raise RequestError(f"the checkpoint's chat template rejects these messages: {error}") from error

@@ -1,4 +1,4 @@
-"""Rendering a checkpoint's Jinja chat template, which is untrusted code, with limits on time and memory.
+"""Renders a checkpoint's Jinja chat template, which is untrusted code, with limits on time and memory.
 
 The sandbox has the filters and globals of transformers' `apply_chat_template`. Jinja's own sandbox only protects
 Python's internals: two nested loops run for hours, and `"a" * 10**10` takes 10 GB. So a template is compiled with a
@@ -25,10 +25,10 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 MOST_SOURCE = 2**16
-"""The longest template, in characters; published ones have about 20,000 at most."""
+"""The longest allowed template in characters; the longest published ones have about 20,000."""
 _LARGEST = 2**25  # characters of one text, elements of one list
-_ELEMENT = 128  # what an element of a list counts, in characters, when a value is measured
-_MOST_BITS = 4096  # of a number
+_ELEMENT = 128  # characters that an element of a list counts as
+_MOST_BITS = 4096  # of an integer
 _CHECKS = 64  # loop steps between two checks of the clock
 
 
@@ -40,20 +40,20 @@ class TemplateLimitError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one rendering: seconds of this thread's processor time, and characters produced, output or not."""
+    """Limits of one rendering: seconds of this thread's CPU time, and characters produced, in the output or not."""
 
     seconds: float
     characters: int
 
 
 PROBE = Limits(0.25, 2**24)
-"""One message of a few words."""
+"""Limits for one message of a few words."""
 PROMPT = Limits(5.0, 2**28)
-"""Any prompt: a conversation as long as the longest context is rendered in a hundredth of this."""
+"""Limits for any prompt: a conversation as long as the longest context takes about a hundredth of this."""
 
 
 class _Rendering(threading.local):
-    """What this thread's rendering has left, and the output so far, for `{% generation %}`."""
+    """The remaining limits of this thread's rendering, and the output so far, for `{% generation %}`."""
 
     deadline = float("inf")
     characters = _LARGEST
@@ -63,7 +63,7 @@ class _Rendering(threading.local):
 
 
 class CompiledTemplate:
-    """A chat template. Raises what Jinja raises for a source that is not valid, among it RecursionError."""
+    """A compiled chat template. For an invalid source the constructor raises Jinja's errors or RecursionError."""
 
     def __init__(self, source: str) -> None:
         if len(source) > MOST_SOURCE:
@@ -72,8 +72,8 @@ class CompiledTemplate:
         self._template = self._environment.from_string(_Checks().visit(self._environment.parse(source)))
 
     def render(self, variables: Mapping[str, Any], limits: Limits) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and the character spans of its `{% generation %}` blocks. Raises TemplateLimitError, and whatever
-        foreign code may raise."""
+        """The text, and the character spans of its `{% generation %}` blocks. Raises TemplateLimitError, and anything
+        that the template raises."""
         pieces: list[str] = []
         with self._environment.rendering(limits) as state:
             for piece in self._template.generate(variables):
@@ -85,7 +85,7 @@ class CompiledTemplate:
 
 
 class _GenerationBlocks(Extension):
-    """`{% generation %}` ... `{% endgeneration %}` around what the model writes, as transformers has it."""
+    """`{% generation %}` ... `{% endgeneration %}` around the model's text, as in transformers."""
 
     tags = {"generation"}  # noqa: RUF012 as jinja2 declares it
 
@@ -102,7 +102,7 @@ class _GenerationBlocks(Extension):
 
 
 class _Checks(NodeTransformer):
-    """Puts the sandbox's checks into a parsed template."""
+    """Inserts the sandbox's checks into a parsed template."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
@@ -131,10 +131,10 @@ def _filtered(node: nodes.Expr, name: str, *arguments: nodes.Expr) -> nodes.Filt
     return nodes.Filter(node, name, list(arguments), [], None, None, lineno=node.lineno)
 
 
-# Filters that keep a list's elements as they are, so that its length is what counts; others may write them out.
+# Filters that do not render a list's elements, so that only its length counts; others may render them.
 _SHALLOW = {"count", "d", "default", "first", "items", "last", "length", "list", "map", "reject", "rejectattr"}
 _SHALLOW |= {"reverse", "select", "selectattr"}
-# Filters and methods whose result may be as long as the product of their arguments, widths among them.
+# Filters and methods whose result may be as long as the product of their arguments, which may be widths.
 _MULTIPLY = {"batch", "center", "expandtabs", "format", "format_map", "indent", "ljust", "rjust", "slice", "to_bytes"}
 _MULTIPLY |= {"tojson", "translate", "wordwrap", "zfill"}
 _WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*(\*|\d{5})")
@@ -150,14 +150,14 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
-            optimized=False,  # or constant expressions would be computed, unchecked, while compiling
+            optimized=False,  # else constant expressions would be computed without checks while compiling
             finalize=self._checked,
             extensions=[_GenerationBlocks, jinja2.ext.loopcontrols],
         )
         theirs = _compile_jinja_template("").environment
         self.globals.update(theirs.globals)
         self.filters = {name: self._checked_filter(name, each) for name, each in theirs.filters.items()}
-        del self.globals["lipsum"], self.filters["urlize"]  # slow without bound, and no chat template has them
+        del self.globals["lipsum"], self.filters["urlize"]  # unbounded time, and unused in chat templates
         self.filters |= {"checked": self._checked, "checked_loop": self._checked_loop}
         self.state = _Rendering()
 
@@ -172,7 +172,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             state.deadline, state.characters = float("inf"), _LARGEST
 
     def _check(self, made: int = 0) -> None:
-        """Count one operation that made so many characters."""
+        """Count one operation that produced `made` characters."""
         state = self.state
         state.characters -= made
         state.checks -= 1 + made // 1024

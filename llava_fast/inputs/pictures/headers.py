@@ -1,7 +1,6 @@
-"""The size of an image from its file's header: no pixel is decoded.
+"""The size of an image from its file's header, without decoding pixels.
 
-It agrees with `open_image` wherever that succeeds; a file that is truncated after its header still has a size
-here.
+It equals the size from `open_image` if that succeeds. A file that is truncated after its header still has a size here.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from PIL.PngImagePlugin import PngImageFile
 from llava_fast.errors import ImageError
 from llava_fast.inputs.pictures.reading import check_pixels, open_header, open_image
 
-_HEADER_SAYS_ALL = {"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP"}  # others are decoded: TIFF turns itself, icons choose
-_TURNED = {5, 6, 7, 8}  # orientations whose sides change places
-_PNG_NOTES = {b"eXIf", b"iTXt", b"tEXt", b"zTXt"}  # the chunks an orientation may stand in
+_HEADER_SAYS_ALL = {"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP"}  # others are decoded: TIFF may be rotated, ICO has many
+_TURNED = {5, 6, 7, 8}  # orientations that swap width and height
+_PNG_NOTES = {b"eXIf", b"iTXt", b"tEXt", b"zTXt"}  # chunks that may contain an orientation
 
 
 def image_size(source: Any, exif: bool = True) -> tuple[int, int]:
-    """(height, width) of what `open_image(source, exif)` returns. Raises what it raises for a bad header."""
+    """(height, width) of `open_image(source, exif)`. Raises the same errors for an invalid header."""
     if isinstance(source, (np.ndarray, Image.Image)):
         return _shape(open_image(source))
     image, name = open_header(source)
@@ -33,9 +32,9 @@ def image_size(source: Any, exif: bool = True) -> tuple[int, int]:
         if hidden or image.format not in _HEADER_SAYS_ALL:
             return _shape(open_image(source, exif))
         try:
-            # PNG's own getexif decodes the image, to look for what comes after it.
+            # The PNG plugin's getexif would decode the image to read the chunks after it.
             orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) if exif else 1
-        except Exception as error:  # a broken EXIF block: Pillow's parsers raise many kinds
+        except Exception as error:  # an invalid EXIF block: Pillow's parsers raise many types
             raise ImageError(f"{name} cannot be decoded: {error}") from error
         return (image.width, image.height) if orientation in _TURNED else (image.height, image.width)
 
@@ -45,7 +44,7 @@ def _shape(pixels: np.ndarray) -> tuple[int, int]:
 
 
 def _notes_come_last(file: Any) -> bool:
-    """Whether a PNG has text or EXIF after its pixels, which opening it does not read."""
+    """Whether a PNG has text or EXIF after its pixels, which are not read when it is opened."""
     file.seek(len(b"\x89PNG\r\n\x1a\n"))
     pixels_seen = False
     while len(head := file.read(8)) == 8:

@@ -20,10 +20,11 @@ CLIP_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class Size:
-    """The size an image is resized to, as `size` in a processor's file; the fields that are set determine the mode.
+    """The target size of a resize, as `size` in a processor's file; the fields that are set determine the mode.
 
-    height and width: exactly that. shortest_edge: the shorter side, aspect kept; with longest_edge: less, if the longer
-    side would pass that. max_height and max_width: as large as fits, aspect kept.
+    height and width: exactly this size. shortest_edge: the shorter side, keeping the aspect ratio; with longest_edge,
+    less if the longer side would exceed that. max_height and max_width: the largest that fits, keeping the aspect
+    ratio.
     """
 
     height: int | None = None
@@ -59,7 +60,7 @@ class Size:
         return (int(exact * height / width), edge) if width < height else (edge, int(exact * width / height))
 
     def fields(self) -> dict[str, int]:
-        """As a processor's file states it."""
+        """The fields as in a processor's file."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -67,10 +68,10 @@ class Size:
 class Fit:
     """How an image becomes a square tile.
 
-    square  it is first padded to a square of its longer side with the mean colour.
-    size    it is resized to this; None: it is not resized.
-    crop    then the centre of the tile's size is cropped, padded with black if the image is smaller. False: no crop,
-            and an image of another size is refused.
+    square  pad it first to a square of its longer side with the mean colour.
+    size    resize it to this size; None: do not resize.
+    crop    then crop the centre to the tile's size, padding with black if the image is smaller. False: do not crop; an
+            image of another size raises ImageError.
     """
 
     square: bool
@@ -119,17 +120,15 @@ class Preprocessing:
 
 
 def may_fold(std: Sequence[float]) -> bool:
-    """Whether normalisation by this std, of pixels in 0..1, may be folded into a patch embedding (ops.patch_embed).
-    Values far above one, as from bytes that are not rescaled, would suffer from cancellation."""
+    """Whether normalisation with this std, for pixels in 0..1, may be folded into a patch embedding (ops.patch_embed).
+    Values far above one, as from pixels that are not rescaled, would suffer from cancellation."""
     return min(std) > 1 / 32
 
 
 def fold_values(
     do_rescale: bool, rescale_factor: float, do_normalize: bool, image_mean: Sequence[float], image_std: Sequence[float]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) of each channel, for pixels in 0..1, so that (pixel / 255 - mean) / std is the output of a processor
-    with these settings.
-    """
+    """(mean, std) per channel such that (pixel / 255 - mean) / std is the output of a processor with these settings."""
     scale = 255 * (rescale_factor if do_rescale else 1.0)
     mean, std = (image_mean, image_std) if do_normalize else ((0.0,) * 3, (1.0,) * 3)
     return tuple(value / scale for value in mean), tuple(value / scale for value in std)

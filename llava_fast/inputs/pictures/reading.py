@@ -1,4 +1,4 @@
-"""Reading images into uint8 arrays, from paths, bytes, data URIs, PIL images and arrays."""
+"""Reads images from paths, bytes, data URIs, PIL images and arrays into uint8 arrays."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from PIL import Image, ImageOps
 from llava_fast.errors import ImageError, MissingFileError
 
 OPEN_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""Formats for files that nobody vouches for: Pillow reads them itself (EPS runs Ghostscript), and their headers say the
-size that is decoded (ICO's may not)."""
+"""Formats that are safe for untrusted files: Pillow decodes them itself (EPS runs Ghostscript), and their headers state
+the decoded size (ICO's may not)."""
 
 
 def open_image(
@@ -30,13 +30,13 @@ def open_image(
     source  a path (str or PathLike), the bytes of a file, a `data:` URI, a PIL image, or a uint8 array [H, W],
             [H, W, 3] or [H, W, 4].
     exif    apply a file's EXIF orientation, as transformers' load_image does (the original LLaVA does not). PIL images
-            and arrays are never turned, as in transformers' processors.
+            and arrays are never rotated, as in transformers' processors.
     alpha   "drop" ignores transparency: PIL's convert("RGB"), which the original LLaVA and transformers' load_image
-            use. "white" blends onto white, as newer transformers (5.23, image_transforms.convert_to_rgb) does with
-            PIL images and arrays handed to a processor.
-    formats the formats of Pillow that a file may have (None: all).
+            use. "white" blends onto white, like transformers 5.23 (image_transforms.convert_to_rgb) for PIL images and
+            arrays that are passed to a processor.
+    formats the allowed Pillow formats of a file (None: all).
     Raises ImageError for anything that cannot be read, FileNotFoundError for a missing file, TypeError for another
-    kind of source.
+    type of source.
     """
     if alpha not in ("drop", "white"):
         raise ValueError(f'alpha must be "drop" or "white", not {alpha!r}')
@@ -50,8 +50,8 @@ def open_image(
 
 
 def open_header(source: Any, formats: tuple[str, ...] | None = None) -> tuple[Image.Image, str]:
-    """A path, bytes or data URI as a PIL image of which only the header is read, and what an error calls it. `formats`,
-    and what it raises, are `open_image`'s."""
+    """A path, bytes or data URI as a PIL image whose header only is read, and its name for errors. `formats` and the
+    exceptions are those of `open_image`."""
     if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
         raise TypeError(f"an image is a path, bytes, data URI, PIL image or uint8 array, not {type(source).__name__}")
     name = source_name(source)
@@ -60,17 +60,17 @@ def open_header(source: Any, formats: tuple[str, ...] | None = None) -> tuple[Im
         return Image.open(file, formats=formats), name
     except Image.UnidentifiedImageError:
         kinds = "that Pillow reads" if formats is None else f"read here ({', '.join(formats)})"
-        raise ImageError(f"{name} is not an image of a kind {kinds}") from None
+        raise ImageError(f"{name} is not an image in a format {kinds}") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is too large: {error}") from None
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's format plugins raise many kinds on bad files
+    except Exception as error:  # Pillow's format plugins raise many types
         raise ImageError(f"{name} cannot be read: {error}") from error
 
 
 def source_name(source: Any) -> str:
-    """What an error calls an image or video."""
+    """The name of an image or video in errors."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"the image or video given as {len(source)} bytes"
     if isinstance(source, str) and source.startswith("data:"):
@@ -80,7 +80,7 @@ def source_name(source: Any) -> str:
 
 
 def source_file(source: Any, name: str) -> Any:
-    """What to open: a path, or the bytes as a file."""
+    """A path, or the bytes as a file object. Raises ImageError and MissingFileError."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
     elif isinstance(source, str) and source.startswith("data:"):
@@ -130,7 +130,7 @@ def _from_array(image: np.ndarray, alpha: str) -> np.ndarray:
 
 
 def require_rgb(source: Any) -> None:
-    """Raises ImageError for a PIL image or an array of other channels than RGB."""
+    """Raise ImageError for a PIL image or an array whose channels are not RGB."""
     mode = source.mode if isinstance(source, Image.Image) else "RGB" if np.shape(source)[2:] == (3,) else "another"
     if mode != "RGB":
         raise ImageError(
@@ -139,11 +139,11 @@ def require_rgb(source: Any) -> None:
 
 
 def check_pixels(width: int, height: int, name: str) -> None:
-    """Raises ImageError for an image without pixels, and for one of more than Pillow's limit."""
+    """Raise ImageError for an image without pixels or with more than Pillow's limit."""
     pixels, limit = width * height, Image.MAX_IMAGE_PIXELS
     if limit is not None and pixels > limit:
         raise ImageError(
-            f"{name} has {pixels} pixels and the limit is {limit}: shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS"
+            f"{name} has {pixels} pixels, the limit is {limit}: shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS"
         )
     if pixels == 0:
         raise ImageError(f"{name} has no pixels")
@@ -153,7 +153,7 @@ def _from_pil(image: Image.Image, name: str, exif: bool, alpha: str) -> np.ndarr
     check_pixels(image.width, image.height, name)
     try:
         image.load()
-        check_pixels(image.width, image.height, name)  # again: a header may say another size
+        check_pixels(image.width, image.height, name)  # again, since the header may state another size
         if exif:
             image = ImageOps.exif_transpose(image)
         if alpha == "white" and ("A" in image.getbands() or image.info.get("transparency") is not None):
@@ -162,5 +162,5 @@ def _from_pil(image: Image.Image, name: str, exif: bool, alpha: str) -> np.ndarr
         return np.asarray(image.convert("RGB"))
     except (MemoryError, ImageError):
         raise
-    except Exception as error:  # truncated or corrupt data: Pillow's decoders raise many kinds
+    except Exception as error:  # truncated or corrupt data: Pillow's decoders raise many types
         raise ImageError(f"{name} cannot be decoded: {error}") from error

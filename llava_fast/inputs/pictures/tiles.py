@@ -1,4 +1,4 @@
-"""Resizing and cutting images into the uint8 tiles of a vision tower, by csrc, equal to Pillow in every bit."""
+"""Resizes and cuts images into a vision tower's uint8 tiles with csrc, bit-identical to Pillow."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ INSTALLED_PILLOW: PillowOrder = _installed_order()
 """The order of resize passes of the installed Pillow: see `resize`."""
 
 TORCH_MODES = {"nearest": "nearest-exact", "bilinear": "bilinear", "bicubic": "bicubic"}
-"""Filter -> torch's interpolation of the same kind, where torchvision has one for uint8."""
+"""Filter -> torch's interpolation mode, for filters that torchvision supports for uint8."""
 
 
 def resize(
@@ -39,15 +39,15 @@ def resize(
     pillow: PillowOrder | None = None,
     threads: int = 0,
 ) -> np.ndarray:
-    """Pillow's resize, to the bit: uint8 [H, W, 3] to uint8 [*size, 3], size as (height, width).
+    """Pillow's resize, bit for bit: uint8 [H, W, 3] to uint8 [*size, 3], size as (height, width).
 
-    filter   "nearest", "box", "bilinear", "hamming", "bicubic" or "lanczos": Pillow's of that name.
-    pillow   which Pillow's order of passes. "12.1" (and before): the horizontal pass first. "12" (12.2 and 12.3, PR
-             9524 of python-pillow): the vertical one if the height shrinks and is over 100 times the width. "13" (PR
-             9549): the vertical one if the height loses more than twice as many rows as the width loses columns.
-             None: as the installed Pillow does.
-    threads  0 for all the processor's, or what OMP_NUM_THREADS says.
-    The instruction set is the best one here, or LLAVA_FAST_SIMD (scalar, avx2, avx512); the pixels are the same.
+    filter   Pillow's filter: "nearest", "box", "bilinear", "hamming", "bicubic" or "lanczos".
+    pillow   the Pillow version whose order of passes is used. "12.1" (and before): the horizontal pass first. "12"
+             (12.2 and 12.3, python-pillow PR 9524): the vertical pass first if the height shrinks and is over 100 times
+             the width. "13" (PR 9549): the vertical pass first if the height loses more than twice as many rows as the
+             width loses columns. None: the installed Pillow's.
+    threads  0: OMP_NUM_THREADS, or all cores if that is not set.
+    The instruction set is the best available, or LLAVA_FAST_SIMD (scalar, avx2, avx512); the result is the same.
     """
     return _C.resize(_pixels(image), *size, filter, pillow or INSTALLED_PILLOW, threads or _all_threads())
 
@@ -63,18 +63,18 @@ def make_tiles(
     layout: Literal["planar", "patch_rows"] = "planar",
     patch_size: int = 14,
 ) -> np.ndarray:
-    """The uint8 tiles of an image: each view (llava_fast.inputs.pictures.view.View) resized, placed and cut, in turn.
+    """The uint8 tiles of an image: each view (llava_fast.inputs.pictures.view.View) is resized, placed and cut.
 
     image       uint8 [H, W, 3].
-    resample    "pillow" is Pillow's resize to the bit; "torchvision" is what torchvision's v2 resize does with uint8
-                on the CPU (torch's own, antialiased), which differs by up to 2 levels and has only the filters of
-                TORCH_MODES. Needs torch, not torchvision.
+    resample    "pillow": bit-identical to Pillow's resize. "torchvision": torchvision's v2 resize of uint8 on the CPU
+                (torch's antialiased interpolation), which differs by up to 2 levels and supports only the filters of
+                TORCH_MODES. It needs torch, not torchvision.
     pillow, threads  as in `resize`.
     layout      "planar": [tiles, 3, tile_size, tile_size]. "patch_rows": [tiles, (tile_size // patch_size)**2,
-                3 * patch_size**2 rounded up to 16], a row being one patch in (channel, y, x) order and then zeros: an
-                aligned GEMM operand. Pixels beyond the last whole patch are left out, as a convolution does.
-    Raises ValueError for views whose canvas is not a multiple of the tile, a filter that `resample` does not have, or
-    an image of another shape or dtype.
+                3 * patch_size**2 rounded up to 16]: each row is one patch in (channel, y, x) order, zero-padded, so
+                that it is an aligned GEMM operand. Pixels after the last whole patch are dropped, as in a convolution.
+    Raises ValueError for views whose canvas is not a multiple of the tile, a filter that `resample` does not support,
+    and an image of another shape or dtype.
     """
     if resample not in ("pillow", "torchvision"):
         raise ValueError(f'resample must be "pillow" or "torchvision", not {resample!r}')
@@ -85,20 +85,20 @@ def make_tiles(
     if resample == "pillow":
         return _C.make_tiles(image, [_fields(view) for view in views], *options)
     stacks = []
-    for view in views:  # resized by torch; the compiled code then only places and cuts
+    for view in views:  # torch resizes; the compiled code then only places and cuts
         resized = _torchvision_resize(_square(image, view.fill) if view.square else image, view.size, view.filter)
         stacks.append(_C.make_tiles(resized, [(False, *_fields(view)[1:])], *options))
     return np.concatenate(stacks)
 
 
 class TilePlan(NamedTuple):
-    """The tiles of a batch of images as integers, so that a device can make them (llava_fast.ops.image_tiles).
+    """The tiles of a batch of images as integers, from which a device makes them (llava_fast.ops.image_tiles).
 
     jobs          int32 [jobs, 28]: one view of one image each (TileJob in csrc/image/tile_plan.h).
-    words         int32: the filters' tables, each once.
-    tile          side of a tile; patch: side of a patch for patch rows, 0 for planar tiles.
-    tiles         tiles of the whole batch; pixel_bytes: bytes of all its images, one after another.
-    middle_bytes  memory between the two passes; first_pixels, canvas_pixels: the largest job of each.
+    words         int32: the tables of the resize filters, without duplicates.
+    tile          side of a tile in pixels; patch: side of a patch for patch rows, 0 for planar tiles.
+    tiles         number of tiles in the batch; pixel_bytes: bytes of all its images, concatenated.
+    middle_bytes  scratch bytes between the two passes; first_pixels, canvas_pixels: pixels of the largest job of each.
     taps          most taps of a filter.
     """
 
@@ -115,7 +115,7 @@ class TilePlan(NamedTuple):
 
 
 class UncutImages(NamedTuple):
-    """Images whose tiles a device is to make: their pixels, uint8 [bytes], one image after another, and the plan."""
+    """Images whose tiles are made on the device: their concatenated pixels, uint8 [bytes], and the plan."""
 
     pixels: np.ndarray
     plan: TilePlan
@@ -129,9 +129,9 @@ def plan_tiles(
     pillow: PillowOrder | None = None,
     patch_size: int = 0,
 ) -> TilePlan:
-    """What `make_tiles` would do with images of these sizes (height, width), as integers; views: of each image.
+    """The plan of `make_tiles` for images of these sizes (height, width); views: those of each image.
 
-    patch_size  0 for planar tiles, else that of the layout "patch_rows". Raises ValueError as `make_tiles` does.
+    patch_size  0 for planar tiles, else the patch size of layout "patch_rows". Raises ValueError like `make_tiles`.
     """
     fields = [[_fields(view) for view in of_one] for of_one in views]
     layout = (patch_size > 0, patch_size or 1)
@@ -144,11 +144,11 @@ def plan_tiles(
 
 
 def _fields(view: View) -> tuple:
-    """A view as csrc takes it."""
+    """A view as the tuple that csrc expects."""
     return view.square, view.size, view.offset, view.canvas, view.fill, view.filter
 
 
-_AXIS_WIDTHS = [22, 26]  # the places of x.width and y.width among a TileJob's words
+_AXIS_WIDTHS = [22, 26]  # indices of x.width and y.width among a TileJob's words
 
 
 def _pixels(image: np.ndarray) -> np.ndarray:

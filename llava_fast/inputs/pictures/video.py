@@ -1,7 +1,7 @@
 """The frames of a video: their number, times and pixels.
 
-Headers and packets may give another number of frames than a decoder returns, so frames are always counted by
-`_decoded`, which reading uses too.
+The number of frames according to headers or packets may differ from the number that a decoder returns, so frames are
+always counted by decoding (`_decoded`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llava_fast.errors import ImageError
 from llava_fast.inputs.pictures.reading import open_image, source_file, source_name
 
 FOLDER_RATE = 2.0
-"""Frames a second of a folder of frames: what LLaVA-NeXT takes ShareGPTVideo's to have (llava/train/train.py)."""
+"""Frames per second of a folder of frames: LLaVA-NeXT's value for ShareGPTVideo (llava/train/train.py)."""
 
 _FILE = (str, os.PathLike, bytes, bytearray, memoryview)
 
@@ -28,12 +28,12 @@ _FILE = (str, os.PathLike, bytes, bytearray, memoryview)
 def read_video(source: Any, num_frames: int | None = None) -> np.ndarray:
     """Frames of a video as uint8 [frames, height, width, 3].
 
-    source      a path or the bytes of a video file (needs PyAV: `pip install 'llava_fast[video]'`); or the frames
-                themselves: a folder of image files (see `frame_files`); a list of anything `open_image` takes; or a
-                uint8 array [F, H, W, 3]. All frames have one size.
-    num_frames  take this many, spaced uniformly from the first to the last: frame numbers
-                np.linspace(0, total - 1, num_frames).astype(int), as the original LLaVA-NeXT does (a number repeats
-                when there are fewer frames than asked for). None: all of them.
+    source      a path or the bytes of a video file (needs PyAV: `pip install 'llava_fast[video]'`); or the frames: a
+                folder of image files (see `frame_files`), a list of sources for `open_image`, or a uint8 array
+                [F, H, W, 3]. All frames must have the same size.
+    num_frames  number of frames, spaced uniformly from the first to the last: frame indices
+                np.linspace(0, total - 1, num_frames).astype(int), as in LLaVA-NeXT (indices repeat if the video has
+                fewer frames). None: all frames.
     Raises ImageError for a video that cannot be read, has no frames or changes its size, ValueError for num_frames
     below 1.
     """
@@ -64,9 +64,9 @@ def read_video(source: Any, num_frames: int | None = None) -> np.ndarray:
 
 
 def frame_count(source: Any, num_frames: int | None = None) -> int:
-    """How many frames `read_video(source, num_frames)` returns. Raises what it raises for a missing file, one that is
-    no video or that this FFmpeg cannot decode, or no frames. Of a video file the first frame is decoded; if all frames
-    are wanted, each."""
+    """The number of frames that `read_video(source, num_frames)` returns. Raises the same errors for a missing file, a
+    file that is not a video or that this FFmpeg cannot decode, and a video without frames. Decodes the first frame of a
+    video file, or all frames if num_frames is None."""
     if _is_folder(source):
         total = len(frame_files(source))
     elif isinstance(source, _FILE):
@@ -85,10 +85,13 @@ CONTAINERS = "mov,matroska,avi,mpegts,mpeg,gif,flv,ogg,asf"
 
 
 def check_video(data: bytes, most_frames: int, check_size: Callable[[int, int], None]) -> None:
-    """Raises ImageError for a video file with more than `most_frames` frames, or of which a frame cannot be decoded.
-    `check_size` is called with the height and width that the header says, before any frame is decoded, and with those
-    of each frame; it raises for what is too large. For files that nobody vouches for: only containers that hold their
-    own frames (CONTAINERS) are opened, not playlists, which name other files."""
+    """Raise ImageError for a video file with more than `most_frames` frames or with a frame that cannot be decoded. For
+    untrusted files: only containers that include their frames (CONTAINERS) are opened, not playlists, which name other
+    files.
+
+    check_size: called with the (height, width) of the header before any frame is decoded, and with those of each frame;
+    it should raise if they are too large.
+    """
 
     def check_header(stream: Any) -> None:
         check_size(stream.codec_context.height, stream.codec_context.width)
@@ -105,29 +108,30 @@ def check_video(data: bytes, most_frames: int, check_size: Callable[[int, int], 
 
 
 class VideoTimes(NamedTuple):
-    """How long a video lasts, and when each of the frames taken from it is; seconds."""
+    """A video's duration, and the times of the selected frames, in seconds."""
 
     duration: float
     frames: list[float]
 
 
 def video_times(source: Any, num_frames: int) -> VideoTimes:
-    """When the frames of `read_video(source, num_frames)` are: frame i at i / rate, with the average rate from a file's
-    header, as in LLaVA-NeXT (process_video_with_decord in llava/utils.py). A folder of frames has FOLDER_RATE. A file's
-    frames are counted by decoding them. Raises ImageError for a video without times, and what `read_video` raises.
+    """The duration of a video and the times of the frames of `read_video(source, num_frames)`: frame i is at i / rate.
+    The rate is the average rate in a file's header, as in LLaVA-NeXT (process_video_with_decord in llava/utils.py), or
+    FOLDER_RATE for a folder of frames. A file's frames are counted by decoding. Raises ImageError for a video without
+    times, and the errors of `read_video`.
     """
     if _is_folder(source):
         total, rate = frame_count(source), FOLDER_RATE
     elif isinstance(source, _FILE):
         total, rate = _total(source), _rate(source)
     else:
-        raise ImageError("frames given as images do not say when they are: give a video file or a folder of frames")
+        raise ImageError("frames given as images have no times: give a video file or a folder of frames")
     return VideoTimes(total / rate, [int(number) / rate for number in uniform_frames(total, num_frames)])
 
 
 def frame_files(folder: str | os.PathLike) -> list[str]:
-    """The frames of a folder, in the order of their names: files with the suffix of an image that Pillow reads. Hidden
-    files, folders and others (Thumbs.db, a text) are no frames. Raises ImageError if there is none."""
+    """The frames of a folder, sorted by name: files with an image suffix known to Pillow. Hidden files, folders and
+    other files are ignored. Raises ImageError if there are no frames."""
     kinds = _image_suffixes()
     with os.scandir(os.fsdecode(folder)) as entries:
         files = sorted(
@@ -141,13 +145,13 @@ def frame_files(folder: str | os.PathLike) -> list[str]:
 
 
 def uniform_frames(total: int, count: int) -> np.ndarray:
-    """int64 [count]: the numbers of frames, spaced uniformly from the first to the last, that `read_video` takes."""
+    """int64 [count]: the frame indices that `read_video` selects, spaced uniformly from the first to the last."""
     return np.linspace(0, total - 1, count).astype(int)
 
 
 @functools.cache
 def _image_suffixes() -> frozenset[str]:
-    kinds = Image.registered_extensions()  # which also registers what Pillow opens
+    kinds = Image.registered_extensions()  # also initialises Pillow's plugins
     return frozenset(suffix for suffix, kind in kinds.items() if kind in Image.OPEN)
 
 
@@ -170,8 +174,8 @@ def _read_file(source: Any, num_frames: int | None) -> np.ndarray:
 
 
 def _total(source: Any) -> int:
-    """How many frames a video file has, decoded."""
-    if not isinstance(source, (str, os.PathLike)) or not os.path.exists(source):  # bytes, a data URI; or it is refused
+    """The number of frames of a video file, counted by decoding."""
+    if not isinstance(source, (str, os.PathLike)) or not os.path.exists(source):  # bytes, a data URI, or invalid
         return sum(1 for _ in _decoded(source, ()))
     about = os.stat(source)
     return _total_of_file(os.path.abspath(os.fsdecode(source)), about.st_size, about.st_mtime_ns)
@@ -179,7 +183,7 @@ def _total(source: Any) -> int:
 
 @functools.lru_cache(4096)
 def _total_of_file(path: str, size: int, changed: int) -> int:
-    """Cached while the file's size and modification time do not change."""
+    """`_total`, cached as long as the file's size and modification time do not change."""
     return sum(1 for _ in _decoded(path, ()))
 
 
@@ -190,10 +194,10 @@ def _decoded(
     check_header: Callable[[Any], None] | None = None,
     check_size: Callable[[int, int], None] | None = None,
 ) -> Generator[np.ndarray | None]:
-    """The frames of a video file in order: uint8 [height, width, 3] of those `wanted` (None: all), None for others.
-    `options` are FFmpeg's, for opening it. `check_header` is given the stream before a frame is decoded, `check_size`
-    each frame's height and width.
-    Raises ImageError, also for a video without frames and for one whose size changes."""
+    """The frames of a video file in order: uint8 [height, width, 3] for frames in `wanted` (None: all), None for
+    others. options: FFmpeg's options for opening it. check_header: called with the stream before a frame is decoded;
+    check_size: called with each frame's height and width. Raises ImageError, also for a video without frames and for
+    one whose size changes."""
     av, name = _pyav(), source_name(source)
     first = None
     try:
@@ -219,18 +223,18 @@ def _decoded(
 
 
 def _rate(source: Any) -> float:
-    """Frames a second, on average, as the header of a video file says. Raises ImageError."""
+    """The average frame rate in the header of a video file, per second. Raises ImageError."""
     name = source_name(source)
     with _opened(source, name) as container:
         stream = container.streams.video[0]
-        rate = stream.average_rate or stream.guessed_rate  # PyAV 17 may know the second alone
+        rate = stream.average_rate or stream.guessed_rate  # PyAV 17 may only have the second
     if not rate:
-        raise ImageError(f"{name} does not say how many frames it has a second, so their times are unknown")
+        raise ImageError(f"{name} does not state its frame rate, so the times of its frames are unknown")
     return float(rate)
 
 
 def _opened(source: Any, name: str, options: dict[str, str] | None = None) -> Any:
-    """A path, or the bytes of a video file, as a PyAV container that has a video stream. Raises ImageError."""
+    """A path or the bytes of a video file as a PyAV container with a video stream. Raises ImageError."""
     av = _pyav()
     try:
         container = av.open(source_file(source, name), options=options or {})

@@ -1,4 +1,4 @@
-"""A view: how an image is resized and placed on the canvas that tiles are cut from."""
+"""A view: how an image is resized and placed on the canvas from which tiles are cut."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from llava_fast.inputs.pictures.preprocessing import Filter
 class View:
     """One resize of the source image, placed on a canvas that is cut row-major into square tiles.
 
-    If `square`, the source first goes onto a `fill`-coloured square of its longer side, centred (rounded down).
-    It is then resized to `size` (height, width) by `filter` and placed at `offset` (y, x; negative crops) on a
-    `fill`-coloured `canvas` (height, width).
+    If `square`, the source is first centred (rounding down) on a square of its longer side with colour `fill`. It is
+    then resized to `size` (height, width) with `filter` and placed at `offset` (y, x; negative crops) on a `canvas`
+    (height, width) with colour `fill`.
     """
 
     size: tuple[int, int]

@@ -1,9 +1,8 @@
-"""Plans of few sizes: padded with unused tiles and rows, so that one CUDA graph serves many batches.
+"""Pads plans to bucket sizes with unused tiles and rows, so that one CUDA graph can run many batches.
 
 A graph is captured for fixed shapes. `bucket_of` rounds a plan's sizes up to a bucket, `fill` makes a plan of exactly
-that size: padding rows have index -1 everywhere, and their results are never read. Columns tile_count and kept_count
-[1] hold the real counts. A replayed graph reads them on the device, and kernels skip the tiles and kept rows after
-them. Integers only, as plans are.
+that size: padding rows have index -1 in every column, and their results are never read. Columns tile_count and
+kept_count [1] hold the real counts; kernels read them on the device and skip the tiles and kept rows after them.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from llava_fast.inputs.plan.plan import TokenPlan
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tiles, projected (kept) ViT rows and decoder rows of a plan."""
+    """Padded numbers of tiles, projected (kept) ViT rows and decoder rows."""
 
     tiles: int
     kept: int
@@ -26,21 +25,20 @@ class Bucket:
 
 
 def bucket_of(plan: TokenPlan) -> Bucket:
-    """The smallest bucket that holds the plan. Tiles are rounded up to three significant binary digits (1 to 8, 10, 12,
-    14, 16, 20, ...), because the tower runs on padding tiles too: at most a fifth of them. Rows, whose padding the
-    kernels skip, are rounded up to two (64, 96, 128, 192, ...)."""
+    """The smallest bucket that fits the plan. Tiles are rounded up to three significant binary digits (1 to 8, 10, 12,
+    14, 16, 20, ...), so that at most a fifth are padding, on which the tower runs too. Rows are rounded up to two
+    digits (64, 96, 128, 192, ...), since kernels skip their padding."""
     kept = len(plan.column("kept"))
     return Bucket(_round_up(plan.tiles, 1, digits=3), _round_up(kept, 64), _round_up(plan.rows, 64))
 
 
 def fill(plan: TokenPlan, bucket: Bucket) -> TokenPlan:
-    """The plan with padding at the end of its tiles, kept rows and decoder rows, for inference: it has only the columns
-    that `inputs_embeds` reads; those for gradients of text rows are empty.
+    """The plan padded at the end of its tiles, kept rows and decoder rows, for inference: it has only the columns that
+    `inputs_embeds` reads; those for gradients of text rows are empty.
 
-    Rows keep their numbers, so that the first `plan.rows` of what comes out are those of the plan. Raises ValueError
-    for a plan that does not fit the bucket, whose rows are pooled (their tables have no padding), or whose images have
-    native sizes (a graph would replay the attention of one set of sizes).
-    """
+    Rows keep their numbers, so the first `plan.rows` output rows are those of the plan. Raises ValueError for a plan
+    that exceeds the bucket, has pooled rows (whose tables cannot be padded) or images of native sizes (for which a
+    graph would replay the attention of one set of sizes)."""
     if plan.pools:
         raise ValueError("a plan with pooled rows (pooled or shrunk features) cannot be padded to a bucket")
     if plan.grids:
@@ -65,7 +63,7 @@ def _filled(column: np.ndarray, size: int) -> np.ndarray:
 
 
 def _round_up(number: int, least: int, digits: int = 2) -> int:
-    """The next number of so many significant binary digits."""
+    """Round up to a number with at most `digits` significant binary digits."""
     number = max(number, least)
     step = 1 << max(number.bit_length() - digits, 0)
     return -(-number // step) * step

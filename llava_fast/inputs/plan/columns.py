@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 PADDING, TEXT, VISUAL, CONSTANT = -1, 0, 1, 2
-"""Source tables: none, text embedding (row = token id), visual rows, constant rows (0 = newline)."""
+"""Source tables of a row: none, text embedding (row = token id), visual rows, constant rows (0 = newline)."""
 
 MODALITY_TEXT, MODALITY_IMAGE, MODALITY_VIDEO = 0, 1, 2
 IGNORE = -100
@@ -13,7 +13,7 @@ IGNORE = -100
 
 
 def pack_columns(columns: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, tuple[int, tuple[int, ...]]]]:
-    """One flat int32 array and where each column lies in it; every column starts on a 16-byte boundary."""
+    """(flat int32 array, name -> (offset, shape) of each column); every column starts on a 16-byte boundary."""
     sections, start = {}, 0
     for name, column in columns.items():
         sections[name] = (start, column.shape)

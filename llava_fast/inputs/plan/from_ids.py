@@ -1,5 +1,5 @@
-"""Plans for batches in which a processor has already repeated each image token once for each row: from integers to the
-index columns of a plan.
+"""Plans for batches in which a processor has already expanded each image token to one per visual row: computes the
+plan's index columns from integers.
 
 Shapes: B sequences of S tokens; rows are numbered b * S + s.
 """
@@ -20,8 +20,8 @@ from llava_fast.inputs.tiling.rows import NEWLINE, VisualRows
 
 
 class Integers(NamedTuple):
-    """A batch's integers, on the host: ids and labels int64 [B, S], sizes int64 [images, 2] as (height, width), counts
-    int64 [groups] the images of each group that shares a prompt; None for what was not given.
+    """A batch's integers on the host: ids and labels int64 [B, S]; sizes int64 [images, 2] as (height, width); counts
+    int64 [prompts], the number of images of each prompt. None for inputs that are not given.
     """
 
     ids: np.ndarray | None
@@ -33,13 +33,13 @@ class Integers(NamedTuple):
 def rows_of_images(
     geometry: VisualGeometry, sizes: np.ndarray | None, count: int, counts: np.ndarray | None = None
 ) -> list[VisualRows]:
-    """The rows of each of `count` images; `sizes` [count, 2] is needed only for AnyRes, `counts` where images sharing
-    a prompt are not tiled. Raises ImageError for numbers that disagree or a size that the geometry cannot read."""
+    """The rows of each of `count` images. `sizes` [count, 2] is needed only for AnyRes, `counts` only if several images
+    of one prompt are not tiled. Raises ImageError for inconsistent numbers and for an unsupported size."""
     if sizes is not None and len(sizes) != count:
         raise ImageError(f"{count} images, but {len(sizes)} image sizes")
     alone = [True] * count if counts is None else np.repeat(counts == 1, counts).tolist()
     if len(alone) != count:
-        raise ImageError(f"{count} images, but batch_num_images tells of {len(alone)}")
+        raise ImageError(f"{count} images, but batch_num_images sums to {len(alone)}")
     edge = geometry.tile_size
     each = [(edge, edge)] * count if sizes is None else [(int(height), int(width)) for height, width in sizes]
     return [image_rows(geometry, *size, single) for size, single in zip(each, alone, strict=True)]
@@ -54,14 +54,15 @@ def placement_columns(
     video_token: int | None = None,
     with_inverse_pooling: bool = False,
 ) -> tuple[dict[str, np.ndarray], tuple[Pool, ...]]:
-    """The int32 columns of a plan, by name, and its pools: source, row [B * S]; kept [kept] the rows to project, the
-    class row counted; place, video_place the rows that images and videos take; the inverse placement and the pools'
-    tables, as in TokenPlan. Image rows stand at the image tokens of `ids` in row-major order, video rows at the video
-    tokens, or, with ids None, end to end; text rows are read from the embedding table by token id. Tiles of images come
-    before the frames of videos.
+    """The int32 columns of a plan, by name, and its pools.
 
-    with_inverse_pooling  also the pools' inverse tables, for gradients.
-    Raises ImageError if image tokens and image rows, or video tokens and video rows, differ in number.
+    source, row [B * S]; kept [kept]: the tower's rows to project, counting class rows; place, video_place: the decoder
+    rows of images and videos; the inverse placement and the pools' tables, as in TokenPlan. Image rows are placed at
+    the image tokens of `ids` in row-major order, video rows at the video tokens; with ids None they are concatenated.
+    Text rows are read from the embedding table by token id. Tiles of images come before frames of videos.
+
+    with_inverse_pooling  include the pools' inverse tables, for gradients.
+    Raises ImageError if the numbers of image tokens and image rows, or of video tokens and video rows, differ.
     """
     table = VisualTable(tower_rows_per_tile)
     added = [(rows.kind == NEWLINE, table.add(rows)) for rows in (*images, *videos)]
@@ -97,7 +98,8 @@ def _places(flat: np.ndarray, token: int | None) -> np.ndarray:
 
 
 def supervised_rows(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, targets) of labels [B, S]: the rows whose next token in the same sequence carries a label, and it."""
+    """(rows, targets) of labels [B, S]: the rows whose next token in the same sequence has a label, and these
+    labels."""
     following = labels[:, 1:]
     sequence, position = np.nonzero(following != IGNORE)
     return sequence * labels.shape[1] + position, following[sequence, position]

@@ -1,4 +1,4 @@
-"""The inverse of a placement: which output row read each table row, so that gradients are summed in a fixed order
+"""The inverse of a placement: which output rows read each table row, so that gradients are summed in a fixed order
 without atomics."""
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from llava_fast.inputs.plan.columns import CONSTANT, TEXT, VISUAL
 
 
 def inverse_columns(columns: dict[str, np.ndarray], visual_rows: int) -> dict[str, np.ndarray]:
-    """The inverse of the placement that columns "source" and "row" give (see ops.token_pack.InversePlacement)."""
+    """The inverse of the placement in columns "source" and "row" (see ops.token_pack.InversePlacement)."""
     return _text_segments(columns) | _other_places(columns, visual_rows)
 
 
 def _text_segments(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Text rows sorted by token id (stably), the distinct ids, and the start of each id's segment, then the end."""
+    """Text rows, stably sorted by token id; the distinct ids; the start of each id's segment, then the end."""
     rows = np.flatnonzero(columns["source"] == TEXT).astype(np.int32)
     order = np.argsort(columns["row"][rows], kind="stable")
     tokens, first = np.unique(columns["row"][rows][order], return_index=True)
@@ -26,7 +26,7 @@ def _text_segments(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _other_places(columns: dict[str, np.ndarray], visual_rows: int) -> dict[str, np.ndarray]:
-    """Which decoder row took each visual row (at most one does), and the rows of the one constant."""
+    """The decoder row that reads each visual row (at most one does), and the decoder rows of the only constant."""
     taken = np.flatnonzero(columns["source"] == VISUAL).astype(np.int32)
     place = np.full(visual_rows, -1, np.int32)
     place[columns["row"][taken]] = taken

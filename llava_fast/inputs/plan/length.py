@@ -1,4 +1,4 @@
-"""How many decoder rows a sample takes, and how a sample too long for the decoder is cut or dropped."""
+"""Counts the decoder rows of a sample, and truncates or drops samples that are too long for the decoder."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from llava_fast.inputs.plan.plan import TextPiece
 
 LengthPolicy = Literal["drop", "cut"]
 Part = TypeVar("Part")
-"""A TextPiece, or an image or video in any form: a VisualPiece, or a placeholder that is not opened yet."""
+"""A TextPiece, or an image or video: a VisualPiece, or a placeholder that is not opened yet."""
 
 
 class RowCounts(NamedTuple):
-    """Decoder rows of one sample by what they hold, newlines among the visual ones. `supervised` counts the targets of
-    the loss, as a plan's `supervised_row` does: a label on the very first row has nothing before it to predict it."""
+    """Decoder rows of one sample by content; newlines count as visual. `supervised` counts the targets of the loss,
+    like a plan's `supervised_row`: a label on the first row is not a target, since no row predicts it."""
 
     text: int
     visual: int
@@ -29,7 +29,7 @@ class RowCounts(NamedTuple):
 
 
 def count_rows(parts: Sequence[Part], rows: Sequence[int]) -> RowCounts:
-    """Rows of one sample's parts; rows[i] is the length of parts[i]."""
+    """The rows of one sample; rows[i] is the length of parts[i]."""
     text = sum(count for part, count in zip(parts, rows, strict=True) if isinstance(part, TextPiece))
     labels = [np.zeros(0, bool)]
     for part, count in zip(parts, rows, strict=True):
@@ -41,15 +41,14 @@ def count_rows(parts: Sequence[Part], rows: Sequence[int]) -> RowCounts:
 def fit(parts: Sequence[Part], rows: Sequence[int], max_rows: int, policy: LengthPolicy) -> list[Part] | None:
     """The parts of a sample that fit into `max_rows` decoder rows, or None if the sample is dropped.
 
-    rows[i] is the length of parts[i]: `Processor.rows_of(outline)` before any image is opened, else those of a plan's
-    pieces. A sample that fits is returned as it is.
-    policy  "drop": a sample that is too long is dropped. "cut": its end is cut off. Text is cut after any token; an
-            image or video that does not fit whole is removed, with everything after it. A sample without a remaining
-            supervised row is dropped.
+    rows[i] is the length of parts[i]: from `Processor.rows_of(outline)` before any image is opened, or from a plan's
+    pieces. A sample that fits is returned unchanged.
+    policy  "drop": drop a sample that is too long. "cut": truncate it. Text is cut after any token; an image or video
+            that does not fit completely is removed, with everything after it. A sample without remaining supervised
+            rows is dropped.
 
-    The original trainers (LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal in llava/model/llava_arch.py) keep
-    the first `tokenizer_model_max_length` rows whatever they are: of an image there, they keep its first rows, and
-    they keep a sample without any label left.
+    The original trainers (LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal in llava/model/llava_arch.py)
+    always keep the first `tokenizer_model_max_length` rows: they cut inside an image, and keep samples without labels.
     """
     if policy not in ("drop", "cut"):
         raise ValueError(f"a length policy is 'drop' or 'cut', not {policy!r}")

@@ -1,12 +1,13 @@
 """TokenPlan: where every decoder row of a batch comes from, as integers computed before any tensor exists.
 
-Everything downstream follows the plan: which ViT rows are projected, where each lands, where text and newline
-rows go, positions, labels, sequence boundaries. Its columns are views of one flat int32 array, so that a batch
-ships to a device in one copy. Layout "packed" puts sequences end to end; "padded" gives each the same length with
-padding rows (source -1) on the right.
+The plan determines everything downstream: which ViT rows are projected, the places of visual, text and newline
+rows, positions, labels, sequence boundaries. Its columns are views of one flat int32 array, so that a batch is copied
+to a device in one transfer. Layout "packed" concatenates sequences; "padded" gives all the same length, with padding
+rows (source -1) on the right.
 
-A packed sequence may end in branches: alternative continuations of its prefix. Each branch's positions start where the
-prefix ends, and no branch attends to another, so two answers to one question share its rows (train.data.pairs).
+A packed sequence may end in branches: alternative continuations of a common prefix. The positions of each branch start
+where the prefix ends, and branches do not attend to each other, so two answers to one question share the question's
+rows (train.data.pairs).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Layout = Literal["packed", "padded"]
 
 @dataclass(frozen=True)
 class TextPiece:
-    """Consecutive token ids of one sequence; `supervised` marks those that carry a label (None: none do)."""
+    """Consecutive token ids of one sequence; `supervised` marks those with a label (None: none)."""
 
     ids: np.ndarray
     supervised: np.ndarray | None = None
@@ -46,7 +47,7 @@ class TextPiece:
 
 @dataclass(frozen=True)
 class VisualPiece:
-    """One image or video in its place among the text."""
+    """One image or video of a sequence."""
 
     rows: VisualRows
     modality: int = MODALITY_IMAGE
@@ -61,23 +62,23 @@ class TokenPlan:
 
     source, row, position, label, sequence, modality   [rows]  one entry per decoder row, padding -1
     tile_of_kept, kept                                 [kept]  tile number and ViT row of each projected row, among
-                                                       all rows that the tower gives
+                                                       all rows of the tower's output
     last_row                                           [sequences]  the last real row of each sequence
     boundaries                                         [sequences + 1]  first row of each sequence, then the end
-    supervised_row, supervised_target                  [supervised]  rows whose next token is a label, and it; a
-                                                       prefix's last row is there once for each branch
+    supervised_row, supervised_target                  [supervised]  rows whose next token has a label, and the labels;
+                                                       a prefix's last row occurs once per branch
     supervised_sequence, supervised_branch             [supervised]  only with branches: the sequence of each target,
                                                        and its branch, counted from 1 (0: the prefix)
-    text_row, text_token, text_segment                 rows with text sorted by token id, the distinct ids, and
-                                                       where each id's rows start (for deterministic gradients)
-    visual_place                                       [visual rows]  the row that took each visual row, or -1
+    text_row, text_token, text_segment                 rows with text sorted by token id, the distinct ids, and the
+                                                       start of each id's rows (for deterministic gradients)
+    visual_place                                       [visual rows]  the row that reads each visual row, or -1
     constant_row, constant_segment                     rows with a newline, and [0, their number]
 
-    The visual table that VISUAL rows index is: the kept rows, then each pool of stage "before", then each of stage
-    "after". `lengths` counts the real rows of each sequence; `tiles` the tiles of the whole batch. `branches` holds the
-    row counts of each sequence's branches; it is empty if no sequence has any. `grids` are the (rows, columns) of each
-    image of native size, in the order of the tiles, which are their patches; empty where tiles have one size. `videos`
-    are the (first, end) of each video's tiles.
+    VISUAL rows index the visual table: the kept rows, then each pool of stage "before", then each of stage "after".
+    `lengths` counts the real rows of each sequence, `tiles` the tiles of the batch. `branches` has the row counts of
+    each sequence's branches; it is empty if no sequence has branches. `grids` has the (rows, columns) of each image of
+    native size, whose patches are the tiles, in order; empty if all tiles have one size. `videos` has the (first, end)
+    of each video's tiles.
     """
 
     layout: Layout
@@ -104,13 +105,13 @@ class TokenPlan:
         return self.sections["supervised_row"][1][0] > 0
 
     def with_columns(self, columns: dict[str, np.ndarray]) -> TokenPlan:
-        """This plan and other int32 columns (floats as their bits) that travel with it."""
+        """This plan with additional int32 columns (float32 reinterpreted as int32)."""
         flat, sections = pack_columns(self.columns | columns)
         return replace(self, flat=flat, sections=sections)
 
 
 def sequence_length(pieces: list[Piece]) -> int:
-    """Decoder rows one sequence takes."""
+    """The number of decoder rows of one sequence."""
     return sum(len(piece.ids) if isinstance(piece, TextPiece) else len(piece.rows) for piece in pieces)
 
 
@@ -123,9 +124,9 @@ def build_plan(
 ) -> TokenPlan:
     """The plan of a batch of sequences, each a list of text and visual pieces in order.
 
-    Tiles are numbered in the order in which visual pieces appear. `first_positions` gives each sequence's first
-    position id (default 0): a chat turn continues where its cache ends. `branches` gives the row counts of the branches
-    at the end of each sequence (packed only); what comes before them is the prefix, of at least one row.
+    Tiles are numbered in the order of the visual pieces. first_positions: each sequence's first position id (default
+    0), for a chat turn that continues a cache. branches: the row counts of the branches at the end of each sequence
+    (packed only); the rows before them, at least one, are the prefix.
     """
     if branches and layout != "packed":
         raise ValueError("only a packed plan can have branches")
@@ -190,7 +191,7 @@ _SOURCE_OF[[FEATURE, POOLED, NEWLINE, TOKEN]] = VISUAL, VISUAL, CONSTANT, TEXT
 
 
 def _piece_columns(piece: Piece, visual: VisualTable) -> tuple[np.ndarray, ...]:
-    """(source, row, label, modality) of one piece; visual rows are numbered provisionally (see VisualTable)."""
+    """(source, row, label, modality) of one piece; visual rows have provisional numbers (see VisualTable)."""
     if isinstance(piece, TextPiece):
         ids = np.asarray(piece.ids, dtype=np.int32)
         label = np.full(len(ids), IGNORE, np.int32)
@@ -212,8 +213,8 @@ def _piece_columns(piece: Piece, visual: VisualTable) -> tuple[np.ndarray, ...]:
 def _supervision(
     columns: dict[str, np.ndarray], before: np.ndarray, branch_of: np.ndarray | None
 ) -> dict[str, np.ndarray]:
-    """Rows that predict a labelled token: the row before it in the same sequence. before, branch_of: int32 [rows], the
-    row that a row follows and the number of its branch."""
+    """The columns of rows that predict a labelled token, that is of the row before it in the same sequence. before,
+    branch_of: int32 [rows], the preceding row of each row, and its branch."""
     label, sequence = columns["label"], columns["sequence"]
     at = np.flatnonzero(label != IGNORE)
     at = at[(before[at] >= 0) & (sequence[before[at]] == sequence[at])]

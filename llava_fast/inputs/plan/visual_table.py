@@ -15,9 +15,9 @@ Reduce = Literal["sum", "max"]
 
 @dataclass(frozen=True)
 class Pool:
-    """Visual rows pooled from others: how they reduce, at which stage, and the names of the plan's columns: index and
-    weight [rows, K] say which K rows are combined; order and start are the inverse table for gradients, which only a
-    plan with labels has (see ops.mix_rows)."""
+    """Visual rows that are pooled from others: the reduction, the stage, and the names of the plan's columns. index and
+    weight [rows, K] define the K rows that are combined; order and start are the inverse table for gradients, present
+    only in a plan with labels (see ops.mix_rows)."""
 
     stage: Stage
     reduce: Reduce
@@ -30,8 +30,8 @@ class Pool:
 class VisualTable:
     """Collects the visual rows of a batch and numbers them: kept ViT rows first, then the pools by stage.
 
-    Until `finish` knows how many rows each part holds, a direct row is its ViT row number and a pooled row is
-    negative: -(1 + pool * LIMIT + row of that pool).
+    Numbers are provisional until `finish` knows the number of rows of each part: a direct row has its ViT row number, a
+    pooled row is negative: -(1 + pool * LIMIT + row of that pool).
     """
 
     LIMIT = 1 << 26
@@ -66,7 +66,7 @@ class VisualTable:
         return provisional
 
     def finish(self, with_inverse: bool):
-        """(kept ViT rows, columns of the pools, pools in table order, provisional -> final numbers, rows in all)."""
+        """(kept ViT rows, columns of the pools, pools in table order, provisional -> final numbers, number of rows)."""
         needed = [
             *self.direct,
             *(t.ravel() for k, ts in self.pooled.items() if k[0] == "after" for t, _ in ts),

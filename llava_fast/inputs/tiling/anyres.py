@@ -1,8 +1,8 @@
-"""AnyRes geometry: which tiles an image becomes and which rows of them reach the decoder. Integers only.
+"""AnyRes geometry: into which tiles an image is cut, and which of their rows become decoder rows. Integers only.
 
-One frozen `VisualGeometry` defines how a checkpoint reads an image. It and an image size determine `image_views` (how
-the pixels are resized and cut) and `image_rows` (what the decoder sees, in order), so the number of tokens and the
-number of features come from one place and cannot disagree.
+One frozen `VisualGeometry` defines how a checkpoint processes an image. With an image size it determines `image_views`
+(how pixels are resized and cut) and `image_rows` (the decoder rows, in order), so the number of tokens and the number
+of features are computed in one place and always agree.
 
 Sources: haotian-liu/LLaVA c121f04 (llava/mm_utils.py, llava/model/llava_arch.py), LLaVA-VL/LLaVA-NeXT df17966
 (the same files) and transformers 5.17-5.23 (image_processing_utils.py, models/llava_next). Where they differ,
@@ -32,24 +32,24 @@ Compat = Literal["hf", "llava"]
 
 @dataclass(frozen=True)
 class VisualGeometry:
-    """How a checkpoint turns an image or a video into decoder rows. Sizes are pixels unless they say rows.
+    """How a checkpoint turns an image or a video into decoder rows. Sizes are in pixels unless named rows.
 
     aspect      "squash" (resize to a square), "crop" (shorter side to the tile, centre crop), "pad" (mean-coloured
                 square), "anyres", or "highres" (one padded square of the largest pinpoint, LLaVA-NeXT).
-    pinpoints   canvases as the checkpoint lists them: read (height, width) by compat "hf", (width, height) by
+    pinpoints   canvas sizes as listed in the checkpoint: (height, width) with compat "hf", (width, height) with
                 "llava".
     merge       "flat", "spatial", "spatial_unpad"; LLaVA-NeXT also appends "_maxpool2x2" and "_nobase".
-    max_tiles   N of anyres_max_N: more rows than N tiles hold are shrunk bilinearly. None: never.
-    class_rows  1 when the tower's class row is kept ("full" / "cls_patch"), else 0.
-    dropped_rows  1 when the tower returns a class row that is dropped, else 0.
-    fit         how an image becomes one tile, if a processor's file has settings that no `aspect` covers; for an AnyRes
-                checkpoint this applies only to images that share a request.
+    max_tiles   N of anyres_max_N: images with more rows than N tiles are downscaled bilinearly. None: never.
+    class_rows  1 if the tower's class row is kept ("full" / "cls_patch"), else 0.
+    dropped_rows  1 if the tower returns a class row that is dropped, else 0.
+    fit         how an image becomes one tile, for settings of a processor's file that no `aspect` covers; in an AnyRes
+                checkpoint it applies only to several images of one request.
     filter      the resize filter of images.
-    convert_rgb  False: an image that is not RGB is refused.
+    convert_rgb  False: an image that is not RGB raises ImageError.
     frame_aspect, frame_fit, frame_filter  the same for a video frame, which becomes one tile regardless of `aspect`.
     frame_class_row  True: all of the tower's rows for a video frame are kept, including its class row.
     tiling      another tiling rule, which replaces `aspect`, `pinpoints` and `merge`.
-    multi_image_anyres  False: images that share a request get one mean-coloured square tile each (OneVision).
+    multi_image_anyres  False: several images of one request become one tile each, padded to a square (OneVision).
     """
 
     tile_size: int
@@ -100,7 +100,7 @@ class VisualGeometry:
 
     @property
     def rows_per_tile(self) -> int:
-        """ViT rows kept of one tile, the class row included where it is kept."""
+        """Number of kept ViT rows of one tile, including the class row if it is kept."""
         return self.side * self.side + self.class_rows
 
     @property
@@ -110,7 +110,7 @@ class VisualGeometry:
 
     @property
     def canvases(self) -> tuple[tuple[int, int], ...]:
-        """The pinpoints as (height, width), in the order listed: on a tie the first listed wins."""
+        """The pinpoints as (height, width), in the listed order: at a tie the first is chosen."""
         return self.pinpoints if self.compat == "hf" else tuple((h, w) for w, h in self.pinpoints)
 
     def kept_rows(self, tiles: int) -> np.ndarray:
@@ -119,12 +119,12 @@ class VisualGeometry:
         return of_all.reshape(tiles, -1)[:, self.dropped_rows :].reshape(-1)
 
     def read_as(self, compat: Compat) -> VisualGeometry:
-        """The same checkpoint read the other way: pairs swap their meaning, unpadding rounds the other way."""
+        """The geometry with another `compat`: the order of sizes in pairs and the rounding of unpadding change."""
         return dataclasses.replace(self, compat=compat)
 
 
 MOST_PINPOINTS = 4096
-"""How many pinpoints a checkpoint may list; published ones have 36 at most."""
+"""Most pinpoints that a checkpoint may list; published ones have at most 36."""
 
 
 def parse_pinpoints(spec: str | list, tile_size: int) -> tuple[tuple[int, int], ...]:
@@ -154,7 +154,8 @@ def parse_pinpoints(spec: str | list, tile_size: int) -> tuple[tuple[int, int], 
 
 
 def best_canvas(height: int, width: int, canvases: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """The (height, width) canvas that keeps most of the image, then wastes least, then is listed first."""
+    """The (height, width) of the canvas that keeps most of the image; at a tie the one that wastes least, then the
+    first listed."""
     best, best_kept, best_waste = canvases[0], -1, 0
     for canvas_h, canvas_w in canvases:
         scale = min(canvas_w / width, canvas_h / height)
@@ -166,7 +167,8 @@ def best_canvas(height: int, width: int, canvases: tuple[tuple[int, int], ...]) 
 
 
 def fit_within(height: int, width: int, canvas: tuple[int, int]) -> tuple[int, int]:
-    """The (height, width) an image is resized to inside a canvas: aspect kept, the other side rounded up."""
+    """The (height, width) of an image resized to fit a canvas, keeping the aspect ratio; the other side is rounded
+    up."""
     canvas_h, canvas_w = canvas
     scale_w, scale_h = canvas_w / width, canvas_h / height
     if scale_w < scale_h:
@@ -175,9 +177,9 @@ def fit_within(height: int, width: int, canvas: tuple[int, int]) -> tuple[int, i
 
 
 def unpad(height: int, width: int, grid: tuple[int, int], compat: Compat) -> tuple[int, int, int, int]:
-    """The (top, left, height, width) of a `grid` (rows, columns) of features that the image itself covers.
+    """The part of a `grid` (rows, columns) of features that is image and not padding: (top, left, height, width).
 
-    The crop is symmetric, so an odd remainder stays: kept = side - 2 * ((side - new) // 2). It can be 0.
+    The crop is symmetric, so an odd remainder is kept: kept = side - 2 * ((side - new) // 2). A side can be 0.
     """
     rows, cols = grid
     if width / height > cols / rows:
@@ -193,10 +195,10 @@ def unpad(height: int, width: int, grid: tuple[int, int], compat: Compat) -> tup
 
 @functools.lru_cache(maxsize=4096)
 def image_views(geometry: VisualGeometry, height: int, width: int, alone: bool = True) -> tuple[View, ...]:
-    """The resizes that make an image's tiles, base view first (in the order of `geometry.tiling` where it has one).
+    """The resizes that make an image's tiles, base view first (or in the order of `geometry.tiling`).
 
-    `alone` is False for an image that shares its request with others: LLaVA-OneVision then gives each a single
-    padded tile. Raises ImageError for an empty image, and for one that the checkpoint's processor does not support.
+    alone: False for one of several images of a request, each of which is a single padded tile in LLaVA-OneVision.
+    Raises ImageError for an empty image, and for one that the checkpoint's processor does not support.
     """
     check_size(height, width)
     if geometry.tiling is not None:
@@ -218,7 +220,7 @@ def image_views(geometry: VisualGeometry, height: int, width: int, alone: bool =
 
 @functools.lru_cache(maxsize=512)
 def image_rows(geometry: VisualGeometry, height: int, width: int, alone: bool = True) -> VisualRows:
-    """The decoder rows of one image of this size. Arguments as for `image_views`; arrays are read-only."""
+    """The decoder rows of one image of this size. Arguments as in `image_views`; arrays are read-only."""
     views = image_views(geometry, height, width, alone)
     if geometry.tiling is not None:
         return geometry.tiling.rows(geometry, height, width)
@@ -259,12 +261,12 @@ def image_rows(geometry: VisualGeometry, height: int, width: int, alone: bool = 
 
 
 def count_image_rows(geometry: VisualGeometry, height: int, width: int) -> int:
-    """Decoder rows of one image of this size: the length of `image_rows`, so the two cannot disagree."""
+    """The number of decoder rows of one image of this size: the length of `image_rows`."""
     return len(image_rows(geometry, height, width))
 
 
 def _tile_view(geometry: VisualGeometry, fit: Fit, height: int, width: int) -> View:
-    """One tile of the whole image, as `fit` says."""
+    """One tile of the whole image, according to `fit`. Raises ImageError."""
     tile, given = geometry.tile_size, (max(height, width),) * 2 if fit.square else (height, width)
     size = fit.size.of(*given) if fit.size else given
     if min(size) < (tile if fit.square else 1) or (size != (tile, tile) and not fit.crop):
@@ -274,7 +276,7 @@ def _tile_view(geometry: VisualGeometry, fit: Fit, height: int, width: int) -> V
             "in its preprocessor_config.json"
         )
     if fit.square and not all(0 <= value <= 255 for value in geometry.pad_color):
-        raise ImageError(f"the colour {geometry.pad_color} to pad with, image_mean times 255, is none of bytes")
+        raise ImageError(f"the padding colour {geometry.pad_color}, image_mean times 255, is not in 0..255")
     offset = (-((size[0] - tile) // 2), -((size[1] - tile) // 2))
     return View(
         size, offset, (tile, tile), fit.square, geometry.pad_color if fit.square else (0, 0, 0), geometry.filter
@@ -287,7 +289,7 @@ def _patch_rows(geometry: VisualGeometry) -> np.ndarray:
 
 
 def _stitch(geometry: VisualGeometry, grid: tuple[int, int]) -> np.ndarray:
-    """ViT row numbers of the grid tiles laid out as one picture: int32 [grid_h * side, grid_w * side]."""
+    """ViT row numbers of the grid's tiles, arranged as one image: int32 [grid_h * side, grid_w * side]."""
     side = geometry.side
     tile = np.arange(1, 1 + grid[0] * grid[1], dtype=np.int32) * geometry.tower_rows_per_tile  # 0 is the base view
     rows = (tile[:, None] + _patch_rows(geometry)).reshape(*grid, side, side)

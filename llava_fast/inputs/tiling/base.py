@@ -1,4 +1,4 @@
-"""The interface of tiling rules: which views an image is cut into, and which of their rows the decoder sees."""
+"""The interface of tiling rules: an image's views, and the decoder rows of its tiles."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 class Tiling(ABC):
-    """A tiling rule other than LLaVA's, which `VisualGeometry` implements itself. One file a rule: a frozen dataclass,
-    because views and rows are cached by it.
+    """A tiling rule other than LLaVA's, which `VisualGeometry` implements. Each rule is one file with a frozen
+    dataclass, which is the key of cached views and rows.
     """
 
     @abstractmethod

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GridTiling(Tiling):
-    """Grids of `least` to `most` tiles. `thumbnail`: an image of several tiles has one more, of the whole. `before` and
-    `after`: the ids of tokens around an image's rows. Raises ImageError if no grid has between `least` and `most`
+    """Grids of `least` to `most` tiles. thumbnail: add a tile of the whole image if there are several tiles. before,
+    after: ids of the tokens around an image's rows. Raises ImageError if no grid has between `least` and `most`
     tiles."""
 
     least: int = 1
@@ -51,8 +51,8 @@ class GridTiling(Tiling):
 
 
 def nearest_grid(height: int, width: int, tile: int, least: int, most: int) -> tuple[int, int]:
-    """The (rows, columns) of tiles whose aspect ratio is nearest to the image's. At a tie, the grid with more tiles if
-    the image has more than half of their pixels.
+    """The (rows, columns) of tiles whose aspect ratio is nearest to the image's. At a tie, the grid with more tiles is
+    chosen if the image has more than half of their pixels.
     """
     best, best_difference = (1, 1), float("inf")
     for rows, columns in _grids(least, most):
@@ -65,6 +65,6 @@ def nearest_grid(height: int, width: int, tile: int, least: int, most: int) -> t
 
 @functools.lru_cache(maxsize=64)
 def _grids(least: int, most: int) -> tuple[tuple[int, int], ...]:
-    """(rows, columns) of all grids, in the order in which they are tried: by tiles, then by columns."""
+    """(rows, columns) of all grids, sorted by number of tiles, then by columns."""
     every = ((rows, columns) for columns in range(1, most + 1) for rows in range(1, most // columns + 1))
     return tuple(sorted((grid for grid in every if grid[0] * grid[1] >= least), key=lambda grid: grid[0] * grid[1]))

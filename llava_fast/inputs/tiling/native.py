@@ -1,6 +1,6 @@
-"""SigLIP 2 NaFlex's rule: an image keeps its aspect ratio and becomes as many whole patches as a limit allows.
+"""SigLIP 2 NaFlex's rule: an image keeps its aspect ratio and is scaled to as many whole patches as a limit allows.
 
-A tile is one patch, so that each image has its own number of them. Source: transformers 5.24
+A tile is one patch, so the number of tiles differs between images. Source: transformers 5.24
 models/siglip2/image_processing_siglip2.py.
 """
 
@@ -24,7 +24,7 @@ _LEAST_SCALE, _MOST_SCALE, _PRECISION = 1e-6, 100.0, 1e-5
 
 @dataclass(frozen=True)
 class NativeTiling(Tiling):
-    """At most `max_patches` patches an image. Raises ImageError for fewer than one."""
+    """At most `max_patches` patches per image. Raises ImageError for max_patches below 1."""
 
     max_patches: int = 256
 
@@ -45,8 +45,8 @@ class NativeTiling(Tiling):
 
 @functools.lru_cache(maxsize=4096)
 def patch_grid(height: int, width: int, patch: int, most: int) -> tuple[int, int]:
-    """The (rows, columns) of patches of an image: both sides scaled by one factor and rounded up to whole patches, the
-    factor being the largest that a bisection finds for which they are `most` at most. Small images grow."""
+    """The (rows, columns) of patches of an image: both sides are scaled by one factor and rounded up to whole patches.
+    The factor is the largest found by bisection that gives at most `most` patches; small images are enlarged."""
     low, high = _LEAST_SCALE, _MOST_SCALE
     while high - low >= _PRECISION:
         middle = (low + high) / 2

@@ -10,14 +10,14 @@ import numpy as np
 from llava_fast.errors import ImageError
 
 FEATURE, POOLED, NEWLINE, TOKEN = 0, 1, 2, 3
-"""Kinds of row: a ViT row, a row pooled from several, the learned newline, a token around or between tiles."""
+"""Kinds of rows: a ViT row, a row pooled from several, the learned newline, a token around or between tiles."""
 UNKNOWN_TOKEN = -1
-"""In place of a token's id, before a tokenizer has given it (see families.base.Family.geometry)."""
+"""Stands for a token's id until a tokenizer provides it (see families.base.Family.geometry)."""
 
 
 @dataclass(frozen=True, eq=False)
 class VisualRows:
-    """What one image or video contributes to the decoder, in order.
+    """The decoder rows of one image or video, in order.
 
     kind   int8 [rows]: FEATURE, POOLED, NEWLINE or TOKEN.
     index  int32 [rows]: ViT row (tile * tower_rows_per_tile + row in tile), row of `pooling`, 0 for a newline, or a
@@ -25,10 +25,10 @@ class VisualRows:
     pooling (int32 [pooled, K] ViT rows, float32 [pooled, K] weights) or None.
     reduce how the K rows combine: "sum" of weighted rows, or "max" (weights unused).
     stage  whether pooling happens "before" or "after" the projector.
-    tiles  number of tiles the item is cut into.
-    grids  (rows, columns) of each image or slice whose tiles are the patches that a tower of native sizes reads
-           together, in the order of the tiles; else none.
-    table_rows  rows of which `index` counts, where a connector gives them otherwise than tile by tile; else 0.
+    tiles  number of tiles.
+    grids  for towers of native sizes, the (rows, columns) of each image or slice, whose patches are the tiles, in
+           order; else empty.
+    table_rows  number of rows that `index` refers to, if a connector does not output them tile by tile; else 0.
     """
 
     kind: np.ndarray
@@ -45,7 +45,7 @@ class VisualRows:
 
     @property
     def token_ids(self) -> np.ndarray:
-        """int32: the tokens among its rows, in order."""
+        """int32: ids of the tokens among its rows, in order."""
         return self.index[self.kind == TOKEN]
 
 
@@ -80,7 +80,7 @@ def _bilinear_pooling(picture: np.ndarray, shape: tuple[int, int]) -> tuple[np.n
 
 
 def _pooled_rows(head, pooling, shape, *, newline: bool, tiles: int, reduce: Literal["sum", "max"]) -> VisualRows:
-    """`head` rows as they are, then a picture of pooled rows [shape], a newline after each line where asked."""
+    """`head` rows unchanged, then a grid [shape] of pooled rows, with `newline` followed by a newline row per line."""
     index, weight = (part.reshape(shape[0] * shape[1], -1) for part in pooling)
     lines = np.arange(shape[0] * shape[1], dtype=np.int32).reshape(shape)
     parts = [part for line in lines for part in ((line, None) if newline else (line,))]
@@ -96,7 +96,8 @@ def _pooled_rows(head, pooling, shape, *, newline: bool, tiles: int, reduce: Lit
 
 
 def _rows(parts, tiles: int, body: int = FEATURE, **of_pooling) -> VisualRows:
-    """Rows from parts in order: an array of row numbers of kind `body`, a tuple of token ids, None for a newline."""
+    """Rows from parts in order: an array of row numbers (of kind `body`), a tuple of token ids, or None for a
+    newline."""
     lengths = [1 if part is None else len(part) for part in parts]
     kinds = [NEWLINE if part is None else TOKEN if isinstance(part, tuple) else body for part in parts]
     zero = np.zeros(1, dtype=np.int32)

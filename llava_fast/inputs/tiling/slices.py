@@ -1,4 +1,4 @@
-"""LLaVA-UHD's rule: slices of one size and any aspect ratio, then the whole image, each with about the area of a tile.
+"""LLaVA-UHD's rule: slices of equal size and any aspect ratio, then the whole image, each about one tile's area.
 
 A tile is one patch. Source: thunlp/LLaVA-UHD dd7f6cc (branch v1) slice_process.py, which follows MiniCPM-V.
 """
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SliceTiling(Tiling):
-    """At most `most` slices, each of about `scale` x `scale` pixels and `queries` decoder rows. `between` and `after`:
-    the ids of tokens that follow a slice inside a line of slices, and the last of a line."""
+    """At most `most` slices, each with about `scale` x `scale` pixels and `queries` decoder rows. between, after: ids
+    of the tokens after a slice within a line of slices, and after the last slice of a line."""
 
     scale: int
     queries: int
@@ -58,8 +58,8 @@ class SliceTiling(Tiling):
 def slices(
     height: int, width: int, scale: int, patch: int, most: int
 ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """(size of the whole view, (rows, columns) of slices, size of a slice), sizes as (height, width) in pixels; a grid
-    of (0, 0) for an image that is not sliced. The same products of floats as in the source."""
+    """(size of the whole view, (rows, columns) of slices, size of a slice), sizes as (height, width) in pixels; the
+    grid is (0, 0) for an image that is not sliced. Uses the same floating-point operations as the source."""
     wanted = min(math.ceil(width * height / (scale * scale)), most)
     if wanted <= 1:
         return _fitted(height, width, scale, patch, enlarge=True), (0, 0), (0, 0)
@@ -76,8 +76,8 @@ def slices(
 
 
 def _fitted(height: float, width: float, scale: int, patch: int, enlarge: bool = False) -> tuple[int, int]:
-    """The size that an image is resized to: at most the area of a square of `scale` (with `enlarge`, about that), both
-    sides whole patches."""
+    """The target size of an image: both sides are whole patches, and the area is at most that of a square of side
+    `scale` (about that area with `enlarge`)."""
     if width * height > scale * scale or enlarge:
         ratio = width / height
         height = int(scale / math.sqrt(ratio))

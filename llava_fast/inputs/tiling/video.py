@@ -1,4 +1,4 @@
-"""The rows and views of a video: one tile a frame, pooled as the checkpoint specifies."""
+"""The rows and views of a video: one tile per frame, pooled as the checkpoint specifies."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from llava_fast.inputs.tiling.rows import POOLED, VisualRows, _bilinear_pooling,
 
 
 def frame_views(geometry: VisualGeometry, height: int, width: int) -> tuple[View, ...]:
-    """The resize that makes a video frame's one tile; see `VisualGeometry.frame_aspect`. Raises ImageError for a
-    checkpoint that takes no videos."""
+    """The resize that makes a video frame's only tile; see `VisualGeometry.frame_aspect`. Raises ImageError for a
+    checkpoint without video support."""
     _check_takes_videos(geometry)
     return image_views(_of_frames(geometry), height, width)
 
@@ -28,10 +28,10 @@ def _of_frames(geometry: VisualGeometry) -> VisualGeometry:
 
 @functools.lru_cache(maxsize=64)
 def video_rows(geometry: VisualGeometry, frames: int) -> VisualRows:
-    """The decoder rows of a video of `frames` frames, each one tile (1xN), pooled as the checkpoint specifies."""
+    """The decoder rows of a video of `frames` frames, one tile each, pooled as the checkpoint specifies."""
     _check_takes_videos(geometry)
     if frames < 1:
-        raise ImageError("a video of no frames: give at least one frame")
+        raise ImageError("the video has no frames: give at least one")
     if geometry.frame_class_row:
         return _rows([np.arange(frames * geometry.tower_rows_per_tile, dtype=np.int32)], frames)
     side = geometry.side
@@ -66,11 +66,11 @@ def video_rows(geometry: VisualGeometry, frames: int) -> VisualRows:
 
 def _check_takes_videos(geometry: VisualGeometry) -> None:
     if geometry.tiling is not None:
-        raise ImageError("videos are not served for this kind of checkpoint: give frames as images")
+        raise ImageError("videos are not supported for this kind of checkpoint: give frames as images")
 
 
 def _with_newlines(lines: list[np.ndarray], lines_per_frame: int, position: str) -> list[np.ndarray | None]:
-    """Lines of all frames with None where a newline row goes."""
+    """The lines of all frames, with None in place of each newline row."""
     parts: list[np.ndarray | None] = []
     for number, line in enumerate(lines, start=1):
         parts.append(line)
