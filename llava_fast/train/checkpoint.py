@@ -1,8 +1,8 @@
 """Checkpoints of a run: atomic writes, discovery, pruning.
 
-A checkpoint is a directory `step-000500` of PyTorch's distributed checkpoint format. It is copied to the host, written
-under a temporary name by a thread while training continues, flushed to disk, and renamed once every process has
-finished; a directory with a temporary name is incomplete.
+A checkpoint is a directory `step-000500` in PyTorch's distributed checkpoint format. The state is copied to the host; a
+thread then writes it under a temporary name while training continues, and flushes it to disk. The directory is renamed
+once every process has finished, so one with a temporary name is incomplete.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from llava_fast.errors import TrainingError
 
-# Said of every checkpoint of a run alone, also by the thread that writes it.
+# Raised for every checkpoint of a single-process run, also by the writing thread.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -39,12 +39,12 @@ def finished_steps(directory: Path) -> list[int]:
 
 
 class RunCheckpoints:
-    """The checkpoints in a directory. All processes call each method together."""
+    """The checkpoints in a directory. Every method is a collective."""
 
     def __init__(self, directory: Path, keep: int) -> None:
         self.directory, self.keep = directory, keep
         self._writing: tuple[Future, Path, Path] | None = None
-        self._group = None if _alone() else dist.new_group(backend="gloo")  # the writing threads' own
+        self._group = None if _alone() else dist.new_group(backend="gloo")  # used only by the writing threads
 
     def path(self, step: int) -> Path:
         return self.directory / f"step-{step:06d}"
@@ -55,8 +55,8 @@ class RunCheckpoints:
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Copy `state`, a nested dict of tensors and plain values, and write it as the checkpoint of `step` while
-        training continues (training pauses if the copy cannot be made). It exists once `poll` or `finish` has found it
-        written.
+        training continues (or synchronously, if the copy cannot be made). The checkpoint exists after a `poll` that
+        finds it written, or after `finish`.
         """
         self.finish()
         final = self.path(step)
@@ -102,12 +102,12 @@ class RunCheckpoints:
             dist.barrier()
 
     def load(self, step: int, state: dict[str, Any]) -> None:
-        """Fill `state` in place from a checkpoint. Raises TrainingError if it does not fit."""
+        """Fill `state` in place from a checkpoint. Raises TrainingError if it does not match."""
         try:
             dcp.load(state, storage_reader=dcp.FileSystemReader(self.path(step)), no_dist=_alone())
         except (dcp.CheckpointException, RuntimeError, ValueError, KeyError) as error:
             raise TrainingError(
-                f"{self.path(step)} does not fit this recipe's model and optimizer: {_last_line(error)} "
+                f"{self.path(step)} does not match this recipe's model and optimizer: {_last_line(error)} "
                 "Start again in another output directory, or go back to the recipe that wrote it"
             ) from error
 
@@ -119,21 +119,21 @@ class RunCheckpoints:
 
 
 def _can_be_staged(value: Any) -> bool:
-    """Whether DCP can stage it on the host. It cannot for wrapper tensors such as torchao's 8-bit states."""
+    """Whether DCP can stage it on the host, which it cannot for wrapper tensors such as torchao's 8-bit states."""
     if isinstance(value, DTensor):
         value = value.to_local()
     return not isinstance(value, Tensor) or type(value) in (Tensor, Parameter)
 
 
 def _last_line(error: BaseException) -> str:
-    """What went wrong: a CheckpointException's text is each process's stack trace."""
+    """The last line of an error: the text of a CheckpointException consists of every process's stack trace."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" .")]
     return lines[-1] if lines else type(error).__name__
 
 
 def _commit(part: Path, final: Path) -> None:
-    """The moment from which a checkpoint exists."""
-    if final.exists():  # of a run that was resumed from an earlier step
+    """Rename a finished checkpoint to its final name."""
+    if final.exists():  # from before the run was resumed at an earlier step
         _hide(final)
     part.rename(final)
     _flush(final.parent)

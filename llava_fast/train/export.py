@@ -1,4 +1,4 @@
-"""The trained model, written as a checkpoint that `llava_fast.load` and others read."""
+"""Writes the trained model as a checkpoint that `llava_fast.load` and other libraries read."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from llava_fast.train.recipe import Recipe
 
 
 def export(recipe: Recipe, model: nn.Module, bare: Llava, world: World) -> Path:
-    """Write the model into the recipe's output, in the recipe's precision; returns its directory (`output`/model). With
-    `lora` it is merged, and the adapter is also written alone (`output`/adapter). A projector that was trained alone is
-    also written (`output`/projector), in float32.
+    """Write the model to the recipe's output in the recipe's precision, and return its directory (`output`/model). LoRA
+    adapters are merged, and also written separately (`output`/adapter). If only the projector was trained, it is also
+    written separately (`output`/projector), in float32.
 
-    model  as all processes run it; `bare` the same without wrappers. Every process calls this.
+    model: possibly wrapped, as all processes run it; bare: the same model without wrappers. A collective.
     """
     path = recipe.output / "model"
     dtype = getattr(torch, recipe.precision)
     whole = _whole(model, bare, dtype)
     if world.first:
-        for kind in ("saving", "replaced"):  # left over by an export that was killed
+        for kind in ("saving", "replaced"):  # left over from a killed export
             for leftover in recipe.output.glob(f".*.{kind}-*"):
                 shutil.rmtree(leftover)
-        if recipe.data.template:  # else the base model's own goes with it
+        if recipe.data.template:  # else the base model's template is saved
             note = json.dumps({"chat_template": processor_of(bare).template.name})
             bare.side_files = {**getattr(bare, "side_files", {}), NOTE_FILE: note}
         made = {name: each for name, each in whole.items() if not isinstance(each, Deferred)}
@@ -56,8 +56,8 @@ def export(recipe: Recipe, model: nn.Module, bare: Llava, world: World) -> Path:
 
 
 def _whole(model: nn.Module, bare: Llava, dtype: torch.dtype) -> dict[str, Stored]:
-    """All tensors by their names in `bare`, on the CPU; quantised weights in floating point of `dtype`, made when they
-    are written."""
+    """All tensors by their names in `bare`, on the CPU; quantised weights are dequantised to `dtype` when they are
+    written."""
     if not is_quantised(bare):
         everything = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         return cast(dict[str, Stored], everything)

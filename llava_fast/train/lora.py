@@ -1,6 +1,6 @@
-"""Low-rank adapters in a recipe's model: PEFT puts them into the decoder's Linears; at the end they are merged.
+"""LoRA adapters in a recipe's model: PEFT inserts them into the decoder's Linears; at the end they are merged.
 
-An adapted Linear's own weight is called `....base_layer.weight`, its factors `....lora_A.default.weight` and `lora_B`.
+The weight of an adapted Linear is named `....base_layer.weight`, its factors `....lora_A.default.weight` and `lora_B`.
 Source: Hu et al. 2021; huggingface/peft.
 """
 
@@ -28,15 +28,16 @@ _ADAPTER = ".default"  # PEFT's name of the only adapter
 
 
 def add_adapters(model: Llava, recipe: Recipe) -> None:
-    """Put the recipe's adapters into the decoder, drawn by the recipe's seed. What required gradients still does, and
-    the adapters do. Raises RecipeError for a target that is no Linear of the decoder, or without PEFT."""
+    """Insert the recipe's adapters into the decoder, initialised with the recipe's seed. Parameters that required
+    gradients still do, and so do the adapters. Raises RecipeError for a target that is not a Linear of the decoder, and
+    without PEFT."""
     assert recipe.lora is not None
     config = _peft_config(recipe.lora)
     kinds = (nn.Linear, QuantisedLinear)
     linears = {name.rpartition(".")[2] for name, module in model.decoder.named_modules() if type(module) in kinds}
     if wrong := [target for target in recipe.lora.targets if target not in linears]:
         raise RecipeError(
-            f"lora.targets: {wrong[0]!r} is no Linear of the decoder; it has {', '.join(sorted(linears))}"
+            f"lora.targets: {wrong[0]!r} is not a Linear of the decoder; it has {', '.join(sorted(linears))}"
         )
     from peft import inject_adapter_in_model
     from peft.tuners.lora import Linear as LoraLinear
@@ -44,16 +45,16 @@ def add_adapters(model: Llava, recipe: Recipe) -> None:
     config._register_custom_module({QuantisedLinear: LoraLinear})
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Unsupported layer type")  # PEFT reads the sizes of ours all the same
+        warnings.filterwarnings("ignore", "Unsupported layer type")  # PEFT supports our Linears despite the warning
         torch.manual_seed(recipe.seed)
         inject_adapter_in_model(config, model.decoder)
-    for parameter in trained:  # PEFT freezes everything in the decoder that is no adapter
+    for parameter in trained:  # PEFT freezes all other parameters of the decoder
         parameter.requires_grad_(True)
 
 
 def merged(whole: Mapping[str, Stored], settings: Lora) -> dict[str, Stored]:
-    """A model's tensors, by the names it has without adapters, from those with adapters: each adapted weight is
-    W + alpha / rank * B @ A, computed in float32 and rounded once to its dtype. `whole` stays as it is."""
+    """Merge the adapters in a model's tensors; the result has the names of a model without adapters. Each adapted
+    weight is W + alpha / rank * B @ A, computed in float32 and rounded once to its dtype. `whole` is not changed."""
     found: dict[str, Stored] = {}
     for name, value in whole.items():
         if not _is_factor(name):
@@ -72,14 +73,14 @@ def merged(whole: Mapping[str, Stored], settings: Lora) -> dict[str, Stored]:
 
 
 def _merge_later(weight: Deferred, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    return merge(weight.make().to(a.device), a, b, scale)  # made on its module's device, gathered on the host
+    return merge(weight.make().to(a.device), a, b, scale)  # the factors are on the host
 
 
 def export_adapter(path: Path, whole: Mapping[str, Tensor], trained: list[str], model: Llava, recipe: Recipe) -> None:
-    """Write the adapter, and what else was trained, apart from the base, for PEFT and the original LLaVA.
+    """Write the adapter and other trained parameters without the base, for PEFT and the original LLaVA.
 
     whole    all tensors of the model with adapters, on the CPU.
-    trained  the names of those that required gradients.
+    trained  the names of the parameters that required gradients.
     """
     assert recipe.lora is not None
     start = recipe.model
@@ -87,10 +88,10 @@ def export_adapter(path: Path, whole: Mapping[str, Tensor], trained: list[str], 
     config.base_model_name_or_path = start if isinstance(start, str) else start.decoder
     config.inference_mode = True
     kept = {name for name in trained if not _is_factor(name)}
-    if not isinstance(start, str):  # the base, a language model, has neither projector nor newline row
+    if not isinstance(start, str):  # an assembled model: the base is a language model without projector and newline row
         parts = {"projector", *map(part_of, kept)} - {"decoder"}
         kept |= {name for name in whole if part_of(name) in parts}
-    if model.config.layout == "hf":  # the tower's Linears have the decoder's names, and PEFT would adapt them too
+    if model.config.layout == "hf":  # exclude the tower, whose Linears have the same names
         config.target_modules = rf".*language_model.*\.({'|'.join(recipe.lora.targets)})"
         if kept >= {name for name in whole if name.startswith("projector.")}:
             config.modules_to_save = ["multi_modal_projector"]

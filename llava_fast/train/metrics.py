@@ -16,12 +16,12 @@ from llava_fast.train.recipe import Recipe
 
 logger = logging.getLogger("llava_fast.train")
 FILE = "metrics.jsonl"
-LEFT_OUT = "left_out.txt"  # samples that steps went without, a line each
+LEFT_OUT = "left_out.txt"  # samples that steps left out, one per line
 
 
 class Metrics:
-    """Reports steps of a run. Only the first process writes. A resumed run appends to the same files, after removing
-    the steps that it repeats, so that no step occurs twice.
+    """Reports the steps of a run. Only the first process writes. A resumed run removes the steps that it repeats and
+    appends to the same files, so that no step occurs twice.
     """
 
     def __init__(self, recipe: Recipe, total: int, first: int, writes: bool) -> None:
@@ -39,7 +39,7 @@ class Metrics:
         self._bar = tqdm(total=total, initial=first, desc="train", unit="step", dynamic_ncols=True)
 
     def report(self, values: dict[str, Any]) -> None:
-        """One step: `values` holds "step" (counted from 1) and numbers (None: not known here)."""
+        """Report one step: `values` has "step" (counted from 1) and numbers (None: unknown)."""
         if not self.writes:
             return
         self._file.write(json.dumps(values) + "\n")
@@ -51,29 +51,29 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.log(numbers, step=values["step"])
         for problem in values.get("left_out_samples", []):
-            logger.warning("step %d goes without a sample: %s", values["step"], problem)
+            logger.warning("step %d leaves out a sample: %s", values["step"], problem)
         loss = "-" if values["loss"] is None else f"{values['loss']:.4f}"
         self._bar.set_postfix(loss=loss, lr=f"{values['lr']:.1e}", refresh=False)
         self._bar.update()
 
     def flush(self) -> None:
-        """What was reported is on disk: called before a checkpoint, which a run goes on from."""
+        """Flush the reports to disk; called before each checkpoint."""
         if self.writes:
             os.fsync(self._file.fileno())
 
     def say_left_out(self) -> None:
-        """Log how many samples steps of the run left out, the starts before this one among them, and write them all to
+        """Log the number of samples that the run's steps left out, including steps before a resume, and write them to
         LEFT_OUT."""
         if not self.writes:
             return
         problems = [problem for step in read_metrics(self.path) for problem in step.get("left_out_samples", [])]
-        problems = list(dict.fromkeys(problems))  # one that was met in each epoch, once
+        problems = list(dict.fromkeys(problems))  # a sample may recur in each epoch
         path = self.path.with_name(LEFT_OUT)
         path.unlink(missing_ok=True)
         if problems:
             path.write_text("".join(f"{problem}\n" for problem in problems), encoding="utf-8")
             shown = "; ".join(problems[:5]) + "; ..." * (len(problems) > 5)
-            logger.warning("%d samples were left out when they were met (%s): %s", len(problems), path, shown)
+            logger.warning("%d samples were left out of their steps (%s): %s", len(problems), path, shown)
 
     def close(self) -> None:
         if self.writes:
@@ -86,7 +86,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The steps in a metrics file; a last line truncated by a kill is ignored."""
+    """The steps in a metrics file; an incomplete last line is ignored."""
     steps = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -95,7 +95,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Leave only the first `step` steps in a metrics file."""
+    """Truncate a metrics file to the first `step` steps."""
     kept = [values for values in read_metrics(path) if values["step"] <= step]
     part = path.with_suffix(".part")
     part.write_text("".join(json.dumps(values) + "\n" for values in kept), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What is trained, and how fast: freezing, parameter groups, AdamW and its schedule."""
+"""Freezing, parameter groups, AdamW and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 def freeze(model: LlavaModel, recipe: Recipe) -> list[str]:
-    """Make only the parts named in the recipe require gradients; returns the names of these parameters. Raises
-    RecipeError for a name that matches nothing. Tower layers after the selected one never run, so they stay frozen.
+    """Make only the parts named in the recipe require gradients; return the names of their parameters. Tower layers
+    after the selected one stay frozen, since they never run. Raises RecipeError for a name that matches nothing.
     """
     trained = set()
     names = [name for name, _ in model.named_parameters()]
     for pattern in recipe.trainable:
         found = {name for name in names if part_of(name) == pattern or fnmatchcase(name, pattern)}
         if not found:
-            raise RecipeError(f"trainable: {pattern!r} is no part ({', '.join(PARTS)}) and matches no parameter's name")
+            raise RecipeError(f"trainable: {pattern!r} is neither a part ({', '.join(PARTS)}) nor a parameter's name")
         trained |= found
     never_run = {id(parameter) for module in model.vision_tower.unused() for parameter in module.parameters()}
     for name, parameter in model.named_parameters():
@@ -37,7 +37,7 @@ def freeze(model: LlavaModel, recipe: Recipe) -> list[str]:
 
 
 def build_optimizer(model: nn.Module, settings: Optimizer) -> TorchOptimizer:
-    """AdamW over the parameters that require gradients, in groups by part and by whether they decay."""
+    """AdamW for the parameters that require gradients, in groups by part and by weight decay."""
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -63,7 +63,7 @@ def build_optimizer(model: nn.Module, settings: Optimizer) -> TorchOptimizer:
 
 
 def build_schedule(optimizer: TorchOptimizer, settings: Optimizer, total: int) -> LRScheduler:
-    """The learning rate over `total` steps, by transformers' schedules (warm-up rounded up, as its Trainer does)."""
+    """The learning-rate schedule over `total` steps, from transformers (warm-up rounded up, as in its Trainer)."""
     from transformers import get_scheduler
 
     warmup = math.ceil(total * settings.warmup)

@@ -1,7 +1,7 @@
-"""Distributed training: this process's place among all, and how a model is distributed over them.
+"""Distributed training: the process mesh, and how a model is parallelised over it.
 
-Processes form a mesh [data, tensor]: those along "data" run different samples, those along "tensor" share each decoder
-layer of the same samples. Sources: Zhao et al. 2023 (FSDP), Shoeybi et al. 2019 (tensor parallel).
+The mesh is [data, tensor]: processes along "data" run different samples; those along "tensor" split each decoder layer
+for the same samples. Sources: Zhao et al. 2023 (FSDP), Shoeybi et al. 2019 (tensor parallelism).
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ T = TypeVar("T")
 _STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "columns": ColwiseParallel,
     "rows": RowwiseParallel,
-    "shared": lambda: SequenceParallel(sequence_dim=1, use_local_output=True),  # dim 1 of its input is the heads
+    "shared": lambda: SequenceParallel(sequence_dim=1, use_local_output=True),  # dim 1 of its input is heads
 }
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of a run. `rank` and `size` count those that run different samples; `mesh` is
-    [data, tensor], None alone."""
+    """This process among those of a run. rank, size: among the processes that run different samples; mesh: [data,
+    tensor], None in a single process."""
 
     rank: int
     size: int
@@ -56,18 +56,18 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that writes shared files."""
+        """Whether this process writes the shared files."""
         return self.mesh is None or dist.get_rank() == 0
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all samples' processes, in place."""
+        """Sum a tensor over the processes that run different samples, in place."""
         if self.mesh is not None and self.size > 1:
             dist.all_reduce(value, group=self.mesh.get_group("data"))
         return value
 
     def gather(self, value: Sequence[T]) -> list[Sequence[T]]:
-        """The value of every process; those of processes that run the same samples are side by side. If all are empty,
-        only their largest length was exchanged."""
+        """The values of all processes; processes that run the same samples are adjacent. If all values are empty, only
+        their lengths are exchanged."""
         if self.mesh is None:
             return [value]
         held = torch.tensor([len(value)], device=self.device)
@@ -78,14 +78,14 @@ class World:
         return everyone
 
     def together(self) -> None:
-        """Wait for every process."""
+        """Wait for all processes (a barrier)."""
         if self.mesh is not None:
             dist.barrier()
 
 
 def join_world(settings: Parallel) -> World:
-    """Take part in what torchrun started; alone, a world of one. Raises RecipeError if the processes cannot be arranged
-    as the recipe specifies.
+    """Join the process group started by torchrun, or return a world of one. Raises RecipeError if the processes cannot
+    be arranged as the recipe specifies.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
@@ -98,7 +98,7 @@ def join_world(settings: Parallel) -> World:
         raise RecipeError(f"parallel.kind: none is for one process, and there are {count}: take ddp or fsdp2, or auto")
     if "RANK" not in os.environ:
         return World(0, 1, device)
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ends its processes, unless it is killed itself
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun stops its processes, unless it is killed
         end_with_parent()
     if not dist.is_initialized():
         store, rank, size = next(dist.rendezvous("env://"))
@@ -114,7 +114,7 @@ def join_world(settings: Parallel) -> World:
 def place(parameters: Iterable[nn.Parameter], recipe: Recipe, world: World) -> None:
     """Move parameters to this process's device: trained ones in float32, the rest in the recipe's precision."""
     for parameter in parameters:
-        parameter.data = parameter.data.to(world.device).to(placed_dtype(parameter, recipe))  # the fewer bytes move
+        parameter.data = parameter.data.to(world.device).to(placed_dtype(parameter, recipe))  # cast last if narrower
 
 
 def placed_dtype(parameter: nn.Parameter, recipe: Recipe) -> torch.dtype:
@@ -123,14 +123,14 @@ def placed_dtype(parameter: nn.Parameter, recipe: Recipe) -> torch.dtype:
 
 
 def is_sharded(recipe: Recipe, world: World) -> bool:
-    """Whether each process is to hold a part of every layer."""
+    """Whether each process holds only a part of every layer."""
     return world.mesh is not None and recipe.parallel.kind in ("auto", "fsdp2")
 
 
 def parallelize(model: LlavaModel, recipe: Recipe, world: World) -> nn.Module:
-    """The model as all processes run it. Call it before the optimizer is made; parameters change. A model that is to be
+    """The model as all processes run it. Call it before creating the optimizer, since parameters change. A model to be
     sharded may still be on the host (see `place`): its layers are moved to the device one by one. From here on all
-    processes have the first rank's verdicts on ops (`ops/selection`). Raises BackendError for GPUs of several kinds."""
+    processes use the first rank's verdicts on ops (`ops/selection`). Raises BackendError if the GPUs differ."""
     share(world.device)
     settings = recipe.parallel
     if world.mesh is None or settings.kind == "none":
@@ -145,8 +145,8 @@ def parallelize(model: LlavaModel, recipe: Recipe, world: World) -> nn.Module:
 
 
 def _shard(model: LlavaModel, recipe: Recipe, world: World) -> None:
-    """Tensor parallel, then FSDP2: each decoder layer a unit, the tower one unit, the rest (embedding, head, projector)
-    the root's. A frozen tower is small and runs in full on every process, so it is replicated and never gathered."""
+    """Apply tensor parallelism, then FSDP2. Units are each decoder layer, the tower, and the root with the rest
+    (embedding, head, projector). A frozen tower is small, so it is replicated on every process and never gathered."""
     assert world.mesh is not None
     mesh, tensor = world.mesh["data"], world.mesh["tensor"]
     policy = MixedPrecisionPolicy(getattr(torch, recipe.precision), torch.float32, cast_forward_inputs=False)
@@ -154,7 +154,7 @@ def _shard(model: LlavaModel, recipe: Recipe, world: World) -> None:
     def to_device(unit: nn.Module) -> None:
         left = [each for each in unit.parameters() if not isinstance(each, DTensor) and each not in replicated]
         place(left, recipe, world)
-        for parameter in left:  # a unit has one dtype; a shard in float32 costs little
+        for parameter in left:  # a unit must have one dtype; float32 shards are small
             parameter.data = parameter.data.float()
 
     if tensor.size() > 1:
@@ -188,8 +188,8 @@ def _check_heads(model: LlavaModel, mesh: DeviceMesh) -> None:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], most: float | None) -> float:
-    """Scale gradients so that their norm is at most `most` (None: leave them); returns the norm before. Parameters
-    may be spread over different meshes."""
+    """Scale gradients to a norm of at most `most` (None: no limit); return the norm before. Parameters may be on
+    different meshes."""
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     by_mesh = defaultdict(list)
     for grad in grads:

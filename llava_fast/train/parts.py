@@ -1,4 +1,4 @@
-"""The parts of a model that a recipe names, and the part that a parameter belongs to."""
+"""The parts of a model that recipes name, and the part of each parameter."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ PARTS = ("vision_tower", "projector", "decoder")
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to. The newline row goes with the projector, as in LLaVA."""
+    """The part of the model to which a parameter belongs. The newline row belongs to the projector, as in LLaVA."""
     return next((piece for piece in name.split(".") if piece in PARTS), "projector")

@@ -1,4 +1,4 @@
-"""Curves of one run or several, from their `metrics.jsonl`: what `llava-fast plot` draws."""
+"""`llava-fast plot`: curves of one or several runs, from their `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ CURVES = {
     "reward_margin": "reward margin",
     "reward_accuracy": "share of pairs with a margin above 0",
 }
-"""What is drawn, by its name in metrics.jsonl, where a run has it."""
+"""Name in metrics.jsonl -> label of the figures that are drawn if a run has them."""
 
 
 def read_runs(directories: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
-    """The steps of each run by its name: the directory's, or its path where two have the same name.
+    """The steps of each run by name: the directory's name, or its path if two have the same name.
 
-    Raises TrainingError for a directory without a step in its metrics.jsonl.
+    Raises TrainingError for a directory without steps in its metrics.jsonl.
     """
     runs = {}
     names = [directory.resolve().name for directory in directories]
     for directory, name in zip(directories, names, strict=True):
         steps = read_metrics(directory / FILE)
         if not steps:
-            raise TrainingError(f"there is no step in {directory / FILE}: give the `output` directory of a run")
+            raise TrainingError(f"{directory / FILE} has no steps: give the `output` directory of a run")
         runs[name if names.count(name) == 1 else str(directory)] = steps
     return runs
 
 
 def save_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> list[str]:
-    """Draw what the runs (see `read_runs`) report over their steps, a panel for each figure and a line for each run;
-    returns the names of the figures drawn. A figure that is not known at a step leaves a gap."""
+    """Plot the runs' figures (see `read_runs`) over their steps, with one panel per figure and one line per run; return
+    the names of the plotted figures. Unknown values leave gaps."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -55,7 +55,7 @@ def save_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> list[str]:
     for panel, key in zip(panels, shown, strict=False):
         for run in runs.values():
             values = [math.nan if step.get(key) is None else step[key] for step in run]
-            marker = "o" if len(run) == 1 else None  # a line of one point is not seen
+            marker = "o" if len(run) == 1 else None  # a line with one point is invisible
             panel.plot([step["step"] for step in run], values, linewidth=1, marker=marker)
         panel.set(title=CURVES[key], xlabel="step")
     for panel in panels[len(shown) :]:

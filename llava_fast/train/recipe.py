@@ -1,6 +1,6 @@
-"""A recipe: everything a training run depends on, in one YAML file, checked before anything is loaded.
+"""A recipe: everything on which a training run depends, in one YAML file that is validated before anything is loaded.
 
-Field names are the file's keys; `llava-fast train --help` shows a small one, and recipes/ holds those of the papers.
+Field names are the file's keys. `llava-fast train --help` shows a small recipe; recipes/ has those of the papers.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ class _Section(BaseModel):
 
 
 class Data(_Section):
-    """What is trained on. Sources are described at `train.data.Source`."""
+    """The training data. Sources are described at `train.data.samples.Source`."""
 
     sources: list[Source] = Field(min_length=1)
-    mixing: Literal["concat", "sqrt"] = "concat"  # sqrt: a source's share is proportional to the root of its size
-    template: str | None = None  # a built-in chat template, instead of the checkpoint's own
+    mixing: Literal["concat", "sqrt"] = "concat"  # sqrt: shares are proportional to the square root of sizes
+    template: str | None = None  # a built-in chat template, instead of the checkpoint's
     label_mask: Literal["answers", "original"] = "answers"  # original: what the original trainers supervise
-    max_length: int | None = Field(None, ge=1)  # rows of a sample; default: what the decoder's context holds
+    max_length: int | None = Field(None, ge=1)  # rows of a sample; default: the decoder's context length
     too_long: Literal["drop", "cut"] = "drop"
     batching: Literal["packed", "padded", "grouped"] = "packed"  # grouped: padded, in the original's groups
-    on_problem: Literal["stop", "skip"] = "stop"  # a sample that cannot be used, before or at its step
+    on_problem: Literal["stop", "skip"] = "stop"  # for samples that cannot be used, before the run or at their step
     workers: int = Field(2, ge=0)  # processes that open and cut images
     video_frames: int = Field(16, ge=1)
     time_instruction: bool = False  # a video's question begins with its duration and its frames' times
@@ -58,7 +58,7 @@ class Optimizer(_Section):
     rates: dict[Literal["vision_tower", "projector", "decoder"], float] = {}  # a part's own rate
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup: float = Field(0.03, ge=0, lt=1)  # share of all steps
-    weight_decay: float = Field(0.0, ge=0)  # of matrices; biases and norms have none
+    weight_decay: float = Field(0.0, ge=0)  # for matrices; biases and norms have none
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     clip: float | None = Field(1.0, gt=0)  # largest gradient norm
@@ -66,7 +66,7 @@ class Optimizer(_Section):
 
 
 class Lora(_Section):
-    """Low-rank adapters on the decoder's Linears, through PEFT (Hu et al. 2021)."""
+    """LoRA adapters on the decoder's Linears, by PEFT (Hu et al. 2021)."""
 
     rank: int = Field(128, ge=1)
     alpha: int = Field(256, ge=1)
@@ -75,10 +75,10 @@ class Lora(_Section):
 
 
 class Parallel(_Section):
-    """How several processes share the work. "auto": none alone, FSDP2 under torchrun."""
+    """How several processes share the work. "auto": FSDP2 under torchrun, none in a single process."""
 
     kind: Literal["auto", "none", "ddp", "fsdp2"] = "auto"
-    tensor: int = Field(1, ge=1)  # processes that share each decoder layer
+    tensor: int = Field(1, ge=1)  # processes that split each decoder layer
 
 
 class Checkpoints(_Section):
@@ -89,28 +89,28 @@ class Checkpoints(_Section):
 class Recipe(_Section):
     """A training run."""
 
-    model: Model  # what to start from: a checkpoint directory or Hub id, or the parts to put together
-    output: Path  # checkpoints, metrics and the trained model go here
+    model: Model  # the initial model: a checkpoint directory or Hub id, or the parts to assemble
+    output: Path  # directory of checkpoints, metrics and the trained model
     trainable: list[str] = ["projector"]  # parts, or patterns of parameter names (fnmatch)
     lora: Lora | None = None
-    quantize: Literal["int8", "int4"] | None = None  # the decoder's frozen Linears and its head, as they are read
-    dpo: Dpo | None = None  # an objective other than supervised fine-tuning: preference pairs
-    kto: Kto | None = None  # ... or answers labelled desirable or undesirable
+    quantize: Literal["int8", "int4"] | None = None  # the decoder's frozen Linears and its head, while loading
+    dpo: Dpo | None = None  # train on preference pairs instead of supervised fine-tuning
+    kto: Kto | None = None  # train on answers labelled desirable or undesirable
     data: Data
     optimizer: Optimizer
     batch_size: int = Field(ge=1)  # samples of an optimiser step, over all processes and micro-batches
     micro_batch: int = Field(1, ge=1)  # samples that a process runs at once (padded, grouped)
     micro_batch_rows: int | None = Field(None, ge=1)  # rows that a process runs at once (packed); default max_length
     epochs: float = Field(1, gt=0)
-    steps: int | None = Field(None, ge=1)  # ends the run earlier; the schedule is laid out over these
-    loss_average: Literal["step", "micro_batch"] = "step"  # micro_batch: a mean of means, as the original trainers
+    steps: int | None = Field(None, ge=1)  # ends the run earlier; the learning-rate schedule covers these steps
+    loss_average: Literal["step", "micro_batch"] = "step"  # micro_batch: a mean of means, as in the original trainers
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     tf32: bool = True
     recompute: Literal["none", "layers", "selective"] = "layers"  # activation checkpointing of decoder and tower
     parallel: Parallel = Parallel()
     checkpoints: Checkpoints = Checkpoints()
     layout: Literal["hf", "original"] = "hf"  # of the exported model
-    spike: float | None = Field(10.0, gt=1)  # stop when the loss is so many times the median of the last 50 steps
+    spike: float | None = Field(10.0, gt=1)  # stop if the loss is this many times the median of the last 50 steps
     seed: int = 0
     tensorboard: bool = True
     wandb: str | None = None  # project
@@ -120,28 +120,28 @@ class Recipe(_Section):
         if not self.trainable and self.lora is None:
             raise ValueError("nothing is trained: name parts under `trainable`, or give `lora`")
         if self.quantize is not None and "decoder" in self.trainable:
-            raise ValueError("`quantize` freezes the decoder's own weights: leave `decoder` out, or train by `lora`")
+            raise ValueError("`quantize` freezes the decoder's weights: leave `decoder` out, or train by `lora`")
         if self.quantize is not None and (self.parallel.kind == "fsdp2" or self.parallel.tensor > 1):
-            raise ValueError("`quantize` is not sharded: use `parallel.kind: ddp`, a whole model in each process")
+            raise ValueError("`quantize` does not support sharding: use `parallel.kind: ddp`")
         if self.lora is not None and "decoder" in self.trainable:
-            raise ValueError("`lora` freezes the decoder's own weights: leave `decoder` out of `trainable`")
+            raise ValueError("`lora` freezes the decoder's weights: leave `decoder` out of `trainable`")
         if self.parallel.tensor > 1 and self.parallel.kind in ("none", "ddp"):
-            raise ValueError(f"`parallel.tensor` above 1 goes with `fsdp2`, not with `{self.parallel.kind}`")
+            raise ValueError(f"`parallel.tensor` above 1 needs `fsdp2`, not `{self.parallel.kind}`")
         if self.lora is not None and self.parallel.tensor > 1:
-            raise ValueError("`lora` is not shared out by `parallel.tensor`: leave it at 1; fsdp2 shards adapters too")
+            raise ValueError("`lora` does not support `parallel.tensor`: leave it at 1; fsdp2 shards adapters too")
         if self.data.batching == "packed" and self.loss_average == "micro_batch":
-            raise ValueError("`loss_average: micro_batch` is the original's, which pads: use `batching: grouped`")
+            raise ValueError("`loss_average: micro_batch` needs padded batches: use `batching: grouped`")
         if self.data.batching == "grouped" and self.batch_size % self.micro_batch:
-            raise ValueError("`batching: grouped` deals a batch out evenly: make batch_size a multiple of micro_batch")
+            raise ValueError("`batching: grouped` needs a batch_size that is a multiple of micro_batch")
         sections = self._objective_sections()
         if len(sections) > 1:
-            raise ValueError(f"a run has one objective, and the recipe has {' and '.join(map(repr, sections))}")
+            raise ValueError(f"a run has one objective, but the recipe has {' and '.join(map(repr, sections))}")
         for section in sections.values():
             section.check(self)
         return self
 
     def objective(self) -> Objective:
-        """The run's objective: that of the section present, else supervised fine-tuning."""
+        """The run's objective: that of the recipe's section, else supervised fine-tuning."""
         sections = self._objective_sections().values()
         return next((section.objective(self) for section in sections), None) or Sft(self)
 
@@ -160,43 +160,43 @@ def _names_an_objective(annotation: Any) -> bool:
 
 
 def load_recipe(path: str | Path, changes: list[str] | None = None) -> Recipe:
-    """A recipe from a YAML file, or one that comes with the package by its name. `changes` are "key.key=value"
-    strings, values in YAML; a number is a place in a list. Raises RecipeError, naming every field that is wrong."""
+    """Load a recipe from a YAML file, or a shipped recipe by name. changes: "key.key=value" strings with values in
+    YAML; a number as key is an index in a list. Raises RecipeError, naming every invalid field."""
     path = find_recipe(path)
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         names = ", ".join(shipped_recipes())
-        raise RecipeError(f"there is no recipe at {path}; those that come with the package: {names}") from None
+        raise RecipeError(f"there is no recipe {path}; shipped with the package: {names}") from None
     except OSError as error:
         raise RecipeError(f"{path} cannot be read as a recipe: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from None
     if not isinstance(given, dict):
-        raise RecipeError(f"{path} must hold a mapping of settings, such as `model: ...`")
+        raise RecipeError(f"{path} must be a mapping of settings, such as `model: ...`")
     for change in changes or []:
         _change(given, change)
     return parse_recipe(given, str(path))
 
 
 def find_recipe(path: str | Path) -> Path:
-    """The file of a recipe: a path, or the name of one that comes with the package."""
+    """The file of a recipe, given its path or the name of a shipped recipe."""
     shipped = SHIPPED / f"{path}.yaml"
     return shipped if not Path(path).exists() and str(path) in shipped_recipes() else Path(path)
 
 
 def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Names of the recipes shipped with the package."""
     return sorted(file.stem for file in SHIPPED.glob("*.yaml"))
 
 
 def parse_recipe(given: dict[str, Any], name: str = "the recipe") -> Recipe:
-    """A recipe from its parsed YAML. Raises RecipeError, naming every field that is wrong."""
+    """A recipe from its parsed YAML. Raises RecipeError, naming every invalid field."""
     try:
         return Recipe.model_validate(given)
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, each['loc'])) or 'recipe'}: {_said(each)}" for each in error.errors()]
-        raise RecipeError("\n".join([f"{name} is not a recipe that can be run:", *lines])) from None
+        raise RecipeError("\n".join([f"{name} is not a valid recipe:", *lines])) from None
 
 
 def _said(problem: Mapping[str, Any]) -> str:
@@ -215,7 +215,7 @@ def _change(given: dict[str, Any], change: str) -> None:
     key, equals, value = change.partition("=")
     *path, last = key.split(".")
     if not equals or not last:
-        raise RecipeError(f"{change!r} changes nothing: write key=value, as optimizer.learning_rate=1e-4")
+        raise RecipeError(f"{change!r} is not key=value: write for example optimizer.learning_rate=1e-4")
     section: Any = given
     for name in path:
         section = section.setdefault(name, {}) if isinstance(section, dict) else section[_place(section, name, change)]
@@ -229,5 +229,5 @@ def _change(given: dict[str, Any], change: str) -> None:
 
 def _place(section: list, name: str, change: str) -> int:
     if not name.isdecimal() or int(name) >= len(section):
-        raise RecipeError(f"{change!r}: {name!r} is no place in a list of {len(section)}, counted from 0")
+        raise RecipeError(f"{change!r}: {name!r} is not an index of a list of {len(section)}, counted from 0")
     return int(name)

@@ -1,4 +1,4 @@
-"""Resuming a run: its state in a checkpoint, and checks that recipe and data are still those of the run."""
+"""Resuming a run: its state in a checkpoint, and checks that recipe and data have not changed."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from llava_fast.train.objective import Objective
 from llava_fast.train.recipe import Recipe
 
 logger = logging.getLogger("llava_fast.train")
-RECIPE_FILE = "recipe.yaml"  # in a run's output: the recipe that it was begun with, or last resumed with
-_KEPT = ("model", "trainable", "lora", "quantize", "optimizer")  # fields that a resumed run takes from its checkpoint
+RECIPE_FILE = "recipe.yaml"  # in a run's output: the recipe of its last start
+_KEPT = ("model", "trainable", "lora", "quantize", "optimizer")  # fields that must not change when a run is resumed
 
 
 @dataclass
 class RunState:
-    """The parts of a run that a checkpoint holds. `recent` are the last losses."""
+    """The parts of a run that are stored in a checkpoint. recent: the last losses."""
 
     recipe: Recipe
     model: nn.Module
@@ -39,8 +39,8 @@ class RunState:
     recent: deque[float]
 
     def at(self, step: int) -> dict[str, Any]:
-        """All that a run goes on from after so many steps. Frozen weights are not in it: they are the recipe's
-        model's."""
+        """The state of the run after `step` steps. Frozen weights are not included: they are those of the recipe's
+        model."""
         model, optimizer = get_state_dict(
             self.model, self.optimizer, options=StateDictOptions(ignore_frozen_params=True)
         )
@@ -54,9 +54,10 @@ class RunState:
         }
 
     def resume(self, checkpoints: RunCheckpoints, says: bool) -> int:
-        """Load the newest checkpoint; the number of steps done, 0 without one. `says`: this process logs what changed.
+        """Load the newest checkpoint; return its number of steps, 0 without one. says: whether this process logs
+        changes of the recipe.
 
-        Raises TrainingError if recipe or data are not the run's.
+        Raises TrainingError if recipe or data do not match the run.
         """
         steps = checkpoints.steps()
         if not steps:
@@ -67,8 +68,8 @@ class RunState:
         checkpoints.load(steps[-1], state)
         if state["run"]["data"] != fingerprint:
             raise TrainingError(
-                f"the data, seed or batch size is not what {checkpoints.path(steps[-1])} was made with, so "
-                "samples would be lost or repeated: restore them (samples may be taken out, but not added, changed or "
+                f"the data, seed or batch size differs from that of {checkpoints.path(steps[-1])}, so "
+                "samples would be lost or repeated: restore them (samples may be removed, but not added, changed or "
                 "moved), or choose another output"
             )
         set_state_dict(
@@ -86,30 +87,30 @@ class RunState:
         return int(state["run"]["step"])
 
     def write_recipe(self) -> None:
-        """Store the run's recipe, for the next start."""
+        """Write the run's recipe for the next start."""
         text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
         (self.recipe.output / RECIPE_FILE).write_text(text, encoding="utf-8")
 
     def _check_recipe(self, says: bool) -> None:
-        """Raises TrainingError if the output is another recipe's; other differences are logged."""
+        """Raise TrainingError if the recipe is incompatible with the run in the output; log other changes."""
         path = self.recipe.output / RECIPE_FILE
         if not path.exists():
             return
         before, now = yaml.safe_load(path.read_text(encoding="utf-8")), self.recipe.model_dump(mode="json")
-        before = dict.fromkeys(self.recipe.objective_fields()) | before  # written before there was such an objective
+        before = dict.fromkeys(self.recipe.objective_fields()) | before  # the recipe may be older than an objective
         other = [name for name in before if name in now and before[name] != now[name]]
         if wrong := [name for name in (*_KEPT, *self.recipe.objective_fields()) if name in other]:
             name = wrong[0]
             raise TrainingError(
-                f"{self.recipe.output} holds a run of another recipe: {', '.join(wrong)} changed ({name} was "
+                f"{self.recipe.output} has a run of another recipe: {', '.join(wrong)} changed ({name} was "
                 f"{before[name]!r} and is {now[name]!r}). Choose another output; to go on with that run, restore what "
                 f"{path} holds"
             )
         if other and says:
-            logger.info("what changed since this run was begun: %s", ", ".join(other))
+            logger.info("changed since the last start of this run: %s", ", ".join(other))
 
     def _data_mark(self) -> str:
-        """Changes when the samples or their order do."""
+        """A hash of the samples and of everything that determines their order."""
         schedule = self.loader.schedule
         marked = hashlib.sha256(np.ascontiguousarray(schedule.order(0), dtype=np.int64).tobytes())
         marked.update(self.loader.contents.encode())

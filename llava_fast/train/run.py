@@ -31,10 +31,10 @@ from llava_fast.train.trainer import Trainer
 
 
 def train(recipe: Recipe, resume: bool = True) -> Path:
-    """Run a recipe to its end and export the model; returns the model's directory (`output`/model).
+    """Run a recipe to its end and export the model; return the model's directory (`output`/model).
 
-    resume  go on from the newest checkpoint in the recipe's output, if there is one. False refuses to run over it.
-    Raises RecipeError, DataError or CheckpointError before the first step, TrainingError when a run must stop.
+    resume  True: continue from the newest checkpoint in the recipe's output, if there is one. False: raise if there is.
+    Raises RecipeError, DataError or CheckpointError before the first step, TrainingError if the run must stop.
     """
     world = join_world(recipe.parallel)
     if world.first:
@@ -47,22 +47,23 @@ def train(recipe: Recipe, resume: bool = True) -> Path:
 
 
 def check_output(path: Path) -> None:
-    """Make the output directory, and check that it is writable. Raises RecipeError now, not at the first checkpoint."""
+    """Create the output directory. Raises RecipeError if it is not writable, before training instead of at the first
+    checkpoint."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise RecipeError(f"output: nothing can be written to {path} ({error.strerror}): choose another") from None
+        raise RecipeError(f"output: {path} is not writable ({error.strerror}): choose another") from None
 
 
 def load_model(recipe: Recipe, world: World) -> Llava:
-    """The recipe's model on this process's device: trained parts in float32, the rest in the requested precision. A
-    model to be sharded stays on the host as stored in its checkpoint, so that no device ever holds all of it.
+    """The recipe's model on this process's device: trained parts in float32, the rest in the recipe's precision. A
+    model to be sharded stays on the host, as stored in its checkpoint, so that no device ever holds all of it.
     """
     template = recipe.data.template
     model = load(recipe.model, "cpu", "auto", chat_template=template, merge=False, quantize=recipe.quantize)
-    writing_family(model.config, recipe.layout)  # an export that cannot be is refused now, not when all is trained
+    writing_family(model.config, recipe.layout)  # raises before training if the model cannot be exported
     if is_quantised(model):
         _check_quantised(recipe, model, world)
     freeze(model, recipe)
@@ -81,7 +82,7 @@ def load_model(recipe: Recipe, world: World) -> Llava:
     most = data.max_length or processor.max_rows
     decoder = model.config.decoder
     if decoder.has_learned_positions and most is not None and most > decoder.max_positions:
-        raise RecipeError(f"data.max_length: the decoder learned {decoder.max_positions} positions, fewer than {most}")
+        raise RecipeError(f"data.max_length: the decoder has {decoder.max_positions} positions, fewer than {most}")
     model.processor = dataclasses.replace(
         processor, video_frames=data.video_frames, time_instruction=data.time_instruction, max_rows=most
     )
@@ -89,22 +90,22 @@ def load_model(recipe: Recipe, world: World) -> Llava:
 
 
 def _check_quantised(recipe: Recipe, model: Llava, world: World) -> None:
-    """What `Recipe` refuses with `quantize`, for a checkpoint that is quantised already: its weights cannot be trained,
-    and beside them biases and norms alone would be."""
+    """The checks of `Recipe` for `quantize`, for a checkpoint that is already quantised: its quantised weights cannot
+    be trained. Raises RecipeError."""
     weights = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Quantised)]
     for pattern in recipe.trainable:
         if found := next((name for name in weights if part_of(name) == pattern or fnmatchcase(name, pattern)), None):
             raise RecipeError(
-                f"trainable: {pattern!r} names weights that the checkpoint holds quantised ({found}): leave it out, "
+                f"trainable: {pattern!r} names weights that are quantised in the checkpoint ({found}): leave it out, "
                 "or train by `lora`"
             )
     if is_sharded(recipe, world):
-        raise RecipeError("parallel.kind: a quantised model is not sharded: use ddp, a whole model in each process")
+        raise RecipeError("parallel.kind: a quantised model does not support sharding: use ddp")
 
 
 def build_trainer(recipe: Recipe, model: Llava, world: World) -> Trainer:
-    """A trainer over the recipe's data for the recipe's objective. `model` is frozen as `load_model` leaves it; Linears
-    that were merged for inference are taken apart first. Raises RecipeError and DataError."""
+    """A trainer for the recipe's objective on the recipe's data. `model` comes from `load_model`; Linears that are
+    merged for inference are split first. Raises RecipeError and DataError."""
     split_linears(model)
     objective = recipe.objective()
     loader = build_loader(recipe, model, world, objective)
@@ -112,14 +113,14 @@ def build_trainer(recipe: Recipe, model: Llava, world: World) -> Trainer:
 
 
 def build_loader(recipe: Recipe, model: Llava, world: World, objective: Objective | None = None) -> Loader:
-    """The recipe's data, measured once and scheduled, for an objective (default: the recipe's). Raises DataError, with
-    what is wrong, before any training."""
+    """A loader of the recipe's data, measured and scheduled, for an objective (default: the recipe's). Raises DataError
+    for invalid data."""
     objective = objective or recipe.objective()
     processor = objective.processor(model)
     table = objective.read(recipe.data.sources)
     lengths, rows = objective.lengths(table, measure_together(recipe, table, processor, world))
     usable, lengths = usable_samples(recipe, table, lengths, processor, quiet=not world.first)
-    single = dataclasses.replace(processor, threads=1)  # workers are the parallelism
+    single = dataclasses.replace(processor, threads=1)  # parallelism comes from the workers
     samples = run_samples(recipe, table, rows or lengths, usable, world.first)
     loader = Loader(recipe, samples, single, model.config.decoder, world.size, world.rank)
     objective.prepare(loader, samples, single, model, world)
@@ -127,9 +128,9 @@ def build_loader(recipe: Recipe, model: Llava, world: World, objective: Objectiv
 
 
 def measure_together(recipe: Recipe, table: SampleTable, processor: Processor, world: World) -> Lengths:
-    """The lengths of all samples."""
+    """The lengths of all samples, measured by the first process and read by the others."""
     if not world.first:
-        world.together()  # the first process measures, the others read what it found
+        world.together()  # the others wait for the first
     lengths = measure(
         table,
         processor,

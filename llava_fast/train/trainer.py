@@ -1,8 +1,8 @@
-"""The training loop, through kills and restarts, for any objective.
+"""The training loop for any objective, with restarts from checkpoints.
 
-One optimiser step is: fetch the step's micro-batches, run each forward and backward, clip, update, report. The loss is
-the sum of the objective's losses over the whole step (all processes and micro-batches), divided by their number, so
-that neither micro-batches nor processes change it.
+An optimiser step: fetch the step's micro-batches, run each forward and backward, clip, update, report. The loss is the
+mean of the objective's losses over the whole step (all processes and micro-batches), so it does not depend on how the
+step is split.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from llava_fast.train.parallel import World, clip_gradients, parallelize
 from llava_fast.train.recipe import Recipe
 from llava_fast.train.resume import RunState
 
-_RECENT = 50  # steps that a spike is judged by
+_RECENT = 50  # steps whose median loss defines a spike
 MOST_EMPTY_STEPS = 10
-"""Steps in a row without a sample that could be read, after which a run stops: the data is gone, not a sample bad."""
+"""Consecutive steps without a readable sample after which a run stops, since the data must be missing."""
 
 
 class Trainer:
-    """Runs a recipe's steps. `model` is a LlavaModel with its parameters frozen or not as the recipe says; `objective`
-    (default: the recipe's) is the one that the loader was made for."""
+    """Runs a recipe's steps. model: a LlavaModel, frozen according to the recipe; objective: the one for which the
+    loader was made (default: the recipe's)."""
 
     def __init__(
         self, recipe: Recipe, model: Llava, loader: Loader, world: World, objective: Objective | None = None
@@ -68,10 +68,10 @@ class Trainer:
         )
 
     def run(self, resume: bool = True) -> None:
-        """From the newest checkpoint, or the beginning, to the end."""
+        """Run from the newest checkpoint, or from the beginning, to the end. Raises TrainingError."""
         first = self.resume() if resume else 0
         if not resume and self.checkpoints.steps():
-            raise TrainingError(f"{self.checkpoints.directory} holds a run: choose another output, or resume it")
+            raise TrainingError(f"{self.checkpoints.directory} has a run: choose another output, or resume it")
         if self.world.first:
             self.run_state.write_recipe()
         metrics = Metrics(self.recipe, self.total, first, self.world.first)
@@ -85,26 +85,26 @@ class Trainer:
                     if empty == MOST_EMPTY_STEPS:
                         raise TrainingError(
                             f"no sample of the last {empty} steps could be read: see left_out_samples in the metrics, "
-                            "and whether the data is still where it was; the run goes on from its newest checkpoint"
+                            "and check that the data still exists; the run can be resumed from its newest checkpoint"
                         )
-                except TrainingError:  # on every process alike
+                except TrainingError:  # raised on all processes
                     self.checkpoints.finish()
                     raise
                 if batch.step == first:
-                    share(self.world.device, is_last=True)  # what the first step has proven
+                    share(self.world.device, is_last=True)  # the verdicts of the first step
                 self.checkpoints.poll()
                 done = batch.step + 1
                 if done % self.recipe.checkpoints.every == 0 or done == self.total:
                     metrics.flush()
-                    self.checkpoints.finish()  # one copy on the host at a time
+                    self.checkpoints.finish()  # keep only one copy on the host
                     self.checkpoints.save(done, self.state(done))
             self.checkpoints.finish()
             metrics.say_left_out()
 
     def step(self, step_batch: StepBatch) -> dict[str, Any]:
-        """One optimiser step; returns what it reports. Samples that could not be read are left out of it on every
-        process; with none left it changes no weight. Raises TrainingError, before anything is changed, if the loss or
-        the gradient is not finite, or the loss has jumped, or such a sample is to stop the run."""
+        """Run one optimiser step and return its metrics. Samples that could not be read are left out on all processes;
+        if none is left, no weight changes. Raises TrainingError, before any change, if the loss or the gradient is not
+        finite, if the loss spikes, and for an unreadable sample if the recipe does not skip it."""
         started = time.perf_counter()
         torch.manual_seed(hash((self.recipe.seed, step_batch.step, self.world.rank)))  # so a resumed step is the same
         when = f"step {step_batch.step + 1}"
@@ -115,7 +115,7 @@ class Trainer:
         )
         value, norm = (None, None) if not count else self._gradients(step_batch, count, emptied)
         rate = float(self.schedule.get_last_lr()[0])
-        self.optimizer.step()  # leaves a weight without a gradient as it is
+        self.optimizer.step()  # does not change weights without a gradient
         self.schedule.step()
         self.optimizer.zero_grad()
         seconds = time.perf_counter() - started + step_batch.wait
@@ -140,10 +140,10 @@ class Trainer:
         }
 
     def _gradients(self, step_batch: StepBatch, count: int, emptied: int) -> tuple[float, float]:
-        """Makes a step's gradients, clipped; (loss, gradient norm before)."""
+        """Compute and clip a step's gradients; return (loss, gradient norm before clipping)."""
         last = len(step_batch.micro_batches)
         micro = last - emptied / self.world.size
-        # A micro-batch all of whose samples were left out is run only if another process waits for it.
+        # Run an empty micro-batch only if another process waits for it.
         mine = [
             (number, made)
             for number, made in enumerate(step_batch.micro_batches, start=1)
@@ -153,7 +153,7 @@ class Trainer:
         self.objective.survey(self.model, (Batch.from_prepared(made, device) for _, made in mine), count)
         loss = torch.zeros(1, device=device)
         for number, made in mine:
-            if isinstance(self.model, DistributedDataParallel):  # sums gradients of processes once a step
+            if isinstance(self.model, DistributedDataParallel):  # reduce gradients only once per step
                 self.model.require_backward_grad_sync = number == last
             share = self._loss(Batch.from_prepared(made, device), count, micro)
             share.backward()
@@ -164,12 +164,12 @@ class Trainer:
         return value, norm
 
     def _sums(self, *values: int) -> list[int]:
-        """Each of these added over all processes."""
+        """Each of these values, summed over all processes."""
         return [int(value) for value in self.world.sum(torch.tensor(values, device=self.world.device))]
 
     def _loss(self, batch: Batch, count: int, micro_batches: float) -> Tensor:
-        """This micro-batch's part of the step's loss, times the number of processes (gradients are averaged over
-        them)."""
+        """This micro-batch's part of the step's loss, times the number of processes, over which gradients are
+        averaged."""
         losses = self.objective.losses(self.model, batch)
         if self.recipe.loss_average == "micro_batch":
             return losses.sum() / max(len(losses), 1) / micro_batches
@@ -181,28 +181,28 @@ class Trainer:
         spiked = usual is not None and most is not None and loss > most * usual
         if spiked or not np.isfinite(loss) or not np.isfinite(norm):
             what = (
-                f"{loss / usual:.1f} times the usual {usual:.4f}" if spiked and usual else f"gradient norm {norm:.4g}"
+                f"{loss / usual:.1f} times the median {usual:.4f}" if spiked and usual else f"gradient norm {norm:.4g}"
             )
             raise TrainingError(
-                f"step {step_batch.step + 1}: the loss is {loss:.4g} ({what}). Nothing was updated. The step's samples "
-                f"on process {self.world.rank}: {', '.join(step_batch.names)}"
+                f"step {step_batch.step + 1}: the loss is {loss:.4g} ({what}). No weight was updated. The "
+                f"step's samples on process {self.world.rank}: {', '.join(step_batch.names)}"
             )
         self.recent.append(loss)
 
     def _peak_memory(self) -> int:
-        """Bytes: of the GPU, or of this process on a CPU."""
+        """Peak memory in bytes: of the GPU, or of this process on a CPU."""
         if self.world.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.world.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def state(self, step: int) -> dict[str, Any]:
-        """All that a run goes on from."""
+        """The state of the run for a checkpoint."""
         return self.run_state.at(step)
 
     def resume(self) -> int:
-        """Load the newest checkpoint; the number of steps done, 0 without one."""
+        """Load the newest checkpoint; return its number of steps, 0 without one."""
         return self.run_state.resume(self.checkpoints, self.world.first)
 
     def export(self) -> Path:
-        """The trained model as a checkpoint: see `export.export`."""
+        """Write the trained model as a checkpoint: see `export.export`."""
         return export(self.recipe, self.model, self.bare, self.world)

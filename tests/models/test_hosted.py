@@ -217,7 +217,5 @@ def test_samples_longer_than_learned_positions_are_refused(monkeypatch):
     most = model.config.decoder.max_positions
     monkeypatch.setattr(run, "load", lambda *_, **__: model)
     recipe = parse_recipe({**RECIPE, "parallel": {"kind": "none"}, "data": {**RECIPE["data"], "max_length": most + 1}})
-    with pytest.raises(
-        RecipeError, match=f"data.max_length: the decoder learned {most} positions, fewer than {most + 1}"
-    ):
+    with pytest.raises(RecipeError, match=f"data.max_length: the decoder has {most} positions, fewer than {most + 1}"):
         run.load_model(recipe, World(0, 1, torch.device("cpu")))

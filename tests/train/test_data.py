@@ -156,7 +156,7 @@ def test_samplings(tmp_path):
 
 @pytest.mark.parametrize("wrong", ["first", "first:", "half:3", "first:1.5", "first:-1", "10%"])
 def test_a_wrong_sampling_is_refused(wrong):
-    with pytest.raises(ValidationError, match="is no sampling: use all, first:100"):
+    with pytest.raises(ValidationError, match="unknown sampling .*: use all, first:100"):
         Source(path="a.json", sampling=wrong)
 
 
@@ -213,14 +213,14 @@ def test_the_documented_sources_are_valid():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "holds no samples"),
-        ("[]", "holds no samples"),
-        ('[{"id": "a"}, {"id": ', "line 1, column 22: no valid JSON"),
-        ('[{"id": "a"},\n {"id": "b"}', "line 2, column 13: no valid JSON: a list goes on with a comma and ends"),
-        ('[{"id": "a"},', "column 14: no valid JSON"),
-        ('[{"id": "a"}] x', "column 15: no valid JSON: something follows the list"),
-        ('{"id": "a"}\n{"id": "b', "line 2, column 8: no valid JSON"),
-        ("id,image\n1,a.jpg", "line 1, column 1: no valid JSON"),
+        ("", "has no samples"),
+        ("[]", "has no samples"),
+        ('[{"id": "a"}, {"id": ', "line 1, column 22: invalid JSON"),
+        ('[{"id": "a"},\n {"id": "b"}', "line 2, column 13: invalid JSON: expected ',' or ']'"),
+        ('[{"id": "a"},', "column 14: invalid JSON"),
+        ('[{"id": "a"}] x', "column 15: invalid JSON: unexpected text after the list"),
+        ('{"id": "a"}\n{"id": "b', "line 2, column 8: invalid JSON"),
+        ("id,image\n1,a.jpg", "line 1, column 1: invalid JSON"),
         ("[" * 200_000, "cannot be read as JSON"),
         ("[" + "1" * 10_000 + "]", "cannot be read as JSON"),
     ],
@@ -254,10 +254,10 @@ def test_a_file_that_is_not_utf8_or_not_there(tmp_path):
     ("text", "says"),
     [
         ("datasets: [", "is not YAML"),
-        ("", "is no mixture"),
+        ("", "is not a mixture"),
         ("datasets: []", "datasets: List should have at least 1 item"),
         ("datasets: [{json_path: a.json, repeat: 2}]", "datasets.0.repeat: Extra inputs"),
-        ("datasets: [{json_path: a.json, sampling_strategy: half}]", "'half' is no sampling"),
+        ("datasets: [{json_path: a.json, sampling_strategy: half}]", "unknown sampling 'half'"),
         ("datasets: [{json_path: a.json}]", "there is no data file a.json"),
     ],
 )
@@ -322,8 +322,8 @@ BAD_SAMPLES = {
         "malformed",
         "2 videos",
     ),
-    "image of another kind": ({"image": 7, "conversations": turns("A", "B")}, "malformed", "and holds 7"),
-    "null among images": ({"image": [None], "conversations": turns("A", "B")}, "malformed", "and holds null"),
+    "image of another kind": ({"image": 7, "conversations": turns("A", "B")}, "malformed", "but has 7"),
+    "null among images": ({"image": [None], "conversations": turns("A", "B")}, "malformed", "but has null"),
 }
 
 

@@ -177,10 +177,10 @@ def test_a_recipe_may_skip_problems_but_not_everything(folder, tiny_next):
     sources = [{"path": write(folder, [*GOOD, bad])}]
     result = run(recipe(folder, tiny_next, sources), "--workers", 0)
     assert result.exit_code == 1
-    assert "A training would stop" in result.output
+    assert "Training would stop" in result.output
     result = run(recipe(folder, tiny_next, sources, on_problem="skip"), "--workers", 0)
     assert result.exit_code == 0
-    assert "A training leaves these samples out" in result.output
+    assert "Training skips these samples" in result.output
     sources.append({"path": f"{folder}/none.json"})
     assert run(recipe(folder, tiny_next, sources, on_problem="skip"), "--workers", 0).exit_code == 1
     only_bad = [{"path": write(folder, [bad], "bad.json")}]
@@ -273,7 +273,7 @@ def test_a_wrong_recipe_or_model_is_an_error(folder):
         plan_for(f"{folder}/recipe.yaml")
     with pytest.raises(RecipeError, match="there is no recipe"):
         plan_for(f"{folder}/no.yaml")
-    with pytest.raises(DataError, match="data and no recipe, so --set a=1"):
+    with pytest.raises(DataError, match="data file, not a recipe: leave out --set a=1"):
         plan_for(write(folder, GOOD), changes=["a=1"])
     with pytest.raises(CheckpointError):
         check(plan_for(write(folder, GOOD), model=f"{folder}/no-model"), workers=0)

@@ -147,7 +147,7 @@ def test_dpo(tmp_path):
     assert "NOT CARRIED OVER" not in text
     assert recipe(tmp_path, words(script="llava/train/train_dpo.py"))[0].dpo.sft_weight == 1.0  # the original's default
     assert (
-        "--dpo_alpha 0.5: nothing here does this"
+        "--dpo_alpha 0.5: not supported"
         in recipe(tmp_path, words("--dpo_alpha 0.5", script="llava/train/train_dpo.py"))[1]
     )
 
@@ -155,14 +155,14 @@ def test_dpo(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("--bits 4", "--bits 4: quantised weights are not trained here"),
-        ("--brand_new 7", "--brand_new 7: nothing here does this"),
-        ("--brand_new", "--brand_new: nothing here does this"),
-        ("--mm_use_im_start_end True", "--mm_use_im_start_end True: nothing here does this"),
+        ("--bits 4", "--bits 4: bitsandbytes' formats are not supported"),
+        ("--brand_new 7", "--brand_new 7: not supported"),
+        ("--brand_new", "--brand_new: not supported"),
+        ("--mm_use_im_start_end True", "--mm_use_im_start_end True: not supported"),
         ("--fp16 True", "--fp16 True: set precision"),
-        ("--force_sample True", "--force_sample True: nothing here does this"),
+        ("--force_sample True", "--force_sample True: not supported"),
         ("--frames_upbound 32", "a video shorter than frames_upbound seconds"),
-        ("--version v0", "version v0: there is no such template"),
+        ("--version v0", "version v0: unknown template"),
         ("--optim adafactor", "optim adafactor: AdamW is used"),
         ("--lr_scheduler_type polynomial", "lr_scheduler_type polynomial: supported are"),
         ("--warmup_steps 50", "warmup_steps 50: write optimizer.warmup"),
@@ -212,7 +212,7 @@ def test_the_number_of_gpus_is_read(tmp_path, launcher, gpus):
         (words(launcher="deepspeed"), "--gpus 8"),
         (words(launcher="torchrun --nproc_per_node=$NUM"), "--gpus 8"),
         (["torchrun", "serve.py"], "no LLaVA training command"),
-        (["missing.sh"], "missing.sh is no script that can be read"),
+        (["missing.sh"], "missing.sh cannot be read as a script"),
         (words("--learning_rate fast"), "--learning_rate 'fast': must be a number"),
         (words("--bf16 perhaps"), "--bf16 perhaps: must be True or False"),
         (["torchrun", "--nproc_per_node=1", "train.py", "--data_path", "d"], "no --output_dir"),

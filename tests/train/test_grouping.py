@@ -111,5 +111,5 @@ def test_a_run_has_these_groups_and_the_mean_of_their_means(make_recipe):
     first, second = schedule.order(0), schedule.order(1)
     assert sorted(first) == sorted(second) == list(range(22))
     assert first.tolist() != second.tolist()
-    with pytest.raises(RecipeError, match="batch_size a multiple of micro_batch"):
+    with pytest.raises(RecipeError, match="batch_size that is a multiple of micro_batch"):
         make_recipe(batch_size=8, micro_batch=3, data={"batching": "grouped"})

@@ -307,7 +307,7 @@ def test_forms(table):
         ({"label": 1}, "it needs a label, true"),
         ({"completion": None}, "no text under 'completion'"),
         ({"prompt": None}, "no prompt"),
-        ({"conversations": [{"from": "human", "value": "what?"}]}, "end with the answer that its label"),
+        ({"conversations": [{"from": "human", "value": "what?"}]}, "end with the labelled answer"),
         ({"label": None, "rejected": "a red cup", "chosen": "a red cup"}, "two answers are the same"),
         ({"label": None, "rejected": "a red cup"}, "no text under 'answer'"),
     ],
@@ -370,8 +370,8 @@ def test_a_mismatched_answer_follows_the_question_and_is_cut_to_fit(table, tiny_
         ({"settings": {"reference": "base"}}, "`kto.reference: base` .* give `lora`"),
         ({"settings": {"lambda": 1}}, "kto.lambda"),
         ({"batch_size": 1}, "batch_size >= 2"),
-        ({"data": {"batching": "grouped"}}, "`kto` goes with data.batching: packed"),
-        ({"dpo": {}}, "one objective, and the recipe has 'dpo' and 'kto'"),
+        ({"data": {"batching": "grouped"}}, "`kto` needs data.batching: packed"),
+        ({"dpo": {}}, "one objective, but the recipe has 'dpo' and 'kto'"),
     ],
 )
 def test_recipes_that_cannot_be_run(recipe, changes, said):
@@ -385,7 +385,9 @@ def test_the_command(recipe, tmp_path, caplog):
     with caplog.at_level("INFO"):
         done = CliRunner().invoke(app, ["train", str(path), "--set", "steps=1"])
     assert done.exit_code == 0, done.output
-    assert "7 desirable and 5 undesirable answers: their weights times their numbers are as 1.40 to 1" in caplog.text
+    assert (
+        "7 desirable and 5 undesirable answers: the ratio of their weights times their numbers is 1.40" in caplog.text
+    )
 
 
 def test_the_estimate_knows_its_passes(recipe):

@@ -83,7 +83,7 @@ def test_a_sample_that_is_bad_at_its_step_is_left_out(over, folder, caplog, work
     assert len(listed) == 3
     for number, name in BAD.items():
         assert sum(f"data.json[{number}] (id sample-{number})" in line and name in line for line in listed) == 1
-    assert "3 samples were left out when they were met" in caplog.text
+    assert "3 samples were left out of their steps" in caplog.text
     assert LEFT_OUT in caplog.text
 
 
@@ -183,7 +183,7 @@ def test_a_run_that_is_to_stop_names_the_file_and_goes_on_once_it_is_taken_out(o
         train(recipe)
     assert len(losses(recipe)) == 6
     assert not (recipe.output / LEFT_OUT).exists()
-    assert "samples that this run began with are gone: the others keep their order" in caplog.text
+    assert "samples of this run were removed from the data; the others keep their order" in caplog.text
 
 
 def test_two_processes_stop_with_one_line(over, folder, run):
@@ -224,8 +224,8 @@ def test_the_others_keep_their_order(over, tmp_path, caplog, batching):
     with caplog.at_level(logging.WARNING, "llava_fast.train"):
         after = sampled(resumed)
     assert after == {step: [number for number in before[step] if number not in gone] for step in range(2, 6)}
-    assert "3 samples that this run began with are gone" in caplog.text
-    assert "1 samples cannot be used any more" in caplog.text
+    assert "3 samples of this run were removed" in caplog.text
+    assert "1 samples can no longer be used" in caplog.text
     assert "sample-8" in caplog.text
     assert sampled(resumed) == {}
 
@@ -255,7 +255,7 @@ def test_other_changes_of_the_data_are_refused(over, folder, change):
     else:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 450})})
     path.write_text(json.dumps(records))
-    with pytest.raises(TrainingError, match=r"data, seed or batch size .* \(samples may be taken out"):
+    with pytest.raises(TrainingError, match=r"data, seed or batch size .* \(samples may be removed"):
         train(recipe)
 
 

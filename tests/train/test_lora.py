@@ -186,9 +186,9 @@ def test_merge_lora(recipe, tmp_path):
 
 
 def test_adapters_that_cannot_be_had(recipe, monkeypatch):
-    with pytest.raises(RecipeError, match=r"lora.targets: 'qkv' is no Linear of the decoder; it has down_proj, "):
+    with pytest.raises(RecipeError, match=r"lora.targets: 'qkv' is not a Linear of the decoder; it has down_proj, "):
         load_model(recipe(lora={"targets": ["q_proj", "qkv"]}), ALONE)
-    with pytest.raises(RecipeError, match=r"`lora` is not shared out by `parallel.tensor`"):
+    with pytest.raises(RecipeError, match=r"`lora` does not support `parallel.tensor`"):
         recipe(parallel={"kind": "fsdp2", "tensor": 2})
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(RecipeError, match=r"`lora` needs PEFT: pip install 'llava_fast\[train\]'"):

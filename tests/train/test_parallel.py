@@ -87,7 +87,7 @@ def test_kinds_that_do_not_fit_the_processes_are_refused(recipe_in, tmp_path, mo
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="none is for one process, and there are 2"):
         join_world(recipe_in(tmp_path, parallel={"kind": "none"}).parallel)
-    with pytest.raises(RecipeError, match="goes with `fsdp2`, not with `ddp`"):
+    with pytest.raises(RecipeError, match="needs `fsdp2`, not `ddp`"):
         recipe_in(tmp_path, parallel={"kind": "ddp", "tensor": 2})
 
 

@@ -68,7 +68,7 @@ def test_two_runs_of_one_name(tmp_path):
 
 
 def test_what_cannot_be_drawn_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(TrainingError, match=r"no step in .*gone.*`output` directory"):
+    with pytest.raises(TrainingError, match=r"gone.* has no steps.*`output` directory"):
         read_runs([tmp_path / "gone"])
     made = write_run(tmp_path, "run")
     refused = run(made, "-o", tmp_path / "out.txt").exception

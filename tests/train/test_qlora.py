@@ -80,11 +80,11 @@ def test_a_quantised_checkpoint_is_trained_as_it_is(recipe, tmp_path):
     made = recipe(model=str(tmp_path / "q"), quantize=None)
     train(made)
     assert losses(made)
-    with pytest.raises(RecipeError, match="'decoder' names weights that the checkpoint holds quantised"):
+    with pytest.raises(RecipeError, match="'decoder' names weights that are quantised in the checkpoint"):
         load_model(recipe(model=str(tmp_path / "q"), quantize=None, lora=None, trainable=["decoder"]), ALONE)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(training, "is_sharded", lambda recipe, world: True)
-        with pytest.raises(RecipeError, match="a quantised model is not sharded: use ddp"):
+        with pytest.raises(RecipeError, match="a quantised model does not support sharding: use ddp"):
             load_model(made, ALONE)
 
 
@@ -93,7 +93,7 @@ def test_biases_alone_are_not_trained(recipe, tmp_path):
     dense = recipe()
     llava_fast.save(llava_fast.load(dense.model, quantize=Quantisation("int8", projector="int8")), tmp_path / "q")
     for pattern in ("projector", "decoder.layers.*"):
-        with pytest.raises(RecipeError, match="names weights that the checkpoint holds quantised"):
+        with pytest.raises(RecipeError, match="names weights that are quantised in the checkpoint"):
             load_model(recipe(model=str(tmp_path / "q"), quantize=None, trainable=[pattern]), ALONE)
 
 
@@ -114,8 +114,8 @@ def test_a_weight_is_merged_where_its_factors_lie():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora": None, "trainable": ["decoder"]}, "`quantize` freezes the decoder's own weights"),
-        ({"parallel": {"kind": "fsdp2"}}, "`quantize` is not sharded: use `parallel.kind: ddp`"),
+        ({"lora": None, "trainable": ["decoder"]}, "`quantize` freezes the decoder's weights"),
+        ({"parallel": {"kind": "fsdp2"}}, "`quantize` does not support sharding: use `parallel.kind: ddp`"),
         ({"quantize": "nf4"}, "quantize: Input should be 'int8' or 'int4'"),
     ],
 )

@@ -74,5 +74,5 @@ def test_a_model_may_be_put_together(tmp_path):
 def test_a_place_in_a_list_is_changed_by_its_number(tmp_path):
     recipe = load_recipe(write(tmp_path, GOOD), ["data.sources.0.path=other.json", "data.sources.0.images=pictures"])
     assert (recipe.data.sources[0].path, recipe.data.sources[0].images) == ("other.json", "pictures")
-    with pytest.raises(RecipeError, match="'1' is no place in a list of 1"):
+    with pytest.raises(RecipeError, match="'1' is not an index of a list of 1"):
         load_recipe(write(tmp_path, GOOD), ["data.sources.1.path=other.json"])

@@ -78,7 +78,7 @@ def test_a_killed_run_goes_on_bit_for_bit(make_recipe, tmp_path, workers):
 def test_refuses_to_run_over_another_run(make_recipe):
     recipe = make_recipe()
     train(recipe)
-    with pytest.raises(TrainingError, match="holds a run"):
+    with pytest.raises(TrainingError, match="has a run"):
         train(recipe, resume=False)
 
 
@@ -110,14 +110,14 @@ def test_refuses_to_resume_another_recipe(make_recipe, caplog):
     with pytest.raises(TrainingError, match=r"another recipe: trainable changed .*'decoder'.* and is \['projector'\]"):
         train(recipe.model_copy(update={"trainable": ["projector"]}))
     (recipe.output / RECIPE_FILE).unlink()  # as in a run of an older version
-    with pytest.raises(TrainingError, match="does not fit") as caught:
+    with pytest.raises(TrainingError, match="does not match") as caught:
         train(recipe.model_copy(update={"trainable": ["vision_tower"]}))
     assert "Traceback" not in str(caught.value)
     assert "vision_tower" in str(caught.value)
     with caplog.at_level("INFO", "llava_fast.train"):
         train(recipe.model_copy(update={"steps": 2}))
         train(recipe.model_copy(update={"steps": 3}))
-    assert "since this run was begun: steps" in caplog.text
+    assert "since the last start of this run: steps" in caplog.text
     assert len(losses(recipe)) == 3
 
 
@@ -125,7 +125,7 @@ def test_refuses_to_resume_another_recipe(make_recipe, caplog):
 def test_an_output_that_cannot_be_written_stops_at_once(make_recipe, tmp_path, monkeypatch, place):
     monkeypatch.setattr(run, "load_model", lambda *_: 1 / 0)
     (tmp_path / "file").write_text("")
-    with pytest.raises(RecipeError, match="output: nothing can be written to"):
+    with pytest.raises(RecipeError, match="output: .* is not writable"):
         train(make_recipe(output=str(tmp_path / place)))
 
 
@@ -140,7 +140,7 @@ def test_only_what_is_named_is_trained(make_recipe):
     names = {name for name, parameter in trainer.bare.named_parameters() if parameter.requires_grad}
     assert names
     assert all(name.startswith(("projector", "image_newline", "decoder.layers.1.")) for name in names)
-    with pytest.raises(RecipeError, match="'brain' is no part"):
+    with pytest.raises(RecipeError, match="'brain' is neither a part"):
         build(make_recipe(trainable=["brain"]))
 
 
@@ -171,7 +171,7 @@ def test_a_spike_stops(make_recipe, monkeypatch):
     monkeypatch.setattr(training, "_RECENT", 2)
     trainer = build(make_recipe(epochs=3))
     trainer.recent.extend([0.01, 0.01])
-    with pytest.raises(TrainingError, match=r"times the usual 0.0100"):
+    with pytest.raises(TrainingError, match=r"times the median 0.0100"):
         trainer.step(next(trainer.loader.steps(0)))
 
 

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from llava_fast.checkpoints.assemble import Assembly
 
 _BAD_FILE = "data file"
-_SHOWN = 20  # problems on screen; a JSON report has all
+_SHOWN = 20  # problems shown on screen; the JSON report has all
 _OR_SKIP = ", or write `on_problem: skip` under the recipe's `data`"
 _PICTURES = (".png", ".pdf", ".svg")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be checked: a recipe's data, or files by themselves. Without a `model` no tokens are counted."""
+    """What to check: a recipe's data, or data files. Without a `model` no tokens are counted."""
 
     sources: list[Source]
     model: str | Assembly | None = None
@@ -48,17 +48,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Report:
-    """What a check found. Lists hold plain values, as `to_json` gives them.
+    """The results of a check. Lists hold plain values, as in `to_json`.
 
-    left        samples that are trained on: those without a problem, and short enough unless long ones are cut.
+    left        number of samples that are trained on: without a problem, and short enough or cut.
     tokens      for each of text, visual, supervised and all (text and visual): sum, mean, p50, p95, max per sample;
                 empty if no model was given.
     sources     for each: path, samples, samples per epoch, problems, too long, tokens.
-    problems    {"sample", "kind", "problem"}: each would stop a training run, or be left out of it.
-    too_long    {"sample", "tokens"}: more than `max_length`; they are dropped, or cut if the recipe says so.
-    keys_not_read  keys that samples have and training does not read, and how many samples have each.
-    oddities    likely mistakes in samples that are still trained on, and how many samples have each.
-    skips_problems  the recipe says to train without samples that have a problem.
+    problems    {"sample", "kind", "problem"}: samples that would stop a training run or be skipped.
+    too_long    {"sample", "tokens"}: samples longer than `max_length`, which are dropped, or cut if the recipe says so.
+    keys_not_read  keys that training ignores -> number of samples that have them.
+    oddities    likely mistakes in samples that are still trained on -> number of such samples.
+    skips_problems  whether the recipe skips samples with a problem.
     lengths     of every sample, for a histogram; not in the JSON.
     """
 
@@ -76,7 +76,7 @@ class Report:
 
     @property
     def stops(self) -> bool:
-        """Whether this data would stop a training run: a problem that is not skipped, or no usable sample."""
+        """Whether this data would stop a training run: it has a problem that is not skipped, or no usable sample."""
         bad_files = any(each["kind"] == _BAD_FILE for each in self.problems)
         return not self.left or bad_files or (bool(self.problems) and not self.skips_problems)
 
@@ -96,8 +96,8 @@ def plan_for(
     labels: LabelMask | None = None,
     changes: Sequence[str] = (),
 ) -> Plan:
-    """A plan for a recipe (a YAML file without `datasets:`, or the name of one that comes with the package) or for data
-    files; given arguments override the recipe's, and `changes` are those of `load_recipe`.
+    """A plan for a recipe (a YAML file without `datasets:`, or the name of a shipped recipe) or for data files.
+    Arguments override the recipe's values; changes: as for `load_recipe`.
 
     Raises RecipeError or DataError.
     """
@@ -122,7 +122,7 @@ def plan_for(
             data.time_instruction,
         )
     if changes:
-        raise DataError(f"{path} is data and no recipe, so --set {changes[0]} has nothing to change")
+        raise DataError(f"{path} is a data file, not a recipe: leave out --set {changes[0]}")
     return Plan(
         [Source(path=path, images=images)],
         model,
@@ -133,9 +133,9 @@ def plan_for(
 
 
 def check(plan: Plan, workers: int = 2, decode: bool = True, progress: bool = True) -> Report:
-    """Check all samples of a plan. `decode`: open every image and video fully, not only its header.
+    """Check all samples of a plan. decode: decode every image and video, instead of reading only its header.
 
-    Raises CheckpointError for an invalid model; problems of the data go into the report.
+    Raises CheckpointError for an invalid model; problems of the data are part of the report.
     """
     processor = None if plan.model is None else _processor(plan)
     max_length = plan.max_length or (processor.max_rows if processor else None)
@@ -144,7 +144,7 @@ def check(plan: Plan, workers: int = 2, decode: bool = True, progress: bool = Tr
     table: SampleTable | None
     try:
         table = read_sources(plan.sources)
-    except DataError:  # a file that cannot be read at all: name each, and check the others
+    except DataError:  # report unreadable files and check the others
         good, problems = _readable(plan.sources)
         table = read_sources([plan.sources[number] for number in good]) if good else None
     if table is None:
@@ -176,7 +176,7 @@ def check(plan: Plan, workers: int = 2, decode: bool = True, progress: bool = Tr
 
 
 def show(report: Report, console: Console) -> None:
-    """The report as text."""
+    """Print the report."""
     if report.tokens:
         table = Table("tokens per sample", title_justify="left")
         for column in ("sum", "mean", "p50", "p95", "max"):
@@ -218,13 +218,13 @@ def show(report: Report, console: Console) -> None:
     if not report.left:
         say("No sample is left to train on." + " Raise the length, or use smaller images." * bool(report.too_long))
     elif report.stops:
-        say("A training would stop: mend or remove these samples" + _OR_SKIP * (not report.skips_problems) + ".")
+        say("Training would stop: fix or remove these samples" + _OR_SKIP * (not report.skips_problems) + ".")
     elif report.problems:
-        say("A training leaves these samples out, as the recipe says.")
+        say("Training skips these samples, as the recipe says.")
 
 
 def save_histogram(report: Report, path: Path) -> None:
-    """A picture of how many samples have how many tokens. Raises DataError without tokens to count."""
+    """Save a histogram of the samples' numbers of tokens. Raises DataError if no tokens were counted."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -247,8 +247,8 @@ def save_histogram(report: Report, path: Path) -> None:
 
 
 def check_picture_path(path: Path, what: str = "a histogram") -> None:
-    """Raises DataError now, not after an hour of measuring, for a picture that could not be written, and
-    MissingPackageError without matplotlib."""
+    """Raise DataError before anything is measured if a plot could not be written to `path`, and MissingPackageError
+    without matplotlib."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -259,16 +259,16 @@ def check_picture_path(path: Path, what: str = "a histogram") -> None:
 
 
 def check_parent(path: Path) -> None:
-    """Raises DataError if there is no folder to write a file into."""
+    """Raise DataError if the parent folder of a file does not exist."""
     if not path.absolute().parent.is_dir():
-        raise DataError(f"there is no folder {path.absolute().parent} to write {path.name} into: make it first")
+        raise DataError(f"there is no folder {path.absolute().parent} to write {path.name} into: create it first")
 
 
 def _is_mixture(path: str) -> bool:
     try:
         given = yaml.safe_load(Path(path).read_bytes())
     except (OSError, ValueError, yaml.YAMLError):
-        return False  # what is wrong with it is said by whoever reads it as a recipe
+        return False  # reading it as a recipe raises the error
     return isinstance(given, dict) and "datasets" in given
 
 
@@ -278,14 +278,14 @@ def _processor(plan: Plan) -> Processor:
     from llava_fast.checkpoints.assemble import open_checkpoint
 
     if plan.model is None:
-        raise CheckpointError("there is no model to take a processor from")
+        raise CheckpointError("a processor needs a model, and none is given")
     processor = load_processor(*open_checkpoint(plan.model), plan.template)
     frames = plan.video_frames or processor.video_frames
     return dataclasses.replace(processor, video_frames=frames, time_instruction=plan.time_instruction)
 
 
 def _readable(sources: Sequence[Source]) -> tuple[list[int], list[dict[str, str]]]:
-    """(sources that can be read, problems of the others)."""
+    """(indices of readable sources, problems of the others)."""
     good, problems = [], []
     for number, source in enumerate(sources):
         try:
@@ -306,7 +306,7 @@ def _columns(lengths: Lengths) -> dict[str, np.ndarray]:
 
 
 def _statistics(lengths: Lengths) -> dict[str, dict[str, float]]:
-    """Of samples without a problem."""
+    """Statistics per column, over samples without a problem."""
     fine = ~np.isin(np.arange(len(lengths.text)), list(lengths.problems))
     if not fine.any():
         return {}
@@ -341,5 +341,5 @@ def _by_source(
 
 
 def _printable(text: str) -> str:
-    """Lone surrogates, which JSON allows and terminals do not, are escaped."""
+    """The text with lone surrogates, which JSON allows and terminals do not, escaped."""
     return text.encode("utf-8", "backslashreplace").decode()

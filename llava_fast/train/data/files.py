@@ -1,4 +1,4 @@
-"""Data files: finding them, and reading JSON lists and JSON lines value by value, with errors that say where."""
+"""Finds data files, and reads JSON lists and JSON lines value by value; errors name file, line and column."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def expand(path: str, beside: str = "") -> list[str]:
-    """The files of a path: itself, "{a,b}.json" expanded, or a glob's matches, sorted. A relative path that does not
-    exist is also looked up in the folder `beside`. Raises DataError if there is no file.
+    """The files of a path: the path itself, the expansion of "{a,b}.json", or the sorted matches of a glob. A relative
+    path that does not exist is also looked up in the folder `beside`. Raises DataError if there is no file.
     """
     braces = re.search(r"\{([^{}]*)\}", path)
     if braces and not os.path.exists(path):
@@ -32,7 +32,7 @@ def expand(path: str, beside: str = "") -> list[str]:
 
 
 def read_text(path: str) -> str:
-    """A file as text, without a byte order mark. Raises DataError for one that cannot be read or is not UTF-8."""
+    """The text of a file without a byte order mark. Raises DataError if it cannot be read or is not UTF-8."""
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -43,20 +43,20 @@ def read_text(path: str) -> str:
 
 
 def read_values(path: str) -> Iterator[Any]:
-    """The values of a JSON list, or of JSON lines, whichever the file holds. Raises DataError, with line and column."""
+    """The values of a JSON list or of JSON lines, depending on the content. Raises DataError with line and column."""
     if not path.lower().endswith((".json", ".jsonl")):
-        raise DataError(f"{path} is neither .json nor .jsonl (nor a .yaml mixture named by itself): convert it")
+        raise DataError(f"{path} is neither .json nor .jsonl (nor a single .yaml mixture): convert it")
     text = read_text(path)
     try:
         yield from _values(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}, column {error.colno}: no valid JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets thousands deep
+        raise DataError(f"{path}, line {error.lineno}, column {error.colno}: invalid JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits; thousands of nested brackets
         raise DataError(f"{path} cannot be read as JSON: {error}") from None
 
 
 def _values(text: str) -> Iterator[Any]:
-    """One value after another, so that a large file is never in memory as Python objects."""
+    """Yields one value at a time, so that a large file is never in memory as Python objects."""
     decode = json.JSONDecoder().raw_decode
     at = _after_space(text, 0)
     listed = text.startswith("[", at)
@@ -75,10 +75,10 @@ def _values(text: str) -> Iterator[Any]:
         elif text.startswith("]", at):
             at = _after_space(text, at + 1)
             if at < len(text):
-                raise json.JSONDecodeError("something follows the list", text, at)
+                raise json.JSONDecodeError("unexpected text after the list", text, at)
             return
         else:
-            raise json.JSONDecodeError("a list goes on with a comma and ends with a bracket", text, at)
+            raise json.JSONDecodeError("expected ',' or ']'", text, at)
 
 
 def _after_space(text: str, at: int) -> int:

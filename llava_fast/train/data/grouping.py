@@ -1,7 +1,8 @@
-"""The original trainers' batches: text apart from images, and each micro-batch with long and short samples.
+"""The original trainers' batches: text-only samples separate from those with images, and each micro-batch with long and
+short samples.
 
 Source of the method: haotian-liu/LLaVA llava/train/llava_trainer.py (group_by_modality_length) and `modality_lengths`
-of its train.py, which LLaVA-VL/LLaVA-NeXT keeps. Integers alone; the same on every process.
+of its train.py, also in LLaVA-VL/LLaVA-NeXT. Integers only; the same on every process.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from llava_fast.train.data.samples import SampleTable
 
 
 def word_counts(table: SampleTable) -> np.ndarray:
-    """The original's measure of a sample's length: int64 [samples], whitespace-separated words in all its turns."""
+    """The original's length measure: int64 [samples], the whitespace-separated words in all turns of a sample."""
     return np.array([_words(table.value(number)) for number in range(len(table))], np.int64)
 
 
@@ -24,16 +25,16 @@ def grouped_order(
 ) -> np.ndarray:
     """An epoch's order, in which each `micro_batch` consecutive samples are one of the original's micro-batches.
 
-    numbers     sample numbers in a random order; words[i] and visual[i] the length of numbers[i] (see `word_counts`)
-                and whether it has images or a video.
-    batch_size  samples of an optimiser step; the original's devices x accumulation x micro-batch.
-    seed        of the order of steps.
-    Steps of each kind are cut from the random order; the remainders of both kinds (a whole step, if a kind has no
-    remainder) are combined: a step of it comes first, if it fills one, and the rest last. Data of one kind keeps its
-    steps in the random order.
+    numbers     sample numbers in random order; words[i] is the length of numbers[i] (see `word_counts`), visual[i]
+                whether it has images or a video.
+    batch_size  samples per optimiser step: the original's devices x accumulation x micro-batch.
+    seed        for the order of steps.
+    Steps of each kind (with and without images) are cut from the random order. The remainders of both kinds (a whole
+    step, if a kind has no remainder) are combined: if they fill a step, it comes first, and the rest comes last. Data
+    of a single kind keeps its steps in the random order.
     """
     kinds = [np.flatnonzero(kind) for kind in (visual, ~visual)]
-    lengths = words if all(len(places) for places in kinds) else np.where(visual, words, -words)  # as the original has
+    lengths = words if all(len(places) for places in kinds) else np.where(visual, words, -words)  # as in the original
     cut = [
         [_dealt(places[start : start + batch_size], lengths, micro_batch, batch_size) for start in starts]
         for places in kinds
@@ -50,8 +51,8 @@ def grouped_order(
 
 
 def _dealt(step: np.ndarray, lengths: np.ndarray, micro_batch: int, batch_size: int) -> np.ndarray:
-    """The indices of one step, micro-batch after micro-batch: the longest first, each to the micro-batch with the
-    smallest sum so far; if the step does not fill all micro-batches equally, round-robin.
+    """The indices of one step, micro-batch after micro-batch. Longest first, each sample is assigned to the micro-batch
+    with the smallest sum so far, or round-robin if the step does not fill all micro-batches equally.
     """
     count = batch_size // micro_batch
     step = step[np.argsort(-lengths[step], kind="stable")]

@@ -1,12 +1,12 @@
 """Single answers that are labelled desirable or undesirable, for KTO.
 
 A sample is an object {"id", "image" | "images" | "video", "prompt", "completion", "label"}, where `label` is true for a
-desirable answer and false for an undesirable one ("prompt" as in data.pairs); or an ordinary sample (`conversations` or
-`messages`) with a `label`, which is that of its last answer. A preference pair (data.pairs) is read as two samples: its
-chosen answer is desirable, its rejected one is not.
+desirable answer and false for an undesirable one ("prompt" as in data.pairs), or an ordinary sample (`conversations` or
+`messages`) with a `label` for its last answer. A preference pair (data.pairs) is read as two samples: its chosen answer
+is desirable, its rejected answer undesirable.
 
-KTO also needs each question paired with an answer to another question. Both answers follow the question in one
-sequence, as branches.
+KTO also pairs each question with an answer to another question. Both answers follow the question in one sequence, as
+branches.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _NEEDS = "a sample needs prompt, completion and label"
 
 
 class LabelledTable(SampleTable):
-    """Samples with a label each."""
+    """Samples with one label each."""
 
     def sample(self, number: int, value: Any) -> Sample:
         try:
@@ -68,13 +68,13 @@ def read_labelled(sources: Sequence[Source]) -> LabelledTable:
 
 
 def _split(value: Any) -> list[Any]:
-    """The samples of a value in a data file: two for a pair, else itself."""
+    """The samples of a value in a data file: two for a pair, else the value itself."""
     if not isinstance(value, dict) or "label" in value or "rejected" not in value:
         return [value]
     shared = {key: part for key, part in value.items() if key not in _ANSWERS}
     chosen = "chosen" if "chosen" in value else "answer"
     if value.get(chosen) in (None, value["rejected"]):
-        return [value]  # what is wrong is said when it is asked for
+        return [value]  # reading the sample raises the error
     return [
         {**shared, chosen: value[chosen], "label": True},
         {**shared, "rejected": value["rejected"], "label": False},
@@ -82,33 +82,33 @@ def _split(value: Any) -> list[Any]:
 
 
 def _as_ordinary(value: Any) -> dict[str, Any]:
-    """A labelled sample in the form of an ordinary one. Raises DataError."""
+    """A labelled sample in the format of an ordinary one. Raises DataError."""
     if not isinstance(value, dict):
         raise DataError("a sample must be an object with prompt, completion and label")
     if "label" not in value and "rejected" in value:
         answer_text(value, "chosen" if "chosen" in value else "answer", "a pair needs prompt, chosen and rejected")
         raise DataError("its two answers are the same, so neither can be preferred: leave it out")
     if not isinstance(value.get("label"), bool):
-        raise DataError("it needs a label, true if its answer is desirable and false if it is not")
+        raise DataError("it needs a label: true if its answer is desirable, false if it is not")
     if "conversations" in value or "messages" in value:
         turns = value.get("conversations", value.get("messages"))
         last = turns[-1] if isinstance(turns, list) and turns and isinstance(turns[-1], dict) else {}
         if last.get("from", last.get("role", "gpt")) not in ("gpt", "assistant"):
-            raise DataError("it must end with the answer that its label is about", "roles and turns")
+            raise DataError("it must end with the labelled answer", "roles and turns")
         return {key: part for key, part in value.items() if key in READ_KEYS}
     key = next((key for key in _ANSWERS if key in value), "completion")
     return conversation(value, prompt_turns(value), answer_text(value, key, _NEEDS))
 
 
 def mismatched(table: LabelledTable, schedule: Schedule) -> np.ndarray:
-    """int64 [samples]: for each sample of a run the one whose answer is paired with its question (-1 for samples in no
-    step). It is the next sample with another question in the first step that contains the sample.
+    """int64 [samples]: the sample whose answer is paired with each sample's question, -1 for samples that are in no
+    step. It is the next sample with another question in the first step that contains the sample.
 
-    Raises DataError if all samples have one question.
+    Raises DataError if all samples have the same question.
     """
     found = np.full(len(table), -1, np.int64)
     questions: dict[int, bytes] = {}
-    alone: list[int] = []  # in a step without another question
+    alone: list[int] = []  # samples in a step without another question
     for step in range(schedule.total):
         numbers = schedule.samples(step).tolist()
         first = {number: place for place, number in enumerate(numbers) if number not in questions}
@@ -126,8 +126,8 @@ def mismatched(table: LabelledTable, schedule: Schedule) -> np.ndarray:
 
 
 class LabelledBatches(TwoAnswers):
-    """Micro-batches of questions with their own answer and a mismatched one. The plan has a column "desirable"
-    [sequences], 1 or 0, more.
+    """Micro-batches of questions with their own answer and a mismatched one. The plan has an additional column
+    "desirable" [sequences], 1 or 0.
 
     others  int64 [samples], see `mismatched`.
     """
@@ -153,7 +153,7 @@ class LabelledBatches(TwoAnswers):
         answer = TextPiece(own.ids[start:], own.supervised[start:])
         self.processor.check_length([*pieces, answer])
         wrong = mismatched.ids[mismatched.supervised]
-        if self.processor.max_rows is not None:  # cut, as an answer of another length may not fit here
+        if self.processor.max_rows is not None:  # truncate: the other question's answer may be too long here
             wrong = wrong[: max(self.processor.max_rows - sequence_length(pieces), 1)]
         return SharedPair(pieces, (answer, TextPiece(wrong, np.ones(len(wrong), bool))))
 

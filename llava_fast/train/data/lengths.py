@@ -1,7 +1,7 @@
-"""One pass over the data before training: the length and the problem, if any, of each sample.
+"""One pass over the data before training: the length of each sample, and its problem, if any.
 
 Worker processes tokenise each sample and read its images' sizes (or, on request, decode their pixels). Results are
-cached on disk, so that a restarted run, or a run after `llava-fast data check`, has them at once.
+cached on disk for restarted runs and for runs after `llava-fast data check`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from llava_fast.train.data.workers import in_workers
 from llava_fast.version import __version__
 
 LabelMask = Literal["answers", "original"]
-_CHUNK = 32  # samples that a worker does at once
+_CHUNK = 32  # samples per work item
 _PLAIN_SETTINGS = (
     "geometry",
     "image_token_id",
@@ -46,11 +46,11 @@ _PLAIN_SETTINGS = (
 
 @dataclass(frozen=True)
 class Lengths:
-    """Rows of each sample: `text`, `visual`, and how many of the text rows are `supervised`; int32 [n].
+    """Rows of each sample, int32 [n]: `text`, `visual`, and the `supervised` ones among the text rows.
 
-    problems  the problem of a sample, in words, by its number; such a sample's rows are 0.
-    kinds     and its kind: "missing file", "unreadable file", "roles and turns", "placeholders", "malformed", "cannot
-              be masked", "unexpected".
+    problems  sample number -> description of its problem; such a sample's rows are 0.
+    kinds     sample number -> kind of its problem: "missing file", "unreadable file", "roles and turns",
+              "placeholders", "malformed", "cannot be masked", "unexpected".
     """
 
     text: np.ndarray
@@ -61,7 +61,7 @@ class Lengths:
 
 
 class _Found(NamedTuple):
-    """What is known of one sample."""
+    """The result for one sample."""
 
     number: int
     text: int = 0
@@ -84,11 +84,11 @@ def measure(
 ) -> Lengths:
     """Measure all samples of a table.
 
-    processor  of the model to train; its `max_rows` is ignored. None: only looks for problems, all rows are 0.
-    workers    processes that do it; 0 does it in this one.
-    cache      a directory to keep results in, by a hash of the data and of the processor's settings; samples with a
-               problem are measured `again` the next time, as their files may have been fixed.
-    decode     open every image and video fully, so that a truncated file is found; otherwise their headers are read.
+    processor  of the model to train; its `max_rows` is ignored. None: only find problems; all rows are 0.
+    workers    number of worker processes; 0: use this process.
+    cache      directory of cached results, keyed by a hash of the data and of the processor's settings.
+    again      measure cached samples with a problem again, since their files may have been fixed.
+    decode     decode every image and video to find truncated files, instead of reading only headers.
     """
     kept = None if cache is None else Path(cache) / f"{_key(table, processor, labels)}.npz"
     found = None if kept is None else _read(kept, len(table), decode)
@@ -106,7 +106,7 @@ def measure(
 
 
 class _Chunks(Dataset):
-    """Samples to measure, a few at a time."""
+    """The measurements as a Dataset of chunks of samples."""
 
     def __init__(
         self, table: SampleTable, processor: Processor | None, labels: LabelMask, decode: bool, numbers: Sequence[int]
@@ -118,20 +118,20 @@ class _Chunks(Dataset):
 
     def __getitem__(self, chunk: int) -> list[_Found]:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of odd files that it reads all the same
+            warnings.simplefilter("ignore")  # Pillow's warnings for irregular files that it can read
             return [self._measured(number) for number in self.numbers[chunk * _CHUNK : (chunk + 1) * _CHUNK]]
 
     def _measured(self, number: int) -> _Found:
         try:
             request = self.table[number].request
-            if self.decode or self.processor is None:  # otherwise counting reads the headers
+            if self.decode or self.processor is None:  # otherwise count() reads the headers
                 self._open(request["images"], request.get("video"))
             if self.processor is None:
                 return _Found(number)
             return _Found(number, *self.processor.count(request, self.labels))
         except MemoryError:
             raise
-        except Exception as error:  # whatever is wrong with one sample, the others are measured too
+        except Exception as error:  # no error of one sample may stop the others
             kind, problem = described(self.table.name(number), error)
             return _Found(number, kind=kind, problem=problem)
 
@@ -149,7 +149,7 @@ class _Chunks(Dataset):
 
 
 def described(name: str, error: Exception) -> tuple[str, str]:
-    """(kind, one line that begins with the sample's name) of a sample's problem."""
+    """(kind, description) of a sample's problem; the description is one line that begins with the sample's name."""
     kind, problem = _kind_and_words(error)
     problem = " ".join(problem.split())
     return kind, problem if problem.startswith(name) else f"{name}: {problem}"
@@ -185,14 +185,14 @@ def _run(chunks: _Chunks, workers: int, progress: bool) -> list[_Found]:
 
 
 class _Kept(NamedTuple):
-    """What a file holds: lengths, and whether images were opened fully for them."""
+    """The content of a cache file: lengths, and whether images were decoded for them."""
 
     lengths: Lengths
     decoded: bool
 
 
 def _merged(old: Lengths, found: list[_Found]) -> Lengths:
-    """`old`, updated with newer results."""
+    """`old` updated with newer results."""
     rows = np.stack([old.text, old.visual, old.supervised])
     problems, kinds = dict(old.problems), dict(old.kinds)
     for number, *counts, kind, problem in found:
@@ -211,7 +211,7 @@ def _lengths(rows: np.ndarray, problems: dict[int, str], kinds: dict[int, str]) 
 
 
 def _key(table: SampleTable, processor: Processor | None, labels: LabelMask) -> str:
-    """A hash of everything that lengths depend on except the sizes of the images."""
+    """A hash of everything on which lengths depend, except the sizes of the images."""
     settings: list[Any] = [__version__, table.fingerprint(), labels]
     if processor is not None:
         settings += [repr(getattr(processor, name)) for name in _PLAIN_SETTINGS]
@@ -223,7 +223,7 @@ def _key(table: SampleTable, processor: Processor | None, labels: LabelMask) -> 
 
 
 def _read(path: Path, count: int, decode: bool) -> _Kept | None:
-    """The stored result, if it is complete and its images were opened as fully as requested now."""
+    """The cached result, if it is complete and, if `decode` is set, its images were decoded."""
     try:
         with np.load(path, allow_pickle=False) as held:
             rows = held["rows"]
@@ -245,7 +245,7 @@ def _write(path: Path, kept: _Kept) -> None:
     try:
         with part.open("wb") as file:
             np.savez(file, rows=np.stack([lengths.text, lengths.visual, lengths.supervised]), notes=np.array(notes))
-        part.replace(path)  # whole or not at all
+        part.replace(path)  # atomic
     finally:
         with contextlib.suppress(FileNotFoundError):
             part.unlink()

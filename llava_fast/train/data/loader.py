@@ -1,6 +1,6 @@
 """From a schedule to micro-batches: workers open and cut images and build plans while the device computes.
 
-The position in the data is just the step, so a loader can start at any step, with any number of processes.
+The position in the data is only the step number, so a loader can start at any step with any number of processes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _Made = TypeVar("_Made")
 
 
 class LeftOut(NamedTuple):
-    """A sample that could not be used at its step: its number, and its problem with its name."""
+    """A sample that could not be used at its step: its number, and its problem, which includes its name."""
 
     number: int
     problem: str
@@ -50,9 +50,9 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one process runs in one optimiser step: its micro-batches, the names of their samples, how long the device
+    """One process's part of an optimiser step: its micro-batches, the names of their samples, the time that the device
     waited for them (seconds), and the samples left out. A micro-batch whose samples were all left out is kept, because
-    every process needs the same number."""
+    all processes need the same number."""
 
     step: int
     micro_batches: list[Prepared]
@@ -63,7 +63,7 @@ class StepBatch:
 
 
 class MicroBatches(Dataset):
-    """A micro-batch by its sample numbers: what a worker makes."""
+    """Dataset that maps a list of sample numbers to a micro-batch, made by a worker."""
 
     def __init__(self, table: SampleTable, processor: Processor, labels: LabelMask, layout: Layout, cut: bool) -> None:
         self.table, self.processor, self.labels, self.layout, self.cut = table, processor, labels, layout, cut
@@ -86,8 +86,8 @@ class MicroBatches(Dataset):
 def each_sound(
     numbers: Sequence[int], make: Callable[[int, list[Cut]], _Made], name: Callable[[int], str]
 ) -> tuple[list[int], list[_Made], list[Cut], list[LeftOut]]:
-    """make(number, tiles) for each sample, which appends its images to `tiles`: (numbers of those that are sound, what
-    was made of them, their tiles, the others). `name` is what a problem calls a sample."""
+    """Call make(number, tiles), which appends a sample's images to `tiles`, for each sample. Returns (numbers of the
+    samples without error, their results, their tiles, the samples left out). name: gives a sample's name for errors."""
     tiles: list[Cut] = []
     kept, made, left_out = [], [], []
     for number in numbers:
@@ -97,8 +97,8 @@ def each_sound(
             kept.append(number)
         except MemoryError:
             raise
-        except Exception as error:  # whatever it is: in a worker, another process decides what becomes of the run
-            del tiles[before:]  # of its images before the bad one
+        except Exception as error:  # any error: this is a worker, and the main process decides whether to stop
+            del tiles[before:]  # its images before the bad one
             left_out.append(LeftOut(number, described(name(number), error)[1]))
     return kept, made, tiles, left_out
 
@@ -106,8 +106,8 @@ def each_sound(
 class Loader:
     """Iterates over the steps of a run from any of them. Iteration is deterministic.
 
-    decoder          the model's, whose operation count balances packed micro-batches.
-    processes, rank  how many processes share a step, and which of them this is.
+    decoder          config of the model's decoder, whose FLOPs balance packed micro-batches.
+    processes, rank  the number of processes that share a step, and the index of this one.
     """
 
     def __init__(
@@ -142,12 +142,12 @@ class Loader:
         return split_padded(samples, self.processes, self.recipe.micro_batch)
 
     def pack(self, samples: list[int]) -> Split:
-        """Samples in packed micro-batches, by process."""
+        """Pack samples into micro-batches, by process."""
         rows = self.rows(samples)
         return split_packed(samples, rows, sequence_flops(self.decoder, rows), self.processes, self.most_rows)
 
     def steps(self, first: int) -> Iterator[StepBatch]:
-        """Batches of this process from step `first` to the end of the run."""
+        """This process's batches from step `first` to the end of the run."""
         mine = (self.split(step)[self.rank] for step in range(first, self.schedule.total))
         loaded = iter(in_workers(self.micro_batches, _Numbers(mine), self.recipe.data.workers, ahead=4))
         for step in range(first, self.schedule.total):
@@ -166,7 +166,7 @@ class Loader:
 
 
 class _Numbers:
-    """The sampler: sample numbers of one micro-batch after the other, made when a worker is free."""
+    """A sampler that yields the sample numbers of one micro-batch at a time, computed when a worker is free."""
 
     def __init__(self, splits: Iterator[list[list[int]]]) -> None:
         self.splits = splits

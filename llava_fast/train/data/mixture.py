@@ -1,4 +1,4 @@
-"""How often each source is seen in an epoch, and in what order: integers alone, the same on every process."""
+"""How often each source occurs in an epoch, and in which order. Integers only; the same on every process."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def epoch_order(
     """Sample numbers of an epoch, shuffled: int64 [samples in the epoch], the same for the same arguments.
 
     table_sources   int [n], the source of each sample (`SampleTable.source_of`).
-    mixing          "concat": of a source of n samples, weight * n (rounded), at most its cap. "sqrt": shares are
-                    proportional to weight * sqrt(n) and add up to the number of samples, then caps apply.
-    No sample of a source is repeated before all have been seen, also across epochs, so a weight of 0.5 shows one half
-    in one epoch and the other in the next. Raises DataError if no sample is left.
+    mixing          "concat": a source of n samples contributes weight * n (rounded), at most its cap. "sqrt": shares
+                    are proportional to weight * sqrt(n) and add up to the number of samples; then caps apply.
+    No sample of a source is repeated before all have occurred, also across epochs: with weight 0.5, one epoch uses one
+    half and the next the other. Raises DataError if no sample is left.
     """
     sizes = np.bincount(table_sources, minlength=len(sources))
     picked = []
@@ -30,11 +30,12 @@ def epoch_order(
     order = np.concatenate(picked)
     if not len(order):
         raise DataError("no sample is left in an epoch: raise the weights of its sources")
-    return np.random.default_rng([seed, epoch, 0, 2]).permutation(order)  # no other draw's
+    return np.random.default_rng([seed, epoch, 0, 2]).permutation(order)  # 2: a stream of random numbers used only here
 
 
 def epoch_counts(sizes: np.ndarray, sources: Sequence[Source], mixing: Literal["concat", "sqrt"]) -> np.ndarray:
-    """How many samples of each source an epoch has: int64 [sources]. sizes: int [sources]."""
+    """int64 [sources]: the number of samples of each source in an epoch. sizes: int [sources], samples in each
+    source."""
     weights = np.array([source.weight for source in sources]) * (sizes > 0)
     if mixing == "sqrt":
         shares = weights * np.sqrt(sizes)
@@ -45,7 +46,7 @@ def epoch_counts(sizes: np.ndarray, sources: Sequence[Source], mixing: Literal["
 
 
 def _whole(shares: np.ndarray) -> np.ndarray:
-    """Shares that add up to a whole number, as whole numbers with the same sum (largest remainders)."""
+    """Round shares whose sum is an integer to integers with the same sum (largest remainder method)."""
     counts = np.floor(shares).astype(np.int64)
     left = int(np.rint(shares.sum())) - int(counts.sum())
     counts[np.argsort(counts - shares, kind="stable")[:left]] += 1
@@ -53,8 +54,8 @@ def _whole(shares: np.ndarray) -> np.ndarray:
 
 
 def _turns(size: int, count: int, epoch: int, seed: list[int]) -> np.ndarray:
-    """The places of an epoch's `count` samples in a source of `size`: the stretch that is this epoch's of an endless
-    row of shuffles of the source."""
+    """The indices of an epoch's `count` samples in a source of `size`: this epoch's part of an infinite sequence of
+    shuffles of the source."""
     if not count:
         return np.zeros(0, np.int64)
     start = epoch * count

@@ -1,7 +1,7 @@
-"""How the samples of one optimiser step are distributed to processes and micro-batches.
+"""Distributes the samples of one optimiser step to processes and micro-batches.
 
-The loss is averaged over the whole step, so any split gives the same gradients up to rounding; a good one keeps
-processes equally busy.
+The loss is averaged over the whole step, so every split gives the same gradients up to rounding; a good split balances
+the work of the processes.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from collections.abc import Sequence
 import numpy as np
 
 Split = list[list[list[int]]]
-"""split[process][micro-batch] is a list of sample numbers. Every process has as many micro-batches."""
+"""split[process][micro-batch] is a list of sample numbers. All processes have the same number of micro-batches."""
 
 
 def split_packed(samples: Sequence[int], rows: np.ndarray, costs: np.ndarray, processes: int, most_rows: int) -> Split:
-    """Micro-batches of at most `most_rows` rows (a longer sample has one to itself), balanced by cost.
+    """Micro-batches of at most `most_rows` rows, balanced by cost; a longer sample gets a micro-batch of its own.
 
-    samples  sample numbers; rows[i] and costs[i] the length of samples[i] and how much work it is, in any unit.
-    Costliest first, each into the least busy micro-batch that it fits (Graham 1969). The processes' concurrent
-    micro-batches then have similar cost, and the costliest goes to the process with the least work so far.
-    Deterministic.
+    samples  sample numbers; rows[i] and costs[i]: length and cost (in any unit) of samples[i].
+    Costliest first, each sample is put into the cheapest micro-batch with room for it (Graham 1969). Micro-batches that
+    run at the same time on different processes get similar costs; the costliest is assigned to the process with the
+    least work so far. Deterministic.
     """
     order = sorted(range(len(samples)), key=lambda i: (-float(costs[i]), i))
-    most = max(math.ceil(len(samples) / processes), 1)  # enough for each sample to have one to itself
+    most = max(math.ceil(len(samples) / processes), 1)  # enough for one sample each
     each = min(max(math.ceil(int(np.sum(rows)) / (most_rows * processes)), 1), most)
     while (held := _filled(order, rows, costs, each * processes, most_rows)) is None:
-        each = min(each + max(each // 50, 1), most)  # a whole data set at once takes thousands
+        each = min(each + max(each // 50, 1), most)  # a whole data set needs thousands
     busy = [float(np.sum(costs[batch])) for batch in held]
     by_load = sorted(range(len(held)), key=lambda number: (-busy[number], number))
     split: Split = [[] for _ in range(processes)]
@@ -43,7 +43,7 @@ def split_packed(samples: Sequence[int], rows: np.ndarray, costs: np.ndarray, pr
 def _filled(
     order: list[int], rows: np.ndarray, costs: np.ndarray, count: int, most_rows: int
 ) -> list[list[int]] | None:
-    """Places in so many micro-batches; None if they do not fit."""
+    """Indices of the samples in a given number of micro-batches; None if they do not fit."""
     held: list[list[int]] = [[] for _ in range(count)]
     busy, filled = np.zeros(count), np.zeros(count, np.int64)
     for i in order:
@@ -58,8 +58,8 @@ def _filled(
 
 
 def split_padded(samples: Sequence[int], processes: int, micro_batch: int) -> Split:
-    """Micro-batches of so many samples in the order given, as the original trainers lay them out: a micro-step's
-    samples are consecutive, first process first."""
+    """Micro-batches of `micro_batch` samples in the given order, assigned as in the original trainers: the samples of
+    all processes in one micro-step are consecutive, first process first."""
     blocks = [list(samples[start : start + micro_batch]) for start in range(0, len(samples), micro_batch)]
     blocks += [[] for _ in range(-len(blocks) % processes)]
     return [blocks[process::processes] for process in range(processes)]

@@ -1,11 +1,11 @@
-"""Preference data: a question and two answers to it, of which one is preferred.
+"""Preference data: a question and two answers, one of which is preferred.
 
-A pair is an object {"id", "image" | "images" | "video", "prompt", "chosen", "rejected"}, as in LLaVA-NeXT-Video's and
-LLaVA-Hound's DPO data ("answer" is read if "chosen" is missing). "prompt" is a text, or the turns before the answer in
-LLaVA's or the OpenAI form; images that it does not place with `<image>` come before it.
+A pair is an object {"id", "image" | "images" | "video", "prompt", "chosen", "rejected"}, as in the DPO data of
+LLaVA-NeXT-Video and LLaVA-Hound ("answer" is read if "chosen" is missing). "prompt" is a text, or the turns before the
+answer in LLaVA's or OpenAI's format; images without an `<image>` in it are put before it.
 
 Question and answers form one sequence: the common prefix (image, question, equal first words of the answers) occurs
-once, and the rest of each answer follows as a branch (see inputs.plan).
+once, and the rest of each answer is a branch (see inputs.plan).
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ from llava_fast.train.data.loader import Made, each_sound
 from llava_fast.train.data.samples import Sample, SampleTable, Source, read_sources
 
 PAIR_KEYS = ("id", "image", "images", "video", "prompt", "chosen", "answer", "rejected")
-"""What of a pair is read; everything else in it is left alone."""
+"""The keys of a pair that are read; others are ignored."""
 
 CHOSEN, REJECTED = 0, 1
 
 
 class Answers(SampleTable):
-    """Both answers of each pair as ordinary samples: 2 i is pair i with its chosen answer, 2 i + 1 with the other."""
+    """Both answers of each pair as ordinary samples: sample 2 i is pair i with its chosen answer, 2 i + 1 with its
+    rejected answer."""
 
     def __len__(self) -> int:
         return 2 * super().__len__()
 
     def __getitem__(self, number: int) -> Sample:
-        """Raises DataError, naming the pair, for one that cannot be trained on."""
+        """Raises DataError, naming the pair, if it cannot be trained on."""
         pair, which = divmod(range(len(self))[number], 2)
         value = self.value(pair)
         try:
@@ -52,8 +53,8 @@ class Answers(SampleTable):
         return super().name(number // 2)
 
     def rows(self, lengths: Lengths) -> tuple[Lengths, Lengths]:
-        """From the lengths of all answers, those of pairs: the longer of the two alone, and both after what they
-        share (at most so many rows)."""
+        """The lengths of pairs, from those of all answers: (the longer of the two, an upper bound of both with their
+        common prefix counted once)."""
         text, supervised = (each.reshape(-1, 2) for each in (lengths.text, lengths.supervised))
         visual = lengths.visual[::2]
         notes = ({number // 2: note for number, note in each.items()} for each in (lengths.problems, lengths.kinds))
@@ -68,7 +69,7 @@ def read_pairs(sources: Sequence[Source]) -> Answers:
 
 
 def _with_answer(value: Any, which: int) -> dict[str, Any]:
-    """A pair with one of its answers, in the form of an ordinary sample. Raises DataError."""
+    """A pair with one of its answers, in the format of an ordinary sample. Raises DataError."""
     if not isinstance(value, dict):
         raise DataError("a pair must be an object with prompt, chosen and rejected")
     turns = prompt_turns(value)
@@ -81,7 +82,7 @@ def _with_answer(value: Any, which: int) -> dict[str, Any]:
 
 
 def prompt_turns(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """The turns of a "prompt", the last of them a question. Raises DataError."""
+    """The turns of a "prompt", the last of which is a question. Raises DataError."""
     turns = value.get("prompt")
     if isinstance(turns, str):
         turns = [{"from": "human", "value": turns}]
@@ -93,8 +94,7 @@ def prompt_turns(value: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def answer_text(value: dict[str, Any], key: str, needs: str) -> str:
-    """An answer: a text, or (as TRL's data has it) a list of the one turn that holds it. Raises DataError, which ends
-    in what the data `needs`."""
+    """An answer: a text, or a list of one turn as in TRL's data. Raises DataError, whose message ends with `needs`."""
     given = value.get(key)
     if isinstance(given, list) and len(given) == 1 and isinstance(given[0], dict):
         given = given[0].get("value", given[0].get("content"))
@@ -104,13 +104,13 @@ def answer_text(value: dict[str, Any], key: str, needs: str) -> str:
 
 
 def conversation(value: dict[str, Any], turns: list[dict[str, Any]], answer: str) -> dict[str, Any]:
-    """A prompt's turns and an answer to them, in the form of an ordinary sample."""
+    """A prompt's turns and an answer, in the format of an ordinary sample."""
     given: dict[str, Any] = {key: value[key] for key in ("id", "image", "images", "video") if key in value}
     return {**given, "conversations": [*_marked(turns, value), {"from": "gpt", "value": answer}]}
 
 
 def _marked(turns: list[dict[str, Any]], value: dict[str, Any]) -> list[dict[str, Any]]:
-    """The turns with a placeholder for each image, at the front where the prompt places none."""
+    """The turns with a placeholder for each image; missing ones are added at the start."""
     images = value.get("images", value.get("image"))
     count = len(images) if isinstance(images, list) else int(images not in (None, ""))
     placeholders = [IMAGE_PLACEHOLDER] * count + [VIDEO_PLACEHOLDER] * (value.get("video") not in (None, "", []))
@@ -124,7 +124,7 @@ def _marked(turns: list[dict[str, Any]], value: dict[str, Any]) -> list[dict[str
 
 @dataclass(frozen=True)
 class SharedPair:
-    """What both answers share, opened images included, and how each goes on from there."""
+    """The common prefix of both answers, with opened images, and the rest of each."""
 
     prefix: list[Piece]
     branches: tuple[TextPiece, TextPiece]
@@ -135,9 +135,9 @@ class SharedPair:
 
 
 def shared_pair(processor: Processor, chosen: dict, rejected: dict, tiles: list[Cut]) -> SharedPair:
-    """Two requests that differ in their answer, as a pair; the images are opened once and appended to `tiles`.
+    """Two requests that differ in their answer, as a pair. Images are opened once and appended to `tiles`.
 
-    Raises RequestError or ImageError as `Processor.prepare` does, and DataError if tokens do not tell them apart.
+    Raises RequestError or ImageError like `Processor.prepare`, and DataError if both have the same tokens.
     """
     outlines = [last_answer(processor.outline(request, labels=True)) for request in (chosen, rejected)]
     (*before, first), (*before_other, second) = outlines
@@ -162,10 +162,11 @@ def _flags(piece: TextPiece) -> np.ndarray:
 
 
 def last_answer(outline: list[TextPiece | Placeholder]) -> list[TextPiece | Placeholder]:
-    """An outline that ends with its last answer, which alone is supervised: the answers before it are the prompt's."""
+    """The outline up to the end of its last answer, which alone is supervised: earlier answers are part of the
+    prompt."""
     *before, last = outline
     if not isinstance(last, TextPiece) or not _flags(last).any():
-        raise DataError("its answer has no token of its own to learn")
+        raise DataError("its answer has no supervised token")
     flags = _flags(last)
     end = len(flags) - int(flags[::-1].argmax())
     breaks = np.flatnonzero(~flags[:end])
@@ -182,9 +183,9 @@ def _same(one: list[TextPiece | Placeholder], other: list[TextPiece | Placeholde
 
 
 class TwoAnswers(Dataset):
-    """A micro-batch of sequences with two branches, by sample numbers: what a worker makes.
+    """Dataset that maps a list of sample numbers to a micro-batch of sequences with two branches.
 
-    references  float32 [samples, 2], the reference's log-probabilities of both answers, stored in the plan's column
+    references  float32 [samples, 2], the reference's log-probabilities of both answers, which become the plan's column
                 "reference" [sequences, 2].
     """
 
@@ -204,18 +205,18 @@ class TwoAnswers(Dataset):
 
     def _sound(self, number: int, tiles: list[Cut]) -> SharedPair:
         if self.references is not None and np.isnan(self.references[number]).any():
-            raise DataError("it could not be read when the reference's log-probabilities were made")
+            raise DataError("it could not be read when the reference's log-probabilities were computed")
         return self.pair(number, tiles)
 
     def pair(self, number: int, tiles: list[Cut]) -> SharedPair:
-        """A sample's sequence; its images are appended to `tiles`."""
+        """A sample's sequence. Appends its images to `tiles`."""
         raise NotImplementedError
 
     def name(self, number: int) -> str:
         raise NotImplementedError
 
     def columns(self, numbers: list[int]) -> dict[str, np.ndarray]:
-        """Further int32 columns of the plan, an entry for each of these samples."""
+        """Additional int32 columns of the plan, with one entry per sample."""
         return {}
 
 

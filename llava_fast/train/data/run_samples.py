@@ -1,7 +1,7 @@
-"""The samples that a run began with, and which of them are left when it goes on.
+"""The samples with which a run began, and which of them remain when it is resumed.
 
-A run numbers its samples once. Its output keeps what their order depends on, so that samples may be taken out of the
-data while the run is stopped: the others keep their numbers, and with them their order.
+A run numbers its samples once, and its output stores everything on which their order depends. Samples may therefore be
+removed from the data while the run is stopped: the others keep their numbers and their order.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ FILE = "samples.npz"  # in a run's output
 
 @dataclass(frozen=True)
 class Begun:
-    """What the order of a run's samples depends on, as it was when the run began.
+    """Everything on which the order of a run's samples depends, as of the start of the run.
 
     contents  `SampleTable.contents`.
     identity  uint64 [n]: a hash of each sample and its source.
-    source    int32 [n]: the source of each.
-    sound     bool [n]: it had no problem; usable bool [n]: it was trained on.
-    visual    bool [n]: it has an image or a video.
+    source    int32 [n]: the source of each sample.
+    sound     bool [n]: samples without a problem; usable bool [n]: samples that were trained on.
+    visual    bool [n]: samples with an image or a video.
     words     int64 [n], see `word_counts`; empty unless batches are grouped.
     """
 
@@ -53,8 +53,8 @@ class Begun:
 
 
 class RunSamples(NamedTuple):
-    """A run's samples under the numbers that they began with: table and lengths have an empty row for each that was
-    taken out since. left bool [n]: those to train on."""
+    """A run's samples with their original numbers: table and lengths have an empty entry for each removed sample. left
+    bool [n]: samples to train on."""
 
     table: SampleTable
     lengths: Lengths
@@ -63,11 +63,11 @@ class RunSamples(NamedTuple):
 
 
 def run_samples(recipe: Recipe, table: SampleTable, lengths: Lengths, usable: np.ndarray, first: bool) -> RunSamples:
-    """The samples of a run that begins or, where the recipe's output has a checkpoint, goes on.
+    """The samples of a new run or, if the recipe's output has a checkpoint, of a resumed run.
 
-    Samples that were taken out of the data, or have a problem now, are left out, and it is said how many. Data that was
-    changed in another way is returned as it is; its order is then another, which `Trainer.resume` refuses.
-    first  this process writes what the next start will read.
+    Samples that were removed from the data or have a problem now are left out, and their number is logged. Data with
+    other changes is returned as it is; its order then differs, and `Trainer.resume` raises TrainingError.
+    first  whether this process writes the file for the next start.
     """
     now = _begun(recipe, table, lengths, usable)
     path = recipe.output / FILE
@@ -88,7 +88,7 @@ def run_samples(recipe: Recipe, table: SampleTable, lengths: Lengths, usable: np
 
 
 def schedule_of(recipe: Recipe, samples: RunSamples) -> Schedule:
-    """Which samples each step takes."""
+    """The schedule: which samples each step uses."""
     begun = samples.begun
 
     @functools.lru_cache(maxsize=2)
@@ -97,7 +97,7 @@ def schedule_of(recipe: Recipe, samples: RunSamples) -> Schedule:
         numbers = numbers[begun.usable[numbers]]
         if recipe.data.batching != "grouped":
             return numbers
-        seed = [recipe.seed, epoch, 0, 1]  # no other draw's
+        seed = [recipe.seed, epoch, 0, 1]  # 1: a stream of random numbers used only here
         words, visual = begun.words[numbers], begun.visual[numbers]
         return grouped_order(numbers, words, visual, recipe.batch_size, recipe.micro_batch, seed)
 
@@ -112,8 +112,8 @@ def _begun(recipe: Recipe, table: SampleTable, lengths: Lengths, usable: np.ndar
 
 
 def _places(begun: Begun, now: Begun, sources: int) -> np.ndarray | None:
-    """int64 [samples now]: where each was when the run began; None unless they are what is left of those, in order, and
-    those without a problem are trained on as before."""
+    """int64 [current samples]: the original number of each. None unless the current samples are a subsequence of the
+    original ones, and those without a problem are trained on as before."""
     count = len(begun.identity)
     if begun.source.max(initial=0) >= sources or len(now.identity) > count:
         return None
@@ -131,17 +131,17 @@ def _places(begun: Begun, now: Begun, sources: int) -> np.ndarray | None:
 
 
 def _say(begun: Begun, now: Begun, places: np.ndarray, lengths: Lengths) -> None:
-    """What of the run's samples is not trained on any more."""
+    """Log which of the run's samples are no longer trained on."""
     gone = int(begun.usable.sum() - begun.usable[places].sum())
     broken = [problem for number, problem in lengths.problems.items() if begun.usable[places[number]]]
     mended = int((~begun.sound[places] & now.sound).sum())
     if gone:
-        logger.warning("%d samples that this run began with are gone: the others keep their order", gone)
+        logger.warning("%d samples of this run were removed from the data; the others keep their order", gone)
     if broken:
         shown = "; ".join(broken[:5]) + "; ..." * (len(broken) > 5)
-        logger.warning("%d samples cannot be used any more, and the others keep their order: %s", len(broken), shown)
+        logger.warning("%d samples can no longer be used; the others keep their order: %s", len(broken), shown)
     if mended:
-        logger.warning("%d samples had a problem when this run began: it goes on without them", mended)
+        logger.warning("%d samples had a problem when this run began; it continues without them", mended)
 
 
 def _spread_table(table: SampleTable, begun: Begun, places: np.ndarray) -> SampleTable:
@@ -175,4 +175,4 @@ def _write(path: Path, begun: Begun) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with part.open("wb") as file:
         np.savez(file, **vars(begun))
-    part.replace(path)  # whole or not at all
+    part.replace(path)  # atomic

@@ -1,8 +1,7 @@
-"""LLaVA-format files in, samples out: JSON lists and JSON lines, globs, and LLaVA-NeXT's YAML mixtures.
+"""Reads LLaVA-format data: JSON lists and JSON lines, globs, and LLaVA-NeXT's YAML mixtures.
 
-Files are read once, and kept as one buffer of bytes that worker processes share. A sample is checked when it is
-asked for: its error names it and is raised then, so that one bad sample does not hide the others
-(`llava-fast data check` lists them all).
+Files are read once and kept as one buffer of bytes that worker processes share. A sample is validated when it is
+accessed; its error names it, and does not hide errors of other samples (`llava-fast data check` lists all).
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ from llava_fast.inputs.chat.messages import (
 from llava_fast.train.data.files import expand, read_text, read_values
 
 READ_KEYS = ("id", "image", "images", "video", "conversations", "messages")
-"""What of a sample is read; everything else in it is left alone."""
+"""The keys of a sample that are read; others are ignored."""
 
 _SAMPLING = re.compile(r"(first|end|random):(\d+|\d+(?:\.\d+)?(?=%))(%?)")
 
 
 def _checked_sampling(value: str) -> str:
     if value != "all" and not _SAMPLING.fullmatch(value):
-        raise ValueError(f"{value!r} is no sampling: use all, first:100, end:100, random:100, or a share as first:10%")
+        raise ValueError(f"unknown sampling {value!r}: use all, first:100, end:100, random:100, or a share: first:10%")
     return value
 
 
@@ -47,12 +46,12 @@ class Source(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    path: str  # .json or .jsonl; a glob or "{a,b}.json" of such files; or a .yaml mixture in LLaVA-NeXT's form
-    images: str = ""  # folder that image and video paths are relative to; default: that of the data file
+    path: str  # .json or .jsonl; a glob or "{a,b}.json" of such files; or a .yaml mixture in LLaVA-NeXT's format
+    images: str = ""  # folder to which image and video paths are relative; default: that of the data file
     sampling: str = "all"  # the first, the last or a random part of it: "first:1000", "end:10%", "random:5%"
-    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)  # how often per epoch: 0.5 is half of it, 2 is twice
-    cap: int | None = Field(default=None, ge=1)  # at most so many samples of it per epoch
-    seed: int = Field(default=0, ge=0)  # of a random sampling
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)  # occurrences per epoch: 0.5 is half of it, 2 twice
+    cap: int | None = Field(default=None, ge=1)  # most samples of it per epoch
+    seed: int = Field(default=0, ge=0)  # for random sampling
 
     _sampling = field_validator("sampling")(_checked_sampling)
 
@@ -67,7 +66,7 @@ class _MixtureEntry(BaseModel):
 
 
 class _Mixture(BaseModel):
-    """LLaVA-NeXT's YAML form of a training mixture (llava/train/train.py there)."""
+    """LLaVA-NeXT's YAML format of a training mixture (llava/train/train.py there)."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -76,8 +75,7 @@ class _Mixture(BaseModel):
 
 @dataclass(frozen=True)
 class Sample:
-    """A training sample. `name` is what errors call it, `source` the number of its source, and `request` what
-    `Processor.prepare` takes."""
+    """A training sample: its name in errors, the index of its source, and a request for `Processor.prepare`."""
 
     name: str
     source: int
@@ -85,7 +83,7 @@ class Sample:
 
 
 class DataFile(NamedTuple):
-    """A file of samples: its name in errors, its path, and the folder that its images are relative to."""
+    """A file of samples: its name in errors, its path, and the folder to which its images are relative."""
 
     name: str
     path: str
@@ -94,14 +92,14 @@ class DataFile(NamedTuple):
 
 @dataclass(frozen=True)
 class SampleTable:
-    """All samples of a run, compact: table[i] is a `Sample`.
+    """All samples of a run in a compact form: table[i] is a `Sample`.
 
-    buffer      samples as JSON, one after another; offsets int64 [n + 1] where each starts.
-    source_of   int32 [n]: the source of each; file_of int32 [n]: its file, a place in `files`; place_of int32 [n]:
-                its place in that file, counted from 0.
-    image_first what `messages_from_conversations` does with an `<image>` that is not at the front.
-    unread      keys that samples have and nothing reads, and how many samples have each.
-    oddities    what is trained on although it looks like a mistake, and how many samples have it.
+    buffer      the samples as concatenated JSON; offsets int64 [n + 1]: the start of each.
+    source_of   int32 [n]: index of each sample's source; file_of int32 [n]: index of its file in `files`; place_of
+                int32 [n]: its index in that file, from 0.
+    image_first the argument of `messages_from_conversations`.
+    unread      keys that are ignored -> number of samples that have them.
+    oddities    likely mistakes in samples that are still trained on -> number of such samples.
     """
 
     buffer: bytes
@@ -118,12 +116,12 @@ class SampleTable:
         return len(self.source_of)
 
     def __getitem__(self, number: int) -> Sample:
-        """Raises DataError, naming the sample, for one that cannot be a request."""
+        """Raises DataError, naming the sample, if it is invalid."""
         number = range(len(self))[number]  # raises IndexError, which ends iteration
         return self.sample(number, self.value(number))
 
     def sample(self, number: int, value: Any) -> Sample:
-        """The sample that `value`, from the place of sample `number`, stands for. Raises DataError."""
+        """Convert `value`, read at sample `number`, to a sample. Raises DataError."""
         name = self._name(number, value)
         try:
             request = _request(value, self.files[self.file_of[number]].images, self.image_first)
@@ -132,18 +130,18 @@ class SampleTable:
         return Sample(name, int(self.source_of[number]), {**request, "id": name})
 
     def name(self, number: int) -> str:
-        """What errors call a sample, as "data.json[12] (id 000123)"."""
+        """A sample's name in errors, such as "data.json[12] (id 000123)"."""
         return self._name(number, self.value(number))
 
     def contents(self) -> str:
-        """A hash of the samples, wherever their files and images are."""
+        """A hash of the samples that does not depend on the paths of files and images."""
         found = hashlib.blake2b(self.buffer, digest_size=16)
         for part in (self.offsets, self.file_of):
             found.update(part.tobytes())
         return found.hexdigest()
 
     def identities(self) -> np.ndarray:
-        """uint64 [samples]: a hash of each sample and the number of its source, wherever its file and images are."""
+        """uint64 [samples]: a hash of each sample and the index of its source, independent of the paths."""
         buffer, ends, sources = memoryview(self.buffer), self.offsets.tolist(), self.source_of.tolist()
         hashes = (
             hashlib.blake2b(buffer[start:end], digest_size=8, salt=source.to_bytes(4, "little")).digest()
@@ -152,12 +150,12 @@ class SampleTable:
         return np.frombuffer(b"".join(hashes), np.uint64)
 
     def fingerprint(self) -> str:
-        """A hash of the samples and of where their images are."""
+        """A hash of the samples and of the paths of their images."""
         places = json.dumps([[file.images for file in self.files], self.image_first])
         return hashlib.blake2b((self.contents() + places).encode(), digest_size=16).hexdigest()
 
     def value(self, number: int) -> Any:
-        """What the data file holds at a sample's place, of the keys that are read."""
+        """A sample's value in the data file, with only the keys that are read."""
         encoded = self.buffer[self.offsets[number] : self.offsets[number + 1]]
         return json.loads(encoded.decode("utf-8", "surrogatepass"))
 
@@ -173,11 +171,11 @@ def read_sources(
     keys: Sequence[str] = READ_KEYS,
     split: Callable[[Any], list[Any]] | None = None,
 ) -> SampleTable:
-    """Read the files of a run's sources, and these `keys` of each sample. `split` gives the samples that a value of a
-    file holds; default: itself alone.
+    """Read the files of a run's sources. keys: the keys of a sample to keep; split: returns the samples of one value of
+    a file (default: the value itself).
 
-    Raises DataError, naming file, line and column, for a file that is missing or no JSON, and for a source without
-    samples. What is wrong inside a sample is raised when that is asked for.
+    Raises DataError, naming file, line and column, for a file that is missing or not JSON, and for a source without
+    samples. Errors within a sample are raised when it is accessed.
     """
     files: list[DataFile] = []
     rows: list[tuple[bytes, int, int, int]] = []  # sample, source, file, place
@@ -202,7 +200,7 @@ def read_sources(
             of_source += [of_part[i] for i in _chosen(len(of_part), sampling, [source.seed, part])]
         chosen = _chosen(len(of_source), source.sampling, [source.seed])
         if not len(chosen):
-            raise DataError(f"{source.path} holds no samples (sampling {source.sampling!r})")
+            raise DataError(f"{source.path} has no samples (sampling {source.sampling!r})")
         rows += [of_source[i] for i in chosen]
     if not rows:
         raise DataError("there is nothing to train on: give at least one source of samples")
@@ -217,7 +215,7 @@ def read_sources(
 
 
 def _parts(path: str) -> list[tuple[list[str], str]]:
-    """(files, sampling) of each part of a source: one, or one for each dataset of a YAML mixture."""
+    """(files, sampling) of each part of a source: one part, or one per dataset of a YAML mixture."""
     if not path.lower().endswith((".yaml", ".yml")):
         return [(expand(path), "all")]
     return [part for file in expand(path) for part in _mixture(file)]
@@ -231,13 +229,13 @@ def _mixture(path: str) -> list[tuple[list[str], str]]:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'file'}: {each['msg']}" for each in error.errors())
         raise DataError(
-            f"{path} is no mixture ({wrong}): it needs `datasets:`, a list of `json_path:` and `sampling_strategy:`"
+            f"{path} is not a mixture ({wrong}): it needs `datasets:`, a list of `json_path:` and `sampling_strategy:`"
         ) from None
     return [(expand(each.json_path, os.path.dirname(path)), each.sampling_strategy) for each in mixture.datasets]
 
 
 def _chosen(count: int, sampling: str, seed: list[int]) -> np.ndarray:
-    """Which of `count` samples a sampling takes, in order. A share is rounded up, as in LLaVA-NeXT."""
+    """The indices that a sampling selects of `count` samples, in order. A share is rounded up, as in LLaVA-NeXT."""
     found = _SAMPLING.fullmatch(sampling)
     if found is None:
         return np.arange(count)
@@ -267,7 +265,7 @@ def _request(value: Any, folder: str, image_first: bool) -> dict[str, Any]:
     images = _paths(value, "images" if "images" in value else "image", folder)
     videos = _paths(value, "video", folder)
     if len(videos) > 1:
-        raise DataError(f"it has {len(videos)} videos: one is all that a sample can hold")
+        raise DataError(f"it has {len(videos)} videos: a sample can have at most one")
     try:
         messages = _messages(value, folder, image_first)
         if videos and not images:  # LLaVA-NeXT marks a video with <image>
@@ -283,12 +281,12 @@ def _paths(value: dict[str, Any], key: str, folder: str) -> list[str]:
     listed = given if isinstance(given, list) else [] if given in (None, "") else [given]
     for each in listed:
         if not isinstance(each, str) or not each:
-            raise DataError(f"{key!r} must be a path or a list of paths, and holds {_shown(each)}")
+            raise DataError(f"{key!r} must be a path or a list of paths, but has {_shown(each)}")
     return [_located(each, folder) for each in listed]
 
 
 def _located(path: str, folder: str) -> str:
-    """A path from its folder. A data URI stays, as does a web address, which is refused where it is opened."""
+    """A path joined to its folder. Data URIs are unchanged, and so are web addresses, which raise when opened."""
     return path if re.match(r"data:|https?://", path) else os.path.join(folder, path)
 
 
@@ -301,13 +299,13 @@ def _messages(value: dict[str, Any], folder: str, image_first: bool) -> list[dic
     for index, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise DataError(f"{key}[{index}] is {_shown(turn)}: a turn is {{'from': 'human' or 'gpt', 'value': text}}")
-    if any(isinstance(turn.get("content"), list) for turn in turns):  # the OpenAI form, with its items
+    if any(isinstance(turn.get("content"), list) for turn in turns):  # OpenAI's format, with content items
         return _openai_messages(turns, folder)
     return messages_from_conversations(turns, image_first)
 
 
 def _openai_messages(messages: list[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
-    """Messages whose items name their images by paths from the sample's folder."""
+    """Messages with the image paths of their items joined to the sample's folder."""
     normal, sources = normalise_messages(messages)
     supply = iter(sources)
     for message in normal:
@@ -330,7 +328,7 @@ def _marked_as_video(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_marks(messages: list[dict[str, Any]], images: int, videos: int) -> None:
-    """Every image and video has its place in a question. Raises DataError."""
+    """Raise DataError unless every image and video has a placeholder in a question."""
     normal, sources = normalise_messages(messages)
     video_placeholders = 0
     for index, message in enumerate(normal):
@@ -340,7 +338,7 @@ def _check_marks(messages: list[dict[str, Any]], images: int, videos: int) -> No
             for placeholder in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER) if videos else (IMAGE_PLACEHOLDER,):
                 if message["role"] != "user" and placeholder in text:
                     raise DataError(
-                        f"message {index} ({message['role']}) holds {placeholder}: only a question can", "placeholders"
+                        f"message {index} ({message['role']}) has {placeholder}: only a question can", "placeholders"
                     )
     placeholders = sum(source is None for source in sources)
     if placeholders != images:

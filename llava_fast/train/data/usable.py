@@ -1,4 +1,4 @@
-"""Which samples a run trains on, and how long they are: valid samples that fit, or are cut to fit."""
+"""Selects the samples of a run: those that are valid and short enough or truncated; and their lengths."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ logger = logging.getLogger("llava_fast.train")
 def usable_samples(
     recipe: Recipe, table: SampleTable, lengths: Lengths, processor: Processor, quiet: bool = False
 ) -> tuple[np.ndarray, Lengths]:
-    """bool [samples], those to train on, and the lengths they then have. Raises DataError for samples with a problem
-    unless the recipe skips them, and if none is left."""
+    """(bool [samples]: those to train on, their lengths after truncation). Raises DataError for samples with a problem
+    unless the recipe skips them, and if no sample is left."""
     problems = lengths.problems
     if problems and recipe.data.on_problem == "stop":
         shown = "\n".join(f"  {text}" for text in list(problems.values())[:5])
         raise DataError(
-            f"{len(problems)} samples cannot be trained on:\n{shown}\n`llava-fast data check` lists all; mend them, or "
+            f"{len(problems)} samples cannot be trained on:\n{shown}\n`llava-fast data check` lists all; fix them, or "
             "set data.on_problem: skip"
         )
     sound = np.ones(len(lengths.text), bool)
@@ -46,14 +46,14 @@ def usable_samples(
             *(len(sound), usable.sum(), (usable & too_long).sum(), len(problems), (too_long & ~usable).sum(), most),
         )
     if not usable.any():
-        raise DataError("no sample is left to train on: `llava-fast data check` says why")
+        raise DataError("no sample is left to train on: `llava-fast data check` shows why")
     return usable, lengths
 
 
 def _cut(
     table: SampleTable, lengths: Lengths, numbers: np.ndarray, processor: Processor, labels: LabelMask, quiet: bool
 ) -> Lengths:
-    """Lengths with those of samples `numbers` as they are once cut; what has nothing left to learn keeps its own."""
+    """Lengths after truncating samples `numbers`; samples without remaining supervised rows keep their lengths."""
     text, visual, supervised = lengths.text.copy(), lengths.visual.copy(), lengths.supervised.copy()
     for number in tqdm(numbers, desc="cut to length", unit="sample", disable=quiet or not len(numbers)):
         outline = processor.outline(table[int(number)].request, labels)

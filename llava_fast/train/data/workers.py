@@ -1,4 +1,4 @@
-"""Worker processes that read and tile samples, for every pass over the data."""
+"""Worker processes that read and tile samples."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from llava_fast.orphans import end_with_parent
 
 
 def in_workers(dataset: Dataset, order: Iterable[Any], workers: int, ahead: int = 2) -> DataLoader:
-    """Iterates over dataset[each] for each in `order`, whose items may be of any kind, made by this many processes (0:
-    this one), each prefetching `ahead` items. They share this process's memory and end with it.
+    """A loader that yields dataset[each] for each in `order`, computed by `workers` processes (0: this process), each
+    prefetching `ahead` items. They share this process's memory and end with it.
     """
     return DataLoader(
         dataset,
@@ -32,5 +32,5 @@ def _as_it_is(made: Any) -> Any:
 
 
 def _start(_: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or the tokenizer warns that its process was forked
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else the tokenizer warns after the fork
     end_with_parent()

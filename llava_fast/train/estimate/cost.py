@@ -1,6 +1,6 @@
-"""What a run will cost, from its recipe and the model's shape alone: `llava-fast plan`.
+"""`llava-fast plan`: estimates the cost of a run from its recipe and the model's config.
 
-Nothing is measured and no weight is read. Every figure says how it was calculated, so that it can be checked by hand.
+Nothing is measured and no weights are read. Every figure states its formula, so that it can be checked by hand.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from llava_fast.train.parts import PARTS, part_of
 from llava_fast.train.recipe import Recipe
 
 KNOWN_DECODERS = Path(__file__).parent / "known_decoders.json"
-"""The shapes (config.json) of decoders that recipes name, for planning where there is no network."""
+"""The config.json of decoders that recipes name, for planning without network access."""
 
 USUAL_IMAGE = (768, 1024)
-"""Height and width of the image that a sample is thought to hold, unless told otherwise."""
+"""Assumed height and width of a sample's image, by default."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of a plan: what it is, its value, and how that was calculated."""
+    """One line of a plan: name, value, unit and formula."""
 
     what: str
     value: float
@@ -50,7 +50,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Sample:
-    """An assumed mean sample: decoder rows, image tiles, and rows with a label."""
+    """An assumed mean sample: decoder rows, image tiles, supervised rows."""
 
     rows: int
     tiles: int
@@ -60,7 +60,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class CostPlan:
-    """Figures by section, in order; sums are in `total_memory` (bytes a GPU) and `hours` (None: not known)."""
+    """Figures by section, in order; the totals are `total_memory` (bytes per GPU) and `hours` (None: unknown)."""
 
     sections: dict[str, list[Figure]]
     total_memory: float
@@ -83,11 +83,11 @@ def plan(
     tiles: int | None = None,
     share: float = 0.4,
 ) -> CostPlan:
-    """What a recipe will cost on `gpus` GPUs of a kind (see flops.GPUS).
+    """The cost of a recipe on `gpus` GPUs of a type (see flops.GPUS).
 
-    samples  of an epoch; default: the recipe's data is counted if it is here, else hours are not known.
-    rows     decoder rows of a mean sample, tiles: its image tiles; default: one 1024x768 image and a text.
-    share    of the GPU's peak that is assumed; nothing has been measured yet.
+    samples  samples per epoch; default: counted in the recipe's data if it exists here, else hours are unknown.
+    rows     decoder rows of a mean sample; tiles: its image tiles; default: one 1024x768 image and a text.
+    share    assumed share of the GPU's peak FLOP/s (not measured).
     Raises RecipeError for an unknown GPU, CheckpointError for a model that cannot be described.
     """
     if gpu not in GPUS:
@@ -115,8 +115,8 @@ def plan(
 
 
 def config_of(model: str | Assembly) -> LlavaConfig:
-    """The shape of a recipe's model. Of a Hub repository only the small files are fetched; of decoders that recipes
-    name, none. Raises CheckpointError."""
+    """The config of a recipe's model. Downloads only the small files of a Hub repository, and nothing for the decoders
+    in KNOWN_DECODERS. Raises CheckpointError."""
     if isinstance(model, Assembly):
         known = json.loads(KNOWN_DECODERS.read_text(encoding="utf-8"))
         here = Path(model.decoder).expanduser()
@@ -129,21 +129,22 @@ def config_of(model: str | Assembly) -> LlavaConfig:
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters by part: all and trained ones; those of the adapters; and of the largest units of sharding."""
+    """Numbers of parameters by part: all and trained ones, those of adapters, and those of the largest sharded
+    units."""
 
     all: dict[str, int]
     trained: dict[str, int]
     adapters: int
     layer: int  # one decoder layer
-    outside: int  # of decoder layers and tower: embedding, head, projector
+    outside: int  # everything but decoder layers and tower: embedding, head, projector
     head: int
-    quantised: int = 0  # those held in 8 or 4 bits
-    quantised_bytes: float = 0  # what these take, scales included
+    quantised: int = 0  # parameters in 8 or 4 bits
+    quantised_bytes: float = 0  # their bytes, scales included
 
 
 def count_parameters(config: LlavaConfig, recipe: Recipe) -> ParameterCounts:
-    """Counted in a model without storage, frozen as the recipe says. Raises RecipeError for a name that matches no
-    part.
+    """Count the parameters of a model on the meta device, frozen according to the recipe. Raises RecipeError for a name
+    that matches no part.
     """
     with torch.device("meta"):
         model = LlavaModel(config)
@@ -201,7 +202,7 @@ def _sample(config: LlavaConfig, recipe: Recipe, rows: int | None, tiles: int | 
 
 
 def _count_samples(recipe: Recipe) -> int | None:
-    """Samples of an epoch, if the data is here."""
+    """The number of samples per epoch, or None if the data does not exist here."""
     try:
         table = recipe.objective().read(recipe.data.sources)
     except DataError:
@@ -211,7 +212,7 @@ def _count_samples(recipe: Recipe) -> int | None:
 
 
 def _memory(config: LlavaConfig, recipe: Recipe, counts: ParameterCounts, sample: Sample, gpus: int) -> list[Figure]:
-    """Bytes of one GPU, item by item."""
+    """The memory of one GPU, item by item, in bytes."""
     kind, narrow = _kind(recipe, gpus), 2 if recipe.precision == "bfloat16" else 4
     trained = sum(counts.trained.values()) + counts.adapters
     everything = sum(counts.all.values()) + counts.adapters
@@ -221,7 +222,7 @@ def _memory(config: LlavaConfig, recipe: Recipe, counts: ParameterCounts, sample
         whole = counts.all["vision_tower"] if tower_runs_alone else 0
         figures = [
             Figure("weights, sharded", 4 * (everything - whole) / gpus, "B", f"4 bytes each, over {gpus} GPUs"),
-            Figure("frozen tower", narrow * whole, "B", f"{narrow} bytes each, whole on every GPU"),
+            Figure("frozen tower", narrow * whole, "B", f"{narrow} bytes each, replicated on every GPU"),
             Figure("gradients", 4 * trained / gpus, "B", f"4 bytes of each trained weight, over {gpus} GPUs"),
             Figure("AdamW", state * trained / gpus, "B", f"{state} bytes of each trained weight, over {gpus} GPUs"),
             _gathered(recipe, counts, narrow, tower_runs_alone),
@@ -270,14 +271,14 @@ def _kind(recipe: Recipe, gpus: int) -> str:
 
 
 def _micro_batch(config: LlavaConfig, recipe: Recipe, sample: Sample) -> tuple[int, str]:
-    """Decoder rows that a GPU runs at once."""
+    """(decoder rows of a micro-batch, formula)."""
     longest = recipe.data.max_length or config.decoder.context_length
     if recipe.data.batching == "packed":
         if recipe.micro_batch_rows is not None:
             return recipe.micro_batch_rows, f"{recipe.micro_batch_rows:,} rows (micro_batch_rows)"
-        return longest, f"{longest:,} rows (a longest sample)"
+        return longest, f"{longest:,} rows (the longest sample)"
     rows = recipe.micro_batch * sample.rows
-    return rows, f"{rows:,} rows: {recipe.micro_batch} samples of a mean length, and more where longer ones meet"
+    return rows, f"{rows:,} rows: {recipe.micro_batch} samples of mean length, more if longer ones are batched"
 
 
 def _activations(
@@ -288,20 +289,20 @@ def _activations(
     width = decoder.hidden_size
     whole, products = decoder.kept_per_row(narrow)
     kept, what = {
-        "none": (whole, "all that a layer's backward pass reads"),
+        "none": (whole, "everything that a layer's backward pass reads"),
         "layers": (narrow * width, "each layer's input"),
         "selective": (products, "each layer's input and products"),
     }[recipe.recompute]
     figures = [Figure("decoder, kept", decoder.num_layers * rows * kept, "B", f"{what}, {how}")]
     if recipe.recompute != "none":
-        figures.append(Figure("decoder, at work", rows * whole, "B", "one layer, run again"))
+        figures.append(Figure("decoder, working", rows * whole, "B", "one layer, recomputed"))
     patches = tiles * vision.rows_per_tile
     layer = narrow * vision.kept_per_row
     if counts.trained["vision_tower"]:
         each = layer if recipe.recompute == "none" else narrow * vision.hidden_size
         figures.append(Figure("tower, kept", vision.layers_needed * patches * each, "B", f"{tiles:,} tiles"))
-    figures.append(Figure("tower, at work", patches * layer, "B", f"one layer over {tiles:,} tiles"))
-    figures.append(Figure("last norm, kept", rows * width * (4 + narrow), "B", "its input in float32, and its output"))
+    figures.append(Figure("tower, working", patches * layer, "B", f"one layer over {tiles:,} tiles"))
+    figures.append(Figure("last norm, saved", rows * width * (4 + narrow), "B", "its input in float32, and its output"))
     if counts.trained["vision_tower"] or counts.trained["projector"]:
         each = narrow * config.projector.kept_per_row(bool(counts.trained["projector"]))
         how = f"features and hidden rows of {tiles:,} tiles, if unpadding drops none"
@@ -333,18 +334,18 @@ def _time(
     step = recipe.batch_size * (model + again + beside)
     figures = [
         Figure(
-            "forward pass of a sample", sum(forward), "FLOP", "2 a weight and row; attention 4 x width a pair of rows"
+            "forward pass of a sample", sum(forward), "FLOP", "2 per weight and row; attention 4 x width per row pair"
         ),
-        Figure("training on a sample", model, "FLOP", "and the backward pass, as far back as anything is trained"),
-        Figure("run again for it", again, "FLOP", f"recompute: {recipe.recompute}, and the loss's logits"),
+        Figure("training on a sample", model, "FLOP", "forward and backward, down to the first trained part"),
+        Figure("recomputed", again, "FLOP", f"recompute: {recipe.recompute}, and the loss's logits"),
         Figure("a step", step, "FLOP", f"{recipe.batch_size} samples"),
-        Figure("reached", speed, "FLOP/s", f"assumed: {share:.0%} of {gpus} x {peak / 1e12:.0f} TFLOP/s ({gpu})"),
+        Figure("achieved", speed, "FLOP/s", f"assumed: {share:.0%} of {gpus} x {peak / 1e12:.0f} TFLOP/s ({gpu})"),
         Figure("a step", step / speed, "s", "the two figures above"),
     ]
     if beside:
-        figures.insert(3, Figure("without gradients", beside, "FLOP", f"{objective.passes_beside} forward passes more"))
+        figures.insert(3, Figure("without gradients", beside, "FLOP", f"{objective.passes_beside} more forward passes"))
     if recipe.steps is None and samples is None:
-        figures.append(Figure("hours", math.nan, "", "not known: the data is not here; give --samples"))
+        figures.append(Figure("hours", math.nan, "", "unknown: the data is not here; give --samples"))
         return figures, None
     steps = math.ceil(math.ceil(samples / recipe.batch_size) * recipe.epochs) if samples is not None else math.inf
     steps = min(steps, recipe.steps or math.inf)
@@ -355,12 +356,12 @@ def _time(
         first = objective.passes_before * samples * sum(forward) / speed / 3600
         figures.append(Figure("the reference", first, "h", "one forward pass over all samples"))
         hours += first
-    figures.append(Figure("hours", hours, "h", "at this speed, if data and network keep up"))
+    figures.append(Figure("hours", hours, "h", "at this speed, if data loading and network keep up"))
     return figures, hours
 
 
 def _recomputed(forward: Forward, recipe: Recipe, tower_trained: bool) -> float:
-    """Operations recomputed in the backward pass, which do not count as the model's."""
+    """FLOPs recomputed in the backward pass, which do not count as the model's."""
     again = forward.head  # see ops.linear_cross_entropy
     if recipe.recompute == "layers":
         again += forward.decoder + forward.decoder_attention

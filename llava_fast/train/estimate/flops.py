@@ -1,7 +1,7 @@
-"""Floating-point operations of a training step, and what GPUs can do: arithmetic on a model's shape.
+"""FLOPs of a training step, computed from a model's config, and the peak FLOP/s of GPUs.
 
-A product of [m, k] and [k, n] is 2 m k n operations. What is recomputed is not counted, as Chowdhery et al. 2022 (PaLM)
-define the utilisation of a model (MFU). Peaks are those of dense bfloat16 products in NVIDIA's data sheets.
+A product of [m, k] and [k, n] takes 2 m k n FLOPs. Recomputation is not counted, following the definition of model
+FLOPs utilisation (MFU) by Chowdhery et al. 2022 (PaLM). Peaks are for dense products, from NVIDIA's data sheets.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llava_fast.train.parts import part_of
 
 
 class Gpu(NamedTuple):
-    """A kind of GPU: dense bfloat16 and TF32 products (FLOP/s), float32 ones without tensor cores, memory (bytes)."""
+    """A type of GPU: peak FLOP/s of dense bfloat16, TF32, and float32 (without tensor cores); memory in bytes."""
 
     bfloat16: float
     tf32: float
@@ -39,7 +39,7 @@ GPUS = {
 
 
 def known_gpu(device_name: str) -> Gpu | None:
-    """A GPU by the name that CUDA gives it ("NVIDIA A100-SXM4-80GB"); None for one that is not in the table."""
+    """A GPU by its CUDA device name ("NVIDIA A100-SXM4-80GB"); None if it is not in the table."""
     name = device_name.upper()
     if "H100" in name:
         return GPUS["H100-PCIe"] if "PCIE" in name else GPUS["H100"] if "NVL" not in name else None
@@ -59,14 +59,14 @@ def peak_flops(gpu: Gpu | None, precision: str, tf32: bool = True) -> float | No
 
 
 def peak_flops(gpu: Gpu | None, precision: str, tf32: bool = True) -> float | None:
-    """FLOP/s of matrix products in a recipe's precision; None for a GPU that is not known."""
+    """Peak FLOP/s of matrix products in a recipe's precision; None for an unknown GPU."""
     if gpu is None:
         return None
     return gpu.bfloat16 if precision == "bfloat16" else gpu.tf32 if tf32 else gpu.float32
 
 
 class Forward(NamedTuple):
-    """Operations of one forward pass, by what decides whether the backward pass repeats them."""
+    """FLOPs of one forward pass, split by what the backward pass may recompute."""
 
     tower: float  # products with weights
     tower_attention: float
@@ -79,11 +79,11 @@ class Forward(NamedTuple):
 def forward_flops(
     config: LlavaConfig, lengths: Iterable[int], tiles: int, supervised: int | None = None, projected: int | None = None
 ) -> Forward:
-    """Operations of a forward pass over sequences of these lengths (decoder rows, visual ones included).
+    """FLOPs of a forward pass over sequences of these lengths (decoder rows, including visual ones).
 
-    tiles       image tiles that the tower runs on.
-    supervised  rows that the head runs on; default: all.
-    projected   rows that the projector runs on; default: all that the tower makes.
+    tiles       number of image tiles for the tower.
+    supervised  number of rows for the head; default: all.
+    projected   number of rows for the projector; default: all rows of the tower.
     """
     lengths = list(lengths)
     rows, vision, decoder = sum(lengths), config.vision, config.decoder
@@ -107,13 +107,13 @@ def step_flops(
     projected: int | None = None,
     adapters: int = 0,
 ) -> float:
-    """Operations of a training step, forward and backward, over sequences of these lengths.
+    """FLOPs of a training step, forward and backward, over sequences of these lengths.
 
-    trained   parts with weights that are trained: "vision_tower", "projector", "decoder". A part that is trained in
-              part counts as trained.
-    adapters  weights of LoRA adapters on the decoder.
-    The rest as for `forward_flops`. Parts upstream of every trained part run no backward. Frozen parts downstream of
-    one compute input gradients but no weight gradients.
+    trained   parts with trained weights: "vision_tower", "projector", "decoder". A partly trained part counts as
+              trained.
+    adapters  number of weights in LoRA adapters of the decoder.
+    Other arguments as in `forward_flops`. Parts upstream of every trained part run no backward. Frozen parts downstream
+    of one compute input gradients but no weight gradients.
     """
     lengths = list(lengths)
     forward = forward_flops(config, lengths, tiles, supervised, projected)
@@ -132,20 +132,21 @@ def step_flops(
 
 
 def sequence_flops(config: DecoderConfig, lengths: Iterable[int]) -> np.ndarray:
-    """Operations of the decoder's layers, forward, on each sequence alone: float64 [sequences]. Attention grows with
-    the square of the length."""
+    """Forward FLOPs of the decoder's layers for each sequence: float64 [sequences]. Attention grows with the square of
+    the length."""
     row = 2.0 * config.num_layers * config.layer_matrix_size
     return np.array([row * length + _attention(config, [length]) for length in map(int, lengths)], np.float64)
 
 
 def _after_first(config: LlavaConfig) -> float:
-    """Share of the projector's products after its first layer, which compute gradients for it."""
+    """Share of the projector's FLOPs after its first layer; these layers compute input gradients."""
     weights = config.projector.matrix_size
     return 1 - config.projector.first_matrix_size / weights if weights else 0.0
 
 
 def _attention(config: DecoderConfig, lengths: list[int]) -> float:
-    """Both products of causal attention: each row with itself and the rows before it, or its window of them."""
+    """FLOPs of both products of causal attention: each row with itself and the rows before it, or those in its
+    window."""
     pairs = 0
     for layer in range(config.num_layers):
         window = config.window_of(layer)
@@ -159,9 +160,9 @@ def _pairs(length: int, window: int | None) -> int:
 
 
 class Utilisation:
-    """What share of its GPUs' peak a trainer reaches (MFU).
+    """Computes a trainer's model FLOPs utilisation (MFU).
 
-    model is the one that is trained, frozen as it will be; gpus is how many share a step.
+    model: the model to train, already frozen; gpus: the number that share a step.
     """
 
     def __init__(self, model: LlavaModel, device: torch.device, precision: str, tf32: bool, gpus: int) -> None:
@@ -174,12 +175,12 @@ class Utilisation:
         self.peak = None if peak is None else peak * gpus
 
     def flops(self, plan: TokenPlan) -> float:
-        """Operations of training on one micro-batch."""
+        """FLOPs of training on one micro-batch."""
         supervised, projected = len(plan.column("supervised_row")), len(plan.column("kept"))
         return step_flops(
             self.config, plan.lengths, plan.tiles, self.trained, supervised, projected, adapters=self.adapters
         )
 
     def share(self, flops: float, seconds: float) -> float | None:
-        """MFU of so many operations, of all processes, in so many seconds; None where the peak is not known."""
+        """MFU of `flops`, over all processes, in `seconds`; None if the peak is unknown."""
         return None if self.peak is None else flops / (seconds * self.peak)

@@ -1,8 +1,8 @@
 """Direct preference optimisation (Rafailov et al. 2023): raises the likelihood of the chosen answer over the rejected
 one, relative to the model that the run began with.
 
-A pair is one sequence in which both answers follow the rows that they share (see data.pairs), so image and question are
-run once, forward and backward.
+A pair is one sequence in which both answers follow their common prefix (see data.pairs), so image and question run only
+once, forward and backward.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ class Dpo(ReferenceSettings):
     section: ClassVar[str] = "dpo"
 
     beta: float = Field(0.1, gt=0)  # how closely the model keeps to the reference
-    sft_weight: float = Field(0.0, ge=0)  # of the chosen answers' mean negative log-likelihood, added to the loss
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)  # share of pairs thought to be the wrong way round
+    sft_weight: float = Field(0.0, ge=0)  # weight of the chosen answers' mean negative log-likelihood in the loss
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)  # assumed share of pairs with swapped answers
 
     def objective(self, recipe: Recipe) -> DpoObjective:
         return DpoObjective(recipe, self)
 
 
 class DpoObjective(AgainstReference):
-    """A mean over pairs."""
+    """Averages over pairs."""
 
     unit = "pairs"
-    # A pair's loss falls from 0.69 towards 0, so that one odd pair is many times the usual.
+    # A pair's loss falls from 0.69 towards 0, so a single unusual pair may be many times the usual loss.
     stops_at_spikes = False
     figures = ("dpo_loss", "sft_loss", "reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
 
@@ -83,7 +83,7 @@ class DpoObjective(AgainstReference):
 
 
 def preference_losses(rewards: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """DPO's sigmoid loss of each pair [pairs], from beta * (log-probability - the reference's) of its chosen and its
-    rejected answer [pairs, 2]. With smoothing, that share of preferences is assumed to be wrong (Mitchell 2023)."""
+    """DPO's sigmoid loss of each pair, float32 [pairs]. rewards [pairs, 2]: beta * (log-probability - the reference's)
+    of the chosen and of the rejected answer. label_smoothing: assumed share of wrong preferences (Mitchell 2023)."""
     margin = rewards[:, 0] - rewards[:, 1]
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)

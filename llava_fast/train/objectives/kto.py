@@ -1,13 +1,13 @@
-"""KTO (Ethayarajh et al. 2024, "Model Alignment as Prospect Theoretic Optimization"): single answers, each labelled
-desirable or undesirable, against the model that the run began with.
+"""KTO (Ethayarajh et al. 2024, "Model Alignment as Prospect Theoretic Optimization"): single answers, labelled
+desirable or undesirable, relative to the model that the run began with.
 
-With r the log-ratio of policy and reference of an answer, the loss of a desirable one is
-lambda_D (1 - sigmoid(beta (r - z))), of an undesirable one lambda_U (1 - sigmoid(beta (z - r))). The reference point
-z = max(0, mean of r over answers to other questions) estimates KL(policy || reference); it has no gradient.
+With r the log-ratio of policy and reference of an answer, the loss of a desirable answer is
+lambda_D (1 - sigmoid(beta (r - z))), that of an undesirable one lambda_U (1 - sigmoid(beta (z - r))). The reference
+point z = max(0, mean of r over answers to other questions) estimates KL(policy || reference); it has no gradient.
 
-z is a mean over the whole step, so that neither micro-batches nor processes change it. That takes a pass over the step
-without gradients before the one with. Both run the same plans: image and question once, the answer and the mismatched
-one as branches.
+z is a mean over the whole step, independent of micro-batches and processes. It needs a pass over the step without
+gradients before the one with gradients. Both run the same plans: image and question once, the answer and the mismatched
+answer as branches.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ class Kto(ReferenceSettings):
         if recipe.batch_size < 2:
             raise ValueError("`kto` compares an answer with those to other questions of its step: batch_size >= 2")
         if not self.desirable_weight and not self.undesirable_weight:
-            raise ValueError("`kto.desirable_weight` and `kto.undesirable_weight` are both 0: nothing is learnt")
+            raise ValueError("`kto.desirable_weight` and `kto.undesirable_weight` are both 0: nothing is learned")
 
     def objective(self, recipe: Recipe) -> KtoObjective:
         return KtoObjective(recipe, self)
 
 
 class KtoObjective(AgainstReference):
-    """A mean over answers."""
+    """Averages over answers."""
 
     unit = "answers"
     figures = ("desirable", "kl", "reward_desirable", "reward_undesirable")
@@ -99,8 +99,8 @@ class KtoObjective(AgainstReference):
         ratio = self.weights[True] * desirable / against if against else math.inf
         logger.log(
             logging.INFO if _ADVISED[0] <= ratio <= _ADVISED[1] else logging.WARNING,
-            "%d desirable and %d undesirable answers: their weights times their numbers are as %.2f to 1 (the paper "
-            "advises 1 to 1.33: see kto.desirable_weight)",
+            "%d desirable and %d undesirable answers: the ratio of their weights times their numbers is %.2f (the "
+            "paper advises 1 to 1.33: see kto.desirable_weight)",
             *(desirable, undesirable, ratio),
         )
 
@@ -121,7 +121,7 @@ class KtoObjective(AgainstReference):
         total = torch.zeros(1, device=self.world.device)
         for batch in batches:
             reference, inputs = self.reference(model, batch)
-            self.references.append(reference.clone())  # not the batch that it is a view of
+            self.references.append(reference.clone())  # a copy, so that the batch can be freed
             losses, _ = self.forward(model, batch, inputs_embeds=inputs)
             if batch.plan.lengths:
                 ratios = (answer_log_probs(losses, batch.plan)[0] - reference)[:, MISMATCHED]
@@ -151,7 +151,7 @@ def kto_losses(
 ) -> Tensor:
     """The loss of each answer [answers].
 
-    ratios     log-probability by the policy less that by the reference, float32 [answers].
+    ratios     the policy's log-probability minus the reference's, float32 [answers].
     kl         the reference point z, a scalar.
     desirable  bool [answers]; weights: lambda_U, lambda_D.
     """

@@ -1,7 +1,7 @@
-"""Objectives relative to a reference, the model that the run began with: its log-probabilities of two answers.
+"""Objectives relative to a reference (the model that the run began with) and its log-probabilities of two answers.
 
 Both answers follow their question in one sequence, as two branches. The reference's log-probabilities are computed
-before the first step (`precomputed`), or with each batch by the model without its adapters (`base`).
+before the first step (`precomputed`), or in each step by the model without its adapters (`base`).
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llava_fast.train")
 
-_SAMPLED = 4096  # values of each weight that tell one starting model from another
+_SAMPLED = 4096  # values of each weight in the hash that identifies the initial model
 
 
 class ReferenceSettings(ObjectiveSettings):
-    """A section of an objective with a reference."""
+    """The settings of an objective with a reference."""
 
     section: ClassVar[str]
 
@@ -54,7 +54,7 @@ class ReferenceSettings(ObjectiveSettings):
         kept = (recipe.data.batching, recipe.data.too_long, recipe.data.label_mask, recipe.loss_average)
         if kept != ("packed", "drop", "answers", "step"):
             raise ValueError(
-                f"`{self.section}` goes with data.batching: packed, data.too_long: drop, data.label_mask: answers and "
+                f"`{self.section}` needs data.batching: packed, data.too_long: drop, data.label_mask: answers and "
                 "loss_average: step"
             )
         if self.reference == "base" and recipe.lora is None:
@@ -74,17 +74,17 @@ class AgainstReference(Objective):
 
     @abstractmethod
     def micro_batches(self, table: SampleTable, processor: Processor, references: np.ndarray | None) -> Dataset:
-        """Micro-batches of sequences with two branches, by sample numbers. references: float32 [samples, 2], which then
-        travel as the plan's column "reference" [sequences, 2]."""
+        """A Dataset that maps sample numbers to a micro-batch of sequences with two branches. references: float32
+        [samples, 2], which become the plan's column "reference" [sequences, 2]."""
 
     def fingerprint(self) -> bytes:
-        """What the reference depends on besides samples, weights and precision."""
+        """Everything on which the reference depends besides samples, weights and precision."""
         return b""
 
     def processor(self, model: Llava) -> Processor:
         processor = super().processor(model)
         decoder = model.config.decoder
-        if decoder.rope.kind == "dynamic":  # it turns a prompt by the length of what follows: longer ones are no prefix
+        if decoder.rope.kind == "dynamic":  # RoPE depends on the length, so answers have no common prefix
             most = min(processor.max_rows or decoder.max_positions, decoder.max_positions)
             processor = dataclasses.replace(processor, max_rows=most)
         return processor
@@ -97,7 +97,7 @@ class AgainstReference(Objective):
         weights = weights_mark(model, self.recipe)
         for part in (samples.table.fingerprint(), processor.template.name, weights, self.recipe.precision):
             fingerprint.update(part.encode())
-        measured = samples.lengths  # by tokenizer, tiles and frames; samples left out have no value
+        measured = samples.lengths  # depend on tokenizer, tiles and frames
         for column in (measured.text, measured.visual, samples.left):
             fingerprint.update(column.tobytes())
         fingerprint.update(self.fingerprint())
@@ -110,23 +110,23 @@ class AgainstReference(Objective):
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         if self.settings.reference == "base" and any("lora_" not in name for name in trained):
             raise RecipeError(
-                f"{self.settings.section}.reference: base is the model without its adapters, so nothing else may be "
+                f"{self.settings.section}.reference: base is the model without its adapters, so only adapters may be "
                 "trained: leave `trainable` empty and give `lora`, or use `reference: precomputed`"
             )
-        # Where no adapter comes before the decoder's layers, both passes of a batch have the same inputs.
+        # If all adapters are in the decoder's layers, both passes of a batch have the same inputs.
         self.inputs_are_the_bases = all("decoder.layers." in name for name in trained)
 
     def forward(self, model: nn.Module, batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
         return forward(model, batch, self.recipe.precision, **options)
 
     def reference(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """The reference's log-probabilities [sequences, 2] of a batch, and the decoder's inputs if they serve the
-        policy too, so that tower and projector run once."""
+        """The reference's log-probabilities [sequences, 2] of a batch; and the decoder's inputs if the policy has the
+        same, so that tower and projector run once."""
         if self.settings.reference == "precomputed":
             return batch.weight("reference"), None
         with torch.no_grad(), adapters_off(model, self.settings.section):
             losses, inputs = self.forward(model, batch)
-        if not batch.plan.lengths:  # no sample, but every process runs every module as often as the others
+        if not batch.plan.lengths:  # no sample, but all processes must run every module equally often
             return losses.new_zeros(0, 2), None
         reference, _ = answer_log_probs(losses, batch.plan)
         return reference, inputs if self.inputs_are_the_bases else None
@@ -141,8 +141,8 @@ class AgainstReference(Objective):
 
 
 def answer_log_probs(losses: Tensor, plan: TokenPlan) -> tuple[Tensor, Tensor]:
-    """(log-probability, number of tokens) of both answers of each sequence, float32 [sequences, 2] both, from the
-    negative log-likelihoods of a plan's supervised rows. Tokens that both answers begin with count for both."""
+    """(log-probability, number of tokens) of both answers of each sequence, each float32 [sequences, 2], from the
+    negative log-likelihoods of a plan's supervised rows. Tokens in the common prefix count for both."""
     part = 3 * plan.column("supervised_sequence") + plan.column("supervised_branch")
     counts = torch.from_numpy(np.bincount(part, minlength=3 * len(plan.lengths))).to(losses.device)
     sums = torch.segment_reduce(losses, "sum", lengths=counts, initial=0).view(-1, 3)  # rows are in order of `part`
@@ -152,8 +152,8 @@ def answer_log_probs(losses: Tensor, plan: TokenPlan) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module, section: str = "dpo") -> Iterator[None]:
-    """The model without its PEFT adapters, whether PEFT wrapped it or put them into it. Raises RecipeError, naming
-    the recipe's section, if it has none."""
+    """Disable the model's PEFT adapters inside the block, whether PEFT has wrapped the model or only inserted adapters.
+    Raises RecipeError, naming the recipe's section, if the model has none."""
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:
@@ -166,7 +166,7 @@ def adapters_off(model: nn.Module, section: str = "dpo") -> Iterator[None]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for layer in layers:
         layer.enable_adapters(False)
-    for parameter in trained:  # PEFT freezes them, and FSDP2 would keep what it sees in the first pass
+    for parameter in trained:  # PEFT freezes them, and FSDP2 remembers the state of the first pass
         parameter.requires_grad_(True)
     try:
         yield
@@ -179,14 +179,14 @@ def adapters_off(model: nn.Module, section: str = "dpo") -> Iterator[None]:
 def reference_log_probs(
     recipe: Recipe, model: Llava, loader: Loader, samples: np.ndarray, path: Path, world: World
 ) -> np.ndarray:
-    """The starting model's log-probabilities of both answers, float32 [all samples, 2] (NaN for those not in
-    `samples`, and for those that could not be read, if the recipe skips them).
+    """The initial model's log-probabilities of both answers, float32 [all samples, 2]; NaN for samples not in `samples`
+    and for skipped samples that could not be read.
 
     Computed once and written atomically to `path`; a resumed run reads them.
     """
     if world.sum(torch.tensor([world.first and path.exists()], dtype=torch.int32, device=world.device)).item():
         return np.load(path)
-    place(model.parameters(), recipe, world)  # whole, also one that is sharded later
+    place(model.parameters(), recipe, world)  # on each device completely, even if it is sharded later
     found = torch.zeros(len(loader.lengths.text), 2, device=world.device)
     mine = loader.pack(samples.tolist())[world.rank]
     batches = in_workers(loader.micro_batches, mine, recipe.data.workers)
@@ -205,7 +205,7 @@ def reference_log_probs(
     for number, problem in left_out_together(recipe, world, left_out, "reference"):
         samples = samples[samples != number]
         if world.first:
-            logger.warning("no reference for a sample: %s", problem)
+            logger.warning("a sample has no reference: %s", problem)
     whole = world.sum(found).cpu().numpy()
     whole[np.setdiff1d(np.arange(len(whole)), samples)] = np.nan
     if world.first:
@@ -219,8 +219,8 @@ def reference_log_probs(
 
 
 def weights_mark(model: nn.Module, recipe: Recipe) -> str:
-    """A hash of an even sample of each weight as `place` rounds it, adapters left out (they change nothing at the
-    start)."""
+    """A hash of evenly spaced values of each weight as rounded by `place`, without adapters (which have no effect at
+    the start)."""
     fingerprint = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
         if "lora_" not in name:

@@ -10,7 +10,7 @@ from llava_fast.train.objective import Objective, forward
 
 
 class Sft(Objective):
-    """A mean over supervised tokens of LLaVA-format samples: what a recipe without another objective's section does."""
+    """Averages over supervised tokens of LLaVA-format samples. The default objective."""
 
     unit = "supervised_tokens"
 

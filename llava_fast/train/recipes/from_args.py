@@ -1,7 +1,7 @@
-"""The command line of an original LLaVA training as a recipe: `llava-fast recipe from-args`.
+"""`llava-fast recipe from-args`: converts the command line of an original LLaVA training to a recipe.
 
 Sources: the argument classes of haotian-liu/LLaVA c121f04 and LLaVA-VL/LLaVA-NeXT df17966 (llava/train/train.py,
-train_dpo.py), with their defaults and what each does there; transformers' TrainingArguments for the rest.
+train_dpo.py), with their defaults and effects there; transformers' TrainingArguments for the rest.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llava_fast.errors import RecipeError, RequestError
 from llava_fast.train.recipe import parse_recipe
 from llava_fast.train.recipes.shell_script import read_command
 
-# Arguments that say how the original ran and not what it computed; each with why nothing is lost.
+# Arguments that do not change what the original computes, each with the reason why it can be dropped.
 _NO_MEANING = {
     "deepspeed": "processes share weights by FSDP2 under torchrun (`parallel`)",
     "fsdp": "as for deepspeed",
@@ -26,20 +26,20 @@ _NO_MEANING = {
     "lazy_preprocess": "always so",
     "attn_implementation": "chosen by llava_fast; `llava-fast doctor` says which",
     "mpt_attn_impl": "as for attn_implementation",
-    "torch_compile": "no part of a recipe",
-    "torch_compile_backend": "no part of a recipe",
+    "torch_compile": "not part of a recipe",
+    "torch_compile_backend": "not part of a recipe",
     "ddp_find_unused_parameters": "never needed",
     "logging_steps": "every step is logged",
     "verbose_logging": "every step is logged",
-    "run_name": "runs are told apart by `output`",
+    "run_name": "runs are distinguished by `output`",
     "save_strategy": "checkpoints are written every `checkpoints.every` steps",
     "save_safetensors": "always so",
     "evaluation_strategy": "nothing is evaluated during training",
     "eval_strategy": "nothing is evaluated during training",
     "per_device_eval_batch_size": "nothing is evaluated during training",
-    "remove_unused_columns": "keys that are not read are left alone",
+    "remove_unused_columns": "unknown keys are ignored",
     "is_multimodal": "always so",
-    "cache_dir": "HF_HOME says where downloads go",
+    "cache_dir": "HF_HOME sets the download directory",
     "double_quant": "for quantised weights only",
     "quant_type": "for quantised weights only",
     "lora_weight_path": "the original does not read it either",
@@ -50,9 +50,9 @@ _NO_MEANING = {
     "image_split_resolution": "read by the highres_crop aspect only",
     "mm_spatial_pool_out_channels": "the tower's width",
     "generate_during_eval": "nothing is evaluated during training",
-    "precompute_ref_log_probs": "`dpo.reference: precomputed` does it once, and keeps no second model",
+    "precompute_ref_log_probs": "`dpo.reference: precomputed` does this",
 }
-_OFF = {  # arguments that are only known by their harmless value
+_OFF = {  # arguments that are supported only with the value that disables them
     "mm_use_im_start_end": False,
     "fp16": False,
     "freeze_mm_vision_resampler": False,
@@ -77,15 +77,16 @@ _OPTIMIZERS |= {"adamw_bnb_8bit": "8bit", "adamw_8bit": "8bit"}
 def recipe_from_args(words: Sequence[str], gpus: int | None = None) -> str:
     """YAML of the recipe equivalent to a training command.
 
-    words  the command (deepspeed, torchrun or python, a train script and its arguments), or one path of a shell
-           script that holds it. gpus  how many it ran on; default: what the command says.
+    words  the command (deepspeed, torchrun or python, a train script and its arguments), or the path of a shell script
+           with the command.
+    gpus   the number of GPUs; default: the command's.
     Raises RecipeError for a command that is not a LLaVA training, lacks required arguments, or does not state its
     number of GPUs.
     """
     command = read_command(words)
     gpus = gpus or command.gpus
     if gpus is None:
-        raise RecipeError("the command does not say how many GPUs it ran on, which its batch size depends on: --gpus 8")
+        raise RecipeError("the command does not state its number of GPUs, on which the batch size depends: --gpus 8")
     args = Arguments(command.arguments)
     for name, value in args.given.items():
         if "$" in value:
@@ -93,12 +94,12 @@ def recipe_from_args(words: Sequence[str], gpus: int | None = None) -> str:
     if "offload" in args.given.get("deepspeed", ""):
         args.note(f"deepspeed {args.given['deepspeed']}: nothing is offloaded to the host here")
     given = _recipe(args, gpus, is_dpo="dpo" in Path(command.script).name)
-    parse_recipe(given, "what the command stands for")
+    parse_recipe(given, "the command's recipe")
     return _written(given, args, [f"Made by `llava-fast recipe from-args` from {command.script}, on {gpus} GPUs."])
 
 
 class Arguments:
-    """The command's arguments: each is taken once; arguments not taken, or changed, are recorded."""
+    """The command's arguments. Each is taken once; arguments that are changed or never taken are recorded."""
 
     def __init__(self, given: dict[str, str]) -> None:
         self.given = given
@@ -106,7 +107,7 @@ class Arguments:
         self.notes: list[str] = []
 
     def take(self, name: str, default: Any = None) -> Any:
-        """An argument's value, of the default's type; YAML's reading without one."""
+        """An argument's value, converted to the default's type, or parsed as YAML without a default."""
         if name not in self.given:
             return default
         text = self.left.pop(name, self.given[name])
@@ -150,7 +151,7 @@ def _recipe(args: Arguments, gpus: int, is_dpo: bool) -> dict[str, Any]:
         "batch_size": micro * accumulation * gpus,
         "micro_batch": micro,
         "epochs": args.take("num_train_epochs", 3.0),
-        # What the original computes: each micro-batch's mean, and the mean of these.
+        # The original averages the means of micro-batches.
         "loss_average": "step" if is_dpo else "micro_batch",
         "precision": "bfloat16" if args.take("bf16", False) else "float32",
         "tf32": args.take("tf32", False),
@@ -160,8 +161,8 @@ def _recipe(args: Arguments, gpus: int, is_dpo: bool) -> dict[str, Any]:
     }
     if is_dpo:
         given.pop("micro_batch")
-        args.note("pairs longer than max_length are left out, where the original cut their answers")
-        args.note("batch_size counts pairs; pairs are packed, so per_device_train_batch_size has no further meaning")
+        args.note("pairs longer than max_length are left out; the original truncated their answers")
+        args.note("batch_size counts pairs; pairs are packed, so per_device_train_batch_size is not used")
     if (steps := args.take("max_steps", -1)) > 0:
         given["steps"] = steps
     if (keep := args.number("save_total_limit")) is not None:
@@ -172,7 +173,7 @@ def _recipe(args: Arguments, gpus: int, is_dpo: bool) -> dict[str, Any]:
         given["wandb"] = "llava"
         args.note("wandb: the project was named by the environment (WANDB_PROJECT); put its name here")
     if args.take("dataloader_drop_last", False):
-        args.note("dataloader_drop_last True: an epoch's last, smaller step is taken here, as with False")
+        args.note("dataloader_drop_last True: not supported; an epoch's last, smaller step runs as with False")
     return given
 
 
@@ -212,13 +213,13 @@ def _model(args: Arguments) -> str | dict[str, Any]:
     if factor is not None and kind is not None:
         model["rope"] = {"kind": kind, "factor": factor}
     elif factor is not None or kind is not None:
-        args.note("rope_scaling_factor and rope_scaling_type have an effect together only, in the original too")
+        args.note("rope_scaling_factor and rope_scaling_type only have an effect together, as in the original")
     args.note(f"if {path} is a LLaVA already, write `model: {path}` instead of the parts below")
     return model
 
 
 def _pinpoints(text: str) -> str | list[list[int]]:
-    """The original's text as pairs (width, height), or as it stands where it is a range of grids."""
+    """The original's text as (width, height) pairs, or unchanged if it is a range of grids."""
     if "x" in text:
         return text
     numbers = [int(number) for number in re.findall(r"\d+", text)]
@@ -226,20 +227,20 @@ def _pinpoints(text: str) -> str | list[list[int]]:
 
 
 def _trainable(args: Arguments, lora: bool) -> list[str]:
-    """What the original leaves unfrozen. Its newline row is part of the language model."""
+    """The parts that the original does not freeze. Its newline row is part of the language model."""
     newline = "unpad" in args.given.get("mm_patch_merge_type", "")
-    projector = "projector.*" if newline else "projector"  # by the pattern, without the newline row
+    projector = "projector.*" if newline else "projector"  # the pattern excludes the newline row
     adapter = args.take("tune_mm_mlp_adapter", False)
     frozen_projector = args.take("freeze_mm_mlp_adapter", False)
     frozen_backbone = args.take("freeze_backbone", False)
     tower = args.take("unfreeze_mm_vision_tower", False)
-    args.take("unfreeze_language_model", False)  # LLaVA-NeXT declares it and reads it nowhere
+    args.take("unfreeze_language_model", False)  # declared in LLaVA-NeXT but never read
     if (listed := args.take("mm_tunable_parts")) is not None:
         parts = [part.strip() for part in listed.split(",")]
         known = {"mm_vision_tower", "mm_mlp_adapter", "mm_language_model"}
         for part in parts:
             if part not in known:
-                args.note(f"mm_tunable_parts: {part} is no part here")
+                args.note(f"mm_tunable_parts: {part} is not a part here")
         decoder, tower = "mm_language_model" in parts, "mm_vision_tower" in parts
         chosen = ["vision_tower"] * tower
         if "mm_mlp_adapter" in parts:
@@ -251,7 +252,7 @@ def _trainable(args: Arguments, lora: bool) -> list[str]:
         return ["vision_tower"] * tower + [projector]
     chosen = ["vision_tower"] * tower + (["image_newline"] * newline if frozen_projector else ["projector"])
     if frozen_backbone:
-        return [*chosen, "decoder.lm_head.*"]  # the original's freeze leaves the head out
+        return [*chosen, "decoder.lm_head.*"]  # the original does not freeze the head
     return chosen + ["decoder"] * (not lora)
 
 
@@ -288,16 +289,14 @@ def _data(args: Arguments, is_next: bool, is_dpo: bool) -> dict[str, Any]:
     if (frames := args.take("frames_upbound", 0)) > 0:
         data["video_frames"] = frames
         if not args.take("force_sample", False):
-            args.note("a video shorter than frames_upbound seconds gives one frame a second there, video_frames here")
+            args.note("the original takes one frame per second of a video shorter than frames_upbound seconds")
     if args.take("add_time_instruction", False):
         data["time_instruction"] = True
     version = args.take("version") or "v0"
     if (template := _template(version)) is not None:
         data["template"] = template
     else:
-        args.note(
-            f"version {version}: there is no such template here; the checkpoint's own is used unless you name one"
-        )
+        args.note(f"version {version}: unknown template; the checkpoint's is used unless you name one")
     return data
 
 
@@ -332,7 +331,7 @@ def _optimizer(args: Arguments) -> dict[str, Any]:
         settings["betas"] = betas
     if (eps := args.take("adam_epsilon", 1e-8)) != 1e-8:
         settings["eps"] = eps
-    settings["clip"] = args.take("max_grad_norm", 1.0) or None  # 0 is how transformers says never
+    settings["clip"] = args.take("max_grad_norm", 1.0) or None  # in transformers 0 means no clipping
     optimizer = args.take("optim") or "adamw_torch"
     if optimizer not in _OPTIMIZERS:
         args.note(f"optim {optimizer}: AdamW is used")
@@ -341,7 +340,7 @@ def _optimizer(args: Arguments) -> dict[str, Any]:
 
 
 def _written(given: dict[str, Any], args: Arguments, head: list[str]) -> str:
-    """The recipe's YAML under its comments: what else the command said."""
+    """The recipe's YAML after comments about the command's other arguments."""
     unknown, without = [], []
     for name, value in dict(args.left).items():
         shown = f"--{name} {value}".rstrip()
@@ -349,15 +348,15 @@ def _written(given: dict[str, Any], args: Arguments, head: list[str]) -> str:
             continue
         if name == "bits":
             unknown.append(
-                f"{shown}: quantised weights are not trained here in bitsandbytes' forms; LoRA runs over "
-                f"{given['precision']} ones, or set `quantize: int8` or `int4`"
+                f"{shown}: bitsandbytes' formats are not supported; LoRA runs over {given['precision']} weights, or "
+                "set `quantize: int8` or `int4`"
             )
         elif name == "fp16":
             unknown.append(f"{shown}: set precision to bfloat16 or float32")
         elif name in _NO_MEANING:
             without.append(f"{shown}: {_NO_MEANING[name]}")
         else:
-            unknown.append(f"{shown}: nothing here does this")
+            unknown.append(f"{shown}: not supported")
     lines = list(head)
     for title, listed in (
         ("Look at these:", args.notes),
@@ -371,7 +370,7 @@ def _written(given: dict[str, Any], args: Arguments, head: list[str]) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Floats so that YAML reads them as floats (1.0e-05), short lists in one line."""
+    """Writes floats such that YAML reads them as floats (1.0e-05), and short lists in one line."""
 
 
 _Dumper.add_representer(

@@ -1,7 +1,7 @@
-"""Finding the training command in a shell script, or in words, as far as the published scripts need it.
+"""Finds the training command in a shell script or a list of words, with the syntax that the published scripts use.
 
-It knows line continuations, comments, plain assignments, $NAME, ${NAME} and ${NAME//pattern/replacement}. It runs
-nothing.
+Supported are line continuations, comments, plain assignments, $NAME, ${NAME} and ${NAME//pattern/replacement}. Nothing
+is executed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _NODES = ("nnodes", "num_nodes", "num_machines")
 
 @dataclass(frozen=True)
 class Command:
-    """A training command: the train script, its arguments by name (a flag without a value has ""), and on how many
-    GPUs it says it runs (None: it does not)."""
+    """A training command: the train script, its arguments by name ("" for a flag without a value), and its number of
+    GPUs (None if not stated)."""
 
     script: str
     arguments: dict[str, str]
@@ -43,15 +43,15 @@ def read_command(words: Sequence[str]) -> Command:
             set_here = [each.partition("=")[2] for each in launcher if each.startswith("CUDA_VISIBLE_DEVICES=")]
             visible = set_here[-1] if set_here else visible
             return Command(word, _arguments(words[number + 1 :]), _count(_arguments(launcher), visible))
-    raise RecipeError("there is no LLaVA training command in this: none of its words is a train script (train_mem.py)")
+    raise RecipeError("this is not a LLaVA training command: none of its words is a train script (train_mem.py)")
 
 
 def _command_of_script(path: Path) -> tuple[list[str], str]:
-    """(words of the first training command, CUDA_VISIBLE_DEVICES as set before it)."""
+    """(words of the first training command, the value of CUDA_VISIBLE_DEVICES before it)."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise RecipeError(f"{path} is no script that can be read ({error.strerror})") from None
+        raise RecipeError(f"{path} cannot be read as a script ({error.strerror})") from None
     known: dict[str, str] = {}
     for line in text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines():
         try:
@@ -63,11 +63,11 @@ def _command_of_script(path: Path) -> tuple[list[str], str]:
         for word in words:
             if (found := _ASSIGNMENT.fullmatch(word)) is not None:
                 known[found[1]] = found[2]
-    raise RecipeError(f"{path} holds no LLaVA training command: no line of it runs a train script (train_mem.py)")
+    raise RecipeError(f"{path} has no LLaVA training command: no line of it runs a train script (train_mem.py)")
 
 
 def _expand(line: str, known: dict[str, str]) -> str:
-    """The line with known variables expanded; unknown ones are left as written."""
+    """The line with known variables expanded; unknown ones are left unchanged."""
 
     def value(found: re.Match) -> str:
         name, pattern, replacement = found[1] or found[4], found[2], found[3]
@@ -81,7 +81,7 @@ def _expand(line: str, known: dict[str, str]) -> str:
 
 
 def _arguments(words: Sequence[str]) -> dict[str, str]:
-    """--name value, --name=value and --name, dashes inside names as underscores."""
+    """Parse --name value, --name=value and --name; dashes in names become underscores."""
     found: dict[str, str] = {}
     name = None
     for word in words:
@@ -102,6 +102,6 @@ def _count(launcher: dict[str, str], visible: str) -> int | None:
         each = str(sum(len(host.partition(":")[2].split(",")) for host in included.split("@")))
     if each is None and visible:
         each = str(len(visible.split(",")))
-    # A launcher's own options are words too ("torchrun --nproc_per_node 8 script"): the first word is the value.
+    # The words after a launcher's option ("--nproc_per_node 8 script") include the script: the first is the value.
     each, nodes = (each or "").split(" ")[0], nodes.split(" ")[0]
     return int(each) * int(nodes) if each.isdecimal() and nodes.isdecimal() else None
