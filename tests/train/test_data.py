@@ -156,7 +156,7 @@ def test_samplings(tmp_path):
 
 @pytest.mark.parametrize("wrong", ["first", "first:", "half:3", "first:1.5", "first:-1", "10%"])
 def test_a_wrong_sampling_is_refused(wrong):
-    with pytest.raises(ValidationError, match="unknown sampling .*: use all, first:100"):
+    with pytest.raises(ValidationError, match=r"unknown sampling .*: use all, first:100"):
         Source(path="a.json", sampling=wrong)
 
 

@@ -125,7 +125,7 @@ def test_refuses_to_resume_another_recipe(make_recipe, caplog):
 def test_an_output_that_cannot_be_written_stops_at_once(make_recipe, tmp_path, monkeypatch, place):
     monkeypatch.setattr(run, "load_model", lambda *_: 1 / 0)
     (tmp_path / "file").write_text("")
-    with pytest.raises(RecipeError, match="output: .* is not writable"):
+    with pytest.raises(RecipeError, match=r"output: .* is not writable"):
         train(make_recipe(output=str(tmp_path / place)))
 
 
