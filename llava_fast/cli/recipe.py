@@ -125,7 +125,7 @@ def plot(
         typer.Option("--output", "-o", help="The picture to write. Default: curves.png in the first run's directory."),
     ] = None,
 ) -> None:
-    """Draw a run's curves: loss, learning rate, gradient norm, tokens a second, seconds waited for data, and rewards.
+    """Draw a run's curves: loss, learning rate, gradient norm, tokens per second, seconds waited for data, and rewards.
 
     \b
     llava-fast plot runs/llava-1.5-stage2

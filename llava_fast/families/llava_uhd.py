@@ -1,9 +1,9 @@
 """LLaVA-UHD, branch v1 (guozonghao96/llava-uhd-144-13b): an original LLaVA of slices of any size.
 
-Its config.json is a LLaVA's whose mm_projector_type is adapt_spatial_resampler_v1 (144 rows a slice) or uhd_v1_query64.
-Slices of a line are separated by ",", lines by a newline, and a view of the whole follows. The first release is not
-supported: its code always cuts five slices and pads them with patches of zeros that the model attends to. Nor are later
-ones (v2, v3), whose connectors have other names.
+Its config.json is a LLaVA's whose mm_projector_type is adapt_spatial_resampler_v1 (144 rows per slice) or
+uhd_v1_query64. Slices of a line are separated by ",", lines by a newline, and a view of the whole follows. The first
+release is not supported: its code always cuts five slices and pads them with patches of zeros that the model attends
+to. Nor are later ones (v2, v3), whose connectors have other names.
 
 Differences from the original code: it rounds the borders of a query's part to bfloat16; and here at most 9 slices are
 cut in training too, as in its inference code (its training code: 7).

@@ -1,4 +1,4 @@
-"""A batch on a device: uint8 tiles and the plan's integers, moved in one copy each."""
+"""A batch on a device: uint8 tiles and the plan's integers, transferred in one copy each."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from llava_fast.ops.image import TilePlan, image_tiles
 
 @dataclass(frozen=True)
 class Batch:
-    """What `model(batch)` takes. `tiles` is uint8 [tiles, 3, H, W], or float if already normalised; `flat` holds
-    the plan's columns on the device."""
+    """The input of `model(batch)`. tiles: uint8 [tiles, 3, H, W], or float if already normalised; flat: the plan's
+    columns on the device."""
 
     tiles: Tensor
     plan: TokenPlan
@@ -63,7 +63,7 @@ class Batch:
         return self.column(name).view(torch.float32)
 
     def placement(self) -> Placement:
-        """Where the decoder's rows come from."""
+        """The placement of the decoder's rows."""
         sections = self.plan.sections
         return Placement.of(lambda name: self.column(name) if name in sections else None, self.plan.pools)
 

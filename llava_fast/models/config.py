@@ -39,16 +39,16 @@ class LlavaConfig:
             part, given = "tower", self.vision.rows_per_tile
         else:
             if self.vision.native_sizes and not self.projector.any_shape:
-                raise ValueError("a connector that reads whole tiles has none behind a tower of native sizes")
+                raise ValueError("a connector that reads whole tiles does not support a tower of native sizes")
             part, given = "connector", self.projected_per_tile
             if self.geometry.video_pool != "none" and self.geometry.video_pool_stage == "before":
                 raise ValueError(
                     "video_pool_stage is 'before', and this connector reads whole tiles: set it to 'after'"
                 )
-        whole = self.vision.native_sizes and not self.projector.rowwise  # it gives rows for images, not for tiles
+        whole = self.vision.native_sizes and not self.projector.rowwise  # outputs rows per image, not per tile
         if not whole and self.geometry.tower_rows_per_tile != given:
             raise ValueError(
-                f"the {part} gives {given} rows a tile, and the geometry counts {self.geometry.tower_rows_per_tile}: "
+                f"the {part} gives {given} rows per tile, but the geometry has {self.geometry.tower_rows_per_tile}: "
                 "set its tile_size and patch_size, and class_rows or dropped_rows to 1 for a CLIP tower"
             )
 
@@ -70,7 +70,7 @@ class LlavaConfig:
 
 
 class ConfiguredModel(nn.Module):
-    """A model with what a checkpoint has besides tensors.
+    """A model with the parts of a checkpoint other than tensors.
 
     side_files  the texts of the loaded checkpoint's small files, which `save` writes back.
     """

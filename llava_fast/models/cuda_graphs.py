@@ -1,4 +1,4 @@
-"""Capturing a CUDA graph, and noticing that what it reads has moved."""
+"""Captures CUDA graphs, and detects when memory that they read has moved."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-WARM_UP = 3  # runs before capture, on a side stream, as torch.cuda.graph asks
+WARM_UP = 3  # runs before capture, on a side stream, as torch.cuda.graph requires
 
 
 def capture(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -26,7 +26,7 @@ def capture(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
 
 
 def addresses_of(module: nn.Module) -> list[int]:
-    """The addresses of module.parameters() and buffers(), in a quarter of the time, because it runs at each replay."""
+    """The addresses of module.parameters() and buffers(), four times as fast as those, since it runs at each replay."""
     found: list[int] = []
     for owned in (module._parameters, module._buffers):
         found += [tensor.data_ptr() for tensor in owned.values() if tensor is not None]

@@ -25,12 +25,12 @@ from llava_fast.models.paged_cache import BlockTable, PagedCache, Pages, table_w
 from llava_fast.ops import backend
 
 logger = logging.getLogger("llava_fast.generation")
-MOST_SEQUENCES = 256  # beyond, a step's products outweigh its launches
+MOST_SEQUENCES = 256  # above this, launch overhead is negligible
 
 
 def _keeps_no_switch(kind: type) -> bool:
-    """Whether modules of a type do the same at each step, so that a graph may stand for them: this package's and
-    PyTorch's plain ones. Others, as PEFT's, turn adapters on and off by attributes that nothing here compares."""
+    """Whether modules of a type do the same in each step, so that a graph may replace them: those of this package and
+    PyTorch's plain ones. Others, such as PEFT's, switch adapters by attributes that are not compared here."""
     return kind.__module__.startswith("llava_fast.") or kind in _PLAIN
 
 
@@ -38,7 +38,7 @@ _PLAIN = (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU, nn.Identity)
 
 
 class Column(NamedTuple):
-    """A value of each sequence in the static tensor: its numpy dtype, and what sequences that fill a bucket up get."""
+    """A value of each sequence in the static tensor: its numpy dtype, and its value for padding sequences."""
 
     dtype: str
     filler: float
@@ -122,11 +122,11 @@ class DecodeGraphs:
     """`graphs(tokens, tables, before)` returns the decoder's logits for one more row of each sequence, from a graph
     captured for the bucket, or None if there is none; then run the modules. `launch` does the same with another ending.
 
-    A bucket is a number of sequences and of blocks a sequence, each a power of two; graphs are captured when first
-    needed. Sequences that fill a bucket up write nothing. What is returned is a view that the next call overwrites.
+    A bucket is a number of sequences and of blocks per sequence, each a power of two; graphs are captured when first
+    needed. Padding sequences write nothing. The result is a view that the next call overwrites.
     `unfit` says why there is no graph: dynamic RoPE, a hooked module, one that is neither this package's nor a plain
     one of PyTorch, or a failed capture (logged once, and not tried again until a module changes). A failed capture with
-    an ending other than logits is a reason against that ending alone (`failed`).
+    an ending other than logits disables only that ending (`failed`).
     """
 
     def __init__(self, decoder: Decoder, cache: PagedCache) -> None:
@@ -209,7 +209,7 @@ class DecodeGraphs:
             self.unfit = "dynamic RoPE follows each sequence's length"
         elif not self._snapshot.holds():
             self.unfit = "a module of the decoder has a hook or a forward of its own"
-            self._snapshot = None  # so that the next step looks again
+            self._snapshot = None  # check again in the next step
         elif strange := sorted(kind.__name__ for kind in self._snapshot.kinds if not _keeps_no_switch(kind)):
             self.unfit = f"a module of the decoder may choose anew at each step what it does ({', '.join(strange)})"
 
@@ -217,7 +217,7 @@ class DecodeGraphs:
         ending, size, width, *_ = key
         try:
             found = self._captured[key] = self._prepared(ending, size, width)
-        except Exception as error:  # whatever a capture may raise, the modules still serve
+        except Exception as error:  # any error of a capture: the modules still work
             self._captured.pop(key, None)
             reason = f"capturing a decoding step of {size} sequences failed: {error!r}"
             if ending is LOGITS:

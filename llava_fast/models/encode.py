@@ -69,7 +69,7 @@ def visual_rows(parts: Parts, features: Tensor, at: Placement) -> Tensor:
 
 
 def placed(parts: Parts, table: Tensor | None, visual: Tensor, at: Placement) -> Tensor:
-    """[rows, width]: rows of `table` (None: no text), of the visual table and newlines, each in its place."""
+    """[rows, width]: rows of `table` (None: no text), visual rows and newlines, each at its place."""
     table = _empty(visual) if table is None else table
     newline, at = _constants(parts.newline, table, at)
     return token_pack(at.source, at.row, table, visual, newline, at.inverse)

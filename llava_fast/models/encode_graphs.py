@@ -54,7 +54,7 @@ class EncodeGraphs:
         key = graph_key(batch, bucket)
         found = self.captured.get(key)
         if found is None or found.weights != weight_addresses(self.model):
-            found = None  # and with it the old graph's memory goes, before the next takes its own
+            found = None  # free the old graph's memory before the next capture
             self.captured.pop(key, None)
             found = self.captured[key] = self._capture(filled_batch(batch, bucket))
         found.batch.tiles[: len(batch.tiles)].copy_(batch.tiles)

@@ -35,7 +35,7 @@ class Keeper(Protocol):
 
 
 class Pages(NamedTuple):
-    """Where the rows of decoding sequences are, on the device, as arguments of ops.paged_attention: `addresses` int64
+    """The block tables of decoding sequences on the device, as arguments of ops.paged_attention: `addresses` int64
     [blocks, 2], `table` int32 [n, width], `before` int32 [n].
     """
 
@@ -45,7 +45,7 @@ class Pages(NamedTuple):
 
 
 class PagedCache:
-    """Blocks of keys and values of every layer, [layers, 2, K, blocks, block rows, D] a segment.
+    """Blocks of keys and values of every layer; a segment is [layers, 2, K, blocks, block rows, D].
 
     max_bytes   limit of all segments together (None: half of the device's memory that is free at creation).
     keep_bytes  the size up to which the cache grows before it reclaims blocks from its `keeper`.
@@ -74,8 +74,8 @@ class PagedCache:
         self.segment_starts: set[int] = set()
         self.users: list[int] = []  # how many tables use each block
         self._is_free = bytearray()
-        self.free_blocks = 0  # nobody's
-        self.used_blocks = 0  # some table's; the rest is kept by the keeper
+        self.free_blocks = 0
+        self.used_blocks = 0  # by tables; the keeper keeps the rest
         self._step: tuple[tuple, dict[int | None, _StepIndex]] | None = None
         self._addresses: Tensor | None = None
         self._addressed = 0  # blocks whose addresses it holds
@@ -130,7 +130,7 @@ class PagedCache:
         self.free_blocks -= count
         for block in taken:
             self.use(block)
-        # A mask hides rows that were never written, but not a NaN in them, and one answer must not spoil another.
+        # Zero them: masked attention still reads rows that were never written, and a NaN there would spread.
         for rows in run_views(self.segments, runs_of(taken, self.segment_starts)):
             rows.zero_()
         return taken
@@ -214,7 +214,7 @@ class PagedCache:
         after = before + key.shape[1]
         table.require(after)
         views = table.views()
-        if len(views) == 1:  # the usual case, and a prefill pass has one for each sequence and layer
+        if len(views) == 1:  # the usual case: worth a fast path, since a prefill runs this per sequence and layer
             both = views[0][layer].narrow(2, 0, after)
             keys, values = both[0], both[1]
             keys.narrow(1, before, after - before).copy_(key)
@@ -234,7 +234,7 @@ class PagedCache:
     def append_one_each(
         self, layer: int, tables: Sequence[BlockTable], before: tuple[int, ...], key: Tensor, value: Tensor, window
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store one row a table, [n, K, D]; returns their keys and values [n, K, rows, D] and a mask [n, 1, 1, rows]
+        """Store one row per table, [n, K, D]; returns their keys and values [n, K, rows, D] and a mask [n, 1, 1, rows]
         of the valid rows, or None if all are."""
         if len(tables) == 1:
             keys, values = self.append(layer, tables[0], before[0], key[0, :, None], value[0, :, None])
@@ -345,7 +345,7 @@ class BlockTable:
         self._add(blocks[:full])
         if length % self.cache.block_rows:
             source = blocks[full]
-            self.cache.use(source)  # so that it stays while the copy's block is found
+            self.cache.use(source)  # keep it while a block for the copy is allocated
             try:
                 self.reserve(length)
                 self.cache.copy(source, self.blocks[-1])

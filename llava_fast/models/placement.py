@@ -1,4 +1,4 @@
-"""Where the decoder's rows come from, as a plan's columns on a device."""
+"""The placement of the decoder's rows: a plan's columns on a device."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ class Placement(NamedTuple):
         return torch.where(self.source == TEXT, self.row, 0).long()
 
     def with_own_text(self) -> Placement:
-        """The same, text read from a table with a row for each decoder row, in place of the embedding's."""
+        """The same placement, but text is read from a table with one row per decoder row instead of the embedding's."""
         number = torch.arange(len(self.row) + 1, dtype=self.row.dtype, device=self.row.device)
         text = self.inverse.text_row
         inverse = self.inverse._replace(text_token=text, text_segment=number[: len(text) + 1])
         return self._replace(row=torch.where(self.source == TEXT, number[:-1], self.row), inverse=inverse)
 
     def with_constants(self, number: int) -> Placement:
-        """The same, for a table of so many constant rows."""
+        """The same placement for a table of `number` constant rows."""
         return self._replace(
             inverse=self.inverse._replace(constant_segment=self.inverse.constant_segment[: number + 1])
         )

@@ -121,7 +121,7 @@ class Quantised(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)  # a state dict has other names
         self.in_state_dict = True
-        """Whether a state dict has the weight. Training leaves it out of its checkpoints, as all that is frozen."""
+        """Whether a state dict has the weight. Training checkpoints leave it out, like all frozen weights."""
         self.exact_inputs = False
         """Whether products take their inputs unrounded also where no gradient is needed. Training sets it, so that a
         policy and its reference, or a forward pass and its recomputation, are computed alike."""
@@ -177,7 +177,7 @@ class Quantised(nn.Module):
         """The weight as compressed-tensors stores it. Raises QuantisationError for one with a column order."""
         if self.order is not None:
             raise QuantisationError(
-                "a weight with GPTQ's act-order (desc_act) has no place in the compressed-tensors format: keep the "
+                "the compressed-tensors format cannot store a weight with GPTQ's act-order (desc_act): keep the "
                 "checkpoint it came from"
             )
         return packing.packed(self.quantised, self.dtype)

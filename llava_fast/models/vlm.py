@@ -37,7 +37,7 @@ class LlavaOutput:
 
 class LlavaModel(ConfiguredModel):
     """A LLaVA of any variant, by its config. An ordinary nn.Module: gradients flow to all parameters that require them.
-    Raises ValueError for a processor whose geometry gives another number of rows a tile than the config.
+    Raises ValueError for a processor whose geometry gives another number of rows per tile than the config.
     """
 
     def __init__(self, config: LlavaConfig, processor: Processor | None = None) -> None:
@@ -46,7 +46,7 @@ class LlavaModel(ConfiguredModel):
             made, given = (geometry.tower_rows_per_tile for geometry in (processor.geometry, config.geometry))
             if made != given:
                 raise ValueError(
-                    f"the tower gives {given} rows a tile, and the processor's geometry counts {made}: make it from "
+                    f"the tower gives {given} rows per tile, but the processor's geometry has {made}: make it from "
                     "config.geometry"
                 )
         self.config = config
@@ -57,7 +57,7 @@ class LlavaModel(ConfiguredModel):
             self.image_newline = nn.Parameter(torch.zeros(config.decoder.hidden_size))
         self.decoder = config.decoder.build()
         self.runs_every_part = False
-        """Run tower and projector on zero tiles where a batch has none: under sharded training every process must."""
+        """Run tower and projector on zero tiles if a batch has none, as sharded training requires."""
 
     @property
     def tokenizer(self) -> Any:
@@ -89,7 +89,7 @@ class LlavaModel(ConfiguredModel):
         for training: losses only, without materialising logits (ops.linear_cross_entropy); it also accepts a batch
         without sequences, with loss 0, for a process that has no samples in a step.
 
-        inputs_embeds  those of an earlier pass over the batch, so that tower and projector need not run again.
+        inputs_embeds  those of an earlier pass over the batch, so that tower and projector do not run again.
 
         Raises ValueError for an unknown choice, or for "supervised" or "none" on a batch without labels.
         """

@@ -14,7 +14,7 @@ CURVES = {
     "loss": "loss",
     "lr": "learning rate",
     "gradient_norm": "gradient norm",
-    "tokens_per_second": "tokens a second",
+    "tokens_per_second": "tokens per second",
     "data_wait": "seconds waited for data",
     "reward_chosen": "reward of the chosen answer",
     "reward_rejected": "reward of the rejected answer",

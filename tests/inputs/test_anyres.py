@@ -246,7 +246,7 @@ def test_single_tile_views():
 
 
 def by_plan(rows: VisualRows, features: torch.Tensor, newline: torch.Tensor, project) -> torch.Tensor:
-    """Run a plan by hand: features [tiles, rows a tile, width] to the rows that reach the decoder."""
+    """Run a plan by hand: features [tiles, rows per tile, width] to the rows that reach the decoder."""
     plan = build_plan([[VisualPiece(rows)]], features.shape[1])
     flat = features.flatten(0, 1)
     tables = [flat[plan.column("kept").astype(np.int64)]]

@@ -73,7 +73,7 @@ def test_a_wrapped_patch_embedding_and_wrong_grids():
         assert tower(patches[:0]).shape == (1, 0, 32)
     with pytest.raises(ValueError, match="59 patches, but the slices' grids have 16"):
         tower(patches, grids=GRIDS[:1])
-    with pytest.raises(ValueError, match="cannot be filled up to a bucket"):
+    with pytest.raises(ValueError, match="cannot be padded to a bucket"):
         tower(patches, count=torch.ones(1), grids=GRIDS)
 
 

@@ -138,7 +138,7 @@ def test_blocks_are_in_row_major_order():
     assert config.rows_of(16) == 4
     assert not config.rowwise
     assert CONNECTORS.name_of(type(config)) == "pixel_shuffle"
-    with pytest.raises(ValueError, match="17 rows a tile are no square"):
+    with pytest.raises(ValueError, match="17 rows per tile are not a square"):
         config.rows_of(17)
     assert config.build()(torch.zeros(0, 16, 8)).shape == (0, 4, 16)
 
@@ -253,7 +253,7 @@ def test_its_cost_counts_the_connectors_rows(pair):
 
 def test_a_geometry_that_counts_the_towers_rows_is_refused(pair):
     _, ours = pair
-    with pytest.raises(ValueError, match="the connector gives 4 rows a tile, and the geometry counts 16"):
+    with pytest.raises(ValueError, match="the connector gives 4 rows per tile, but the geometry has 16"):
         replace(ours.config, geometry=VisualGeometry(tile_size=TILE, patch_size=PATCH))
     pooled = replace(ours.config.geometry, video_pool="average", video_pool_stage="before")
     with pytest.raises(ValueError, match="video_pool_stage is 'before'"):

@@ -53,7 +53,7 @@ def test_what_holds_for_both(tower):
     tower.recompute = "layers"
     assert tower.image_tower.recompute == tower.video_tower.recompute == "layers"
     tower.recompute = "none"
-    with pytest.raises(ValueError, match="tiles of two towers cannot be filled up to a bucket"):
+    with pytest.raises(ValueError, match="tiles of two towers cannot be padded to a bucket"):
         tower(torch.zeros(1, 3, 48, 48), count=torch.ones(1))
 
 

@@ -85,7 +85,7 @@ def test_what_it_says_of_itself():
     assert config.rows_of(36) == 4
     assert config.build()(torch.zeros(3, 36, 16)).shape == (3, 4, 32)
     assert config.build()(torch.zeros(0, 36, 16)).shape == (0, 4, 32)
-    with pytest.raises(ValueError, match="6 x 6 rows a tile, and the tower gives 37"):
+    with pytest.raises(ValueError, match="6 x 6 rows per tile, and the tower gives 37"):
         config.rows_of(37)
     with pytest.raises(ValueError, match="multiple of 5 heads"):
         PerceiverConfig(in_features=16, out_features=32, num_heads=5, grid=2, side=6)

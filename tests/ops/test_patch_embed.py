@@ -157,7 +157,7 @@ def test_views_are_handled(backend, poisoned):
 @pytest.mark.parametrize("count", [0, 1, 3, 5])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tiles_after_the_count_are_zeros_and_get_nothing(backend, count, form, poisoned):
-    """5 rows a tile, 32 a block: blocks with all, some and none of their tiles; some width beyond a block."""
+    """5 rows per tile, 32 a block: blocks with all, some and none of their tiles; some width beyond a block."""
     args = [*made(tiles=15, width=40), None]
     if form == "patch rows":
         args[0] = as_patch_rows(args[0], 14)

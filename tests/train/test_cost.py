@@ -99,7 +99,7 @@ def test_attention_and_head_by_hand():
 
 
 def test_a_decoder_of_7b_by_the_usual_rule():
-    """6 operations a weight and row, and attention's."""
+    """6 operations per weight and row, and attention's."""
     config = config_of(load_recipe("llava-1.5-stage2").model)
     decoder = 6.74e9 - 32000 * 4096  # the embedding is looked up, not multiplied
     assert step_flops(config, [1000] * 8, 0, ["decoder"]) == pytest.approx(6 * 8000 * decoder, rel=0.03)

@@ -1,4 +1,4 @@
-"""Which samples a step takes, and how they are shared out."""
+"""Which samples each step uses, and how they are distributed."""
 
 import numpy as np
 import pytest

@@ -1,6 +1,6 @@
 """The one entry to attention: rows of many sequences, grouped by `Spans`, through scaled dot-product attention.
 
-Shapes: R rows of all sequences end to end, H heads, K key heads (H is a multiple of K), D head size, S sequences.
+Shapes: R rows (all sequences concatenated), H heads, K key heads (H is a multiple of K), D head size, S sequences.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from llava_fast.models.paged_cache import BlockTable, PagedCache
 class Spans:
     """How rows group into sequences, on the host: sequence s has rows starts[s] : starts[s] + lengths[s].
 
-    With a cache, `tables[s]` holds its cached rows and `before[s]` says how many there are already.
-    `dense` (sequences, width) says that rows form a rectangle, so one batched call serves all. `branches[s]` are the
-    row counts of sequence s's branches (see inputs.plan): a branch's rows attend to the prefix and to that branch.
+    With a cache, `tables[s]` is the block table of its cached rows, `before[s]` their number. `dense` (sequences,
+    width) is set if the rows form a rectangle, so that one batched call is enough. `branches[s]` has the row counts of
+    sequence s's branches (see inputs.plan): the rows of a branch attend to the prefix and to that branch.
     """
 
     starts: tuple[int, ...]
@@ -51,7 +51,7 @@ def attend(
         return _attend_dense(query_RHD, key_RKD, value_RKD, spans.dense, window, slopes_H)
     out = torch.zeros_like(query_RHD) if sum(spans.lengths) < len(query_RHD) else torch.empty_like(query_RHD)
     pieces = []
-    none = not spans.lengths  # then one of no rows: the result stays a function of its inputs, for sharded training
+    none = not spans.lengths  # then use one empty sequence, so that the result depends on the inputs (sharded training)
     for number, (start, length) in enumerate([(0, 0)] if none else zip(spans.starts, spans.lengths, strict=True)):
         query, key, value = (t[start : start + length].transpose(0, 1)[None] for t in (query_RHD, key_RKD, value_RKD))
         if cache is not None:
@@ -131,8 +131,8 @@ def _attend_one_row_each(
     window: int | None,
     slopes_H: Tensor | None,
 ) -> Tensor:
-    """Decoding: one new row for each sequence. The query heads that share a key head become the rows of one small
-    matrix, so grouped heads cost no copies of the cache."""
+    """Decoding: one new row per sequence. The query heads of a key head become the rows of one small matrix, so grouped
+    heads need no copies of the cache."""
     count, heads, size = query.shape
     keys, values, mask = cache.append_one_each(layer, spans.tables, spans.before, key, value, window)
     grouped = query.view(count, keys.shape[1], heads // keys.shape[1], size)

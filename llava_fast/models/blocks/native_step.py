@@ -22,7 +22,7 @@ from llava_fast.ops import backend
 from llava_fast.ops.decoder_step import DecoderWeights, LayerWeights
 from llava_fast.ops.linear import native
 
-MAX_ROWS = 32  # above this PyTorch's matrix products catch up
+MAX_ROWS = 32  # above this PyTorch's matrix products are as fast
 
 
 def step_weights(decoder: nn.Module, plain: frozenset[type], x_RC: Tensor, spans: Spans) -> DecoderWeights | None:
@@ -56,7 +56,7 @@ def head_runs_natively(hidden: Tensor, weight: Tensor, bias: Tensor | None = Non
 
 
 def _may_run(x: Tensor) -> bool:
-    """Whether native code may stand for modules in this call."""
+    """Whether native code may replace modules in this call."""
     return not (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
@@ -71,11 +71,11 @@ def _may_run(x: Tensor) -> bool:
 class Snapshot:
     """A decoder's modules at one moment: `weights` if all were plain, else None.
 
-    `holds` compares lists made here, a few microseconds a layer.
+    `holds` compares lists created here, which takes a few microseconds per layer.
     """
 
     def __init__(self, decoder: nn.Module, plain: frozenset[type], whole: bool = False) -> None:
-        """`whole`: of the decoder itself too, its embedding and its head."""
+        """whole: include the decoder itself, its embedding and its head."""
         self.weights: DecoderWeights | None = None
         parts = [decoder] if whole else [decoder.get_submodule(part) for part in ("layers", "norm")]
         self._modules = [module for part in parts for module in part.modules()]
@@ -111,7 +111,7 @@ class Snapshot:
 
     @property
     def kinds(self) -> set[type]:
-        """The types of its modules."""
+        """The types of the decoder's modules."""
         return set(self._kinds)
 
     def _undisturbed(self) -> bool:

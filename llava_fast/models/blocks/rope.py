@@ -90,7 +90,7 @@ class Rope(nn.Module):
         """
         table = self._table
         if table is None or len(table[0]) < reach or table[0].device != device or table[0].dtype != dtype:
-            rows = 2 * reach  # doubling, so that a growing answer rarely pays for a new table
+            rows = 2 * reach  # doubling, so that a growing answer rarely needs a new table
             table = self._table = self._cos_sin(torch.arange(rows, device=device), self._frequencies(device), dtype)
         return table
 
@@ -136,7 +136,7 @@ class Rope(nn.Module):
                 alone = length - sum(branches) + max(branches)
                 if alone > self.max_positions:
                     raise ValueError(
-                        f"dynamic RoPE turns a prompt by the length of what follows it, so answers that reach "
+                        f"dynamic RoPE rotates a prompt by the length of the whole sequence, so answers that reach "
                         f"{alone} positions (over {self.max_positions}) cannot share its rows: shorten them"
                     )
                 continue

@@ -15,7 +15,7 @@ from llava_fast.ops.activations import ACTIVATIONS
 
 
 def check_activation(name: str) -> None:
-    """Raises ValueError for an activation that is not served."""
+    """Raise ValueError for an unsupported activation."""
     if name not in ACTIVATIONS:
         raise ValueError(f"activation is {name!r}; supported are {', '.join(ACTIVATIONS)}")
 
@@ -25,14 +25,14 @@ class ConnectorConfig(ABC):
     """From tower features [.., in_features] to decoder rows [.., out_features]."""
 
     rowwise: ClassVar[bool] = True
-    """Each row is made of one row of the tower, so that rows nobody takes need not be made. If False, the connector is
-    called with the rows of all tiles [T, N, in_features], without leading ones that are left out, and gives
-    [T, M, out_features]; a plan counts M rows a tile."""
+    """True: each output row depends on one row of the tower, so unused rows need not be computed. False: the connector
+    maps the rows of all tiles [T, N, in_features], without dropped leading rows, to [T, M, out_features]; a plan counts
+    M rows per tile."""
     any_shape: ClassVar[bool] = False
-    """Of one that reads whole tiles: its `forward` takes the (rows, columns) of their rows as `shape`, so that it
-    serves towers of native sizes."""
+    """For connectors that read whole tiles: whether `forward` takes the (rows, columns) of a tile's rows as `shape`,
+    and so supports towers of native sizes."""
     hf_names: ClassVar[Mapping[str, str]] = {}
-    """Its modules by our names, and what transformers calls them."""
+    """Our module name -> transformers' module name."""
 
     def rows_of(self, rows: int) -> int:
         """Output rows for this many rows of a tile. Raises ValueError for an unsupported number."""

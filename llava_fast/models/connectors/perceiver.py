@@ -1,6 +1,6 @@
 """A perceiver resampler with fixed 2D positions: learned queries attend to a tile's rows once.
 
-Shapes: T tiles, N rows a tile, C channels, M queries, E their width. Parameter names are those of the original
+Shapes: T tiles, N rows per tile, C channels, M queries, E their width. Parameter names are those of the original
 checkpoints; their pos_embed is recomputed. Sources: Bai et al. 2023 (Qwen-VL); Guo et al. 2024 (LLaVA-UHD;
 thunlp/LLaVA-UHD 7a3a1b6 resampler.py).
 """
@@ -53,7 +53,7 @@ class PerceiverConfig(ConnectorConfig):
 
     def rows_of(self, rows: int) -> int:
         if rows != self.side**2:
-            raise ValueError(f"the resampler reads {self.side} x {self.side} rows a tile, and the tower gives {rows}")
+            raise ValueError(f"the resampler reads {self.side} x {self.side} rows per tile, and the tower gives {rows}")
         return self.queries
 
     @property
@@ -63,7 +63,7 @@ class PerceiverConfig(ConnectorConfig):
 
     @property
     def first_matrix_size(self) -> int:
-        """A tile's rows pass through it, so that a query's share is several rows."""
+        """All rows of a tile pass through it, so each query accounts for several rows."""
         return round(self.resizes_rows * self.in_features * self.out_features * self.side**2 / self.queries)
 
     def kept_per_row(self, trained: bool) -> int:
@@ -108,7 +108,7 @@ def positions(grid: int, width: int, shape: tuple[int, int], device: torch.devic
     first half of the channels and of the row in the second; resized bicubically to `shape` if that differs. `half`:
     rounded to float16 first.
     """
-    with torch.inference_mode(False), torch.device(device):  # so that a later training step may keep them
+    with torch.inference_mode(False), torch.device(device):  # so that training can save them for backward
         rate = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
         angle = torch.arange(grid, dtype=torch.float64)[:, None] * rate
         axis = torch.cat([angle.sin(), angle.cos()], dim=1).float()

@@ -1,6 +1,6 @@
 """Pixel shuffle: a block of a tile's rows becomes one row of more channels, then an MLP. InternVL's connector.
 
-Shapes: T tiles, N rows a tile, C channels, M = N / scale^2. Sources: Shi et al. 2016; transformers 5.23
+Shapes: T tiles, N rows per tile, C channels, M = N / scale^2. Sources: Shi et al. 2016; transformers 5.23
 modeling_internvl.py.
 """
 
@@ -39,7 +39,7 @@ class PixelShuffleConfig(ConnectorConfig):
     def rows_of(self, rows: int) -> int:
         side = math.isqrt(rows)
         if side**2 != rows or side % self.scale:
-            raise ValueError(f"{rows} rows a tile are no square of blocks of {self.scale} x {self.scale}")
+            raise ValueError(f"{rows} rows per tile are not a square of {self.scale} x {self.scale} blocks")
         return rows // self.scale**2
 
     @property

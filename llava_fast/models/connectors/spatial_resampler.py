@@ -1,8 +1,8 @@
-"""A resampler in which each query attends to its own part of a slice. LLaVA-UHD's connector.
+"""A resampler in which each query attends to its own region of a slice. LLaVA-UHD's connector.
 
-Shapes: T slices of one size, N rows each (H x W), G x G queries, E their width. A query reads its part of the slice,
-H / G by W / G rows, interpolated to a few places (RoIAlign, aligned=False, one part a region). Parameter names are
-those of the original checkpoints, pos_embed too: their trainer trains it with the projector.
+Shapes: T slices of one size, N rows each (H x W), G x G queries, E their width. A query reads its region of the slice,
+H / G by W / G rows, interpolated to a few points (RoIAlign, aligned=False). Parameter names are those of the original
+checkpoints, including pos_embed, which their trainer trains with the projector.
 Sources: Guo et al. 2024 (LLaVA-UHD); thunlp/LLaVA-UHD 48472b4 uhd_v1_resampler.py; He et al. 2017 (RoIAlign).
 """
 
@@ -20,12 +20,12 @@ from llava_fast.models.blocks.resampling import bicubic
 from llava_fast.models.connectors.perceiver import Perceiver, PerceiverConfig, positions
 
 _PLACES = ((2, 4), (2, 3), (3, 4), (3, 3), (4, 2), (3, 2), (4, 3))
-"""(rows, columns) of the places that a query reads, in the order in which they are tried."""
+"""Candidates for the (rows, columns) of points that a query reads, in order of preference."""
 
 
 @dataclass(frozen=True)
 class SpatialResamplerConfig(PerceiverConfig):
-    """As a perceiver's; `side` is that of the square slices assumed by the cost estimate."""
+    """Like a perceiver's config; `side` is the side of the square slices that cost estimates assume."""
 
     any_shape = True
 
@@ -67,8 +67,8 @@ class SpatialResampler(Perceiver):
 
 
 def best_places(shape: tuple[int, int]) -> tuple[int, int]:
-    """How many places a query samples in a slice of this shape: the choice with the nearest aspect ratio, the first at
-    a tie.
+    """The (rows, columns) of points that a query samples in a slice of this shape: the candidate with the nearest
+    aspect ratio, the first at a tie.
     """
     ratio = math.log(shape[1] / shape[0])
     return min(_PLACES, key=lambda places: abs(ratio - math.log(places[1] / places[0])))
@@ -76,8 +76,9 @@ def best_places(shape: tuple[int, int]) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=4096)
 def sampling(parts: int, size: int, places: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[parts, places, size]: the weights by which RoIAlign reads an axis of `size` rows, cut into `parts`, at `places`
-    each. A part is at least one row long; a place is the mean of as many samples as it has rows, rounded up."""
+    """[parts, places, size]: RoIAlign's weights for an axis of `size` rows, cut into `parts` regions with `places`
+    points each. A region is at least one row long; a point is the mean of as many samples as it has rows, rounded
+    up."""
     length = size / parts
     each = max(length, 1.0) / places
     samples = math.ceil(each)
@@ -92,5 +93,5 @@ def sampling(parts: int, size: int, places: int, device: torch.device, dtype: to
                 share = at - low if low < size - 1 else 0.0
                 weights[part, place, low] += (1 - share) / samples
                 weights[part, place, min(low + 1, size - 1)] += share / samples
-    with torch.inference_mode(False):  # so that a later training step may keep them
+    with torch.inference_mode(False):  # so that training can save them for backward
         return torch.tensor(weights, dtype=dtype, device=device)

@@ -26,12 +26,12 @@ Split = Literal["columns", "rows", "shared"]
 
 @dataclass(frozen=True)
 class RowContext:
-    """What a layer gets besides its rows' values.
+    """The inputs of a layer besides its rows.
 
-    rotation  (cos, sin) of each row's position, [R, 1, D] each, the sign of sin's first half folded in.
+    rotation  (cos, sin) of each row's position, [R, 1, D] each; the first half of sin is negated.
     spans     how rows group into sequences.
     cache     the KV cache, or None.
-    pages     where cached rows are, on the device: each row is the next of its sequence, for ops.paged_attention.
+    pages     block tables on the device for ops.paged_attention, if each row is the next of its sequence; or None.
     modality  int32 [R]: text, image or video (see inputs.plan), for layers with weights by modality; None if not
     needed.
     memory    rows outside the sequence that layers may attend to [M, C], or None.
@@ -55,12 +55,12 @@ class DecoderConfig(ABC):
     """The model_type of an original LLaVA with this decoder; None: the original has none. It is not inherited."""
     embedding_name: ClassVar[str] = "embed_tokens"
     layers_name: ClassVar[str] = "layers"
-    """The modules of the token embedding and the layers in transformers' base model, and so here."""
+    """Names of the token embedding and the layers in transformers' base model, also used here."""
     hf_fields: ClassVar[type[Fields] | None] = None
-    """What its section of config.json is checked against; None: the fields of a Llama."""
+    """The schema of its section of config.json; None: that of a Llama."""
 
     has_learned_positions: ClassVar[bool] = False
-    """Whether no row can lie beyond `max_positions`."""
+    """Whether positions beyond `max_positions` are impossible."""
 
     vocab_size: int
     hidden_size: int
@@ -128,7 +128,7 @@ class StackConfig(DecoderConfig):
     """A decoder whose layers are this package's."""
 
     def build(self) -> BaseDecoder:
-        from llava_fast.models.decoders.stack import Decoder  # which knows the layers that one op stands for
+        from llava_fast.models.decoders.stack import Decoder  # it knows the layers that one op replaces
 
         return Decoder(self)
 

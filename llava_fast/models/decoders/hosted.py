@@ -49,7 +49,7 @@ class HostedConfig(DecoderConfig):
     hf_fields: ClassVar[type[Fields] | None] = HostedFields
     layers_field: ClassVar[str] = "num_hidden_layers"
     positions_field: ClassVar[str] = "max_position_embeddings"
-    """What its config calls them."""
+    """Name of the config field with the number of positions."""
 
     fields: dict[str, Any] = field(repr=False, hash=False)
 
@@ -102,7 +102,7 @@ class HostedConfig(DecoderConfig):
             raise ValueError(f"rope_type is {kind!r}; supported with a {cls.family} decoder are {', '.join(_ROPES)}")
         kv_heads = getattr(hf, "num_key_value_heads", None) or heads
         if heads % kv_heads:
-            raise ValueError(f"{heads} num_attention_heads and {kv_heads} num_key_value_heads do not go together")
+            raise ValueError(f"{heads} num_attention_heads are not a multiple of {kv_heads} num_key_value_heads")
         cls.check(hf)
         config = cls(
             vocab_size=hf.vocab_size,
@@ -118,7 +118,7 @@ class HostedConfig(DecoderConfig):
         )
         try:
             config._linears  # noqa: B018 a layer is built
-        except Exception as problem:  # of many unrelated types
+        except Exception as problem:  # many unrelated types
             raise ValueError(f"transformers cannot build this {cls.family} decoder: {one_line(problem)}") from problem
         return config
 
@@ -135,7 +135,7 @@ class HostedConfig(DecoderConfig):
 
 
 def _rope_of(parameters: dict[str, Any]) -> RopeConfig:
-    """What a context's length needs of RoPE, which transformers' model applies itself."""
+    """The RoPE settings that determine the context length. (transformers' model applies RoPE itself.)"""
     if parameters.get("rope_type", "default") == "default":
         return RopeConfig()
     if not isinstance(factor := parameters.get("factor"), (int, float)):
@@ -246,7 +246,7 @@ class HostedDecoder(BaseDecoder):
             layer._gradient_checkpointing_func = functools.partial(run_layer, how)
 
     def forward(self, x_RC: Tensor, position_R: Tensor, spans: Spans, cache: PagedCache | None = None) -> Tensor:
-        if not len(x_RC):  # transformers' models cannot run no rows, and sharded ones have to run
+        if not len(x_RC):  # transformers' models do not support empty inputs, but sharded ones must run
             row = self(x_RC.new_zeros(1, x_RC.shape[1]), position_R.new_zeros(1), Spans((0,), (1,)))
             return x_RC + row[:0]
         if cache is not None:
@@ -290,7 +290,7 @@ def attention(
     for `attend`. Raises ValueError for options that it does not support.
     """
     if found := [name for name in _UNSERVED if extras.get(name) is not None]:
-        raise ValueError(f"attention with {', '.join(found)} is not served: host no model that asks for it")
+        raise ValueError(f"attention with {', '.join(found)} is not supported, so this model cannot be hosted")
     size = query.shape[-1]
     if scaling is not None and scaling != size**-0.5:
         query = query * (scaling * size**0.5)

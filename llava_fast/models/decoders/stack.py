@@ -20,7 +20,7 @@ from llava_fast.models.recompute import Recompute, run_layer
 from llava_fast.ops.decoder_step import decoder_step
 
 _PLAIN = frozenset({fused.RMSNorm, DecoderAttention, DecoderMLP, DecoderLayer, nn.Linear, QuantisedLinear})
-"""What one decoder_step stands for."""
+"""The module types that one decoder_step replaces."""
 
 
 class Decoder(BaseDecoder):
@@ -75,5 +75,5 @@ class Decoder(BaseDecoder):
 
     def steps_natively(self, x_RC: Tensor, spans: Spans) -> bool:
         if x_RC.dtype != torch.float32 or any(isinstance(module, QuantisedLinear) for module in self.modules()):
-            return False  # of other weights it is not tested
+            return False  # not tested for other weights
         return step_weights(self, _PLAIN, x_RC, spans) is not None

@@ -31,19 +31,19 @@ class TowerConfig(ABC):
     own_aspect: ClassVar[str] = "squash"
     """How the tower's own image processor makes a square: "crop" or "squash"."""
     own_normalisation: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]] = ((0.5,) * 3, (0.5,) * 3)
-    """(mean, std) of images where a checkpoint does not say."""
+    """(mean, std) of images if a checkpoint does not state them."""
     native_sizes: ClassVar[bool] = False
     """Whether it reads images whole, each at its own aspect ratio. A tile is then one patch (image_size is patch_size),
     and `forward` is also given `grids`, the (rows, columns) of each image in the order of the tiles."""
     by_modality: ClassVar[bool] = False
-    """Whether images and frames of videos have weights of their own. `forward` is then also given `videos`, the
-    (first, end) of each video's tiles, and `every`, whether all weights are to run."""
+    """Whether images and video frames have separate weights. `forward` then also gets `videos`, the (first, end) of
+    each video's tiles, and `every`, whether all weights must run."""
     hf4_prefix: ClassVar[str] = ""
-    """The module that transformers 4 has around the tower's own, whose name is part of stored names."""
+    """Name of the module that contains the tower in transformers 4, a prefix of stored names."""
     hf_unused: ClassVar[tuple[str, ...]] = ()
-    """Starts of the names of modules that transformers has in the tower, and that nothing here reads."""
+    """Name prefixes of modules in transformers' tower that are not used here."""
     hf_fields: ClassVar[type[Fields] | None] = None
-    """What its section of config.json is checked against; None: the fields of a ViT with square images and patches."""
+    """The schema of its section of config.json; None: that of a ViT with square images and patches."""
 
     hidden_size: int
     num_layers: int

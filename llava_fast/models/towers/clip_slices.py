@@ -1,6 +1,6 @@
 """CLIP over slices of any size, with positions interpolated to each one's grid of patches. LLaVA-UHD's tower.
 
-Shapes: R patches of all slices end to end, C width. A tile is one patch. Parameter names are those of transformers'
+Shapes: R patches (all slices concatenated), C width. A tile is one patch. Parameter names are those of transformers'
 CLIPVisionModel. Sources: Guo et al. 2024 (LLaVA-UHD); thunlp/LLaVA-UHD 30a3bc3 adapt_clip_vision_model.py.
 """
 
@@ -91,7 +91,7 @@ class ClipSlicesTower(VisionTower):
         columns) of each slice's patches. Raises ValueError if grids and patches differ in number, and for a `count`,
         because CUDA graphs do not support slices of various sizes."""
         if count is not None:
-            raise ValueError("patches of slices of many sizes cannot be filled up to a bucket")
+            raise ValueError("patches of slices of many sizes cannot be padded to a bucket")
         lengths = [1 + rows * columns for rows, columns in grids]
         if sum(lengths) - len(grids) != len(tiles):
             raise ValueError(f"{len(tiles)} patches, but the slices' grids have {sum(lengths) - len(grids)}")

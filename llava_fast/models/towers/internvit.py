@@ -1,6 +1,6 @@
 """InternViT, InternVL's vision tower: a class row, learned positions, and a scale for each layer's two results.
 
-Shapes: T tiles, N rows a tile (the class row, then patches), C width. Parameter names are those of transformers'
+Shapes: T tiles, N rows per tile (the class row, then patches), C width. Parameter names are those of transformers'
 InternVLVisionModel. Sources: Chen et al. 2023 (InternVL); Touvron et al. 2021 (layer scale);
 transformers 5.23 modeling_internvl.py.
 """

@@ -58,7 +58,7 @@ class PairedClipTower(Tower):
         `every`: run both towers, even on zero tiles. Raises ValueError for a `count`, because CUDA graphs do not
         support this pair."""
         if count is not None:
-            raise ValueError("tiles of two towers cannot be filled up to a bucket")
+            raise ValueError("tiles of two towers cannot be padded to a bucket")
         of_videos = np.zeros(len(tiles), dtype=bool)
         for first, end in videos:
             of_videos[first:end] = True

@@ -1,8 +1,8 @@
 """SigLIP 2 NaFlex: a ViT over images of any size and aspect ratio, with positions interpolated to each one's grid.
 
-Shapes: R rows, one a patch, of all images end to end; C width; G side of the grid that positions were learnt on. A tile
-is one patch, so T tiles are R rows. Nothing is padded. Parameter names are those of transformers' Siglip2VisionModel.
-Sources: Tschannen et al. 2025 (SigLIP 2); transformers 5.24 modeling_siglip2.py.
+Shapes: R rows, one a patch, of all images end to end; C width; G side of the grid that positions were learned on. A
+tile is one patch, so T tiles are R rows. Nothing is padded. Parameter names are those of transformers'
+Siglip2VisionModel. Sources: Tschannen et al. 2025 (SigLIP 2); transformers 5.24 modeling_siglip2.py.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Siglip2Tower(VisionTower):
         columns) of each image's patches. Raises ValueError if grids and patches differ in number, and for a `count`,
         because CUDA graphs do not support images of native sizes."""
         if count is not None:
-            raise ValueError("patches of images of native sizes cannot be filled up to a bucket")
+            raise ValueError("patches of images of native sizes cannot be padded to a bucket")
         lengths = [rows * columns for rows, columns in grids]
         if sum(lengths) != len(tiles):
             raise ValueError(f"{len(tiles)} patches, but the images' grids have {sum(lengths)}")
@@ -143,5 +143,5 @@ def _resampling(side: int, size: int, device: torch.device, dtype: torch.dtype) 
     scale = side / size
     centre = (np.arange(size) + 0.5) * scale - 0.5
     weights = np.maximum(1 - np.abs(np.arange(side) - centre[:, None]) / max(scale, 1.0), 0)
-    with torch.inference_mode(False):  # so that a later training step may keep them
+    with torch.inference_mode(False):  # so that training can save them for backward
         return torch.tensor(weights / weights.sum(1, keepdims=True), dtype=dtype, device=device)

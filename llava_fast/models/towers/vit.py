@@ -1,6 +1,6 @@
 """CLIP's and SigLIP's vision towers, stopping at the layer whose hidden states are used.
 
-Shapes: T tiles, N rows a tile (patches, and CLIP's class row first), C width, H heads. Parameter names are those of
+Shapes: T tiles, N rows per tile (patches, and CLIP's class row first), C width, H heads. Parameter names are those of
 transformers' CLIPVisionModel and SiglipVisionModel. Sources: Radford et al. 2021 (CLIP), Zhai et al. 2023 (SigLIP).
 """
 
@@ -105,7 +105,7 @@ class SiglipConfig(VitConfig):
 
 
 Images = tuple[tuple[int, int], ...]
-"""How rows end to end group into images, in order: (rows of an image, how many such images follow each other)."""
+"""How concatenated rows group into images, run-length encoded: (rows of an image, number of consecutive images)."""
 
 
 class Embeddings(nn.Module):
@@ -130,12 +130,12 @@ class VisionEmbeddings(Embeddings):
 
 
 def grouped(lengths: Sequence[int]) -> Images:
-    """(rows, how many in succession) of images with these numbers of rows, as run_layers takes them."""
+    """Run-length encode the images' numbers of rows, for run_layers."""
     return tuple((length, len(list(same))) for length, same in itertools.groupby(lengths)) or ((0, 1),)
 
 
 def normalised(tiles: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes [T, 3, H, W] normalised by mean and std [3], in `dtype`; floating tiles as they are."""
+    """uint8 tiles [T, 3, H, W] normalised by mean and std [3], in `dtype`; floating tiles unchanged."""
     if tiles.dtype != torch.uint8:
         return tiles
     return ((tiles / 255.0 - mean[:, None, None]) / std[:, None, None]).to(dtype)
@@ -186,7 +186,7 @@ def _attend_tiles(query_TNHD: Tensor, key_TNHD: Tensor, value_TNHD: Tensor) -> T
 
 
 def _attend_images(images: Images, query_1RHD: Tensor, key_1RHD: Tensor, value_1RHD: Tensor) -> Tensor:
-    """Attention inside each image of rows end to end: [1, R, H, D]. Images of one length side by side share a call."""
+    """Attention within each image of concatenated rows: [1, R, H, D]. Consecutive images of one length share a call."""
     sizes = [length * count for length, count in images]
     split = (rows[0].split(sizes) for rows in (query_1RHD, key_1RHD, value_1RHD))
     made = []
@@ -246,7 +246,7 @@ def on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
     """float32 values, copied to a device once: a copy at each call would stall the GPU and could not be captured in a
     graph.
     """
-    with torch.inference_mode(False):  # so that a later training step may keep them
+    with torch.inference_mode(False):  # so that training can save them for backward
         return torch.tensor(values, dtype=torch.float32, device=device)
 
 
