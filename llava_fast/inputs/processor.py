@@ -263,7 +263,7 @@ class Processor(ProcessorOptions):
         largest = max((int(ids.max()) for ids in texts), default=0)
         if largest >= self.vocabulary:
             raise RequestError(
-                f"the token {self.tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}, but the model has "
+                f"the token {self.tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}, and the model has "
                 f"embeddings for {self.vocabulary} tokens: use the tokenizer with which the model was trained"
             )
 
@@ -410,7 +410,7 @@ class Processor(ProcessorOptions):
         if self.max_rows is not None and rows > self.max_rows:
             visual = sum(len(piece.rows) for piece in pieces if isinstance(piece, VisualPiece))
             raise PromptTooLongError(
-                f"the prompt has {rows} tokens ({visual} of them visual), but the model's context is "
+                f"the prompt takes {rows} tokens ({visual} of them visual) and the model's context holds "
                 f"{self.max_rows}: shorten the text, or use fewer or smaller images"
             )
 

@@ -177,7 +177,7 @@ def test_without_a_processor_they_are_refused():
     for call in (model, model.model, lambda **given: model.generate(**given, max_new_tokens=2)):
         with pytest.raises(PixelError, match=r"pixel_values_uint8 is given, but .*accelerate\(model, processor\)"):
             call(**{name: value for name, value in inputs.items() if name != "labels"})
-    with pytest.raises(PixelError, match="pixel_values_uint8 came"):
+    with pytest.raises(PixelError, match="pixel_values_uint8 is given"):
         model(**inputs)
     llava_fast.accelerate(model, processor("next"))  # may follow later
     assert model(**inputs).loss.isfinite()
