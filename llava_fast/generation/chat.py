@@ -1,4 +1,4 @@
-"""A conversation that keeps its rows in a cache: each turn runs only the rows that are new."""
+"""A conversation that keeps its rows in a KV cache, so that each turn runs only new rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llava_fast.models.vlm import LlavaModel
 
 
 class Chat:
-    """Made by `model.chat()`. `messages` is the conversation so far, in the OpenAI form."""
+    """Made by `model.chat()`. `messages` is the conversation so far, in OpenAI's format."""
 
     def __init__(self, model: LlavaModel, system: str | None = None) -> None:
         self.model = model
@@ -30,17 +30,17 @@ class Chat:
         if self.system is not None:
             self.messages.append({"role": "system", "content": self.system})
         self._images: list[Any] = []
-        self._read: list[tuple[Placeholder, Part]] = []  # the conversation's images, opened and cut
+        self._read: list[tuple[Placeholder, Part]] = []  # the conversation's images, opened and tiled
         runner = Runner(self.model)
         self._scheduler = Scheduler(runner, PrefixCache(runner.cache))
 
     def send(
         self, text: str, images: list[Any] | tuple = (), sampling: Sampling | None = None, **options: Any
     ) -> Generation:
-        """One turn: the images (each as for a request), then the text; returns the answer.
+        """Send one turn, the images (as in a request) before the text, and return the answer.
 
-        `sampling` and options as for `generate`. If anything fails, the conversation is as it was before.
-        Raises RequestError when the conversation outgrows the context, ImageError for a bad image.
+        `sampling` and options as in `generate`. If anything fails, the conversation does not change. Raises
+        RequestError if the conversation exceeds the context, ImageError for an invalid image.
         """
         chosen = Sampling.of(sampling, **options)
         if not isinstance(images, (list, tuple)):
@@ -61,7 +61,7 @@ class Chat:
             while not self._scheduler.is_idle:
                 self._scheduler.step()
         finally:
-            self._scheduler.cancel(sequence)  # if it was interrupted
+            self._scheduler.cancel(sequence)  # no effect unless it was interrupted
         answer = sequence.result()
         self.messages = [*messages, {"role": "assistant", "content": answer.text}]
         self._images, self._read = sources, read

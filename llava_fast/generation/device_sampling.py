@@ -1,10 +1,9 @@
-"""Tokens chosen on the device, inside the graph of the step: the host learns of them one step later.
+"""Samples tokens on the device, inside the graph of a decoding step; the host reads them one step later.
 
-A sequence has a slot in device memory: its last token, from which the next step continues before the host has seen it,
-and the tokens that its repetition penalty counts. What else a choice depends on (the draw's number, temperature and
-filters) comes with the step's own copy. The choice is that of `sampling`, operation for operation, over all sequences
-at once; a log probability, a logit bias, a presence or frequency penalty, a grammar or another logits processor is left
-to the host.
+A sequence has a slot in device memory with its last token, from which the next step continues before the host has read
+it, and the tokens that its repetition penalty counts. The other inputs of a choice (random number, temperature,
+filters) are part of the step's transfer. The operations are those of `sampling`, over all sequences at once. Log
+probabilities, logit bias, presence and frequency penalties, grammars and other logits processors run on the host.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from llava_fast.generation.sequence import Sequence
 from llava_fast.models.decode_graphs import MOST_SEQUENCES, Column, Columns, DecodeGraphs
 
 _FOLLOWS = -1  # in place of a token that the host does not know yet: the slot's last one
-_SPARE = MOST_SEQUENCES  # the slot of sequences that fill a bucket up
+_SPARE = MOST_SEQUENCES  # the slot of padding sequences
 
 _EVERY: Columns = {"token": Column("int32", 0), "slot": Column("int32", _SPARE)}
 _DRAWN: Columns = {

@@ -34,7 +34,7 @@ class Grammar:
         try:
             return cls("json_schema", json.dumps(schema))
         except (TypeError, ValueError, RecursionError) as error:
-            raise RequestError(f"the JSON schema is no JSON: {error}") from None
+            raise RequestError(f"the JSON schema is not valid JSON: {error}") from None
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
@@ -78,7 +78,7 @@ _tokenizers: WeakKeyDictionary[Any, dict[tuple, Any]] = WeakKeyDictionary()
 
 
 def llguidance_tokenizer(tokenizer: Any, vocabulary: int, end_ids: Sequence[int]) -> Any:
-    """The tokenizer in llguidance's format, built once (a second for a large vocabulary). Raises RequestError."""
+    """The tokenizer in llguidance's format, built once (in a second for a large vocabulary). Raises RequestError."""
     made = _tokenizers.setdefault(tokenizer, {})
     key = (vocabulary, tuple(end_ids))
     if key not in made:

@@ -32,7 +32,7 @@ class Llava(LlavaModel):
 
         requests  dicts {"prompt" | "messages", "images", "video", "seed"}; see inputs.processor.
         sampling  how to generate (see Sampling); default: greedy, at most 128 tokens.
-        options   fields of Sampling by keyword, in place of the ones in `sampling`.
+        options   fields of Sampling by keyword, which override those of `sampling`.
 
         Raises RequestError or ImageError naming the request, CacheFullError for one that memory cannot hold, and
         GenerationError if the model's logits are not numbers.
@@ -93,13 +93,13 @@ class Llava(LlavaModel):
 
 
 _idle: WeakKeyDictionary[Llava, tuple[PagedCache, DeviceSteps | None]] = WeakKeyDictionary()
-"""Each model's cache that no sequence uses, with the graphs captured over it: the next call takes them, because new
-memory costs page faults and a graph its capture."""
+"""Each model's idle cache and the graphs captured with it, for the next call: new memory causes page faults, and
+capturing takes time."""
 KEPT_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
 def _runner_of(model: Llava) -> Runner:
-    cache, device = _idle.pop(model, (None, None))  # another thread's call meanwhile makes its own
+    cache, device = _idle.pop(model, (None, None))  # a concurrent call in another thread creates its own
     decoder, config = model.decoder, model.config.decoder
     if cache is None or cache.used_blocks or (cache.dtype, cache.device) != (decoder.dtype, decoder.device):
         return Runner(model)

@@ -14,7 +14,7 @@ from itertools import islice
 
 from llava_fast.models.paged_cache import PagedCache
 
-MOST_COMPARED = 64  # blocks, the newest, that are searched for the longest beginning of one that is not there whole
+MOST_COMPARED = 64  # newest blocks that are searched for the longest partial match
 
 
 @dataclass(eq=False)

@@ -62,8 +62,8 @@ class Runner:
         return self.dynamic_from is None or sequence.prompt.rows <= self.dynamic_from
 
     def chunk_rows(self, sequence: Sequence, most: int) -> int:
-        """How many of a sequence's next rows to run in one pass: at most `most`; under dynamic RoPE, all rows that
-        share one base.
+        """How many of a sequence's next rows to run in one pass: at most `most`, or all rows with the same base under
+        dynamic RoPE.
         """
         done, left = sequence.cached.length, sequence.rows - sequence.cached.length
         prompt, limit = sequence.prompt.rows, self.dynamic_from
@@ -75,7 +75,7 @@ class Runner:
             return min(left, most)
         if done < prompt:
             return prompt - done if prompt > limit else min(prompt - done, most)
-        return min(limit - done, most) if done < limit else 1  # the answer's rows were turned one at a time
+        return min(limit - done, most) if done < limit else 1  # the answer's rows had one RoPE base each
 
     def prefill(self, chunks: SequenceOf[Chunk]) -> Tensor | None:
         """Run the next rows of some sequences. Returns logits [sequences, vocabulary] after the last row of each
@@ -118,7 +118,7 @@ class Runner:
         if self.batch_invariant:
             groups = range(0, len(sequences), MAX_ROWS)
             return self._logits(torch.cat([self._step(sequences[i : i + MAX_ROWS]) for i in groups]))
-        self.release(sequences)  # the device does not learn of the tokens that the host is to choose
+        self.release(sequences)  # the host will choose these tokens, so the device's state is stale
         replayed = None if self.device is None else self._replay(self.device.graphs, sequences)
         return self._logits(self._step(sequences)) if replayed is None else replayed
 
@@ -145,8 +145,8 @@ class Runner:
         return decoder(embeddings, position, spans, self.cache)
 
     def _embed(self, chunks: SequenceOf[Chunk]) -> Tensor:
-        """The decoder's inputs [rows, C] for all chunks end to end. Images are encoded whole when their first row is
-        run, those of all chunks together; rows beyond the chunk are kept in `sequence.embedded`.
+        """The decoder's inputs [rows, C] for all chunks, concatenated. An image is encoded completely when its first
+        row runs, together with those of all chunks; rows beyond the chunk are kept in `sequence.embedded`.
         """
         needed: list[tuple[Sequence, int]] = []
         parts: list[list[Part]] = []
@@ -198,5 +198,5 @@ class Runner:
 
 
 def is_last(sequence: Sequence, rows: int) -> bool:
-    """Whether so many rows more are all that the sequence has."""
+    """Whether these are the last rows of the sequence."""
     return sequence.cached.length + rows == sequence.rows

@@ -1,8 +1,8 @@
-"""Choosing the next token: penalties, temperature, top-k, top-p, min-p and a draw that depends only on the request.
+"""Sampling the next token: penalties, temperature, top-k, top-p, min-p and a draw that depends only on the request.
 
-A draw is an inverse transform: from the probabilities (float32, in the vocabulary's order) and a number in [0, 1) that
-is a function of the request's seed and the token's index alone (`uniform`), so the device (device_sampling) and the
-host draw the same token without sharing a generator.
+Draws use inverse transform sampling: from the probabilities (float32, in the vocabulary's order) and a number in [0, 1)
+that depends only on the request's seed and the token's index (`uniform`), so the device (device_sampling) and the host
+draw the same token without sharing a generator.
 
 Sources: Holtzman et al. 2020 (top-p); Fan et al. 2018 (top-k); Nguyen et al. 2024 (min-p); Keskar et al. 2019
 (repetition penalty); Steele et al. 2014 (SplitMix64). The order (penalty, temperature, top-k, top-p, min-p) is
@@ -41,8 +41,8 @@ class Sampling:
                        computed before penalties, bias, grammar and temperature.
     grammar            constrains the answer (see generation.grammar.Grammar).
     stop               a string or several that end the answer; they are not part of it.
-    seed               makes draws repeatable; a request's own "seed" wins. Request i of a batch draws from seed + i.
-    ignore_eos         go on past end tokens (for benchmarks).
+    seed               makes draws reproducible; request i of a batch uses seed + i. A request's "seed" wins.
+    ignore_eos         continue after end tokens (for benchmarks).
 
     Raises RequestError for a value out of range.
     """
@@ -86,7 +86,7 @@ class Sampling:
         if not isinstance(self.grammar, (Grammar, type(None))):
             raise RequestError(f"grammar must be a Grammar, got {self.grammar!r}")
         if self.grammar is not None and self.ignore_eos:
-            raise RequestError("ignore_eos and grammar contradict each other: a grammar says where an answer ends")
+            raise RequestError("ignore_eos and grammar contradict each other: a grammar decides where an answer ends")
         if self.seed is not None and not (isinstance(self.seed, Integral) and 0 <= self.seed < 2**63):
             raise RequestError(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed!r}")
         several = isinstance(self.stop, (list, tuple, set, frozenset, type(None)))
@@ -178,7 +178,7 @@ class Sampler:
         self.seed = secrets.randbits(63) if seed is None else int(seed)
         self.seen = frozenset(seen)
         self.drawn: list[int] = []
-        self.logprobs: list[TokenLogprob] = []  # of `drawn`, if they are asked for
+        self.logprobs: list[TokenLogprob] = []  # if requested
         self.processors: list[LogitsProcessor] = []
         if options.repetition_penalty != 1.0:
             self.processors.append(RepetitionPenalty(self.seen, options.repetition_penalty))
@@ -202,7 +202,7 @@ class Sampler:
             token = int(logits.argmax())
         else:
             probabilities = filtered_probabilities(logits.cpu(), self.options)
-            if probabilities.isnan().any().item():  # of infinite logits
+            if probabilities.isnan().any().item():  # from infinite logits
                 raise not_a_number(len(self.drawn))
             token = int(drawn(probabilities, uniform(self.seed, len(self.drawn))))
         self.drawn.append(token)
@@ -214,16 +214,16 @@ class Sampler:
 def greedy_tokens(logits: Tensor) -> list[int]:
     """The likeliest token of each row of [sequences, vocabulary], -1 for a row that holds a NaN: one transfer."""
     if logits.device.type == "cpu" and logits.dtype == torch.float32:
-        rows = logits.detach().numpy()  # whose argmax takes a twentieth of torch's on a CPU
+        rows = logits.detach().numpy()  # numpy's argmax is 20 times as fast as torch's on a CPU
         best = rows.argmax(-1).tolist()
-        values = map(rows.item, range(len(best)), best)  # Python's floats: numpy's own cost a microsecond each
+        values = map(rows.item, range(len(best)), best)  # Python floats: numpy scalars cost a microsecond each
         return [token if value == value else -1 for token, value in zip(best, values, strict=True)]
     best = logits.argmax(-1, keepdim=True)  # a NaN counts as the largest
     return torch.where(logits.gather(-1, best).isnan(), -1, best).flatten().tolist()
 
 
 def token_logprob(logits: Tensor, token: int, most: int) -> TokenLogprob:
-    """Of float32 logits [vocabulary]: the token's log probability, and the `most` likeliest tokens."""
+    """The token's log probability, and the `most` likeliest tokens, from float32 logits [vocabulary]."""
     every = logits.log_softmax(0)
     best = every.topk(min(most, len(every)))
     return TokenLogprob(token, every[token].item(), list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
@@ -268,12 +268,12 @@ def drawn(probabilities: Tensor, number: Tensor | float) -> Tensor:
     return (reached <= number * reached[..., -1:]).sum(-1)
 
 
-COLDEST = 1e-30  # a lower temperature draws the same and would not be a float32 above 0
+COLDEST = 1e-30  # lower temperatures give the same draws, but would underflow in float32
 
 
 def filtered_probabilities(logits: Tensor, options: Sampling) -> Tensor:
     """float32 probabilities [vocabulary] after temperature, top-k, top-p and min-p; at least one token survives."""
-    logits = (logits - logits.max()) / max(options.temperature, COLDEST)  # from the top: nothing overflows
+    logits = (logits - logits.max()) / max(options.temperature, COLDEST)  # cannot overflow
     if options.top_k:
         kth = logits.topk(min(options.top_k, len(logits))).values[-1]
         logits = logits.masked_fill(logits < kth, -torch.inf)

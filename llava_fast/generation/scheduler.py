@@ -1,16 +1,16 @@
 """Continuous batching: sequences join and leave between steps, and share one cache.
 
-A step is at most one prefill pass, with a bounded number of rows, and one decoding pass, with a token for every
+A step has at most one prefill pass, with a bounded number of rows, and one decoding pass, with one token for every
 sequence whose prompt is done, so that a long prompt does not stall the others. Sources: Yu et al. 2022 (Orca: joining
 between steps), Agrawal et al. 2023 (chunked prefill).
 
-Admission is in order of arrival, as soon as the cache has blocks for all rows that a sequence has to run. Answers take
-blocks as they grow. When none are left, the sequence admitted last is preempted: its blocks are freed and it returns to
-the front of the queue; its rows are recomputed later, and its answer is the same.
+Sequences are admitted in order of arrival, as soon as the cache has blocks for all rows that a sequence must run.
+Answers allocate blocks as they grow. When none are left, the sequence admitted last is preempted: its blocks are freed
+and it returns to the front of the queue; its rows are recomputed later, and its answer is the same.
 
-Where the device chooses the tokens (device_sampling), a step is launched before the tokens of the last one are read, so
-that the device never waits for the host. A sequence whose token turns out to end it has then run one row too many,
-whose token is dropped.
+If the device chooses the tokens (device_sampling), a step is launched before the tokens of the previous one are read,
+so that the device never waits for the host. A sequence that turns out to have ended has then run one extra row, whose
+token is dropped.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from llava_fast.models.paged_cache import BlockTable
 
 logger = logging.getLogger("llava_fast.generation")
 Moved = list[tuple[Sequence, str]]
-GROWTH_ROWS = 256  # of its answer that memory is taken for with a prompt's, if any has to be taken
+GROWTH_ROWS = 256  # if memory must be allocated for a prompt, allocate for this many rows of its answer too
 
 
 @dataclass(frozen=True)
 class Stats:
-    """A scheduler's state. `used_blocks` hold running sequences' rows, `kept_blocks` rows kept for later prompts.
-    `reused_rows` and `preemptions` are totals since its creation.
+    """A scheduler's state. used_blocks: blocks of running sequences; kept_blocks: blocks kept for later prompts.
+    reused_rows, preemptions: totals since its creation.
     """
 
     waiting: int
@@ -71,8 +71,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.prefilling: list[Sequence] = []  # both in the order of admission
         self.decoding: list[Sequence] = []
-        self._flight: Flight | None = None  # launched, and its tokens not read
-        self._refused: tuple[Sequence, int] | None = None  # who found too few blocks, when so many were in use
+        self._flight: Flight | None = None  # the launched step whose tokens have not been read
+        self._refused: tuple[Sequence, int] | None = None  # the sequence that did not fit, blocks in use at that time
         self._admissions = self._reused_rows = self._preemptions = 0
 
     @property
@@ -123,7 +123,7 @@ class Scheduler:
                 return self.step()
         if self.waiting:
             self._admit()
-        decoding = list(self.decoding)  # one that is prefilled in this step has its token of this step
+        decoding = list(self.decoding)  # sequences prefilled in this step already get a token
         moved = self._prefill() if self.prefilling else []
         decoding = [sequence for sequence in decoding if sequence.finish_reason is None]
         if decoding:
@@ -142,7 +142,7 @@ class Scheduler:
                 continue
             needed = self.cache.blocks_for(sequence.rows + 1) - rows // self.cache.block_rows
             free = self.cache.available_blocks - sum(not self.cache.users[block] for block in blocks)
-            if running and free < needed + running:  # each running sequence may want one more soon
+            if running and free < needed + running:  # each running sequence may soon need another block
                 self._refused = sequence, self.cache.used_blocks
                 return
             expected = self.cache.blocks_for(sequence.rows + min(sequence.limit, GROWTH_ROWS))
@@ -150,7 +150,7 @@ class Scheduler:
             try:
                 table.share(blocks, rows)
                 table.reserve(sequence.rows, expected)
-            except CacheFullError:  # what it would share cannot make room for it
+            except CacheFullError:  # shared blocks cannot be reclaimed for it
                 table.release()
                 if running:
                     return
@@ -190,7 +190,7 @@ class Scheduler:
         sequence.table = sequence.embedded = None
         self.runner.release([sequence])
         if not self.decoding:
-            self._flight = None  # nobody's tokens
+            self._flight = None  # its tokens are not needed
 
     def _fail(self, sequence: Sequence, error: Exception) -> tuple[Sequence, str]:
         sequence.finish_reason, sequence.error = "error", error
@@ -227,7 +227,7 @@ class Scheduler:
         tokens are read. No sequence runs beyond its limit."""
         going = [each for each in sequences if len(each.token_ids) + each.ahead < each.limit]
         short = sum(each.cached.length == each.cached.capacity for each in going)
-        if self._flight is not None and short > self.cache.available_blocks:  # who is preempted must know its tokens
+        if self._flight is not None and short > self.cache.available_blocks:  # preemption needs all tokens
             return self._land(None)
         if short:
             going = self._grown(going)
@@ -239,7 +239,7 @@ class Scheduler:
     def _launched(self, sequences: list[Sequence]) -> Flight | None:
         try:
             flight = self.runner.launch(sequences)
-        except Exception as error:  # the host's way shows whether a sequence is at fault
+        except Exception as error:  # running on the host shows whether a sequence is the cause
             logger.warning("launching a step of %d sequences failed, so the host runs it: %r", len(sequences), error)
             return None
         if flight is not None:
@@ -280,14 +280,14 @@ class Scheduler:
             sequences = [sequence for sequence in sequences if sequence is not youngest]
 
     def _run(self, one_pass: Callable[[list], Moved], items: list, sequences: list[Sequence]) -> Moved:
-        """A pass over all items; if it fails, one pass for each, so that an error stays with its sequence. After an
-        error of the device no pass can succeed, so every sequence fails."""
+        """Run one pass over all items; if it fails, one pass per item, so that only the faulty sequence gets the error.
+        After a device error no pass can succeed, so every sequence fails."""
         failure = None
         try:
             return one_pass(items)
         except Exception as error:
             failure = error
-        failure.__traceback__ = None  # its frames hold the pass's tensors
+        failure.__traceback__ = None  # its frames keep the pass's tensors alive
         if isinstance(failure, torch.AcceleratorError):
             return self._all_failed(failure)
         if len(items) == 1:
@@ -308,7 +308,7 @@ class Scheduler:
         logits = self.runner.prefill(chunks)
         ready = [sequence for sequence, rows in chunks if is_last(sequence, rows)]
         tokens = choose(logits, ready) if logits is not None else []
-        self.runner.advance(chunks)  # what may fail for all of a pass lies before: it changes no sequence
+        self.runner.advance(chunks)  # last: a failed pass must change no sequence
         for sequence, _ in chunks:
             self._keep(sequence, running=True)
         for sequence in ready:

@@ -41,10 +41,10 @@ class Generation:
 
 
 class Sequence:
-    """One prompt and the answer to it, on the host.
+    """One prompt and its answer, on the host.
 
-    finish_reason  None while it runs; then "stop", "length", "cancelled" or "error" (`error` says which).
-    table          its rows in the cache, while it has any.
+    finish_reason  None while it runs; then "stop", "length", "cancelled" or "error" (see `error`).
+    table          the block table of its cached rows, or None.
     cached_rows    rows found in the cache at its last admission; `admission` counts admissions.
     ahead          steps that were launched for it and whose tokens the host has not seen; `slot` is its place on the
                    device for them (device_sampling).
@@ -129,12 +129,12 @@ def new_sequence(
     end_ids: frozenset[int] = frozenset()
     if not sampling.ignore_eos:
         stop, end_ids = stop + model.own_processor.template.stop, frozenset(model.config.eos_token_ids)
-    # Special tokens leave no text behind, so a stop string that is one is met as a token.
+    # Special tokens decode to no text, so stop strings that are special tokens are matched as tokens.
     special = {s: token for s in stop if (token := _special_id(model.tokenizer, s)) is not None}
     room = model.config.decoder.context_length - prompt.rows
     last: list[LogitsProcessor] = []
     if sampling.grammar is not None:
-        # Only the model's own: llguidance's tokenizer is kept for each set of them.
+        # Only the model's stop tokens, since an llguidance tokenizer is cached for each set.
         own = {token for s in model.own_processor.template.stop if (token := special.get(s)) is not None}
         ends = sorted(end_ids | own)
         last.append(GrammarMask(sampling.grammar, model.tokenizer, model.config.decoder.vocab_size, ends))
@@ -149,7 +149,7 @@ def new_sequence(
 
 
 def _special_id(tokenizer: Any, text: str) -> int | None:
-    """The id of the special token spelt `text`; None where `text` is ordinary."""
+    """The id of the special token `text`; None if `text` is not a special token."""
     token = tokenizer.convert_tokens_to_ids(text)
     if token is None or tokenizer.convert_ids_to_tokens(token) != text:
         return None

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 MOST_PENDING = 32
-"""Tokens that text may wait for another to complete its last character. A character has four bytes at most, so more
-wait only where the tokens are no text, or where each completes one character and begins another."""
+"""Most tokens that wait for another token to complete their last character. A character has at most four bytes, so more
+tokens wait only if they are not text, or if each completes one character and begins another."""
 
 
 class TextDecoder:
@@ -23,7 +23,7 @@ class TextDecoder:
         self.pieces = pieces
         self.stop = tuple(s for s in stop if s)
         self._begun = [_Begun(s) for s in self.stop]
-        self._seen = 0  # characters of `_decoded` that `_begun` was given
+        self._seen = 0  # characters of `_decoded` already passed to `_begun`
         self.ids: list[int] = []
         self.text = ""
         self.stopped = False
@@ -40,7 +40,7 @@ class TextDecoder:
         if both.endswith("\ufffd") and len(self.ids) - self._done < MOST_PENDING:
             return ""
         self._decoded += both[len(before) :]
-        if both != before:  # a context without text would make the next word the first, which loses its space
+        if both != before:  # after a context without text the next word would count as the first and lose its space
             self._context = self._done
         self._done = len(self.ids)
         return self._release(final=False)
@@ -77,12 +77,12 @@ class TextDecoder:
 
 
 class _Begun:
-    """How much of a stop string the text ends with, kept as the text grows (Knuth, Morris and Pratt 1977): the time is
-    that of reading the text once."""
+    """The length of the stop string's prefix with which the text ends, updated as the text grows in linear time (Knuth,
+    Morris and Pratt 1977)."""
 
     def __init__(self, stop: str) -> None:
         self.stop = stop
-        self.shorter = [0]  # of each beginning: the longest shorter one that it ends with
+        self.shorter = [0]  # for each prefix: its longest proper suffix that is a prefix too
         self.length = 0
         for character in stop[1:]:
             self.length = self._next(character)

@@ -305,7 +305,7 @@ BAD_SAMPLES = {
     "placeholder in the answer": (
         {"image": "a.jpg", "conversations": turns("A", "<image>B")},
         "placeholders",
-        "message 1 (assistant) holds <image>: only a question can",
+        "message 1 (assistant) has <image>: only a question can",
     ),
     "video without placeholder": (
         {"video": "a.mp4", "conversations": turns("A", "B")},
@@ -315,7 +315,7 @@ BAD_SAMPLES = {
     "video marked in the answer": (
         {"video": "a.mp4", "conversations": turns("A", "<image>B")},
         "placeholders",
-        "message 1 (assistant) holds <video>",
+        "message 1 (assistant) has <video>",
     ),
     "two videos": (
         {"video": ["a.mp4", "b.mp4"], "conversations": turns("<image><image>A", "B")},

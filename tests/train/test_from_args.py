@@ -211,7 +211,7 @@ def test_the_number_of_gpus_is_read(tmp_path, launcher, gpus):
     [
         (words(launcher="deepspeed"), "--gpus 8"),
         (words(launcher="torchrun --nproc_per_node=$NUM"), "--gpus 8"),
-        (["torchrun", "serve.py"], "no LLaVA training command"),
+        (["torchrun", "serve.py"], "not a LLaVA training command"),
         (["missing.sh"], "missing.sh cannot be read as a script"),
         (words("--learning_rate fast"), "--learning_rate 'fast': must be a number"),
         (words("--bf16 perhaps"), "--bf16 perhaps: must be True or False"),

@@ -302,9 +302,9 @@ def test_forms(table):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"label": None}, "it needs a label, true"),
-        ({"label": "yes"}, "it needs a label, true"),
-        ({"label": 1}, "it needs a label, true"),
+        ({"label": None}, "it needs a label: true"),
+        ({"label": "yes"}, "it needs a label: true"),
+        ({"label": 1}, "it needs a label: true"),
         ({"completion": None}, "no text under 'completion'"),
         ({"prompt": None}, "no prompt"),
         ({"conversations": [{"from": "human", "value": "what?"}]}, "end with the labelled answer"),

@@ -59,7 +59,7 @@ def test_a_directory_is_no_recipe(tmp_path):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(RecipeError, match="no recipe at"):
+    with pytest.raises(RecipeError, match="there is no recipe"):
         load_recipe(tmp_path / "none.yaml")
 
 

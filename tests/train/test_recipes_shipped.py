@@ -61,7 +61,7 @@ def test_the_exact_batches_that_its_comments_name_are_accepted(name):
 
 
 def test_an_unknown_name_lists_those_that_there_are():
-    with pytest.raises(RecipeError, match=r"no recipe at llava-2; those that come with the package: llava-1.5-lora, "):
+    with pytest.raises(RecipeError, match=r"no recipe llava-2; shipped with the package: llava-1.5-lora, "):
         load_recipe("llava-2")
 
 
