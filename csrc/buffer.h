@@ -1,4 +1,4 @@
-// Memory that a thread uses again from task to task: uninitialised, and it only grows.
+// Scratch memory that a thread reuses between tasks: uninitialised, and it never shrinks.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@ namespace llava_fast {
 
 class Buffer {
  public:
-  // At least `bytes` bytes; what the buffer held is lost.
+  // At least `bytes` bytes; the previous content is lost.
   uint8_t* get(size_t bytes) {
     if (bytes > size_) {
       data_.reset(new uint8_t[bytes]);

@@ -11,8 +11,8 @@
 
 namespace llava_fast {
 
-// Runs task(i, state) for i in [0, count) on up to `threads` threads, this one included, each of which has a State
-// of its own; rethrows the first error.
+// Runs task(i, state) for i in [0, count) on up to `threads` threads, this one included, each with its own State;
+// rethrows the first error.
 template <class State, class Task>
 void parallel_for(int count, int threads, const Task& task) {
   std::atomic<int> next{0};
@@ -32,7 +32,7 @@ void parallel_for(int count, int threads, const Task& task) {
   try {
     for (int i = 1; i < threads && i < count; ++i) others.emplace_back(work);
   } catch (const std::system_error&) {
-    // The system gives no more threads: those that started share the work.
+    // No more threads are available: those that started share the work.
   }
   work();
   for (std::thread& thread : others) thread.join();

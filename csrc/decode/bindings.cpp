@@ -27,7 +27,7 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Norms' weights and biases: used where they are if they are float32, else kept here in float32.
+// Weights of norms, and biases: used in place if they are float32, else converted and kept here.
 class Floats {
  public:
   explicit Floats(bool bfloat16) : bfloat16_(bfloat16) {}
@@ -59,8 +59,7 @@ Linear linear_of(const int64_t* fields, int64_t in, int64_t out, Floats& floats)
           fields[4]};
 }
 
-// The cache's tensors [layers, 2, kv_heads, blocks, block_rows, head_dim], one after the other: block numbers count
-// through all of them.
+// The cache's tensors [layers, 2, kv_heads, blocks, block_rows, head_dim]; block numbers continue from one to the next.
 struct Segments {
   const std::vector<uintptr_t>& addresses;
   const std::vector<int64_t>& blocks;
@@ -130,7 +129,7 @@ void linear(uintptr_t x, int64_t count, const std::array<int64_t, kLinearFields>
   apply(linear, out, at<const float>(x), count, at<float>(y), threads, kernels);
 }
 
-// The same for many rows and a quantised weight, which is worth its while where fast_product() is true.
+// The same for many rows and a quantised weight; faster only if fast_product() is true.
 void product_of(uintptr_t x, int64_t count, const std::array<int64_t, kLinearFields>& fields, int64_t in, int64_t out,
                 uintptr_t y, int threads) {
   Floats floats(false);

@@ -1,4 +1,4 @@
-// The vectors that linear layers are applied to, in the form that each kind of weight takes, made when first asked for.
+// The input vectors of linear layers, converted on demand to the format that each kind of weight needs.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@ namespace llava_fast::decode {
 
 class Inputs {
  public:
-  // Room for `count` vectors of up to `width` elements, as these kinds of weights take them.
+  // Allocates for `count` vectors of up to `width` elements in the formats of these kinds of weights.
   Inputs(int64_t count, int64_t width, const std::vector<Kind>& kinds) : count_(count) {
     for (Codes* codes : {&int8_, &int4_})
       if (std::find(kinds.begin(), kinds.end(), codes->kind) != kinds.end()) {
@@ -21,7 +21,7 @@ class Inputs {
       }
   }
 
-  // Vectors [count, width], which must stay as they are until the next call.
+  // Vectors [count, width], which must not change until the next call.
   void set(const float* x, int64_t width) {
     x_ = x;
     width_ = width;

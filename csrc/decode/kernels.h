@@ -1,8 +1,8 @@
 // The inner loops of a decoding step, one set per instruction set, chosen at run time.
 //
-// Every set adds in an order that depends on neither the number of vectors nor the thread: a sequence gets the
-// same bits alone and in a batch. Products with int8 and int4 weights are the same bits in every set; the others
-// differ from one set to another in rounding alone.
+// Every set adds in an order that depends neither on the number of vectors nor on the thread, so a sequence's result
+// is bit-identical alone and in a batch. Products with int8 and int4 weights are bit-identical in all sets; others
+// differ between sets only in rounding.
 #pragma once
 
 #include <cstdint>
@@ -17,14 +17,14 @@ struct BFloat16 {
 enum class Kind : int64_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3 };
 
 inline bool is_quantised(Kind kind) { return kind == Kind::kInt8 || kind == Kind::kInt4; }
-// Bits of an element, its share of scales and zero points left out.
+// Bits of an element, without its share of scales and zero points.
 inline int64_t bits_of(Kind kind) {
   return kind == Kind::kFloat32 ? 32 : kind == Kind::kBFloat16 ? 16 : kind == Kind::kInt8 ? 8 : 4;
 }
 
-// Rows of a row-major weight [rows, in] to be applied, with an optional bias [rows].
+// Rows of a row-major weight [rows, in], with an optional bias [rows].
 //   int8   w = value * scale.
-//   int4   two elements a byte, the even one in its low nibble; w = (code - zero) * scale, code and zero 0..15.
+//   int4   two elements per byte, the even one in its low nibble; w = (code - zero) * scale, code and zero 0..15.
 // Elements g * group to (g + 1) * group of a row share scale [rows, in / group] and zero. `group` divides `in`. It is
 // 32, 64, a multiple of 128, or (int8) `in`.
 struct Linear {
@@ -38,8 +38,8 @@ struct Linear {
 };
 
 // Vectors are quantised to 8 bits for products with quantised weights, in groups of kGroup elements that share a scale:
-// x = code * scale. Codes come in units of as many elements as 64 bytes of weights hold, zeros behind the last element.
-//   int8   a unit has 64 elements in their order.
+// x = code * scale. Codes are stored in units of as many elements as 64 bytes of weights hold, zero-padded at the end.
+//   int8   a unit has 64 elements in order.
 //   int4   a unit has 128 elements: 64 even ones (0, 2, 4, ...), then 64 odd ones.
 // Lane l of 16 is what bytes 4l to 4l + 3 of a weight's 64 bytes contribute.
 constexpr int64_t kGroup = 32;
@@ -53,18 +53,18 @@ void quantise(Kind kind, const float* x, int64_t in, int8_t* codes, float* scale
 // `count` elements (a multiple of 8) to codes; returns their scale, NaN if one is not finite.
 float quantise_group(const float* x, int64_t count, int8_t* codes);
 
-// `count` vectors in the form that a weight of one kind takes: float32 (for float32 and bfloat16 weights), or codes and
-// scales, those of a vector `stride` elements behind those of the one before.
+// `count` vectors in the format that one kind of weight needs: float32 (for float32 and bfloat16 weights), or codes and
+// scales, each `stride` elements after those of the previous vector.
 struct Vectors {
   const void* data;
   const float* scales;
   int64_t stride, count;
 };
 
-// How the rows [0, rows) of a weight are read: four at a time, from the four quarters of them. Four long streams are
-// read from memory faster than one, and much faster than four neighbouring rows, whose short streams share pages. The
-// quarters' distance is an odd number of rows: were it a power of two, all streams would fall on the same banks.
-// Row r of [0, fours) goes with r + step, r + 2 * step and r + 3 * step; the others are left.
+// The order in which the rows [0, rows) of a weight are read: four at a time, one from each quarter. Four long streams
+// are faster than one, and much faster than four neighbouring rows, whose short streams share pages. The distance
+// between quarters is an odd number of rows: with a power of two, all streams would use the same banks.
+// Row r of [0, fours) is read with r + step, r + 2 * step and r + 3 * step; the remaining rows are read one by one.
 struct Quarters {
   int64_t rows, step, fours;
 
@@ -89,9 +89,9 @@ struct Piece {
 // Each weight is read from memory once for all vectors.
 using LinearKernel = void (*)(const Linear& linear, int64_t begin, int64_t end, const Vectors& x, float* y,
                               int64_t y_stride, bool add);
-// `group` query heads [group, size], already scaled, over the keys and values that they share, `rows` in all
-// pieces together; out [group, size]. `scores` is scratch for group * padded_rows(rows) floats. The result does not
-// depend on how rows are cut into pieces.
+// Attention of `group` query heads [group, size], already scaled, to their keys and values, `rows` in all pieces
+// together; out [group, size]. `scores` is scratch for group * padded_rows(rows) floats. The result does not depend on
+// how rows are cut into pieces.
 using AttendKernel = void (*)(const float* query, int64_t group, const Piece* pieces, int64_t count, int64_t rows,
                               int64_t size, float* scores, float* out);
 
@@ -105,7 +105,7 @@ struct KernelSet {
   const char* name;  // "scalar", "avx2", "avx512"
   bool (*supported)();
   LinearKernel float32, bfloat16, int8, int4;
-  PanelKernel panel;  // the portable one where no instructions make it fast
+  PanelKernel panel;  // portable if there are no instructions for it
   // out = x / rms(x) * weight.
   void (*rms_norm)(const float* x, const float* weight, int64_t width, float eps, float* out);
   // gate = silu(gate) * up.
@@ -127,7 +127,7 @@ const KernelSet& avx512_kernels();
 #endif
 
 // The best set of this machine, or the one named by LLAVA_FAST_SIMD (scalar | avx2 | avx512); throws
-// std::invalid_argument when that is unknown or this machine cannot run it.
+// std::invalid_argument if that is unknown or not supported by this machine.
 const KernelSet& select_kernels();
 
 }  // namespace llava_fast::decode

@@ -1,4 +1,4 @@
-// The loops themselves, written once. A file of one instruction set defines, in an anonymous namespace, TARGET,
+// The loops, independent of the instruction set. A file for one set defines, in an anonymous namespace, TARGET,
 // Vec, IntVec, Four, kLanes, kRegisters, splat, multiply_add, load_first, store_first, widen (kLanes of bfloat16) and
 // sum_each, then includes this. Rows need not be whole vectors: `load_first` fills up with zeros.
 
@@ -61,7 +61,7 @@ TARGET inline void tile(const W* weights, int64_t in, int64_t row, int64_t step,
   }
 #pragma GCC unroll 4
   for (int j = 0; j < N; ++j) {
-    // Four at once: adding up the lanes of each alone would take longer than its products.
+    // Four at once: reducing the lanes of each one separately would take longer than its products.
     const Four totals = sum_each(sums[0][j], sums[1 % R][j], sums[2 % R][j], sums[3 % R][j]);
 #pragma GCC unroll 4
     for (int i = 0; i < R; ++i) {

@@ -1,4 +1,4 @@
-// The loops of a decoding step for any processor: vectors of four, which the compiler maps to what there is.
+// The loops of a decoding step for any processor: vectors of four, which the compiler maps to available instructions.
 #include "decode/kernels.h"
 #include "decode/quantised.h"
 

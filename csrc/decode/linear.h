@@ -1,11 +1,11 @@
-// One linear layer of a few vectors, on several threads.
+// One linear layer for a few vectors, on several threads.
 #pragma once
 
 #include "decode/kernels.h"
 
 namespace llava_fast::decode {
 
-// The threads worth starting, at most `threads`, for this many bytes of weights.
+// The number of threads, at most `threads`, that is worth starting for this many bytes of weights.
 int useful_threads(int64_t weight_bytes, int threads);
 
 // y [count, out] = x [count, linear.in] times the weight, plus the bias. The result does not depend on `threads`.

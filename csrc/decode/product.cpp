@@ -9,8 +9,8 @@
 namespace llava_fast::decode {
 namespace {
 
-constexpr int64_t kBlockRows = 512;       // vectors whose codes stay in the second-level cache with a panel:
-constexpr int64_t kBlockElements = 1024;  // this many elements of each
+constexpr int64_t kBlockRows = 512;       // vectors whose codes fit the second-level cache together with a panel,
+constexpr int64_t kBlockElements = 1024;  // with this many elements of each
 
 // x [count, in] quantised, padded to whole groups.
 struct Codes {
@@ -40,7 +40,7 @@ struct Codes {
   }
 };
 
-// Room for a panel, filled anew for each block of elements.
+// Memory of a panel, refilled for each block of elements.
 struct PanelBuffer {
   std::vector<uint8_t> codes, row;
   std::vector<float> scale;
@@ -69,7 +69,7 @@ struct PanelBuffer {
     return {groups, group, codes.data(), scale.data(), zero.data()};
   }
 
-  // `count` codes of the weight from element `from` on into `row`, and something up to `padded`.
+  // `count` codes of the weight from element `from` on to `row`; arbitrary values up to `padded`.
   void unsigned_codes(const Linear& linear, int64_t from, int64_t count, int64_t padded) {
     const uint8_t* const stored = static_cast<const uint8_t*>(linear.weight);
     if (linear.kind == Kind::kInt8) {

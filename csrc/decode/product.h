@@ -1,5 +1,5 @@
-// Products of many vectors with quantised weights: the weights are laid out anew, a panel at a time, and read from the
-// cache for all vectors.
+// Products of many vectors with quantised weights: the weights are repacked one panel at a time, which is then read
+// from the cache for all vectors.
 #pragma once
 
 #include "decode/kernels.h"
@@ -18,8 +18,8 @@ struct Panel {
   const int32_t* zero;
 };
 
-// Vectors quantised to 8 bits, a scale to each group: codes, scales and the sums of each group's codes, those of the
-// next vector so many elements behind.
+// Vectors quantised to 8 bits with one scale per group: codes, scales and the sums of each group's codes, with the
+// distance in elements between consecutive vectors.
 struct QuantisedRows {
   const int8_t* codes;
   const float* scales;
@@ -27,16 +27,16 @@ struct QuantisedRows {
   int64_t codes_stride, groups_stride;
 };
 
-// y[m, r] += panel row r . x[m] for m in [0, rows); `first` sets y instead. Groups are exact, and added in their order
-// in float32: every set gives the same bits.
+// y[m, r] += panel row r . x[m] for m in [0, rows); `first` sets y instead. Sums within groups are exact, and groups
+// are added in order in float32: all sets give the same bits.
 void scalar_panel(const Panel& panel, const QuantisedRows& x, int64_t rows, float* y, int64_t y_stride, bool first);
 #if defined(__x86_64__)
 void avx512vnni_panel(const Panel& panel, const QuantisedRows& x, int64_t rows, float* y, int64_t y_stride, bool first);
 #endif
 
-// y [count, out] = x [count, linear.in] times an int8 or int4 weight, plus the bias. x is rounded to 8 bits, a scale to
-// each group of the weight, or to each 128 elements where a row has one scale. The result depends neither on `threads`
-// nor, for a row, on the others.
+// y [count, out] = x [count, linear.in] times an int8 or int4 weight, plus the bias. x is rounded to 8 bits with one
+// scale per group of the weight, or per 128 elements if a row has a single scale. The result does not depend on
+// `threads`, nor a row's on the other rows.
 void product(const Linear& linear, int64_t out, const float* x, int64_t count, float* y, int threads,
              PanelKernel kernel);
 

@@ -1,4 +1,4 @@
-// What AVX2 and AVX-VNNI share. A file of one of them includes <immintrin.h> and defines TARGET before this.
+// Shared by AVX2 and AVX-VNNI. Include <immintrin.h> and define TARGET before this file.
 
 constexpr int kTileVectors = 2, kTileRows = 4;
 struct Sixteen {

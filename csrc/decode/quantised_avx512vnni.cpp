@@ -38,7 +38,7 @@ TARGET inline Sixteen spread_zeros2(const uint8_t* p) {
   const float zeros[2] = {static_cast<float>(p[0]) - 8, static_cast<float>(p[1]) - 8};
   return spread2(zeros);
 }
-// Signed codes plus 128, unsigned: what that adds is subtracted before the products are added.
+// Signed codes plus 128, unsigned: the effect of the offset is subtracted before the products are added.
 TARGET inline Bytes int8_codes(const uint8_t* p) {
   return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128));
 }

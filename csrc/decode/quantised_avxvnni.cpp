@@ -10,7 +10,7 @@ namespace {
 #define TARGET __attribute__((target("avx2,avxvnni")))
 #include "decode/quantised_avx2.h"
 
-// Signed codes plus 128, unsigned: what that adds is subtracted before the products are added.
+// Signed codes plus 128, unsigned: the effect of the offset is subtracted before the products are added.
 TARGET inline Bytes int8_codes(const uint8_t* p) {
   const __m256i top = _mm256_set1_epi8(-128);
   return {_mm256_xor_si256(load_integers(p), top), _mm256_xor_si256(load_integers(p + 32), top)};

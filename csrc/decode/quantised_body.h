@@ -1,8 +1,8 @@
-// Products with int8 and int4 weights, written once. A file of one instruction set defines, in an anonymous namespace,
-// TARGET, kTileVectors, kTileRows (4, or 1 where few registers make four rows slow), and for 16 lanes side by side:
+// Products with int8 and int4 weights, independent of the instruction set. A file for one set defines, in an anonymous
+// namespace, TARGET, kTileVectors, kTileRows (4, or 1 if there are too few registers for four rows), and for 16 lanes:
 //   Sixteen                  16 floats, with splat16, add, multiply
-//   Bytes                    64 bytes of weight codes, made ready by int8_codes(p), low_nibbles(p), high_nibbles(p)
-//   Int8Unit, Int4Unit       a unit of a vector, made ready from its codes
+//   Bytes                    64 bytes of weight codes, loaded by int8_codes(p), low_nibbles(p), high_nibbles(p)
+//   Int8Unit, Int4Unit       a unit of a vector, prepared from its codes
 //   dot(Bytes, Int8Unit)     the lanes' integer products, exact, as floats
 //   dot(low, high, Int4Unit) the same, the weights' codes less 8
 //   sums(Int4Unit)           the lanes' sums of the vector's codes, as floats
@@ -56,8 +56,8 @@ struct Place {
   const uint8_t* zero[R];
 };
 
-// What one unit adds: R rows by N vectors, whose codes and scales of the unit are at `x` and `scales`. kScales 0: one
-// scale a row, left to the caller.
+// The contribution of one unit: R rows by N vectors, whose codes and scales of the unit are at `x` and `scales`.
+// kScales 0: one scale per row, applied by the caller.
 template <class Codes, int kScales, bool kZero, int R, int N>
 TARGET inline void add_unit(const Place<R>& place, const int8_t* x, const float* scales, int64_t x_stride,
                             int64_t scales_stride, Sixteen (&sums)[R][N]) {

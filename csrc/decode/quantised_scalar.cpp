@@ -1,4 +1,4 @@
-// Products with int8 and int4 weights for any processor: loops over 16 lanes that the compiler maps to what there is.
+// Products with int8 and int4 weights for any processor: loops over 16 lanes that the compiler vectorises.
 #include "decode/quantised.h"
 
 namespace llava_fast::decode {

@@ -1,7 +1,6 @@
-// A decoding step is bound by reading the weights once, so it is cut into few phases, each of which splits the
-// rows of its weights among the threads: q, k, v; attention; o; gate and up; down. Threads live for one step and
-// meet at a barrier after each phase. Each thread normalises and quantises all rows for itself, which is cheaper than
-// one more barrier.
+// A decoding step is bound by reading the weights, so it has few phases, each of which splits the rows of its weights
+// among the threads: q, k, v; attention; o; gate and up; down. Threads live for one step and synchronise at a barrier
+// after each phase. Each thread normalises and quantises all rows itself, which is cheaper than another barrier.
 #include "decode/step.h"
 
 #include <algorithm>
@@ -21,7 +20,7 @@ class Barrier {
   explicit Barrier(int parts) : parts_(parts) {}
 
   void wait() {
-    constexpr int kSpins = 4096;  // some 10 us: longer than a phase's threads drift apart on idle cores
+    constexpr int kSpins = 4096;  // about 10 us: longer than the threads of a phase drift apart on idle cores
     const int round = round_.load(std::memory_order_acquire);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == parts_) {
       arrived_.store(0, std::memory_order_relaxed);
@@ -43,7 +42,7 @@ struct Range {
 
 Range share(int64_t total, int part, int parts) { return {total * part / parts, total * (part + 1) / parts}; }
 
-// What all threads read and write.
+// State shared by all threads.
 struct Shared {
   std::vector<float> q, k, v, attended, gate, up;
 };
@@ -218,7 +217,7 @@ void step(const Decoder& decoder, const std::vector<Sequence>& sequences, const 
   for (std::vector<float>* buffer : {&shared.q, &shared.attended}) buffer->resize(count * q_width);
   for (std::vector<float>* buffer : {&shared.k, &shared.v}) buffer->resize(count * kv_width);
   for (std::vector<float>* buffer : {&shared.gate, &shared.up}) buffer->resize(count * decoder.intermediate);
-  // Memory is taken before any thread starts, so that none can fail on the way.
+  // Allocate before any thread starts, so that none can fail later.
   std::vector<Worker> workers(std::max(threads, 1), Worker(decoder, sequences, cos, sin, x, kernels, shared));
   std::vector<std::thread> others;
   others.reserve(workers.size());
@@ -232,7 +231,7 @@ void step(const Decoder& decoder, const std::vector<Sequence>& sequences, const 
   try {
     for (size_t part = 1; part < workers.size(); ++part) others.emplace_back(follow, static_cast<int>(part));
   } catch (const std::system_error&) {
-    // The system gives no more threads: those that started share the work.
+    // No more threads are available: those that started share the work.
   }
   parts = static_cast<int>(others.size()) + 1;
   Barrier barrier(parts);

@@ -1,5 +1,5 @@
-// One pass of a Llama-family decoder for one new row of each of several sequences, on the CPU. Weights as kernels.h
-// says, all sums in float32; the cache float32 or bfloat16.
+// One pass of a Llama-family decoder for one new row of each of several sequences, on the CPU. Weights as described in
+// kernels.h, all sums in float32; the cache is float32 or bfloat16.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ struct Layer {
   Linear q, k, v, o;
   const float* post_norm;
   Linear gate, up, down;
-  int64_t window;  // rows that a row looks back on, itself included; 0: all
+  int64_t window;  // rows that a row attends to, itself included; 0: all
 };
 
 // Consecutive cache blocks of one sequence. Its rows of (layer, keys 0 or values 1, key head) are
@@ -24,7 +24,7 @@ struct Run {
   int64_t plane, rows;
 };
 
-// The cache of one sequence: `before` rows are there already, and the runs have room for one more.
+// The cache of one sequence: `before` rows are cached, and the runs have room for one more.
 struct Sequence {
   int64_t before;
   std::vector<Run> runs;
@@ -38,12 +38,12 @@ struct Decoder {
   bool bfloat16_cache;
 };
 
-// Bytes of weights that a step reads: what its time is made of.
+// Bytes of weights that a step reads, which determine its time.
 int64_t weight_bytes(const Decoder& decoder);
 
 // x [count, width]: the new rows' embeddings in, their final hidden states out. Row i becomes row before of sequence
-// i, where its keys and values are written. cos, sin [count, head_dim], sin with the sign of its first half folded in.
-// The result does not depend on `threads`, nor a row's on the other rows or on where the cache has its blocks.
+// i, where its keys and values are written. cos, sin [count, head_dim]; the first half of sin is negated.
+// The result does not depend on `threads`, nor a row's on the other rows or on the placement of its blocks.
 void step(const Decoder& decoder, const std::vector<Sequence>& sequences, const float* cos, const float* sin, float* x,
           int threads, const KernelSet& kernels);
 

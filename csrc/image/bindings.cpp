@@ -139,7 +139,7 @@ py::dict plan(const std::vector<std::pair<int, int>>& sizes, const std::vector<s
   return result;
 }
 
-// The CUDA kernels' threads, one after another on the host.
+// Runs the CUDA kernels' threads sequentially on the host.
 Bytes run_plan(const py::dict& plan, const Bytes& pixels, int tile, bool patch_rows, int patch) {
   const TileLayout layout = tile_layout(tile, patch_rows, patch);
   const auto jobs = plan["jobs"].cast<Bytes>();

@@ -1,4 +1,4 @@
-// The choice between instruction sets, and the layout of weights that the vector ones share.
+// The choice between instruction sets, and the weight layout that the vector sets share.
 #include "image/kernels.h"
 
 #include <algorithm>

@@ -13,8 +13,8 @@
 
 namespace llava_fast {
 
-// One axis made ready for a kernel set: taps in groups of four, weights cut into the pieces that the
-// instruction set multiplies. The scalar set uses `taps` alone.
+// One axis prepared for a kernel set: taps in groups of four, weights split into the pieces that the
+// instruction set multiplies. The scalar set uses only `taps`.
 struct Axis {
   Taps taps;
   int groups = 0;              // groups of 4 taps per output, the same for every output
@@ -50,7 +50,7 @@ const KernelSet& avx512_kernels();
 #endif
 
 // The best set of this machine, or the one named by LLAVA_FAST_SIMD (scalar | avx2 | avx512); throws
-// std::invalid_argument when that is unknown or this machine cannot run it.
+// std::invalid_argument if that is unknown or not supported by this machine.
 const KernelSet& select_kernels();
 std::vector<const char*> supported_kernel_names();
 

@@ -1,4 +1,4 @@
-// Pillow's resize of 8-bit RGB, to the bit, by any band of output rows and range of columns.
+// Pillow's resize of 8-bit RGB, bit for bit, for any band of output rows and range of columns.
 #pragma once
 
 #include <cstddef>
@@ -22,7 +22,7 @@ struct ImageView {  // interleaved RGB, not owned
 enum class PillowOrder { kPillow12_1, kPillow12, kPillow13 };
 bool vertical_first(PillowOrder order, int in_height, int in_width, int out_height, int out_width);
 
-// Output rows that a thread makes at a time: few enough that the rows between the passes stay in the cache.
+// Output rows that a thread computes at a time: few enough that the intermediate rows stay in the cache.
 constexpr int kBandRows = 64;
 
 // A resize of one image to one size; `rows` may be called from several threads at once.

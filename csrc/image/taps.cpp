@@ -99,8 +99,8 @@ Taps convolution_taps(int in_size, int out_size) {
   return taps;
 }
 
-// One sample an output. Pillow adds the step up from output to output, so rounding errors add up and decide ties
-// as they do here; below 2^24 samples they never reach past the last one, which the clamp only states.
+// One sample per output. Pillow accumulates the step from output to output, so rounding errors accumulate and decide
+// ties; the same is done here. Below 2^24 samples they never pass the last sample, so the clamp has no effect.
 Taps nearest_taps(int in_size, int out_size) {
   Taps taps = identity_taps(out_size);
   taps.in_size = in_size;

@@ -2,7 +2,7 @@
 //
 // Source of the method: Pillow's src/libImaging/Resample.c (precompute_coeffs, normalize_coeffs_8bpc) and, for
 // the nearest neighbour, Geometry.c (ImagingScaleAffine). Everything is computed in double with contraction off
-// (-ffp-contract=off), once, on the host: a GPU is handed these integers, so every device gives the same pixels.
+// (-ffp-contract=off), once, on the host. GPUs use the same integers, so every device gives the same pixels.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// What one thread of the tile kernels does, for a device and for the host: the tests run it on the host, pixel by
-// pixel, against the CPU path, since the arithmetic is integers and the same in both places.
+// The work of one thread of the tile kernels, for device and host. The arithmetic is in integers and the same on both,
+// so the tests run it on the host, pixel by pixel, and compare it with the CPU path.
 #pragma once
 
 #include "image/tile_plan.h"
@@ -28,7 +28,7 @@ LLAVA_FAST_DEVICE Pixel filter(const int32_t* words, const AxisTable& axis, int 
 
 LLAVA_FAST_DEVICE Pixel load_pixel(const uint8_t* p) { return {{p[0], p[1], p[2]}}; }
 
-// Pixel `i` of a job's middle rows, from the batch's source pixels.
+// Pixel `i` of a job's intermediate rows, from the batch's source pixels.
 LLAVA_FAST_DEVICE void middle_pixel(const TileJob& job, const int32_t* words, int64_t i, const uint8_t* pixels,
                                     uint8_t* scratch) {
   const int y = static_cast<int>(i / job.middle_width), x = static_cast<int>(i % job.middle_width);
@@ -43,7 +43,7 @@ LLAVA_FAST_DEVICE void middle_pixel(const TileJob& job, const int32_t* words, in
   for (int c = 0; c < 3; ++c) target[c] = value.channel[c];
 }
 
-// Pixel `i` of a job's canvas, from its middle rows, to its place in the tiles.
+// Pixel `i` of a job's canvas, from its intermediate rows, to its place in the tiles.
 LLAVA_FAST_DEVICE void tile_pixel(const TileJob& job, const TileLayout& layout, const int32_t* words, int64_t i,
                                   const uint8_t* scratch, uint8_t* tiles) {
   const int y = static_cast<int>(i / job.canvas_width), x = static_cast<int>(i % job.canvas_width);
@@ -72,7 +72,7 @@ LLAVA_FAST_DEVICE void tile_pixel(const TileJob& job, const TileLayout& layout, 
   uint8_t* target = tiles + job.tiles + patch_number * bytes;
   const int within = tile_y % patch * patch + tile_x % patch;
   for (int c = 0; c < 3; ++c) target[c * area + within] = value.channel[c];
-  for (int end = 3 * area + within; end < bytes; end += area) target[end] = 0;  // the row's padding, shared out
+  for (int end = 3 * area + within; end < bytes; end += area) target[end] = 0;  // the row's padding
 }
 
 }  // namespace llava_fast

@@ -1,5 +1,5 @@
-// The tiles of a batch of images as plain data, so that a GPU makes them in two launches: all sizes, filter
-// weights and places as integers computed on the host. It holds no addresses, so a loader's worker can make it.
+// The tiles of a batch of images as plain data, from which a GPU makes them in two launches: all sizes, filter
+// weights and positions as integers computed on the host. It has no addresses, so DataLoader workers can make it.
 #pragma once
 
 #include <array>
@@ -43,7 +43,7 @@ struct TilePlan {
   int64_t canvas_pixels = 0;   // most canvas pixels of a job: the extent of the second
 };
 
-// `sizes` are (height, width) of images that lie one after another as interleaved RGB; `views` are checked ones.
+// `sizes` are (height, width) of images that are concatenated as interleaved RGB; `views` must be checked already.
 TilePlan plan_tiles(const std::vector<std::pair<int, int>>& sizes, const std::vector<std::vector<TileView>>& views,
                     const TileLayout& layout, PillowOrder order);
 

@@ -1,4 +1,4 @@
-// The tile kernels on a CUDA device. Compiled where nvcc is; they were never run on the machine they were written on.
+// The tile kernels on a CUDA device, compiled if nvcc is available. Developed on a machine without a GPU.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// token_pack on CUDA: a block a row, 16-byte words where rows allow it; sums a thread a column, in a fixed order.
+// token_pack on CUDA: one block per row, 16-byte words if rows are aligned; sums with one thread per column, in order.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>

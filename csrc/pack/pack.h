@@ -9,7 +9,7 @@ namespace llava_fast::pack {
 
 enum class Type { kFloat32, kFloat64, kFloat16, kBfloat16 };  // CPU sums: the first two; CUDA sums: all but float64
 
-// A constant's uses are summed in so many parts, then the parts in order.
+// Number of partial sums of a constant row's gradient, which are then added in order.
 constexpr int64_t kConstantParts = 64;
 
 struct PackArguments {

@@ -1,4 +1,4 @@
-// token_pack's arithmetic, one word or one column at a time: what a thread does, on the host and on the device.
+// token_pack's arithmetic, one word or one column at a time: the work of one thread, on the host and on the device.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace llava_fast::pack {
 
-// The three tables a decoder row comes from, and the places: source 0 text, 1 visual, 2 constant, else padding.
+// The three tables of decoder rows, and the placement: source 0 text, 1 visual, 2 constant, else padding.
 template <class Word>
 struct Tables {
   const int32_t *source, *row;
