@@ -1,4 +1,4 @@
-"""llava_fast: train and run the LLaVA family of vision-language models, fast, with the same answers."""
+"""llava_fast: trains and runs the LLaVA family of vision-language models, fast, with the same answers."""
 
 from __future__ import annotations
 

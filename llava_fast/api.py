@@ -40,23 +40,22 @@ def load(
     quantize: Quantisation | str | None = None,
     progress: Progress = list,
 ) -> Llava:
-    """A model ready to answer, from a Hugging Face or an original LLaVA checkpoint; or one to train, put together
-    from a language model and a vision tower (see checkpoints.assemble).
+    """Load a Hugging Face or original LLaVA checkpoint for inference; or build a model to train from a language model
+    and a vision tower (see checkpoints.assemble).
 
     device         default: the first CUDA device if there is one, else the CPU.
-    dtype          torch dtype or its name; "auto" is the checkpoint's own. Default: "auto", but float32 on a CPU.
-    chat_template  name of a built-in template (see inputs.chat.formats) to use instead of the checkpoint's, or of one
-                   of those that the checkpoint brings (default: the one named "default").
-    processor      how images and videos are read, as far as the checkpoint does not determine it (see
-    ProcessorOptions).
+    dtype          torch dtype or its name; "auto": the checkpoint's. Default: "auto", but float32 on a CPU.
+    chat_template  name of a built-in template (see inputs.chat.formats), or of one of the checkpoint's templates.
+                   Default: the checkpoint's template named "default".
+    processor      options for images and videos that the checkpoint does not determine (see ProcessorOptions).
     model_base     the model that a LoRA or projector-only directory was trained on.
-    vision_tower   where an original checkpoint's tower is, if not where its config says.
+    vision_tower   location of an original checkpoint's tower, if it differs from its config's.
     merge          one weight for query, key and value and one for gate and up, so that each is one product (see
                    models.fused.merge_linears). Default: on CUDA. Pass False for training or adapters;
                    llava_fast.models.fused.split_linears undoes it. Saving always writes the separate weights.
-    quantize       "int8", "int4" or a Quantisation: round the decoder's Linears, its head and its embedding to 8 or 4
-                   bits as they are read (see docs/quantisation.md). Not for a checkpoint that is already quantised,
-                   which is loaded as stored.
+    quantize       "int8", "int4" or a Quantisation: quantise the decoder's Linears, its head and its embedding to 8 or
+                   4 bits while loading (see docs/quantisation.md). A checkpoint that is already quantised is loaded as
+                   stored, without this option.
     progress       wraps the iteration over tensor names, such as tqdm.tqdm.
 
     Weights are memory-mapped and assigned tensor by tensor. Raises CheckpointError, naming file and tensor, and
@@ -83,14 +82,14 @@ def load(
 def _check_torchvision(config: LlavaConfig) -> None:
     for filter in {config.geometry.filter, config.geometry.frame_filter} - set(TORCH_MODES):
         raise CheckpointError(
-            f"the checkpoint's processor resizes by {filter!r} (resample {FILTERS.index(filter)}), and torchvision by "
-            f"{', '.join(TORCH_MODES)} only: use resample='pillow'"
+            f"the checkpoint's processor resizes by {filter!r} (resample {FILTERS.index(filter)}), but torchvision "
+            f"supports only {', '.join(TORCH_MODES)}: use resample='pillow'"
         )
 
 
 def load_processor(checkpoint: LoadedCheckpoint, name: str, chat_template: str | None = None) -> Processor:
-    """The checkpoint's tokenizer, geometry and chat template; `name` is what the user called it, from which the
-    original LLaVA guesses the template. Raises CheckpointError without a tokenizer."""
+    """The checkpoint's tokenizer, geometry and chat template. name: the user's name for the checkpoint, by which the
+    original LLaVA chooses a template. Raises CheckpointError without a tokenizer."""
     config = checkpoint.config
     tokenizer = load_tokenizer(checkpoint.tokenizer_path)
     if config.layout == "hf":
@@ -122,16 +121,16 @@ def count_tokens(
 
 
 def _chat_template(checkpoint: LoadedCheckpoint, name: str, tokenizer: Any, asked: str | None) -> ChatTemplate:
-    """The template asked for (a built-in one, or one that the checkpoint brings under that name), else the one it was
-    trained with here, else the checkpoint's own, else the one that its name and decoder suggest. An existing template
-    that cannot be used is an error."""
+    """The first of: the requested template (built-in, or the checkpoint's of that name), the one with which the
+    checkpoint was trained here, the checkpoint's default, the one implied by its name and decoder. Raises
+    CheckpointError for an existing template that cannot be used."""
     if asked is not None and asked in builtin_names():
         return builtin_template(asked)
     if asked is None and (trained_with := _trained_template(checkpoint)) is not None:
         return trained_with
     own = find_templates(checkpoint.path, tokenizer, checkpoint.tokenizer_path)
     if asked is not None and (own is None or asked not in own.sources):
-        return builtin_template(asked)  # raises, and names those that are known
+        return builtin_template(asked)  # raises an error that lists the known names
     if own is not None and (asked is not None or checkpoint.config.layout == "hf"):
         origin = f"{own.file}: the chat template"
         return checkpoint_template(own.choose(asked or "default"), tokenizer.special_tokens_map, origin)
@@ -139,7 +138,7 @@ def _chat_template(checkpoint: LoadedCheckpoint, name: str, tokenizer: Any, aske
 
 
 def _trained_template(checkpoint: LoadedCheckpoint) -> ChatTemplate | None:
-    """The built-in template that the checkpoint was trained with by this package, if it was."""
+    """The built-in template with which this package trained the checkpoint, or None."""
     if NOTE_FILE not in checkpoint.side_files:
         return None
     file = checkpoint.path / NOTE_FILE
@@ -148,7 +147,7 @@ def _trained_template(checkpoint: LoadedCheckpoint) -> ChatTemplate | None:
     if (name := note.get("chat_template")) is None:
         return None
     if name not in builtin_names():
-        raise CheckpointError(f"{file}: chat_template {name!r} is no built-in template; give one by chat_template=")
+        raise CheckpointError(f"{file}: chat_template {name!r} is not a built-in template; give one by chat_template=")
     return builtin_template(name)
 
 

@@ -1,4 +1,4 @@
-"""`llava-fast doctor`: this machine's devices and versions, the form that each op would use and why, and what
+"""`llava-fast doctor`: this machine's devices and versions, the backend that each op would use and why, and what
 `accelerate` replaces.
 """
 
@@ -74,7 +74,7 @@ def report(model: str | None = None) -> str:
 
 
 def _selection() -> list[str]:
-    """How ops choose if no backend is requested, and the verdicts of each device's table."""
+    """How ops choose a backend if none is requested, and the verdicts of each device's table."""
     settings = tables.settings()
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count()) if torch.cuda.is_available()]

@@ -2,7 +2,7 @@
 
 
 class LlavaFastError(ValueError):
-    """Base of every error this package raises on purpose; a ValueError, so callers may catch either."""
+    """Base class of the errors that this package raises on purpose; a ValueError, so callers may catch either."""
 
 
 class ImageError(LlavaFastError):
@@ -10,7 +10,7 @@ class ImageError(LlavaFastError):
 
 
 class MissingPackageError(LlavaFastError, ImportError):
-    """An optional package that is not installed; the message names the extra that brings it."""
+    """An optional package that is not installed; the message names the extra that installs it."""
 
     def __init__(self, what: str, package: str, extra: str, otherwise: str = "") -> None:
         super().__init__(f"{what} needs {package}: pip install 'llava_fast[{extra}]'{otherwise}")
@@ -25,7 +25,7 @@ class RequestError(LlavaFastError):
 
 
 class PromptTooLongError(RequestError):
-    """A prompt of more tokens than the context, or a server, takes."""
+    """A prompt with more tokens than the context, or a server, allows."""
 
 
 class GenerationError(LlavaFastError):
@@ -33,7 +33,7 @@ class GenerationError(LlavaFastError):
 
 
 class CacheFullError(LlavaFastError):
-    """No block of the KV cache is free and it may not grow."""
+    """The KV cache has no free block and may not grow."""
 
 
 class CheckpointError(LlavaFastError):
@@ -73,15 +73,15 @@ class PixelError(LlavaFastError):
 
 
 class PlanError(LlavaFastError):
-    """A collator's plan (`llava_plan_*`) that does not belong to the batch it came with."""
+    """A collator's plan (`llava_plan_*`) that does not belong to its batch."""
 
 
 class TrainingError(LlavaFastError):
-    """A training run that must stop: its loss is not finite or has jumped, or its checkpoint does not fit it."""
+    """A training run that must stop: its loss is not finite or spikes, or its checkpoint does not match it."""
 
 
 class ServeError(LlavaFastError):
-    """A server that cannot be started as asked: an option out of range, a key file that cannot be read."""
+    """A server that cannot be started: an option out of range, an unreadable key file."""
 
 
 class EndpointError(LlavaFastError):

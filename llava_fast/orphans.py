@@ -1,4 +1,4 @@
-"""Processes that end when the process they work for has died, however it died."""
+"""Makes child processes exit when their parent dies, for any reason."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ _watched: int | None = None  # the process whose watch has begun: a forked child
 
 
 def end_with_parent() -> None:
-    """From now on, exit at once when the parent of this process has died: the process that started it and, of a
-    multiprocessing child, the one that asked for it (a fork server may stand between). Call it again at no cost.
+    """Exit as soon as the parent of this process dies: the process that started it and, for a multiprocessing child,
+    the one that requested it (there may be a fork server between them). May be called repeatedly.
 
-    A worker alone would stay: it joins its queue's thread, which writes to a pipe whose other end its siblings hold
-    open. PR_SET_PDEATHSIG fires when the parent's *thread* ends, so a thread of this process checks instead.
+    Otherwise a DataLoader worker never exits: it joins its queue's thread, which writes to a pipe whose other end is
+    held open by its siblings. PR_SET_PDEATHSIG fires when the parent's *thread* ends, so a thread of this process
+    checks instead.
     """
     global _watched  # noqa: PLW0603 a fact of the process
     if _watched == os.getpid():

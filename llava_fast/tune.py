@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from llava_fast.generation.llava import Llava
 
 SIZES = ((336, 336), (672, 672), (336, 1008))  # heights and widths: one tile to five
-TOKENS = 4  # of each answer: the first comes from the prompt's pass, the others from steps of one row
+TOKENS = 4  # per answer: the first comes from the prefill, the others from decoding steps
 
 
 def tune(
     model: str | Path | None, training: bool, budget: float, device: str | None = None, dtype: str | None = None
 ) -> None:
-    """Run a model (default: the demo's) on pictures of several sizes, test each class of calls that occurs, write the
+    """Run a model (default: the demo's) on images of several sizes, test each class of calls that occurs, write the
     verdicts to this machine's file and print them. Raises BackendError if selection is off or pinned.
     """
     settings = tables.settings()
@@ -56,12 +56,12 @@ def tune(
     console.print(f"{found} found in {time.perf_counter() - started:.1f} s, {len(known & set(used))} known before")
     left = sum(name not in table.verdicts or table.verdicts[name].by != "tune" for name in met)
     if left:
-        console.print(f"{left} left: the budget of {budget:g} s is spent, or nothing could be shown with their values")
+        console.print(f"{left} not tested: the budget of {budget:g} s is spent, or their values could not be used")
     console.print(f"kept in {store.path_of(table.machine)}", soft_wrap=True)
 
 
 def workload(model: Llava, training: bool) -> None:
-    """Runs generation for one request and for several, and with `training` a training step."""
+    """Run generation for one request and for several, and a training step if `training` is set."""
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
     requests = [_talk("<image>\nWhat is in this picture?", images=[picture]) for picture in pictures]
@@ -83,8 +83,8 @@ def _turn(role: str, text: str) -> dict[str, str]:
 
 
 def verdict_table(verdicts: Mapping[str, Verdict]) -> Table:
-    """A row for each class: the chosen form, its error and time next to the reference's, and the date of the
-    verdict.
+    """A table with one row per class: the chosen backend, its error and time next to the reference's, and the date of
+    the verdict.
     """
     table = Table(Column("class of calls", overflow="fold"), title="verdicts")
     for heading in ("runs", "error", "ms", "found"):

@@ -1,4 +1,4 @@
-"""Families of checkpoints: each is one file here and one line below for each model_type of its config.json."""
+"""Families of checkpoints: each is one file here, and one line below per model_type of its config.json."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ FAMILIES: Registry[Family] = Registry(
     },
 )
 _ORIGINAL = "llava_llama"
-"""The line of original LLaVAs. Their config.json has the field mm_vision_tower, and any model_type: "llava" too."""
+"""The registry's name of original LLaVAs. Their config.json has mm_vision_tower, and any model_type, also "llava"."""
 _BY_CONNECTOR = {"adapt_spatial_resampler_v1": "llava_uhd", "uhd_v1_query64": "llava_uhd"}
-"""mm_projector_type -> the line of an original layout of its own."""
+"""mm_projector_type -> the registry's name of a family with its own original layout."""
 
 
 def find_family(source: dict[str, Any]) -> Family | None:

@@ -81,7 +81,7 @@ class Family(ABC):
         base          the directory of the model that an adapter or a projector belongs to.
         """
         if vision_tower is not None:
-            raise CheckpointError(f"{path} holds its own tower, so vision_tower has no meaning; leave it out")
+            raise CheckpointError(f"{path} includes its tower and does not use vision_tower; leave it out")
         return self.read(source, path), None
 
     def geometry(self, config: LlavaConfig, tokenizer: Any) -> VisualGeometry:
@@ -91,7 +91,7 @@ class Family(ABC):
         return config.geometry
 
     def unchanged(self, config: LlavaConfig) -> dict[str, Any]:
-        """config.json of a model that is saved as the family it was read as: every field that it had."""
+        """config.json of a model that is saved as the family as which it was read: all fields that it had."""
         return dict(config.source)
 
     def template(self, name: str, config: LlavaConfig) -> str:

@@ -1,4 +1,4 @@
-"""Schemas of a checkpoint's JSON files: type and bounds (see storage.bounds) of each field that is obeyed."""
+"""Schemas of a checkpoint's JSON files: type and bounds (see storage.bounds) of each field that has an effect."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Pinpoint = Annotated[list[Annotated[int, Field(ge=1, le=2**16)]], Field(min_leng
 Pinpoints = Annotated[list[Pinpoint], Field(max_length=4096)]
 Layer = Annotated[int, Field(ge=-1024, le=1024)]
 FeatureLayers = Layer | Annotated[list[Layer], Field(min_length=1, max_length=64)]
-Labels = Annotated[int, Field(ge=0, le=2**12)]  # of a classifier: transformers builds a table of so many names
+Labels = Annotated[int, Field(ge=0, le=2**12)]  # number of a classifier's labels, for which transformers builds a table
 
 
 class NamedTemplate(Fields):
@@ -165,7 +165,7 @@ class ImageProcessor(Fields):
     size: Side | Sides | dict[str, Side | None] | None = None
     default_to_square: bool | None = None
     use_square_size: bool | None = None
-    resample: Annotated[int, Field(ge=0, le=5)] | None = None  # transformers takes any name for bilinear
+    resample: Annotated[int, Field(ge=0, le=5)] | None = None  # transformers treats any string as bilinear
     do_center_crop: bool | None = None
     crop_size: Side | Sides | dict[str, Side | None] | None = None
     do_rescale: bool | None = None
@@ -192,7 +192,7 @@ class ImageProcessor(Fields):
 
 
 class Processor(Fields):
-    """processor_config.json. Those that say how many tokens an image takes must agree with config.json."""
+    """processor_config.json. Fields that determine the number of tokens of an image must agree with config.json."""
 
     patch_size: Pixels | None = None
     num_additional_image_tokens: Annotated[int, Field(ge=0, le=2**20)] | None = None
@@ -223,7 +223,7 @@ class Adapter(Fields):
 
     peft_type: str | None = None
     base_model_name_or_path: str | None = None
-    r: Annotated[int, Field(ge=0, le=2**16)] | None = None  # 0: an OFT of a given block size
+    r: Annotated[int, Field(ge=0, le=2**16)] | None = None  # 0: OFT with a given block size
     lora_alpha: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
     use_rslora: bool | None = None
     init_lora_weights: bool | str | None = None
@@ -241,7 +241,7 @@ class TokenizerConfig(TemplateFile):
 
     tokenizer_class: str | None = None
     added_tokens_decoder: dict[str, AddedToken] | None = None
-    model_max_length: Annotated[float, Field(gt=0)] | None = None  # 1e30 where there is no limit
+    model_max_length: Annotated[float, Field(gt=0)] | None = None  # 1e30 without a limit
     padding_side: str | None = None
     truncation_side: str | None = None
     bos_token: SpecialToken | None = None

@@ -1,7 +1,7 @@
 """InternVL in transformers (internvl): InternViT, pixel shuffle, a grid of tiles, `<img>` and `</img>` around an image.
 
 transformers' processor cuts every image into tiles, regardless of crop_to_patches in its file, and adds a thumbnail if
-there are several; min_patches and max_patches are obeyed. Videos, written as a line for each frame, are refused.
+there are several; min_patches and max_patches have an effect. Videos, which have one line per frame, are not supported.
 
 Sources: transformers 5.24 configuration_internvl.py, processing_internvl.py,
 models/got_ocr2/image_processing_pil_got_ocr2.py.
@@ -148,7 +148,7 @@ class InternVl(Llava):
 
 
 def _side(given: Any) -> int:
-    """Pixels of a square's side. (What is none is refused where the tower is read.)"""
+    """The side of a square in pixels. (Reading the tower raises for other shapes.)"""
     return given if isinstance(given, int) else given[0]
 
 

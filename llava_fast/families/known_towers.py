@@ -57,7 +57,7 @@ KNOWN_TOWERS: dict[str, TowerConfig] = {
     "openai/clip-vit-large-patch14": dataclasses.replace(_CLIP_L, image_size=224),
     "google/siglip-so400m-patch14-384": _SIGLIP_SO400M,
 }
-"""Towers that need no file to be described, as their own repositories have them (all layers)."""
+"""Towers whose config needs no file, as in their own repositories (with all layers)."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def find_tower(name: str, checkpoint: Path, override: str | Path | None = None) 
         directory = resolve(wanted)
     except CheckpointError as problem:
         raise CheckpointError(
-            f"{checkpoint / 'config.json'} names the vision tower {name!r}, which is not at hand; "
-            f"give vision_tower= a directory or repository that holds it ({problem})"
+            f"{checkpoint / 'config.json'} names the vision tower {name!r}, which is not available; "
+            f"give vision_tower= a directory or repository that has it ({problem})"
         ) from problem
     return _read_tower(directory)
 

@@ -386,7 +386,7 @@ def _check_counts(expected: dict[str, Any], file: Path) -> None:
     for field, value in expected.items():
         if given.get(field) not in (None, value):
             raise CheckpointError(
-                f"{file}: {field} is {given[field]!r}, and by config.json it is {value!r}: correct one"
+                f"{file}: {field} is {given[field]!r}, but config.json implies {value!r}: correct one of them"
             )
 
 

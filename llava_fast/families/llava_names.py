@@ -30,8 +30,8 @@ _UNUSED = "|".join(map(re.escape, SiglipConfig.hf_unused))
 
 
 class LlavaNames(NameMap):
-    """A LLaVA's. The original numbers the layers of a projector as its nn.Sequential does, and a lone Linear not at
-    all."""
+    """The names of a LLaVA. The original numbers the layers of a projector as in its nn.Sequential, but a single Linear
+    has no number."""
 
     def from_stored(self, stored: str) -> str | None:
         if match := _ORIGINAL_PROJECTOR.fullmatch(stored):
@@ -44,7 +44,7 @@ class LlavaNames(NameMap):
 
 HF_DECODER = (("decoder.lm_head.", "language_model.lm_head."), ("decoder.", "language_model.model."))
 HF5_DECODER = (("decoder.lm_head.", "lm_head."), ("decoder.", "model.language_model."))
-"""The language model in transformers' two spellings, of every system that it builds as it does LLaVA."""
+"""The language model's rules for all models that transformers builds like LLaVA."""
 
 LLAVA_NAMES = LlavaNames(
     written={
@@ -81,7 +81,7 @@ def to_stored(name: str, layout: Spelling, projector_kind: str = "mlp") -> str:
     """The name under which `layout` stores our tensor `name`.
 
     `projector_kind` is ProjectorConfig.kind: the original numbers an mlp's layers but not a lone linear.
-    Raises CheckpointError for a projector that Hugging Face's layout cannot hold (all but two Linears).
+    Raises CheckpointError for a projector that Hugging Face's layout does not support (all but two Linears).
     """
     if match := re.fullmatch(r"projector\.layers\.(\d+)\.(\w+)", name):
         index, leaf = match.groups()
@@ -89,7 +89,7 @@ def to_stored(name: str, layout: Spelling, projector_kind: str = "mlp") -> str:
             return f"model.mm_projector.{leaf if projector_kind == 'linear' else f'{index}.{leaf}'}"
         if projector_kind != "mlp" or f"layers.{index}" not in ProjectorConfig.hf_names:
             raise CheckpointError(
-                f"the Hugging Face layout holds a projector of two Linears only, and {name!r} belongs to "
+                f"the Hugging Face layout supports only a projector of two Linears, and {name!r} belongs to "
                 f"another kind ({projector_kind!r}); save with layout='original'"
             )
     return LLAVA_NAMES.by_rules(name, layout)

@@ -259,18 +259,18 @@ def text_config(source: Mapping[str, Any], file: Path) -> Any:
     known = fields.Decoder.model_fields.keys() - {"model_type"}
     try:
         return CONFIG_MAPPING[family](**{field: value for field, value in source.items() if field in known})
-    except Exception as problem:  # its validators raise a dozen unrelated types
+    except Exception as problem:  # transformers' validators raise many unrelated types
         raise CheckpointError(f"{file} describes no {family} decoder: {one_line(problem)}") from problem
 
 
 def _select_features(tower: TowerConfig, source: dict[str, Any], file: Path) -> TowerConfig:
     """The tower with the hidden state that the projector reads."""
     if isinstance(tower, SiglipConfig):
-        # SigLipVisionTower deletes its last layer and takes the last hidden state of the rest, whatever
-        # mm_vision_select_layer says.
+        # SigLipVisionTower deletes its last layer and uses the last hidden state of the rest; it ignores
+        # mm_vision_select_layer.
         if tower.num_layers < 2:
             raise CheckpointError(
-                f"{file}: the original drops the last layer of a SigLIP tower, and this one has no other"
+                f"{file}: the original drops the last layer of a SigLIP tower, but this one has only one layer"
             )
         return dataclasses.replace(tower, num_layers=tower.num_layers - 1, feature_layers=(-1,))
     feature = source.get("mm_vision_select_feature", "patch")

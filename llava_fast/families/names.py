@@ -66,7 +66,7 @@ class NameMap:
         for mine, theirs in self.written[spelling]:
             if (renamed := _renamed(ours, mine, theirs)) is not None:
                 return renamed
-        raise CheckpointError(f"{ours!r} is no tensor of a LLaVA model, so layout {spelling!r} has no name for it")
+        raise CheckpointError(f"{ours!r} is not a tensor of a LLaVA model, so layout {spelling!r} has no name for it")
 
     def name_tensors(
         self, stored: Mapping[str, StoredTensor], rename: Callable[[str], str | None] | None = None
@@ -82,12 +82,12 @@ class NameMap:
                 continue
             name = rename(key)
             if name is None:
-                raise CheckpointError(f"{tensor.file} holds {key!r}, which no supported LLaVA model has")
+                raise CheckpointError(f"{tensor.file} has {key!r}, which no supported LLaVA model has")
             if tensor.dtype not in WEIGHT_DTYPES:
                 raise CheckpointError(f"{tensor.file}: {key!r} is {tensor.dtype}; load an unquantised checkpoint")
             if name in tensors:
                 raise CheckpointError(
-                    f"{tensor.file} holds {key!r}, and {tensors[name].key!r} is the same tensor of the model"
+                    f"{tensor.file} has both {key!r} and {tensors[name].key!r}, which are the same tensor of the model"
                 )
             tensors[name] = tensor
         return tensors

@@ -26,10 +26,10 @@ from llava_fast.models.towers.base import TowerConfig
 from llava_fast.storage.files import Fields, check_fields
 
 NATIVE_ASPECT = "native"
-"""image_aspect_ratio in the original layout: this package's word, as no fork has released such a LLaVA."""
+"""image_aspect_ratio in the original layout; defined by this package, since no fork has released such a LLaVA."""
 _DEFAULT_PATCHES = 256
 _SIZES = {"size", "default_to_square", "do_center_crop", "crop_size", "do_pad", "pad_size"}
-"""What this processor does not read: the image and the limit of patches say its size."""
+"""Fields that this processor ignores: the image and the limit of patches determine its size."""
 
 
 class NativeProcessor(Fields):
@@ -55,7 +55,7 @@ def native_preprocessing(settings: Settings, patch: int) -> Preprocessing:
 
 
 def native_tiling(settings: Settings) -> NativeTiling:
-    """The rule that these settings cut images by."""
+    """The tiling rule of these settings."""
     return NativeTiling(settings.get("max_num_patches", _DEFAULT_PATCHES))
 
 

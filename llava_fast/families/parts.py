@@ -42,7 +42,7 @@ def check_feature_layers(tower: TowerConfig, file: Path) -> None:
     """Raises CheckpointError for a hidden state that the tower does not have."""
     for layer in tower.feature_layers:
         if not -tower.num_layers - 1 <= layer <= tower.num_layers:
-            raise CheckpointError(f"{file}: feature layer {layer} is none of a tower of {tower.num_layers} layers")
+            raise CheckpointError(f"{file}: a tower of {tower.num_layers} layers has no feature layer {layer}")
 
 
 def decoder_config(text, file: Path, tied: bool) -> DecoderConfig:
@@ -87,7 +87,7 @@ def auto_config(source: dict[str, Any], file: Path, decodes: bool = True):
     """The content of a config.json as transformers reads it; CheckpointError if it cannot. `decodes`: its text half is
     a decoder and is checked; that of a tower's own repository is not.
     """
-    from transformers import CONFIG_MAPPING  # seconds to import: only a process that loads a checkpoint pays
+    from transformers import CONFIG_MAPPING  # imported late: it takes seconds
 
     kind = source.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
@@ -98,7 +98,7 @@ def auto_config(source: dict[str, Any], file: Path, decodes: bool = True):
             require(given, supported, f"{section}.model_type", file)
     try:
         return CONFIG_MAPPING[kind](**copy.deepcopy(source))  # from_dict would also log it, which takes longer
-    except Exception as problem:  # its validators raise a dozen unrelated types
+    except Exception as problem:  # transformers' validators raise many unrelated types
         raise CheckpointError(f"{file}: transformers cannot read it: {one_line(problem)}") from problem
 
 
@@ -107,8 +107,8 @@ def token_id(tokenizer: Any, token: str, config: LlavaConfig) -> int:
     found = tokenizer.get_vocab().get(token)
     if found is None or found >= config.decoder.vocab_size:
         raise CheckpointError(
-            f"a {config.model_type} model's prompts hold {token!r}, and its tokenizer gives that the id {found}, its "
-            f"vocab_size is {config.decoder.vocab_size}: use the tokenizer that it was trained with"
+            f"prompts of a {config.model_type} model contain {token!r}, but its tokenizer gives it the id {found}, and "
+            f"vocab_size is {config.decoder.vocab_size}: use the tokenizer with which it was trained"
         )
     return found
 

@@ -1,7 +1,8 @@
-"""An image or video processor's settings: reading them from the files that transformers reads, and writing them.
+"""Reads the settings of image and video processors from the files that transformers reads, and writes them.
 
-Every field that changes what a model sees is obeyed or refused by name. A field that transformers does not read has no
-effect in it or here; a warning in the log `llava_fast.checkpoints` names it, and saving in the same layout keeps it.
+Every field that changes the model's inputs has its effect or raises an error that names it. A field that transformers
+does not read has no effect there or here; a warning in the log `llava_fast.checkpoints` names it, and saving in the
+same layout keeps it.
 
 Sources: transformers 5.17-5.24, image_processing_base.py and video_processing_utils.py (which file counts),
 models/{clip,siglip,llava,llava_next,llava_onevision}/image_processing_pil_*.py (defaults and steps).
@@ -90,7 +91,7 @@ def image_settings(path: Path) -> Settings:
 
 
 def video_settings(path: Path) -> Settings:
-    """The same for videos; if their file is absent, that of images is used."""
+    """The video settings that transformers reads; those of images if there is no file for videos."""
     own = _section(path, "video_processor") or _file(path, "video_preprocessor_config.json")
     return own or _file(path, "preprocessor_config.json") or image_settings(path)
 
@@ -122,7 +123,7 @@ def check_video(settings: Settings, kind: Kind) -> None:
     if settings.get("video_processor_type") not in (None, kind.name):
         settings.refuse("video_processor_type", f"supported for this model: {kind.name}")
     if settings.get("do_sample_frames", False):
-        settings.refuse("do_sample_frames", "frames are chosen by load(video_frames=...): set it to false")
+        settings.refuse("do_sample_frames", "load(video_frames=...) chooses the frames: set it to false")
 
 
 def read_preprocessing(settings: Settings, kind: Kind, tile: int) -> Preprocessing:
@@ -138,7 +139,7 @@ def read_preprocessing(settings: Settings, kind: Kind, tile: int) -> Preprocessi
         settings.refuse("pad_size", f"tiles have the {tile}x{tile} pixels that the vision tower reads: leave it out")
     known = KNOWN | kind.own_fields
     if unknown := sorted(name for name in settings.content if name not in known and settings.get(name) is not None):
-        logger.warning("%s: nothing reads %s, so it has no effect", settings.where, ", ".join(unknown))
+        logger.warning("%s: %s is unknown and has no effect", settings.where, ", ".join(unknown))
     squares = kind.squares and settings.get("do_pad", False)
     if squares and settings.content.get("image_mean", kind.mean) is None:
         settings.refuse("image_mean", "it is the colour that images are padded with: give it, or leave the field out")
@@ -156,7 +157,7 @@ def read_preprocessing(settings: Settings, kind: Kind, tile: int) -> Preprocessi
 
 
 def padded(preprocessing: Preprocessing, settings: Settings, tile: int) -> Preprocessing:
-    """The same on a square of the mean colour."""
+    """The same preprocessing after padding to a square with the mean colour. Raises CheckpointError."""
     size = preprocessing.fit.size
     if preprocessing.fit.crop and (size is None or min(size.of(tile, tile)) < tile):
         settings.refuse(
@@ -179,7 +180,7 @@ def _fit(settings: Settings, kind: Kind, tile: int) -> Fit:
     crop = _crop_size(settings)
     if crops and crop not in (None, (tile, tile)):
         _refuse_side(settings, "crop_size", crop[0], tile)
-    # Without crop_size transformers takes one of its own, which is no tower's here: the image must be whole already.
+    # Without crop_size transformers uses a default that fits no tower here, so cropping must not change the image.
     sure = (Size(height=tile, width=tile), Size(shortest_edge=tile))
     known = size is None or (not crops and bool(size.longest_edge or size.max_height))
     if size is not None and not known and size not in sure and not (crops and crop):
@@ -285,7 +286,7 @@ def tower_kind(tower: TowerConfig | type[TowerConfig]) -> Kind:
 
 
 def tower_fit(tower: TowerConfig | type[TowerConfig], tile: int) -> Fit:
-    """How that makes a tile."""
+    """How a tower's own image processor makes a tile."""
     return tower_kind(tower).fit(tile)
 
 
@@ -320,7 +321,7 @@ def check_same_values(images: Preprocessing, frames: Preprocessing, settings: Se
         if own[field] != others[field]:
             raise CheckpointError(
                 f"{settings.where}: {field} is {own[field]!r} for videos, and {others[field]!r} for images: "
-                "a model normalises both alike here, so make them equal"
+                "a model has one normalisation here, so make them equal"
             )
 
 

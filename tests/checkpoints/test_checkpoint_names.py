@@ -81,7 +81,7 @@ def test_projectors_of_other_shapes():
 def test_unknown_names_are_none_and_cannot_be_written():
     for name in ("transformer.wte.weight", "model.mm_projector.0.proj.weight", "multi_modal_projector.linear_3.bias"):
         assert from_stored(name) is None
-    with pytest.raises(CheckpointError, match="no tensor of a LLaVA"):
+    with pytest.raises(CheckpointError, match="not a tensor of a LLaVA"):
         to_stored("head.weight", "hf")
 
 

@@ -115,7 +115,9 @@ def test_a_tower_that_cannot_be_found(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     write_original(tmp_path, weights=False)
     edit_json(tmp_path / "config.json", mm_vision_tower="/somebody/eva")
-    with pytest.raises(CheckpointError, match="vision tower '/somebody/eva', which is not at hand; give vision_tower="):
+    with pytest.raises(
+        CheckpointError, match="vision tower '/somebody/eva', which is not available; give vision_tower="
+    ):
         read_original_config(tmp_path)
 
 

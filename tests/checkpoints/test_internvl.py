@@ -94,7 +94,7 @@ def test_videos_are_refused_by_name():
         ("preprocessor_config.json", {"max_patches": "6"}, "max_patches"),
         ("preprocessor_config.json", {"size": {"height": 32, "width": 32}}, "size is .*48x48"),
         ("preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor"}, "GotOcr2ImageProcessor"),
-        ("processor_config.json", {"image_seq_length": 256}, "image_seq_length is 256, and by config.json it is 9"),
+        ("processor_config.json", {"image_seq_length": 256}, "image_seq_length is 256, but config.json implies 9"),
     ],
 )
 def test_what_it_cannot_be_is_refused(folder, file, change, said):
@@ -118,5 +118,5 @@ def test_a_tokenizer_without_its_tokens_is_refused(folder):
     for file in folder.glob("token*"):
         file.unlink()
     tiny.tokenizer(bos=False).save_pretrained(folder)
-    with pytest.raises(CheckpointError, match="a internvl model's prompts hold '<img>'"):
+    with pytest.raises(CheckpointError, match="prompts of a internvl model contain '<img>'"):
         llava_fast.load(folder)

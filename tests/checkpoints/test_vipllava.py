@@ -27,7 +27,7 @@ def test_its_layers_have_two_names(folder, name):
 
 
 def test_without_a_list_it_is_that_of_transformers(folder):
-    with pytest.raises(CheckpointError, match="feature layer -5 is none of a tower of 3 layers"):
+    with pytest.raises(CheckpointError, match="a tower of 3 layers has no feature layer -5"):
         read_config(folder)
     edit_json(folder / "config.json", vision_config=tiny.hf_config(tiny.CASES["vipllava"]).vision_config.to_dict())
     text = (folder / "config.json").read_text()

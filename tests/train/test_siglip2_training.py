@@ -75,7 +75,7 @@ def test_its_cost_is_planned(alone):
     [
         ({"aspect": "pad"}, "image_aspect_ratio is 'pad'; supported are native"),
         ({"merge": "spatial"}, "mm_patch_merge_type is 'spatial'; supported are flat"),
-        ({"feature_layer": -9}, "feature layer -9 is none of a tower of 3 layers"),
+        ({"feature_layer": -9}, "a tower of 3 layers has no feature layer -9"),
     ],
 )
 def test_what_such_a_tower_does_not_do_is_refused(parts, change, said):
