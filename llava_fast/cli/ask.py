@@ -1,4 +1,4 @@
-"""llava-fast generate | chat: ask a model about images."""
+"""`llava-fast generate` and `llava-fast chat`: ask a model about images."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import typer
 from llava_fast.cli.options import Device, Dtype, Model, ModelBase, Quantize, Template, load_model
 from llava_fast.errors import LlavaFastError
 
-MaxNewTokens = Annotated[int, typer.Option(min=0, help="The most tokens an answer may have.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time; above 0 draws.")]
-TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens that make up this probability.")]
-TopK = Annotated[int, typer.Option(min=0, help="Draw among this many likeliest tokens (0: all).")]
+MaxNewTokens = Annotated[int, typer.Option(min=0, help="Maximum number of answer tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0: greedy decoding; above 0: sampling.")]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens with this total probability.")]
+TopK = Annotated[int, typer.Option(min=0, help="Sample from this many likeliest tokens (0: all).")]
 Seed = Annotated[int | None, typer.Option(help="Makes draws repeatable.")]
 System = Annotated[str | None, typer.Option(help="A system message before the conversation.")]
 
@@ -93,13 +93,13 @@ def chat(
     dtype: Dtype = None,
     quantize: Quantize = None,
 ) -> None:
-    """Talk with a model. An image is encoded once, however many questions follow.
+    """Chat with a model about images. Each image is encoded only once per conversation.
 
-    Name an image in a turn with @path: "What is in @cat.jpg?". /reset forgets, /quit (or Ctrl-D) leaves.
+    Add an image to a turn with @path: "What is in @cat.jpg?". /reset starts over, /quit (or Ctrl-D) exits.
     """
     conversation = load_model(model, device, dtype, chat_template, model_base, quantize=quantize).chat(system)
     waiting = list(image)
-    typer.echo("Name images with @path. /reset forgets the conversation, /quit leaves.", err=True)
+    typer.echo("Add images with @path. /reset starts a new conversation, /quit exits.", err=True)
     while True:
         try:
             line = input("> ").strip()
@@ -125,7 +125,7 @@ def chat(
 
 
 def _request(prompt: str, images: list[str], video: Path | None, raw: bool, system: str | None) -> dict:
-    """One request from the command line's parts; items that the prompt does not place come first."""
+    """A request from the command line's arguments; images and videos without a placeholder come first."""
     items = [("<image>", len(images)), ("<video>", int(video is not None))]
     placeholders = "".join(f"{placeholder}\n" * count for placeholder, count in items if placeholder not in prompt)
     request: dict[str, Any] = {"images": images}
@@ -138,7 +138,8 @@ def _request(prompt: str, images: list[str], video: Path | None, raw: bool, syst
 
 
 def _named_images(line: str) -> tuple[str, list[str]]:
-    """Split a chat line into its text and the images it names with @path. An @word that looks like no path stays."""
+    """Split a chat line into its text and the images given as @path. An @word that does not look like a path is
+    text."""
     named = [name for name in re.findall(r"(?<!\S)@(\S+)", line) if Path(name).exists() or "/" in name or "." in name]
     for name in named:
         line = line.replace(f"@{name}", "", 1)

@@ -1,4 +1,4 @@
-"""llava-fast convert | merge-lora: write a checkpoint in another form."""
+"""`llava-fast convert` and `llava-fast merge-lora`: convert checkpoints."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def convert(
     zero_points: Annotated[bool, typer.Option("--zero-points", help="int4: a zero point for each group.")] = False,
     model_base: ModelBase = None,
 ) -> None:
-    """Rewrite a checkpoint in the other layout, where answers stay the same at every image size; or with its weights
-    in 8 or 4 bits, in the compressed-tensors format.
+    """Convert a checkpoint to the other layout, with the same answers at every image size; or quantise its weights to 8
+    or 4 bits in the compressed-tensors format.
 
     \b
     llava-fast convert liuhaotian/llava-v1.5-7b ./llava-1.5-7b-hf --layout hf
@@ -39,7 +39,7 @@ def convert(
     from llava_fast.models.quantised import Quantisation
 
     if quantize is None and (group is not None or zero_points):
-        raise QuantisationError("--group and --zero-points go with --quantize")
+        raise QuantisationError("--group and --zero-points need --quantize")
     check_destination(output)
     quantisation = quantize and Quantisation(quantize, group, symmetric=not zero_points)
     bar = functools.partial(tqdm, desc="read", unit=" tensors", dynamic_ncols=True)
@@ -62,13 +62,13 @@ def merge_lora(
 ) -> None:
     """Write a whole model from an adapter and its base: LoRA as W + alpha / rank * B @ A, rounded once.
 
-    DoRA, PiSSA and other adapters are merged by PEFT, or refused by name.
+    DoRA, PiSSA and other adapters are merged by PEFT, or rejected with an error that names them.
 
     \b
     llava-fast merge-lora runs/mine/adapter ./mine --model-base llava-hf/llava-1.5-7b-hf
     llava-fast merge-lora liuhaotian/llava-v1.5-7b-lora ./merged --model-base lmsys/vicuna-7b-v1.5 --layout hf
 
-    A training with `lora` has already written its merged model, in the output's model/.
+    Training with `lora` already writes the merged model, to the output's model/.
     """
     from llava_fast.checkpoints.adapters import check_adapter
     from llava_fast.checkpoints.save import save

@@ -1,4 +1,4 @@
-"""The command line's `llava-fast data`."""
+"""`llava-fast data`: check training data."""
 
 from __future__ import annotations
 
@@ -33,13 +33,15 @@ def check(
     ],
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Whose tokenizer, template and image sizes count. Default: the recipe's."),
+        typer.Option(
+            "--model", "-m", help="The model whose tokenizer, template and tiling are used. Default: the recipe's."
+        ),
     ] = None,
     images: Annotated[
-        str, typer.Option(help="The folder that image and video paths are relative to. Default: the data file's own.")
+        str, typer.Option(help="The folder to which image and video paths are relative. Default: the data file's.")
     ] = "",
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="The most tokens of a sample. Default: the recipe's, or the model's.")
+        int | None, typer.Option(min=1, help="Maximum tokens of a sample. Default: the recipe's, or the model's.")
     ] = None,
     template: Annotated[
         str | None, typer.Option(help="A built-in chat template, as vicuna_v1. Default: the recipe's, or the model's.")
@@ -48,18 +50,18 @@ def check(
         Literal["answers", "original"] | None, typer.Option(help="Which tokens are supervised. Default: answers.")
     ] = None,
     histogram: Annotated[
-        Path | None, typer.Option(help="Write a picture of sample lengths here (.png, .pdf or .svg).")
+        Path | None, typer.Option(help="Write a histogram of sample lengths to this file (.png, .pdf or .svg).")
     ] = None,
-    json_output: Annotated[Path | None, typer.Option("--json", help="Write every problem and figure here.")] = None,
+    json_output: Annotated[Path | None, typer.Option("--json", help="Write a full report to this file.")] = None,
     headers_only: Annotated[
-        bool, typer.Option("--headers-only", help="Read image sizes only: quick, but a truncated file passes.")
+        bool, typer.Option("--headers-only", help="Read only image headers: fast, but does not find truncated files.")
     ] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read samples and images.")] = 4,
     set_: Annotated[
         list[str], typer.Option("--set", "-s", help="Change a recipe's field: -s data.max_length=4096; repeatable.")
     ] = [],  # noqa: B006
 ) -> None:
-    """Say what is wrong with training data, and how long its samples are, before any GPU time is spent.
+    """Find problems in training data, and measure its samples, before any GPU time is spent.
 
     \b
     llava-fast data check recipe.yaml
@@ -69,9 +71,9 @@ def check(
 
     \b
     It finds: images that are missing or cannot be decoded; turns in the wrong
-    order; <image> placeholders that do not agree with the images; answers that cannot be
-    masked; samples that are too long; data files that are no JSON. Without a model
-    (no recipe and no --model) it checks files and turns and counts no tokens.
+    order; <image> placeholders that do not match the images; answers that cannot be
+    masked; samples that are too long; data files that are not JSON. Without a model
+    (no recipe and no --model) it checks files and turns and does not count tokens.
 
     \b
     A data set is a JSON list (or JSON lines) of samples:
@@ -81,8 +83,8 @@ def check(
     "image" may be a list, or missing; "video" names a video.
 
     \b
-    The exit code is 0 if all samples can be trained on, else 1. A training from
-    the same recipe starts with these measurements.
+    The exit code is 0 if all samples can be trained on, else 1. Training with
+    the same recipe reuses these measurements.
     """
     from rich.console import Console
 
@@ -94,7 +96,7 @@ def check(
         data_check.check_parent(json_output)
     plan = data_check.plan_for(recipe_or_data, model, images, max_length, template, label_mask, set_)
     if histogram is not None and plan.model is None:
-        raise DataError("a histogram counts tokens, which needs a model: give --model")
+        raise DataError("a histogram needs a model to count tokens: give --model")
     report = data_check.check(plan, workers, decode=not headers_only)
     data_check.show(report, Console())
     if json_output is not None:

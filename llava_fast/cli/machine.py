@@ -1,4 +1,4 @@
-"""llava-fast doctor | tune | demo: what this machine has, what runs fastest on it, and a first answer."""
+"""`llava-fast doctor`, `tune` and `demo`: diagnose this machine, tune ops for it, and run the demo model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from llava_fast.cli.options import Device, Dtype
 
 def doctor(
     model: Annotated[
-        str | None, typer.Option(help="A Hugging Face checkpoint: say what accelerate would replace in it.")
+        str | None, typer.Option(help="A Hugging Face checkpoint: show what accelerate would replace in it.")
     ] = None,
 ) -> None:
-    """Say what this machine has, which implementation each op would use here and why, and what accelerate replaces.
+    """Show devices and versions, which implementation each op would use here and why, and what accelerate replaces.
 
     llava-fast doctor --model llava-hf/llava-v1.6-mistral-7b-hf
     """
@@ -26,12 +26,12 @@ def doctor(
 
 def tune(
     model: Annotated[str | None, typer.Argument(help="A checkpoint directory or a Hub id. Default: the demo.")] = None,
-    training: Annotated[bool, typer.Option("--training", help="A training step's calls too.")] = False,
-    budget: Annotated[float, typer.Option(min=0.0, help="Seconds that proofs may take.")] = 600.0,
+    training: Annotated[bool, typer.Option("--training", help="Include the calls of a training step.")] = False,
+    budget: Annotated[float, typer.Option(min=0.0, help="Seconds to spend on tests.")] = 600.0,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Find for each kind of call that a model makes which form of an op is right and fastest here, and keep it.
+    """Find the fastest correct implementation of each op call that a model makes on this machine, and store it.
 
     llava-fast tune llava-hf/llava-v1.6-mistral-7b-hf --training
     """
@@ -41,13 +41,13 @@ def tune(
 
 
 def demo(
-    image: Annotated[Path | None, typer.Option(help="Read the digits of your own picture instead.")] = None,
-    question: Annotated[str, typer.Option(help="What to ask of your own picture.")] = "What digits are written here?",
-    seed: Annotated[int, typer.Option(help="Which held-out canvas to compose.")] = 0,
-    output: Annotated[Path, typer.Option(help="Where the composed picture is saved.")] = Path("llava_fast_demo.png"),
-    compare: Annotated[bool, typer.Option(help="Time transformers on the same weights beside it.")] = True,
+    image: Annotated[Path | None, typer.Option(help="Use your own image of digits instead.")] = None,
+    question: Annotated[str, typer.Option(help="The question about your own image.")] = "What digits are written here?",
+    seed: Annotated[int, typer.Option(help="Seed of the composed image.")] = 0,
+    output: Annotated[Path, typer.Option(help="Where to save the composed image.")] = Path("llava_fast_demo.png"),
+    compare: Annotated[bool, typer.Option(help="Also time transformers with the same weights.")] = True,
 ) -> None:
-    """Open a picture of handwritten digits, ask a small trained LLaVA-NeXT about it, and time each stage.
+    """Ask a small trained LLaVA-NeXT about an image of handwritten digits, and time each stage.
 
     The model (a few MB) ships with the package and was trained in examples/digits.
     """

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options shared by several commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Template = Annotated[
 ModelBase = Annotated[str | None, typer.Option(help="The base model, for a LoRA or projector-only directory.")]
 Quantize = Annotated[
     Literal["int8", "int4"] | None,
-    typer.Option(help="Round the decoder's weights to 8 or 4 bits while they are read. Default: as they are stored."),
+    typer.Option(help="Quantise the decoder's weights to 8 or 4 bits while loading. Default: as stored."),
 ]
 
 

@@ -1,4 +1,4 @@
-"""The command line's `llava-fast recipe`, and what stands before and after a run: `plan` and `plot`."""
+"""`llava-fast recipe`, and the commands before and after a run: `plan` and `plot`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ app = typer.Typer(
 
 @app.command("list")
 def list_recipes() -> None:
-    """Name the recipes that come with the package, each with what it is for."""
+    """List the recipes shipped with the package, with their purposes."""
     from llava_fast.train.recipe import SHIPPED, shipped_recipes
 
     names = shipped_recipes()
@@ -35,7 +35,7 @@ def show(
         list[str], typer.Option("--set", "-s", help="Change a field: -s optimizer.learning_rate=1e-5; repeatable.")
     ] = [],  # noqa: B006
 ) -> None:
-    """Print a recipe, with its comments, after checking it; with changes, print every field that a run would have.
+    """Validate and print a recipe with its comments; with changes, print all fields of the resulting recipe.
 
     llava-fast recipe show llava-1.5-stage2 > mine.yaml
     """
@@ -53,20 +53,18 @@ def show(
 @app.command("from-args", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def from_args(
     context: typer.Context,
-    gpus: Annotated[
-        int | None, typer.Option(min=1, help="How many GPUs it ran on, if the command itself does not say.")
-    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Number of GPUs, if the command does not state it.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--write", help="Write the recipe here instead of printing it.")
+        Path | None, typer.Option("--write", help="Write the recipe to this file instead of printing it.")
     ] = None,
 ) -> None:
-    """Turn the command line of an original LLaVA or LLaVA-NeXT training, or the script that holds it, into a recipe.
+    """Convert the command line (or shell script) of an original LLaVA or LLaVA-NeXT training to a recipe.
 
     \b
     llava-fast recipe from-args --gpus 8 scripts/v1_5/finetune.sh
     llava-fast recipe from-args -- torchrun --nproc_per_node 8 llava/train/train_mem.py --version v1 ...
 
-    What has no meaning here, or is not known, is listed in the recipe's comments.
+    Arguments that have no effect here or are unknown are listed in the recipe's comments.
     """
     from llava_fast.train.recipes.from_args import recipe_from_args
 
@@ -82,12 +80,12 @@ def from_args(
 
 def plan(
     recipe: Annotated[str, typer.Argument(help="A recipe's file, or a name from `llava-fast recipe list`.")],
-    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs it would run on.")] = 8,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 8,
     gpu: Annotated[
         Literal["A100-40G", "A100-80G", "H100", "H100-PCIe", "H200"], typer.Option(help="Their kind.")
     ] = "A100-80G",
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Samples of an epoch. Default: counted, if the data is here.")
+        int | None, typer.Option(min=1, help="Samples per epoch. Default: counted, if the data exists here.")
     ] = None,
     tokens_per_sample: Annotated[
         int | None, typer.Option(min=1, help="Decoder rows of a mean sample, images included (see `data check`).")
@@ -95,20 +93,18 @@ def plan(
     tiles_per_sample: Annotated[
         int | None, typer.Option(min=0, help="Image tiles of a mean sample. Default: those of a 1024x768 image.")
     ] = None,
-    share: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Share of the GPUs' peak that is thought to be reached.")
-    ] = 0.4,
+    share: Annotated[float, typer.Option(min=0.01, max=1.0, help="Assumed share of the GPUs' peak FLOP/s.")] = 0.4,
     set_: Annotated[
         list[str], typer.Option("--set", "-s", help="Change a field: -s optimizer.learning_rate=1e-5; repeatable.")
     ] = [],  # noqa: B006
 ) -> None:
-    """Estimate memory per GPU and hours before anything is started, and say how each figure was calculated.
+    """Estimate memory per GPU and hours before starting a run, and show how each figure is calculated.
 
     \b
     llava-fast plan llava-1.5-stage2 --gpus 8 --samples 665298
     llava-fast plan recipe.yaml --gpus 16 --gpu H100 --tokens-per-sample 2900
 
-    Only the model's config is read. No figure has been measured: compare the first steps of a run with it.
+    Only the model's config is read. The figures are not measured: compare them with the first steps of a run.
     """
     from llava_fast.train.estimate.cost import plan as estimate
     from llava_fast.train.recipe import load_recipe
@@ -122,16 +118,16 @@ def plot(
     runs: Annotated[list[Path], typer.Argument(help="The `output` directories of one run or several.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The picture to write. Default: curves.png in the first run's directory."),
+        typer.Option("--output", "-o", help="The file to write. Default: curves.png in the first run's directory."),
     ] = None,
 ) -> None:
-    """Draw a run's curves: loss, learning rate, gradient norm, tokens per second, seconds waited for data, and rewards.
+    """Plot a run's curves: loss, learning rate, gradient norm, tokens per second, seconds waited for data, and rewards.
 
     \b
     llava-fast plot runs/llava-1.5-stage2
     llava-fast plot runs/a runs/b -o both.png
 
-    It can be run while a training goes on, and needs matplotlib.
+    It also works during training. Needs matplotlib.
     """
     from llava_fast.train.data.check import check_picture_path
     from llava_fast.train.plot import read_runs, save_curves

@@ -1,4 +1,4 @@
-"""llava-fast train | dpo: run a recipe."""
+"""`llava-fast train` and `llava-fast dpo`: run a recipe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ RecipeFile = Annotated[Path, typer.Argument(help="A recipe: a YAML file, such as
 Changes = Annotated[
     list[str], typer.Option("--set", "-s", help="Change a field: -s optimizer.learning_rate=1e-5; repeatable.")
 ]
-Resume = Annotated[bool, typer.Option(help="Go on from the newest checkpoint in the recipe's output, if there is one.")]
+Resume = Annotated[
+    bool, typer.Option(help="Continue from the newest checkpoint in the recipe's output, if there is one.")
+]
 
 
 def train(
@@ -21,7 +23,7 @@ def train(
     set_: Changes = [],  # noqa: B006
     resume: Resume = True,
 ) -> None:
-    """Train a model on LLaVA-format data, as a recipe says. Killed at any moment, the same command goes on.
+    """Train a model on LLaVA-format data, according to a recipe. The same command resumes an interrupted run.
 
     \b
     model: llava-hf/llava-1.5-7b-hf
@@ -35,10 +37,10 @@ def train(
     batch_size: 128
 
     One process: llava-fast train recipe.yaml. Eight GPUs: torchrun --nproc-per-node 8 -m llava_fast train recipe.yaml.
-    The output holds metrics.jsonl, tensorboard/, checkpoints/ and, at the end, model/.
+    The output has metrics.jsonl, tensorboard/, checkpoints/ and, at the end, model/.
 
-    A section `dpo` or `kto` sets another objective than the answers' likelihood: preference pairs (see llava-fast dpo
-    --help), or answers labelled desirable or undesirable, a line of whose data is
+    A section `dpo` or `kto` selects another objective than supervised fine-tuning: preference pairs (see llava-fast dpo
+    --help), or answers labelled desirable or undesirable, with data lines such as
 
     \b
     {"id": 7, "image": "7.jpg", "prompt": "What is this?", "completion": "A dog.", "label": false}
@@ -58,7 +60,7 @@ def dpo(
     set_: Changes = [],  # noqa: B006
     resume: Resume = True,
 ) -> None:
-    """Teach a model which of two answers is preferred (DPO): `train` for a recipe that must have a section `dpo`.
+    """Train a model on preference pairs (DPO): `train` for a recipe that must have a section `dpo`.
 
     \b
     model: llava-hf/LLaVA-NeXT-Video-7B-hf

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's form: {"error": {"message", "type", "param", "code"}}."""
+"""Errors in OpenAI's format: {"error": {"message", "type", "param", "code"}}."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from llava_fast.errors import CacheFullError, ImageError, PromptTooLongError, Re
 
 logger = logging.getLogger("llava_fast.serve")
 
-# What OpenAI calls each status; others are "invalid_request_error" below 500.
+# OpenAI's error type of each status; other statuses below 500 are "invalid_request_error".
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class ApiError(HTTPException):
-    """An answer with an error body. `param` names the field at fault, `code` is for programs."""
+    """A response with an error body. param: the invalid field; code: a machine-readable code."""
 
     def __init__(
         self,
@@ -45,8 +45,8 @@ class ApiError(HTTPException):
 
 
 def api_error(error: BaseException) -> ApiError:
-    """What a client is told of an error. The request's own faults are said in full; what is wrong inside the server
-    is logged, and the client learns only that it is."""
+    """The response to an error. Errors of the request are described in full; internal errors are logged, and the client
+    gets only a general message."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, HTTPException):
@@ -58,11 +58,11 @@ def api_error(error: BaseException) -> ApiError:
     if isinstance(error, asyncio.TimeoutError):
         return ApiError(504, "the answer took longer than this server allows", code="timeout")
     logger.error("a request failed: %r", error, exc_info=error)
-    return ApiError(500, "the server failed to answer; its log says why", code="internal_error")
+    return ApiError(500, "internal error; see the server's log", code="internal_error")
 
 
 def handle_errors(app: FastAPI) -> None:
-    """Give every error of the app OpenAI's form."""
+    """Return every error of the app in OpenAI's format."""
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
@@ -78,10 +78,10 @@ def handle_errors(app: FastAPI) -> None:
 
 
 def invalid(errors: Sequence[Any]) -> ApiError:
-    """The first of pydantic's errors, in one sentence."""
+    """The first of pydantic's errors as one sentence."""
     first = errors[0]
     if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is no JSON: {first['ctx']['error']}")
+        return ApiError(400, f"the body is not JSON: {first['ctx']['error']}")
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     message = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{where}: {message}" if where else message, param=where or None)

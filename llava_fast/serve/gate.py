@@ -1,4 +1,4 @@
-"""What every request passes before its body is read: the host name, the API key, and the body's size and time."""
+"""Checks of every request before its body is read: host name, API key, size and time of the body."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llava_fast.serve.errors import ApiError
 from llava_fast.serve.settings import Settings
 
-OPEN = ("/health", "/", "/static/")  # answered without a key: health, and the page's own files
+OPEN = ("/health", "/", "/static/")  # need no key: health, and the page's files
 
 
 class Gate:
-    """ASGI middleware. Keys are compared in constant time, and all of them, so that time tells nothing. `count` is told
-    of each request's path and status."""
+    """ASGI middleware. All keys are compared, in constant time, so that timing reveals nothing. count: called with each
+    request's path and status."""
 
     def __init__(self, app: ASGIApp, settings: Settings, count: Callable[[str, int], None]) -> None:
         self.app, self.settings, self.count = app, settings, count
-        self.held = 0  # bytes of the bodies of all requests that are being answered
+        self.held = 0  # bytes of the bodies of all requests in progress
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -63,7 +63,7 @@ class Gate:
             if self.held > self.settings.max_held_bytes:
                 raise ApiError(
                     429,
-                    f"the server holds bodies of {self.settings.max_held_bytes} bytes already: try again later",
+                    f"the server already has bodies of {self.settings.max_held_bytes} bytes: try again later",
                     code="queue_full",
                     headers={"Retry-After": "1"},
                 )
@@ -75,8 +75,8 @@ class Gate:
             self.held -= received
 
     def _check_host(self, sent: bytes) -> None:
-        """Raises ApiError for a name that is not this server's: a page can make its own name lead here (DNS rebinding)
-        and would then ask as a page of this server. An address cannot be made to."""
+        """Raise ApiError for a host name that is not this server's, against DNS rebinding: a web page whose name
+        resolves to this server would count as the server's own page. IP addresses are safe."""
         try:
             host = (urllib.parse.urlsplit("//" + sent.decode("ascii")).hostname or "").rstrip(".")
         except ValueError:
@@ -85,7 +85,7 @@ class Gate:
             return
         if any(each == "*" or host == each.lower() for each in self.settings.host_names):
             return
-        raise ApiError(403, "this server is not called so: start it with --host-name NAME", code="unknown_host")
+        raise ApiError(403, "unknown host name: start the server with --host-name NAME", code="unknown_host")
 
     def _check_key(self, sent: bytes) -> None:
         keys = self.settings.api_keys

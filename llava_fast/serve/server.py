@@ -13,7 +13,7 @@ PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 
 
 def check_packages() -> None:
-    """Raises MissingPackageError for a package of the extra `serve` that is not installed."""
+    """Raise MissingPackageError if a package of the extra `serve` is not installed."""
     for package in PACKAGES:
         try:
             importlib.import_module(package)
@@ -22,8 +22,8 @@ def check_packages() -> None:
 
 
 def serve(model: Any, settings: Settings, host: str, port: int) -> None:
-    """Answer requests until SIGTERM or SIGINT: then no more are taken, and those that run may end within
-    `settings.drain` seconds. Raises MissingPackageError."""
+    """Serve requests until SIGTERM or SIGINT; then reject new ones and wait up to `settings.drain` seconds for running
+    ones. Raises MissingPackageError."""
     check_packages()
     import uvicorn
 

@@ -1,4 +1,4 @@
-"""What a server may do and how much of it: every limit in one place."""
+"""The settings of a server: access, and every limit in one place."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from llava_fast.errors import ServeError
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a server works. `llava-fast serve --help` says the same of its options.
+    """Settings of a server. `llava-fast serve --help` describes the corresponding options.
 
-    model_name          the name that clients ask for.
-    api_keys            keys of which a client must send one (none: everybody is served).
-    max_running         most answers made at once.
-    batch_invariant     answers do not depend on what runs beside them, to the bit (see Runner); nothing is then kept
-                        for later prompts, and long prompts are not cut.
-    chunk_rows          most prompt rows that one step runs beside the answers' tokens.
-    max_waiting         most answers that may wait beyond those; more are refused with 429.
+    model_name          the model name for clients.
+    api_keys            accepted API keys (none: no key is needed).
+    max_running         most answers generated at once.
+    batch_invariant     answers are bit-identical whatever runs at the same time (see Runner); then nothing is kept for
+                        later prompts, and long prompts are not chunked.
+    chunk_rows          most prompt rows per step.
+    max_waiting         most answers that may wait beyond those; more get status 429.
     deadline            seconds from a request's arrival to its end; then it ends with an error.
     drain               seconds that running answers may still take after SIGTERM.
     workers             threads that read images and tokenise.
     max_body_bytes      largest request body, file or video.
     body_seconds        seconds that a body may take to arrive.
-    max_held_bytes      most bytes of bodies held at once; more are refused with 429.
+    max_held_bytes      most bytes of all bodies in memory; more get status 429.
     max_images          most images in a request.
     max_pixels          most pixels of an image, and of those frames of a video that are used together.
     video_frames        how many frames of a video are used.
     max_frames          most frames of a video file.
-    allow_remote        hosts from which images and videos are fetched ("*.example.org": every name below); none: no
-                        address is fetched. `max_remote_bytes` and `remote_seconds` bound each.
-    allow_files         folders below which files may be named; none: no file is read.
-    host_names          names under which the server may be asked, besides localhost and addresses ("*": any).
-    allow_origins       origins whose pages may ask (CORS); none: only the server's own page.
-    literal_text        control tokens and placeholders that a client spells are text (see inputs.literal).
-    prefix_bytes        keys and values kept for prompts that begin alike.
-    feature_bytes       image features kept for images that come again.
+    allow_remote        hosts from which images and videos are fetched ("*.example.org": all subdomains); none: nothing
+                        is fetched. `max_remote_bytes` and `remote_seconds` limit each fetch.
+    allow_files         folders whose files clients may use; none: no file is read.
+    host_names          accepted host names besides localhost and IP addresses ("*": any).
+    allow_origins       allowed origins of web pages (CORS); none: only the server's own page.
+    literal_text        treat control tokens and placeholders in a client's text as text (see inputs.literal).
+    prefix_bytes        size of the KV cache that is kept for prompts with a common prefix.
+    feature_bytes       size of the cache of image features.
     max_prompt_tokens   longest prompt, visual tokens included (None: the model's context).
-    max_answer_tokens   longest answer, and the default where a request names none (None: the model's context).
+    max_answer_tokens   longest answer, and the default if a request sets none (None: the model's context).
     max_choices         most answers to one request (`n`).
 
     Raises ServeError for a value out of range.
@@ -87,4 +87,4 @@ class Settings:
             raise ServeError("an API key must be ASCII text that is not empty")
         for folder in self.allow_files:
             if not folder.is_dir():
-                raise ServeError(f"the folder {folder} of allow_files is not there")
+                raise ServeError(f"the folder {folder} of allow_files does not exist")

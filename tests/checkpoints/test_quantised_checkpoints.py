@@ -194,5 +194,5 @@ def test_convert(checkpoint, tmp_path):
     assert "is not empty; choose another directory" in str(again.exception)
     assert (tmp_path / "q" / "config.json").stat() == before
     alone = CliRunner().invoke(app, ["convert", str(checkpoint), str(tmp_path / "r"), "--group", "64"])
-    assert "--group and --zero-points go with --quantize" in str(alone.exception)
+    assert "--group and --zero-points need --quantize" in str(alone.exception)
     assert [path.name for path in tmp_path.iterdir()] == ["q"]

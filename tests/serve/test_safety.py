@@ -407,7 +407,7 @@ def test_a_failure_is_its_requests_own(model, monkeypatch, stream):
         (alone,) = model.generate({"messages": messages}, max_new_tokens=800, ignore_eos=True)
         running = iter(ask(client, messages, stream=True, max_tokens=800, extra_body={"ignore_eos": True}))
         text = next(running).choices[0].delta.content
-        with pytest.raises(openai.APIError, match="the server failed") as caught:
+        with pytest.raises(openai.APIError, match="internal error") as caught:
             list(ask(client, about("this one fails"), stream=stream))
         assert "fire" not in str(caught.value)
         assert text + "".join(chunk.choices[0].delta.content or "" for chunk in running) == alone.text
@@ -511,7 +511,7 @@ def test_the_variable_holds_one_key(monkeypatch, variable, keys):
     if variable is not None:
         monkeypatch.setenv(serving.API_KEY, variable)
     if keys is None:
-        with pytest.raises(ServeError, match="holds no key"):
+        with pytest.raises(ServeError, match="has no key"):
             serving._api_keys([], None)
     else:
         assert serving._api_keys([], None) == keys
