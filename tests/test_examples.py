@@ -1,4 +1,4 @@
-"""The example scripts that need no checkpoint of the user's run as they stand."""
+"""The example scripts that need no checkpoint from the user run unchanged."""
 
 import importlib.util
 import re

@@ -1,4 +1,4 @@
-"""No process is left when the one it works for was killed."""
+"""No child process remains after its parent is killed."""
 
 import subprocess
 import sys

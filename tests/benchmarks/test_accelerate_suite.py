@@ -1,4 +1,4 @@
-"""The accelerate suite: what it says of its rows, and that its peaks and kept bytes are what they are called."""
+"""The accelerate suite: its report, and that peak and saved bytes are measured correctly."""
 
 from __future__ import annotations
 

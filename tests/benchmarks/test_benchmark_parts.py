@@ -1,4 +1,4 @@
-"""Timing, memory, floors and shapes: each measures or counts what it says."""
+"""Timing, memory, floors and shapes: each measures or counts correctly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss suite: the peak of the loss at a full vocabulary, and that the measure sees what it should."""
+"""The loss suite: the peak memory of the loss at a full vocabulary, and that the measurement works."""
 
 from __future__ import annotations
 

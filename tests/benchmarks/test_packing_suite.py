@@ -1,4 +1,4 @@
-"""The packing suite: both layouts hold the same samples, and what it says of its rows."""
+"""The packing suite: both layouts have the same samples; its report."""
 
 from __future__ import annotations
 

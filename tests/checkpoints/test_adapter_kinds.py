@@ -1,4 +1,4 @@
-"""Every kind of adapter PEFT makes: merged to the answers that PEFT gives with it unmerged, or refused by name."""
+"""Every kind of PEFT adapter: merging gives the answers of the unmerged adapter, or an error that names the kind."""
 
 import copy
 import sys

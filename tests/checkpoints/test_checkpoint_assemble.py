@@ -1,4 +1,4 @@
-"""A LLaVA put together from a language model and a tower: its parts, what it becomes when saved, what is refused."""
+"""A LLaVA assembled from a language model and a tower: its parts, saving it, and errors."""
 
 import json
 

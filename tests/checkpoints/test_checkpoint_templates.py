@@ -1,4 +1,4 @@
-"""A checkpoint's chat templates: which of several is used, and that one that cannot be used is never passed over."""
+"""A checkpoint's chat templates: which of several is used, and that an invalid one is an error."""
 
 import json
 

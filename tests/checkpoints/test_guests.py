@@ -1,5 +1,5 @@
-"""Every family beyond LLaVA's own four that transformers has too: saved, read by both, written anew, refused by name
-where nothing here serves it. Logits, answers and gradients are in tests/test_parity_*, training in tests/train."""
+"""Every family of transformers beyond LLaVA's own four: saved, read by both, written again, and errors for unsupported
+settings. Logits, answers and gradients are in tests/test_parity_*, training in tests/train."""
 
 import json
 from dataclasses import replace

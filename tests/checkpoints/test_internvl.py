@@ -1,4 +1,4 @@
-"""InternVL's own: prompts and tiles as transformers' processor makes them, and files that it cannot be read from."""
+"""InternVL: prompts and tiles equal those of transformers' processor; invalid files."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""ViP-LLaVA's own: the two names of its list of layers, and what it cannot be."""
+"""ViP-LLaVA: the two names of its list of layers, and unsupported settings."""
 
 import pytest
 

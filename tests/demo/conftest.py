@@ -1,4 +1,4 @@
-"""The demo's training scripts are no part of the package, so their folder goes on the path."""
+"""The demo's training scripts are not part of the package, so their folder is added to the path."""
 
 import sys
 from pathlib import Path

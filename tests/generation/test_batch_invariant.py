@@ -1,4 +1,4 @@
-"""Runner(batch_invariant=True): every logit is what it is alone, to the bit, whatever runs beside it."""
+"""Runner(batch_invariant=True): every logit is bit-identical to that of a single run, whatever else runs."""
 
 import random
 

@@ -1,5 +1,5 @@
-"""The scheduler: whatever joins, leaves, waits, is cut into chunks, preempted or fails beside it, an answer is what
-`generate` gives alone; and its blocks come back."""
+"""The scheduler: an answer equals that of `generate`, whatever else joins, leaves, waits, is chunked, preempted or
+fails; and its blocks are freed."""
 
 import random
 

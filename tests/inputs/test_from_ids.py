@@ -1,4 +1,4 @@
-"""The planner's second front against the first: ids that a processor has expanded give the columns of the pieces."""
+"""Plans from ids that a processor has expanded equal plans from pieces, column by column."""
 
 import subprocess
 import sys

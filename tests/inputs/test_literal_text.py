@@ -1,4 +1,4 @@
-"""literal_text: what a user writes is never a control token, an image or a video; all else is encoded as ever."""
+"""literal_text: a user's text never becomes a control token, an image or a video; everything else is unchanged."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""A chat template is foreign code: whatever it does ends soon, takes little memory and is one clear error."""
+"""A chat template is untrusted code: it is stopped early, takes little memory and raises one clear error."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""What transformers' own tests (common, generation, pipeline) ask of a LLaVA, asked of an accelerated one.
+"""The behaviours that transformers' tests (common, generation, pipeline) check for a LLaVA, for an accelerated one.
 
 These are tests of our own, each against the stock model; docs/huggingface.md lists which behaviour is tested where.
 """

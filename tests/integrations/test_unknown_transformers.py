@@ -1,5 +1,5 @@
-"""A transformers that has what accelerate does not know: such calls take the stock path, say why, and raise nothing
-that the stock model would not. Each test plants a change in the installed version."""
+"""Versions of transformers with features unknown to accelerate: such calls take the stock path, log why, and raise only
+the errors of the stock model. Each test plants a change in the installed version."""
 
 import dataclasses
 import functools

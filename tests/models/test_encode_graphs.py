@@ -1,4 +1,4 @@
-"""Plans filled up to buckets give the same rows; where a GPU is, so do replayed graphs."""
+"""Plans padded to buckets give the same rows; with a GPU, so do replayed graphs."""
 
 import copy
 from dataclasses import replace

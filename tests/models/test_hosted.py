@@ -1,4 +1,4 @@
-"""Decoders that transformers runs (hosted): what the parity tests over `tiny.CASES` do not see of them."""
+"""Decoders that transformers runs (hosted): what the parity tests over `tiny.CASES` do not cover."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Quantised modules: what becomes of a model's, and that a module may be moved, cast, stored and trained around."""
+"""Quantised modules: which modules of a model are replaced; moving, casting, storing and training around them."""
 
 import copy
 import logging

@@ -1,4 +1,4 @@
-"""The compiled decoding step against the modules it stands for and its own reference, and when it may run."""
+"""The compiled decoding step against the modules that it replaces and its own reference, and when it may run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a call is proven, when it goes by a verdict, and when by its op's default."""
+"""When a call is tested, when it follows a verdict, and when it uses its op's default."""
 
 import contextlib
 import json

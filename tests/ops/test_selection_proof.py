@@ -1,5 +1,5 @@
-"""Which candidates a proof refuses. The planted ones are faster than the reference, so that a check that is not made
-would keep them."""
+"""Which candidates a test rejects. The wrong ones are faster than the reference, so a missing check would accept
+them."""
 
 import time
 

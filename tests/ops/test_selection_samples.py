@@ -1,4 +1,4 @@
-"""Every operator's proof on the CPU: its small calls fit it, and each compiled form it has is right on them."""
+"""Every operator's test on the CPU: its sampled calls are valid, and each compiled backend is correct on them."""
 
 from collections.abc import Callable
 

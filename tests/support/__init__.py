@@ -1,1 +1,1 @@
-"""What tests share: tiny models and checkpoints, made data, comparisons. `from tests.support import tiny`."""
+"""Shared by the tests: tiny models and checkpoints, generated data, comparisons. `from tests.support import tiny`."""

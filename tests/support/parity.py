@@ -1,4 +1,4 @@
-"""Comparing with transformers: what "relative" means, and the worst seen, which the test run prints at its end."""
+"""Comparisons with transformers: the relative error, and the largest one, which the test run prints at its end."""
 
 from __future__ import annotations
 

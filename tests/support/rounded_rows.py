@@ -1,4 +1,4 @@
-"""In float64, what csrc/decode computes of a quantised weight: the entries of x rounded to 8 bits, a scale for each
+"""The products of csrc/decode with a quantised weight, in float64: the entries of x rounded to 8 bits, a scale for each
 group of them, times the dequantised weight."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run is said to cost: operations against those that PyTorch counts, and figures that can be done by hand."""
+"""Cost estimates: FLOPs against PyTorch's counter, and figures computed by hand."""
 
 import copy
 import dataclasses

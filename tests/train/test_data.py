@@ -1,4 +1,4 @@
-"""LLaVA-format files in, samples out: every form that is read, and a sentence for everything that is wrong."""
+"""Reading LLaVA-format files: every supported format, and one sentence for every error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Original training commands as recipes: what each argument means there, and that nothing is dropped in silence."""
+"""Original training commands as recipes: the meaning of each argument, and that nothing is dropped silently."""
 
 import pytest
 import yaml

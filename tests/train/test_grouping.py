@@ -1,4 +1,4 @@
-"""`batching: grouped` deals as the original trainers do: groups written out by hand, and what holds for any data.
+"""`batching: grouped` groups like the original trainers: groups computed by hand, and invariants for any data.
 
 The groups follow haotian-liu/LLaVA llava/train/llava_trainer.py, worked through on paper."""
 

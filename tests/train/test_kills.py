@@ -1,4 +1,4 @@
-"""Kills at moments that nobody chose: of all processes of a run, and of one worker, which torchrun starts again."""
+"""Kills at random moments: of all processes of a run, and of one worker, which torchrun restarts."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""KTO: its loss by hand, its data, and runs that are the same however they are shared out."""
+"""KTO: its loss computed by hand, its data, and runs that do not depend on how they are parallelised."""
 
 import dataclasses
 import functools

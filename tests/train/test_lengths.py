@@ -1,4 +1,4 @@
-"""Measuring: the rows a sample really takes, every kind of bad file found, and results kept only while they hold."""
+"""Measuring samples: their exact numbers of rows, every kind of invalid file, and a cache that is invalidated."""
 
 from __future__ import annotations
 

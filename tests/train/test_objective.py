@@ -1,4 +1,4 @@
-"""The trainer with objectives that it has never heard of: what a new file in objectives/ can rely on."""
+"""The trainer with objectives that it does not know: what a new file in objectives/ can rely on."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Preference data: the forms it comes in, what is refused, and how two answers share a sequence."""
+"""Preference data: its formats, errors, and how two answers share a sequence."""
 
 import json
 import re

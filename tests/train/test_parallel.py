@@ -1,4 +1,4 @@
-"""Several processes and kills: the losses stay those of one process that nothing disturbs."""
+"""Several processes and kills: the losses equal those of one undisturbed process."""
 
 import signal
 

@@ -1,4 +1,4 @@
-"""Preference tuning: the loss against two passes, the reference in both forms, and runs that move preferences."""
+"""Preference tuning: the loss against two passes, both kinds of reference, and runs that change preferences."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""Qwen 3 through a recipe: the same steps alone and with its heads shared out, and the exported model."""
+"""Qwen 3 through a recipe: the same steps alone and with tensor parallelism, and the exported model."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The recipes that come with the package: each can be read, by name, and says what the papers say."""
+"""The shipped recipes: each can be loaded by name and has the settings of the papers."""
 
 import pytest
 from typer.testing import CliRunner

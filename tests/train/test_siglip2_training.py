@@ -1,4 +1,4 @@
-"""A LLaVA put together with a tower of native sizes (SigLIP 2 NaFlex): trained by a recipe, saved, loaded and asked."""
+"""A LLaVA assembled with a tower of native sizes (SigLIP 2 NaFlex): trained by a recipe, saved, loaded and asked."""
 
 import numpy as np
 import pytest

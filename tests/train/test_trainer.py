@@ -1,4 +1,4 @@
-"""The trainer on a CPU: what it computes, that it goes on bit for bit, and how it stops."""
+"""The trainer on a CPU: its results, bit-identical resuming, and how it stops."""
 
 import json
 
