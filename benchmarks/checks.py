@@ -61,7 +61,7 @@ def close(name: str, dtype: str):
 
 
 def equal_pixels(got: np.ndarray, wanted: np.ndarray) -> Check:
-    """Tiles must be the same to the bit: the value is the largest difference in levels of 255."""
+    """Tiles must be bit-identical: the value is the largest difference in levels of 255."""
     if got.shape != wanted.shape:
         return Check.at_most("tiles", float("inf"), 0, f"shapes {got.shape} and {wanted.shape}")
     return Check.at_most("tiles bit-equal", int(np.abs(got.astype(np.int16) - wanted).max()), 0)

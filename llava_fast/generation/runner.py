@@ -29,7 +29,7 @@ class Runner:
     """Owns a model and its cache. Every sequence passed to it must have a table with room for the rows that are run.
 
     features         caches encoded images for later prompts that contain them; None: images are always encoded.
-    batch_invariant  each sequence's logits equal those it would get alone, to the bit: a prompt runs in its own passes
+    batch_invariant  each sequence's logits equal those it would get alone, bit for bit: a prompt runs in its own passes
                      and reuses nothing, and the head and decoding steps run a row at a time, except where decoder_step
                      applies (plain float32 weights on a CPU). Not together with `features`.
     device           CUDA graphs already captured on this cache; None: on CUDA they are captured when first needed.

@@ -162,7 +162,7 @@ class BaseDecoder(nn.Module, ABC):
 
     def steps_natively(self, x_RC: Tensor, spans: Spans) -> bool:
         """Whether `forward` with a cache would run these rows as one decoder_step, whose result for each row does not
-        depend on the others, to the bit.
+        depend on the others, bit for bit.
         """
         return False
 
