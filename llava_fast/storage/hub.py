@@ -33,5 +33,5 @@ def resolve(path_or_hub_id: str | Path, only: list[str] | None = None) -> Path:
 
 def local_directory(name: str | Path) -> Path | None:
     """The local directory of that name, if it exists; "~" is the home directory. `name` may be any text."""
-    path = os.path.expanduser(name)  # unlike pathlib, os.path raises for no name, however long or invalid
+    path = os.path.expanduser(name)  # unlike pathlib, os.path accepts names that are too long or invalid
     return Path(path) if os.path.isdir(path) else None

@@ -43,7 +43,7 @@ def _verdict(
     key = (operator, signature(args))
     name = table.classes.get(key)
     if name is None:
-        if len(table.classes) >= tables.MOST_CLASSES:  # most belong to sizes that do not recur; a class is cheap
+        if len(table.classes) >= tables.MOST_CLASSES:  # most sizes do not recur, and a class is cheap
             table.classes.clear()
         rows, ignored = samples.ROW_ARGS.get(operator, ()), samples.IGNORED.get(operator, ())
         name = table.classes[key] = call_class(operator, args, rows, ignored)
