@@ -127,7 +127,7 @@ def _read_preprocessing(settings: Settings, tower: TowerConfig | type[TowerConfi
 
 
 def _read_tower(directory: Path) -> Tower:
-    """The tower of its own repository, which holds a whole model or only its vision half."""
+    """The tower of its own repository, which has a whole model or only its vision part."""
     file = directory / "config.json"
     config = auto_config(read_json(file, fields.TowerHome), file, decodes=False)
     config = getattr(config, "vision_config", config)

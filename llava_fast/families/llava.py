@@ -260,7 +260,7 @@ class Llava(Family):
         return written(images, geometry.tile_size, kind)
 
     def processor_counts(self, config: LlavaConfig) -> dict[str, Any]:
-        """`token_counts` as they are written, without the strategy."""
+        """`token_counts` in the form that is written, without the strategy."""
         vision = config.vision
         return {"patch_size": vision.patch_size, "num_additional_image_tokens": int(vision.has_class_row)}
 

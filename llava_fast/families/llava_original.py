@@ -399,7 +399,7 @@ def _tower_processor(config: LlavaConfig) -> dict[str, Any]:
 
 
 def _has_plain_processor(config: LlavaConfig) -> bool:
-    """Whether a tower's processor, as it is in this checkpoint, is the one that its kind has without a file."""
+    """Whether a tower's processor in this checkpoint equals the default of its kind."""
     plain = Preprocessing(tower_fit(config.vision, config.geometry.tile_size))
     frames = config.geometry.frame_filter, config.geometry.frame_fit, config.geometry.frame_aspect
     return frames == (plain.filter, None, name_fit(plain.fit, config.geometry.tile_size)[0])

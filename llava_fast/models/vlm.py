@@ -25,7 +25,7 @@ Logits = Literal["last", "supervised", "all", "none"]
 
 @dataclass(frozen=True)
 class LlavaOutput:
-    """`logits` [rows asked for, vocabulary] (None if "none" was asked for) and, when the plan has labels, the mean
+    """`logits` [selected rows, vocabulary] (None if "none" was requested) and, when the plan has labels, the mean
     `loss` over supervised rows; with "none" also each one's own, `losses` [supervised rows] float32, and the decoder's
     `inputs_embeds` [rows, width]."""
 
@@ -84,7 +84,7 @@ class LlavaModel(ConfiguredModel):
         return Batch.from_prepared(self.own_processor.prepare(requests, labels, layout), self.device)
 
     def forward(self, batch: Batch, logits: Logits | None = None, inputs_embeds: Tensor | None = None) -> LlavaOutput:
-        """Logits of the rows asked for: each sequence's "last" (the default without labels), the "supervised" ones
+        """Logits of the selected rows: each sequence's "last" (the default without labels), the "supervised" ones
         (the default with labels; the loss is over these), or "all" ([sequences, rows, vocabulary] if padded). "none" is
         for training: losses only, without materialising logits (ops.linear_cross_entropy); it also accepts a batch
         without sequences, with loss 0, for a process that has no samples in a step.

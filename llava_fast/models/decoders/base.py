@@ -142,7 +142,7 @@ class StackConfig(DecoderConfig):
 
 
 class BaseDecoder(nn.Module, ABC):
-    """A built decoder: rows in, hidden states out; `logits` applies the (tied or own) head to the rows asked for.
+    """A built decoder: rows in, hidden states out; `logits` applies the (tied or own) head to the given rows.
 
     embed_tokens, layers, lm_head (unless it is tied)  the names by which other code finds them, whatever the model
     calls them.
