@@ -96,7 +96,7 @@ def to_stored(name: str, layout: Spelling, projector_kind: str = "mlp") -> str:
 
 
 def from_tower_repository(name: str) -> str | None:
-    """Our name of a tensor in a tower's own CLIP or SigLIP repository; None for those of the text encoder and others."""
+    """Our name of a tensor in a tower's own CLIP or SigLIP repository; None for its text encoder and other parts."""
     for prefix in (_TOWER, ""):
         bare = name.removeprefix(prefix)
         if re.match(r"(embeddings|pre_layrnorm|encoder|post_layernorm)\.", bare) and not is_skipped(bare):
