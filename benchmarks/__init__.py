@@ -1,1 +1,1 @@
-"""Benchmarks of llava_fast beside transformers: `python benchmarks/run.py --help`. See README.md here."""
+"""Benchmarks of llava_fast against transformers: `python benchmarks/run.py --help`. See README.md here."""

@@ -1,5 +1,5 @@
-"""`python -m benchmarks compare A B`: two commits, measured in turns on this machine; `checkpoint SHAPE FOLDER`: a
-shape with its random weights as a checkpoint directory; other commands are run.py's."""
+"""`python -m benchmarks compare A B` measures two commits alternately on this machine. `checkpoint SHAPE FOLDER` writes
+a shape with random weights as a checkpoint directory. The other commands are those of run.py."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +18,7 @@ def checkpoint(
     folder: Annotated[Path, typer.Argument(help="Where to write it, in the Hugging Face layout.")],
     layers: Annotated[int | None, typer.Option(min=1, help="As for the suites.")] = None,
 ) -> None:
-    """Write a shape with its random weights as a checkpoint directory."""
+    """Write a shape with random weights as a checkpoint directory."""
     import torch
 
     from benchmarks.shapes import SHAPES

@@ -1,7 +1,7 @@
-"""A case: several providers of one result, how they are compared, and the rows that come of measuring them.
+"""A benchmark case: several providers that compute the same result, their comparison, and the measured rows.
 
-The order is fixed: every provider first makes the result once (its peak memory is taken there), the results are
-compared with the reference's, and only then is anything timed. A provider that fails its check gets no ratio.
+Every provider first computes the result once, during which its peak memory is measured. Then the results are compared
+with the reference, and only then are the providers timed. A provider that fails its check gets no ratio.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ GRAPHS = "llava_fast-graphs"
 LLAMA_CPP = "llama.cpp"
 BACKENDS = ("llava_fast", GRAPHS, "hf-eager", "hf-compile", LLAMA_CPP)
 REFERENCES = ("hf-eager", "hf-compile")
-"""What the others are checked against and compared with: the first of these that takes part."""
+"""Possible references for checks and ratios, in order of preference."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run was asked for. `image_size` is (width, height); `context` None is what a prompt with the image
-    takes; `text_rows` (prefill) takes text of that many tokens in the photograph's place; `warmup` is in seconds.
+    """The options of a run. `image_size` is (width, height). `context` is a number of cached rows (None: the length of
+    a prompt with one image). `text_rows` (prefill) replaces the photograph by text of that many tokens. `warmup` is in
+    seconds.
 
-    `quantize` and `group` say how llava_fast's decoder is quantised. `llama_bench` and `gguf_dir` are paths of one
-    machine, which a row does not repeat."""
+    `quantize` and `group` are the quantisation of llava_fast's decoder. `llama_bench` and `gguf_dir` are local paths
+    and are not stored in the rows."""
 
     backends: tuple[str, ...] = ("llava_fast", "hf-eager")
     image_size: tuple[int, int] = (1024, 768)
@@ -66,9 +67,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Provider:
-    """One backend's way to the result. `run(i)` is timed; `prepare` runs before it and `finish` after it, off the
-    clock; `result` turns what `run` returned into what the check compares. `compiles`: the first call is no measure.
-    `peak` measures memory where it is not that of one call in this process."""
+    """One backend's computation of the result. `run(i)` is timed. `prepare` and `finish` run before and after it and
+    are not timed. `result` converts the return value of `run` for the check. `compiles`: the first call compiles and is
+    not measured. `peak` measures the peak memory if it is not that of one call in this process."""
 
     backend: str
     run: Callable[[int], Any]
@@ -81,7 +82,7 @@ class Provider:
 
 @dataclass(frozen=True)
 class PeerTimes:
-    """Seconds of each call, the bytes of the weights, and versions to add to the row's."""
+    """The seconds of each call, the bytes of the weights, and additional versions for the row."""
 
     seconds: Sequence[float]
     weight_bytes: int
@@ -90,7 +91,8 @@ class PeerTimes:
 
 @dataclass(frozen=True)
 class Peer:
-    """A program that times itself, after all providers. Its results cannot be checked, so its row has no ratio."""
+    """A program that measures its own time, run after all providers. Its results are not checked, so it has no
+    ratio."""
 
     backend: str
     run: Callable[[], PeerTimes]
@@ -98,7 +100,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Case:
-    """`items` of `unit` are done by one call, for the rate. `check(result, reference result)` must pass."""
+    """A benchmark case. One call processes `items` of `unit`. `check(result, reference result)` must pass."""
 
     suite: str
     model: str
@@ -110,17 +112,17 @@ class Case:
     items: float
     unit: str
     weight_bytes: int = 0
-    reference: str | None = None  # the provider that others are compared with, where it is none of REFERENCES
-    calls: int = 1  # timed calls for each one asked for: a short stage beside long ones needs more
+    reference: str | None = None  # the reference provider, if it is not one of REFERENCES
+    calls: int = 1  # timed calls per requested call, for stages that are short
     peers: Sequence[Peer] = ()
 
 
 @dataclass
 class Row:
-    """One line of a report. Times are seconds a call (see timing.Quantiles), `rate` is in `unit` a second, `ratio` is
-    how many times as fast as `reference`: None for the reference itself and wherever the check did not pass.
-    `disturbed`: on one CPU thread, the row's or its reference's calls took over a tenth longer than their own
-    processor time, so other programs were in the way and the ratio may be off."""
+    """One row of a report. Times are in seconds per call (see timing.Quantiles), `rate` in `unit` per second. `ratio`
+    is the speed-up over `reference`, or None for the reference itself and if the check failed. `disturbed`: on one CPU
+    thread, the calls of the row or its reference took over 10 % more wall-clock than processor time. Then other
+    programs were running and the ratio may be inaccurate."""
 
     suite: str
     model: str
@@ -151,7 +153,7 @@ class Row:
 
 
 def measure(case: Case, settings: Settings, ceilings: Ceilings) -> list[Row]:
-    """A row for each provider of the case, then for each peer."""
+    """Return a row for each provider of the case, then for each peer."""
     device = torch.device(settings.device)
     reference = case.reference or next((name for name in REFERENCES if name in settings.backends), None)
     results, peaks = {}, {}
@@ -174,7 +176,7 @@ def measure(case: Case, settings: Settings, ceilings: Ceilings) -> list[Row]:
         name: case.check(result, wanted) for name, result in results.items() if wanted is not None and name != reference
     }
     results.clear()
-    wanted = None  # large results are not kept while timing
+    wanted = None  # frees large results before timing
 
     timed = [Timed(provider.run, provider.prepare, provider.finish) for provider in case.providers]
     times = time_in_turns(timed, settings.iters * case.calls, settings.warmup, device)

@@ -1,16 +1,18 @@
-"""Compile every shipped Triton configuration and every CUDA source for sm_80 and sm_90, without a GPU, and judge them.
+"""Compile every shipped Triton configuration and every CUDA source for sm_80 and sm_90 without a GPU, and check them.
 
-python -m benchmarks.check_kernels           # compile, print a summary, fail on a kernel worse than the committed table
-python -m benchmarks.check_kernels --write   # and commit to what was found: benchmarks/kernels.json, docs/kernels.md
+python -m benchmarks.check_kernels           # compile, print a summary, fail if a kernel got worse than in the table
+python -m benchmarks.check_kernels --write   # also write benchmarks/kernels.json and docs/kernels.md
 python -m benchmarks.check_kernels --changed # compile only what differs from the committed table in source or compiler
 
-A kernel fails if it uses the stack (spills included), more shared memory than a block may have, no matrix instruction
-where its work is a matrix product, matrix instructions that wait for one another (ptxas says so of wgmma that it cannot
-keep in flight), or tf32 that was not asked for. Against the committed table it fails if it needs more registers or
-shared memory, has a lesser matrix instruction (mma in place of wgmma) or is not there at all.
+A kernel fails if it
+- uses the stack (including register spills) or more shared memory than a block may have;
+- computes a matrix product without matrix instructions, or with serialised ones (ptxas warns about such wgmma);
+- uses tf32 that was not requested;
+- needs more registers or shared memory than in the committed table, or a slower matrix instruction (mma instead of
+  wgmma), or is missing from the table.
 
-A row's `source` is Triton's hash of what is compiled, with options, architecture and Triton's version, whose wheel
-brings ptxas. It does not see this script: whoever changes what is read of a compiled kernel writes the table anew.
+A row's `source` is Triton's hash of the compiled source, the options, the architecture and Triton's version (its wheel
+contains ptxas). This script is not part of the hash. After a change of this script, write the table again.
 """
 
 from __future__ import annotations
@@ -36,18 +38,18 @@ PAGE = ROOT / "docs" / "kernels.md"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have (CUDA programming guide, capabilities)
 MATRIX = {80: ("mma.sync",), 90: ("wgmma.mma_async", "mma.sync")}
 COMPILED = ("registers", "stack", "shared", "matrix", "serial", "tf32")
-REGISTER_SLACK = 8  # a register allocation granule: what a patch release of a compiler may move
+REGISTER_SLACK = 8  # the granularity of register allocation; tolerated between compiler patch releases
 
 
 def modules() -> list[str]:
-    """Names of the ops' modules that hold Triton kernels."""
+    """Return the names of the modules with Triton kernels."""
     folder = ROOT / "llava_fast" / "ops"
     return sorted(f"llava_fast.ops.{path.parent.name}.{path.stem}" for path in folder.glob("*/triton_kernels.py"))
 
 
 def compile_triton(module: str, index: int, known: dict[str, dict]) -> list[dict]:
-    """Compile one specimen of a module in all its configurations for both architectures. `known` has what sources that
-    need no compiling are known to come to."""
+    """Compile one specimen of a module in all its configurations for both architectures. `known` maps source hashes to
+    rows that need no compilation."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -84,7 +86,7 @@ def compile_triton(module: str, index: int, known: dict[str, dict]) -> list[dict
 
 
 def compiled(made: Any, capability: int) -> dict:
-    """What Triton's compiler made, by the names in COMPILED."""
+    """Return the properties of a kernel compiled by Triton, with the keys of COMPILED."""
     ptx = made.asm["ptx"]
     usage = resource_usage(made.asm["cubin"])[0]
     return {
@@ -98,7 +100,7 @@ def compiled(made: Any, capability: int) -> dict:
 
 
 def resource_usage(cubin: bytes) -> list[dict]:
-    """Registers and stack bytes of each function of a cubin or object, by the disassembler in the Triton wheel."""
+    """Return the registers and stack bytes of each function of a cubin or object (disassembler of the Triton wheel)."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -116,7 +118,7 @@ def resource_usage(cubin: bytes) -> list[dict]:
 
 
 def is_serial(ptx: str, capability: int) -> bool:
-    """Whether ptxas cannot keep the asynchronous matrix instructions of this PTX in flight, by its own words."""
+    """Return whether ptxas reports that it serialises the asynchronous matrix instructions of this PTX."""
     if "wgmma.mma_async" not in ptx:
         return False
     import triton
@@ -131,7 +133,7 @@ def is_serial(ptx: str, capability: int) -> bool:
 
 
 def compile_cuda(source: Path) -> list[dict]:
-    """Compile one .cu of csrc with the build's own flags and read each kernel's resources."""
+    """Compile one .cu file of csrc with the build's flags and return the resources of each kernel."""
     flags = re.search(r"NVCC_FLAGS = \[(.*?)\n\]", (ROOT / "setup.py").read_text(), re.DOTALL)[1]
     flags = [
         part
@@ -184,7 +186,7 @@ def nvcc_version() -> str:
 
 
 def faults(row: dict, committed: dict | None) -> list[str]:
-    """What is wrong with one compiled kernel, in words."""
+    """Return descriptions of the faults of one compiled kernel."""
     wrong = []
     if row["stack"]:
         wrong.append(f"{row['stack']} bytes of stack")
@@ -207,7 +209,7 @@ def faults(row: dict, committed: dict | None) -> list[str]:
 
 
 def judge(rows: list[dict], committed: list[dict] | None) -> list[str]:
-    """A line for each kernel with faults; `committed` is the table to compare with, None: there is none."""
+    """Return one line for each kernel with faults. `committed` is the table to compare with, or None."""
     table = {key(row): row for row in committed or []}
     lines = []
     for row in rows:
@@ -222,7 +224,8 @@ def judge(rows: list[dict], committed: list[dict] | None) -> list[str]:
 
 
 def cuda_sources(only: str = "", allow_missing_nvcc: bool = False) -> list[Path]:
-    """The .cu files of csrc whose op's name contains `only`; none without nvcc, which must be allowed."""
+    """Return the .cu files of csrc whose op's name contains `only`. Without nvcc: no files if that is allowed, else an
+    error."""
     sources = [path for path in sorted((ROOT / "csrc").rglob("*.cu")) if only in path.parent.name]
     if not sources or shutil.which("nvcc"):
         return sources
@@ -238,8 +241,8 @@ def key(row: dict) -> str:
 
 
 def markdown(rows: list[dict], versions: str) -> str:
-    """A page of the documentation: for each op and architecture, how many kernels there are and the most that one
-    needs. benchmarks/kernels.json has each of them."""
+    """Return docs/kernels.md: the number of kernels per op and architecture and their maximum resources. The full list
+    is benchmarks/kernels.json."""
     lines = [
         "# Compiled kernels",
         "",
@@ -261,20 +264,20 @@ def markdown(rows: list[dict], versions: str) -> str:
 
 
 def main(
-    write: Annotated[bool, typer.Option(help="Commit to what was found instead of comparing with it.")] = False,
+    write: Annotated[bool, typer.Option(help="Write the table instead of comparing with it.")] = False,
     changed: Annotated[
         bool,
         typer.Option(help="Compile only Triton kernels that differ from the committed table in source or compiler."),
     ] = False,
-    jobs: Annotated[int, typer.Option(help="Compilations at a time.")] = os.cpu_count() or 1,
+    jobs: Annotated[int, typer.Option(help="Number of parallel compilations.")] = os.cpu_count() or 1,
     only: Annotated[str, typer.Option(help="Only ops whose name contains this.")] = "",
     allow_missing_nvcc: Annotated[
         bool,
-        typer.Option(help="Without nvcc, check Triton's kernels alone instead of failing."),
+        typer.Option(help="Without nvcc, check only the Triton kernels instead of failing."),
     ] = False,
-    quiet: Annotated[bool, typer.Option(help="Print faults alone, not the summary.")] = False,
+    quiet: Annotated[bool, typer.Option(help="Print only faults, no summary.")] = False,
 ) -> None:
-    """Compile every shipped kernel for sm_80 and sm_90 and judge it."""
+    """Compile every shipped kernel for sm_80 and sm_90 and check it."""
     if write and (only or allow_missing_nvcc):
         raise typer.BadParameter("--write makes the whole table: leave out --only and --allow-missing-nvcc")
     sources = cuda_sources(only, allow_missing_nvcc)

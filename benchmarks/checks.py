@@ -1,7 +1,7 @@
-"""Agreement checks: what must hold between two providers' results before their times may be compared.
+"""Checks that the results of two providers agree. Their times are compared only if the check passes.
 
-Limits are this project's rules for float32 (1e-4 relative, the same greedy tokens except at a tie); in bfloat16 and
-float16 both sides round, so the limits are what a few rounding errors of those formats come to.
+In float32 the limit is 1e-4 relative, and greedy tokens must be equal except at a tie. In bfloat16 and float16 the
+limits allow for a few rounding errors of the format.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 RELATIVE_LIMIT = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-3}
 TIE_LIMIT = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 5e-3}
-"""A reference's two best logits this close, relative to its largest, are a tie: either token is right."""
+"""If the reference's two largest logits differ by less (relative to the largest magnitude), either token is correct."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """`value` must be at most `limit`; `detail` is what a reader may want to know beside it."""
+    """The result of a check: `value` must be at most `limit`. `detail` is additional text for the report."""
 
     name: str
     value: float
@@ -35,9 +35,9 @@ class Check:
 
 @dataclass(frozen=True)
 class Greedy:
-    """A greedy answer to compare: tokens [sequences][steps]; `gaps`, of the same shape, is the reference's distance
-    from its best to its second logit relative to its largest. `next_logits` [sequences, vocabulary] come after the
-    last token, where they were kept."""
+    """Greedy answers to compare: tokens [sequences][steps]. `gaps`, of the same shape, are the reference's differences
+    between the largest and second logit, relative to the largest magnitude. `next_logits` [sequences, vocabulary]
+    follow the last token (None if they were not kept)."""
 
     tokens: Sequence[Sequence[int]]
     gaps: Sequence[Sequence[float]] | None = None
@@ -45,14 +45,14 @@ class Greedy:
 
 
 def relative_difference(got: Tensor, wanted: Tensor) -> float:
-    """max |got - wanted| / max |wanted|; infinite for other shapes or values that are not finite."""
+    """Return max |got - wanted| / max |wanted|, or infinity for different shapes or non-finite values."""
     if got.shape != wanted.shape or not bool(torch.isfinite(got).all()):
         return float("inf")
     return float((got.float() - wanted.float()).abs().max() / wanted.float().abs().max())
 
 
 def close(name: str, dtype: str):
-    """A check of two tensors by their relative difference."""
+    """Return a check of the relative difference of two tensors."""
 
     def check(got: Tensor, wanted: Tensor) -> Check:
         return Check.at_most(f"{name} relative difference", relative_difference(got, wanted), RELATIVE_LIMIT[dtype])
@@ -61,15 +61,15 @@ def close(name: str, dtype: str):
 
 
 def equal_pixels(got: np.ndarray, wanted: np.ndarray) -> Check:
-    """Tiles must be bit-identical: the value is the largest difference in levels of 255."""
+    """Check that tiles are bit-identical. The value is the largest difference of uint8 levels."""
     if got.shape != wanted.shape:
         return Check.at_most("tiles", float("inf"), 0, f"shapes {got.shape} and {wanted.shape}")
     return Check.at_most("tiles bit-equal", int(np.abs(got.astype(np.int16) - wanted).max()), 0)
 
 
 def same_greedy(dtype: str):
-    """A check of two greedy answers: the same tokens up to a tie of the reference, after which two answers may
-    differ. Where no tie was met, the logits after the last token must agree as well."""
+    """Return a check of greedy answers. Tokens must be equal up to the reference's first tie. Without a tie, the logits
+    after the last token must agree too."""
 
     def check(got: Greedy, wanted: Greedy) -> Check:
         wrong, ties, untied = 0, 0, []
@@ -93,8 +93,8 @@ def same_greedy(dtype: str):
 
 
 def same_training(dtype: str):
-    """A check of {"loss": value, name: digest of a gradient} (see train_step.digest): the loss, and each gradient
-    against its own largest value, with a floor of 1e-6 of the largest of all."""
+    """Return a check of {"loss": value, name: digest of a gradient} (see train_step.digest). Errors of a gradient are
+    relative to its largest value, or to 1e-6 of the largest value of all gradients if that is larger."""
 
     def check(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Check:
         if got.keys() != wanted.keys():

@@ -1,8 +1,8 @@
-"""Two commits against each other: each in a throwaway git worktree with its own build, their suites run in turns.
+"""Comparison of two commits: each is built in a temporary git worktree, and their suites are run alternately.
 
-One run of a commit after one of the other, in alternating order (A B, B A, ...), so that a machine that slows down or
-speeds up does both the same. A ratio is one round's; its spread over the rounds is what tells a change from noise, and
-so are the ratios of A against itself, where each round runs A once more (--control).
+The order alternates (A B, B A, ...), so that changes of the machine's speed affect both commits alike. A ratio is
+computed in each round. Its spread over the rounds shows the noise, and so do the ratios of A to itself if each round
+runs A twice (--control).
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ SUITES = "benchmarks/run.py all --model tiny --backend llava_fast,hf-eager"
 BUILD = f"{shlex.quote(sys.executable)} setup.py --quiet build_ext --inplace"
 
 Key = tuple[str, str, str, str]
-"""(suite, model, case, backend): what a row of one commit and one of the other have in common."""
+"""(suite, model, case, backend), by which rows of the two commits are matched."""
 
 
 def compare(
-    first: Annotated[str, typer.Argument(metavar="A", help="A commit, branch or tag: what is compared with.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="Another: how many times as fast it is.")],
+    first: Annotated[str, typer.Argument(metavar="A", help="The baseline: a commit, branch or tag.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="The commit whose speed-up over A is printed.")],
     run: Annotated[
         str, typer.Option(help="Arguments of python in each checkout, which must write --output-json.")
     ] = SUITES,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each commit, in turns.")] = 3,
-    control: Annotated[bool, typer.Option(help="Run A once more in each round, for its ratios to itself.")] = False,
-    build: Annotated[str, typer.Option(help='How a checkout is built; "" if it need not be.')] = BUILD,
-    output_json: Annotated[Path | None, typer.Option(help="Write every run's rows and the ratios here.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of runs of each commit.")] = 3,
+    control: Annotated[bool, typer.Option(help="Run A twice in each round and print its ratios to itself.")] = False,
+    build: Annotated[str, typer.Option(help='Command that builds a checkout; "" to skip the build.')] = BUILD,
+    output_json: Annotated[Path | None, typer.Option(help="Write all rows and ratios to this file.")] = None,
 ) -> None:
-    """Measure commits A and B in turns on this machine, and print how many times as fast B is.
+    """Measure commits A and B alternately on this machine and print the speed-up of B over A.
 
     python -m benchmarks compare main HEAD --run "benchmarks/run.py decode --model llava-next-7b --layers 2"
 
-    Commits alone: what is not committed is not measured. Exits with 1 if a run fails or a result fails its check.
+    Uncommitted changes are not measured. Exits with 1 if a run fails or a result fails its check.
     """
     commits = [_git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", name=name) for name in (first, second)]
     about = {"machine": machine.describe("cpu", 1), "versions": machine.versions(), "run": run}
@@ -80,7 +80,7 @@ def compare(
 
 @contextmanager
 def worktrees(commits: Sequence[str]) -> Iterator[list[Path]]:
-    """A checkout of each commit, gone afterwards; the same one twice has one."""
+    """Create temporary checkouts, one per distinct commit."""
     with tempfile.TemporaryDirectory(prefix="llava_fast-compare-") as folder:
         paths = {commit: Path(folder) / commit for commit in commits}
         try:
@@ -95,7 +95,8 @@ def worktrees(commits: Sequence[str]) -> Iterator[list[Path]]:
 
 
 def measured(folder: Path, run: str) -> list[dict]:
-    """The rows that one run writes in a checkout. One with a failed check exits with 1 and has written its rows."""
+    """Run the command in a checkout and return its rows. If a check fails, the command exits with 1 after writing
+    them."""
     path = folder / "compare.json"
     path.unlink(missing_ok=True)
     _run([sys.executable, *shlex.split(run), "--output-json", str(path)], folder, allowed=(0, 1))
@@ -105,8 +106,9 @@ def measured(folder: Path, run: str) -> list[dict]:
 
 
 def ratios(runs: Iterable[dict], sides: tuple[str, str] = ("A", "B")) -> list[dict]:
-    """For each kind of row: A's median seconds over B's in each round, as their median, least and most; None where a
-    row is missing or a check failed. `sides`: which runs are A's and B's."""
+    """Return for each kind of row the median, minimum and maximum over the rounds of (A's median seconds / B's), or
+    None
+    if a row is missing or a check failed. `sides` are the names of A's and B's runs."""
     runs = [{**one, "side": "AB"[sides.index(one["side"])]} for one in runs if one["side"] in sides]
     by_key: dict[Key, dict[tuple[str, int], dict]] = {}
     for one in runs:
@@ -132,7 +134,7 @@ def _ratio(key: Key, rows: dict[tuple[str, int], dict], counted: set[int]) -> di
 
 
 def table(found: Sequence[dict], first: str, second: str) -> str:
-    """A line for each row: both medians in ms, how many times as fast B is, and from where to where over the rounds."""
+    """Return a table with a line per row: both medians in ms, the speed-up of B, and its range over the rounds."""
     lines = [("what", "backend", f"A: {first}, ms", f"B: {second}, ms", "B is", "rounds")]
     for row in found:
         ms = ("-" if row[f"{side}_seconds"] is None else f"{1e3 * row[f'{side}_seconds']:.4g}" for side in "AB")
@@ -156,7 +158,7 @@ def _git(*arguments: str, name: str) -> str:
 
 
 def _run(command: list[str], folder: Path, allowed: tuple[int, ...] = (0,)) -> None:
-    """In a checkout, which is first on the path: an installed llava_fast does not stand in for it."""
+    """Run a command with the checkout first on the Python path, so that no installed llava_fast is imported."""
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     result = subprocess.run(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False

@@ -1,8 +1,9 @@
-"""The least work a stage can do: floating-point operations and bytes that must move, from a LlavaConfig alone.
+"""Lower bounds on the time of a stage (roofline model), from the floating-point operations and memory traffic of a
+LlavaConfig.
 
-A phase takes at least max(flops / measured flops a second, bytes / measured bytes a second); phases add up. Bytes
-count each weight once a phase, and what a phase must read and write (tiles, cached keys and values, logits);
-activations in between may stay in caches, so they cost nothing here. A floor is a bound, not a promise.
+A phase takes at least max(flops / measured flops per second, bytes / measured bytes per second). The times of phases
+are added. Bytes count each weight once per phase, and the phase's inputs and outputs (tiles, cached keys and values,
+logits). Intermediate activations may stay in caches and are not counted.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Floor:
-    """Phases in turn; `repeats[i]` times phase i."""
+    """Consecutive phases. Phase i runs `repeats[i]` times."""
 
     phases: tuple[Phase, ...]
 
@@ -31,7 +32,7 @@ class Floor:
         return sum(max(_arithmetic(phase, ceilings), _traffic(phase, ceilings)) for phase in self.phases)
 
     def bound(self, ceilings: Ceilings) -> str:
-        """Which ceiling most of the floor's time is spent at: "arithmetic" or "memory"."""
+        """Return what bounds most of the time: "arithmetic" or "memory"."""
         arithmetic = sum(
             _arithmetic(phase, ceilings)
             for phase in self.phases
@@ -42,7 +43,7 @@ class Floor:
 
 @dataclass(frozen=True)
 class Sizes:
-    """A batch in numbers: tiles, projected (kept) ViT rows, decoder rows of each sequence, rows that get logits."""
+    """The sizes of a batch: tiles, projected ViT rows, decoder rows of each sequence, rows with logits."""
 
     tiles: int
     kept: int
@@ -51,8 +52,8 @@ class Sizes:
 
 
 def preprocess_floor(pixels: int, tile_values: int) -> Floor:
-    """Read every uint8 pixel once, write every tile value once. Arithmetic is not counted: integer multiply-adds have
-    no ceiling here."""
+    """Read every uint8 pixel once, write every tile value once. Arithmetic is not counted, because the ceiling of
+    integer operations is not measured."""
     return Floor((Phase(0, 3 * pixels + tile_values),))
 
 
@@ -65,7 +66,7 @@ def encode_floor(config: LlavaConfig, sizes: Sizes, itemsize: int) -> Floor:
 
 
 def prefill_floor(config: LlavaConfig, sizes: Sizes, itemsize: int) -> Floor:
-    """Encoding, then the decoder over every row, then logits of the rows that need them."""
+    """Encoding, the decoder over every row, and the logits."""
     decoder = config.decoder
     pairs = sum(n * (n + 1) // 2 for n in sizes.lengths)
     rows = sum(sizes.lengths)
@@ -75,7 +76,7 @@ def prefill_floor(config: LlavaConfig, sizes: Sizes, itemsize: int) -> Floor:
 
 
 def text_prefill_floor(decoder: DecoderConfig, rows: int, batch: int, itemsize: int, weight_itemsize: float) -> Floor:
-    """The decoder over `rows` rows of each sequence, then logits of the last; arithmetic as in decode_floor."""
+    """The decoder over `rows` rows of each sequence and the logits of the last. Arithmetic is as in decode_floor."""
     flops = decoder_flops(decoder, batch * rows, batch * rows * (rows + 1) // 2) + head_flops(decoder, batch)
     weights = decoder_weights(decoder) + head_weights(decoder)
     return Floor((Phase(flops, weight_itemsize * weights + itemsize * batch * rows * cache_values(decoder)),))
@@ -84,8 +85,9 @@ def text_prefill_floor(decoder: DecoderConfig, rows: int, batch: int, itemsize: 
 def decode_floor(
     decoder: DecoderConfig, context: int, batch: int, tokens: int, itemsize: int, weight_itemsize: float | None = None
 ) -> Floor:
-    """`tokens` steps of one row a sequence, each reading every weight and the cache so far. `weight_itemsize`: of
-    quantised weights, whose arithmetic is counted as the dtype's: products in 8 bits can be faster than that."""
+    """`tokens` steps of one row per sequence. Each reads every weight and the cache. `weight_itemsize` is the size of
+    quantised weights in bytes. Their arithmetic is counted in the activation dtype, though int8 products can be
+    faster."""
     if weight_itemsize is None:
         weight_itemsize = itemsize
     return Floor(tuple(_step(decoder, context + step, batch, itemsize, weight_itemsize) for step in range(tokens)))
@@ -94,16 +96,16 @@ def decode_floor(
 def generate_floor(
     config: LlavaConfig, sizes: Sizes, tokens: int, itemsize: int, weight_itemsize: float | None = None
 ) -> Floor:
-    """Prefill gives the first token, the rest are steps. Reading the images is left out (it is a thousandth).
-    `weight_itemsize`: as in decode_floor; prefill is counted in the dtype."""
+    """Prefill (first token) and decoding steps (the rest). Image preprocessing takes about 0.1 % and is not counted.
+    `weight_itemsize` is as in decode_floor. Prefill is counted in the activation dtype."""
     context, batch = max(sizes.lengths), len(sizes.lengths)
     steps = decode_floor(config.decoder, context, batch, tokens - 1, itemsize, weight_itemsize)
     return Floor((*prefill_floor(config, sizes, itemsize).phases, *steps.phases))
 
 
 def train_floor(config: LlavaConfig, sizes: Sizes, itemsize: int) -> Floor:
-    """A frozen tower forward, the rest forward and twice that backward, logits of supervised rows only; weights read
-    by both passes, gradients written."""
+    """The forward pass of a frozen tower, and forward and backward passes of the rest (backward: twice the operations),
+    with logits of supervised rows only. Both passes read the weights, and gradients are written."""
     decoder = config.decoder
     pairs = sum(n * (n + 1) // 2 for n in sizes.lengths)
     trained = 2 * sizes.kept * config.projector.matrix_size
@@ -114,7 +116,7 @@ def train_floor(config: LlavaConfig, sizes: Sizes, itemsize: int) -> Floor:
 
 
 def vision_weights(vision: TowerConfig) -> int:
-    """Weights of the layers that must run, biases and norms left out."""
+    """The number of weights of the required layers, without biases and norms."""
     return vision.layers_needed * vision.layer_matrix_size + 3 * vision.patch_size**2 * vision.hidden_size
 
 
@@ -127,7 +129,7 @@ def decoder_weights(decoder: DecoderConfig) -> int:
 
 
 def decoder_flops(decoder: DecoderConfig, rows: int, pairs: int) -> float:
-    """`pairs`: query-key pairs that causality allows, over all sequences."""
+    """`pairs` is the number of query-key pairs in the causal mask, over all sequences."""
     attention = 2 * decoder.num_layers * decoder.num_heads * decoder.head_dim * pairs
     return 2.0 * (rows * decoder_weights(decoder) + attention)
 
@@ -141,7 +143,7 @@ def head_flops(decoder: DecoderConfig, rows: int) -> float:
 
 
 def cache_values(decoder: DecoderConfig) -> int:
-    """Cached numbers a row."""
+    """The number of cached values per row."""
     return 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim
 
 

@@ -1,5 +1,6 @@
-"""What a caller waits for, by the front door alone (`load`, `generate`, `stream`, `prepare`, the model itself), so that
-commits whose insides differ can be compared. No transformers beside it, and no check: a parity test holds the answers.
+"""Benchmarks of the public API only (`load`, `generate`, `stream`, `prepare`, the model's forward pass), so that
+commits with different internals can be compared. Without transformers and without checks: parity tests cover the
+answers.
 
     python -m benchmarks checkpoint 100m /tmp/100m
     python -m benchmarks compare A B --run "$PWD/benchmarks/front_door.py --model llava_fast/demo_model,/tmp/100m"

@@ -1,10 +1,10 @@
-"""Measure every op on this GPU against float64, unfused PyTorch and its floor; and join what gpu_check.sh found.
+"""Compare every op on this GPU with float64, unfused PyTorch and its lower bound, and merge results of gpu_check.sh.
 
 python -m benchmarks.gpu_check measure --output ops.json            # on a GPU; gpu_check.sh runs it
 python -m benchmarks.gpu_check measure --output x.json --dry-run    # anywhere: tiny sizes, no times
 python -m benchmarks.gpu_check collect OUT_DIR                      # everything in OUT_DIR into OUT_DIR/gpu.json
 
-Which form an op takes by itself is not decided by these results but by selection, on each machine (`llava-fast tune`).
+These results do not decide which backend of an op runs. Selection does, on each machine (`llava-fast tune`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.op_cases import MAKERS, MEASURED_BESIDE, OpCase, Widths, made
 from benchmarks.tune import compile_in_parallel, milliseconds, relative, said, waits, wall_milliseconds
 from llava_fast.ops import triton_support, use_backend
 
-TILES = (5, 40, 1)  # a 672x672 image first: a run cut short has measured what matters most
+TILES = (5, 40, 1)  # the most important size first (a 672x672 image), in case the run is interrupted
 TINY = Widths(vision=32, mlp=48, decoder=48, tile=28, patch=14, vocabulary=100)
 WORST = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 TIMES = ("ms", "plain_ms", "bare_ms", "copy_ms", "reference_ms")
@@ -37,11 +37,11 @@ app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
 
 
 def measure(case: OpCase, dtype: torch.dtype, ceilings: machine.Ceilings | None) -> dict:
-    """One case as a row: errors against float64 (the kernel's and plain PyTorch's), and with ceilings the times.
+    """Measure one case: errors against float64 of the kernel and of plain PyTorch and, if ceilings are given, times.
 
-    ms: the op; plain_ms, bare_ms: see OpCase; copy_ms: a copy that reads and writes as many bytes as the op must;
-    reference_ms: the op's reference; "by_wall_clock" names those that a CUDA graph cannot hold. What raised is in
-    "exception", and the rest is measured all the same.
+    ms: the op. plain_ms, bare_ms: see OpCase. copy_ms: a copy of as many bytes as the op must read and write.
+    reference_ms: the op's reference. "by_wall_clock" lists those that cannot be captured in a CUDA graph. An exception
+    is recorded in "exception", and the measurement continues.
     """
     row: dict = {"op": case.op, "label": case.label, "dtype": str(dtype).removeprefix("torch."), "rows": case.rows}
     row |= {"backend": case.backend, "right": False, "plain_error": None}
@@ -67,7 +67,7 @@ def measure(case: OpCase, dtype: torch.dtype, ceilings: machine.Ceilings | None)
 
 
 def times(case: OpCase) -> dict:
-    """Milliseconds by the names of TIMES, of those that a case has."""
+    """Return milliseconds with the keys of TIMES, as far as the case defines them."""
     ways: dict[str, tuple[str, Callable[[], object] | None]] = {
         "ms": (case.backend, case.run),
         "plain_ms": ("auto", case.plain),
@@ -91,7 +91,7 @@ def times(case: OpCase) -> dict:
 
 
 def copy_of(moved: float) -> Callable[[], object]:
-    """A copy on the GPU that reads and writes so many bytes together."""
+    """Return a function that copies on the GPU. Reads and writes together are `moved` bytes."""
 
     @functools.cache
     def tensors() -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,7 +106,7 @@ def copy_of(moved: float) -> Callable[[], object]:
 
 
 def use_tables(folder: Path) -> None:
-    """Use the table that benchmarks.tune wrote there from here on, in front of the shipped one."""
+    """Use the table written by benchmarks.tune in `folder` instead of the shipped one."""
     kind = triton_support.device_kind(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     path = folder / f"{kind if kind != 'default' else 'other'}.json"
     if not path.is_file():
@@ -121,7 +121,7 @@ def use_tables(folder: Path) -> None:
 
 
 def line(row: dict) -> str:
-    """One row for a terminal."""
+    """Format one row for the terminal."""
     text = f"{row['op']:24} {row['label']:18} {row['dtype']:9}"
     if "error" in row:
         text += f" error {row['error']:.1e}"
@@ -133,7 +133,7 @@ def line(row: dict) -> str:
 
 
 def context_is_lost() -> bool:
-    """Whether a kernel's fault, or a failed capture, has ended this process's work on the GPU."""
+    """Return whether the CUDA context of this process is unusable after a kernel fault or a failed capture."""
     try:
         torch.cuda.synchronize()
         torch.randn(1, device="cuda").item()
@@ -174,7 +174,7 @@ def measure_ops(
                 row |= {"right": False, "exception": said(error)}
             rows.append(key | row)
             print(line(rows[-1]), flush=True)
-            output.write_text(json.dumps(result, indent=1) + "\n")  # each time: a run cut short keeps what it has
+            output.write_text(json.dumps(result, indent=1) + "\n")  # keeps results if interrupted
             if not dry_run and "exception" in row and context_is_lost():
                 print("the GPU takes no more work from this process: going on in a fresh one", flush=True)
                 os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu_check", *sys.argv[1:]])
@@ -183,8 +183,8 @@ def measure_ops(
 
 
 def test_counts(folder: Path) -> dict:
-    """Sums over the JUnit files of a folder: tests, failures, errors, skipped, names of the failed; and the files
-    (`exits`: a line "file status" each) that left none, because pytest crashed or was cut short."""
+    """Sum up the JUnit files of a folder: tests, failures, errors, skipped tests, names of failed tests, and test files
+    without a JUnit file because pytest crashed or was killed (from `exits`, with lines "file status")."""
     counts: dict = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
     counts |= {"failed": [], "crashed": []}
     for entry in (folder / "exits").read_text().splitlines():
@@ -210,7 +210,7 @@ def test_counts(folder: Path) -> dict:
 
 @app.command()
 def collect(folder: Annotated[Path, typer.Argument(help="The OUT_DIR of gpu_check.sh.")]) -> None:
-    """Join the results of all steps in FOLDER/gpu.json. One that is there already, of the same commit, is added to."""
+    """Merge the results of all steps into FOLDER/gpu.json. An existing file of the same commit is extended."""
     path = folder / "gpu.json"
     on_gpu = torch.cuda.is_available()
     versions = machine.versions() | {"triton": importlib.metadata.version("triton"), "cuda": torch.version.cuda}

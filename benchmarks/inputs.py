@@ -1,4 +1,4 @@
-"""What the suites feed both sides: photographs, prompts, and the tensors each side makes of them."""
+"""The inputs of the suites: photographs, prompts, and the tensors that each side prepares from them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from llava_fast.models.batch import Batch
 
 PROMPT = "USER: <image>\nWhat is shown in this picture? ASSISTANT:"
 ROTATED = 3
-"""Different inputs that the timed calls take in turn."""
+"""The number of different inputs, between which the timed calls rotate."""
 
 
 def photographs(settings: Settings, rotation: int = 0) -> list[Image.Image]:
-    """A batch of decoded photographs of the wanted size: scikit-learn's china.jpg, shifted, so that no two agree.
-    Where scikit-learn is not installed, seeded noise with the smoothness of a photograph."""
+    """Return a batch of decoded photographs: scikit-learn's china.jpg, shifted differently for each image, or smooth
+    seeded noise if scikit-learn is not installed."""
     width, height = settings.image_size
     pixels = np.asarray(_photograph().resize((width, height), Image.Resampling.LANCZOS))
     shifts = (17 * (rotation * settings.batch_size + number) for number in range(settings.batch_size))
@@ -33,12 +33,12 @@ def photographs(settings: Settings, rotation: int = 0) -> list[Image.Image]:
 
 
 def requests(settings: Settings, rotation: int = 0) -> list[dict]:
-    """llava_fast's requests: one photograph and the prompt each."""
+    """Return requests for llava_fast, each with one photograph and the prompt."""
     return [{"prompt": PROMPT, "images": [image]} for image in photographs(settings, rotation)]
 
 
 def hf_inputs(subject: Subject, settings: Settings, rotation: int = 0) -> dict[str, Any]:
-    """What transformers' model takes for the same batch, on its device and in its dtype."""
+    """Return the inputs of transformers' model for the same batch, on its device and in its dtype."""
     inputs = hf_process(subject, photographs(settings, rotation))
     inputs["pixel_values"] = inputs["pixel_values"].to(subject.dtype)
     return {name: value.to(subject.device) for name, value in inputs.items()}
@@ -50,7 +50,7 @@ def hf_process(subject: Subject, images: list[Image.Image]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch as each side takes it."""
+    """A batch in the input format of each side."""
 
     ours: Batch
     hf: dict[str, Any]
@@ -65,7 +65,7 @@ def prepared(subject: Subject, settings: Settings) -> list[Prepared]:
 
 
 def sizes(batch: Batch, logits: int | None = None) -> Sizes:
-    """What the floors need to know; `logits` rows get logits (default: one a sequence)."""
+    """Return the sizes for the lower bounds. `logits` is the number of rows with logits (default: one per sequence)."""
     plan = batch.plan
     kept = int(plan.sections["kept"][1][0])
     return Sizes(plan.tiles, kept, plan.lengths, logits or len(plan.lengths))
@@ -91,7 +91,7 @@ def inference(work):
 
 
 def text_prompt(ids: Sequence[int]) -> Prompt:
-    """llava_fast's prompt of text whose token ids are known."""
+    """Return llava_fast's prompt for given token ids."""
     return Prompt([Part(TextPiece(np.asarray(ids, np.int32)))])
 
 

@@ -1,6 +1,6 @@
 """llama.cpp as an optional peer: the subject's decoder as a GGUF file, timed by a `llama-bench` that the user names.
 
-The f16 file has the subject's own weights; `llama-quantize`, which lies beside llama-bench, makes the others of it.
+The f16 file has the subject's weights. `llama-quantize`, from the same folder as llama-bench, quantises it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from llava_fast.families.llava_names import from_stored, is_skipped
 from llava_fast.models.decoders.llama import LlamaConfig
 
 FORMATS = {None: ("f16",), "int8": ("q8_0",), "int4": ("q4_K_M", "q4_0")}
-"""llama.cpp's formats that a scheme is compared with."""
+"""The formats of llama.cpp with which a quantisation scheme is compared."""
 
 
 def peers(subject: Subject, settings: Settings, prompt: int = 0, new_tokens: int = 0, context: int = 0) -> list[Peer]:
-    """A peer for each format, if llama.cpp takes part. A call is `prompt` rows, `new_tokens` after `context` rows, or
-    with both `prompt` and `new_tokens` the one after the other."""
+    """Return a peer for each format if llama.cpp was selected. A call processes `prompt` rows, or decodes `new_tokens`
+    after `context` rows, or both in sequence if `prompt` and `new_tokens` are given."""
     if LLAMA_CPP not in settings.backends:
         return []
 
@@ -45,7 +45,7 @@ def peers(subject: Subject, settings: Settings, prompt: int = 0, new_tokens: int
 
 
 def parse(text: str) -> PeerTimes:
-    """What `llama-bench --output json` printed for one test. Raises ValueError for anything else."""
+    """Parse the output of `llama-bench --output json` for one test. Raises ValueError for anything else."""
     try:
         (test,) = json.loads(text)
         seconds = [nanoseconds / 1e9 for nanoseconds in test["samples_ns"]]
@@ -59,14 +59,14 @@ def parse(text: str) -> PeerTimes:
 
 
 def _file(subject: Subject, settings: Settings, form: str) -> Path:
-    """The subject's decoder in a format, made if it is not there."""
+    """Return the GGUF file of the subject's decoder in a format. It is created if it does not exist."""
     folder = settings.gguf_dir or subject.directory
     folder.mkdir(parents=True, exist_ok=True)
     stem = subject.label.replace(", ", "-").replace(" ", "-")
     path = folder / f"{stem}-{form}.gguf"
     if path.is_file():
         return path
-    part = path.with_suffix(".part")  # a file that is cut short never has the final name
+    part = path.with_suffix(".part")  # renamed when complete
     if form == "f16":
         write_gguf(subject, part)
     else:
@@ -78,8 +78,8 @@ def _file(subject: Subject, settings: Settings, form: str) -> Path:
 
 
 def write_gguf(subject: Subject, path: Path) -> None:
-    """The subject's decoder in float16, norms in float32. Raises ValueError for a decoder that is not Llama's, and
-    without the package gguf."""
+    """Write the subject's decoder in float16, with norms in float32. Raises ValueError for a decoder other than Llama,
+    and if the package gguf is not installed."""
     check_package()
     import gguf
 
@@ -99,7 +99,7 @@ def write_gguf(subject: Subject, path: Path) -> None:
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     _add_tokenizer(writer, gguf, decoder.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, decoder.num_layers)
-    for name, value in _decoder_weights(subject):  # twice through the weights, so that one at a time is in memory
+    for name, value in _decoder_weights(subject):  # two passes: only one weight at a time is in memory
         dtype = np.dtype(np.float16 if value.dim() > 1 else np.float32)
         size = value.numel() * dtype.itemsize
         writer.add_tensor_info(names.get_name(name, try_suffixes=(".weight",)), tuple(value.shape), dtype, size)
@@ -114,7 +114,7 @@ def write_gguf(subject: Subject, path: Path) -> None:
 
 
 def _decoder_weights(subject: Subject) -> Iterator[tuple[str, Tensor]]:
-    """Under the names of a Llama checkpoint."""
+    """Yield (name in a Llama checkpoint, weight)."""
     for stored, value in subject.weights():
         name = "" if is_skipped(stored) else from_stored(stored) or ""
         if name.startswith("decoder."):
@@ -123,12 +123,12 @@ def _decoder_weights(subject: Subject) -> Iterator[tuple[str, Tensor]]:
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Rows of queries or keys in llama.cpp's order: it rotates neighbours, transformers the halves of a head."""
+    """Reorder query or key rows for llama.cpp, which rotates adjacent pairs. transformers rotates halves of a head."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
 
 
 def _add_tokenizer(writer, gguf, vocabulary: int) -> None:
-    """A stand-in, without which a file is not loaded; llama-bench draws token ids."""
+    """Add a placeholder tokenizer, which llama.cpp requires. llama-bench uses random token ids."""
     kinds = gguf.TokenType
     writer.add_tokenizer_model("llama")
     writer.add_token_list([b"<unk>", b"<s>", b"</s>", *(f"word{number}".encode() for number in range(3, vocabulary))])
@@ -140,13 +140,13 @@ def _add_tokenizer(writer, gguf, vocabulary: int) -> None:
 
 
 def check_package() -> None:
-    """Raises ValueError if gguf is not installed."""
+    """Raise ValueError if gguf is not installed."""
     if importlib.util.find_spec("gguf") is None:
         raise ValueError(f"{LLAMA_CPP} needs gguf: pip install 'llava_fast[llama-cpp]'")
 
 
 def _output_of(command: list[str]) -> str:
-    """What a program printed. Raises ValueError with its last line of error if it fails or is not there."""
+    """Run a program and return its output. Raises ValueError with the last line of stderr if it fails or is missing."""
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
     except OSError as problem:

@@ -1,4 +1,4 @@
-"""What a result was measured on: machine, versions, commit, and the machine's own measured ceilings."""
+"""The environment of a measurement: machine, versions, commit, and the measured peak rates of the machine."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SOURCES = ("llava_fast", "csrc", "benchmarks/*.py", "benchmarks/suites", "setup.
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The most this machine was seen to do, with the threads of the run: the larger of a copy's and a matrix-vector
-    product's bytes a second, and a 2048-wide (on a GPU 8192-wide) matrix product's operations a second in the run's
+    """Measured peak rates with the threads of the run. Memory: bytes per second of a copy or a matrix-vector product,
+    whichever is larger. Arithmetic: operations per second of a 2048-wide matrix product (8192 on a GPU) in the run's
     dtype."""
 
     bytes_per_second: float
@@ -30,8 +30,8 @@ class Ceilings:
 
 
 def describe(device: str, threads: int) -> dict:
-    """`kind` is short ("cpu-2core", or a GPU's name); `load_before` the last minute's load average: other work on
-    the machine makes times noisy, and a reader should know."""
+    """Describe the machine. `kind` is a short name ("cpu-2core", or the GPU's name). `load_before` is the load average
+    of the last minute, since other load makes times noisy."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     kind = f"cpu-{cores}core" if device == "cpu" else torch.cuda.get_device_name(device)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -53,8 +53,8 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit measured, with "+changes" if tracked or new sources differ from it; outside a checkout what the
-    variable LLAVA_FAST_COMMIT says, or "unknown"."""
+    """Return the measured commit, with "+changes" if tracked or new sources differ from it. Outside a checkout: the
+    variable LLAVA_FAST_COMMIT, or "unknown"."""
     try:
         head = _git("rev-parse", "--short=10", "HEAD")
         return head + ("+changes" if _git("status", "--porcelain", "--", *SOURCES) else "")
@@ -63,9 +63,9 @@ def commit() -> str:
 
 
 def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
-    """About two seconds: the best of many tries, since other work on the machine can only lower a ceiling. On one CPU
-    thread tries are timed by processor time. On a GPU a try is several calls between two events, so that gaps between
-    launches do not lower a ceiling, and the product's values are random, since a GPU is faster on equal ones."""
+    """Measure for about two seconds and keep the best try, since other load can only lower the rates. On one CPU
+    thread, processor time is measured. On a GPU, a try is several calls between two events, which excludes gaps between
+    launches, and the product's values are random, because constant values make a GPU faster."""
     on_cpu = torch.device(device).type == "cpu"
     source = torch.ones(1 << (25 if on_cpu else 28), dtype=torch.float32, device=device)
     target, vector = torch.empty_like(source), torch.ones(4096, device=device)
@@ -84,7 +84,7 @@ def as_dict(ceilings: Ceilings) -> dict:
 def _best(work: Callable[[], object], device: str, seconds: float = 0.7) -> float:
     if torch.device(device).type != "cpu":
         return _best_on_gpu(work, seconds)
-    # One thread's own processor time is what the processor can do while it is ours, however busy the machine is.
+    # The processor time of one thread does not depend on the load of the machine.
     clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     best, start = float("inf"), time.perf_counter()
     while time.perf_counter() - start < seconds:

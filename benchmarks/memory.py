@@ -1,8 +1,8 @@
-"""Peak memory of one call, above what was resident before it.
+"""Peak memory of one call, relative to the memory before it.
 
-On Linux the kernel's own high-water mark is reset (proc(5): writing 5 to /proc/self/clear_refs resets VmHWM) after
-freed heap pages have gone back to the system, so nothing is missed between samples and an earlier call's peak does
-not count. On CUDA it is the caching allocator's peak. Elsewhere it is not measured (None).
+On Linux, free heap pages are returned to the system and the kernel's high-water mark is reset (proc(5): writing 5 to
+/proc/self/clear_refs resets VmHWM), so nothing is missed between samples and earlier peaks do not count. On CUDA it is
+the peak of the caching allocator. Elsewhere it is not measured (None).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 class PeakMemory:
-    """`with PeakMemory(device) as peak: ...`, then `peak.bytes` (None where it cannot be measured)."""
+    """Use as `with PeakMemory(device) as peak: ...`, then read `peak.bytes` (None if it cannot be measured)."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -47,10 +47,10 @@ class PeakMemory:
 
 
 def peak_beside_gradients(work: Callable[[], object], weights: Iterable[Tensor]) -> int:
-    """Bytes of CPU tensors that `work` needs at its highest, what was there before and the gradients that it leaves in
-    `weights` not counted. From each allocation and release that PyTorch's profiler records, so it is exact, but what a
-    library takes by itself (a matrix product's scratch, a heap's gaps) is not in it. Start without gradients: one that
-    is added to another is counted, as long as it is there."""
+    """Return the peak bytes of CPU tensors during `work`, without earlier tensors and without the final gradients of
+    `weights`. It is computed from the allocations recorded by PyTorch's profiler, so it is exact, but excludes internal
+    buffers of libraries and heap fragmentation. Start without gradients: a gradient that is accumulated into another
+    one is counted while it exists."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     with TemporaryDirectory() as directory:
@@ -69,10 +69,10 @@ def peak_beside_gradients(work: Callable[[], object], weights: Iterable[Tensor])
 
 
 def release(device: torch.device) -> None:
-    """Give memory that is free but still held back to the system."""
+    """Return free cached memory to the system."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to trim
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
@@ -85,5 +85,5 @@ def _reset_high_water() -> bool:
 
 
 def _read_status(field: str) -> int:
-    """A field of /proc/self/status, in bytes."""
+    """Return a field of /proc/self/status in bytes."""
     return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1])

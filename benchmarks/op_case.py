@@ -1,4 +1,4 @@
-"""What a case of one op is: sizes, floors, and the three ways to compute it; the cases are in *_cases.py."""
+"""A benchmark case of one op: sizes, lower bounds, and the implementations to compare. The cases are in *_cases.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Widths:
-    """Of the tower, its MLP, the decoder; pixels of a tile and of a patch; the vocabulary."""
+    """Widths of the tower, its MLP and the decoder, sizes of tiles and patches in pixels, and the vocabulary size."""
 
     vision: int = 1024
     mlp: int = 4096
@@ -25,16 +25,16 @@ class Widths:
 class OpCase:
     """One op at one size.
 
-    run      the op, on whatever backend is asked for; with `trained`, also its backward pass.
+    run      the op on the requested backend; with `trained`, also its backward pass.
     plain    the same in unfused PyTorch (cuBLAS), as a careful user would write it.
     exact    the op's reference in float64.
-    kernels  the Triton kernels whose configuration decides its time; `rows` is what their tables are asked for.
+    kernels  the Triton kernels to tune; `rows` is the number of rows for the lookup in their tables.
     comparable  plain() computes the same output. False: it computes only a lower bound of the work; its error is not
              checked.
     backend  of the op, to be measured.
     limit    the error allowed, ||found - exact|| / ||exact||; None: what the dtype allows.
-    bare     what a target is stated against, where that is not `plain` (docs/performance.md, "Targets").
-    wall     its times are the wall clock's, host work included, instead of the GPU's alone.
+    bare     the baseline of a target, if it is not `plain` (docs/performance.md, "Targets").
+    wall     times are wall-clock times, including host work, instead of GPU times.
     """
 
     op: str
@@ -54,7 +54,7 @@ class OpCase:
 
 
 def first_gradient(run: Callable, given: list[Tensor], grads: list[Tensor]) -> Tensor:
-    """Both passes; the first argument's gradient."""
+    """Run both passes and return the gradient of the first argument."""
     leaves = [leaf.detach().requires_grad_() for leaf in given]
     outs = run(*leaves)
     return torch.autograd.grad(outs if isinstance(outs, tuple) else (outs,), leaves, grads)[0]

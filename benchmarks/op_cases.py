@@ -1,8 +1,7 @@
-"""The ops at the sizes of LLaVA-NeXT 7B: what to run, what to compare with, and the least each can cost.
+"""Benchmark cases of the ops at the sizes of LLaVA-NeXT 7B, with their baselines and lower bounds.
 
-Shared by the tuning command and the GPU check. Sizes: CLIP-L/14-336 (577 rows of 1024 a tile, 576 of them kept), a
-decoder of width 4096, so many tiles, a newline after every 24 visual rows, and 64 text tokens. Inputs are random and
-fresh for each case.
+Used by the tuning command and the GPU check. Sizes: CLIP-L/14-336 (577 rows of width 1024 per tile, 576 of them kept),
+a decoder of width 4096, a newline after every 24 visual rows, and 64 text tokens. Each case has its own random inputs.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ ROWS_PER_TILE, KEPT_PER_TILE, LINE, TEXT = 577, 576, 24, 64
 
 
 def cases(tiles: int, dtype: torch.dtype, device: str, widths: Widths) -> Iterator[OpCase]:
-    """Every op for an image of so many tiles, one at a time."""
+    """Yield a case of every op for an image of `tiles` tiles."""
     for make in MAKERS:
         yield made(make, tiles, dtype, device, widths)
 
@@ -84,7 +83,7 @@ def token_pack_gradients(tiles: int, dtype: torch.dtype, device: torch.device, w
 
 
 def token_pack_native(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
-    """csrc's form beside the Triton one: the faster of the two is to be the default."""
+    """The CUDA backend of csrc, to compare with the Triton backend."""
     case = token_pack(tiles, dtype, device, widths)
     return replace(case, op="token_pack_native", kernels=(), backend="native")
 
@@ -187,7 +186,7 @@ def _avg_pool(rows: Tensor, tiles: int) -> Tensor:
 
 
 def patch_embed(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths, rows: bool = False) -> OpCase:
-    """CLIP's patch embedding from planar tiles, or from the patch rows that the image op can make instead."""
+    """CLIP's patch embedding from planar tiles, or from patch rows as the image op can produce them."""
     pixels, planar, weights, fixed = _patches(tiles, dtype, device, widths, rows)
     out_rows = tiles * len(weights[1])
     taps = weights[0][0].numel()
@@ -572,4 +571,4 @@ MEASURED_BESIDE = (
     assemble_inputs_in_bucket,
     image_tiles_from_host,
 )
-"""Other ways to the same results: measured, and neither tuned nor in the table of floors."""
+"""Alternative implementations of the same results. They are measured, but neither tuned nor in the table of floors."""

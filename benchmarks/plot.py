@@ -1,4 +1,4 @@
-"""A picture of the speed-ups in result files: one bar a case, models wide enough to mean something in colour."""
+"""Bar chart of the speed-ups in result files, one bar per case. Models of realistic width are coloured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ REAL, SMALL = "#1f6f8b", "#b9c4c9"
 
 
 def plot(rows: Sequence[Row], output: Path) -> None:
-    """Write a PNG. Only rows with a speed-up, which is to say those that passed their check, are drawn.
+    """Write a PNG. Only rows with a speed-up (those that passed their check) are drawn.
 
     Raises ValueError if there is none, RuntimeError without matplotlib.
     """

@@ -1,4 +1,4 @@
-"""Rows as a table and as JSON. A row whose check failed says so in place of a ratio."""
+"""Formatting of rows as a table and as JSON. A failed check is shown instead of a ratio."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COLUMNS = ("backend", "median ms", "p20", "p80", "cpu", "peak MiB", "rate", "of
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Plain text: a heading for each case, a line for each backend."""
+    """Format rows as plain text: a heading for each case, a line for each backend."""
     lines: list[str] = []
     for case in dict.fromkeys((row.suite, row.model, row.case) for row in rows):
         mine = [row for row in rows if (row.suite, row.model, row.case) == case]
@@ -32,14 +32,14 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def write_json(rows: Iterable[Row], path: Path) -> None:
-    """{"schema": ..., "rows": [...]}; every row is complete by itself, so files can be joined."""
+    """Write {"schema": ..., "rows": [...]}. Every row is self-contained, so files can be merged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"schema": SCHEMA, "rows": [asdict(row) for row in rows]}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> list[Row]:
-    """The rows of a file this module wrote. Raises ValueError for anything else."""
+    """Read the rows of a file written by `write_json`. Raises ValueError for anything else."""
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise ValueError(f"{path} is no benchmark result: its schema is not {SCHEMA!r}")

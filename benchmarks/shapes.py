@@ -1,9 +1,9 @@
-"""Named shapes: a transformers configuration and its processors, made without any download.
+"""Named model shapes: a transformers configuration and its processors, created without downloads.
 
 `llava-1.5-7b` and `llava-next-7b` have the real widths (their config.json files: llava-hf/llava-1.5-7b-hf and
 llava-hf/llava-v1.6-vicuna-7b-hf), `tinyllama-1.1b` those of CLIP-L and TinyLlama-1.1B; `tiny` has the demo model's,
 `100m` a hundred million weights. Weights are random, see subject.py. The tokenizer is a stand-in of the same vocabulary
-size: bytes, then made-up words.
+size: bytes, then artificial words.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ SHAPES = {
 def build_config(shape: Shape, layers: int | None = None) -> Any:
     """A LlavaConfig or LlavaNextConfig of transformers.
 
-    `layers` cuts the decoder to that many layers, and the tower too if it has more. A cut or tiny tower hands on its
-    last layer instead of the one before: transformers runs every layer of a tower and llava_fast only those it needs,
-    and 2 of 3 layers instead of 23 of 24 would flatter llava_fast.
+    `layers` cuts the decoder to that many layers, and the tower too if it has more. A truncated or tiny tower
+    uses the output of its last layer instead of the one before: transformers runs every layer of a tower and llava_fast
+    only the required ones, and skipping 1 of 3 layers instead of 1 of 24 would favour llava_fast.
     """
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig
 
@@ -138,7 +138,7 @@ def build_config(shape: Shape, layers: int | None = None) -> Any:
 
 
 def build_tokenizer(vocabulary: int) -> Any:
-    """A byte-level tokenizer of exactly `vocabulary` ids, each of which decodes to text."""
+    """Return a byte-level tokenizer of exactly `vocabulary` ids, each of which decodes to text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -188,6 +188,6 @@ def build_processor(shape: Shape) -> Any:
 
 
 def write_directory(shape: Shape, layers: int | None, directory: Path) -> None:
-    """Everything a checkpoint directory has but the weights."""
+    """Write a checkpoint directory without weights."""
     build_config(shape, layers).save_pretrained(directory)
     build_processor(shape).save_pretrained(directory)

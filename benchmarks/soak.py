@@ -1,12 +1,12 @@
-"""Many clients at once against a server, some of them rude: is every good answer what `generate` gives alone?
+"""Load test of a server with many concurrent clients, some misbehaving. Answers must equal those of `generate`.
 
     python -m benchmarks.soak                         # 64 clients, 2 minutes, the demo model
     python -m benchmarks.soak MODEL --clients 16 --seconds 30
 
-A client asks good questions, whole or streamed, and at random leaves in the middle of an answer, sends a broken image
-or an oversize body. PyTorch's products round by the number of rows, so only questions are asked whose answers have no
-near tie: the log probabilities of the two likeliest tokens are 0.001 or more apart everywhere. With --batch-invariant,
-any are asked. All stays on loopback.
+A client sends valid questions, streamed or not, and at random disconnects during an answer or sends a corrupt image or
+an oversize body. The rounding of PyTorch's matrix products depends on the number of rows. Therefore only questions are
+used whose answers have no near tie: the log probabilities of the two most likely tokens differ by at least 0.001 at
+every position. With --batch-invariant all questions are used. The server listens on loopback only.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TEXTS = ("What digits are written here?", "hello there", "How many are there? Co
 
 @dataclass
 class Question:
-    """What is asked, and what `generate` answers alone."""
+    """A question, and its answer by `generate` without other requests."""
 
     messages: list[dict]
     tokens: int
@@ -47,7 +47,7 @@ class Question:
 
 @dataclass
 class Report:
-    """Counts by what happened ("right", "wrong", "left", "refused as it should be", "busy", ...), and seconds."""
+    """Counts of outcomes ("right", "wrong", "left", "refused as it should be", "busy", ...), and seconds."""
 
     counts: Counter = field(default_factory=Counter)
     whole: list[float] = field(default_factory=list)
@@ -70,7 +70,7 @@ def picture(seed: int, height: int = 64, width: int = 96) -> str:
 
 
 def questions(model: Any, number: int, near: float = NEAR, seed: int = 0) -> list[Question]:
-    """Questions about pictures whose answers have no tie as near as that."""
+    """Return questions about images whose answers have no tie nearer than `near`."""
     dice, found = random.Random(seed), []
     for _ in range(50 * number):
         tokens = dice.choice((4, 16, 48))
