@@ -1,4 +1,4 @@
-"""The model under test: one set of weights, held once, run by llava_fast and by transformers."""
+"""The benchmarked model: one copy of the weights, shared by llava_fast and transformers."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from llava_fast.models.quantised import Quantisation, Quantised, put
 from llava_fast.models.quantised import plan as quantisation_plan
 
 BLOCK = (1 << 20) + 7
-"""Random values drawn for a shape's weights, then repeated: an odd length, so that no two rows of a matrix agree."""
+"""The number of random values that are repeated to fill the weights. It is odd, so that rows of a matrix differ."""
 
 
 class Subject:
-    """A shape's name (see shapes.py) or a checkpoint directory in the Hugging Face layout, and what is made of it.
+    """The models and processors of a shape (see shapes.py) or of a checkpoint directory in the Hugging Face layout.
 
-    Parts are built when first used: preprocessing needs no weights. Raises ValueError for a name that is neither.
+    They are created on first use, since preprocessing needs no weights. Raises ValueError for any other name.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Subject:
         self.layers = layers if self.shape is not None and self.shape.real_width else None
         self.dtype = dtype
         self.device = torch.device(device)
-        self.quantisation = quantisation  # of llava_fast's model alone
+        self.quantisation = quantisation  # of llava_fast's model only
 
     @property
     def label(self) -> str:
@@ -59,12 +59,12 @@ class Subject:
 
     @property
     def real_width(self) -> bool:
-        """Whether memory or arithmetic, not launch overhead, bounds it: a decoder at least 2048 wide."""
+        """Whether memory or arithmetic bounds the speed rather than launch overhead: decoder width at least 2048."""
         return self.config.decoder.hidden_size >= 2048
 
     @cached_property
     def directory(self) -> Path:
-        """Configuration and processor files."""
+        """The directory with configuration and processor files."""
         if self.shape is None:
             return Path(self.model)
         self._temporary = TemporaryDirectory()
@@ -77,7 +77,7 @@ class Subject:
 
     @cached_property
     def processor(self) -> Processor:
-        """llava_fast's processor. Prompts are verbatim here, so its chat template is never used."""
+        """llava_fast's processor. Prompts are given verbatim, so its chat template is not used."""
         return Processor(
             geometry=self.config.geometry,
             tokenizer=self.hf_processor.tokenizer,
@@ -88,8 +88,8 @@ class Subject:
 
     @cached_property
     def hf_processor(self) -> Any:
-        """transformers' processor with its Pillow image processor, the bit-exact one. A shape's needs no torchvision,
-        without which transformers 5.17 has no AutoImageProcessor."""
+        """transformers' processor with its Pillow image processor, whose results llava_fast reproduces exactly. For a
+        shape it is built without AutoImageProcessor, which requires torchvision in transformers 5.17."""
         if self.shape is not None:
             return build_processor(self.shape)
         from transformers import AutoImageProcessor, AutoProcessor
@@ -100,7 +100,7 @@ class Subject:
 
     @cached_property
     def hf(self) -> nn.Module:
-        """transformers' model, which holds the weights."""
+        """transformers' model, which owns the weights."""
         if self.shape is None:
             from transformers import AutoModelForImageTextToText
 
@@ -109,18 +109,18 @@ class Subject:
             model, block = self._hf_without_weights(), random_block()
             for number, (name, value) in enumerate(model.named_parameters()):
                 fill(number, name, value, block)
-        model.generation_config.eos_token_id = None  # answers run to the length asked for
+        model.generation_config.eos_token_id = None  # generate exactly the requested number of tokens
         return model.eval()
 
     @cached_property
     def hf_compiled(self) -> nn.Module:
-        """A second transformers model over the same weights, its forward compiled."""
+        """A second transformers model with the same weights and a compiled forward."""
         model = self.hf_twin()
         model.forward = torch.compile(model.forward)
         return model
 
     def hf_twin(self) -> nn.Module:
-        """Another transformers model over the same weights, each time a new one."""
+        """Return a new transformers model that shares the weights."""
         model = self._hf_without_weights() if self.shape else type(self.hf)(self.hf.config)
         model.load_state_dict(self.hf.state_dict(), assign=True)
         model.generation_config = self.hf.generation_config
@@ -128,8 +128,8 @@ class Subject:
 
     @cached_property
     def ours(self) -> Llava:
-        """llava_fast's model over the same weights: its parameters share the other's memory, except where quantised.
-        A quantised shape never holds more than one weight in floating point besides those it keeps so."""
+        """llava_fast's model. Its parameters share the memory of transformers' model unless they are quantised. When a
+        quantised shape is built, at most one weight at a time exists in floating point before its quantisation."""
         with torch.device("meta"):
             model = Llava(self.config, self.processor)
         missing = {name for name, _ in model.named_parameters()}
@@ -149,8 +149,8 @@ class Subject:
         return model.eval()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(transformers' name, value) of each weight. Of a quantised shape, each is made when it is asked for, with the
-        same values, and not kept."""
+        """Yield (transformers' name, value) of each weight. For a quantised shape, values are generated on demand
+        (always the same) and not kept."""
         if self.shape is None or self.quantisation is None or "hf" in self.__dict__:
             yield from self.hf.named_parameters()
             return
@@ -168,7 +168,7 @@ class Subject:
 
     @property
     def decoder_itemsize(self) -> float:
-        """Bytes of a weight in the decoder's matrices, on average, scales and zero points included."""
+        """The average bytes per weight of the decoder's matrices, including scales and zero points."""
         if self.quantisation is None:
             return self.dtype.itemsize
         quantised = [module for module in self.ours.decoder.modules() if isinstance(module, Quantised)]
@@ -199,14 +199,14 @@ class Subject:
 
 
 def random_block() -> Tensor:
-    """Normal values that `fill` repeats, because drawing a billion of them takes longer than the benchmark."""
+    """Return normal values that `fill` repeats, because sampling a billion values takes longer than the benchmark."""
     return torch.randn(BLOCK, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
 def fill(number: int, name: str, value: Tensor, block: Tensor) -> None:
-    """Random values for a model's parameter of that number and name, such that greedy answers vary: Linears keep the
-    variance of their input, norms are near 1."""
+    """Fill a parameter with random values, depending on its index and name, such that greedy answers vary: linear
+    layers preserve the variance of their input, and norm weights are near 1."""
     if value.dim() > 1:
         scale, shift = 1 / math.sqrt(value[0].numel()), 0.0
     else:

@@ -1,8 +1,7 @@
-"""Timing: warm-up by time, inputs that rotate, providers that take turns; every sample is kept.
+"""Timing with a warm-up period, rotating inputs and alternating providers. All samples are kept.
 
-Providers alternate in blocks of calls, so that a machine that slows down or speeds up does so for all of them.
-Rotated inputs keep one input from sitting in a cache for every call (method: QuACK's bench_utils). CUDA calls are
-timed by events on the current stream.
+Providers alternate in blocks of calls, so that changes of the machine's speed affect all of them. Inputs rotate, so
+that they are not always in a cache (method: QuACK's bench_utils). CUDA calls are timed by events on the current stream.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ import numpy as np
 import torch
 
 Sample = tuple[float, float | None]
-"""Seconds by the wall clock (CUDA: by events), and of processor time."""
+"""(wall-clock seconds, or seconds between CUDA events; processor seconds)"""
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Something to time: `run(i)` on input number i; `prepare()` and `finish()` around it are off the clock."""
+    """A function to time: `run(i)` uses input i. `prepare()` and `finish()` run before and after it, untimed."""
 
     run: Callable[[int], Any]
     prepare: Callable[[], Any] = lambda: None
@@ -30,8 +29,8 @@ class Timed:
 
 @dataclass(frozen=True)
 class Quantiles:
-    """Seconds a call. `cpu` is the median of this process's processor time (all threads): on one thread it is
-    less than the wall clock only where other programs took the processor. None on CUDA."""
+    """Seconds per call. `cpu` is the median processor time of this process (all threads). With one thread it is less
+    than the wall-clock time only if other programs used the processor. None on CUDA."""
 
     median: float
     p20: float
@@ -49,7 +48,7 @@ class Quantiles:
 def time_in_turns(
     timed: Sequence[Timed], iters: int, warmup: float, device: torch.device, blocks: int = 8
 ) -> list[Quantiles]:
-    """Quantiles of `iters` calls of each, made in `blocks` turns after at least `warmup` seconds of calls of each."""
+    """Return quantiles of `iters` calls of each function, in `blocks` alternations, after `warmup` seconds of each."""
     clock = _cuda_sample if device.type == "cuda" else _cpu_sample
     for each in timed:
         start, calls = time.perf_counter(), 0

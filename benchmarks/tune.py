@@ -1,12 +1,12 @@
-"""Find the launch configuration of every Triton kernel on this GPU and write the table the package ships.
+"""Tune the launch configuration of every Triton kernel on this GPU and write the table that the package ships.
 
 python -m benchmarks.tune --output-dir llava_fast/ops/tuned
 
-Each candidate must give the right answer before it is timed. Times are medians of CUDA-graph replays on the same
-inputs: those of 40 tiles are larger than any cache, those of 1 and 5 tiles may lie in it, as they do after the op that
-made them. A kernel without a right candidate is named and left out, so that it keeps its shipped configuration. The
-table is named for the GPU (a100, h100, h200) and is only data (llava_fast/ops/triton_support.py): what selection tries
-first on such a GPU. Users find the verdicts of their own machine by `llava-fast tune`.
+Each candidate must produce a correct result before it is timed. Times are medians of CUDA-graph replays on the same
+inputs. Inputs of 40 tiles are larger than any cache, and inputs of 1 and 5 tiles may be cached, as after a preceding
+op. A kernel without a correct candidate is reported and keeps its shipped configuration. The table is named after the
+GPU (a100, h100, h200) and lists what selection tries first on such a GPU (llava_fast/ops/triton_support.py). Users
+tune their own machine with `llava-fast tune`.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from llava_fast.ops import triton_support, use_backend
 from llava_fast.ops.selection.candidates import configurations
 from llava_fast.ops.triton_support import Config
 
-TILES = (5, 40, 1)  # a 672x672 image first: a run cut short has tuned what matters most
+TILES = (5, 40, 1)  # the most important size (a 672x672 image) first, in case of interruption
 CANDIDATES: dict[str, list[Config]] = configurations()
 
 
 def milliseconds(work) -> float:
-    """Median time of one call on the GPU, launch gaps left out: of ten replays of a graph of about 10 ms."""
+    """Return the median GPU time of one call without launch gaps, from ten replays of a graph of about 10 ms."""
     from triton.testing import do_bench_cudagraph
 
     return do_bench_cudagraph(work, rep=10, return_mode="median")
 
 
 def waits(work) -> bool:
-    """Whether the host waits for the GPU within `work`. A CUDA graph cannot hold that, and a capture that fails leaves
-    PyTorch's random generator unusable."""
+    """Return whether `work` synchronises the host with the GPU. It then cannot be captured in a CUDA graph, and a
+    failed capture leaves PyTorch's random generator unusable."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         work()
@@ -57,7 +57,7 @@ def waits(work) -> bool:
 
 
 def wall_milliseconds(work, calls: int = 30) -> float:
-    """Median time of one call by the wall clock, until the GPU has done it."""
+    """Return the median wall-clock time of one call until the GPU has finished."""
     for _ in range(3):
         work()
     times = []
@@ -71,18 +71,18 @@ def wall_milliseconds(work, calls: int = 30) -> float:
 
 
 def said(error: Exception) -> str:
-    """An exception as one short line."""
+    """Format an exception as one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """||found - exact|| / ||exact||; NaN counts as infinitely wrong."""
+    """Return ||found - exact|| / ||exact||, or infinity if it is NaN."""
     error = ((found.double() - exact.double()).norm() / exact.double().norm()).item()
     return error if error == error else float("inf")
 
 
 def timings(case: OpCase, kernel: str, candidates: list[Config], limit: float) -> dict[int, float]:
-    """Number of each candidate that gives the right answer -> its milliseconds."""
+    """Return {index of each correct candidate: its milliseconds}."""
     exact = case.exact()
     found: dict[int, float] = {}
     for number, candidate in enumerate(candidates):
@@ -90,14 +90,14 @@ def timings(case: OpCase, kernel: str, candidates: list[Config], limit: float) -
             try:
                 if relative(case.run(), exact) <= limit:
                     found[number] = milliseconds(case.run)
-            except Exception as error:  # a configuration that does not fit this GPU is no candidate
+            except Exception as error:  # e.g. a configuration that does not fit this GPU
                 print(f"{kernel} {candidate}: {said(error)}")
     return found
 
 
 def tune(dtype: torch.dtype, limit: float, path: Path, device: str = "cuda", widths: Widths | None = None) -> list[str]:
-    """Write kernel -> entries by rows, as tables hold them; after each case, so that a run cut short leaves some.
-    Returns what could not be tuned, in words."""
+    """Tune all kernels and write {kernel: table entries} after each case, so that an interrupted run keeps its results.
+    Returns descriptions of what could not be tuned."""
     measured: dict[tuple[str, int], list[dict[int, float]]] = {}
     failed: list[str] = []
     for tiles in tqdm(TILES, desc="tuning", unit="size"):
@@ -118,8 +118,8 @@ def tune(dtype: torch.dtype, limit: float, path: Path, device: str = "cuda", wid
 
 
 def best_entries(measured: dict[tuple[str, int], list[dict[int, float]]]) -> dict[str, list[dict]]:
-    """Kernel -> entries by rising rows. Where ops share a kernel, the candidate that is fastest over all of them;
-    neighbouring entries that agree are one."""
+    """Return {kernel: entries in ascending order of rows}. If ops share a kernel, the candidate that is fastest over
+    all of them is chosen. Adjacent equal entries are merged."""
     entries: dict[str, list[dict]] = {}
     for (kernel, rows), parts in sorted(measured.items()):
         right = set.intersection(*(set(part) for part in parts)) or set(parts[0])
@@ -132,14 +132,14 @@ def best_entries(measured: dict[tuple[str, int], list[dict[int, float]]]) -> dic
 
 
 def write_table(entries: dict[str, list[dict]], path: Path) -> None:
-    """One kernel a line, so that a change of one shows as one line."""
+    """Format the table with one kernel per line, for readable diffs."""
     lines = [f" {json.dumps(kernel)}: {json.dumps(each)}" for kernel, each in sorted(entries.items())]
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def compile_all(share: int, shares: int, shipped: bool) -> None:
-    """Run every `shares`-th candidate once, so that the compiler's cache on disk holds it before anything is timed; or,
-    of every `shares`-th op, the shipped configurations in the dtypes that are measured."""
+    """Run every `shares`-th candidate once to fill the compiler's disk cache before the timing, or the shipped
+    configurations of every `shares`-th op in all measured dtypes."""
     work = []
     for number, make in enumerate(MAKERS):
         if shipped and number % shares == share:
@@ -157,7 +157,7 @@ def compile_all(share: int, shares: int, shipped: bool) -> None:
 
 
 def compile_in_parallel(shipped: bool) -> None:
-    """`compile_all` in as many processes as there are cores: compiling takes the processor, not the GPU."""
+    """Run `compile_all` in one process per core, since compilation needs no GPU."""
     processes = min(12, os.cpu_count() or 1)
     command = [sys.executable, "-m", "benchmarks.tune", *["--shipped"] * shipped, "--shares", str(processes), "--share"]
     for process in [subprocess.Popen([*command, str(number)]) for number in range(processes)]:
@@ -170,7 +170,7 @@ def main(
     shares: Annotated[int, typer.Option(hidden=True)] = 1,
     shipped: Annotated[bool, typer.Option("--shipped", hidden=True)] = False,
 ) -> None:
-    """Tune every kernel in bfloat16 on the present GPU and write its table."""
+    """Tune every kernel in bfloat16 on this GPU and write its table."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("tuning needs a CUDA GPU, and none is usable here")
     if share >= 0:

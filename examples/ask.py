@@ -1,4 +1,4 @@
-"""Ask one question about one picture, streaming the answer.
+"""Ask one question about one image and stream the answer.
 
 python examples/ask.py MODEL IMAGE "What is in this picture?"
 """

@@ -1,4 +1,4 @@
-"""Answer a mixed batch at once: a text-only request, one with an image, and one that compares two.
+"""Answer a batch of different requests: text only, one image, and two images.
 
 python examples/batch.py MODEL IMAGE OTHER_IMAGE
 """

@@ -1,9 +1,9 @@
-"""Fine-tune a LLaVA with transformers' Trainer, accelerated: here the demo model, which learns a new question.
+"""Fine-tune an accelerated LLaVA with transformers' Trainer. By default, the demo model learns a new question.
 
 python examples/finetune_hf_trainer.py OUT_DIR                    # add --no-accelerate to compare
 python examples/finetune_hf_trainer.py OUT_DIR --lora
 
-Needs `pip install 'llava_fast[train,demo]'`. What is special to llava_fast is marked (1) to (3).
+Needs `pip install 'llava_fast[train,demo]'`. The lines that are specific to llava_fast are marked (1) to (3).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ QUESTION = "Which is the smallest digit?"
 
 
 class Canvases(torch.utils.data.Dataset):
-    """Canvases of digits, each with the question and its answer; an index gives the same canvas at any time."""
+    """Canvases of digits with the question and its answer. Each canvas is determined by its index."""
 
     def __init__(self, count: int) -> None:
         self.count, self.scans = count, split_scans()[0]
@@ -47,7 +47,7 @@ class Canvases(torch.utils.data.Dataset):
 
 
 class Report(TrainerCallback):
-    """Prints each step's loss and how long it took."""
+    """Prints the loss and the duration of each step."""
 
     def __init__(self) -> None:
         self.milliseconds: list[float] = []
@@ -64,15 +64,15 @@ class Report(TrainerCallback):
 
 
 def main(
-    output: Annotated[Path, typer.Argument(help="Where the fine-tuned model goes.")],
+    output: Annotated[Path, typer.Argument(help="Directory of the fine-tuned model.")],
     model: Annotated[Path | None, typer.Option(help="A LLaVA or LLaVA-NeXT checkpoint. Default: the demo.")] = None,
-    accelerate: Annotated[bool, typer.Option(help="Speed the model up, or leave it as transformers has it.")] = True,
-    lora: Annotated[bool, typer.Option(help="Train LoRA adapters on the decoder; they are merged for saving.")] = False,
+    accelerate: Annotated[bool, typer.Option(help="Accelerate the model, or leave it stock.")] = True,
+    lora: Annotated[bool, typer.Option(help="Train LoRA adapters on the decoder and merge them at the end.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 60,
     batch_size: Annotated[int, typer.Option(min=1, help="Canvases a step.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the order of canvases and of the adapters.")] = 0,
 ) -> None:
-    """Fine-tune, print losses and step times, save."""
+    """Fine-tune the model, print losses and step times, and save it."""
     torch.manual_seed(seed)
     path = model or model_path()
     processor = FastProcessor.from_pretrained(str(path))  # (1) transformers' processor, faster
@@ -97,11 +97,11 @@ def main(
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            remove_unused_columns=False,  # the collator reads messages and images, which no model knows
+            remove_unused_columns=False,  # the collator needs messages and images, which are no arguments of forward
             seed=seed,
         ),
         train_dataset=Canvases(steps * batch_size),
-        # (3) labels from one tokenisation; the plan spares an accelerated model from asking the device for anything
+        # (3) labels from one tokenisation; with the plan, an accelerated model needs no device synchronisation
         data_collator=Collator(processor, hf_model, plan=accelerate),
         callbacks=[report],
     )

@@ -22,13 +22,13 @@ TITLE = re.compile(r"^## \[?(?P<name>[^\]\s]+)\]?(?: - (?P<date>.+))?$", re.MULT
 
 
 def version(root: Path) -> str:
-    """What llava_fast/version.py says, read without importing the package."""
+    """Return the version of llava_fast/version.py without importing the package."""
     text = (root / "llava_fast" / "version.py").read_text(encoding="utf-8")
     return re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)[1]
 
 
 def sections(changelog: str) -> list[tuple[str, str | None, str]]:
-    """(version or "Unreleased", date, text) of each section, newest first."""
+    """Return (version or "Unreleased", date, text) of each section, newest first."""
     titles = list(TITLE.finditer(changelog))
     ends = [title.start() for title in titles[1:]] + [len(changelog)]
     return [
@@ -38,7 +38,7 @@ def sections(changelog: str) -> list[tuple[str, str | None, str]]:
 
 
 def faults(root: Path) -> list[str]:
-    """What stands in the way of a release of the tree at `root`, a line each."""
+    """Return the problems that prevent a release of the tree at `root`, one line each."""
     new, found = version(root), sections((root / "CHANGELOG.md").read_text(encoding="utf-8"))
     wrong = []
     changes = _git(root, "status", "--porcelain")
@@ -59,7 +59,7 @@ def faults(root: Path) -> list[str]:
 
 
 def make_wheel(root: Path, output: Path) -> Path:
-    """The wheel, made from the sdist beside it. Both replace what is in `output`."""
+    """Build an sdist and a wheel from it in `output`, whose content is replaced. Returns the wheel."""
     shutil.rmtree(output, ignore_errors=True)
     build = f"from setuptools import build_meta; build_meta.build_sdist({str(output)!r})"
     _run([sys.executable, "-c", build], cwd=root)

@@ -1,4 +1,4 @@
-"""The suites by name. Each module makes the cases of one stage: `cases(subject, settings)` yields `Case`s."""
+"""The suites by name. Each module defines the cases of one stage: `cases(subject, settings)` yields `Case`s."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""`accelerate(model)` and FastProcessor beside the stock transformers model and processor they stand in for.
+"""`accelerate(model)` and FastProcessor against the stock transformers model and processor that they replace.
 
-Five cases: a training step (its peak memory is taken in a fresh process for each side, above weights and gradients),
-one decoder layer, from which 32 layers are estimated, a forward pass without gradients, and the processor to float32
-and to uint8. The tower is frozen; projector, embeddings, decoder and head are trained. `summary` holds the rows against
-what is asked of them.
+Five cases: a training step (its peak memory above weights and gradients is measured in a new process per side), one
+decoder layer (from which 32 layers are estimated), a forward pass without gradients, and the processor with float32 and
+with uint8 output. The tower is frozen. Projector, embeddings, decoder and head are trained. `summary` compares the rows
+with their targets.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from llava_fast.accelerated.patch import accelerate
 from llava_fast.integrations.processor import FastProcessor
 
 STOCK, FAST, WITH_LOGITS = "hf-eager", "accelerate", "accelerate, logits"
-"""`accelerate(model, training_logits=False)`, and its default, which gives the table of logits in training too."""
+"""Stock; `accelerate(model, training_logits=False)`; and its default, which returns all logits in training too."""
 STEP, LAYER, FORWARD, FLOATS, UINT8 = "training step", "one decoder layer", "forward", "to float32", "to uint8"
 REAL_LAYERS = 32
 SHORT = 10
-"""Timed calls of a processor for each of a step."""
+"""Timed processor calls per timed training step."""
 
 
 def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
@@ -86,7 +86,7 @@ def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
 
 
 def _step(name: str, model: nn.Module, batches: list[dict], peak: Callable[[], int | None] | None = None) -> Provider:
-    """In training mode, which is when accelerate may leave the logits out; there is no dropout."""
+    """A step in training mode, in which accelerate may omit the logits. The model has no dropout."""
 
     def loss(number: int) -> Tensor:
         return model(**batches[number % len(batches)], use_cache=False).loss
@@ -101,7 +101,7 @@ def _step(name: str, model: nn.Module, batches: list[dict], peak: Callable[[], i
 
 
 def _peak(name: str, subject: Subject, settings: Settings) -> Callable[[], int | None] | None:
-    """None at a small width, where starting a process takes longer than all else: the harness's own peak stays."""
+    """Return None for small models, for which starting a process takes too long. The harness then measures the peak."""
     if not subject.real_width:
         return None
 
@@ -115,9 +115,9 @@ def _peak(name: str, subject: Subject, settings: Settings) -> Callable[[], int |
 
 
 def peak_of_step(name: str, model: str, layers: int | None, device: str, settings: Settings) -> int | None:
-    """Bytes that a step needs at its highest beside weights and their gradients. For a process that does nothing else;
-    a first step has set up what stays. On a CPU it counts tensors (see memory.peak_beside_gradients); on CUDA the
-    allocator's peak of a step that adds to the first one's gradients."""
+    """Return the peak bytes of a step besides weights and their gradients, measured after a first step. To be called in
+    a process of its own. On a CPU, tensors are counted (see memory.peak_beside_gradients). On CUDA, it is the
+    allocator's peak of a step that accumulates into the first step's gradients."""
     torch.set_num_threads(settings.threads)
     subject = Subject(model, layers, settings.torch_dtype, device)
     try:
@@ -138,7 +138,7 @@ def peak_of_step(name: str, model: str, layers: int | None, device: str, setting
 
 
 def _layer(name: str, model: nn.Module, lengths: Sequence[int], subject: Subject) -> Provider:
-    """The first decoder layer on random rows. Its gradients, those of its input too, are the result."""
+    """The first decoder layer on random rows. The result is the gradients of its weights and input."""
     decoder = model.model.language_model
     layer = decoder.layers[0]
     draws = torch.Generator().manual_seed(0)
@@ -170,12 +170,12 @@ def _layer(name: str, model: nn.Module, lengths: Sequence[int], subject: Subject
             value.grad = None
 
     def bytes_kept() -> int:
-        """Each tensor that the forward keeps for the backward pass, once; weights are there anyway, and so are the
-        tables of positions, which layers share."""
+        """Count each tensor that the forward pass saves for the backward pass, except weights and the position tables,
+        which are shared by all layers."""
         prepare()
         known = {value.untyped_storage().data_ptr() for value in (*layer.parameters(), *position_embeddings)}
         kept: dict[int, int] = {}
-        alive = []  # a freed tensor's address may be given to another
+        alive = []  # keeps tensors alive, because addresses of freed ones are reused
 
         def keep(value: Tensor) -> Tensor:
             storage = value.untyped_storage()
@@ -198,7 +198,7 @@ def _forward(name: str, model: nn.Module, batches: list[dict]) -> Provider:
 
 
 def _processor_cases(subject: Subject, settings: Settings, common: dict, tiles: int) -> Iterator[Case]:
-    """The whole processor, text too. Stock: transformers', with its Pillow image processor."""
+    """The whole processor including text. Stock is transformers' processor with its Pillow image processor."""
     batches = [photographs(settings, number) for number in range(ROTATED)]
     stock = subject.hf_processor
     images = stock.image_processor
@@ -237,7 +237,7 @@ def _processor_cases(subject: Subject, settings: Settings, common: dict, tiles: 
 
 
 def same_inputs(got: tuple[np.ndarray, np.ndarray], wanted: tuple[np.ndarray, np.ndarray]) -> checks.Check:
-    """input_ids and pixels, equal in every bit: the value is the number of values that are not."""
+    """Check that input_ids and pixels are bit-identical. The value is the number of differing values."""
     if any(a.shape != b.shape for a, b in zip(got, wanted, strict=True)):
         return checks.Check.at_most("input_ids and pixels bit-equal", float("inf"), 0, "other shapes")
     differ = sum(int((a != b).sum()) for a, b in zip(got, wanted, strict=True))
@@ -245,8 +245,7 @@ def same_inputs(got: tuple[np.ndarray, np.ndarray], wanted: tuple[np.ndarray, np
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """What is asked of each row and what it reached, then the estimate for 32 layers; nothing of a row whose check
-    failed."""
+    """Return the target and the result of each row and the estimate for 32 layers, without rows whose check failed."""
     lines = ["against what is asked (at a real width):"]
     for case, backend, asked in (
         (STEP, FAST, 1.3),
@@ -270,7 +269,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def _estimate(rows: Sequence[Row]) -> list[str]:
-    """A step and its peak with the measured layer repeated: peaks are where every layer's forward is still kept."""
+    """Estimate a step and its peak for more layers. At the peak, the saved tensors of all layers exist."""
     layer, stock_layer = _row(rows, LAYER, FAST), _row(rows, LAYER, STOCK)
     stock, lines = _row(rows, STEP, STOCK), []
     for backend in (FAST, WITH_LOGITS):

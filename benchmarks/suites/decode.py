@@ -1,7 +1,7 @@
-"""Greedy tokens after a cache that is already full of context: each side's own generation loop, nothing else.
+"""Greedy decoding after a given context, by each side's own generation loop.
 
-The cache is filled with the same random keys and values on both sides, so no prefill is paid for. llava_fast's
-scheduler also turns tokens into text as it goes, transformers' loop does not.
+The cache is filled with the same random keys and values on both sides, so prefill is not measured. llava_fast's
+scheduler also detokenises, transformers' loop does not.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _ours(subject: Subject, settings: Settings, context: int) -> Provider:
         scheduler = Scheduler(runner)
         for sequence, table in zip(sequences, tables, strict=True):
             sequence.table = table
-            scheduler.prefilling.append(sequence)  # as if it had been admitted and found all but its last row
+            scheduler.prefilling.append(sequence)  # as if admitted with all but its last row cached
         while not scheduler.is_idle:
             scheduler.step()
         return [sequence.token_ids for sequence in sequences]
@@ -122,7 +122,7 @@ def _hf_compile(subject: Subject, settings: Settings, context: int) -> Provider:
     _fill_hf(cache, subject, settings, context)
 
     def prepare() -> None:
-        for layer in cache.layers:  # a static cache hides what lies past its length
+        for layer in cache.layers:  # a static cache masks what is beyond its length
             layer.cumulative_length.fill_(context)
 
     return _hf_provider("hf-compile", model, subject, settings, context, cache, prepare)
@@ -163,7 +163,7 @@ def _hf_provider(
 
 
 def gaps(logits: Tensor) -> Tensor:
-    """From the best logit to the second, relative to the largest magnitude: [..., vocabulary] -> [...]."""
+    """The difference of the two largest logits relative to the largest magnitude: [..., vocabulary] -> [...]."""
     best, second = logits.float().topk(2, dim=-1).values.unbind(-1)
     return (best - second) / logits.float().abs().amax(-1)
 
@@ -178,7 +178,7 @@ def _fill_hf(cache, subject: Subject, settings: Settings, context: int) -> None:
 
 
 def _cached(subject: Subject, count: int, context: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """(layer, slot, keys, values) with keys and values [key heads, context, head size], the same at every call."""
+    """Yield (layer, slot, keys, values), with keys and values [key heads, context, head size], equal at every call."""
     decoder = subject.config.decoder
     generator = torch.Generator().manual_seed(1)
     for layer in range(decoder.num_layers):
@@ -193,7 +193,7 @@ def _first_tokens(count: int, rotation: int) -> list[int]:
 
 
 def _rows_of_prompt(subject: Subject, settings: Settings) -> int:
-    """What a prompt with one image takes."""
+    """The rows of a prompt with one image."""
     image = photographs(settings)[0]
     pieces = subject.processor.pieces(subject.processor.outline({"prompt": PROMPT, "images": [image]}), [])
     return sequence_length(pieces)

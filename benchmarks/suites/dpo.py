@@ -1,7 +1,7 @@
-"""One step of preference tuning on a pair: forward, DPO loss, backward, with the reference's log-probabilities given.
+"""One DPO step on a pair: forward, loss and backward, with precomputed reference log-probabilities.
 
-"llava_fast" runs image and question once for both answers (see train.data.pairs); "two-pass" runs the same model on two
-ordinary sequences, each with the image, as the original trainers do. The vision tower is frozen, the rest trained.
+"llava_fast" runs image and question once for both answers (see train.data.pairs). "two-pass" runs the same model on two
+ordinary sequences, each with the image, as the original trainers do. The vision tower is frozen, the rest is trained.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def _answer(first: int, count: int) -> TextPiece:
 
 
 def _batch(subject: Subject, settings: Settings, rotation: int, answers: list[list[TextPiece]]) -> Batch:
-    """Each request once for each of `answers`, which then ends in these pieces: one, or two as branches."""
+    """Return a batch in which each request occurs once per element of `answers` and ends in its pieces (one piece, or
+    two as branches)."""
     processor, tiles = subject.processor, []
     sequences: list[list[Piece]] = [
         [*processor.pieces(processor.outline(request), tiles), *ends]

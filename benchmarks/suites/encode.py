@@ -1,7 +1,7 @@
-"""Tiles to the decoder's inputs: vision tower, projector, and packing among the text rows.
+"""From tiles to the decoder's inputs: vision tower, projector, and merging with the text rows.
 
-llava_fast starts from uint8 tiles, transformers from the normalised float tensor its processor made. The side
-"llava_fast-graphs" (CUDA alone) replays llava_fast's from CUDA graphs: models.encode_graphs.
+llava_fast starts from uint8 tiles, transformers from the normalised float tensor of its processor. The side
+"llava_fast-graphs" (CUDA only) replays llava_fast's encoding as CUDA graphs (models.encode_graphs).
 """
 
 from __future__ import annotations
@@ -44,15 +44,14 @@ def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
 
 
 def _provider(name: str, run: Callable[[int], Tensor]) -> Provider:
-    # A replay's result is overwritten by the next, and what it works on was taken when its graph was captured, so its
-    # own peak says nothing.
+    # A replay overwrites the previous result. Its memory was allocated at capture, so its own peak is meaningless.
     if name == GRAPHS:
         return Provider(name, run, torch.clone, compiles=True, peak=lambda: None)
     return Provider(name, run, lambda x: x.flatten(0, -2), compiles=name == "hf-compile")
 
 
 def hf_encode(hf: nn.Module, input_ids: Tensor, pixel_values: Tensor, **rest: Tensor) -> Tensor:
-    """What transformers' LlavaModel and LlavaNextModel do before their language model: [sequences, rows, width]."""
+    """Run the part of transformers' LlavaModel and LlavaNextModel before the decoder: [sequences, rows, width]."""
     model = hf.model
     embeds = model.get_input_embeddings()(input_ids)
     rest.pop("attention_mask", None)

@@ -1,5 +1,6 @@
-"""A whole answer: photographs and prompts in, text out, preprocessing and prefill included. llama.cpp as a peer runs
-its decoder alone, over as many rows of text and new tokens; --new-tokens 1 gives the time to the first token.
+"""End-to-end generation from photographs and prompts to text, including preprocessing and prefill. llama.cpp as a peer
+runs only its decoder, with the same numbers of prompt rows and new tokens. --new-tokens 1 gives the time to first
+token.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The output head and its loss alone, forward and backward: the supervised rows in parts of the vocabulary
-(ops.linear_cross_entropy), or transformers' way, a float32 table of logits for every row and its loss over that.
+"""The output head and the loss, forward and backward. ops.linear_cross_entropy computes supervised rows in chunks of
+the vocabulary. transformers materialises float32 logits for every row.
 
-A sequence of ROWS rows of which SUPERVISED carry a label, at the model's width and vocabulary. `summary` holds the peak
-against what is asked of it: a tenth of the table.
+The sequence has ROWS rows, of which SUPERVISED have a label, at the model's width and vocabulary. `summary` compares
+the peak memory with the target: a tenth of the logits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
     hidden = torch.empty(ROWS, width, dtype=subject.dtype, device=subject.device)
     block = random_block()
     for number, (name, value) in enumerate({"lm_head": weight, "embed_tokens": hidden}.items()):
-        fill(number, name, value, block)  # rows of variance 1, as the last norm gives them
+        fill(number, name, value, block)  # rows of variance 1, like the output of the last norm
     yield Case(
         suite="loss",
         model=subject.label,
@@ -52,12 +52,12 @@ def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
 
 
 def table_bytes(vocabulary: int) -> int:
-    """Of the logits of every row in float32."""
+    """The bytes of float32 logits of every row."""
     return 4 * ROWS * vocabulary
 
 
 def providers(hidden: Tensor, weight: nn.Parameter) -> list[Provider]:
-    """Of the final hidden states [ROWS, width] and the head's weight [vocabulary, width]."""
+    """Return the providers for hidden states [ROWS, width] and the head's weight [vocabulary, width]."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     draws = np.random.default_rng(0)
@@ -80,7 +80,7 @@ def providers(hidden: Tensor, weight: nn.Parameter) -> list[Provider]:
 def _provider(
     name: str, loss: Callable[[Tensor], tuple[Tensor, Tensor]], hidden: Tensor, weight: nn.Parameter
 ) -> Provider:
-    """`loss` gives the loss and the rows that the head ran on."""
+    """`loss` returns the loss and the rows that the head processed."""
     leaf = hidden.detach().requires_grad_()
 
     def run(number: int) -> Tensor:
@@ -95,8 +95,8 @@ def _provider(
         leaf.grad = weight.grad = None
 
     def peak() -> int | None:
-        """Down to the gradient of the rows that the head ran on, which counts. That of the others, zeros that
-        autograd makes when the head is done, is part of no head."""
+        """Run the backward pass to the gradient of the rows that the head processed. The zero gradients of the other
+        rows, which autograd adds afterwards, are not measured."""
         with PeakMemory(hidden.device) as memory:
             value, rows = loss(leaf)
             torch.autograd.grad(value, (rows, weight))
@@ -106,7 +106,7 @@ def _provider(
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """The peak against a tenth of the table; nothing of a row whose check failed."""
+    """Compare the peak with a tenth of the logits. A row whose check failed is not reported."""
     row = next(row for row in rows if row.backend == "llava_fast")
     if row.ratio is None or row.peak_memory_bytes is None:
         return "the peak was not measured"

@@ -1,9 +1,8 @@
-"""One optimiser step's samples of mixed lengths, forward and backward: packed end to end, or padded to the longest of
-each micro-batch.
+"""Forward and backward passes over samples of mixed lengths: packed, or padded to the longest of each micro-batch.
 
-Both are layouts of llava_fast's own trainer over the same samples, and must give the same loss and gradients:
-"llava_fast" is `data.batching: packed`, "padded" takes micro-batches in the samples' order, as a shuffled set comes. A
-micro-batch of either has at most as many rows. The tower is frozen, the rest trained; the update is left out.
+Both are layouts of llava_fast's trainer with the same samples, loss and gradients. "llava_fast" is `data.batching:
+packed`. "padded" forms micro-batches in the order of the samples, as with a shuffled data set. Micro-batches of both
+have the same limit on rows. The tower is frozen and the rest is trained. The optimizer step is not included.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from llava_fast.train.estimate.flops import sequence_flops
 
 SAMPLES = 16
 MICRO_BATCH = 4
-"""Samples of a padded micro-batch."""
+"""The number of samples in a padded micro-batch."""
 ASKED = 1.5
 
 
@@ -65,8 +64,8 @@ def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
 
 
 def _assemble(subject: Subject, settings: Settings, numbers: list[int], layout: Layout) -> Prepared:
-    """Samples with a photograph or (about half) without, and answers of log-normal lengths: many short ones and
-    a few long ones, as conversations have."""
+    """Return samples, about half of them with a photograph, and answers of log-normal lengths (many short, a few
+    long)."""
     processor, tiles, sequences = subject.processor, [], []
     picture = requests(settings)[0]
     for number in numbers:
@@ -91,11 +90,11 @@ def _provider(subject: Subject, name: str, batches: list[Batch], supervised: int
             total += loss.detach()
         return total
 
-    return replace(provider(name, subject.ours, run), run=run)  # which goes backward itself, a micro-batch at a time
+    return replace(provider(name, subject.ours, run), run=run)  # `run` includes the backward pass of each micro-batch
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """The ratio against what is asked; nothing of a row whose check failed."""
+    """Compare the ratio with its target, if the check passed."""
     ratio = next(row.ratio for row in rows if row.backend == "llava_fast")
     if ratio is None:
         return "the check failed: nothing to hold against what is asked"

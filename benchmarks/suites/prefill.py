@@ -1,4 +1,4 @@
-"""A prepared batch to the logits after its last row: encoding, then the decoder over every row, filling a cache."""
+"""Prefill from a preprocessed batch to the logits of the last row: encoding, and the decoder, which fills a cache."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _image_case(subject: Subject, settings: Settings) -> Case:
 
 
 def _text_case(subject: Subject, settings: Settings) -> Case:
-    """Rows of text alone: the decoder without the encoder."""
+    """Prefill of text only: the decoder without the vision encoder."""
     count, rows, decoder = settings.batch_size, settings.text_rows, subject.config.decoder
     if rows > decoder.context_length:
         raise ValueError(f"--text-rows {rows}: the model's context has {decoder.context_length} rows")
@@ -107,7 +107,7 @@ def _text_case(subject: Subject, settings: Settings) -> Case:
 
 
 def prefill(model: Llava, batch: Batch) -> Tensor:
-    """What llava_fast's generation does before its first token: [sequences, vocabulary]."""
+    """Compute the logits of the first token as in llava_fast's generation: [sequences, vocabulary]."""
     cache = model.decoder.new_cache()
     spans = batch.spans(tuple(BlockTable(cache) for _ in batch.plan.lengths))
     hidden = model.hidden_states(model.inputs_embeds(batch), batch, spans, cache)

@@ -1,8 +1,8 @@
-"""A decoded photograph to the tiles a vision tower reads; decoding the file is left out.
+"""Preprocessing of a decoded photograph to the tiles of a vision tower. Decoding the file is not included.
 
-llava_fast makes uint8 tiles and folds normalisation into the tower's weights; transformers' Pillow processor makes
-normalised float32. So there are two cases: transformers with rescaling and normalising switched off, which is like
-for like, and transformers as it is used. hf-compile has nothing to compile here and is left out.
+llava_fast produces uint8 tiles and folds normalisation into the tower's weights. transformers' Pillow processor
+produces normalised float32. Therefore there are two cases: transformers without rescaling and normalisation, which is
+the same work, and transformers with its defaults. hf-compile is omitted because nothing can be compiled here.
 """
 
 from __future__ import annotations
@@ -57,5 +57,5 @@ def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
 
 
 def joined(values: np.ndarray) -> np.ndarray:
-    """[images, tiles, 3, H, W] or [images, 3, H, W] to [all tiles, 3, H, W]: every image here has as many."""
+    """[images, tiles, 3, H, W] or [images, 3, H, W] to [all tiles, 3, H, W]. All images have equally many tiles."""
     return values.reshape(-1, *values.shape[-3:])

@@ -1,7 +1,7 @@
 """One training step of a batch with labels: forward, loss, backward.
 
-The vision tower is frozen and everything else trained, as in LLaVA-1.5's second stage. Both sides get the same rows
-and supervise the same ones. No optimizer step is taken: it would be the same torch.optim code on both sides.
+The vision tower is frozen and everything else is trained, as in LLaVA-1.5's second stage. Both sides have the same
+rows and labels. The optimizer step, which is the same torch.optim code on both sides, is not included.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from llava_fast.inputs.plan.plan import TextPiece
 from llava_fast.models.batch import Batch
 
 SAMPLED = 1 << 16
-"""Values of each gradient that are compared, evenly spaced, beside its root mean square and its largest magnitude:
-whole gradients of both sides would not fit beside the model on a small machine."""
+"""The number of evenly spaced values of each gradient that are compared, besides its root mean square and largest
+magnitude. Complete gradients of both sides would not fit into the memory of a small machine."""
 
 
 def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
@@ -55,7 +55,7 @@ def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
 
 
 def digest(gradient: Tensor) -> Tensor:
-    """float64 [SAMPLED or fewer, + 2]: an even sample of the values, their root mean square, their largest."""
+    """Return float64 [at most SAMPLED + 2]: sampled values, root mean square and largest magnitude."""
     flat = gradient.reshape(-1)
     sample = flat[:: max(1, flat.numel() // SAMPLED)]
     whole = torch.stack([flat.double().square().mean().sqrt(), flat.abs().max().double()])
@@ -63,12 +63,12 @@ def digest(gradient: Tensor) -> Tensor:
 
 
 def answer(settings: Settings) -> np.ndarray:
-    """The token ids that are supervised."""
+    """Return the token ids of the supervised rows."""
     return 4 + np.arange(settings.answer_tokens, dtype=np.int32) * 7 % 200
 
 
 def provider(name: str, model: nn.Module, loss: Callable[[int], Tensor]) -> Provider:
-    """A step of `model`, llava_fast's or transformers': `loss(i)`, then backward into all but the vision tower."""
+    """A step of llava_fast's or transformers' `model`: `loss(i)`, then backward, with a frozen vision tower."""
     trained = {key: value for key, value in model.named_parameters() if "vision_tower." not in key}
 
     def prepare() -> None:
@@ -88,7 +88,7 @@ def provider(name: str, model: nn.Module, loss: Callable[[int], Tensor]) -> Prov
 
     def finish() -> None:
         for value in trained.values():
-            value.grad = None  # freed, not zeroed: the other side needs the room
+            value.grad = None  # frees the memory for the other side
 
     return Provider(name, run, result, prepare, finish, compiles=name == "hf-compile")
 

@@ -1,4 +1,4 @@
-"""Measure the digits demo model on held-out scans, with its sight taken away in several ways, and write its card.
+"""Evaluate the digits demo model on held-out scans, with several image ablations, and write its model card.
 
 python examples/digits/evaluate.py MODEL_DIR --canvases 1000
 
@@ -40,18 +40,18 @@ def blanked(image: np.ndarray) -> np.ndarray:
 
 
 def base_enlarged(image: np.ndarray) -> np.ndarray:
-    """What the base view knows, in a form the model is used to: squashed to one tile, then enlarged again."""
+    """Reduce the image to the resolution of the base view: resized to one tile, then enlarged again."""
     small = Image.fromarray(image).resize((TILE, TILE), Image.Resampling.BICUBIC)
     return np.asarray(small.resize(image.shape[1::-1], Image.Resampling.BICUBIC))
 
 
 def base_alone(tiles: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """The base view as it is, the grid's tiles grey."""
+    """Keep the base view and make the grid's tiles grey."""
     return torch.cat([tiles[:1], torch.full_like(tiles[1:], GREY)])
 
 
 def shuffled(tiles: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Every tile of the grid moves to another place; the base view stays."""
+    """Permute the tiles of the grid and keep the base view."""
     turn = int(rng.integers(1, len(tiles) - 1))
     order = rng.permutation(len(tiles) - 1)
     moved = np.empty_like(order)
@@ -88,8 +88,9 @@ def main(
 
 @torch.inference_mode()
 def evaluate(model, canvases: list[Canvas], pixels: Pixels | None, tiles: Tiles | None, name: str) -> dict[str, float]:
-    """Share of exact answers to each kind of question, phrasings in turn; "none": of canvases without a digit that
-    are read as such; "digits": 1 - edits / digits, an edit being a digit missed, invented or misread."""
+    """Return the share of exact answers to each kind of question, with rotating phrasings. "none": the share of
+    canvases without digits that are read as empty. "digits": 1 - edits / digits, where an edit is a missed, invented or
+    misread digit."""
     rng = np.random.default_rng(7)
     right, edits, written = Counter(), 0, 0
     for kind in KINDS:
@@ -112,7 +113,7 @@ def evaluate(model, canvases: list[Canvas], pixels: Pixels | None, tiles: Tiles 
 def answers(
     model, canvases: list[Canvas], question: str, pixels: Pixels | None, tiles: Tiles | None, rng: np.random.Generator
 ) -> list[str]:
-    """The model's answers, its pixels edited before or its tiles after cutting."""
+    """Return the model's answers, with edited pixels or edited tiles."""
     content = [{"type": "image"}, {"type": "text", "text": question}]
     images = [pixels(c.image) if pixels else c.image for c in canvases]
     scheduler, sequences = Scheduler(Runner(model)), []
@@ -130,7 +131,7 @@ def answers(
 
 
 def edit_distance(given: list[str], expected: list[str]) -> int:
-    """Levenshtein's: insertions, deletions and substitutions between two lists."""
+    """Return the Levenshtein distance of two lists."""
     row = list(range(len(expected) + 1))
     for i, mine in enumerate(given, start=1):
         diagonal, row[0] = row[0], i
@@ -140,7 +141,8 @@ def edit_distance(given: list[str], expected: list[str]) -> int:
 
 
 def majority_guess(canvases: list[Canvas]) -> dict[str, float]:
-    """What always giving each kind's commonest answer would score; for "digits", the commonest digit once."""
+    """Return the score of always giving the most frequent answer of each kind (for "digits": the most frequent
+    digit)."""
     digits = Counter(digit for canvas in canvases for digit in canvas.digits)
     scores = {"digits": max(count for count in digits.values()) / digits.total(), "none": 0.0}
     for kind in KINDS:
@@ -150,7 +152,7 @@ def majority_guess(canvases: list[Canvas]) -> dict[str, float]:
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """The results as a Markdown table, in percent."""
+    """Format the results as a Markdown table in percent."""
     columns = ["digits", *KINDS, "none"]
     names = {"digits": "digits right", "read": "read exactly", "top_left": "top left", "none": "no digit there"}
     lines = ["| | " + " | ".join(names.get(c, c) for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]

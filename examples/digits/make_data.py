@@ -1,14 +1,14 @@
-"""Compose the demo model's training data: canvases as PNG files, and LLaVA-format JSON beside them.
+"""Generate the demo model's training data: canvases as PNG files, and JSON in LLaVA's format.
 
     python examples/digits/make_data.py OUT_DIR
 
     OUT_DIR/easy.json         canvases of one or two digits, for stage 1
     OUT_DIR/full.json         canvases of none to five, for stage 2
-    OUT_DIR/preferences.jsonl canvases of two to five, of which the first digit alone is the preferred reading, for DPO
-    OUT_DIR/images/           what they name
+    OUT_DIR/preferences.jsonl canvases of two to five, with the first digit alone as the preferred answer, for DPO
+    OUT_DIR/images/           the images
 
-Every canvas has questions of all kinds, as one conversation. Canvas number n is the same however many are made. Only
-training scans are used; evaluate.py asks about the others.
+Every canvas has one conversation with questions of all kinds. Canvas n does not depend on the number of canvases. Only
+training scans are used. evaluate.py uses the others.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main(
 
 
 def conversation(output: Path, name: str, shares: tuple[float, ...], number: int) -> dict[str, Any]:
-    """A canvas, written to a file, and a question of each kind about it."""
+    """Write a canvas to a file and return a conversation with a question of each kind."""
     rng, canvas, image = draw(output, name, shares, number)
     turns = []
     for place, kind in enumerate(rng.permutation(KINDS)):
@@ -65,7 +65,7 @@ def conversation(output: Path, name: str, shares: tuple[float, ...], number: int
 
 
 def preference(output: Path, number: int) -> dict[str, Any]:
-    """A request to read a canvas; chosen is its first digit alone, rejected all of them."""
+    """Return a preference pair for reading a canvas. Chosen is its first digit, rejected all its digits."""
     rng, canvas, image = draw(output, "preferences", PAIR_SHARES, number)
     chosen, rejected = answer("top_left", canvas.digits), answer("read", canvas.digits)
     question = f"<image>\n{ask(rng, 'read')}"
@@ -78,7 +78,7 @@ def training_scans() -> np.ndarray:
 
 
 def draw(output: Path, name: str, shares: tuple[float, ...], number: int) -> tuple[np.random.Generator, Canvas, str]:
-    """The generator of canvas `number`, the canvas, and its picture's path in `output`."""
+    """Return the random generator of canvas `number`, the canvas, and the path of its image in `output`."""
     rng = np.random.default_rng([len(name), number])
     canvas = compose(rng, training_scans(), int(rng.choice(len(shares), p=shares)))
     image = f"images/{name}-{number}.png"

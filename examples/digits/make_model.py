@@ -2,9 +2,9 @@
 
     python examples/digits/make_model.py OUT_DIR
 
-Writes the configuration, random weights, the tokenizer with its chat template and the processor settings, so
-that both `llava_fast.load(OUT_DIR)` and transformers' LlavaNextForConditionalGeneration and
-LlavaNextProcessor read the very same directory.
+Writes the configuration, random weights, the tokenizer with its chat template and the processor settings.
+`llava_fast.load(OUT_DIR)` and transformers' LlavaNextForConditionalGeneration and LlavaNextProcessor read the same
+directory.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ PATCH = 4
 GRIDS = [[32, 64], [64, 32], [64, 64], [32, 96], [96, 32]]  # (height, width)
 SPECIAL = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "image": "<image>"}
 
-# "USER: <image>\nquestion ASSISTANT: answer</s>USER: ...": the prompt that asks for an answer is a prefix of
-# the text that holds it, and every answer starts after a space, so a digit is the same token everywhere.
+# "USER: <image>\nquestion ASSISTANT: answer</s>USER: ...": the generation prompt is a prefix of the text with the
+# answer. Every answer follows a space, so a digit is always the same token.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] == 'system' -%}{{ message['content'] if message['content'] is string \
@@ -64,7 +64,7 @@ else message['content'][0]['text'] }}{{ '\\n' }}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the demo's own phrases: every word of them is one token, anything else is bytes."""
+    """Train byte-level BPE on the demo's phrases: each of their words is one token, other text is split into bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -138,7 +138,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> LlavaNextConfig:
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaNextProcessor:
-    """Processor settings that match the configuration (bicubic resize, CLIP's mean and deviation)."""
+    """Return processor settings that match the configuration (bicubic resize, CLIP's mean and standard deviation)."""
     image_processor = ImageProcessor(
         size={"shortest_edge": TILE},
         crop_size={"height": TILE, "width": TILE},
@@ -156,7 +156,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaNextProcessor:
 
 
 def make_model(path: str | Path, seed: int = 0) -> None:
-    """Write the untrained model directory; the same seed gives the same weights."""
+    """Write the untrained model directory. Weights are determined by the seed."""
     tokenizer = build_tokenizer()
     torch.manual_seed(seed)
     model = LlavaNextForConditionalGeneration(build_config(tokenizer))

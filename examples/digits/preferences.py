@@ -1,9 +1,9 @@
-"""How far preference tuning moved a model: held-out canvases read before and after.
+"""Measure the effect of preference tuning on held-out canvases.
 
     python examples/digits/preferences.py BEFORE AFTER
 
-Of canvases of two to five digits, in percent: answers that are one digit alone, those that are the first digit alone
-(preferred), and those that read the whole canvas rightly (rejected).
+For canvases of two to five digits, print the percentage of answers that are a single digit, that are the first digit
+(preferred), and that read the whole canvas correctly (rejected).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main(
 
 
 def draw_canvases(number: int) -> list[Canvas]:
-    """Canvases of two to five held-out scans."""
+    """Return canvases of two to five held-out scans."""
     rng = np.random.default_rng(2027)
     _, held_out = split_scans()
     return [compose(rng, held_out, int(rng.integers(2, 6))) for _ in range(number)]
@@ -44,7 +44,7 @@ def draw_canvases(number: int) -> list[Canvas]:
 
 @torch.inference_mode()
 def shares(model: llava_fast.Llava, asked: list[Canvas]) -> tuple[float, float, float]:
-    """Shares of answers that are one digit alone, that are the first digit alone, and that read all rightly."""
+    """Return the shares of answers that are a single digit, the first digit, and all digits correctly."""
     rng = np.random.default_rng(7)
     counts = np.zeros(3)
     for number, first in enumerate(range(0, len(asked), BATCH)):

@@ -1,11 +1,11 @@
-"""Stage 0: teach the tiny tower digits, as CLIP's tower knows the world before LLaVA begins.
+"""Stage 0: pretrain the tiny vision tower on digits. LLaVA likewise starts from a pretrained CLIP tower.
 
     python examples/digits/tower.py OUT_DIR
 
-OUT_DIR is a whole model, for stage 1 to start from: a tower that knows digits, and a projector and a decoder with
-random weights. Each patch of a tile is classified by a linear head that is thrown away: which digit's ink box holds its
-centre, or none. Dense labels teach a tower from scratch far sooner than answers do. Ink starts white on black and takes
-its full variety of colours, contrasts and backgrounds over the first part of the run.
+OUT_DIR is a complete model, from which stage 1 starts: the trained tower, and a projector and a decoder with random
+weights. A linear head, discarded afterwards, classifies each patch of a tile: the digit whose bounding box contains its
+centre, or none. Such dense labels train a tower from scratch much faster than answers do. Ink is white on black at
+first. The variety of colours, contrasts and backgrounds grows over the first part of the run.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ NO_DIGIT = 10
 CANVASES = 8  # a step
 LEARNING_RATE = 2e-3
 FREQUENCIES = (0.8, 1.6, 2.4, 3.0)  # radians a patch
-POSITION_SCALE = 3.0  # of the code, so that it stays visible beside what the pixels say
-SHARPNESS = 12.0  # of attention at the start
+POSITION_SCALE = 3.0  # of the position code, relative to the pixel features
+SHARPNESS = 12.0  # of attention at initialisation
 NEIGHBOURS = [(dx, dy) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dx, dy) != (0, 0)]
-PROJECTED_SCALE = 0.2  # of the projector's last layer: what it says starts near the scale of text embeddings
-PLAIN_UNTIL = 0.4  # share of the run over which plain white-on-black canvases give way to all kinds
+PROJECTED_SCALE = 0.2  # of the projector's last layer, so that its output has the scale of text embeddings
+PLAIN_UNTIL = 0.4  # share of the run in which white-on-black canvases are gradually replaced
 
 
 def main(
@@ -49,7 +49,7 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
 ) -> None:
-    """Make the untrained demo model, train its tower, and write both as a checkpoint to OUTPUT."""
+    """Create the untrained demo model, train its tower, and write the model to OUTPUT."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     make_model(output, seed)
@@ -63,12 +63,12 @@ def main(
 
 
 def initialise(tower: VisionTower, generator: torch.Generator) -> None:
-    """Weights that make each attention layer begin as a 3x3 convolution, which a tower from scratch learns from many
-    times sooner (Cordonnier et al. 2020; Zheng et al. 2024, structured initialisation).
+    """Initialise each attention layer as a 3x3 convolution, which speeds up training from scratch many times
+    (Cordonnier et al. 2020; Zheng et al. 2024, structured initialisation).
 
-    The first head_dim channels hold the position as sines and cosines, and nothing else is written there. Queries and
-    keys read only those; a query turns them by one patch, so that each of eight heads looks at another neighbour.
-    Patch filters see brightness alone.
+    The first head_dim channels contain the position as sines and cosines and nothing else. Queries and keys read only
+    these channels. A query rotates them by one patch, so that each of eight heads attends to another neighbour. Patch
+    filters see only brightness.
     """
     config = tower.config
     width, heads, side = config.hidden_size, config.num_heads, config.image_size // config.patch_size
@@ -100,7 +100,7 @@ def initialise(tower: VisionTower, generator: torch.Generator) -> None:
 
 
 def guard_positions(tower: VisionTower) -> None:
-    """Keep what `initialise` set up: queries and keys stay, and no gradient reaches the position channels."""
+    """Freeze the structure of `initialise`: queries, keys and the position channels are not trained."""
     reserved = tower.config.hidden_size // tower.config.num_heads
     embeddings = tower.embeddings
     leading = [embeddings.patch_embedding.weight, embeddings.class_embedding, *tower.pre_layrnorm.parameters()]
@@ -120,7 +120,7 @@ def guard_positions(tower: VisionTower) -> None:
 
 
 def train_tower(tower: VisionTower, geometry: VisualGeometry, scans: np.ndarray, minutes: float) -> float:
-    """Train for so many minutes of processor time; returns the last steps' accuracy on patches with ink."""
+    """Train for `minutes` of processor time. Returns the last steps' accuracy on patches with ink."""
     rng = np.random.default_rng(0)
     head = nn.Linear(tower.config.feature_size, NO_DIGIT + 1)
     guard_positions(tower)
@@ -157,7 +157,8 @@ def dense_batch(
     scans: np.ndarray,
     plain: float,
 ) -> tuple[Tensor, Tensor]:
-    """(uint8 tiles [tiles, 3, T, T], labels [tiles, patches]) of a few canvases; tiles without ink are left out."""
+    """Return (uint8 tiles [tiles, 3, T, T], labels [tiles, patches]) of a few canvases, without tiles that have no
+    ink."""
     tiles, labels = [], []
     for _ in range(CANVASES):
         canvas = compose(rng, scans, plain=bool(rng.random() < plain))
@@ -172,7 +173,7 @@ def dense_batch(
 
 
 def _patch_labels(canvas, view: View, geometry: VisualGeometry) -> np.ndarray:
-    """int64 [tiles, patches]: the digit in whose ink box each patch's centre lies, or NO_DIGIT."""
+    """Return int64 [tiles, patches]: the digit whose bounding box contains the patch centre, or NO_DIGIT."""
     patch, side = geometry.patch_size, geometry.side
     scale_y, scale_x = view.size[0] / canvas.image.shape[0], view.size[1] / canvas.image.shape[1]
     rows, columns = view.canvas[0] // patch, view.canvas[1] // patch
@@ -186,14 +187,14 @@ def _patch_labels(canvas, view: View, geometry: VisualGeometry) -> np.ndarray:
 
 
 def _position_code(side: int) -> Tensor:
-    """[side * side, 16]: sine and cosine of x and of y at four frequencies, which tell neighbours well apart."""
+    """Return [side * side, 16]: sine and cosine of x and of y at four frequencies."""
     y, x = torch.meshgrid(torch.arange(side).float(), torch.arange(side).float(), indexing="ij")
     angles = [axis.flatten()[:, None] * torch.tensor(FREQUENCIES) for axis in (x, y)]
     return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
 
 
 def _shift(dx: int, dy: int) -> Tensor:
-    """[16, 16]: turns the code of (x, y) into that of (x + dx, y + dy)."""
+    """Return [16, 16]: the rotation from the code of (x, y) to that of (x + dx, y + dy)."""
     number = len(FREQUENCIES)
     turn = torch.zeros(4 * number, 4 * number)
     for axis, step in enumerate((dx, dy)):
