@@ -18,10 +18,12 @@ from llava_fast.inputs.processor import Processor
 
 @dataclass
 class Part:
-    """One piece of a prompt; an image or video also has its tiles."""
+    """One piece of a prompt; an image or video also has its tiles. `encoded`: the tower has run on them for this part;
+    it has not where the part's rows or its features were in a cache."""
 
     piece: Piece
     tiles: list[Cut] = field(default_factory=list)
+    encoded: bool = False
 
     def __len__(self) -> int:
         return len(self.piece.ids if isinstance(self.piece, TextPiece) else self.piece.rows)
@@ -29,6 +31,10 @@ class Part:
     @property
     def is_visual(self) -> bool:
         return isinstance(self.piece, VisualPiece)
+
+    @property
+    def number_of_tiles(self) -> int:
+        return self.piece.rows.tiles if isinstance(self.piece, VisualPiece) else 0
 
     @property
     def key(self) -> int:

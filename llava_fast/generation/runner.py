@@ -192,6 +192,8 @@ class Runner:
             ids = np.concatenate([p.ids for of_sequence in pieces for p in of_sequence if isinstance(p, TextPiece)])
             token = torch.from_numpy(ids).to(self.model.device, torch.long)
             return self.model.decoder.embed_tokens(token).split(list(map(sequence_length, pieces)))
+        for part in (each for parts in sequences for each in parts):
+            part.encoded = part.is_visual
         tiles = [cut for parts in sequences for part in parts for cut in part.tiles]
         batch = Batch.from_prepared(self.model.own_processor.assemble(pieces, tiles), self.model.device)
         return self.model.inputs_embeds(batch).split(batch.plan.lengths)

@@ -39,7 +39,7 @@ GROWTH_ROWS = 256  # if memory must be allocated for a prompt, allocate for this
 @dataclass(frozen=True)
 class Stats:
     """A scheduler's state. used_blocks: blocks of running sequences; kept_blocks: blocks kept for later prompts.
-    reused_rows, preemptions: totals since its creation.
+    reused_rows (found in the cache at first admissions), preemptions: totals since its creation.
     """
 
     waiting: int
@@ -158,7 +158,9 @@ class Scheduler:
                 table.reserve(sequence.rows, expected)
             sequence.table, sequence.cached_rows, sequence.admission = table, rows, self._admissions
             self._admissions += 1
-            self._reused_rows += rows
+            if sequence.reused_rows is None:  # after a preemption they are its own
+                sequence.reused_rows = rows
+                self._reused_rows += rows
             self.waiting.remove(sequence)
             self.prefilling.append(sequence)
 

@@ -46,6 +46,7 @@ class Sequence:
     finish_reason  None while it runs; then "stop", "length", "cancelled" or "error" (see `error`).
     table          the block table of its cached rows, or None.
     cached_rows    rows found in the cache at its last admission; `admission` counts admissions.
+    reused_rows    rows found in the cache at its first admission, when none was its own; None before.
     ahead          steps that were launched for it and whose tokens the host has not seen; `slot` is its place on the
                    device for them (device_sampling).
     """
@@ -63,6 +64,7 @@ class Sequence:
         self.error: Exception | None = None
         self.table: BlockTable | None = None
         self.cached_rows = self.admission = self.ahead = 0
+        self.reused_rows: int | None = None
         self.slot: int | None = None
         self.embedded: tuple[int, Tensor] | None = None  # first row, embeddings that wait for their prefill pass
 

@@ -72,8 +72,9 @@ class Answer:
             "completion_tokens": answered,
             "total_tokens": asked + answered,
             "prompt_tokens_details": {
-                "cached_tokens": sum(sequence.cached_rows for sequence in prompts),
+                "cached_tokens": sum(sequence.reused_rows or 0 for sequence in prompts),
                 "visual_tokens": sum(sequence.prompt.visual_rows for sequence in prompts),
+                "images": [image for sequence in prompts for image in _images(sequence)],
             },
         }
 
@@ -162,6 +163,19 @@ class CompletionAnswer(Answer):
             "top_logprobs": [{self._text(token): finite(value) for token, value in each.top} for each in logprobs],
             "text_offset": offsets,
         }
+
+
+def _images(sequence: Sequence) -> list[dict[str, Any]]:
+    """Tokens and tiles of each image or video, in order, and where its rows came from: the tower ("encoded"), or one of
+    the caches."""
+    images, end = [], 0
+    for part in sequence.prompt.parts:
+        end += len(part)
+        if part.is_visual:
+            kept = "prefix_cache" if end <= (sequence.reused_rows or 0) else "feature_cache"
+            source = "encoded" if part.encoded else kept
+            images.append({"tokens": len(part), "tiles": part.number_of_tiles, "source": source})
+    return images
 
 
 def finite(logprob: float) -> float:

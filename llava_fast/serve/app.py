@@ -16,16 +16,26 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.types import Receive, Scope, Send
 
 from llava_fast.serve.answers import Answer, ChatAnswer, CompletionAnswer
+from llava_fast.serve.bodies import JsonRoute
 from llava_fast.serve.engine import Step
 from llava_fast.serve.errors import ApiError, api_error, handle_errors
 from llava_fast.serve.gate import Gate
-from llava_fast.serve.protocol import ChatRequest, CompletionRequest
+from llava_fast.serve.plan import PromptPlan
+from llava_fast.serve.protocol import ChatRequest, CompletionRequest, PlanRequest
 from llava_fast.serve.service import Body, Service
 from llava_fast.version import __version__
 
 T = TypeVar("T")
 SLOW = 5.0
 PAGE = Path(__file__).parent / "page"
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' blob:; media-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-cache",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+"""Nothing from elsewhere, nothing inline, in nobody's frame. Pictures and videos are the user's own, as blobs."""
 
 
 def create_app(service: Service) -> FastAPI:
@@ -47,11 +57,12 @@ def create_app(service: Service) -> FastAPI:
             allow_headers=["Authorization", "Content-Type"],
         )
     handle_errors(app)
+    app.router.route_class = JsonRoute
 
     @app.get("/health")
     async def health() -> Response:
-        alive = service.engine.is_alive
-        return JSONResponse({"status": "ok" if alive else "the engine has stopped"}, 200 if alive else 503)
+        ready = service.engine.can_answer
+        return JSONResponse({"status": "ok" if ready else "the engine cannot answer: restart"}, 200 if ready else 503)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -74,14 +85,26 @@ def create_app(service: Service) -> FastAPI:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await _answered(service, body, request, CompletionAnswer)
 
-    if (PAGE / "index.html").is_file():
-        app.mount("/static", StaticFiles(directory=PAGE))
+    @app.post("/v1/llava_fast/plan", responses={200: {"model": PromptPlan}})
+    async def plan(body: PlanRequest, request: Request) -> Response:
+        return await _planned(service, body, request)
 
-        @app.get("/", include_in_schema=False)
-        async def page() -> Response:
-            return FileResponse(PAGE / "index.html")
+    app.mount("/static", PageFiles(directory=PAGE))
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
 
     return app
+
+
+class PageFiles(StaticFiles):
+    """The page's files, with its headers."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(PAGE_HEADERS)
+        return response
 
 
 def _model(service: Service) -> dict[str, Any]:
@@ -91,6 +114,7 @@ def _model(service: Service) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "llava_fast",
         "max_model_len": service.model.config.decoder.context_length,
+        "limits": service.limits,
     }
 
 
@@ -116,6 +140,17 @@ async def _answered(service: Service, body: Body, request: Request, kind: type[A
                 steps = service.steps(answer.sequences, deadline)
                 return Stream(steps, answer, body.with_usage, deadline, place.pop_all())
         return JSONResponse(answer)
+    except Exception as error:
+        raise api_error(error) from error
+
+
+async def _planned(service: Service, body: PlanRequest, request: Request) -> Response:
+    """What the model would see of a conversation's images. It takes a place as an answer does, while it is made."""
+    service.check_model(body.model)
+    try:
+        with service.admitted(1):
+            made = asyncio.wait_for(service.plan(body), service.settings.deadline)
+            return Response(await _while_connected(request, made), media_type="application/json")
     except Exception as error:
         raise api_error(error) from error
 

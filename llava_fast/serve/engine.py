@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from llava_fast.errors import GenerationError
 from llava_fast.generation.scheduler import Scheduler, Stats
 from llava_fast.generation.sequence import Sequence
@@ -36,7 +38,8 @@ class Engine:
     are called there too.
 
     A sequence that is cancelled leaves before the next step. If a step fails as a whole, every sequence in it ends
-    with that error and the engine goes on.
+    with that error and the engine goes on. After an error of the device nothing can run in this process: `can_answer`
+    is then False.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -47,10 +50,11 @@ class Engine:
         self._members: set[Sequence] = set()  # of the engine's thread
         self._thread = threading.Thread(target=self._run, name="llava-fast-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._device_failed = False
 
     @property
-    def is_alive(self) -> bool:
-        return self._thread.is_alive()
+    def can_answer(self) -> bool:
+        return self._thread.is_alive() and not self._device_failed
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -84,6 +88,7 @@ class Engine:
                     self.scheduler.cancel(sequence)
                     self._failed(sequence, error)
                     moved.append((sequence, ""))
+            self._device_failed |= any(isinstance(s.error, torch.AcceleratorError) for s, _ in moved)
             self._tell([Step(s, text, len(s.token_ids), s.finish_reason is not None) for s, text in moved])
 
     def _obey(self) -> bool:

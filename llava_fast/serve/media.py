@@ -6,11 +6,12 @@ import base64
 import binascii
 import os
 import urllib.parse
+from functools import partial
 from pathlib import Path
 
 from llava_fast.errors import ImageError
 from llava_fast.inputs.pictures.reading import OPEN_FORMATS, open_header
-from llava_fast.inputs.pictures.video import check_video
+from llava_fast.inputs.pictures.video import VideoFrames, take_frames
 from llava_fast.serve.errors import ApiError
 from llava_fast.serve.remote import fetch
 from llava_fast.serve.settings import Settings
@@ -38,12 +39,10 @@ class Media:
             self._check_pixels(image.height, image.width)
         return data
 
-    def video(self, url: str) -> bytes:
-        """The bytes of a video file with allowed frames."""
-        data = self._read(url)
-        used = self.settings.video_frames
-        check_video(data, self.settings.max_frames, lambda height, width: self._check_pixels(height, width, used))
-        return data
+    def video(self, url: str) -> VideoFrames:
+        """The used frames of a video file that has allowed ones alone."""
+        data, used = self._read(url), self.settings.video_frames
+        return take_frames(data, used, self.settings.max_frames, partial(self._check_pixels, number=used))
 
     def _check_pixels(self, height: int, width: int, number: int = 1) -> None:
         if number * height * width > self.settings.max_pixels:

@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from llava_fast.generation.scheduler import Scheduler
 from llava_fast.generation.sequence import Sequence
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics", "/health")
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/llava_fast/plan", "/v1/models", "/metrics", "/health", "/")
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
@@ -49,8 +49,7 @@ class Metrics:
         """Counts a sequence that is queued now."""
         self._prompt.inc(sequence.prompt.rows)
         self._visual.inc(sequence.prompt.visual_rows)
-        cuts = [cut for part in sequence.prompt.parts for cut in part.tiles]
-        self._tiles.inc(sum(len(cut[1]) if isinstance(cut, tuple) else len(cut) for cut in cuts))
+        self._tiles.inc(sum(part.number_of_tiles for part in sequence.prompt.parts))
         return Clock(self, sequence)
 
     def text(self) -> bytes:

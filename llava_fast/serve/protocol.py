@@ -70,6 +70,9 @@ class Message(Body):
     content: Text | Annotated[list[Part], Field(max_length=1024)]
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
+
+
 class TextFormat(Body):
     type: Literal["text"]
 
@@ -195,7 +198,7 @@ class Options(Body):
 class ChatRequest(Options):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -213,6 +216,13 @@ class ChatRequest(Options):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs is for logprobs=true")
         return self
+
+
+class PlanRequest(Body):
+    """The body of /v1/llava_fast/plan."""
+
+    model: str
+    messages: Messages
 
 
 class CompletionRequest(Options):

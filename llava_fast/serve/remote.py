@@ -16,6 +16,8 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from typing import Any
 
 from llava_fast.serve.errors import ApiError
 
@@ -59,10 +61,10 @@ def check_host(host: str, allowed: Sequence[str]) -> None:
     )
 
 
-def public_address(host: str, port: int) -> tuple[int, str]:
+def public_address(host: str, port: int, seconds: float) -> tuple[int, str]:
     """(address family, IP address) to connect to. Raises ApiError if any address of the host is not public."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = _resolved(host, port, seconds)
     except (OSError, UnicodeError) as error:
         raise _failed("its name does not resolve") from error
     addresses = [(family, str(where[0])) for family, _, _, _, where in found]
@@ -70,6 +72,23 @@ def public_address(host: str, port: int) -> tuple[int, str]:
         if not is_public(address):
             raise ApiError(403, "the address leads to a private network, which is never fetched", "messages")
     return addresses[0]
+
+
+def _resolved(host: str, port: int, seconds: float) -> list[Any]:
+    """What getaddrinfo returns, which has no time limit of its own: it may go on in its thread. Raises what it raises,
+    and ApiError after `seconds`."""
+    resolved: Future[list[Any]] = Future()
+
+    def resolve() -> None:
+        try:
+            resolved.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except Exception as error:
+            resolved.set_exception(error)
+
+    threading.Thread(target=resolve, name="llava-fast-resolve", daemon=True).start()
+    if not wait([resolved], seconds).done:
+        raise _failed("it took too long")
+    return resolved.result()
 
 
 def is_public(address: str) -> bool:
@@ -144,7 +163,8 @@ def _connected(parts: urllib.parse.SplitResult, ends: float) -> _Connection:
     secure = parts.scheme == "https"
     port = parts.port or (443 if secure else 80)
     host = parts.hostname or ""
-    return _Connection(host, port, public_address(host, port), secure, _left(ends))
+    address = public_address(host, port, _left(ends))
+    return _Connection(host, port, address, secure, _left(ends))
 
 
 def _body(response: http.client.HTTPResponse, max_bytes: int, ends: float) -> bytes:

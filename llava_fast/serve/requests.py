@@ -6,7 +6,7 @@ from typing import Any
 
 from llava_fast.serve.errors import ApiError
 from llava_fast.serve.media import Media
-from llava_fast.serve.protocol import ChatRequest, CompletionRequest, ImagePart, TextPart, VideoPart
+from llava_fast.serve.protocol import ChatRequest, CompletionRequest, ImagePart, PlanRequest, TextPart, VideoPart
 
 
 def requests_of(body: ChatRequest | CompletionRequest, media: Media) -> list[dict[str, Any]]:
@@ -14,10 +14,11 @@ def requests_of(body: ChatRequest | CompletionRequest, media: Media) -> list[dic
     ImageError for those that cannot."""
     if isinstance(body, CompletionRequest):
         return [{"prompt": prompt} for prompt in body.prompts]
-    return [_chat(body, media)]
+    return [chat_request(body, media)]
 
 
-def _chat(body: ChatRequest, media: Media) -> dict[str, Any]:
+def chat_request(body: ChatRequest | PlanRequest, media: Media) -> dict[str, Any]:
+    """The request of a conversation. Raises as `requests_of`."""
     parts = [part for message in body.messages if not isinstance(message.content, str) for part in message.content]
     images = [part for part in parts if isinstance(part, ImagePart)]
     videos = [part for part in parts if isinstance(part, VideoPart)]

@@ -27,8 +27,9 @@ from llava_fast.serve.engine import Engine, Step, error_of
 from llava_fast.serve.errors import ApiError
 from llava_fast.serve.media import Media
 from llava_fast.serve.metrics import Metrics
-from llava_fast.serve.protocol import ChatRequest, CompletionRequest
-from llava_fast.serve.requests import requests_of
+from llava_fast.serve.plan import prompt_plan
+from llava_fast.serve.protocol import ChatRequest, CompletionRequest, PlanRequest
+from llava_fast.serve.requests import chat_request, requests_of
 from llava_fast.serve.settings import Settings
 
 Body = ChatRequest | CompletionRequest
@@ -76,7 +77,10 @@ class Service:
 
     @contextmanager
     def admitted(self, answers: int) -> Iterator[None]:
-        """Room for so many answers while the block runs. Raises ApiError 429 where there is none."""
+        """Room for so many answers while the block runs. Raises ApiError 429 where there is none, and 503 where the
+        engine can answer nothing any more."""
+        if not self.engine.can_answer:
+            raise ApiError(503, "the model has failed: the server must be restarted", code="engine_failed")
         most = self.settings.max_running + self.settings.max_waiting
         if self.open_answers + answers > most:
             turns = max(1, self.open_answers // self.settings.max_running)
@@ -133,6 +137,16 @@ class Service:
                 sequences.append(new_sequence(self.model, prompt, sampling, seed, pieces=True))
         return sequences
 
+    async def plan(self, body: PlanRequest) -> str:
+        """JSON of what the model would see of the body's images and videos. Raises as `sequences`, but not for a prompt
+        that is too long."""
+        return await asyncio.get_running_loop().run_in_executor(self.pool, self._plan, body)
+
+    def _plan(self, body: PlanRequest) -> str:
+        request = chat_request(body, self.media)
+        self._check_text(request)
+        return prompt_plan(self.processor, request, body.model, self._most_rows).model_dump_json()
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for; of a special token its name, of one without a name none."""
         config = self.model.config
@@ -140,6 +154,13 @@ class Service:
             return b""
         ends = config.eos_token_ids or (0,)  # llguidance wants one; which it is does not matter here
         return llguidance_tokenizer(self.model.tokenizer, config.decoder.vocab_size, ends).decode_bytes([token])
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """What a client may wish to know before it sends a request."""
+        settings = self.settings
+        names = ("max_body_bytes", "max_images", "max_pixels", "max_frames", "video_frames")
+        return {"max_prompt_tokens": self._most_rows} | {name: getattr(settings, name) for name in names}
 
     @property
     def _most_rows(self) -> int:

@@ -448,3 +448,19 @@ def test_a_full_context_is_where_an_answer_ends():
     assert sequence.prompt.rows + len(sequence.token_ids) == context
     assert sequence.finish_reason == "length"
     assert_empty(scheduler)
+
+
+def test_rows_that_a_preempted_answer_finds_again_are_its_own():
+    """`cached_rows` then counts them; `reused_rows` and the statistics do not."""
+    model = tiny.pair("next").ours
+    options = {"max_new_tokens": 90, "ignore_eos": True}
+    requests = [{"prompt": "one " * 9}, {"prompt": "two " * 9}]
+    scheduler = make(model, blocks=14, reuse=True)
+    sequences = [sequence_of(model, request, **options) for request in requests]
+    run(scheduler, *sequences)
+    assert scheduler.stats.preemptions >= 1
+    again = max(sequences, key=lambda sequence: sequence.admission)
+    assert again.cached_rows > again.prompt.rows
+    shared = 1  # the BOS
+    assert again.reused_rows <= shared
+    assert scheduler.stats.reused_rows == sum(sequence.reused_rows for sequence in sequences) <= shared

@@ -11,6 +11,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Collection, Generator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,8 +30,8 @@ def read_video(source: Any, num_frames: int | None = None) -> np.ndarray:
     """Frames of a video as uint8 [frames, height, width, 3].
 
     source      a path or the bytes of a video file (needs PyAV: `pip install 'llava_fast[video]'`); or the frames: a
-                folder of image files (see `frame_files`), a list of sources for `open_image`, or a uint8 array
-                [F, H, W, 3]. All frames must have the same size.
+                folder of image files (see `frame_files`), a list of sources for `open_image`, a uint8 array
+                [F, H, W, 3], or VideoFrames. All frames must have the same size.
     num_frames  number of frames, spaced uniformly from the first to the last: frame indices
                 np.linspace(0, total - 1, num_frames).astype(int), as in LLaVA-NeXT (indices repeat if the video has
                 fewer frames). None: all frames.
@@ -45,6 +46,8 @@ def read_video(source: Any, num_frames: int | None = None) -> np.ndarray:
         source = frame_files(source)
     if isinstance(source, _FILE):
         return _read_file(source, num_frames)
+    if isinstance(source, VideoFrames):
+        source = source.frames
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 4 or source.shape[-1] != 3 or 0 in source.shape[1:]:
             raise ImageError(f"a video array must be uint8 [frames, H, W, 3], not {source.dtype} {source.shape}")
@@ -74,6 +77,8 @@ def frame_count(source: Any, num_frames: int | None = None) -> int:
             with contextlib.closing(_decoded(source, ())) as frames:
                 next(frames)
         total = _total(source) if num_frames is None else num_frames
+    elif isinstance(source, VideoFrames):
+        total = len(source.frames)
     elif isinstance(source, np.ndarray) or not isinstance(source, Sequence) or not source:
         total = len(read_video(source, num_frames))
     else:
@@ -81,30 +86,69 @@ def frame_count(source: Any, num_frames: int | None = None) -> int:
     return total if num_frames is None else num_frames
 
 
-CONTAINERS = "mov,matroska,avi,mpegts,mpeg,gif,flv,ogg,asf"
+@dataclass(frozen=True, eq=False)
+class VideoFrames:
+    """Frames taken from a video file (`take_frames`): a video that is not decoded again.
 
-
-def check_video(data: bytes, most_frames: int, check_size: Callable[[int, int], None]) -> None:
-    """Raise ImageError for a video file with more than `most_frames` frames or with a frame that cannot be decoded. For
-    untrusted files: only containers that include their frames (CONTAINERS) are opened, not playlists, which name other
-    files.
-
-    check_size: called with the (height, width) of the header before any frame is decoded, and with those of each frame;
-    it should raise if they are too large.
+    frames  uint8 [frames, height, width, 3].
+    numbers int64 [frames]: their numbers among the file's `total` frames.
+    rate    frames a second, as the header says; None if it does not.
     """
 
-    def check_header(stream: Any) -> None:
-        check_size(stream.codec_context.height, stream.codec_context.width)
-        check_number(stream.frames)
+    frames: np.ndarray
+    numbers: np.ndarray
+    total: int
+    rate: float | None
+
+
+CONTAINERS = "mov,matroska,avi,mpegts,mpeg,gif,flv,ogg,asf"
+Check = Callable[[int, int], None]
+
+
+def take_frames(
+    source: Any, num_frames: int, most_frames: int | None = None, check_size: Check | None = None
+) -> VideoFrames:
+    """The frames of `read_video(source, num_frames)` of a video file, by decoding it once if its header says how many
+    frames it has, and twice if not. Raises ImageError.
+
+    most_frames, check_size  for files that nobody vouches for. A file with more frames is refused. `check_size` is
+        called with the height and width that the header says, before any frame is decoded, and with those of each
+        frame; it raises for what is too large. Only containers that hold their own frames (CONTAINERS) are then opened,
+        not playlists, which name other files.
+    """
+    wanted: set[int] = set()
+    rates: list[float | None] = []
 
     def check_number(frames: int) -> None:
-        if frames > most_frames:
-            raise ImageError(f"{source_name(data)} has more than {most_frames} frames: shorten it")
+        if most_frames is not None and frames > most_frames:
+            raise ImageError(f"{source_name(source)} has more than {most_frames} frames: shorten it")
 
-    options = {"format_whitelist": CONTAINERS}
-    with contextlib.closing(_decoded(data, (), options, check_header, check_size)) as frames:
-        for number, _ in enumerate(frames, 1):
-            check_number(number)
+    def see_header(stream: Any) -> None:
+        if check_size is not None:
+            check_size(stream.codec_context.height, stream.codec_context.width)
+        check_number(stream.frames)
+        if not wanted and stream.frames > 0:
+            wanted.update(uniform_frames(stream.frames, num_frames).tolist())
+        rates.append(_rate_of(stream))
+
+    def decoded() -> tuple[dict[int, np.ndarray], int]:
+        found, number = {}, -1
+        options = None if most_frames is None else {"format_whitelist": CONTAINERS}
+        with contextlib.closing(_decoded(source, wanted, options, see_header, check_size)) as frames:
+            for number, frame in enumerate(frames):
+                check_number(number + 1)
+                if frame is not None:
+                    found[number] = frame
+        return found, number + 1
+
+    found, total = decoded()
+    numbers = uniform_frames(total, num_frames)
+    if not found.keys() >= set(numbers.tolist()):
+        wanted = set(numbers.tolist())
+        found, _ = decoded()
+    if not found.keys() >= set(numbers.tolist()):
+        raise ImageError(f"{source_name(source)} changed while it was read")
+    return VideoFrames(np.stack([found[number] for number in numbers.tolist()]), numbers, total, rates[-1])
 
 
 class VideoTimes(NamedTuple):
@@ -122,6 +166,11 @@ def video_times(source: Any, num_frames: int) -> VideoTimes:
     """
     if _is_folder(source):
         total, rate = frame_count(source), FOLDER_RATE
+    elif isinstance(source, VideoFrames):
+        if source.rate is None:
+            raise ImageError(_NO_RATE.format("the video"))
+        numbers = source.numbers[uniform_frames(len(source.numbers), num_frames)]
+        return VideoTimes(source.total / source.rate, [int(number) / source.rate for number in numbers])
     elif isinstance(source, _FILE):
         total, rate = _total(source), _rate(source)
     else:
@@ -165,7 +214,9 @@ def _is_folder(source: Any) -> bool:
 def _read_file(source: Any, num_frames: int | None) -> np.ndarray:
     if num_frames is None:
         return np.stack([frame for frame in _decoded(source) if frame is not None])
-    order = uniform_frames(_total(source), num_frames).tolist()
+    if not isinstance(source, (str, os.PathLike)):
+        return take_frames(source, num_frames).frames
+    order = uniform_frames(_total(source), num_frames).tolist()  # of a path the number is kept
     with contextlib.closing(_decoded(source, set(order))) as frames:
         found = {n: frame for n, frame in enumerate(itertools.islice(frames, order[-1] + 1)) if frame is not None}
     if len(found) < len(set(order)):
@@ -191,11 +242,11 @@ def _decoded(
     source: Any,
     wanted: Collection[int] | None = None,
     options: dict[str, str] | None = None,
-    check_header: Callable[[Any], None] | None = None,
-    check_size: Callable[[int, int], None] | None = None,
+    see_header: Callable[[Any], None] | None = None,
+    check_size: Check | None = None,
 ) -> Generator[np.ndarray | None]:
     """The frames of a video file in order: uint8 [height, width, 3] for frames in `wanted` (None: all), None for
-    others. options: FFmpeg's options for opening it. check_header: called with the stream before a frame is decoded;
+    others. options: FFmpeg's options for opening it. see_header: called with the stream before a frame is decoded;
     check_size: called with each frame's height and width. Raises ImageError, also for a video without frames and for
     one whose size changes."""
     av, name = _pyav(), source_name(source)
@@ -203,8 +254,8 @@ def _decoded(
     try:
         with _opened(source, name, options) as container:
             stream = container.streams.video[0]
-            if check_header is not None:
-                check_header(stream)
+            if see_header is not None:
+                see_header(stream)
             stream.thread_type = "AUTO"
             for number, frame in enumerate(container.decode(video=0)):
                 if check_size is not None:
@@ -222,15 +273,22 @@ def _decoded(
         raise ImageError(f"{name} has no frames")
 
 
+_NO_RATE = "{} does not state its frame rate, so the times of its frames are unknown"
+
+
 def _rate(source: Any) -> float:
     """The average frame rate in the header of a video file, per second. Raises ImageError."""
     name = source_name(source)
     with _opened(source, name) as container:
-        stream = container.streams.video[0]
-        rate = stream.average_rate or stream.guessed_rate  # PyAV 17 may only have the second
-    if not rate:
-        raise ImageError(f"{name} does not state its frame rate, so the times of its frames are unknown")
-    return float(rate)
+        rate = _rate_of(container.streams.video[0])
+    if rate is None:
+        raise ImageError(_NO_RATE.format(name))
+    return rate
+
+
+def _rate_of(stream: Any) -> float | None:
+    rate = stream.average_rate or stream.guessed_rate  # PyAV 17 may only have the second
+    return float(rate) if rate else None
 
 
 def _opened(source: Any, name: str, options: dict[str, str] | None = None) -> Any:
