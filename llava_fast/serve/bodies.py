@@ -32,7 +32,9 @@ def parse(body: bytes) -> Any:
     except ValueError as error:
         raise ApiError(400, f"the body is no JSON: {error}") from None
     messages = value.get("messages") if isinstance(value, dict) else None
-    contents = [each.get("content") for each in messages if isinstance(each, dict)] if isinstance(messages, list) else []
+    contents = (
+        [each.get("content") for each in messages if isinstance(each, dict)] if isinstance(messages, list) else []
+    )
     if (parts := sum(len(each) for each in contents if isinstance(each, list))) > MOST_PARTS:
         raise ApiError(400, f"the messages have {parts} parts and a request takes {MOST_PARTS}", "messages")
     return value

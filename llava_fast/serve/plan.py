@@ -22,7 +22,9 @@ class RegionPlan(BaseModel):
     """One tile; for a tower of native sizes, the whole image or one slice."""
 
     box: Rectangle = Field(description="left, top, width, height in the image's pixels; may reach beyond the image.")
-    kept: Rectangle | None = Field(description="The part whose patches give tokens; null if no token has a place in it.")
+    kept: Rectangle | None = Field(
+        description="The part whose patches give tokens; null if no token has a place in it."
+    )
     tokens: int
     points: list[float] = Field(description="x, y of the middle of what each token reads, one token after another.")
 
@@ -105,7 +107,14 @@ def _planned(
         for name, kind in (("newline_tokens", NEWLINE), ("marker_tokens", TOKEN), ("pooled_tokens", POOLED))
     }
     return ItemPlan(
-        kind=kind, width=width, height=height, oriented=oriented, tiles=rows.tiles, tokens=len(rows), views=views, **counts
+        kind=kind,
+        width=width,
+        height=height,
+        oriented=oriented,
+        tiles=rows.tiles,
+        tokens=len(rows),
+        views=views,
+        **counts,
     )
 
 

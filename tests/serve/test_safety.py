@@ -14,13 +14,14 @@ from types import SimpleNamespace
 
 import openai
 import pytest
+import torch
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
 from llava_fast.cli import serving
 from llava_fast.errors import ImageError, ServeError
 from llava_fast.inputs.pictures import video
-from llava_fast.serve import app, gate, remote, service
+from llava_fast.serve import app, bodies, gate, remote, service
 from llava_fast.serve.errors import ApiError
 from llava_fast.serve.media import Media
 from llava_fast.serve.settings import Settings
@@ -335,6 +336,34 @@ def test_a_body_that_is_no_request_is_refused(server, body):
     assert json.loads(response.read())["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b'{"messages": [' + b",".join([b"{}"] * 600_000) + b"]}", "more than 1048576 values"),
+        (b'{"messages": ' + json.dumps([{"content": [0] * 1000}] * 9).encode() + b"}", "9000 parts"),
+        (b'{"temperature": NaN}', "no JSON"),
+        (b'{"user": "\\ud800"}', "no JSON"),
+    ],
+    ids=range(4),
+)
+def test_a_body_of_too_many_values_is_refused_before_it_is_checked(body, says):
+    with pytest.raises(ApiError, match=says):
+        bodies.parse(body)
+
+
+def test_a_large_body_is_parsed_in_a_thread(server, model, monkeypatch):
+    """A data URI is one value, whatever its length."""
+    threads = []
+    parse = bodies.parse
+    monkeypatch.setattr(bodies, "parse", lambda body: (threads.append(threading.current_thread().name), parse(body))[1])
+    for text in ("hello", "hello" + " " * bodies.SMALL):
+        with contextlib.suppress(openai.BadRequestError):  # too long for the model
+            ask(server.client(), about(text))
+    assert not threads[0].startswith("llava-fast-parse")
+    assert threads[1].startswith("llava-fast-parse")
+    assert bodies.parse(json.dumps({"messages": about("x", "data:," + "," * 500_000)}).encode())
+
+
 def test_prompts_and_answers_are_bounded(model):
     with local(model, max_prompt_tokens=200, max_answer_tokens=5) as server:
         client = server.client()
@@ -424,6 +453,26 @@ def test_a_step_that_fails_as_a_whole_ends_what_runs_and_no_more(model, monkeypa
         assert ask(server.client(), about("hello")).choices
 
 
+def test_after_an_error_of_the_device_nothing_is_promised(model, monkeypatch):
+    """Health says so, and a request learns it at once: such an error stays until the process ends."""
+    with local(model) as server:
+        runner = server.service.engine.scheduler.runner
+
+        def failing(chunks):
+            raise torch.AcceleratorError("an illegal memory access was encountered")
+
+        monkeypatch.setattr(runner, "prefill", failing)
+        connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=10)
+        for health, answer in ((200, 500), (503, 503)):
+            connection.request("GET", "/health")
+            response = connection.getresponse()
+            response.read()
+            assert response.status == health
+            with pytest.raises(openai.InternalServerError) as caught:
+                ask(server.client(), about("hello"))
+            assert caught.value.status_code == answer
+
+
 def test_a_video_is_read(tmp_path):
     path = tmp_path / "a.mp4"
     made_videos.write(path, [tiny.picture(48, 64, seed) for seed in range(6)])
@@ -476,6 +525,16 @@ def test_a_page_whose_name_leads_here_is_refused(host, status):
     scope = {"type": "http", "path": "/v1/models", "headers": [(b"host", host.encode())]}
     asyncio.run(gate.Gate(answered, settings, lambda *_: None)(scope, None, send))
     assert sent[0]["status"] == status
+
+
+def test_a_name_that_does_not_resolve_in_time_is_not_waited_for(monkeypatch):
+    asked = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: asked.wait(5))
+    began = time.monotonic()
+    with pytest.raises(ApiError, match="took too long"):
+        remote.fetch("http://slow.example/a.png", ["slow.example"], 1000, 0.2)
+    assert time.monotonic() - began < 2
+    asked.set()
 
 
 def test_a_handshake_that_drips_is_not_waited_for(monkeypatch):

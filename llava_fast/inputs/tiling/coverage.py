@@ -59,9 +59,7 @@ def video_coverage(geometry: VisualGeometry, frames: int, height: int, width: in
     return _coverage(geometry, video_rows(geometry, frames), views, height, width)
 
 
-def _coverage(
-    geometry: VisualGeometry, rows: VisualRows, views: tuple[View, ...], height: int, width: int
-) -> Coverage:
+def _coverage(geometry: VisualGeometry, rows: VisualRows, views: tuple[View, ...], height: int, width: int) -> Coverage:
     places = [(number, *place) for number, view in enumerate(views) for place in _places(geometry, rows, view)]
     boxes = [_in_picture(views[view], height, width, place) for view, place, _ in places]
     if rows.table_rows:  # the connector's rows, equally many for each region
