@@ -30,7 +30,8 @@ export function draw(canvas, pixels, { width, height }, regions, sharpness) {
   context.fillStyle = outer;
   context.fillRect(0, 0, ...size);
   const whole = place([0, 0, width, height]);
-  if (pixels && sharpness) drawSharp(context, pixels, whole, place(union(regions.map((region) => region.box))), sharpness);
+  const covered = place(union(regions.map((region) => region.box)));
+  if (pixels && sharpness) drawSharp(context, pixels, whole, covered, sharpness);
   else if (pixels) context.drawImage(pixels, ...whole);
   else drawMissing(context, whole);
 

@@ -84,7 +84,7 @@ async function replan() {
   planned?.abort();
   byId("size").textContent = "";
   byId("size").classList.remove("over");
-  if (!attached.length) return;
+  if (!attached.length || running) return; // while an answer is made it has no place yet: then afterwards
   planned = new AbortController();
   try {
     const { items, prompt_tokens: tokens, max_prompt_tokens: most } = await plan(
@@ -96,7 +96,7 @@ async function replan() {
     showAttached();
     const current = attached.find(isShown);
     if (current) showSeen(current);
-    byId("size").textContent = `${digits(tokens)} of ${count(most, "token")}`;
+    byId("size").textContent = `${digits(tokens)} of ${count(most, "token")}, before the question`;
     byId("size").classList.toggle("over", tokens > most);
   } catch (error) {
     if (error.name !== "AbortError") problem(error.message);
@@ -136,7 +136,7 @@ async function ask() {
   question.value = "";
   attached = [];
   showAttached();
-  replan();
+  replan(); // its size is not shown any more
   let usage = null;
   let reason = null;
   try {
@@ -162,6 +162,7 @@ async function ask() {
   if (conversation !== turns) return; // a new one was begun
   if (answer.text || usage) turns.push({ role: "assistant", content: answer.text, attachments: [] });
   else takeBack(turn, text, asked, answer);
+  replan();
 }
 
 function show(turn, text) {
@@ -180,7 +181,8 @@ function show(turn, text) {
 
 function showAnswer() {
   const words = element("p", { className: "words" });
-  const item = element("article", { className: "answer" }, element("span", { className: "unseen", textContent: "Model: " }), words);
+  const speaker = element("span", { className: "unseen", textContent: "Model: " });
+  const item = element("article", { className: "answer" }, speaker, words);
   item.setAttribute("aria-busy", "true"); // read out when it is whole
   byId("log").append(item);
   item.scrollIntoView({ block: "nearest" });
@@ -208,13 +210,14 @@ function finish(answer, usage, reason, clock) {
   answer.item.removeAttribute("aria-busy");
   byId("totals").textContent =
     `This conversation: ${count(totals.questions, "answer")}, ${count(totals.read, "token")} read ` +
-    `(${digits(totals.visual)} of pictures, ${digits(totals.cached)} from the cache), ${digits(totals.written)} written.`;
+    `(${digits(totals.visual)} of pictures, ${digits(totals.cached)} from the cache), ` +
+    `${digits(totals.written)} written.`;
 }
 
 const SOURCES = {
-  encoded: "read now",
-  feature_cache: "known: its features were kept",
-  prefix_cache: "known: kept from an earlier prompt",
+  encoded: "encoded now",
+  feature_cache: "features from the cache",
+  prefix_cache: "from the cache, as the prompt before it",
 };
 
 /** What an answer took; times are the browser's. */
@@ -232,7 +235,8 @@ function costOf(usage, clock) {
   const lines = [
     `${count(cached, "token")} of the prompt came from the cache.`,
     ...images.map(
-      (image, at) => `Picture ${at + 1}: ${count(image.tokens, "token")}, ${count(image.tiles, "tile")}, ${SOURCES[image.source]}.`,
+      ({ tokens, tiles, source }, at) =>
+        `Picture ${at + 1}: ${count(tokens, "token")}, ${count(tiles, "tile")}, ${SOURCES[source]}.`,
     ),
   ];
   return element(
@@ -268,7 +272,6 @@ function takeBack(turn, text, asked, answer) {
   attached = [...turn.attachments, ...attached];
   byId("question").value ||= text;
   showAttached();
-  replan();
 }
 
 function showRunning(now) {

@@ -87,7 +87,10 @@ function offerSheets() {
 }
 
 function titleOf(sheet) {
-  return sheet.regions.length === 1 ? "Whole picture" : count(sheet.regions.length, "tile");
+  const { width, height } = shown.attachment.plan;
+  const [{ box }] = sheet.regions;
+  const covers = box[0] <= 0.5 && box[1] <= 0.5 && box[0] + box[2] >= width - 0.5 && box[1] + box[3] >= height - 0.5;
+  return sheet.regions.length === 1 && covers ? "Whole picture" : count(sheet.regions.length, "tile");
 }
 
 function select(number) {
