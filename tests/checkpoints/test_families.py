@@ -88,7 +88,7 @@ def test_a_new_family_has_only_the_layouts_that_it_names(checkpoint, tmp_path):
         save(build(load_checkpoint(path)), tmp_path / "b", layout="original")
     assert not (tmp_path / "b").exists()
     edit_json(path / "config.json", model_type="llava", projector_hidden_act="gelu")
-    with pytest.raises(CheckpointError, match=r"holds '\w+\.[\w.]+', which no supported LLaVA model has"):
+    with pytest.raises(CheckpointError, match=r"has '\w+\.[\w.]+', which no supported LLaVA model has"):
         load_checkpoint(path)
 
 
