@@ -77,7 +77,7 @@ LOGITS = _Logits()
 
 
 class _Layout:
-    """Where each value lies in a static tensor of bytes: the columns, widest first, then rows before and blocks."""
+    """The layout of a static tensor of bytes: the columns, widest first, then rows before and blocks."""
 
     def __init__(self, columns: Columns, size: int, width: int) -> None:
         every = {**columns, "before": Column("int32", -1)}

@@ -1,4 +1,4 @@
-"""OpenAI's answers: one JSON object, or server-sent events of chunks."""
+"""Responses in OpenAI's format: one JSON object, or a stream of chunks as server-sent events."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from llava_fast.serve.engine import Step
 from llava_fast.serve.errors import api_error
 
 Bytes = Callable[[int], bytes]
-"""The bytes that a token stands for."""
+"""Maps a token id to its bytes."""
 
 
 class Answer:
-    """The answer to one request, as its sequences run. Choices are numbered as the sequences are."""
+    """Builds the response to one request while its sequences run. Choices have the indices of their sequences."""
 
     kind = chunk_kind = prefix = ""
 
@@ -26,11 +26,11 @@ class Answer:
         self.model, self.sequences, self.token_bytes = model, sequences, token_bytes
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
-        self.told = [0] * len(sequences)  # tokens whose log probabilities were sent
-        self.offsets = [0] * len(sequences)  # characters of text that they make
+        self.told = [0] * len(sequences)  # per sequence: tokens whose log probabilities were sent
+        self.offsets = [0] * len(sequences)  # per sequence: characters of text of these tokens
 
     async def whole(self, steps: AsyncIterator[tuple[int, Step]]) -> dict[str, Any]:
-        """All choices, when all sequences have ended."""
+        """Return the complete response once all sequences have finished."""
         async for _ in steps:
             pass
         choices = [
@@ -45,7 +45,7 @@ class Answer:
         return {**self._head(self.kind), "choices": choices, "usage": self.usage()}
 
     async def events(self, steps: AsyncIterator[tuple[int, Step]], with_usage: bool) -> AsyncIterator[str]:
-        """Server-sent events: chunks as text becomes certain, then [DONE]. An error takes the place of the rest."""
+        """Yield server-sent events: chunks with the new text, then [DONE]. An error event ends the stream."""
         usage = {"usage": None} if with_usage else {}
         try:
             for number in range(len(self.sequences)):
@@ -63,8 +63,8 @@ class Answer:
         yield "data: [DONE]\n\n"
 
     def usage(self) -> dict[str, Any]:
-        """Tokens of the prompts, each counted once, and of all answers."""
-        prompts = {id(sequence.prompt): sequence for sequence in reversed(self.sequences)}.values()  # the first of each
+        """Return the usage field. A prompt shared by several choices is counted once."""
+        prompts = {id(sequence.prompt): sequence for sequence in reversed(self.sequences)}.values()  # one each
         asked = sum(sequence.prompt.rows for sequence in prompts)
         answered = sum(len(sequence.token_ids) for sequence in self.sequences)
         return {
@@ -86,7 +86,7 @@ class Answer:
         return _event({**self._head(self.chunk_kind), "choices": [choice], **usage})
 
     def _logprobs(self, number: int, tokens: int) -> Any:
-        """Of the tokens up to this one that were not told of before, the end token left out."""
+        """Return the log probabilities of the unsent tokens before index `tokens`, without the end token."""
         sequence = self.sequences[number]
         if sequence.sampler.options.logprobs is None:
             return None
@@ -111,7 +111,7 @@ class Answer:
 
 
 class ChatAnswer(Answer):
-    """The answer to /v1/chat/completions."""
+    """A response of /v1/chat/completions."""
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
@@ -138,7 +138,7 @@ class ChatAnswer(Answer):
 
 
 class CompletionAnswer(Answer):
-    """The answer to /v1/completions."""
+    """A response of /v1/completions."""
 
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
 
@@ -166,8 +166,8 @@ class CompletionAnswer(Answer):
 
 
 def _images(sequence: Sequence) -> list[dict[str, Any]]:
-    """Tokens and tiles of each image or video, in order, and where its rows came from: the tower ("encoded"), or one of
-    the caches."""
+    """Return the tokens and tiles of each image or video in order, and the source of its features: the vision tower
+    ("encoded") or one of the caches."""
     images, end = [], 0
     for part in sequence.prompt.parts:
         end += len(part)
@@ -179,7 +179,7 @@ def _images(sequence: Sequence) -> list[dict[str, Any]]:
 
 
 def finite(logprob: float) -> float:
-    """As OpenAI has it, -9999 stands for a token that cannot come; JSON has no infinity."""
+    """Return -9999 for the log probability of an impossible token, as OpenAI does: JSON has no infinity."""
     return max(logprob, -9999.0)
 
 

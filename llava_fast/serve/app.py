@@ -1,4 +1,4 @@
-"""The HTTP interface: OpenAI's endpoints, health, and the page's static files."""
+"""The HTTP interface: OpenAI's endpoints, the health check, and the static files of the web page."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-"""Nothing from elsewhere, nothing inline, in nobody's frame. Pictures and videos are the user's own, as blobs."""
+"""Headers of the page: no external or inline resources, no embedding in frames. Images and videos are blob: URLs of
+the user's own files."""
 
 
 def create_app(service: Service) -> FastAPI:
-    """The ASGI application of a service; it starts and stops the service's threads."""
+    """Create the ASGI application of a service. Its lifespan starts and stops the service's threads."""
 
     @contextlib.asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
@@ -99,7 +100,7 @@ def create_app(service: Service) -> FastAPI:
 
 
 class PageFiles(StaticFiles):
-    """The page's files, with its headers."""
+    """Serves the page's files with its headers."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         response = await super().get_response(path, scope)
@@ -119,8 +120,8 @@ def _model(service: Service) -> dict[str, Any]:
 
 
 async def _answered(service: Service, body: Body, request: Request, kind: type[Answer]) -> Response:
-    """The whole answer, or the start of its stream. Whatever ends it, a client that goes away included, frees its
-    place in the queue and its sequences."""
+    """Return the complete response, or a streaming response. The place in the queue and the sequences are released
+    however the request ends, also when the client disconnects."""
     deadline = asyncio.get_running_loop().time() + service.settings.deadline
 
     async def answered() -> Answer | dict[str, Any]:
@@ -145,7 +146,7 @@ async def _answered(service: Service, body: Body, request: Request, kind: type[A
 
 
 async def _planned(service: Service, body: PlanRequest, request: Request) -> Response:
-    """What the model would see of a conversation's images. It takes a place as an answer does, while it is made."""
+    """Return the plan of a conversation's images. Meanwhile it holds a place in the queue like an answer."""
     service.check_model(body.model)
     try:
         with service.admitted(1):
@@ -156,12 +157,12 @@ async def _planned(service: Service, body: PlanRequest, request: Request) -> Res
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` returns; it is cancelled when the client goes away."""
+    """Return the result of `work`, which is cancelled when the client disconnects."""
     working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ApiError(499, "the client closed the connection")  # nobody reads it
+            raise ApiError(499, "the client closed the connection")  # never sent
         return working.result()
     finally:
         working.cancel()
@@ -175,8 +176,9 @@ async def _disconnected(request: Request) -> None:
 
 
 class Stream(StreamingResponse):
-    """Server-sent events. It holds its place in the queue until the last event is sent or the client has gone away,
-    of which Starlette tells by cancelling. A client that does not read is cut off SLOW seconds after the deadline."""
+    """A response of server-sent events. It holds its place in the queue until the last event is sent or the client
+    disconnects, upon which Starlette cancels it. A client that stops reading is disconnected SLOW seconds after the
+    deadline."""
 
     def __init__(
         self,

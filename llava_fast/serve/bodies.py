@@ -1,7 +1,7 @@
-"""Reading JSON bodies: large ones off the event loop, and none whose parts are too many to check.
+"""Parsing of JSON request bodies: large bodies in a thread, with a limit on the number of values and parts.
 
-The parser holds the interpreter's lock, so a thread alone would not keep other requests going: what bounds a stall is
-the number of values that a body may have. A data URI is one value, of any length.
+The parser holds the GIL, so a thread alone does not keep other requests responsive. The limit on the number of values
+bounds how long they wait. A data URI of any length is one value.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from starlette.responses import Response
 
 from llava_fast.serve.errors import ApiError
 
-SMALL = 64 << 10  # bytes that are parsed at once
+SMALL = 64 << 10  # bytes up to which a body is parsed in the event loop
 MOST_VALUES = 1 << 20
-MOST_PARTS = 8192  # of all messages together
+MOST_PARTS = 8192  # in all messages together
 
 
 def parse(body: bytes) -> Any:
-    """The body's value. Raises ApiError for what is no JSON, and for too many values or parts of messages."""
+    """Return the parsed body. Raises ApiError if it is not JSON, or has too many values or message parts."""
     if len(body) > SMALL and sum(map(body.count, (b",", b"[", b"{"))) > MOST_VALUES:
         raise ApiError(400, f"the body has more than {MOST_VALUES} values", code="body_too_large")
     try:
@@ -41,7 +41,7 @@ def parse(body: bytes) -> Any:
 
 
 class JsonRequest(Request):
-    """A request whose body is read by `parse`, in a thread unless it is small."""
+    """A request whose body is parsed by `parse`, in a thread unless it is small."""
 
     async def json(self) -> Any:
         body = await self.body()
@@ -51,7 +51,7 @@ class JsonRequest(Request):
 
 
 class JsonRoute(APIRoute):
-    """A route that is given a JsonRequest."""
+    """A route whose handler receives a JsonRequest."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()

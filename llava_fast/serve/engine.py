@@ -1,4 +1,4 @@
-"""The thread that owns the scheduler: requests come in by a queue, tokens go back to the event loop."""
+"""The thread that runs the scheduler. It takes requests from a queue and sends tokens to the event loop."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ logger = logging.getLogger("llava_fast.serve")
 
 @dataclass(frozen=True)
 class Step:
-    """What one step did to a sequence: the text that became certain, and how many tokens the answer has now.
-    `finished`: this was the last one; the sequence says how it ended. Nothing else of a running sequence may be read
-    outside the engine's thread."""
+    """The result of one step for a sequence: its new text, and the number of tokens generated so far. After the last
+    step (`finished`), the sequence's `finish_reason` may be read. While a sequence runs, only the engine's thread may
+    read its attributes."""
 
     sequence: Sequence
     text: str
@@ -34,20 +34,20 @@ Listener = Callable[[Step], None]
 
 
 class Engine:
-    """Runs sequences until they end. All methods may be called from the event loop that `start` was given; listeners
-    are called there too.
+    """Runs sequences until they finish. All methods may be called in the event loop that was passed to `start`.
+    Listeners are called in the same loop.
 
-    A sequence that is cancelled leaves before the next step. If a step fails as a whole, every sequence in it ends
-    with that error and the engine goes on. After an error of the device nothing can run in this process: `can_answer`
-    is then False.
+    A cancelled sequence is removed before the next step. If a whole step fails, every sequence in it ends with the
+    error and the engine continues. After a device error the process cannot run the model any more, and `can_answer` is
+    False.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.stats: Stats = scheduler.stats  # as of the last step
         self._commands: queue.SimpleQueue[tuple[str, Sequence | None]] = queue.SimpleQueue()
-        self._listeners: dict[Sequence, Listener] = {}  # of the event loop's thread
-        self._members: set[Sequence] = set()  # of the engine's thread
+        self._listeners: dict[Sequence, Listener] = {}  # used in the event loop's thread only
+        self._members: set[Sequence] = set()  # used in the engine's thread only
         self._thread = threading.Thread(target=self._run, name="llava-fast-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._device_failed = False
@@ -61,17 +61,17 @@ class Engine:
         self._thread.start()
 
     def add(self, sequence: Sequence, listener: Listener) -> None:
-        """Run a sequence; `listener` is told of each of its steps."""
+        """Start a sequence. `listener` is called after each of its steps."""
         self._listeners[sequence] = listener
         self._commands.put(("add", sequence))
 
     def cancel(self, sequence: Sequence) -> None:
-        """Take a sequence out before the next step. Its listener is not called again."""
+        """Remove a sequence before the next step. Its listener is not called again."""
         if self._listeners.pop(sequence, None) is not None:
             self._commands.put(("cancel", sequence))
 
     def stop(self) -> None:
-        """End the thread after the step that it is in. Sequences that run are dropped."""
+        """End the thread after its current step. Running sequences are dropped."""
         self._commands.put(("stop", None))
         self._thread.join()
 
@@ -81,7 +81,7 @@ class Engine:
         while self._obey():
             try:
                 moved = self.scheduler.step()
-            except Exception as error:  # beyond what the scheduler keeps with one sequence
+            except Exception as error:  # an error that the scheduler could not assign to one sequence
                 logger.exception("a step failed")
                 moved = []
                 for sequence in list(self._members):
@@ -92,7 +92,7 @@ class Engine:
             self._tell([Step(s, text, len(s.token_ids), s.finish_reason is not None) for s, text in moved])
 
     def _obey(self) -> bool:
-        """Carry out the commands that have come; waits for one while there is nothing to run. False: stop."""
+        """Execute the queued commands. Waits for one if no sequence runs. Returns False if the thread should stop."""
         refused: list[Step] = []
         while self.scheduler.is_idle or not self._commands.empty():
             if refused and self._commands.empty():
@@ -110,7 +110,7 @@ class Engine:
                 self._members.add(sequence)
             except Exception as error:
                 self._failed(sequence, error)
-            if sequence.finish_reason is not None:  # refused, or it may not have a single token
+            if sequence.finish_reason is not None:  # rejected, or its limit is zero tokens
                 refused.append(Step(sequence, "", 0, True))
         self._tell(refused)
         return True
@@ -129,7 +129,7 @@ class Engine:
     def _deliver(self, steps: list[Step]) -> None:
         for step in steps:
             listener = self._listeners.get(step.sequence)
-            if listener is None:  # cancelled since
+            if listener is None:  # cancelled in the meantime
                 continue
             if step.finished:
                 del self._listeners[step.sequence]
@@ -137,7 +137,7 @@ class Engine:
 
 
 def error_of(sequence: Sequence) -> Exception | None:
-    """The error that a finished sequence ended with."""
+    """Return the error of a finished sequence, or None."""
     if sequence.error is None and sequence.finish_reason == "error":
         return GenerationError("the answer ended in an error")
     return sequence.error

@@ -1,4 +1,4 @@
-"""The pictures and videos that a request names: data URIs, and, where the server allows them, files and addresses."""
+"""Reading of the images and videos in a request: data URIs and, if the server allows them, files and URLs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from llava_fast.serve.settings import Settings
 
 
 class Media:
-    """Reads what an image_url or a video_url names, within the settings' limits. Its methods take time: run them in
-    the pool. They raise ApiError for what may not be read, ImageError for what cannot."""
+    """Reads the data of an image_url or video_url, within the limits of the settings. The methods block, so call them
+    in the pool. They raise ApiError if reading is not allowed and ImageError if it fails."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -32,7 +32,7 @@ class Media:
             )
 
     def image(self, url: str) -> bytes:
-        """The bytes of an image file of allowed size, not decoded."""
+        """Return the encoded bytes of an image file. Its size in pixels is checked."""
         data = self._read(url)
         image, _ = open_header(data, OPEN_FORMATS)
         with image:
@@ -40,7 +40,7 @@ class Media:
         return data
 
     def video(self, url: str) -> VideoFrames:
-        """The used frames of a video file that has allowed ones alone."""
+        """Return the sampled frames of a video file. The size of its frames is checked."""
         data, used = self._read(url), self.settings.video_frames
         return take_frames(data, used, self.settings.max_frames, partial(self._check_pixels, number=used))
 
@@ -61,8 +61,8 @@ class Media:
         raise ApiError(400, "an image_url or video_url must be a data URI: data:image/jpeg;base64,...", "messages")
 
     def _file(self, url: str) -> bytes:
-        """A file below an allowed folder, wherever symbolic links lead. What is not allowed, and what is not there,
-        cannot be told apart."""
+        """Read a file whose path, with symbolic links resolved, is below an allowed folder. The error is the same for
+        a missing file and a forbidden one."""
         name = urllib.parse.unquote(url[len("file://") :]) if url.lower().startswith("file://") else url
         try:
             path = Path(name).resolve(strict=True)
@@ -71,7 +71,7 @@ class Media:
                     raise ApiError(400, f"the file is larger than {self.settings.max_body_bytes} bytes", "messages")
                 with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
                     return file.read(self.settings.max_body_bytes + 1)
-        except (OSError, ValueError, RuntimeError):  # not there, a null byte, a circle of links
+        except (OSError, ValueError, RuntimeError):  # missing, a null byte in the path, a loop of links
             pass
         raise ApiError(
             403,

@@ -1,4 +1,4 @@
-"""What /metrics tells, in Prometheus's form."""
+"""The metrics of /metrics, in Prometheus's text format."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5
 
 
 class Metrics:
-    """Counts of one server; updated in the event loop. `open_answers` says how many answers have a place."""
+    """The metrics of one server, updated in the event loop. `open_answers` returns the number of admitted answers."""
 
     def __init__(self, scheduler: Scheduler, open_answers: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
@@ -46,7 +46,7 @@ class Metrics:
         self._requests.labels(path if path in PATHS else "other", str(status)).inc()
 
     def answer(self, sequence: Sequence) -> Clock:
-        """Counts a sequence that is queued now."""
+        """Count a sequence that was just queued, and return its clock."""
         self._prompt.inc(sequence.prompt.rows)
         self._visual.inc(sequence.prompt.visual_rows)
         self._tiles.inc(sum(part.number_of_tiles for part in sequence.prompt.parts))
@@ -57,7 +57,7 @@ class Metrics:
 
 
 class Clock:
-    """The times of one answer."""
+    """Measures the latencies of one answer."""
 
     def __init__(self, metrics: Metrics, sequence: Sequence) -> None:
         self.metrics, self.sequence = metrics, sequence
@@ -81,7 +81,7 @@ class Clock:
 
 
 class _SchedulerCollector(Collector):
-    """The scheduler's own numbers, read when they are asked for (each a single integer, so that no lock is needed)."""
+    """Collects the scheduler's counters on request. Each is a single integer, so no lock is needed."""
 
     def __init__(self, scheduler: Scheduler, name: str) -> None:
         self.scheduler, self.name = scheduler, name

@@ -1,6 +1,6 @@
-"""What a model would see of a conversation's images and videos: their tiles, and where each token comes from.
+"""The plan of a conversation's images and videos: their tiles, and the image region that each token covers.
 
-The counts are those of the prompt, because both follow from one TokenPlan's pieces; the page only draws them.
+The counts equal those of the prompt, because both are computed from the same TokenPlan. The page only draws them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llava_fast.inputs.tiling.rows import NEWLINE, POOLED, TOKEN
 
 
 class RegionPlan(BaseModel):
-    """One tile; for a tower of native sizes, the whole image or one slice."""
+    """One tile. For a tower of native resolution, the whole image or one slice of it."""
 
     box: Rectangle = Field(description="left, top, width, height in the image's pixels; may reach beyond the image.")
     kept: Rectangle | None = Field(
@@ -30,7 +30,7 @@ class RegionPlan(BaseModel):
 
 
 class ViewPlan(BaseModel):
-    """The image resized once, to a canvas that is cut into regions; or a frame of a video."""
+    """One resized version of the image (a canvas that is cut into regions), or one frame of a video."""
 
     width: int = Field(description="Of the canvas, in pixels that the tower reads.")
     height: int
@@ -55,7 +55,7 @@ class ItemPlan(BaseModel):
 
 
 class PromptPlan(BaseModel):
-    """The answer of /v1/llava_fast/plan."""
+    """The response of /v1/llava_fast/plan."""
 
     object: Literal["llava_fast.plan"] = "llava_fast.plan"
     model: str
@@ -66,8 +66,8 @@ class PromptPlan(BaseModel):
 
 
 def prompt_plan(processor: Processor, request: dict[str, Any], model: str, most: int) -> PromptPlan:
-    """The plan of a request, whose videos are VideoFrames. Of an image only the header is read. Raises RequestError and
-    ImageError."""
+    """Return the plan of a request, whose videos are VideoFrames. Only the headers of images are read. Raises
+    RequestError and ImageError."""
     outline = processor.outline(request)
     text = sum(len(part.ids) for part in outline if isinstance(part, TextPiece))
     items = [_item(processor, part) for part in outline if isinstance(part, Placeholder)]

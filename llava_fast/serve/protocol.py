@@ -1,4 +1,4 @@
-"""OpenAI's request bodies: the fields that are served, their types and bounds. Any other field is refused by name."""
+"""OpenAI's request bodies: the supported fields, their types and limits. Any other field is rejected by name."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Name = Annotated[str, Field(max_length=1024)]
 Stop = Annotated[str, Field(max_length=256)]
 
 
-SMALLEST_TEMPERATURE = 1e-6  # below it an answer is greedy: logits divided by less are no float32 numbers
-SMALLEST_TOP_P = 1e-9  # top_p of 0: the likeliest token alone
+SMALLEST_TEMPERATURE = 1e-6  # below it decoding is greedy: dividing logits by less overflows float32
+SMALLEST_TOP_P = 1e-9  # replaces a top_p of 0: only the most likely token
 
 
 class Body(BaseModel):
-    """A part of a request. Fields that are not served are refused, unless they are null."""
+    """Base of all request objects. Unsupported fields are rejected unless they are null."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
@@ -128,7 +128,7 @@ TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
 class Options(Body):
-    """What both endpoints take."""
+    """The fields of both endpoints."""
 
     model: str
     max_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -151,17 +151,17 @@ class Options(Body):
 
     @property
     def most_tokens(self) -> int | None:
-        """The most tokens of an answer that the client asks for; None: as many as there is room for."""
+        """The requested limit on generated tokens, or None for as many as fit into the context."""
         return self.max_tokens
 
     @property
     def top_tokens(self) -> int | None:
-        """How many likeliest tokens are told of at each token; None: no log probability at all."""
+        """The number of most likely tokens to return at each position, or None for no log probabilities."""
         raise NotImplementedError
 
     @property
     def answers(self) -> int:
-        """How many answers the request asks for."""
+        """The number of requested answers."""
         return self.n or 1
 
     @property
@@ -175,7 +175,7 @@ class Options(Body):
         return self
 
     def sampling(self) -> dict[str, Any]:
-        """The fields of `Sampling` that the body sets, the answer's length aside."""
+        """The fields of `Sampling` that the body sets, except the length limit."""
         bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
         chosen = {
             "temperature": 0.0 if (self.temperature or 1) < SMALLEST_TEMPERATURE else self.temperature,
@@ -226,7 +226,7 @@ class PlanRequest(Body):
 
 
 class CompletionRequest(Options):
-    """The body of /v1/completions: the prompt as it is, without the chat template."""
+    """The body of /v1/completions. The prompt is used without a chat template."""
 
     prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1024)]
     max_tokens: Annotated[int, Field(ge=0)] | None = 16

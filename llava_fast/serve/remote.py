@@ -1,8 +1,7 @@
-"""Fetching an address that a request names: allowed hosts only, never a private address, bounded in size, time and
+"""Fetching of URLs in requests: from allowed hosts only, never from private addresses, with limits on size, time and
 redirects.
 
-A name is resolved once and the connection goes to the address that was checked, so a name that resolves differently
-the next time changes nothing.
+A host name is resolved once and the connection uses the IP address that was checked. This prevents DNS rebinding.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ PIECE = 64 << 10
 
 
 def fetch(url: str, allowed: Sequence[str], max_bytes: int, seconds: float) -> bytes:
-    """The body at an http or https address. `allowed` are host names ("*.example.org": every name below). Raises
-    ApiError for a host that is not allowed or is private, and for whatever goes wrong."""
+    """Return the body of an http or https URL. `allowed` lists host names ("*.example.org" allows all subdomains).
+    Raises ApiError if the host is not allowed or private, or if the request fails."""
     ends = time.monotonic() + seconds
     for _ in range(MAX_REDIRECTS + 1):
         parts = _parsed(url)
@@ -51,7 +50,7 @@ def fetch(url: str, allowed: Sequence[str], max_bytes: int, seconds: float) -> b
 
 
 def check_host(host: str, allowed: Sequence[str]) -> None:
-    """Raises ApiError 403 for a host that is not among those allowed."""
+    """Raise ApiError 403 if the host is not allowed."""
     host = host.lower().rstrip(".")
     for each in map(str.lower, allowed):
         if host == each or (each.startswith("*.") and host.endswith(each[1:])):
@@ -62,7 +61,7 @@ def check_host(host: str, allowed: Sequence[str]) -> None:
 
 
 def public_address(host: str, port: int, seconds: float) -> tuple[int, str]:
-    """(address family, IP address) to connect to. Raises ApiError if any address of the host is not public."""
+    """Return (address family, IP address) to connect to. Raises ApiError if any address of the host is not public."""
     try:
         found = _resolved(host, port, seconds)
     except (OSError, UnicodeError) as error:
@@ -75,8 +74,8 @@ def public_address(host: str, port: int, seconds: float) -> tuple[int, str]:
 
 
 def _resolved(host: str, port: int, seconds: float) -> list[Any]:
-    """What getaddrinfo returns, which has no time limit of its own: it may go on in its thread. Raises what it raises,
-    and ApiError after `seconds`."""
+    """Return the result of getaddrinfo, called in a thread because it has no timeout. After `seconds`, ApiError is
+    raised while the thread continues. Errors of getaddrinfo are raised too."""
     resolved: Future[list[Any]] = Future()
 
     def resolve() -> None:
@@ -113,12 +112,12 @@ def _parsed(url: str) -> urllib.parse.SplitResult:
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection to a given IP address, under the name of its host."""
+    """A connection to a given IP address, with the host name in TLS and the Host header."""
 
     def __init__(self, host: str, port: int, address: tuple[int, str], secure: bool, seconds: float) -> None:
         super().__init__(host, port, timeout=seconds)
         self.address, self.secure = address, secure
-        # A socket's own limit starts anew with each byte that arrives.
+        # A socket's timeout restarts with every received byte.
         self._socket: socket.socket | None = None
         self._aborted = False
         self._timer = threading.Timer(seconds, self._abort)
@@ -132,14 +131,14 @@ class _Connection(http.client.HTTPConnection):
         self.sock.connect((address, self.port))
         if self.secure:
             context = ssl.create_default_context()
-            # The handshake waits until the timer knows the new socket, which takes the old one's place.
+            # The handshake starts only after the timer knows the TLS socket, which replaces the plain one.
             secured = context.wrap_socket(self.sock, server_hostname=self.host, do_handshake_on_connect=False)
             self.sock = secured
             self._watch(secured)
             secured.do_handshake()
 
     def _watch(self, used: socket.socket) -> None:
-        self._socket = used  # `sock` is gone once a response that ends the connection has begun
+        self._socket = used  # http.client sets `sock` to None when a response closes the connection
         if self._aborted:
             raise TimeoutError
 
@@ -174,7 +173,7 @@ def _body(response: http.client.HTTPResponse, max_bytes: int, ends: float) -> by
         if size > max_bytes:
             raise _failed(f"it has more than {max_bytes} bytes")
         pieces.append(piece)
-    _left(ends)  # a connection that was cut off at the limit ends like a whole one
+    _left(ends)  # a body that was cut off at the timeout looks like a complete one
     return b"".join(pieces)
 
 

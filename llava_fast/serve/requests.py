@@ -1,4 +1,4 @@
-"""A body of OpenAI's form as requests of llava_fast: messages in its form, images and videos as bytes."""
+"""Conversion of request bodies in OpenAI's format to requests of llava_fast, with images and videos as bytes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from llava_fast.serve.protocol import ChatRequest, CompletionRequest, ImagePart,
 
 
 def requests_of(body: ChatRequest | CompletionRequest, media: Media) -> list[dict[str, Any]]:
-    """A request for each prompt of the body. Raises ApiError for images and videos that may not be read, and
-    ImageError for those that cannot."""
+    """Return one request for each prompt of the body. Raises ApiError if reading an image or video is not allowed, and
+    ImageError if it fails."""
     if isinstance(body, CompletionRequest):
         return [{"prompt": prompt} for prompt in body.prompts]
     return [chat_request(body, media)]
 
 
 def chat_request(body: ChatRequest | PlanRequest, media: Media) -> dict[str, Any]:
-    """The request of a conversation. Raises as `requests_of`."""
+    """Return the request of a conversation. Raises the same errors as `requests_of`."""
     parts = [part for message in body.messages if not isinstance(message.content, str) for part in message.content]
     images = [part for part in parts if isinstance(part, ImagePart)]
     videos = [part for part in parts if isinstance(part, VideoPart)]

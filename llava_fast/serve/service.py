@@ -1,4 +1,4 @@
-"""From a request's body to running sequences: what may be asked, who may wait, and the pool that reads images."""
+"""Turns request bodies into running sequences: validation, admission control, and the thread pool for images."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from llava_fast.serve.settings import Settings
 
 Body = ChatRequest | CompletionRequest
 
-CHARACTERS_A_TOKEN = 32  # text that holds more for each token of the longest prompt is not tokenised
+CHARACTERS_A_TOKEN = 32  # longer text, relative to the token limit, is rejected before tokenisation
 
 
 class Service:
-    """A model that answers requests' bodies. Methods run in the event loop; what takes time runs in the pool or in the
+    """Answers request bodies with a model. The methods run in the event loop. Slow work runs in the pool or in the
     engine's thread."""
 
     def __init__(self, model: Llava, settings: Settings) -> None:
@@ -53,7 +53,7 @@ class Service:
             formats=OPEN_FORMATS,
         )
         if settings.literal_text:
-            _ = self.processor.literal  # made now, since the first request would wait for it
+            _ = self.processor.literal  # built now, so that the first request does not wait for it
         self.media = Media(settings)
         cache = model.decoder.new_cache(keep_bytes=settings.prefix_bytes)
         if settings.batch_invariant:
@@ -66,19 +66,19 @@ class Service:
         self.pool = ThreadPoolExecutor(settings.workers, "llava-fast-prepare")
         self.metrics = Metrics(scheduler, lambda: self.open_answers)
         self.open_answers = 0
-        self.seconds = 1.0  # how long an answer takes, lately
+        self.seconds = 1.0  # moving average of the seconds per answer
 
     def start(self) -> None:
         self.engine.start(asyncio.get_running_loop())
 
     def stop(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)  # what a job still reads is not waited for
+        self.pool.shutdown(wait=False, cancel_futures=True)  # does not wait for running jobs
         self.engine.stop()
 
     @contextmanager
     def admitted(self, answers: int) -> Iterator[None]:
-        """Room for so many answers while the block runs. Raises ApiError 429 where there is none, and 503 where the
-        engine can answer nothing any more."""
+        """Reserve places for `answers` answers while the block runs. Raises ApiError 429 if the queue is full and 503
+        if the engine has failed."""
         if not self.engine.can_answer:
             raise ApiError(503, "the model has failed: the server must be restarted", code="engine_failed")
         most = self.settings.max_running + self.settings.max_waiting
@@ -100,14 +100,14 @@ class Service:
             self.seconds += 0.1 * (time.monotonic() - started - self.seconds)
 
     def check_model(self, name: str) -> None:
-        """Raises ApiError for another model than the one that is served."""
+        """Raise ApiError if `name` is not the served model."""
         served = self.settings.model_name
         if name != served:
             message = f"the model {name[:200]!r} is not served here; {served!r} is"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def check(self, body: Body) -> None:
-        """Raises ApiError for what this server does not serve."""
+        """Raise ApiError if the body asks for something that this server does not support."""
         settings = self.settings
         self.check_model(body.model)
         if body.answers > settings.max_choices:
@@ -119,14 +119,14 @@ class Service:
             raise ApiError(400, f"max_tokens is {body.most_tokens} and this server's limit is {most}", "max_tokens")
 
     async def sequences(self, body: Body) -> list[Sequence]:
-        """The body's prompts read and cut, and a sequence for each answer. Raises ApiError, RequestError and
+        """Preprocess the body's prompts and return one sequence for each answer. Raises ApiError, RequestError and
         ImageError."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, self._prepare, body)
 
     def _prepare(self, body: Body) -> list[Sequence]:
         chosen = body.sampling()
         if body.top_tokens is not None:
-            self.token_bytes(0)  # the first call takes long, and the answer's are made in the event loop
+            self.token_bytes(0)  # the first call is slow, and later calls run in the event loop
         sequences: list[Sequence] = []
         for request in requests_of(body, self.media):
             self._check_text(request)
@@ -138,8 +138,8 @@ class Service:
         return sequences
 
     async def plan(self, body: PlanRequest) -> str:
-        """JSON of what the model would see of the body's images and videos. Raises as `sequences`, but not for a prompt
-        that is too long."""
+        """Return the plan of the body's images and videos as JSON. Raises the same errors as `sequences`, but
+        the length of the prompt is not checked."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, self._plan, body)
 
     def _plan(self, body: PlanRequest) -> str:
@@ -148,28 +148,28 @@ class Service:
         return prompt_plan(self.processor, request, body.model, self._most_rows).model_dump_json()
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for; of a special token its name, of one without a name none."""
+        """Return the bytes of a token: the name of a special token, and no bytes for an id outside the vocabulary."""
         config = self.model.config
-        if self.model.tokenizer.convert_ids_to_tokens(token) is None:  # a row of the embedding beyond the vocabulary
+        if self.model.tokenizer.convert_ids_to_tokens(token) is None:  # an embedding row beyond the vocabulary
             return b""
-        ends = config.eos_token_ids or (0,)  # llguidance wants one; which it is does not matter here
+        ends = config.eos_token_ids or (0,)  # llguidance requires one; its value does not matter here
         return llguidance_tokenizer(self.model.tokenizer, config.decoder.vocab_size, ends).decode_bytes([token])
 
     @property
     def limits(self) -> dict[str, int]:
-        """What a client may wish to know before it sends a request."""
+        """Return the limits that a client should know before it sends a request."""
         settings = self.settings
         names = ("max_body_bytes", "max_images", "max_pixels", "max_frames", "video_frames")
         return {"max_prompt_tokens": self._most_rows} | {name: getattr(settings, name) for name in names}
 
     @property
     def _most_rows(self) -> int:
-        """The longest prompt, visual tokens included."""
+        """The maximum prompt length in tokens, including visual tokens."""
         context = self.model.config.decoder.context_length
         return min(context - 1, self.settings.max_prompt_tokens or context)
 
     def _check_text(self, request: dict[str, Any]) -> None:
-        """Raises PromptTooLongError for texts that are far too long, before anything is tokenised."""
+        """Raise PromptTooLongError if the text is far too long. This is checked before tokenisation."""
         characters = sum(map(len, texts_of(request)))
         if characters > CHARACTERS_A_TOKEN * self._most_rows:
             raise PromptTooLongError(
@@ -177,7 +177,7 @@ class Service:
             )
 
     def _room(self, prompt: Prompt, asked: int | None) -> int:
-        """The most tokens of the answer. Raises PromptTooLongError."""
+        """Return the maximum number of generated tokens. Raises PromptTooLongError for too long a prompt."""
         context = self.model.config.decoder.context_length
         if prompt.rows > self._most_rows:
             raise PromptTooLongError(
@@ -188,9 +188,9 @@ class Service:
         return min(room, self.settings.max_answer_tokens or room) if asked is None else min(room, asked)
 
     async def steps(self, sequences: list[Sequence], deadline: float) -> AsyncGenerator[tuple[int, Step]]:
-        """Run sequences; yields (number of the sequence, what a step did) until all have ended. They are cancelled
-        when the caller closes this. Raises the error of a sequence that fails, and TimeoutError at the deadline (by
-        the event loop's clock)."""
+        """Run sequences and yield (index of the sequence, step) until all have finished. Closing the generator cancels
+        them. Raises the error of a failed sequence, and TimeoutError at `deadline` (a time of the event loop's
+        clock)."""
         now = asyncio.get_running_loop().time
         arrived: asyncio.Queue[tuple[int, Step]] = asyncio.Queue()
         clocks = [self.metrics.answer(sequence) for sequence in sequences]
