@@ -88,3 +88,9 @@ class EndpointError(LlavaFastError):
     """A chat endpoint that cannot be asked: a wrong key or model, no quota, no connection, a spent budget, replies that
     cannot be kept.
     """
+
+
+class EvaluationError(LlavaFastError):
+    """An evaluation that cannot run: an unknown task, a file or field of its data that is missing, answers of another
+    model in its folder.
+    """

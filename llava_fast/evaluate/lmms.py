@@ -1,0 +1,83 @@
+"""lmms-eval's tasks (`lmms:NAME`), by its own evaluator on this package's model class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llava_fast.errors import EvaluationError, MissingPackageError
+from llava_fast.evaluate.model import ModelSpec
+
+PREFIX = "lmms:"
+
+
+def evaluate(spec: ModelSpec, names: Sequence[str], limit: int | None, batch_size: int) -> dict[str, Any]:
+    """Results of lmms-eval's tasks by "lmms:NAME", in the form of results.json. Raises MissingPackageError without
+    lmms-eval, EvaluationError for an option that it cannot be given.
+    """
+    try:
+        from lmms_eval.evaluator import simple_evaluate
+    except ImportError:
+        raise MissingPackageError("a task of lmms-eval", "lmms-eval", "lmms-eval") from None
+    if spec.model_base or spec.quantize:
+        raise EvaluationError("lmms: tasks take no --model-base and no --quantize: convert the model first")
+    options = {"pretrained": spec.path, "device": spec.device, "dtype": spec.dtype, "chat_template": spec.chat_template}
+    if "," in spec.path or "=" in spec.path:
+        raise EvaluationError(f"lmms-eval cannot be given the path {spec.path!r}: it may hold no comma and no '='")
+    arguments = ",".join(f"{name}={value}" for name, value in options.items() if value)
+    tasks = [name.removeprefix(PREFIX) for name in names]
+    made = simple_evaluate(
+        model="llava_fast", model_args=arguments, tasks=tasks, limit=limit, batch_size=batch_size, bootstrap_iters=0
+    )
+    if made is None:
+        raise EvaluationError("lmms-eval returned no results (another rank holds them)")
+    return {f"{PREFIX}{name}": _result(name, made) for name in made["results"]}
+
+
+def _result(name: str, made: Mapping[str, Any]) -> dict[str, Any]:
+    metrics = {
+        key.removesuffix(",none"): float(value)
+        for key, value in made["results"][name].items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and "stderr" not in key
+    }
+    answers = [_row(sample, metrics) for sample in made.get("samples", {}).get(name, [])]
+    return {
+        "title": f"lmms-eval: {name}",
+        "main": next(iter(metrics), ""),
+        "unit": "points",
+        "judged": False,
+        "metrics": metrics,
+        "categories": {},
+        "category_units": {},
+        "questions": len(answers),
+        "units": len(answers),
+        "unreadable": 0,
+        "errors": 0,
+        "cut_off": 0,
+        "scorer": "lmms-eval",
+        "source": "https://github.com/EvolvingLMMs-Lab/lmms-eval",
+        "folder": "",
+        "answers": answers,
+    }
+
+
+def _row(sample: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
+    """A sample of lmms-eval as a row; its score is that of the first metric that it has as a number."""
+    scores = (sample[name] for name in metrics if isinstance(sample.get(name), (int, float)))
+    filtered = sample.get("filtered_resps") or [""]
+    target = sample.get("target")
+    question = str(sample.get("input", ""))
+    return {
+        "id": str(sample.get("doc_id")),
+        "question": question,
+        "prompt": question,
+        "images": [],
+        "reference": target if isinstance(target, (str, int, float, list)) else str(target),
+        "answer": str(filtered[0]),
+        "read": str(filtered[0]),
+        "score": next((float(score) for score in scores), None),
+        "categories": [],
+        "tokens": 0,
+        "finish": "stop",
+        "pictures": [],
+    }

@@ -1,0 +1,152 @@
+"""Answers on disk, a JSON line each, so that an evaluation that was killed goes on where it stopped.
+
+The first line says which task, model and settings the answers belong to; a run with others is refused. A last line that
+a kill left torn is cut off. Every answer has a key of its question (prompt and pictures), so that changed data is
+noticed. Several processes may answer shards of one task, each into its own file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from llava_fast.errors import EvaluationError
+from llava_fast.evaluate.task import Answer, Question
+
+VERSION = 1
+
+
+def file_name(task: str) -> str:
+    """A task's name as a file's: "gqa:val" -> "gqa_val"."""
+    return "".join(character if character.isalnum() or character in "-." else "_" for character in task)
+
+
+def key_of(question: Question, folder: Path) -> str:
+    """A hash of what the model reads. Pictures below `folder` count by their path there, so that data may move."""
+    found = hashlib.blake2b(digest_size=12)
+    found.update(json.dumps([question.prompt, question.history, question.placed], ensure_ascii=False).encode())
+    for image in question.images:
+        if isinstance(image, np.ndarray):
+            found.update(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes())
+        elif isinstance(image, bytes):
+            found.update(image)
+        else:
+            found.update(os.path.relpath(image, folder).encode())
+        found.update(b"\0")
+    return found.hexdigest()
+
+
+class Records:
+    """The answers of one task in a folder. Use it as a context: it holds the lock of the file that it appends to.
+
+    settings   what the answers depend on besides the questions, JSON.
+    shard      (number, of how many): append to this shard's file; all shards' files are read.
+    """
+
+    def __init__(
+        self, folder: Path, task: str, settings: Mapping[str, Any], shard: tuple[int, int] | None = None
+    ) -> None:
+        self.task, self.settings, self.shard = task, dict(settings), shard
+        name = file_name(task)
+        self.folder, self.name = folder, name
+        self.path = folder / (f"{name}.shard-{shard[0]}-of-{shard[1]}.jsonl" if shard else f"{name}.jsonl")
+        self._lock = FileLock(f"{self.path}.lock")
+        self._file: IO[bytes] | None = None
+
+    def files(self) -> list[Path]:
+        """Those that are there: the task's own, and all shards'."""
+        own = self.folder / f"{self.name}.jsonl"
+        return [path for path in (own, *sorted(self.folder.glob(f"{self.name}.shard-*.jsonl"))) if path.exists()]
+
+    def __enter__(self) -> Records:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise EvaluationError(
+                f"{self.path} is being written by another run: wait for it, or give another --out"
+            ) from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._lock.release()
+
+    def read(self, keys: Mapping[str, str]) -> dict[str, Answer]:
+        """The answers so far, of the questions in `keys` (id -> key). Raises EvaluationError for answers of another
+        model or with other settings, and for a question that has changed since.
+        """
+        found: dict[str, Answer] = {}
+        for path in self.files():
+            for row in self._rows(path):
+                name = row.pop("id")
+                if name not in keys:
+                    continue  # of a larger limit
+                if row.pop("key") != keys[name]:
+                    raise EvaluationError(
+                        f"{path}: question {name!r} is not the one that was answered: the data changed, so give "
+                        "another --out, or --fresh"
+                    )
+                found[name] = Answer(**row)
+        return found
+
+    def append(self, question: Question, key: str, answer: Answer) -> None:
+        """Add an answer; it is in the file when this returns."""
+        if self._file is None:
+            _mend(self.path)
+            empty = not self.path.exists() or not self.path.stat().st_size
+            self._file = self.path.open("ab", buffering=0)
+            if empty:
+                self._write({"evaluation": VERSION, "task": self.task, "settings": self.settings})
+        self._write({"id": question.id, "key": key, **dataclasses.asdict(answer)})
+
+    def clear(self) -> None:
+        """Forget all answers of the task, or of the shard."""
+        for path in self.files() if self.shard is None else [self.path]:
+            path.unlink(missing_ok=True)
+
+    def _write(self, value: dict[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+
+    def _rows(self, path: Path) -> Iterable[dict[str, Any]]:
+        lines = path.read_bytes().split(b"\n")
+        del lines[-1]  # nothing, or what a kill left of a line
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                raise EvaluationError(f"{path}, line {number} is no JSON: remove the line, or give --fresh") from None
+            if number == 1:
+                self._check(path, row)
+            else:
+                yield row
+
+    def _check(self, path: Path, header: Any) -> None:
+        if not isinstance(header, dict) or header.get("evaluation") != VERSION:
+            raise EvaluationError(f"{path} holds no answers of this version of llava-fast eval: give another --out")
+        before = header["settings"]
+        for name in sorted({*before, *self.settings}):
+            if before.get(name) != self.settings.get(name):
+                raise EvaluationError(
+                    f"{path} holds answers with {name} {before.get(name)!r}, not {self.settings.get(name)!r}: "
+                    "give another --out, or --fresh to answer again"
+                )
+
+
+def _mend(path: Path) -> None:
+    """Cut off the end of a file after its last whole line."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
