@@ -107,7 +107,8 @@ def run(
     """
     from llava_fast.evaluate import lmms
     from llava_fast.evaluate.model import ModelSpec
-    from llava_fast.evaluate.run import Plan, lines_of, save
+    from llava_fast.evaluate.results import lines_of, save
+    from llava_fast.evaluate.run import Plan
     from llava_fast.evaluate.run import run as evaluate
 
     if model == "demo" and not Path(model).exists():
@@ -221,15 +222,15 @@ class _Bars:
             bar.close()
 
 
-def _print(lines: list[tuple[str, str, str, str]]) -> None:
+def _print(lines: list[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table()
     table.add_column("task")
     table.add_column("metric")
-    table.add_column("value", justify="right")
-    table.add_column("questions", justify="right")
+    for name in ("value", "95% interval", "questions"):
+        table.add_column(name, justify="right")
     for line in lines:
         table.add_row(*line)
     Console().print(table)

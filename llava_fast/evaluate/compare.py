@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 
 from llava_fast.errors import EvaluationError
-from llava_fast.evaluate.run import load_results
-from llava_fast.evaluate.task import Answer, Question, Scored, Task, Units
+from llava_fast.evaluate.bootstrap import RESAMPLES, middle, resampled
+from llava_fast.evaluate.results import load_results, scored_of
 from llava_fast.evaluate.tasks import task_of
-
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -72,43 +70,14 @@ def differences(
     assert right is not None
     ones = np.ones(len(left.names))
     at = task.overall(left, ones), task.overall(right, ones)
-    drawn = _resampled(task, left, right, resamples, seed)
+    mine, theirs = (resampled(task, side, resamples, seed) for side in (left, right))
     found = []
     for metric in at[0]:
-        gaps = np.array([theirs[metric] - mine[metric] for mine, theirs in drawn])
+        if metric not in at[1]:  # a judge has seen one of the two
+            continue
+        gaps = theirs[metric] - mine[metric]
         gaps = gaps[~np.isnan(gaps)]
-        low, high = np.percentile(gaps, [2.5, 97.5]) if len(gaps) else (np.nan, np.nan)
         better = float(np.mean(gaps > 0) + np.mean(gaps == 0) / 2) if len(gaps) else float("nan")
         values = at[0][metric], at[1][metric]
-        found.append(Difference(name, metric, *values, float(low), float(high), better, len(left.names)))
+        found.append(Difference(name, metric, *values, *middle(gaps), better, len(left.names)))
     return found
-
-
-def _resampled(
-    task: Task, left: Units, right: Units, resamples: int, seed: int
-) -> list[tuple[dict[str, float], dict[str, float]]]:
-    rng = np.random.default_rng(seed)
-    clusters = int(left.cluster.max()) + 1
-    found = []
-    for _ in range(resamples):
-        drawn = np.bincount(rng.integers(clusters, size=clusters), minlength=clusters).astype(np.float64)
-        weights = drawn[left.cluster]
-        found.append((task.overall(left, weights), task.overall(right, weights)))
-    return found
-
-
-def scored_of(row: Mapping[str, Any]) -> Scored:
-    """A row of results.json as it was scored."""
-    question = Question(
-        row["id"],
-        row["question"],
-        row["prompt"],
-        tuple(row["images"]),
-        row["reference"],
-        tuple(row["categories"]),
-        row.get("unit", ""),
-        row.get("cluster", ""),
-        row.get("facts", {}),
-    )
-    answer = Answer(row["answer"], row["tokens"], finish=row["finish"], error=row.get("error"))
-    return Scored(question, answer, row["read"], row["score"])

@@ -47,6 +47,7 @@ def _result(name: str, made: Mapping[str, Any]) -> dict[str, Any]:
         "unit": "points",
         "judged": False,
         "metrics": metrics,
+        "intervals": {},
         "categories": {},
         "category_units": {},
         "questions": len(answers),

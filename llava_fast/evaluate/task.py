@@ -66,13 +66,14 @@ class Answer:
 @dataclass(frozen=True)
 class Scored:
     """A question with its answer. `read` is what the parser made of the answer (None: unreadable), `score` 0 to 1, or
-    None where only a judge can tell or the data holds no reference.
+    None where only a judge can tell and has not, or the data holds no reference. `marks`: what a judge gave, by name.
     """
 
     question: Question
     answer: Answer
     read: Any
     score: float | None
+    marks: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class Task:
         raise NotImplementedError
 
     def columns(self, unit: Sequence[Scored]) -> dict[str, float]:
-        """What the metrics are computed from, for one unit; same keys for all units."""
+        """What the metrics are computed from, for one unit. Keys that not all units have are dropped."""
         return {"score": float(np.mean([scored.score or 0.0 for scored in unit]))}
 
     def metrics(self, columns: Columns, weights: np.ndarray) -> dict[str, float]:
@@ -188,11 +189,12 @@ class Task:
         if not groups:
             return None
         columns = [self.columns(group) for group in groups.values()]
+        shared = set.intersection(*(set(each) for each in columns))
         clusters: dict[str, int] = {}
         number = [clusters.setdefault(cluster_of(group[0].question), len(clusters)) for group in groups.values()]
         return Units(
             list(groups),
-            {key: np.array([each[key] for each in columns], np.float64) for key in columns[0]},
+            {key: np.array([each[key] for each in columns], np.float64) for key in columns[0] if key in shared},
             [group[0].question.categories for group in groups.values()],
             np.array(number, np.int64),
         )

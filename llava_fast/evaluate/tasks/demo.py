@@ -64,7 +64,7 @@ class Demo(Task):
 
     def metrics(self, columns: Columns, weights: np.ndarray) -> dict[str, float]:
         found = {self.main: 100 * mean(columns["score"], weights)}
-        digits = float(columns["digits"] @ weights)
-        if digits:
-            found["digits right"] = 100 * (1 - ratio(float(columns["edits"] @ weights), digits))
+        if columns["digits"].any():
+            edits = ratio(float(columns["edits"] @ weights), float(columns["digits"] @ weights))
+            found["digits right"] = 100 * (1 - edits)
         return found

@@ -36,18 +36,19 @@ class Vqav2(Task):
         name = VQA_SPLITS[split]
         asked = find(folder, DataFile(f"v2_OpenEnded_mscoco_{name}_questions.json", "the questions"), self.name)
         known: dict[str, dict[str, Any]] = {}
-        if not split.startswith("test"):
+        answered = not split.startswith("test")
+        if answered:
             file = find(folder, DataFile(f"v2_mscoco_{name}_annotations.json", "the answers"), self.name)
             for row in read_object(file).rows("annotations"):
                 known[row.id("question_id")] = {
                     "answers": [each.text("answer") for each in row.rows("answers")],
                     "categories": (row.text("answer_type"), f"question: {row.text('question_type')}"),
                 }
-        pictures = "test2015" if split.startswith("test") else name
+        pictures = name if answered else "test2015"
         found = []
         for row in read_object(asked).rows("questions"):
             number, text = row.id("question_id"), row.text("question")
-            if known and number not in known:
+            if answered and number not in known:
                 raise EvaluationError(f"{row.where}: question {number} has no annotation")
             image = folder / pictures / f"COCO_{pictures}_{row.whole('image_id'):012d}.jpg"
             facts = known.get(number, {"answers": None, "categories": ()})

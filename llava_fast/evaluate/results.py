@@ -1,0 +1,161 @@
+"""results.json: what was measured, with every answer."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_fast.errors import EvaluationError
+from llava_fast.evaluate.bootstrap import middle, resampled
+from llava_fast.evaluate.task import Answer, Question, Scored, Task
+from llava_fast.version import __version__
+
+RESULTS = "results.json"
+
+
+def save(out: Path, model: Mapping[str, Any], settings: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Put tasks' results into OUT/results.json beside those of the same model that it holds; returns its content."""
+    results: dict[str, Any] = {"llava_fast": __version__, "model": dict(model), "settings": dict(settings)}
+    results["tasks"] = {**results_before(out, model), **found}
+    write_json(out / RESULTS, results)
+    return results
+
+
+def results_before(out: Path, model: Mapping[str, Any]) -> dict[str, Any]:
+    """The tasks' results that OUT holds. Raises EvaluationError if they are another model's."""
+    if not (out / RESULTS).exists():
+        return {}
+    before = load_results(out)
+    if before["model"] != model:
+        raise EvaluationError(f"{out / RESULTS} is of another model ({before['model']}): give another --out")
+    return before["tasks"]
+
+
+def result_of(task: Task, scored: Sequence[Scored], folder: Path) -> dict[str, Any]:
+    """A task's part of results.json: metrics, their 95% intervals, metrics of each category, and every answer."""
+    units = task.units(scored)
+    metrics: dict[str, float | None] = {}
+    intervals: dict[str, list[float | None]] = {}
+    categories: dict[str, dict[str, float | None]] = {}
+    counts: dict[str, int] = {}
+    if units is not None:
+        weights = np.ones(len(units.names))
+        metrics = _plain(task.overall(units, weights))
+        for name, values in resampled(task, units, 1000).items():
+            intervals[name] = [None if math.isnan(bound) else bound for bound in middle(values)]
+        for name, chosen in units.by_category.items():
+            categories[name] = _plain(task.metrics(units.of(chosen), weights[chosen]))
+            counts[name] = int(chosen.sum())
+    return {
+        "title": task.title,
+        "main": task.main,
+        "unit": task.unit,
+        "judged": task.judged,
+        "metrics": metrics,
+        "intervals": intervals,
+        "categories": categories,
+        "category_units": counts,
+        "questions": len(scored),
+        "units": 0 if units is None else len(units.names),
+        "unreadable": sum(each.read is None and each.answer.error is None for each in scored),
+        "errors": sum(each.answer.error is not None for each in scored),
+        "cut_off": sum(each.answer.finish == "length" for each in scored),
+        "scorer": task.scorer,
+        "source": task.source,
+        "folder": str(folder.resolve()),
+        "answers": [_row(each, folder) for each in scored],
+    }
+
+
+def _row(scored: Scored, folder: Path) -> dict[str, Any]:
+    question, answer = scored.question, scored.answer
+    row = {
+        "id": question.id,
+        "question": question.text,
+        "prompt": question.prompt,
+        "images": [os.path.relpath(image, folder) for image in question.images if isinstance(image, str)],
+        "reference": question.reference,
+        "answer": answer.text,
+        "read": scored.read,
+        "score": scored.score,
+        "categories": list(question.categories),
+        "tokens": answer.tokens,
+        "finish": answer.finish,
+    }
+    row |= {name: value for name in ("unit", "cluster") if (value := getattr(question, name))}
+    if question.facts:
+        row["facts"] = dict(question.facts)
+    if answer.error is not None:
+        row["error"] = answer.error
+    if scored.marks:
+        row["marks"] = dict(scored.marks)
+    return row
+
+
+def load_results(out: Path) -> dict[str, Any]:
+    """The results in a folder, or of a results.json. Raises EvaluationError."""
+    path = out / RESULTS if out.is_dir() else out
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EvaluationError(
+            f"{path} cannot be read ({error.strerror}): run llava-fast eval --out {out} first"
+        ) from None
+    except ValueError as error:
+        raise EvaluationError(f"{path} is no JSON ({error}): run llava-fast eval again") from None
+    if not isinstance(found, dict) or not {"model", "tasks"} <= found.keys():
+        raise EvaluationError(f"{path} is no results.json of llava-fast eval")
+    return found
+
+
+def _plain(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN: an undefined metric is null."""
+    return {name: None if math.isnan(value) else float(value) for name, value in metrics.items()}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    new.replace(path)
+
+
+def scored_of(row: Mapping[str, Any]) -> Scored:
+    """A row of results.json as it was scored."""
+    question = Question(
+        row["id"],
+        row["question"],
+        row["prompt"],
+        tuple(row["images"]),
+        row["reference"],
+        tuple(row["categories"]),
+        row.get("unit", ""),
+        row.get("cluster", ""),
+        row.get("facts", {}),
+    )
+    answer = Answer(row["answer"], row["tokens"], finish=row["finish"], error=row.get("error"))
+    return Scored(question, answer, row["read"], row["score"], row.get("marks", {}))
+
+
+def lines_of(results: Mapping[str, Any], tasks: Iterable[str]) -> list[tuple[str, ...]]:
+    """(task, metric, value, 95% interval, questions) for a table of what was measured."""
+    found: list[tuple[str, ...]] = []
+    for name in tasks:
+        task = results["tasks"][name]
+        if not task["metrics"]:
+            why = "by llava-fast judge" if task["judged"] else "no references"
+            found.append((name, task["main"], why, "", str(task["questions"])))
+        for number, (metric, value) in enumerate(task["metrics"].items()):
+            shown = "undefined" if value is None else f"{value:.2f}"
+            bounds = task["intervals"].get(metric, [None])
+            between = "" if None in bounds else " to ".join(f"{bound:.2f}" for bound in bounds)
+            names = (name, str(task["questions"])) if not number else ("", "")
+            found.append((names[0], metric, shown, between, names[1]))
+    return found

@@ -1,0 +1,120 @@
+"""`llava-fast eval`: the demo from start to report, its options, its listing, its errors."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from llava_fast.cli.evaluate import _shard
+from llava_fast.cli.main import app
+from llava_fast.demo.run import model_path
+from llava_fast.errors import EvaluationError
+from llava_fast.evaluate.tasks import TASKS
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+def test_the_demo_from_start_to_report(tmp_path):
+    result = invoke("demo", "demo:5", "--out", tmp_path / "a", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "digits right" in result.stdout
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    demo = results["tasks"]["demo:5"]
+    assert (demo["questions"], demo["errors"]) == (20, 0)
+    assert demo["metrics"]["accuracy"] >= 75  # the card says 91.6 to 99.4 by kind
+    assert (tmp_path / "a" / "report" / "index.html").exists()
+    assert len(list((tmp_path / "a" / "report" / "pictures").iterdir())) == 5
+    again = invoke("demo", "demo:5", "--out", tmp_path / "b", "--device", "cpu", "--no-report", "--batch", 3)
+    assert again.exit_code == 0, again.exception
+    assert not (tmp_path / "b" / "report").exists()
+    compared = invoke("compare", tmp_path / "a", tmp_path / "b", "--json")
+    assert compared.exit_code == 0, compared.exception
+    assert [each["low"] for each in json.loads(compared.stdout)] == [0, 0]
+    table = invoke("compare", tmp_path / "a", tmp_path / "b")
+    assert "95% interval" in table.stdout
+
+
+def test_tasks_are_listed_with_their_files():
+    result = invoke("--tasks")
+    assert result.exit_code == 0
+    for name in TASKS:
+        task = TASKS[name]
+        assert f"{name}: {task.title}" in result.stdout
+        assert all(file.path in result.stdout for file in task.files)
+        assert task.scorer in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["demo", "imagenet"], "unknown task 'imagenet'"),
+        (["demo", "pope"], "pope needs"),
+        (["demo", "demo:1", "--shard", "4/4"], "--shard is '4/4'"),
+        (["demo", "demo:1", "--ray", "2", "--processes", "2"], "exclude each other"),
+        (["demo", "lmms:mme"], "lmms-eval"),
+        (["compare", "none", "none"], "cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, says, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lmms_eval", None)
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*arguments)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, ValueError)
+    assert says in str(result.exception)
+    assert "\n" not in str(result.exception)
+
+
+def test_a_shard_is_torchruns_unless_it_is_given(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert _shard(None) is None
+    assert _shard("1/4") == (1, 4)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert _shard(None) == (2, 3)
+    assert _shard("0/1") == (0, 1)
+    with pytest.raises(EvaluationError, match="write the number from 0"):
+        _shard("1")
+
+
+def test_it_starts_without_torch(tmp_path):
+    """Listing, comparing and what is wrong with the data do not wait for torch."""
+    code = (
+        "import sys; from llava_fast.cli import evaluate, main; import llava_fast.evaluate.run, "
+        "llava_fast.evaluate.compare, llava_fast.evaluate.report; from llava_fast.evaluate.tasks import TASKS; "
+        "[TASKS[name] for name in TASKS]; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_lmms_evals_tasks(tmp_path, monkeypatch):
+    """A stand-in for lmms-eval's evaluator: what it is given, and its results beside our own."""
+    from types import ModuleType
+
+    given = {}
+
+    def simple_evaluate(**options):
+        given.update(options)
+        sample = {"doc_id": 3, "target": "yes", "filtered_resps": ["no"], "input": "Is it?", "exact_match": 0.0}
+        return {
+            "results": {"tiny": {"alias": "tiny", "exact_match,none": 0.25, "exact_match_stderr,none": "N/A"}},
+            "samples": {"tiny": [sample]},
+        }
+
+    evaluator = ModuleType("lmms_eval.evaluator")
+    evaluator.simple_evaluate = simple_evaluate
+    monkeypatch.setitem(sys.modules, "lmms_eval", ModuleType("lmms_eval"))
+    monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", evaluator)
+    result = invoke("demo", "lmms:tiny", "--out", tmp_path, "--limit", 7, "--device", "cpu", "--batch", 4)
+    assert result.exit_code == 0, result.output
+    assert given["model_args"] == f"pretrained={model_path()},device=cpu"
+    assert (given["tasks"], given["limit"], given["batch_size"]) == (["tiny"], 7, 4)
+    found = json.loads((tmp_path / "results.json").read_text())["tasks"]["lmms:tiny"]
+    assert found["metrics"] == {"exact_match": 0.25}
+    assert (found["answers"][0]["answer"], found["answers"][0]["score"]) == ("no", 0)
+    assert os.path.exists(tmp_path / "report" / "index.html")

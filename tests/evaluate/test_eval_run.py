@@ -1,0 +1,219 @@
+"""Answers are kept as they come: a killed evaluation goes on, with the answers of the same model and data only."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llava_fast.errors import EvaluationError
+from llava_fast.evaluate.records import Records
+from llava_fast.evaluate.results import load_results
+from llava_fast.evaluate.run import Plan, run
+from llava_fast.evaluate.task import Answer
+from tests.support import published
+
+
+class Fake:
+    """Answers "yes"; stops after `most` answers, as if killed."""
+
+    def __init__(self, most: int = 10**6, text: str = "yes") -> None:
+        self.most, self.text, self.asked = most, text, []
+
+    def __call__(self, questions, options):
+        for question in questions:
+            if len(self.asked) == self.most:
+                raise KeyboardInterrupt
+            self.asked.append(question.id)
+            yield question, Answer(self.text)
+
+
+@pytest.fixture
+def plan(tmp_path) -> Plan:
+    published.pope(tmp_path / "data")
+    return Plan(("pope",), tmp_path / "data", tmp_path / "out", {"path": "one"})
+
+
+def lines(plan: Plan) -> list[bytes]:
+    return (plan.out / "answers" / "pope.jsonl").read_bytes().splitlines(keepends=True)
+
+
+def test_it_goes_on_where_it_stopped(plan):
+    first = Fake(5)
+    with pytest.raises(KeyboardInterrupt):
+        run(plan, first)
+    second = Fake()
+    results = run(plan, second)
+    assert len(first.asked) == 5
+    assert len(second.asked) == 7
+    assert not set(first.asked) & set(second.asked)
+    whole = run(replace(plan, out=plan.out / "at-once"), Fake())
+    assert results["tasks"]["pope"]["metrics"] == whole["tasks"]["pope"]["metrics"]
+    third = Fake()
+    assert run(plan, third) == results
+    assert third.asked == []
+
+
+@pytest.mark.parametrize("cut", [1, 20, 60])
+def test_a_torn_line_is_cut_off_and_asked_again(plan, cut):
+    with pytest.raises(KeyboardInterrupt):
+        run(plan, Fake(5))
+    path = plan.out / "answers" / "pope.jsonl"
+    path.write_bytes(path.read_bytes()[:-cut])
+    again = Fake()
+    run(plan, again)
+    assert len(again.asked) == 8
+    assert all(json.loads(line) for line in lines(plan))
+    assert len(lines(plan)) == 13
+
+
+def test_a_torn_first_line(plan):
+    path = plan.out / "answers" / "pope.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b'{"evalu')
+    run(plan, Fake())
+    assert len(lines(plan)) == 13
+
+
+def test_a_line_that_is_no_json_is_named(plan):
+    run(plan, Fake())
+    path = plan.out / "answers" / "pope.jsonl"
+    path.write_bytes(b"".join([*lines(plan)[:3], b"???\n", *lines(plan)[3:]]))
+    with pytest.raises(EvaluationError, match="line 4 is no JSON"):
+        run(plan, Fake())
+
+
+def test_answers_of_other_settings_are_refused(plan):
+    run(plan, Fake())
+    other = replace(plan, max_new_tokens=3)
+    with pytest.raises(EvaluationError, match="max_new_tokens 64, not 3"):
+        run(other, Fake())
+    fresh = Fake(text="no")
+    assert run(replace(other, fresh=True), fresh)["tasks"]["pope"]["metrics"]["yes ratio"] == 0
+    assert len(fresh.asked) == 12
+
+
+def test_answers_of_another_model_are_refused(plan):
+    run(plan, Fake())
+    other = replace(plan, model={"path": "two"})
+    asked = Fake()
+    with pytest.raises(EvaluationError, match="of another model"):
+        run(replace(other, fresh=True), asked)
+    (plan.out / "results.json").unlink()  # killed before there were results
+    with pytest.raises(EvaluationError, match=r"model \{'path': 'one'\}, not \{'path': 'two'\}"):
+        run(other, asked)
+    assert asked.asked == []
+
+
+def test_changed_data_is_refused(plan):
+    run(plan, Fake())
+    path = plan.data / "pope" / "coco_pope_popular.json"
+    path.write_text(path.read_text().replace("Is there a 2?", "Is there any?"))
+    with pytest.raises(EvaluationError, match="question 'popular-3' is not the one that was answered"):
+        run(plan, Fake())
+
+
+def test_data_may_move(plan):
+    run(plan, Fake())
+    moved = plan.data.rename(plan.data.parent / "moved")
+    again = Fake()
+    run(replace(plan, data=moved), again)
+    assert again.asked == []
+
+
+def test_a_smaller_limit_takes_the_answers_that_are_there(plan):
+    run(plan, Fake())
+    again = Fake()
+    assert run(replace(plan, limit=5), again)["tasks"]["pope"]["questions"] == 5
+    assert again.asked == []
+
+
+def test_shards_are_answered_apart_and_scored_together(plan):
+    parts = []
+    for number in range(3):
+        part = Fake()
+        assert run(replace(plan, shard=(number, 3)), part) == {}
+        parts += part.asked
+    assert len(parts) == len(set(parts)) == 12
+    last = Fake()
+    results = run(plan, last)
+    assert last.asked == []
+    assert results["tasks"]["pope"] == run(replace(plan, out=plan.out / "b"), Fake())["tasks"]["pope"]
+    again = Fake()
+    run(replace(plan, shard=(1, 3), fresh=True), again)
+    assert len(again.asked) == 4
+
+
+def test_two_runs_do_not_write_one_file(plan):
+    with (
+        Records(plan.out / "answers", "pope", {}),
+        pytest.raises(EvaluationError, match="being written by another run"),
+    ):
+        run(plan, Fake())
+
+
+def test_a_failed_answer_is_wrong_and_counted(plan):
+    def failing(questions, options):
+        for number, question in enumerate(questions):
+            failed = number == 0  # "yes" is right there
+            yield question, Answer("", finish="error", error="bad picture") if failed else Answer("yes")
+
+    found = run(plan, failing)["tasks"]["pope"]
+    assert found["errors"] == 1
+    assert found["metrics"]["recall"] == pytest.approx(500 / 6)
+    assert found["answers"][0]["error"] == "bad picture"
+    assert (found["answers"][0]["read"], found["answers"][0]["score"]) == (None, 0)
+
+
+def test_results_of_several_tasks_stand_together(plan):
+    published.gqa(plan.data)
+    run(plan, Fake())
+    results = run(replace(plan, tasks=("gqa",)), Fake())
+    assert list(results["tasks"]) == ["pope", "gqa"]
+    assert load_results(plan.out) == results
+
+
+def test_no_results_is_one_line(tmp_path):
+    with pytest.raises(EvaluationError, match="cannot be read"):
+        load_results(tmp_path)
+    (tmp_path / "results.json").write_text("[]")
+    with pytest.raises(EvaluationError, match=r"no results\.json"):
+        load_results(tmp_path)
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from llava_fast.evaluate.run import Plan, run
+from llava_fast.evaluate.task import Answer
+
+def answerer(questions, options):
+    for number, question in enumerate(questions):
+        yield question, Answer("yes" * (number % 40))
+        print(number, flush=True)
+        time.sleep(0.003)
+
+run(Plan(("pope",), Path(sys.argv[1]), Path(sys.argv[2]), {"path": "one"}), answerer)
+"""
+
+
+def test_kills_at_random(plan):
+    """kill -9 three times; what was answered before is never asked again, and nothing is lost or twice."""
+    answered = 0
+    for after in (1, 4, 2):
+        command = [sys.executable, "-c", textwrap.dedent(KILLED), str(plan.data), str(plan.out)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path.cwd()) as process:
+            for _ in range(after):
+                process.stdout.readline()
+            os.kill(process.pid, signal.SIGKILL)
+        before, answered = answered, len(lines(plan)) - 1
+        assert answered >= before + after
+    last = Fake()
+    run(plan, last)
+    assert len(last.asked) == 12 - answered
+    assert len({json.loads(line)["id"] for line in lines(plan)[1:]}) == len(lines(plan)) - 1 == 12
