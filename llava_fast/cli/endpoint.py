@@ -20,12 +20,13 @@ _PANEL = "Endpoint"
 
 @dataclass(frozen=True)
 class Asking:
-    """What the options say: the endpoint, where replies are kept (None: beside the output), and whether to only show a
-    prompt."""
+    """What the options say: the endpoint, where replies are kept (None: beside the output), whether to only show a
+    prompt, and whether to ask the user before the first request."""
 
     endpoint: Endpoint
     replies: Path | None
     dry_run: bool
+    confirm: bool = False
 
     @contextlib.contextmanager
     def opened(self, output: Path) -> Iterator[Ask]:
@@ -39,8 +40,14 @@ class Asking:
             if store.unreadable:
                 typer.echo(f"{path}: {store.unreadable:,} lines cannot be read, so their requests are asked again")
 
+            unconfirmed = [self.confirm]
+
             def ask(requests: Sequence[Request], title: str) -> Replies:
-                typer.echo(f"{title}: {estimate(requests, self.endpoint, store)}")
+                expected = estimate(requests, self.endpoint, store)
+                typer.echo(f"{title}: {expected}")
+                if unconfirmed[0] and expected.requests:
+                    typer.confirm(f"Ask {self.endpoint.model} at {self.endpoint.base_url}?", abort=True)
+                    unconfirmed[0] = False
                 asked = ask_all(requests, self.endpoint, store, title)
                 typer.echo(f"{title}: {asked}")
                 return Replies(store, asked.keys)

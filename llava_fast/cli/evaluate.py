@@ -131,7 +131,7 @@ def run(
         found = lmms.evaluate(spec, theirs, limit, batch)
         results = save(out, plan.model, {"max_new_tokens": max_new_tokens, "limit": limit}, found)
         tasks = [*own, *found]
-    _print(lines_of(results, tasks))
+    print_table(lines_of(results, tasks))
     typer.echo(f"wrote {out / 'results.json'}")
     if report:
         from llava_fast.evaluate.report import write
@@ -222,7 +222,7 @@ class _Bars:
             bar.close()
 
 
-def _print(lines: list[tuple[str, ...]]) -> None:
+def print_table(lines: list[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
 

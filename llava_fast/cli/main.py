@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from llava_fast.cli import ask, checkpoints, data, evaluate, machine, make_data, recipe, serving, training
+from llava_fast.cli import ask, checkpoints, data, evaluate, judge, machine, make_data, recipe, serving, training
 from llava_fast.errors import LlavaFastError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ for command in (ask.generate, ask.chat, serving.serve, training.train, training.
 app.add_typer(data.app, name="data")
 app.add_typer(make_data.app, name="make-data")
 app.add_typer(evaluate.app, name="eval")
+app.command()(judge.judge)
 app.add_typer(recipe.app, name="recipe")
 app.command()(checkpoints.convert)
 app.command("merge-lora")(checkpoints.merge_lora)

@@ -65,7 +65,7 @@ def differences(
             raise EvaluationError(f"{name}: question {mine['id']!r} is not the same in both: their data differ")
     if not pairs:
         return []
-    left, right = (task.units([scored_of(row) for row in side]) for side in zip(*pairs, strict=True))
+    left, right = (task.units([scored_of(row, "") for row in side]) for side in zip(*pairs, strict=True))
     assert left is not None
     assert right is not None
     ones = np.ones(len(left.names))

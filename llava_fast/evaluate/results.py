@@ -127,13 +127,13 @@ def write_json(path: Path, content: Any) -> None:
     new.replace(path)
 
 
-def scored_of(row: Mapping[str, Any]) -> Scored:
-    """A row of results.json as it was scored."""
+def scored_of(row: Mapping[str, Any], folder: str) -> Scored:
+    """A row of results.json as it was scored; `folder` is the task's."""
     question = Question(
         row["id"],
         row["question"],
         row["prompt"],
-        tuple(row["images"]),
+        tuple(os.path.join(folder, image) for image in row["images"]),
         row["reference"],
         tuple(row["categories"]),
         row.get("unit", ""),

@@ -24,12 +24,12 @@ BLOCK = 4 * RUNNING  # questions that a worker is given at once
 
 
 def in_this_process(spec: ModelSpec, running: int = RUNNING) -> Answerer:
-    """Loads the model when the first question comes."""
+    """Loads the model when the first question comes; under torchrun, onto the GPU of its LOCAL_RANK."""
     loaded: list[Any] = []
 
     def answer(questions: Sequence[Question], options: Options) -> Answered:
         if not loaded:
-            loaded.append(spec.load())
+            loaded.append(spec.load(_gpu(spec, int(os.environ.get("LOCAL_RANK", "0")))))
         return answers_of(loaded[0], questions, options, running)
 
     return answer
@@ -70,6 +70,14 @@ def in_processes(spec: ModelSpec, count: int, running: int = RUNNING) -> Answere
     return answer
 
 
+def _gpu(spec: ModelSpec, number: int) -> str | None:
+    """The device of process `number` of this machine, where the GPUs are to be used and none is named."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return f"cuda:{number % gpus}" if spec.device in (None, "cuda") and gpus else spec.device
+
+
 def _next(answers: Any, workers: list[Any]) -> tuple[int, Answer]:
     while True:
         try:
@@ -100,11 +108,9 @@ def _work(
     try:
         import torch
 
-        gpus = torch.cuda.device_count()
-        device = f"cuda:{number % gpus}" if spec.device in (None, "cuda") and gpus else spec.device
-        if not gpus:
+        if not torch.cuda.is_available():
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // count))
-        model = spec.load(device)
+        model = spec.load(_gpu(spec, number))
         while (block := blocks.get()) is not None:
             first, questions = block
             place = {question.id: at for at, question in enumerate(questions, start=first)}

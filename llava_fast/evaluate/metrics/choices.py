@@ -7,8 +7,7 @@ from collections.abc import Mapping
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _STATED = re.compile(r"The answer is ([A-Z])\.")
-_AROUND = ("", ""), ("", "."), ("", ","), ("", ":"), ("", ")"), ("", ")."), ("(", ")"), ("(", ")."), (":", "")
-_AROUND += (":", ","), (":", "."), (":", ")"), (":", ").")
+_AROUND = [tuple(form.split("X")) for form in "X X. X, X: X) X). (X) (X). :X :X, :X. :X) :X).".split()]
 
 
 def option_letter(text: str, count: int) -> str | None:

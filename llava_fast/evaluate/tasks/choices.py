@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +71,14 @@ class ScienceQa(Choices):
             prompt = options_prompt(asked, choices)
             found.append(Question(number, text, prompt, (str(path),), reference, categories, facts=facts))
         return found
+
+    def columns(self, unit: Sequence[Scored]) -> dict[str, float]:
+        return {**super().columns(unit), **unit[0].marks}
+
+    def metrics(self, columns: Columns, weights: np.ndarray) -> dict[str, float]:
+        """The model's accuracy; where a judge has answered too, its own, and those of both (judge/judges.py)."""
+        marks = {name: 100 * mean(values, weights) for name, values in columns.items() if name != "score"}
+        return {**super().metrics(columns, weights), **marks}
 
 
 class MmBench(Choices):
@@ -192,8 +199,7 @@ class Ai2d(Choices):
 
     def questions(self, folder: Path) -> list[Question]:
         asked, pictures = (find(folder, file, self.name) for file in self.files[:2])
-        with find(folder, self.files[2], self.name).open(encoding="utf-8-sig", newline="") as file:
-            tested = [line[0].strip() for line in csv.reader(file) if line and line[0].strip()]
+        tested = find(folder, self.files[2], self.name).read_text(encoding="utf-8-sig").replace(",", " ").split()
         found = []
         for picture in tested:
             file = asked / f"{picture}.png.json"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llava_fast.errors import EvaluationError
-from llava_fast.evaluate.task import DataFile, Question, Scored, Task
+from llava_fast.evaluate.task import Columns, DataFile, Question, Scored, Task, mean, ratio
 from llava_fast.evaluate.tasks.rows import find, read_object, read_rows
 
 
@@ -16,7 +18,26 @@ class OpenEnded(Task):
     max_new_tokens = 1024  # as llava/eval/model_vqa.py
 
 
-class BenchInTheWild(OpenEnded):
+class Paired(OpenEnded):
+    """A judge gives marks from 1 to 10 to the reference and to the model; the metric is their means' ratio, as
+    llava/eval/summarize_gpt_review.py computes it.
+    """
+
+    main = "relative score"
+
+    def columns(self, unit: Sequence[Scored]) -> dict[str, float]:
+        return dict(unit[0].marks)
+
+    def metrics(self, columns: Columns, weights: np.ndarray) -> dict[str, float]:
+        reference, model = (mean(columns[name], weights) for name in ("reference", "model"))
+        return {
+            self.main: 100 * ratio(model, reference),
+            "reference's score": 10 * reference,
+            "model's score": 10 * model,
+        }
+
+
+class BenchInTheWild(Paired):
     name = "llava-bench"
     title = "LLaVA-Bench (In-the-Wild)"
     folder = "llava-bench-in-the-wild"
@@ -71,7 +92,7 @@ class BenchCoco(BenchInTheWild):
         return "\n".join([super().context(row), "", *boxes])
 
 
-class BenchWilder(OpenEnded):
+class BenchWilder(Paired):
     name = "llava-bench-wilder"
     title = "LLaVA-Bench (Wilder)"
     folder = "llava-bench-wilder"
@@ -96,6 +117,7 @@ class BenchWilder(OpenEnded):
 class MmVet(OpenEnded):
     """A question counts for each of its capabilities, and for their combination."""
 
+    main = "score"
     name = "mm-vet"
     title = "MM-Vet"
     folder = "mm-vet"

@@ -113,7 +113,7 @@ class TextVqa(Task):
     name = "textvqa"
     title = "TextVQA"
     folder = "textvqa"
-    files = (
+    files: tuple[DataFile, ...] = (
         DataFile("TextVQA_0.5.1_val.json", "questions and answers"),
         DataFile("train_images", "the pictures of train and val"),
     )

@@ -1,0 +1,53 @@
+"""Judging what an evaluation has answered: results.json gets the scores, every reply is kept beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from llava_fast.endpoint import Ask
+from llava_fast.errors import EvaluationError
+from llava_fast.evaluate.judge.judges import JUDGED, Judging, judge
+from llava_fast.evaluate.records import file_name
+from llava_fast.evaluate.results import load_results, result_of, save, scored_of
+from llava_fast.evaluate.tasks import task_of
+
+Open = Callable[[Path], AbstractContextManager[Ask]]
+"""Given where a task's replies are to be kept, what asks."""
+
+
+def tasks_to_judge(results: dict[str, Any], wanted: Sequence[str]) -> list[str]:
+    """The tasks of results.json that a judge scores: those named, or all but ScienceQA, whose accuracy needs none.
+    Raises EvaluationError for one that was not answered or that none scores, and where there is none.
+    """
+    answered = ", ".join(results["tasks"])
+    for name in wanted:
+        if name not in results["tasks"]:
+            raise EvaluationError(f"{name} is not answered (these are: {answered}): run llava-fast eval first")
+        if name.partition(":")[0] not in JUDGED:
+            raise EvaluationError(f"no judge scores {name}: {', '.join(JUDGED)} have one")
+    found = list(wanted) or [name for name, task in results["tasks"].items() if task["judged"]]
+    if not found:
+        raise EvaluationError(f"none of {answered} waits for a judge (scienceqa is judged if it is named)")
+    return found
+
+
+def judge_tasks(out: Path, wanted: Sequence[str], judging: Judging, opened: Open, judge_name: str) -> dict[str, Any]:
+    """Judge tasks of OUT/results.json and write their scores there; returns its content. Raises EvaluationError."""
+    results = load_results(out)
+    for name in tasks_to_judge(results, wanted):
+        old = results["tasks"][name]
+        scored = [scored_of(row, old["folder"]) for row in old["answers"]]
+        with opened(out / "judge" / file_name(name)) as ask:
+            judged = judge(name, scored, Path(old["folder"]), judging, ask)
+        new = result_of(task_of(name), judged.scored, Path(old["folder"]))
+        for number, (before, review) in enumerate(zip(old["answers"], judged.reviews, strict=True)):
+            pictures = {"pictures": before["pictures"]} if "pictures" in before else {}
+            new["answers"][number] |= {**pictures, "review": review}
+        new["judge"] = {"model": judge_name, **judging.settings(), **dataclasses.asdict(judged.counts)}
+        new["judge"]["without_score"] = sum(each.score is None for each in judged.scored)
+        results = save(out, results["model"], results.get("settings", {}), {name: new})
+    return results
