@@ -268,7 +268,7 @@ def test_digits_right():
             "[0] has no 'label'",
         ),
         ("pope", lambda d: published.put_lines(d / "pope/coco_pope_random.json", [3]), "[0] is 3, not an object"),
-        ("pope", lambda d: (d / "pope/coco_pope_random.json").write_text("{"), "no valid JSON"),
+        ("pope", lambda d: (d / "pope/coco_pope_random.json").write_text("{"), "invalid JSON"),
         ("mme", lambda d: next(d.rglob("01.txt")).write_text("Is it?\tmaybe\n"), "line 1: 'maybe'"),
         ("mme", lambda d: next(d.rglob("01.txt")).write_text("Is it?\tyes\n"), "holds 1 questions"),
         ("ai2d", lambda d: (d / "ai2d/ai2d_test_ids.csv").write_text("7\n"), "picture 7"),

@@ -87,7 +87,7 @@ def read_object(path: Path) -> Row:
     try:
         return Row(json.loads(read_text(str(path))), path.name)
     except json.JSONDecodeError as error:
-        raise EvaluationError(f"{path}, line {error.lineno}: no valid JSON: {error.msg}") from None
+        raise EvaluationError(f"{path}, line {error.lineno}: invalid JSON: {error.msg}") from None
     except DataError as error:
         raise EvaluationError(str(error)) from None
 
