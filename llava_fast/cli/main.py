@@ -1,4 +1,4 @@
-"""The command line: `llava-fast COMMAND`. Commands are functions of the files beside this one and are named here."""
+"""The command line `llava-fast COMMAND`. This module registers the commands, which the other modules define."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ app.command()(machine.demo)
 
 
 def main() -> None:
-    """Entry point: errors the package raises on purpose become one line and exit code 1."""
+    """Entry point. Errors of the package are printed as one line, with exit code 1."""
     try:
         app()
     except LlavaFastError as error:

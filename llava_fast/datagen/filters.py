@@ -1,4 +1,4 @@
-"""From replies to questions and answers, and why some are left out. Text in another form is refused, not guessed at."""
+"""Extraction of questions and answers from replies. Replies in another format are rejected, with a counted reason."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Pairs = list[tuple[str, str]]
 
 
 class Unusable(ValueError):
-    """A reply, or part of one, that is left out; the message is the reason that is counted."""
+    """A rejected reply or part of one. The message is the counted reason."""
 
 
 def whole_text(reply: Reply | None) -> str:
-    """The text of a reply that ended by itself. Raises Unusable."""
+    """Return the text of a complete reply. Raises Unusable."""
     if reply is None:
         raise Unusable("no reply")
     if reply.refusal or reply.finish == "content_filter":
@@ -37,8 +37,8 @@ def whole_text(reply: Reply | None) -> str:
 
 
 def read_pairs(text: str, patterns: Patterns) -> Pairs:
-    """The questions and answers of a text whose turns begin with "Question:" and "Answer:"; text before the first is
-    ignored. Raises Unusable if they do not alternate."""
+    """Return the questions and answers of a text whose turns begin with "Question:" and "Answer:". Text before the
+    first turn is ignored. Raises Unusable if they do not alternate."""
     parts = _SPEAKER.split(text)[1:]
     speakers, said = [each.lower() for each in parts[::2]], [each.strip() for each in parts[1::2]]
     if not speakers:
@@ -50,7 +50,7 @@ def read_pairs(text: str, patterns: Patterns) -> Pairs:
 
 
 def problem(question: str, answer: str, patterns: Patterns) -> str:
-    """Why a turn cannot be trained on, or "". An empty question is allowed for: it is drawn from a list."""
+    """Return why a turn is rejected, or "". An empty question is allowed, because it is drawn from a list."""
     if not answer:
         return "empty"
     if patterns.compiled["refusals"].search(answer):
@@ -64,8 +64,8 @@ def problem(question: str, answer: str, patterns: Patterns) -> str:
 
 
 def usable_turns(pairs: Sequence[tuple[str, str]], patterns: Patterns, left_out: Counter[str]) -> Pairs:
-    """The turns before the first unusable one, since later ones may refer to it. Raises Unusable if none is left; why
-    and how many turns are cut off goes into `left_out`."""
+    """Return the turns before the first unusable one, since later turns may refer to it. The number of removed turns
+    and the reason are counted in `left_out`. Raises Unusable if no turn is left."""
     kept: Pairs = []
     for question, answer in pairs:
         why = "empty" if not question else problem(question, answer, patterns)
@@ -80,13 +80,13 @@ def usable_turns(pairs: Sequence[tuple[str, str]], patterns: Patterns, left_out:
 
 
 class Duplicates:
-    """Tells whether the same texts came before."""
+    """Detects repeated texts."""
 
     def __init__(self) -> None:
         self._seen: set[bytes] = set()
 
     def check(self, *texts: str) -> None:
-        """Raises Unusable for texts that were checked before, but for case and spaces."""
+        """Raise Unusable if the same texts, ignoring case and spaces, were checked before."""
         joined = "\0".join(" ".join(text.lower().split()) for text in texts)
         key = hashlib.blake2b(joined.encode(), digest_size=16).digest()
         if key in self._seen:

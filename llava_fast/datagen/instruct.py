@@ -1,4 +1,4 @@
-"""Instruction data in LLaVA's first manner: a language model that sees captions and boxes writes about the picture.
+"""Instruction data as for the first LLaVA: a language model writes about an image, given its captions and boxes.
 
 The paper's 158K samples are 58K conversations, 23K detailed descriptions and 77K of complex reasoning (arXiv
 2304.08485; LLaVA's docs/Data.md); `MIX` has these shares.
@@ -23,7 +23,7 @@ MIX = {"conversation": 58.0, "detail": 23.0, "reasoning": 77.0}
 
 @dataclass(frozen=True)
 class Task:
-    """A sample to be made."""
+    """A sample to generate."""
 
     kind: str
     record: Record
@@ -31,10 +31,10 @@ class Task:
 
 @dataclass
 class Instruct:
-    """Makes samples of several kinds.
+    """Generates samples of several kinds.
 
-    mix      share of each kind, by the name of its text; shares are divided by their sum.
-    count    how many samples to ask for. Default: one a record.
+    mix      share of each kind, by the name of its text. Shares are normalised.
+    count    number of requested samples. Default: one per record.
     """
 
     texts: Texts = field(default_factory=Texts)
@@ -56,7 +56,7 @@ class Instruct:
         self.patterns = self.texts.read("filters", Patterns)
 
     def tasks(self, records: Sequence[Record]) -> list[Task]:
-        """What is asked for: each kind's share of pictures, drawn by the seed so that uses are spread over all of them.
+        """Return the tasks. Records of each kind are drawn by seed and spread evenly over all records.
 
         Raises DataError if a kind gets more samples than there are records for it.
         """
@@ -88,7 +88,8 @@ class Instruct:
         return Request(prompt.messages(task.record.context()), prompt.options, name=_name(task))
 
     def make(self, records: Sequence[Record], ask: Ask, report: Report) -> Iterator[dict[str, Any]]:
-        """Ask, and give the usable samples, in LLaVA's format and in the order of tasks; `report` counts them."""
+        """Send the requests and yield the usable samples in LLaVA's format, in the order of tasks. `report` counts
+        them."""
         tasks = self.tasks(records)
         replies = ask(Requests(tasks, self.request), "instruct")
         duplicates = Duplicates()
@@ -103,7 +104,7 @@ class Instruct:
             yield self.sample(task, pairs)
 
     def pairs(self, task: Task, reply: Reply | None, report: Report) -> Pairs:
-        """The turns of a reply. Raises Unusable."""
+        """Return the turns of a reply. Raises Unusable."""
         text = whole_text(reply)
         prompt = self.prompts[task.kind]
         if prompt.form == "answer":
@@ -129,7 +130,7 @@ class Instruct:
 
 
 class Requests(Sequence[Request]):
-    """Requests that are made when they are looked at."""
+    """A sequence of requests that are created on access."""
 
     def __init__(self, tasks: Sequence[Any], make: Any) -> None:
         self._tasks, self._make = tasks, make
@@ -144,7 +145,7 @@ class Requests(Sequence[Request]):
 
 
 def shares(mix: Mapping[str, float], count: int) -> dict[str, int]:
-    """`count` divided by shares, with the largest remainders rounded up, so that the parts sum to it."""
+    """Divide `count` by shares (largest remainder method), so that the parts sum to it."""
     total = sum(mix.values())
     exact = {kind: count * share / total for kind, share in mix.items()}
     parts = {kind: int(value) for kind, value in exact.items()}

@@ -1,8 +1,8 @@
-"""Noun phrases of captions, by a tagger that is installed.
+"""Noun phrases of captions, extracted by an installed tagger.
 
-- "textblob": TextBlob's chunker, whose lexicon comes with the package; a Python loop of some 10,000 captions a second.
-- "spacy:MODEL": spaCy's noun chunks, which LLaVA's 595K subset was made with; slower, and its model is a download.
-- "module:function": a user's own, from a list of captions to a list of phrases for each.
+- "textblob": TextBlob's chunker, whose lexicon is part of the package; about 10,000 captions per second.
+- "spacy:MODEL": spaCy's noun chunks, as for LLaVA's 595K subset; slower, and the model must be downloaded.
+- "module:function": a user's function from a list of captions to a list of phrases for each.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NOUN_TAGS = ("NN", "NNS", "NNP", "NNPS")
 
 
 def tagger(name: str) -> Tagger:
-    """The tagger of a name. Raises MissingPackageError or DataError."""
+    """Return the tagger of a name. Raises MissingPackageError or DataError."""
     if name == TEXTBLOB:
         return _textblob()
     if name.startswith("spacy:"):
@@ -37,11 +37,11 @@ def tagger(name: str) -> Tagger:
 
 
 def noun_phrases(captions: Sequence[str], name: str, workers: int = 0) -> Iterator[list[str]]:
-    """Each caption's distinct phrases: lower case, single spaces, without an article in front.
+    """Return each caption's distinct phrases in lower case, with single spaces and without a leading article.
 
-    workers  processes that tag; 0: this one.
+    workers  number of tagging processes; 0: the current process.
     """
-    tagger(name)  # what is wrong with it is said here and not by a worker
+    tagger(name)  # raises errors here and not in a worker
     parts = [captions[start : start + _PER_CALL] for start in range(0, len(captions), _PER_CALL)]
     with tqdm(total=len(captions), desc="noun phrases", unit="caption", unit_scale=True) as bar:
         if workers:
@@ -85,8 +85,8 @@ def _textblob() -> Tagger:
 
 
 def _chunks(parsed: str) -> Iterator[str]:
-    """The noun phrases of tokens "word/TAG/CHUNK/...", where B-NP begins one and I-NP goes on. (The
-    parser's own type of text has another `split`.)"""
+    """Return the noun phrases of tokens "word/TAG/CHUNK/...", in which B-NP begins a phrase and I-NP continues it. (The
+    parser's string type has a different `split`.)"""
     phrase: list[tuple[str, str]] = []
     for token in [*str.split(parsed), "/END/O/"]:
         word, tag, chunk = [*token.split("/"), "", ""][:3]

@@ -1,7 +1,7 @@
-"""Text in pictures: words by an OCR engine, and samples that ask to read them, as LLaVAR's 422K (arXiv 2306.17107).
+"""Text in images: words from an OCR engine, and samples of reading them, as in LLaVAR's 422K (arXiv 2306.17107).
 
-LLaVAR chose its pictures from LAION by a classifier and clusters, and does not publish how boxes were merged; here the
-pictures are given, and lines are put in reading order by their boxes.
+LLaVAR selected images from LAION with a classifier and clustering, and did not publish how it merged boxes. Here the
+images are given, and lines are sorted into reading order by their boxes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 @dataclass(frozen=True)
 class Word:
-    """A piece of text that an engine read: (left, top, right, bottom) in pixels, and how sure it is, 0 to 1."""
+    """A recognised text: its box (left, top, right, bottom) in pixels, and the confidence from 0 to 1."""
 
     text: str
     box: tuple[float, float, float, float]
@@ -41,8 +41,8 @@ Engine = Callable[[str], Iterable[Word]]
 
 
 def engine(name: str) -> Engine:
-    """The OCR engine of a name: "rapidocr", or "module:function" from a path to Words. Raises MissingPackageError or
-    DataError."""
+    """Return the OCR engine "rapidocr", or "module:function", a function from a path to Words. Raises
+    MissingPackageError or DataError."""
     return _rapidocr() if name == RAPIDOCR else function(name, "the OCR engine")
 
 
@@ -66,8 +66,8 @@ def _rapidocr() -> Engine:
 
 
 def reading_order(words: Iterable[Word]) -> list[Word]:
-    """Lines from top to bottom, each from left to right. A word belongs to a line if its middle lies within the height
-    of the line's first word, the highest."""
+    """Sort words into lines from top to bottom, each from left to right. A word belongs to a line if its centre is
+    within the height of the line's first (topmost) word."""
     lines: list[list[Word]] = []
     for word in sorted(words, key=lambda each: (each.box[1] + each.box[3], each.box[0])):
         middle = (word.box[1] + word.box[3]) / 2
@@ -81,7 +81,7 @@ def reading_order(words: Iterable[Word]) -> list[Word]:
 
 
 def pictures(folder: Path, under: Path | None = None) -> list[str]:
-    """The pictures below a folder, as paths relative to it, sorted. Raises DataError if there is none."""
+    """Return the sorted relative paths of the images below a folder. Raises DataError if there is none."""
     found = sorted(
         str(path.relative_to(folder))
         for path in folder.rglob("*")
@@ -95,9 +95,9 @@ def pictures(folder: Path, under: Path | None = None) -> list[str]:
 def read_words(
     images: Sequence[str], folder: Path, name: str, journal: Journal, least_score: float = 0.5, workers: int = 1
 ) -> Iterator[Record]:
-    """A record for each picture, its words in reading order; those read before come from the journal.
+    """Yield a record for each image with its words in reading order. Earlier results are taken from the journal.
 
-    A picture that cannot be read has no words. Raises MissingPackageError or DataError.
+    An image that cannot be read has no words. Raises MissingPackageError or DataError.
     """
     read = engine(name) if any(_key(image, name) not in journal for image in images) else None
 
@@ -113,7 +113,7 @@ def read_words(
             ]
         except MissingPackageError:
             raise
-        except Exception as error:  # an engine raises whatever it likes about a broken picture
+        except Exception as error:  # engines raise arbitrary errors for a corrupt image
             return [[f"{type(error).__name__}: {error}"]]
         return found
 
@@ -139,7 +139,7 @@ def _key(image: str, name: str) -> str:
 def samples(
     records: Iterable[Record], questions: Questions, report: Report, least_words: int = 3, seed: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """Questions to read the text of a picture; pictures with too few words, or another's words, are left out."""
+    """Yield questions about the text of an image. Images with too few words or with duplicate words are omitted."""
     duplicates = Duplicates()
     for record in records:
         answer = "\n".join(record.words)

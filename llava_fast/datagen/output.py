@@ -1,4 +1,4 @@
-"""What a maker of data leaves: a LLaVA-format file, written whole or not at all, and a report of what became of all."""
+"""Output of data generation: a file in LLaVA's format, written atomically, and a report."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from llava_fast.errors import DataError
 
 @dataclass
 class Report:
-    """Counts of a run: samples made by kind, and what was left out by reason."""
+    """Counts of a run: samples by kind, and rejected replies by reason."""
 
     made: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
     notes: dict[str, Any] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        """For a person, a line each."""
+        """Return the counts as text, one line each."""
         total = self.made.total()
         kinds = ", ".join(f"{count:,} {kind} ({count / total:.0%})" for kind, count in self.made.most_common())
         lines = [f"{total:,} samples: {kinds}" if total else "no sample was made"]
@@ -34,7 +34,7 @@ class Report:
 
 
 def check_output(path: Path) -> None:
-    """Raises DataError now, not after hours of asking, for a file that could not be written."""
+    """Raise DataError if the file cannot be written. This is checked before requests are sent."""
     if path.suffix not in (".json", ".jsonl"):
         raise DataError(f"the output {path.name} must be a .json or .jsonl file")
     if path.is_dir():
@@ -46,7 +46,8 @@ def check_output(path: Path) -> None:
 
 
 def write_samples(path: Path, samples: Iterable[dict[str, Any]]) -> int:
-    """A JSON list, a sample a line, or JSON lines for a .jsonl; returns how many. Raises DataError."""
+    """Write a JSON list with one sample per line, or JSON lines for .jsonl. Returns the number of samples. Raises
+    DataError."""
     part = path.with_name(f".{path.name}.part")
     lines = path.suffix == ".jsonl"
     count = 0
@@ -64,7 +65,7 @@ def write_samples(path: Path, samples: Iterable[dict[str, Any]]) -> int:
 
 
 def write_report(path: Path, report: Report) -> Path:
-    """The report of an output file, beside it; returns its path. Raises DataError."""
+    """Write the report next to an output file and return its path. Raises DataError."""
     beside = path.with_name(f"{path.stem}.report.json")
     try:
         beside.write_text(json.dumps(report.to_json(), indent=1, ensure_ascii=True) + "\n", encoding="utf-8")
@@ -74,7 +75,7 @@ def write_report(path: Path, report: Report) -> Path:
 
 
 def turns(pairs: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
-    """Questions and answers as LLaVA's conversations."""
+    """Convert questions and answers to LLaVA's conversation format."""
     return [
         {"from": speaker, "value": text}
         for question, answer in pairs

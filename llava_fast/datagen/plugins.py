@@ -1,4 +1,4 @@
-"""Functions that a user may give by name: `module:function`."""
+"""Functions specified by name as `module:function`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llava_fast.errors import DataError
 
 
 def function(name: str, what: str) -> Callable[..., Any]:
-    """The function of `module:function`. Raises DataError."""
+    """Import and return `module:function`. Raises DataError."""
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise DataError(f"{what} {name!r} is neither built in nor a function of yours, as module:function")

@@ -1,6 +1,6 @@
-"""Image-text pairs chosen so that concepts are covered evenly, as LLaVA's 595K subset of CC3M was (arXiv 2304.08485,
-"Pre-training dataset"): phrases that occur in fewer than 3 captions are skipped; from the rarest of the others on, each
-phrase adds its captions to the pool, or 100 of them drawn at random if there are more."""
+"""Selection of image-text pairs with even coverage of concepts, as for LLaVA's 595K subset of CC3M (arXiv 2304.08485,
+"Pre-training dataset"). Noun phrases that occur in fewer than 3 captions are skipped. In ascending order of frequency,
+each other phrase adds its captions to the pool, or 100 random ones if there are more."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LEAST, MOST = 3, 100
 
 
 def choose(phrases: Iterable[Sequence[str]], least: int = LEAST, most: int = MOST, seed: int = 0) -> list[int]:
-    """The numbers of the chosen captions, sorted. phrases: each caption's distinct noun phrases."""
+    """Return the sorted indices of the selected captions. `phrases` are each caption's distinct noun phrases."""
     captions: dict[str, list[int]] = defaultdict(list)
     for number, found in enumerate(phrases):
         for phrase in found:
@@ -34,7 +34,7 @@ def choose(phrases: Iterable[Sequence[str]], least: int = LEAST, most: int = MOS
 def pairs(
     records: Sequence[Record], numbers: Sequence[int], questions: Questions, report: Report, seed: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """Samples of the chosen records: a brief instruction drawn by seed, and the first caption as its answer."""
+    """Yield samples of the selected records: a short instruction drawn by seed, and the first caption as the answer."""
     for number in numbers:
         record = records[number]
         draw = random.Random(f"{seed} {record.id}")
@@ -45,7 +45,8 @@ def pairs(
 
 
 def usable(records: Sequence[Record], report: Report) -> list[Record]:
-    """Records with a picture and a caption; what the others lack is counted. Raises DataError if none is left."""
+    """Return the records with an image and a caption. Others are counted by reason. Raises DataError if none is
+    left."""
     kept = []
     for record in records:
         why = (

@@ -1,4 +1,4 @@
-"""What is known about a picture, as text: captions, boxes and words, from COCO's files or from JSON lines."""
+"""Descriptions of images as text: captions, boxes and words, from COCO's files or from JSON lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Fraction = float
 
 
 class Box(BaseModel):
-    """An object and where it is: (left, top, right, bottom) as fractions of the picture's sides, 0 to 1."""
+    """An object and its box (left, top, right, bottom), relative to the image size (0 to 1)."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -34,12 +34,12 @@ class Box(BaseModel):
 
 
 class Record(BaseModel):
-    """A picture or video and what is known about it; other keys are left alone.
+    """An image or video and its description. Other keys are ignored.
 
-    id       made from the position in the file if missing.
+    id       generated from the position in the file if missing.
     image    a path, or several, relative to the folder of images; or `video`.
-    captions   "caption" with one text is read too.
-    words    texts written in the picture, in reading order.
+    captions texts; a key "caption" with one text is accepted too.
+    words    texts in the image, in reading order.
     """
 
     model_config = ConfigDict(extra="ignore", coerce_numbers_to_str=True)
@@ -52,18 +52,18 @@ class Record(BaseModel):
     words: list[str] = []
 
     def media(self) -> dict[str, Any]:
-        """The keys "image" or "video" of a sample about it."""
+        """Return the key "image" or "video" of a sample."""
         return {name: value for name in ("image", "video") if (value := getattr(self, name)) is not None}
 
     def placeholders(self) -> str:
-        """A line with <image> for each image, or with <video>."""
+        """Return a line with <image> for each image, or with <video>."""
         if self.video is not None:
             return "<video>\n"
         count = len(self.image) if isinstance(self.image, list) else int(self.image is not None)
         return "<image>\n" * count
 
     def context(self) -> str:
-        """What a language model is told in place of the picture."""
+        """Return the description that a language model gets instead of the image."""
         parts = []
         if self.captions:
             parts.append("Captions:\n" + "\n".join(f"- {caption.strip()}" for caption in self.captions))
@@ -76,7 +76,8 @@ class Record(BaseModel):
 
 
 def read_records(paths: Iterable[str]) -> list[Record]:
-    """The records of JSON lists or JSON lines (globs too). Raises DataError, which names file, record and field."""
+    """Read records from JSON lists or JSON lines (globs allowed). Raises DataError, which names file, record and
+    field."""
     return [
         read_record(value, f"{file}, record {number}", f"{Path(file).stem}-{number}")
         for path in paths
@@ -86,7 +87,7 @@ def read_records(paths: Iterable[str]) -> list[Record]:
 
 
 def read_record(value: Any, where: str, name: str = "") -> Record:
-    """One record. Raises DataError."""
+    """Validate one record. Raises DataError."""
     if not isinstance(value, dict):
         raise DataError(f"{where} is no object: a record is {{'image': path, 'captions': [text, ...]}}")
     if "captions" not in value and isinstance(value.get("caption"), str):
@@ -101,9 +102,9 @@ def read_record(value: Any, where: str, name: str = "") -> Record:
 
 
 def read_coco(captions: Sequence[str], instances: Sequence[str] = (), prefix: str = "") -> list[Record]:
-    """Records of COCO's captions_*.json and instances_*.json; `prefix` is put before each file name.
+    """Read records from COCO's captions_*.json and instances_*.json. `prefix` is prepended to each file name.
 
-    Pictures without a caption are left out. Raises DataError, which names file and field.
+    Images without a caption are omitted. Raises DataError, which names file and field.
     """
     images: dict[int, dict[str, Any]] = {}
     texts: dict[int, list[str]] = defaultdict(list)
@@ -157,7 +158,7 @@ def _each(values: list[Any], where: str, *fields: str) -> Iterator[dict[str, Any
 
 
 def _box(label: str, given: Any, size: tuple[float, float], where: str) -> Box:
-    """From COCO's left, top, width and height in pixels; values a little outside the picture are moved to its edge."""
+    """Convert COCO's left, top, width and height in pixels. Values slightly outside the image are clamped."""
     try:
         left, top, width, height = (float(value) for value in given)
         right, bottom = (left + width) / size[0], (top + height) / size[1]

@@ -1,9 +1,9 @@
-"""Many questions to a chat endpoint that speaks OpenAI's protocol: paced, retried, kept, and never asked twice.
+"""Client for many requests to a chat endpoint with OpenAI's API: rate limits, retries, and stored replies.
 
     with Store("replies.jsonl") as store:
         asked = ask_all(requests, endpoint, store, title="judging")
         for request, reply in zip(requests, Replies(store, asked.keys)):
-            ...                             # reply is None where a request has failed: the next run asks it again
+            ...                             # reply is None if the request failed; the next run repeats it
 
 `llava-fast judge` and `make-data` share this client. It needs `pip install 'llava_fast[endpoint]'`.
 """

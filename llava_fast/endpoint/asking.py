@@ -1,4 +1,4 @@
-"""Ask many requests at once: bounded, paced, retried; each reply is kept the moment it comes."""
+"""Send many requests concurrently, with rate limits and retries. Each reply is stored as soon as it arrives."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from llava_fast.errors import EndpointError, MissingPackageError
 from llava_fast.storage.journal import without
 
 Ask = Callable[[Sequence[Request], str], Sequence["Reply | None"]]
-"""What the makers of data call: requests and a title in, their replies in order out; None for one that failed."""
+"""A function from requests and a title to their replies in order (None for a failed request)."""
 
 _RETRIED = (408, 409, 425, 429)
-_STOPS = (401, 403, 404)  # no other request would fare better
+_STOPS = (401, 403, 404)  # these errors affect all requests
 _FAILURES_IN_A_ROW = 20
 _LONGEST_RETRY_AFTER = 3600.0
-_SHOWN = 300  # characters of what an endpoint says about an error
+_SHOWN = 300  # shown characters of an error message of the endpoint
 
 
 @dataclass
 class Asked:
-    """What became of the requests.
+    """The outcome of a call of `ask_all`.
 
-    keys          of each request, in order; `Store.get(key)` is None for one that has failed.
-    replied, kept, failed   replies of this run, replies that were there before, requests given up (equal ones once).
+    keys          the key of each request, in order; `Store.get(key)` is None for a failed request.
+    replied, kept, failed   new replies, replies stored before, failed requests (equal ones counted once).
     retries       attempts after the first.
-    reasons       why requests failed, and how many.
+    reasons       number of failed requests per reason.
     prompt_tokens, reply_tokens, dollars   of this run; dollars is None without prices.
     """
 
@@ -69,14 +69,14 @@ class Asked:
 def ask_all(
     requests: Sequence[Request], endpoint: Endpoint, store: Store, title: str = "asking", progress: bool = True
 ) -> Asked:
-    """Ask every request that `store` has no reply to, and keep the replies there.
+    """Send every request without a reply in `store`, and store the replies.
 
-    requests  an ordinary list, or any sequence that makes its requests when they are asked for.
+    requests  a list, or a sequence that creates its requests on access.
 
-    Interrupted or killed at any moment, the same call goes on where it stopped. A request that fails does not stop the
-    others. Raises EndpointError where no request can succeed (a wrong key or model, no connection, no quota), where the
-    cost has reached its limit, and where replies cannot be written; by then requests in flight have ended and their
-    replies are kept. Raises MissingPackageError without openai.
+    After an interruption, the same call continues. A failed request does not stop the others. Raises EndpointError if
+    no request can succeed (wrong key or model, no connection, no quota), if the cost has reached its limit, or if
+    replies cannot be written. Before it is raised, requests in flight are completed and their replies stored. Raises
+    MissingPackageError without openai.
     """
     return asyncio.run(ask_all_async(requests, endpoint, store, title, progress))
 
@@ -84,7 +84,7 @@ def ask_all(
 async def ask_all_async(
     requests: Sequence[Request], endpoint: Endpoint, store: Store, title: str = "asking", progress: bool = True
 ) -> Asked:
-    """`ask_all` within a running event loop."""
+    """`ask_all` as a coroutine."""
     with tqdm(total=len(requests), desc=title, unit="request", disable=not progress) as bar:
         run = _Run(endpoint, store, bar)
         try:
@@ -94,7 +94,7 @@ async def ask_all_async(
 
 
 def dry_run(requests: Sequence[Request], endpoint: Endpoint, store: Store | None = None) -> str:
-    """The first request and the estimate, as text for a person; nothing is asked and no key is needed.
+    """Return the first request and the cost estimate as text. No request is sent and no key is needed.
 
     Raises EndpointError if there is no request.
     """
@@ -105,7 +105,7 @@ def dry_run(requests: Sequence[Request], endpoint: Endpoint, store: Store | None
 
 
 class _Retry(Exception):
-    """An attempt that failed in a way that another may not. `wait`: seconds that the endpoint asks for."""
+    """A failed attempt that may succeed if repeated. `wait` is the delay in seconds requested by the endpoint."""
 
     def __init__(self, why: str, wait: float = 0.0) -> None:
         super().__init__(why)
@@ -113,7 +113,7 @@ class _Retry(Exception):
 
 
 class _Failed(Exception):
-    """A request that is given up."""
+    """A request that failed permanently."""
 
 
 class _Run:
@@ -121,7 +121,7 @@ class _Run:
         self.openai = _openai()
         self.endpoint, self.store, self.bar = endpoint, store, bar
         self.secret = endpoint.api_key()
-        # The key reaches nothing but the client; max_retries=0 because attempts are paced and counted here.
+        # Only the client gets the key. max_retries=0, because this class paces and counts attempts.
         self.client = self.openai.AsyncOpenAI(
             base_url=endpoint.base_url, api_key=self.secret, timeout=endpoint.timeout, max_retries=0
         )
@@ -155,7 +155,7 @@ class _Run:
         return self.asked
 
     async def one(self, request: Request) -> None:
-        """Ask one request, unless its reply is kept, or an equal request is in flight or has failed."""
+        """Send a request unless its reply is stored or an equal request is in flight or has failed."""
         key = request.key(self.endpoint.model)
         self.asked.keys.append(key)
         if key in self.in_flight:
@@ -194,12 +194,12 @@ class _Run:
             self.end(error)
 
     def end(self, error: EndpointError) -> None:
-        """No request begins any more; those in flight end first."""
+        """Start no more requests. Requests in flight are completed."""
         self.stop = self.stop or error
         self.stopped.set()
 
     async def sleep(self, seconds: float) -> None:
-        """Returns early once the run is to end."""
+        """Sleep, but return early when the run is ended."""
         if seconds > 0:
             with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
                 await asyncio.wait_for(self.stopped.wait(), seconds)
@@ -211,7 +211,7 @@ class _Run:
         await self.sleep(max(asked_for, own * self.jitter.uniform(0.5, 1.0)))
 
     async def attempt(self, request: Request) -> dict[str, Any]:
-        """The endpoint's JSON. Raises _Retry, _Failed, or EndpointError if no request can succeed."""
+        """Return the endpoint's JSON. Raises _Retry, _Failed, or EndpointError if no request can succeed."""
         openai = self.openai
         try:
             response = await asyncio.wait_for(self.post(request), self.endpoint.timeout)
@@ -219,7 +219,7 @@ class _Run:
             raise _Retry(f"no whole reply within {self.endpoint.timeout:g} s") from None
         except openai.APIStatusError as error:
             self.refuse(error)
-        except openai.APIError as error:  # no connection, or one that broke
+        except openai.APIError as error:  # no connection, or a lost one
             raise _Retry(self.said(f"{error} {error.__cause__ or ''}")) from None
         try:
             return json.loads(response)
@@ -227,13 +227,13 @@ class _Run:
             raise MalformedReply(self.said("it is no JSON: " + response.decode("utf-8", "replace"))) from None
 
     async def post(self, request: Request) -> bytes:
-        """The body of the response, whole."""
+        """Return the complete body of the response."""
         create = self.client.chat.completions.with_raw_response.create
         raw = await create(model=self.endpoint.model, messages=list(request.messages), extra_body=dict(request.options))
         return raw.content
 
     def refuse(self, error: Any) -> None:
-        """Raise what an HTTP status means."""
+        """Raise the exception for an HTTP status."""
         status, headers = error.status_code, error.response.headers
         said = self.said(f"HTTP {status}: {_message(error)}")
         if status in _STOPS or (status == 429 and "insufficient_quota" in str(error.body)):
@@ -263,7 +263,7 @@ class _Run:
             self.end(EndpointError(f"{text}; see that {self.endpoint.base_url} works, and run this again"))
 
     def said(self, text: str) -> str:
-        """What an endpoint says, on one line, cut short, without the key."""
+        """Shorten a message of the endpoint to one line and remove the key."""
         line = " ".join(without(text, self.secret).split())
         return line if len(line) <= _SHOWN else line[:_SHOWN] + "..."
 
@@ -284,7 +284,7 @@ def _message(error: Any) -> str:
 
 
 def _retry_after(headers: Any) -> float:
-    """Seconds, from Retry-After (seconds or a date) or OpenAI's retry-after-ms; 0 without."""
+    """Return the seconds of Retry-After (seconds or a date) or of OpenAI's retry-after-ms, or 0 without either."""
     for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         value = headers.get(name, "")
         try:

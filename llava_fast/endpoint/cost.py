@@ -1,4 +1,4 @@
-"""What asking will cost, said before it starts."""
+"""Cost estimates before requests are sent."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from llava_fast.endpoint.settings import Endpoint
 
 @dataclass(frozen=True)
 class Estimate:
-    """Requests that have no reply yet, and what they may take. Tokens are estimated from characters; those of replies
-    are the most allowed, so the cost is rather an upper bound."""
+    """The number of requests without a reply, their tokens and cost. Prompt tokens are estimated from characters.
+    Reply tokens are the allowed maximum, so the cost is close to an upper bound."""
 
     requests: int
     kept: int
@@ -33,7 +33,7 @@ class Estimate:
 
 
 def estimate(requests: Sequence[Request], endpoint: Endpoint, store: Store | None = None) -> Estimate:
-    """Count what `ask_all` would ask. Equal requests count once."""
+    """Count the requests that `ask_all` would send. Equal requests count once."""
     kept = prompt = reply = 0
     seen = set()
     for request in requests:

@@ -1,4 +1,4 @@
-"""Requests begin evenly over time, so that no minute has more than the limit."""
+"""Rate limiter: requests start at even intervals, so that no minute exceeds the limit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import asyncio
 
 
 class Pace:
-    """Turns in the order of arrival: after one of `amount` the next is amount / per_minute minutes later.
+    """Assigns start times in the order of arrival. After a turn of `amount`, the next is amount / per_minute minutes
+    later.
 
     per_minute  None: no limit, but `hold` still works.
     """
@@ -16,12 +17,12 @@ class Pace:
         self._free = 0.0
 
     def turn(self, amount: float = 1) -> float:
-        """Take a turn; returns the seconds to wait for it."""
+        """Take a turn and return the seconds until it starts."""
         now = asyncio.get_running_loop().time()
         start = max(now, self._free)
         self._free = start + amount * self._seconds
         return start - now
 
     def hold(self, seconds: float) -> None:
-        """Turns that are not taken yet come no sooner than in `seconds`."""
+        """Delay all further turns by at least `seconds` from now."""
         self._free = max(self._free, asyncio.get_running_loop().time() + seconds)

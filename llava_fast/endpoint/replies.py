@@ -1,7 +1,7 @@
-"""Replies, and the file that keeps every one of them as it came.
+"""Replies, and the file that stores them unchanged.
 
-A line is {"key", "name", "reply"}, the reply being the endpoint's own JSON, or {"key", "name", "failed"} with the
-reason why a request was given up.
+A line is {"key", "name", "reply"} with the endpoint's JSON, or {"key", "name", "failed"} with the reason of the
+failure.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from llava_fast.storage.journal import Journal, without
 
 
 class MalformedReply(ValueError):
-    """What came is not a chat completion; the message says in what."""
+    """The response is not a valid chat completion. The message names the defect."""
 
 
 @dataclass(frozen=True)
 class Reply:
     """A chat completion.
 
-    text     what the model said; "" if it said nothing.
-    finish   why it ended: stop, length, content_filter, ...
-    refusal  the refusal that some endpoints give in place of a text.
-    prompt_tokens, reply_tokens   as the endpoint counted them; 0 if it did not.
+    text     the generated text, possibly empty.
+    finish   the finish reason: stop, length, content_filter, ...
+    refusal  the refusal that some endpoints return instead of a text.
+    prompt_tokens, reply_tokens   as reported by the endpoint, else 0.
     raw      the endpoint's JSON.
     """
 
@@ -39,7 +39,7 @@ class Reply:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is a text that ended by itself."""
+        """Whether the text is complete (finish reason "stop")."""
         return self.finish == "stop" and bool(self.text.strip()) and not self.refusal
 
     @staticmethod
@@ -65,10 +65,10 @@ class Reply:
 
 
 class Store(Journal):
-    """The kept replies of a run, by the key of their request. One process at a time has it open.
+    """The stored replies of a run by request key. Only one process at a time can open it.
 
-    unreadable  lines that are no JSON, as a machine's crash may leave; they are ignored, so their requests are asked
-                again.
+    unreadable  number of lines that are not JSON, for example after a crash. They are ignored, so their requests are
+                repeated.
 
     Raises EndpointError if the file cannot be opened or another process has it.
     """
@@ -76,20 +76,20 @@ class Store(Journal):
     error = EndpointError
 
     def get(self, key: str) -> Reply | None:
-        """The kept reply, or None."""
+        """Return the stored reply, or None."""
         entry = self.entry(key)
         return None if entry is None else Reply.read(entry["reply"])
 
     def keep(self, key: str, name: str, raw: dict[str, Any], secret: str = "") -> Reply:
         """Append a reply and return it. Every occurrence of `secret` (the API key) in it is replaced by ***.
 
-        Raises MalformedReply, and then keeps nothing; EndpointError if it cannot be written.
+        Raises MalformedReply, in which case nothing is stored, and EndpointError if it cannot be written.
         """
         self.append({"key": key, "name": name, "reply": raw}, secret)
         return Reply.read(json.loads(without(json.dumps(raw), secret)))
 
     def note_failure(self, key: str, name: str, why: str, secret: str = "") -> None:
-        """Append why a request has no reply. It will be asked again."""
+        """Append the reason of a failed request. The next run repeats it."""
         self.append({"key": key, "name": name, "failed": why}, secret)
 
     def append(self, entry: dict[str, Any], secret: str = "") -> None:
@@ -97,7 +97,7 @@ class Store(Journal):
         super().append(entry, secret)
 
     def is_entry(self, entry: Any) -> bool:
-        """Whether it is a reply; False for a failure. Raises MalformedReply."""
+        """Return True for a reply and False for a failure. Raises MalformedReply."""
         super().is_entry(entry)
         if "failed" in entry:
             return False
@@ -106,7 +106,7 @@ class Store(Journal):
 
 
 class Replies(Sequence["Reply | None"]):
-    """Replies of a store in the order of their requests, read when they are looked at; None where one has failed."""
+    """The replies of a store in the order of their requests, read on access. None for a failed request."""
 
     def __init__(self, store: Store, keys: Sequence[str]) -> None:
         self._store, self._keys = store, keys

@@ -1,4 +1,4 @@
-"""One question to an endpoint, and the key under which its reply is kept."""
+"""A request to an endpoint, and the key of its stored reply."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from typing import Any
 from llava_fast.errors import EndpointError, MissingFileError
 
 IMAGE_TOKENS = 800
-"""What an image counts for in estimates: endpoints charge from 85 to some 1,600, by size and model."""
+"""Estimated tokens per image. Endpoints charge from 85 to about 1,600, depending on size and model."""
 CHARACTERS_PER_TOKEN = 4
 DEFAULT_REPLY_TOKENS = 512
-_SHOWN_CHARACTERS = 60  # of a data URI, in a prompt that is shown
+_SHOWN_CHARACTERS = 60  # of a data URI, in a printed prompt
 _KINDS = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp"}
 
 
 @dataclass(frozen=True)
 class Request:
-    """A chat completion to ask for.
+    """A chat completion request.
 
-    messages  in OpenAI's form, images as data URIs (`image_part`).
+    messages  in OpenAI's format, with images as data URIs (`image_part`).
     options   further fields of the body: temperature, max_tokens, response_format, ...
-    draw      tells equal requests apart that are to have replies of their own (several draws at a temperature).
-    name      what messages call it; not part of the key.
+    draw      the sample index, which distinguishes repeated requests (several samples at a temperature).
+    name      its name in messages; not part of the key.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -39,13 +39,13 @@ class Request:
         return {"model": model, "messages": list(self.messages), **self.options}
 
     def key(self, model: str) -> str:
-        """32 hexadecimal digits that depend on everything that the endpoint sees, and on `draw`; not on its address."""
+        """Return a hash (32 hexadecimal digits) of the request body with the model, and of `draw`."""
         content = [self.body(model), self.draw]
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def tokens(self) -> tuple[int, int]:
-        """Estimates: (tokens of the prompt, most tokens of the reply)."""
+        """Return estimates of (prompt tokens, maximum reply tokens)."""
         characters, images = 0, 0
         for message in self.messages:
             for part in _parts(message):
@@ -56,7 +56,7 @@ class Request:
         return -(-characters // CHARACTERS_PER_TOKEN) + images * IMAGE_TOKENS + overhead, int(most)
 
     def shown(self) -> str:
-        """The messages as text for a person; data URIs are cut short."""
+        """Return the messages as readable text with shortened data URIs."""
         lines = []
         for message in self.messages:
             lines.append(f"[{message['role']}]")
@@ -74,10 +74,9 @@ def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def image_part(path: str | Path) -> dict[str, Any]:
-    """The part of a message that holds an image file (JPEG, PNG, GIF or WebP), as a data URI of its bytes.
+    """Return a message part with an image file (JPEG, PNG, GIF or WebP) as a data URI.
 
-    Raises MissingFileError for a file that is not there, EndpointError for one that cannot be read or is of another
-    kind.
+    Raises MissingFileError if the file does not exist, and EndpointError if it cannot be read or has another format.
     """
     try:
         data = Path(path).read_bytes()

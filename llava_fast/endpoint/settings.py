@@ -1,4 +1,4 @@
-"""Which endpoint is asked, how fast, how persistently and at what price."""
+"""Settings of an endpoint: URL and model, rate limits, retries and prices."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ OPENAI = "https://api.openai.com/v1"
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An endpoint that speaks OpenAI's chat completions, and how it is to be used.
+    """A chat completions endpoint with OpenAI's API, and the limits of its use.
 
-    base_url              as of the openai client: https://HOST/v1.
-    model                 the name that requests carry.
-    api_key_env           the environment variable that holds the key; only OpenAI's own endpoint must have one.
-    concurrency           most requests in flight.
-    requests_per_minute   requests begin evenly, at most this many a minute (attempts count). None: no limit.
-    tokens_per_minute     as requests_per_minute, of estimated prompt tokens and the most tokens of the reply.
-    timeout               seconds that one attempt may take from first to last byte.
-    attempts              how often a request is tried before it is given up for this run.
-    backoff               seconds before the second attempt; doubled for each further one, up to `longest_wait`, with
-                          jitter. The endpoint's Retry-After, where it is longer, holds back all requests.
-    price_in, price_out   dollars per million tokens of prompt and reply. None: cost is not shown.
-    max_cost              dollars: no request begins after this run has cost them. Needs prices.
+    base_url              as for the openai client: https://HOST/v1.
+    model                 the model name in requests.
+    api_key_env           the environment variable with the key, which only OpenAI's own endpoint requires.
+    concurrency           maximum number of requests in flight.
+    requests_per_minute   limit on attempts, which start at even intervals. None: no limit.
+    tokens_per_minute     limit on estimated prompt tokens plus maximum reply tokens. None: no limit.
+    timeout               maximum seconds of one attempt.
+    attempts              maximum number of attempts per request in a run.
+    backoff               seconds before the second attempt, doubled for each further one up to `longest_wait`, with
+                          jitter. If the endpoint's Retry-After is longer, it delays all requests.
+    price_in, price_out   dollars per million prompt and reply tokens. None: cost is not shown.
+    max_cost              dollars per run, after which no request is started. Requires prices.
 
     Raises EndpointError for a value out of range.
     """
@@ -67,9 +67,9 @@ class Endpoint:
             raise EndpointError("a limit on the cost needs both prices, per million tokens of prompt and of reply")
 
     def api_key(self) -> str:
-        """The key; "none" for an endpoint that is not OpenAI's where the variable is not set.
+        """Return the key, or "none" if the variable is not set and the endpoint is not OpenAI's.
 
-        Raises EndpointError, without the key in its message.
+        Raises EndpointError, whose message does not contain the key.
         """
         key = os.environ.get(self.api_key_env, "").strip()
         if not key and self.base_url.rstrip("/") == OPENAI:
@@ -79,7 +79,7 @@ class Endpoint:
         return key or "none"
 
     def cost(self, prompt_tokens: int, reply_tokens: int) -> float | None:
-        """Dollars, or None without prices."""
+        """Return the cost in dollars, or None without prices."""
         if self.price_in is None or self.price_out is None:
             return None
         return (prompt_tokens * self.price_in + reply_tokens * self.price_out) / 1e6

@@ -1,6 +1,6 @@
-"""A file of finished work: JSON lines by key, only ever appended to, so that a killed run loses nothing it finished.
+"""An append-only file of finished work (JSON lines with keys), so that an interrupted run loses no finished work.
 
-A killed process leaves at most the last line torn, which the next opening cuts off.
+If a process is killed, only the last line can be incomplete. It is removed when the file is opened again.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class Journal:
-    """Objects by their "key", read from the file when they are asked for. One process at a time has it open.
+    """Objects by their "key", read from the file on access. Only one process at a time can open it.
 
-    unreadable  lines that are no JSON, as a machine's crash may leave, or that `is_entry` raises ValueError for; they
-                are ignored, so that their work is done again.
+    unreadable  number of lines that are not JSON, for example after a crash, or for which `is_entry` raises
+                ValueError. They are ignored, so that their work is repeated.
 
-    Raises `error` if the file cannot be opened or another process has it.
+    Raises `error` if the file cannot be opened or another process has opened it.
     """
 
     error: type[LlavaFastError] = DataError
@@ -69,7 +69,7 @@ class Journal:
         return key in self._places
 
     def entry(self, key: str) -> dict[str, Any] | None:
-        """The newest object of this key, or None."""
+        """Return the newest object of this key, or None."""
         if key not in self._places:
             return None
         at, length = self._places[key]
@@ -80,7 +80,7 @@ class Journal:
 
         Raises `error` if it cannot be written.
         """
-        data = without(json.dumps(entry), secret).encode() + b"\n"  # ASCII: half a surrogate pair is kept too
+        data = without(json.dumps(entry), secret).encode() + b"\n"  # ASCII, which also represents lone surrogates
         at, left = self._end, data
         try:
             while left:
@@ -93,13 +93,13 @@ class Journal:
             self._places[str(entry["key"])] = (at, len(data))
 
     def is_entry(self, entry: Any) -> bool:
-        """Whether an object is finished work; False for a note. Raises ValueError for neither."""
+        """Return True for finished work and False for a note. Raises ValueError for anything else."""
         if not isinstance(entry, dict) or "key" not in entry:
             raise ValueError("it has no key")
         return True
 
     def _read(self) -> int:
-        """Index the lines, cut off a torn last one, and return the file's length."""
+        """Index the lines, remove an incomplete last line, and return the file's length."""
         at = 0
         with open(self.path, "rb") as file:
             for line in file:
@@ -117,5 +117,5 @@ class Journal:
 
 
 def without(text: str, secret: str) -> str:
-    """`text` with *** in place of a secret of eight characters or more."""
+    """Return `text` with *** instead of the secret, if that has at least eight characters."""
     return text.replace(secret, "***") if len(secret) >= 8 else text
