@@ -227,7 +227,7 @@ def test_a_field_that_nothing_reads_is_named(models, caplog):
     _, folder = models["llava15"]
     (folder / "preprocessor_config.json").write_text(json.dumps(settings_of("llava15", {"do_normalise": False})))
     llava_fast.load(folder)
-    assert "preprocessor_config.json: nothing reads do_normalise, so it has no effect" in caplog.text
+    assert "preprocessor_config.json: do_normalise is unknown and has no effect" in caplog.text
     caplog.clear()
     (folder / "preprocessor_config.json").write_text(json.dumps(settings_of("llava15", {})))
     llava_fast.load(folder)
@@ -297,7 +297,7 @@ def test_frames_go_by_the_videos_file(tmp_path_factory, name, what):
     assert_close("logits, fields of a processor's file", found, expected)
     for changes, message in (
         ({"do_normalize": False}, "video_preprocessor_config.json: do_normalize is False for videos"),
-        ({"do_sample_frames": True}, "do_sample_frames is True; frames are chosen by load"),
+        ({"do_sample_frames": True}, "do_sample_frames is True; load.video_frames=....* chooses the frames"),
         ({"video_processor_type": "VideoLlavaVideoProcessor"}, "video_processor_type is"),
     ):
         (folder / "video_preprocessor_config.json").write_text(json.dumps(settings | changes))
