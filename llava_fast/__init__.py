@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from llava_fast.generation.llava import Llava
     from llava_fast.generation.sampling import Sampling
     from llava_fast.generation.sequence import Generation, Usage
-    from llava_fast.inputs.processor import Processor, ProcessorOptions
+    from llava_fast.inputs.options import ProcessorOptions
+    from llava_fast.inputs.processor import Processor
     from llava_fast.models.quantised import Quantisation
 
 _MODULES = {
@@ -50,7 +51,7 @@ _MODULES = {
     "Grammar": "generation.grammar",
     "Llava": "generation.llava",
     "Processor": "inputs.processor",
-    "ProcessorOptions": "inputs.processor",
+    "ProcessorOptions": "inputs.options",
     "Quantisation": "models.quantised",
     "Sampling": "generation.sampling",
     "Usage": "generation.sequence",

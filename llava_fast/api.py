@@ -17,9 +17,10 @@ from llava_fast.families import family_of_config, fields
 from llava_fast.families.preprocessing import check_tokens
 from llava_fast.generation.llava import Llava
 from llava_fast.inputs.chat.rendering import ChatTemplate, builtin_names, builtin_template, checkpoint_template
+from llava_fast.inputs.options import ProcessorOptions
 from llava_fast.inputs.pictures.preprocessing import FILTERS
 from llava_fast.inputs.pictures.tiles import TORCH_MODES
-from llava_fast.inputs.processor import Processor, ProcessorOptions
+from llava_fast.inputs.processor import Processor
 from llava_fast.inputs.tiling.anyres import Compat, count_image_rows
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.fused import merge_linears

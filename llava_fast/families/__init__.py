@@ -16,9 +16,9 @@ FAMILIES: Registry[Family] = Registry(
     __name__,
     {
         "llava": "llava:Llava",
-        "llava_next": "llava:LlavaNext",
-        "llava_next_video": "llava:LlavaNextVideo",
-        "llava_onevision": "llava:LlavaOnevision",
+        "llava_next": "llava_next:LlavaNext",
+        "llava_next_video": "llava_next:LlavaNextVideo",
+        "llava_onevision": "llava_next:LlavaOnevision",
         "llava_llama": "llava_original:LlavaOriginal",
         "llava_mistral": "llava_original:LlavaOriginal",
         "llava_qwen": "llava_original:LlavaOriginal",

@@ -1,16 +1,14 @@
-"""LLaVA in transformers: LLaVA 1.5, LLaVA-NeXT, LLaVA-NeXT-Video and LLaVA-OneVision.
+"""LLaVA 1.5 in transformers, and what its other LLaVAs share with it.
 
 Configs on disk are sparse (llava-hf lists only what differs from the defaults), so the text and vision parts
 go through `transformers.AutoConfig`, which also turns 4.x fields (rope_scaling, rope_theta) into 5.x ones.
 
-Sources: transformers 5.23 configuration_{llava,llava_next,llava_next_video,llava_onevision}.py, the image and video
-processors beside them, and convert_llava{,_next,_next_video,_onevision}_weights.
+Sources: transformers 5.23 configuration_llava.py, the image processor beside it, and convert_llava_weights_to_hf.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,19 +34,14 @@ from llava_fast.families.preprocessing import (
     CLIP_KIND,
     SIGLIP_KIND,
     Kind,
-    check_anyres,
-    check_pinpoints,
-    check_same_values,
-    check_video,
     geometry_fields,
     image_kind,
     image_settings,
     read_preprocessing,
     tower_fit,
-    video_settings,
     written,
 )
-from llava_fast.inputs.pictures.preprocessing import Fit, Preprocessing, name_fit, standard_fit
+from llava_fast.inputs.pictures.preprocessing import Preprocessing, name_fit
 from llava_fast.inputs.tiling.anyres import VisualGeometry
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.connectors.base import ConnectorConfig
@@ -58,7 +51,6 @@ from llava_fast.models.towers.base import TowerConfig
 from llava_fast.storage.files import check_fields, read_json_if_there
 
 _PROJECTOR_ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "relu", "silu")
-_NEXT = Kind("LlavaNextImageProcessor")
 
 
 class Llava(Family):
@@ -265,119 +257,6 @@ class Llava(Family):
         return {"patch_size": vision.patch_size, "num_additional_image_tokens": int(vision.has_class_row)}
 
 
-class LlavaNext(Llava):
-    """LLaVA-NeXT (1.6): an image is a view of the whole and a grid of tiles, without padding rows."""
-
-    model_types = ("llava_next",)
-    system = "LLaVA-NeXT (1.6)"
-    architecture = "LlavaNextForConditionalGeneration"
-    image_kinds: ClassVar[tuple[Kind, ...]] = (_NEXT,)
-    video_kind: ClassVar[Kind | None] = None
-    has_newline = True
-    takes_native_sizes = False
-
-    def preprocessing(self, hf: Any, tower: type[TowerConfig], path: Path) -> tuple[Preprocessing, Preprocessing]:
-        tile = hf.vision_config.image_size
-        settings = image_settings(path)
-        kind = image_kind(settings, self.image_kinds)
-        images = read_preprocessing(settings, kind, tile)
-        check_anyres(settings, kind, tile)
-        check_pinpoints(settings, _pinpoints(hf))
-        fit = Fit(True, None, images.fit.crop) if images.fit.size is None else standard_fit("pad", tile)
-        images = dataclasses.replace(images, fit=fit)
-        if self.video_kind is None:
-            return images, dataclasses.replace(images, fit=tower_fit(tower, tile))
-        settings = video_settings(path)
-        check_video(settings, self.video_kind)
-        frames = read_preprocessing(settings, self.video_kind, tile)
-        check_same_values(images, frames, settings)
-        return images, frames
-
-    def tiling(self, hf: Any, file: Path) -> dict[str, Any]:
-        return {"aspect": "anyres", "pinpoints": _pinpoints(hf), "merge": "spatial_unpad"}
-
-    def tiling_fields(self, config: LlavaConfig, tokens: TokenIds) -> dict[str, Any]:
-        return super().tiling_fields(config, tokens) | _pinpoint_fields(config)
-
-    def processor_files(self, config: LlavaConfig) -> dict[str, dict[str, Any]]:
-        files, geometry = super().processor_files(config), config.geometry
-        if self.video_kind is None:
-            return files
-        frames = tower_preprocessing(config.vision, geometry.frame_aspect, geometry.frame_fit, geometry.frame_filter)
-        return files | {"video_preprocessor_config.json": written(frames, geometry.tile_size, self.video_kind)}
-
-    def image_processor(self, config: LlavaConfig) -> dict[str, Any]:
-        geometry, kind, fit = config.geometry, self.image_kinds[0], config.geometry.fit
-        # Its tiles have their size already; only images that share a request are fitted.
-        own = kind.fit(geometry.tile_size)
-        own = dataclasses.replace(own, size=None) if fit and fit.size is None else own
-        aspect, fit = name_fit(own, geometry.tile_size)
-        images = tower_preprocessing(config.vision, aspect, fit, geometry.filter, geometry.convert_rgb)
-        return written(images, geometry.tile_size, kind) | {"do_pad": True, **_pinpoint_fields(config)}
-
-
-class LlavaNextVideo(LlavaNext):
-    """LLaVA-NeXT-Video: frames are pooled before the projector."""
-
-    model_types = ("llava_next_video",)
-    system = "LLaVA-NeXT-Video"
-    architecture = "LlavaNextVideoForConditionalGeneration"
-    image_kinds = (_NEXT, Kind("LlavaNextVideoImageProcessor"))
-    video_kind = Kind("LlavaNextVideoVideoProcessor")
-    visual_tokens = ("<image>", "<video>")
-
-    def pooling(self, hf: Any, file: Path) -> dict[str, Any]:
-        pool = require(hf.spatial_pool_mode, ("average", "max"), "spatial_pool_mode", file)
-        return {"video_pool": pool, "video_pool_stride": hf.spatial_pool_stride, "video_pool_stage": "before"}
-
-    def tiling_fields(self, config: LlavaConfig, tokens: TokenIds) -> dict[str, Any]:
-        return super().tiling_fields(config, tokens) | {
-            "video_token_index": tokens.video,
-            "spatial_pool_mode": config.geometry.video_pool,
-            "spatial_pool_stride": config.geometry.video_pool_stride,
-        }
-
-
-class LlavaOnevision(LlavaNext):
-    """LLaVA-OneVision: rows beyond those of N tiles are interpolated down, frames are pooled after the projector."""
-
-    model_types = ("llava_onevision",)
-    system = "LLaVA-OneVision"
-    architecture = "LlavaOnevisionForConditionalGeneration"
-    image_kinds = (Kind("LlavaOnevisionImageProcessor", crops=False),)
-    video_kind = Kind("LlavaOnevisionVideoProcessor", crops=False)
-    visual_tokens = ("<image>", "<video>")
-
-    def tiling(self, hf: Any, file: Path) -> dict[str, Any]:
-        shape = re.fullmatch(r"anyres_max_(\d{1,6})", hf.vision_aspect_ratio)
-        if not shape:
-            raise CheckpointError(f"{file}: vision_aspect_ratio is {hf.vision_aspect_ratio!r}; supported: anyres_max_N")
-        return super().tiling(hf, file) | {"max_tiles": int(shape[1]), "multi_image_anyres": False}
-
-    def pooling(self, hf: Any, file: Path) -> dict[str, Any]:
-        return {
-            "video_pool": "bilinear",
-            "video_pool_stride": 2,
-            "video_pool_stage": "after",
-            "video_newline": "one_token",
-        }
-
-    def tiling_fields(self, config: LlavaConfig, tokens: TokenIds) -> dict[str, Any]:
-        ratio = {"video_token_index": tokens.video, "vision_aspect_ratio": _aspect_ratio(config)}
-        return _pinpoint_fields(config) | ratio
-
-    def token_counts(self, hf: Any, vision: TowerConfig) -> dict[str, Any]:
-        return {
-            "vision_feature_select_strategy": hf.vision_feature_select_strategy,
-            "num_image_tokens": vision.patches_per_tile,
-            "vision_aspect_ratio": hf.vision_aspect_ratio,
-        }
-
-    def processor_counts(self, config: LlavaConfig) -> dict[str, Any]:
-        counts = {"num_image_tokens": config.vision.patches_per_tile, "vision_aspect_ratio": _aspect_ratio(config)}
-        return counts | {"video_token": "<video>"}
-
-
 def _check_counts(expected: dict[str, Any], file: Path) -> None:
     """Raises CheckpointError if token counts of processor_config.json and config.json differ; config.json counts here,
     transformers uses both, and fails.
@@ -388,20 +267,6 @@ def _check_counts(expected: dict[str, Any], file: Path) -> None:
             raise CheckpointError(
                 f"{file}: {field} is {given[field]!r}, but config.json implies {value!r}: correct one of them"
             )
-
-
-def _pinpoints(hf: Any) -> tuple[tuple[int, int], ...]:
-    return tuple((int(h), int(w)) for h, w in hf.image_grid_pinpoints or [])
-
-
-def _pinpoint_fields(config: LlavaConfig) -> dict[str, Any]:
-    """Hugging Face reads a pinpoint as (height, width) and the original as (width, height): each image then gets the
-    same tiles in both."""
-    return {"image_grid_pinpoints": [list(pair) for pair in config.geometry.canvases]}
-
-
-def _aspect_ratio(config: LlavaConfig) -> str:
-    return f"anyres_max_{config.geometry.max_tiles}"
 
 
 def _select_strategy(vision: TowerConfig) -> str:

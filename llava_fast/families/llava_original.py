@@ -18,13 +18,14 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from llava_fast.errors import CheckpointError, ImageError
+from llava_fast.errors import CheckpointError
 from llava_fast.families import fields
 from llava_fast.families.base import Family, TokenIds
 from llava_fast.families.known_towers import KNOWN_TOWERS, Tower, find_tower
 from llava_fast.families.llava_names import LLAVA_NAMES
 from llava_fast.families.names import NameMap
-from llava_fast.families.native_sizes import NATIVE_ASPECT, native_geometry, native_processor
+from llava_fast.families.native_sizes import NATIVE_ASPECT, native_processor
+from llava_fast.families.original_tiling import check_anyres, read_geometry, video_fields
 from llava_fast.families.parts import (
     check_feature_layers,
     decoder_config,
@@ -35,9 +36,9 @@ from llava_fast.families.parts import (
     tower_fields,
     tower_preprocessing,
 )
-from llava_fast.families.preprocessing import geometry_fields, padded, tower_fit, tower_kind, written
-from llava_fast.inputs.pictures.preprocessing import Preprocessing, name_fit, standard_fit
-from llava_fast.inputs.tiling.anyres import VisualGeometry, parse_pinpoints
+from llava_fast.families.preprocessing import tower_fit, tower_kind, written
+from llava_fast.inputs.pictures.preprocessing import Preprocessing, name_fit
+from llava_fast.inputs.tiling.anyres import VisualGeometry
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.connectors.base import ConnectorConfig
 from llava_fast.models.connectors.mlp import ProjectorConfig
@@ -48,8 +49,6 @@ from llava_fast.storage.files import check_fields, one_line, read_json_if_there
 from llava_fast.storage.hub import local_directory
 
 IMAGE_TOKEN_ID = -200
-_MERGES = ("flat", "spatial", "spatial_unpad", "spatial_maxpool2x2")
-_RATIOS = ("square", "pad", "anyres", "highres")
 _PROJECTORS = {"linear": ("linear", 1), "identity": ("identity", 0), "mlp2x_gelu_Norm": ("yi", 2)}
 """mm_projector_type -> kind and depth, beside mlpNx_gelu."""
 
@@ -137,7 +136,7 @@ class LlavaOriginal(Family):
         self, source: dict[str, Any], vision: TowerConfig, tower: Tower, merge: str, file: Path
     ) -> VisualGeometry:
         """How images become tiles and rows, from config.json and the tower's image processor."""
-        return _geometry(source, vision, tower, merge, file)
+        return read_geometry(source, vision, tower, merge, file)
 
     def write(self, config: LlavaConfig, tokens: TokenIds) -> dict[str, Any]:
         if (model_type := config.decoder.original_type) is None:
@@ -157,7 +156,7 @@ class LlavaOriginal(Family):
             raise CheckpointError(f"the original layout has no projector like {projector}")
         if geometry.aspect in ("anyres", "highres"):
             ratio = geometry.aspect if geometry.max_tiles is None else f"anyres_max_{geometry.max_tiles}"
-            _check_original_anyres(config)
+            check_anyres(config)
         else:
             ratio = NATIVE_ASPECT if vision.native_sizes else "pad" if geometry.aspect == "pad" else "square"
         return {
@@ -180,7 +179,7 @@ class LlavaOriginal(Family):
             "image_aspect_ratio": ratio,
             "image_grid_pinpoints": [[width, height] for height, width in geometry.canvases] or None,
             "unfreeze_mm_vision_tower": True,  # tells the original loader that the checkpoint has the tower's weights
-            **_original_video(config),
+            **video_fields(config),
         }
 
     def unchanged(self, config: LlavaConfig) -> dict[str, Any]:
@@ -296,88 +295,6 @@ def _projector(source: dict[str, Any], in_features: int, out_features: int, file
     return ProjectorConfig(kind=name, depth=depth, **sizes)
 
 
-def _geometry(source: dict[str, Any], vision: TowerConfig, tower: Tower, merge: str, file: Path) -> VisualGeometry:
-    if merge.removesuffix("_nobase") not in _MERGES:
-        raise CheckpointError(f"{file}: mm_patch_merge_type is {merge!r}; supported: {', '.join(_MERGES)}, + _nobase")
-    ratio = source.get("image_aspect_ratio") or "square"
-    if vision.native_sizes:
-        for field, value, only in (
-            ("image_aspect_ratio", ratio, NATIVE_ASPECT),
-            ("mm_patch_merge_type", merge, "flat"),
-        ):
-            require(value, (only,), f"with the tower {source['mm_vision_tower']!r}, {field}", file)
-        return native_geometry(vision, tower.preprocessing, tower.settings, "llava")
-    shrink = re.fullmatch(r"anyres_max_(\d{1,6})", ratio)
-    if not shrink and ratio not in _RATIOS:
-        raise CheckpointError(f"{file}: image_aspect_ratio is {ratio!r}; supported: {', '.join(_RATIOS)}, anyres_max_N")
-    tile, images, tiled = vision.image_size, tower.preprocessing, {}
-    try:
-        if shrink or ratio in ("anyres", "highres"):
-            tower.check_anyres()
-            pinpoints = parse_pinpoints(source.get("image_grid_pinpoints") or [], tile)
-            # mm_utils.py calls PIL's resize without a filter, which is bicubic; the processor then changes no size.
-            tiled = {"aspect": "anyres" if shrink else ratio, "pinpoints": pinpoints, "fit": None, "filter": "bicubic"}
-        elif ratio == "pad":
-            images = padded(images, tower.settings, tile)
-        return VisualGeometry(
-            tile_size=tile,
-            patch_size=vision.patch_size,
-            compat="llava",
-            merge=merge,
-            max_tiles=int(shrink[1]) if shrink else None,
-            class_rows=int(vision.keep_class_row),
-            dropped_rows=int(vision.drops_class_row),
-            **(geometry_fields(images, tower.preprocessing, tile) | tiled),
-            **_video(source, merge, file),
-        )
-    except ImageError as problem:
-        raise CheckpointError(f"{file}: {problem}") from problem
-
-
-def _video(source: dict[str, Any], merge: str, file: Path) -> dict[str, Any]:
-    """Pooling and newlines of video. The released LLaVA-NeXT-Video pools before the projector (a resampler of its
-    own, no newline rows); later LLaVA-NeXT pools after it."""
-    if source.get("mm_resampler_type") == "spatial_pool":
-        mode = require(source.get("mm_spatial_pool_mode"), ("average", "max"), "mm_spatial_pool_mode", file)
-        if not source.get("mm_spatial_pool_stride"):
-            raise CheckpointError(f"{file}: mm_resampler_type 'spatial_pool' needs mm_spatial_pool_stride, 1 or more")
-        return {
-            "video_pool": mode,
-            "video_pool_stride": source["mm_spatial_pool_stride"],
-            "video_pool_stage": "before",
-            "video_newline": "no_token",
-        }
-    if source.get("mm_resampler_type"):
-        raise CheckpointError(f"{file}: mm_resampler_type {source['mm_resampler_type']!r} is not supported")
-    newline = source.get("mm_newline_position", "one_token")
-    require(newline, ("grid", "frame", "one_token", "no_token"), "mm_newline_position", file)
-    if "unpad" not in merge:
-        if merge != "flat" and newline in ("grid", "frame"):
-            raise CheckpointError(f"{file}: mm_newline_position {newline!r} needs an unpadding mm_patch_merge_type")
-        newline = "no_token"
-    stride = source.get("mm_spatial_pool_stride")
-    if not stride or stride == 1:
-        return {"video_pool": "none", "video_newline": newline}
-    modes = ("average", "max", "bilinear")
-    return {
-        "video_pool": require(source.get("mm_spatial_pool_mode", "average"), modes, "mm_spatial_pool_mode", file),
-        "video_pool_stride": stride,
-        "video_pool_stage": "after",
-        "video_newline": newline,
-    }
-
-
-def _check_original_anyres(config: LlavaConfig) -> None:
-    """Raises CheckpointError for AnyRes images of another filter than the original code's, which no file changes, and
-    where the one processor file of its tower cannot serve both its tiles and the frames of videos."""
-    geometry = config.geometry
-    if geometry.filter != "bicubic":
-        raise CheckpointError(f"the original layout resizes AnyRes images bicubically, not by {geometry.filter!r}")
-    fit = geometry.frame_fit or standard_fit(geometry.frame_aspect, geometry.tile_size)
-    if fit.size is not None and fit.size.of(geometry.tile_size, geometry.tile_size) != (geometry.tile_size,) * 2:
-        raise CheckpointError(f"the original layout has no AnyRes images beside video frames of {fit.size.fields()}")
-
-
 def _tower_name(config: LlavaConfig) -> tuple[str, str | None]:
     """(mm_vision_tower, folder inside the checkpoint that describes the tower, None for a known one)."""
     name = config.source.get("mm_vision_tower")
@@ -414,13 +331,3 @@ def own_tower(vision: TowerConfig) -> TowerConfig:
 def known_tower_name(vision: TowerConfig) -> str | None:
     """The Hub repository that has exactly this tower, if it is one of the known ones."""
     return next((name for name, known in KNOWN_TOWERS.items() if known == own_tower(vision)), None)
-
-
-def _original_video(config: LlavaConfig) -> dict[str, Any]:
-    geometry = config.geometry
-    if geometry.video_pool == "none":
-        return {}
-    pool = {"mm_spatial_pool_mode": geometry.video_pool, "mm_spatial_pool_stride": geometry.video_pool_stride}
-    if geometry.video_pool_stage == "before":
-        return pool | {"mm_resampler_type": "spatial_pool", "mm_spatial_pool_out_channels": config.vision.hidden_size}
-    return pool | {"mm_newline_position": geometry.video_newline}

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from llava_fast.api import load
 from llava_fast.errors import RequestError
-from llava_fast.inputs.processor import ProcessorOptions
+from llava_fast.inputs.options import ProcessorOptions
 
 try:
     from lmms_eval.api.instance import GenerationResult, TokenCounts

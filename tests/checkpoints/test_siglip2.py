@@ -24,7 +24,7 @@ from llava_fast.errors import CheckpointError
 from llava_fast.families import FAMILIES
 from llava_fast.families.llava_names import from_stored
 from llava_fast.generation.prompt import read_prompt
-from llava_fast.inputs.processor import ProcessorOptions
+from llava_fast.inputs.options import ProcessorOptions
 from llava_fast.models.towers.vit import SiglipConfig
 from tests.support import tiny
 from tests.support.parity import assert_close

@@ -140,6 +140,13 @@ def about(text: str, *urls: str) -> list[dict]:
     return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
 
 
+def error_of(call, *arguments, **options) -> openai.APIStatusError:
+    with pytest.raises(openai.APIStatusError) as caught:
+        call(*arguments, **options)
+    assert caught.value.status_code < 500, caught.value
+    return caught.value
+
+
 def ask(client, messages, **options):
     return client.chat.completions.create(
         model="tiny", messages=messages, **{"temperature": 0, "max_tokens": 12, **options}

@@ -1,0 +1,57 @@
+"""The user's options for a processor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessorOptions:
+    """Options of a processor that its checkpoint does not determine: `load(path, processor=ProcessorOptions(...))`.
+
+    video_frames    number of frames of a video file, spaced uniformly. (Frames that are given as images are all used.)
+    time_instruction  add LLaVA-NeXT's sentence with a video's duration and its frames' times
+                    (chat.messages.with_video_times) to messages. The video must be a file or a folder of frames.
+    literal_text    encode control tokens and placeholders in a message or a prompt as ordinary characters (see
+                    inputs.literal); images and videos must then be content items.
+    formats         allowed Pillow formats of image files, such as ("JPEG", "PNG") (None: all).
+    exif            apply images' EXIF orientation. Default: as the checkpoint's reference code does for a file:
+                    transformers does, the original LLaVA does not.
+    resample        "pillow" (bit-identical), or "torchvision" (used by transformers if it is installed).
+    pillow          the order of Pillow's passes: "12" or "13". Default: the installed Pillow's.
+    threads         threads per image; 0: one per core.
+    tiles_on        "host", or "device": a batch then contains whole images, and the device to which it is moved makes
+                    the tiles, bit-identically. Only for resample="pillow".
+
+    Raises ValueError for any other value.
+    """
+
+    video_frames: int = 16
+    time_instruction: bool = False
+    literal_text: bool = False
+    formats: tuple[str, ...] | None = None
+    exif: bool | None = None
+    resample: Literal["pillow", "torchvision"] = "pillow"
+    pillow: Literal["12", "13"] | None = None
+    threads: int = 0
+    tiles_on: Literal["host", "device"] = "host"
+
+    def __post_init__(self) -> None:
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {getattr(self, name)!r}")
+        for name, least in (("video_frames", 1), ("threads", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < least:
+                raise ValueError(f"{name} must be a whole number, {least} or more, got {value!r}")
+        if self.tiles_on == "device" and self.resample != "pillow":
+            raise ValueError(f"a device resizes as Pillow does, not as {self.resample}: use tiles_on='host'")
+
+
+_CHOICES = {
+    "resample": ("pillow", "torchvision"),
+    "pillow": (None, "12.1", "12", "13"),
+    "tiles_on": ("host", "device"),
+}
