@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from einops import rearrange
 
 from llava_fast.errors import ImageError
 from llava_fast.inputs.pictures.preprocessing import Aspect, Filter, Fit, standard_fit
@@ -292,5 +293,5 @@ def _stitch(geometry: VisualGeometry, grid: tuple[int, int]) -> np.ndarray:
     """ViT row numbers of the grid's tiles, arranged as one image: int32 [grid_h * side, grid_w * side]."""
     side = geometry.side
     tile = np.arange(1, 1 + grid[0] * grid[1], dtype=np.int32) * geometry.tower_rows_per_tile  # 0 is the base view
-    rows = (tile[:, None] + _patch_rows(geometry)).reshape(*grid, side, side)
-    return rows.transpose(0, 2, 1, 3).reshape(grid[0] * side, grid[1] * side)
+    rows = tile[:, None] + _patch_rows(geometry)
+    return rearrange(rows, "(gh gw) (h w) -> (gh h) (gw w)", gh=grid[0], gw=grid[1], h=side, w=side)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from einops import rearrange
 
 from llava_fast.errors import ImageError
 
@@ -57,8 +58,8 @@ def check_size(height: int, width: int) -> None:
 def _block_pooling(picture: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndarray]:
     """Non-overlapping stride x stride blocks: (index, weight), both [out_h, out_w, stride**2]."""
     out_h, out_w = picture.shape[0] // stride, picture.shape[1] // stride
-    blocks = picture[: out_h * stride, : out_w * stride].reshape(out_h, stride, out_w, stride)
-    index = blocks.transpose(0, 2, 1, 3).reshape(out_h, out_w, stride * stride)
+    whole = picture[: out_h * stride, : out_w * stride]
+    index = rearrange(whole, "(h sh) (w sw) -> h w (sh sw)", sh=stride, sw=stride)
     return index, np.full(index.shape, 1.0 / (stride * stride), dtype=np.float32)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from llava_fast.models import fused
@@ -76,7 +77,5 @@ class PixelShuffle(Connector):
 
 def shuffled(rows_TNC: Tensor, scale: int) -> Tensor:
     """A square of rows [T, N, C] as blocks [T, N / scale^2, scale^2 * C]."""
-    tiles, count, width = rows_TNC.shape
-    blocks = math.isqrt(count) // scale
-    square = rows_TNC.reshape(tiles, blocks, scale, blocks, scale, width).transpose(2, 3)
-    return square.reshape(tiles, blocks * blocks, scale * scale * width)
+    blocks = math.isqrt(rows_TNC.shape[1]) // scale
+    return rearrange(rows_TNC, "t (bh sh bw sw) c -> t (bh bw) (sh sw c)", bh=blocks, bw=blocks, sh=scale, sw=scale)

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -89,8 +90,8 @@ class Siglip2Embeddings(Embeddings):
 
     def forward(self, tiles: Tensor, mean: Tensor, std: Tensor, grids: tuple[Grid, ...]) -> Tensor:
         linear, table = self.patch_embedding, self.position_embedding.weight
-        if fused.is_plain(linear, nn.Linear):  # its columns are (y, x, channel)
-            weight = linear.weight.unflatten(1, (self.patch, self.patch, 3)).permute(0, 3, 1, 2).contiguous()
+        if fused.is_plain(linear, nn.Linear):
+            weight = rearrange(linear.weight, "o (y x c) -> o c y x", y=self.patch, c=3).contiguous()
             none = table.new_zeros(1, len(weight))
             rows = patch_embed(tiles, weight, none, mean=mean, std=std, bias=linear.bias).flatten(0, 1)
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -72,7 +73,7 @@ def image_tiles(
 
     value = _filter(words, of.axis(~vertical), torch.where(vertical, column, row), from_middle, taps)
     value = torch.where(inside[:, None], value, fill[job])
-    planar = value.view(tiles, tile, tile, 3).permute(0, 3, 1, 2).contiguous()
+    planar = rearrange(value, "(t y x) c -> t c y x", t=tiles, y=tile, x=tile).contiguous()
     if not patch:
         return planar
     rows = patch_rows(planar, patch)

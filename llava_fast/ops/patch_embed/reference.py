@@ -8,6 +8,7 @@ bias' = bias + sum(weight (128/255 - mean) / std). Products and bias are summed 
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -45,11 +46,9 @@ def patch_rows(tiles: Tensor, patch: int) -> Tensor:
     """
     if tiles.dim() == 3:
         return tiles[..., : 3 * patch * patch]
-    count, channels, height, width = tiles.shape
-    grid_h, grid_w = height // patch, width // patch
-    tiles = tiles[:, :, : grid_h * patch, : grid_w * patch]
-    blocks = tiles.reshape(count, channels, grid_h, patch, grid_w, patch).permute(0, 2, 4, 1, 3, 5)
-    return blocks.reshape(count, grid_h * grid_w, channels * patch * patch)
+    grid_h, grid_w = tiles.shape[2] // patch, tiles.shape[3] // patch
+    whole = tiles[:, :, : grid_h * patch, : grid_w * patch]
+    return rearrange(whole, "t c (gh ph) (gw pw) -> t (gh gw) (c ph pw)", ph=patch, pw=patch)
 
 
 def patch_embed(
@@ -123,8 +122,7 @@ def patch_embed_backward(
 def _unpatch(rows: Tensor, shape: tuple[int, ...], patch: int) -> Tensor:
     """The inverse of patch_rows; pixels after the last whole patch are 0."""
     height, width = shape[2] // patch, shape[3] // patch
-    blocks = rows.reshape(shape[0], height, width, 3, patch, patch).permute(0, 3, 1, 4, 2, 5)
-    whole = blocks.reshape(shape[0], 3, height * patch, width * patch)
+    whole = rearrange(rows, "t (gh gw) (c ph pw) -> t c (gh ph) (gw pw)", gh=height, ph=patch, pw=patch)
     return F.pad(whole, (0, shape[3] - width * patch, 0, shape[2] - height * patch))
 
 
