@@ -1,4 +1,4 @@
-"""Bootstrap intervals: clusters of units (a picture, with all that is asked about it) are drawn with replacement."""
+"""Bootstrap intervals by resampling clusters of units (all questions about an image) with replacement."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ RESAMPLES = 2000
 
 
 def resampled(task: Task, units: Units, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, np.ndarray]:
-    """Metric -> float64 [resamples], computed anew on each draw; NaN where a draw leaves it undefined. The same seed
-    draws the same clusters, so that two evaluations of the same units can be compared draw by draw.
+    """Return {metric: float64 [resamples]}, with NaN for resamples in which the metric is undefined. The same seed
+    draws the same clusters, so two evaluations of the same units can be compared per resample.
     """
     rng = np.random.default_rng(seed)
     clusters = int(units.cluster.max()) + 1
@@ -24,7 +24,7 @@ def resampled(task: Task, units: Units, resamples: int = RESAMPLES, seed: int = 
 
 
 def middle(values: np.ndarray) -> tuple[float, float]:
-    """The bounds of the middle 95% of the values that are numbers."""
+    """Return the 2.5% and 97.5% quantiles of the values, ignoring NaN."""
     values = values[~np.isnan(values)]
     if not len(values):
         return float("nan"), float("nan")

@@ -1,4 +1,4 @@
-"""Two evaluations of the same questions: what differs, and how sure that is."""
+"""Comparison of two evaluations of the same questions, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llava_fast.evaluate.tasks import task_of
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of two evaluations. low, high: the middle 95% of B - A over resampled clusters; `better`: the share of
+    """A metric of two evaluations. low, high: the 95% interval of B - A over resampled clusters. better: the share of
     resamples in which B is above A (ties count half).
     """
 
@@ -32,10 +32,10 @@ class Difference:
 
 
 def compare(first: Path, second: Path, resamples: int = RESAMPLES, seed: int = 0) -> list[Difference]:
-    """The metrics of the tasks that both have, on the questions that both have scores for; intervals by a paired
-    bootstrap: clusters (pictures, with all that is asked about them) are drawn with replacement, the same for both.
+    """Compare the metrics of all common tasks on the questions with scores in both. Intervals are from a paired
+    bootstrap: the same clusters (all questions about an image) are drawn with replacement for both.
 
-    Raises EvaluationError where nothing is shared, or where questions of the same id differ.
+    Raises EvaluationError if nothing is common or if questions with the same id differ.
     """
     a, b = load_results(first), load_results(second)
     shared = [name for name in a["tasks"] if name in b["tasks"]]
@@ -56,7 +56,7 @@ def compare(first: Path, second: Path, resamples: int = RESAMPLES, seed: int = 0
 def differences(
     name: str, a: Mapping[str, Any], b: Mapping[str, Any], resamples: int = RESAMPLES, seed: int = 0
 ) -> list[Difference]:
-    """A Difference for each metric of one task; [] where no question has a score in both."""
+    """Return a Difference for each metric of one task, or [] if no question has a score in both."""
     task = task_of(name)
     rows = {row["id"]: row for row in b["answers"] if row["score"] is not None}
     pairs = [(row, rows[row["id"]]) for row in a["answers"] if row["score"] is not None and row["id"] in rows]
@@ -73,7 +73,7 @@ def differences(
     mine, theirs = (resampled(task, side, resamples, seed) for side in (left, right))
     found = []
     for metric in at[0]:
-        if metric not in at[1]:  # a judge has seen one of the two
+        if metric not in at[1]:  # only one of the two was judged
             continue
         gaps = theirs[metric] - mine[metric]
         gaps = gaps[~np.isnan(gaps)]

@@ -1,4 +1,4 @@
-"""lmms-eval's tasks (`lmms:NAME`), by its own evaluator on this package's model class."""
+"""lmms-eval's tasks (`lmms:NAME`), run by lmms-eval with this package's model class."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ PREFIX = "lmms:"
 
 
 def evaluate(spec: ModelSpec, names: Sequence[str], limit: int | None, batch_size: int) -> dict[str, Any]:
-    """Results of lmms-eval's tasks by "lmms:NAME", in the form of results.json. Raises MissingPackageError without
-    lmms-eval, EvaluationError for an option that it cannot be given.
+    """Return {"lmms:NAME": results in the format of results.json}. Raises MissingPackageError without lmms-eval, and
+    EvaluationError for an option that lmms-eval does not support.
     """
     try:
         from lmms_eval.evaluator import simple_evaluate
@@ -63,7 +63,7 @@ def _result(name: str, made: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _row(sample: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
-    """A sample of lmms-eval as a row; its score is that of the first metric that it has as a number."""
+    """Convert a sample of lmms-eval to a row. Its score is the first numeric metric."""
     scores = (sample[name] for name in metrics if isinstance(sample.get(name), (int, float)))
     filtered = sample.get("filtered_resps") or [""]
     target = sample.get("target")

@@ -1,4 +1,4 @@
-"""The model of an evaluation: how to load it, what identifies it, and its answers by continuous batching."""
+"""The model of an evaluation: loading, identification, and answering with continuous batching."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from llava_fast.generation.llava import Llava
     from llava_fast.generation.sequence import Sequence
 
-RUNNING = 32  # sequences at once
-READERS = 2  # threads that read and cut pictures ahead
-KEPT_BYTES = 256 << 20  # of keys and values, and of image features, for pictures that come again
+RUNNING = 32  # maximum number of running sequences
+READERS = 2  # threads that preprocess images ahead
+KEPT_BYTES = 256 << 20  # limits of the prefix cache and of the feature cache
 _ENDS = 1 << 16
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What `llava_fast.load` is given; it can be sent to another process."""
+    """The arguments of `llava_fast.load`. It can be pickled."""
 
     path: str
     device: str | None = None
@@ -42,8 +42,8 @@ class ModelSpec:
         return load(self.path, device or self.device, **options)
 
     def identity(self) -> dict[str, Any]:
-        """What answers depend on: the options, and the checkpoint's contents where it is a folder. The device is left
-        out: a run may go on elsewhere.
+        """Return everything that answers depend on: the options, and the checkpoint's contents if it is a folder. The
+        device is not included, so that a run may continue on another one.
         """
         found = {name: value for name, value in dataclasses.asdict(self).items() if name != "device" and value}
         place = Path(self.path)
@@ -54,7 +54,7 @@ class ModelSpec:
 
 
 def _contents(folder: Path) -> str:
-    """A hash of a checkpoint's files: names, sizes, and both ends of each (weights are large)."""
+    """Hash the files of a checkpoint: names, sizes, and the beginning and end of each file (weights are large)."""
     found = hashlib.blake2b(digest_size=12)
     for path in sorted(folder.iterdir()):
         if path.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja") and path.is_file():
@@ -73,10 +73,11 @@ def answers_of(
     running: int = RUNNING,
     readers: int = READERS,
 ) -> Iterator[tuple[Question, Answer]]:
-    """Each question with its answer, as answers end. Pictures are read ahead by threads; sequences join and leave
-    between steps, and rows of equal prefixes (one picture, several questions) run once. `options`: fields of Sampling.
+    """Yield each question with its answer in the order of completion. Threads preprocess images ahead. Sequences join
+    and leave between steps, and equal prefixes (several questions about an image) are computed once. `options` are
+    fields of Sampling.
 
-    A question that cannot be asked (a picture that cannot be decoded) or fails gets an Answer with `error`.
+    A question that fails (for example because an image cannot be decoded) gets an Answer with `error`.
     """
     import torch
 
@@ -89,9 +90,9 @@ def answers_of(
     from llava_fast.generation.sequence import new_sequence
 
     sampling = Sampling(**options)
-    placed = dataclasses.replace(model.own_processor, threads=1)  # pictures are read side by side
+    placed = dataclasses.replace(model.own_processor, threads=1)  # images are preprocessed in parallel
     literal = dataclasses.replace(placed, literal_text=True)
-    _ = literal.literal  # made now: every thread would make its own
+    _ = literal.literal  # built before the threads start
 
     def prompt_for(question: Question) -> Prompt:
         prompt = prompt_of(placed if question.placed else literal, question.request())

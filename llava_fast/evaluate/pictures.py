@@ -1,4 +1,4 @@
-"""Small copies of the pictures that were asked about, for reports."""
+"""Thumbnails of the images for reports."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ SIDE = 360  # pixels of the longer side
 
 
 def thumbnails(images: Iterable[Any], out: Path) -> list[str]:
-    """Names of the images' copies in OUT/report/pictures, which are made where they are missing; "" for an image that
-    cannot be decoded.
+    """Return the names of the images' thumbnails in OUT/report/pictures, and create missing ones. The name is "" if the
+    image cannot be decoded.
     """
     (out / FOLDER).mkdir(parents=True, exist_ok=True)
     return [_thumbnail(image, out / FOLDER) for image in images]

@@ -1,8 +1,8 @@
-"""Answers on disk, a JSON line each, so that an evaluation that was killed goes on where it stopped.
+"""Answers on disk as JSON lines, so that an interrupted evaluation can be continued.
 
-The first line says which task, model and settings the answers belong to; a run with others is refused. A last line that
-a kill left torn is cut off. Every answer has a key of its question (prompt and pictures), so that changed data is
-noticed. Several processes may answer shards of one task, each into its own file.
+The first line has the task, model and settings. A run with other ones is rejected. An incomplete last line is removed.
+Every answer has a hash of its question (prompt and images), so that changed data is detected. Several processes may
+answer shards of one task, each with its own file.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ VERSION = 1
 
 
 def file_name(task: str) -> str:
-    """A task's name as a file's: "gqa:val" -> "gqa_val"."""
+    """Convert a task name to a file name: "gqa:val" -> "gqa_val"."""
     return "".join(character if character.isalnum() or character in "-." else "_" for character in task)
 
 
 def key_of(question: Question, folder: Path) -> str:
-    """A hash of what the model reads. Pictures below `folder` count by their path there, so that data may move."""
+    """Hash the input of the model. Images below `folder` are hashed by relative path, so that the folder may be
+    moved."""
     found = hashlib.blake2b(digest_size=12)
     found.update(json.dumps([question.prompt, question.history, question.placed], ensure_ascii=False).encode())
     for image in question.images:
@@ -45,10 +46,10 @@ def key_of(question: Question, folder: Path) -> str:
 
 
 class Records:
-    """The answers of one task in a folder. Use it as a context: it holds the lock of the file that it appends to.
+    """The answers of one task in a folder. A context manager, which locks the file that it appends to.
 
-    settings   what the answers depend on besides the questions, JSON.
-    shard      (number, of how many): append to this shard's file; all shards' files are read.
+    settings   JSON of everything besides the questions that the answers depend on.
+    shard      (index, count): append to the file of this shard. The files of all shards are read.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Records:
         self._file: IO[bytes] | None = None
 
     def files(self) -> list[Path]:
-        """Those that are there: the task's own, and all shards'."""
+        """Return the existing files of the task and of its shards."""
         own = self.folder / f"{self.name}.jsonl"
         return [path for path in (own, *sorted(self.folder.glob(f"{self.name}.shard-*.jsonl"))) if path.exists()]
 
@@ -82,15 +83,15 @@ class Records:
         self._lock.release()
 
     def read(self, keys: Mapping[str, str]) -> dict[str, Answer]:
-        """The answers so far, of the questions in `keys` (id -> key). Raises EvaluationError for answers of another
-        model or with other settings, and for a question that has changed since.
+        """Return the stored answers to the questions in `keys` (id -> key). Raises EvaluationError for answers of
+        another model or with other settings, and for a question that has changed.
         """
         found: dict[str, Answer] = {}
         for path in self.files():
             for row in self._rows(path):
                 name = row.pop("id")
                 if name not in keys:
-                    continue  # of a larger limit
+                    continue  # from a run with a larger limit
                 if row.pop("key") != keys[name]:
                     raise EvaluationError(
                         f"{path}: question {name!r} is not the one that was answered: the data changed, so give "
@@ -100,7 +101,7 @@ class Records:
         return found
 
     def append(self, question: Question, key: str, answer: Answer) -> None:
-        """Add an answer; it is in the file when this returns."""
+        """Append an answer. The file is not buffered."""
         if self._file is None:
             _mend(self.path)
             empty = not self.path.exists() or not self.path.stat().st_size
@@ -110,7 +111,7 @@ class Records:
         self._write({"id": question.id, "key": key, **dataclasses.asdict(answer)})
 
     def clear(self) -> None:
-        """Forget all answers of the task, or of the shard."""
+        """Delete all answers of the task or of the shard."""
         for path in self.files() if self.shard is None else [self.path]:
             path.unlink(missing_ok=True)
 
@@ -120,7 +121,7 @@ class Records:
 
     def _rows(self, path: Path) -> Iterable[dict[str, Any]]:
         lines = path.read_bytes().split(b"\n")
-        del lines[-1]  # nothing, or what a kill left of a line
+        del lines[-1]  # empty, or an incomplete line
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
@@ -144,7 +145,7 @@ class Records:
 
 
 def _mend(path: Path) -> None:
-    """Cut off the end of a file after its last whole line."""
+    """Remove an incomplete last line of a file."""
     if not path.exists():
         return
     with path.open("rb+") as file:

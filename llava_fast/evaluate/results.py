@@ -1,4 +1,4 @@
-"""results.json: what was measured, with every answer."""
+"""results.json: the metrics and all answers of an evaluation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RESULTS = "results.json"
 
 
 def save(out: Path, model: Mapping[str, Any], settings: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Put tasks' results into OUT/results.json beside those of the same model that it holds; returns its content."""
+    """Merge tasks' results into OUT/results.json, which must be of the same model, and return its content."""
     results: dict[str, Any] = {"llava_fast": __version__, "model": dict(model), "settings": dict(settings)}
     results["tasks"] = {**results_before(out, model), **found}
     write_json(out / RESULTS, results)
@@ -28,7 +28,7 @@ def save(out: Path, model: Mapping[str, Any], settings: Mapping[str, Any], found
 
 
 def results_before(out: Path, model: Mapping[str, Any]) -> dict[str, Any]:
-    """The tasks' results that OUT holds. Raises EvaluationError if they are another model's."""
+    """Read the tasks' results in OUT. Raises EvaluationError if they are of another model."""
     if not (out / RESULTS).exists():
         return {}
     before = load_results(out)
@@ -38,7 +38,7 @@ def results_before(out: Path, model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def result_of(task: Task, scored: Sequence[Scored], folder: Path) -> dict[str, Any]:
-    """A task's part of results.json: metrics, their 95% intervals, metrics of each category, and every answer."""
+    """Return a task's part of results.json: metrics, their 95% intervals, metrics per category, and all answers."""
     units = task.units(scored)
     metrics: dict[str, float | None] = {}
     intervals: dict[str, list[float | None]] = {}
@@ -99,7 +99,7 @@ def _row(scored: Scored, folder: Path) -> dict[str, Any]:
 
 
 def load_results(out: Path) -> dict[str, Any]:
-    """The results in a folder, or of a results.json. Raises EvaluationError."""
+    """Read the results of a folder or of a results.json. Raises EvaluationError."""
     path = out / RESULTS if out.is_dir() else out
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -115,12 +115,12 @@ def load_results(out: Path) -> dict[str, Any]:
 
 
 def _plain(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN: an undefined metric is null."""
+    """Convert NaN (an undefined metric) to None, since JSON has no NaN."""
     return {name: None if math.isnan(value) else float(value) for name, value in metrics.items()}
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all."""
+    """Write the file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.new")
     new.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
@@ -128,7 +128,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def scored_of(row: Mapping[str, Any], folder: str) -> Scored:
-    """A row of results.json as it was scored; `folder` is the task's."""
+    """Convert a row of results.json back to Scored. `folder` is the task's data folder."""
     question = Question(
         row["id"],
         row["question"],
@@ -145,7 +145,7 @@ def scored_of(row: Mapping[str, Any], folder: str) -> Scored:
 
 
 def lines_of(results: Mapping[str, Any], tasks: Iterable[str]) -> list[tuple[str, ...]]:
-    """(task, metric, value, 95% interval, questions) for a table of what was measured."""
+    """Return rows (task, metric, value, 95% interval, number of questions) for a table."""
     found: list[tuple[str, ...]] = []
     for name in tasks:
         task = results["tasks"][name]

@@ -1,4 +1,4 @@
-"""What a task of an evaluation is: questions from published files, the reading of an answer, its score, the metrics."""
+"""The interface of an evaluation task: questions from published files, answer parsing, scores and metrics."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Columns = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Question:
-    """One question to a model.
+    """A question to a model.
 
     id          unique in its task.
-    text        the question as a report shows it; `prompt` is all that the model reads after its pictures.
+    text        the question as shown in reports. `prompt` is the complete text after the images.
     images      paths, the bytes of files, or uint8 arrays [H, W, 3].
-    reference   what the scorer compares an answer with, JSON; None: the data holds no answer (a test split).
-    categories  metrics are also given for each of these.
-    unit        questions of one unit are scored together (a circular question's passes). Default: the question alone.
-    cluster     units of one cluster depend on each other: intervals resample clusters. Default: by the first image.
-    facts       what else the scorer or a judge needs, JSON.
-    history     messages before this question, for a conversation (OpenAI's form).
-    placed      texts of history and prompt hold `<image>` where the pictures belong; otherwise they come first.
+    reference   the reference answer for the scorer, JSON. None: the data has none (a test split).
+    categories  categories for which metrics are computed separately.
+    unit        questions of one unit are scored together (passes of a circular question). Default: one question.
+    cluster     units of a cluster are dependent, so intervals resample clusters. Default: by the first image.
+    facts       further data for the scorer or a judge, JSON.
+    history     earlier messages of a conversation, in OpenAI's format.
+    placed      whether history and prompt contain `<image>` at the images' positions. Otherwise images come first.
     """
 
     id: str
@@ -54,7 +54,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered. `error`: why there is no answer (a picture that cannot be decoded)."""
+    """A model's answer. `error` is the reason for a missing answer (for example, an image cannot be decoded)."""
 
     text: str
     tokens: int = 0
@@ -65,8 +65,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Scored:
-    """A question with its answer. `read` is what the parser made of the answer (None: unreadable), `score` 0 to 1, or
-    None where only a judge can tell and has not, or the data holds no reference. `marks`: what a judge gave, by name.
+    """A question with its answer. `read` is the parsed answer (None: it could not be parsed). `score` is from 0 to 1,
+    or None if a judge has not scored it yet or the data has no reference. `marks` are a judge's grades by name.
     """
 
     question: Question
@@ -78,7 +78,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Units:
-    """The scored units of a task: columns float64 [units], each unit's categories, and its cluster's number."""
+    """The scored units of a task: columns float64 [units], and each unit's categories and cluster index."""
 
     names: list[str]
     columns: Columns
@@ -87,7 +87,7 @@ class Units:
 
     @functools.cached_property
     def by_category(self) -> dict[str, np.ndarray]:
-        """Category, in order of its name -> bool [units]."""
+        """Return {category: bool [units]}, sorted by name."""
         members: dict[str, list[int]] = {}
         for number, names in enumerate(self.categories):
             for name in names:
@@ -99,13 +99,13 @@ class Units:
         return found
 
     def of(self, chosen: np.ndarray) -> Columns:
-        """The columns of some units; chosen bool [units]."""
+        """Return the columns of the units selected by `chosen`, bool [units]."""
         return {name: values[chosen] for name, values in self.columns.items()}
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file or folder that a task reads, relative to its own; `instead` names others that serve as well."""
+    """A file or folder of a task, relative to the task's folder. `instead` lists alternatives."""
 
     path: str
     what: str
@@ -113,14 +113,14 @@ class DataFile:
 
 
 class Task:
-    """A task by name. A subclass sets the attributes and implements `questions`; the rest has defaults.
+    """Base class of tasks. A subclass sets the attributes and implements `questions`. The rest has defaults.
 
-    argument    what followed the name on the command line ("gqa:val" -> "val"); "" for none.
-    folder      where the files are below --data, as in the original LLaVA's playground/data/eval; --data itself
-                serves as well.
-    source      where the files come from; `scorer` what the metric follows.
-    main        the metric that stands for the task.
-    unit        of the metrics: "%" (0 to 100) or "points".
+    argument    the part of the name after the colon ("gqa:val" -> "val"), or "".
+    folder      the subfolder of --data, as in the original LLaVA's playground/data/eval. Files may also be directly in
+                --data.
+    source      the origin of the files. `scorer` is the origin of the metric.
+    main        the main metric of the task.
+    unit        the unit of the metrics: "%" (0 to 100) or "points".
     """
 
     name = ""
@@ -132,44 +132,45 @@ class Task:
     main = "accuracy"
     unit = "%"
     max_new_tokens = 64
-    arguments = ""  # what an argument may be, for `--tasks`
+    arguments = ""  # allowed arguments, printed by `--tasks`
     judged = False  # scores come from `llava-fast judge`
 
     def __init__(self, argument: str = "") -> None:
         self.argument = argument
 
     def questions(self, folder: Path) -> list[Question]:
-        """All questions, from the files in `folder`. Raises EvaluationError, naming file and field."""
+        """Read all questions from the files in `folder`. Raises EvaluationError, which names file and field."""
         raise NotImplementedError
 
     def read(self, question: Question, text: str) -> Any:
-        """What an answer says, JSON; None if it cannot be read."""
+        """Parse an answer to a JSON value. Returns None if that is impossible."""
         return text.strip()
 
     def score(self, question: Question, read: Any) -> float | None:
-        """0 to 1. `read` is never None and the question has a reference."""
+        """Return the score from 0 to 1. `read` is not None and the question has a reference."""
         raise NotImplementedError
 
     def columns(self, unit: Sequence[Scored]) -> dict[str, float]:
-        """What the metrics are computed from, for one unit. Keys that not all units have are dropped."""
+        """Return the values of one unit from which metrics are computed. Keys that some units lack are dropped."""
         return {"score": float(np.mean([scored.score or 0.0 for scored in unit]))}
 
     def metrics(self, columns: Columns, weights: np.ndarray) -> dict[str, float]:
-        """The metrics of some units; weights float64 [units]: how often each counts."""
+        """Compute the metrics. Each unit counts `weights` times, float64 [units]."""
         return {self.main: 100 * mean(columns["score"], weights)}
 
     def overall(self, units: Units, weights: np.ndarray) -> dict[str, float]:
-        """The metrics of all units."""
+        """Compute the weighted metrics of all units."""
         return self.metrics(units.columns, weights)
 
     def submission(self, scored: Iterable[Scored]) -> Any:
-        """The answers as the task's own server or script takes them, JSON; None: it has no such form."""
+        """Return the answers in the format of the task's evaluation server or script, JSON, or None if there is
+        none."""
         return None
 
     # ------------------------------------------------------------ not for subclasses
 
     def scored(self, questions: Iterable[Question], answers: Mapping[str, Answer]) -> list[Scored]:
-        """Each question with its answer. An answer that failed or cannot be read scores 0."""
+        """Score each question with its answer. A failed or unparsable answer scores 0."""
         found = []
         for question in questions:
             answer = answers[question.id]
@@ -181,7 +182,7 @@ class Task:
         return found
 
     def units(self, scored: Iterable[Scored]) -> Units | None:
-        """The units of the answers that have scores; None: no answer has one."""
+        """Return the units of the answers with scores, or None if there are none."""
         groups: dict[str, list[Scored]] = {}
         for each in scored:
             if each.score is not None:
@@ -205,12 +206,12 @@ def mean(values: np.ndarray, weights: np.ndarray) -> float:
 
 
 def ratio(part: float, whole: float) -> float:
-    """NaN where there is nothing to divide by: such a metric is undefined, not 0."""
+    """Divide. Returns NaN (undefined) for a zero denominator."""
     return part / whole if whole else float("nan")
 
 
 def cluster_of(question: Question) -> str:
-    """What the question depends on together with others: its cluster, or its first image, or itself."""
+    """Return the key of a question's cluster: its `cluster`, else its first image, else its unit or id."""
     if question.cluster:
         return question.cluster
     first = question.images[0] if question.images else None

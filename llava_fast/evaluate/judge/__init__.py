@@ -1,1 +1,1 @@
-"""Scores of free answers by a language model behind an OpenAI-compatible endpoint: `llava-fast judge`."""
+"""Scoring of free-form answers by a language model at an OpenAI-compatible endpoint: `llava-fast judge`."""

@@ -1,4 +1,4 @@
-"""Asking a judge until its reply can be read; what cannot is counted and never guessed."""
+"""Requests to a judge, repeated until the reply can be parsed. Unparsable replies are counted and never guessed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Generic, TypeVar
 from llava_fast.endpoint import Ask, Request
 
 T = TypeVar("T")
-TEMPERATURE = 0.2  # llava/eval/eval_gpt_review_bench.py; again at a malformed reply, another draw may be read
+TEMPERATURE = 0.2  # llava/eval/eval_gpt_review_bench.py; above 0, so that a repeated request can give another reply
 _NUMBER = r"(\d+(?:\.\d+)?)"
 
 
 @dataclass
 class Counts:
-    """malformed: replies that could not be read. unread: requests that no reply of could be read. failed: requests
+    """malformed: replies that could not be parsed. unread: requests without any parsable reply. failed: requests
     without a reply.
     """
 
@@ -28,7 +28,7 @@ class Counts:
 
 @dataclass
 class Verdict(Generic[T]):
-    """What a request came to: the value that was read, if any, and every reply's text."""
+    """The outcome of a request: the parsed value or None, and the texts of all replies."""
 
     value: T | None = None
     texts: list[str] = field(default_factory=list)
@@ -42,8 +42,8 @@ def ask_and_read(
     title: str,
     counts: Counts,
 ) -> list[Verdict[T]]:
-    """Ask the requests; those whose reply `read` returns None for, or that was cut off or refused, are asked again, up
-    to `tries` times in all.
+    """Send the requests. A request is repeated, up to `tries` times in all, if `read` returns None for its reply or if
+    the reply was truncated or refused.
     """
     verdicts = [Verdict[T]() for _ in requests]
     left = list(range(len(requests)))
@@ -69,7 +69,7 @@ def ask_and_read(
 
 
 def read_pair(text: str) -> tuple[float, float] | None:
-    """Two grades from 1 to 10 that are all of the first line, separated by spaces or a comma."""
+    """Parse two grades from 1 to 10, separated by spaces or a comma, which must be the whole first line."""
     found = re.fullmatch(rf"\s*{_NUMBER}(?:\s*,\s*|\s+){_NUMBER}\s*", text.strip().split("\n")[0])
     if found is None:
         return None
@@ -78,6 +78,6 @@ def read_pair(text: str) -> tuple[float, float] | None:
 
 
 def read_share(text: str) -> float | None:
-    """A number from 0 to 1 that is all of the reply."""
+    """Parse a number from 0 to 1, which must be the whole reply."""
     found = re.fullmatch(rf"{_NUMBER}\.?", text.strip())
     return float(found[1]) if found is not None and float(found[1]) <= 1 else None

@@ -1,4 +1,4 @@
-"""The judge's prompts: text files with {names}, ours or the user's."""
+"""The judge's prompts: text files with {placeholders}, built in or from the user."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ NAMES = {
     "scienceqa-answer": ("question", "context", "options"),
     "scienceqa-ensemble": ("question", "context", "options", "blind", "seeing"),
 }
-"""Prompt -> what it may name. All but `context` must be there."""
+"""Prompt -> its placeholders. All except `context` are required."""
 _NAME = re.compile(r"\{(\w+)\}")
 
 
 class Prompts:
-    """The prompts in `folder`, and ours for those that it lacks. Raises EvaluationError for a prompt without a name
-    that it needs, or with one that nothing fills.
+    """The prompts in `folder`, and the built-in ones for missing files. Raises EvaluationError for a prompt with a
+    missing or an unknown placeholder.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -40,7 +40,7 @@ class Prompts:
                     raise EvaluationError(f"{where} lacks {{{name}}}")
 
     def fill(self, prompt: str, **values: str) -> str:
-        """A prompt with its names replaced; braces in the values stay as they are."""
+        """Return a prompt with its placeholders replaced. Braces in the values are kept."""
         return _NAME.sub(lambda found: values[found[1]], self.texts[prompt]).strip()
 
     def digest(self) -> str:
@@ -48,7 +48,7 @@ class Prompts:
 
 
 def write(folder: Path) -> None:
-    """Our prompts as files, to be changed. Raises EvaluationError if one is there."""
+    """Write the built-in prompts to files for editing. Raises EvaluationError if one of them exists."""
     folder.mkdir(parents=True, exist_ok=True)
     for prompt in NAMES:
         path = folder / f"{prompt}.txt"

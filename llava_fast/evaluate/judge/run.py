@@ -1,4 +1,5 @@
-"""Judging what an evaluation has answered: results.json gets the scores, every reply is kept beside it."""
+"""Judging of the answers of an evaluation. Scores are written to results.json, and all replies are stored next to
+it."""
 
 from __future__ import annotations
 
@@ -16,12 +17,12 @@ from llava_fast.evaluate.results import load_results, result_of, save, scored_of
 from llava_fast.evaluate.tasks import task_of
 
 Open = Callable[[Path], AbstractContextManager[Ask]]
-"""Given where a task's replies are to be kept, what asks."""
+"""A function from the file for a task's replies to a context manager of `Ask`."""
 
 
 def tasks_to_judge(results: dict[str, Any], wanted: Sequence[str]) -> list[str]:
-    """The tasks of results.json that a judge scores: those named, or all but ScienceQA, whose accuracy needs none.
-    Raises EvaluationError for one that was not answered or that none scores, and where there is none.
+    """Return the tasks to judge: the named ones, or all judged tasks in results.json except ScienceQA, whose accuracy
+    needs no judge. Raises EvaluationError for a task without answers or without a judge, and if there is no task.
     """
     answered = ", ".join(results["tasks"])
     for name in wanted:
@@ -36,7 +37,7 @@ def tasks_to_judge(results: dict[str, Any], wanted: Sequence[str]) -> list[str]:
 
 
 def judge_tasks(out: Path, wanted: Sequence[str], judging: Judging, opened: Open, judge_name: str) -> dict[str, Any]:
-    """Judge tasks of OUT/results.json and write their scores there; returns its content. Raises EvaluationError."""
+    """Judge tasks of OUT/results.json, write their scores there and return its content. Raises EvaluationError."""
     results = load_results(out)
     for name in tasks_to_judge(results, wanted):
         old = results["tasks"][name]
