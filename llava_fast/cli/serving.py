@@ -145,6 +145,7 @@ def serve(
     from llava_fast.serve.settings import Settings
 
     server.check_packages()
+    server.check_address(host, port)
     settings = Settings(
         model_name=name or Path(model).name,
         api_keys=_api_keys(api_key, api_key_file),

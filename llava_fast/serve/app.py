@@ -149,7 +149,7 @@ async def _planned(service: Service, body: PlanRequest, request: Request) -> Res
     """Return the plan of a conversation's images. Meanwhile it holds a place in the queue like an answer."""
     service.check_model(body.model)
     try:
-        with service.admitted(1):
+        with service.admitted(1, timed=False):
             made = asyncio.wait_for(service.plan(body), service.settings.deadline)
             return Response(await _while_connected(request, made), media_type="application/json")
     except Exception as error:

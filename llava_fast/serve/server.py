@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import logging
+import socket
 from typing import Any
 
-from llava_fast.errors import MissingPackageError
+from llava_fast.errors import MissingPackageError, ServeError
 from llava_fast.serve.settings import Settings
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
@@ -19,6 +20,17 @@ def check_packages() -> None:
             importlib.import_module(package)
         except ImportError as error:
             raise MissingPackageError("the server", package, "serve") from error
+
+
+def check_address(host: str, port: int) -> None:
+    """Raises ServeError where the server could not listen, so that it is known before a model is loaded."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:
+        raise ServeError(f"cannot listen on {host}, port {port}: {error}. Choose another --host or --port") from error
 
 
 def serve(model: Any, settings: Settings, host: str, port: int) -> None:

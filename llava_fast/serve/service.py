@@ -76,9 +76,9 @@ class Service:
         self.engine.stop()
 
     @contextmanager
-    def admitted(self, answers: int) -> Iterator[None]:
-        """Reserve places for `answers` answers while the block runs. Raises ApiError 429 if the queue is full and 503
-        if the engine has failed."""
+    def admitted(self, answers: int, timed: bool = True) -> Iterator[None]:
+        """Reserve places for `answers` answers while the block runs; if `timed`, its duration counts in the mean time
+        of an answer. Raises ApiError 429 if the queue is full and 503 if the engine has failed."""
         if not self.engine.can_answer:
             raise ApiError(503, "the model has failed: the server must be restarted", code="engine_failed")
         most = self.settings.max_running + self.settings.max_waiting
@@ -97,7 +97,8 @@ class Service:
             yield
         finally:
             self.open_answers -= answers
-            self.seconds += 0.1 * (time.monotonic() - started - self.seconds)
+            if timed:
+                self.seconds += 0.1 * (time.monotonic() - started - self.seconds)
 
     def check_model(self, name: str) -> None:
         """Raise ApiError if `name` is not the served model."""

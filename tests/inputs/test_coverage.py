@@ -89,6 +89,16 @@ def test_unpadding_keeps_what_the_picture_covers():
         assert region.tokens == len(region.points) < 64
 
 
+def test_a_row_pooled_from_two_tiles_reads_both():
+    """Seven patches a side, pooled by two: each fourth pooled row of a line reads the last of a tile and the first of
+    the next, and counts for the first of them."""
+    geometry = VisualGeometry(28, 4, aspect="anyres", pinpoints=((28, 56),), merge="spatial_maxpool2x2")
+    _, (left, right) = image_coverage(geometry, 28, 56).regions
+    assert left.kept == pytest.approx((0, 0, 28, 24))
+    assert right.kept == pytest.approx((28, 0, 28, 24))
+    assert (left.tokens, right.tokens) == (12, 9)
+
+
 def test_a_native_image_is_one_region_of_patches():
     seen = image_coverage(GEOMETRIES["native"], 90, 120)
     ((region,),) = seen.regions

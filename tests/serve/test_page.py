@@ -107,12 +107,12 @@ def test_a_question_about_a_dropped_picture_is_answered(browser, demo):
         assert answers(page, 1) == [" ".join(map(str, digits))]
         (cost,) = page.locator(".cost").all_text_contents()
         assert "246 tokens read5 written" in cost.replace(" · ", "")
-        assert "Picture 1: 232 tokens, 4 tiles, encoded now." in cost
+        assert "Picture 1: 232 tokens, encoded now." in cost
 
         page.get_by_label("Question", exact=True).fill("How many digits are there?")
         page.get_by_role("button", name="Send").click()
         assert answers(page, 2)[1] == "4", "the conversation goes on, with its picture"
-        assert "Picture 1: 232 tokens, 4 tiles, from the cache" in page.locator(".cost").nth(1).text_content()
+        assert "Picture 1: 232 tokens, from the cache" in page.locator(".cost").nth(1).text_content()
         assert page.get_by_text("This conversation: 2 answers").is_visible()
 
 

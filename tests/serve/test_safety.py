@@ -24,6 +24,7 @@ from llava_fast.inputs.pictures import video
 from llava_fast.serve import app, bodies, gate, service
 from llava_fast.serve.errors import ApiError
 from llava_fast.serve.media import Media
+from llava_fast.serve.server import check_address
 from llava_fast.serve.settings import Settings
 from tests.serve.conftest import about, ask, data_uri, error_of, local, png
 from tests.support import made_videos, tiny
@@ -400,6 +401,16 @@ def test_the_end_does_not_wait_for_what_is_being_read(model):
         began = time.monotonic()
     assert time.monotonic() - began < 2.5
     held.set()
+
+
+def test_a_port_in_use_is_named_before_a_model_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ServeError, match=f"port {port}.*in use"):
+            check_address("127.0.0.1", port)
+    check_address("127.0.0.1", 0)
+    with pytest.raises(ServeError, match="Choose another"):
+        check_address("192.0.2.1", 0)  # an address of no machine
 
 
 @pytest.mark.parametrize(("variable", "keys"), [(None, ()), ("one key", ("one key",)), (" ", None), ("", None)])

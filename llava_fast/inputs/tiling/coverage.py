@@ -28,7 +28,7 @@ class Region:
     tokens  decoder rows that it gives. A row pooled from several tiles counts for the one with the largest weight.
     points  float64 [points, 2]: (x, y) of the middle of what each of these rows reads, in their order. A class row has
             none, nor has a row that a connector makes of the whole region.
-    kept    the rectangle around the patches that these rows read; None without points.
+    kept    the rectangle around its patches that any row reads; None if these have no place.
     """
 
     box: Rectangle
@@ -72,10 +72,10 @@ def _coverage(geometry: VisualGeometry, rows: VisualRows, views: tuple[View, ...
     middles = cells[:, :2] + cells[:, 2:] / 2
     points = (middles[reads] * weights[..., None]).sum(1) / weights.sum(1)[:, None]
 
+    read = np.unique(reads[weights > 0])
     regions: list[list[Region]] = [[] for _ in views]
     for number, (view, _, _) in enumerate(places):
         own = region == number
-        read = np.unique(reads[own][weights[own] > 0])
         inside = cells[read[region_of[read] == number]]
         kept = _around(inside[~np.isnan(inside[:, 0])])
         own_points = points[own]

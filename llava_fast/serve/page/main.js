@@ -68,7 +68,8 @@ function showAttached() {
 
 /** A button that shows what the model sees of an attachment. */
 function thumbnail(attachment) {
-  const { tokens, tiles, kind, views } = attachment.plan;
+  const { tokens, kind, views } = attachment.plan;
+  const tiles = views.reduce((sum, view) => sum + view.regions.length, 0);
   const parts = kind === "video" ? count(views.length, "frame") : tiles > 1 ? count(tiles, "tile") : "";
   const size = [count(tokens, "token"), parts].filter(Boolean).join(", ");
   const button = element("button", { type: "button", className: "thumbnail" }, attachment.thumbnail());
@@ -235,8 +236,7 @@ function costOf(usage, clock) {
   const lines = [
     `${count(cached, "token")} of the prompt came from the cache.`,
     ...images.map(
-      ({ tokens, tiles, source }, at) =>
-        `Picture ${at + 1}: ${count(tokens, "token")}, ${count(tiles, "tile")}, ${SOURCES[source]}.`,
+      ({ tokens, source }, at) => `Picture ${at + 1}: ${count(tokens, "token")}, ${SOURCES[source]}.`,
     ),
   ];
   return element(

@@ -114,6 +114,7 @@ async function redraw() {
   const text = sentenceOf(plan, sheet);
   byId("seen-view").textContent = pixels ? text : `${text} The browser cannot show this file; the server reads it.`;
   byId("drawing").setAttribute("aria-label", `${attachment.name}. ${where}. ${text}`);
+  byId("seen-dot").hidden = sheet.regions.every((region) => region.points.length === 0);
   byId("seen-tiles").replaceChildren(
     ...sheet.regions.map((region, at) =>
       element(
