@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from llava_fast.errors import (
     BackendError,
+    BatchError,
     CacheFullError,
     CheckpointError,
     DataError,
@@ -66,6 +67,7 @@ _MODULES = {
 __all__ = [
     "Assembly",
     "BackendError",
+    "BatchError",
     "CacheFullError",
     "Chat",
     "CheckpointError",

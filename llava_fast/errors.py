@@ -94,3 +94,7 @@ class EvaluationError(LlavaFastError):
     """An evaluation that cannot run: an unknown task, a file or field of its data that is missing, answers of another
     model in its folder.
     """
+
+
+class BatchError(LlavaFastError):
+    """A batch that cannot be run as asked: an input without rows, a missing column, an output of another batch."""

@@ -33,7 +33,9 @@ def picture(tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "serve", "convert", "merge-lora", "tune", "doctor", "demo"])
+@pytest.mark.parametrize(
+    "command", ["generate", "chat", "batch", "serve", "convert", "merge-lora", "tune", "doctor", "demo"]
+)
 def test_help(command):
     result = run(command, "--help")
     assert result.returncode == 0

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from llava_fast.batch import cluster, readers
 from llava_fast.cli.main import main
 from llava_fast.datagen import nouns, ocr
 from llava_fast.demo import canvas
@@ -21,7 +22,17 @@ from llava_fast.train.data import check
 from llava_fast.train.objectives import reference
 
 OPTIONAL = ("sklearn", "matplotlib", "av", "peft", "accelerate", "tensorboard", "xformers", "torchvision", "lmms_eval")
-OPTIONAL += ("fastapi", "uvicorn", "prometheus_client", "llguidance", "openai", "textblob", "rapidocr")
+OPTIONAL += (
+    "fastapi",
+    "uvicorn",
+    "prometheus_client",
+    "llguidance",
+    "openai",
+    "textblob",
+    "rapidocr",
+    "pyarrow",
+    "ray",
+)
 BUILD = ("ninja", "pybind11", "setuptools")
 
 
@@ -67,6 +78,8 @@ USES = {
     "an endpoint": (asking._openai, "endpoint"),
     "noun phrases": (lambda: nouns.tagger("textblob"), "data"),
     "text in pictures": (lambda: ocr.engine("rapidocr"), "ocr"),
+    "a batch of a parquet file": (lambda: list(readers.read_rows("rows.parquet", 0)), "parquet"),
+    "a batch on Ray": (cluster.check_ray, "ray"),
     "a server": (server.check_packages, "serve"),
     "a base without adapters": (adapters_off, "train"),
 }

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from llava_fast.cli import ask, checkpoints, data, evaluate, judge, machine, make_data, recipe, serving, training
+from llava_fast.cli import ask, batch, checkpoints, data, evaluate, judge, machine, make_data, recipe, serving, training
 from llava_fast.errors import LlavaFastError
 
 app = typer.Typer(
@@ -16,8 +16,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (ask.generate, ask.chat, serving.serve, training.train, training.dpo, recipe.plan, recipe.plot):
+for command in (ask.generate, ask.chat, batch.batch, serving.serve):
     app.command()(command)
+for training_command in (training.train, training.dpo, recipe.plan, recipe.plot):
+    app.command()(training_command)
 app.add_typer(data.app, name="data")
 app.add_typer(make_data.app, name="make-data")
 app.add_typer(evaluate.app, name="eval")
