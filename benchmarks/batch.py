@@ -3,8 +3,8 @@
     python -m benchmarks.batch --output-json batch.json      # one process, two Ray workers, a loop
 
 Each way answers the same questions about digits, a picture each, in turns. A rate is the median round's, after one
-that is not counted; that of the Ray workers, whose start takes seconds, is counted from the first rows to the last. The
-loop calls `generate` for one request at a time. Rates are given only if all answers are equal.
+that is not counted; the Ray workers, whose start takes seconds, are timed from when each has answered a first chunk.
+The loop calls `generate` for one request at a time. Rates are given only if all answers are equal.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def batch(model_path: str, table: Path, workers: int = 0) -> Callable[[], tuple[
 
         output = table.parent / f"out-{workers}.jsonl"
         job.run(spec, open_source(str(table)), str(output), settings, overwrite=True, runs=timed, say=lambda text: None)
-        if workers:  # from the first rows on, which are not counted
-            times = times[1:]
+        if workers:  # from when each has answered its first chunk, which is not counted
+            times = times[workers:]
         rate = sum(rows for _, rows in times[1:]) / (times[-1][0] - times[0][0])
         return rate, [json.loads(line)["answer"] for line in output.read_text().splitlines()]
 

@@ -14,6 +14,7 @@ import os
 import pickle
 import queue
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -180,7 +181,9 @@ def _joined(address: str | None, workers: int | None) -> Iterator[None]:
         where = address or os.environ.get("RAY_ADDRESS", "this machine")
         raise BatchError(f"Ray cannot be joined at {where}: {' '.join(str(error).split())}") from error
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"ray\.")  # of its own settings
+            yield
     finally:
         ray.shutdown()
 

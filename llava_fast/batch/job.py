@@ -90,7 +90,8 @@ def in_process(
 ) -> Steps:
     """Rows as they end, of items from number `first` on that the output does not have."""
     items = itertools.islice(source.items(first), None if limit is None else limit - first)
-    return Answerer(model.load(), settings).steps(item for item in items if item.number not in output)
+    waiting = output.waiting  # of an earlier run; read in another thread than the one that writes
+    return Answerer(model.load(), settings).steps(item for item in items if item.number not in waiting)
 
 
 def run(

@@ -12,6 +12,8 @@ from llava_fast.cli.options import Device, Dtype, Model, ModelBase, Quantize, Te
 from llava_fast.errors import BatchError
 
 SOME_ERRORS, STOPPED = 3, 130
+SPACES = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+"""llguidance's options: JSON spaced as json.dumps does, because some models otherwise write spaces without end."""
 COLUMNS, DRAWING, SPEED, RAY = "Rows of the input", "Choosing tokens", "Memory and threads", "Ray"
 
 
@@ -165,7 +167,7 @@ def batch(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop=stop,
-        grammar=None if schema is None else Grammar.json_schema(_schema(schema)),
+        grammar=None if schema is None else Grammar.json_schema({"x-guidance": SPACES, **_schema(schema)}),
     )
     settings = Settings(
         prompt=prompt,

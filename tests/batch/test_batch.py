@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import random
@@ -19,8 +20,9 @@ from llava_fast.batch.items import Item
 from llava_fast.batch.source import open_source
 from llava_fast.errors import BatchError, RequestError
 from llava_fast.generation.grammar import Grammar
-from tests.batch.conftest import TOKENS, answer, read, settings, write_csv
-from tests.support import tiny
+from llava_fast.inputs.pictures.video import read_video
+from tests.batch.conftest import TOKENS, Held, answer, read, settings, write_csv, write_parquet, write_tar
+from tests.support import made_videos, tiny
 
 
 def alone(model, folder, names, prompt="hello", **options) -> list[str]:
@@ -253,3 +255,42 @@ def test_an_output_whose_rows_are_other_items(spec, pictures, tmp_path):
     (tmp_path / "out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:1] + rows[2:]))
     with pytest.raises(BatchError, match=r"row 1 of .*out\.jsonl is '3\.png', and of the input '2\.png'"):
         answer(spec, pictures, tmp_path / "out.jsonl")
+
+
+def test_every_kind_of_input_gives_the_answers_of_the_folder(spec, pictures, tmp_path):
+    """Paths, bytes of a shard and of parquet, data URIs of a table."""
+    answer(spec, pictures, tmp_path / "folder.jsonl")
+    expected = {row["id"]: row["answer"] for row in read(tmp_path / "folder.jsonl")}
+    names = list(expected)
+    data = [(pictures / name).read_bytes() for name in names]
+    uris = ["data:image/png;base64," + base64.b64encode(each).decode() for each in data]
+    inputs = [
+        write_csv(tmp_path / "rows.csv", [{"id": n, "path": f"pictures/{n}"} for n in names]),
+        write_csv(tmp_path / "uris.csv", [{"id": n, "image": uri} for n, uri in zip(names, uris, strict=True)]),
+        write_tar(tmp_path / "shard.tar.gz", dict(zip(names, data, strict=True)), "w:gz"),
+        write_parquet(tmp_path / "rows.parquet", {"id": names, "image": [{"bytes": each} for each in data]}),
+    ]
+    for input in filter(None, inputs):
+        answer(spec, input, tmp_path / "of.jsonl", overwrite=True)
+        found = {row["id"].removeprefix("shard/").removesuffix(".png"): row for row in read(tmp_path / "of.jsonl")}
+        assert {f"{name}.png": row["answer"] for name, row in found.items()} == expected
+
+
+def test_videos(tmp_path):
+    """Of a folder and of a table's column, with the frames that are asked for."""
+    model = tiny.pair("video").ours
+    folder = tmp_path / "films"
+    folder.mkdir()
+    for number in range(3):
+        made_videos.write(folder / f"{number}.mp4", [tiny.picture(48, 64, 9 * number + seed) for seed in range(6)])
+    (folder / "bad.mp4").write_bytes(b"no video")
+    answer(Held(model=model), folder, tmp_path / "out.jsonl", video_frames=4)
+    *rows, bad = read(tmp_path / "out.jsonl")
+    content = [{"type": "video"}, {"type": "text", "text": "hello"}]
+    table = write_csv(tmp_path / "rows.csv", [{"id": n, "video": f"films/{n}.mp4"} for n in range(3)])
+    answer(Held(model=model), table, tmp_path / "table.jsonl", video_frames=4)
+    assert [row["answer"] for row in read(tmp_path / "table.jsonl")] == [row["answer"] for row in rows]
+    assert "bad.mp4" in bad["error"]
+    frames = read_video(folder / "0.mp4", 4)
+    request = {"messages": [{"role": "user", "content": content}], "video": list(frames)}
+    assert rows[0]["answer"] == model.generate([request], max_new_tokens=TOKENS)[0].text

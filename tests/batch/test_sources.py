@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import pickle
-import tarfile
 
 import pytest
 
 from llava_fast.batch.prompts import PromptTemplate, choose_template
 from llava_fast.batch.source import open_source
 from llava_fast.errors import BatchError, RequestError
-from tests.batch.conftest import write_csv
+from tests.batch.conftest import write_csv, write_tar
 
 NAMES = ["0.png", "2.png", "3.png", "4.png", "6.png", "7.png", "8.png", "below/1.png", "below/5.png"]
 
@@ -30,15 +28,6 @@ def check_parts(source):
     for first in range(len(whole) + 1):
         assert rows(pickle.loads(pickle.dumps(source)), first) == whole[first:]
     return whole
-
-
-def write_tar(path, members: dict[str, bytes], mode="w"):
-    with tarfile.open(path, mode) as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def test_a_folder(pictures):
