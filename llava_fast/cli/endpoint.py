@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,10 @@ class Asking:
     replies: Path | None
     dry_run: bool
     confirm: bool = False
+
+    def at(self, base_url: str, model: str) -> Asking:
+        """The same options for another endpoint, whose replies are kept beside the output."""
+        return Asking(dataclasses.replace(self.endpoint, base_url=base_url, model=model), None, self.dry_run)
 
     @contextlib.contextmanager
     def opened(self, output: Path) -> Iterator[Ask]:

@@ -1,14 +1,29 @@
-"""llava-fast make-data: training data from captions, boxes, words and models."""
+"""llava-fast make-data: training data from captions, boxes and pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import typer
 
+from llava_fast.cli import data_from_data
+from llava_fast.cli.data_options import (
+    CocoCaptions,
+    CocoInstances,
+    ImagesFolder,
+    Out,
+    Prefix,
+    RecordFiles,
+    Seed,
+    TextsFolder,
+    finish,
+    nearest_of,
+    records_of,
+    shares_of,
+)
 from llava_fast.cli.endpoint import Asking, with_endpoint
+from llava_fast.cli.options import Device
 from llava_fast.errors import DataError
 
 app = typer.Typer(
@@ -17,41 +32,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Out = Annotated[Path, typer.Option("--out", "-o", help="The data to write: .json (a list) or .jsonl (lines).")]
-TextsFolder = Annotated[
-    Path | None,
-    typer.Option("--texts", help="A folder of your own prompts and lists, as `make-data texts` copies them out."),
-]
-Seed = Annotated[int, typer.Option(help="What is drawn depends on this number alone.")]
-RecordFiles = Annotated[
-    list[str] | None,
-    typer.Argument(help='Records: .json or .jsonl, globs too: {"image": path, "captions": [...], "boxes": [...]}.'),
-]
-CocoCaptions = Annotated[
-    list[str], typer.Option("--coco-captions", help="COCO's captions_train2017.json, in place of records; repeatable.")
-]
-CocoInstances = Annotated[
-    list[str], typer.Option("--coco-instances", help="COCO's instances_train2017.json, for boxes; repeatable.")
-]
-Prefix = Annotated[str, typer.Option(help="Put before COCO's file names: train2017/.")]
-
-
-@app.command()
-def texts(folder: Annotated[Path, typer.Argument(help="Where to copy them; files that are there stay.")]) -> None:
-    """Copy out the system prompts, examples, lists of instructions and filters, to change them.
-
-    \b
-    llava-fast make-data texts my-texts/
-    llava-fast make-data instruct records.jsonl --texts my-texts/ -o data.json
-
-    A new file, say haiku.yaml, is a new kind of sample: --mix haiku=1. The comments in the files say what their fields
-    are.
-    """
-    from llava_fast.datagen.wording import copy_texts
-
-    for path in copy_texts(folder):
-        typer.echo(f"wrote {path}")
 
 
 @app.command()
@@ -92,12 +72,12 @@ def instruct(
     from llava_fast.datagen.wording import Texts
 
     check_output(out)
-    options = {"mix": _mix(mix)} if mix else {}
+    options = {"mix": shares_of(mix, "--mix", "a kind and its share, as conversation=58")} if mix else {}
     maker = Instruct(Texts(texts), count=count, seed=seed, **options)
-    given = _records(records, coco_captions, coco_instances, prefix)
+    given = records_of(records, coco_captions, coco_instances, prefix)
     report = Report()
     with asking.opened(out) as ask:
-        _finish(out, maker.make(given, ask, report), report)
+        finish(out, maker.make(given, ask, report), report)
 
 
 @app.command()
@@ -131,11 +111,11 @@ def pretrain(
     check_output(out)
     questions = Texts(texts).read("brief", Questions)
     report = Report()
-    given = making.usable(_records(records, coco_captions, [], prefix), report)
+    given = making.usable(records_of(records, coco_captions, [], prefix), report)
     phrases = noun_phrases([record.captions[0] for record in given], tagger, workers)
     numbers = making.choose(phrases, least, most, seed)
     report.left_out["not needed for coverage"] += len(given) - len(numbers)
-    _finish(out, making.pairs(given, numbers, questions, report, seed), report)
+    finish(out, making.pairs(given, numbers, questions, report, seed), report)
 
 
 @app.command()
@@ -180,36 +160,67 @@ def ocr(
     if records:
         write_samples(records, (each.model_dump(exclude_defaults=True) for each in read if each.words))
         typer.echo(f"wrote {records}")
-    _finish(out, making.samples(read, questions, report, least_words, seed), report)
+    finish(out, making.samples(read, questions, report, least_words, seed), report)
 
 
-def _mix(given: Sequence[str]) -> dict[str, float]:
-    mix = {}
-    for each in given:
-        kind, _, share = each.partition("=")
-        try:
-            mix[kind] = float(share)
-        except ValueError:
-            raise DataError(f"--mix {each!r} is no kind and share, as conversation=58") from None
-    return mix
+@app.command()
+@with_endpoint
+def compare(
+    asking: Asking,
+    out: Out,
+    records: RecordFiles = None,
+    coco_captions: CocoCaptions = [],  # noqa: B006
+    coco_instances: CocoInstances = [],  # noqa: B006
+    prefix: Prefix = "",
+    related: Annotated[
+        Literal["text", "image"], typer.Option(help="Pictures are alike by their captions, or as they look to --model.")
+    ] = "text",
+    count: Annotated[int | None, typer.Option(min=1, help="How many pairs to ask about. Default: all.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Whose tower compares pictures.")] = None,
+    images: ImagesFolder = Path(),
+    device: Device = None,
+    texts: TextsFolder = None,
+    seed: Seed = 0,
+) -> None:
+    """Conversations about how two similar pictures differ, by a language model that sees what is known about both.
+
+    \b
+    llava-fast make-data compare records.jsonl --count 10000 -o differences.json
+    llava-fast make-data compare records.jsonl --related image -m MODEL --images coco/ -o differences.json
+    """
+    from llava_fast.datagen.chains import two_pictures
+    from llava_fast.datagen.instruct import Instruct
+    from llava_fast.datagen.output import Report, check_output
+    from llava_fast.datagen.wording import Texts
+
+    check_output(out)
+    given = [each for each in records_of(records, coco_captions, coco_instances, prefix) if isinstance(each.image, str)]
+    media = [(each.image,) for each in given]
+    near = nearest_of(related, [each.context() for each in given], media, 1, model, images, device)
+    pairs = two_pictures(given, near)
+    maker = Instruct(Texts(texts), {"difference": 1}, count and min(count, len(pairs)), seed)
+    report = Report()
+    with asking.opened(out) as ask:
+        finish(out, maker.make(pairs, ask, report), report)
 
 
-def _records(files: Sequence[str] | None, captions: Sequence[str], instances: Sequence[str], prefix: str) -> list[Any]:
-    from llava_fast.datagen.records import read_coco, read_records
+@app.command()
+def texts(folder: Annotated[Path, typer.Argument(help="Where to copy them; files that are there stay.")]) -> None:
+    """Copy out the system prompts, examples, lists of instructions and filters, to change them.
 
-    if bool(files) == bool(captions):
-        raise DataError("give either files of records or --coco-captions")
-    return read_records(files) if files else read_coco(captions, instances, prefix)
+    \b
+    llava-fast make-data texts my-texts/
+    llava-fast make-data instruct records.jsonl --texts my-texts/ -o data.json
+
+    A new file, say haiku.yaml, is a new kind of sample: --mix haiku=1. The comments in the files say what their fields
+    are.
+    """
+    from llava_fast.datagen.wording import copy_texts
+
+    for path in copy_texts(folder):
+        typer.echo(f"wrote {path}")
 
 
-def _finish(out: Path, samples: Iterator[dict[str, Any]], report: Any) -> None:
-    """Write the data and the report, and say what became of all."""
-    from llava_fast.datagen.output import write_report, write_samples
-
-    count = write_samples(out, samples)
-    beside = write_report(out, report)
-    for line in report.lines():
-        typer.echo(line)
-    typer.echo(f"wrote {out} and {beside}")
-    if not count:
-        raise DataError("no sample was made: the reasons are above")
+app.command()(data_from_data.chains)
+app.command("core-set")(data_from_data.core_set)
+app.command()(data_from_data.preferences)

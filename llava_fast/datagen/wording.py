@@ -62,14 +62,26 @@ class Prompt(_Strict):
 
 class Judging(_Strict):
     """How an endpoint is asked to score an answer: `user` holds {context}, {question} and {answer}; `score` is the
-    pattern whose first group is the number, from `least` to `most`."""
+    pattern whose first group is the number, from `least` to `most`; answers are good from `good` on."""
 
     system: str
     user: str
     score: str
     least: float
     most: float
+    good: float
     options: dict[str, Any] = {}
+
+    @field_validator("score")
+    @classmethod
+    def _finds_a_number(cls, pattern: str) -> str:
+        try:
+            groups = re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"it is no regular expression: {error}") from None
+        if not groups:
+            raise ValueError("it needs a group (...) around the number")
+        return pattern
 
 
 class Questions(_Strict):

@@ -122,15 +122,59 @@ def test_texts_are_copied_out(tmp_path):
         (("instruct", "-o", "x.json"), "give either files of records or --coco-captions"),
         (("instruct", "r.jsonl", "-o", "x.txt"), "must be a .json or .jsonl"),
         (("instruct", "none.jsonl", "-o", "x.json"), "there is no data file none.jsonl"),
-        (("instruct", "r.jsonl", "--mix", "conversation", "-o", "x.json"), "is no kind and share"),
+        (("instruct", "r.jsonl", "--mix", "conversation", "-o", "x.json"), "is not a kind and its share"),
         (("pretrain", "r.jsonl", "--tagger", "x", "-o", "x.json"), "the tagger 'x'"),
         (("ocr", "none", "-o", "x.json"), "no folder of pictures"),
+        (("core-set", "d.json", "--cap", "gqa", "-o", "x.json"), "is not a source and a number"),
+        (("chains", "d.json", "--related", "image", "-o", "x.json"), "give --model"),
+        (("preferences", "d.json", "-o", "x.jsonl"), "give either --model, or --answer-endpoint"),
+        (("preferences", "d.json", "--answer-endpoint", "http://x", "-o", "x.jsonl"), "give either --model"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.jsonl").write_text('{"image": "a.jpg", "caption": "A cat."}')
+    (tmp_path / "d.json").write_text(json.dumps(DATA))
     assert words in str(run(*arguments).exception)
+
+
+DATA = [
+    {"id": n, "image": f"{n}.jpg", "conversations": [{"from": "human", "value": f"<image>\nIs cat {n} red?"}, answer]}
+    for n in range(4)
+    for answer in [{"from": "gpt", "value": f"{('No', 'Yes')[n % 2]}, cat {n} is on the left."}]
+]
+
+
+def test_data_from_data(tmp_path):
+    data, records = tmp_path / "d.json", tmp_path / "r.jsonl"
+    data.write_text(json.dumps(DATA))
+    records.write_text("\n".join(json.dumps({"image": f"{n}.jpg", "caption": f"Red cat {n % 2}."}) for n in range(4)))
+    assert "2 core set" in run("core-set", data, "--count", 2, "--least", 1, "-o", tmp_path / "core.json").output
+    assert "4 2 in context" in run("chains", data, "--context", 2, "-o", tmp_path / "chains.json").output
+    assert {len(sample.request["images"]) for sample in checked(tmp_path / "chains.json")} == {3}
+    with scripted(lambda body: f"Question: Which?\nAnswer: {len(server.bodies)}.") as server:
+        result = run("compare", records, "-o", tmp_path / "compare.json", "--endpoint", server.url)
+        assert "2 samples: 2 difference" in result.output
+        assert "First picture\nCaptions:" in server.texts()[0]
+    assert {len(sample.request["images"]) for sample in checked(tmp_path / "compare.json")} == {2}
+
+
+def test_preferences_of_answers_from_one_endpoint_and_scores_from_another(tmp_path):
+    data, out = tmp_path / "d.json", tmp_path / "pairs.jsonl"
+    data.write_text(json.dumps(DATA))
+    for n in range(4):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{n}.jpg")
+    with (
+        scripted(lambda body: f"answer {body['seed']}") as answers,
+        scripted(lambda body: f"Score: {5 if 'answer 0' in body['messages'][-1]['content'] else 1}") as scores,
+    ):
+        common = ("preferences", data, "--images", tmp_path, "--answers", 2, "-o", out, "--endpoint", scores.url)
+        result = run(*common, "--answer-endpoint", answers.url, "--answer-model", "mine")
+        assert result.exit_code == 0, result.output
+        assert (len(answers.bodies), len(scores.bodies), answers.bodies[0]["model"]) == (8, 8, "mine")
+        assert "A right answer" in run(*common, "--model", "none", "--dry-run").output
+    pairs = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("answer 0", "answer 1")] * 4
 
 
 def test_nothing_made_is_an_error(tmp_path):
@@ -141,6 +185,8 @@ def test_nothing_made_is_an_error(tmp_path):
     assert "left out: 1 no questions and answers" in result.output
 
 
-@pytest.mark.parametrize("kind", ["instruct", "pretrain", "ocr", "texts"])
+@pytest.mark.parametrize(
+    "kind", ["instruct", "pretrain", "ocr", "texts", "chains", "compare", "core-set", "preferences"]
+)
 def test_help_has_an_example(kind):
     assert f"llava-fast make-data {kind}" in run(kind, "--help").output

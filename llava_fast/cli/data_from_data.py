@@ -1,0 +1,172 @@
+"""llava-fast make-data chains | core-set | preferences: training data from training data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from llava_fast.cli.data_options import (
+    DataFiles,
+    ImagesFolder,
+    Out,
+    Seed,
+    TextsFolder,
+    finish,
+    nearest_of,
+    shares_of,
+)
+from llava_fast.cli.endpoint import Asking, with_endpoint
+from llava_fast.cli.options import Device, load_model
+from llava_fast.errors import DataError
+
+
+def chains(
+    data: DataFiles,
+    out: Out,
+    related: Annotated[
+        Literal["text", "image", "media"],
+        typer.Option(
+            help="Related by text, by how pictures look to --model, or by being about the same picture or video."
+        ),
+    ] = "text",
+    context: Annotated[int, typer.Option(min=1, help="Most related samples before each.")] = 3,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Whose tower compares pictures.")] = None,
+    images: ImagesFolder = Path(),
+    device: Device = None,
+) -> None:
+    """Samples in the context of related ones: several pictures, each with its question, as in MIMIC-IT.
+
+    \b
+    llava-fast make-data chains instruct.json -o chains.json
+    llava-fast make-data chains instruct.json --related image -m MODEL --images coco/ -o chains.json
+    llava-fast make-data chains videos.json --related media -o chains.json
+    """
+    from llava_fast.datagen import chains as making
+    from llava_fast.datagen.output import Report, check_output
+    from llava_fast.datagen.samples import read_given
+
+    check_output(out)
+    report = Report()
+    samples = making.usable(read_given(data), related, report)
+    if related == "media":
+        near = making.same_media(samples, context)
+    else:
+        media = [each.media for each in samples]
+        near = nearest_of(related, [each.text for each in samples], media, context, model, images, device)
+    finish(out, making.chains(samples, near, report), report)
+
+
+def core_set(
+    data: DataFiles,
+    out: Out,
+    count: Annotated[int, typer.Option(min=1, help="How many samples to keep. SVIT's has 157,712.")] = 150_000,
+    cap: Annotated[
+        list[str], typer.Option(help="Most samples of the files whose path holds a word, as gqa=72000; repeatable.")
+    ] = [],  # noqa: B006
+    least: Annotated[int, typer.Option(min=1, help="Words that fewer samples have are dropped from the list.")] = 10,
+    balance: Annotated[bool, typer.Option(help="As many answers that begin with yes as with no.")] = True,
+    texts: TextsFolder = None,
+    seed: Seed = 0,
+) -> None:
+    """The most informative samples of much data, in the manner of SVIT's core set.
+
+    \b
+    llava-fast make-data core-set svit.json 'more/*.json' --cap gqa=72000 -o core.json
+
+    A sample is the more informative the more words of a concept list it has (concepts.yaml among the texts; SVIT's own
+    list and scoring were never published). Yes and no are balanced.
+    """
+    from llava_fast.datagen import core_set as making
+    from llava_fast.datagen.output import Report, check_output
+    from llava_fast.datagen.samples import read_given
+    from llava_fast.datagen.wording import Concepts, Texts
+
+    check_output(out)
+    concepts = Texts(texts).read("concepts", Concepts).concepts
+    caps = {
+        source: int(most) for source, most in shares_of(cap, "--cap", "a source and a number, as gqa=72000").items()
+    }
+    samples, report = read_given(data), Report()
+    numbers = making.choose(samples, concepts, count, report, least, caps, balance, seed)
+    finish(out, (samples[number].value for number in numbers), report)
+
+
+@with_endpoint
+def preferences(
+    asking: Asking,
+    data: DataFiles,
+    out: Out,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Draws the answers: a checkpoint directory or Hub id.")
+    ] = None,
+    answer_endpoint: Annotated[
+        str | None, typer.Option(help="Draws the answers, in place of --model: the base URL of an endpoint.")
+    ] = None,
+    answer_model: Annotated[str | None, typer.Option(help="The model's name at --answer-endpoint.")] = None,
+    answers: Annotated[int, typer.Option(min=2, help="Answers drawn for a question.")] = 6,
+    temperature: Annotated[float, typer.Option(min=0.01, help="At which they are drawn.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    score: Annotated[
+        str,
+        typer.Option(
+            help="endpoint; reference (the data's own answer is right, others wrong); or your module:function."
+        ),
+    ] = "endpoint",
+    records: Annotated[
+        list[str], typer.Option(help="Records of the same pictures, whose captions are evidence; repeatable.")
+    ] = [],  # noqa: B006
+    with_reference: Annotated[
+        bool, typer.Option("--with-reference", help="Prefer the data's own answer where none that was drawn is good.")
+    ] = False,
+    images: ImagesFolder = Path(),
+    count: Annotated[int | None, typer.Option(min=1, help="Ask only about so many samples, drawn by the seed.")] = None,
+    device: Device = None,
+    texts: TextsFolder = None,
+    seed: Seed = 0,
+) -> None:
+    """Preference pairs for `llava-fast dpo`: several answers of the model, scored with captions as evidence.
+
+    \b
+    llava-fast make-data preferences data.json --images coco/ -m runs/mine/model \\
+        --records records.jsonl --endpoint-model gpt-4.1-mini -o pairs.jsonl
+    llava-fast make-data preferences data.json -m MODEL --score reference -o pairs.jsonl
+
+    The first question of each sample is asked. An answer of a good score is paired with one of a bad score (score.yaml
+    among the texts says from which on); questions whose answers are all good or all bad give no pair. Answers that
+    were drawn are kept beside the output, so a killed run goes on.
+    """
+    import random
+
+    from llava_fast.datagen import preferences as making
+    from llava_fast.datagen.output import Report, check_output
+    from llava_fast.datagen.records import read_records
+    from llava_fast.datagen.samples import read_given
+    from llava_fast.datagen.wording import Judging, Texts
+    from llava_fast.storage.journal import Journal
+
+    check_output(out)
+    if (model is None) == (answer_endpoint is None) or (answer_endpoint is None) != (answer_model is None):
+        raise DataError("give either --model, or --answer-endpoint and --answer-model, to draw the answers")
+    judging, report = Texts(texts).read("score", Judging), Report()
+    samples = read_given(data)
+    if count is not None and count < len(samples):
+        samples = [samples[each] for each in sorted(random.Random(seed).sample(range(len(samples)), count))]
+    asked = making.questions(samples, read_records(records), images, report)
+    drawing = making.Drawing(answers, temperature, max_tokens, seed)
+    if asking.dry_run and model is not None:
+        drawn = [[each.reference] for each in asked]
+    elif model is not None:
+        loaded = load_model(model, device, None, None, None)
+        with Journal(out.with_name(f"{out.name}.answers.jsonl")) as journal:
+            drawn = making.draw_locally(loaded, model, asked, drawing, journal)
+    elif answer_endpoint is not None and answer_model is not None:
+        with asking.at(answer_endpoint, answer_model).opened(out.with_name(f"{out.name}.answers")) as ask:
+            drawn = making.draw_by_endpoint(ask, asked, drawing)
+    if score == making.ENDPOINT:
+        with asking.opened(out) as ask:
+            scored, good = making.score_by_endpoint(ask, asked, drawn, judging, report), judging.good
+    else:
+        scored, good = making.score_by_rule(score, asked, drawn), 0.5
+    finish(out, making.pairs(asked, scored, good, report, seed, with_reference), report)

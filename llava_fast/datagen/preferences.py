@@ -1,0 +1,226 @@
+"""Preference pairs from a model's own answers, as LLaVA-Hound (arXiv 2404.01258) and LLaVA-NeXT-Video's DPO data:
+several answers are drawn for a question, each is scored by a language model with captions as evidence, and a good
+answer is paired with a bad one. Questions whose answers are all good or all bad give no pair.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_fast.datagen.instruct import Requests
+from llava_fast.datagen.output import Report
+from llava_fast.datagen.plugins import function
+from llava_fast.datagen.records import Record
+from llava_fast.datagen.samples import Given
+from llava_fast.datagen.wording import Judging
+from llava_fast.endpoint import Ask, Request, image_part
+from llava_fast.storage.journal import Journal
+
+REFERENCE = "reference"
+ENDPOINT = "endpoint"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A sample's first question: what is asked, its data's own answer, and what is known about the picture."""
+
+    sample: Given
+    images: Path
+    evidence: str
+
+    @property
+    def text(self) -> str:
+        return self.sample.pairs[0][0]
+
+    @property
+    def reference(self) -> str:
+        return self.sample.pairs[0][1]
+
+    @property
+    def prompt(self) -> str:
+        """The question with its placeholders, as a pair of preferences has it."""
+        marks = "<video>\n" if self.sample.video else "<image>\n" * len(self.sample.images)
+        return marks + self.text
+
+    def paths(self) -> list[str]:
+        return [str(self.images / image) for image in self.sample.images]
+
+    def request(self) -> dict[str, Any]:
+        """For the engine."""
+        video = {"video": str(self.images / self.sample.video)} if self.sample.video else {}
+        return {
+            "id": self.sample.name,
+            "messages": [{"role": "user", "content": self.prompt}],
+            "images": self.paths(),
+            **video,
+        }
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How answers are drawn: `count` a question, at a temperature, none longer than `max_tokens`."""
+
+    count: int = 6
+    temperature: float = 1.0
+    max_tokens: int = 256
+    seed: int = 0
+
+
+def questions(samples: Sequence[Given], records: Sequence[Record], images: Path, report: Report) -> list[Question]:
+    """The first question of each sample, with the captions of the record of the same picture as evidence, or else the
+    data's own answer. The same question about the same picture is asked once."""
+    known = {record.image or record.video: record.context() for record in records if record.context()}
+    found: dict[tuple[Any, ...], Question] = {}
+    for sample in samples:
+        key = (*sample.media, sample.pairs[0][0])
+        if key in found:
+            report.left_out["the same question about the same picture"] += 1
+            continue
+        evidence = known.get(sample.media[0] if len(sample.media) == 1 else None)
+        if evidence is None:
+            evidence = f"A right answer: {sample.pairs[0][1]}"
+        found[key] = Question(sample, images, evidence)
+    return list(found.values())
+
+
+def draw_locally(
+    model: Any, name: str, asked: Sequence[Question], drawing: Drawing, journal: Journal, batch: int = 32
+) -> list[list[str]]:
+    """Each question's answers by the engine; those drawn before come from the journal. Raises RequestError and
+    ImageError as generate does."""
+    from tqdm import tqdm
+
+    from llava_fast.generation.sampling import Sampling
+
+    wanted = [(question, draw) for question in asked for draw in range(drawing.count)]
+    keys = [_key(name, question, drawing, draw) for question, draw in wanted]
+    left = [number for number, key in enumerate(keys) if key not in journal]
+    sampling = Sampling(temperature=drawing.temperature, max_new_tokens=drawing.max_tokens)
+    for start in tqdm(range(0, len(left), batch), desc="drawing answers", unit="batch"):
+        part = left[start : start + batch]
+        requests = [
+            {**question.request(), "seed": drawing.seed + draw}
+            for question, draw in (wanted[number] for number in part)
+        ]
+        for number, answer in zip(part, model.generate(requests, sampling), strict=True):
+            journal.append({"key": keys[number], "answer": answer.text.strip()})
+    entries = (journal.entry(key) for key in keys)
+    answers = [entry["answer"] if entry else "" for entry in entries]
+    return [answers[start : start + drawing.count] for start in range(0, len(answers), drawing.count)]
+
+
+def draw_by_endpoint(ask: Ask, asked: Sequence[Question], drawing: Drawing) -> list[list[str]]:
+    """As `draw_locally`, through an endpoint, pictures sent with each request; "" where none came. Videos cannot be
+    sent."""
+    options = {"temperature": drawing.temperature, "max_tokens": drawing.max_tokens}
+
+    def request(task: tuple[Question, int]) -> Request:
+        question, draw = task
+        content = [*map(image_part, question.paths()), {"type": "text", "text": question.text}]
+        return Request(
+            [{"role": "user", "content": content}], {**options, "seed": drawing.seed + draw}, draw, question.sample.name
+        )
+
+    tasks = [(question, draw) for question in asked for draw in range(drawing.count)]
+    texts = [reply.text.strip() if reply is not None else "" for reply in ask(Requests(tasks, request), "answers")]
+    return [texts[start : start + drawing.count] for start in range(0, len(texts), drawing.count)]
+
+
+def _key(name: str, question: Question, drawing: Drawing, draw: int) -> str:
+    told = [name, question.prompt, question.sample.media, drawing.temperature, drawing.max_tokens, drawing.seed + draw]
+    return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
+
+
+Scored = list[dict[str, float]]
+"""Of each question, the scores of its distinct answers; one without a score is left out."""
+
+
+def score_by_endpoint(
+    ask: Ask, asked: Sequence[Question], answers: Sequence[Sequence[str]], judging: Judging, report: Report
+) -> Scored:
+    """A reply without a readable score is counted, and its answer left out: no score is guessed."""
+    tasks = [(number, answer) for number, given in enumerate(answers) for answer in dict.fromkeys(given) if answer]
+
+    def request(task: tuple[int, str]) -> Request:
+        question = asked[task[0]]
+        told = {"context": question.evidence, "question": question.text, "answer": task[1]}
+        user = re.sub(r"\{(context|question|answer)\}", lambda found: told[found[1]], judging.user)
+        messages = [{"role": "system", "content": judging.system}, {"role": "user", "content": user}]
+        return Request(messages, judging.options, name=question.sample.name)
+
+    scored: Scored = [{} for _ in asked]
+    for (number, answer), reply in zip(tasks, ask(Requests(tasks, request), "scores"), strict=True):
+        found = re.findall(judging.score, reply.text, re.IGNORECASE | re.MULTILINE) if reply is not None else []
+        values = {float(each if isinstance(each, str) else each[0]) for each in found if _is_number(each)}
+        if len(values) != 1 or not judging.least <= (value := values.pop()) <= judging.most:
+            report.left_out["answers without a score" if reply is not None else "answers without a reply"] += 1
+            continue
+        scored[number][answer] = value
+    return scored
+
+
+def _is_number(found: Any) -> bool:
+    try:
+        return float(found if isinstance(found, str) else found[0]) >= 0
+    except (ValueError, IndexError):
+        return False
+
+
+def score_by_rule(name: str, asked: Sequence[Question], answers: Sequence[Sequence[str]]) -> Scored:
+    """ "reference": 1 for the data's own answer, but for case, spaces and a last dot, else 0; or "module:function" from
+    (question, answer, reference, evidence) to a number. Raises DataError for a function that is not there."""
+    rule: Callable[..., float] = _equals if name == REFERENCE else function(name, "the rule")
+    return [
+        {
+            answer: float(rule(each.text, answer, each.reference, each.evidence))
+            for answer in dict.fromkeys(given)
+            if answer
+        }
+        for each, given in zip(asked, answers, strict=True)
+    ]
+
+
+def _equals(question: str, answer: str, reference: str, evidence: str) -> float:
+    return float(_plain(answer) == _plain(reference))
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split()).rstrip(".")
+
+
+def pairs(
+    asked: Sequence[Question], scored: Scored, good: float, report: Report, seed: int = 0, with_reference: bool = False
+) -> Iterator[dict[str, Any]]:
+    """A pair for each question with an answer of a score of at least `good` and one below, each drawn by the seed.
+
+    with_reference  where no answer is good, the data's own is preferred.
+    """
+    for question, scores in zip(asked, scored, strict=True):
+        chosen = [answer for answer, score in scores.items() if score >= good]
+        rejected = [answer for answer, score in scores.items() if score < good]
+        if not chosen and rejected and with_reference:
+            chosen = [question.reference]
+        if not scores or not chosen or not rejected:
+            why = "no scored answer" if not scores else "all answers good" if chosen else "all answers bad"
+            report.left_out[f"questions: {why}"] += 1
+            continue
+        draw = random.Random(f"{seed} {question.sample.name} {question.text}")
+        report.made["pairs"] += 1
+        yield {
+            "id": question.sample.name,
+            **_media(question.sample.value),
+            "prompt": question.prompt,
+            "chosen": draw.choice(chosen),
+            "rejected": draw.choice(rejected),
+        }
+
+
+def _media(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value[key] for key in ("image", "video") if value.get(key)}

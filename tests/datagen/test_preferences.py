@@ -1,0 +1,156 @@
+"""Preference pairs from drawn and scored answers."""
+
+import json
+
+import pytest
+
+from llava_fast.datagen import preferences as making
+from llava_fast.datagen.output import Report
+from llava_fast.datagen.preferences import Drawing
+from llava_fast.datagen.records import Record
+from llava_fast.datagen.samples import Given
+from llava_fast.datagen.wording import Judging, Texts
+from llava_fast.errors import DataError
+from llava_fast.storage.journal import Journal
+from llava_fast.train.data.pairs import read_pairs
+from llava_fast.train.data.samples import Source
+from tests.support import tiny
+from tests.support.replies import asked_text, asker
+
+JUDGING = Texts().read("score", Judging)
+
+
+def given(name, question="What?", answer="A cat.", **media):
+    return Given({"id": name, **media}, "d.json", ((question, answer), ("More?", "No.")))
+
+
+def asked(*samples, records=(), images=""):
+    return making.questions(samples, records, images, Report())
+
+
+def length(question, answer, reference, evidence):
+    return len(answer) > len(reference)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    from PIL import Image
+
+    Image.fromarray(tiny.picture(40, 60, 0)).save(tmp_path / "a.png")
+    return tmp_path
+
+
+def test_captions_are_evidence_or_else_the_answer(tmp_path):
+    records = [Record(image="a.jpg", captions=["A cat sits."])]
+    report = Report()
+    samples = [
+        given("1", image="a.jpg"),
+        given("2", image="b.jpg"),
+        given("3", image="a.jpg"),
+        given("4", video="v.mp4"),
+    ]
+    questions = making.questions(samples, records, tmp_path, report)
+    assert [each.evidence for each in questions] == [
+        "Captions:\n- A cat sits.",
+        "A right answer: A cat.",
+        "A right answer: A cat.",
+    ]
+    assert report.left_out == {"the same question about the same picture": 1}
+    assert [each.prompt for each in questions] == ["<image>\nWhat?"] * 2 + ["<video>\nWhat?"]
+
+
+def test_answers_are_drawn_once(picture, tmp_path):
+    model = tiny.pair("next").ours
+    questions = asked(given("1", image="a.png"), given("2", question="Why?", image="a.png"), images=picture)
+    drawing = Drawing(3, max_tokens=6)
+    with Journal(tmp_path / "answers.jsonl") as journal:
+        first = making.draw_locally(model, "tiny", questions[:1], drawing, journal)
+        both = making.draw_locally(model, "tiny", questions, drawing, journal, batch=2)
+        assert both[0] == first[0]
+        assert len(journal) == 6
+        assert making.draw_locally(None, "tiny", questions, drawing, journal) == both
+    with Journal(tmp_path / "other.jsonl") as journal:
+        assert making.draw_locally(model, "tiny", questions, drawing, journal) == both
+    assert len(set(both[0])) > 1
+
+
+def test_answers_by_an_endpoint(picture):
+    seen = []
+
+    def answer(request):
+        seen.append(request)
+        return None if request.draw == 2 else f" answer {request.draw} "
+
+    (drawn,) = making.draw_by_endpoint(asker(answer), asked(given("1", image="a.png"), images=picture), Drawing(3))
+    assert drawn == ["answer 0", "answer 1", ""]
+    assert [part["type"] for part in seen[0].messages[0]["content"]] == ["image_url", "text"]
+    assert [request.options["seed"] for request in seen] == [0, 1, 2]
+
+
+def test_scores_are_read_and_never_guessed():
+    replies = {
+        "good": "Reason: right.\nScore: 5",
+        "bold": "**Score: 2**",
+        "none": "It is a fine answer, 4 of 5.",
+        "two": "Score: 2\nScore: 4",
+        "ten": "Score: 10",
+        "lost": None,
+    }
+
+    def answer(request):
+        assert "A right answer: A cat." in asked_text(request)
+        return replies[asked_text(request).strip().rpartition(" ")[2]]
+
+    report = Report()
+    questions = asked(given("1", image="a.jpg"))
+    (scores,) = making.score_by_endpoint(asker(answer), questions, [[*replies, "good", ""]], JUDGING, report)
+    assert scores == {"good": 5.0, "bold": 2.0}
+    assert report.left_out == {"answers without a score": 3, "answers without a reply": 1}
+
+
+def test_braces_in_an_answer_stay():
+    seen = []
+    asks = asker(lambda request: seen.append(asked_text(request)))
+    making.score_by_endpoint(asks, asked(given("1", question="{answer}?")), [["{context} {x}"]], JUDGING, Report())
+    assert "Question: {answer}?" in seen[0]
+    assert "Answer: {context} {x}" in seen[0]
+
+
+def test_rules_score_too():
+    questions = asked(given("1"))
+    assert making.score_by_rule("reference", questions, [["a  cat", "A dog", ""]]) == [{"a  cat": 1.0, "A dog": 0.0}]
+    by_length = making.score_by_rule(f"{__name__}:length", questions, [["A large cat.", "Cat"]])
+    assert by_length == [{"A large cat.": 1.0, "Cat": 0.0}]
+    with pytest.raises(DataError, match="the rule 'none'"):
+        making.score_by_rule("none", questions, [[]])
+
+
+def test_good_and_bad_answers_are_paired_and_others_counted(tmp_path):
+    questions = asked(*(given(str(n), question=f"What {n}?", image=f"{n}.jpg") for n in range(4)))
+    scored = [{"good": 3, "better": 5, "bad": 1, "worse": 2}, {"good": 4}, {"bad": 2}, {}]
+    report = Report()
+    (pair,) = making.pairs(questions, scored, 3, report)
+    assert pair["chosen"] in ("good", "better")
+    assert pair["rejected"] in ("bad", "worse")
+    assert {key: pair[key] for key in ("id", "image", "prompt")} == {
+        "id": "0",
+        "image": "0.jpg",
+        "prompt": "<image>\nWhat 0?",
+    }
+    assert report.left_out == {
+        "questions: all answers good": 1,
+        "questions: all answers bad": 1,
+        "questions: no scored answer": 1,
+    }
+    assert [*making.pairs(questions, scored, 3, Report())] == [pair]
+    both = list(making.pairs(questions, scored, 3, Report(), with_reference=True))
+    assert (both[1]["chosen"], both[1]["rejected"]) == ("A cat.", "bad")
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, both)))
+    answers = read_pairs([Source(path=str(tmp_path / "pairs.jsonl"))])
+    assert [answers[n].request["messages"][-1]["content"] for n in range(2)] == [pair["chosen"], pair["rejected"]]
+
+
+def test_a_judge_that_always_says_the_same_gives_no_pair():
+    questions = asked(given("1"))
+    scored = making.score_by_endpoint(asker(lambda request: "Score: 5"), questions, [["a", "b"]], JUDGING, Report())
+    assert list(making.pairs(questions, scored, 3, Report())) == []
