@@ -8,9 +8,12 @@ from typing import Annotated, Literal
 import typer
 
 from llava_fast.cli.data_options import (
+    CocoCaptions,
+    CocoInstances,
     DataFiles,
     ImagesFolder,
     Out,
+    Prefix,
     Seed,
     TextsFolder,
     finish,
@@ -105,6 +108,9 @@ def preferences(
         str | None, typer.Option(help="Draws the answers, in place of --model: the base URL of an endpoint.")
     ] = None,
     answer_model: Annotated[str | None, typer.Option(help="The model's name at --answer-endpoint.")] = None,
+    answer_key_env: Annotated[
+        str, typer.Option(help="The environment variable with the key of --answer-endpoint.")
+    ] = "ANSWER_API_KEY",
     answers: Annotated[int, typer.Option(min=2, help="Answers drawn for a question.")] = 6,
     temperature: Annotated[float, typer.Option(min=0.01, help="At which they are drawn.")] = 1.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
@@ -117,6 +123,9 @@ def preferences(
     records: Annotated[
         list[str], typer.Option(help="Records of the same pictures, whose captions are evidence; repeatable.")
     ] = [],  # noqa: B006
+    coco_captions: CocoCaptions = [],  # noqa: B006
+    coco_instances: CocoInstances = [],  # noqa: B006
+    prefix: Prefix = "",
     with_reference: Annotated[
         bool, typer.Option("--with-reference", help="Prefer the data's own answer where none that was drawn is good.")
     ] = False,
@@ -130,7 +139,7 @@ def preferences(
 
     \b
     llava-fast make-data preferences data.json --images coco/ -m runs/mine/model \\
-        --records records.jsonl --endpoint-model gpt-4.1-mini -o pairs.jsonl
+        --coco-captions captions_train2017.json --prefix train2017/ -o pairs.jsonl
     llava-fast make-data preferences data.json -m MODEL --score reference -o pairs.jsonl
 
     The first question of each sample is asked. An answer of a good score is paired with one of a bad score (score.yaml
@@ -141,7 +150,7 @@ def preferences(
 
     from llava_fast.datagen import preferences as making
     from llava_fast.datagen.output import Report, check_output
-    from llava_fast.datagen.records import read_records
+    from llava_fast.datagen.records import read_coco, read_records
     from llava_fast.datagen.samples import read_given
     from llava_fast.datagen.wording import Judging, Texts
     from llava_fast.storage.journal import Journal
@@ -149,11 +158,14 @@ def preferences(
     check_output(out)
     if (model is None) == (answer_endpoint is None) or (answer_endpoint is None) != (answer_model is None):
         raise DataError("give either --model, or --answer-endpoint and --answer-model, to draw the answers")
+    if asking.dry_run and score != making.ENDPOINT:
+        raise DataError(f"--dry-run shows a prompt, and --score {score} asks none")
     judging, report = Texts(texts).read("score", Judging), Report()
     samples = read_given(data)
     if count is not None and count < len(samples):
         samples = [samples[each] for each in sorted(random.Random(seed).sample(range(len(samples)), count))]
-    asked = making.questions(samples, read_records(records), images, report)
+    known = read_records(records) + (read_coco(coco_captions, coco_instances, prefix) if coco_captions else [])
+    asked = making.questions(samples, known, images, report)
     drawing = making.Drawing(answers, temperature, max_tokens, seed)
     if asking.dry_run and model is not None:
         drawn = [[each.reference] for each in asked]
@@ -162,7 +174,9 @@ def preferences(
         with Journal(out.with_name(f"{out.name}.answers.jsonl")) as journal:
             drawn = making.draw_locally(loaded, model, asked, drawing, journal)
     elif answer_endpoint is not None and answer_model is not None:
-        with asking.at(answer_endpoint, answer_model).opened(out.with_name(f"{out.name}.answers")) as ask:
+        with asking.at(answer_endpoint, answer_model, answer_key_env).opened(
+            out.with_name(f"{out.name}.answers")
+        ) as ask:
             drawn = making.draw_by_endpoint(ask, asked, drawing)
     if score == making.ENDPOINT:
         with asking.opened(out) as ask:

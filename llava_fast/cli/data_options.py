@@ -22,7 +22,7 @@ RecordFiles = Annotated[
     typer.Argument(help='Records: .json or .jsonl, globs too: {"image": path, "captions": [...], "boxes": [...]}.'),
 ]
 CocoCaptions = Annotated[
-    list[str], typer.Option("--coco-captions", help="COCO's captions_train2017.json, in place of records; repeatable.")
+    list[str], typer.Option("--coco-captions", help="COCO's captions_train2017.json as records; repeatable.")
 ]
 CocoInstances = Annotated[
     list[str], typer.Option("--coco-instances", help="COCO's instances_train2017.json, for boxes; repeatable.")

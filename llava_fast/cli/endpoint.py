@@ -29,9 +29,18 @@ class Asking:
     dry_run: bool
     confirm: bool = False
 
-    def at(self, base_url: str, model: str) -> Asking:
-        """The same options for another endpoint, whose replies are kept beside the output."""
-        return Asking(dataclasses.replace(self.endpoint, base_url=base_url, model=model), None, self.dry_run)
+    def at(self, base_url: str, model: str, api_key_env: str) -> Asking:
+        """The same limits for another endpoint, which has a key and replies of its own, and no prices."""
+        other = dataclasses.replace(
+            self.endpoint,
+            base_url=base_url,
+            model=model,
+            api_key_env=api_key_env,
+            price_in=None,
+            price_out=None,
+            max_cost=None,
+        )
+        return dataclasses.replace(self, endpoint=other, replies=None)
 
     @contextlib.contextmanager
     def opened(self, output: Path) -> Iterator[Ask]:

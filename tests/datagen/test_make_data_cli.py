@@ -127,6 +127,7 @@ def test_texts_are_copied_out(tmp_path):
         (("ocr", "none", "-o", "x.json"), "no folder of pictures"),
         (("core-set", "d.json", "--cap", "gqa", "-o", "x.json"), "is not a source and a number"),
         (("chains", "d.json", "--related", "image", "-o", "x.json"), "give --model"),
+        (("preferences", "d.json", "-m", "m", "--score", "reference", "--dry-run", "-o", "x.jsonl"), "asks none"),
         (("preferences", "d.json", "-o", "x.jsonl"), "give either --model, or --answer-endpoint"),
         (("preferences", "d.json", "--answer-endpoint", "http://x", "-o", "x.jsonl"), "give either --model"),
     ],
@@ -159,7 +160,9 @@ def test_data_from_data(tmp_path):
     assert {len(sample.request["images"]) for sample in checked(tmp_path / "compare.json")} == {2}
 
 
-def test_preferences_of_answers_from_one_endpoint_and_scores_from_another(tmp_path):
+def test_preferences_of_answers_from_one_endpoint_and_scores_from_another(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "key-of-scores")
+    monkeypatch.setenv("ANSWER_API_KEY", "key-of-answers")
     data, out = tmp_path / "d.json", tmp_path / "pairs.jsonl"
     data.write_text(json.dumps(DATA))
     for n in range(4):
@@ -172,6 +175,9 @@ def test_preferences_of_answers_from_one_endpoint_and_scores_from_another(tmp_pa
         result = run(*common, "--answer-endpoint", answers.url, "--answer-model", "mine")
         assert result.exit_code == 0, result.output
         assert (len(answers.bodies), len(scores.bodies), answers.bodies[0]["model"]) == (8, 8, "mine")
+        # Each endpoint gets its own key, and never the other's.
+        assert {each["authorization"] for each in answers.headers} == {"Bearer key-of-answers"}
+        assert {each["authorization"] for each in scores.headers} == {"Bearer key-of-scores"}
         assert "A right answer" in run(*common, "--model", "none", "--dry-run").output
     pairs = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("answer 0", "answer 1")] * 4
