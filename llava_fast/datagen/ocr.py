@@ -80,7 +80,7 @@ def reading_order(words: Iterable[Word]) -> list[Word]:
     return [word for line in lines for word in sorted(line, key=lambda each: each.box[0])]
 
 
-def pictures(folder: Path, under: Path | None = None) -> list[str]:
+def pictures(folder: Path) -> list[str]:
     """Return the sorted relative paths of the images below a folder. Raises DataError if there is none."""
     found = sorted(
         str(path.relative_to(folder))
@@ -101,35 +101,28 @@ def read_words(
     """
     read = engine(name) if any(_key(image, name) not in journal for image in images) else None
 
-    def words_of(image: str) -> list[list[Any]]:
-        kept = journal.entry(_key(image, name))
-        if kept is not None:
-            return kept["words"]
+    def words_of(image: str) -> list[Word] | str:
+        """The words of a picture, or what is wrong with it."""
+        if (kept := journal.entry(_key(image, name))) is not None:
+            return [Word(text, tuple(box), score) for text, box, score in kept["words"]]
         assert read is not None
         try:
-            found = [
-                [each.text, [float(value) for value in each.box], float(each.score)]
-                for each in read(str(folder / image))
-            ]
-        except MissingPackageError:
-            raise
-        except Exception as error:  # engines raise arbitrary errors for a corrupt image
-            return [[f"{type(error).__name__}: {error}"]]
-        return found
+            return list(read(str(folder / image)))
+        except Exception as error:  # an engine raises whatever it likes about a broken picture
+            return f"{type(error).__name__}: {error}"
 
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(images), desc="reading text", unit="picture") as bar:
         for image, found in zip(images, pool.map(words_of, images), strict=True):
-            key = _key(image, name)
             bar.update()
-            if found and len(found[0]) == 1:  # the engine's error
-                tqdm.write(f"{image}: {found[0][0]}")
+            if isinstance(found, str):
+                tqdm.write(f"{image}: {found}")
                 yield Record(id=image, image=image)
                 continue
-            if key not in journal:
-                journal.append({"key": key, "image": image, "words": found})
-            words = [Word(text, tuple(box), score) for text, box, score in found]
-            ordered = reading_order(word for word in words if word.score >= least_score and word.text.strip())
-            yield Record(id=image, image=image, words=[" ".join(word.text.split()) for word in ordered])
+            if (key := _key(image, name)) not in journal:
+                words = [[each.text, [float(value) for value in each.box], float(each.score)] for each in found]
+                journal.append({"key": key, "image": image, "words": words})
+            ordered = reading_order(each for each in found if each.score >= least_score and each.text.strip())
+            yield Record(id=image, image=image, words=[" ".join(each.text.split()) for each in ordered])
 
 
 def _key(image: str, name: str) -> str:
