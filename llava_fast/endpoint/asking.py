@@ -184,7 +184,7 @@ class _Run:
                     self.count(reply)
                     return
                 except (_Retry, MalformedReply) as error:
-                    why, wait = str(error), getattr(error, "wait", 0.0)
+                    why, wait = self.said(str(error)), getattr(error, "wait", 0.0)
                 if attempt + 1 < self.endpoint.attempts:
                     await self.back_off(attempt, wait)
             raise _Failed(f"{why} ({self.endpoint.attempts} attempts)")

@@ -247,6 +247,13 @@ def test_the_key_is_sent_and_kept_nowhere(store, capsys):
     assert KEY not in store.path.read_text() + str(asked) + "".join(capsys.readouterr())
 
 
+def test_a_key_in_a_malformed_reply_is_not_shown(store):
+    with scripted(lambda body: {"error": f"{KEY} is\nwrong"}) as server:
+        asked = ask(questions(1), at(server, attempts=1), store)
+    assert dict(asked.reasons) == {"it holds no choices[0].message, but the error *** is wrong (1 attempts)": 1}
+    assert KEY not in store.path.read_text()
+
+
 def test_a_key_that_is_missing(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(EndpointError, match="put it into the environment variable OPENAI_API_KEY"):
