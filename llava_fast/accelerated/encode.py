@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from llava_fast.accelerated.stock import StockModel
-from llava_fast.accelerated.transfer import to_device
 from llava_fast.accelerated.uint8_pixels import Normalisation
 from llava_fast.errors import CheckpointError, ImageError
 from llava_fast.families import FAMILIES
@@ -29,7 +28,7 @@ from llava_fast.inputs.tiling.video import video_rows
 from llava_fast.models.connectors.base import PlainLinears
 from llava_fast.models.encode import Parts, inputs_embeds, joined, placed, project_rows, visual_rows
 from llava_fast.models.fused.gate import is_plain, is_untouched
-from llava_fast.models.placement import Placement
+from llava_fast.models.placement import Placement, to_device
 from llava_fast.models.towers.vit import on_device
 from llava_fast.ops import patch_embed
 from llava_fast.ops.activations import ACTIVATIONS
@@ -291,7 +290,7 @@ def view(model: StockModel, visuals: Visuals, skipped: int) -> Parts:
     else:
         project = functools.partial(_projected_as_stock, projector, visuals, skipped)
     newline = getattr(model, "image_newline", None)
-    return Parts(model.get_input_embeddings(), newline, project, functools.partial(projector_linears, model))
+    return Parts(newline, project, functools.partial(projector_linears, model))
 
 
 def _projected_as_stock(
@@ -342,7 +341,8 @@ def decoder_inputs(
     all layers of the tower."""
     made = tower_features(model.vision_tower, visuals.tiles, selection.layers, uint8, last)
     parts = view(model, visuals, selection.skipped)
-    flat, dtype = inputs_embeds(parts, made.selected.flatten(0, 1), visuals.placement, ids)
+    embedding, rows = model.get_input_embeddings(), made.selected.flatten(0, 1)
+    flat, dtype = inputs_embeds(parts, embedding, rows, visuals.placement, ids)
     return Embedded(flat.view(*ids.shape, -1), made, selection, visuals, dtype)
 
 

@@ -44,10 +44,11 @@ from llava_fast.accelerated.replacement import (
 )
 from llava_fast.accelerated.self_check import ENCODE, ENCODING, IMAGE_PATH, LOSS
 from llava_fast.accelerated.stock import StockModel
-from llava_fast.accelerated.transfer import read_integers, to_device
+from llava_fast.accelerated.transfer import read_integers
 from llava_fast.errors import ImageError, LlavaFastError, UnsupportedModelError
 from llava_fast.inputs.plan.from_ids import Integers, supervised_rows
 from llava_fast.models.fused.gate import is_plain
+from llava_fast.models.placement import to_device
 from llava_fast.ops import linear_cross_entropy
 
 SUPPORTED = tuple(KINDS)

@@ -43,7 +43,7 @@ from llava_fast.families.preprocessing import (
 )
 from llava_fast.inputs.pictures.preprocessing import Preprocessing, name_fit
 from llava_fast.inputs.tiling.anyres import VisualGeometry
-from llava_fast.models.config import LlavaConfig
+from llava_fast.models.config import LlavaConfig, VisualConfig
 from llava_fast.models.connectors.base import ConnectorConfig
 from llava_fast.models.connectors.mlp import ProjectorConfig
 from llava_fast.models.towers import TOWERS
@@ -82,14 +82,33 @@ class Llava(Family):
         check_fields(source, self.config_fields, file)
         refuse_quantised(source, file)
         hf = self.transformers_config(source, file)
-        text, tower = hf.text_config, hf.vision_config
-        layers = hf.vision_feature_layer
+        text, visual = hf.text_config, self.visual(hf, path)
+        decoder = decoder_config(text, file, tied=bool(hf.tie_word_embeddings))
+        if hf.image_token_id is None:
+            raise CheckpointError(f"{file}: image_token_id is null; give the id of the tokenizer's <image>")
+        generation = read_json_if_there(path / "generation_config.json", fields.Generation)
+        return LlavaConfig(
+            **vars(visual),
+            decoder=decoder,
+            layout="hf",
+            model_type=source["model_type"],
+            image_token_id=hf.image_token_id,
+            video_token_id=getattr(hf, "video_token_id", None),
+            eos_token_ids=eos_token_ids(generation, source.get("eos_token_id"), text.eos_token_id),
+            pad_token_id=first(generation.get("pad_token_id"), source.get("pad_token_id"), text.pad_token_id),
+            source=source,
+        )
+
+    def visual(self, hf: Any, path: Path) -> VisualConfig:
+        """Tower, connector and geometry from a transformers config and the processor files of a directory. Its decoder
+        may be any. Raises CheckpointError as `read` does."""
+        file, tower, layers = path / "config.json", hf.vision_config, hf.vision_feature_layer
         feature_layers = tuple(layers) if isinstance(layers, (list, tuple)) else (layers,)
         keeps_all = hf.vision_feature_select_strategy == "full"
         kind = TOWERS[require(tower.model_type, tuple(TOWERS), "vision_config.model_type", file)]
         if kind.native_sizes and not self.takes_native_sizes:
             raise CheckpointError(
-                f"{file}: a {source['model_type']} cuts images into tiles of one size, and a {tower.model_type} reads "
+                f"{file}: a {self.model_types[0]} cuts images into tiles of one size, and a {tower.model_type} reads "
                 "them at their own sizes: it is supported for model_type llava"
             )
         if not kind.leading_rows and not keeps_all:
@@ -107,24 +126,11 @@ class Llava(Family):
         )
         vision = self.tower(described, file)
         _check_counts(self.token_counts(hf, vision), path / "processor_config.json")
-        connector = self.connector(hf, vision, text.hidden_size, file)
-        decoder = decoder_config(text, file, tied=bool(hf.tie_word_embeddings))
-        if hf.image_token_id is None:
-            raise CheckpointError(f"{file}: image_token_id is null; give the id of the tokenizer's <image>")
-        generation = read_json_if_there(path / "generation_config.json", fields.Generation)
-        return LlavaConfig(
+        return VisualConfig(
             vision=vision,
-            projector=connector,
-            decoder=decoder,
+            projector=self.connector(hf, vision, hf.text_config.hidden_size, file),
             geometry=self._geometry(hf, vision, images, frames, file),
-            layout="hf",
-            model_type=source["model_type"],
-            image_token_id=hf.image_token_id,
-            video_token_id=getattr(hf, "video_token_id", None),
             has_newline=self.has_newline,
-            eos_token_ids=eos_token_ids(generation, source.get("eos_token_id"), text.eos_token_id),
-            pad_token_id=first(generation.get("pad_token_id"), source.get("pad_token_id"), text.pad_token_id),
-            source=source,
         )
 
     def transformers_config(self, source: dict[str, Any], file: Path) -> Any:

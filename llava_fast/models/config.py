@@ -13,24 +13,15 @@ from llava_fast.models.decoders.base import DecoderConfig
 from llava_fast.models.towers.base import TowerConfig
 
 
-@dataclass(frozen=True)
-class LlavaConfig:
-    """A whole checkpoint. `source` is its config.json as read, and `tower_processor` the preprocessor_config.json of an
-    original checkpoint's tower, kept so that saving returns every field."""
+@dataclass(frozen=True, kw_only=True)
+class VisualConfig:
+    """How images and videos become rows of a decoder: the tower, the connector, the geometry, and whether a learned row
+    ends lines of tiles. Raises ValueError for parts that do not fit."""
 
     vision: TowerConfig
     projector: ConnectorConfig
-    decoder: DecoderConfig
     geometry: VisualGeometry
-    layout: Literal["hf", "original"]
-    model_type: str
-    image_token_id: int
-    video_token_id: int | None = None
     has_newline: bool = False
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
-    source: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    tower_processor: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         part: str
@@ -53,9 +44,9 @@ class LlavaConfig:
             )
 
     @property
-    def embedding(self) -> str:
-        """The name of the token embedding's tensor in the whole model."""
-        return f"decoder.{self.decoder.embedding_name}.weight"
+    def width(self) -> int:
+        """Of the rows that the connector returns, which is the decoder's."""
+        return self.projector.out_features  # type: ignore[attr-defined]  # a field of every connector's config
 
     @property
     def projected_per_tile(self) -> float:
@@ -67,6 +58,27 @@ class LlavaConfig:
             return self.projector.rows_of(vision.patches_per_image) / vision.patches_per_image
         left_out = vision.leading_rows if vision.drops_class_row or self.projector.rowwise else 0
         return self.projector.rows_of(vision.rows_per_tile - left_out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaConfig(VisualConfig):
+    """A whole checkpoint. `source` is its config.json as read, and `tower_processor` the preprocessor_config.json of an
+    original checkpoint's tower, kept so that saving returns every field."""
+
+    decoder: DecoderConfig
+    layout: Literal["hf", "original"]
+    model_type: str
+    image_token_id: int
+    video_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    source: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    tower_processor: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def embedding(self) -> str:
+        """The name of the token embedding's tensor in the whole model."""
+        return f"decoder.{self.decoder.embedding_name}.weight"
 
 
 class ConfiguredModel(nn.Module):

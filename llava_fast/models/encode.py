@@ -21,44 +21,60 @@ from llava_fast.ops import assemble_inputs, token_pack
 class Parts(NamedTuple):
     """The parts of a model between its tower and its decoder.
 
-    embedding      the decoder's token embedding.
     newline        [width], the row that follows each line of tiles, or None.
     project        (features [rows, F], kept int64, rows pooled from features) -> [kept, then pooled; width].
     plain_linears  returns the connector's Linears if it has only those (see Connector.plain_linears), or None.
     """
 
-    embedding: nn.Module
     newline: Tensor | None
     project: Callable[[Tensor, Tensor, list[Tensor]], Tensor]
     plain_linears: Callable[[], PlainLinears | None]
 
 
 def inputs_embeds(
-    parts: Parts, features: Tensor | None, at: Placement, ids: Tensor | None = None
+    parts: Parts, embedding: nn.Module, features: Tensor | None, at: Placement, ids: Tensor | None = None
 ) -> tuple[Tensor, torch.dtype]:
     """([rows, width] in the embedding's dtype, the dtype of the connector's output).
 
     One op if a backend fuses connector and placement and the modules are plain; else separate steps.
 
+    embedding the decoder's token embedding.
     features  the tower's rows of all tiles end to end [tiles * rows, F]; None without tiles.
     ids       the embedding's input if its table may not be read directly: a token for each row, of any shape. Default:
               the plan's tokens, 0 for rows without one.
     """
-    if reads_table(parts.embedding):
-        table: Tensor = parts.embedding.weight
+    if reads_table(embedding):
+        table: Tensor = embedding.weight
     else:
-        table = parts.embedding(at.token_ids() if ids is None else ids).flatten(0, -2)
+        table = embedding(at.token_ids() if ids is None else ids).flatten(0, -2)
         at = at.with_own_text()
-    linears = parts.plain_linears() if features is not None and not at.pools else None
-    if features is not None and linears is not None:
-        weights, biases, activation = linears
-        if takes("assemble_inputs", features, operands=(table, *weights, *biases)):
-            newline, at = _constants(parts.newline, table, at)
-            placement = at.source, at.row, table, newline, at.inverse
-            embeds = assemble_inputs(features, at.kept, weights, biases, *placement, activation, at.kept_count)
-            return embeds, table.dtype
-    visual = _empty(table) if features is None else visual_rows(parts, features, at)
+    if features is None:
+        visual = _empty(table)
+    elif (embeds := _fused(parts, table, features, at)) is not None:
+        return embeds, table.dtype
+    else:
+        visual = visual_rows(parts, features, at)
     return placed(parts, table, visual.to(table.dtype), at), visual.dtype
+
+
+def visual_embeds(parts: Parts, features: Tensor, at: Placement, width: int) -> Tensor:
+    """[rows, width] in the dtype of the connector's output, for a plan without text: rows of images and videos alone,
+    equal to those that `inputs_embeds` places among the text."""
+    embeds = _fused(parts, features.new_empty(0, width), features, at)
+    return placed(parts, None, visual_rows(parts, features, at), at) if embeds is None else embeds
+
+
+def _fused(parts: Parts, table: Tensor, features: Tensor, at: Placement) -> Tensor | None:
+    """Connector and placement as one op, or None if they must run as separate steps."""
+    linears = None if at.pools else parts.plain_linears()
+    if linears is None:
+        return None
+    weights, biases, activation = linears
+    if not takes("assemble_inputs", features, operands=(table, *weights, *biases)):
+        return None
+    newline, at = _constants(parts.newline, table, at)
+    placement = at.source, at.row, table, newline, at.inverse
+    return assemble_inputs(features, at.kept, weights, biases, *placement, activation, at.kept_count)
 
 
 def visual_rows(parts: Parts, features: Tensor, at: Placement) -> Tensor:

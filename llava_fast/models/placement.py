@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from llava_fast.inputs.plan.columns import TEXT
+from llava_fast.inputs.plan.columns import TEXT, pack_columns
 from llava_fast.inputs.plan.visual_table import Pool
 from llava_fast.ops import mix_rows
 from llava_fast.ops.mix_rows import InversePooling
@@ -77,3 +78,12 @@ class Placement(NamedTuple):
         return self._replace(
             inverse=self.inverse._replace(constant_segment=self.inverse.constant_segment[: number + 1])
         )
+
+
+def to_device(columns: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
+    """Columns as int32 tensors on a device, moved in one copy without a synchronisation."""
+    flat, sections = pack_columns(columns)
+    moved = torch.from_numpy(flat)
+    if device.type == "cuda":
+        moved = moved.pin_memory().to(device, non_blocking=True)
+    return {name: moved[start : start + int(np.prod(shape))].view(shape) for name, (start, shape) in sections.items()}

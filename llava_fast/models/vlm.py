@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from llava_fast.errors import RequestError
@@ -19,6 +17,7 @@ from llava_fast.models.batch import Batch
 from llava_fast.models.blocks.attention import Spans
 from llava_fast.models.config import ConfiguredModel, LlavaConfig
 from llava_fast.models.paged_cache import PagedCache
+from llava_fast.models.visual import VisualModel
 
 Logits = Literal["last", "supervised", "all", "none"]
 
@@ -35,13 +34,15 @@ class LlavaOutput:
     inputs_embeds: Tensor | None = None
 
 
-class LlavaModel(ConfiguredModel):
+class LlavaModel(VisualModel, ConfiguredModel):
     """A LLaVA of any variant, by its config. An ordinary nn.Module: gradients flow to all parameters that require them.
     Raises ValueError for a processor whose geometry gives another number of rows per tile than the config.
     """
 
+    config: LlavaConfig
+
     def __init__(self, config: LlavaConfig, processor: Processor | None = None) -> None:
-        super().__init__()
+        super().__init__(config)
         if processor is not None:
             made, given = (geometry.tower_rows_per_tile for geometry in (processor.geometry, config.geometry))
             if made != given:
@@ -49,12 +50,7 @@ class LlavaModel(ConfiguredModel):
                     f"the tower gives {given} rows per tile, but the processor's geometry has {made}: make it from "
                     "config.geometry"
                 )
-        self.config = config
         self.processor = processor
-        self.vision_tower = config.vision.build()
-        self.projector = config.projector.build()
-        if config.has_newline:
-            self.image_newline = nn.Parameter(torch.zeros(config.decoder.hidden_size))
         self.decoder = config.decoder.build()
         self.runs_every_part = False
         """Run tower and projector on zero tiles if a batch has none, as sharded training requires."""
@@ -124,7 +120,8 @@ class LlavaModel(ConfiguredModel):
 
     def inputs_embeds(self, batch: Batch) -> Tensor:
         """[rows, width]: text rows from the embedding table, visual rows from the projector, newlines (see encode)."""
-        return encode.inputs_embeds(self._parts(batch), self._features(batch), batch.placement())[0]
+        parts, features = self.parts(batch.plan.grids), self._features(batch)
+        return encode.inputs_embeds(parts, self.decoder.embed_tokens, features, batch.placement())[0]
 
     def _features(self, batch: Batch) -> Tensor | None:
         """The tower's rows of all tiles end to end [tiles * rows, features]; None without tiles, unless every part must
@@ -132,26 +129,5 @@ class LlavaModel(ConfiguredModel):
         """
         if not batch.plan.tiles and not self.runs_every_part:
             return None
-        vision, plan = self.config.vision, batch.plan
-        told: dict[str, Any] = {"grids": plan.grids} if vision.native_sizes else {}
-        if vision.by_modality:
-            told |= {"videos": plan.videos, "every": self.runs_every_part}
-        return self.vision_tower(batch.tiles, count=batch.count("tile"), **told).flatten(0, 1)
-
-    def _project(self, batch: Batch) -> Callable[[Tensor, Tensor, list[Tensor]], Tensor]:
-        """How the projector is called (see encode.Parts)."""
-        if self.config.projector.rowwise:
-            return functools.partial(encode.project_rows, self.projector)
-        vision = self.config.vision
-        if vision.native_sizes:
-            return functools.partial(encode.project_images, self.projector, batch.plan.grids)
-        left_out = vision.leading_rows if vision.drops_class_row else 0
-        return functools.partial(encode.project_tiles, self.projector, vision.rows_per_tile, left_out)
-
-    def _parts(self, batch: Batch) -> encode.Parts:
-        return encode.Parts(
-            embedding=self.decoder.embed_tokens,
-            newline=self.image_newline if self.config.has_newline else None,
-            project=self._project(batch),
-            plain_linears=self.projector.plain_linears,
-        )
+        plan = batch.plan
+        return self.features(batch.tiles, plan.grids, plan.videos, batch.count("tile"), self.runs_every_part)
