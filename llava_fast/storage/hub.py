@@ -14,8 +14,8 @@ _UNUSED_FILES = ["*.gguf", "*.onnx", "*.msgpack", "*.h5"]
 
 def resolve(path_or_hub_id: str | Path, only: list[str] | None = None, revision: str | None = None) -> Path:
     """The local directory of that name, else that of a Hub repository in the cache, downloaded if necessary
-    (HF_HUB_OFFLINE is respected). only: patterns of the files to download; default all. revision:
-    of the repository; default main.
+    (HF_HUB_OFFLINE is respected). only: patterns of the files to download; default all. revision: the
+    repository's; default main.
 
     Raises CheckpointError for a file, and for a name that is neither a directory nor available from the Hub.
     """
