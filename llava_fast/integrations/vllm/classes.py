@@ -88,11 +88,11 @@ class FastInfo:
 
     @functools.cached_property
     def tiles(self) -> TileProcessor:
-        hf, words = self.get_hf_config(), self.get_tokenizer().convert_ids_to_tokens
-        video = getattr(hf, "video_token_index", None)
-        return TileProcessor(
-            self.visual.config.geometry, words(hf.image_token_index), None if video is None else words(video)
-        )
+        hf = self.get_hf_config()
+        ids = [hf.image_token_index, getattr(hf, "video_token_index", None)]
+        known = [token for token in ids if token is not None]
+        image, video, *_ = [*self.get_tokenizer().convert_ids_to_tokens(known), None]
+        return TileProcessor(self.visual.config.geometry, image, video)
 
     def get_hf_config(self) -> Any:
         return self.ctx.get_hf_config()
@@ -216,6 +216,6 @@ def fast_class(stock: type) -> type:
         kind: Any = type(found)
         return _fast_info(kind)(ctx) if serves(ctx.model_config) else found
 
-    made = type(stock.__name__, (FastModel, stock), {"stock": stock, "__module__": __name__})
+    made = type(stock.__name__, (FastModel, stock), {"stock": stock, "__module__": f"{__package__}.models"})
     register = MULTIMODAL_REGISTRY.register_processor(factory.processor, info=info, dummy_inputs=factory.dummy_inputs)
     return register(made)
