@@ -46,7 +46,7 @@ def answers(jobs: list[Job], plugin: bool, folder: Path, timeout: float = 900) -
     env = environment(plugin, folder / "cache")
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False, timeout=timeout)
     if done.returncode:
-        raise AssertionError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-6000:]}")
+        raise AssertionError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-20000:]}")
     return [Answers(**job) for job in json.loads(made.read_text())], done.stderr
 
 

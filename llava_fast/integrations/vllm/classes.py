@@ -88,11 +88,9 @@ class FastInfo:
 
     @functools.cached_property
     def tiles(self) -> TileProcessor:
-        hf = self.get_hf_config()
-        ids = [hf.image_token_index, getattr(hf, "video_token_index", None)]
-        known = [token for token in ids if token is not None]
-        image, video, *_ = [*self.get_tokenizer().convert_ids_to_tokens(known), None]
-        return TileProcessor(self.visual.config.geometry, image, video)
+        hf, words = self.get_hf_config(), self.get_tokenizer().convert_ids_to_tokens
+        (image,), video = words([hf.image_token_index]), getattr(hf, "video_token_index", None)
+        return TileProcessor(self.visual.config.geometry, image, None if video is None else words([video])[0])
 
     def get_hf_config(self) -> Any:
         return self.ctx.get_hf_config()
