@@ -178,9 +178,8 @@ class FastModel:
         return self.visual.visual_embeds(_end_to_end(pixels), each)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        visual = (
-            self.visual if isinstance(self.visual, VisualModel) else None
-        )  # vLLM leaves it out where no image may come
+        # vLLM leaves the visual half out where no image may come.
+        visual = self.visual if isinstance(self.visual, VisualModel) else None
         loader = Loader(visual, self.names)
         loaded = AutoWeightsLoader(self).load_weights(loader.rest(weights))
         missing = [] if self._filled else loader.missing()  # a later call may bring some tensors only
