@@ -107,7 +107,7 @@ class FastInfo:
     def get_image_size_with_most_features(self) -> Any:
         """Of vLLM's own guess and the sizes that fill a grid of tiles; vLLM reserves room for such a picture."""
         geometry, own = self.visual.config.geometry, super()
-        guess = own.get_image_size_with_most_features()  # type: ignore[misc]  # vLLM's class is the next
+        guess = own.get_image_size_with_most_features()  # type: ignore[attr-defined]  # vLLM's class is the next
         sizes = [(guess.height, guess.width), *(geometry.canvases if geometry.aspect == "anyres" else ())]
         height, width = max(sizes, key=lambda size: count_image_rows(geometry, *size))
         return type(guess)(width=width, height=height)
