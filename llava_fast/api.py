@@ -12,7 +12,7 @@ from llava_fast.checkpoints.load import LoadedCheckpoint, Progress, load_weights
 from llava_fast.checkpoints.save import NOTE_FILE
 from llava_fast.checkpoints.templates import find_templates
 from llava_fast.checkpoints.tokenizer import load_tokenizer
-from llava_fast.errors import CheckpointError
+from llava_fast.errors import CheckpointError, QuantisationError
 from llava_fast.families import family_of_config, fields
 from llava_fast.families.preprocessing import check_tokens
 from llava_fast.generation.llava import Llava
@@ -25,6 +25,7 @@ from llava_fast.inputs.tiling.anyres import Compat, count_image_rows
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.fused import merge_linears
 from llava_fast.models.quantised import Quantisation
+from llava_fast.ops import cached_rows
 from llava_fast.storage.files import check_fields, parse_json
 
 
@@ -39,6 +40,7 @@ def load(
     vision_tower: str | Path | None = None,
     merge: bool | None = None,
     quantize: Quantisation | str | None = None,
+    kv_cache: str | None = None,
     progress: Progress = list,
 ) -> Llava:
     """Load a Hugging Face or original LLaVA checkpoint for inference; or build a model to train from a language model
@@ -57,6 +59,8 @@ def load(
     quantize       "int8", "int4" or a Quantisation: quantise the decoder's Linears, its head and its embedding to 8 or
                    4 bits while loading (see docs/quantisation.md). A checkpoint that is already quantised is loaded as
                    stored, without this option.
+    kv_cache       "int8": cache keys and values in 8 bits, with one scale for each row of a head, in about a quarter
+                   of float32's memory (see docs/quantisation.md). Default: the decoder's dtype.
     progress       wraps the iteration over tensor names, such as tqdm.tqdm.
 
     Weights are memory-mapped and assigned tensor by tensor. Raises CheckpointError, naming file and tensor, and
@@ -65,9 +69,14 @@ def load(
     device, quantisation = _device(device), Quantisation.of(quantize)
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
+    if kv_cache not in (None, "int8"):
+        raise QuantisationError(f"kv_cache is {kv_cache!r}: use 'int8' or None")
     checkpoint, name = open_checkpoint(
         path_or_hub_id, dtype=_dtype(dtype), device=device, model_base=model_base, vision_tower=vision_tower
     )
+    head_dim = checkpoint.config.decoder.head_dim
+    if kv_cache is not None and head_dim % cached_rows.MULTIPLE:
+        raise QuantisationError(f"kv_cache: heads of {head_dim} elements are not a multiple of 8: use None")
     options = processor or ProcessorOptions()
     if options.resample == "torchvision":
         _check_torchvision(checkpoint.config)
@@ -77,6 +86,7 @@ def load(
     load_weights(model, checkpoint, quantisation=quantisation, progress=progress)
     if merge or (merge is None and device.type == "cuda"):
         merge_linears(model)
+    model.decoder.cache_codes = kv_cache
     return model.eval()
 
 

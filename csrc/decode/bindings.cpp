@@ -59,19 +59,18 @@ Linear linear_of(const int64_t* fields, int64_t in, int64_t out, Floats& floats)
           fields[4]};
 }
 
-// The cache's tensors [layers, 2, kv_heads, blocks, block_rows, head_dim]; block numbers continue from one to the next.
+// The cache's tensors [layers, 2, kv_heads, blocks, block_rows, a row]; block numbers continue from one to the next.
 struct Segments {
   const std::vector<uintptr_t>& addresses;
   const std::vector<int64_t>& blocks;
-  int64_t block_rows, head_dim, element_bytes;
+  int64_t block_rows, row_bytes;
 
   Run run(int64_t first, int64_t count) const {
     int64_t start = 0;
     for (size_t i = 0; i < blocks.size(); start += blocks[i++])
       if (first >= start && count > 0 && count <= start + blocks[i] - first) {
-        const int64_t block = block_rows * head_dim;
-        char* const segment = at<char>(addresses[i]);
-        return {segment + (first - start) * block * element_bytes, blocks[i] * block, count * block_rows};
+        const int64_t block = block_rows * row_bytes;
+        return {at<char>(addresses[i]) + (first - start) * block, blocks[i] * block, count * block_rows};
       }
     throw std::invalid_argument("blocks " + std::to_string(first) + " to " + std::to_string(first + count - 1) +
                                 " do not lie in one segment of the cache");
@@ -82,14 +81,15 @@ void decoder_step(uintptr_t x, uintptr_t cos, uintptr_t sin, const std::vector<i
                   const std::vector<std::vector<int64_t>>& tables, uintptr_t layers, uintptr_t norm,
                   const std::vector<int64_t>& windows, const std::vector<uintptr_t>& segments,
                   const std::vector<int64_t>& blocks, const std::array<int64_t, 6>& sizes,
-                  const std::array<bool, 2>& bfloat16, float eps, int threads) {
+                  bool bfloat16, int64_t cache_kind, float eps, int threads) {
   const auto [width, intermediate, heads, kv_heads, head_dim, block_rows] = sizes;
-  const auto [bfloat16_vectors, bfloat16_cache] = bfloat16;
   if (before.empty() || tables.size() != before.size() || segments.size() != blocks.size())
     throw std::invalid_argument("decoder_step: lists of unequal length");
-  Floats floats(bfloat16_vectors);
-  Decoder decoder = {{},           floats.of(norm, width), width, intermediate, heads, kv_heads, head_dim, eps,
-                     bfloat16_cache};
+  if (cache_kind < 0 || cache_kind > static_cast<int64_t>(CacheKind::kInt8))
+    throw std::invalid_argument("decoder_step: an unknown kind of cache");
+  Floats floats(bfloat16);
+  Decoder decoder = {{},    floats.of(norm, width), width, intermediate, heads, kv_heads, head_dim, eps,
+                     static_cast<CacheKind>(cache_kind)};
   for (size_t i = 0; i < windows.size(); ++i) {
     const int64_t* const fields = at<const int64_t>(layers) + i * kLayerFields;
     const auto linear = [&](size_t k, int64_t in, int64_t out) {
@@ -101,8 +101,7 @@ void decoder_step(uintptr_t x, uintptr_t cos, uintptr_t sin, const std::vector<i
                               linear(4, width, intermediate), linear(5, width, intermediate),
                               linear(6, intermediate, width), windows[i]});
   }
-  const int64_t element_bytes = bfloat16_cache ? sizeof(BFloat16) : sizeof(float);
-  const Segments cache = {segments, blocks, block_rows, head_dim, element_bytes};
+  const Segments cache = {segments, blocks, block_rows, row_bytes(decoder.cache, head_dim)};
   std::vector<Sequence> sequences(before.size());
   for (size_t i = 0; i < before.size(); ++i) {
     sequences[i].before = before[i];
@@ -146,7 +145,8 @@ bool fast_product() { return select_kernels().panel != scalar_panel; }
 void bind(py::module_& m) {
   m.def("decoder_step", &decoder_step, py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("before"),
         py::arg("tables"), py::arg("layers"), py::arg("norm"), py::arg("windows"), py::arg("segments"),
-        py::arg("blocks"), py::arg("sizes"), py::arg("bfloat16"), py::arg("eps"), py::arg("threads"),
+        py::arg("blocks"), py::arg("sizes"), py::arg("bfloat16"), py::arg("cache_kind"), py::arg("eps"),
+        py::arg("threads"),
         "One decoder pass, in place in float32 x; see llava_fast.ops.decoder_step, which checks what it passes.");
   m.def("linear", &linear, py::arg("x"), py::arg("count"), py::arg("fields"), py::arg("in_features"),
         py::arg("out_features"), py::arg("y"), py::arg("threads"),

@@ -79,7 +79,17 @@ struct Quarters {
   }
 };
 
-// Consecutive cached rows [rows, size] of one key head, float32 or bfloat16.
+// How a row of `size` keys or values is cached: float32 or bfloat16 elements, or in 8 bits: int8 codes, then their
+// scale in float32 (element = code * scale). The numbers are those of llava_fast.ops.decoder_step.
+enum class CacheKind : int64_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
+constexpr int64_t row_bytes(CacheKind kind, int64_t size) {
+  return kind == CacheKind::kFloat32    ? size * static_cast<int64_t>(sizeof(float))
+         : kind == CacheKind::kBFloat16 ? size * static_cast<int64_t>(sizeof(BFloat16))
+                                        : size + static_cast<int64_t>(sizeof(float));
+}
+constexpr int64_t kCachedBlock = 32;  // cached rows that stay in the first-level cache for every head of a group
+
+// Consecutive cached rows [rows, size] of one key head.
 struct Piece {
   const void *keys, *values;
   int64_t rows;
@@ -90,8 +100,9 @@ struct Piece {
 using LinearKernel = void (*)(const Linear& linear, int64_t begin, int64_t end, const Vectors& x, float* y,
                               int64_t y_stride, bool add);
 // Attention of `group` query heads [group, size], already scaled, to their keys and values, `rows` in all pieces
-// together; out [group, size]. `scores` is scratch for group * padded_rows(rows) floats. The result does not depend on
-// how rows are cut into pieces.
+// together; out [group, size]. `scores` is scratch for group * padded_rows(rows) + kCachedBlock * size floats. The
+// result does not depend on how rows are cut into pieces; for rows in 8 bits it equals that of the float32 rows that
+// they represent.
 using AttendKernel = void (*)(const float* query, int64_t group, const Piece* pieces, int64_t count, int64_t rows,
                               int64_t size, float* scores, float* out);
 
@@ -110,8 +121,11 @@ struct KernelSet {
   void (*rms_norm)(const float* x, const float* weight, int64_t width, float eps, float* out);
   // gate = silu(gate) * up.
   void (*swiglu)(float* gate, const float* up, int64_t width);
-  AttendKernel attend_float32, attend_bfloat16;
+  AttendKernel attend_float32, attend_bfloat16, attend_int8;
 
+  AttendKernel attend(CacheKind kind) const {
+    return kind == CacheKind::kFloat32 ? attend_float32 : kind == CacheKind::kBFloat16 ? attend_bfloat16 : attend_int8;
+  }
   LinearKernel linear(Kind kind) const {
     return kind == Kind::kFloat32 ? float32 : kind == Kind::kBFloat16 ? bfloat16 : kind == Kind::kInt8 ? int8 : int4;
   }

@@ -1,6 +1,6 @@
 // The loops, independent of the instruction set. A file for one set defines, in an anonymous namespace, TARGET,
-// Vec, IntVec, Four, kLanes, kRegisters, splat, multiply_add, load_first, store_first, widen (kLanes of bfloat16) and
-// sum_each, then includes this. Rows need not be whole vectors: `load_first` fills up with zeros.
+// Vec, IntVec, Four, kLanes, kRegisters, splat, multiply_add, load_first, store_first, widen (kLanes of bfloat16 or
+// int8) and sum_each, then includes this. Rows need not be whole vectors: `load_first` fills up with zeros.
 
 struct __attribute__((packed, may_alias)) Unaligned {
   Vec value;
@@ -198,15 +198,52 @@ TARGET inline void add_value_rows(const float* weights, int64_t weights_stride, 
   for (; d < size; d += kLanes) add_values<N, 1>(weights, weights_stride, values + d, rows, size, size - d, out + d);
 }
 
+// Rows cached in 8 bits, as float32 [count, size].
+TARGET void expand(const int8_t* rows, int64_t count, int64_t size, float* out) {
+  for (int64_t t = 0; t < count; ++t, rows += row_bytes(CacheKind::kInt8, size), out += size) {
+    float scale;
+    __builtin_memcpy(&scale, rows + size, sizeof(scale));
+    int64_t d = 0;
+    for (; d + kLanes <= size; d += kLanes) store(out + d, widen(rows + d) * splat(scale));
+    for (; d < size; ++d) out[d] = static_cast<float>(rows[d]) * scale;
+  }
+}
+
+// How the kernel reads `count` cached rows from the first-th on: where they are, or expanded into `scratch`.
+template <class W>
+struct Read {
+  typedef W Element;
+  TARGET static const W* block(const void* rows, int64_t first, int64_t, int64_t size, float*) {
+    return static_cast<const W*>(rows) + first * size;
+  }
+};
+template <>
+struct Read<int8_t> {
+  typedef float Element;
+  TARGET static const float* block(const void* rows, int64_t first, int64_t count, int64_t size, float* scratch) {
+    expand(static_cast<const int8_t*>(rows) + first * row_bytes(CacheKind::kInt8, size), count, size, scratch);
+    return scratch;
+  }
+};
+
+// W: float, BFloat16 or int8_t, as the rows are cached.
 template <class W>
 TARGET void attend(const float* query, int64_t group, const Piece* pieces, int64_t count, int64_t rows, int64_t size,
                    float* scores, float* out) {
-  constexpr int64_t kBlock = 32;  // rows that stay in the first-level cache for every head of the group
+  typedef typename Read<W>::Element Element;
   const int64_t padded = padded_rows(rows);
+  float* const scratch = scores + group * padded;
   int64_t done = 0;
-  for (const Piece* piece = pieces; piece < pieces + count; done += piece++->rows)
-    linear<W>({Kind::kFloat32, piece->keys, nullptr, size}, 0, piece->rows, {query, nullptr, size, group},
-              scores + done, padded, false);
+  for (const Piece* piece = pieces; piece < pieces + count; done += piece++->rows) {
+    // Rows that are multiplied where they are go all at once: long streams are read from memory faster.
+    const int64_t step = sizeof(W) == 1 ? kCachedBlock : piece->rows;
+    for (int64_t t = 0; t < piece->rows; t += step) {
+      const int64_t block = piece->rows - t < step ? piece->rows - t : step;
+      const Element* const keys = Read<W>::block(piece->keys, t, block, size, scratch);
+      linear<Element>({Kind::kFloat32, keys, nullptr, size}, 0, block, {query, nullptr, size, group},
+                      scores + done + t, padded, false);
+    }
+  }
   for (int64_t d = 0; d < group * size; ++d) out[d] = 0;
   float total[kTileVectors];
   for (int64_t first = 0; first < group; first += kTileVectors) {
@@ -214,9 +251,9 @@ TARGET void attend(const float* query, int64_t group, const Piece* pieces, int64
     float* mine = scores + first * padded;
     for (int64_t g = 0; g < heads; ++g) total[g] = exponentials(mine + g * padded, rows, padded);
     for (const Piece* piece = pieces; piece < pieces + count; mine += piece++->rows)
-      for (int64_t t = 0; t < piece->rows; t += kBlock) {
-        const int64_t block = piece->rows - t < kBlock ? piece->rows - t : kBlock;
-        const W* values = static_cast<const W*>(piece->values) + t * size;
+      for (int64_t t = 0; t < piece->rows; t += kCachedBlock) {
+        const int64_t block = piece->rows - t < kCachedBlock ? piece->rows - t : kCachedBlock;
+        const Element* const values = Read<W>::block(piece->values, t, block, size, scratch);
         int64_t g = 0;
         for (; g + 2 <= heads; g += 2)
           add_value_rows<2>(mine + g * padded + t, padded, values, block, size, out + (first + g) * size);
@@ -228,6 +265,6 @@ TARGET void attend(const float* query, int64_t group, const Piece* pieces, int64
 }
 
 KernelSet make_kernels(const char* name, const QuantisedKernels& quantised) {
-  return {name,           supported, linear<float>, linear<BFloat16>, quantised.int8,   quantised.int4,
-          quantised.panel, rms_norm,  swiglu,        attend<float>,    attend<BFloat16>};
+  return {name,     supported, linear<float>, linear<BFloat16>, quantised.int8, quantised.int4, quantised.panel,
+          rms_norm, swiglu,    attend<float>, attend<BFloat16>, attend<int8_t>};
 }

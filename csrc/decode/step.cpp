@@ -82,7 +82,7 @@ class Worker {
     }
     pieces_.resize(runs);
     normed_.resize(count() * decoder.width);
-    scores_.resize(decoder.heads / decoder.kv_heads * padded_rows(rows));
+    scores_.resize(decoder.heads / decoder.kv_heads * padded_rows(rows) + kCachedBlock * decoder.head_dim);
     query_.resize(decoder.heads / decoder.kv_heads * decoder.head_dim);
     key_.resize(decoder.head_dim);
   }
@@ -151,20 +151,20 @@ class Worker {
     const Decoder& d = decoder_;
     const int64_t size = d.head_dim, group = d.heads / d.kv_heads, at = sequences_[row].before;
     const int64_t window = d.layers[layer].window, first = window > 0 ? std::max<int64_t>(0, at + 1 - window) : 0;
-    const int64_t bytes = d.bfloat16_cache ? sizeof(BFloat16) : sizeof(float);
+    const int64_t bytes = row_bytes(d.cache, size);
     int64_t start = 0, count = 0;
     for (const Run& run : sequences_[row].runs) {
       const int64_t from = std::max(first, start) - start, to = std::min(at + 1 - start, run.rows);
       if (from < to) {
-        char* const keys = run.first + (layer * 2 * d.kv_heads + kv_head) * run.plane * bytes;
-        char* const values = keys + d.kv_heads * run.plane * bytes;
+        char* const keys = run.first + (layer * 2 * d.kv_heads + kv_head) * run.plane;
+        char* const values = keys + d.kv_heads * run.plane;
         if (start + to == at + 1) {
           const int64_t shared = (row * d.kv_heads + kv_head) * size;
           rotate(&shared_.k[shared], row, 1.0f, key_.data());
-          store(key_.data(), keys + (to - 1) * size * bytes);
-          store(&shared_.v[shared], values + (to - 1) * size * bytes);
+          store(key_.data(), keys + (to - 1) * bytes);
+          store(&shared_.v[shared], values + (to - 1) * bytes);
         }
-        pieces_[count++] = {keys + from * size * bytes, values + from * size * bytes, to - from};
+        pieces_[count++] = {keys + from * bytes, values + from * bytes, to - from};
       }
       start += run.rows;
       if (start > at) break;
@@ -172,17 +172,22 @@ class Worker {
     const int64_t queries = (row * d.heads + kv_head * group) * size;
     const float scale = 1.0f / std::sqrt(static_cast<float>(size));
     for (int64_t g = 0; g < group; ++g) rotate(&shared_.q[queries + g * size], row, scale, &query_[g * size]);
-    const AttendKernel attend = d.bfloat16_cache ? kernels_.attend_bfloat16 : kernels_.attend_float32;
-    attend(query_.data(), group, pieces_.data(), count, at + 1 - first, size, scores_.data(),
-           &shared_.attended[queries]);
+    kernels_.attend(d.cache)(query_.data(), group, pieces_.data(), count, at + 1 - first, size, scores_.data(),
+                             &shared_.attended[queries]);
   }
 
   // One head's key or value into the cache.
   void store(const float* row, void* cached) const {
-    if (decoder_.bfloat16_cache)
-      std::transform(row, row + decoder_.head_dim, static_cast<BFloat16*>(cached), round_to_bfloat16);
-    else
-      std::copy_n(row, decoder_.head_dim, static_cast<float*>(cached));
+    const int64_t size = decoder_.head_dim;
+    if (decoder_.cache == CacheKind::kBFloat16) {
+      std::transform(row, row + size, static_cast<BFloat16*>(cached), round_to_bfloat16);
+    } else if (decoder_.cache == CacheKind::kFloat32) {
+      std::copy_n(row, size, static_cast<float*>(cached));
+    } else {
+      int8_t* const codes = static_cast<int8_t*>(cached);
+      const float scale = quantise_group(row, size, codes);
+      std::memcpy(codes + size, &scale, sizeof(scale));
+    }
   }
 
   const Decoder& decoder_;

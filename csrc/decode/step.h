@@ -1,5 +1,5 @@
 // One pass of a Llama-family decoder for one new row of each of several sequences, on the CPU. Weights as described in
-// kernels.h, all sums in float32; the cache is float32 or bfloat16.
+// kernels.h, all sums in float32; the cache as in CacheKind.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ struct Layer {
 };
 
 // Consecutive cache blocks of one sequence. Its rows of (layer, keys 0 or values 1, key head) are
-// [rows, head_dim], ((layer * 2 + which) * kv_heads + head) * plane elements from first on.
+// rows of row_bytes(cache kind, head_dim) bytes, ((layer * 2 + which) * kv_heads + head) * plane bytes from first on.
 struct Run {
   char* first;
   int64_t plane, rows;
@@ -35,7 +35,7 @@ struct Decoder {
   const float* norm;
   int64_t width, intermediate, heads, kv_heads, head_dim;
   float eps;
-  bool bfloat16_cache;
+  CacheKind cache;
 };
 
 // Bytes of weights that a step reads, which determine its time.

@@ -1,4 +1,4 @@
-"""Measure what rounding its weights costs the digits demo model: the share of digits right, on held-out scans.
+"""Measure what rounding weights or the KV cache costs the demo model: the share of digits right, on held-out scans.
 
 python examples/digits/quantised.py --canvases 1000
 
@@ -23,7 +23,13 @@ from llava_fast.demo import compose, split_scans
 from llava_fast.demo.run import model_path
 
 BATCH = 25  # answers at once: up to 32 decode in the native step
-FORMS = {"float32": None, "int8": "int8", "int4, groups of 32": "int4"}
+FORMS: dict[str, dict] = {
+    "float32": {},
+    "int8": {"quantize": "int8"},
+    "int4, groups of 32": {"quantize": "int4"},
+    "float32, KV cache int8": {"kv_cache": "int8"},
+    "int4, KV cache int8": {"quantize": "int4", "kv_cache": "int8"},
+}
 
 
 def measure(canvases: int, seed: int = 2026) -> dict[str, dict[str, float]]:
@@ -32,7 +38,7 @@ def measure(canvases: int, seed: int = 2026) -> dict[str, dict[str, float]]:
     drawn = [compose(rng, split_scans()[1]) for _ in range(canvases)]
     with mock.patch.object(evaluate, "BATCH", BATCH):
         return {
-            name: evaluate.evaluate(llava_fast.load(model_path(), device="cpu", quantize=form), drawn, None, None, name)
+            name: evaluate.evaluate(llava_fast.load(model_path(), device="cpu", **form), drawn, None, None, name)
             for name, form in FORMS.items()
         }
 

@@ -20,6 +20,10 @@ Quantize = Annotated[
     Literal["int8", "int4"] | None,
     typer.Option(help="Quantise the decoder's weights to 8 or 4 bits while loading. Default: as stored."),
 ]
+KvCache = Annotated[
+    Literal["int8"] | None,
+    typer.Option(help="Keep keys and values in 8 bits while answering. Default: in the decoder's dtype."),
+]
 
 
 def load_model(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llava_fast.cli.options import Device, Dtype, Model, ModelBase, Quantize, Template, load_model
+from llava_fast.cli.options import Device, Dtype, KvCache, Model, ModelBase, Quantize, Template, load_model
 from llava_fast.errors import ServeError
 
 API_KEY = "LLAVA_FAST_API_KEY"
@@ -29,6 +29,7 @@ def serve(
     device: Device = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
+    kv_cache: KvCache = None,
     video_frames: Annotated[int, typer.Option(min=1, help="Number of frames used of a video.")] = 16,
     api_key: Annotated[
         list[str],
@@ -174,7 +175,12 @@ def serve(
         workers=workers,
         video_frames=video_frames,
     )
-    server.serve(load_model(model, device, dtype, chat_template, model_base, quantize=quantize), settings, host, port)
+    server.serve(
+        load_model(model, device, dtype, chat_template, model_base, quantize=quantize, kv_cache=kv_cache),
+        settings,
+        host,
+        port,
+    )
 
 
 def _api_keys(given: list[str], path: Path | None) -> tuple[str, ...]:

@@ -48,7 +48,8 @@ class Runner:
         self.model, self.features, self.batch_invariant = model, features, batch_invariant
         self.cache = model.decoder.new_cache() if cache is None else cache
         if device is None and self.cache.device.type == "cuda" and isinstance(model.decoder, Decoder):
-            device = DeviceSteps(DecodeGraphs(model.decoder, self.cache))  # a hosted decoder is transformers' own
+            # A hosted decoder is transformers' own.
+            device = None if self.cache.codes else DeviceSteps(DecodeGraphs(model.decoder, self.cache))
         self.device = device
         decoder = model.config.decoder
         self.dynamic_from = decoder.max_positions if decoder.rope.kind == "dynamic" else None

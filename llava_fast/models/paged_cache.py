@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llava_fast.errors import CacheFullError
 from llava_fast.models.step_index import StepIndex
+from llava_fast.ops import cached_rows
 from llava_fast.ops.paging import block_addresses, run_views
 
 BLOCK_ROWS = 32
@@ -49,6 +50,8 @@ class PagedCache:
 
     max_bytes   limit of all segments together (None: half of the device's memory that is free at creation).
     keep_bytes  the size up to which the cache grows before it reclaims blocks from its `keeper`.
+    codes       None: rows are stored in `dtype`. "int8": in 8 bits with a scale each (ops.cached_rows), and read in
+                `dtype`; raises ValueError unless head_dim is a multiple of 8.
     """
 
     def __init__(
@@ -61,11 +64,18 @@ class PagedCache:
         max_bytes: int | None = None,
         keep_bytes: int = 0,
         block_rows: int = BLOCK_ROWS,
+        codes: str | None = None,
     ) -> None:
-        self.shape = (layers, 2, kv_heads, block_rows, head_dim)
+        if codes not in (None, "int8"):
+            raise ValueError(f"codes is {codes!r}: use 'int8' or None")
+        if codes and head_dim % cached_rows.MULTIPLE:
+            raise ValueError(f"heads of {head_dim} elements are not cached in 8 bits: a multiple of 8 is needed")
+        self.codes = codes
+        self.shape = (layers, 2, kv_heads, block_rows, head_dim + (cached_rows.SCALE_BYTES if codes else 0))
         self.block_rows = block_rows
         self.dtype, self.device = dtype, device
-        self.block_bytes = torch.Size(self.shape).numel() * dtype.itemsize
+        self.stored_dtype = torch.int8 if codes else dtype
+        self.block_bytes = torch.Size(self.shape).numel() * self.stored_dtype.itemsize
         self.max_bytes = max_bytes
         self.max_blocks = self._bound()
         self.keep_blocks = keep_bytes // self.block_bytes
@@ -152,11 +162,9 @@ class PagedCache:
             self._grow(min(size, room))
 
     def _grow(self, count: int) -> None:
-        layers, two, kv_heads, block_rows, head_dim = self.shape
+        shape = (*self.shape[:3], count, *self.shape[3:])
         with torch.inference_mode(False):  # so that it can be written in any mode
-            self.segments.append(
-                torch.empty(layers, two, kv_heads, count, block_rows, head_dim, dtype=self.dtype, device=self.device)
-            )
+            self.segments.append(torch.empty(shape, dtype=self.stored_dtype, device=self.device))
         self.segment_starts.add(self.blocks)
         self.users += [0] * count
         self._is_free += b"\1" * count
@@ -211,6 +219,16 @@ class PagedCache:
 
     def append(self, layer: int, table: BlockTable, before: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store [K, rows, D] after the first `before` rows of a table; returns all its rows, [K, before+rows, D]."""
+        keys, values = self._append(layer, table, before, self._stored(key), self._stored(value))
+        return self._read(keys), self._read(values)
+
+    def _stored(self, rows: Tensor) -> Tensor:
+        return cached_rows.quantise_rows(rows) if self.codes else rows
+
+    def _read(self, stored: Tensor) -> Tensor:
+        return cached_rows.dequantise_rows(stored, self.dtype) if self.codes else stored
+
+    def _append(self, layer: int, table: BlockTable, before: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         after = before + key.shape[1]
         table.require(after)
         views = table.views()
@@ -250,7 +268,8 @@ class PagedCache:
             steps[None] = StepIndex([table.blocks for table in tables], before, self.segments)
         if window not in steps:
             steps[window] = steps[None].with_window(window)
-        return steps[window].run(self.segments, layer, key, value)
+        keys, values, mask = steps[window].run(self.segments, layer, self._stored(key), self._stored(value))
+        return self._read(keys), self._read(values), mask
 
 
 class BlockTable:

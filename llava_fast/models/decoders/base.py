@@ -153,6 +153,8 @@ class BaseDecoder(nn.Module, ABC):
     layers: nn.ModuleList
     lm_head: nn.Linear | Quantised
     recompute: Recompute
+    cache_codes: str | None = None
+    """How `new_cache` stores keys and values (see PagedCache): None, in the decoder's dtype, or "int8"."""
 
     @abstractmethod
     def forward(self, x_RC: Tensor, position_R: Tensor, spans: Spans, cache: PagedCache | None = None) -> Tensor:
@@ -205,7 +207,7 @@ class BaseDecoder(nn.Module, ABC):
         """An empty cache for this decoder's rows, which allocates memory as it is used. Arguments as for PagedCache."""
         config = self.config
         shape = (config.num_layers, config.num_kv_heads, config.head_dim)
-        return PagedCache(*shape, self.dtype, self.device, max_bytes, keep_bytes, block_rows)
+        return PagedCache(*shape, self.dtype, self.device, max_bytes, keep_bytes, block_rows, self.cache_codes)
 
 
 def reserve(spans: Spans) -> None:

@@ -50,8 +50,8 @@ class Decoder(BaseDecoder):
                 x_RC = run_layer(self.recompute, layer, x_RC, context)
             return self.norm(x_RC)
         pages = None
-        if cache is not None and set(spans.lengths) == {1} and fused.takes("paged_attention", x_RC):
-            pages = cache.pages(spans.tables, spans.before)
+        if cache is not None and cache.codes is None and set(spans.lengths) == {1}:
+            pages = cache.pages(spans.tables, spans.before) if fused.takes("paged_attention", x_RC) else None
         return self._run(x_RC, RowContext((cos, sin), spans, cache, pages))
 
     def step(self, token_R: Tensor, pages: Pages, cache: PagedCache) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llava_fast.ops import backend
+from llava_fast.ops.cached_rows import SCALE_BYTES
 from llava_fast.ops.decoder_step import native, reference
 from llava_fast.ops.decoder_step.weights import DecoderWeights, LayerWeights
 
@@ -35,7 +36,8 @@ def decoder_step(
 
     x             [n, C]: the tokens' embeddings.
     cos, sin      [n, 1, D]: rotary tables for the tokens' positions, halves paired; sin's first half is negated.
-    segments      the KV cache's memory, [layers, 2, K, blocks, block rows, D] each (see ops.paging).
+    segments      the KV cache's memory, [layers, 2, K, blocks, block rows, D] each (see ops.paging), in the weights'
+                  dtype; or int8 with D + 4 in place of D: rows in 8 bits (see ops.cached_rows).
     tables        for each sequence, the runs of blocks that hold its rows: (first block, blocks, ...).
     before        for each sequence, the number of cached rows. Those are read and the next row is written; nothing
                   else in the cache changes. No two sequences may share the block that is written.
@@ -58,7 +60,7 @@ def decoder_step(
         if len(shape) != 6 or shape[:3] != of_layers or shape[4:] != of_blocks:
             raise ValueError(
                 f"every segment must be [{len(weights.layers)} layers, 2, {weights.kv_heads}, blocks, block rows, "
-                f"{head_dim}] with the same block rows, got {[list(segment.shape) for segment in segments]}"
+                f"{row}] with the same block rows, got {[list(segment.shape) for segment in segments]}"
             )
     if len(tables) != rows:
         raise ValueError(f"{len(tables)} tables of blocks for {rows} sequences")

@@ -14,6 +14,8 @@ from torch import Tensor
 import llava_fast._C as _C
 from llava_fast.ops.decoder_step.weights import DecoderWeights
 
+CACHE_KINDS = (torch.float32, torch.bfloat16, torch.int8)  # csrc/decode's numbers
+
 
 def decoder_step(
     x: Tensor,
@@ -26,7 +28,6 @@ def decoder_step(
 ) -> Tensor:
     out = x.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     cos, sin = cos.float().contiguous(), sin.float().contiguous()
-    bfloat16 = weights.norm.dtype == torch.bfloat16, segments[0].dtype == torch.bfloat16
     sizes = (weights.width, weights.intermediate, weights.heads, weights.kv_heads, weights.head_dim)
     _C.decoder_step(
         out.data_ptr(),
@@ -40,7 +41,8 @@ def decoder_step(
         [segment.data_ptr() for segment in segments],
         [segment.shape[3] for segment in segments],
         (*sizes, segments[0].shape[4]),
-        bfloat16,
+        weights.norm.dtype == torch.bfloat16,
+        CACHE_KINDS.index(segments[0].dtype),
         weights.eps,
         torch.get_num_threads(),
     )

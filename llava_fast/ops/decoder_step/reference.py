@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llava_fast.ops.cached_rows import dequantise_rows, quantise_rows
 from llava_fast.ops.decoder_step.weights import DecoderWeights, LayerWeights
 from llava_fast.ops.paging import run_views
 from llava_fast.ops.quantised_linear.reference import quantised_linear
@@ -47,6 +48,8 @@ def _attention(x, layer: LayerWeights, weights: DecoderWeights, cos, sin, runs, 
         _store(mine, at, torch.stack([key[number], value[number]]))
         first = max(0, at + 1 - window) if window else 0
         cached = torch.cat(mine, 2)[:, :, first : at + 1]  # [2, K, rows, D]
+        if cached.dtype == torch.int8:
+            cached = dequantise_rows(cached, x.dtype)
         my_keys, my_values = cached.repeat_interleave(group, 1)  # [H, rows, D] each
         scores = (my_keys @ query[number, :, :, None]).squeeze(-1) * weights.head_dim**-0.5
         wide = torch.promote_types(x.dtype, torch.float32)
