@@ -100,10 +100,7 @@ KEPT_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 def _runner_of(model: Llava) -> Runner:
     cache, device = _idle.pop(model, (None, None))  # a concurrent call in another thread creates its own
-    decoder, config = model.decoder, model.config.decoder
-    if cache is None or cache.used_blocks or (cache.dtype, cache.device) != (decoder.dtype, decoder.device):
-        return Runner(model)
-    if cache.shape != (config.num_layers, 2, config.num_kv_heads, cache.block_rows, config.head_dim):
+    if cache is None or cache.used_blocks or cache.form != model.decoder.cache_form:
         return Runner(model)
     cache.reopen(KEPT_BYTES.get(cache.device.type, 0))
     return Runner(model, cache, device=device)

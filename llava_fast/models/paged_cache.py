@@ -71,6 +71,7 @@ class PagedCache:
         if codes and head_dim % cached_rows.MULTIPLE:
             raise ValueError(f"heads of {head_dim} elements are not cached in 8 bits: a multiple of 8 is needed")
         self.codes = codes
+        self.form = (layers, kv_heads, head_dim, dtype, device, codes)
         self.shape = (layers, 2, kv_heads, block_rows, head_dim + (cached_rows.SCALE_BYTES if codes else 0))
         self.block_rows = block_rows
         self.dtype, self.device = dtype, device

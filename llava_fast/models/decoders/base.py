@@ -205,9 +205,14 @@ class BaseDecoder(nn.Module, ABC):
 
     def new_cache(self, max_bytes: int | None = None, keep_bytes: int = 0, block_rows: int = BLOCK_ROWS) -> PagedCache:
         """An empty cache for this decoder's rows, which allocates memory as it is used. Arguments as for PagedCache."""
+        *form, codes = self.cache_form
+        return PagedCache(*form, max_bytes, keep_bytes, block_rows, codes)
+
+    @property
+    def cache_form(self) -> tuple[int, int, int, torch.dtype, torch.device, str | None]:
+        """The `form` of a PagedCache for this decoder's rows."""
         config = self.config
-        shape = (config.num_layers, config.num_kv_heads, config.head_dim)
-        return PagedCache(*shape, self.dtype, self.device, max_bytes, keep_bytes, block_rows, self.cache_codes)
+        return config.num_layers, config.num_kv_heads, config.head_dim, self.dtype, self.device, self.cache_codes
 
 
 def reserve(spans: Spans) -> None:

@@ -54,7 +54,9 @@ def decoder_step(
     if cos.shape != (rows, 1, head_dim) or sin.shape != cos.shape:
         raise ValueError(f"cos {list(cos.shape)} and sin {list(sin.shape)} must be [{rows}, 1, {head_dim}]")
     block_rows = segments[0].shape[4] if segments and segments[0].dim() == 6 else 0
-    of_layers, of_blocks = (len(weights.layers), 2, weights.kv_heads), (block_rows, head_dim)
+    in_codes = bool(segments) and segments[0].dtype == torch.int8
+    row = head_dim + SCALE_BYTES if in_codes else head_dim
+    of_layers, of_blocks = (len(weights.layers), 2, weights.kv_heads), (block_rows, row)
     for segment in segments:
         shape = segment.shape
         if len(shape) != 6 or shape[:3] != of_layers or shape[4:] != of_blocks:
@@ -69,9 +71,12 @@ def decoder_step(
         if not 0 <= at < blocks * block_rows:
             raise ValueError(f"row {at} is outside its table of {blocks} blocks of {block_rows} rows")
     dtype, device = like.dtype, like.device
-    for t in (x, cos, sin, *segments):
-        if t.dtype != dtype or t.device != device:
-            raise ValueError(f"x, cos, sin and the cache must be {dtype} on {device}, as the weights are")
+    cached = torch.int8 if in_codes else dtype
+    for t, wanted in ((x, dtype), (cos, dtype), (sin, dtype), *((segment, cached) for segment in segments)):
+        if t.dtype != wanted or t.device != device:
+            raise ValueError(
+                f"x, cos, sin and the cache must be {dtype} on {device}, as the weights are (or the cache int8)"
+            )
     unfit = weights.unfit
     if unfit is None and not all(map(Tensor.is_contiguous, segments)):
         unfit = "a segment of the cache is not contiguous"

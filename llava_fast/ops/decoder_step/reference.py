@@ -65,6 +65,8 @@ def _linear(x: Tensor, weight: Tensor | QuantisedWeight, bias: Tensor | None) ->
 
 def _store(runs: list[Tensor], at: int, row: Tensor) -> None:
     """Write `row` [2, K, D] at index `at` of the concatenated runs."""
+    if runs[0].dtype == torch.int8:
+        row = quantise_rows(row)
     for run in runs:
         if at < run.shape[2]:
             run[:, :, at] = row
