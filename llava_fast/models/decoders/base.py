@@ -205,8 +205,8 @@ class BaseDecoder(nn.Module, ABC):
 
     def new_cache(self, max_bytes: int | None = None, keep_bytes: int = 0, block_rows: int = BLOCK_ROWS) -> PagedCache:
         """An empty cache for this decoder's rows, which allocates memory as it is used. Arguments as for PagedCache."""
-        *form, codes = self.cache_form
-        return PagedCache(*form, max_bytes, keep_bytes, block_rows, codes)
+        form = self.cache_form
+        return PagedCache(*form[:5], max_bytes, keep_bytes, block_rows, codes=form[5])
 
     @property
     def cache_form(self) -> tuple[int, int, int, torch.dtype, torch.device, str | None]:
