@@ -21,7 +21,7 @@ from llava_fast.cli.data_options import (
     shares_of,
 )
 from llava_fast.cli.endpoint import Asking, with_endpoint
-from llava_fast.cli.options import Device, load_model
+from llava_fast.cli.options import Device
 from llava_fast.errors import DataError
 
 
@@ -132,6 +132,15 @@ def preferences(
     images: ImagesFolder = Path(),
     count: Annotated[int | None, typer.Option(min=1, help="Ask only about so many samples, drawn by the seed.")] = None,
     device: Device = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes with --model each: one a GPU, or a share of the cores each.")
+    ] = 1,
+    ray: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Actors of a Ray cluster with --model each (RAY_ADDRESS, or this machine's). 0: no Ray."
+        ),
+    ] = 0,
     texts: TextsFolder = None,
     seed: Seed = 0,
 ) -> None:
@@ -153,11 +162,15 @@ def preferences(
     from llava_fast.datagen.records import read_coco, read_records
     from llava_fast.datagen.samples import read_given
     from llava_fast.datagen.wording import Judging, Texts
+    from llava_fast.evaluate import workers
+    from llava_fast.evaluate.model import ModelSpec
     from llava_fast.storage.journal import Journal
 
     check_output(out)
     if (model is None) == (answer_endpoint is None) or (answer_endpoint is None) != (answer_model is None):
         raise DataError("give either --model, or --answer-endpoint and --answer-model, to draw the answers")
+    if ray and processes > 1:
+        raise DataError("--ray and --processes exclude each other")
     if asking.dry_run and score != making.ENDPOINT:
         raise DataError(f"--dry-run shows a prompt, and --score {score} asks none")
     judging, report = Texts(texts).read("score", Judging), Report()
@@ -170,9 +183,12 @@ def preferences(
     if asking.dry_run and model is not None:
         drawn = [[each.reference] for each in asked]
     elif model is not None:
-        loaded = load_model(model, device, None, None, None)
+        spec = ModelSpec(model, device)
+        answer = workers.on_ray(spec, ray) if ray else workers.in_this_process(spec)
+        if processes > 1:
+            answer = workers.in_processes(spec, processes)
         with Journal(out.with_name(f"{out.name}.answers.jsonl")) as journal:
-            drawn = making.draw_locally(loaded, model, asked, drawing, journal)
+            drawn = making.draw_by_engine(answer, str(spec.identity()), asked, drawing, journal, report)
     elif answer_endpoint is not None and answer_model is not None:
         with asking.at(answer_endpoint, answer_model, answer_key_env).opened(
             out.with_name(f"{out.name}.answers")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -51,10 +52,12 @@ def _rapidocr() -> Engine:
         from rapidocr import RapidOCR
     except ImportError:
         raise MissingPackageError("reading text in pictures", "rapidocr and onnxruntime", "ocr") from None
-    reader = RapidOCR(params={"Global.log_level": "error"})
+    of_thread = threading.local()  # a reader keeps state while it reads
 
     def read(path: str) -> list[Word]:
-        found: Any = reader(path)
+        if not hasattr(of_thread, "reader"):
+            of_thread.reader = RapidOCR(params={"Global.log_level": "error"})
+        found: Any = of_thread.reader(path)
         if found.txts is None:
             return []
         return [

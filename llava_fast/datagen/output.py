@@ -25,12 +25,12 @@ class Report:
         total = self.made.total()
         kinds = ", ".join(f"{count:,} {kind} ({count / total:.0%})" for kind, count in self.made.most_common())
         lines = [f"{total:,} samples: {kinds}" if total else "no sample was made"]
-        if self.left_out:
-            lines += ["left out: " + ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.most_common())]
+        reasons = [f"{count:,} {reason}" for reason, count in self.left_out.most_common() if count]
+        lines += ["left out: " + ", ".join(reasons)] if reasons else []
         return lines + [f"{name}: {value}" for name, value in self.notes.items() if isinstance(value, str)]
 
     def to_json(self) -> dict[str, Any]:
-        return {"made": dict(self.made), "left_out": dict(self.left_out), **self.notes}
+        return {"made": dict(self.made), "left_out": dict(+self.left_out), **self.notes}
 
 
 def check_output(path: Path) -> None:

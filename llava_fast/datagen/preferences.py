@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from llava_fast.datagen.instruct import Requests
 from llava_fast.datagen.output import Report
 from llava_fast.datagen.plugins import function
@@ -21,6 +23,8 @@ from llava_fast.datagen.records import Record
 from llava_fast.datagen.samples import Given
 from llava_fast.datagen.wording import Judging
 from llava_fast.endpoint import Ask, Request, image_part
+from llava_fast.evaluate import task as evaluated
+from llava_fast.evaluate.workers import Answerer
 from llava_fast.storage.journal import Journal
 
 REFERENCE = "reference"
@@ -52,15 +56,11 @@ class Question:
     def paths(self) -> list[str]:
         return [str(self.images / image) for image in self.sample.images]
 
-    def request(self) -> dict[str, Any]:
-        """For the engine."""
-        video = {"video": str(self.images / self.sample.video)} if self.sample.video else {}
-        return {
-            "id": self.sample.name,
-            "messages": [{"role": "user", "content": self.prompt}],
-            "images": self.paths(),
-            **video,
-        }
+    def to_engine(self, name: str) -> evaluated.Question:
+        if self.sample.video:
+            video = str(self.images / self.sample.video)
+            return _Asked(name, self.text, self.prompt, (), placed=True, video=video)
+        return _Asked(name, self.text, self.text, tuple(self.paths()))
 
 
 @dataclass(frozen=True)
@@ -76,48 +76,65 @@ class Drawing:
 def questions(samples: Sequence[Given], records: Sequence[Record], images: Path, report: Report) -> list[Question]:
     """The first question of each sample, with the captions of the record of the same picture as evidence, or else the
     data's own answer. The same question about the same picture is asked once."""
-    known = {record.image or record.video: record.context() for record in records if record.context()}
+    named = ((record.image or record.video, record.context()) for record in records)
+    known = {name: context for name, context in named if isinstance(name, str) and context}
     found: dict[tuple[Any, ...], Question] = {}
     for sample in samples:
         key = (*sample.media, sample.pairs[0][0])
         if key in found:
             report.left_out["the same question about the same picture"] += 1
             continue
-        evidence = known.get(sample.media[0] if len(sample.media) == 1 else None)
-        if evidence is None:
-            evidence = f"A right answer: {sample.pairs[0][1]}"
-        found[key] = Question(sample, images, evidence)
+        evidence = known.get(sample.media[0]) if len(sample.media) == 1 else None
+        found[key] = Question(sample, images, evidence or f"A right answer: {sample.pairs[0][1]}")
     return list(found.values())
 
 
-def draw_locally(
-    model: Any, name: str, asked: Sequence[Question], drawing: Drawing, journal: Journal, batch: int = 32
+@dataclass(frozen=True)
+class _Asked(evaluated.Question):
+    """A question to the engine; `video` is a path."""
+
+    video: str = ""
+
+    def request(self) -> dict[str, Any]:
+        return {**super().request(), **({"video": self.video} if self.video else {})}
+
+
+def draw_by_engine(
+    answer: Answerer, model: str, asked: Sequence[Question], drawing: Drawing, journal: Journal, report: Report
 ) -> list[list[str]]:
-    """Each question's answers by the engine; those drawn before come from the journal. Raises RequestError and
-    ImageError as generate does."""
-    from tqdm import tqdm
+    """Each question's answers by the engine, in this process, several or on Ray (evaluate.workers); "" where one fails.
+    Answers drawn before come from the journal.
 
-    from llava_fast.generation.sampling import Sampling
-
-    wanted = [(question, draw) for question in asked for draw in range(drawing.count)]
-    keys = [_key(name, question, drawing, draw) for question, draw in wanted]
-    left = [number for number, key in enumerate(keys) if key not in journal]
-    sampling = Sampling(temperature=drawing.temperature, max_new_tokens=drawing.max_tokens)
-    for start in tqdm(range(0, len(left), batch), desc="drawing answers", unit="batch"):
-        part = left[start : start + batch]
-        requests = [
-            {**question.request(), "seed": drawing.seed + draw}
-            for question, draw in (wanted[number] for number in part)
+    model  whatever answers depend on besides the question.
+    """
+    for draw in range(drawing.count):
+        left = [number for number, question in enumerate(asked) if _key(model, question, drawing, draw) not in journal]
+        if not left:
+            continue
+        options = {
+            "temperature": drawing.temperature,
+            "max_new_tokens": drawing.max_tokens,
+            "seed": drawing.seed + draw,
+        }
+        answers = answer([asked[number].to_engine(str(number)) for number in left], options)
+        for question, found in tqdm(answers, f"answer {draw + 1} of {drawing.count}", len(left), unit="question"):
+            if found.error is not None:
+                report.left_out["answers that the model could not give"] += 1
+                report.notes["an error"] = f"{asked[int(question.id)].sample.name}: {found.error}"
+                continue
+            key = _key(model, asked[int(question.id)], drawing, draw)
+            journal.append({"key": key, "answer": found.text.strip()})
+    return [
+        [
+            entry["answer"] if (entry := journal.entry(_key(model, each, drawing, draw))) else ""
+            for draw in range(drawing.count)
         ]
-        for number, answer in zip(part, model.generate(requests, sampling), strict=True):
-            journal.append({"key": keys[number], "answer": answer.text.strip()})
-    entries = (journal.entry(key) for key in keys)
-    answers = [entry["answer"] if entry else "" for entry in entries]
-    return [answers[start : start + drawing.count] for start in range(0, len(answers), drawing.count)]
+        for each in asked
+    ]
 
 
 def draw_by_endpoint(ask: Ask, asked: Sequence[Question], drawing: Drawing) -> list[list[str]]:
-    """As `draw_locally`, through an endpoint, pictures sent with each request; "" where none came. Videos cannot be
+    """As `draw_by_engine`, through an endpoint, pictures sent with each request; "" where none came. Videos cannot be
     sent."""
     options = {"temperature": drawing.temperature, "max_tokens": drawing.max_tokens}
 

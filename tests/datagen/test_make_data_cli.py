@@ -128,6 +128,7 @@ def test_texts_are_copied_out(tmp_path):
         (("core-set", "d.json", "--cap", "gqa", "-o", "x.json"), "is not a source and a number"),
         (("chains", "d.json", "--related", "image", "-o", "x.json"), "give --model"),
         (("preferences", "d.json", "-m", "m", "--score", "reference", "--dry-run", "-o", "x.jsonl"), "asks none"),
+        (("preferences", "d.json", "-m", "m", "--ray", "1", "--processes", "2", "-o", "x.jsonl"), "exclude each other"),
         (("preferences", "d.json", "-o", "x.jsonl"), "give either --model, or --answer-endpoint"),
         (("preferences", "d.json", "--answer-endpoint", "http://x", "-o", "x.jsonl"), "give either --model"),
     ],

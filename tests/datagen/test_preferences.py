@@ -1,6 +1,8 @@
 """Preference pairs from drawn and scored answers."""
 
+import functools
 import json
+import pickle
 
 import pytest
 
@@ -11,6 +13,7 @@ from llava_fast.datagen.records import Record
 from llava_fast.datagen.samples import Given
 from llava_fast.datagen.wording import Judging, Texts
 from llava_fast.errors import DataError
+from llava_fast.evaluate.model import answers_of
 from llava_fast.storage.journal import Journal
 from llava_fast.train.data.pairs import read_pairs
 from llava_fast.train.data.samples import Source
@@ -42,6 +45,7 @@ def picture(tmp_path):
 
 def test_captions_are_evidence_or_else_the_answer(tmp_path):
     records = [Record(image="a.jpg", captions=["A cat sits."])]
+    records += [Record(image=["a.jpg", "b.jpg"], captions=["Two."]), Record(captions=["Of nothing."])]
     report = Report()
     samples = [
         given("1", image="a.jpg"),
@@ -49,6 +53,7 @@ def test_captions_are_evidence_or_else_the_answer(tmp_path):
         given("3", image="a.jpg"),
         given("4", video="v.mp4"),
     ]
+    assert making.questions([given("0")], records, tmp_path, report)[0].evidence == "A right answer: A cat."
     questions = making.questions(samples, records, tmp_path, report)
     assert [each.evidence for each in questions] == [
         "Captions:\n- A cat sits.",
@@ -60,18 +65,40 @@ def test_captions_are_evidence_or_else_the_answer(tmp_path):
 
 
 def test_answers_are_drawn_once(picture, tmp_path):
-    model = tiny.pair("next").ours
+    model, report = tiny.pair("next").ours, Report()
+    answer = functools.partial(answers_of, model)
     questions = asked(given("1", image="a.png"), given("2", question="Why?", image="a.png"), images=picture)
     drawing = Drawing(3, max_tokens=6)
     with Journal(tmp_path / "answers.jsonl") as journal:
-        first = making.draw_locally(model, "tiny", questions[:1], drawing, journal)
-        both = making.draw_locally(model, "tiny", questions, drawing, journal, batch=2)
+        first = making.draw_by_engine(answer, "tiny", questions[:1], drawing, journal, report)
+        both = making.draw_by_engine(answer, "tiny", questions, drawing, journal, report)
         assert both[0] == first[0]
         assert len(journal) == 6
-        assert making.draw_locally(None, "tiny", questions, drawing, journal) == both
+        assert making.draw_by_engine(None, "tiny", questions, drawing, journal, report) == both
     with Journal(tmp_path / "other.jsonl") as journal:
-        assert making.draw_locally(model, "tiny", questions, drawing, journal) == both
+        assert making.draw_by_engine(answer, "tiny", questions, drawing, journal, report) == both
     assert len(set(both[0])) > 1
+    assert not report.left_out
+
+
+def test_a_picture_that_cannot_be_read_costs_its_own_answers(picture, tmp_path):
+    answer, report = functools.partial(answers_of, tiny.pair("next").ours), Report()
+    questions = asked(given("1", image="none.png"), given("2", image="a.png"), images=picture)
+    with Journal(tmp_path / "answers.jsonl") as journal:
+        drawn = making.draw_by_engine(answer, "tiny", questions, Drawing(2, max_tokens=4), journal, report)
+        assert len(journal) == 2
+    assert (drawn[0], all(drawn[1])) == (["", ""], True)
+    assert report.left_out == {"answers that the model could not give": 2}
+    assert "1: " in report.notes["an error"]
+
+
+def test_videos_reach_the_engine(tmp_path):
+    (question,) = asked(given("1", video="v.mp4"), images=tmp_path)
+    request = question.to_engine("0").request()
+    assert (request["video"], request["images"]) == (str(tmp_path / "v.mp4"), [])
+    assert request["messages"] == [{"role": "user", "content": "<video>\nWhat?"}]
+    again = pickle.loads(pickle.dumps(question.to_engine("0")))  # as it goes to another process
+    assert again.request() == request
 
 
 def test_answers_by_an_endpoint(picture):
