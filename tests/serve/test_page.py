@@ -17,6 +17,7 @@ from PIL import Image
 import llava_fast
 from llava_fast.demo.canvas import compose, split_scans
 from tests.serve.conftest import local
+from tests.support import made_videos, tiny
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -24,16 +25,20 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="the page's tests need C
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 DEMO_MODEL = Path(llava_fast.__file__).parent / "demo_model"
-DROP = """files => {
+GIVE = """([how, name, type, text]) => {
   const data = new DataTransfer();
-  for (const [name, type, text] of files)
-    data.items.add(new File([Uint8Array.from(atob(text), c => c.charCodeAt(0))], name, { type }));
-  document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true }));
+  data.items.add(new File([Uint8Array.from(atob(text), c => c.charCodeAt(0))], name, { type }));
+  const options = { dataTransfer: data, clipboardData: data, bubbles: true, cancelable: true };
+  document.body.dispatchEvent(new (how === "drop" ? DragEvent : ClipboardEvent)(how, options));
 }"""
 COLOURS = """() => {
   const { width, height } = document.getElementById("drawing");
   const pixels = document.getElementById("drawing").getContext("2d").getImageData(0, 0, width, height).data;
   return new Set(new Uint32Array(pixels.buffer)).size;
+}"""
+BRIGHTNESS = """() => {
+  const { width, height } = document.getElementById("drawing");
+  return document.getElementById("drawing").getContext("2d").getImageData(width / 2 + 9, height / 2 + 9, 1, 1).data[0];
 }"""
 
 
@@ -84,8 +89,8 @@ def encoded(image, kind="PNG", **options) -> bytes:
     return file.getvalue()
 
 
-def drop(page, name: str, data: bytes, kind: str = "image/png") -> None:
-    page.evaluate(DROP, [[name, kind, base64.b64encode(data).decode()]])
+def drop(page, name: str, data: bytes, kind: str = "image/png", how: str = "drop") -> None:
+    page.evaluate(GIVE, [how, name, kind, base64.b64encode(data).decode()])
 
 
 def answers(page, number: int) -> list[str]:
@@ -114,6 +119,40 @@ def test_a_question_about_a_dropped_picture_is_answered(browser, demo):
         assert answers(page, 2)[1] == "4", "the conversation goes on, with its picture"
         assert "Picture 1: 232 tokens, from the cache" in page.locator(".cost").nth(1).text_content()
         assert page.get_by_text("This conversation: 2 answers").is_visible()
+
+
+def test_pictures_are_chosen_and_pasted_and_removed(browser, demo):
+    _, picture = canvas()
+    with opened(browser, demo.url) as page:
+        page.get_by_label("Add pictures").set_input_files(
+            [{"name": name, "mimeType": "image/png", "buffer": picture} for name in ("one.png", "two.png")]
+        )
+        page.get_by_role("button", name="Remove two.png").wait_for()
+        drop(page, "three.png", encoded(Image.new("RGB", (60, 20))), how="paste")
+        page.get_by_role("button", name="Remove three.png").wait_for()
+        page.get_by_role("button", name="Remove one.png").click()
+        page.get_by_label("Question", exact=True).fill("Read the digits.")
+        page.keyboard.press("Enter")
+        answers(page, 1)
+        assert page.locator(".question img").evaluate_all("all => all.map(each => each.alt)") == [
+            "two.png",
+            "three.png",
+        ]
+        assert page.locator(".cost").text_content().count("Picture") == 2
+
+
+def test_a_video_is_shown_frame_by_frame(browser, tmp_path):
+    frames = [np.full((60, 80, 3), 8 * number, np.uint8) for number in range(30)]
+    video = made_videos.write(tmp_path / "clip.webm", frames, "libvpx").read_bytes()
+    with local(tiny.pair("video").ours, video_frames=4) as server, opened(browser, server.url) as page:
+        drop(page, "clip.webm", video, "video/webm")
+        page.get_by_text("1 of 4, at 0.00 s").wait_for()
+        first = page.evaluate(BRIGHTNESS)
+        page.get_by_role("slider", name="Frame").focus()
+        for _ in range(3):
+            page.keyboard.press("ArrowRight")
+        page.get_by_text("4 of 4, at 2.90 s").wait_for()
+        assert page.evaluate(BRIGHTNESS) > first + 100
 
 
 def test_stop_ends_the_answer_on_the_server(browser, demo, monkeypatch):
