@@ -96,7 +96,7 @@ class Instruct:
         for task, reply in zip(tasks, replies, strict=True):
             try:
                 pairs = self.pairs(task, reply, report)
-                duplicates.check(*(text for pair in pairs for text in pair))
+                duplicates.check(*self._same_if(task, pairs))
             except Unusable as why:
                 report.left_out[str(why)] += 1
                 continue
@@ -115,6 +115,15 @@ class Instruct:
         if prompt.form == "pair" and len(pairs) != 1:
             raise Unusable("not one question and answer")
         return usable_turns(pairs, self.patterns, report.left_out)
+
+    def _same_if(self, task: Task, pairs: Pairs) -> list[str]:
+        """The texts by which a sample is a duplicate of another: what the model wrote, and, where a kind may repeat
+        itself, the picture."""
+        prompt = self.prompts[task.kind]
+        written = (
+            [answer for _, answer in pairs] if prompt.form == "answer" else [text for each in pairs for text in each]
+        )
+        return [*written, *map(str, task.record.media().values())] if prompt.may_repeat else written
 
     def sample(self, task: Task, pairs: Pairs) -> dict[str, Any]:
         (first, answer), *more = pairs

@@ -41,6 +41,7 @@ class Prompt(_Strict):
     needs      fields of a record without which it is not used for this kind.
     questions  for the form "answer".
     options    of the request: temperature, max_tokens, ...
+    may_repeat whether different pictures may have the same text, as short answers do. Otherwise it is a duplicate.
     """
 
     form: Literal["conversation", "pair", "answer"]
@@ -49,6 +50,7 @@ class Prompt(_Strict):
     examples: list[Example] = []
     questions: list[str] = []
     options: dict[str, Any] = {}
+    may_repeat: bool = False
 
     def messages(self, user: str) -> list[dict[str, str]]:
         """The chat that asks about one user message."""

@@ -135,6 +135,17 @@ def test_a_pair_is_one_question_and_answer():
 def test_an_endpoint_that_always_says_the_same_gives_one_sample():
     samples, report = made(lambda request: "Question: What?\nAnswer: Fine.", RECORDS[:5])
     assert (len(samples), report.left_out) == (1, {"duplicate": 4})
+    samples, report = made(lambda request: "It is fine.", RECORDS[:5], mix={"detail": 1})  # whatever is asked
+    assert (len(samples), report.left_out) == (1, {"duplicate": 4})
+
+
+def test_short_answers_may_repeat_where_their_kind_says_so(tmp_path):
+    text = "form: pair\nsystem: Ask yes or no.\nmay_repeat: true\n"
+    (tmp_path / "yes.yaml").write_text(text)
+    options = {"texts": Texts(tmp_path), "mix": {"yes": 1}}
+    same_picture = RECORDS[0].model_copy(update={"id": "again"})
+    samples, report = made(lambda request: "Question: Is it?\nAnswer: Yes.", [*RECORDS[:3], same_picture], **options)
+    assert (len(samples), report.left_out) == (3, {"duplicate": 1})
 
 
 @pytest.mark.parametrize(
