@@ -34,7 +34,8 @@ def picture(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", ["generate", "chat", "batch", "serve", "convert", "merge-lora", "tune", "doctor", "demo"]
+    "command",
+    ["generate", "chat", "batch", "serve", "eval", "judge", "convert", "merge-lora", "tune", "doctor", "demo"],
 )
 def test_help(command):
     result = run(command, "--help")

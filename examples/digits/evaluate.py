@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import llava_fast
 from llava_fast.demo import KINDS, PHRASINGS, Canvas, answer, compose, split_scans
+from llava_fast.evaluate.metrics.text import edit_distance
 from llava_fast.generation.prompt import read_prompt
 from llava_fast.generation.runner import Runner
 from llava_fast.generation.sampling import Sampling
@@ -128,16 +129,6 @@ def answers(
     while not scheduler.is_idle:
         scheduler.step()
     return [sequence.text.text.strip() for sequence in sequences]
-
-
-def edit_distance(given: list[str], expected: list[str]) -> int:
-    """Return the Levenshtein distance of two lists."""
-    row = list(range(len(expected) + 1))
-    for i, mine in enumerate(given, start=1):
-        diagonal, row[0] = row[0], i
-        for j, theirs in enumerate(expected, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (mine != theirs))
-    return row[-1]
 
 
 def majority_guess(canvases: list[Canvas]) -> dict[str, float]:

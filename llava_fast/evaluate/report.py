@@ -4,35 +4,30 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-SHOWN = (
-    "id",
-    "question",
-    "prompt",
-    "reference",
-    "answer",
-    "read",
-    "score",
-    "categories",
-    "pictures",
-    "error",
-    "finish",
-)
-JUDGED = ("review", "judged")
+SHOWN = "id question prompt reference answer read score categories pictures error finish review".split()
+MOST = 5000  # questions of a task that a page holds
+
+
+def shown(count: int) -> Sequence[int]:
+    """Which of a task's questions the report holds: all, or MOST of them at even distances."""
+    return range(count) if count <= MOST else [number * count // MOST for number in range(MOST)]
 
 
 def write(results: Mapping[str, Any], out: Path) -> Path:
     """Write OUT/report/index.html from the content of results.json; returns its path."""
     tasks = {}
     for name, task in results["tasks"].items():
-        rows = [{key: row[key] for key in (*SHOWN, *JUDGED) if key in row} for row in task["answers"]]
-        for row, whole in zip(rows, task["answers"], strict=True):
+        rows = []
+        for number in shown(len(task["answers"])):
+            whole = task["answers"][number]
+            rows.append({key: whole[key] for key in SHOWN if key in whole})
             if "options" in whole.get("facts", {}):
-                row["options"] = whole["facts"]["options"]
+                rows[-1]["options"] = whole["facts"]["options"]
         tasks[name] = {key: value for key, value in task.items() if key != "answers"} | {"rows": rows}
     data = {"model": results["model"], "version": results["llava_fast"], "tasks": tasks}
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")

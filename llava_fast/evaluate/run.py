@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llava_fast.errors import EvaluationError
 from llava_fast.evaluate.pictures import thumbnails
 from llava_fast.evaluate.records import Records, file_name, key_of
+from llava_fast.evaluate.report import shown
 from llava_fast.evaluate.results import result_of, results_before, save, write_json
 from llava_fast.evaluate.task import Question, Scored, Task
 from llava_fast.evaluate.tasks import task_of
@@ -59,8 +60,9 @@ def run(plan: Plan, answerer: Answerer, watch: Watch = lambda *_: None) -> dict[
         if plan.shard is None:
             found[name] = result_of(task, scored, folder)
             if plan.pictures:
-                for row, each in zip(found[name]["answers"], scored, strict=True):
-                    row["pictures"] = thumbnails(each.question.images, plan.out)
+                for number in shown(len(scored)):
+                    pictures = thumbnails(scored[number].question.images, plan.out)
+                    found[name]["answers"][number]["pictures"] = pictures
             if (submission := task.submission(scored)) is not None:
                 write_json(plan.out / f"{file_name(name)}.submission.json", submission)
     if plan.shard is not None:

@@ -130,8 +130,9 @@ def on_ray(spec: ModelSpec, count: int, running: int = RUNNING, address: str | N
 
     def answer(questions: Sequence[Question], options: Options) -> Answered:
         ray = _ray()
-        if not ray.is_initialized():
-            ray.init(address=address, log_to_driver=False, logging_level="warning")
+        ours = not ray.is_initialized()
+        if ours:
+            _join(ray, count, address)
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         actors = [ray.remote(num_gpus=gpus)(RayWorker).remote(spec, running) for _ in range(count)]
         supply = iter([questions[first : first + BLOCK] for first in range(0, len(questions), BLOCK)])
@@ -155,8 +156,23 @@ def on_ray(spec: ModelSpec, count: int, running: int = RUNNING, address: str | N
         finally:
             for actor in actors:
                 ray.kill(actor)
+            if ours:
+                ray.shutdown()
 
     return answer
+
+
+def _join(ray: Any, count: int, address: str | None) -> None:
+    """Join a cluster, or start one on this machine. Raises EvaluationError."""
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 otherwise: actors starve beside anything else
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    local = address is None and "RAY_ADDRESS" not in os.environ
+    options: dict[str, Any] = {"num_cpus": count, "include_dashboard": False} if local else {"address": address}
+    try:
+        ray.init(log_to_driver=False, logging_level="error", **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = address or os.environ.get("RAY_ADDRESS", "this machine")
+        raise EvaluationError(f"Ray cannot be joined at {where}: {' '.join(str(error).split())}") from None
 
 
 class RayWorker:

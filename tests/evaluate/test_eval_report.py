@@ -6,6 +6,7 @@ import re
 import numpy as np
 from PIL import Image
 
+from llava_fast.evaluate import report
 from llava_fast.evaluate.pictures import SIDE, thumbnails
 from llava_fast.evaluate.report import write
 from llava_fast.evaluate.run import Plan, run
@@ -23,11 +24,16 @@ def made(tmp_path):
     return results, write(results, tmp_path / "out")
 
 
+def data_of(path) -> dict:
+    page = path.read_text(encoding="utf-8")
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    return json.loads(data)
+
+
 def test_the_data_is_whole_and_harmless(tmp_path):
     results, path = made(tmp_path)
     page = path.read_text(encoding="utf-8")
-    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    held = json.loads(data)
+    held = data_of(path)
     assert held["model"] == {"path": "<model>"}
     assert [row["answer"] for row in held["tasks"]["pope"]["rows"]] == [ATTACK] * 12
     assert held["tasks"]["mmbench"]["rows"][0]["options"] == ["cat", "dog"]
@@ -42,6 +48,17 @@ def test_it_needs_nothing_else(tmp_path):
     assert "default-src 'none'" in page
     assert not re.findall(r"https?://|@import|<link|url\(", page)
     assert "innerHTML" not in page
+
+
+def test_a_page_holds_a_bounded_number_of_questions(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "MOST", 5)
+    results, path = made(tmp_path)
+    held = data_of(path)["tasks"]["pope"]
+    assert [row["id"] for row in held["rows"]] == [
+        results["tasks"]["pope"]["answers"][n]["id"] for n in (0, 2, 4, 7, 9)
+    ]
+    assert held["questions"] == 12
+    assert ["pictures" in row for row in results["tasks"]["pope"]["answers"]].count(True) == 5
 
 
 def test_every_picture_has_one_small_copy(tmp_path):

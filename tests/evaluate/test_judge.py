@@ -133,6 +133,14 @@ def test_a_failed_request_is_no_malformed_reply():
     assert judged.counts == Counts(requests=2, failed=1)
 
 
+def test_an_answer_that_failed_is_not_judged():
+    failed = replace(scored(1), answer=Answer("", error="bad picture"))
+    judged = judge("mm-vet", [failed, scored(2)], None, JUDGING, asker(lambda text, draw: "0.4"))
+    assert [each.score for each in judged.scored] == [None, 0.4]
+    assert judged.reviews == [[], ["0.4"]]
+    assert judged.counts == Counts(requests=1)
+
+
 def test_wilder_shows_the_picture_and_the_reference_has_10(tmp_path):
     """In both orders the reference's place is said; a reply that gives it another grade is malformed."""
     published.picture(tmp_path / "w.png")

@@ -126,7 +126,8 @@ def judge_mm_vet(scored: Sequence[Scored], judging: Judging, ask: Ask) -> Judged
 def judge_scienceqa(scored: Sequence[Scored], judging: Judging, ask: Ask) -> Judged:
     """ScienceQA with a language model that does not see (LLaVA, arXiv 2304.08485, section 5.2). It answers alone; where
     it gives no answer, the model's counts ("complement"); where the two differ, it is asked again with both answers
-    ("ensemble"), and where that gives none, the model's counts. Marks, 0 or 1: alone, complement, ensemble.
+    ("ensemble"), and where that gives none, the model's counts. Marks, 0 or 1: alone, complement, ensemble; none where
+    the endpoint has not replied at all, and then the task has no such metrics before the next run asks again.
     """
     counts = Counts()
     prompts = judging.prompts
@@ -167,13 +168,20 @@ def judge_scienceqa(scored: Sequence[Scored], judging: Judging, ask: Ask) -> Jud
         chosen = {"alone": letters[n], "complement": complement, "ensemble": ensemble}
         marks = {name: float(letter == each.question.reference) for name, letter in chosen.items()}
         reviews.append([*alone[n].texts, *(weighed[n].texts if n in weighed else [])])
-        found.append(dataclasses.replace(each, marks={} if alone[n].value is None else marks))
+        found.append(dataclasses.replace(each, marks=marks if alone[n].texts else {}))
     return Judged(found, reviews, counts)
 
 
 def judge(task: str, scored: Sequence[Scored], folder: Path, judging: Judging, ask: Ask) -> Judged:
-    """Ask a judge about the answers to a task. Raises EvaluationError for a task that none scores."""
+    """Ask a judge about the answers to a task. An answer that failed is not shown to it and has no score. Raises
+    EvaluationError for a task that none scores.
+    """
     name = task.partition(":")[0]
+    if name != "scienceqa" and any(each.answer.error is not None for each in scored):
+        whole = judge(task, [each for each in scored if each.answer.error is None], folder, judging, ask)
+        found = {each.question.id: (each, review) for each, review in zip(whole.scored, whole.reviews, strict=True)}
+        pairs = [found.get(each.question.id, (dataclasses.replace(each, score=None, marks={}), [])) for each in scored]
+        return Judged([each for each, _ in pairs], [review for _, review in pairs], whole.counts)
     if name in ("llava-bench", "llava-bench-coco", "llava-bench-wilder"):
         return judge_pairs(scored, folder, judging, ask, sees=name == "llava-bench-wilder")
     if name == "mm-vet":
