@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from llava_fast.evaluate.task import Task, Units
-
+Measure = Callable[[np.ndarray], dict[str, float]]
+"""The metrics of units with these weights, float64 [units]."""
 RESAMPLES = 2000
 
 
-def resampled(task: Task, units: Units, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, np.ndarray]:
-    """Return {metric: float64 [resamples]}, with NaN for resamples in which the metric is undefined. The same seed
-    draws the same clusters, so two evaluations of the same units can be compared per resample.
+def resampled(
+    measure: Measure, cluster: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Return {metric: float64 [resamples]}, with NaN for resamples in which the metric is undefined. cluster int64
+    [units]: the cluster of each. The same seed draws the same clusters, so two evaluations of the same units can be
+    compared per resample.
     """
     rng = np.random.default_rng(seed)
-    clusters = int(units.cluster.max()) + 1
+    names, cluster = np.unique(cluster, return_inverse=True)
+    clusters = len(names)
     found: dict[str, np.ndarray] = {}
     for number in range(resamples):
         drawn = np.bincount(rng.integers(clusters, size=clusters), minlength=clusters).astype(np.float64)
-        for name, value in task.overall(units, drawn[units.cluster]).items():
+        for name, value in measure(drawn[cluster]).items():
             found.setdefault(name, np.full(resamples, np.nan))[number] = value
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,9 @@ def differences(
     assert right is not None
     ones = np.ones(len(left.names))
     at = task.overall(left, ones), task.overall(right, ones)
-    mine, theirs = (resampled(task, side, resamples, seed) for side in (left, right))
+    mine, theirs = (
+        resampled(functools.partial(task.overall, side), side.cluster, resamples, seed) for side in (left, right)
+    )
     found = []
     for metric in at[0]:
         if metric not in at[1]:  # only one of the two was judged

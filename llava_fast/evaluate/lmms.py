@@ -49,6 +49,7 @@ def _result(name: str, made: Mapping[str, Any]) -> dict[str, Any]:
         "metrics": metrics,
         "intervals": {},
         "categories": {},
+        "category_intervals": {},
         "category_units": {},
         "questions": len(answers),
         "units": len(answers),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llava_fast.errors import EvaluationError
-from llava_fast.evaluate.bootstrap import middle, resampled
+from llava_fast.evaluate.bootstrap import Measure, middle, resampled
 from llava_fast.evaluate.task import Answer, Question, Scored, Task
 from llava_fast.version import __version__
 
@@ -43,15 +44,18 @@ def result_of(task: Task, scored: Sequence[Scored], folder: Path) -> dict[str, A
     metrics: dict[str, float | None] = {}
     intervals: dict[str, list[float | None]] = {}
     categories: dict[str, dict[str, float | None]] = {}
+    category_intervals: dict[str, dict[str, list[float | None]]] = {}
     counts: dict[str, int] = {}
     if units is not None:
         weights = np.ones(len(units.names))
         metrics = _plain(task.overall(units, weights))
-        for name, values in resampled(task, units, 1000).items():
-            intervals[name] = [None if math.isnan(bound) else bound for bound in middle(values)]
+        intervals = _intervals(functools.partial(task.overall, units), units.cluster)
         for name, chosen in units.by_category.items():
-            categories[name] = _plain(task.metrics(units.of(chosen), weights[chosen]))
+            measure = functools.partial(task.metrics, units.of(chosen))
+            categories[name] = _plain(measure(weights[chosen]))
             counts[name] = int(chosen.sum())
+            if task.judged:  # few questions
+                category_intervals[name] = _intervals(measure, units.cluster[chosen])
     return {
         "title": task.title,
         "main": task.main,
@@ -60,6 +64,7 @@ def result_of(task: Task, scored: Sequence[Scored], folder: Path) -> dict[str, A
         "metrics": metrics,
         "intervals": intervals,
         "categories": categories,
+        "category_intervals": category_intervals,
         "category_units": counts,
         "questions": len(scored),
         "units": 0 if units is None else len(units.names),
@@ -71,6 +76,11 @@ def result_of(task: Task, scored: Sequence[Scored], folder: Path) -> dict[str, A
         "folder": str(folder.resolve()),
         "answers": [_row(each, folder) for each in scored],
     }
+
+
+def _intervals(measure: Measure, cluster: np.ndarray) -> dict[str, list[float | None]]:
+    drawn = resampled(measure, cluster, 1000)
+    return {name: [None if math.isnan(bound) else bound for bound in middle(values)] for name, values in drawn.items()}
 
 
 def _row(scored: Scored, folder: Path) -> dict[str, Any]:

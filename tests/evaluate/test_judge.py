@@ -280,6 +280,7 @@ def test_the_command_scores_and_asks_nothing_twice(out):
     assert tasks["llava-bench"]["judge"]["model"] == "scripted"
     assert "judge" not in tasks["scienceqa"]
     assert tasks["llava-bench"]["intervals"]["relative score"] == pytest.approx([100, 100])
+    assert tasks["llava-bench"]["category_intervals"]["conv"]["relative score"] == pytest.approx([100, 100])
     kept = (out / "judge" / "llava-bench.replies.jsonl").read_text().splitlines()
     assert len(kept) == 6
     assert all("reply" in json.loads(line) for line in kept)
