@@ -13,7 +13,7 @@ from llava_fast.datagen import nouns, ocr
 from llava_fast.demo import canvas
 from llava_fast.endpoint import asking
 from llava_fast.errors import LlavaFastError
-from llava_fast.evaluate import lmms, workers
+from llava_fast.evaluate import lmms
 from llava_fast.evaluate.model import ModelSpec
 from llava_fast.generation.grammar import Grammar, GrammarMask
 from llava_fast.inputs.pictures import video as videos
@@ -79,7 +79,6 @@ USES = {
     "a grammar": (lambda: GrammarMask(Grammar.json(), None, 1, ()), "serve"),
     "an endpoint": (asking._openai, "endpoint"),
     "a task of lmms-eval": (lambda: lmms.evaluate(ModelSpec("model"), ["lmms:mme"], None, 1), "lmms-eval"),
-    "an evaluation on Ray": (workers._ray, "ray"),
     "noun phrases": (lambda: nouns.tagger("textblob"), "data"),
     "text in pictures": (lambda: ocr.engine("rapidocr"), "ocr"),
     "a batch of a parquet file": (lambda: list(readers.read_rows("rows.parquet", 0)), "parquet"),

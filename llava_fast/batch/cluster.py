@@ -55,7 +55,7 @@ class Cluster:
         import ray
 
         reading = _Reading(source, first, limit, output.waiting)
-        with _joined(self.address, self.workers):
+        with joined(self.address, self.workers):
             batches = self._dataset(reading, model.anywhere, settings).iter_batches(
                 batch_size=None, batch_format="numpy"
             )
@@ -163,7 +163,7 @@ def check_ray() -> None:
 
 
 @contextmanager
-def _joined(address: str | None, workers: int | None) -> Iterator[None]:
+def joined(address: str | None, workers: int | None) -> Iterator[None]:
     """Ray, joined or started, and left again. One that a caller has joined already is used and left alone."""
     import ray
 

@@ -4,13 +4,14 @@ blocks as workers become free, and answers come back to the caller, who alone wr
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import queue
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from llava_fast.errors import EvaluationError, LlavaFastError, MissingPackageError
+from llava_fast.errors import EvaluationError, LlavaFastError
 from llava_fast.evaluate.model import RUNNING, ModelSpec, answers_of
 from llava_fast.evaluate.task import Answer, Question
 from llava_fast.orphans import end_with_parent
@@ -129,50 +130,43 @@ def on_ray(spec: ModelSpec, count: int, running: int = RUNNING, address: str | N
     """
 
     def answer(questions: Sequence[Question], options: Options) -> Answered:
-        ray = _ray()
-        ours = not ray.is_initialized()
-        if ours:
-            _join(ray, count, address)
-        gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        actors = [ray.remote(num_gpus=gpus)(RayWorker).remote(spec, running) for _ in range(count)]
-        supply = iter([questions[first : first + BLOCK] for first in range(0, len(questions), BLOCK)])
-        busy: dict[Any, tuple[Any, Sequence[Question]]] = {}
+        from llava_fast.batch.cluster import check_ray, joined
 
-        def give(actor: Any) -> None:
-            if (block := next(supply, None)) is not None:
-                busy[actor.answer.remote(list(block), options)] = actor, block
-
-        try:
-            for _ in range(2):  # a block ahead
-                for actor in actors:
-                    give(actor)
-            while busy:
-                (done, *_), _ = ray.wait(list(busy))
-                actor, block = busy.pop(done)
-                give(actor)
-                by_id = {question.id: question for question in block}
-                for name, result in _got(ray, done):
-                    yield by_id[name], result
-        finally:
-            for actor in actors:
-                ray.kill(actor)
-            if ours:
-                ray.shutdown()
+        check_ray()
+        with joined(address, count):
+            yield from _on_actors(spec, count, running, questions, options)
 
     return answer
 
 
-def _join(ray: Any, count: int, address: str | None) -> None:
-    """Join a cluster, or start one on this machine. Raises EvaluationError."""
-    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 otherwise: actors starve beside anything else
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    local = address is None and "RAY_ADDRESS" not in os.environ
-    options: dict[str, Any] = {"num_cpus": count, "include_dashboard": False} if local else {"address": address}
+def _on_actors(spec: ModelSpec, count: int, running: int, questions: Sequence[Question], options: Options) -> Answered:
+    import ray
+
+    if os.path.isdir(spec.path):
+        spec = dataclasses.replace(spec, path=os.path.abspath(spec.path))  # actors have another working directory
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    actors: list[Any] = [ray.remote(num_gpus=gpus)(RayWorker).remote(spec, running) for _ in range(count)]
+    supply = iter([questions[first : first + BLOCK] for first in range(0, len(questions), BLOCK)])
+    busy: dict[Any, tuple[Any, Sequence[Question]]] = {}
+
+    def give(actor: Any) -> None:
+        if (block := next(supply, None)) is not None:
+            busy[actor.answer.remote(list(block), options)] = actor, block
+
     try:
-        ray.init(log_to_driver=False, logging_level="error", **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = address or os.environ.get("RAY_ADDRESS", "this machine")
-        raise EvaluationError(f"Ray cannot be joined at {where}: {' '.join(str(error).split())}") from None
+        for _ in range(2):  # a block ahead
+            for actor in actors:
+                give(actor)
+        while busy:
+            (done, *_), _ = ray.wait(list(busy))
+            actor, block = busy.pop(done)
+            give(actor)
+            by_id = {question.id: question for question in block}
+            for name, result in _got(ray, done):
+                yield by_id[name], result
+    finally:
+        for actor in actors:
+            ray.kill(actor)
 
 
 class RayWorker:
@@ -181,7 +175,7 @@ class RayWorker:
     def __init__(self, spec: ModelSpec, running: int) -> None:
         self.model, self.running = spec.load(), running
 
-    def answer(self, questions: Iterable[Question], options: Options) -> list[tuple[str, Answer]]:
+    def answer(self, questions: Sequence[Question], options: Options) -> list[tuple[str, Answer]]:
         return [(question.id, found) for question, found in answers_of(self.model, questions, options, self.running)]
 
 
@@ -191,11 +185,3 @@ def _got(ray: Any, done: Any) -> list[tuple[str, Answer]]:
     except ray.exceptions.RayError as error:
         line = str(error).strip().splitlines()[-1]
         raise EvaluationError(f"an actor of the evaluation failed ({line}); answers so far are kept") from None
-
-
-def _ray() -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise MissingPackageError("eval --ray", "ray", "ray") from None
-    return ray

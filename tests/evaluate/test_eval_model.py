@@ -111,6 +111,8 @@ def test_a_process_that_dies_ends_the_run():
 class FakeRay:
     """Enough of Ray to run actors in this process. `lost`: the block whose result is lost with its actor."""
 
+    __spec__ = object()
+
     class exceptions:
         class RayError(Exception):
             pass
