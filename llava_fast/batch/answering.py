@@ -134,8 +134,12 @@ class Answerer:
             )
         if self.scheduler.prefixes is not None:
             _ = prompt.keys  # hashed in this thread
-        seed = None if sampling.seed is None else (sampling.seed + item.number) % 2**63
-        return new_sequence(self.model, prompt, sampling, seed)
+        return new_sequence(self.model, prompt, sampling, self.seed(item))
+
+    def seed(self, item: Item) -> int | None:
+        """An item's own, from that of the sampling."""
+        seed = self.settings.sampling.seed
+        return None if seed is None else (seed + item.number) % 2**63
 
     def request(self, item: Item) -> dict[str, Any]:
         """An item as a request of llava_fast. Raises RequestError for a prompt that lacks a value."""

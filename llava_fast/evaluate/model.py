@@ -65,6 +65,9 @@ def answers_of(
         def request(self, item: Item) -> dict[str, Any]:
             return item.columns["question"].request()
 
+        def seed(self, item: Item) -> int | None:
+            return self.settings.sampling.seed  # item numbers depend on what else is asked
+
     for placed in (False, True):
         asked = [question for question in questions if question.placed is placed]
         settings = Settings(

@@ -46,6 +46,14 @@ def test_answers_are_those_of_generate(model, questions, expected, running):
     assert by_id(answers_of(model, questions, OPTIONS, running)) == expected
 
 
+def test_drawn_answers_depend_on_seed_and_question_alone(model, questions):
+    """So that a run that goes on, or one in other blocks, draws the same."""
+    options = {**OPTIONS, "temperature": 2.0, "seed": 5}
+    whole = by_id(answers_of(model, questions, options))
+    assert by_id(answers_of(model, questions[3:], options)) == {q.id: whole[q.id] for q in questions[3:]}
+    assert by_id(answers_of(model, questions, {**options, "seed": 6})) != whole
+
+
 def test_what_cannot_be_asked_is_an_answer_with_an_error(model, questions, expected, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     bad = Question("bad", "?", "?", (str(tmp_path / "bad.png"),))
