@@ -7,6 +7,7 @@
 
 #include "image/tile_pixels.h"
 #include "image/tiles_cuda.h"
+#include "launch.h"
 
 namespace llava_fast {
 namespace {
@@ -44,8 +45,10 @@ void make_tiles_cuda(const TileJob* jobs, int job_count, const int32_t* words, c
   const auto on = static_cast<cudaStream_t>(stream);
   for (int begin = 0; begin < job_count; begin += kMaxJobs) {
     const unsigned count = std::min(job_count - begin, kMaxJobs);
-    middle_kernel<<<dim3(blocks(first_pixels), count), kThreads, 0, on>>>(jobs + begin, words, pixels, scratch);
-    tile_kernel<<<dim3(blocks(canvas_pixels), count), kThreads, 0, on>>>(jobs + begin, layout, words, scratch, tiles);
+    LLAVA_FAST_LAUNCH(middle_kernel, dim3(blocks(first_pixels), count), kThreads, on, jobs + begin, words, pixels,
+                      scratch);
+    LLAVA_FAST_LAUNCH(tile_kernel, dim3(blocks(canvas_pixels), count), kThreads, on, jobs + begin, layout, words,
+                      scratch, tiles);
   }
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) throw std::runtime_error(std::string("make_tiles on CUDA: ") + cudaGetErrorString(error));

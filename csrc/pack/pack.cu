@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "launch.h"
 #include "pack/pack.h"
 
 namespace llava_fast::pack {
@@ -64,14 +65,15 @@ void launch_pack(const PackArguments& a, cudaStream_t stream) {
   const auto as = [](const uint8_t* bytes) { return reinterpret_cast<const Word*>(bytes); };
   const Tables<Word> tables = {a.tables.source,     a.tables.row,          as(a.tables.embedding),
                                as(a.tables.visual), as(a.tables.constant), a.tables.words / int64_t{sizeof(Word)}};
-  pack_kernel<Word><<<static_cast<unsigned>(a.rows), kThreads, 0, stream>>>(tables, reinterpret_cast<Word*>(a.out));
+  LLAVA_FAST_LAUNCH(pack_kernel<Word>, static_cast<unsigned>(a.rows), kThreads, stream, tables,
+                    reinterpret_cast<Word*>(a.out));
 }
 
 template <class Word>
 void launch_take(const TakeArguments& a, cudaStream_t stream) {
-  take_kernel<Word><<<static_cast<unsigned>(a.count), kThreads, 0, stream>>>(
-      reinterpret_cast<const Word*>(a.rows), a.place, a.row_bytes / int64_t{sizeof(Word)},
-      reinterpret_cast<Word*>(a.out));
+  LLAVA_FAST_LAUNCH(take_kernel<Word>, static_cast<unsigned>(a.count), kThreads, stream,
+                    reinterpret_cast<const Word*>(a.rows), a.place, a.row_bytes / int64_t{sizeof(Word)},
+                    reinterpret_cast<Word*>(a.out));
 }
 
 template <class Value>
@@ -80,12 +82,13 @@ void launch_sum(const SumArguments& a, float* scratch, cudaStream_t stream) {
   auto* out = static_cast<Value*>(a.out);
   const unsigned count = static_cast<unsigned>(a.count);
   if (!scratch) {
-    sum_kernel<<<dim3(count, blocks(a.width)), kThreads, 0, stream>>>(rows, a.segments, a.target, a.width, 1, out);
+    LLAVA_FAST_LAUNCH(sum_kernel, dim3(count, blocks(a.width)), kThreads, stream, rows, a.segments, a.target, a.width,
+                      1, out);
     return;
   }
-  sum_kernel<<<dim3(count, blocks(a.width), kConstantParts), kThreads, 0, stream>>>(
-      rows, a.segments, static_cast<const int32_t*>(nullptr), a.width, kConstantParts, scratch);
-  parts_kernel<<<dim3(count, blocks(a.width)), kThreads, 0, stream>>>(scratch, a.width, out);
+  LLAVA_FAST_LAUNCH(sum_kernel, dim3(count, blocks(a.width), kConstantParts), kThreads, stream, rows, a.segments,
+                    static_cast<const int32_t*>(nullptr), a.width, kConstantParts, scratch);
+  LLAVA_FAST_LAUNCH(parts_kernel, dim3(count, blocks(a.width)), kThreads, stream, scratch, a.width, out);
 }
 
 }  // namespace
