@@ -2,6 +2,8 @@
 
 python -m benchmarks.gpu_check measure --output ops.json            # on a GPU; gpu_check.sh runs it
 python -m benchmarks.gpu_check measure --output x.json --dry-run    # anywhere: tiny sizes, no times
+python -m benchmarks.gpu_check select --budget 120                  # verdicts for NeXT-7B, as `llava-fast tune`
+python -m benchmarks.gpu_check launches --output launches.json      # launches and times of a prompt and a token
 python -m benchmarks.gpu_check collect OUT_DIR                      # everything in OUT_DIR into OUT_DIR/gpu.json
 
 These results do not decide which backend of an op runs. Selection does, on each machine (`llava-fast tune`).
@@ -24,13 +26,19 @@ import typer
 from tqdm import tqdm
 
 from benchmarks import machine
+from benchmarks.launches import of_request
 from benchmarks.op_cases import MAKERS, MEASURED_BESIDE, OpCase, Widths, made
+from benchmarks.subject import Subject
 from benchmarks.tune import compile_in_parallel, milliseconds, relative, said, waits, wall_milliseconds
+from llava_fast.generation.llava import Llava
+from llava_fast.models.fused import merge_linears
 from llava_fast.ops import triton_support, use_backend
+from llava_fast.tune import prove
 
 TILES = (5, 40, 1)  # the most important size first (a 672x672 image), in case the run is interrupted
 TINY = Widths(vision=32, mlp=48, decoder=48, tile=28, patch=14, vocabulary=100)
 WORST = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+SUITES = ("answer", "decode", "train-step")  # steps of gpu_check.sh that ran a suite, by how their names begin
 TIMES = ("ms", "plain_ms", "bare_ms", "copy_ms", "reference_ms")
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
@@ -182,6 +190,43 @@ def measure_ops(
         raise typer.Exit(1)
 
 
+Shape = Annotated[str, typer.Option(help="A shape of benchmarks.shapes, with random weights.")]
+Where = Annotated[str, typer.Option(help="cuda or cpu.")]
+
+
+def loaded(model: str, device: str) -> Llava:
+    """A shape's model as `load` gives it, Linears merged on CUDA, in bfloat16 there."""
+    ours = Subject(model, None, torch.bfloat16 if device == "cuda" else torch.float32, device).ours
+    if device == "cuda":
+        merge_linears(ours)
+    return ours
+
+
+@app.command()
+def select(
+    model: Shape = "llava-next-7b",
+    device: Where = "cuda",
+    training: Annotated[bool, typer.Option(help="A training step's calls too.")] = True,
+    budget: Annotated[float, typer.Option(help="Seconds that proofs may take.")] = 120.0,
+) -> None:
+    """Find verdicts for a shape's calls; they lie in LLAVA_FAST_CACHE."""
+    prove(loaded(model, device).requires_grad_(training), training, budget)
+
+
+@app.command()
+def launches(
+    output: Annotated[Path, typer.Option(help="The JSON to write.")],
+    model: Shape = "llava-next-7b",
+    device: Where = "cuda",
+) -> None:
+    """Count the launches of a prompt with an image and of a decoded token, greedy and drawn."""
+    ours = loaded(model, device)
+    ways = {"greedy": {}, "drawn": {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1}}
+    found = {name: of_request(ours, **options) for name, options in ways.items()}
+    output.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
 def test_counts(folder: Path) -> dict:
     """Sum up the JUnit files of a folder: tests, failures, errors, skipped tests, names of failed tests, and test files
     without a JUnit file because pytest crashed or was killed (from `exits`, with lines "file status")."""
@@ -232,8 +277,14 @@ def collect(folder: Annotated[Path, typer.Argument(help="The OUT_DIR of gpu_chec
     result["ops"] = list(rows.values())
     if (folder / "tests" / "exits").is_file():
         result["tests"] = test_counts(folder / "tests")
-    for each in sorted(folder.glob("path*.json")):
-        result.setdefault("path", {})[each.stem] = json.loads(each.read_text())["rows"]
+    for kind in ("path", *SUITES):
+        for each in sorted(folder.glob(f"{kind}*.json")):
+            section = result.setdefault("path" if kind == "path" else "suites", {})
+            section[each.stem] = json.loads(each.read_text())["rows"]
+    if (folder / "launches.json").is_file():
+        result["launches"] = json.loads((folder / "launches.json").read_text())
+    for each in sorted((folder / "verdicts").glob("*.json")):
+        result.setdefault("verdicts", {})[each.stem] = json.loads(each.read_text())
     if (folder / "steps").is_file():
         steps = (entry.split(": ", 1) for entry in (folder / "steps").read_text().splitlines())
         result["steps"] = result.get("steps", {}) | dict(steps)

@@ -5,10 +5,16 @@
 #
 # Steps, in this order; without names, all of them:
 #   build           csrc with CUDA (if that fails, without), then what `llava_fast doctor` says of this machine
+#   select          verdicts for NeXT-7B, inference and a training step (`llava-fast tune`); later steps use them
+#   launches        kernels, graphs and copies launched for an image's prompt and for a token, and their times
+#   answer          a 128-token answer of NeXT-7B beside transformers as it is
+#   decode          decoding alone beside it
+#   answer-compiled decode-compiled  the same beside transformers under torch.compile with a static cache
 #   path            uint8 tiles to inputs_embeds of NeXT-7B on the Triton kernels, beside transformers as it is
 #   path-compiled   the same beside transformers under torch.compile
 #   measure         every op: its error against float64, its time beside PyTorch, a copy and its floor
 #   tests           the kernels' tests on the GPU, one pytest process for each file
+#   train-step      a packed training step of NeXT-7B's widths, 8 layers, beside transformers
 #   path-graphs     the path on the Triton kernels, replayed from CUDA graphs
 #   path-reference  the path on the ops' PyTorch references: unfused, cuBLAS
 #   tune            launch configurations: OUT_DIR/<gpu>.json
@@ -16,10 +22,10 @@
 #   sanitizer       csrc's tests under compute-sanitizer; some machines refuse it, which is said and is no failure
 #
 # The steps share BUDGET seconds (default 530). Each has a share of them and what the steps before it left over, so no
-# step starves a later one. Work that is cut off keeps what it has. Two calls can share the work, build being quick
-# the second time:
-#   benchmarks/gpu_check.sh out build path path-compiled measure tests
-#   benchmarks/gpu_check.sh out build path-graphs path-reference tune measure-tuned sanitizer
+# step starves a later one. Work that is cut off keeps what it has. Two names stand for several steps, for 15 minutes of
+# a GPU in two calls:
+#   BUDGET=480 benchmarks/gpu_check.sh out first    # build select launches answer decode answer-compiled decode-compiled
+#   BUDGET=290 benchmarks/gpu_check.sh out second   # build tests train-step sanitizer
 #
 # Everything comes together in OUT_DIR/gpu.json. A call adds to the one that it finds there, if the commit is the same,
 # so a new OUT_DIR goes on with an earlier call's work if that call's gpu.json is put into it first. Logs are in
@@ -36,16 +42,27 @@
 
 set -uo pipefail
 usage() { sed -n '2,/^$/s/^#\( \|$\)//p' "$0"; }
-declare -A share=([build]=70 [path]=45 [path-compiled]=100 [measure]=90 [tests]=90 [path-graphs]=30
+declare -A share=([build]=70 [select]=150 [launches]=50 [answer]=60 [decode]=50 [answer-compiled]=60
+  [decode-compiled]=60 [train-step]=70 [path]=45 [path-compiled]=100 [measure]=90 [tests]=90 [path-graphs]=30
   [path-reference]=30 [tune]=60 [measure-tuned]=35 [sanitizer]=40)
-order=(build path path-compiled measure tests path-graphs path-reference tune measure-tuned sanitizer)
+order=(build select launches answer decode answer-compiled decode-compiled path path-compiled measure tests train-step
+  path-graphs path-reference tune measure-tuned sanitizer)
+declare -A groups=([first]="build select launches answer decode answer-compiled decode-compiled"
+  [second]="build tests train-step sanitizer")
 case ${1:-} in
   -h | --help) usage && exit 0 ;;
   "" | -*) usage >&2 && exit 2 ;;
 esac
 out=$(realpath -m "$1")
 shift
+wanted=()
 for name in "$@"; do
+  if [[ -v groups[$name] ]]; then
+    read -ra steps <<<"${groups[$name]}"
+    wanted+=("${steps[@]}")
+    continue
+  fi
+  wanted+=("$name")
   if [[ ! -v share[$name] ]]; then
     echo "no step is called '$name'; there are: ${order[*]}" >&2
     exit 2
@@ -54,6 +71,7 @@ done
 cd "$(dirname "$0")/.." || exit 2
 mkdir -p "$out"
 python=${PYTHON:-python3}
+export LLAVA_FAST_CACHE="$out/verdicts" # of this run alone
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 command -v nvcc >/dev/null || export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || { echo "no GPU here"; exit 2; }
@@ -62,7 +80,6 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader ||
 declare -A deadline=()
 total=0 sum=0
 chosen() { ((${#wanted[@]} == 0)) || [[ " ${wanted[*]} " == *" $1 "* ]]; }
-wanted=("$@")
 for name in "${order[@]}"; do if chosen "$name"; then total=$((total + share[$name])); fi; done
 for name in "${order[@]}"; do
   if chosen "$name"; then
@@ -104,6 +121,13 @@ encode() { # step, LLAVA_FAST_BACKEND, sides
     --dtype bfloat16 --device cuda --iters 50 --backend "$3" --output-json "$out/$1.json"
 }
 
+suite() { # step, suite, sides, more options: of the whole model, on the verdicts that `select` found
+  local name=$1 kind=$2 sides=$3
+  shift 3
+  LLAVA_FAST_SELECT=cached step "$name" "$python" -m benchmarks.run "$kind" --model llava-next-7b \
+    --image-size 672x672 --dtype bfloat16 --device cuda --backend "$sides" "$@" --output-json "$out/$name.json"
+}
+
 # One test file: JUnit to OUT_DIR/tests/<name>.xml, its exit status to OUT_DIR/tests/exits. Interrupted in time, pytest
 # still writes what it has. (The function runs in a shell of its own, so a crash of pytest is no signal to xargs.)
 test_file() { # file, OUT_DIR/tests, python, second of the epoch at which to stop
@@ -117,7 +141,7 @@ test_file() { # file, OUT_DIR/tests, python, second of the epoch at which to sto
 }
 export -f test_file
 
-rm -rf "$out/tests" "$out"/*.log "$out"/ops*.json "$out"/path*.json # an earlier call's are in gpu.json
+rm -rf "$out/tests" "$out"/*.log "$out"/ops*.json "$out"/{path,answer,decode,train,launches}*.json # an earlier call's are in gpu.json
 for name in "${order[@]}"; do
   chosen "$name" || continue
   case $name in
@@ -127,6 +151,18 @@ for name in "${order[@]}"; do
         LLAVA_FAST_CUDA=0 step build-without-cuda "$python" setup.py build_ext --inplace
       timeout 30 "$python" -m llava_fast doctor 2>&1 | tee "$out/doctor.log"
       ;;
+    select)
+      LLAVA_FAST_SELECT=first-use step select "$python" -m benchmarks.gpu_check select \
+        --budget $((deadline[select] - SECONDS > 60 ? deadline[select] - SECONDS - 40 : 20))
+      ;;
+    launches)
+      LLAVA_FAST_SELECT=cached step launches "$python" -m benchmarks.gpu_check launches --output "$out/launches.json"
+      ;;
+    answer) suite answer generate llava_fast,hf-eager --new-tokens 128 --iters 5 ;;
+    decode) suite decode decode llava_fast,hf-eager --new-tokens 64 --iters 5 ;;
+    answer-compiled) suite answer-compiled generate llava_fast,hf-compile --new-tokens 128 --iters 5 ;;
+    decode-compiled) suite decode-compiled decode llava_fast,hf-compile --new-tokens 64 --iters 5 ;;
+    train-step) suite train-step train-step llava_fast,hf-eager --layers 8 --iters 5 ;;
     path) encode path triton llava_fast,hf-eager ;;
     path-compiled) encode path-compiled triton llava_fast,hf-compile ;;
     path-graphs) encode path-graphs triton llava_fast-graphs,hf-eager ;;

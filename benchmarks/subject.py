@@ -20,6 +20,7 @@ from llava_fast.families.llava_names import from_stored, is_skipped
 from llava_fast.generation.llava import Llava
 from llava_fast.inputs.chat.rendering import builtin_template
 from llava_fast.inputs.processor import Processor
+from llava_fast.models.fused import merge_linears
 from llava_fast.models.quantised import Quantisation, Quantised, put
 from llava_fast.models.quantised import plan as quantisation_plan
 
@@ -125,6 +126,12 @@ class Subject:
         model.load_state_dict(self.hf.state_dict(), assign=True)
         model.generation_config = self.hf.generation_config
         return model.eval().requires_grad_(False)
+
+    @property
+    def as_loaded(self) -> Llava:
+        """`ours` for suites that answer: on CUDA with merged Linears, as `load` gives it (and then with weights of its
+        own)."""
+        return merge_linears(self.ours) if self.device.type == "cuda" else self.ours
 
     @cached_property
     def ours(self) -> Llava:

@@ -33,11 +33,21 @@ def tune(
     """Run a model (default: the demo's) on images of several sizes, test each class of calls that occurs, write the
     verdicts to this machine's file and print them. Raises BackendError if selection is off or pinned.
     """
+    _check_settings()
+    prove(load(model or model_path(), device=device, dtype=dtype), training, budget)
+
+
+def _check_settings() -> None:
     settings = tables.settings()
     if settings.pinned is not None or settings.mode == "off":
         raise BackendError("tune finds verdicts: unset LLAVA_FAST_SELECTION, and LLAVA_FAST_SELECT if it is 'off'")
+
+
+def prove(llava: Llava, training: bool, budget: float) -> None:
+    """As `tune`, for a model that is loaded."""
+    _check_settings()
+    settings = tables.settings()
     settings.mode, settings.budget, settings.thorough = "first-use", math.inf, True
-    llava = load(model or model_path(), device=device, dtype=dtype)
     table = settings.table(next(llava.parameters()).device)
     known = {name for name, verdict in table.verdicts.items() if verdict.by == "tune"}
     met: set[str] = set()

@@ -55,7 +55,7 @@ def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
 
 
 def _ours(subject: Subject, settings: Settings, context: int) -> Provider:
-    model, count, steps = subject.ours, settings.batch_size, settings.new_tokens
+    model, count, steps = subject.as_loaded, settings.batch_size, settings.new_tokens
     runner = Runner(model)
     cache = runner.cache
     filled = [BlockTable(cache) for _ in range(count)]

@@ -19,7 +19,7 @@ from benchmarks.suites.decode import gaps
 
 
 def cases(subject: Subject, settings: Settings) -> Iterator[Case]:
-    model, steps = subject.ours, settings.new_tokens
+    model, steps = subject.as_loaded, settings.new_tokens
     images = [photographs(settings, number) for number in range(ROTATED)]
     asked = [requests(settings, number) for number in range(ROTATED)]
     batch = model.prepare(asked[0])

@@ -231,6 +231,7 @@ def test_without_a_gpu_both_say_so(tmp_path):
         tune.main(tmp_path)
 
 
+SUITES = ("answer", "decode", "answer-compiled", "decode-compiled", "train-step")
 PYTHON = """#!/usr/bin/env bash
 # Stands in for python3: does what each step of the script would leave behind, without a GPU.
 all="$*"
@@ -242,6 +243,8 @@ case "$all" in
     xml=${all#*--junitxml=}
     echo '<testsuites><testsuite tests="3" failures="0" errors="0" skipped="1"/></testsuites>' >"${xml%% *}" ;;
   *"benchmarks.run"*) echo '{"rows": ["'"$LLAVA_FAST_BACKEND"'"]}' >"${*: -1}" ;;
+  *"gpu_check select"*) mkdir -p "$LLAVA_FAST_CACHE" && echo '{"verdicts": {}}' >"$LLAVA_FAST_CACHE/a-gpu.json" ;;
+  *"gpu_check launches"*) echo '{"greedy": 1}' >"${*: -1}" ;;
   *"gpu_check measure"*)
     out=${all#*--output }
     out=${out%% *}
@@ -280,8 +283,9 @@ def script(tmp_path):
 def test_the_script_does_its_steps_and_joins_what_they_found(script, tmp_path):
     status, steps, text = script(COLLECT="1", LLAVA_FAST_COMMIT="abc")
     assert list(steps) == [
-        *("build", "build-without-cuda", "path", "path-compiled", "measure", "tests", "path-graphs", "path-reference"),
-        *("tune", "measure-tuned", "sanitizer"),
+        *("build", "build-without-cuda", "select", "launches", "answer", "decode", "answer-compiled"),
+        *("decode-compiled", "path", "path-compiled", "measure", "tests", "train-step", "path-graphs"),
+        *("path-reference", "tune", "measure-tuned", "sanitizer"),
     ]
     assert steps["build"].startswith("failed with exit status 1")
     assert steps["build-without-cuda"].startswith("ok")
@@ -292,6 +296,9 @@ def test_the_script_does_its_steps_and_joins_what_they_found(script, tmp_path):
     assert status == 1, text
     result = json.loads((tmp_path / "out" / "gpu.json").read_text())
     on_triton = {name: ["triton"] for name in ("path", "path-compiled", "path-graphs")}
+    assert result["suites"] == {name: [""] for name in SUITES}  # on the backend that selection chooses
+    assert result["launches"] == {"greedy": 1}
+    assert result["verdicts"] == {"a-gpu": {"verdicts": {}}}
     assert result["path"] == on_triton | {"path-reference": ["reference"]}
     assert [row["from"] for row in result["ops"]] == ["ops-tuned.json"]
     assert result["steps"] == steps
@@ -301,6 +308,28 @@ def test_the_script_does_its_steps_and_joins_what_they_found(script, tmp_path):
     assert result["tests"]["crashed"] == ["tests/ops/test_rope.py (exit status 139)"]
     assert len(list((tmp_path / "out").glob("logs-*.tar.gz"))) == 1
     assert not list((tmp_path / "out").glob("*.log"))
+
+
+def test_two_names_stand_for_the_steps_of_two_calls(script):
+    first, second = script("first")[1], script("second")[1]
+    assert list(first) == ["build", "build-without-cuda", "select", "launches", *SUITES[:4]]
+    assert list(second) == ["build", "build-without-cuda", "tests", "train-step", "sanitizer"]
+
+
+def test_launches_are_counted_and_verdicts_found(tmp_path, monkeypatch):
+    """What a GPU would do, on the tiny shape on a CPU, where nothing is launched."""
+    gpu_check.launches(tmp_path / "launches.json", "tiny", "cpu")
+    found = json.loads((tmp_path / "launches.json").read_text())
+    for way in ("greedy", "drawn"):
+        assert found[way]["prompt"]["kernels"] == found[way]["token"]["graphs"] == 0
+        assert found[way]["prompt"]["ms"] > 0 < found[way]["token"]["ms"]
+        assert found[way]["without_graphs"] == {"encode": None, "decode": None}
+    proven = []
+    monkeypatch.setattr(gpu_check, "prove", lambda *given: proven.append(given))
+    gpu_check.select("tiny", "cpu", True, 3.0)
+    ((model, training, budget),) = proven
+    assert all(each.requires_grad for each in model.parameters())
+    assert (training, budget) == (True, 3.0)
 
 
 def test_a_step_that_hangs_starves_no_later_one(script, tmp_path):
