@@ -9,7 +9,7 @@ A kernel fails if it
 - computes a matrix product without matrix instructions, or with serialised ones (ptxas warns about such wgmma);
 - uses tf32 that was not requested;
 - needs more registers or shared memory than in the committed table, or a slower matrix instruction (mma instead of
-  wgmma), or is missing from the table.
+  wgmma), or has a worse inner loop (benchmarks/inner_loops.py), or is missing from the table.
 
 A row's `source` is Triton's hash of the compiled source, the options, the architecture and Triton's version (its wheel
 contains ptxas). This script is not part of the hash. After a change of this script, write the table again.
@@ -32,12 +32,15 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
+from benchmarks import inner_loops
+
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = ROOT / "benchmarks" / "kernels.json"
 PAGE = ROOT / "docs" / "kernels.md"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have (CUDA programming guide, capabilities)
 MATRIX = {80: ("mma.sync",), 90: ("wgmma.mma_async", "mma.sync")}
-COMPILED = ("registers", "stack", "shared", "matrix", "serial", "tf32")
+BOUNDS = ROOT / "docs" / "kernel_bounds.md"
+COMPILED = ("registers", "stack", "shared", "matrix", "serial", "tf32", "loop")
 REGISTER_SLACK = 8  # the granularity of register allocation; tolerated between compiler patch releases
 
 
@@ -89,13 +92,15 @@ def compiled(made: Any, capability: int) -> dict:
     """Return the properties of a kernel compiled by Triton, with the keys of COMPILED."""
     ptx = made.asm["ptx"]
     usage = resource_usage(made.asm["cubin"])[0]
+    matrix = next((m for m in MATRIX[capability] if m in ptx), "")
     return {
         "registers": usage["registers"],
         "stack": usage["stack"],
         "shared": made.metadata.shared,
-        "matrix": next((m for m in MATRIX[capability] if m in ptx), ""),
+        "matrix": matrix,
         "serial": is_serial(ptx, capability),
         "tf32": "tf32" in ptx,
+        "loop": inner_loops.inner_loop(inner_loops.disassembled(made.asm["cubin"])) if matrix else None,
     }
 
 
@@ -172,6 +177,7 @@ def compile_cuda(source: Path) -> list[dict]:
                         "matrix": "",
                         "serial": False,
                         "tf32": False,
+                        "loop": None,
                         "wants_matrix": False,
                         "wants_tf32": False,
                         "source": "",
@@ -205,7 +211,7 @@ def faults(row: dict, committed: dict | None) -> list[str]:
         wrong.append(f"{row['registers']} registers, {committed['registers']} committed")
     if committed and row["shared"] > committed["shared"]:
         wrong.append(f"{row['shared']} bytes of shared memory, {committed['shared']} committed")
-    return wrong
+    return wrong + inner_loops.faults(row.get("loop"), (committed or {}).get("loop"))
 
 
 def judge(rows: list[dict], committed: list[dict] | None) -> list[str]:
@@ -263,6 +269,46 @@ def markdown(rows: list[dict], versions: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def bounds_page(rows: list[dict], version: str) -> str:
+    """A page of the documentation: what share of the matrix units' rate each configuration can reach at best."""
+    lines = [
+        "# What matrix kernels can reach at best",
+        "",
+        f"Estimates, made by `make check-kernels WRITE=1` from the disassembly of Triton {version} and published",
+        "rates: nothing here ran on a GPU. The inner loop of each kernel is read (`benchmarks/inner_loops.py`). The",
+        "share is what its issue slots leave of the matrix units' dense rate, if memory never makes it wait and enough",
+        "warps are resident. A kernel cannot be faster than this; it may be much slower. `blocks` is how many fit a",
+        "multiprocessor by registers and shared memory. Of each configuration the least favourable dtype is shown.",
+        "",
+        "| op | kernel | sm | configuration | matrix instruction | others | bytes | async | load | blocks | share |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    worst: dict[tuple, tuple[float, dict]] = {}
+    for row in rows:
+        if row.get("loop"):
+            share = inner_loops.bound(row["loop"], row["sm"])
+            where = row["op"], row["kernel"], row["sm"], json.dumps(row["config"])
+            if where not in worst or share < worst[where][0]:
+                worst[where] = share, row
+    for (op, kernel, sm, config), (share, row) in sorted(worst.items()):
+        loop, words = row["loop"], " ".join(f"{name}={value}" for name, value in json.loads(config).items())
+        cells = [op, kernel, sm, words or "-", loop["shape"], f"{loop['others'] / loop['matrix']:.2f}", loop["bytes"]]
+        cells += [loop["asyncs"], loop["narrowest"] or "-", blocks(row), f"{100 * share:.0f}%"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    note = "`others` and `bytes` (loaded from global memory by a warp, without TMA's) are for each matrix instruction; "
+    lines += ["", note + "`async`: asynchronous copies in the loop; `load`: bytes of a thread's narrowest load.", ""]
+    return "\n".join(lines)
+
+
+def blocks(row: dict) -> int:
+    """Blocks of a kernel that fit a multiprocessor: by registers (65,536, given out 8 a thread), shared memory and
+    threads."""
+    threads = 32 * row["config"].get("num_warps", 4)
+    registers = 65536 // (-(-row["registers"] // 8) * 8 * threads)
+    shared = SHARED_LIMIT[row["sm"]] // row["shared"] if row["shared"] else 32
+    return min(registers, shared, 2048 // threads, 32)
+
+
 def main(
     write: Annotated[bool, typer.Option(help="Write the table instead of comparing with it.")] = False,
     changed: Annotated[
@@ -286,7 +332,8 @@ def main(
 
     work = [(name, i) for name in modules() if only in name for i in range(len(import_module(name).specimens()))]
     committed = json.loads(COMMITTED.read_text()) if COMMITTED.is_file() else None
-    known = {row["source"]: row for row in committed or [] if changed and row["source"]}
+    complete = [row for row in committed or [] if row["source"] and ("loop" in row or not row["matrix"])]
+    known = {row["source"]: {"loop": None, **row} for row in complete if changed}
     rows: list[dict] = []
     with ProcessPoolExecutor(jobs) as pool:
         started = [pool.submit(compile_triton, *item, known) for item in work] + [
@@ -312,6 +359,7 @@ def main(
     if write:
         COMMITTED.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
         PAGE.write_text(page)
+        BOUNDS.write_text(bounds_page(rows, triton.__version__))
 
 
 if __name__ == "__main__":
