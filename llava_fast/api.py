@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from llava_fast.checkpoints.assemble import Assembly, open_checkpoint
+from llava_fast.checkpoints.device_map import plan_devices
 from llava_fast.checkpoints.load import LoadedCheckpoint, Progress, load_weights
 from llava_fast.checkpoints.save import NOTE_FILE
 from llava_fast.checkpoints.templates import find_templates
@@ -39,6 +41,8 @@ def load(
     model_base: str | Path | None = None,
     vision_tower: str | Path | None = None,
     merge: bool | None = None,
+    device_map: Literal["auto"] | Sequence[torch.device | str] | None = None,
+    cuda_graphs: bool = True,
     quantize: Quantisation | str | None = None,
     kv_cache: str | None = None,
     progress: Progress = list,
@@ -56,6 +60,10 @@ def load(
     merge          one weight for query, key and value and one for gate and up, so that each is one product (see
                    models.fused.merge_linears). Default: on CUDA. Pass False for training or adapters;
                    llava_fast.models.fused.split_linears undoes it. Saving always writes the separate weights.
+    device_map     "auto": over as many of this machine's GPUs as the weights need (or a list of devices to use, in
+                   order), the decoder's layers in order, everything else on the first. Not with `device`. Decoding
+                   then runs layer by layer, without CUDA graphs; training runs take no such model.
+    cuda_graphs    on CUDA, encode images and decode from CUDA graphs, whose captures take memory. False: not.
     quantize       "int8", "int4" or a Quantisation: quantise the decoder's Linears, its head and its embedding to 8 or
                    4 bits while loading (see docs/quantisation.md). A checkpoint that is already quantised is loaded as
                    stored, without this option.
@@ -66,7 +74,10 @@ def load(
     Weights are memory-mapped and assigned tensor by tensor. Raises CheckpointError, naming file and tensor, and
     QuantisationError for an unsupported quantisation.
     """
-    device, quantisation = _device(device), Quantisation.of(quantize)
+    if device is not None and device_map is not None:
+        raise CheckpointError("give load a device or a device_map, not both")
+    devices = _devices(device_map)
+    device, quantisation = _device(devices[0] if devices else device), Quantisation.of(quantize)
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
     if kv_cache not in (None, "int8"):
@@ -83,10 +94,15 @@ def load(
     with torch.device("meta"):
         reads = load_processor(checkpoint, name, chat_template).with_options(options)
         model = Llava(checkpoint.config, reads)
-    load_weights(model, checkpoint, quantisation=quantisation, progress=progress)
+    layout = plan_devices(model, devices, checkpoint.dtype) if devices else None
+    place = None if layout is None else layout.device_of
+    load_weights(model, checkpoint, place, quantisation=quantisation, progress=progress)
+    if layout is not None:
+        layout.apply(model)
     if merge or (merge is None and device.type == "cuda"):
         merge_linears(model)
     model.decoder.cache_codes = kv_cache
+    model.cuda_graphs = cuda_graphs
     return model.eval()
 
 
@@ -167,6 +183,19 @@ def _device(device: torch.device | str | None) -> torch.device:
         return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise CheckpointError(f"device {device!r} is unknown: use 'cpu', 'cuda' or 'cuda:1'") from None
+
+
+def _devices(device_map: str | Sequence[torch.device | str] | None) -> list[torch.device]:
+    """The devices of load's `device_map`; none without one, or with "auto" on a machine without a GPU."""
+    if device_map is None:
+        return []
+    if isinstance(device_map, str):
+        if device_map != "auto":
+            raise CheckpointError(f"device_map must be 'auto' or a list of devices, got {device_map!r}")
+        return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    if not device_map:
+        raise CheckpointError("device_map lists no device")
+    return [_device(each) for each in device_map]
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -106,7 +106,7 @@ def load_checkpoint(
 def load_weights(
     model: ConfiguredModel,
     checkpoint: LoadedCheckpoint,
-    device: torch.device | str | None = None,
+    device: torch.device | str | Callable[[str], torch.device] | None = None,
     dtype: torch.dtype | None = None,
     quantisation: Quantisation | None = None,
     progress: Progress = list,
@@ -118,10 +118,11 @@ def load_weights(
     quantisation  which weights to quantise while loading; CheckpointError if the checkpoint is quantised already.
     progress      wraps the iteration over tensor names, like tqdm.
 
-    `device` and `dtype` default to the checkpoint's. Names and shapes are checked first: for tensors that are missing,
-    unexpected or of another shape, CheckpointError lists them and nothing is assigned.
+    `device` (or a function that returns each parameter's by its name) and `dtype` default to the checkpoint's. Names
+    and shapes are checked first: for tensors that are missing, unexpected or of another shape, CheckpointError lists
+    them and nothing is assigned.
     """
-    device = torch.device(device) if device is not None else checkpoint.device
+    place = torch.device(device) if isinstance(device, str) else device or checkpoint.device
     dtype = dtype or checkpoint.dtype
     parameters = dict(model.named_parameters())
     expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
@@ -135,6 +136,7 @@ def load_weights(
     for name in progress(sorted(parameters, key=lambda name: name in rounded or _is_quantised(name, checkpoint))):
         stored, requires_grad = checkpoint.tensors[name], parameters[name].requires_grad
         owner, _, leaf = name.rpartition(".")
+        device = place if isinstance(place, torch.device) else place(name)
         if isinstance(stored, StoredQuantised):
             weight, order = stored.load_quantised()
             put(model, owner, weight.to(device), dtype, None if order is None else order.to(device))

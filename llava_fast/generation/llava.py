@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,6 +17,7 @@ from llava_fast.generation.sampling import Sampling
 from llava_fast.generation.scheduler import Scheduler
 from llava_fast.generation.sequence import Generation, new_sequence
 from llava_fast.generation.sequence import Sequence as Running
+from llava_fast.models.encode_graphs import EncodeGraphs
 from llava_fast.models.paged_cache import PagedCache
 from llava_fast.models.vlm import LlavaModel
 
@@ -89,21 +90,30 @@ class Llava(LlavaModel):
         finally:
             for sequence in sequences:
                 scheduler.cancel(sequence)
-            _idle[self] = runner.cache, runner.device
+            _idle[self] = _Idle(runner.cache, runner.device, runner.encoder)
 
 
-_idle: WeakKeyDictionary[Llava, tuple[PagedCache, DeviceSteps | None]] = WeakKeyDictionary()
-"""Each model's idle cache and the graphs captured with it, for the next call: new memory causes page faults, and
-capturing takes time."""
+class _Idle(NamedTuple):
+    cache: PagedCache
+    device: DeviceSteps | None
+    encoder: EncodeGraphs | None
+
+
+_idle: WeakKeyDictionary[Llava, _Idle] = WeakKeyDictionary()
+"""Each model's idle cache and the captured graphs, for the next call: new memory causes page faults, and capturing
+takes time."""
 KEPT_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
 def _runner_of(model: Llava) -> Runner:
-    cache, device = _idle.pop(model, (None, None))  # a concurrent call in another thread creates its own
-    if cache is None or cache.used_blocks or cache.form != model.decoder.cache_form:
+    idle = _idle.pop(model, None)  # a concurrent call in another thread creates its own
+    if idle is None or idle.cache.used_blocks:
+        return Runner(model)
+    cache, device, encoder = idle if model.cuda_graphs else (idle.cache, None, None)
+    if [(part.form, part.first_layer) for part in cache.parts] != model.decoder.cache_forms:
         return Runner(model)
     cache.reopen(KEPT_BYTES.get(cache.device.type, 0))
-    return Runner(model, cache, device=device)
+    return Runner(model, cache, device=device, encoder=encoder)
 
 
 def _raise(error: Exception, name: Any) -> NoReturn:

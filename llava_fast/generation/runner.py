@@ -18,6 +18,7 @@ from llava_fast.models.blocks.attention import Spans
 from llava_fast.models.blocks.native_step import MAX_ROWS
 from llava_fast.models.decode_graphs import DecodeGraphs
 from llava_fast.models.decoders.stack import Decoder
+from llava_fast.models.encode_graphs import EncodeGraphs
 from llava_fast.models.paged_cache import PagedCache
 from llava_fast.models.vlm import LlavaModel
 
@@ -32,7 +33,8 @@ class Runner:
     batch_invariant  each sequence's logits equal those it would get alone, bit for bit: a prompt runs in its own passes
                      and reuses nothing, and the head and decoding steps run a row at a time, except where decoder_step
                      applies (plain float32 weights on a CPU). Not together with `features`.
-    device           CUDA graphs already captured on this cache; None: on CUDA they are captured when first needed.
+    device, encoder  CUDA graphs of decoding (already captured on this cache) and of encoding; None: on CUDA they are
+                     captured when first needed, unless model.cuda_graphs is False.
     """
 
     def __init__(
@@ -42,15 +44,18 @@ class Runner:
         features: FeatureCache | None = None,
         batch_invariant: bool = False,
         device: DeviceSteps | None = None,
+        encoder: EncodeGraphs | None = None,
     ) -> None:
         if batch_invariant and features is not None:
             raise ValueError("batch_invariant and features: images would be encoded otherwise than alone")
         self.model, self.features, self.batch_invariant = model, features, batch_invariant
         self.cache = model.decoder.new_cache() if cache is None else cache
-        if device is None and self.cache.device.type == "cuda" and isinstance(model.decoder, Decoder):
-            # A hosted decoder is transformers' own.
-            device = None if self.cache.codes else DeviceSteps(DecodeGraphs(model.decoder, self.cache))
-        self.device = device
+        captures = self.cache.device.type == "cuda" and model.cuda_graphs and not batch_invariant
+        if device is None and captures and isinstance(model.decoder, Decoder) and not self.cache.codes:
+            device = DeviceSteps(DecodeGraphs(model.decoder, self.cache))  # a hosted decoder is transformers' own
+        if encoder is None and captures:
+            encoder = EncodeGraphs(model)
+        self.device, self.encoder = device, encoder
         decoder = model.config.decoder
         self.dynamic_from = decoder.max_positions if decoder.rope.kind == "dynamic" else None
 
@@ -197,7 +202,8 @@ class Runner:
             part.encoded = part.is_visual
         tiles = [cut for parts in sequences for part in parts for cut in part.tiles]
         batch = Batch.from_prepared(self.model.own_processor.assemble(pieces, tiles), self.model.device)
-        return self.model.inputs_embeds(batch).split(batch.plan.lengths)
+        embeds = self.model.inputs_embeds(batch) if self.encoder is None else self.encoder.encode(batch)
+        return embeds.split(batch.plan.lengths)
 
 
 def is_last(sequence: Sequence, rows: int) -> bool:

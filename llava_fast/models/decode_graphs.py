@@ -19,22 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from llava_fast.models import cuda_graphs, fused
-from llava_fast.models.blocks.native_step import Snapshot
+from llava_fast.models.blocks.watch import Watch
 from llava_fast.models.decoders.stack import Decoder
 from llava_fast.models.paged_cache import BlockTable, PagedCache, Pages, table_width
 from llava_fast.ops import backend
 
 logger = logging.getLogger("llava_fast.generation")
 MOST_SEQUENCES = 256  # above this, launch overhead is negligible
-
-
-def _keeps_no_switch(kind: type) -> bool:
-    """Whether modules of a type do the same in each step, so that a graph may replace them: those of this package and
-    PyTorch's plain ones. Others, such as PEFT's, switch adapters by attributes that are not compared here."""
-    return kind.__module__.startswith("llava_fast.") or kind in _PLAIN
-
-
-_PLAIN = (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU, nn.Identity)
 
 
 class Column(NamedTuple):
@@ -124,9 +115,9 @@ class DecodeGraphs:
 
     A bucket is a number of sequences and of blocks per sequence, each a power of two; graphs are captured when first
     needed. Padding sequences write nothing. The result is a view that the next call overwrites.
-    `unfit` says why there is no graph: dynamic RoPE, a hooked module, one that is neither this package's nor a plain
-    one of PyTorch, or a failed capture (logged once, and not tried again until a module changes). A failed capture with
-    an ending other than logits disables only that ending (`failed`).
+    `unfit` says why there is no graph: dynamic RoPE, layers on several devices, a hooked module, one that is neither
+    this package's nor a plain one of PyTorch, or a failed capture (logged once, and not tried again until a module
+    changes). A failed capture with an ending other than logits disables only that ending (`failed`).
     """
 
     def __init__(self, decoder: Decoder, cache: PagedCache) -> None:
@@ -134,8 +125,7 @@ class DecodeGraphs:
         self.unfit: str | None = None
         self.failed: dict[Ending, str] = {}
         self._captured: dict[tuple, _Captured] = {}
-        self._snapshot: Snapshot | None = None
-        self._addresses: list[int] = []
+        self._watch = Watch(decoder)
         self._met: set[tuple] = set()
 
     def __call__(self, tokens: Sequence[int], tables: Sequence[BlockTable], before: Sequence[int]) -> Tensor | None:
@@ -197,21 +187,15 @@ class DecodeGraphs:
 
     def _follow_changes(self) -> None:
         """Drop all graphs if the modules or weights have changed since capture."""
-        snapshot = self._snapshot
-        addresses = [self.cache.addresses.data_ptr(), *cuda_graphs.addresses_of(self.decoder)]
-        if snapshot is not None and snapshot.holds() and addresses == self._addresses:
+        if not self._watch.changed(self.cache.addresses.data_ptr()):
             return
         self._captured.clear()
         self.failed.clear()
-        self._snapshot, self._addresses = Snapshot(self.decoder, frozenset(), whole=True), addresses
-        self.unfit = None
+        self.unfit = self._watch.unfit
         if self.decoder.rope.config.kind == "dynamic":
             self.unfit = "dynamic RoPE follows each sequence's length"
-        elif not self._snapshot.holds():
-            self.unfit = "a module of the decoder has a hook or a forward of its own"
-            self._snapshot = None  # check again in the next step
-        elif strange := sorted(kind.__name__ for kind in self._snapshot.kinds if not _keeps_no_switch(kind)):
-            self.unfit = f"a module of the decoder may choose anew at each step what it does ({', '.join(strange)})"
+        elif self.decoder.layer_groups:
+            self.unfit = "the decoder's layers are on several devices"
 
     def _captured_now(self, key: tuple) -> _Captured | None:
         ending, size, width, *_ = key

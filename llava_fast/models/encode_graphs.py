@@ -1,22 +1,31 @@
 """The path from uint8 tiles to the decoder's inputs, replayed from CUDA graphs, one for each bucket of sizes.
 
-Between capture and replay only the contents of two static tensors change: the tiles and the plan's integers. Opt-in:
-not measured on a GPU yet.
+Between capture and replay only the contents of two static tensors change: the tiles and the plan's integers. The runner
+encodes this way on CUDA (`encode`). Not measured on a GPU yet.
 """
 
 from __future__ import annotations
 
+import logging
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava_fast.inputs.plan.buckets import Bucket, bucket_of, fill
 from llava_fast.models.batch import Batch
+from llava_fast.models.blocks.watch import Watch
 from llava_fast.models.cuda_graphs import addresses_of, capture
 from llava_fast.models.quantised import table_of
 from llava_fast.models.vlm import LlavaModel
 from llava_fast.ops import backend
+
+logger = logging.getLogger("llava_fast.generation")
+MOST_GRAPHS = 16
 
 
 @dataclass
@@ -24,28 +33,69 @@ class _Captured:
     weights: tuple[int, ...]
     batch: Batch
     out: Tensor
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], None]
 
 
 class EncodeGraphs:
     """`graphs(batch)` is `model.inputs_embeds(batch)` without gradients, from a graph captured for the batch's bucket.
 
     A bucket is captured at its first use with each tile format and requested backend, and again after weights were
-    replaced (a graph holds addresses, so in-place changes are seen). Each graph keeps its memory pool, and none is
-    dropped; the returned rows are a view of it, which the next call for the same bucket overwrites. Raises ValueError
-    for a model that is not on CUDA or a plan that pools rows (pooled video, anyres_max) or has images of native sizes:
-    call model.inputs_embeds for those.
+    replaced (a graph holds addresses, so in-place changes are seen). Each graph keeps its memory pool; of MOST_GRAPHS,
+    the one used longest ago is dropped. The returned rows are a view of it, which the next call for the same bucket
+    overwrites. Raises ValueError for a model that is not on CUDA or a plan that pools rows (pooled video, anyres_max)
+    or has images of native sizes: call model.inputs_embeds for those, or `encode`, which does.
+
+    unfit  why no graph can stand for this model's modules; None if one can.
     """
 
+    devices: ClassVar = ("cuda",)
+
     def __init__(self, model: LlavaModel) -> None:
-        if model.device.type != "cuda":
+        if model.device.type not in self.devices:
             raise ValueError(f"CUDA graphs need a model on CUDA, this one is on {model.device}")
-        self.model = model
-        self.captured: dict[tuple, _Captured] = {}
+        self._model = weakref.ref(model)  # so that one kept for the model's next call does not keep the model
+        self._watch = Watch(model.vision_tower, model.projector)
+        self.unfit: str | None = None
+        self._met: set[tuple] = set()
+        self.captured: OrderedDict[tuple, _Captured] = OrderedDict()
+
+    @property
+    def model(self) -> LlavaModel:
+        model = self._model()
+        assert model is not None, "the model is gone"
+        return model
+
+    def encode(self, batch: Batch) -> Tensor:
+        """model.inputs_embeds(batch) without gradients, [rows, width], the caller's own: from a graph if the batch's
+        bucket has run the modules before (there ops are proven, see ops/selection), and if one can stand for them."""
+        with torch.no_grad():
+            try:
+                rows = self(batch).clone() if self._serves(batch) else None
+            except Exception as error:  # whatever a capture may raise, the modules still serve
+                self.unfit = f"encoding {batch.plan.tiles} tiles from a graph failed: {error!r}"
+                logger.warning("%s; the modules run one by one", self.unfit)
+                rows = None
+            return self.model.inputs_embeds(batch) if rows is None else rows
+
+    def _serves(self, batch: Batch) -> bool:
+        plan, vision = batch.plan, self.model.config.vision
+        if not plan.tiles or plan.pools or plan.grids or vision.by_modality:
+            return False
+        if nn.modules.module._has_any_global_hook():
+            return False
+        if self._watch.changed():
+            self.captured.clear()
+            self.unfit = self._watch.unfit
+        if self.unfit is not None:
+            return False
+        key = graph_key(batch, bucket_of(plan))
+        known = key in self._met
+        self._met.add(key)
+        return known
 
     def __call__(self, batch: Batch) -> Tensor:
         # Not in inference mode, whose tensors (the static ones, were a graph captured in it) nothing else may write.
-        with torch.cuda.device(self.model.device), torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             return self._run(batch)
 
     def _run(self, batch: Batch) -> Tensor:
@@ -56,15 +106,26 @@ class EncodeGraphs:
         if found is None or found.weights != weight_addresses(self.model):
             found = None  # free the old graph's memory before the next capture
             self.captured.pop(key, None)
-            found = self.captured[key] = self._capture(filled_batch(batch, bucket))
+            while len(self.captured) >= MOST_GRAPHS:
+                self.captured.popitem(last=False)
+            found = self.captured[key] = self._captured(filled_batch(batch, bucket))
+        self.captured.move_to_end(key)
+        flat = torch.from_numpy(filled.flat)
         found.batch.tiles[: len(batch.tiles)].copy_(batch.tiles)
-        found.batch.flat.copy_(torch.from_numpy(filled.flat).pin_memory(), non_blocking=True)
-        found.graph.replay()
+        found.batch.flat.copy_(flat.pin_memory() if batch.tiles.is_cuda else flat, non_blocking=True)
+        found.replay()
         return found.out[: batch.plan.rows]
 
-    def _capture(self, batch: Batch) -> _Captured:
-        graph, out = capture(lambda: self.model.inputs_embeds(batch))
-        return _Captured(weight_addresses(self.model), batch, out, graph)
+    def _captured(self, batch: Batch) -> _Captured:
+        model = self.model
+        replay, out = self.capture(lambda: model.inputs_embeds(batch))
+        return _Captured(weight_addresses(model), batch, out, replay)
+
+    def capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """(a function that replays `run`, its output tensor)."""
+        with torch.cuda.device(self.model.device):
+            graph, out = capture(run)
+        return graph.replay, out
 
 
 def weight_addresses(model: LlavaModel) -> tuple[int, ...]:

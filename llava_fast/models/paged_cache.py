@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llava_fast.errors import CacheFullError
+from llava_fast.models.paged_rows import PassRows, to_device
 from llava_fast.models.step_index import StepIndex
 from llava_fast.ops import cached_rows
 from llava_fast.ops.paging import block_addresses, run_views
@@ -52,6 +53,8 @@ class PagedCache:
     keep_bytes  the size up to which the cache grows before it reclaims blocks from its `keeper`.
     codes       None: rows are stored in `dtype`. "int8": in 8 bits with a scale each (ops.cached_rows), and read in
                 `dtype`; raises ValueError unless head_dim is a multiple of 8.
+    first_layer the number of its first layer. A decoder whose layers are on several devices has a cache on each:
+                `parts` of the first of them (itself and the `join`ed ones), which alone knows who uses which block.
     """
 
     def __init__(
@@ -65,11 +68,14 @@ class PagedCache:
         keep_bytes: int = 0,
         block_rows: int = BLOCK_ROWS,
         codes: str | None = None,
+        first_layer: int = 0,
     ) -> None:
         if codes not in (None, "int8"):
             raise ValueError(f"codes is {codes!r}: use 'int8' or None")
         if codes and head_dim % cached_rows.MULTIPLE:
             raise ValueError(f"heads of {head_dim} elements are not cached in 8 bits: a multiple of 8 is needed")
+        self.first_layer = first_layer
+        self.parts: list[PagedCache] = [self]
         self.codes = codes
         self.form = (layers, kv_heads, head_dim, dtype, device, codes)
         self.shape = (layers, 2, kv_heads, block_rows, head_dim + (cached_rows.SCALE_BYTES if codes else 0))
@@ -78,6 +84,7 @@ class PagedCache:
         self.stored_dtype = torch.int8 if codes else dtype
         self.block_bytes = torch.Size(self.shape).numel() * self.stored_dtype.itemsize
         self.max_bytes = max_bytes
+        self.keep_bytes = keep_bytes
         self.max_blocks = self._bound()
         self.keep_blocks = keep_bytes // self.block_bytes
         self.keeper: Keeper | None = None
@@ -91,10 +98,28 @@ class PagedCache:
         self._addresses: Tensor | None = None
         self._addressed = 0  # blocks whose addresses it holds
 
+    def join(self, others: Sequence[PagedCache]) -> None:
+        """Let these empty caches, of the layers that follow, hold the same blocks as this one."""
+        self.parts = [self, *others]
+        for other in others:
+            other.segment_starts = self.segment_starts
+        self.max_blocks, self.keep_blocks = self._bound(), self.keep_bytes // self.bytes_of_all
+
+    @property
+    def bytes_of_all(self) -> int:
+        """Bytes of a block, of all layers."""
+        return sum(part.block_bytes for part in self.parts)
+
+    def part_of(self, layer: int) -> PagedCache:
+        """The part that holds this layer's rows."""
+        return [part for part in self.parts if part.first_layer <= layer][-1]
+
     def _bound(self, held: int = 0) -> int:
-        """max_blocks, with `held` bytes of the device's memory in segments already."""
-        most = (free_memory(self.device) + held) // 2 if self.max_bytes is None else self.max_bytes
-        return max(1, most // self.block_bytes)
+        """max_blocks, with `held` blocks in segments already."""
+        if self.max_bytes is not None:
+            return max(1, self.max_bytes // self.bytes_of_all)
+        rooms = [(free_memory(part.device) + held * part.block_bytes) // 2 // part.block_bytes for part in self.parts]
+        return max(1, min(rooms))
 
     def reopen(self, kept_bytes: int) -> None:
         """Prepare a cache whose blocks are all free for other sequences: memory beyond `kept_bytes` is freed, and the
@@ -102,11 +127,14 @@ class PagedCache:
         """
         if self.free_blocks != self.blocks:
             raise ValueError(f"{self.blocks - self.free_blocks} blocks of the cache are in use")
-        if self.blocks * self.block_bytes > kept_bytes:
-            self.segments, self.segment_starts, self.users = [], set(), []
-            self._is_free, self.free_blocks, self._addressed = bytearray(), 0, 0
-        self.max_blocks = max(self._bound(self.blocks * self.block_bytes), self.blocks)
-        self._step = None
+        if self.blocks * self.bytes_of_all > kept_bytes:
+            for part in self.parts:
+                part.segments = []
+            self.segment_starts.clear()
+            self.users, self._is_free, self.free_blocks, self._addressed = [], bytearray(), 0, 0
+        self.max_blocks = max(self._bound(self.blocks), self.blocks)
+        for part in self.parts:
+            part._step = None
 
     @property
     def blocks(self) -> int:
@@ -142,8 +170,9 @@ class PagedCache:
         for block in taken:
             self.use(block)
         # Zero them: masked attention still reads rows that were never written, and a NaN there would spread.
-        for rows in run_views(self.segments, runs_of(taken, self.segment_starts)):
-            rows.zero_()
+        for part in self.parts:
+            for rows in run_views(part.segments, runs_of(taken, self.segment_starts)):
+                rows.zero_()
         return taken
 
     def _make_room(self, count: int, expected: int) -> None:
@@ -158,14 +187,15 @@ class PagedCache:
         if short > room:
             raise CacheFullError(f"{count} blocks are needed, {self.free_blocks} are free and {room} can be added")
         if short > 0:
-            least, most = SMALLEST_SEGMENT // self.block_bytes, LARGEST_SEGMENT // self.block_bytes
+            least, most = SMALLEST_SEGMENT // self.bytes_of_all, LARGEST_SEGMENT // self.bytes_of_all
             size = max(short, expected - self.free_blocks, min(max(self.blocks, least), most))
             self._grow(min(size, room))
 
     def _grow(self, count: int) -> None:
-        shape = (*self.shape[:3], count, *self.shape[3:])
-        with torch.inference_mode(False):  # so that it can be written in any mode
-            self.segments.append(torch.empty(shape, dtype=self.stored_dtype, device=self.device))
+        for part in self.parts:
+            shape = (*part.shape[:3], count, *part.shape[3:])
+            with torch.inference_mode(False):  # so that it can be written in any mode
+                part.segments.append(torch.empty(shape, dtype=self.stored_dtype, device=part.device))
         self.segment_starts.add(self.blocks)
         self.users += [0] * count
         self._is_free += b"\1" * count
@@ -190,9 +220,10 @@ class PagedCache:
 
     def copy(self, source: int, target: int) -> None:
         """Copy all rows of one block to another."""
-        (rows,) = run_views(self.segments, (source, 1))
-        (place,) = run_views(self.segments, (target, 1))
-        place.copy_(rows)
+        for part in self.parts:
+            (rows,) = run_views(part.segments, (source, 1))
+            (place,) = run_views(part.segments, (target, 1))
+            place.copy_(rows)
 
     # ------------------------------------------------------------ what attention calls
 
@@ -218,6 +249,19 @@ class PagedCache:
         flat = torch.tensor(numbers, dtype=torch.int32, device=self.device)
         return Pages(self.addresses, flat[count:].view(count, width), flat[:count])
 
+    def rows_of_pass(self, tables: Sequence[BlockTable], before: Sequence[int], lengths: Sequence[int]) -> PassRows:
+        """Where a prefill pass of `lengths` rows after the first `before` of each table writes and reads."""
+        for table, at, rows in zip(tables, before, lengths, strict=True):
+            table.require(at + rows)
+        blocks, first = [table.blocks for table in tables], sorted(self.segment_starts)
+        return PassRows(blocks, before, lengths, self.block_rows, first, lambda array: to_device(array, self.device))
+
+    def append_pass(self, layer: int, rows: PassRows, key_RKD: Tensor, value_RKD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a prefill pass's new rows; returns all rows of its sequences end to end, [T, K, D]."""
+        of_layer = [segment[layer - self.first_layer] for segment in self.segments]
+        keys, values = rows.store(of_layer, self._stored(key_RKD), self._stored(value_RKD))
+        return self._read(keys), self._read(values)
+
     def append(self, layer: int, table: BlockTable, before: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store [K, rows, D] after the first `before` rows of a table; returns all its rows, [K, before+rows, D]."""
         keys, values = self._append(layer, table, before, self._stored(key), self._stored(value))
@@ -232,7 +276,8 @@ class PagedCache:
     def _append(self, layer: int, table: BlockTable, before: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         after = before + key.shape[1]
         table.require(after)
-        views = table.views()
+        layer -= self.first_layer
+        views = table.views(self)
         if len(views) == 1:  # the usual case: worth a fast path, since a prefill runs this per sequence and layer
             both = views[0][layer].narrow(2, 0, after)
             keys, values = both[0], both[1]
@@ -269,6 +314,7 @@ class PagedCache:
             steps[None] = StepIndex([table.blocks for table in tables], before, self.segments)
         if window not in steps:
             steps[window] = steps[None].with_window(window)
+        layer -= self.first_layer
         keys, values, mask = steps[window].run(self.segments, layer, self._stored(key), self._stored(value))
         return self._read(keys), self._read(values), mask
 
@@ -281,7 +327,7 @@ class BlockTable:
         self.blocks: list[int] = []
         self.runs: list[int] = []  # as ops.decoder_step takes them
         self.length = self.capacity = 0
-        self._views: tuple[tuple[bool, bool], list[Tensor]] | None = None
+        self._views: dict[int, tuple[tuple[bool, bool], list[Tensor]]] = {}  # by the first layer of a part
 
     def reserve(self, rows: int, expected: int = 0) -> None:
         """Allocate blocks for `rows` rows in total. `expected`: as for allocate. Raises CacheFullError."""
@@ -311,14 +357,14 @@ class BlockTable:
         """Free every block, the last first."""
         for block in reversed(self.blocks):
             self.cache.release(block)
-        self.blocks, self.runs, self.length, self.capacity, self._views = [], [], 0, 0, None
+        self.blocks, self.runs, self.length, self.capacity, self._views = [], [], 0, 0, {}
 
-    def views(self) -> list[Tensor]:
-        """The runs' rows, [layers, 2, K, rows, D] each."""
-        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        if self._views is None or self._views[0] != mode:  # a view may not be written in another mode
-            self._views = mode, run_views(self.cache.segments, self.runs)
-        return self._views[1]
+    def views(self, part: PagedCache) -> list[Tensor]:
+        """The runs' rows in a part of the cache, [layers, 2, K, rows, D] each."""
+        mode, found = (torch.is_grad_enabled(), torch.is_inference_mode_enabled()), self._views.get(part.first_layer)
+        if found is None or found[0] != mode:  # a view may not be written in another mode
+            found = self._views[part.first_layer] = mode, run_views(part.segments, self.runs)
+        return found[1]
 
     def require(self, rows: int) -> None:
         if rows > self.capacity:
@@ -328,7 +374,7 @@ class BlockTable:
         self.blocks += blocks
         self.capacity += len(blocks) * self.cache.block_rows
         self.runs = runs_of(blocks, self.cache.segment_starts, self.runs)
-        self._views = None
+        self._views = {}
 
 
 def table_width(tables: Sequence[BlockTable]) -> int:

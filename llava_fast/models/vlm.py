@@ -52,6 +52,8 @@ class LlavaModel(VisualModel, ConfiguredModel):
                 )
         self.processor = processor
         self.decoder = config.decoder.build()
+        self.cuda_graphs = True
+        """Encode images and decode from CUDA graphs where that can be done (generation.runner)."""
         self.runs_every_part = False
         """Run tower and projector on zero tiles if a batch has none, as sharded training requires."""
 

@@ -128,10 +128,16 @@ def is_sharded(recipe: Recipe, world: World) -> bool:
     return world.mesh is not None and recipe.parallel.kind in ("auto", "fsdp2")
 
 
+def _check_one_device(model: LlavaModel) -> None:
+    if model.decoder.layer_groups:
+        raise RecipeError("the model was loaded with a device_map: a training run places it itself, so load it without")
+
+
 def parallelize(model: LlavaModel, recipe: Recipe, world: World) -> nn.Module:
     """The model as all processes run it. Call it before creating the optimizer, since parameters change. A model to be
     sharded may still be on the host (see `place`): its layers are moved to the device one by one. From here on all
     processes use the first rank's verdicts on ops (`ops/selection`). Raises BackendError if the GPUs differ."""
+    _check_one_device(model)
     share(world.device)
     settings = recipe.parallel
     if world.mesh is None or settings.kind == "none":

@@ -34,7 +34,7 @@ def load(folder: Path) -> None:
     ctypes.CDLL(str(torch / "lib" / "libtorch_cpu.so"), ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(library))
 
-    from torch import cuda
+    from torch import backends, cuda
     from torch.library import Library
 
     class Event:
@@ -47,6 +47,8 @@ def load(folder: Path) -> None:
     cuda.Event, cuda.current_stream = Event, lambda device: None
     cuda.current_device = lambda: 0
     cuda.is_bf16_supported = lambda *_: True
+    cuda.get_device_capability = lambda *_: (9, 0)
+    backends.cuda.is_flash_attention_available = lambda: True
     cuda.mem_get_info = lambda *_: (1 << 34, 1 << 34)
     cuda.amp.common.amp_definitely_not_available = lambda: False
     register = Library.impl
@@ -59,7 +61,7 @@ def load(folder: Path) -> None:
     Library.impl = impl
 
 
-LAUNCHES = {"llava_fast::paged_attention": 3}
+LAUNCHES = {"llava_fast::paged_attention": 3, "torch_attn::_varlen_attn": 1}
 
 
 class Reads(list[str]):
@@ -83,6 +85,7 @@ def fake_gpu() -> Iterator[Reads]:
     for each that is no view and allocates more than memory, those of LAUNCHES as given there."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
@@ -115,5 +118,17 @@ def fake_gpu() -> Iterator[Reads]:
                 reads.append(f"{function} to the host")
             return out
 
-    with FakeTensorMode(allow_non_fake_inputs=True), Device():
+    class Attention(TorchFunctionMode):
+        """One kernel on a GPU (flash or memory-efficient), of which fake tensors see the steps; its result lies in
+        memory as [batch, rows, heads, size]."""
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            before = reads.launches
+            out = function(*args, **(kwargs or {}))
+            if function is torch.nn.functional.scaled_dot_product_attention and on(out, "cuda"):
+                out = out.transpose(1, 2).contiguous().transpose(1, 2)
+                reads.launches = before + 1
+            return out
+
+    with Attention(), FakeTensorMode(allow_non_fake_inputs=True), Device():
         yield reads

@@ -42,7 +42,7 @@ from llava_fast.models.decoders.llama import LlamaConfig
 from llava_fast.models.decoders.stack import Decoder
 from llava_fast.models.encode_graphs import filled_batch
 from llava_fast.models.fused import merge_linears
-from llava_fast.models.paged_cache import Pages
+from llava_fast.models.paged_cache import BlockTable, Pages
 from llava_fast.models.recompute import set_recompute
 from llava_fast.ops import rms_norm, use_backend
 from llava_fast.train.objective import forward
@@ -113,6 +113,23 @@ def filling(name: str, backend: str) -> None:
     assert not reads, reads
 
 
+def encoding_launches(bound: int) -> None:
+    """Five tiles of a CLIP of 24 layers, up to the second last: what a graph replays (its kernels do not depend on
+    widths), with the Triton ops and merged Linears."""
+    ours = tiny.pair("next").ours
+    vision = replace(ours.config.vision, num_layers=24, feature_layers=(-2,))
+    with fake_gpu() as reads, use_backend("triton"), torch.no_grad():
+        with torch.device("cuda"), of_dtype(torch.bfloat16):
+            model = merge_linears(Llava(replace(ours.config, vision=vision), ours.processor))
+        batch = model.prepare([{"prompt": "<image>", "images": [np.zeros((2000, 2000, 3), np.uint8)]}])
+        filled = filled_batch(batch, bucket_of(batch.plan))
+        reads.launches = 0
+        model.inputs_embeds(filled)
+    assert len(filled.tiles) == 5, filled.tiles.shape
+    assert not reads, reads
+    assert 23 * 7 <= reads.launches <= bound, reads.launches
+
+
 def training(name: str, backend: str, layout: str, logits: str) -> None:
     """Nor in both passes of a training step, with everything trained."""
     with fake_gpu() as reads, use_backend(backend):
@@ -162,6 +179,48 @@ def of_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def attending(training: bool) -> None:
+    """How many kernels a pass launches does not depend on how many sequences it has."""
+    counts = []
+    for several in (2, 7):
+        with fake_gpu() as reads, use_backend("triton"), torch.inference_mode(not training):
+            with torch.device("cuda"), of_dtype(torch.bfloat16):
+                model = on_gpu("next_qwen")
+            asked = [talk("hello") for _ in range(several)]
+            if training:
+                batch = model.prepare(asked, labels=True)
+                reads.launches = 0
+                model(batch, logits="none").loss.backward()
+            else:
+                runner = Runner(model)
+                made = [
+                    new_sequence(model, read_prompt(model.processor, each), llava_fast.Sampling()) for each in asked
+                ]
+                for sequence in made:
+                    sequence.table = BlockTable(runner.cache)
+                    sequence.table.reserve(sequence.rows)
+                reads.launches = 0
+                runner.prefill([(sequence, sequence.rows) for sequence in made])
+        assert not reads, reads
+        counts.append(reads.launches)
+    assert counts[0] == counts[1], counts
+
+
+def spreading() -> None:
+    """A model on two GPUs answers: no operation mixes tensors of both."""
+    second = torch.device("cuda", 1)
+    with fake_gpu() as reads:
+        model = on_gpu("next")
+        with torch.device(second):
+            model.decoder.layers[1:] = Llava(model.config, model.processor).decoder.layers[1:]
+        model.decoder.layer_groups = ((torch.device("cuda", 0), 0), (second, 1))
+        made = model.generate(requests("next"), max_new_tokens=4, ignore_eos=True)
+        with torch.no_grad():
+            model(model.prepare(requests("next"), labels=True), logits="none")
+    assert [len(each.token_ids) for each in made] == [4, 4, 4]
+    assert len(reads) == 4 * 3, reads
 
 
 def stepping(heads: int, kv_heads: int, bound: int) -> None:
@@ -325,6 +384,10 @@ def main() -> None:
     add(training, "next", "auto", "packed", "all")
     add(optimizing, "bfloat16", "layers", "auto")
     add(optimizing, "float32", "none", "auto")
+    add(encoding_launches, 190)
+    add(spreading)
+    add(attending, True)
+    add(attending, False)
     add(stepping, 32, 32, 328)
     add(stepping, 32, 8, 328)
     add(choosing, 10)

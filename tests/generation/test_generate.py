@@ -153,7 +153,7 @@ def test_calls_share_the_memory_of_a_cache():
     model = copy.deepcopy(tiny.pair("next").ours)
     requests = [{"prompt": "<image>hello", "images": [tiny.picture(60, 90)]}, {"prompt": "hello"}]
     first = model.generate(requests, max_new_tokens=6)
-    cache, _ = llava._idle[model]
+    cache = llava._idle[model].cache
     segments = list(cache.segments)
     assert segments
     assert not cache.used_blocks
@@ -181,7 +181,7 @@ def test_a_large_cache_is_given_back(monkeypatch):
     monkeypatch.setitem(llava.KEPT_BYTES, "cpu", 1)
     model = copy.deepcopy(tiny.pair("next").ours)
     before = model.generate([{"prompt": "hello"}], max_new_tokens=6)[0].token_ids
-    cache, _ = llava._idle[model]
+    cache = llava._idle[model].cache
     held = cache.segments[0]
     assert model.generate([{"prompt": "hello"}], max_new_tokens=6)[0].token_ids == before
     assert llava._idle[model][0] is cache

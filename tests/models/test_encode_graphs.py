@@ -1,6 +1,8 @@
 """Plans padded to buckets give the same rows; with a GPU, so do replayed graphs."""
 
 import copy
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -8,10 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+from llava_fast.generation.prompt import read_prompt
+from llava_fast.generation.runner import Runner
 from llava_fast.inputs.plan.buckets import Bucket, bucket_of, fill
+from llava_fast.models import encode_graphs
 from llava_fast.models.encode_graphs import EncodeGraphs, filled_batch, graph_key, weight_addresses
 from llava_fast.ops import use_backend
 from tests.support import tiny
+from tests.support.played import PlayedEncoding
 
 
 def batches(model):
@@ -90,6 +96,81 @@ def test_what_has_no_filler_is_refused():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="need a model on CUDA"):
             EncodeGraphs(video)
+
+
+@pytest.mark.parametrize("name", ["next", "llava15"])
+def test_the_runner_encodes_from_graphs(name):
+    """From a bucket's second batch on; rows that a sequence keeps are its own."""
+    model = tiny.pair(name).ours
+    runner = Runner(model)
+    runner.encoder = graphs = PlayedEncoding(model)
+    rng = np.random.default_rng(1)
+    picture = [rng.integers(0, 256, (30, 40, 3), np.uint8) for _ in range(3)]
+    kept = []
+    with torch.inference_mode():
+        for number, image in enumerate(picture):
+            parts = read_prompt(model.processor, {"prompt": "<image>\nWhat?", "images": [image]}).parts
+            (found,) = runner._encoded([parts])
+            kept.append(found)
+            assert graphs.replays == number
+        runner.encoder = None
+        for image, found in zip(picture, kept, strict=True):
+            parts = read_prompt(model.processor, {"prompt": "<image>\nWhat?", "images": [image]}).parts
+            torch.testing.assert_close(found, runner._encoded([parts])[0], rtol=1e-5, atol=1e-6)
+    assert graphs.captures == 1
+    assert graphs.unfit is None
+
+
+def test_what_a_graph_may_not_stand_for_runs_the_modules(caplog):
+    model = copy.deepcopy(tiny.pair("next").ours)
+    graphs, batch = PlayedEncoding(model), batches(model)[0]
+
+    def check(replays):
+        for _ in range(2):
+            torch.testing.assert_close(graphs.encode(batch), model.inputs_embeds(batch).detach(), rtol=1e-5, atol=1e-6)
+        assert graphs.replays == replays
+
+    check(1)
+    layer = model.vision_tower.encoder.layers[0]
+    hook = layer.mlp.register_forward_hook(lambda module, args, out: out * 3)
+    check(1)
+    assert "hook" in graphs.unfit
+    hook.remove()
+    check(3)
+    layer.mlp.fc1.weight.data = layer.mlp.fc1.weight.data * 2
+    check(5)
+    layer.mlp.fc1 = nn.Sequential(layer.mlp.fc1, nn.Dropout(0.0))
+    check(5)
+    assert "(Dropout)" in graphs.unfit
+    layer.mlp.fc1 = layer.mlp.fc1[0]
+    graphs.capture = lambda run: 1 / 0
+    check(5)
+    assert "failed: ZeroDivisionError" in graphs.unfit
+    assert caplog.text.count("the modules run one by one") == 1
+    video = tiny.pair("video").ours
+    frames = np.zeros((4, 30, 40, 3), np.uint8)
+    batch = video.prepare([{"prompt": "<video>\nWhat?", "video": frames}])
+    graphs = PlayedEncoding(video)
+    for _ in range(2):
+        assert torch.equal(graphs.encode(batch), video.inputs_embeds(batch))
+    assert not graphs.captures
+
+
+def test_the_graph_used_longest_ago_is_dropped(monkeypatch):
+    monkeypatch.setattr(encode_graphs, "MOST_GRAPHS", 2)
+    model = tiny.pair("next").ours
+    graphs, several = PlayedEncoding(model), batches(model)
+    for batch in (several[0], several[1], several[0], several[2]):
+        graphs(batch)
+    assert graphs.captures == 3
+    assert list(graphs.captured) == [graph_key(each, bucket_of(each.plan)) for each in (several[0], several[2])]
+    video = weakref.ref(model_gone := copy.deepcopy(model))
+    kept = PlayedEncoding(model_gone)
+    del model_gone
+    gc.collect()
+    assert video() is None
+    with pytest.raises(AssertionError, match="gone"):
+        kept.model  # noqa: B018
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -7,11 +7,13 @@ from llava_fast.generation.device_sampling import DeviceSteps
 from llava_fast.generation.runner import Runner
 from llava_fast.generation.scheduler import Scheduler
 from llava_fast.models.decode_graphs import DecodeGraphs
+from llava_fast.models.encode_graphs import EncodeGraphs
 
 
-class Played(DecodeGraphs):
+class Playing:
     """A replay runs the recorded step, of which only tensors can have changed."""
 
+    devices = ("cpu",)
     captures = 0
     replays = 0
 
@@ -25,6 +27,14 @@ class Played(DecodeGraphs):
             out.copy_(step())
 
         return replay, out
+
+
+class Played(Playing, DecodeGraphs):
+    """Decoding steps."""
+
+
+class PlayedEncoding(Playing, EncodeGraphs):
+    """From tiles to the decoder's inputs."""
 
 
 def scheduler_of(model, graphs=None, block_rows=16, blocks=None, prefixes=None, **options) -> Scheduler:

@@ -1,16 +1,19 @@
-"""The one entry to attention: rows of many sequences, grouped by `Spans`, through scaled dot-product attention.
+"""The one entry to attention: rows of many sequences, grouped by `Spans`, through scaled dot-product attention, or
+on CUDA all at once through `varlen`.
 
 Shapes: R rows (all sequences concatenated), H heads, K key heads (H is a multiple of K), D head size, S sequences.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llava_fast.models.blocks import varlen
 from llava_fast.models.paged_cache import BlockTable, PagedCache
 
 
@@ -29,6 +32,36 @@ class Spans:
     before: tuple[int, ...] = ()
     dense: tuple[int, int] | None = None
     branches: tuple[tuple[int, ...], ...] = ()
+    memo: dict[torch.device, dict[str, Any]] = field(default_factory=dict, compare=False, repr=False)
+    """What the layers of a pass share, made at the first on each device."""
+
+    @property
+    def are_adjacent(self) -> bool:
+        """Whether the sequences' rows are end to end from the first row on."""
+        at = 0
+        for start, length in zip(self.starts, self.lengths, strict=True):
+            if start != at:
+                return False
+            at += length
+        return at > 0
+
+    def parts(self) -> tuple[list[int], list[tuple[int, list[int]]]]:
+        """The sequences without a cache as one call takes them: (sizes of the pieces that rows split into, each
+        sequence's number of queries and the pieces that are its keys). A further branch is a sequence of its own, whose
+        keys are the prefix and then its own."""
+        pieces: list[int] = []
+        found: list[tuple[int, list[int]]] = []
+        for number, length in enumerate(self.lengths):
+            branches = self.branches[number] if self.branches else ()
+            prefix = len(pieces)
+            if len(branches) < 2:
+                pieces.append(length)
+                found.append((length, [prefix]))
+                continue
+            pieces += [length - sum(branches), *branches]
+            found.append((length - sum(branches[1:]), [prefix, prefix + 1]))
+            found += [(rows, [prefix, prefix + 1 + i]) for i, rows in enumerate(branches) if i and rows]
+        return pieces, found
 
 
 def attend(
@@ -49,6 +82,8 @@ def attend(
         return _attend_one_row_each(query_RHD, key_RKD, value_RKD, spans, layer, cache, window, slopes_H)
     if cache is None and spans.dense is not None:
         return _attend_dense(query_RHD, key_RKD, value_RKD, spans.dense, window, slopes_H)
+    if varlen.unfit(query_RHD, slopes_H) is None and (cache is None or not spans.branches) and spans.are_adjacent:
+        return _attend_at_once(query_RHD, key_RKD, value_RKD, spans, layer, cache, window)
     out = torch.zeros_like(query_RHD) if sum(spans.lengths) < len(query_RHD) else torch.empty_like(query_RHD)
     pieces = []
     none = not spans.lengths  # then use one empty sequence, so that the result depends on the inputs (sharded training)
@@ -63,6 +98,32 @@ def attend(
         return torch.cat(pieces).flatten(1)
     place = torch.cat([torch.arange(s, s + n) for s, n in zip(spans.starts, spans.lengths, strict=True)])
     return out.index_copy(0, place.to(out.device), torch.cat(pieces)).flatten(1)
+
+
+def _attend_at_once(
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, layer: int, cache: PagedCache | None, window: int | None
+) -> Tensor:
+    """All sequences in one call."""
+    rows = sum(spans.lengths)
+    query, padding = query[:rows], len(query) - rows
+    key, value = key[:rows], value[:rows]
+    memo = spans.memo.setdefault(query.device, {})
+    if cache is not None:
+        if not memo:
+            memo["rows"] = cache.rows_of_pass(spans.tables, spans.before, spans.lengths)
+            keys = [at + length for at, length in zip(spans.before, spans.lengths, strict=True)]
+            memo["at"] = varlen.Ragged.of(spans.lengths, keys, query.device)
+        key, value = cache.append_pass(layer, memo["rows"], key, value)
+    else:
+        if not memo:
+            memo["pieces"], sequences = spans.parts()
+            memo["order"] = [piece for _, own in sequences for piece in own]
+            keys = [sum(memo["pieces"][piece] for piece in own) for _, own in sequences]
+            memo["at"] = varlen.Ragged.of([queries for queries, _ in sequences], keys, query.device)
+        if len(memo["order"]) > len(memo["pieces"]):  # prefixes are repeated
+            key, value = (torch.cat([each.split(memo["pieces"])[i] for i in memo["order"]]) for each in (key, value))
+    out = varlen.attend_ragged(query, key, value, memo["at"], window).flatten(1)
+    return torch.nn.functional.pad(out, (0, 0, 0, padding)) if padding else out
 
 
 def _with_branches(

@@ -75,7 +75,7 @@ class Snapshot:
     """
 
     def __init__(self, decoder: nn.Module, plain: frozenset[type], whole: bool = False) -> None:
-        """whole: include the decoder itself, its embedding and its head."""
+        """whole: include the decoder itself, its embedding and its head (or take any other module)."""
         self.weights: DecoderWeights | None = None
         parts = [decoder] if whole else [decoder.get_submodule(part) for part in ("layers", "norm")]
         self._modules = [module for part in parts for module in part.modules()]
@@ -95,9 +95,10 @@ class Snapshot:
         self._owners, self._names = [owner for owner, _ in found], [name for _, name in found]
         self._tensors_then = [owner[name] for owner, name in found]
         self._plain = all(kind in plain for kind in self._kinds[1:])  # the first is the list of layers
-        norm: Any = decoder.norm
-        if self._plain and self._undisturbed() and _are_ordinary(self._modules, norm.weight.dtype):
-            self.weights = weights_of(decoder)
+        if self._plain and self._undisturbed():
+            norm: Any = decoder.norm
+            if _are_ordinary(self._modules, norm.weight.dtype):
+                self.weights = weights_of(decoder)
 
     def holds(self) -> bool:
         """True if no module, hook, parameter or buffer object changed since. Data pointers are not compared."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,6 +22,8 @@ from llava_fast.ops.linear_cross_entropy import linear_cross_entropy
 from llava_fast.storage.files import Fields
 
 Split = Literal["columns", "rows", "shared"]
+LayerGroup = tuple[torch.device, int]
+"""A device and the first of the layers on it."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,17 @@ class RowContext:
     pages: Pages | None = None
     modality: Tensor | None = None
     memory: Tensor | None = None
+
+    def on(self, device: torch.device, layer: int) -> RowContext:
+        """The same on another device, for layers from this one on, in a pass without `pages`."""
+        cos, sin = self.rotation
+        return replace(
+            self,
+            rotation=(cos.to(device), sin.to(device)),
+            cache=None if self.cache is None else self.cache.part_of(layer),
+            modality=None if self.modality is None else self.modality.to(device),
+            memory=None if self.memory is None else self.memory.to(device),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +159,8 @@ class BaseDecoder(nn.Module, ABC):
 
     embed_tokens, layers, lm_head (unless it is tied)  the names by which other code finds them, whatever the model
     calls them.
+    layer_groups  where layers are if not all with the embedding and the head (checkpoints.device_map): rows move at the
+                  boundaries, and back after the last. Such a decoder runs its modules, without graphs or decoder_step.
     """
 
     config: DecoderConfig
@@ -155,6 +170,7 @@ class BaseDecoder(nn.Module, ABC):
     recompute: Recompute
     cache_codes: str | None = None
     """How `new_cache` stores keys and values (see PagedCache): None, in the decoder's dtype, or "int8"."""
+    layer_groups: tuple[LayerGroup, ...] = ()
 
     @abstractmethod
     def forward(self, x_RC: Tensor, position_R: Tensor, spans: Spans, cache: PagedCache | None = None) -> Tensor:
@@ -205,14 +221,21 @@ class BaseDecoder(nn.Module, ABC):
 
     def new_cache(self, max_bytes: int | None = None, keep_bytes: int = 0, block_rows: int = BLOCK_ROWS) -> PagedCache:
         """An empty cache for this decoder's rows, which allocates memory as it is used. Arguments as for PagedCache."""
-        form = self.cache_form
-        return PagedCache(*form[:5], max_bytes, keep_bytes, block_rows, codes=form[5])
+        options = max_bytes, keep_bytes, block_rows
+        cache, *others = [PagedCache(*form[:5], *options, form[5], first) for form, first in self.cache_forms]
+        cache.join(others)
+        return cache
 
     @property
-    def cache_form(self) -> tuple[int, int, int, torch.dtype, torch.device, str | None]:
-        """The `form` of a PagedCache for this decoder's rows."""
-        config = self.config
-        return config.num_layers, config.num_kv_heads, config.head_dim, self.dtype, self.device, self.cache_codes
+    def cache_forms(self) -> list[tuple[tuple[int, int, int, torch.dtype, torch.device, str | None], int]]:
+        """The `form` and `first_layer` of each part of a PagedCache for this decoder's rows."""
+        config, groups = self.config, self.layer_groups or ((self.device, 0),)
+        ends = [*(first for _, first in groups[1:]), config.num_layers]
+        sizes = config.num_kv_heads, config.head_dim, self.dtype
+        return [
+            ((end - first, *sizes, device, self.cache_codes), first)
+            for (device, first), end in zip(groups, ends, strict=True)
+        ]
 
 
 def reserve(spans: Spans) -> None:

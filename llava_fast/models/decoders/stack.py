@@ -5,6 +5,8 @@ Shapes: R rows (all sequences end to end, see attention.Spans), C width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -41,16 +43,21 @@ class Decoder(BaseDecoder):
         if cache is not None:
             reserve(spans)
         cos, sin = self.rope(position_R, x_RC.dtype, spans)
-        if cache is not None and (weights := step_weights(self, _PLAIN, x_RC, spans)) is not None:
+        if (
+            cache is not None
+            and not self.layer_groups
+            and (weights := step_weights(self, _PLAIN, x_RC, spans)) is not None
+        ):
             tables = [table.runs for table in spans.tables]
             return decoder_step(x_RC, weights, cos, sin, cache.segments, tables, spans.before)
         if torch.is_grad_enabled():
             context = RowContext((cos, sin), spans, cache)
-            for layer in self.layers:
-                x_RC = run_layer(self.recompute, layer, x_RC, context)
-            return self.norm(x_RC)
+            home = x_RC.device
+            for layer, own in self._placed(context):
+                x_RC = run_layer(self.recompute, layer, x_RC.to(own.rotation[0].device), own)
+            return self.norm(x_RC.to(home))
         pages = None
-        if cache is not None and cache.codes is None and set(spans.lengths) == {1}:
+        if cache is not None and cache.codes is None and not self.layer_groups and set(spans.lengths) == {1}:
             pages = cache.pages(spans.tables, spans.before) if fused.takes("paged_attention", x_RC) else None
         return self._run(x_RC, RowContext((cos, sin), spans, cache, pages))
 
@@ -65,15 +72,41 @@ class Decoder(BaseDecoder):
 
     def _run(self, x_RC: Tensor, context: RowContext) -> Tensor:
         """All layers and the final norm, without gradients: each layer's last add is fused with the next norm."""
-        delta_RC = None
-        for layer in self.layers:
+        delta_RC, home = None, x_RC.device
+        for layer, own in self._placed(context):
+            x_RC, delta_RC = _moved(x_RC, delta_RC, own.rotation[0].device)
             if fused.is_untouched(layer, DecoderLayer):
-                x_RC, delta_RC = layer.deferred(x_RC, delta_RC, context)
+                x_RC, delta_RC = layer.deferred(x_RC, delta_RC, own)
             else:
-                x_RC, delta_RC = layer(x_RC if delta_RC is None else x_RC + delta_RC, context), None
+                x_RC, delta_RC = layer(x_RC if delta_RC is None else x_RC + delta_RC, own), None
+        x_RC, delta_RC = _moved(x_RC, delta_RC, home)
         return fused.add_norm(x_RC, delta_RC, self.norm)[1]
 
+    def _placed(self, context: RowContext) -> Iterator[tuple[nn.Module, RowContext]]:
+        """Each layer, and the context on its device."""
+        groups = {first: device for device, first in self.layer_groups}
+        own = context
+        for number, layer in enumerate(self.layers):
+            if number in groups:
+                own = context.on(groups[number], number)
+            yield layer, own
+
+    def _apply(self, fn, recurse: bool = True):
+        """As nn.Module's; a decoder that was moved to one device is no longer spread out."""
+        super()._apply(fn, recurse)
+        if self.layer_groups and len({parameter.device for parameter in self.parameters()}) == 1:
+            self.layer_groups = ()
+        return self
+
     def steps_natively(self, x_RC: Tensor, spans: Spans) -> bool:
-        if x_RC.dtype != torch.float32 or any(isinstance(module, QuantisedLinear) for module in self.modules()):
+        if (
+            self.layer_groups
+            or x_RC.dtype != torch.float32
+            or any(isinstance(module, QuantisedLinear) for module in self.modules())
+        ):
             return False  # not tested for other weights
         return step_weights(self, _PLAIN, x_RC, spans) is not None
+
+
+def _moved(x: Tensor, delta: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return x.to(device), None if delta is None else delta.to(device)

@@ -1,0 +1,187 @@
+"""All sequences of a pass in one call, against the loop over them. varlen_attn itself needs a GPU: here its documented
+meaning, written out, takes its place (tests/fake_gpu calls the real one for its shapes)."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import varlen as theirs
+
+from llava_fast.generation.prompt import read_prompt
+from llava_fast.generation.runner import Runner
+from llava_fast.generation.sampling import Sampling
+from llava_fast.generation.scheduler import Scheduler
+from llava_fast.generation.sequence import new_sequence
+from llava_fast.inputs.plan.plan import TextPiece
+from llava_fast.models.batch import Batch
+from llava_fast.models.blocks import varlen
+from llava_fast.models.blocks.attention import Spans, attend
+from llava_fast.models.paged_cache import BlockTable, PagedCache
+from tests.support import tiny
+
+calls: list[int] = []
+
+
+def documented(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
+    """torch.nn.attention.varlen.varlen_attn by its documentation, causality counted from the ends of both."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    assert key.stride(-1) == value.stride(-1) == query.stride(-1) == 1
+    ends_q, ends_k = cu_seq_q.tolist(), cu_seq_k.tolist()
+    assert (ends_q[-1], ends_k[-1]) == (len(query), len(key))
+    lengths = [np.diff(ends).tolist() for ends in (ends_q, ends_k)]
+    assert (max(lengths[0]), max(lengths[1])) == (max_q, max_k)
+    left, right = window_size
+    out = []
+    for number, (count, total) in enumerate(zip(*lengths, strict=True)):
+        q = query[ends_q[number] :][:count].transpose(0, 1)
+        k, v = (each[ends_k[number] :][:total].transpose(0, 1) for each in (key, value))
+        k, v = (each.repeat_interleave(len(q) // len(each), 0) for each in (k, v))
+        distance = torch.arange(total) - torch.arange(total - count, total)[:, None]
+        seen = distance <= right
+        if left >= 0:
+            seen &= distance >= -left
+        scores = (q @ k.transpose(1, 2)).double() / q.shape[-1] ** 0.5
+        out.append((scores.masked_fill(~seen, -torch.inf).softmax(-1).to(v) @ v).transpose(0, 1))
+    calls.append(len(lengths[0]))
+    return torch.cat(out)
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    monkeypatch.setattr(varlen, "unfit", lambda query, slopes: "ALiBi" if slopes is not None else None)
+    monkeypatch.setattr(theirs, "varlen_attn", documented)
+    calls.clear()
+
+
+def rows(count, heads, size=8):
+    return torch.randn(count, heads, size, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
+@pytest.mark.parametrize(
+    ("lengths", "branches", "padding"),
+    [
+        ((5,), (), 0),
+        ((1, 7, 3), (), 2),
+        ((9, 4), ((2, 3), ()), 0),
+        ((6, 10, 8), ((), (1, 4, 3), (3, 0)), 3),
+    ],
+)
+def test_without_a_cache(lengths, branches, padding, heads, window, at_once, monkeypatch):
+    starts = tuple(sum(lengths[:i]) for i in range(len(lengths)))
+    spans = Spans(starts, lengths, branches=branches)
+    given = [rows(sum(lengths) + padding, number) for number in (heads[0], heads[1], heads[1])]
+    weight = torch.randn(sum(lengths) + padding, heads[0] * 8, dtype=torch.float64)
+
+    def run():
+        out = attend(*given, spans, 0, None, window)
+        grads = torch.autograd.grad((out * weight).sum(), given)
+        return [out, *grads]
+
+    found = [*run(), *run()][4:]  # the second layer's
+    further = sum(1 for each in branches for size in each[1:] if size)
+    assert calls == [len(lengths) + further] * 2
+    monkeypatch.undo()
+    assert torch.allclose(found[0][sum(lengths) :], torch.zeros((), dtype=torch.float64))
+    for mine, expected in zip(found, run(), strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("before", [(0, 0, 0), (0, 5, 9), (7, 1, 0)])
+def test_with_a_cache(before, window, at_once, monkeypatch):
+    """Blocks lie in any order over several segments."""
+    lengths = (4, 1, 6)
+
+    def run():
+        torch.manual_seed(2)
+        cache = PagedCache(2, 2, 8, torch.float64, torch.device("cpu"), max_bytes=1 << 20, block_rows=4)
+        order, tables = random.Random(4), []
+        for _ in range(3):
+            cache._grow(5)
+        free = list(range(15))
+        order.shuffle(free)
+        for at, length in zip(before, lengths, strict=True):
+            table = BlockTable(cache)
+            table._add([free.pop() for _ in range(cache.blocks_for(at + length))])
+            tables.append(table)
+        for segment in cache.segments:
+            segment.normal_()
+        spans = Spans((0, 4, 5), lengths, tuple(tables), before)
+        given = [torch.randn(11, heads, 8, dtype=torch.float64) for heads in (4, 2, 2)]
+        return [attend(*given, spans, layer, cache, window) for layer in (1, 0)], cache.segments
+
+    found = run()
+    assert calls == [3, 3]
+    monkeypatch.undo()
+    for mine, expected in zip(found, run(), strict=True):
+        for each, other in zip(mine, expected, strict=True):
+            torch.testing.assert_close(each, other)
+
+
+@pytest.mark.parametrize("name", ["next_qwen", "next_mistral_window"])
+def test_chunked_prefill_gives_the_same_answers(name, at_once, monkeypatch):
+    model = tiny.pair(name).ours
+    requests = [{"prompt": "<image>hello", "images": [tiny.picture(60, 90)]}, {"prompt": "a text"}, {"prompt": "x"}]
+
+    def run():
+        scheduler = Scheduler(Runner(model, model.decoder.new_cache(block_rows=16)), chunk_rows=37)
+        sampling = Sampling(max_new_tokens=5, ignore_eos=True)
+        made = [new_sequence(model, read_prompt(model.processor, each), sampling) for each in requests]
+        for sequence in made:
+            scheduler.add(sequence)
+        while not scheduler.is_idle:
+            scheduler.step()
+        return [sequence.result().token_ids for sequence in made]
+
+    found = run()
+    assert len(calls) >= 3 * model.config.decoder.num_layers
+    monkeypatch.undo()
+    assert found == run()
+
+
+def test_packed_training_and_shared_prompts(at_once, monkeypatch):
+    model = tiny.pair("next_qwen").ours
+    prompt = TextPiece(20 + np.arange(9), None)
+    answers = [TextPiece(60 + np.arange(count), np.arange(count) >= 0) for count in (4, 3, 2)]
+    pieces = [[prompt, *answers], [prompt, answers[0]]]
+    batch = Batch.from_prepared(model.processor.assemble(pieces, [], branches=[(4, 3, 2), ()]), "cpu")
+
+    def run():
+        model.zero_grad()
+        out = model(batch, logits="none")
+        out.loss.backward()
+        return [out.losses.detach(), *(each.grad.clone() for each in model.decoder.parameters())]
+
+    found = run()
+    assert calls == [4] * model.config.decoder.num_layers
+    monkeypatch.undo()
+    for mine, expected in zip(found, run(), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
+    model.zero_grad()
+
+
+def test_where_the_loop_stays(monkeypatch):
+    query = torch.zeros(3, 2, 8)
+    assert varlen.unfit(query, None) == "it needs CUDA"
+    meta = torch.zeros(3, 2, 8, device="meta", dtype=torch.bfloat16)
+    monkeypatch.setattr(varlen, "_unavailable", lambda device: None)
+
+    class Fake:
+        """Says that it is on CUDA."""
+
+        def __init__(self, dtype=torch.bfloat16, size=64):
+            self.device, self.dtype, self.shape = torch.device("cuda"), dtype, (3, 2, size)
+
+    assert varlen.unfit(Fake(), None) is None
+    assert "not torch.float32" in varlen.unfit(Fake(torch.float32), None)
+    assert "head size of 36" in varlen.unfit(Fake(size=36), None)
+    assert "head size of 264" in varlen.unfit(Fake(size=264), None)
+    assert "ALiBi" in varlen.unfit(Fake(), torch.ones(2))
+    assert varlen.unfit(meta, None) == "it needs CUDA"
+    assert Spans((0, 3), (3, 2)).are_adjacent
+    assert not Spans((0, 4), (3, 2)).are_adjacent
+    assert not Spans((), ()).are_adjacent
