@@ -1,5 +1,8 @@
 """The inner loop of a matrix kernel as read from SASS, what makes one worse, and the estimate of its bound."""
 
+import json
+import re
+
 import pytest
 
 from benchmarks import check_kernels, inner_loops
@@ -79,6 +82,13 @@ def test_the_bound_is_what_issue_slots_leave():
     assert inner_loops.bound({**LOOP, "shape": "HMMA.1688.F32.TF32", "others": 30}, 80) == pytest.approx(16 / 32)
     with pytest.raises(ValueError, match="no shape"):
         inner_loops.shape("HMMA.SP")
+
+
+def test_the_committed_table_and_its_page():
+    rows = json.loads(check_kernels.COMMITTED.read_text())
+    assert all((row["loop"] is not None) == bool(row["matrix"]) for row in rows)
+    page = check_kernels.BOUNDS.read_text()
+    assert page == check_kernels.bounds_page(rows, re.search(r"disassembly of Triton (\S+) and", page)[1])
 
 
 def test_blocks_of_a_multiprocessor():
