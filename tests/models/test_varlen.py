@@ -1,7 +1,9 @@
-"""All sequences of a pass in one call, against the loop over them. varlen_attn itself needs a GPU: here its documented
-meaning, written out, takes its place (tests/fake_gpu calls the real one for its shapes)."""
+"""All sequences of a pass in one call, against the loop over them. varlen_attn and xformers' attention need a GPU: here
+their documented meaning, written out, takes their place (tests/fake_gpu calls the former for its shapes)."""
 
 import random
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,10 +50,46 @@ def documented(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_si
     return torch.cat(out)
 
 
-@pytest.fixture
-def at_once(monkeypatch):
+class Bias:
+    """xformers' BlockDiagonalCausalFromBottomRightMask and its local form, by their documentation."""
+
+    def __init__(self, queries, keys, window=None):
+        self.queries, self.keys, self.window = queries, keys, window
+
+    @classmethod
+    def from_seqlens(cls, q_seqlen, kv_seqlen, *, device):
+        assert device == torch.device("cpu")
+        return cls(q_seqlen, kv_seqlen)
+
+    def make_local_attention_from_bottomright(self, window_size):
+        return Bias(self.queries, self.keys, window_size)
+
+    @staticmethod
+    def attention(query, key, value, attn_bias):
+        """memory_efficient_attention: [1, rows, heads, size]."""
+        assert query.shape[2] == key.shape[2]
+        counts = [
+            torch.tensor([0, *np.cumsum(each)], dtype=torch.int32) for each in (attn_bias.queries, attn_bias.keys)
+        ]
+        most = max(attn_bias.queries), max(attn_bias.keys)
+        reach = (-1 if attn_bias.window is None else attn_bias.window - 1, 0)
+        return documented(query[0], key[0], value[0], *counts, *most, window_size=reach)[None]
+
+
+@pytest.fixture(params=["flash", "xformers"])
+def at_once(request, monkeypatch):
     monkeypatch.setattr(varlen, "unfit", lambda query, slopes: "ALiBi" if slopes is not None else None)
-    monkeypatch.setattr(theirs, "varlen_attn", documented)
+    if request.param == "flash":
+        monkeypatch.setattr(varlen, "flash_unfit", lambda device: None)
+        monkeypatch.setattr(theirs, "varlen_attn", documented)
+    else:
+        monkeypatch.setattr(varlen, "flash_unfit", lambda device: "too old")
+        ops = SimpleNamespace(memory_efficient_attention=Bias.attention)
+        monkeypatch.setitem(sys.modules, "xformers", SimpleNamespace(ops=ops))
+        monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+        monkeypatch.setitem(sys.modules, "xformers.ops.fmha", SimpleNamespace())
+        biases = SimpleNamespace(BlockDiagonalCausalFromBottomRightMask=Bias)
+        monkeypatch.setitem(sys.modules, "xformers.ops.fmha.attn_bias", biases)
     calls.clear()
 
 
@@ -164,11 +202,25 @@ def test_packed_training_and_shared_prompts(at_once, monkeypatch):
     model.zero_grad()
 
 
+def test_xformers_own_masks_mean_what_is_assumed():
+    attn_bias = pytest.importorskip("xformers.ops.fmha.attn_bias")
+    at = varlen.Ragged.of([2, 3, 1], [5, 3, 4], torch.device("cpu"))
+    whole = attn_bias.BlockDiagonalCausalFromBottomRightMask.from_seqlens(*at.lengths, device=torch.device("cpu"))
+    for window in (None, 1, 2):
+        bias = whole if window is None else whole.make_local_attention_from_bottomright(window)
+        seen = bias.materialize((1, 6, 12))[0] == 0
+        for (first, count), (start, total) in zip(((0, 2), (2, 3), (5, 1)), ((0, 5), (5, 3), (8, 4)), strict=True):
+            distance = torch.arange(total - count, total)[:, None] - torch.arange(total)
+            expected = (distance >= 0) & (distance < (window or 99))
+            assert torch.equal(seen[first : first + count, start : start + total], expected)
+            assert seen[first : first + count].sum() == expected.sum()  # nothing of other sequences
+
+
 def test_where_the_loop_stays(monkeypatch):
     query = torch.zeros(3, 2, 8)
     assert varlen.unfit(query, None) == "it needs CUDA"
     meta = torch.zeros(3, 2, 8, device="meta", dtype=torch.bfloat16)
-    monkeypatch.setattr(varlen, "_unavailable", lambda device: None)
+    monkeypatch.setattr(varlen, "flash_unfit", lambda device: None)
 
     class Fake:
         """Says that it is on CUDA."""
@@ -182,6 +234,11 @@ def test_where_the_loop_stays(monkeypatch):
     assert "head size of 264" in varlen.unfit(Fake(size=264), None)
     assert "ALiBi" in varlen.unfit(Fake(), torch.ones(2))
     assert varlen.unfit(meta, None) == "it needs CUDA"
+    monkeypatch.setattr(varlen, "flash_unfit", lambda device: "torch is too old")
+    monkeypatch.setattr(varlen, "has_xformers", lambda: False)
+    assert varlen.unfit(Fake(), None) == "torch is too old, and xformers is not installed"
+    monkeypatch.setattr(varlen, "has_xformers", lambda: True)
+    assert varlen.unfit(Fake(), None) is None
     assert Spans((0, 3), (3, 2)).are_adjacent
     assert not Spans((0, 4), (3, 2)).are_adjacent
     assert not Spans((), ()).are_adjacent

@@ -1,8 +1,9 @@
-"""Causal attention of sequences of any lengths in one call: PyTorch's variable-length flash attention, on CUDA.
+"""Causal attention of sequences of any lengths in one call, on CUDA: PyTorch's variable-length flash attention, or
+xformers' block-diagonal attention where it is installed and PyTorch's is too old.
 
 Elsewhere, and in float32, attention.py loops over the sequences. Like SDPA's own choice of a kernel, this one depends
 on device, dtype and sizes alone (`unfit`) and is not a verdict of ops/selection. Not run on a GPU yet: tests compare
-the arguments' meaning, as torch documents it, with the loop.
+the arguments' meaning, as both libraries document it, with the loop.
 
 Shapes: R rows of queries, T rows of keys, H heads, K key heads, D head size, S sequences.
 """
@@ -10,9 +11,11 @@ Shapes: R rows of queries, T rows of keys, H heads, K key heads, D head size, S 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +24,19 @@ from torch import Tensor
 from llava_fast.models.paged_rows import to_device
 
 
-class Ragged(NamedTuple):
-    """Where each sequence's rows end: running counts of queries and keys int32 [S + 1] on the device, and the longest
-    of each. The queries of a sequence are the last of its keys' positions."""
+@dataclass(frozen=True)
+class Ragged:
+    """Where each sequence's rows end.
 
+    lengths       the sequences' numbers of queries and of keys. Queries are the last of their sequence's positions.
+    queries, keys running counts of both, int32 [S + 1] on the device.
+    biases        xformers' masks, by window.
+    """
+
+    lengths: tuple[list[int], list[int]]
     queries: Tensor
     keys: Tensor
-    most_queries: int
-    most_keys: int
+    biases: dict[int | None, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, queries: Sequence[int], keys: Sequence[int], device: torch.device) -> Ragged:
@@ -36,11 +44,11 @@ class Ragged(NamedTuple):
         ends = np.zeros((2, len(queries) + 1), np.int32)
         ends[0, 1:], ends[1, 1:] = np.cumsum(queries), np.cumsum(keys)
         both = to_device(ends, device)
-        return cls(both[0], both[1], max(queries), max(keys))
+        return cls((list(queries), list(keys)), both[0], both[1])
 
 
 def unfit(query: Tensor, slopes: Tensor | None) -> str | None:
-    """Why the kernel cannot run for these queries [R, H, D]; None if it can."""
+    """Why no kernel can run for these queries [R, H, D]; None if one can."""
     if query.device.type != "cuda":
         return "it needs CUDA"
     if query.dtype not in (torch.float16, torch.bfloat16):
@@ -51,12 +59,13 @@ def unfit(query: Tensor, slopes: Tensor | None) -> str | None:
         return "it has no ALiBi"
     if torch.compiler.is_compiling():
         return "a traced graph holds the loop"
-    return _unavailable(query.device)
+    reason = flash_unfit(query.device)
+    return None if reason is None or has_xformers() else f"{reason}, and xformers is not installed"
 
 
 @functools.cache
-def _unavailable(device: torch.device) -> str | None:
-    """Why this PyTorch or this GPU has no such kernel; None if it has."""
+def flash_unfit(device: torch.device) -> str | None:
+    """Why this PyTorch or this GPU has no variable-length flash attention with all that is needed; None if it has."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -70,13 +79,36 @@ def _unavailable(device: torch.device) -> str | None:
     return None
 
 
+@functools.cache
+def has_xformers() -> bool:
+    return importlib.util.find_spec("xformers") is not None
+
+
 def attend_ragged(query_RHD: Tensor, key_TKD: Tensor, value_TKD: Tensor, at: Ragged, window: int | None) -> Tensor:
     """[R, H, D]: each query attends to its sequence's keys up to its own position, of those the last `window`."""
+    run = _flash if flash_unfit(query_RHD.device) is None else _xformers
+    return run(query_RHD, key_TKD, value_TKD, at, window)
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, at: Ragged, window: int | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     reach = (-1 if window is None else window - 1, 0)  # keys before the query's own
-    counts = at.queries, at.keys, at.most_queries, at.most_keys
-    grouped = query_RHD.shape[1] != key_TKD.shape[1]
-    out = varlen_attn(query_RHD, key_TKD, value_TKD, *counts, window_size=reach, enable_gqa=grouped)
+    counts = at.queries, at.keys, max(at.lengths[0]), max(at.lengths[1])
+    grouped = query.shape[1] != key.shape[1]
+    out = varlen_attn(query, key, value, *counts, window_size=reach, enable_gqa=grouped)
     assert isinstance(out, Tensor)  # nothing else was asked for
     return out
+
+
+def _xformers(query: Tensor, key: Tensor, value: Tensor, at: Ragged, window: int | None) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalCausalFromBottomRightMask
+
+    if window not in at.biases:
+        bias = BlockDiagonalCausalFromBottomRightMask.from_seqlens(*at.lengths, device=query.device)
+        at.biases[window] = bias if window is None else bias.make_local_attention_from_bottomright(window)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # its grouped heads have no backward pass
+        key, value = (each[:, :, None].expand(-1, -1, groups, -1).flatten(1, 2) for each in (key, value))
+    return memory_efficient_attention(query[None], key[None], value[None], attn_bias=at.biases[window])[0]
