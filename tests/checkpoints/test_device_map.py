@@ -74,6 +74,12 @@ def test_the_same_answers_and_gradients(name):
     for text in ("hello", "and then", "?"):
         first, second = [chat.send(text, max_new_tokens=5, ignore_eos=True) for chat in chats]
         assert first == second
+    model.decoder.cache_codes = spread.decoder.cache_codes = "int8"
+    try:
+        assert spread.generate(REQUESTS, **options) == model.generate(REQUESTS, **options)
+        assert [part.codes for part in llava._idle[spread].cache.parts] == ["int8", "int8"]
+    finally:
+        model.decoder.cache_codes = spread.decoder.cache_codes = None
     losses = []
     for each in (model, spread):
         each.zero_grad()

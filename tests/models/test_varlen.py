@@ -128,15 +128,17 @@ def test_without_a_cache(lengths, branches, padding, heads, window, at_once, mon
         torch.testing.assert_close(mine, expected)
 
 
+@pytest.mark.parametrize("codes", [None, "int8"])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("before", [(0, 0, 0), (0, 5, 9), (7, 1, 0)])
-def test_with_a_cache(before, window, at_once, monkeypatch):
+def test_with_a_cache(before, window, codes, at_once, monkeypatch):
     """Blocks lie in any order over several segments."""
     lengths = (4, 1, 6)
 
     def run():
         torch.manual_seed(2)
-        cache = PagedCache(2, 2, 8, torch.float64, torch.device("cpu"), max_bytes=1 << 20, block_rows=4)
+        given = {"max_bytes": 1 << 20, "block_rows": 4, "codes": codes}
+        cache = PagedCache(2, 2, 8, torch.float64, torch.device("cpu"), **given)
         order, tables = random.Random(4), []
         for _ in range(3):
             cache._grow(5)
@@ -147,7 +149,7 @@ def test_with_a_cache(before, window, at_once, monkeypatch):
             table._add([free.pop() for _ in range(cache.blocks_for(at + length))])
             tables.append(table)
         for segment in cache.segments:
-            segment.normal_()
+            segment.zero_() if codes else segment.normal_()
         spans = Spans((0, 4, 5), lengths, tuple(tables), before)
         given = [torch.randn(11, heads, 8, dtype=torch.float64) for heads in (4, 2, 2)]
         return [attend(*given, spans, layer, cache, window) for layer in (1, 0)], cache.segments
