@@ -17,7 +17,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llava_fast.batch.answering import PATIENCE, Answerer, Settings
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 T = TypeVar("T")
+READERS = 2
+"""Cores of the tasks that read the input and hand it out; without one each, a long input would never get on."""
 CHUNK_ITEMS, CHUNK_BYTES = 64, 32 << 20
 """A chunk is what an actor answers at once, and what is done again if it dies."""
 
@@ -39,8 +41,8 @@ class Cluster:
     """Makes answers on Ray's workers (see job.Runs).
 
     address  a cluster's; None: the one of RAY_ADDRESS, or else Ray is started on this machine.
-    workers  how many actors, each with a model; None: one for each GPU, or without GPUs one for each core but one (of
-             this machine: each core).
+    workers  how many actors, each with a model; None: one for each GPU, or without GPUs one for each core but
+             READERS (of this machine: each core).
 
     Raises MissingPackageError without Ray, BatchError where it cannot be reached or a worker fails for good.
     """
@@ -74,13 +76,13 @@ class Cluster:
         resources = ray.cluster_resources()
         device = model.options.get("device")
         on_gpus = device != "cpu" and resources.get("GPU", 0) >= 1
-        places = int(resources["GPU"] if on_gpus else resources["CPU"] - 1)
+        places = int(resources["GPU"] if on_gpus else resources["CPU"] - READERS)
         context = ray.data.DataContext.get_current()
-        context.target_max_block_size = 1  # a chunk is a block of its own
         context.enable_progress_bars = False  # job.run has one
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         chunks = ray.data.read_datasource(_datasource(reading), override_num_blocks=1)
-        return chunks.map_batches(
+        one_each = chunks.repartition(target_num_rows_per_block=1)  # the reader's blocks hold many
+        return one_each.map_batches(
             _Worker,
             fn_constructor_args=(model, settings, on_gpus),
             batch_size=1,
@@ -121,7 +123,7 @@ class _Worker:
         import torch
 
         torch.set_num_threads(1)  # an actor has one core
-        self.answerer = Answerer(model.load(), settings)
+        self.answerer = Answerer(model.load(), settings if on_gpu else replace(settings, workers=1))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
         items = [item for chunk in batch["items"] for item in pickle.loads(chunk)]
@@ -174,7 +176,9 @@ def joined(address: str | None, workers: int | None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     is_local = address is None and "RAY_ADDRESS" not in os.environ
     cores = len(os.sched_getaffinity(0)) if workers is None else workers
-    options: dict[str, Any] = {"num_cpus": cores + 1, "include_dashboard": False} if is_local else {"address": address}
+    options: dict[str, Any] = {"address": address}
+    if is_local:
+        options = {"num_cpus": cores + READERS, "include_dashboard": False}
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -63,7 +63,7 @@ def ray():
     pytest.importorskip("ray.data")
     environment = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     os.environ.update(environment)
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield ray
     ray.shutdown()
     for name in environment:
