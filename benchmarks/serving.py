@@ -101,7 +101,8 @@ async def compare(servers: dict[str, Served], counts: list[int], rounds: int, ea
                     "requests_a_second": round(median(each * clients / result["seconds"] for result in results), 2),
                     "first_token_p50": round(float(np.percentile(first, 50)), 4),
                     "first_token_p95": round(float(np.percentile(first, 95)), 4),
-                    "equal_answers": round(sum(same) / len(same), 4),
+                    "equal": sum(same),
+                    "compared": len(same),
                 }
             )
     return rows
@@ -135,9 +136,11 @@ def main() -> None:
         counts = [int(count) for count in chosen.clients.split(",")]
         rows = asyncio.run(compare(servers, counts, chosen.rounds, chosen.each))
     for row in rows:
-        if row["equal_answers"] < EQUAL:
-            raise SystemExit(f"the servers' answers differ, so there is nothing to compare: {row}")
         print(row)
+    for name in servers:
+        equal, compared = (sum(row[field] for row in rows if row["server"] == name) for field in ("equal", "compared"))
+        if equal < EQUAL * compared:
+            raise SystemExit(f"{name}: {equal} of {compared} answers are the others', so there is nothing to compare")
     result = {
         "schema": "llava_fast-serving/1",
         **about,
