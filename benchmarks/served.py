@@ -18,10 +18,10 @@ from benchmarks.vllm_env import environment
 
 
 class Served:
-    """A server's process, the address it answers at, and the model's name there."""
+    """A server's process, the address it answers at, the model's name there, and fields that each request must have."""
 
-    def __init__(self, process: subprocess.Popen, url: str, model: str) -> None:
-        self.process, self.url, self.model = process, url, model
+    def __init__(self, process: subprocess.Popen, url: str, model: str, fields: dict | None = None) -> None:
+        self.process, self.url, self.model, self.fields = process, url, model, fields
 
     def stop(self) -> int:
         """Its exit code after SIGTERM, which it is given a minute to obey."""
@@ -68,7 +68,9 @@ def vllm_server(model: str, python: str, plugin: bool) -> Served:
     port = _free_port()
     options = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "1024"]
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *options]
-    return _silent("vLLM", command, port, model, environment(plugin), 300)
+    served = _silent("vLLM", command, port, model, environment(plugin), 300)
+    served.fields = {"add_special_tokens": True}  # else vLLM leaves a rendered prompt without its first token
+    return served
 
 
 def vllm_version(python: str) -> str:

@@ -62,7 +62,12 @@ async def round_of(server: Served, asked: list[list[dict]], clients: int) -> dic
             number, messages = waiting.pop()
             began, text = time.monotonic(), ""
             stream = await api.chat.completions.create(
-                model=server.model, messages=messages, max_tokens=TOKENS, temperature=0, stream=True
+                model=server.model,
+                messages=messages,
+                max_tokens=TOKENS,
+                temperature=0,
+                stream=True,
+                extra_body=server.fields,
             )
             async for chunk in stream:
                 piece = (chunk.choices[0].delta.content or "") if chunk.choices else ""

@@ -13,6 +13,7 @@ from transformers import BatchFeature
 from llava_fast.errors import RequestError
 from llava_fast.inputs.pictures.reading import open_image
 from llava_fast.inputs.pictures.tiles import make_tiles
+from llava_fast.inputs.pictures.view import View
 from llava_fast.inputs.tiling.anyres import VisualGeometry, image_views
 from llava_fast.inputs.tiling.video import frame_views
 from llava_fast.integrations.vllm import SWITCH
@@ -58,15 +59,18 @@ class TileProcessor:
         return BatchFeature(made)
 
     def _cut(self, image: np.ndarray) -> np.ndarray:
-        return make_tiles(image, image_views(self.geometry, *image.shape[:2]), self.geometry.tile_size)
+        return self._make(image, image_views(self.geometry, *image.shape[:2]))
 
     def _frames(self, video: Any) -> Tensor:
         made = []
         for frame in video:
             image = pixels(frame)
-            views = frame_views(self.geometry, *image.shape[:2])
-            made.append(make_tiles(image, views, self.geometry.tile_size))
+            made.append(self._make(image, frame_views(self.geometry, *image.shape[:2])))
         return torch.from_numpy(np.concatenate(made))
+
+    def _make(self, image: np.ndarray, views: Sequence[View]) -> np.ndarray:
+        """By as many threads as torch may use here: vLLM's processes share the cores, and some of them never sleep."""
+        return make_tiles(image, views, self.geometry.tile_size, threads=torch.get_num_threads())
 
 
 def pixels(image: Any) -> np.ndarray:
