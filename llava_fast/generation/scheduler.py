@@ -236,7 +236,7 @@ class Scheduler:
         flight = self._launched(going) if going else None
         if self._flight is not None or flight is not None:
             return self._land(flight)
-        return self._run(self._decode_pass, going, going)
+        return self._run(self._decode_pass, going, going) if going else []
 
     def _launched(self, sequences: list[Sequence]) -> Flight | None:
         try:
