@@ -12,6 +12,7 @@ import numpy as np
 
 from llava_fast.errors import EvaluationError
 from llava_fast.evaluate.bootstrap import RESAMPLES, middle, resampled
+from llava_fast.evaluate.lmms import PREFIX, SampleScores
 from llava_fast.evaluate.results import load_results, scored_of
 from llava_fast.evaluate.tasks import task_of
 
@@ -44,8 +45,6 @@ def compare(first: Path, second: Path, resamples: int = RESAMPLES, seed: int = 0
         raise EvaluationError(f"{first} and {second} have no task in common: {list(a['tasks'])} and {list(b['tasks'])}")
     found = []
     for name in shared:
-        if name.startswith("lmms:"):
-            continue
         found += differences(name, a["tasks"][name], b["tasks"][name], resamples, seed)
     if not found:
         raise EvaluationError(
@@ -58,7 +57,7 @@ def differences(
     name: str, a: Mapping[str, Any], b: Mapping[str, Any], resamples: int = RESAMPLES, seed: int = 0
 ) -> list[Difference]:
     """Return a Difference for each metric of one task, or [] if no question has a score in both."""
-    task = task_of(name)
+    task = SampleScores() if name.startswith(PREFIX) else task_of(name)
     rows = {row["id"]: row for row in b["answers"] if row["score"] is not None}
     pairs = [(row, rows[row["id"]]) for row in a["answers"] if row["score"] is not None and row["id"] in rows]
     for mine, theirs in pairs:

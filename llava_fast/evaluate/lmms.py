@@ -5,10 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from llava_fast.errors import EvaluationError, MissingPackageError
 from llava_fast.evaluate.model import ModelSpec
+from llava_fast.evaluate.task import Columns, Task, mean
 
 PREFIX = "lmms:"
+
+
+class SampleScores(Task):
+    """The scores that lmms-eval gives to samples, for comparisons: their mean. Its own metrics may be others."""
+
+    main = "mean score of a sample"
+
+    def metrics(self, columns: Columns, weights: np.ndarray) -> dict[str, float]:
+        return {self.main: mean(columns["score"], weights)}
 
 
 def evaluate(spec: ModelSpec, names: Sequence[str], limit: int | None, batch_size: int) -> dict[str, Any]:

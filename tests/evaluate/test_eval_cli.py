@@ -118,3 +118,5 @@ def test_lmms_evals_tasks(tmp_path, monkeypatch):
     assert found["metrics"] == {"exact_match": 0.25}
     assert (found["answers"][0]["answer"], found["answers"][0]["score"]) == ("no", 0)
     assert os.path.exists(tmp_path / "report" / "index.html")
+    compared = invoke("compare", tmp_path, tmp_path, "--json")
+    assert [(each["metric"], each["b"]) for each in json.loads(compared.stdout)] == [("mean score of a sample", 0)]
