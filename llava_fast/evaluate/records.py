@@ -22,6 +22,7 @@ from llava_fast.errors import EvaluationError
 from llava_fast.evaluate.task import Answer, Question
 
 VERSION = 1
+FIELDS = {"id", "key", *(field.name for field in dataclasses.fields(Answer))}
 
 
 def file_name(task: str) -> str:
@@ -129,8 +130,10 @@ class Records:
                 raise EvaluationError(f"{path}, line {number} is no JSON: remove the line, or give --fresh") from None
             if number == 1:
                 self._check(path, row)
-            else:
+            elif isinstance(row, dict) and row.keys() == FIELDS:
                 yield row
+            else:
+                raise EvaluationError(f"{path}, line {number} is no answer: remove the line, or give --fresh")
 
     def _check(self, path: Path, header: Any) -> None:
         if not isinstance(header, dict) or header.get("evaluation") != VERSION:

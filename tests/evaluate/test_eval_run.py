@@ -86,6 +86,9 @@ def test_a_line_that_is_no_json_is_named(plan):
     path.write_bytes(b"".join([*lines(plan)[:3], b"???\n", *lines(plan)[3:]]))
     with pytest.raises(EvaluationError, match="line 4 is no JSON"):
         run(plan, Fake())
+    path.write_bytes(path.read_bytes().replace(b"???", b'{"id": "x"}'))
+    with pytest.raises(EvaluationError, match="line 4 is no answer"):
+        run(plan, Fake())
 
 
 def test_answers_of_other_settings_are_refused(plan):

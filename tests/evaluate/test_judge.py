@@ -10,8 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from llava_fast.cli.main import app
+from llava_fast.endpoint import image_part
 from llava_fast.endpoint.replies import Reply
 from llava_fast.errors import DataError, EvaluationError
+from llava_fast.evaluate.judge import judges
 from llava_fast.evaluate.judge.asking import Counts, ask_and_read, read_pair, read_share
 from llava_fast.evaluate.judge.judges import Judging, judge
 from llava_fast.evaluate.judge.prompts import NAMES, Prompts, write
@@ -141,14 +143,16 @@ def test_an_answer_that_failed_is_not_judged():
     assert judged.counts == Counts(requests=1)
 
 
-def test_wilder_shows_the_picture_and_the_reference_has_10(tmp_path):
+def test_wilder_shows_the_picture_and_the_reference_has_10(tmp_path, monkeypatch):
     """In both orders the reference's place is said; a reply that gives it another grade is malformed."""
     published.picture(tmp_path / "w.png")
     each = scored(1)
     each = replace(each, question=replace(each.question, images=(str(tmp_path / "w.png"),)))
-    asked, lies = [], []
+    asked, lies, read = [], [], []
+    monkeypatch.setattr(judges, "image_part", lambda path: read.append(path) or image_part(path))
 
     def ask(requests, title):
+        assert len(read) == 0 or lies  # a picture is read when its request is
         for request in requests:
             picture, text = request.messages[0]["content"]
             assert picture["image_url"]["url"].startswith("data:image/png;base64,")

@@ -5,13 +5,28 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from llava_fast.endpoint import Ask, Request
 
 T = TypeVar("T")
 TEMPERATURE = 0.2  # llava/eval/eval_gpt_review_bench.py; above 0, so that a repeated request can give another reply
 _NUMBER = r"(\d+(?:\.\d+)?)"
+
+
+class Made(Sequence[Request]):
+    """`count` requests, each made by its number whenever it is read, because images in requests take memory."""
+
+    def __init__(self, count: int, make: Callable[[int], Request]) -> None:
+        self.count, self.make = count, make
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[each] for each in range(self.count)[number]]
+        return self.make(range(self.count)[number])
 
 
 @dataclass
@@ -52,7 +67,7 @@ def ask_and_read(
         if not left:
             break
         again = f"{title}, try {draw + 1}" if draw else title
-        asked = [replace(requests[number], draw=draw) for number in left]
+        asked = Made(len(left), _drawn(requests, left, draw))
         malformed = []
         for number, reply in zip(left, ask(asked, again), strict=True):
             if reply is None:
@@ -66,6 +81,10 @@ def ask_and_read(
         left = malformed
     counts.unread += len(left)
     return verdicts
+
+
+def _drawn(requests: Sequence[Request], numbers: Sequence[int], draw: int) -> Callable[[int], Request]:
+    return lambda at: replace(requests[numbers[at]], draw=draw)
 
 
 def read_pair(text: str) -> tuple[float, float] | None:

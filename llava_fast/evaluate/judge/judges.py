@@ -10,7 +10,7 @@ from typing import Any
 
 from llava_fast.endpoint import Ask, Request, image_part
 from llava_fast.errors import EvaluationError
-from llava_fast.evaluate.judge.asking import TEMPERATURE, Counts, Verdict, ask_and_read, read_pair, read_share
+from llava_fast.evaluate.judge.asking import TEMPERATURE, Counts, Made, Verdict, ask_and_read, read_pair, read_share
 from llava_fast.evaluate.judge.prompts import Prompts
 from llava_fast.evaluate.metrics.choices import LETTERS, option_letter
 from llava_fast.evaluate.task import Scored
@@ -52,12 +52,13 @@ def judge_pairs(scored: Sequence[Scored], folder: Path, judging: Judging, ask: A
     score, because the order itself moves grades.
     """
     orders = (False, True) if judging.both_orders else (False,)
-    requests, readers = [], []
-    for each in scored:
-        for swapped in orders:
-            requests.append(_pair(each, folder, judging.prompts, swapped, sees))
-            readers.append(_reader_of(swapped, sees))
-    counts = Counts()
+    readers = [_reader_of(swapped, sees) for _ in scored for swapped in orders]
+
+    def pair(number: int) -> Request:
+        which, order = divmod(number, len(orders))
+        return _pair(scored[which], folder, judging.prompts, orders[order], sees)
+
+    requests, counts = Made(len(readers), pair), Counts()
     verdicts: list[Verdict[Any]] = ask_and_read(ask, requests, readers, judging.tries, "grading pairs", counts)
     found, reviews = [], []
     for number, each in enumerate(scored):
