@@ -15,18 +15,18 @@ _NUMBER = r"(\d+(?:\.\d+)?)"
 
 
 class Made(Sequence[Request]):
-    """`count` requests, each made by its number whenever it is read, because images in requests take memory."""
+    """`size` requests, each made by its number whenever it is read, because images in requests take memory."""
 
-    def __init__(self, count: int, make: Callable[[int], Request]) -> None:
-        self.count, self.make = count, make
+    def __init__(self, size: int, make: Callable[[int], Request]) -> None:
+        self.size, self.make = size, make
 
     def __len__(self) -> int:
-        return self.count
+        return self.size
 
     def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
-            return [self[each] for each in range(self.count)[number]]
-        return self.make(range(self.count)[number])
+            return [self[each] for each in range(self.size)[number]]
+        return self.make(range(self.size)[number])
 
 
 @dataclass
@@ -60,7 +60,7 @@ def ask_and_read(
     """Send the requests. A request is repeated, up to `tries` times in all, if `read` returns None for its reply or if
     the reply was truncated or refused.
     """
-    verdicts = [Verdict[T]() for _ in requests]
+    verdicts = [Verdict[T]() for _ in range(len(requests))]
     left = list(range(len(requests)))
     counts.requests += len(requests)
     for draw in range(tries):
