@@ -129,6 +129,7 @@ def load_processor(checkpoint: LoadedCheckpoint, name: str, chat_template: str |
         template=_chat_template(checkpoint, name, tokenizer, chat_template),
         max_rows=config.decoder.context_length,
         vocabulary=config.decoder.vocab_size,
+        images_before_bos=family_of_config(config).images_before_bos,
         exif=config.layout == "hf",
     )
 

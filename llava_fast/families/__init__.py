@@ -26,6 +26,7 @@ FAMILIES: Registry[Family] = Registry(
         "vipllava": "vipllava:VipLlava",
         "video_llava": "video_llava:VideoLlava",
         "llava_uhd": "llava_uhd:LlavaUhd",
+        "blip-2": "blip2:Blip2",
     },
 )
 _ORIGINAL = "llava_llama"

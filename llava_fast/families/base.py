@@ -40,6 +40,7 @@ class Family(ABC):
     layout            their layout; `other` names the family for the same model in the other layout.
     names             the tensors' names, and those of adapters in `adapter_spelling`.
     visual_tokens     the placeholders of an image and, if supported, a video in the text of a prompt.
+    images_before_bos  whether images at the start of a prompt precede the BOS token.
     adapters_see_tower  whether the model that an adapter is trained on includes the tower.
     """
 
@@ -50,6 +51,7 @@ class Family(ABC):
     names: ClassVar[NameMap]
     adapter_spelling: ClassVar[Spelling] = "hf5"
     visual_tokens: ClassVar[tuple[str, ...]] = ("<image>",)
+    images_before_bos: ClassVar[bool] = False
     adapters_see_tower: ClassVar[bool] = True
 
     @abstractmethod

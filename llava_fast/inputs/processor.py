@@ -50,6 +50,7 @@ class Processor(ProcessorOptions):
     template        the chat template for requests with messages.
     max_rows        the decoder's context length; longer prompts raise PromptTooLongError.
     vocabulary      rows of the decoder's embedding; tokens with larger ids raise RequestError.
+    images_before_bos  images at the start of a prompt precede the BOS token that the tokenizer adds (BLIP-2).
     """
 
     geometry: VisualGeometry
@@ -59,6 +60,7 @@ class Processor(ProcessorOptions):
     video_token_id: int | None = None
     max_rows: int | None = None
     vocabulary: int | None = None
+    images_before_bos: bool = False
     exif: bool = field(default=True, kw_only=True)
 
     def with_options(self, options: ProcessorOptions) -> Processor:
@@ -309,6 +311,10 @@ class Processor(ProcessorOptions):
         is_image = ids == tokens["<image>"]
         if tokens["<video>"] != tokens["<image>"]:
             is_image |= ids == tokens["<video>"]
+        if self.images_before_bos and len(ids) and ids[0] == self.tokenizer.bos_token_id:
+            leading = int(np.argmin(np.append(is_image[1:], False)))  # none of these is supervised
+            ids[: leading + 1] = np.roll(ids[: leading + 1], -1)
+            is_image[: leading + 1] = np.roll(is_image[: leading + 1], -1)
         return ids, supervised, np.flatnonzero(is_image)
 
     def _encode_chunks(

@@ -116,6 +116,10 @@ PROMPTS = {
             "<|im_start|>assistant\n"
         ),
     ),
+    "blip2": (
+        "<image>Question: What is it? Answer:",
+        "<image>Question: What is it? Answer: A cat.\nQuestion: Which colour? Answer:",
+    ),
 }
 CHAT_FORMATS = [f.name for f in TURN_FORMATS if f.name != "plain"]
 

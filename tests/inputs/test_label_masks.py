@@ -35,6 +35,7 @@ AROUND = {
     "chatml_direct": ("", "<|im_end|>"),
     "llava_llama_3": ("", "<|eot_id|>"),
     "qwen": ("", "<|im_end|>"),
+    "blip2": (" ", "\n"),
 }
 OPENING = {
     "plain": "",
@@ -46,6 +47,7 @@ OPENING = {
     "chatml_direct": "<|im_start|>assistant\n",
     "llava_llama_3": "<|start_header_id|>assistant<|end_header_id|>\n\n",
     "qwen": "<|im_start|>assistant\n",
+    "blip2": "Answer:",
 }
 WORDS = [
     "the",

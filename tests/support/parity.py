@@ -27,7 +27,8 @@ def assert_close(what: str, found: Tensor, expected: Tensor, limit: float = 1e-4
 
 def forget_rope(hf) -> None:
     """Dynamic RoPE in transformers remembers the longest sequence of earlier calls; start as a fresh model does."""
-    rotary = getattr(hf.model.language_model, "rotary_emb", None)  # OPT has learned positions
+    language_model = hf.model.language_model if hasattr(hf, "model") else hf.language_model.model
+    rotary = getattr(language_model, "rotary_emb", None)  # OPT has learned positions
     if getattr(rotary, "rope_type", None) == "dynamic":
         rotary.inv_freq = rotary.original_inv_freq
         rotary.max_seq_len_cached = rotary.original_max_seq_len

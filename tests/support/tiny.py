@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    Blip2Config,
+    Blip2Processor,
     CLIPVisionConfig,
     InternVLConfig,
     InternVLForConditionalGeneration,
@@ -46,6 +48,7 @@ from transformers import (
     VipLlavaConfig,
     VipLlavaForConditionalGeneration,
 )
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -54,6 +57,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.video_llava.image_processing_video_llava import VideoLlavaImageProcessor
 
 import llava_fast
+from tests.support.qformers import Blip2ForConditionalGeneration, bos_after_images
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<image>", "<video>", "<pad>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
 IMAGE_ID, VIDEO_ID, PAD_ID = SPECIAL.index("<image>"), SPECIAL.index("<video>"), SPECIAL.index("<pad>")
@@ -217,6 +221,9 @@ CASES["internvl_6b"] = Case(
 )
 CASES["vipllava"] = Case("vipllava", options={"vision_feature_layer": [-2, -3, 1]}, tile=48)
 CASES["video_llava"] = Case("video_llava", tile=48)
+CASES["blip2"] = Case(
+    "blip-2", OPTConfig, {"ffn_dim": 128, "word_embed_proj_dim": 64, "tie_word_embeddings": True}, tile=48
+)
 _HALF_TURNED = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 CASES |= {  # decoders that transformers runs
     "llava_opt": Case(  # transformers' LLaVA finds no embedding of OPT's to tie a head to
@@ -240,6 +247,7 @@ CASES |= {  # decoders that transformers runs
     ),
 }
 MODELS = {
+    "blip-2": (Blip2Config, Blip2ForConditionalGeneration),
     "video_llava": (VideoLlavaConfig, VideoLlavaForConditionalGeneration),
     "vipllava": (VipLlavaConfig, VipLlavaForConditionalGeneration),
     "internvl": (InternVLConfig, InternVLForConditionalGeneration),
@@ -250,20 +258,25 @@ MODELS = {
 }
 
 
+QFORMER = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3}
+QUERIES = 5
 WITH_VIDEOS = ("llava_next_video", "llava_onevision", "video_llava")
 
 
 def hf_config(case: Case):
     config_class, _ = MODELS[case.kind]
     tower = {**TOWER, "image_size": case.tile, "patch_size": case.patch, **case.tower_options}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PAD_ID}
+    text = case.text(**{"vocab_size": VOCABULARY, **TEXT, **heads, **ends, **case.text_options})
+    if case.kind == "blip-2":
+        parts = {"vision_config": tower, "qformer_config": QFORMER, "text_config": text.to_dict()}
+        return config_class(**parts, num_query_tokens=QUERIES, image_token_index=IMAGE_ID)
     vision = SiglipVisionConfig(vision_use_head=False, **tower)
     if case.kind == "internvl":
         vision = InternVLVisionConfig(**tower)
     elif case.kind != "llava_onevision":
         vision = CLIPVisionConfig(projection_dim=32, **tower)
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
-    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PAD_ID}
-    text = case.text(**{"vocab_size": VOCABULARY, **TEXT, **heads, **ends, **case.text_options})
     options = {"image_token_id": IMAGE_ID, "vision_feature_layer": -2, **case.options}
     if case.kind == "internvl":
         rows = (case.tile // case.patch // 2) ** 2
@@ -303,6 +316,8 @@ def image_processor(case: Case):
         return GotOcr2ImageProcessorPil(size=square, crop_to_patches=True, max_patches=6)
     if case.kind == "video_llava":
         return VideoLlavaImageProcessor(size={"shortest_edge": case.tile}, crop_size=square)
+    if case.kind == "blip-2":
+        return BlipImageProcessorPil(size=square)
     if case.kind in ("llava", "vipllava"):
         return CLIPImageProcessorPil(size={"shortest_edge": case.tile}, crop_size=square)
     if case.kind == "llava_onevision":
@@ -350,6 +365,8 @@ def hf_processor(case: Case):
     if case.kind == "internvl":
         rows = (case.tile // case.patch // 2) ** 2
         return WithoutVideos(image_processor=images, tokenizer=words, image_seq_length=rows)
+    if case.kind == "blip-2":
+        return Blip2Processor(images, copy.deepcopy(words), num_query_tokens=QUERIES)
     if case.kind == "llava_onevision":
         processor = LlavaOnevisionProcessor.__new__(LlavaOnevisionProcessor)
         processor.image_processor, processor.tokenizer, processor.image_token = images, words, "<image>"
@@ -388,7 +405,10 @@ class Pair:
             # it would take a picture of 1 or 3 rows of pixels for one of channels first
             last = {"input_data_format": "channels_last"} if self.case.kind == "video_llava" else {}
             inputs |= self.processor.image_processor([pil] if onevision else pil, return_tensors="pt", **last)
-            shown = [self.processor.replace_image_token(inputs, number) for number in range(len(images))]
+            if self.case.kind == "blip-2":  # its processor puts one image before the text
+                shown = ["<image>" * QUERIES] * len(images)
+            else:
+                shown = [self.processor.replace_image_token(inputs, number) for number in range(len(images))]
             inputs.pop("num_patches", None)
         if video is not None:
             frames = frame_processor(self.case)([Image.fromarray(frame) for frame in video], return_tensors="pt")
@@ -398,7 +418,7 @@ class Pair:
         if video is not None:
             text = text.replace("<video>", "<video>" * self.video_rows(len(video)))
         inputs |= self.ours.tokenizer(text, return_tensors="pt")
-        return inputs
+        return bos_after_images(inputs, IMAGE_ID) if self.case.kind == "blip-2" else inputs
 
     @property
     def visual_ids(self) -> list[int]:

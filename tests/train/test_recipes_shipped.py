@@ -21,7 +21,15 @@ TABLE = {
 
 
 def test_all_are_here():
-    assert sorted(TABLE) == shipped_recipes()
+    assert sorted([*TABLE, "blip-2-stage2"]) == shipped_recipes()
+
+
+def test_blip_2s_second_stage():
+    recipe = load_recipe("blip-2-stage2")
+    settings = recipe.optimizer
+    assert (settings.learning_rate, settings.weight_decay, settings.schedule) == (1e-4, 0.05, "cosine")
+    assert (recipe.trainable, recipe.epochs, recipe.data.template) == (["projector"], 10, "plain")
+    assert "# Source:" in (SHIPPED / "blip-2-stage2.yaml").read_text()
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -48,6 +48,7 @@ class TurnFormat:
     before_later_users: str = ""  # before every user turn but the first
     strip_text: bool = False  # strip white space at both ends of texts, like `| trim` in the source template
     placeholders_only: bool = False  # keep only the image placeholders of a user turn
+    placeholders_first: bool = False  # put those of a user turn before its literal text, and strip the rest
     # If not empty, the original trainer supervises whole assistant turns, and these tokens at any position.
     original_label_tokens: tuple[str, ...] = ()
 
@@ -147,6 +148,17 @@ _QWEN = TurnFormat(
     after_answer="\n",
     original_label_tokens=("<|im_start|>", "<|im_end|>", "\n"),
 )
+# LAVIS asks one question so. "\n" is the end token of its OPT; LAVIS has no system prompt.
+_BLIP2 = TurnFormat(
+    name="blip2",
+    aliases=(),
+    stop=("\n",),
+    system_wrap=("", " "),
+    user=("Question: ", " "),
+    assistant_header="Answer:",
+    answer=(" ", "\n"),
+    placeholders_first=True,
+)
 
 TURN_FORMATS = (
     _PLAIN,
@@ -158,6 +170,7 @@ TURN_FORMATS = (
     _CHATML_DIRECT,
     _LLAVA_LLAMA_3,
     _QWEN,
+    _BLIP2,
 )
 
 

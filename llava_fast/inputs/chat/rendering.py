@@ -23,6 +23,8 @@ from llava_fast.inputs.chat.messages import (
 )
 from llava_fast.inputs.chat.sandbox import PROBE, PROMPT, CompiledTemplate, Limits, TemplateLimitError
 
+_PLACEHOLDER = re.compile("|".join(PLACEHOLDERS.values()))
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -143,7 +145,9 @@ class BuiltinTemplate:
             opening = ""
             if system_text and form.system_inside_user and index == 0:
                 opening = form.system_wrap[0] + system_text + form.system_wrap[1]
-            out.wrapped(form.user, opening + text)
+            if form.placeholders_first:
+                out.template("".join(_PLACEHOLDER.findall(text)))
+            out.wrapped(form.user, opening + (_PLACEHOLDER.sub("", text).strip() if form.placeholders_first else text))
         if add_generation_prompt and turns[-1]["role"] == "user":
             out.template(form.assistant_header, original=bool(form.original_label_tokens))
         return out.segments
@@ -151,7 +155,7 @@ class BuiltinTemplate:
     def _text(self, turn: Mapping) -> str:
         text = content_text(turn["content"])
         if self.format.placeholders_only and turn["role"] == "user":
-            return "".join(re.findall("|".join(PLACEHOLDERS.values()), text))
+            return "".join(_PLACEHOLDER.findall(text))
         return text.strip() if self.format.strip_text else text
 
 

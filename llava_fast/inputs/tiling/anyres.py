@@ -43,6 +43,7 @@ class VisualGeometry:
     max_tiles   N of anyres_max_N: images with more rows than N tiles are downscaled bilinearly. None: never.
     class_rows  1 if the tower's class row is kept ("full" / "cls_patch"), else 0.
     dropped_rows  1 if the tower returns a class row that is dropped, else 0.
+    tile_rows   rows that a connector with learned queries returns for a tile; None: one for each patch.
     fit         how an image becomes one tile, for settings of a processor's file that no `aspect` covers; in an AnyRes
                 checkpoint it applies only to several images of one request.
     filter      the resize filter of images.
@@ -62,6 +63,7 @@ class VisualGeometry:
     max_tiles: int | None = None
     class_rows: int = 0
     dropped_rows: int = 0
+    tile_rows: int | None = None
     pad_color: tuple[int, int, int] = (0, 0, 0)
     multi_image_anyres: bool = True
     single_tile_newline: bool = True
@@ -101,8 +103,8 @@ class VisualGeometry:
 
     @property
     def rows_per_tile(self) -> int:
-        """Number of kept ViT rows of one tile, including the class row if it is kept."""
-        return self.side * self.side + self.class_rows
+        """Number of kept ViT rows of one tile, including the class row if it is kept; or of its connector's rows."""
+        return self.side * self.side + self.class_rows if self.tile_rows is None else self.tile_rows
 
     @property
     def tower_rows_per_tile(self) -> int:

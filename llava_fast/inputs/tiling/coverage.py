@@ -62,9 +62,9 @@ def video_coverage(geometry: VisualGeometry, frames: int, height: int, width: in
 def _coverage(geometry: VisualGeometry, rows: VisualRows, views: tuple[View, ...], height: int, width: int) -> Coverage:
     places = [(number, *place) for number, view in enumerate(views) for place in _places(geometry, rows, view)]
     boxes = [_in_picture(views[view], height, width, place) for view, place, _ in places]
-    if rows.table_rows:  # the connector's rows, equally many for each region
-        region_of = np.repeat(np.arange(len(places)), rows.table_rows // len(places))
-        cells = np.full((rows.table_rows, 4), np.nan)
+    if total := rows.table_rows or len(places) * (geometry.tile_rows or 0):
+        region_of = np.repeat(np.arange(len(places)), total // len(places))  # the connector's, equally many for each
+        cells = np.full((total, 4), np.nan)
     else:
         cells, region_of = _cells(geometry, rows, views, height, width, places)
     reads, weights = _reads(rows)

@@ -32,7 +32,7 @@ def video_rows(geometry: VisualGeometry, frames: int) -> VisualRows:
     _check_takes_videos(geometry)
     if frames < 1:
         raise ImageError("the video has no frames: give at least one")
-    if geometry.frame_class_row:
+    if geometry.frame_class_row or geometry.tile_rows is not None:
         return _rows([np.arange(frames * geometry.tower_rows_per_tile, dtype=np.int32)], frames)
     side = geometry.side
     local = _patch_rows(geometry).reshape(side, side)

@@ -15,6 +15,7 @@ CONNECTORS: Registry[ConnectorConfig] = Registry(
         "mlp": "mlp:ProjectorConfig",
         "norm_mlp": "norm_mlp:NormMlpConfig",
         "perceiver": "perceiver:PerceiverConfig",
+        "qformer": "qformer:QFormerConfig",
         "spatial_resampler": "spatial_resampler:SpatialResamplerConfig",
         "pixel_shuffle": "pixel_shuffle:PixelShuffleConfig",
     },

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 TOWERS: Registry[TowerConfig] = Registry(
     __name__,
     {
+        "blip_2_vision_model": "eva:EvaConfig",
         "clip_vision_model": "vit:ClipConfig",
         "internvl_vision": "internvit:InternVitConfig",
         "siglip2_vision_model": "siglip2:Siglip2Config",

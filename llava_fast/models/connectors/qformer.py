@@ -1,0 +1,167 @@
+"""The Q-Former: learned queries that attend to each other in every layer, and to a tile's rows in every second one.
+
+Shapes: T tiles, N rows per tile, C width, M queries. Parameter names are those of transformers' Blip2QFormerModel.
+Dropout is not applied. Sources: Li et al. 2023 (BLIP-2); transformers 5.24 modeling_blip_2.py; salesforce/LAVIS 506965b
+Qformer.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llava_fast.models import fused
+from llava_fast.models.connectors.base import Connector, ConnectorConfig, check_activation
+
+
+@dataclass(frozen=True)
+class QFormerConfig(ConnectorConfig):
+    """`queries` rows of a tile's `rows`. Layers 0, `cross_every`, ... attend to the tile. Raises ValueError for an
+    unknown activation and for heads that do not divide the width."""
+
+    rowwise = False
+
+    in_features: int
+    out_features: int
+    rows: int
+    queries: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    cross_every: int = 2
+    activation: str = "gelu"
+    layer_norm_eps: float = 1e-12
+
+    def __post_init__(self) -> None:
+        check_activation(self.activation)
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"a Q-Former of hidden_size {self.hidden_size} has no {self.num_heads} equal heads")
+
+    def rows_of(self, rows: int) -> int:
+        if rows != self.rows:
+            raise ValueError(f"the Q-Former reads {self.rows} rows per tile, and the tower gives {rows}")
+        return self.queries
+
+    def attends_tile(self, layer: int) -> bool:
+        return layer % self.cross_every == 0
+
+    @property
+    def cross_layers(self) -> int:
+        return sum(map(self.attends_tile, range(self.num_layers)))
+
+    @property
+    def matrix_size(self) -> int:
+        width = self.hidden_size
+        own = self.num_layers * 2 * width * (2 * width + self.intermediate_size) + self.cross_layers * 2 * width**2
+        return self.first_matrix_size + own + width * self.out_features
+
+    @property
+    def first_matrix_size(self) -> int:
+        """Keys and values of the cross-attentions. Each query accounts for several rows of the tile."""
+        return round(self.cross_layers * 2 * self.hidden_size * self.in_features * self.rows / self.queries)
+
+    def kept_per_row(self, trained: bool) -> int:
+        width, rows = self.hidden_size, self.rows / self.queries
+        own = self.num_layers * (9 * width + 2 * self.intermediate_size) + self.cross_layers * 6 * width
+        return round(own + self.cross_layers * 2 * rows * width + trained * (rows * self.in_features + width))
+
+    def build(self) -> QFormer:
+        return QFormer(self)
+
+
+class QFormer(Connector):
+    """[T, N, in_features] -> [T, M, out_features]."""
+
+    def __init__(self, config: QFormerConfig) -> None:
+        super().__init__()
+        self.config: QFormerConfig = config
+        width = config.hidden_size
+        self.query_tokens = nn.Parameter(torch.randn(1, config.queries, width) * 0.02)
+        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        layers = nn.ModuleList(Layer(config, config.attends_tile(number)) for number in range(config.num_layers))
+        self.encoder = nn.ModuleDict({"layer": layers})
+        self.language_projection = nn.Linear(width, config.out_features)
+
+    def forward(self, features_TNC: Tensor) -> Tensor:
+        """Until the first cross-attention the queries are the same for every tile, so they run once."""
+        x_TMC = self.layernorm(self.query_tokens)
+        layer: nn.Module
+        for layer in self.encoder["layer"]:  # type: ignore[union-attr]  # a ModuleList
+            x_TMC = layer(x_TMC, features_TNC)
+        return self.language_projection(x_TMC)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: QFormerConfig, attends_tile: bool) -> None:
+        super().__init__()
+        self.attention = Attention(config, SelfAttention(config.hidden_size, config.num_heads))
+        self.crossattention = None
+        if attends_tile:
+            inner = CrossAttention(config.hidden_size, config.num_heads, config.in_features)
+            self.crossattention = Attention(config, inner)
+        self.intermediate_query = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.intermediate_size)})
+        self.output_query = Output(config, config.intermediate_size)
+        self.activation = config.activation
+
+    def forward(self, x_TMC: Tensor, features_TNC: Tensor) -> Tensor:
+        x_TMC = self.attention(x_TMC)
+        if self.crossattention is not None:
+            x_TMC = self.crossattention(x_TMC.expand(len(features_TNC), -1, -1), features_TNC)
+        return self.output_query(fused.activated(x_TMC, self.intermediate_query["dense"], self.activation), x_TMC)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: QFormerConfig, inner: SelfAttention | CrossAttention) -> None:
+        super().__init__()
+        self.attention = inner
+        self.output = Output(config, config.hidden_size)
+
+    def forward(self, x_TMC: Tensor, *features: Tensor) -> Tensor:
+        return self.output(self.attention(x_TMC, *features), x_TMC)
+
+
+class Output(nn.Module):
+    """The end of each part of a layer: a Linear, the sum with the part's input, a LayerNorm."""
+
+    def __init__(self, config: QFormerConfig, in_features: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_features, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, inner: Tensor, x: Tensor) -> Tensor:
+        return fused.add_norm(x, self.dense(inner), self.LayerNorm)[1]
+
+
+class SelfAttention(fused.MergesLinears):
+    merges: ClassVar = {"qkv_proj": ("query", "key", "value")}
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x_TMC: Tensor) -> Tensor:
+        return _attend(self.heads, *self.project(x_TMC, "qkv_proj"))
+
+
+class CrossAttention(fused.MergesLinears):
+    merges: ClassVar = {"kv_proj": ("key", "value")}
+
+    def __init__(self, width: int, heads: int, in_features: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key, self.value = (nn.Linear(in_features, width) for _ in range(2))
+
+    def forward(self, x_TMC: Tensor, features_TNC: Tensor) -> Tensor:
+        return _attend(self.heads, self.query(x_TMC), *self.project(features_TNC, "kv_proj"))
+
+
+def _attend(heads: int, *query_key_value: Tensor) -> Tensor:
+    query, key, value = (rows.unflatten(-1, (heads, -1)).transpose(1, 2) for rows in query_key_value)
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)

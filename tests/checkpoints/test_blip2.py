@@ -1,0 +1,115 @@
+"""BLIP-2: prompts as transformers' processor makes them, the image before the BOS token, and errors for models that are
+not supported. Logits, answers, gradients, saving and training are those of every family (see CASES and GUESTS)."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import llava_fast
+from llava_fast.errors import CheckpointError
+from llava_fast.inputs.chat.rendering import builtin_template
+from llava_fast.inputs.plan.columns import TEXT
+from llava_fast.inputs.tiling.coverage import image_coverage
+from llava_fast.models.connectors.qformer import QFormerConfig
+from tests.support import tiny
+
+PICTURE = tiny.picture(60, 90)
+
+
+def ids_of(requests: list[dict], **options) -> list[list[int]]:
+    """The token of each row, IMAGE_ID for an image's."""
+    model = tiny.pair("blip2").ours
+    plan = model.own_processor.prepare(requests, **options).plan
+    ids = np.where(plan.column("source") == TEXT, plan.column("row"), tiny.IMAGE_ID)
+    return [each.tolist() for each in np.split(ids, plan.column("boundaries")[1:-1])]
+
+
+@pytest.mark.parametrize("text", ["Question: the hello? Answer:", "a photo of", ""])
+def test_prompts_are_those_of_transformers_processor(text):
+    processor = tiny.pair("blip2").processor
+    processor.tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    expected = processor(images=Image.fromarray(PICTURE), text=text)["input_ids"][0]
+    assert ids_of([{"prompt": f"<image>{text}", "images": [PICTURE]}]) == [list(expected)]
+
+
+def test_a_question_about_an_image_and_its_label():
+    user = {"role": "user", "content": [{"type": "text", "text": "the hello?"}, {"type": "image", "image": PICTURE}]}
+    asked = {"prompt": "<image>Question: the hello? Answer:", "images": [PICTURE]}
+    assert ids_of([{"messages": [user]}]) == ids_of([asked])
+    answered = [user, {"role": "assistant", "content": "a"}]
+    plan = tiny.pair("blip2").ours.own_processor.prepare([{"messages": answered}], labels=True).plan
+    assert tiny.tokenizer().decode(plan.column("supervised_target").tolist()) == " a\n"
+
+
+def test_images_elsewhere_stay_there():
+    image, bos = [tiny.IMAGE_ID] * tiny.QUERIES, [1]
+    (hello,) = tiny.tokenizer()("hello", add_special_tokens=False)["input_ids"]
+    request = {"prompt": "<image><image>hello<image>", "images": [PICTURE] * 3}
+    assert ids_of([request, {"prompt": "hello"}]) == [image + image + bos + [hello, *image], [*bos, hello]]
+
+
+def test_a_video_is_its_frames():
+    frames = {"prompt": "<image><image>hello", "images": [PICTURE, PICTURE[:, ::-1].copy()]}
+    video = {"prompt": "<video>hello", "video": np.stack(frames["images"])}
+    model = tiny.pair("blip2").ours
+    with torch.no_grad():
+        both = [model(model.prepare([request])).logits for request in (frames, video)]
+    torch.testing.assert_close(*both)
+
+
+def test_its_template_and_the_place_of_its_rows():
+    model = tiny.pair("blip2").ours
+    assert model.own_processor.template == builtin_template("blip2")
+    coverage = image_coverage(model.config.geometry, 60, 90)
+    assert [[region.tokens for region in view] for view in coverage.regions] == [[tiny.QUERIES]]
+    assert coverage.regions[0][0].box == (0, 0, 90, 60)
+    assert llava_fast.count_tokens(model, 60, 90) == tiny.QUERIES
+
+
+def test_the_first_self_attention_of_all_tiles_is_one():
+    """The queries do not differ before they have seen a tile."""
+    connector = copy.deepcopy(tiny.pair("blip2").ours.projector)
+    seen = []
+    first = connector.encoder["layer"][0]
+    first.attention.register_forward_hook(lambda module, given, made: seen.append(made.shape[0]))
+    rows = torch.randn(4, connector.config.rows, connector.config.in_features)
+    with torch.no_grad():
+        together, alone = connector(rows), connector(rows[2:3])
+    assert seen == [1, 1]
+    torch.testing.assert_close(together[2:3], alone)
+    assert connector(rows[:0]).shape == (0, tiny.QUERIES, 64)
+
+
+def test_a_connector_that_does_not_fit_says_so():
+    with pytest.raises(ValueError, match="hidden_size 48 has no 5 equal heads"):
+        QFormerConfig(8, 8, 4, 2, 48, 96, 2, 5)
+    with pytest.raises(ValueError, match="reads 4 rows per tile, and the tower gives 5"):
+        QFormerConfig(8, 8, 4, 2, 48, 96, 2, 4).rows_of(5)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"text_config": {"model_type": "t5"}}, "text_config.model_type is 't5'; supported are"),
+        ({"qformer_config": {"use_qformer_text_input": True}}, "retrieval is not supported"),
+        ({"qformer_config": {"num_attention_heads": 5}}, "hidden_size 48 is no multiple of 5 num_attention_heads"),
+        ({"qformer_config": {"hidden_act": "tanh"}}, "qformer_config.hidden_act is 'tanh'; supported are"),
+        ({"image_token_index": None}, "image_token_id is null"),
+        ({"num_query_tokens": 6}, "num_query_tokens is 5, but config.json implies 6"),
+    ],
+)
+def test_an_unsupported_checkpoint_says_so(change, said, tmp_path):
+    pair = tiny.pair("blip2")
+    pair.hf.config.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    source = json.loads(file.read_text())
+    for name, value in change.items():
+        source[name] = source[name] | value if isinstance(value, dict) else value
+    file.write_text(json.dumps(source))
+    (tmp_path / "processor_config.json").write_text('{"num_query_tokens": 5}')
+    with pytest.raises(CheckpointError, match=said):
+        llava_fast.families.read_config(tmp_path)
