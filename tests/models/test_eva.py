@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from llava_fast.models.towers.eva import EvaConfig
+from tests.support.parity import assert_close
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "eva_clip_g_tower.safetensors"
 RENAMED = {
@@ -49,7 +50,7 @@ def test_the_rows_of_the_original_code():
     tower.load_state_dict(original_weights(stored))
     with torch.no_grad():
         rows = tower(stored["input.pixels"])
-    torch.testing.assert_close(rows, stored["output.rows"], rtol=1e-5, atol=1e-5)
+    assert_close("rows of the original code", rows, stored["output.rows"], 1e-5)
 
 
 def test_the_last_layers_rows_are_its_only_feature():

@@ -299,7 +299,7 @@ def hf_model(case: Case, seed: int = 0):
     model = MODELS[case.kind][1](hf_config(case)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name and name.endswith("weight"):
+            if "norm" in name.lower() and name.endswith("weight"):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
                 if name.endswith(("q_norm.weight", "k_norm.weight")):
                     parameter.mul_(2)  # as sharp as trained
