@@ -450,7 +450,8 @@ def save(case: Case, model, folder: str | Path) -> None:
     model.save_pretrained(folder)
     tokenizer_of(case).save_pretrained(folder)
     image_processor(case).save_pretrained(folder)
-    if case.text in (MptConfig, OPTConfig, PhiConfig, StableLmConfig):  # whose chat format no decoder says
+    hosted = case.text in (MptConfig, OPTConfig, PhiConfig, StableLmConfig)
+    if hosted and case.kind != "blip-2":  # no decoder says their chat format
         (Path(folder) / "llava_fast.json").write_text('{"chat_template": "vicuna_v1"}')
 
 

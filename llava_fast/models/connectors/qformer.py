@@ -8,7 +8,7 @@ Qformer.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,8 +90,7 @@ class QFormer(Connector):
     def forward(self, features_TNC: Tensor) -> Tensor:
         """Until the first cross-attention the queries are the same for every tile, so they run once."""
         x_TMC = self.layernorm(self.query_tokens)
-        layer: nn.Module
-        for layer in self.encoder["layer"]:  # type: ignore[union-attr]  # a ModuleList
+        for layer in cast(nn.ModuleList, self.encoder["layer"]):
             x_TMC = layer(x_TMC, features_TNC)
         return self.language_projection(x_TMC)
 

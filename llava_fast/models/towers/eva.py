@@ -9,7 +9,7 @@ Sources: Fang et al. 2022 (EVA); transformers 5.24 modeling_blip_2.py; salesforc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -124,8 +124,7 @@ class EvaTower(Tower):
     def forward(self, tiles: Tensor, count: Tensor | None = None) -> Tensor:
         tiles, mean, std = prepare_tiles(self.config, tiles, self.embeddings.position_embedding)
         x_TNC = self.embeddings(tiles, mean, std, count)
-        layer: nn.Module
-        for layer in self.encoder["layers"]:  # type: ignore[union-attr]  # a ModuleList
+        for layer in cast(nn.ModuleList, self.encoder["layers"]):
             x_TNC = run_layer(self.recompute, layer, x_TNC)
         return fused.add_norm(x_TNC, None, self.post_layernorm)[1]
 
