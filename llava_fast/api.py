@@ -19,12 +19,14 @@ from llava_fast.families import family_of_config, fields
 from llava_fast.families.preprocessing import check_tokens
 from llava_fast.generation.llava import Llava
 from llava_fast.inputs.chat.rendering import ChatTemplate, builtin_names, builtin_template, checkpoint_template
+from llava_fast.inputs.instructions import Instructions
 from llava_fast.inputs.options import ProcessorOptions
 from llava_fast.inputs.pictures.preprocessing import FILTERS
 from llava_fast.inputs.pictures.tiles import TORCH_MODES
 from llava_fast.inputs.processor import Processor
 from llava_fast.inputs.tiling.anyres import Compat, count_image_rows
 from llava_fast.models.config import LlavaConfig
+from llava_fast.models.connectors.qformer import QFormerConfig
 from llava_fast.models.fused import merge_linears
 from llava_fast.models.quantised import Quantisation
 from llava_fast.ops import cached_rows
@@ -121,15 +123,20 @@ def load_processor(checkpoint: LoadedCheckpoint, name: str, chat_template: str |
     tokenizer = load_tokenizer(checkpoint.tokenizer_path)
     if config.layout == "hf":
         check_tokens(checkpoint.path, tokenizer, image_token=config.image_token_id, video_token=config.video_token_id)
+    family, instructions = family_of_config(config), None
+    if family.connector_tokenizer is not None and isinstance(config.projector, QFormerConfig):
+        own = load_tokenizer(checkpoint.tokenizer_path / family.connector_tokenizer)
+        instructions = Instructions(own, config.projector.positions)
     return Processor(
-        geometry=family_of_config(config).geometry(config, tokenizer),
+        geometry=family.geometry(config, tokenizer),
         tokenizer=tokenizer,
         image_token_id=config.image_token_id,
         video_token_id=config.video_token_id,
         template=_chat_template(checkpoint, name, tokenizer, chat_template),
         max_rows=config.decoder.context_length,
         vocabulary=config.decoder.vocab_size,
-        images_before_bos=family_of_config(config).images_before_bos,
+        images_before_bos=family.images_before_bos,
+        instructions=instructions,
         exif=config.layout == "hf",
     )
 

@@ -111,6 +111,8 @@ def save(
             shutil.copymode(directory / "config.json", file)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
+        if family.connector_tokenizer is not None and model.connector_tokenizer is not None:
+            model.connector_tokenizer.save_pretrained(directory / family.connector_tokenizer)
         _write_side_files(directory, config, family, getattr(model, "side_files", {}))
 
 

@@ -27,6 +27,7 @@ FAMILIES: Registry[Family] = Registry(
         "video_llava": "video_llava:VideoLlava",
         "llava_uhd": "llava_uhd:LlavaUhd",
         "blip-2": "blip2:Blip2",
+        "instructblip": "instructblip:InstructBlip",
     },
 )
 _ORIGINAL = "llava_llama"

@@ -11,7 +11,7 @@ salesforce/LAVIS 506965b blip2_opt.py.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -65,13 +65,17 @@ class Blip2Fields(fields.HfConfig):
 
 
 class Blip2(Llava):
-    """BLIP-2 with a decoder."""
+    """BLIP-2 with a decoder.
+
+    qformer_fields  what qformer_config is checked against.
+    """
 
     model_types = ("blip-2",)
     system = "BLIP-2 (OPT)"
     names = NameMap({"hf": _RULES, "hf5": _RULES})
     architecture = "Blip2ForConditionalGeneration"
     config_fields = Blip2Fields
+    qformer_fields: ClassVar[type[QFormerFields]] = QFormerFields
     image_kinds = (Kind("BlipImageProcessor", crops=False),)
     images_before_bos = True
     takes_native_sizes = False
@@ -79,8 +83,8 @@ class Blip2(Llava):
 
     def transformers_config(self, source: dict[str, Any], file: Path) -> Any:
         hf = super().transformers_config(source, file)
-        qformer = {name: getattr(hf.qformer_config, name, None) for name in QFormerFields.model_fields}
-        check_fields(qformer, QFormerFields, file, sparse=False)
+        qformer = {name: getattr(hf.qformer_config, name, None) for name in self.qformer_fields.model_fields}
+        check_fields(qformer, self.qformer_fields, file, sparse=False)
         hf.vision_feature_layer, hf.vision_feature_select_strategy = -1, "full"
         hf.tie_word_embeddings = hf.text_config.tie_word_embeddings  # transformers ties by the text's
         return hf

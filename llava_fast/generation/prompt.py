@@ -44,8 +44,8 @@ class Part:
     @functools.cached_property
     def keys(self) -> list[int]:
         """One integer for each row. Rows with equal keys, after rows with equal keys, have equal cache entries: a text
-        row's key is its token id, a visual row's (newlines included) a hash of the tiles and the row table, plus its
-        index.
+        row's key is its token id, a visual row's (newlines included) a hash of the tiles, the row table and the
+        text that the connector reads with them, plus its index.
         """
         if isinstance(self.piece, TextPiece):
             return self.piece.ids.tolist()
@@ -56,7 +56,9 @@ class Part:
             digest.update(np.ascontiguousarray(pixels).data)
         rows = self.piece.rows
         digest.update(repr((rows.reduce, rows.stage, rows.grids, self.piece.modality)).encode())
-        for array in (rows.kind, rows.index, *(rows.pooling or ())):
+        instruction = () if self.piece.instruction is None else (self.piece.instruction,)
+        for array in (rows.kind, rows.index, *(rows.pooling or ()), *instruction):
+            digest.update(repr(array.shape).encode())
             digest.update(np.ascontiguousarray(array).data)
         first = (1 << 160) | int.from_bytes(digest.digest(), "little") << 32  # above every token id
         return list(range(first, first + len(self)))

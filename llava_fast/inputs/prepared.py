@@ -27,8 +27,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Placeholder:
-    """An image or video of a prompt, not opened yet. `alone`: it is tiled like the only image of a request."""
+    """An image or video of a prompt, not opened yet. `alone`: it is tiled like the only image of a request.
+    `instruction`: see VisualPiece."""
 
     kind: Literal["<image>", "<video>"]
     source: Any
     alone: bool
+    instruction: np.ndarray | None = None

@@ -18,6 +18,7 @@ import numpy as np
 
 from llava_fast.errors import ImageError, PromptTooLongError, RequestError
 from llava_fast.inputs.chat.rendering import ChatTemplate, Segment
+from llava_fast.inputs.instructions import Instructions
 from llava_fast.inputs.labels import supervised_tokens
 from llava_fast.inputs.literal import Hidden, LiteralText
 from llava_fast.inputs.options import ProcessorOptions
@@ -50,6 +51,7 @@ class Processor(ProcessorOptions):
     template        the chat template for requests with messages.
     max_rows        the decoder's context length; longer prompts raise PromptTooLongError.
     vocabulary      rows of the decoder's embedding; tokens with larger ids raise RequestError.
+    instructions    what the connector reads of a request's text; None: nothing.
     images_before_bos  images at the start of a prompt precede the BOS token that the tokenizer adds (BLIP-2).
     """
 
@@ -61,6 +63,7 @@ class Processor(ProcessorOptions):
     max_rows: int | None = None
     vocabulary: int | None = None
     images_before_bos: bool = False
+    instructions: Instructions | None = None
     exif: bool = field(default=True, kw_only=True)
 
     def with_options(self, options: ProcessorOptions) -> Processor:
@@ -155,7 +158,7 @@ class Processor(ProcessorOptions):
             raise ValueError(f"labels are False, True, 'answers' or 'original', not {labels!r}")
         if labels and "messages" not in request:
             raise RequestError('labels need "messages": a verbatim "prompt" does not define which part is the answer')
-        hidden = None
+        hidden, asked = None, request
         if self.literal_text and isinstance(request, dict):
             request, hidden = self.literal.hidden(request)
             if "prompt" in request and (request.get("images") or request.get("video") is not None):
@@ -193,13 +196,17 @@ class Processor(ProcessorOptions):
                 f"the tokenizer found {len(places)} image tokens for {len(placeholders)} placeholders in the prompt"
             )
 
+        instructions = None
+        if self.instructions is not None and placeholders:
+            instructions = self.instructions.of(asked, pattern, bool(self.literal_text))
         alone = len(image_sources) == 1 or self.geometry.multi_image_anyres
         queues = {"<image>": iter(image_sources), "<video>": iter(video_sources)}
         outline: list[TextPiece | Placeholder] = []
         start = 0
-        for placeholder, place in zip(placeholders, places, strict=True):
+        for number, (placeholder, place) in enumerate(zip(placeholders, places, strict=True)):
             outline.append(TextPiece(ids[start:place], supervised[start:place] if labels else None))
-            outline.append(Placeholder(placeholder, next(queues[placeholder]), alone))
+            told = None if instructions is None else instructions[number]
+            outline.append(Placeholder(placeholder, next(queues[placeholder]), alone, told))
             start = place + 1
         outline.append(TextPiece(ids[start:], supervised[start:] if labels else None))
         self._check_ids(outline)
@@ -232,13 +239,14 @@ class Processor(ProcessorOptions):
                 raise RequestError(str(error)) from error
             views = frame_views(self.geometry, *frames.shape[1:3])
             tiles += [self._cut(frame, views) for frame in frames]
-            return VisualPiece(video_rows(self.geometry, len(frames)), MODALITY_VIDEO)
+            return VisualPiece(video_rows(self.geometry, len(frames)), MODALITY_VIDEO, placeholder.instruction)
         try:
             image = self._open(placeholder.source)
         except TypeError as error:
             raise RequestError(str(error)) from error
         tiles.append(self._cut(image, self._image_views(image, placeholder.alone)))
-        return VisualPiece(image_rows(self.geometry, *image.shape[:2], placeholder.alone), MODALITY_IMAGE)
+        rows = image_rows(self.geometry, *image.shape[:2], placeholder.alone)
+        return VisualPiece(rows, MODALITY_IMAGE, placeholder.instruction)
 
     def _image_views(self, image: np.ndarray, alone: bool) -> Sequence[View]:
         return image_views(self.geometry, *image.shape[:2], alone)

@@ -93,3 +93,7 @@ class ConfiguredModel(nn.Module):
     @property
     def tokenizer(self) -> Any:
         return None
+
+    @property
+    def connector_tokenizer(self) -> Any:
+        return None

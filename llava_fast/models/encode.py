@@ -97,7 +97,12 @@ def project_rows(connector: nn.Module, features: Tensor, kept: Tensor, pooled: l
 
 
 def project_tiles(
-    connector: nn.Module, rows_per_tile: int, left_out: int, features: Tensor, kept: Tensor, pooled: list[Tensor]
+    connector: Callable[[Tensor], Tensor],
+    rows_per_tile: int,
+    left_out: int,
+    features: Tensor,
+    kept: Tensor,
+    pooled: list[Tensor],
 ) -> Tensor:
     """Parts.project of a connector that reads whole tiles: its input is all their rows but the first `left_out` of
     each, and `kept` indexes its output. Raises ValueError if rows are pooled before it.

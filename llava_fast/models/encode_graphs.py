@@ -79,7 +79,7 @@ class EncodeGraphs:
 
     def _serves(self, batch: Batch) -> bool:
         plan, vision = batch.plan, self.model.config.vision
-        if not plan.tiles or plan.pools or plan.grids or vision.by_modality:
+        if not plan.tiles or plan.pools or plan.grids or vision.by_modality or "instruction" in plan.sections:
             return False
         if nn.modules.module._has_any_global_hook():
             return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,15 +74,19 @@ class VisualModel(nn.Module):
             told |= {"videos": tuple(videos), "every": every}
         return self.vision_tower(tiles, count=count, **told).flatten(0, 1)
 
-    def parts(self, grids: Grids = ()) -> encode.Parts:
-        """What stands between tower and decoder; `grids` of images of native sizes."""
+    def parts(self, grids: Grids = (), instruction: Tensor | None = None) -> encode.Parts:
+        """What stands between tower and decoder; `grids` of images of native sizes, `instruction` for a connector that
+        reads text (see ConnectorConfig.reads_text)."""
         vision = self.config.vision
+        connector: Callable[..., Tensor] = self.projector
+        if self.config.projector.reads_text:
+            connector = functools.partial(connector, instruction=instruction)
         if self.config.projector.rowwise:
             project = functools.partial(encode.project_rows, self.projector)
         elif vision.native_sizes:
             project = functools.partial(encode.project_images, self.projector, tuple(grids))
         else:
             left_out = vision.leading_rows if vision.drops_class_row else 0
-            project = functools.partial(encode.project_tiles, self.projector, vision.rows_per_tile, left_out)
+            project = functools.partial(encode.project_tiles, connector, vision.rows_per_tile, left_out)
         newline = self.image_newline if self.config.has_newline else None
         return encode.Parts(newline, project, self.projector.plain_linears)

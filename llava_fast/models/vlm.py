@@ -62,6 +62,11 @@ class LlavaModel(VisualModel, ConfiguredModel):
         return self.processor.tokenizer if self.processor is not None else None
 
     @property
+    def connector_tokenizer(self) -> Any:
+        told = None if self.processor is None else self.processor.instructions
+        return None if told is None else told.tokenizer
+
+    @property
     def own_processor(self) -> Processor:
         """`processor`. Raises RequestError if there is none."""
         if self.processor is None:
@@ -122,7 +127,7 @@ class LlavaModel(VisualModel, ConfiguredModel):
 
     def inputs_embeds(self, batch: Batch) -> Tensor:
         """[rows, width]: text rows from the embedding table, visual rows from the projector, newlines (see encode)."""
-        parts, features = self.parts(batch.plan.grids), self._features(batch)
+        parts, features = self.parts(batch.plan.grids, self._instruction(batch)), self._features(batch)
         return encode.inputs_embeds(parts, self.decoder.embed_tokens, features, batch.placement())[0]
 
     def _features(self, batch: Batch) -> Tensor | None:
@@ -133,3 +138,9 @@ class LlavaModel(VisualModel, ConfiguredModel):
             return None
         plan = batch.plan
         return self.features(batch.tiles, plan.grids, plan.videos, batch.count("tile"), self.runs_every_part)
+
+    def _instruction(self, batch: Batch) -> Tensor | None:
+        """The text that the connector reads with each tile, int32 [tiles, longest]; None if the plan has none."""
+        if "instruction" in batch.plan.sections:
+            return batch.column("instruction")
+        return None if batch.plan.tiles else batch.flat.new_zeros(0, 0)

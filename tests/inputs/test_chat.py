@@ -120,6 +120,7 @@ PROMPTS = {
         "<image>Question: What is it? Answer:",
         "<image>Question: What is it? Answer: A cat.\nQuestion: Which colour? Answer:",
     ),
+    "instructblip": ("<image>What is it?", "<image>What is it? A cat.</s>Which colour?"),
 }
 CHAT_FORMATS = [f.name for f in TURN_FORMATS if f.name != "plain"]
 

@@ -36,6 +36,7 @@ AROUND = {
     "llava_llama_3": ("", "<|eot_id|>"),
     "qwen": ("", "<|im_end|>"),
     "blip2": (" ", "\n"),
+    "instructblip": (" ", "</s>"),
 }
 OPENING = {
     "plain": "",
@@ -48,6 +49,7 @@ OPENING = {
     "llava_llama_3": "<|start_header_id|>assistant<|end_header_id|>\n\n",
     "qwen": "<|im_start|>assistant\n",
     "blip2": "Answer:",
+    "instructblip": "",
 }
 WORDS = [
     "the",
@@ -74,8 +76,9 @@ def texts(words: list[str], least: int = 0) -> st.SearchStrategy[str]:
 
 
 @st.composite
-def conversations(draw, words: list[str], images: bool = True, plain: bool = False) -> list[dict]:
-    """Messages with an answer to each question, one of them at least with text; images anywhere in questions."""
+def conversations(draw, words: list[str], images: bool = True, plain: bool = False, bare: bool = False) -> list[dict]:
+    """Messages with an answer to each question, one of them at least with text; images anywhere in questions. bare:
+    each question ends in a mark, for a template with nothing else between it and its answer."""
     marked = [*words, "<image>", "<image>\n"] if images else words
     if plain:
         turns = [(draw(texts(marked)) + "<image>", draw(texts(words, 1)))]
@@ -84,7 +87,8 @@ def conversations(draw, words: list[str], images: bool = True, plain: bool = Fal
         if not any(answer for _, answer in turns):
             turns.append(("more", "yes"))
     messages = [] if plain or draw(st.booleans()) else [{"role": "system", "content": draw(texts(words))}]
-    for question, answer in turns:
+    for asked, answer in turns:
+        question = f"{asked}?" if bare else asked
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return messages
 
@@ -135,7 +139,7 @@ def test_each_answer_and_its_end_and_nothing_else(template, kind, image_token):
     processor = processor_for(template, tokenizer, image_token)
 
     @settings(max_examples=25)
-    @given(conversations(WORDS + MARKERS, plain=template == "plain"))
+    @given(conversations(WORDS + MARKERS, plain=template == "plain", bare=template == "instructblip"))
     def check(messages):
         ids, flags = masked(processor, messages, "answers")
         found = runs(tokenizer, ids, flags)
@@ -157,7 +161,7 @@ def test_each_answer_with_sentencepieces_spaces(template, every_piece, image_tok
     processor = processor_for(template, tokenizer, image_token)
 
     @settings(max_examples=25)
-    @given(conversations(WORDS, plain=template == "plain"))
+    @given(conversations(WORDS, plain=template == "plain", bare=template == "instructblip"))
     def check(messages):
         ids, flags = masked(processor, messages, "answers")
         supervised = [text for flag, text in runs(tokenizer, ids, flags) if flag]
@@ -277,7 +281,7 @@ def test_original_is_the_answers_elsewhere(template):
     processor = processor_for(template, tiny.tokenizer())
 
     @settings(max_examples=20)
-    @given(conversations(WORDS, plain=template == "plain"))
+    @given(conversations(WORDS, plain=template == "plain", bare=template == "instructblip"))
     def check(messages):
         assert masked(processor, messages, "original") == masked(processor, messages, "answers")
 

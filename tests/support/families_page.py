@@ -39,7 +39,7 @@ transformers' layout, "original" that of the system's own code.
 FOOT = """
 `accelerate` and `FastProcessor` support LLaVA 1.5, NeXT, NeXT-Video and OneVision ([with transformers](huggingface.md))
 and name any other model they are given as unsupported. Refused by name: videos of InternVL and LLaVA-UHD, the other
-releases of LLaVA-UHD, and BLIP-2 with T5.
+releases of LLaVA-UHD, and BLIP-2 and InstructBLIP with T5.
 """
 
 

@@ -1,24 +1,50 @@
-"""What transformers' models with a Q-Former need to be compared with: prompts without an image, and the BOS token after
-images."""
+"""What transformers' models with a Q-Former need to be compared with: prompts without an image, the BOS token after
+images, and a tokenizer for questions."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 
-class Blip2ForConditionalGeneration(transformers.Blip2ForConditionalGeneration):
-    """Text alone is for its language model; transformers' class fails without pixels."""
+class TextToo:
+    """Text alone is for the language model; transformers' classes fail without pixels."""
 
     def forward(self, pixel_values=None, input_ids=None, **rest):
         if pixel_values is not None:
-            return super().forward(pixel_values, input_ids, **rest)
+            return super().forward(pixel_values=pixel_values, input_ids=input_ids, **rest)
         return self.language_model(input_ids=input_ids, **rest)
 
     def generate(self, pixel_values=None, **options):
         if pixel_values is not None:
             return super().generate(pixel_values, **options)
         return self.language_model.generate(**options)
+
+
+class Blip2ForConditionalGeneration(TextToo, transformers.Blip2ForConditionalGeneration):
+    pass
+
+
+class InstructBlipForConditionalGeneration(TextToo, transformers.InstructBlipForConditionalGeneration):
+    pass
+
+
+@functools.lru_cache
+def question_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Bytes between [CLS] and [SEP], as BERT's tokenizer has words."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    tokens = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, [], unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
 
 
 def bos_after_images(inputs: dict, image_token: int) -> dict:

@@ -17,6 +17,8 @@ from transformers import (
     Blip2Config,
     Blip2Processor,
     CLIPVisionConfig,
+    InstructBlipConfig,
+    InstructBlipProcessor,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLProcessor,
@@ -57,7 +59,12 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.video_llava.image_processing_video_llava import VideoLlavaImageProcessor
 
 import llava_fast
-from tests.support.qformers import Blip2ForConditionalGeneration, bos_after_images
+from tests.support.qformers import (
+    Blip2ForConditionalGeneration,
+    InstructBlipForConditionalGeneration,
+    bos_after_images,
+    question_tokenizer,
+)
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<image>", "<video>", "<pad>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
 IMAGE_ID, VIDEO_ID, PAD_ID = SPECIAL.index("<image>"), SPECIAL.index("<video>"), SPECIAL.index("<pad>")
@@ -224,6 +231,7 @@ CASES["video_llava"] = Case("video_llava", tile=48)
 CASES["blip2"] = Case(
     "blip-2", OPTConfig, {"ffn_dim": 128, "word_embed_proj_dim": 64, "tie_word_embeddings": True}, tile=48
 )
+CASES["instructblip"] = Case("instructblip", tile=48)
 _HALF_TURNED = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 CASES |= {  # decoders that transformers runs
     "llava_opt": Case(  # transformers' LLaVA finds no embedding of OPT's to tie a head to
@@ -248,6 +256,7 @@ CASES |= {  # decoders that transformers runs
 }
 MODELS = {
     "blip-2": (Blip2Config, Blip2ForConditionalGeneration),
+    "instructblip": (InstructBlipConfig, InstructBlipForConditionalGeneration),
     "video_llava": (VideoLlavaConfig, VideoLlavaForConditionalGeneration),
     "vipllava": (VipLlavaConfig, VipLlavaForConditionalGeneration),
     "internvl": (InternVLConfig, InternVLForConditionalGeneration),
@@ -260,6 +269,7 @@ MODELS = {
 
 QFORMER = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3}
 QUERIES = 5
+WITH_QFORMER = ("blip-2", "instructblip")
 WITH_VIDEOS = ("llava_next_video", "llava_onevision", "video_llava")
 
 
@@ -269,8 +279,9 @@ def hf_config(case: Case):
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PAD_ID}
     text = case.text(**{"vocab_size": VOCABULARY, **TEXT, **heads, **ends, **case.text_options})
-    if case.kind == "blip-2":
-        parts = {"vision_config": tower, "qformer_config": QFORMER, "text_config": text.to_dict()}
+    if case.kind in WITH_QFORMER:
+        words = {"vocab_size": len(question_tokenizer())} if case.kind == "instructblip" else {}
+        parts = {"vision_config": tower, "qformer_config": QFORMER | words, "text_config": text.to_dict()}
         return config_class(**parts, num_query_tokens=QUERIES, image_token_index=IMAGE_ID)
     vision = SiglipVisionConfig(vision_use_head=False, **tower)
     if case.kind == "internvl":
@@ -316,7 +327,7 @@ def image_processor(case: Case):
         return GotOcr2ImageProcessorPil(size=square, crop_to_patches=True, max_patches=6)
     if case.kind == "video_llava":
         return VideoLlavaImageProcessor(size={"shortest_edge": case.tile}, crop_size=square)
-    if case.kind == "blip-2":
+    if case.kind in WITH_QFORMER:
         return BlipImageProcessorPil(size=square)
     if case.kind in ("llava", "vipllava"):
         return CLIPImageProcessorPil(size={"shortest_edge": case.tile}, crop_size=square)
@@ -367,6 +378,8 @@ def hf_processor(case: Case):
         return WithoutVideos(image_processor=images, tokenizer=words, image_seq_length=rows)
     if case.kind == "blip-2":
         return Blip2Processor(images, copy.deepcopy(words), num_query_tokens=QUERIES)
+    if case.kind == "instructblip":
+        return InstructBlipProcessor(images, copy.deepcopy(words), question_tokenizer(), num_query_tokens=QUERIES)
     if case.kind == "llava_onevision":
         processor = LlavaOnevisionProcessor.__new__(LlavaOnevisionProcessor)
         processor.image_processor, processor.tokenizer, processor.image_token = images, words, "<image>"
@@ -395,8 +408,11 @@ class Pair:
     processor: Any
     ours: Any
 
-    def reference_inputs(self, prompt: str, images: list[np.ndarray] = (), video: np.ndarray | None = None) -> dict:
-        """What transformers' model takes for a prompt with <image> and <video> placeholders."""
+    def reference_inputs(
+        self, prompt: str, images: list[np.ndarray] = (), video: np.ndarray | None = None, question: str | None = None
+    ) -> dict:
+        """What transformers' model takes for a prompt with <image> and <video> placeholders. `question`: what a
+        Q-Former reads, if not the prompt."""
         inputs: dict = {}
         shown = []
         if len(images):
@@ -405,7 +421,7 @@ class Pair:
             # it would take a picture of 1 or 3 rows of pixels for one of channels first
             last = {"input_data_format": "channels_last"} if self.case.kind == "video_llava" else {}
             inputs |= self.processor.image_processor([pil] if onevision else pil, return_tensors="pt", **last)
-            if self.case.kind == "blip-2":  # its processor puts one image before the text
+            if self.case.kind in WITH_QFORMER:  # their processors put one image before the text
                 shown = ["<image>" * QUERIES] * len(images)
             else:
                 shown = [self.processor.replace_image_token(inputs, number) for number in range(len(images))]
@@ -418,7 +434,11 @@ class Pair:
         if video is not None:
             text = text.replace("<video>", "<video>" * self.video_rows(len(video)))
         inputs |= self.ours.tokenizer(text, return_tensors="pt")
-        return bos_after_images(inputs, IMAGE_ID) if self.case.kind == "blip-2" else inputs
+        if self.case.kind == "instructblip" and len(images):
+            asked = prompt.replace("<image>", "") if question is None else question
+            ids = question_tokenizer()(asked, return_tensors="pt")["input_ids"].expand(len(images), -1)
+            inputs |= {"qformer_input_ids": ids, "qformer_attention_mask": torch.ones_like(ids)}
+        return bos_after_images(inputs, IMAGE_ID) if self.case.kind in WITH_QFORMER else inputs
 
     @property
     def visual_ids(self) -> list[int]:
@@ -450,6 +470,8 @@ def save(case: Case, model, folder: str | Path) -> None:
     model.save_pretrained(folder)
     tokenizer_of(case).save_pretrained(folder)
     image_processor(case).save_pretrained(folder)
+    if case.kind == "instructblip":
+        question_tokenizer().save_pretrained(Path(folder) / "qformer_tokenizer")
     hosted = case.text in (MptConfig, OPTConfig, PhiConfig, StableLmConfig)
     if hosted and case.kind != "blip-2":  # no decoder says their chat format
         (Path(folder) / "llava_fast.json").write_text('{"chat_template": "vicuna_v1"}')

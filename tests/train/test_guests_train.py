@@ -42,11 +42,12 @@ def test_it_trains_and_transformers_reads_what_is_exported(name, recipe_in, tmp_
         torch.testing.assert_close(found, stock(**pair.reference_inputs(**request)).logits[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["internvl", "vipllava"])
+@pytest.mark.parametrize("name", ["internvl", "vipllava", "blip2", "instructblip"])
 def test_a_projector_that_is_trained_alone_is_exported_beside_the_model(name, recipe_in, tmp_path):
     """In the names of its own layout: these families have no original one."""
     tiny.save(tiny.CASES[name], tiny.pair(name).hf, tmp_path / "start")
     recipe = recipe_in(tmp_path / "run", model=str(tmp_path / "start"), trainable=["projector"], steps=1)
+    assert plan(recipe, 1).total_memory > 0
     train(recipe)
     model = llava_fast.load(recipe.output / "model")
     stored = torch.load(recipe.output / "projector" / "mm_projector.bin")

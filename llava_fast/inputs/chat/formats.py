@@ -159,6 +159,16 @@ _BLIP2 = TurnFormat(
     answer=(" ", "\n"),
     placeholders_first=True,
 )
+# The question alone, in LAVIS without a second one.
+_INSTRUCTBLIP = TurnFormat(
+    name="instructblip",
+    aliases=(),
+    stop=("</s>",),
+    system_wrap=("", " "),
+    user=("", ""),
+    answer=(" ", "</s>"),
+    placeholders_first=True,
+)
 
 TURN_FORMATS = (
     _PLAIN,
@@ -171,6 +181,7 @@ TURN_FORMATS = (
     _LLAVA_LLAMA_3,
     _QWEN,
     _BLIP2,
+    _INSTRUCTBLIP,
 )
 
 

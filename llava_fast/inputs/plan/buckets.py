@@ -38,11 +38,13 @@ def fill(plan: TokenPlan, bucket: Bucket) -> TokenPlan:
 
     Rows keep their numbers, so the first `plan.rows` output rows are those of the plan. Raises ValueError for a plan
     that exceeds the bucket, has pooled rows (whose tables cannot be padded) or images of native sizes (for which a
-    graph would replay the attention of one set of sizes)."""
+    graph would replay the attention of one set of sizes), or text that the connector reads."""
     if plan.pools:
         raise ValueError("a plan with pooled rows (pooled or shrunk features) cannot be padded to a bucket")
     if plan.grids:
         raise ValueError("a plan of images of native sizes cannot be padded to a bucket")
+    if "instruction" in plan.sections:
+        raise ValueError("a plan with text for the connector cannot be padded to a bucket")
     kept = len(plan.column("kept"))
     if plan.tiles > bucket.tiles or kept > bucket.kept or plan.rows > bucket.rows:
         raise ValueError(f"a plan of {plan.tiles} tiles, {kept} kept rows and {plan.rows} rows does not fit {bucket}")

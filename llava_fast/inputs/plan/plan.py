@@ -47,10 +47,12 @@ class TextPiece:
 
 @dataclass(frozen=True)
 class VisualPiece:
-    """One image or video of a sequence."""
+    """One image or video of a sequence. `instruction`: int32 ids of the text that the connector reads with its tiles,
+    in the connector's vocabulary."""
 
     rows: VisualRows
     modality: int = MODALITY_IMAGE
+    instruction: np.ndarray | None = None
 
 
 Piece = TextPiece | VisualPiece
@@ -73,6 +75,8 @@ class TokenPlan:
                                                        start of each id's rows (for deterministic gradients)
     visual_place                                       [visual rows]  the row that reads each visual row, or -1
     constant_row, constant_segment                     rows with a newline, and [0, their number]
+    instruction                                        [tiles, longest]  only for a connector that reads text: the ids
+                                                       that it reads with each tile, padding -1
 
     VISUAL rows index the visual table: the kept rows, then each pool of stage "before", then each of stage "after".
     `lengths` counts the real rows of each sequence, `tiles` the tiles of the batch. `branches` has the row counts of
@@ -179,6 +183,9 @@ def build_plan(
         | inverse_columns(columns, visual_rows)
         | pool_columns
     )
+    instructed = [piece for pieces in sequences for piece in pieces if isinstance(piece, VisualPiece)]
+    if any(piece.instruction is not None for piece in instructed):
+        columns["instruction"] = _instructions(instructed)
     flat, sections = pack_columns(columns)
     each = tuple(tuple(int(branch) for branch in of_sequence) for of_sequence in branches)
     return TokenPlan(
@@ -208,6 +215,13 @@ def _piece_columns(piece: Piece, visual: VisualTable) -> tuple[np.ndarray, ...]:
         if UNKNOWN_TOKEN in rows.token_ids:
             raise ValueError("the ids of tokens around tiles are not known: make the geometry with Family.geometry")
     return source, row, np.full(len(row), IGNORE, np.int32), modality
+
+
+def _instructions(pieces: list[VisualPiece]) -> np.ndarray:
+    texts = [np.zeros(0, np.int32) if piece.instruction is None else piece.instruction for piece in pieces]
+    longest = max(map(len, texts))
+    rows = [np.pad(ids.astype(np.int32), (0, longest - len(ids)), constant_values=PADDING) for ids in texts]
+    return np.repeat(np.stack(rows), [piece.rows.tiles for piece in pieces], axis=0)
 
 
 def _supervision(

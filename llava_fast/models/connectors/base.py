@@ -34,6 +34,11 @@ class ConnectorConfig(ABC):
     hf_names: ClassVar[Mapping[str, str]] = {}
     """Our module name -> transformers' module name."""
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether `forward` also gets `instruction`, int32 [T, L]: the ids of a text for each tile, padding -1."""
+        return False
+
     def rows_of(self, rows: int) -> int:
         """Output rows for this many rows of a tile. Raises ValueError for an unsupported number."""
         return rows

@@ -1,7 +1,9 @@
 """The Q-Former: learned queries that attend to each other in every layer, and to a tile's rows in every second one.
+With text, all attend to the text too, but only queries attend to the tile.
 
-Shapes: T tiles, N rows per tile, C width, M queries. Parameter names are those of transformers' Blip2QFormerModel.
-Dropout is not applied. Sources: Li et al. 2023 (BLIP-2); transformers 5.24 modeling_blip_2.py; salesforce/LAVIS 506965b
+Shapes: T tiles, N rows per tile, C width, M queries, L tokens of text, R = M or M + L. Parameter names are those of
+transformers' Blip2QFormerModel and InstructBlipQFormerModel. Dropout is not applied. Sources: Li et al. 2023 (BLIP-2);
+Dai et al. 2023 (InstructBLIP); transformers 5.24 modeling_blip_2.py, modeling_instructblip.py; salesforce/LAVIS 506965b
 Qformer.py.
 """
 
@@ -20,8 +22,9 @@ from llava_fast.models.connectors.base import Connector, ConnectorConfig, check_
 
 @dataclass(frozen=True)
 class QFormerConfig(ConnectorConfig):
-    """`queries` rows of a tile's `rows`. Layers 0, `cross_every`, ... attend to the tile. Raises ValueError for an
-    unknown activation and for heads that do not divide the width."""
+    """`queries` rows of a tile's `rows`. Layers 0, `cross_every`, ... attend to the tile. `vocabulary`, `positions`: of
+    the text; 0: it reads none. Costs are those of the queries. Raises ValueError for an unknown activation and for
+    heads that do not divide the width."""
 
     rowwise = False
 
@@ -36,11 +39,17 @@ class QFormerConfig(ConnectorConfig):
     cross_every: int = 2
     activation: str = "gelu"
     layer_norm_eps: float = 1e-12
+    vocabulary: int = 0
+    positions: int = 0
 
     def __post_init__(self) -> None:
         check_activation(self.activation)
         if self.hidden_size % self.num_heads:
             raise ValueError(f"a Q-Former of hidden_size {self.hidden_size} has no {self.num_heads} equal heads")
+
+    @property
+    def reads_text(self) -> bool:
+        return self.vocabulary > 0
 
     def rows_of(self, rows: int) -> int:
         if rows != self.rows:
@@ -75,43 +84,81 @@ class QFormerConfig(ConnectorConfig):
 
 
 class QFormer(Connector):
-    """[T, N, in_features] -> [T, M, out_features]."""
+    """[T, N, in_features], and with text its ids [T, L] -> [T, M, out_features]."""
 
     def __init__(self, config: QFormerConfig) -> None:
         super().__init__()
         self.config: QFormerConfig = config
         width = config.hidden_size
         self.query_tokens = nn.Parameter(torch.randn(1, config.queries, width) * 0.02)
-        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        if config.reads_text:
+            self.embeddings = TextEmbeddings(config)
+        else:
+            self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         layers = nn.ModuleList(Layer(config, config.attends_tile(number)) for number in range(config.num_layers))
         self.encoder = nn.ModuleDict({"layer": layers})
         self.language_projection = nn.Linear(width, config.out_features)
 
-    def forward(self, features_TNC: Tensor) -> Tensor:
-        """Until the first cross-attention the queries are the same for every tile, so they run once."""
-        x_TMC = self.layernorm(self.query_tokens)
+    def forward(self, features_TNC: Tensor, instruction: Tensor | None = None) -> Tensor:
+        """Without text the queries are the same for every tile until the first cross-attention, so they run once.
+        `instruction` as for ConnectorConfig.reads_text. Raises ValueError if it is missing."""
+        mask, queries = None, self.config.queries
+        if self.config.reads_text and instruction is None:
+            raise ValueError(
+                "this Q-Former reads the question with each image, and none is given: make the plan with the processor "
+                "of llava_fast.load"
+            )
+        if instruction is None:
+            x_TRC = self.layernorm(self.query_tokens)
+        else:
+            x_TRC = self.embeddings(self.query_tokens.expand(len(features_TNC), -1, -1), instruction)
+            mask = F.pad(instruction >= 0, (queries, 0), value=True)[:, None, None]
         for layer in cast(nn.ModuleList, self.encoder["layer"]):
-            x_TMC = layer(x_TMC, features_TNC)
-        return self.language_projection(x_TMC)
+            x_TRC = layer(x_TRC, features_TNC, mask)
+        return self.language_projection(x_TRC[:, :queries])
+
+
+class TextEmbeddings(nn.Module):
+    """Queries, then the text's tokens with positions, normalised."""
+
+    def __init__(self, config: QFormerConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocabulary, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.positions, config.hidden_size)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, queries_TMC: Tensor, ids_TL: Tensor) -> Tensor:
+        place = torch.arange(ids_TL.shape[1], device=ids_TL.device)
+        text_TLC = self.word_embeddings(ids_TL.clamp(min=0)) + self.position_embeddings(place)
+        return self.layernorm(torch.cat([queries_TMC, text_TLC], dim=1))
 
 
 class Layer(nn.Module):
     def __init__(self, config: QFormerConfig, attends_tile: bool) -> None:
         super().__init__()
-        self.attention = Attention(config, SelfAttention(config.hidden_size, config.num_heads))
+        width, inner = config.hidden_size, config.intermediate_size
+        self.attention = Attention(config, SelfAttention(width, config.num_heads))
         self.crossattention = None
         if attends_tile:
-            inner = CrossAttention(config.hidden_size, config.num_heads, config.in_features)
-            self.crossattention = Attention(config, inner)
-        self.intermediate_query = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.intermediate_size)})
-        self.output_query = Output(config, config.intermediate_size)
-        self.activation = config.activation
+            self.crossattention = Attention(config, CrossAttention(width, config.num_heads, config.in_features))
+        self.intermediate_query = nn.ModuleDict({"dense": nn.Linear(width, inner)})
+        self.output_query = Output(config, inner)
+        if config.reads_text:
+            self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
+            self.output = Output(config, inner)
+        self.queries, self.activation = config.queries, config.activation
 
-    def forward(self, x_TMC: Tensor, features_TNC: Tensor) -> Tensor:
-        x_TMC = self.attention(x_TMC)
+    def forward(self, x_TRC: Tensor, features_TNC: Tensor, mask: Tensor | None = None) -> Tensor:
+        x_TRC = self.attention(x_TRC, mask)
+        x_TMC = x_TRC[:, : self.queries]
         if self.crossattention is not None:
             x_TMC = self.crossattention(x_TMC.expand(len(features_TNC), -1, -1), features_TNC)
-        return self.output_query(fused.activated(x_TMC, self.intermediate_query["dense"], self.activation), x_TMC)
+        made = self.output_query(fused.activated(x_TMC, self.intermediate_query["dense"], self.activation), x_TMC)
+        if mask is None:
+            return made
+        text_TLC = x_TRC[:, self.queries :]
+        told = self.output(fused.activated(text_TLC, self.intermediate["dense"], self.activation), text_TLC)
+        return torch.cat([made, told], dim=1)
 
 
 class Attention(nn.Module):
@@ -120,8 +167,9 @@ class Attention(nn.Module):
         self.attention = inner
         self.output = Output(config, config.hidden_size)
 
-    def forward(self, x_TMC: Tensor, *features: Tensor) -> Tensor:
-        return self.output(self.attention(x_TMC, *features), x_TMC)
+    def forward(self, x_TRC: Tensor, other: Tensor | None) -> Tensor:
+        """`other`: the mask of a self-attention, the rows that a cross-attention attends to."""
+        return self.output(self.attention(x_TRC, other), x_TRC)
 
 
 class Output(nn.Module):
@@ -144,8 +192,8 @@ class SelfAttention(fused.MergesLinears):
         self.heads = heads
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
 
-    def forward(self, x_TMC: Tensor) -> Tensor:
-        return _attend(self.heads, *self.project(x_TMC, "qkv_proj"))
+    def forward(self, x_TRC: Tensor, mask: Tensor | None) -> Tensor:
+        return _attend(self.heads, *self.project(x_TRC, "qkv_proj"), mask=mask)
 
 
 class CrossAttention(fused.MergesLinears):
@@ -161,6 +209,6 @@ class CrossAttention(fused.MergesLinears):
         return _attend(self.heads, self.query(x_TMC), *self.project(features_TNC, "kv_proj"))
 
 
-def _attend(heads: int, *query_key_value: Tensor) -> Tensor:
+def _attend(heads: int, *query_key_value: Tensor, mask: Tensor | None = None) -> Tensor:
     query, key, value = (rows.unflatten(-1, (heads, -1)).transpose(1, 2) for rows in query_key_value)
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)

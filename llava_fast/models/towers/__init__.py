@@ -14,6 +14,7 @@ TOWERS: Registry[TowerConfig] = Registry(
     {
         "blip_2_vision_model": "eva:EvaConfig",
         "clip_vision_model": "vit:ClipConfig",
+        "instructblip_vision_model": "eva:InstructBlipVisionConfig",
         "internvl_vision": "internvit:InternVitConfig",
         "siglip2_vision_model": "siglip2:Siglip2Config",
         "siglip_vision_model": "vit:SiglipConfig",

@@ -69,6 +69,10 @@ class EvaConfig(VitConfig):
         return fields
 
 
+class InstructBlipVisionConfig(EvaConfig):
+    """The same tower under transformers' other name."""
+
+
 class EvaEmbeddings(nn.Module):
     def __init__(self, config: EvaConfig) -> None:
         super().__init__()

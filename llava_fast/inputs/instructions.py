@@ -1,0 +1,48 @@
+"""The text of a request that a connector reads with its images (InstructBLIP): the question, without a template."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llava_fast.errors import RequestError
+from llava_fast.inputs.chat.messages import content_text, normalise_messages
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """The connector's own tokenizer, and the most tokens that it reads."""
+
+    tokenizer: Any
+    most: int
+
+    def of(self, request: dict, placeholders: re.Pattern, literal: bool = False) -> list[np.ndarray]:
+        """int32 ids for each of the request's placeholders, in order: of the user message that contains it, or of the
+        whole "prompt", without placeholders. So an image's instruction stays the same when a conversation goes on.
+        literal: a placeholder in a message's text is text. Raises RequestError for a text that is too long.
+        """
+        if "prompt" in request:
+            text, count = placeholders.subn("", request["prompt"])
+            return [self._ids(text)] * count
+        found: list[np.ndarray] = []
+        for message in normalise_messages(request["messages"])[0]:
+            items = message["content"]
+            texts = [item for item in items if item["type"] == "text"]
+            text, count = content_text(texts), len(items) - len(texts)
+            if not literal:
+                text, count = placeholders.subn("", content_text(items))
+            if count and message["role"] == "user":
+                found += [self._ids(text.strip())] * count
+        return found
+
+    def _ids(self, text: str) -> np.ndarray:
+        ids = self.tokenizer(text)["input_ids"]
+        if len(ids) > self.most:
+            raise RequestError(
+                f"the text beside an image has {len(ids)} tokens for the connector, which reads at most {self.most}: "
+                "shorten it"
+            )
+        return np.asarray(ids, np.int32)
