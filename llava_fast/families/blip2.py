@@ -74,7 +74,7 @@ class Blip2(Llava):
     system = "BLIP-2 (OPT)"
     names = NameMap({"hf": _RULES, "hf5": _RULES})
     architecture = "Blip2ForConditionalGeneration"
-    config_fields = Blip2Fields
+    config_fields: ClassVar[type[fields.HfConfig]] = Blip2Fields
     qformer_fields: ClassVar[type[QFormerFields]] = QFormerFields
     image_kinds = (Kind("BlipImageProcessor", crops=False),)
     images_before_bos = True

@@ -2,7 +2,9 @@
 the folder qformer_tokenizer.
 
 An image's rows depend on the question, so they are reused only with the same one. The question is the text of the
-message that contains the image, without a chat template, or the whole "prompt". Models with T5 are not supported.
+message that contains the image, without a chat template, or the whole "prompt". A video is the rows of its frames,
+each with the question, as in transformers' instructblipvideo, which reads these checkpoints. Models with T5 are not
+supported.
 
 Sources: Dai et al. 2023; transformers 5.17-5.24 configuration_instructblip.py, modeling_instructblip.py,
 processing_instructblip.py; salesforce/LAVIS 506965b blip2_vicuna_instruct.py.

@@ -8,15 +8,42 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import llava_fast
 from llava_fast.errors import CheckpointError
+from llava_fast.families import family_of_config, read_config
 from llava_fast.inputs.chat.rendering import builtin_template
 from llava_fast.inputs.plan.columns import TEXT
 from llava_fast.inputs.tiling.coverage import image_coverage
 from llava_fast.models.connectors.qformer import QFormerConfig
+from llava_fast.models.vlm import LlavaModel
 from tests.support import tiny
 
+OPT_2_7B = {
+    "model_type": "blip-2",
+    "image_token_index": 50265,
+    "num_query_tokens": 32,
+    "qformer_config": {"classifier_dropout": None, "model_type": "blip_2_qformer"},
+    "text_config": {
+        "model_type": "opt",
+        "eos_token_id": 50118,
+        "ffn_dim": 10240,
+        "hidden_size": 2560,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "vocab_size": 50304,
+        "word_embed_proj_dim": 2560,
+    },
+    "vision_config": {"dropout": 0.0, "model_type": "blip_2_vision_model", "num_channels": 3, "projection_dim": 512},
+}
+VICUNA_7B = OPT_2_7B | {
+    "model_type": "instructblip",
+    "image_token_index": 32000,
+    "qformer_config": {"model_type": "instructblip_qformer", "vocab_size": 30523},
+    "text_config": {"model_type": "llama", "max_position_embeddings": 2048, "vocab_size": 32001},
+    "vision_config": {"model_type": "instructblip_vision_model", "num_channels": 3},
+}
 PICTURE = tiny.picture(60, 90)
 
 
@@ -26,6 +53,21 @@ def ids_of(requests: list[dict], **options) -> list[list[int]]:
     plan = model.own_processor.prepare(requests, **options).plan
     ids = np.where(plan.column("source") == TEXT, plan.column("row"), tiny.IMAGE_ID)
     return [each.tolist() for each in np.split(ids, plan.column("boundaries")[1:-1])]
+
+
+@pytest.mark.parametrize("published", [OPT_2_7B, VICUNA_7B], ids=lambda source: source["model_type"])
+def test_a_sparse_config_of_published_size_has_transformers_tensors(published, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    config, _ = read_config(tmp_path)
+    stock = AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        model, expected = LlavaModel(config), AutoModelForImageTextToText.from_config(stock).state_dict()
+    names = family_of_config(config).names
+    found = {names.to_stored(name, "hf", config): value.shape for name, value in model.named_parameters()}
+    if config.decoder.tie_embeddings:
+        del expected["language_model.lm_head.weight"]
+    assert found == {name: value.shape for name, value in expected.items()}
+    assert (config.projected_per_tile, config.vision.rows_per_tile, config.vision.layers_needed) == (32, 257, 39)
 
 
 @pytest.mark.parametrize("text", ["Question: the hello? Answer:", "a photo of", ""])
@@ -112,4 +154,4 @@ def test_an_unsupported_checkpoint_says_so(change, said, tmp_path):
     file.write_text(json.dumps(source))
     (tmp_path / "processor_config.json").write_text('{"num_query_tokens": 5}')
     with pytest.raises(CheckpointError, match=said):
-        llava_fast.families.read_config(tmp_path)
+        read_config(tmp_path)

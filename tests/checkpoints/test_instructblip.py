@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import InstructBlipVideoConfig, InstructBlipVideoForConditionalGeneration
 
 import llava_fast
 from llava_fast.errors import CheckpointError, RequestError
@@ -19,6 +20,7 @@ from llava_fast.inputs.plan.buckets import bucket_of, fill
 from llava_fast.inputs.plan.columns import TEXT
 from llava_fast.models.batch import Batch
 from tests.support import tiny
+from tests.support.parity import assert_close
 from tests.support.qformers import question_tokenizer
 
 PICTURE, OTHER = tiny.picture(60, 90), tiny.picture(50, 50)
@@ -69,6 +71,25 @@ def test_a_frame_reads_the_question_as_an_image_does():
     both = {"prompt": "<image><image>hello", "images": list(frames)}, {"prompt": "<video>hello", "video": frames}
     with torch.no_grad():
         torch.testing.assert_close(*(model(model.prepare([request])).logits for request in both))
+
+
+def test_a_video_is_what_transformers_video_model_makes_of_it():
+    """It takes an InstructBLIP's weights, and four frames."""
+    pair, text = tiny.pair("instructblip"), "what is the hello?"
+    parts = {part: getattr(pair.hf.config, part).to_dict() for part in ("vision_config", "qformer_config")}
+    for part in parts.values():
+        del part["model_type"]
+    parts["text_config"] = pair.hf.config.text_config.to_dict()
+    config = InstructBlipVideoConfig(**parts, num_query_tokens=tiny.QUERIES, video_token_index=tiny.IMAGE_ID)
+    stock = InstructBlipVideoForConditionalGeneration(config).eval()
+    stock.load_state_dict(pair.hf.state_dict())
+    video = np.stack([tiny.picture(60, 90, seed) for seed in range(4)])
+    inputs = pair.reference_inputs("<image>" * 4 + text, list(video), question=text)
+    inputs |= {"pixel_values": inputs["pixel_values"][None], "qformer_input_ids": inputs["qformer_input_ids"][:1]}
+    inputs["qformer_attention_mask"] = inputs["qformer_attention_mask"][:1]
+    with torch.no_grad():
+        batch = pair.ours.prepare([{"prompt": f"<video>{text}", "video": video}])
+        assert_close("logits, video", pair.ours(batch, logits="all").logits, stock(**inputs).logits[0])
 
 
 def test_rows_are_reused_with_the_same_question_only():
