@@ -23,6 +23,8 @@ FAMILIES: Registry[Family] = Registry(
         "llava_mistral": "llava_original:LlavaOriginal",
         "llava_qwen": "llava_original:LlavaOriginal",
         "internvl": "internvl:InternVl",
+        "idefics3": "idefics3:Idefics3",
+        "smolvlm": "idefics3:SmolVlm",
         "vipllava": "vipllava:VipLlava",
         "video_llava": "video_llava:VideoLlava",
         "llava_uhd": "llava_uhd:LlavaUhd",

@@ -24,7 +24,7 @@ from llava_fast.inputs.literal import Hidden, LiteralText
 from llava_fast.inputs.options import ProcessorOptions
 from llava_fast.inputs.pictures.headers import image_size
 from llava_fast.inputs.pictures.reading import open_image, require_rgb
-from llava_fast.inputs.pictures.tiles import UncutImages, make_tiles, plan_tiles
+from llava_fast.inputs.pictures.tiles import UncutImages, make_tiles, plan_tiles, resized_first
 from llava_fast.inputs.pictures.video import VideoTimes, frame_count, read_video, video_times
 from llava_fast.inputs.pictures.view import View
 from llava_fast.inputs.plan.columns import MODALITY_IMAGE, MODALITY_VIDEO
@@ -252,7 +252,9 @@ class Processor(ProcessorOptions):
         return image_views(self.geometry, *image.shape[:2], alone)
 
     def _cut(self, image: np.ndarray, views: Sequence[View]) -> Cut:
-        return (image, views) if self.tiles_on == "device" else self._make(image, views)
+        if self.tiles_on == "device":
+            return resized_first(image, views, pillow=self.pillow, threads=self.threads)
+        return self._make(image, views)
 
     def _joined(self, tiles: list[Cut]) -> np.ndarray | UncutImages:
         """The tiles of a batch, or its images if the device makes the tiles."""

@@ -12,6 +12,7 @@ from llava_fast.inputs.tiling.grid import GridTiling
 from llava_fast.inputs.tiling.native import NativeTiling
 from llava_fast.inputs.tiling.rows import FEATURE, NEWLINE, POOLED, TOKEN
 from llava_fast.inputs.tiling.slices import SliceTiling
+from llava_fast.inputs.tiling.split import SplitTiling
 
 PINPOINTS = ((64, 32), (32, 64), (64, 64), (96, 32))
 ANYRES = {"aspect": "anyres", "pinpoints": PINPOINTS, "merge": "spatial_unpad"}
@@ -26,6 +27,7 @@ GEOMETRIES = {
     "highres": VisualGeometry(32, 4, aspect="highres", pinpoints=((96, 96),), merge="spatial", pad_color=(1, 2, 3)),
     "grid": VisualGeometry(32, 8, tiling=GridTiling(1, 6, True, (7,), (8,))),
     "native": VisualGeometry(4, 4, tiling=NativeTiling(40)),
+    "split": VisualGeometry(32, 8, tiling=SplitTiling(80)),
     "slices": VisualGeometry(4, 4, tiling=SliceTiling(32, 9)),
 }
 

@@ -42,7 +42,9 @@ def test_it_counts_what_an_answer_counts(server, client):
         assert all(len(region["points"]) == 2 * region["tokens"] for region in regions)
 
 
-@pytest.mark.parametrize("name", ["llava15", "llava15_full", "next", "onevision", "internvl", "video", "video_llava"])
+@pytest.mark.parametrize(
+    "name", ["llava15", "llava15_full", "next", "onevision", "internvl", "idefics3", "video", "video_llava"]
+)
 def test_every_kind_of_model(name):
     model = tiny.pair(name).ours
     processor = replace(model.processor, video_frames=3)

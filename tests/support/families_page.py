@@ -22,6 +22,8 @@ OWN_TESTS = {
     "llava_uhd": ("tests/checkpoints/test_llava_uhd.py", "tests/train/test_guests_train.py"),
 }
 """Tests of families that transformers does not have."""
+TRAINED, SERVED = "tests/train/test_guests_train.py", "tests/serve/test_families_served.py"
+"""Tests with a parameter for each family."""
 
 HEAD = """# Families
 
@@ -30,16 +32,17 @@ This page is generated from their registry (`python -m tests.support.families_pa
 
 Each is compared with its reference on tiny random models in float32, on a CPU: logits and every gradient agree within
 1e-4 of the tensor's largest value (the table has the worst errors seen). Families that transformers implements also
-give the same greedy tokens, singly and in a mixed batch. Each is trained by a recipe, saved and loaded again. "hf" is
-transformers' layout, "original" that of the system's own code.
+give the same greedy tokens, singly and in a mixed batch. Each is trained by a recipe, saved and loaded again, and
+answers behind the server as it does by `generate`. "hf" is transformers' layout, "original" that of the system's own
+code. The last three columns name the tests.
 
-| system | model_type | formats | takes | logits, gradients | reference | tests |
-|---|---|---|---|---|---|---|
+| system | model_type | formats | takes | logits, gradients | reference | compared by | trains | serves |
+|---|---|---|---|---|---|---|---|---|
 """
 FOOT = """
 `accelerate` and `FastProcessor` support LLaVA 1.5, NeXT, NeXT-Video and OneVision ([with transformers](huggingface.md))
-and name any other model they are given as unsupported. Refused by name: videos of InternVL and LLaVA-UHD, the other
-releases of LLaVA-UHD, and BLIP-2 and InstructBLIP with T5.
+and name any other model they are given as unsupported. Refused by name: videos of InternVL, Idefics3, SmolVLM and
+LLaVA-UHD, the other releases of LLaVA-UHD, and BLIP-2 and InstructBLIP with T5.
 """
 
 
@@ -73,6 +76,8 @@ def row(family: Family, figures: dict[str, float]) -> str:
         seen,
         family.reference,
         ", ".join(f"`{test}`" for test in named_tests(family)),
+        f"`{TRAINED}`",
+        f"`{SERVED}`",
     )
     return f"| {' | '.join(columns)} |\n"
 

@@ -27,8 +27,9 @@ def assert_close(what: str, found: Tensor, expected: Tensor, limit: float = 1e-4
 
 def forget_rope(hf) -> None:
     """Dynamic RoPE in transformers remembers the longest sequence of earlier calls; start as a fresh model does."""
-    language_model = hf.model.language_model if hasattr(hf, "model") else hf.language_model.model
-    rotary = getattr(language_model, "rotary_emb", None)  # OPT has learned positions
+    whole = hf.model if hasattr(hf, "model") else hf.language_model
+    decoder = getattr(whole, "language_model", None) or getattr(whole, "text_model", None) or whole.model
+    rotary = getattr(decoder, "rotary_emb", None)  # OPT has learned positions
     if getattr(rotary, "rope_type", None) == "dynamic":
         rotary.inv_freq = rotary.original_inv_freq
         rotary.max_seq_len_cached = rotary.original_max_seq_len

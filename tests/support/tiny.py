@@ -17,6 +17,9 @@ from transformers import (
     Blip2Config,
     Blip2Processor,
     CLIPVisionConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3Processor,
     InstructBlipConfig,
     InstructBlipProcessor,
     InternVLConfig,
@@ -43,6 +46,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
     StableLmConfig,
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
@@ -53,9 +58,13 @@ from transformers import (
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.video_llava.image_processing_video_llava import VideoLlavaImageProcessor
 
 import llava_fast
@@ -102,6 +111,19 @@ def internvl_tokenizer() -> PreTrainedTokenizerFast:
     words.add_tokens(["<img>", "</img>", "<IMG_CONTEXT>"], special_tokens=True)
     names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
     words._set_model_specific_special_tokens(names | {"video_token": "<video>"})
+    return words
+
+
+IDEFICS3_TOKENS = ["<fake_token_around_image>", "<global-img>", "<row_1_col_1>", "<row_2_col_1>"]
+
+
+@functools.lru_cache
+def idefics3_tokenizer(newlines: bool) -> PreTrainedTokenizerFast:
+    """The same with some tokens of Idefics3's prompts, the others being spelt out; and one for two newlines or not."""
+    words = copy.deepcopy(tokenizer())
+    words.add_tokens(IDEFICS3_TOKENS, special_tokens=True)
+    if newlines:
+        words.add_tokens(["\n\n"])
     return words
 
 
@@ -232,6 +254,7 @@ CASES["blip2"] = Case(
     "blip-2", OPTConfig, {"ffn_dim": 128, "word_embed_proj_dim": 64, "tie_word_embeddings": True}, tile=48
 )
 CASES["instructblip"] = Case("instructblip", tile=48)
+SPLIT = ("idefics3", "smolvlm")
 _HALF_TURNED = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 CASES |= {  # decoders that transformers runs
     "llava_opt": Case(  # transformers' LLaVA finds no embedding of OPT's to tie a head to
@@ -254,9 +277,19 @@ CASES |= {  # decoders that transformers runs
         scale=0.3,
     ),
 }
+_LARGER = {"vocab_size": VOCABULARY + 8}
+CASES["idefics3"] = Case("idefics3", text_options=_LARGER, tile=24, patch=4)
+CASES["smolvlm"] = Case(
+    "smolvlm",
+    text_options={"num_key_value_heads": 2, **_LARGER},
+    options={"scale_factor": 3, "tie_word_embeddings": True},
+    tile=50,  # not a multiple of the patch, as in SmolVLM's 384 and 14
+)
 MODELS = {
     "blip-2": (Blip2Config, Blip2ForConditionalGeneration),
     "instructblip": (InstructBlipConfig, InstructBlipForConditionalGeneration),
+    "idefics3": (Idefics3Config, Idefics3ForConditionalGeneration),
+    "smolvlm": (SmolVLMConfig, SmolVLMForConditionalGeneration),
     "video_llava": (VideoLlavaConfig, VideoLlavaForConditionalGeneration),
     "vipllava": (VipLlavaConfig, VipLlavaForConditionalGeneration),
     "internvl": (InternVLConfig, InternVLForConditionalGeneration),
@@ -288,6 +321,9 @@ def hf_config(case: Case):
         vision = InternVLVisionConfig(**tower)
     elif case.kind != "llava_onevision":
         vision = CLIPVisionConfig(projection_dim=32, **tower)
+    if case.kind in SPLIT:
+        vision = {"idefics3": Idefics3VisionConfig, "smolvlm": SmolVLMVisionConfig}[case.kind](**tower)
+        return config_class(vision_config=vision, text_config=text, image_token_id=IMAGE_ID, **case.options)
     options = {"image_token_id": IMAGE_ID, "vision_feature_layer": -2, **case.options}
     if case.kind == "internvl":
         rows = (case.tile // case.patch // 2) ** 2
@@ -325,6 +361,9 @@ def image_processor(case: Case):
     pinpoints = [list(pair) for pair in case.pinpoints]
     if case.kind == "internvl":
         return GotOcr2ImageProcessorPil(size=square, crop_to_patches=True, max_patches=6)
+    if case.kind in SPLIT:
+        kind = {"idefics3": Idefics3ImageProcessorPil, "smolvlm": SmolVLMImageProcessorPil}[case.kind]
+        return kind(size={"longest_edge": 5 * case.tile // 2}, max_image_size={"longest_edge": case.tile})
     if case.kind == "video_llava":
         return VideoLlavaImageProcessor(size={"shortest_edge": case.tile}, crop_size=square)
     if case.kind in WITH_QFORMER:
@@ -351,6 +390,8 @@ def frame_processor(case: Case):
 
 
 def tokenizer_of(case: Case) -> PreTrainedTokenizerFast:
+    if case.kind in SPLIT:
+        return idefics3_tokenizer(newlines=case.kind == "smolvlm")
     return internvl_tokenizer() if case.kind == "internvl" else tokenizer(bos=case.kind != "llava_onevision")
 
 
@@ -369,6 +410,10 @@ class VideoLlavaWithoutVideos(AnyVideoPart, VideoLlavaProcessor):
     pass
 
 
+class AnyIdefics3(AnyVideoPart, Idefics3Processor):
+    """Idefics3's processor, whose prompts of images are also SmolVLM's (that one requires num2words for videos)."""
+
+
 def hf_processor(case: Case):
     """transformers' processor: LLaVA, NeXT or OneVision (without videos, whose part needs torchvision)."""
     strategy = case.options.get("vision_feature_select_strategy", "default")
@@ -380,6 +425,9 @@ def hf_processor(case: Case):
         return Blip2Processor(images, copy.deepcopy(words), num_query_tokens=QUERIES)
     if case.kind == "instructblip":
         return InstructBlipProcessor(images, copy.deepcopy(words), question_tokenizer(), num_query_tokens=QUERIES)
+    if case.kind in SPLIT:  # which adds tokens to its tokenizer
+        rows = (case.tile // case.patch // case.options.get("scale_factor", 2)) ** 2
+        return AnyIdefics3(image_processor=images, tokenizer=copy.deepcopy(words), image_seq_len=rows)
     if case.kind == "llava_onevision":
         processor = LlavaOnevisionProcessor.__new__(LlavaOnevisionProcessor)
         processor.image_processor, processor.tokenizer, processor.image_token = images, words, "<image>"
@@ -419,13 +467,15 @@ class Pair:
             pil = [Image.fromarray(image) for image in images]
             onevision = self.case.kind == "llava_onevision"
             # it would take a picture of 1 or 3 rows of pixels for one of channels first
-            last = {"input_data_format": "channels_last"} if self.case.kind == "video_llava" else {}
+            last = {"input_data_format": "channels_last"} if self.case.kind in ("video_llava", *SPLIT) else {}
+            last |= {"return_row_col_info": True} if self.case.kind in SPLIT else {}
             inputs |= self.processor.image_processor([pil] if onevision else pil, return_tensors="pt", **last)
             if self.case.kind in WITH_QFORMER:  # their processors put one image before the text
                 shown = ["<image>" * QUERIES] * len(images)
             else:
                 shown = [self.processor.replace_image_token(inputs, number) for number in range(len(images))]
-            inputs.pop("num_patches", None)
+            for name in ("num_patches", "rows", "cols"):
+                inputs.pop(name, None)
         if video is not None:
             frames = frame_processor(self.case)([Image.fromarray(frame) for frame in video], return_tensors="pt")
             inputs["pixel_values_videos"] = frames["pixel_values"][None]
@@ -445,6 +495,13 @@ class Pair:
         """The tokens that images and videos bring into a prompt."""
         internvl = self.case.kind == "internvl"
         return list(internvl_tokenizer().added_tokens_decoder)[-3:] if internvl else [IMAGE_ID, VIDEO_ID]
+
+    def visual_count(self, ids: torch.Tensor, prompt: str) -> int:
+        """How many tokens images and videos bring into transformers' ids of a prompt, [1, tokens]."""
+        if self.case.kind in SPLIT:  # some of them spell a text
+            text = len(self.ours.tokenizer(prompt)["input_ids"]) - prompt.count("<image>")
+            return ids.shape[1] - text
+        return int(torch.isin(ids, torch.tensor(self.visual_ids)).sum())
 
     def video_rows(self, frames: int) -> int:
         side = self.case.tile // self.case.patch

@@ -1,4 +1,4 @@
-"""Every family beyond LLaVA's own four through a recipe: the loss falls, and what is exported is read again, by
+"""Every family through a recipe: the loss falls, and what is exported is read again, by
 transformers where it has the family."""
 
 import numpy as np
@@ -17,14 +17,16 @@ from tests.support import tiny
 from tests.support.training_runs import SHAPES, losses
 
 PARTS = ("vision_tower", "projector", "decoder")
+LLAVAS = ("llava15", "next", "video", "onevision")
 
 
-@pytest.mark.parametrize("name", GUESTS + HOSTED)
+@pytest.mark.parametrize("name", LLAVAS + GUESTS + HOSTED)
 def test_it_trains_and_transformers_reads_what_is_exported(name, recipe_in, tmp_path):
     start = tmp_path / "start"
     tiny.save(tiny.CASES[name], tiny.pair(name).hf, start)
     optimizer = {"learning_rate": 2e-3}
     recipe = recipe_in(tmp_path / "run", model=str(start), trainable=list(PARTS), epochs=2, optimizer=optimizer)
+    assert plan(recipe, 1).total_memory > 0
     train(recipe)
     each = losses(recipe)
     assert sum(each[-2:]) < sum(each[:2]), each
@@ -42,7 +44,7 @@ def test_it_trains_and_transformers_reads_what_is_exported(name, recipe_in, tmp_
         torch.testing.assert_close(found, stock(**pair.reference_inputs(**request)).logits[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["internvl", "vipllava", "blip2", "instructblip"])
+@pytest.mark.parametrize("name", ["internvl", "vipllava", "blip2", "instructblip", "idefics3"])
 def test_a_projector_that_is_trained_alone_is_exported_beside_the_model(name, recipe_in, tmp_path):
     """In the names of its own layout: these families have no original one."""
     tiny.save(tiny.CASES[name], tiny.pair(name).hf, tmp_path / "start")
@@ -55,6 +57,20 @@ def test_a_projector_that_is_trained_alone_is_exported_beside_the_model(name, re
     alone = {names.from_stored(key).removeprefix("projector."): value for key, value in stored.items()}
     assert alone.keys() == model.projector.state_dict().keys()
     assert all(torch.equal(value, alone[key]) for key, value in model.projector.state_dict().items())
+
+
+def test_an_original_llava_trains_and_is_read_again(recipe_in, tmp_path):
+    start = tmp_path / "start"
+    llava_fast.save(tiny.pair("llava15").ours, start, layout="original")
+    optimizer = {"learning_rate": 2e-3}
+    options = {"model": str(start), "trainable": list(PARTS), "epochs": 2, "optimizer": optimizer}
+    recipe = recipe_in(tmp_path / "run", **options, layout="original")
+    train(recipe)
+    each = losses(recipe)
+    assert sum(each[-2:]) < sum(each[:2]), each
+    before, after = llava_fast.load(start), llava_fast.load(recipe.output / "model")
+    assert after.config == before.config
+    assert not torch.equal(after.decoder.embed_tokens.weight, before.decoder.embed_tokens.weight)
 
 
 def test_llava_uhd_trains_and_is_read_again(recipe_in, tmp_path):

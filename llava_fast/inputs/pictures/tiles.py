@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -80,7 +81,7 @@ def make_tiles(
         raise ValueError(f'resample must be "pillow" or "torchvision", not {resample!r}')
     if layout not in ("planar", "patch_rows"):
         raise ValueError(f'layout must be "planar" or "patch_rows", not {layout!r}')
-    image = _pixels(image)
+    image, views = resized_first(_pixels(image), views, pillow=pillow, resample=resample, threads=threads)
     options = (tile_size, pillow or INSTALLED_PILLOW, threads or _all_threads(), layout == "patch_rows", patch_size)
     if resample == "pillow":
         return _C.make_tiles(image, [_fields(view) for view in views], *options)
@@ -89,6 +90,29 @@ def make_tiles(
         resized = _torchvision_resize(_square(image, view.fill) if view.square else image, view.size, view.filter)
         stacks.append(_C.make_tiles(resized, [(False, *_fields(view)[1:])], *options))
     return np.concatenate(stacks)
+
+
+def resized_first(
+    image: np.ndarray,
+    views: Sequence[View],
+    *,
+    pillow: PillowOrder | None = None,
+    resample: Literal["pillow", "torchvision"] = "pillow",
+    threads: int = 0,
+) -> tuple[np.ndarray, Sequence[View]]:
+    """The image after the resizes of its views' `through`, and the views that remain. Arguments as for `make_tiles`.
+    Raises ValueError if they differ in `through`."""
+    through, *others = {view.through for view in views} or {()}
+    if others:
+        raise ValueError("all views of an image must have the same `through`")
+    if not through:
+        return image, views
+    for size in through:
+        if resample == "torchvision":
+            image = _torchvision_resize(image, size, views[0].filter)
+        else:
+            image = resize(image, size, filter=views[0].filter, pillow=pillow, threads=threads)
+    return image, [dataclasses.replace(view, through=()) for view in views]
 
 
 class TilePlan(NamedTuple):
@@ -131,8 +155,11 @@ def plan_tiles(
 ) -> TilePlan:
     """The plan of `make_tiles` for images of these sizes (height, width); views: those of each image.
 
-    patch_size  0 for planar tiles, else the patch size of layout "patch_rows". Raises ValueError like `make_tiles`.
+    patch_size  0 for planar tiles, else the patch size of layout "patch_rows". Raises ValueError like `make_tiles`, and
+    for views with `through`: call `resized_first`.
     """
+    if any(view.through for of_one in views for view in of_one):
+        raise ValueError("a plan has one resize per view: call resized_first before plan_tiles")
     fields = [[_fields(view) for view in of_one] for of_one in views]
     layout = (patch_size > 0, patch_size or 1)
     made = _C.plan_tiles([tuple(size) for size in sizes], fields, tile_size, pillow or INSTALLED_PILLOW, *layout)

@@ -14,6 +14,9 @@ class View:
     If `square`, the source is first centred (rounding down) on a square of its longer side with colour `fill`. It is
     then resized to `size` (height, width) with `filter` and placed at `offset` (y, x; negative crops) on a `canvas`
     (height, width) with colour `fill`.
+
+    through  sizes that the source is first resized to, one after the other, with the same filter. All views of an image
+             have the same.
     """
 
     size: tuple[int, int]
@@ -22,3 +25,4 @@ class View:
     square: bool = False
     fill: tuple[int, int, int] = (0, 0, 0)
     filter: Filter = "bicubic"
+    through: tuple[tuple[int, int], ...] = ()

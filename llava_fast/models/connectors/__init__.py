@@ -18,5 +18,6 @@ CONNECTORS: Registry[ConnectorConfig] = Registry(
         "qformer": "qformer:QFormerConfig",
         "spatial_resampler": "spatial_resampler:SpatialResamplerConfig",
         "pixel_shuffle": "pixel_shuffle:PixelShuffleConfig",
+        "shuffle_linear": "shuffle_linear:ShuffleLinearConfig",
     },
 )

@@ -17,20 +17,14 @@ from llava_fast.models.connectors.base import Connector, ConnectorConfig, check_
 
 
 @dataclass(frozen=True)
-class PixelShuffleConfig(ConnectorConfig):
-    """Blocks of `scale` x `scale` rows, a LayerNorm, two Linears with an activation between. Raises ValueError for an
-    unknown activation."""
+class BlocksConfig(ConnectorConfig):
+    """A connector whose output rows are blocks of `scale` x `scale` rows of a tile."""
 
     rowwise = False
 
     in_features: int
     out_features: int
     scale: int = 2
-    activation: str = "gelu"
-    layer_norm_eps: float = 1e-5
-
-    def __post_init__(self) -> None:
-        check_activation(self.activation)
 
     @property
     def block_features(self) -> int:
@@ -44,12 +38,24 @@ class PixelShuffleConfig(ConnectorConfig):
         return rows // self.scale**2
 
     @property
-    def matrix_size(self) -> int:
-        return self.first_matrix_size + self.out_features**2
-
-    @property
     def first_matrix_size(self) -> int:
         return self.block_features * self.out_features
+
+
+@dataclass(frozen=True)
+class PixelShuffleConfig(BlocksConfig):
+    """Blocks of `scale` x `scale` rows, a LayerNorm, two Linears with an activation between. Raises ValueError for an
+    unknown activation."""
+
+    activation: str = "gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_activation(self.activation)
+
+    @property
+    def matrix_size(self) -> int:
+        return self.first_matrix_size + self.out_features**2
 
     def kept_per_row(self, trained: bool) -> int:
         return (1 + trained) * self.block_features + (1 + trained) * self.out_features

@@ -14,9 +14,11 @@ TOWERS: Registry[TowerConfig] = Registry(
     {
         "blip_2_vision_model": "eva:EvaConfig",
         "clip_vision_model": "vit:ClipConfig",
+        "idefics3_vision": "idefics3:Idefics3VisionConfig",
         "instructblip_vision_model": "eva:InstructBlipVisionConfig",
         "internvl_vision": "internvit:InternVitConfig",
         "siglip2_vision_model": "siglip2:Siglip2Config",
         "siglip_vision_model": "vit:SiglipConfig",
+        "smolvlm_vision": "idefics3:SmolVlmVisionConfig",
     },
 )
