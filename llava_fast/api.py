@@ -126,7 +126,7 @@ def load_processor(checkpoint: LoadedCheckpoint, name: str, chat_template: str |
     family, instructions = family_of_config(config), None
     if family.connector_tokenizer is not None and isinstance(config.projector, QFormerConfig):
         own = load_tokenizer(checkpoint.tokenizer_path / family.connector_tokenizer)
-        instructions = Instructions(own, config.projector.positions)
+        instructions = Instructions(own, config.projector.positions, config.projector.vocabulary)
     return Processor(
         geometry=family.geometry(config, tokenizer),
         tokenizer=tokenizer,

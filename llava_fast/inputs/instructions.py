@@ -14,15 +14,17 @@ from llava_fast.inputs.chat.messages import content_text, normalise_messages
 
 @dataclass(frozen=True)
 class Instructions:
-    """The connector's own tokenizer, and the most tokens that it reads."""
+    """The connector's own tokenizer, the most tokens that it reads, and its vocabulary's size."""
 
     tokenizer: Any
     most: int
+    vocabulary: int
 
     def of(self, request: dict, placeholders: re.Pattern, literal: bool = False) -> list[np.ndarray]:
         """int32 ids for each of the request's placeholders, in order: of the user message that contains it, or of the
         whole "prompt", without placeholders. So an image's instruction stays the same when a conversation goes on.
-        literal: a placeholder in a message's text is text. Raises RequestError for a text that is too long.
+        literal: a placeholder in a message's text is text. Raises RequestError for a text that is too long, or that has
+        a token without an embedding.
         """
         if "prompt" in request:
             text, count = placeholders.subn("", request["prompt"])
@@ -44,5 +46,10 @@ class Instructions:
             raise RequestError(
                 f"the text beside an image has {len(ids)} tokens for the connector, which reads at most {self.most}: "
                 "shorten it"
+            )
+        if (largest := max(ids, default=0)) >= self.vocabulary:
+            raise RequestError(
+                f"the connector's tokenizer gives {self.tokenizer.convert_ids_to_tokens(largest)!r} the id {largest}, "
+                f"and the connector has embeddings for {self.vocabulary} tokens: use the tokenizer of its checkpoint"
             )
         return np.asarray(ids, np.int32)

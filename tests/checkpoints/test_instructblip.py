@@ -134,6 +134,9 @@ def test_what_it_does_not_support_says_so(tmp_path):
     pair = tiny.pair("instructblip")
     with pytest.raises(RequestError, match="has 702 tokens for the connector, which reads at most 512: shorten it"):
         plan_of({"prompt": "<image>" + "a" * 700, "images": [PICTURE]})
+    told = replace(pair.ours.own_processor.instructions, vocabulary=3)
+    with pytest.raises(RequestError, match=r"gives 'a' the id \d+, and the connector has embeddings for 3 tokens"):
+        told.of({"prompt": "<image>a"}, re.compile("<image>"))
     plan = plan_of({"prompt": "<image>a", "images": [PICTURE]})
     with pytest.raises(ValueError, match="a plan with text for the connector cannot be padded to a bucket"):
         fill(plan, bucket_of(plan))

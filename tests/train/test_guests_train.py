@@ -115,8 +115,8 @@ def test_adapters_on_a_hosted_decoder_and_the_plan_of_a_run(recipe_in, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", HOSTED)
-def test_hosted_in_two_processes_the_losses_are_the_same(name, shape, recipe_in, run, tmp_path):
+@pytest.mark.parametrize("name", [*HOSTED, "instructblip"])
+def test_in_two_processes_the_losses_are_the_same(name, shape, recipe_in, run, tmp_path):
     start = tmp_path / "start"
     tiny.save(tiny.CASES[name], tiny.pair(name).hf, start)
     alone = recipe_in(tmp_path / "alone", model=str(start), trainable=list(PARTS), batch_size=3, steps=3)
