@@ -143,7 +143,7 @@ VIEWS = [
 def test_tiles(call, patch):
     """A thread a pixel, against make_tiles image by image."""
     batch = [np.random.randint(0, 256, (*size, 3), dtype=np.uint8) for size in ((77, 61), (30, 2), (1, 90), (28, 28))]
-    options = {"layout": "patch_rows", "patch_size": patch} if patch else {}
+    options = {"tile_format": "patch_rows", "patch_size": patch} if patch else {}
     expected = np.concatenate([make_tiles(image, v, 28, **options) for image, v in zip(batch, VIEWS, strict=True)])
     plan = plan_tiles([image.shape[:2] for image in batch], VIEWS, 28, patch_size=patch)
     jobs, words, pixels = plan.jobs, plan.words, np.concatenate([image.ravel() for image in batch])

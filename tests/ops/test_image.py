@@ -51,7 +51,7 @@ def planned(batch, views, pillow=None, patch=0):
 
 def check(backend, batch, views, pillow=None, patch=0):
     """The whole batch on `backend` is what make_tiles gives for each image."""
-    options = {"pillow": pillow} | ({"layout": "patch_rows", "patch_size": patch} if patch else {})
+    options = {"pillow": pillow} | ({"tile_format": "patch_rows", "patch_size": patch} if patch else {})
     expected = np.concatenate([make_tiles(image, v, 28, **options) for image, v in zip(batch, views, strict=True)])
     with use_backend(backend):
         found = image_tiles(flat(batch), planned(batch, views, pillow, patch))

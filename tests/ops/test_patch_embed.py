@@ -137,8 +137,8 @@ def test_patch_rows_of_the_image_reader(backend):
     views = [View(size=(28, 30), offset=(0, -1), canvas=(30, 60))]
     args = made(tiles=2, size=(30, 30))
     planar, rows = (
-        torch.from_numpy(make_tiles(image, views, 30, layout=layout, patch_size=14)).to(DEVICE)
-        for layout in ("planar", "patch_rows")
+        torch.from_numpy(make_tiles(image, views, 30, tile_format=tile_format, patch_size=14)).to(DEVICE)
+        for tile_format in ("planar", "patch_rows")
     )
     with use_backend(backend):
         torch.testing.assert_close(run(planar, *args[1:]), run(rows, *args[1:]))

@@ -61,7 +61,7 @@ def make_tiles(
     pillow: PillowOrder | None = None,
     resample: Literal["pillow", "torchvision"] = "pillow",
     threads: int = 0,
-    layout: Literal["planar", "patch_rows"] = "planar",
+    tile_format: Literal["planar", "patch_rows"] = "planar",
     patch_size: int = 14,
 ) -> np.ndarray:
     """The uint8 tiles of an image: each view (llava_fast.inputs.pictures.view.View) is resized, placed and cut.
@@ -71,7 +71,7 @@ def make_tiles(
                 (torch's antialiased interpolation), which differs by up to 2 levels and supports only the filters of
                 TORCH_MODES. It needs torch, not torchvision.
     pillow, threads  as in `resize`.
-    layout      "planar": [tiles, 3, tile_size, tile_size]. "patch_rows": [tiles, (tile_size // patch_size)**2,
+    tile_format "planar": [tiles, 3, tile_size, tile_size]. "patch_rows": [tiles, (tile_size // patch_size)**2,
                 3 * patch_size**2 rounded up to 16]: each row is one patch in (channel, y, x) order, zero-padded, so
                 that it is an aligned GEMM operand. Pixels after the last whole patch are dropped, as in a convolution.
     Raises ValueError for views whose canvas is not a multiple of the tile, a filter that `resample` does not support,
@@ -79,10 +79,16 @@ def make_tiles(
     """
     if resample not in ("pillow", "torchvision"):
         raise ValueError(f'resample must be "pillow" or "torchvision", not {resample!r}')
-    if layout not in ("planar", "patch_rows"):
-        raise ValueError(f'layout must be "planar" or "patch_rows", not {layout!r}')
+    if tile_format not in ("planar", "patch_rows"):
+        raise ValueError(f'tile_format must be "planar" or "patch_rows", not {tile_format!r}')
     image, views = resized_first(_pixels(image), views, pillow=pillow, resample=resample, threads=threads)
-    options = (tile_size, pillow or INSTALLED_PILLOW, threads or _all_threads(), layout == "patch_rows", patch_size)
+    options = (
+        tile_size,
+        pillow or INSTALLED_PILLOW,
+        threads or _all_threads(),
+        tile_format == "patch_rows",
+        patch_size,
+    )
     if resample == "pillow":
         return _C.make_tiles(image, [_fields(view) for view in views], *options)
     stacks = []
@@ -155,14 +161,14 @@ def plan_tiles(
 ) -> TilePlan:
     """The plan of `make_tiles` for images of these sizes (height, width); views: those of each image.
 
-    patch_size  0 for planar tiles, else the patch size of layout "patch_rows". Raises ValueError like `make_tiles`, and
-    for views with `through`: call `resized_first`.
+    patch_size  0 for planar tiles, else the patch size of tile_format "patch_rows". Raises ValueError like
+                `make_tiles`, and for views with `through`: call `resized_first`.
     """
     if any(view.through for of_one in views for view in of_one):
         raise ValueError("a plan has one resize per view: call resized_first before plan_tiles")
     fields = [[_fields(view) for view in of_one] for of_one in views]
-    layout = (patch_size > 0, patch_size or 1)
-    made = _C.plan_tiles([tuple(size) for size in sizes], fields, tile_size, pillow or INSTALLED_PILLOW, *layout)
+    tile_format = (patch_size > 0, patch_size or 1)
+    made = _C.plan_tiles([tuple(size) for size in sizes], fields, tile_size, pillow or INSTALLED_PILLOW, *tile_format)
     jobs = made["jobs"].view(np.int32)
     taps = int(jobs[:, _AXIS_WIDTHS].max()) if len(jobs) else 0
     pixel_bytes = sum(3 * height * width for height, width in sizes)

@@ -286,7 +286,7 @@ def _tile_view(geometry: VisualGeometry, fit: Fit, height: int, width: int) -> V
     )
 
 
-def _patch_rows(geometry: VisualGeometry) -> np.ndarray:
+def tower_rows_of_tile(geometry: VisualGeometry) -> np.ndarray:
     """The patches of one tile as rows of the tower: int32 [side * side]."""
     return np.arange(geometry.side**2, dtype=np.int32) + geometry.dropped_rows + geometry.class_rows
 
@@ -295,5 +295,5 @@ def _stitch(geometry: VisualGeometry, grid: tuple[int, int]) -> np.ndarray:
     """ViT row numbers of the grid's tiles, arranged as one image: int32 [grid_h * side, grid_w * side]."""
     side = geometry.side
     tile = np.arange(1, 1 + grid[0] * grid[1], dtype=np.int32) * geometry.tower_rows_per_tile  # 0 is the base view
-    rows = tile[:, None] + _patch_rows(geometry)
+    rows = tile[:, None] + tower_rows_of_tile(geometry)
     return rearrange(rows, "(gh gw) (h w) -> (gh h) (gw w)", gh=grid[0], gw=grid[1], h=side, w=side)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llava_fast.inputs.pictures.view import View
-from llava_fast.inputs.tiling.anyres import VisualGeometry, _patch_rows, image_rows, image_views
+from llava_fast.inputs.tiling.anyres import VisualGeometry, image_rows, image_views, tower_rows_of_tile
 from llava_fast.inputs.tiling.rows import FEATURE, POOLED, VisualRows
 from llava_fast.inputs.tiling.video import frame_views, video_rows
 
@@ -110,7 +110,7 @@ def _cells(
     for view, place, given in places:
         left, top, across, down = place
         y, x = np.mgrid[: down // patch, : across // patch].reshape(2, -1) * patch
-        own = np.arange(len(x)) if rows.grids else _patch_rows(geometry)
+        own = np.arange(len(x)) if rows.grids else tower_rows_of_tile(geometry)
         on_canvas = np.stack([left + x, top + y, np.full_like(x, patch), np.full_like(y, patch)], axis=1)
         cells[first + own] = _in_picture(views[view], height, width, on_canvas)
         first += given

@@ -9,7 +9,7 @@ import numpy as np
 
 from llava_fast.errors import ImageError
 from llava_fast.inputs.pictures.view import View
-from llava_fast.inputs.tiling.anyres import VisualGeometry, _patch_rows, image_views
+from llava_fast.inputs.tiling.anyres import VisualGeometry, image_views, tower_rows_of_tile
 from llava_fast.inputs.tiling.rows import POOLED, VisualRows, _bilinear_pooling, _block_pooling, _rows
 
 
@@ -35,7 +35,7 @@ def video_rows(geometry: VisualGeometry, frames: int) -> VisualRows:
     if geometry.frame_class_row or geometry.tile_rows is not None:
         return _rows([np.arange(frames * geometry.tower_rows_per_tile, dtype=np.int32)], frames)
     side = geometry.side
-    local = _patch_rows(geometry).reshape(side, side)
+    local = tower_rows_of_tile(geometry).reshape(side, side)
     starts = np.arange(frames, dtype=np.int32) * geometry.tower_rows_per_tile
     position = geometry.video_newline
     if geometry.video_pool == "none":
