@@ -83,7 +83,7 @@ def image_tiles(
         return F.pad(done.flatten(3).flatten(1, 2), (0, -3 * patch**2 % 16))
 
     def exact() -> Tensor:
-        layout = {"layout": "patch_rows", "patch_size": patch} if patch else {}
+        layout = {"tile_format": "patch_rows", "patch_size": patch} if patch else {}
         made = np.concatenate([make_tiles(image, views, side, **layout) for image in images])
         return torch.from_numpy(made).to(device).double()
 

@@ -246,7 +246,7 @@ def test_patch_rows_are_patches_in_order(tile, patch):
     side = tile // patch
     whole = planar[:, :, : side * patch, : side * patch].reshape(3, 3, side, patch, side, patch)
     expected = whole.transpose(0, 2, 4, 1, 3, 5).reshape(3, side * side, 3 * patch * patch)
-    rows = make_tiles(image, views, tile, layout="patch_rows", patch_size=patch)
+    rows = make_tiles(image, views, tile, tile_format="patch_rows", patch_size=patch)
     assert rows.shape == (3, side * side, -(-3 * patch * patch // 16) * 16)
     np.testing.assert_array_equal(rows[..., : 3 * patch * patch], expected)
     assert not rows[..., 3 * patch * patch :].any()
@@ -263,7 +263,7 @@ def test_cuda_threads_on_the_host_make_the_same_tiles(pillow, patch):
     plan = _C.plan_tiles([image.shape[:2] for image in batch], fields, 60, pillow, *layout)
     pixels = np.concatenate([image.ravel() for image in batch])
     tiles = _C.run_tile_plan(plan, pixels, 60, *layout)
-    options = {"pillow": pillow} | ({} if patch is None else {"layout": "patch_rows", "patch_size": patch})
+    options = {"pillow": pillow} | ({} if patch is None else {"tile_format": "patch_rows", "patch_size": patch})
     expected = [make_tiles(image, v, 60, **options) for image, v in zip(batch, views, strict=True)]
     np.testing.assert_array_equal(tiles, np.concatenate(expected))
 
@@ -298,8 +298,8 @@ def test_bad_views_are_refused():
     with pytest.raises(ValueError, match="at least 1x1"):
         make_tiles(image, [view((0, 20), (0, 0), (28, 28))], 28)
     with pytest.raises(ValueError, match="patch size"):
-        make_tiles(image, [view((28, 28))], 28, layout="patch_rows", patch_size=29)
+        make_tiles(image, [view((28, 28))], 28, tile_format="patch_rows", patch_size=29)
     with pytest.raises(ValueError, match="resample"):
         make_tiles(image, [view((28, 28))], 28, resample="nearest")
-    with pytest.raises(ValueError, match="layout"):
-        make_tiles(image, [view((28, 28))], 28, layout="rows")
+    with pytest.raises(ValueError, match="tile_format"):
+        make_tiles(image, [view((28, 28))], 28, tile_format="rows")
