@@ -68,7 +68,7 @@ def test_a_batch_of_views_of_all_filters(patch):
     batch = [noise(*size) for size in ((77, 131), (131, 77), (3, 230), (56, 56))]
     views = [View((56, 56), (0, 0), (56, 56), filter=filter) for filter in FILTERS]
     views += [View((40, 80), (8, -12), (56, 56), True, (9, 8, 7), filter) for filter in FILTERS]
-    options = {} if patch is None else {"layout": "patch_rows", "patch_size": patch}
+    options = {} if patch is None else {"tile_format": "patch_rows", "patch_size": patch}
     made = [make_tiles(image, views, 56, **options) for image in batch]
     if patch is None:
         for image, tiles in zip(batch, made, strict=True):
