@@ -21,15 +21,19 @@ TABLE = {
 
 
 def test_all_are_here():
-    assert sorted([*TABLE, "blip-2-stage2"]) == shipped_recipes()
+    assert sorted([*TABLE, "blip-2-stage2", "instructblip"]) == shipped_recipes()
 
 
-def test_blip_2s_second_stage():
-    recipe = load_recipe("blip-2-stage2")
-    settings = recipe.optimizer
-    assert (settings.learning_rate, settings.weight_decay, settings.schedule) == (1e-4, 0.05, "cosine")
-    assert (recipe.trainable, recipe.epochs, recipe.data.template) == (["projector"], 10, "plain")
-    assert "# Source:" in (SHIPPED / "blip-2-stage2.yaml").read_text()
+@pytest.mark.parametrize(
+    ("name", "rate", "batch", "template", "mixing"),
+    [("blip-2-stage2", 1e-4, 1024, "plain", "concat"), ("instructblip", 1e-5, 128, None, "sqrt")],
+)
+def test_q_formers_stages(name, rate, batch, template, mixing):
+    recipe = load_recipe(name)
+    settings, data = recipe.optimizer, recipe.data
+    assert (settings.learning_rate, settings.weight_decay, settings.schedule) == (rate, 0.05, "cosine")
+    assert (recipe.trainable, recipe.batch_size, data.template, data.mixing) == (["projector"], batch, template, mixing)
+    assert "# Source:" in (SHIPPED / f"{name}.yaml").read_text()
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -82,7 +86,7 @@ def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
 def test_list_and_show():
     run = CliRunner()
     listed = run.invoke(recipe_cli.app, ["list"]).stdout.splitlines()
-    assert len(listed) == len(shipped_recipes()) == len(TABLE) + 1
+    assert len(listed) == len(shipped_recipes()) == len(TABLE) + 2
     assert all(len(line.split("  ", 1)[1].strip()) > 20 for line in listed)
     shown = run.invoke(recipe_cli.app, ["show", "llava-1.5-stage1"]).stdout
     assert shown == (SHIPPED / "llava-1.5-stage1.yaml").read_text()
