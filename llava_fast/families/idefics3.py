@@ -20,7 +20,7 @@ from llava_fast.families import fields
 from llava_fast.families.base import Family, TokenIds
 from llava_fast.families.llava import Llava
 from llava_fast.families.names import NameMap, within
-from llava_fast.families.parts import token_id, tower_preprocessing
+from llava_fast.families.parts import first, token_id, tower_preprocessing
 from llava_fast.families.preprocessing import (
     Kind,
     Settings,
@@ -80,6 +80,13 @@ class Idefics3(Llava):
     config_fields = Idefics3Fields
     image_kinds: ClassVar[tuple[Kind, ...]] = (_kind("Idefics3ImageProcessor"),)
     other = Family.other
+
+    def read(self, source: dict[str, Any], path: Path) -> LlavaConfig:
+        """The padding token is text_config's. Elsewhere files have Idefics3-8B's, also beside smaller vocabularies."""
+        config = super().read(source, path)
+        pad = first((source.get("text_config") or {}).get("pad_token_id"), config.pad_token_id)
+        known = pad is not None and pad < config.decoder.vocab_size
+        return dataclasses.replace(config, pad_token_id=pad if known else None)
 
     def transformers_config(self, source: dict[str, Any], file: Path) -> Any:
         vision = dict(source.get("vision_config") or {})

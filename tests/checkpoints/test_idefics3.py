@@ -50,10 +50,12 @@ def test_tiles_that_the_device_makes_are_the_same():
 
 
 def test_published_files(folder):
-    """A tower's older name, the image processor's settings in full, and an image that is not cut."""
+    """A tower's older name, a padding token that the vocabulary lacks, and an image that is not cut."""
     vision = json.loads((folder / "config.json").read_text())["vision_config"]
     edit_json(folder / "config.json", vision_config=vision | {"model_type": "idefics3", "use_base_siglip": True})
+    edit_json(folder / "config.json", pad_token_id=128_002)
     model = llava_fast.load(folder)
+    assert model.config.pad_token_id == tiny.PAD_ID
     assert len(model.processor.tiles(tiny.picture(90, 40))) > 1
     edit_json(folder / "preprocessor_config.json", do_image_splitting=False)
     whole = llava_fast.load(folder)
