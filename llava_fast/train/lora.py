@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from llava_fast.checkpoints.adapters import merge, save_adapter
 from llava_fast.checkpoints.save import NOTE_FILE, Deferred, Stored
 from llava_fast.errors import RecipeError
+from llava_fast.families import family_of_config
 from llava_fast.generation.llava import Llava
 from llava_fast.models.quantised import QuantisedLinear
 from llava_fast.train.parts import part_of
@@ -92,9 +93,10 @@ def export_adapter(path: Path, whole: Mapping[str, Tensor], trained: list[str], 
         parts = {"projector", *map(part_of, kept)} - {"decoder"}
         kept |= {name for name in whole if part_of(name) in parts}
     if model.config.layout == "hf":  # exclude the tower, whose Linears have the same names
-        config.target_modules = rf".*language_model.*\.({'|'.join(recipe.lora.targets)})"
+        decoder, projector = (_modules_of(part, whole, model) for part in (model.config.embedding, "projector."))
+        config.target_modules = rf".*{decoder[0]}.*\.({'|'.join(recipe.lora.targets)})"
         if kept >= {name for name in whole if name.startswith("projector.")}:
-            config.modules_to_save = ["multi_modal_projector"]
+            config.modules_to_save = projector
     settings = json.loads(json.dumps(config.to_dict(), default=sorted))  # PEFT's sets become lists
     save_adapter(
         path,
@@ -104,6 +106,17 @@ def export_adapter(path: Path, whole: Mapping[str, Tensor], trained: list[str], 
         model.config,
         model.side_files.get(NOTE_FILE),
     )
+
+
+def _modules_of(part: str, whole: Mapping[str, Tensor], model: Llava) -> list[str]:
+    """The modules of transformers' model that hold the tensors whose names start with `part`."""
+    family = family_of_config(model.config)
+    stored = (
+        family.names.to_stored(_own_name(name), family.adapter_spelling, model.config)
+        for name in whole
+        if name.startswith(part) and not _is_factor(name)
+    )
+    return sorted({name.removeprefix("model.").partition(".")[0] for name in stored})
 
 
 def _peft_config(settings: Lora) -> Any:

@@ -4,6 +4,7 @@ transformers where it has the family."""
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 import llava_fast
@@ -111,6 +112,26 @@ def test_adapters_on_a_hosted_decoder_and_the_plan_of_a_run(recipe_in, tmp_path)
     old = before.decoder.layers[0].fc1.weight
     assert not torch.equal(after.decoder.layers[0].fc1.weight, old)
     assert torch.equal(after.decoder.layers[0].fc2.weight, before.decoder.layers[0].fc2.weight)
+
+
+def test_adapters_of_smolvlm_are_read_by_peft(recipe_in, tmp_path):
+    """Its decoder and connector have other names in transformers than LLaVA's."""
+    start = tmp_path / "start"
+    tiny.save(tiny.CASES["smolvlm"], tiny.pair("smolvlm").hf, start)
+    lora = {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]}
+    optimizer = {"learning_rate": 1e-2}
+    recipe = recipe_in(
+        tmp_path / "run", model=str(start), trainable=["projector"], lora=lora, steps=3, optimizer=optimizer
+    )
+    train(recipe)
+    request = {"prompt": "the <image> hello", "images": [tiny.picture(60, 90)]}
+    stock = PeftModel.from_pretrained(tiny.hf_model(tiny.CASES["smolvlm"]), recipe.output / "adapter").eval()
+    with torch.no_grad():
+        expected = stock(**tiny.pair("smolvlm").reference_inputs(**request)).logits[0]
+        for folder in ("model", "adapter"):
+            ours = llava_fast.load(recipe.output / folder)
+            found = ours(ours.prepare([request]), logits="all").logits
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
