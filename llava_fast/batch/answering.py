@@ -11,18 +11,20 @@ from typing import Any
 
 import torch
 
-from llava_fast.batch.items import Item
+from llava_fast.batch.items import Item, check_pyav
+from llava_fast.batch.output import GO_ON
 from llava_fast.batch.prompts import PromptTemplate
-from llava_fast.errors import BatchError, MissingPackageError, PromptTooLongError
+from llava_fast.errors import BatchError, LlavaFastError, MissingPackageError, PromptTooLongError
 from llava_fast.generation.feature_cache import FeatureCache
 from llava_fast.generation.llava import Llava
 from llava_fast.generation.prefix_cache import PrefixCache
 from llava_fast.generation.prompt import Prompt, prompt_of
 from llava_fast.generation.runner import Runner
 from llava_fast.generation.sampling import Sampling
-from llava_fast.generation.scheduler import Scheduler
+from llava_fast.generation.scheduler import Moved, Scheduler
 from llava_fast.generation.sequence import Sequence, new_sequence
 from llava_fast.inputs.pictures.reading import OPEN_FORMATS
+from llava_fast.storage.files import one_line
 
 KEPT_BYTES = 256 << 20  # of keys and values, and of image features, for pictures that come again
 PATIENCE = 0.2  # seconds between two looks at what the caller wants, while pictures are read
@@ -86,7 +88,7 @@ class Answerer:
         """Answer all items; yields after each step, and at least every PATIENCE seconds, the (number, row) of those
         that ended, in the order in which they did. An item that fails is a row with an "error". When the caller closes
         this, what runs is dropped. Raises what `items` raises, MissingPackageError, and BatchError when the device
-        fails."""
+        or the whole step fails."""
         shared = _Shared(items)
         pending: set[Future[Prepared | None]] = set()
         running: dict[Sequence, Item] = {}
@@ -99,7 +101,7 @@ class Answerer:
                     wait(pending, PATIENCE, FIRST_COMPLETED)
                 rows = self._admit(pending, running)
                 if not self.scheduler.is_idle:
-                    for sequence, _ in self.scheduler.step():
+                    for sequence, _ in self._step():
                         if sequence.finish_reason is not None:
                             rows.append(self._row(running.pop(sequence), sequence))
                 yield rows
@@ -109,6 +111,14 @@ class Answerer:
             pool.shutdown(wait=False, cancel_futures=True)
             for sequence in running:
                 self.scheduler.cancel(sequence)
+
+    def _step(self) -> Moved:
+        try:
+            return self.scheduler.step()
+        except LlavaFastError:
+            raise
+        except Exception as error:  # not of one answer: the scheduler ends such answers by themselves
+            raise BatchError(f"the model failed ({type(error).__name__}: {one_line(error)}): {GO_ON}") from error
 
     def _next(self, shared: _Shared) -> Prepared | None:
         """The next item with its sequence or what is wrong with it; in a thread of the pool."""
@@ -124,6 +134,8 @@ class Answerer:
     def _prepare(self, item: Item) -> Sequence:
         if item.error is not None:
             raise BatchError(item.error)
+        if item.video is not None:
+            check_pyav()  # which rows of shards have videos is known only now, and on Ray's nodes
         sampling = self.settings.sampling
         prompt = prompt_of(self.processor, self.request(item))
         limit = self.model.config.decoder.context_length
@@ -181,9 +193,7 @@ class Answerer:
 
     def _row(self, item: Item, sequence: Sequence) -> tuple[int, Row]:
         if isinstance(sequence.error, torch.AcceleratorError):
-            raise BatchError(
-                f"the device failed ({sequence.error}): give the same command to go on"
-            ) from sequence.error
+            raise BatchError(f"the device failed ({one_line(sequence.error)}): {GO_ON}") from sequence.error
         try:
             answer = sequence.result()
             text: Any = answer.text

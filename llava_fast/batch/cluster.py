@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from llava_fast.batch.answering import PATIENCE, Answerer, Settings
 from llava_fast.batch.items import Item, Source
 from llava_fast.batch.job import ModelSpec, Steps
-from llava_fast.batch.output import Output
+from llava_fast.batch.output import GO_ON, Output
 from llava_fast.errors import BatchError, MissingPackageError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Cluster:
                     yield [(int(number), json.loads(row)) for number, row in rows]
             except ray.exceptions.RayError as error:
                 cause = " ".join(str(getattr(error, "cause", None) or error).split())
-                problem = f"Ray's workers failed: {cause[-500:]}; mend that, then give the same command to go on"
+                problem = f"Ray's workers failed: {cause[-500:]}; mend that, then {GO_ON}"
                 raise BatchError(problem) from error
 
     def _dataset(self, reading: _Reading, model: ModelSpec, settings: Settings) -> Any:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from llava_fast.batch.digest import digest
-from llava_fast.batch.items import IMAGES, VIDEOS, Item
+from llava_fast.batch.items import IMAGES, VIDEOS, Item, is_media
 from llava_fast.errors import BatchError
 
 
@@ -28,6 +28,10 @@ class Folder:
         return len(self.names)
 
     @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(os.path.join(self.path, name) for name in self.names)
+
+    @property
     def has_videos(self) -> bool:
         return any(_suffix(name) in VIDEOS for name in self.names)
 
@@ -42,34 +46,39 @@ class Folder:
                 yield Item(number, name, columns, (file,))
 
 
-def open_folder(path: str) -> Folder:
-    """The pictures and videos below `path`, hidden ones left out; links to folders are not followed. Raises BatchError
-    for a folder that holds none or cannot be listed."""
+def list_folder(path: str) -> list[str]:
+    """The files below `path`, sorted, by their path within it; hidden ones are left out, and links to folders are not
+    followed. Raises BatchError for a folder that cannot be listed."""
 
     def refuse(error: OSError) -> None:
         raise BatchError(f"the folder {error.filename} cannot be listed: {error.strerror}") from None
 
-    names, others = [], Counter[str]()
+    names = []
     for folder, folders, files in os.walk(path, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         inside = os.path.relpath(folder, path).replace(os.sep, "/")
-        for name in files:
-            if name.startswith("."):
-                continue
-            if _suffix(name) in (*IMAGES, *VIDEOS):
-                names.append(name if inside == "." else f"{inside}/{name}")
-            else:
-                others[_suffix(name) or "no suffix"] += 1
-    found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+        names += [name if inside == "." else f"{inside}/{name}" for name in files if not name.startswith(".")]
+    return sorted(names)
+
+
+def open_folder(path: str, listed: list[str]) -> Folder:
+    """The pictures and videos among the files of `list_folder(path)`. Raises BatchError where there are none."""
+    names = [name for name in listed if is_media(name)]
+    left_out = kinds(name for name in listed if not is_media(name))
     if not names:
-        what = f"only other files ({found})" if found else "no files"
+        what = f"only other files ({left_out})" if left_out else "no files"
         raise BatchError(
-            f"the folder {path} holds {what}: a batch reads pictures ({' '.join(IMAGES)}) and videos "
-            f"({' '.join(VIDEOS)}); name a table or shards by themselves ('{path}/*.tar')"
+            f"the folder {path} holds {what}: a batch reads pictures ({' '.join(IMAGES)}), videos "
+            f"({' '.join(VIDEOS)}) and shards of a folder; name tables by themselves ('{path}/*.csv')"
         )
-    names.sort()
-    remark = f"left out as neither pictures nor videos: {found}" if found else ""
+    remark = f"left out as neither pictures nor videos: {left_out}" if left_out else ""
     return Folder(path, tuple(names), digest((name, _size(os.path.join(path, name))) for name in names), remark)
+
+
+def kinds(names: Iterable[str]) -> str:
+    """How many files have each of the most common suffixes ("": there are no files)."""
+    counts = Counter(_suffix(name) or "no suffix" for name in names)
+    return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(5))
 
 
 def _suffix(name: str) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from llava_fast.errors import MissingPackageError
 
 Media = str | bytes
 """A path, a data URI, or the bytes of a file."""
@@ -34,6 +37,7 @@ class Item:
 class Source(Protocol):
     """An input that can be read from any row on, always with the same rows. It can be pickled.
 
+    files    the files that it reads, by absolute path; not those that a table's rows name.
     columns  names that a prompt may use; None: only the rows know.
     total    how many rows there are; None: unknown until the last is read.
     repeats  whether several rows may be about one picture.
@@ -41,6 +45,8 @@ class Source(Protocol):
     remark   what of the input is not read, for the user ("": all is).
     """
 
+    @property
+    def files(self) -> tuple[str, ...]: ...
     @property
     def columns(self) -> frozenset[str] | None: ...
     @property
@@ -54,3 +60,14 @@ class Source(Protocol):
 
     def items(self, first: int = 0) -> Iterator[Item]:
         """The rows from number `first` on. Raises BatchError for an input that cannot be read on."""
+
+
+def is_media(name: str) -> bool:
+    """Whether a file is a picture or a video by its name."""
+    return name.lower().endswith((*IMAGES, *VIDEOS))
+
+
+def check_pyav() -> None:
+    """Raises MissingPackageError without PyAV, which reads videos."""
+    if importlib.util.find_spec("av") is None:
+        raise MissingPackageError("a batch of videos", "PyAV", "video")

@@ -19,7 +19,7 @@ from llava_fast.api import load
 from llava_fast.batch.answering import Answerer, Row, Settings
 from llava_fast.batch.digest import model_digest
 from llava_fast.batch.items import Item, Source
-from llava_fast.batch.output import Output
+from llava_fast.batch.output import Output, output_files
 from llava_fast.batch.prompts import choose_template
 from llava_fast.errors import BatchError
 from llava_fast.generation.llava import Llava
@@ -108,9 +108,10 @@ def run(
     """Answer the first `limit` items of the input (None: all), in the input's order, into the file `path`; what it has
     already is not done again. Ctrl-C and SIGTERM end it after the step that runs.
 
-    Raises BatchError for an output of another batch, a prompt that names a missing column, or a failing device, and
-    what loading the model raises.
+    Raises BatchError for an output that is a file of the input or of another batch, a prompt that names a missing
+    column, or a failing device, and what loading the model raises.
     """
+    _check_apart(source, path)
     template = choose_template(settings.prompt, source.columns)
     settings = replace(settings, prompt=template.text, repeats=source.repeats)
     about = {"INPUT": source.digest, **model.about(), **_about(settings)}
@@ -159,6 +160,25 @@ def _about(settings: Settings) -> dict[str, Any]:
         "--batch-invariant": settings.batch_invariant,
         **{f"--{name.replace('_', '-')}": value for name, value in sampling.items() if value is not None},
     }
+
+
+def _check_apart(source: Source, path: str) -> None:
+    """Raises BatchError where the output, or a file beside it, is one that the input reads: it would be overwritten."""
+    ours = {(about.st_dev, about.st_ino): file for file in output_files(path) if (about := _stat(file)) is not None}
+    for file in source.files if ours else ():
+        about = _stat(file)
+        if about is not None and (same := ours.get((about.st_dev, about.st_ino))) is not None:
+            raise BatchError(
+                f"the input reads {file}, which is the output's file {same}: name another output, outside what the "
+                "input stands for"
+            )
+
+
+def _stat(file: str | os.PathLike[str]) -> os.stat_result | None:
+    try:
+        return os.stat(file)
+    except OSError:
+        return None
 
 
 def _check_last(source: Source, output: Output) -> None:

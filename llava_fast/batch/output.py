@@ -16,7 +16,14 @@ from typing import Any
 
 from llava_fast.errors import BatchError
 
+GO_ON = "give the same command, without --overwrite, to go on"
+"""What a user does after a run that ended early."""
 MOST_STALE = 8 << 20  # bytes of OUTPUT.ahead that may be in OUTPUT too
+
+
+def output_files(path: str | Path) -> tuple[Path, Path, Path]:
+    """OUTPUT, OUTPUT.run.json and OUTPUT.ahead."""
+    return Path(path), Path(f"{path}.run.json"), Path(f"{path}.ahead")
 
 
 class Output:
@@ -33,8 +40,7 @@ class Output:
     def __init__(
         self, path: str | Path, about: Mapping[str, Any], note: Mapping[str, Any] | None = None, overwrite: bool = False
     ) -> None:
-        self.path = Path(path)
-        self.about_path, self.ahead_path = (Path(f"{path}{suffix}") for suffix in (".run.json", ".ahead"))
+        self.path, self.about_path, self.ahead_path = output_files(path)
         self.rows = self.errors = 0
         self.first_error: tuple[Any, str] | None = None
         self.last: dict[str, Any] | None = None
@@ -218,8 +224,7 @@ class Output:
 
     def _cannot(self, error: OSError) -> BatchError:
         return BatchError(
-            f"the output {self.path} cannot be written ({error.strerror or error}): mend that, then give the same "
-            "command to go on"
+            f"the output {self.path} cannot be written ({error.strerror or error}): mend that, then {GO_ON}"
         )
 
     def _count(self, row: Mapping[str, Any]) -> None:

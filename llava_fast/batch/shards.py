@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import tarfile
@@ -11,17 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_fast.batch.digest import digest, file_digest
-from llava_fast.batch.items import IMAGES, VIDEOS, Item
+from llava_fast.batch.items import IMAGES, VIDEOS, Item, is_media
+from llava_fast.batch.output import GO_ON
 from llava_fast.errors import BatchError
 from llava_fast.storage.files import one_line
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 MOST_TEXT = 1 << 20  # bytes of a member that is a column
-BROKEN = (tarfile.TarError, zlib.error, EOFError, OSError)
-_ENDINGS = tuple(kind[1:] for kind in (*IMAGES, *VIDEOS))
+MOST_SAMPLE = 512 << 20  # bytes of a sample's members that are read
+DAMAGE = (tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile)
+"""Errors of an archive's content; another OSError is of the disk or the network, and may be gone at the next run."""
 
 Sample = dict[str, bytes | None]
-"""Members by their suffixes, lower case; None: not read."""
+"""Members by their suffixes, lower case; None: too large to be read, or not wanted."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,23 @@ class Shards:
                         if number >= first:
                             yield self._item(number, f"{shard}/{key}", members)
                         number += 1
-            except BROKEN as error:
+            except DAMAGE as error:
                 if number >= first:  # the rest of the shard
                     yield Item(number, shard, error=f"{file} cannot be read on: {one_line(error)}")
                 number += 1
+            except OSError as error:
+                raise BatchError(
+                    f"{file} cannot be read ({error.strerror or error}): mend that, then {GO_ON}"
+                ) from None
 
     def _item(self, number: int, name: str | int, members: Sample) -> Item:
         columns: dict[str, Any] = {}
         image = video = None
         for suffix, data in members.items():
             kind = f".{suffix.rpartition('.')[2]}"
+            if is_media(kind) and data is None:
+                most = MOST_SAMPLE >> 20
+                return Item(number, name, error=f"the sample's {suffix} is too large: a sample may have {most} MB")
             if kind in IMAGES:
                 image = image or data
             elif kind in VIDEOS:
@@ -75,7 +85,7 @@ class Shards:
         return Item(number, name, columns, () if image is None else (image,), video)
 
 
-def open_shards(files: list[str], id_column: str | None) -> Shards:
+def open_shards(files: list[str], id_column: str | None, remark: str = "") -> Shards:
     """Raises BatchError for a file that is no tar archive, and for shards of one name."""
     digests = []
     stems: dict[str, str] = {}
@@ -86,9 +96,9 @@ def open_shards(files: list[str], id_column: str | None) -> Shards:
             with tarfile.open(file, "r:*"):
                 pass
             digests.append((os.path.basename(file), file_digest(file)))
-        except BROKEN as error:
+        except (*DAMAGE, OSError) as error:
             raise BatchError(f"{file} is no tar archive that can be read ({one_line(error)})") from None
-    return Shards(tuple(files), id_column, digest(digests))
+    return Shards(tuple(files), id_column, digest(digests), remark=remark)
 
 
 def _stem(file: str) -> str:
@@ -98,8 +108,9 @@ def _stem(file: str) -> str:
 
 def _samples(tar: tarfile.TarFile, skipped: int) -> Iterator[tuple[str, Sample]]:
     """Key and members of each sample; nothing is read of the first `skipped`. Members are read as they come, because to
-    go back in a compressed archive is to read it again. Raises BROKEN errors, after what was whole before."""
-    number, key, members = 0, "", Sample()
+    go back in a compressed archive is to read it again. Raises errors of
+    DAMAGE after what was whole before, and OSError."""
+    number, key, members, held = 0, "", Sample(), 0
     failure = None
     try:
         while (member := tar.next()) is not None:
@@ -111,12 +122,14 @@ def _samples(tar: tarfile.TarFile, skipped: int) -> Iterator[tuple[str, Sample]]
             this = f"{folder}/{stem}" if folder else stem
             if members and this != key:
                 yield key, members
-                number, members = number + 1, {}
+                number, members, held = number + 1, {}, 0
             key, suffix = this, suffix.lower()
-            wanted = number >= skipped and (suffix.endswith(_ENDINGS) or member.size <= MOST_TEXT)
+            most = MOST_SAMPLE - held if is_media(f".{suffix}") else min(MOST_TEXT, MOST_SAMPLE - held)
+            wanted = number >= skipped and member.size <= most
+            held += member.size if wanted else 0
             members.setdefault(suffix, _bytes(tar, member, wanted))
         _check_end(tar)
-    except BROKEN as error:
+    except DAMAGE as error:
         failure = error
     if members:
         yield key, members

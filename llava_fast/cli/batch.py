@@ -22,8 +22,8 @@ def batch(
     input: Annotated[
         str,
         typer.Argument(
-            help="A folder of pictures or videos; a table (.jsonl, .json, .csv, .tsv, .parquet); WebDataset shards "
-            "(.tar, .tar.gz); or a quoted glob of tables or shards ('shards/*.tar')."
+            help="A folder of pictures or videos, or of shards; a table (.jsonl, .json, .csv, .tsv, .parquet); "
+            "WebDataset shards (.tar, .tar.gz); or a quoted glob of tables or shards ('shards/*.tar')."
         ),
     ],
     output: Annotated[Path, typer.Argument(help="The file to write, a JSON object a line. It goes on where it ended.")],
@@ -144,8 +144,8 @@ def batch(
     llava-fast batch MODEL 'shards/*.tar' tags.jsonl -p "List the objects." --schema tags.json
 
     A row is {"id", "answer", "finish_reason", "usage"}, or {"id", "error"} for a picture that cannot be read or asked
-    about. After a kill, or Ctrl-C, the same command goes on: no row is made twice and none is lost. What the batch is
-    stands in OUTPUT.run.json; another input, model, prompt or option is refused.
+    about. After a kill, or Ctrl-C, the same command without --overwrite goes on: no row is made twice and none is
+    lost. What the batch is stands in OUTPUT.run.json; another input, model, prompt or option is refused.
 
     \b
     Exit codes: 0 all rows are answers; 1 the batch could not run, or not on; 2 wrong options; 3 some rows are errors;
@@ -153,6 +153,7 @@ def batch(
     """
     from llava_fast.batch.answering import Settings
     from llava_fast.batch.job import ModelSpec, Runs, in_process, run
+    from llava_fast.batch.output import GO_ON
     from llava_fast.batch.source import open_source
     from llava_fast.generation.grammar import Grammar
     from llava_fast.generation.sampling import Sampling
@@ -201,7 +202,7 @@ def batch(
     if result.first_error is not None:
         _say(f"the first error, of {result.first_error[0]!r}: {result.first_error[1]}")
     if not result.finished:
-        _say("stopped: give the same command to go on")
+        _say(f"stopped: {GO_ON}")
         raise typer.Exit(STOPPED)
     if result.errors:
         raise typer.Exit(SOME_ERRORS)

@@ -16,7 +16,8 @@ class ProcessorOptions:
                     (chat.messages.with_video_times) to messages. The video must be a file or a folder of frames.
     literal_text    encode control tokens and placeholders in a message or a prompt as ordinary characters (see
                     inputs.literal); images and videos must then be content items.
-    formats         allowed Pillow formats of image files, such as ("JPEG", "PNG") (None: all).
+    formats         allowed Pillow formats of image files, such as ("JPEG", "PNG") (None: all). With it, video files are
+                    opened only in containers that hold their own frames (see inputs.pictures.video).
     exif            apply images' EXIF orientation. Default: as the checkpoint's reference code does for a file:
                     transformers does, the original LLaVA does not.
     resample        "pillow" (bit-identical), or "torchvision" (used by transformers if it is installed).

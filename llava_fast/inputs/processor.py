@@ -25,7 +25,7 @@ from llava_fast.inputs.options import ProcessorOptions
 from llava_fast.inputs.pictures.headers import image_size
 from llava_fast.inputs.pictures.reading import open_image, require_rgb
 from llava_fast.inputs.pictures.tiles import UncutImages, make_tiles, plan_tiles, resized_first
-from llava_fast.inputs.pictures.video import VideoTimes, frame_count, read_video, video_times
+from llava_fast.inputs.pictures.video import CONTAINERS, VideoTimes, frame_count, read_video, video_times
 from llava_fast.inputs.pictures.view import View
 from llava_fast.inputs.plan.columns import MODALITY_IMAGE, MODALITY_VIDEO
 from llava_fast.inputs.plan.length import RowCounts, count_rows
@@ -125,12 +125,16 @@ class Processor(ProcessorOptions):
     def _placeholder_rows(self, placeholder: Placeholder) -> int:
         try:
             if placeholder.kind == "<video>":
-                frames = frame_count(placeholder.source, self._frames_of(placeholder.source))
+                frames = frame_count(placeholder.source, self._frames_of(placeholder.source), self._containers)
                 return len(video_rows(self.geometry, frames))
             size = image_size(placeholder.source, self.exif)
         except TypeError as error:
             raise RequestError(str(error)) from error
         return len(image_rows(self.geometry, *size, placeholder.alone))
+
+    @property
+    def _containers(self) -> str | None:
+        return None if self.formats is None else CONTAINERS
 
     def _frames_of(self, video: Any) -> int | None:
         """How many frames of a video are used; None: all, since the caller selected them."""
@@ -148,7 +152,7 @@ class Processor(ProcessorOptions):
         return segments, images, videos
 
     def _times_of(self, video: Any) -> VideoTimes:
-        return video_times(video, self.video_frames)
+        return video_times(video, self.video_frames, self._containers)
 
     def outline(self, request: dict, labels: Labels = False) -> list[TextPiece | Placeholder]:
         """A request as token ids and placeholders, before any image is opened; only a time instruction reads the
@@ -234,7 +238,7 @@ class Processor(ProcessorOptions):
     def _visual_piece(self, placeholder: Placeholder, tiles: list[Cut]) -> VisualPiece:
         if placeholder.kind == "<video>":
             try:
-                frames = read_video(placeholder.source, self._frames_of(placeholder.source))
+                frames = read_video(placeholder.source, self._frames_of(placeholder.source), self._containers)
             except TypeError as error:
                 raise RequestError(str(error)) from error
             views = frame_views(self.geometry, *frames.shape[1:3])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llava_fast.errors import ImageError
 from llava_fast.inputs.pictures.reading import OPEN_FORMATS, open_header
-from llava_fast.inputs.pictures.video import VideoFrames, take_frames
+from llava_fast.inputs.pictures.video import CONTAINERS, VideoFrames, take_frames
 from llava_fast.serve.errors import ApiError
 from llava_fast.serve.remote import fetch
 from llava_fast.serve.settings import Settings
@@ -42,7 +42,8 @@ class Media:
     def video(self, url: str) -> VideoFrames:
         """Return the sampled frames of a video file. The size of its frames is checked."""
         data, used = self._read(url), self.settings.video_frames
-        return take_frames(data, used, self.settings.max_frames, partial(self._check_pixels, number=used))
+        check = partial(self._check_pixels, number=used)
+        return take_frames(data, used, self.settings.max_frames, check, CONTAINERS)
 
     def _check_pixels(self, height: int, width: int, number: int = 1) -> None:
         if number * height * width > self.settings.max_pixels:

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import sys
 import threading
 import time
 
@@ -18,7 +19,7 @@ from llava_fast.batch import answering, job
 from llava_fast.batch.answering import Answerer
 from llava_fast.batch.items import Item
 from llava_fast.batch.source import open_source
-from llava_fast.errors import BatchError, RequestError
+from llava_fast.errors import BatchError, MissingPackageError, RequestError
 from llava_fast.generation.grammar import Grammar
 from llava_fast.inputs.pictures.video import read_video
 from tests.batch.conftest import TOKENS, Held, answer, read, settings, write_csv, write_parquet, write_tar
@@ -188,11 +189,58 @@ def test_a_failing_device_ends_the_batch(spec, pictures, tmp_path, monkeypatch):
 
     lost = torch.AcceleratorError.__new__(Lost)
     monkeypatch.setattr(answering.Scheduler, "step", step)
-    with pytest.raises(BatchError, match=r"the device failed.*give the same command to go on"):
+    with pytest.raises(BatchError, match=r"the device failed.*give the same command, without --overwrite, to go on"):
         answer(spec, pictures, tmp_path / "out.jsonl", max_running=2)
     answer(spec, pictures, tmp_path / "out.jsonl", max_running=2)
     assert len(read(tmp_path / "out.jsonl")) == 9
     assert all("answer" in row for row in read(tmp_path / "out.jsonl"))
+
+
+def test_a_step_that_fails_as_a_whole_ends_the_batch(spec, pictures, tmp_path, monkeypatch):
+    def step(self):
+        raise RuntimeError("no\nmemory")
+
+    monkeypatch.setattr(answering.Scheduler, "step", step)
+    with pytest.raises(BatchError, match=r"the model failed \(RuntimeError: no memory\): give the same command"):
+        answer(spec, pictures, tmp_path / "out.jsonl")
+
+
+def test_videos_without_pyav_end_the_batch(spec, tmp_path, monkeypatch):
+    """Of shards it is known only when they are read; an error of each row would stay after PyAV is installed."""
+    shard = write_tar(tmp_path / "0.tar", {"a.mp4": b"film"})
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(MissingPackageError, match=r"llava_fast\[video\]"):
+        answer(spec, shard, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("output", ["in/0.jsonl", "in/../in/1.jsonl", "link.jsonl"])
+def test_the_output_may_not_be_a_file_of_the_input(spec, pictures, tmp_path, output):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    tables = [folder / f"{number}.jsonl" for number in range(2)]
+    for number, table in enumerate(tables):
+        table.write_text(json.dumps({"id": number, "image": str(pictures / "0.png")}) + "\n")
+    (tmp_path / "link.jsonl").symlink_to(tables[0])
+    before = [table.read_bytes() for table in tables]
+    for overwrite in (False, True):
+        with pytest.raises(BatchError, match=r"the input reads .*/in/[01]\.jsonl, .*name another output"):
+            answer(spec, folder / "*.jsonl", tmp_path / output, overwrite=overwrite)
+    assert [table.read_bytes() for table in tables] == before
+    with pytest.raises(BatchError, match="the input reads"):
+        answer(spec, pictures, pictures / "0.png", overwrite=True)
+    assert (pictures / "0.png").stat().st_size
+
+
+def test_a_glob_that_stands_for_an_earlier_output(spec, pictures, tmp_path):
+    table = tmp_path / "rows.jsonl"
+    table.write_text(json.dumps({"id": "a", "image": "pictures/0.png"}) + "\n")
+    answer(spec, tmp_path / "*.jsonl", tmp_path / "out.jsonl")
+    made = (tmp_path / "out.jsonl").read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(BatchError, match=r"the input reads .*/out\.jsonl"):
+            answer(spec, tmp_path / "*.jsonl", tmp_path / "out.jsonl", overwrite=overwrite, columns={"id_column": "#"})
+    assert (tmp_path / "out.jsonl").read_bytes() == made
 
 
 def test_an_input_that_cannot_be_read_on_ends_the_batch(model):
@@ -284,13 +332,15 @@ def test_videos(tmp_path):
     for number in range(3):
         made_videos.write(folder / f"{number}.mp4", [tiny.picture(48, 64, 9 * number + seed) for seed in range(6)])
     (folder / "bad.mp4").write_bytes(b"no video")
+    (folder / "list.mp4").write_text("ffconcat version 1.0\nfile 0.mp4\n")  # names another file
     answer(Held(model=model), folder, tmp_path / "out.jsonl", video_frames=4)
-    *rows, bad = read(tmp_path / "out.jsonl")
+    *rows, bad, playlist = read(tmp_path / "out.jsonl")
     content = [{"type": "video"}, {"type": "text", "text": "hello"}]
     table = write_csv(tmp_path / "rows.csv", [{"id": n, "video": f"films/{n}.mp4"} for n in range(3)])
     answer(Held(model=model), table, tmp_path / "table.jsonl", video_frames=4)
     assert [row["answer"] for row in read(tmp_path / "table.jsonl")] == [row["answer"] for row in rows]
     assert "bad.mp4" in bad["error"]
+    assert "list.mp4' is in none of the containers" in playlist["error"]
     frames = read_video(folder / "0.mp4", 4)
     request = {"messages": [{"role": "user", "content": content}], "video": list(frames)}
     assert rows[0]["answer"] == model.generate([request], max_new_tokens=TOKENS)[0].text

@@ -123,7 +123,7 @@ def test_kills_and_ctrl_c_of_the_process(saved, pictures, tmp_path):
         done = now[: now.rfind(b"\n") + 1]
         if sent == signal.SIGINT:
             assert process.returncode == 130, said
-            assert "stopped: give the same command to go on" in said
+            assert "stopped: give the same command, without --overwrite, to go on" in said
         else:
             assert process.returncode == -signal.SIGKILL, said
     assert done.count(b"\n") < 400

@@ -1,5 +1,5 @@
 """A batch on Ray: two workers on this machine, one of which is killed, give the file of one process. Skipped without
-Ray, which the `test` extra does not bring."""
+Ray, which the `test` extra brings."""
 
 from __future__ import annotations
 

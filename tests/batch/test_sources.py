@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 import pickle
 
 import pytest
 
+from llava_fast.batch import shards
 from llava_fast.batch.prompts import PromptTemplate, choose_template
 from llava_fast.batch.source import open_source
 from llava_fast.errors import BatchError, RequestError
@@ -51,8 +54,8 @@ def test_a_folder(pictures):
 def test_folders_that_hold_nothing(tmp_path):
     with pytest.raises(BatchError, match="holds no files"):
         open_source(str(tmp_path))
-    (tmp_path / "a.tar").touch()
-    with pytest.raises(BatchError, match=r"only other files \(1 \.tar\).*name a table or shards"):
+    (tmp_path / "a.csv").touch()
+    with pytest.raises(BatchError, match=r"only other files \(1 \.csv\).*name tables"):
         open_source(str(tmp_path))
     with pytest.raises(BatchError, match="there is no input"):
         open_source(str(tmp_path / "missing"))
@@ -235,6 +238,59 @@ def test_a_shard_that_breaks_off_is_one_error_and_the_next_is_read(tmp_path):
     (tmp_path / "3.tar.gz").write_bytes(gzip.compress(whole)[:-40])
     *_, last = check_parts(open_source(str(tmp_path / "3.tar.gz")))
     assert "cannot be read on" in last.error
+
+
+def test_a_folder_of_shards(tmp_path):
+    (tmp_path / "below").mkdir()
+    write_tar(tmp_path / "b.tar", {"0.png": b"two"})
+    write_tar(tmp_path / "below" / "c.tar.gz", {"0.png": b"three"}, "w:gz")
+    write_tar(tmp_path / "a.tar", {"0.png": b"one"})
+    (tmp_path / "a_stats.json").touch()
+    source = open_source(str(tmp_path))
+    assert [(item.id, item.images) for item in check_parts(source)] == [
+        ("a/0", (b"one",)),
+        ("b/0", (b"two",)),
+        ("c/0", (b"three",)),
+    ]
+    assert source.remark == "left out as no shards: 1 .json"
+    with pytest.raises(BatchError, match="are for tables"):
+        open_source(str(tmp_path), image_column="x")
+    (tmp_path / "0.png").touch()
+    assert [item.id for item in rows(open_source(str(tmp_path)))] == ["0.png"]
+
+
+@pytest.mark.parametrize("where", ["opening", "reading"])
+def test_a_shard_that_the_disk_fails_to_give_ends_the_run(where, tmp_path, monkeypatch):
+    """It may be there again at the next run, so none of its samples becomes an error, nor is half of one answered."""
+    for name in ("1", "2"):
+        write_tar(tmp_path / f"{name}.tar", {"x.png": b"x", "y.txt": b"t", "y.png": b"y"})
+    source = open_source(str(tmp_path / "*.tar"))
+    if where == "opening":
+        (tmp_path / "2.tar").rename(tmp_path / "elsewhere")
+    else:
+        read = shards._bytes
+
+        def fails(tar, member, wanted):
+            if tar.name.endswith("2.tar") and member.name == "y.png":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return read(tar, member, wanted)
+
+        monkeypatch.setattr(shards, "_bytes", fails)
+    items = source.items()
+    left = ["1/x", "1/y"] if where == "opening" else ["1/x", "1/y", "2/x"]
+    assert [next(items).id for _ in left] == left
+    with pytest.raises(BatchError, match=r"2\.tar cannot be read \(.*without --overwrite, to go on"):
+        next(items)
+
+
+def test_members_that_are_too_large_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MOST_SAMPLE", 1000)
+    members = {"a.png": b"x" * 1001, "b.png": b"x" * 600, "b.mp4": b"x" * 600, "c.png": b"x" * 1000, "d.png": b"d"}
+    write_tar(tmp_path / "0.tar", members)
+    a, b, c, d = check_parts(open_source(str(tmp_path / "0.tar")))
+    assert "the sample's png is too large" in a.error
+    assert "the sample's mp4 is too large" in b.error
+    assert (c.error, d.error, d.images) == (None, None, (b"d",))
 
 
 def test_shards_of_one_name(tmp_path):

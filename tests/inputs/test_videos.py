@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava_fast.errors import ImageError, MissingFileError
-from llava_fast.inputs.pictures.video import frame_count, read_video, take_frames, video_times
+from llava_fast.inputs.pictures.video import CONTAINERS, frame_count, read_video, take_frames, video_times
 from tests.support import made_videos, tiny
 
 
@@ -99,6 +99,20 @@ def test_sound_without_pictures(tmp_path):
         file.writeframes(bytes(800))
     with pytest.raises(ImageError, match=r"sound.wav.*no video stream"):
         read_video(tmp_path / "sound.wav")
+
+
+@pytest.mark.parametrize("form", ["path", "bytes"])
+def test_playlists_are_no_containers(form, video_file, tmp_path):
+    """They name other files and addresses: a video from elsewhere could show what lies beside it."""
+    playlist = tmp_path / "a.mp4"
+    playlist.write_text(f"ffconcat version 1.0\nfile {video_file.name}\n")
+    (tmp_path / video_file.name).write_bytes(video_file.read_bytes())
+    source = playlist if form == "path" else playlist.read_bytes()
+    for read in (read_video, frame_count, video_times):
+        for frames in (2,) if read is video_times else (2, None):
+            with pytest.raises(ImageError, match="none of the containers that are opened"):
+                read(source, frames, CONTAINERS)
+    assert read_video(video_file, 2, CONTAINERS).shape == read_video(video_file, 2).shape
 
 
 def test_video_without_pyav_names_the_extra(video_file, monkeypatch):

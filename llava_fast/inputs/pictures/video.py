@@ -23,10 +23,14 @@ from llava_fast.inputs.pictures.reading import open_image, source_file, source_n
 FOLDER_RATE = 2.0
 """Frames per second of a folder of frames: LLaVA-NeXT's value for ShareGPTVideo (llava/train/train.py)."""
 
+CONTAINERS = "mov,matroska,avi,mpegts,mpeg,gif,flv,ogg,asf"
+"""FFmpeg's names of containers that hold their own frames, for files that nobody vouches for. A playlist instead names
+other files and addresses, which FFmpeg opens."""
+
 _FILE = (str, os.PathLike, bytes, bytearray, memoryview)
 
 
-def read_video(source: Any, num_frames: int | None = None) -> np.ndarray:
+def read_video(source: Any, num_frames: int | None = None, containers: str | None = None) -> np.ndarray:
     """Frames of a video as uint8 [frames, height, width, 3].
 
     source      a path or the bytes of a video file (needs PyAV: `pip install 'llava_fast[video]'`); or the frames: a
@@ -35,6 +39,7 @@ def read_video(source: Any, num_frames: int | None = None) -> np.ndarray:
     num_frames  number of frames, spaced uniformly from the first to the last: frame indices
                 np.linspace(0, total - 1, num_frames).astype(int), as in LLaVA-NeXT (indices repeat if the video has
                 fewer frames). None: all frames.
+    containers  FFmpeg's names of the containers that a video file may be in, such as CONTAINERS. None: any.
     Raises ImageError for a video that cannot be read, has no frames or changes its size, ValueError for num_frames
     below 1.
     """
@@ -45,7 +50,7 @@ def read_video(source: Any, num_frames: int | None = None) -> np.ndarray:
         name = f"the folder {source_name(source)}"
         source = frame_files(source)
     if isinstance(source, _FILE):
-        return _read_file(source, num_frames)
+        return _read_file(source, num_frames, containers)
     if isinstance(source, VideoFrames):
         source = source.frames
     if isinstance(source, np.ndarray):
@@ -66,17 +71,17 @@ def read_video(source: Any, num_frames: int | None = None) -> np.ndarray:
     return np.stack(frames)
 
 
-def frame_count(source: Any, num_frames: int | None = None) -> int:
-    """The number of frames that `read_video(source, num_frames)` returns. Raises the same errors for a missing file, a
-    file that is not a video or that this FFmpeg cannot decode, and a video without frames. Decodes the first frame of a
-    video file, or all frames if num_frames is None."""
+def frame_count(source: Any, num_frames: int | None = None, containers: str | None = None) -> int:
+    """The number of frames that `read_video` returns for the same arguments. Raises the same errors for a missing file,
+    a file that is not a video or that this FFmpeg cannot decode, and a video without frames. Decodes the first frame of
+    a video file, or all frames if num_frames is None."""
     if _is_folder(source):
         total = len(frame_files(source))
     elif isinstance(source, _FILE):
         if num_frames is not None:
-            with contextlib.closing(_decoded(source, ())) as frames:
+            with contextlib.closing(_decoded(source, (), containers)) as frames:
                 next(frames)
-        total = _total(source) if num_frames is None else num_frames
+        total = _total(source, containers) if num_frames is None else num_frames
     elif isinstance(source, VideoFrames):
         total = len(source.frames)
     elif isinstance(source, np.ndarray) or not isinstance(source, Sequence) or not source:
@@ -101,20 +106,22 @@ class VideoFrames:
     rate: float | None
 
 
-CONTAINERS = "mov,matroska,avi,mpegts,mpeg,gif,flv,ogg,asf"
 Check = Callable[[int, int], None]
 
 
 def take_frames(
-    source: Any, num_frames: int, most_frames: int | None = None, check_size: Check | None = None
+    source: Any,
+    num_frames: int,
+    most_frames: int | None = None,
+    check_size: Check | None = None,
+    containers: str | None = None,
 ) -> VideoFrames:
     """The frames of `read_video(source, num_frames)` of a video file, by decoding it once if its header says how many
-    frames it has, and twice if not. Raises ImageError.
+    frames it has, and twice if not. containers: see `read_video`. Raises ImageError.
 
     most_frames, check_size  for files that nobody vouches for. A file with more frames is refused. `check_size` is
         called with the height and width that the header says, before any frame is decoded, and with those of each
-        frame; it raises for what is too large. Only containers that hold their own frames (CONTAINERS) are then opened,
-        not playlists, which name other files.
+        frame; it raises for what is too large.
     """
     wanted: set[int] = set()
     rates: list[float | None] = []
@@ -133,8 +140,7 @@ def take_frames(
 
     def decoded() -> tuple[dict[int, np.ndarray], int]:
         found, number = {}, -1
-        options = None if most_frames is None else {"format_whitelist": CONTAINERS}
-        with contextlib.closing(_decoded(source, wanted, options, see_header, check_size)) as frames:
+        with contextlib.closing(_decoded(source, wanted, containers, see_header, check_size)) as frames:
             for number, frame in enumerate(frames):
                 check_number(number + 1)
                 if frame is not None:
@@ -158,10 +164,11 @@ class VideoTimes(NamedTuple):
     frames: list[float]
 
 
-def video_times(source: Any, num_frames: int) -> VideoTimes:
+def video_times(source: Any, num_frames: int, containers: str | None = None) -> VideoTimes:
     """The duration of a video and the times of the frames of `read_video(source, num_frames)`: frame i is at i / rate.
     The rate is the average rate in a file's header, as in LLaVA-NeXT (process_video_with_decord in llava/utils.py), or
-    FOLDER_RATE for a folder of frames. A file's frames are counted by decoding. Raises ImageError for a video without
+    FOLDER_RATE for a folder of frames. A file's frames are counted by decoding. containers: see
+    `read_video`. Raises ImageError for a video without
     times, and the errors of `read_video`.
     """
     if _is_folder(source):
@@ -172,7 +179,7 @@ def video_times(source: Any, num_frames: int) -> VideoTimes:
         numbers = source.numbers[uniform_frames(len(source.numbers), num_frames)]
         return VideoTimes(source.total / source.rate, [int(number) / source.rate for number in numbers])
     elif isinstance(source, _FILE):
-        total, rate = _total(source), _rate(source)
+        total, rate = _total(source, containers), _rate(source, containers)
     else:
         raise ImageError("frames given as images have no times: give a video file or a folder of frames")
     return VideoTimes(total / rate, [int(number) / rate for number in uniform_frames(total, num_frames)])
@@ -211,48 +218,48 @@ def _is_folder(source: Any) -> bool:
 # ---------------------------------------------------------------- video files
 
 
-def _read_file(source: Any, num_frames: int | None) -> np.ndarray:
+def _read_file(source: Any, num_frames: int | None, containers: str | None) -> np.ndarray:
     if num_frames is None:
-        return np.stack([frame for frame in _decoded(source) if frame is not None])
+        return np.stack([frame for frame in _decoded(source, None, containers) if frame is not None])
     if not isinstance(source, (str, os.PathLike)):
-        return take_frames(source, num_frames).frames
-    order = uniform_frames(_total(source), num_frames).tolist()  # of a path the number is kept
-    with contextlib.closing(_decoded(source, set(order))) as frames:
+        return take_frames(source, num_frames, containers=containers).frames
+    order = uniform_frames(_total(source, containers), num_frames).tolist()  # of a path the number is kept
+    with contextlib.closing(_decoded(source, set(order), containers)) as frames:
         found = {n: frame for n, frame in enumerate(itertools.islice(frames, order[-1] + 1)) if frame is not None}
     if len(found) < len(set(order)):
         raise ImageError(f"{source_name(source)} changed while it was read")
     return np.stack([found[number] for number in order])
 
 
-def _total(source: Any) -> int:
+def _total(source: Any, containers: str | None) -> int:
     """The number of frames of a video file, counted by decoding."""
     if not isinstance(source, (str, os.PathLike)) or not os.path.exists(source):  # bytes, a data URI, or invalid
-        return sum(1 for _ in _decoded(source, ()))
+        return sum(1 for _ in _decoded(source, (), containers))
     about = os.stat(source)
-    return _total_of_file(os.path.abspath(os.fsdecode(source)), about.st_size, about.st_mtime_ns)
+    return _total_of_file(os.path.abspath(os.fsdecode(source)), about.st_size, about.st_mtime_ns, containers)
 
 
 @functools.lru_cache(4096)
-def _total_of_file(path: str, size: int, changed: int) -> int:
+def _total_of_file(path: str, size: int, changed: int, containers: str | None) -> int:
     """`_total`, cached as long as the file's size and modification time do not change."""
-    return sum(1 for _ in _decoded(path, ()))
+    return sum(1 for _ in _decoded(path, (), containers))
 
 
 def _decoded(
     source: Any,
     wanted: Collection[int] | None = None,
-    options: dict[str, str] | None = None,
+    containers: str | None = None,
     see_header: Callable[[Any], None] | None = None,
     check_size: Check | None = None,
 ) -> Generator[np.ndarray | None]:
     """The frames of a video file in order: uint8 [height, width, 3] for frames in `wanted` (None: all), None for
-    others. options: FFmpeg's options for opening it. see_header: called with the stream before a frame is decoded;
+    others. containers: see `read_video`. see_header: called with the stream before a frame is decoded;
     check_size: called with each frame's height and width. Raises ImageError, also for a video without frames and for
     one whose size changes."""
     av, name = _pyav(), source_name(source)
     first = None
     try:
-        with _opened(source, name, options) as container:
+        with _opened(source, name, containers) as container:
             stream = container.streams.video[0]
             if see_header is not None:
                 see_header(stream)
@@ -276,10 +283,10 @@ def _decoded(
 _NO_RATE = "{} does not state its frame rate, so the times of its frames are unknown"
 
 
-def _rate(source: Any) -> float:
+def _rate(source: Any, containers: str | None) -> float:
     """The average frame rate in the header of a video file, per second. Raises ImageError."""
     name = source_name(source)
-    with _opened(source, name) as container:
+    with _opened(source, name, containers) as container:
         rate = _rate_of(container.streams.video[0])
     if rate is None:
         raise ImageError(_NO_RATE.format(name))
@@ -291,11 +298,16 @@ def _rate_of(stream: Any) -> float | None:
     return float(rate) if rate else None
 
 
-def _opened(source: Any, name: str, options: dict[str, str] | None = None) -> Any:
+def _opened(source: Any, name: str, containers: str | None = None) -> Any:
     """A path or the bytes of a video file as a PyAV container with a video stream. Raises ImageError."""
     av = _pyav()
+    options = {} if containers is None else {"format_whitelist": containers}
     try:
-        container = av.open(source_file(source, name), options=options or {})
+        container = av.open(source_file(source, name), options=options)
+    except av.ArgumentError as error:
+        if containers is None:
+            raise ImageError(f"{name} cannot be read as a video: {error}") from error
+        raise ImageError(f"{name} is in none of the containers that are opened ({containers}): convert it") from error
     except av.FFmpegError as error:
         raise ImageError(f"{name} cannot be read as a video: {error}") from error
     if not container.streams.video:
