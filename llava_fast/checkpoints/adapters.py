@@ -153,7 +153,8 @@ def save_adapter(
     note      the content of NOTE_FILE.
     """
     stored = {name: _PEFT_PREFIX + _beside(config, name) for name in (*factors, *others)}
-    saved = tuple(f"{_PEFT_PREFIX}model.{module}." for module in settings.get("modules_to_save") or ())
+    modules = settings.get("modules_to_save") or ()
+    saved = tuple(f"{_PEFT_PREFIX}{inner}{module}." for module in modules for inner in ("model.", ""))
     held = {**factors, **{name: value for name, value in others.items() if stored[name].startswith(saved)}}
     rest = {stored[name]: value for name, value in others.items() if name not in held}
     with written_whole(path) as directory:

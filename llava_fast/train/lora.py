@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from llava_fast.models.quantised import QuantisedLinear
 from llava_fast.train.parts import part_of
 from llava_fast.train.recipe import Lora, Recipe
 
+logger = logging.getLogger("llava_fast.train")
 _ADAPTER = ".default"  # PEFT's name of the only adapter
 
 
@@ -109,14 +111,19 @@ def export_adapter(path: Path, whole: Mapping[str, Tensor], trained: list[str], 
 
 
 def _modules_of(part: str, whole: Mapping[str, Tensor], model: Llava) -> list[str]:
-    """The modules of transformers' model that hold the tensors whose names start with `part`."""
+    """The modules of transformers' model that hold the tensors whose names start with `part`. PEFT saves and loads
+    modules, so a parameter outside of any (a Q-Former's query tokens) is logged: only llava_fast reads it again."""
     family = family_of_config(model.config)
-    stored = (
+    stored = [
         family.names.to_stored(_own_name(name), family.adapter_spelling, model.config)
         for name in whole
         if name.startswith(part) and not _is_factor(name)
-    )
-    return sorted({name.removeprefix("model.").partition(".")[0] for name in stored})
+    ]
+    owners = [name.removeprefix("model.").rpartition(".")[0] or None for name in stored]
+    bare = [name for name, owner in zip(stored, owners, strict=True) if owner is None]
+    if bare:
+        logger.warning("PEFT cannot read %s, which no module owns: load the adapter with llava_fast", ", ".join(bare))
+    return sorted({owner.partition(".")[0] for owner in owners if owner is not None})
 
 
 def _peft_config(settings: Lora) -> Any:

@@ -134,6 +134,24 @@ def test_adapters_of_smolvlm_are_read_by_peft(recipe_in, tmp_path):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_adapters_beside_a_q_former_name_modules_only(recipe_in, tmp_path, caplog):
+    """Its query tokens are a parameter outside of any module, which PEFT can neither save nor load."""
+    start = tmp_path / "start"
+    tiny.save(tiny.CASES["blip2"], tiny.pair("blip2").hf, start)
+    lora = {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]}
+    recipe = recipe_in(tmp_path / "run", model=str(start), trainable=["projector"], lora=lora, steps=2)
+    train(recipe)
+    assert "PEFT cannot read query_tokens" in caplog.text
+    stock = PeftModel.from_pretrained(tiny.hf_model(tiny.CASES["blip2"]), recipe.output / "adapter")
+    assert set(stock.peft_config["default"].modules_to_save) == {"language_projection", "qformer"}
+    request = {"prompt": "the <image> hello", "images": [tiny.picture(60, 90)]}
+    found = []
+    for folder in ("model", "adapter"):
+        ours = llava_fast.load(recipe.output / folder)
+        found.append(ours(ours.prepare([request]), logits="all").logits)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("name", [*HOSTED, "instructblip"])
