@@ -135,7 +135,7 @@ def test_csv(tmp_path):
         ("a.json", b"[", "is no JSON"),
         ("a.parquet", b"PAR1", "cannot be read as parquet"),
         ("a.tar", b"no tar", "no tar archive"),
-        ("a.tar.gz", gzip.compress(b"x"), "no tar archive"),
+        ("a.tar.gz", gzip.compress(b"x", mtime=0), "no tar archive"),
         ("a.tsv", b"image\tid\na.png\t1\nb.png\t1\n", "rows 0 and 1 of .*a.tsv have one id, '1'.*--id-column"),
     ],
 )

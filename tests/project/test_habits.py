@@ -124,3 +124,9 @@ def test_what_is_listed_as_slow_is_marked(tmp_path):
     names = ["tests/a.py::test_x", "tests/b.py::test_one[1-2]", "tests/b.py::test_one_more", "tests/c.py::test_one"]
     conftest.pytest_collection_modifyitems(SimpleNamespace(rootpath=tmp_path), [item(name) for name in names])
     assert marked == [("tests/a.py::test_x", "slow"), ("tests/b.py::test_one[1-2]", "slow")]
+
+
+def test_test_files_have_names_of_their_own():
+    """In folders without __init__.py pytest imports files by their names alone, so it cannot collect two of one name."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
