@@ -127,6 +127,6 @@ def test_what_is_listed_as_slow_is_marked(tmp_path):
 
 
 def test_test_files_have_names_of_their_own():
-    """In folders without __init__.py pytest imports files by their names alone, so it cannot collect two of one name."""
+    """Without __init__.py beside them pytest imports files by their names alone: it cannot collect two of one name."""
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
     assert sorted(names) == sorted(set(names))
