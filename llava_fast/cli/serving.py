@@ -148,7 +148,7 @@ def serve(
     server.check_packages()
     server.check_address(host, port)
     settings = Settings(
-        model_name=name or Path(model).name,
+        model_name=name or Path(os.path.abspath(model)).name,
         api_keys=_api_keys(api_key, api_key_file),
         allow_remote=tuple(allow_remote),
         allow_files=tuple(allow_files),

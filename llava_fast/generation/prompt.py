@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -113,11 +113,16 @@ def read_prompt(processor: Processor | None, request: Any, number: int = 0) -> P
         raise type(error)(f"request {name}: {error}") from None
 
 
-def prompt_of(processor: Processor | None, request: Any) -> Prompt:
-    """A request's prompt, with its images read and tiled. Raises RequestError and ImageError."""
+def prompt_of(processor: Processor | None, request: Any, before_part: Callable[[], None] = lambda: None) -> Prompt:
+    """A request's prompt, with its images read and tiled. before_part: called before each part, text or an image; what
+    it raises ends the work. Raises RequestError and ImageError."""
     if processor is None:
         raise RequestError("this model has no processor: build it with llava_fast.load, or pass one to LlavaModel")
-    prompt = Prompt([read_part(processor, part) for part in processor.outline(request)])
+    parts = []
+    for part in processor.outline(request):
+        before_part()
+        parts.append(read_part(processor, part))
+    prompt = Prompt(parts)
     processor.check_length([part.piece for part in prompt.parts])
     return prompt
 

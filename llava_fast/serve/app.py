@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from llava_fast.serve.answers import Answer, ChatAnswer, CompletionAnswer
 from llava_fast.serve.bodies import JsonRoute
 from llava_fast.serve.engine import Step
-from llava_fast.serve.errors import ApiError, api_error, handle_errors
+from llava_fast.serve.errors import api_error, check_wanted, handle_errors
 from llava_fast.serve.gate import Gate
 from llava_fast.serve.plan import PromptPlan
 from llava_fast.serve.protocol import ChatRequest, CompletionRequest, PlanRequest
@@ -123,9 +124,10 @@ async def _answered(service: Service, body: Body, request: Request, kind: type[A
     """Return the complete response, or a streaming response. The place in the queue and the sequences are released
     however the request ends, also when the client disconnects."""
     deadline = asyncio.get_running_loop().time() + service.settings.deadline
+    gone = threading.Event()
 
     async def answered() -> Answer | dict[str, Any]:
-        sequences = await asyncio.wait_for(service.sequences(body), service.settings.deadline)
+        sequences = await asyncio.wait_for(service.sequences(body, gone), service.settings.deadline)
         answer = kind(body.model, sequences, service.token_bytes)
         if body.stream:
             return answer
@@ -136,7 +138,7 @@ async def _answered(service: Service, body: Body, request: Request, kind: type[A
     try:
         with contextlib.ExitStack() as place:
             place.enter_context(service.admitted(body.answers))
-            answer = await _while_connected(request, answered())
+            answer = await _while_connected(request, answered(), gone)
             if isinstance(answer, Answer):
                 steps = service.steps(answer.sequences, deadline)
                 return Stream(steps, answer, body.with_usage, deadline, place.pop_all())
@@ -150,24 +152,28 @@ async def _planned(service: Service, body: PlanRequest, request: Request) -> Res
     service.check_model(body.model)
     try:
         with service.admitted(1, timed=False):
-            made = asyncio.wait_for(service.plan(body), service.settings.deadline)
-            return Response(await _while_connected(request, made), media_type="application/json")
+            gone = threading.Event()
+            made = asyncio.wait_for(service.plan(body, gone), service.settings.deadline)
+            return Response(await _while_connected(request, made, gone), media_type="application/json")
     except Exception as error:
         raise api_error(error) from error
 
 
-async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of `work`, which is cancelled when the client disconnects."""
-    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
+async def _while_connected(request: Request, work: Coroutine[Any, Any, T], gone: threading.Event) -> T:
+    """Return the result of `work`, which is cancelled when the client disconnects. `gone` is set however it ends, for
+    what it left running in the pool."""
+    working, disconnected = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((working, disconnected), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ApiError(499, "the client closed the connection")  # never sent
+            gone.set()
+            check_wanted(gone)
         return working.result()
     finally:
+        gone.set()
         working.cancel()
-        gone.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)
+        disconnected.cancel()
+        await asyncio.gather(working, disconnected, return_exceptions=True)
 
 
 async def _disconnected(request: Request) -> None:

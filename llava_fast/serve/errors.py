@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,12 @@ class ApiError(HTTPException):
     @property
     def response(self) -> JSONResponse:
         return JSONResponse(self.body, self.status_code, self.headers)
+
+
+def check_wanted(gone: threading.Event) -> None:
+    """Raise ApiError if nobody waits for the response any more. Work in the pool calls this between its parts."""
+    if gone.is_set():
+        raise ApiError(499, "the client closed the connection")  # never sent
 
 
 def api_error(error: BaseException) -> ApiError:

@@ -1,4 +1,4 @@
-"""Checks of every request before its body is read: host name, API key, size and time of the body."""
+"""Checks of every request before its body is read: host name, API key, type, size and time of the body."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ class Gate:
                 self._check_host(headers.get(b"host", b""))
             if scope["path"] not in OPEN and not scope["path"].startswith(OPEN[-1]):
                 self._check_key(headers.get(b"authorization", b""))
+            if scope["method"] == "POST":
+                self._check_type(headers.get(b"content-type", b""))
             self._check_size(headers.get(b"content-length", b"0"))
         except ApiError as error:
             await error.response(scope, receive, counting)
@@ -100,6 +102,12 @@ class Gate:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+
+    def _check_type(self, sent: bytes) -> None:
+        """Raise ApiError for a body that is not sent as JSON, against forged requests (CSRF): a page of another origin
+        may send only plain types and none without asking first (CORS)."""
+        if sent.partition(b";")[0].strip().lower() != b"application/json":
+            raise ApiError(415, "send the body as JSON, with the header 'Content-Type: application/json'")
 
     def _check_size(self, length: bytes) -> None:
         if length.isdigit() and int(length[:20]) > self.settings.max_body_bytes:

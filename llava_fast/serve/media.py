@@ -5,24 +5,27 @@ from __future__ import annotations
 import base64
 import binascii
 import os
+import threading
+import time
 import urllib.parse
-from functools import partial
 from pathlib import Path
 
 from llava_fast.errors import ImageError
 from llava_fast.inputs.pictures.reading import OPEN_FORMATS, open_header
 from llava_fast.inputs.pictures.video import CONTAINERS, VideoFrames, take_frames
-from llava_fast.serve.errors import ApiError
+from llava_fast.serve.errors import ApiError, check_wanted
 from llava_fast.serve.remote import fetch
 from llava_fast.serve.settings import Settings
 
 
 class Media:
-    """Reads the data of an image_url or video_url, within the limits of the settings. The methods block, so call them
-    in the pool. They raise ApiError if reading is not allowed and ImageError if it fails."""
+    """Reads the images and videos of one request, given as image_url or video_url, within the limits of the settings.
+    The methods block, so call them in the pool. They raise ApiError if reading is not allowed or `gone` is set, and
+    ImageError if it fails."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, gone: threading.Event) -> None:
+        self.settings, self.gone = settings, gone
+        self.remote_seconds = settings.remote_seconds  # left for what is still to be fetched
         self.folders = [Path(folder).resolve() for folder in settings.allow_files]
 
     def check_number(self, images: int) -> None:
@@ -42,7 +45,11 @@ class Media:
     def video(self, url: str) -> VideoFrames:
         """Return the sampled frames of a video file. The size of its frames is checked."""
         data, used = self._read(url), self.settings.video_frames
-        check = partial(self._check_pixels, number=used)
+
+        def check(height: int, width: int) -> None:
+            check_wanted(self.gone)
+            self._check_pixels(height, width, used)
+
         return take_frames(data, used, self.settings.max_frames, check, CONTAINERS)
 
     def _check_pixels(self, height: int, width: int, number: int = 1) -> None:
@@ -51,15 +58,22 @@ class Media:
             raise ApiError(400, f"{what} pixels: this server takes {self.settings.max_pixels} pixels", "messages")
 
     def _read(self, url: str) -> bytes:
+        check_wanted(self.gone)
         scheme = url[:20].partition(":")[0].lower()
         if scheme == "data":
             return _data_uri(url)
         if scheme in ("http", "https"):
-            settings = self.settings
-            return fetch(url, settings.allow_remote, settings.max_remote_bytes, settings.remote_seconds)
+            return self._fetched(url)
         if scheme == "file" or "/" in url[:2000]:
             return self._file(url)
         raise ApiError(400, "an image_url or video_url must be a data URI: data:image/jpeg;base64,...", "messages")
+
+    def _fetched(self, url: str) -> bytes:
+        settings, began = self.settings, time.monotonic()
+        try:
+            return fetch(url, settings.allow_remote, settings.max_remote_bytes, self.remote_seconds, self.gone)
+        finally:
+            self.remote_seconds -= time.monotonic() - began
 
     def _file(self, url: str) -> bytes:
         """Read a file whose path, with symbolic links resolved, is below an allowed folder. The error is the same for

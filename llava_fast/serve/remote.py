@@ -18,17 +18,24 @@ from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from typing import Any
 
-from llava_fast.serve.errors import ApiError
+from llava_fast.serve.errors import ApiError, check_wanted
 
 MAX_REDIRECTS = 3
 PIECE = 64 << 10
+INTERNAL = tuple(
+    map(ipaddress.ip_network, ("fec0::/10", "::/96", "::ffff:0:0:0/96", "64:ff9b:1::/48"))
+)  # site-local, IPv4-compatible, IPv4-translated, local NAT64: none is public, and ipaddress takes them for global
 
 
-def fetch(url: str, allowed: Sequence[str], max_bytes: int, seconds: float) -> bytes:
+def fetch(
+    url: str, allowed: Sequence[str], max_bytes: int, seconds: float, gone: threading.Event | None = None
+) -> bytes:
     """Return the body of an http or https URL. `allowed` lists host names ("*.example.org" allows all subdomains).
-    Raises ApiError if the host is not allowed or private, or if the request fails."""
+    Raises ApiError if the host is not allowed or private, if the request fails, and once `gone` is set."""
+    gone = gone or threading.Event()
     ends = time.monotonic() + seconds
     for _ in range(MAX_REDIRECTS + 1):
+        check_wanted(gone)
         parts = _parsed(url)
         check_host(parts.hostname or "", allowed)
         with _connected(parts, ends) as connection:
@@ -41,7 +48,7 @@ def fetch(url: str, allowed: Sequence[str], max_bytes: int, seconds: float) -> b
                     continue
                 if response.status != 200:
                     raise _failed(f"it answered with status {response.status}")
-                return _body(response, max_bytes, ends)
+                return _body(response, max_bytes, ends, gone)
             except ApiError:
                 raise
             except (OSError, http.client.HTTPException, ValueError) as error:
@@ -92,6 +99,8 @@ def _resolved(host: str, port: int, seconds: float) -> list[Any]:
 
 def is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
+    if any(ip in network for network in INTERNAL):
+        return False
     mapped = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None)
     if mapped is None and ip.version == 6 and ip in ipaddress.ip_network("64:ff9b::/96"):
         mapped = ipaddress.ip_address(int(ip) & 0xFFFFFFFF)
@@ -166,9 +175,10 @@ def _connected(parts: urllib.parse.SplitResult, ends: float) -> _Connection:
     return _Connection(host, port, address, secure, _left(ends))
 
 
-def _body(response: http.client.HTTPResponse, max_bytes: int, ends: float) -> bytes:
+def _body(response: http.client.HTTPResponse, max_bytes: int, ends: float, gone: threading.Event) -> bytes:
     pieces, size = [], 0
     while piece := response.read1(PIECE):
+        check_wanted(gone)
         size += len(piece)
         if size > max_bytes:
             raise _failed(f"it has more than {max_bytes} bytes")

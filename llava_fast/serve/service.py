@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from llava_fast.generation.sequence import Sequence, new_sequence
 from llava_fast.inputs.literal import texts_of
 from llava_fast.inputs.pictures.reading import OPEN_FORMATS
 from llava_fast.serve.engine import Engine, Step, error_of
-from llava_fast.serve.errors import ApiError
+from llava_fast.serve.errors import ApiError, check_wanted
 from llava_fast.serve.media import Media
 from llava_fast.serve.metrics import Metrics
 from llava_fast.serve.plan import prompt_plan
@@ -54,7 +55,6 @@ class Service:
         )
         if settings.literal_text:
             _ = self.processor.literal  # built now, so that the first request does not wait for it
-        self.media = Media(settings)
         cache = model.decoder.new_cache(keep_bytes=settings.prefix_bytes)
         if settings.batch_invariant:
             runner = Runner(model, cache, batch_invariant=True)
@@ -119,32 +119,33 @@ class Service:
         if most is not None and (body.most_tokens or 0) > most:
             raise ApiError(400, f"max_tokens is {body.most_tokens} and this server's limit is {most}", "max_tokens")
 
-    async def sequences(self, body: Body) -> list[Sequence]:
-        """Preprocess the body's prompts and return one sequence for each answer. Raises ApiError, RequestError and
+    async def sequences(self, body: Body, gone: threading.Event) -> list[Sequence]:
+        """Preprocess the body's prompts and return one sequence for each answer. When `gone` is set, the work ends
+        before its next part (an image, a frame, a piece of what is fetched). Raises ApiError, RequestError and
         ImageError."""
-        return await asyncio.get_running_loop().run_in_executor(self.pool, self._prepare, body)
+        return await asyncio.get_running_loop().run_in_executor(self.pool, self._prepare, body, gone)
 
-    def _prepare(self, body: Body) -> list[Sequence]:
+    def _prepare(self, body: Body, gone: threading.Event) -> list[Sequence]:
         chosen = body.sampling()
         if body.top_tokens is not None:
             self.token_bytes(0)  # the first call is slow, and later calls run in the event loop
         sequences: list[Sequence] = []
-        for request in requests_of(body, self.media):
+        for request in requests_of(body, Media(self.settings, gone)):
             self._check_text(request)
-            prompt = prompt_of(self.processor, request)
+            prompt = prompt_of(self.processor, request, partial(check_wanted, gone))
             sampling = Sampling.of(None, max_new_tokens=self._room(prompt, body.most_tokens), **chosen)
             for _ in range(body.n or 1):
                 seed = None if sampling.seed is None else sampling.seed + len(sequences)
                 sequences.append(new_sequence(self.model, prompt, sampling, seed, pieces=True))
         return sequences
 
-    async def plan(self, body: PlanRequest) -> str:
+    async def plan(self, body: PlanRequest, gone: threading.Event) -> str:
         """Return the plan of the body's images and videos as JSON. Raises the same errors as `sequences`, but
         the length of the prompt is not checked."""
-        return await asyncio.get_running_loop().run_in_executor(self.pool, self._plan, body)
+        return await asyncio.get_running_loop().run_in_executor(self.pool, self._plan, body, gone)
 
-    def _plan(self, body: PlanRequest) -> str:
-        request = chat_request(body, self.media)
+    def _plan(self, body: PlanRequest, gone: threading.Event) -> str:
+        request = chat_request(body, Media(self.settings, gone))
         self._check_text(request)
         return prompt_plan(self.processor, request, body.model, self._most_rows).model_dump_json()
 

@@ -31,7 +31,8 @@ class Settings:
     video_frames        how many frames of a video are used.
     max_frames          most frames of a video file.
     allow_remote        hosts from which images and videos are fetched ("*.example.org": all subdomains); none: nothing
-                        is fetched. `max_remote_bytes` and `remote_seconds` limit each fetch.
+                        is fetched. `max_remote_bytes` limits each fetch, `remote_seconds` those of a request
+                        together.
     allow_files         folders whose files clients may use; none: no file is read.
     host_names          accepted host names besides localhost and IP addresses ("*": any).
     allow_origins       allowed origins of web pages (CORS); none: only the server's own page.

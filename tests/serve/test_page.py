@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -140,6 +141,42 @@ def test_pictures_are_chosen_and_pasted_and_removed(browser, demo):
             "three.png",
         ]
         assert page.locator(".cost").text_content().count("Picture") == 2
+
+
+def test_a_question_waits_for_the_pictures_that_are_being_read(browser, demo, monkeypatch):
+    """However long their plans take; one that cannot be read keeps the question here."""
+    digits, picture = canvas(long_side=(380, 400))
+    plan, may_go = demo.service._plan, threading.Event()
+    monkeypatch.setattr(demo.service, "_plan", lambda *given: (may_go.wait(10), plan(*given))[1])
+    with opened(browser, demo.url) as page:
+        asked = []
+        page.on("request", lambda request: asked.append(request.url) if "chat/completions" in request.url else 0)
+        page.get_by_text("tiny", exact=True).wait_for()
+        question = page.get_by_label("Question", exact=True)
+        question.fill("What digits are written here?")
+        drop(page, "canvas.png", picture)
+        page.keyboard.press("Enter")
+        page.get_by_text("Reading canvas.png").wait_for()
+        page.get_by_role("button", name="Stop").click()
+        page.get_by_role("button", name="Send").wait_for()
+        assert question.input_value() == "What digits are written here?"
+        page.keyboard.press("Enter")
+        page.get_by_role("button", name="Stop").wait_for()
+        assert not asked
+        may_go.set()
+        assert answers(page, 1) == [" ".join(map(str, digits))]
+        assert len(asked) == page.locator(".question img").count() == 1
+
+        may_go.clear()
+        question.fill("And here?")
+        drop(page, "bad.png", b"hello")
+        page.keyboard.press("Enter")
+        page.get_by_role("button", name="Stop").wait_for()
+        may_go.set()
+        page.get_by_role("alert").get_by_text("bad.png: The image or video").wait_for()
+        page.get_by_role("button", name="Send").wait_for()
+        assert question.input_value() == "And here?"
+        assert len(asked) == 1
 
 
 def test_a_video_is_shown_frame_by_frame(browser, tmp_path):

@@ -1,7 +1,9 @@
 """Fetching pictures: from hosts that are allowed, never from the server's own network, within limits."""
 
 import contextlib
+import http.client
 import http.server
+import json
 import socket
 import threading
 import time
@@ -10,11 +12,13 @@ import pytest
 
 from llava_fast.serve import remote
 from llava_fast.serve.errors import ApiError
+from llava_fast.serve.media import Media
+from llava_fast.serve.settings import Settings
 from tests.serve.conftest import about, ask, data_uri, error_of, local, png
 
 
 class Pictures(http.server.BaseHTTPRequestHandler):
-    """/a.png a picture; /to/X redirects to X; /endless; /slow drips; /gone 404."""
+    """/a.png a picture; /to/X redirects to X; /endless; /slow drips; /late waits; /gone 404."""
 
     asked: list[str] = []  # noqa: RUF012
 
@@ -34,9 +38,11 @@ class Pictures(http.server.BaseHTTPRequestHandler):
                     self.wfile.write(b"x" * (10_000 if self.path == "/endless" else 1))
                     time.sleep(0.03 if self.path == "/slow" else 0)
         else:
+            time.sleep(0.2 if self.path == "/late" else 0)
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(png())
+            with contextlib.suppress(OSError):
+                self.wfile.write(png())
 
     def log_message(self, *_):
         pass
@@ -87,6 +93,29 @@ def test_a_fetch_is_bounded(pictures, path, says):
     assert time.monotonic() - began < 2
 
 
+def test_all_fetches_of_a_request_are_bounded_together(pictures):
+    settings = Settings(model_name="m", allow_remote=("localhost",), remote_seconds=0.3)
+    reading = Media(settings, threading.Event())
+    assert reading.image(f"{pictures}/late") == png()
+    with pytest.raises(ApiError, match="could not be fetched"):
+        reading.image(f"{pictures}/late")
+    with pytest.raises(ApiError, match="took too long"):
+        reading.image(f"{pictures}/a.png")
+    assert Media(settings, threading.Event()).image(f"{pictures}/late") == png(), "of the next request"
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "llava_fast/plan"])
+def test_a_client_that_has_gone_keeps_no_thread(model, pictures, path):
+    with local(model, allow_remote=("localhost",), workers=1) as server:
+        connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=10)
+        body = json.dumps({"model": "tiny", "messages": about("hello", f"{pictures}/slow")})  # three seconds
+        connection.request("POST", f"/v1/{path}", body, {"Content-Type": "application/json"})
+        while not Pictures.asked:
+            time.sleep(0.01)
+        connection.close()
+        server.service.pool.submit(int).result(timeout=1.5)
+
+
 def test_redirects_within_the_host_are_followed(pictures):
     assert remote.fetch(f"{pictures}/to//to//a.png", ["localhost"], 50_000, 5) == png()
 
@@ -96,6 +125,7 @@ def test_redirects_within_the_host_are_followed(pictures):
     [
         *("127.0.0.1", "10.1.2.3", "192.168.0.1", "172.16.5.5", "169.254.169.254", "100.64.0.1", "0.0.0.0"),
         *("224.0.0.1", "::1", "fe80::1%eth0", "fc00::1", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::"),
+        *("fec0::1", "::127.0.0.1", "::ffff:0:127.0.0.1", "64:ff9b:1::7f00:1"),
     ],
 )
 def test_private_addresses_are_never_fetched(address, monkeypatch):

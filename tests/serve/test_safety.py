@@ -17,23 +17,44 @@ import pytest
 import torch
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
+from typer.testing import CliRunner
 
 from llava_fast.cli import serving
+from llava_fast.cli.main import app as command
 from llava_fast.errors import ImageError, ServeError
 from llava_fast.inputs.pictures import video
 from llava_fast.serve import app, bodies, gate, service
 from llava_fast.serve.errors import ApiError
 from llava_fast.serve.media import Media
+from llava_fast.serve.protocol import ChatRequest
 from llava_fast.serve.server import check_address
 from llava_fast.serve.settings import Settings
 from tests.serve.conftest import about, ask, data_uri, error_of, local, png
 from tests.support import made_videos, tiny
+
+JSON = {"Content-Type": "application/json"}
 
 
 def blank(height: int, width: int, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
     Image.new("1", (width, height)).save(file, kind)
     return file.getvalue()
+
+
+def media(gone: threading.Event | None = None, **settings) -> Media:
+    return Media(Settings(model_name="m", **settings), gone or threading.Event())
+
+
+class GoneAfter(threading.Event):
+    """Set once it has been looked at so many times."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self.left, self.looks = looks, 0
+
+    def is_set(self) -> bool:
+        self.looks += 1
+        return self.looks > self.left
 
 
 # ------------------------------------------------------------ text is text
@@ -110,7 +131,7 @@ def test_no_pixel_of_a_large_image_is_decoded(monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("decoded"))
     monkeypatch.setattr(TiffImageFile, "load", lambda _: pytest.fail("decoded"))
     with pytest.raises(ApiError, match="2000x900"):
-        Media(Settings(model_name="m", max_pixels=1_000_000)).image(large)
+        media(max_pixels=1_000_000).image(large)
 
 
 def test_no_frame_of_a_large_video_is_decoded(tmp_path, monkeypatch):
@@ -119,12 +140,29 @@ def test_no_frame_of_a_large_video_is_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(video, "_pyav", _counting_pyav(video._pyav(), decoded))
     uri = data_uri(data, "video/mp4")
     with pytest.raises(ApiError, match="4 frames of 640x480"):
-        Media(Settings(model_name="m", max_pixels=1_000_000, video_frames=4)).video(uri)
+        media(max_pixels=1_000_000, video_frames=4).video(uri)
     with pytest.raises(ImageError, match="more than 2 frames"):
-        Media(Settings(model_name="m", max_frames=2)).video(uri)
+        media(max_frames=2).video(uri)
     assert not decoded
-    Media(Settings(model_name="m", max_frames=3)).video(uri)
+    media(max_frames=3).video(uri)
     assert len(decoded) == 1, "once, to be checked and read"
+
+
+def test_work_for_a_client_that_has_gone_ends_before_its_next_part(model, tmp_path):
+    """Wherever it is: between images as they come, between images as they are decoded, and between frames."""
+    data = made_videos.write(tmp_path / "a.mp4", [tiny.picture(48, 64, 0)] * 9).read_bytes()
+    for looks in range(3):
+        with pytest.raises(ApiError, match="closed"):
+            media(gone := GoneAfter(looks)).video(data_uri(data, "video/mp4"))
+        assert gone.looks == looks + 1
+    with local(model) as server:
+        body = ChatRequest(model="tiny", messages=about("hello", *[data_uri(png(seed=seed)) for seed in range(3)]))
+        patient = GoneAfter(1000)
+        assert server.service._prepare(body, patient)
+        assert patient.looks >= 6, "each image when it comes and when it is decoded"
+        for looks in range(patient.looks):
+            with pytest.raises(ApiError, match="closed"):
+                server.service._prepare(body, GoneAfter(looks))
 
 
 def _counting_pyav(av, decoded):
@@ -153,7 +191,7 @@ def test_pictures_of_other_formats_are_refused(kind):
     file = io.BytesIO()
     Image.new("RGB", (20, 20)).save(file, kind)
     with pytest.raises(ImageError, match="JPEG, PNG, WEBP, GIF, BMP, TIFF"):
-        Media(Settings(model_name="m")).image(data_uri(file.getvalue()))
+        media().image(data_uri(file.getvalue()))
 
 
 def test_a_text_far_too_long_is_not_tokenised(model, monkeypatch):
@@ -167,7 +205,7 @@ def test_a_text_far_too_long_is_not_tokenised(model, monkeypatch):
 def test_a_body_without_a_length_is_counted_as_it_comes(server):
     host = server.url.removeprefix("http://")
     connection = http.client.HTTPConnection(host, timeout=10)
-    connection.request("POST", "/v1/chat/completions", iter([b"x" * 50_000] * 20), {}, encode_chunked=True)
+    connection.request("POST", "/v1/chat/completions", iter([b"x" * 50_000] * 20), JSON, encode_chunked=True)
     with contextlib.suppress(OSError):
         assert connection.getresponse().status == 413
 
@@ -177,6 +215,7 @@ def test_a_body_that_drips_is_not_waited_for(model):
         connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=10)
         connection.putrequest("POST", "/v1/chat/completions")
         connection.putheader("Content-Length", "1000")
+        connection.putheader("Content-Type", "application/json")
         connection.endheaders(b"{")
         assert connection.getresponse().status == 408
         assert ask(server.client(), about("hello"), max_tokens=400, extra_body={"ignore_eos": True}).choices
@@ -197,7 +236,7 @@ def test_a_body_that_drips_is_not_waited_for(model):
 )
 def test_a_body_that_is_no_request_is_refused(server, body):
     connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=10)
-    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+    connection.request("POST", "/v1/chat/completions", body, JSON)
     response = connection.getresponse()
     assert response.status == 400
     assert json.loads(response.read())["error"]["type"] == "invalid_request_error"
@@ -389,9 +428,50 @@ def test_a_page_whose_name_leads_here_is_refused(host, status):
         sent.append(message)
 
     settings = Settings(model_name="m", host_names=("mine.example",))
-    scope = {"type": "http", "path": "/v1/models", "headers": [(b"host", host.encode())]}
+    scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": [(b"host", host.encode())]}
     asyncio.run(gate.Gate(answered, settings, lambda *_: None)(scope, None, send))
     assert sent[0]["status"] == status
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        *((None, 415), ("text/plain", 415), ("application/x-www-form-urlencoded", 415), ("multipart/form-data", 415)),
+        *(("text/plain; x=application/json", 415), ("application/json", 200), ("Application/JSON; charset=utf-8", 200)),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/llava_fast/plan"])
+def test_a_body_that_another_page_could_send_is_refused(server, path, kind, status):
+    """Types that a browser sends to another origin without asking it first (CSRF)."""
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=10)
+    body = json.dumps({"model": "tiny", "messages": about("hello")})
+    connection.request("POST", path, body.encode(), {} if kind is None else {"Content-Type": kind})
+    assert connection.getresponse().status == status
+
+
+def test_the_gate_alone_refuses_other_types():
+    """Whatever FastAPI makes of a body without a type."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [(b"host", b"localhost")]}
+    asyncio.run(gate.Gate(None, Settings(model_name="m"), lambda *_: None)(scope, None, send))
+    assert sent[0]["status"] == 415
+
+
+def test_a_model_in_the_current_folder_has_a_name(tmp_path, monkeypatch):
+    """`llava-fast serve .`; a link keeps its own name."""
+    named = []
+    monkeypatch.setattr("llava_fast.serve.server.serve", lambda model, settings, *_: named.append(settings.model_name))
+    monkeypatch.setattr(serving, "load_model", lambda *_, **__: None)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "llava").symlink_to(tmp_path / "weights")
+    monkeypatch.chdir(tmp_path / "weights")
+    for path in (".", "../llava", "org/name"):
+        CliRunner().invoke(command, ["serve", path, "--port", "0"], catch_exceptions=False)
+    assert named == ["weights", "llava", "name"]
 
 
 def test_the_end_does_not_wait_for_what_is_being_read(model):

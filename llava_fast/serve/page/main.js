@@ -9,22 +9,38 @@ import { announce, byId, count, digits, duration, element, megabytes } from "./w
 let model = null; // what /v1/models says
 let turns = []; // { role, content, attachments }: content is what the server is sent
 let attached = []; // Attachments of the question that is being written
+const reading = new Set(); // promises of `attach`, of files whose plans have not come yet
 let running = null; // the AbortController of the answer that is being made
 let totals = { questions: 0, read: 0, visual: 0, cached: 0, written: 0 };
 let planned = null; // the AbortController of the last plan that was asked for
 
 // ------------------------------------------------------------ attaching
 
+/** Attach files. What goes wrong is shown. */
+function give(files) {
+  const done = attach(files)
+    .catch((error) => {
+      problem(error.message);
+      return false;
+    })
+    .finally(() => reading.delete(done));
+  reading.add(done);
+}
+
+/** Whether all files were attached. */
 async function attach(files) {
+  let all = true;
   problem(null);
   await connected();
   for (const file of files) {
     const attachment = new Attachment(file);
+    byId("size").textContent = `Reading ${attachment.name} …`;
     try {
       await check(attachment);
     } catch (error) {
       attachment.close();
       problem(`${attachment.name}: ${error.message}`);
+      all = false;
       continue;
     }
     attached.push(attachment);
@@ -33,6 +49,7 @@ async function attach(files) {
     if (!COVERS.matches) showSeen(attachment);
   }
   replan();
+  return all;
 }
 
 /** Ask the server what the model sees of it. Raises an error in words for what cannot be read. */
@@ -90,7 +107,7 @@ async function replan() {
   try {
     const { items, prompt_tokens: tokens, max_prompt_tokens: most } = await plan(
       model.id,
-      [...messages(), { role: "user", content: await contentOf("") }],
+      [...messages(), { role: "user", content: await contentOf("", attached) }],
       planned.signal,
     );
     items.slice(-attached.length).forEach((item, at) => (attached[at].plan = item));
@@ -104,8 +121,8 @@ async function replan() {
   }
 }
 
-async function contentOf(text) {
-  const parts = await Promise.all(attached.map((attachment) => attachment.part()));
+async function contentOf(text, attachments) {
+  const parts = await Promise.all(attachments.map((attachment) => attachment.part()));
   return parts.length ? [...parts, { type: "text", text }] : text;
 }
 
@@ -117,25 +134,30 @@ function messages() {
 
 async function ask() {
   const question = byId("question");
-  const text = question.value.trim();
   const body = options();
   if (running || body === null) return;
-  if (!text && !attached.length) {
-    problem("Write a question first.");
-    question.focus();
-    return;
-  }
   problem(null);
   running = new AbortController();
   showRunning(true);
   const conversation = turns;
-  const turn = { role: "user", content: await contentOf(text), attachments: attached };
+  const ready = await allRead(running.signal);
+  const text = question.value.trim(); // now: it may have been written on meanwhile
+  if (ready && !text && !attached.length) problem("Write a question first.");
+  if (!ready || (!text && !attached.length)) {
+    running = null;
+    showRunning(false);
+    replan();
+    question.focus();
+    return;
+  }
+  const attachments = attached;
+  attached = []; // what is given from now on is the next question's
+  const turn = { role: "user", content: await contentOf(text, attachments), attachments };
   const asked = show(turn, text);
   const answer = showAnswer();
   const clock = { asked: performance.now(), first: null, last: null };
   turns.push(turn);
   question.value = "";
-  attached = [];
   showAttached();
   replan(); // its size is not shown any more
   let usage = null;
@@ -164,6 +186,17 @@ async function ask() {
   if (answer.text || usage) turns.push({ role: "assistant", content: answer.text, attachments: [] });
   else takeBack(turn, text, asked, answer);
   replan();
+}
+
+/** Wait for files that are being read. False if one could not be attached, which is shown, or if the wait was stopped:
+ *  the question then stays as it is. */
+async function allRead(signal) {
+  if (!reading.size) return true;
+  announce("The question is sent once its files are read.");
+  const stop = new Promise((resolve) => signal.addEventListener("abort", () => resolve([false])));
+  let all = true;
+  while (reading.size && all) all = (await Promise.race([Promise.all(reading), stop])).every(Boolean);
+  return all && !signal.aborted;
 }
 
 function show(turn, text) {
@@ -328,7 +361,7 @@ function listen() {
   byId("new").addEventListener("click", restart);
   byId("key-button").addEventListener("click", () => askForKey());
   byId("files").addEventListener("change", (event) => {
-    attach([...event.target.files]).catch((error) => problem(error.message));
+    give([...event.target.files]);
     event.target.value = "";
   });
   addEventListener("keydown", (event) => {
@@ -340,7 +373,7 @@ function listen() {
     const files = [...(event.clipboardData?.files ?? [])];
     if (!files.length) return;
     event.preventDefault();
-    attach(files).catch((error) => problem(error.message));
+    give(files);
   });
   listenForDrops();
 }
@@ -356,7 +389,7 @@ function listenForDrops() {
     inside = 0;
     shown(false);
     const files = [...event.dataTransfer.files];
-    if (files.length) attach(files).catch((error) => problem(error.message));
+    if (files.length) give(files);
     else problem("Only files can be dropped here. Save the picture first, or copy and paste it.");
   });
 }
