@@ -85,7 +85,8 @@ class Records:
 
     def read(self, keys: Mapping[str, str]) -> dict[str, Answer]:
         """Return the stored answers to the questions in `keys` (id -> key). Raises EvaluationError for answers of
-        another model or with other settings, and for a question that has changed.
+        another model or with other settings, and for a question that has changed. A failed answer (`error`) is left
+        out, so that its question is asked again: the cause may be gone (a full GPU).
         """
         found: dict[str, Answer] = {}
         for path in self.files():
@@ -98,7 +99,8 @@ class Records:
                         f"{path}: question {name!r} is not the one that was answered: the data changed, so give "
                         "another --out, or --fresh"
                     )
-                found[name] = Answer(**row)
+                if row["error"] is None:
+                    found[name] = Answer(**row)
         return found
 
     def append(self, question: Question, key: str, answer: Answer) -> None:
@@ -112,9 +114,11 @@ class Records:
         self._write({"id": question.id, "key": key, **dataclasses.asdict(answer)})
 
     def clear(self) -> None:
-        """Delete all answers of the task or of the shard."""
-        for path in self.files() if self.shard is None else [self.path]:
-            path.unlink(missing_ok=True)
+        """Delete all answers of the task. A shard keeps those of the other shards of its run, which may be at work."""
+        beside = f"-of-{self.shard[1]}.jsonl" if self.shard is not None else None
+        for path in self.files():
+            if path == self.path or beside is None or not path.name.endswith(beside):
+                path.unlink(missing_ok=True)
 
     def _write(self, value: dict[str, Any]) -> None:
         assert self._file is not None

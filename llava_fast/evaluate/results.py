@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -106,6 +107,35 @@ def _row(scored: Scored, folder: Path) -> dict[str, Any]:
     if scored.marks:
         row["marks"] = dict(scored.marks)
     return row
+
+
+GRADED = ("question", "prompt", "images", "reference", "answer", "read", "error", "facts")
+"""The fields of a row on which a judge's grades depend."""
+
+
+def with_grades(
+    task: Task, scored: Sequence[Scored], folder: Path, before: Mapping[str, Any]
+) -> tuple[list[Scored], dict[int, list[str]]]:
+    """Return the answers with the judge's scores and marks of an earlier result of the task, where question and answer
+    are the same, and the judge's replies by the number of the answer.
+    """
+    rows = {row["id"]: row for row in before["answers"] if "review" in row}
+    found, reviews = list(scored), {}
+    for number, each in enumerate(scored):
+        earlier, row = rows.get(each.question.id), _row(each, folder)
+        if earlier is None or any(json.dumps(row.get(name)) != json.dumps(earlier.get(name)) for name in GRADED):
+            continue
+        score = earlier["score"] if task.judged else each.score
+        found[number] = dataclasses.replace(each, score=score, marks=earlier.get("marks", {}))
+        reviews[number] = earlier["review"]
+    return found, reviews
+
+
+def add_reviews(result: dict[str, Any], reviews: Mapping[int, list[str]], judge: Mapping[str, Any]) -> None:
+    """Add to a result the judge's replies, by the number of the answer, and what is known of the judge."""
+    for number, review in reviews.items():
+        result["answers"][number]["review"] = review
+    result["judge"] = {**judge, "without_score": sum(row["score"] is None for row in result["answers"])}
 
 
 def load_results(out: Path) -> dict[str, Any]:

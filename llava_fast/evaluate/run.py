@@ -13,7 +13,7 @@ from llava_fast.errors import EvaluationError
 from llava_fast.evaluate.pictures import thumbnails
 from llava_fast.evaluate.records import Records, file_name, key_of
 from llava_fast.evaluate.report import shown
-from llava_fast.evaluate.results import result_of, results_before, save, write_json
+from llava_fast.evaluate.results import add_reviews, result_of, results_before, save, with_grades, write_json
 from llava_fast.evaluate.task import Question, Scored, Task
 from llava_fast.evaluate.tasks import task_of
 
@@ -52,13 +52,16 @@ def run(plan: Plan, answerer: Answerer, watch: Watch = lambda *_: None) -> dict[
     """Answer what is not answered yet, score, and write OUT/results.json; returns its content. With a shard, nothing is
     scored and {} is returned. Raises EvaluationError.
     """
-    results_before(plan.out, plan.model)
+    before = results_before(plan.out, plan.model)
     prepared = [_prepared(name, plan) for name in plan.tasks]  # what is missing is said before a model is loaded
     found: dict[str, Any] = {}
     for name, task, folder, questions in prepared:
         scored = _answered(name, task, folder, questions, plan, answerer, watch)
         if plan.shard is None:
-            found[name] = result_of(task, scored, folder)
+            graded, reviews = with_grades(task, scored, folder, before[name]) if name in before else (scored, {})
+            found[name] = result_of(task, graded, folder)
+            if reviews:
+                add_reviews(found[name], reviews, before[name]["judge"])
             if plan.pictures:
                 for number in shown(len(scored)):
                     pictures = thumbnails(scored[number].question.images, plan.out)
@@ -117,7 +120,7 @@ def _answered(
     with Records(plan.out / "answers", name, settings, plan.shard) as records:
         if plan.fresh:
             records.clear()
-        answers = records.read(keys)
+        answers = {} if plan.fresh else records.read(keys)
         mine = questions
         if plan.shard is not None:
             number, count = plan.shard

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_fast.evaluate.metrics.choices import infer_option, mme_answer, option_letter, pope_answer
+from llava_fast.evaluate.metrics.choices import infer_option, mme_answer, option_letter, pope_answer, stated_letter
 from llava_fast.evaluate.metrics.text import anls, edit_distance, relaxed_match
 from llava_fast.evaluate.metrics.vqa import (
     CONTRACTIONS,
@@ -134,6 +134,22 @@ def test_relaxed(answer, reference, right):
 )
 def test_option_letter(text, letter):
     assert option_letter(text, 4) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("A) is too far north. The answer is B.", "B"),
+        ("The answer is B.", "B"),
+        ("A", None),
+        ("A. West Virginia", None),
+        ("The answer is B, I think.", None),
+        ("The answer is A. No: The answer is B.", None),
+        ("The answer is E.", None),  # four options
+    ],
+)
+def test_stated_letter(text, letter):
+    assert stated_letter(text, 4) == letter
 
 
 OPTIONS = {"A": "teddy bear", "B": "rabbit", "C": "cat", "D": "dog"}

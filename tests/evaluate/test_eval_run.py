@@ -152,6 +152,23 @@ def test_shards_are_answered_apart_and_scored_together(plan):
     assert len(again.asked) == 4
 
 
+def test_a_fresh_shard_takes_nothing_that_is_there(plan):
+    """Answers of a run without shards, of its own and of a run with other shards are forgotten, those of the other
+    shard of this run are kept; after the data changed too."""
+    run(plan, Fake())
+    run(replace(plan, shard=(0, 3), fresh=True), Fake())
+    path = plan.data / "pope" / "coco_pope_popular.json"
+    path.write_text(path.read_text().replace("Is there a 2?", "Is there any?"))
+    parts = [Fake(text="no"), Fake(text="no")]
+    for number, part in enumerate(parts):
+        run(replace(plan, shard=(number, 2), fresh=True), part)
+        assert len(part.asked) == 6
+    last = Fake()
+    found = run(plan, last)["tasks"]["pope"]
+    assert last.asked == []
+    assert {row["answer"] for row in found["answers"]} == {"no"}
+
+
 def test_two_runs_do_not_write_one_file(plan):
     with (
         Records(plan.out / "answers", "pope", {}),
@@ -171,6 +188,21 @@ def test_a_failed_answer_is_wrong_and_counted(plan):
     assert found["metrics"]["recall"] == pytest.approx(500 / 6)
     assert found["answers"][0]["error"] == "bad picture"
     assert (found["answers"][0]["read"], found["answers"][0]["score"]) == (None, 0)
+
+
+def test_a_failed_answer_is_asked_again_by_the_next_run(plan):
+    def failing(questions, options):
+        for number, question in enumerate(questions):
+            yield question, Answer("", finish="error", error="out of memory") if number < 2 else Answer("yes")
+
+    assert run(plan, failing)["tasks"]["pope"]["errors"] == 2
+    again = Fake()
+    found = run(plan, again)["tasks"]["pope"]
+    assert again.asked == [row["id"] for row in found["answers"][:2]]
+    assert found["errors"] == 0
+    third = Fake()
+    run(plan, third)
+    assert third.asked == []
 
 
 def test_results_of_several_tasks_stand_together(plan):

@@ -60,14 +60,15 @@ def test_a_missing_file_is_named(name, tmp_path):
 
 
 def test_vqav2(tmp_path):
-    """ "dog" by 3 of 10: 0.9. "Yes." where all ten say yes: compared as it is, 0. Mean 45."""
+    """ "dog" by 3 of 10: 0.9. "Yes." where all ten say yes: LLaVA's script makes it "yes" before it is scored: 1.
+    Mean 95."""
     found = evaluated("vqav2", tmp_path, lambda q: "A dog." if q.id == "420" else "Yes.")
-    assert found["metrics"] == {"accuracy": pytest.approx(45)}
+    assert found["metrics"] == {"accuracy": pytest.approx(95)}
     assert found["categories"]["other"] == {"accuracy": pytest.approx(90)}
-    assert found["categories"]["yes/no"] == {"accuracy": 0}
+    assert found["categories"]["yes/no"] == {"accuracy": 100}
     assert found["answers"][0]["prompt"] == "What is it?" + SHORT
     submitted = json.loads((tmp_path / "out" / "vqav2.submission.json").read_text())
-    assert submitted == [{"question_id": 420, "answer": "A dog."}, {"question_id": 421, "answer": "Yes."}]
+    assert submitted == [{"question_id": 420, "answer": "dog"}, {"question_id": 421, "answer": "yes"}]
 
 
 def test_a_split_without_answers_gets_no_score(tmp_path):

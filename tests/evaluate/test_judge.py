@@ -184,8 +184,9 @@ def test_mm_vet_spaces_its_joints_and_takes_means():
 
 
 def test_scienceqa_ensembles():
-    """Right is A. The model says A, A, B, B. Alone the judge says A; nothing; A; A. They differ on questions 3 and 4,
-    where it is asked again: A, and nothing that can be read, so the model's B counts.
+    """Right is A. The model says A, A, B, B. Alone the judge says A; nothing, in words that were not asked for, so that
+    it is asked twice; A; A. They differ on questions 3 and 4, where it is asked again: A, and nothing that can be read,
+    so the model's B counts.
     Alone 3/4 (1, 3, 4), complement: A, A, A, A; ensemble: A, A, A, B."""
     model = dict(zip("1234", "AABB", strict=True))
     rows = []
@@ -204,10 +205,37 @@ def test_scienceqa_ensembles():
     judged = judge("scienceqa", rows, None, replace(JUDGING, tries=2), ask)
     marks = [tuple(each.marks[name] for name in ("alone", "complement", "ensemble")) for each in judged.scored]
     assert marks == [(1, 1, 1), (0, 1, 1), (1, 1, 1), (1, 1, 0)]
-    assert judged.counts == Counts(requests=6, malformed=2, unread=1)
+    assert judged.counts == Counts(requests=6, malformed=4, unread=2)
     task = task_of("scienceqa")
     found = task.overall(task.units(judged.scored), np.ones(4))
     assert found == {"accuracy": 50, "alone": 75, "complement": 100, "ensemble": 75}
+
+
+def science(number: int, letter: str) -> Scored:
+    return replace(
+        scored(number, letter, "A", options=["one", "two"], hint=""), read=letter, score=float(letter == "A")
+    )
+
+
+def test_scienceqa_reads_the_sentence_that_was_asked_for():
+    """A reply that begins with a letter states another; "I cannot answer." is a reply in the form, so the model's A
+    counts; the letter of a reply without the sentence is not taken."""
+    replies = {"1": "B) is too far north. The answer is A.", "2": "It depends. I cannot answer.", "3": "A. one"}
+    ask = asker(lambda text, draw: replies[re.search(r"Question (\d)", text)[1]])
+    judged = judge("scienceqa", [science(n, "A") for n in (1, 2, 3)], None, replace(JUDGING, tries=1), ask)
+    assert [each.marks["alone"] for each in judged.scored] == [1, 0, 0]
+    assert [each.marks["complement"] for each in judged.scored] == [1, 1, 1]
+    assert judged.counts == Counts(requests=3, malformed=1, unread=1)
+    assert judges.NO_ANSWER in Prompts().texts["scienceqa-answer"]
+
+
+def test_scienceqa_without_a_reply_to_the_second_request_has_no_marks():
+    ask = asker(lambda text, draw: None if "Two models answered" in text else "The answer is A.")
+    judged = judge("scienceqa", [science(1, "B"), science(2, "A")], None, JUDGING, ask)
+    assert [dict(each.marks) for each in judged.scored] == [{}, {"alone": 1, "complement": 1, "ensemble": 1}]
+    assert judged.counts == Counts(requests=3, failed=1)
+    task = task_of("scienceqa")
+    assert task.overall(task.units(judged.scored), np.ones(2)) == {"accuracy": 50}
 
 
 def test_prompts_may_be_changed(tmp_path):
@@ -297,6 +325,26 @@ def test_scienceqa_is_judged_where_it_is_named(out):
     assert result.exit_code == 0, result.exception
     found = load_results(out)["tasks"]["scienceqa"]["metrics"]
     assert found == {"accuracy": 50, "alone": 50, "complement": 50, "ensemble": 50}
+
+
+def test_eval_again_keeps_the_grades_of_the_same_answers(out):
+    with scripted(well_behaved) as server:
+        assert invoke(server, out, "llava-bench", "scienceqa", "--yes").exit_code == 0
+    judged = load_results(out)["tasks"]
+    plan = Plan(("llava-bench", "scienceqa"), out.parent, out, {"path": "m"})
+    assert run(plan, None)["tasks"] == judged
+    other = judged["llava-bench"]["answers"][0]["id"]
+
+    def answerer(questions, options):
+        for question in questions:
+            yield question, Answer("C" if question.id == other else "B")
+
+    found = run(replace(plan, fresh=True), answerer)["tasks"]["llava-bench"]
+    rows = found["answers"]
+    assert (rows[0]["score"], "marks" in rows[0], "review" in rows[0]) == (None, False, False)
+    assert rows[1:] == judged["llava-bench"]["answers"][1:]
+    assert found["judge"] == {**judged["llava-bench"]["judge"], "without_score": 1}
+    assert found["units"] == len(rows) - 1
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -12,10 +12,12 @@ from llava_fast.endpoint import Ask, Request, image_part
 from llava_fast.errors import EvaluationError
 from llava_fast.evaluate.judge.asking import TEMPERATURE, Counts, Made, Verdict, ask_and_read, read_pair, read_share
 from llava_fast.evaluate.judge.prompts import Prompts
-from llava_fast.evaluate.metrics.choices import LETTERS, option_letter
+from llava_fast.evaluate.metrics.choices import LETTERS, stated_letter
 from llava_fast.evaluate.task import Scored
 
 Read = Callable[[str], Any]
+NO_ANSWER = "I cannot answer."
+"""How the prompt `scienceqa-answer` has the judge say that a question needs its picture."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ def judge_scienceqa(scored: Sequence[Scored], judging: Judging, ask: Ask) -> Jud
     """ScienceQA with a language model that does not see (LLaVA, arXiv 2304.08485, section 5.2). It answers alone; where
     it gives no answer, the model's counts ("complement"); where the two differ, it is asked again with both answers
     ("ensemble"), and where that gives none, the model's counts. Marks, 0 or 1: alone, complement, ensemble; none where
-    the endpoint has not replied at all, and then the task has no such metrics before the next run asks again.
+    the endpoint has not replied to one of the requests, and then the task has no such metrics before the next run asks
+    again.
     """
     counts = Counts()
     prompts = judging.prompts
@@ -143,17 +146,22 @@ def judge_scienceqa(scored: Sequence[Scored], judging: Judging, ask: Ask) -> Jud
 
     def letter_of(each: Scored) -> Read:
         count = len(each.question.facts["options"])
-        return lambda text: option_letter(text, count)
+        return lambda text: stated_letter(text, count)
 
-    # A reply without a letter is an answer too: the question may need its picture.
+    def letter_or_none_of(each: Scored) -> Read:
+        """Reads a letter, or "" where the judge says that it cannot answer: the question may need its picture."""
+        count = len(each.question.facts["options"])
+        return lambda text: stated_letter(text, count) or ("" if text.strip().endswith(NO_ANSWER) else None)
+
     requests = [asked(prompts.fill("scienceqa-answer", **values(each)), each.question.id) for each in scored]
-    alone = ask_and_read(ask, requests, [lambda text: text] * len(requests), judging.tries, "answering alone", counts)
-    letters = [letter_of(each)(verdict.value or "") for each, verdict in zip(scored, alone, strict=True)]
+    readers = [letter_or_none_of(each) for each in scored]
+    alone = ask_and_read(ask, requests, readers, judging.tries, "answering alone", counts)
+    letters = [verdict.value or None for verdict in alone]
     differ = [n for n, each in enumerate(scored) if letters[n] is not None and letters[n] != each.read]
     requests = [
         asked(
             prompts.fill(
-                "scienceqa-ensemble", **values(scored[n]), blind=alone[n].value or "", seeing=scored[n].answer.text
+                "scienceqa-ensemble", **values(scored[n]), blind=alone[n].texts[-1], seeing=scored[n].answer.text
             ),
             scored[n].question.id,
         )
@@ -168,8 +176,9 @@ def judge_scienceqa(scored: Sequence[Scored], judging: Judging, ask: Ask) -> Jud
         ensemble = (last or each.read) if n in weighed else complement
         chosen = {"alone": letters[n], "complement": complement, "ensemble": ensemble}
         marks = {name: float(letter == each.question.reference) for name, letter in chosen.items()}
-        reviews.append([*alone[n].texts, *(weighed[n].texts if n in weighed else [])])
-        found.append(dataclasses.replace(each, marks=marks if alone[n].texts else {}))
+        asked_of = [alone[n], weighed[n]] if n in weighed else [alone[n]]
+        reviews.append([text for verdict in asked_of for text in verdict.texts])
+        found.append(dataclasses.replace(each, marks=marks if all(verdict.texts for verdict in asked_of) else {}))
     return Judged(found, reviews, counts)
 
 

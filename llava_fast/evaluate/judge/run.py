@@ -13,7 +13,7 @@ from llava_fast.endpoint import Ask
 from llava_fast.errors import EvaluationError
 from llava_fast.evaluate.judge.judges import JUDGED, Judging, judge
 from llava_fast.evaluate.records import file_name
-from llava_fast.evaluate.results import load_results, result_of, save, scored_of
+from llava_fast.evaluate.results import add_reviews, load_results, result_of, save, scored_of
 from llava_fast.evaluate.tasks import task_of
 
 Open = Callable[[Path], AbstractContextManager[Ask]]
@@ -45,10 +45,10 @@ def judge_tasks(out: Path, wanted: Sequence[str], judging: Judging, opened: Open
         with opened(out / "judge" / file_name(name)) as ask:
             judged = judge(name, scored, Path(old["folder"]), judging, ask)
         new = result_of(task_of(name), judged.scored, Path(old["folder"]))
-        for number, (before, review) in enumerate(zip(old["answers"], judged.reviews, strict=True)):
-            pictures = {"pictures": before["pictures"]} if "pictures" in before else {}
-            new["answers"][number] |= {**pictures, "review": review}
-        new["judge"] = {"model": judge_name, **judging.settings(), **dataclasses.asdict(judged.counts)}
-        new["judge"]["without_score"] = sum(each.score is None for each in judged.scored)
+        for before, row in zip(old["answers"], new["answers"], strict=True):
+            if "pictures" in before:
+                row["pictures"] = before["pictures"]
+        known = {"model": judge_name, **judging.settings(), **dataclasses.asdict(judged.counts)}
+        add_reviews(new, dict(enumerate(judged.reviews)), known)
         results = save(out, results["model"], results.get("settings", {}), {name: new})
     return results

@@ -27,6 +27,13 @@ def option_letter(text: str, count: int) -> str | None:
     return found[1] if found[1] in allowed else None
 
 
+def stated_letter(text: str, count: int) -> str | None:
+    """The letter of the one sentence "The answer is X." in a text about `count` options; None for no such sentence, for
+    several, and for a letter without an option."""
+    stated = _STATED.findall(text)
+    return stated[0] if len(stated) == 1 and stated[0] in LETTERS[:count] else None
+
+
 def infer_option(text: str, options: Mapping[str, str]) -> str | None:
     """The option that an answer names, or None: MMBench's rules without a language model (Liu et al. 2023, arXiv
     2307.06281, section 4; `can_infer` of its evaluator): exactly one letter stands as a word of its own (an "A" among

@@ -27,7 +27,10 @@ class Vqav2(Task):
         DataFile("val2014", "COCO's pictures, COCO_val2014_000000000042.jpg; test splits: test2015"),
     )
     source = "https://visualqa.org/download.html"
-    scorer = "github.com/GT-Vision-Lab/VQA, vqaEval.py"
+    scorer = (
+        "github.com/GT-Vision-Lab/VQA, vqaEval.py, of the answer normalised as LLaVA's "
+        "scripts/convert_vqav2_for_submission.py does"
+    )
 
     def questions(self, folder: Path) -> list[Question]:
         split = self.argument or "val"
@@ -64,11 +67,14 @@ class Vqav2(Task):
             )
         return found
 
+    def read(self, question: Question, text: str) -> str:
+        return normalise_evalai(text)
+
     def score(self, question: Question, read: str) -> float:
         return vqa_accuracy(read, question.reference)
 
     def submission(self, scored: Iterable[Scored]) -> Any:
-        return [{"question_id": int(each.question.id), "answer": each.answer.text.strip()} for each in scored]
+        return [{"question_id": int(each.question.id), "answer": each.read or ""} for each in scored]
 
 
 class VizWiz(Task):
