@@ -22,9 +22,8 @@ from llava_fast.serve.errors import ApiError, check_wanted
 
 MAX_REDIRECTS = 3
 PIECE = 64 << 10
-INTERNAL = tuple(
-    map(ipaddress.ip_network, ("fec0::/10", "::/96", "::ffff:0:0:0/96", "64:ff9b:1::/48"))
-)  # site-local, IPv4-compatible, IPv4-translated, local NAT64: none is public, and ipaddress takes them for global
+INTERNAL = tuple(map(ipaddress.ip_network, ("fec0::/10", "::/96", "::ffff:0:0:0/96", "64:ff9b:1::/48")))
+"""Site-local, IPv4-compatible, IPv4-translated and local NAT64 addresses, which ipaddress takes for global."""
 
 
 def fetch(
