@@ -16,9 +16,9 @@ from llava_fast.cli.data_options import (
     Prefix,
     Seed,
     TextsFolder,
+    counts_of,
     finish,
     nearest_of,
-    shares_of,
 )
 from llava_fast.cli.endpoint import Asking, with_endpoint
 from llava_fast.cli.options import Device
@@ -88,9 +88,7 @@ def core_set(
 
     check_output(out)
     concepts = Texts(texts).read("concepts", Concepts).concepts
-    caps = {
-        source: int(most) for source, most in shares_of(cap, "--cap", "a source and a number, as gqa=72000").items()
-    }
+    caps = counts_of(cap, "--cap", "a source and a number, as gqa=72000")
     samples, report = read_given(data), Report()
     numbers = making.choose(samples, concepts, count, report, least, caps, balance, seed)
     finish(out, (samples[number].value for number in numbers), report)
@@ -113,7 +111,7 @@ def preferences(
     ] = "ANSWER_API_KEY",
     answers: Annotated[int, typer.Option(min=2, help="Answers drawn for a question.")] = 6,
     temperature: Annotated[float, typer.Option(min=0.01, help="At which they are drawn.")] = 1.0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer; longer ones are left out.")] = 256,
     score: Annotated[
         str,
         typer.Option(
@@ -193,7 +191,7 @@ def preferences(
         with asking.at(answer_endpoint, answer_model, answer_key_env).opened(
             out.with_name(f"{out.name}.answers")
         ) as ask:
-            drawn = making.draw_by_endpoint(ask, asked, drawing)
+            drawn = making.draw_by_endpoint(ask, asked, drawing, report)
     if score == making.ENDPOINT:
         with asking.opened(out) as ask:
             scored, good = making.score_by_endpoint(ask, asked, drawn, judging, report), judging.good

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,14 +36,29 @@ ImagesFolder = Annotated[Path, typer.Option(help="The folder that image and vide
 
 
 def shares_of(given: Sequence[str], option: str, form: str) -> dict[str, float]:
-    shares = {}
+    return {name: share for _, name, share in _named(given, option, form)}
+
+
+def counts_of(given: Sequence[str], option: str, form: str) -> dict[str, int]:
+    counts = {}
+    for each, name, count in _named(given, option, form):
+        if not count.is_integer():
+            raise DataError(f"{option} {each!r} is not {form}")
+        counts[name] = int(count)
+    return counts
+
+
+def _named(given: Sequence[str], option: str, form: str) -> Iterator[tuple[str, str, float]]:
+    """Each text NAME=NUMBER with its parts. Raises DataError for a number that is negative or not finite."""
     for each in given:
-        name, _, share = each.partition("=")
+        name, _, number = each.partition("=")
         try:
-            shares[name] = float(share)
+            value = float(number)
         except ValueError:
-            raise DataError(f"{option} {each!r} is not {form}") from None
-    return shares
+            value = math.nan
+        if not name or not 0 <= value < math.inf:
+            raise DataError(f"{option} {each!r} is not {form}")
+        yield each, name, value
 
 
 def records_of(

@@ -42,9 +42,10 @@ def choose(
     order = sorted(range(len(samples)), key=lambda number: (-scores[number], draw.random()))
     allowed = _capped(order, samples, caps or {}, report)
     chosen, later = allowed[:count], allowed[count:]
+    dropped = 0
     if balance:
-        chosen = _balanced(chosen, later, [_lean(sample) for sample in samples], report)
-    report.left_out["less informative"] += len(allowed) - len(chosen)
+        chosen, dropped = _balanced(chosen, later, [_lean(sample) for sample in samples], report)
+    report.left_out["less informative"] += len(allowed) - len(chosen) - dropped
     report.made["core set"] += len(chosen)
     report.notes["mean score"] = f"{_mean([scores[each] for each in chosen]):.2f} of all {_mean(scores):.2f}"
     report.notes["manner"] = IN_THE_MANNER_OF
@@ -77,9 +78,11 @@ def _lean(sample: Given) -> int:
     return sum(1 if found[1].lower() == "yes" else -1 for found in first if found)
 
 
-def _balanced(chosen: Sequence[int], later: Sequence[int], leans: Sequence[int], report: Report) -> list[int]:
+def _balanced(
+    chosen: Sequence[int], later: Sequence[int], leans: Sequence[int], report: Report
+) -> tuple[list[int], int]:
     """Samples that lean to the larger side are dropped, the least informative first, and the next ones that do not lean
-    to it take their places."""
+    to it take their places. Returns the samples, and how many were dropped, which are counted here."""
     excess, dropped = sum(leans[number] for number in chosen), set()
     for number in reversed(chosen):
         if excess * leans[number] > 0 and abs(leans[number]) <= abs(excess):
@@ -93,7 +96,7 @@ def _balanced(chosen: Sequence[int], later: Sequence[int], leans: Sequence[int],
         if abs(excess + leans[number]) <= abs(excess):
             kept.append(number)
             excess += leans[number]
-    return kept
+    return kept, len(dropped)
 
 
 def _mean(values: Sequence[int]) -> float:

@@ -23,17 +23,22 @@ def whole_text(reply: Reply | None) -> str:
     """Return the text of a complete reply. Raises Unusable."""
     if reply is None:
         raise Unusable("no reply")
-    if reply.refusal or reply.finish == "content_filter":
+    return whole(reply.text, reply.finish, reply.refusal)
+
+
+def whole(text: str, finish: str, refusal: str = "") -> str:
+    """Return a generated text, stripped, if it is complete. Raises Unusable."""
+    if refusal or finish == "content_filter":
         raise Unusable("refusal")
-    if not reply.text.strip():
+    if not text.strip():
         raise Unusable("empty")
-    if reply.finish != "stop":
+    if finish != "stop":
         raise Unusable("cut short")
     try:
-        reply.text.encode()
+        text.encode()
     except UnicodeEncodeError:
         raise Unusable("half a surrogate pair") from None
-    return reply.text.strip()
+    return text.strip()
 
 
 def read_pairs(text: str, patterns: Patterns) -> Pairs:

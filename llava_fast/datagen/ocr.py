@@ -7,6 +7,7 @@ images are given, and lines are sorted into reading order by their boxes.
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ from llava_fast.datagen.plugins import function
 from llava_fast.datagen.records import Record
 from llava_fast.datagen.wording import Questions
 from llava_fast.errors import DataError, MissingPackageError
-from llava_fast.storage.journal import Journal
+from llava_fast.storage.journal import Journal, file_identity
 
 RAPIDOCR = "rapidocr"
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -102,11 +103,12 @@ def read_words(
 
     An image that cannot be read has no words. Raises MissingPackageError or DataError.
     """
-    read = engine(name) if any(_key(image, name) not in journal for image in images) else None
+    keys = {image: _key(folder / image, name) for image in images}
+    read = engine(name) if any(key not in journal for key in keys.values()) else None
 
     def words_of(image: str) -> list[Word] | str:
         """The words of a picture, or what is wrong with it."""
-        if (kept := journal.entry(_key(image, name))) is not None:
+        if (kept := journal.entry(keys[image])) is not None:
             return [Word(text, tuple(box), score) for text, box, score in kept["words"]]
         assert read is not None
         try:
@@ -121,15 +123,15 @@ def read_words(
                 tqdm.write(f"{image}: {found}")
                 yield Record(id=image, image=image)
                 continue
-            if (key := _key(image, name)) not in journal:
+            if (key := keys[image]) not in journal:
                 words = [[each.text, [float(value) for value in each.box], float(each.score)] for each in found]
                 journal.append({"key": key, "image": image, "words": words})
             ordered = reading_order(each for each in found if each.score >= least_score and each.text.strip())
             yield Record(id=image, image=image, words=[" ".join(each.text.split()) for each in ordered])
 
 
-def _key(image: str, name: str) -> str:
-    return hashlib.blake2b(f"{name}\0{image}".encode(), digest_size=16).hexdigest()
+def _key(path: Path, name: str) -> str:
+    return hashlib.blake2b(json.dumps([name, *file_identity(path)]).encode(), digest_size=16).hexdigest()
 
 
 def samples(

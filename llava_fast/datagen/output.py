@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_fast.errors import DataError
+from llava_fast.errors import DataError, LlavaFastError
 
 
 @dataclass
@@ -57,6 +57,8 @@ def write_samples(path: Path, samples: Iterable[dict[str, Any]]) -> int:
                 file.write(("" if lines else "[\n" if count == 1 else ",\n") + json.dumps(sample) + "\n" * lines)
             file.write("" if lines else "\n]\n" if count else "[]\n")
         part.replace(path)
+    except LlavaFastError:  # some are OSErrors too, such as one for a missing image
+        raise
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:

@@ -5,6 +5,7 @@ answer is paired with a bad one. Questions whose answers are all good or all bad
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
@@ -16,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llava_fast.datagen.filters import Unusable, whole, whole_text
 from llava_fast.datagen.instruct import Requests
 from llava_fast.datagen.output import Report
 from llava_fast.datagen.plugins import function
@@ -25,7 +27,7 @@ from llava_fast.datagen.wording import Judging
 from llava_fast.endpoint import Ask, Request, image_part
 from llava_fast.evaluate import task as evaluated
 from llava_fast.evaluate.workers import Answerer
-from llava_fast.storage.journal import Journal
+from llava_fast.storage.journal import Journal, file_identity
 
 REFERENCE = "reference"
 ENDPOINT = "endpoint"
@@ -102,13 +104,14 @@ class _Asked(evaluated.Question):
 def draw_by_engine(
     answer: Answerer, model: str, asked: Sequence[Question], drawing: Drawing, journal: Journal, report: Report
 ) -> list[list[str]]:
-    """Each question's answers by the engine, in this process, several or on Ray (evaluate.workers); "" where one fails.
-    Answers drawn before come from the journal.
+    """Each question's answers by the engine, in this process, several or on Ray (evaluate.workers). Answers drawn
+    before come from the journal. An answer that fails, is empty or is cut at `max_tokens` is counted and given as "".
 
     model  whatever answers depend on besides the question.
     """
+    keys = [_keys(model, question, drawing) for question in asked]
     for draw in range(drawing.count):
-        left = [number for number, question in enumerate(asked) if _key(model, question, drawing, draw) not in journal]
+        left = [number for number in range(len(asked)) if keys[number][draw] not in journal]
         if not left:
             continue
         options = {
@@ -122,20 +125,19 @@ def draw_by_engine(
                 report.left_out["answers that the model could not give"] += 1
                 report.notes["an error"] = f"{asked[int(question.id)].sample.name}: {found.error}"
                 continue
-            key = _key(model, asked[int(question.id)], drawing, draw)
-            journal.append({"key": key, "answer": found.text.strip()})
-    return [
-        [
-            entry["answer"] if (entry := journal.entry(_key(model, each, drawing, draw))) else ""
-            for draw in range(drawing.count)
-        ]
-        for each in asked
-    ]
+            journal.append({"key": keys[int(question.id)][draw], "answer": found.text, "finish": found.finish})
+
+    def kept(key: str) -> str:
+        if (entry := journal.entry(key)) is None:
+            return ""  # it failed and was counted above
+        return _counted(lambda: whole(entry["answer"], entry["finish"]), report)
+
+    return [[kept(key) for key in each] for each in keys]
 
 
-def draw_by_endpoint(ask: Ask, asked: Sequence[Question], drawing: Drawing) -> list[list[str]]:
-    """As `draw_by_engine`, through an endpoint, pictures sent with each request; "" where none came. Videos cannot be
-    sent."""
+def draw_by_endpoint(ask: Ask, asked: Sequence[Question], drawing: Drawing, report: Report) -> list[list[str]]:
+    """As `draw_by_engine`, through an endpoint, pictures sent with each request; also "" and counted for a refusal.
+    Videos cannot be sent."""
     options = {"temperature": drawing.temperature, "max_tokens": drawing.max_tokens}
 
     def request(task: tuple[Question, int]) -> Request:
@@ -146,13 +148,26 @@ def draw_by_endpoint(ask: Ask, asked: Sequence[Question], drawing: Drawing) -> l
         )
 
     tasks = [(question, draw) for question in asked for draw in range(drawing.count)]
-    texts = [reply.text.strip() if reply is not None else "" for reply in ask(Requests(tasks, request), "answers")]
+    replies = ask(Requests(tasks, request), "answers")
+    texts = [_counted(functools.partial(whole_text, reply), report) for reply in replies]
     return [texts[start : start + drawing.count] for start in range(0, len(texts), drawing.count)]
 
 
-def _key(name: str, question: Question, drawing: Drawing, draw: int) -> str:
-    told = [name, question.prompt, question.sample.media, drawing.temperature, drawing.max_tokens, drawing.seed + draw]
-    return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
+def _counted(read: Callable[[], str], report: Report) -> str:
+    """What `read` returns, or "" if it raises Unusable, whose reason is counted."""
+    try:
+        return read()
+    except Unusable as why:
+        report.left_out[f"answers: {why}"] += 1
+        return ""
+
+
+def _keys(name: str, question: Question, drawing: Drawing) -> list[str]:
+    """The journal's key of each draw."""
+    files = [file_identity(question.images / each) for each in question.sample.media]
+    told = [name, question.prompt, files, drawing.temperature, drawing.max_tokens]
+    seeds = range(drawing.seed, drawing.seed + drawing.count)
+    return [hashlib.blake2b(json.dumps([*told, seed]).encode(), digest_size=16).hexdigest() for seed in seeds]
 
 
 Scored = list[dict[str, float]]
@@ -162,7 +177,8 @@ Scored = list[dict[str, float]]
 def score_by_endpoint(
     ask: Ask, asked: Sequence[Question], answers: Sequence[Sequence[str]], judging: Judging, report: Report
 ) -> Scored:
-    """A reply without a readable score is counted, and its answer left out: no score is guessed."""
+    """A reply that is cut short, refuses or has no single readable score is counted, and its answer left out: no score
+    is guessed."""
     tasks = [(number, answer) for number, given in enumerate(answers) for answer in dict.fromkeys(given) if answer]
 
     def request(task: tuple[int, str]) -> Request:
@@ -174,20 +190,23 @@ def score_by_endpoint(
 
     scored: Scored = [{} for _ in asked]
     for (number, answer), reply in zip(tasks, ask(Requests(tasks, request), "scores"), strict=True):
-        found = re.findall(judging.score, reply.text, re.IGNORECASE | re.MULTILINE) if reply is not None else []
-        values = {float(each if isinstance(each, str) else each[0]) for each in found if _is_number(each)}
-        if len(values) != 1 or not judging.least <= (value := values.pop()) <= judging.most:
+        value = _score(reply.text, judging) if reply is not None and reply.is_whole else None
+        if value is None:
             report.left_out["answers without a score" if reply is not None else "answers without a reply"] += 1
             continue
         scored[number][answer] = value
     return scored
 
 
-def _is_number(found: Any) -> bool:
+def _score(text: str, judging: Judging) -> float | None:
+    found = [each[1] for each in re.finditer(judging.score, text, re.IGNORECASE | re.MULTILINE)]
+    if len(found) != 1:
+        return None
     try:
-        return float(found if isinstance(found, str) else found[0]) >= 0
-    except (ValueError, IndexError):
-        return False
+        value = float(found[0] or "")
+    except ValueError:
+        return None
+    return value if judging.least <= value <= judging.most else None
 
 
 def score_by_rule(name: str, asked: Sequence[Question], answers: Sequence[Sequence[str]]) -> Scored:
@@ -217,13 +236,14 @@ def pairs(
 ) -> Iterator[dict[str, Any]]:
     """A pair for each question with an answer of a score of at least `good` and one below, each drawn by the seed.
 
-    with_reference  where no answer is good, the data's own is preferred.
+    with_reference  where no answer is good, the data's own is preferred to an answer that differs from it.
     """
     for question, scores in zip(asked, scored, strict=True):
         chosen = [answer for answer, score in scores.items() if score >= good]
         rejected = [answer for answer, score in scores.items() if score < good]
-        if not chosen and rejected and with_reference:
-            chosen = [question.reference]
+        if not chosen and with_reference:
+            rejected = [answer for answer in rejected if _plain(answer) != _plain(question.reference)]
+            chosen = [question.reference] if rejected else []
         if not scores or not chosen or not rejected:
             why = "no scored answer" if not scores else "all answers good" if chosen else "all answers bad"
             report.left_out[f"questions: {why}"] += 1

@@ -64,7 +64,8 @@ class Prompt(_Strict):
 
 class Judging(_Strict):
     """How an endpoint is asked to score an answer: `user` holds {context}, {question} and {answer}; `score` is the
-    pattern whose first group is the number, from `least` to `most`; answers are good from `good` on."""
+    pattern whose first group is the number, from `least` to `most`; answers are good from `good` on. A reply in which
+    the pattern does not match exactly once, or matches without a number, has no score."""
 
     system: str
     user: str
@@ -163,11 +164,14 @@ def _read(path: Path, kind: type[Kind]) -> Kind:
 
 
 def copy_texts(folder: Path) -> list[Path]:
-    """Copy the package's texts to `folder`, over none that is there; returns the files written."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Copy the package's texts to `folder`, over none that is there; returns the files written. Raises DataError."""
     written = []
-    for path in sorted(FOLDER.glob("*.yaml")):
-        if not (new := folder / path.name).exists():
-            new.write_bytes(path.read_bytes())
-            written.append(new)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(FOLDER.glob("*.yaml")):
+            if not (new := folder / path.name).exists():
+                new.write_bytes(path.read_bytes())
+                written.append(new)
+    except OSError as error:
+        raise DataError(f"the texts cannot be copied to the folder {folder}: {error.strerror or error}") from None
     return written

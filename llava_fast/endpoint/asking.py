@@ -42,6 +42,7 @@ class Asked:
     retries       attempts after the first.
     reasons       number of failed requests per reason.
     prompt_tokens, reply_tokens, dollars   of this run; dollars is None without prices.
+    estimated     replies without usage, whose tokens are those of `Request.tokens`, close to an upper bound.
     """
 
     keys: list[str] = field(default_factory=list)
@@ -53,6 +54,7 @@ class Asked:
     prompt_tokens: int = 0
     reply_tokens: int = 0
     dollars: float | None = None
+    estimated: int = 0
 
     def __str__(self) -> str:
         cost = "" if self.dollars is None else f", ${self.dollars:,.2f}"
@@ -60,6 +62,8 @@ class Asked:
             f"{self.replied:,} replies ({self.kept:,} more were there already), {self.retries:,} retries, "
             f"{self.prompt_tokens:,} + {self.reply_tokens:,} tokens{cost}"
         )
+        if self.estimated:
+            text += f" (estimated for {self.estimated:,} replies, whose tokens the endpoint does not tell)"
         if self.failed:
             reason, count = self.reasons.most_common(1)[0]
             text += f"; {self.failed:,} requests failed ({count:,}: {reason}): the same command asks them again"
@@ -181,7 +185,7 @@ class _Run:
                 self.asked.retries += attempt > 0
                 try:
                     reply = self.store.keep(key, request.name, await self.attempt(request), self.secret)
-                    self.count(reply)
+                    self.count(request, reply)
                     return
                 except (_Retry, MalformedReply) as error:
                     why, wait = self.said(str(error)), getattr(error, "wait", 0.0)
@@ -242,11 +246,15 @@ class _Run:
             raise _Retry(said, _retry_after(headers)) from None
         raise _Failed(said) from None
 
-    def count(self, reply: Reply) -> None:
+    def count(self, request: Request, reply: Reply) -> None:
         asked = self.asked
         asked.replied, self.in_a_row = asked.replied + 1, 0
-        asked.prompt_tokens += reply.prompt_tokens
-        asked.reply_tokens += reply.reply_tokens
+        tokens = (reply.prompt_tokens, reply.reply_tokens)
+        if not reply.prompt_tokens or (reply.text and not reply.reply_tokens):
+            asked.estimated += 1
+            tokens = request.tokens()
+        asked.prompt_tokens += tokens[0]
+        asked.reply_tokens += tokens[1]
         asked.dollars = self.endpoint.cost(asked.prompt_tokens, asked.reply_tokens)
         if self.endpoint.max_cost is not None and (asked.dollars or 0) >= self.endpoint.max_cost:
             text = f"this run has cost ${asked.dollars:,.2f} of at most ${self.endpoint.max_cost:,.2f}"
@@ -257,7 +265,10 @@ class _Run:
         self.asked.failed += 1
         self.asked.reasons[why] += 1
         self.in_a_row += 1
-        self.store.note_failure(key, request.name, why, self.secret)
+        try:
+            self.store.note_failure(key, request.name, why, self.secret)
+        except EndpointError as error:  # a full disk
+            self.end(error)
         if self.in_a_row >= max(_FAILURES_IN_A_ROW, self.endpoint.concurrency):
             text = f"{self.in_a_row} requests in a row failed, the last: {why}. Replies so far are kept"
             self.end(EndpointError(f"{text}; see that {self.endpoint.base_url} works, and run this again"))

@@ -56,10 +56,17 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        if self._file >= 0:
-            os.fsync(self._file)
-            os.close(self._file)
-            self._file = -1
+        if self._file < 0:
+            return
+        file, self._file = self._file, -1
+        try:
+            try:
+                os.fsync(file)
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise self.error(f"{self.path} cannot be written: {error.strerror or error}") from None
+        finally:
             self._lock.release()
 
     def __len__(self) -> int:
@@ -114,6 +121,17 @@ class Journal:
                     self.unreadable += 1
                 at += len(line)
         return at
+
+
+def file_identity(path: Path) -> list[Any]:
+    """What a key of work on a file holds, so that a changed file, or one of the same name elsewhere, is new work: its
+    absolute path, size in bytes and time of change. The last two are missing if there is no such file."""
+    absolute = os.path.abspath(path)
+    try:
+        about = os.stat(absolute)
+    except OSError:
+        return [absolute]
+    return [absolute, about.st_size, about.st_mtime_ns]
 
 
 def without(text: str, secret: str) -> str:

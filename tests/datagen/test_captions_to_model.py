@@ -105,9 +105,12 @@ def scores(body):
 
 
 def grades(body):
-    content = body["messages"][-1]["content"]
-    text = content if isinstance(content, str) else content[-1]["text"]
-    return "8 6\nFine." if "Two assistants" in text else "0.5"
+    """A judge that gives the reference 8 and the model 6, and one more to what comes first: over both orders, 8.5 and
+    6.5."""
+    first, second = re.findall(r"# Answer of assistant \d\n(.*?)\n\(end", body["messages"][-1]["content"], re.DOTALL)
+    reference_first = first.startswith("Reference ")
+    assert reference_first != second.startswith("Reference ")
+    return "9 6\nFine." if reference_first else "7 8\nFine."
 
 
 def some(rng, share):
@@ -171,7 +174,7 @@ def test_from_captions_to_a_judged_and_tuned_model(coco, tmp_path, monkeypatch):
     with scripted(grades, some(rng, 0.2), stall=2) as server:
         run("judge", tmp_path / "before", "llava-bench", "--yes", *quick, "--endpoint", server.url)
     judged = json.loads((tmp_path / "before" / "results.json").read_text())["tasks"]["llava-bench"]
-    assert judged["metrics"]["relative score"] == pytest.approx(100)
+    assert judged["metrics"]["relative score"] == pytest.approx(100 * 6.5 / 8.5)
 
     # preferences: answers by `llava-fast serve`, scores by the endpoint that fails; then dpo, eval
     pairs = tmp_path / "pairs.jsonl"

@@ -54,6 +54,7 @@ def test_yes_and_no_are_balanced():
     leans = [core_set._lean(samples[number]) for number in chosen]
     assert sum(leans) == 0
     assert report.left_out["more yes than no"] > 0
+    assert report.made["core set"] + report.left_out.total() == len(samples)
     unbalanced = core_set.choose(samples, CONCEPTS, 5, Report(), balance=False)
     assert sum(core_set._lean(samples[number]) for number in unbalanced) != 0
 

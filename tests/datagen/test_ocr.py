@@ -1,5 +1,7 @@
 """Text in pictures as samples."""
 
+import shutil
+
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
@@ -57,6 +59,20 @@ def test_words_are_read_once_and_broken_pictures_named(folder, tmp_path, capsys)
         assert [record.words for record in records] == [["Quite", "sure"], [], ["Quite", "sure"]]
     assert len(ASKED) == 3 + 1  # the broken one again
     assert "broken.png: OSError: no image" in "".join(capsys.readouterr())
+
+
+def test_changed_pictures_and_those_of_another_folder_are_read_anew(folder, tmp_path):
+    (tmp_path / "other").mkdir()
+    shutil.copy2(folder / "a.png", tmp_path / "other")
+
+    def read(where):
+        with Journal(tmp_path / "words.jsonl") as journal:
+            list(ocr.read_words(["a.png"], where, f"{__name__}:by_name", journal))
+        return len(ASKED)
+
+    assert [read(each) for each in (folder, tmp_path / "other", folder)] == [1, 2, 2]
+    (folder / "a.png").write_bytes(b"more")
+    assert [read(folder), read(folder)] == [3, 3]
 
 
 def test_samples_and_what_is_left_out():

@@ -1,8 +1,11 @@
 """Preference pairs from drawn and scored answers."""
 
+import dataclasses
 import functools
 import json
+import os
 import pickle
+import shutil
 
 import pytest
 
@@ -14,11 +17,12 @@ from llava_fast.datagen.samples import Given
 from llava_fast.datagen.wording import Judging, Texts
 from llava_fast.errors import DataError
 from llava_fast.evaluate.model import answers_of
+from llava_fast.evaluate.task import Answer
 from llava_fast.storage.journal import Journal
 from llava_fast.train.data.pairs import read_pairs
 from llava_fast.train.data.samples import Source
 from tests.support import tiny
-from tests.support.replies import asked_text, asker
+from tests.support.replies import asked_text, asker, reply
 
 JUDGING = Texts().read("score", Judging)
 
@@ -29,6 +33,13 @@ def given(name, question="What?", answer="A cat.", **media):
 
 def asked(*samples, records=(), images=""):
     return making.questions(samples, records, images, Report())
+
+
+def whole_answers(answer):
+    """The same answers as if each had ended by itself, which those of a random model do not."""
+    return lambda questions, options: (
+        (question, dataclasses.replace(found, finish="stop")) for question, found in answer(questions, options)
+    )
 
 
 def length(question, answer, reference, evidence):
@@ -66,7 +77,7 @@ def test_captions_are_evidence_or_else_the_answer(tmp_path):
 
 def test_answers_are_drawn_once(picture, tmp_path):
     model, report = tiny.pair("next").ours, Report()
-    answer = functools.partial(answers_of, model)
+    answer = whole_answers(functools.partial(answers_of, model))
     questions = asked(given("1", image="a.png"), given("2", question="Why?", image="a.png"), images=picture)
     drawing = Drawing(3, max_tokens=6)
     with Journal(tmp_path / "answers.jsonl") as journal:
@@ -82,7 +93,7 @@ def test_answers_are_drawn_once(picture, tmp_path):
 
 
 def test_a_picture_that_cannot_be_read_costs_its_own_answers(picture, tmp_path):
-    answer, report = functools.partial(answers_of, tiny.pair("next").ours), Report()
+    answer, report = whole_answers(functools.partial(answers_of, tiny.pair("next").ours)), Report()
     questions = asked(given("1", image="none.png"), given("2", image="a.png"), images=picture)
     with Journal(tmp_path / "answers.jsonl") as journal:
         drawn = making.draw_by_engine(answer, "tiny", questions, Drawing(2, max_tokens=4), journal, report)
@@ -90,6 +101,43 @@ def test_a_picture_that_cannot_be_read_costs_its_own_answers(picture, tmp_path):
     assert (drawn[0], all(drawn[1])) == (["", ""], True)
     assert report.left_out == {"answers that the model could not give": 2}
     assert "1: " in report.notes["an error"]
+
+
+def test_answers_that_are_cut_are_not_kept(picture, tmp_path):
+    def answer(questions, options):
+        ends = {0: "stop", 1: "length", 2: "stop", 3: "cancelled"}
+        text = "" if options["seed"] == 2 else f" {options['seed']} "
+        return ((question, Answer(text, finish=ends[options["seed"]])) for question in questions)
+
+    questions = asked(given("1", image="a.png"), images=picture)
+    with Journal(tmp_path / "answers.jsonl") as journal:
+        for _ in range(2):  # counted again where the answers come from the journal
+            report = Report()
+            drawn = making.draw_by_engine(answer, "m", questions, Drawing(4), journal, report)
+            assert drawn == [["0", "", "", ""]]
+            assert report.left_out == {"answers: cut short": 2, "answers: empty": 1}
+            answer = None
+
+
+def test_another_picture_of_the_same_name_is_asked_about_anew(picture, tmp_path):
+    (tmp_path / "other").mkdir()
+    shutil.copy2(picture / "a.png", tmp_path / "other")
+    seen = []
+
+    def answer(questions, options):
+        seen.extend(question.images[0] for question in questions)
+        return ((question, Answer(question.images[0])) for question in questions)
+
+    def draw(folder):
+        questions = asked(given("1", image="a.png"), images=folder)
+        return making.draw_by_engine(answer, "m", questions, Drawing(1), journal, Report())[0][0]
+
+    with Journal(tmp_path / "answers.jsonl") as journal:
+        for folder in (picture, picture / "other", picture):
+            assert draw(folder) == str(folder / "a.png")
+        os.utime(picture / "a.png", ns=(5, 5))
+        draw(picture)
+    assert len(seen) == 3
 
 
 def test_videos_reach_the_engine(tmp_path):
@@ -108,10 +156,47 @@ def test_answers_by_an_endpoint(picture):
         seen.append(request)
         return None if request.draw == 2 else f" answer {request.draw} "
 
-    (drawn,) = making.draw_by_endpoint(asker(answer), asked(given("1", image="a.png"), images=picture), Drawing(3))
+    report, questions = Report(), asked(given("1", image="a.png"), images=picture)
+    (drawn,) = making.draw_by_endpoint(asker(answer), questions, Drawing(3), report)
     assert drawn == ["answer 0", "answer 1", ""]
+    assert report.left_out == {"answers: no reply": 1}
     assert [part["type"] for part in seen[0].messages[0]["content"]] == ["image_url", "text"]
     assert [request.options["seed"] for request in seen] == [0, 1, 2]
+
+
+def test_an_endpoints_answers_that_are_cut_or_refused_are_not_kept():
+    replies = [reply("Cut", "length"), reply("I will", refusal="not."), reply("Ends.", "content_filter"), "Right."]
+    report, asks = Report(), asker(lambda request: replies[request.draw])
+    assert making.draw_by_endpoint(asks, asked(given("1")), Drawing(4), report) == [["", "", "", "Right."]]
+    assert report.left_out == {"answers: cut short": 1, "answers: refusal": 2}
+
+
+@pytest.mark.parametrize(
+    ("said", "score"),
+    [
+        ("Score: 4", 4),
+        ("Reason: 3 of 5 are right.\nScore: 4/5", 4),
+        ("**Score:** 4 / 5.\r\n", 4),
+        ("- **Score: 4**\n\nThat is all.", 4),
+        ("Score: 4.5", None),
+        ("Score: -3", None),
+        ("Score: +3", None),
+        ("Score: 3-4", None),
+        ("Score: 2 or 5", None),
+        ("Score: 4/10", None),
+        ("Score:\n4", None),
+        ("Score: 4\nScore: 4", None),
+        ("Score: 4\nScore: 2 or 5", None),  # the second takes the first back
+        (reply("Reason: so.\nScore: 4", "length"), None),
+        (reply("Score: 4", "content_filter"), None),
+        (reply("Score: 4", refusal="No."), None),
+    ],
+)
+def test_one_whole_number_at_the_end_of_a_line_is_a_score(said, score):
+    report = Report()
+    scored = making.score_by_endpoint(asker(lambda request: said), asked(given("1")), [["a"]], JUDGING, report)
+    assert scored == [{} if score is None else {"a": score}]
+    assert report.left_out == ({"answers without a score": 1} if score is None else {})
 
 
 def test_scores_are_read_and_never_guessed():
@@ -175,6 +260,13 @@ def test_good_and_bad_answers_are_paired_and_others_counted(tmp_path):
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, both)))
     answers = read_pairs([Source(path=str(tmp_path / "pairs.jsonl"))])
     assert [answers[n].request["messages"][-1]["content"] for n in range(2)] == [pair["chosen"], pair["rejected"]]
+
+
+def test_the_reference_is_not_paired_with_itself():
+    scored, report = [{"a  cat": 1, "A dog.": 2}, {"A cat.": 1}], Report()
+    pairs = list(making.pairs(asked(given("1"), given("2", "Why?")), scored, 3, report, with_reference=True))
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("A cat.", "A dog.")]
+    assert report.left_out == {"questions: all answers bad": 1}
 
 
 def test_a_judge_that_always_says_the_same_gives_no_pair():

@@ -1,5 +1,6 @@
 """The shared client of endpoints against one that fails, stalls, truncates and lies."""
 
+import errno
 import json
 import os
 import random
@@ -13,7 +14,7 @@ import pytest
 from llava_fast.endpoint import Endpoint, Replies, Request, Store, ask_all, dry_run, estimate, image_part
 from llava_fast.endpoint.asking import _retry_after
 from llava_fast.errors import EndpointError, MissingFileError
-from tests.support.scripted_endpoint import FAULTS, REPLIES, scripted
+from tests.support.scripted_endpoint import FAULTS, REPLIES, completion, scripted
 
 KEY = "sk-a-secret-of-tests"
 
@@ -232,6 +233,45 @@ def test_the_budget_ends_the_run_and_the_next_goes_on(store):
         assert len(server.bodies) == len(store) == 3
         asked = ask(questions(5), endpoint, store)
         assert (asked.replied, asked.kept, asked.dollars) == (2, 3, 2.0)
+
+
+def test_the_budget_counts_estimates_where_the_endpoint_does_not_tell_tokens(store):
+    def untold(body):
+        return {name: value for name, value in completion("Fine.").items() if name != "usage"}
+
+    # A request has 3 + 4 prompt tokens and at most 8 of the reply, by Request.tokens.
+    with scripted(untold) as server:
+        endpoint = at(server, concurrency=1, price_in=1e6, price_out=1e6, max_cost=40)
+        with pytest.raises(EndpointError, match=r"this run has cost \$45.00 of at most \$40.00"):
+            ask(questions(5), endpoint, store)
+        assert len(server.bodies) == 3
+        asked = ask(questions(5), endpoint, store)
+    assert (asked.prompt_tokens, asked.reply_tokens, asked.estimated) == (14, 16, 2)
+    assert "(estimated for 2 replies" in str(asked)
+
+
+def test_a_full_disk_ends_the_run_with_one_line(store, monkeypatch):
+    def full(file, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("llava_fast.storage.journal.os.write", full)
+    for fault in (None, "400"):  # for a reply, and for the note of a failure
+        with scripted(echo, lambda body, number, fault=fault: fault) as server:
+            with pytest.raises(EndpointError, match=r"replies\.jsonl cannot be written: No space left on device"):
+                ask(questions(9), at(server, concurrency=2), store)
+            assert len(server.bodies) <= 2
+
+
+def test_a_disk_that_is_full_when_replies_are_flushed_is_one_line(tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = Store(tmp_path / "replies.jsonl")
+    with monkeypatch.context() as patched:
+        patched.setattr("llava_fast.storage.journal.os.fsync", full)
+        with pytest.raises(EndpointError, match="cannot be written: No space left"):
+            store.close()
+    Store(tmp_path / "replies.jsonl").close()  # its lock is released
 
 
 def test_the_key_is_sent_and_kept_nowhere(store, capsys):
