@@ -169,9 +169,15 @@ def copy_texts(folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(FOLDER.glob("*.yaml")):
-            if not (new := folder / path.name).exists():
-                new.write_bytes(path.read_bytes())
-                written.append(new)
+            if (new := folder / path.name).exists():
+                continue
+            part = folder / f".{path.name}.part"  # a file cut short would stay at the next call
+            try:
+                part.write_bytes(path.read_bytes())
+                part.replace(new)
+            finally:
+                part.unlink(missing_ok=True)
+            written.append(new)
     except OSError as error:
         raise DataError(f"the texts cannot be copied to the folder {folder}: {error.strerror or error}") from None
     return written

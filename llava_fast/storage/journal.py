@@ -129,7 +129,7 @@ def file_identity(path: Path) -> list[Any]:
     absolute = os.path.abspath(path)
     try:
         about = os.stat(absolute)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a null byte
         return [absolute]
     return [absolute, about.st_size, about.st_mtime_ns]
 

@@ -137,6 +137,20 @@ def killed_until_done(server, rng, out, *command) -> int:
     return kills
 
 
+def written_by_itself(captions, folder, url):
+    """Instructions written by `llava-fast serve` with the demo model, whose context takes a short prompt."""
+    (folder / "own").mkdir()
+    (folder / "own" / "digits.yaml").write_text(
+        "form: answer\nsystem: Name the digits.\nquestions: [Read.]\noptions: {max_tokens: 8}\nmay_repeat: true\n"
+    )
+    make = ("make-data", "instruct", "--coco-captions", captions, "--texts", folder / "own", "--mix", "digits=1")
+    told = run(*make, "--endpoint", url, "--endpoint-model", "tiny", "-o", folder / "own.json")
+    assert "failed" not in told
+    assert "estimated" not in told  # the server tells tokens
+    report = json.loads((folder / "own.report.json").read_text())
+    assert report["made"]["digits"] + sum(report["left_out"].values()) == CANVASES
+
+
 def recipe(path, **fields):
     path.write_text(yaml.safe_dump({**TRAINING, **fields}))
     return path
@@ -184,6 +198,7 @@ def test_from_captions_to_a_judged_and_tuned_model(coco, tmp_path, monkeypatch):
         # Answers come from a model on this CPU: a short limit on time would ask it again and again.
         patient = (*quick[2:], "--timeout", 60)
         run("make-data", "preferences", data, *draws, *evidence, *patient, "--endpoint", server.url, "-o", pairs)
+        written_by_itself(coco[0], tmp_path, f"{served.url}/v1")
     found = [json.loads(line) for line in pairs.read_text().splitlines()]
     assert found
     assert all(pair["chosen"] != pair["rejected"] for pair in found)

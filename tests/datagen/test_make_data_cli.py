@@ -1,7 +1,9 @@
 """`llava-fast make-data` as a user types it; the data is what `llava-fast data check` accepts."""
 
+import errno
 import functools
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -10,6 +12,7 @@ from typer.testing import CliRunner
 from llava_fast.cli import endpoint as options
 from llava_fast.cli.main import app
 from llava_fast.datagen.ocr import Word
+from llava_fast.datagen.wording import FOLDER
 from llava_fast.errors import DataError, LlavaFastError
 from llava_fast.train.data.samples import Source, read_sources
 from tests.support.scripted_endpoint import REPLIES, scripted
@@ -114,6 +117,24 @@ def test_text_in_pictures_and_conversations_about_it(coco, tmp_path):
 def test_texts_are_copied_out(tmp_path):
     assert "conversation.yaml" in run("texts", tmp_path / "texts").output
     assert run("texts", tmp_path / "texts").output == ""
+
+
+def test_a_full_disk_leaves_no_text_cut_short(tmp_path, monkeypatch):
+    write, left = Path.write_bytes, [2]
+
+    def until_full(path, data):
+        left[0] -= 1
+        write(path, data if left[0] >= 0 else data[:20])
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", until_full)
+        assert "cannot be copied to the folder" in str(run("texts", tmp_path / "texts").exception)
+    run("texts", tmp_path / "texts")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "texts").iterdir()} == {
+        path.name: path.read_bytes() for path in FOLDER.iterdir()
+    }
 
 
 @pytest.mark.parametrize(
