@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,8 @@ from typer.core import TyperGroup
 
 from llava_fast.cli.options import Device, Dtype, ModelBase, Quantize, Template
 from llava_fast.errors import EvaluationError
+
+UNDEFINED = "undefined"
 
 
 class _RunByDefault(TyperGroup):
@@ -58,7 +61,10 @@ def run(
         Path, typer.Option(help="The folder of the tasks' files, laid out as `--tasks` says.", file_okay=False)
     ] = Path(),
     out: Annotated[
-        Path | None, typer.Option(help="Where answers, results and report go. Default: evaluations/MODEL's last part.")
+        Path | None,
+        typer.Option(
+            help="Where answers, results and report go. Default: evaluations/MODEL's last part.", file_okay=False
+        ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most so many questions of a task, drawn the same for every model.")
@@ -107,7 +113,7 @@ def run(
     """
     from llava_fast.evaluate import lmms
     from llava_fast.evaluate.model import ModelSpec
-    from llava_fast.evaluate.results import lines_of, save
+    from llava_fast.evaluate.results import lines_of, make_folder, save
     from llava_fast.evaluate.run import Plan
     from llava_fast.evaluate.run import run as evaluate
 
@@ -128,6 +134,7 @@ def run(
         typer.echo(f"shard {share[0]} of {share[1]} is answered; the command without --shard scores", err=True)
         return
     if theirs:
+        make_folder(out)
         found = lmms.evaluate(spec, theirs, limit, batch)
         results = save(out, plan.model, {"max_new_tokens": max_new_tokens, "limit": limit}, found)
         tasks = [*own, *found]
@@ -160,25 +167,35 @@ def compare(
 
     found = compared(a, b, resamples, seed)
     if json_output:
-        typer.echo(json.dumps([vars(each) for each in found], indent=1))
+        rows = [{key: _defined(value) for key, value in vars(each).items()} for each in found]
+        typer.echo(json.dumps(rows, indent=1, allow_nan=False))
         return
     table = Table()
     for name in ("task", "metric", "A", "B", "B - A", "95% interval", "B above A", "units"):
         table.add_column(name, justify="left" if name in ("task", "metric") else "right")
     for each in found:
-        certain = "" if each.low <= 0 <= each.high else " *"
+        certain = " *" if each.low > 0 or each.high < 0 else ""
+        known = not math.isnan(each.low)
         table.add_row(
             each.task,
             each.metric,
-            f"{each.a:.2f}",
-            f"{each.b:.2f}",
-            f"{each.b - each.a:+.2f}",
-            f"{each.low:+.2f} to {each.high:+.2f}{certain}",
-            f"{each.better:.1%}",
+            _shown(each.a, ".2f"),
+            _shown(each.b, ".2f"),
+            _shown(each.b - each.a, "+.2f"),
+            f"{each.low:+.2f} to {each.high:+.2f}{certain}" if known else UNDEFINED,
+            _shown(each.better, ".1%"),
             str(each.units),
         )
     Console().print(table)
     typer.echo("* the interval does not hold 0")
+
+
+def _defined(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _shown(value: float, form: str) -> str:
+    return UNDEFINED if math.isnan(value) else format(value, form)
 
 
 def _answerer(spec: Any, batch: int, processes: int, ray: int) -> Any:

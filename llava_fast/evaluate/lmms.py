@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from llava_fast.errors import EvaluationError, MissingPackageError
 from llava_fast.evaluate.model import ModelSpec
+from llava_fast.evaluate.results import defined
 from llava_fast.evaluate.task import Columns, Task, mean
 
 PREFIX = "lmms:"
@@ -48,7 +50,7 @@ def evaluate(spec: ModelSpec, names: Sequence[str], limit: int | None, batch_siz
 
 def _result(name: str, made: Mapping[str, Any]) -> dict[str, Any]:
     metrics = {
-        key.removesuffix(",none"): float(value)
+        key.removesuffix(",none"): defined(value)
         for key, value in made["results"][name].items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and "stderr" not in key
     }
@@ -75,7 +77,7 @@ def _result(name: str, made: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _row(sample: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
+def _row(sample: Mapping[str, Any], metrics: Mapping[str, float | None]) -> dict[str, Any]:
     """Convert a sample of lmms-eval to a row. Its score is the first numeric metric."""
     scores = (sample[name] for name in metrics if isinstance(sample.get(name), (int, float)))
     filtered = sample.get("filtered_resps") or [""]
@@ -86,12 +88,21 @@ def _row(sample: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, A
         "question": question,
         "prompt": question,
         "images": [],
-        "reference": target if isinstance(target, (str, int, float, list)) else str(target),
+        "reference": _json(target),
         "answer": str(filtered[0]),
         "read": str(filtered[0]),
-        "score": next((float(score) for score in scores), None),
+        "score": next((defined(score) for score in scores), None),
         "categories": [],
         "tokens": 0,
         "finish": "stop",
         "pictures": [],
     }
+
+
+def _json(target: Any) -> Any:
+    """Return a sample's target, or its text where JSON cannot hold it."""
+    try:
+        json.dumps(target, allow_nan=False)
+    except (TypeError, ValueError):
+        return str(target)
+    return target

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from llava_fast.errors import ImageError
+from llava_fast.evaluate.task import is_uri
 from llava_fast.inputs.pictures.reading import open_image
 
 FOLDER = "report/pictures"
@@ -43,6 +44,8 @@ def _name(image: Any) -> str:
         found.update(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes())
     elif isinstance(image, bytes):
         found.update(image)
+    elif is_uri(image):
+        found.update(image.encode())
     else:
         path = Path(image)
         found.update(str(path.resolve()).encode())

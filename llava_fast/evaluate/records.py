@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +18,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from llava_fast.errors import EvaluationError
-from llava_fast.evaluate.task import Answer, Question
+from llava_fast.evaluate.task import Answer, Question, relative
 
 VERSION = 1
 FIELDS = {"id", "key", *(field.name for field in dataclasses.fields(Answer))}
@@ -41,7 +40,7 @@ def key_of(question: Question, folder: Path) -> str:
         elif isinstance(image, bytes):
             found.update(image)
         else:
-            found.update(os.path.relpath(image, folder).encode())
+            found.update(relative(image, folder).encode())
         found.update(b"\0")
     return found.hexdigest()
 

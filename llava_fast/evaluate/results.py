@@ -7,15 +7,17 @@ import functools
 import json
 import math
 import os
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from llava_fast.errors import EvaluationError
 from llava_fast.evaluate.bootstrap import Measure, middle, resampled
-from llava_fast.evaluate.task import Answer, Question, Scored, Task
+from llava_fast.evaluate.task import Answer, Question, Scored, Task, is_uri, relative
 from llava_fast.version import __version__
 
 RESULTS = "results.json"
@@ -24,9 +26,19 @@ RESULTS = "results.json"
 def save(out: Path, model: Mapping[str, Any], settings: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
     """Merge tasks' results into OUT/results.json, which must be of the same model, and return its content."""
     results: dict[str, Any] = {"llava_fast": __version__, "model": dict(model), "settings": dict(settings)}
-    results["tasks"] = {**results_before(out, model), **found}
-    write_json(out / RESULTS, results)
+    make_folder(out)
+    with FileLock(out / f".{RESULTS}.lock"):  # an evaluation and a judge may end at the same time
+        results["tasks"] = {**results_before(out, model), **found}
+        write_json(out / RESULTS, results)
     return results
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder where it is missing. Raises EvaluationError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvaluationError(f"{path} cannot be made a folder ({error.strerror}): give another path") from None
 
 
 def results_before(out: Path, model: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,7 +93,7 @@ def result_of(task: Task, scored: Sequence[Scored], folder: Path) -> dict[str, A
 
 def _intervals(measure: Measure, cluster: np.ndarray) -> dict[str, list[float | None]]:
     drawn = resampled(measure, cluster, 1000)
-    return {name: [None if math.isnan(bound) else bound for bound in middle(values)] for name, values in drawn.items()}
+    return {name: [defined(bound) for bound in middle(values)] for name, values in drawn.items()}
 
 
 def _row(scored: Scored, folder: Path) -> dict[str, Any]:
@@ -90,7 +102,7 @@ def _row(scored: Scored, folder: Path) -> dict[str, Any]:
         "id": question.id,
         "question": question.text,
         "prompt": question.prompt,
-        "images": [os.path.relpath(image, folder) for image in question.images if isinstance(image, str)],
+        "images": [relative(image, folder) for image in question.images if isinstance(image, str)],
         "reference": question.reference,
         "answer": answer.text,
         "read": scored.read,
@@ -154,17 +166,24 @@ def load_results(out: Path) -> dict[str, Any]:
     return found
 
 
+def defined(value: float) -> float | None:
+    """Convert NaN (an undefined metric) and infinity to None, since JSON has neither."""
+    return float(value) if math.isfinite(value) else None
+
+
 def _plain(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """Convert NaN (an undefined metric) to None, since JSON has no NaN."""
-    return {name: None if math.isnan(value) else float(value) for name, value in metrics.items()}
+    return {name: defined(value) for name, value in metrics.items()}
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write the file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    new.replace(path)
+    make_folder(path.parent)
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
+    try:
+        new.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def scored_of(row: Mapping[str, Any], folder: str) -> Scored:
@@ -173,7 +192,7 @@ def scored_of(row: Mapping[str, Any], folder: str) -> Scored:
         row["id"],
         row["question"],
         row["prompt"],
-        tuple(os.path.join(folder, image) for image in row["images"]),
+        tuple(image if is_uri(image) else os.path.join(folder, image) for image in row["images"]),
         row["reference"],
         tuple(row["categories"]),
         row.get("unit", ""),

@@ -13,8 +13,16 @@ from llava_fast.errors import EvaluationError
 from llava_fast.evaluate.pictures import thumbnails
 from llava_fast.evaluate.records import Records, file_name, key_of
 from llava_fast.evaluate.report import shown
-from llava_fast.evaluate.results import add_reviews, result_of, results_before, save, with_grades, write_json
-from llava_fast.evaluate.task import Question, Scored, Task
+from llava_fast.evaluate.results import (
+    add_reviews,
+    make_folder,
+    result_of,
+    results_before,
+    save,
+    with_grades,
+    write_json,
+)
+from llava_fast.evaluate.task import Question, Scored, Task, is_uri
 from llava_fast.evaluate.tasks import task_of
 
 if TYPE_CHECKING:
@@ -54,6 +62,7 @@ def run(plan: Plan, answerer: Answerer, watch: Watch = lambda *_: None) -> dict[
     """
     before = results_before(plan.out, plan.model)
     prepared = [_prepared(name, plan) for name in plan.tasks]  # what is missing is said before a model is loaded
+    make_folder(plan.out)
     found: dict[str, Any] = {}
     for name, task, folder, questions in prepared:
         scored = _answered(name, task, folder, questions, plan, answerer, watch)
@@ -85,7 +94,7 @@ def _prepared(name: str, plan: Plan) -> tuple[str, Task, Path, list[Question]]:
             raise EvaluationError(f"{name}: two questions have the id {question.id!r}")
         known.add(question.id)
         for image in question.images:
-            if isinstance(image, str) and not image.startswith("data:") and not os.path.isfile(image):
+            if isinstance(image, str) and not is_uri(image) and not os.path.isfile(image):
                 raise EvaluationError(f"{name}: question {question.id!r} needs the picture {image}, which is not there")
     return name, task, folder, questions
 

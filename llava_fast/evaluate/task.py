@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ class Question:
 
     id          unique in its task.
     text        the question as shown in reports. `prompt` is the complete text after the images.
-    images      paths, the bytes of files, or uint8 arrays [H, W, 3].
+    images      paths, data: URIs, the bytes of files, or uint8 arrays [H, W, 3].
     reference   the reference answer for the scorer, JSON. None: the data has none (a test split).
     categories  categories for which metrics are computed separately.
     unit        questions of one unit are scored together (passes of a circular question). Default: one question.
@@ -208,6 +209,16 @@ def mean(values: np.ndarray, weights: np.ndarray) -> float:
 def ratio(part: float, whole: float) -> float:
     """Divide. Returns NaN (undefined) for a zero denominator."""
     return part / whole if whole else float("nan")
+
+
+def relative(image: str, folder: Path) -> str:
+    """Return an image's path relative to `folder`, or a data: URI as it is."""
+    return image if is_uri(image) else os.path.relpath(image, folder)
+
+
+def is_uri(image: Any) -> bool:
+    """Return whether an image is a data: URI."""
+    return isinstance(image, str) and image.startswith("data:")
 
 
 def cluster_of(question: Question) -> str:

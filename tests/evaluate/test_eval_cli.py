@@ -12,7 +12,10 @@ from llava_fast.cli.evaluate import _shard
 from llava_fast.cli.main import app
 from llava_fast.demo.run import model_path
 from llava_fast.errors import EvaluationError
+from llava_fast.evaluate.run import Plan, run
+from llava_fast.evaluate.task import Answer
 from llava_fast.evaluate.tasks import TASKS
+from tests.support import published
 
 
 def invoke(*arguments: object):
@@ -70,6 +73,31 @@ def test_bad_input_is_one_line(arguments, says, tmp_path, monkeypatch):
     assert "\n" not in str(result.exception)
 
 
+def test_an_undefined_difference_is_not_starred(tmp_path):
+    """Never "yes": POPE's precision is undefined in both evaluations, and so are its differences."""
+    published.pope(tmp_path)
+    for name in ("a", "b"):
+        plan = Plan(("pope",), tmp_path, tmp_path / name, {"path": name})
+        run(plan, lambda questions, options: ((question, Answer("no")) for question in questions))
+    table = invoke("compare", tmp_path / "a", tmp_path / "b", "--resamples", 100).stdout
+    (line,) = (line for line in table.splitlines() if "precision" in line)
+    assert line.count("undefined") == 5
+    assert "*" not in line
+    rows = invoke("compare", tmp_path / "a", tmp_path / "b", "--resamples", 100, "--json").stdout
+    (row,) = (row for row in json.loads(rows, parse_constant=pytest.fail) if row["metric"] == "precision")
+    assert [row[key] for key in ("a", "b", "low", "high", "better")] == [None] * 5
+
+
+def test_out_that_is_a_file_is_said_first(tmp_path):
+    (tmp_path / "out").touch()
+    assert invoke("demo", "demo:1", "--out", tmp_path / "out").exit_code == 2
+    asked = []
+    published.pope(tmp_path)
+    with pytest.raises(EvaluationError, match="out/below cannot be made a folder"):
+        run(Plan(("pope",), tmp_path, tmp_path / "out" / "below", {}), lambda *_: asked.append(1) or ())
+    assert not asked
+
+
 def test_a_shard_is_torchruns_unless_it_is_given(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert _shard(None) is None
@@ -101,9 +129,17 @@ def test_lmms_evals_tasks(tmp_path, monkeypatch):
     def simple_evaluate(**options):
         given.update(options)
         sample = {"doc_id": 3, "target": "yes", "filtered_resps": ["no"], "input": "Is it?", "exact_match": 0.0}
+        unscored = {"doc_id": 4, "target": float("nan"), "exact_match": float("nan")}
         return {
-            "results": {"tiny": {"alias": "tiny", "exact_match,none": 0.25, "exact_match_stderr,none": "N/A"}},
-            "samples": {"tiny": [sample]},
+            "results": {
+                "tiny": {
+                    "alias": "tiny",
+                    "exact_match,none": 0.25,
+                    "exact_match_stderr,none": "N/A",
+                    "f1,none": float("nan"),
+                }
+            },
+            "samples": {"tiny": [sample, unscored]},
         }
 
     evaluator = ModuleType("lmms_eval.evaluator")
@@ -115,7 +151,8 @@ def test_lmms_evals_tasks(tmp_path, monkeypatch):
     assert given["model_args"] == f"pretrained={model_path()},device=cpu"
     assert (given["tasks"], given["limit"], given["batch_size"]) == (["tiny"], 7, 4)
     found = json.loads((tmp_path / "results.json").read_text())["tasks"]["lmms:tiny"]
-    assert found["metrics"] == {"exact_match": 0.25}
+    assert found["metrics"] == {"exact_match": 0.25, "f1": None}
+    assert (found["answers"][1]["reference"], found["answers"][1]["score"]) == ("nan", None)
     assert (found["answers"][0]["answer"], found["answers"][0]["score"]) == ("no", 0)
     assert os.path.exists(tmp_path / "report" / "index.html")
     compared = invoke("compare", tmp_path, tmp_path, "--json")

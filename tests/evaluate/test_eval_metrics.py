@@ -2,7 +2,15 @@
 
 import pytest
 
-from llava_fast.evaluate.metrics.choices import infer_option, mme_answer, option_letter, pope_answer, stated_letter
+from llava_fast.evaluate.metrics.choices import (
+    bare_letter,
+    infer_option,
+    mme_answer,
+    plain_letter,
+    pope_answer,
+    scienceqa_letter,
+    stated_letter,
+)
 from llava_fast.evaluate.metrics.text import anls, edit_distance, relaxed_match
 from llava_fast.evaluate.metrics.vqa import (
     CONTRACTIONS,
@@ -113,27 +121,33 @@ def test_relaxed(answer, reference, right):
 
 
 @pytest.mark.parametrize(
-    ("text", "letter"),
+    ("text", "scienceqa", "seed", "ai2d"),
     [
-        ("B", "B"),
-        (" B\n", "B"),
-        ("B. a cat", "B"),
-        ("B.", "B"),
-        ("(B) a cat", "B"),
-        ("B) a cat", "B"),
-        ("B: a cat", "B"),
-        ("The answer is B.", "B"),
-        ("The answer is B. The answer is C.", None),
-        ("E", None),  # four options
-        ("E. a cat", None),
-        ("A cat", None),  # an article, perhaps
-        ("b", None),
-        ("B.5", None),
-        ("", None),
+        ("B", "B", "B", "B"),
+        (" B\n", "B", "B", "B"),
+        ("B. a cat", "B", None, None),
+        ("B.", None, None, "B"),  # three characters are needed for "B. "
+        ("(B)", None, None, "B"),
+        ("(B) a cat", None, None, None),
+        ("B) a cat", None, None, None),
+        ("B: a cat", None, None, None),
+        ("The answer is B.", "B", None, None),
+        ("The answer is B, because", "B", None, None),  # the pattern's last character is any
+        ("The answer is B", None, None, None),
+        ("The answer is B. The answer is C.", None, None, None),
+        ("E", None, None, None),  # four options
+        ("E. a cat", None, None, None),
+        ("A cat", None, None, None),
+        ("b", None, None, "B"),
+        ("B.5", None, None, None),
+        ("AB", None, None, None),
+        ("", None, None, None),
     ],
 )
-def test_option_letter(text, letter):
-    assert option_letter(text, 4) == letter
+def test_letters_as_their_scorers_read_them(text, scienceqa, seed, ai2d):
+    assert scienceqa_letter(text, 4) == scienceqa
+    assert bare_letter(text, 4) == seed
+    assert plain_letter(text, 4) == ai2d
 
 
 @pytest.mark.parametrize(

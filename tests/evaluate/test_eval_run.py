@@ -1,19 +1,23 @@
 """Answers are kept as they come: a killed evaluation goes on, with the answers of the same model and data only."""
 
+import base64
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llava_fast.errors import EvaluationError
 from llava_fast.evaluate.records import Records
-from llava_fast.evaluate.results import load_results
+from llava_fast.evaluate.results import load_results, save, scored_of
 from llava_fast.evaluate.run import Plan, run
 from llava_fast.evaluate.task import Answer
 from tests.support import published
@@ -213,6 +217,31 @@ def test_results_of_several_tasks_stand_together(plan):
     assert load_results(plan.out) == results
 
 
+def test_pictures_as_data_uris(plan, tmp_path):
+    """A URI is longer than a file name may be, and is neither a path to be made relative nor to be joined."""
+    uri = "data:image/png;base64," + "A" * 3000 + "//../" + base64.b64encode(published.picture_bytes()).decode()
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "yes"}]
+    published.put(tmp_path / "q.json", [{"id": "s", "image": uri, "conversations": turns}])
+    name = f"llava:{tmp_path / 'q.json'}"
+    plan = replace(plan, tasks=(name,), pictures=True)
+    found = run(plan, Fake())["tasks"][name]
+    row = found["answers"][0]
+    assert row["images"] == [uri]
+    assert scored_of(row, found["folder"]).question.images == (uri,)
+    moved = replace(plan, data=tmp_path / "elsewhere")
+    again = Fake()
+    run(moved, again)
+    assert again.asked == []
+
+
+def test_results_saved_at_the_same_time_are_all_there(tmp_path):
+    """16 threads save a task each: none reads what another is about to replace, and no temporary file is left."""
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda n: save(tmp_path, {"path": "m"}, {}, {f"demo:{n}": {}}), range(16)))
+    assert len(load_results(tmp_path)["tasks"]) == 16
+    assert not list(tmp_path.glob("*.new")) + list(tmp_path.glob(".*.new"))
+
+
 def test_no_results_is_one_line(tmp_path):
     with pytest.raises(EvaluationError, match="cannot be read"):
         load_results(tmp_path)
@@ -238,16 +267,20 @@ run(Plan(("pope",), Path(sys.argv[1]), Path(sys.argv[2]), {"path": "one"}), answ
 
 
 def test_kills_at_random(plan):
-    """kill -9 three times; what was answered before is never asked again, and nothing is lost or twice."""
+    """kill -9 three times, after a random number of answers and a random moment more; what was answered before is never
+    asked again, and nothing is lost or twice."""
+    rng = np.random.default_rng(18)
     answered = 0
-    for after in (1, 4, 2):
+    for _ in range(3):
+        after = int(rng.integers(0, 4))
         command = [sys.executable, "-c", textwrap.dedent(KILLED), str(plan.data), str(plan.out)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path.cwd()) as process:
             for _ in range(after):
                 process.stdout.readline()
+            time.sleep(rng.uniform(0, 0.006))
             os.kill(process.pid, signal.SIGKILL)
         before, answered = answered, len(lines(plan)) - 1
-        assert answered >= before + after
+        assert answered >= min(12, before + after)
     last = Fake()
     run(plan, last)
     assert len(last.asked) == 12 - answered

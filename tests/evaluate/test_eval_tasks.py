@@ -105,8 +105,8 @@ def test_textvqa(tmp_path):
 
 
 def test_scienceqa(tmp_path):
-    """Two of three have a picture. "B." is right, "I think so" cannot be read: 50%."""
-    found = evaluated("scienceqa", tmp_path, lambda q: "B." if q.id == "1" else "I think so")
+    """Two of three have a picture. "B. two" is right, "I think so" cannot be read: 50%."""
+    found = evaluated("scienceqa", tmp_path, lambda q: "B. two" if q.id == "1" else "I think so")
     assert [row["id"] for row in found["answers"]] == ["1", "3"]
     assert (found["metrics"], found["unreadable"]) == ({"accuracy": 50}, 1)
     assert found["answers"][0]["prompt"] == "Context: Look.\nWhich?\nA. one\nB. two\nC. three" + LETTER
@@ -165,6 +165,7 @@ def test_mmbench_is_circular(tmp_path):
     assert [row["reference"] for row in found["answers"]] == ["B", "A", "A", "C", "B"]
     assert found["answers"][3]["prompt"] == 'A "hint"\nWhich sum?\nA. 2\nB. 3\nC. 1' + LETTER
     assert found["categories"]["perception"]["circular accuracy"] == 100
+    assert len({row["cluster"] for row in found["answers"]}) == 1  # both are about one picture
 
 
 def test_seed_asks_about_pictures(tmp_path):
@@ -174,7 +175,7 @@ def test_seed_asks_about_pictures(tmp_path):
 
 
 def test_ai2d_asks_the_test_pictures(tmp_path):
-    found = evaluated("ai2d", tmp_path, lambda q: "D. s")
+    found = evaluated("ai2d", tmp_path, lambda q: "d.")
     assert (found["metrics"], found["questions"]) == ({"accuracy": 100}, 1)
     assert found["answers"][0]["prompt"] == "What is R?\nA. p\nB. q\nC. r\nD. s" + LETTER
 
@@ -253,6 +254,12 @@ def test_digits_right():
     assert task.overall(units, np.ones(4)) == pytest.approx({"accuracy": 75, "digits right": 200 / 3})
 
 
+def respelled(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
 @pytest.mark.parametrize(
     ("name", "spoil", "says"),
     [
@@ -262,6 +269,23 @@ def test_digits_right():
             lambda d: published.put(d / "vqav2/v2_mscoco_val2014_annotations.json", {"annotations": []}),
             "question 420 has no annotation",
         ),
+        (
+            "vqav2",
+            lambda d: respelled(d / "vqav2/v2_OpenEnded_mscoco_val2014_questions.json", "420", '"q420"'),
+            "'question_id' is \"q420\", not a whole number",
+        ),
+        (
+            "docvqa",
+            lambda d: respelled(d / "docvqa/val_v1.0_withQT.json", '"questionId": 9', '"questionId": "nine"'),
+            "'questionId' is \"nine\", not a whole number",
+        ),
+        (
+            "mmbench",
+            lambda d: respelled(d / "mmbench/mmbench_dev_20230712.tsv", "241", "first"),
+            "'index' is \"first\", not a whole number",
+        ),
+        ("mme", lambda d: next(d.rglob("01.txt")).write_bytes(b"caf\xe9?\tYes\nb?\tNo\n"), "01.txt is not UTF-8"),
+        ("ai2d", lambda d: (d / "ai2d/ai2d_test_ids.csv").write_bytes(b"\xe9\n"), "ids.csv is not UTF-8"),
         ("vqav2:dev", lambda d: None, "no split 'dev'"),
         (
             "pope",

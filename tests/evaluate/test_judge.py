@@ -404,21 +404,22 @@ def test_a_killed_judge_goes_on(out):
     [
         (["gqa"], "gqa is not answered (these are: llava-bench"),
         (["pope"], "no judge scores pope"),
-        (["--prompts", "nowhere"], None),
+        (["--prompts", "nowhere"], "no folder of prompts nowhere"),
     ],
 )
 def test_what_cannot_be_judged_is_one_line(out, arguments, says):
     with scripted(well_behaved) as server:
         result = invoke(server, out, *arguments, "--yes")
-    if says is None:  # a folder without prompts: ours
-        assert result.exit_code == 0
-        return
     assert result.exit_code == 1
     assert says in str(result.exception)
     assert "\n" not in str(result.exception)
 
 
 def test_our_prompts_as_files(tmp_path):
+    (tmp_path / "file").touch()
+    refused = invoke(None, tmp_path, "--write-prompts", tmp_path / "file" / "own")
+    assert isinstance(refused.exception, EvaluationError)
+    assert "cannot be made a folder (Not a directory)" in str(refused.exception)
     result = invoke(None, tmp_path, "--write-prompts", tmp_path / "own")
     assert result.exit_code == 0, result.exception
     assert sorted(os.listdir(tmp_path / "own")) == sorted(f"{name}.txt" for name in NAMES)

@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from llava_fast.errors import EvaluationError
+from llava_fast.evaluate.results import make_folder
 from llava_fast.train.data.files import read_text
 
 NAMES = {
@@ -23,10 +24,12 @@ _NAME = re.compile(r"\{(\w+)\}")
 
 class Prompts:
     """The prompts in `folder`, and the built-in ones for missing files. Raises EvaluationError for a prompt with a
-    missing or an unknown placeholder.
+    missing or an unknown placeholder, and if there is no such folder.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
+        if folder is not None and not folder.is_dir():
+            raise EvaluationError(f"there is no folder of prompts {folder}: --write-prompts makes one")
         self.texts = {}
         for prompt, names in NAMES.items():
             own = folder / f"{prompt}.txt" if folder is not None else None
@@ -48,8 +51,9 @@ class Prompts:
 
 
 def write(folder: Path) -> None:
-    """Write the built-in prompts to files for editing. Raises EvaluationError if one of them exists."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the built-in prompts to files for editing. Raises EvaluationError if one of them exists, and if the folder
+    cannot be made."""
+    make_folder(folder)
     for prompt in NAMES:
         path = folder / f"{prompt}.txt"
         if path.exists():

@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Mapping
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _STATED = re.compile(r"The answer is ([A-Z])\.")
+_SCIENCEQA = re.compile(r"The answer is ([A-Z]).")  # the scorer's pattern, whose last character is any
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _AROUND = [tuple(form.split("X")) for form in "X X. X, X: X) X). (X) (X). :X :X, :X. :X) :X).".split()]
 
 
-def option_letter(text: str, count: int) -> str | None:
-    """The letter of an answer to a question of `count` options, or None.
+def bare_letter(text: str, count: int) -> str | None:
+    """The letter of an answer that is nothing else, of `count` options, or None: SEED-Bench's, as the original LLaVA's
+    scripts/convert_seed_for_submission.py compares it."""
+    text = text.strip()
+    return text if len(text) == 1 and text in LETTERS[:count] else None
 
-    As the original LLaVA's ScienceQA scorer (llava/eval/eval_science_qa.py): the letter alone, "B. text", or exactly
-    one "The answer is B."; besides these "B.", "B)", "(B)" and "B:" with or without text after them.
+
+def plain_letter(text: str, count: int) -> str | None:
+    """The letter of an answer that is nothing else but for case, punctuation and outer spaces: AI2D's, as lmms-eval's
+    exact_match with ignore_case and ignore_punctuation."""
+    return bare_letter(text.translate(_NO_PUNCTUATION).upper(), count)
+
+
+def scienceqa_letter(text: str, count: int) -> str | None:
+    """The letter of an answer to a question of `count` options, or None, as the original LLaVA's
+    llava/eval/eval_science_qa.py: the letter alone, "B. text", or exactly one "The answer is B" with any character
+    after it. "B." and "(B)" are none.
     """
     text = text.strip()
-    allowed = LETTERS[:count]
     if len(text) == 1:
-        return text if text in allowed else None
-    found = re.match(r"\(?([A-Z])(?:\.(?:\s|$)|\)|:)", text)
-    if found is None:
-        stated = _STATED.findall(text)
-        return stated[0] if len(stated) == 1 and stated[0] in allowed else None
-    return found[1] if found[1] in allowed else None
+        return bare_letter(text, count)
+    if text[1:3] == ". ":
+        return bare_letter(text[0], count)
+    stated = _SCIENCEQA.findall(text)
+    return bare_letter(stated[0], count) if len(stated) == 1 else None
 
 
 def stated_letter(text: str, count: int) -> str | None:

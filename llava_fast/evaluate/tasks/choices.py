@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from llava_fast.errors import EvaluationError
-from llava_fast.evaluate.metrics.choices import LETTERS, infer_option, option_letter
+from llava_fast.evaluate.metrics.choices import LETTERS, bare_letter, infer_option, plain_letter, scienceqa_letter
 from llava_fast.evaluate.task import Columns, DataFile, Question, Scored, Task, mean
-from llava_fast.evaluate.tasks.rows import find, read_object, read_table
+from llava_fast.evaluate.tasks.rows import find, read_object, read_table, text_of
 from llava_fast.inputs.chat.messages import with_response_format
 
 
@@ -24,12 +25,9 @@ def options_prompt(question: str, options: Sequence[str]) -> str:
 
 
 class Choices(Task):
-    """A question whose `facts` hold its options and whose reference is a letter."""
+    """A question whose `facts` hold its options and whose reference is a letter. Each task reads it as its scorer."""
 
     max_new_tokens = 16
-
-    def read(self, question: Question, text: str) -> str | None:
-        return option_letter(text, len(question.facts["options"]))
 
     def score(self, question: Question, read: str) -> float:
         return float(read == question.reference)
@@ -72,6 +70,9 @@ class ScienceQa(Choices):
             found.append(Question(number, text, prompt, (str(path),), reference, categories, facts=facts))
         return found
 
+    def read(self, question: Question, text: str) -> str | None:
+        return scienceqa_letter(text, len(question.facts["options"]))
+
     def columns(self, unit: Sequence[Scored]) -> dict[str, float]:
         return {**super().columns(unit), **unit[0].marks}
 
@@ -103,7 +104,7 @@ class MmBench(Choices):
     def questions(self, folder: Path) -> list[Question]:
         found = []
         for row in read_table(find(folder, self.files[0], self.name)):
-            number = row.id("index")
+            number = row.number("index")
             if int(number) >= 1_000_000:  # a file that holds the rotated passes as rows of their own
                 continue
             options = []
@@ -119,6 +120,7 @@ class MmBench(Choices):
                 image = base64.b64decode(row.text("image"), validate=True)
             except binascii.Error:
                 raise EvaluationError(f"{row.where}: 'image' is no picture in base64") from None
+            picture = hashlib.blake2b(image, digest_size=8).hexdigest()
             hint, text = row.get("hint"), row.text("question")
             asked = f"{hint}\n{text}" if hint and hint.lower() not in ("nan", "none") else text
             categories = tuple(row.get(key) for key in ("l2-category", "category") if row.get(key))
@@ -134,6 +136,7 @@ class MmBench(Choices):
                         right,
                         categories,
                         unit=number,
+                        cluster=picture,
                         facts={"options": shown},
                     )
                 )
@@ -184,6 +187,9 @@ class Seed(Choices):
             found.append(Question(row.id("question_id"), text, prompt, (path,), answer, (kind,), facts=facts))
         return found
 
+    def read(self, question: Question, text: str) -> str | None:
+        return bare_letter(text, len(question.facts["options"]))
+
 
 class Ai2d(Choices):
     name = "ai2d"
@@ -195,11 +201,11 @@ class Ai2d(Choices):
         DataFile("ai2d_test_ids.csv", "the numbers of the test pictures, a line each"),
     )
     source = "https://prior.allenai.org/projects/diagram-understanding"
-    scorer = "accuracy of the letter, as lmms-eval's ai2d"
+    scorer = "accuracy of the letter but for case and punctuation, as lmms-eval's ai2d (exact_match, no filter)"
 
     def questions(self, folder: Path) -> list[Question]:
         asked, pictures = (find(folder, file, self.name) for file in self.files[:2])
-        tested = find(folder, self.files[2], self.name).read_text(encoding="utf-8-sig").replace(",", " ").split()
+        tested = text_of(find(folder, self.files[2], self.name)).replace(",", " ").split()
         found = []
         for picture in tested:
             file = asked / f"{picture}.png.json"
@@ -216,3 +222,6 @@ class Ai2d(Choices):
                 facts: dict[str, Any] = {"options": options}
                 found.append(Question(row.id("questionId"), text, prompt, (path,), LETTERS[answer], facts=facts))
         return found
+
+    def read(self, question: Question, text: str) -> str | None:
+        return plain_letter(text, len(question.facts["options"]))

@@ -45,6 +45,13 @@ class Row:
             raise EvaluationError(f"{self.where}: {names[0]!r} is {_shown(found)}, not a number or a text")
         return str(found)
 
+    def number(self, name: str) -> str:
+        """A whole number, or its digits, as text: the id that a submission gives as a number."""
+        found = self.id(name)
+        if not (found.isascii() and found.isdecimal()):
+            raise EvaluationError(f"{self.where}: {name!r} is {_shown(found)}, not a whole number")
+        return str(int(found))
+
     def whole(self, name: str) -> int:
         found = self.any(name)
         if isinstance(found, bool) or not isinstance(found, int):
@@ -82,14 +89,20 @@ def find(folder: Path, file: DataFile, task: str) -> Path:
     raise EvaluationError(f"{task} needs {names} ({file.what}) in {folder}: `llava-fast eval --tasks` says whence")
 
 
+def text_of(path: Path) -> str:
+    """The text of a file in UTF-8."""
+    try:
+        return read_text(str(path))
+    except DataError as error:
+        raise EvaluationError(str(error)) from None
+
+
 def read_object(path: Path) -> Row:
     """A file that holds one JSON object."""
     try:
-        return Row(json.loads(read_text(str(path))), path.name)
+        return Row(json.loads(text_of(path)), path.name)
     except json.JSONDecodeError as error:
         raise EvaluationError(f"{path}, line {error.lineno}: invalid JSON: {error.msg}") from None
-    except DataError as error:
-        raise EvaluationError(str(error)) from None
 
 
 def read_rows(path: Path) -> Iterator[Row]:

@@ -115,7 +115,7 @@ class DocVqa(Task):
             kinds = tuple(row.get("question_types") or ()) if answers else ()
             path = str(pictures / row.text("image"))
             found.append(
-                Question(row.id("questionId"), text, with_response_format(text, "short"), (path,), answers, kinds)
+                Question(row.number("questionId"), text, with_response_format(text, "short"), (path,), answers, kinds)
             )
         return found
 

@@ -43,14 +43,14 @@ class Vqav2(Task):
         if answered:
             file = find(folder, DataFile(f"v2_mscoco_{name}_annotations.json", "the answers"), self.name)
             for row in read_object(file).rows("annotations"):
-                known[row.id("question_id")] = {
+                known[row.number("question_id")] = {
                     "answers": [each.text("answer") for each in row.rows("answers")],
                     "categories": (row.text("answer_type"), f"question: {row.text('question_type')}"),
                 }
         pictures = name if answered else "test2015"
         found = []
         for row in read_object(asked).rows("questions"):
-            number, text = row.id("question_id"), row.text("question")
+            number, text = row.number("question_id"), row.text("question")
             if answered and number not in known:
                 raise EvaluationError(f"{row.where}: question {number} has no annotation")
             image = folder / pictures / f"COCO_{pictures}_{row.whole('image_id'):012d}.jpg"
@@ -140,7 +140,9 @@ class TextVqa(Task):
                 prompt = f"{text}\nReference OCR token: {', '.join(tokens[image])}"
             path = str(pictures / f"{image}.jpg")
             answers = row.texts("answers") if row.get("answers") else None
-            found.append(Question(row.id("question_id"), text, with_response_format(prompt, "short"), (path,), answers))
+            found.append(
+                Question(row.number("question_id"), text, with_response_format(prompt, "short"), (path,), answers)
+            )
         return found
 
     def _tokens(self, folder: Path) -> dict[str, list[str]]:

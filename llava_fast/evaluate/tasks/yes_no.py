@@ -10,7 +10,7 @@ import numpy as np
 from llava_fast.errors import EvaluationError
 from llava_fast.evaluate.metrics.choices import mme_answer, pope_answer
 from llava_fast.evaluate.task import Columns, DataFile, Question, Scored, Task, Units, mean, ratio
-from llava_fast.evaluate.tasks.rows import find, read_rows
+from llava_fast.evaluate.tasks.rows import find, read_rows, text_of
 from llava_fast.inputs.chat.messages import with_response_format
 
 
@@ -106,7 +106,7 @@ class Mme(Task):
         images = [pictures / f"{file.stem}{ending}" for ending in (".jpg", ".png", ".jpeg")]
         image = next((path for path in images if path.exists()), images[0])
         found = []
-        for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines()):
+        for number, line in enumerate(text_of(file).splitlines()):
             if not line.strip():
                 continue
             text, _, answer = (part.strip() for part in line.partition("\t"))
