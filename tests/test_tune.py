@@ -5,12 +5,16 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from llava_fast import doctor, tune
 from llava_fast.demo.run import model_path
 from llava_fast.errors import BackendError
+from llava_fast.generation.llava import Llava
+from llava_fast.generation.runner import Runner
 from llava_fast.ops import backend
 from llava_fast.ops.selection import proof
+from tests.support.played import PlayedEncoding
 
 
 def test_verdicts_are_found_shown_and_reused(select, monkeypatch, tmp_path, capsys):
@@ -57,6 +61,41 @@ def test_the_budget_is_kept(select, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "0 found in" in said
     assert " not tested: the budget of 0 s is spent" in said
+
+
+def test_graphs_are_captured_after_the_modules_calls_are_proven(select, monkeypatch):
+    """None while classes are collected: it would hold the reference. Padded calls are proven as one is captured."""
+    monkeypatch.setattr(proof, "FORMS", ("native",))
+    monkeypatch.setattr(tune, "SIZES", ((40, 40),))
+    monkeypatch.setattr(tune, "GRAPHS_ON", ("cpu",))
+    settings, passes, captures, padded = select(), [], [], set()
+    generate = Llava.generate
+
+    class Noted(PlayedEncoding):
+        def capture(self, run):
+            captures.append(settings.met)
+            classes = settings.table(torch.device("cpu")).classes
+            before, found = set(classes.values()), super().capture(run)
+            padded.update(set(classes.values()) - before)
+            return found
+
+    def noted(model, *args, **options):
+        passes.append((settings.met is None, model.cuda_graphs))
+        return generate(model, *args, **options)
+
+    def prepared(runner, model, *args, **options):
+        begin(runner, model, *args, **options)
+        if model.cuda_graphs and runner.encoder is None:
+            runner.encoder = Noted(model)
+
+    begin = Runner.__init__
+    monkeypatch.setattr(Runner, "__init__", prepared)
+    monkeypatch.setattr(Llava, "generate", noted)
+    tune.tune(None, training=False, budget=100)
+    assert passes == [(False, False)] * 2 + [(True, False)] * 2 + [(True, True)] * 4
+    assert captures == [None]
+    assert padded
+    assert all(settings.table(torch.device("cpu")).verdicts[name].by == "tune" for name in padded)
 
 
 @pytest.mark.parametrize("name", ["LLAVA_FAST_SELECT", "LLAVA_FAST_SELECTION"])

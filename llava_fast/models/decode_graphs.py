@@ -10,6 +10,7 @@ a weight of the decoder has changed. The cache may grow: its addresses are in a 
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
@@ -26,6 +27,7 @@ from llava_fast.ops import backend
 
 logger = logging.getLogger("llava_fast.generation")
 MOST_SEQUENCES = 256  # above this, launch overhead is negligible
+MOST_GRAPHS = 64
 
 
 class Column(NamedTuple):
@@ -114,17 +116,20 @@ class DecodeGraphs:
     captured for the bucket, or None if there is none; then run the modules. `launch` does the same with another ending.
 
     A bucket is a number of sequences and of blocks per sequence, each a power of two; graphs are captured when first
-    needed. Padding sequences write nothing. The result is a view that the next call overwrites.
-    `unfit` says why there is no graph: dynamic RoPE, layers on several devices, a hooked module, one that is neither
-    this package's nor a plain one of PyTorch, or a failed capture (logged once, and not tried again until a module
-    changes). A failed capture with an ending other than logits disables only that ending (`failed`).
+    needed. Of MOST_GRAPHS, the one used longest ago is dropped; they share one memory pool. Padding sequences write
+    nothing. The result is a view that the next call overwrites.
+    `unfit` says why there is no graph at all: dynamic RoPE, layers on several devices, a hooked module, or one that is
+    neither this package's nor a plain one of PyTorch. `failed` says why a bucket has none with an ending, by (ending,
+    *bucket): its paged_attention runs the reference, or its capture failed (logged). Neither is tried again until a
+    module changes.
     """
 
     def __init__(self, decoder: Decoder, cache: PagedCache) -> None:
         self.decoder, self.cache = decoder, cache
         self.unfit: str | None = None
-        self.failed: dict[Ending, str] = {}
-        self._captured: dict[tuple, _Captured] = {}
+        self.failed: dict[tuple, str] = {}
+        self._captured: OrderedDict[tuple, _Captured] = OrderedDict()
+        self._pool: cuda_graphs.Pool | None = None
         self._watch = Watch(decoder)
         self._met: set[tuple] = set()
 
@@ -165,9 +170,8 @@ class DecodeGraphs:
         tables: Sequence[BlockTable],
         before: Sequence[int],
     ) -> Tensor | None:
-        if bucket is None or ending in self.failed:
+        if bucket is None or (key := (ending, *bucket)) in self.failed:
             return None
-        key = ending, *bucket
         # Not in inference mode, whose tensors (the static ones, were a graph captured in it) nothing else may write.
         with torch.inference_mode(False), torch.no_grad():
             self.cache.addresses  # noqa: B018 - those of new blocks are written in place
@@ -176,6 +180,7 @@ class DecodeGraphs:
                 found = self._captured_now(key)
                 if found is None:
                     return None
+            self._captured.move_to_end(key)
             host = found.layout.host({**values, "before": before}, tables, self._pins)
             found.device.copy_(host, non_blocking=True)
             found.replay()
@@ -190,6 +195,7 @@ class DecodeGraphs:
         if not self._watch.changed(self.cache.addresses.data_ptr()):
             return
         self._captured.clear()
+        self._pool = None
         self.failed.clear()
         self.unfit = self._watch.unfit
         if self.decoder.rope.config.kind == "dynamic":
@@ -199,21 +205,24 @@ class DecodeGraphs:
 
     def _captured_now(self, key: tuple) -> _Captured | None:
         ending, size, width, *_ = key
+        while len(self._captured) >= MOST_GRAPHS:
+            self._captured.popitem(last=False)
         try:
-            found = self._captured[key] = self._prepared(ending, size, width)
+            found = self._prepared(ending, size, width)
         except Exception as error:  # any error of a capture: the modules still work
-            self._captured.pop(key, None)
-            reason = f"capturing a decoding step of {size} sequences failed: {error!r}"
-            if ending is LOGITS:
-                self.unfit = reason
-                logger.warning("%s; its modules run one by one", reason)
-            else:
-                self.failed[ending] = reason
-                logger.warning("%s; the host chooses its tokens", reason)
+            self._pool = None
+            self.failed[key] = f"capturing a decoding step of {size} sequences failed: {error!r}"
+            then = "its modules run one by one" if ending is LOGITS else "the host chooses its tokens"
+            logger.warning("%s; %s", self.failed[key], then)
             return None
+        if found is None:
+            self.failed[key] = "paged_attention runs the reference, which a graph cannot hold"
+            return None
+        self._captured[key] = found
         return found
 
-    def _prepared(self, ending: Ending, size: int, width: int) -> _Captured:
+    def _prepared(self, ending: Ending, size: int, width: int) -> _Captured | None:
+        """None if the step runs paged_attention's reference."""
         decoder, cache, device = self.decoder, self.cache, self.cache.device
         layout = _Layout(ending.columns, size, width)
         static = layout.host({}, (), self._pins).to(device, copy=True)
@@ -225,11 +234,20 @@ class DecodeGraphs:
             token = ending.tokens(given)
             return ending.result(token, decoder.step(token, pages, cache), given)
 
+        if not self.has_kernel(step):
+            return None
         replay, out = self.capture(step)
         return _Captured(layout, static, rope, replay, out)
+
+    def has_kernel(self, step: Callable[[], Tensor]) -> bool:
+        """Whether paged_attention runs a kernel in `step`, which runs once: the reference waits for the device."""
+        with backend.noted() as calls:
+            step()
+        return ("paged_attention", "reference") not in calls
 
     def capture(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """(a function that replays `step`, its output tensor)."""
         with torch.cuda.device(self.cache.device):
-            graph, out = cuda_graphs.capture(step)
+            self._pool = self._pool or cuda_graphs.Pool()
+            graph, out = cuda_graphs.capture(step, self._pool)
         return graph.replay, out

@@ -17,13 +17,14 @@ from collections.abc import Iterator, Mapping
 from llava_fast.errors import BackendError
 from llava_fast.ops.selection import tables
 from llava_fast.ops.selection.candidates import SERVED
-from llava_fast.ops.selection.decision import current
+from llava_fast.ops.selection.decision import Decision, current
 from llava_fast.ops.triton_support import interpreting
 
 BACKENDS = ("auto", "triton", "native", "reference")
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("llava_fast_backend", default=None)
 _open: dict[object, str] = {}  # the backends of all open blocks, in any thread
 _defaults: dict[tuple[str, str], str] = {}
+_noted: contextvars.ContextVar[list[tuple[str, str]] | None] = contextvars.ContextVar("llava_fast_noted", default=None)
 
 
 def register(op: str, backend: str, devices: str, default_on: tuple[str, ...] = ()) -> None:
@@ -58,6 +59,18 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
+@contextlib.contextmanager
+def noted() -> Iterator[list[tuple[str, str]]]:
+    """Gives a list that grows by (op, backend) at each call in this thread inside the block, except by selection's
+    tests."""
+    calls: list[tuple[str, str]] = []
+    token = _noted.set(calls)
+    try:
+        yield calls
+    finally:
+        _noted.reset(token)
+
+
 def requested() -> str:
     """The backend requested by `use_backend` or LLAVA_FAST_BACKEND; "auto" if none is."""
     mine = _chosen.get()
@@ -78,8 +91,15 @@ def choose(op: str, device: str = "", unfit: Mapping[str, str | None] | None = N
     unfit: backend -> why it does not support this call (None or absent: it does). "auto" falls back to the reference;
     a requested backend that does not support the op or this call raises BackendError.
     """
-    name, unfit = requested(), unfit or {}
-    decision = current()
+    decision, calls = current(), _noted.get()
+    found = _backend_of(op, device, unfit or {}, decision)
+    if calls is not None and not (decision is not None and decision.is_trial):
+        calls.append((op, found))
+    return found
+
+
+def _backend_of(op: str, device: str, unfit: Mapping[str, str | None], decision: Decision | None) -> str:
+    name = requested()
     if name == "auto" and decision is not None and decision.is_trial:
         decision.asked.append(op)
         name = decision.backend

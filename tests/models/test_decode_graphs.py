@@ -1,6 +1,7 @@
 """Decoding steps over device tensors alone, and from graphs, which are played (tests/support/played.py)."""
 
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,11 @@ from llava_fast.generation.prompt import read_prompt
 from llava_fast.generation.runner import Runner
 from llava_fast.generation.sampling import Sampling
 from llava_fast.generation.sequence import new_sequence
+from llava_fast.models import cuda_graphs, decode_graphs
+from llava_fast.models.decode_graphs import DecodeGraphs
 from llava_fast.models.paged_cache import BlockTable
 from llava_fast.ops import use_backend
+from llava_fast.ops.selection.verdict import Verdict
 from tests.support import tiny
 from tests.support.played import Played, scheduler_of
 
@@ -149,10 +153,128 @@ def test_a_capture_that_fails_leaves_it_to_the_modules(expected, served, caplog)
             raise RuntimeError("no memory for a graph")
 
     found, runner = answers(tiny.pair("next").ours, REQUESTS, Failing)
+    graphs = runner.device.graphs
     assert found == expected["next"]
-    assert runner.device.graphs.captures == 2  # that chooses tokens, that ends with logits; neither again
-    assert "no memory for a graph" in runner.device.graphs.unfit
-    assert [record.message for record in caplog.records if "capturing" in record.message]
+    assert graphs.captures == 3 * 2  # of each bucket, that chooses tokens and that ends with logits; none again
+    assert len(graphs.failed) == graphs.captures
+    assert all("no memory for a graph" in why for why in graphs.failed.values())
+    assert len([record.message for record in caplog.records if "capturing" in record.message]) == graphs.captures
+
+
+class Noting(Played):
+    """Notes the sizes of its buckets."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.sizes, self.refused = [], 0
+
+    @classmethod
+    def of(cls, model):
+        return cls(model.decoder, model.decoder.new_cache())
+
+    def step(self, count):
+        """Whether a step of so many sequences runs from a graph."""
+        tables = [BlockTable(self.cache) for _ in range(count)]
+        with torch.inference_mode():
+            found = self([5] * count, tables, [0] * count)
+        for table in tables:
+            table.release()
+        return found is not None
+
+    def capture(self, step):
+        replay, out = super().capture(step)
+        if len(out) == self.refused:
+            raise RuntimeError("operation not permitted")
+        self.sizes.append(len(out))
+        return replay, out
+
+
+def test_a_capture_that_fails_leaves_other_graphs(served):
+    """Of two sequences; those of one run from graphs, captured before and after."""
+    graphs = Noting.of(tiny.pair("next").ours)
+    graphs.refused = 2
+    from_graphs = [graphs.step(count) for count in (1, 1, 2, 2, 2, 1, 4, 4)]
+    assert from_graphs == [False, True, False, False, False, True, False, True]
+    assert graphs.sizes == [1, 4]
+    assert [key[1] for key in graphs.failed] == [2]
+    assert graphs.unfit is None
+
+
+def test_graphs_are_captured_where_the_bucket_has_a_kernel(select):
+    """Verdicts give paged_attention a kernel for one sequence, the reference for two and nothing for four."""
+
+    class Asking(Noting):
+        has_kernel = DecodeGraphs.has_kernel
+
+    model = tiny.pair("next").ours
+    table = select().table(torch.device("cpu"))
+    verdict = Verdict(backend="reference", op="paged_attention")
+    table.verdicts["paged_attention"] = Verdict(backend="triton", op="paged_attention")  # so calls are classed
+    graphs = Asking.of(model)
+    assert not graphs.step(2)
+    assert not graphs.step(2)  # no verdict for the class
+    for two in [name for name in table.classes.values() if name.startswith("paged_attention query=fp32[2,")]:
+        table.verdicts[two] = verdict
+        table.verdicts[two.replace("[2", "[1")] = Verdict(backend="triton", op="paged_attention")
+    assert [graphs.step(count) for count in (1, 1, 2, 2, 4, 4, 1)] == [False, True, False, False, False, False, True]
+    assert graphs.sizes == [1]
+    assert {key[1] for key in graphs.failed} == {2, 4}
+    assert all("reference" in why for why in graphs.failed.values())
+
+
+def test_the_graph_used_longest_ago_is_dropped(served, monkeypatch):
+    monkeypatch.setattr(decode_graphs, "MOST_GRAPHS", 2)
+    graphs = Noting.of(tiny.pair("next").ours)
+    for count in (1, 1, 2, 2, 1, 4, 4, 1, 2):
+        graphs.step(count)
+    assert graphs.sizes == [1, 2, 4, 2]
+    assert [key[1] for key in graphs._captured] == [1, 2]
+
+
+def test_graphs_share_a_pool_until_a_capture_fails(monkeypatch):
+    model = tiny.pair("next").ours
+    graphs = DecodeGraphs(model.decoder, model.decoder.new_cache())
+    graphs.has_kernel, pools = lambda step: True, []
+
+    def capture(step, pool):
+        pools.append(pool)
+        if len(pools) == 3:
+            raise RuntimeError("no memory for a graph")
+        return SimpleNamespace(replay=None), torch.zeros(1)
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(decode_graphs.cuda_graphs, "Pool", object)
+    monkeypatch.setattr(decode_graphs.cuda_graphs, "capture", capture)
+    for size in (1, 2, 4, 8):
+        graphs._captured_now((decode_graphs.LOGITS, size, 32, "auto", torch.float32))
+    assert pools[0] is pools[1] is pools[2] is not pools[3]
+    assert [key[1] for key in graphs._captured] == [1, 2, 8]
+
+
+def test_the_stream_is_restored_when_a_capture_cannot_end(monkeypatch):
+    """As torch.cuda.graph, whose exit does not reach the stream's if the capture was invalidated."""
+    side = SimpleNamespace(wait_stream=lambda other: None)
+    before = SimpleNamespace(wait_stream=lambda other: None)
+    now = [before]
+
+    class Graph:
+        def __init__(self, graph, pool, stream, capture_error_mode):
+            self.stream = stream
+
+        def __enter__(self):
+            now[0] = self.stream
+
+        def __exit__(self, *error):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: now.__setitem__(0, stream))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    with pytest.raises(RuntimeError, match="previous error"):
+        cuda_graphs.capture(lambda: torch.zeros(1), cuda_graphs.Pool("pool", side))
+    assert now == [before]
 
 
 def test_what_no_graph_serves(expected, served, monkeypatch):

@@ -30,7 +30,10 @@ class Playing:
 
 
 class Played(Playing, DecodeGraphs):
-    """Decoding steps."""
+    """Decoding steps, of paged_attention's reference too."""
+
+    def has_kernel(self, step):
+        return True
 
 
 class PlayedEncoding(Playing, EncodeGraphs):
