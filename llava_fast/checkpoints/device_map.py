@@ -47,8 +47,8 @@ def plan_devices(
     free: Callable[[torch.device], int] = free_memory,
 ) -> DeviceMap:
     """The fewest of these devices, in their order, whose free memory holds the model's weights in `dtype` with a fifth
-    to spare, and how its layers spread over them. Raises CheckpointError if all are too small, or for a decoder of
-    transformers, whose layers stay together."""
+    to spare, and how its layers spread over them: some on the first device if one fits there. Raises CheckpointError if
+    all are too small, or for a decoder of transformers, whose layers stay together."""
     decoder: Any = model.decoder
 
     def size(module: torch.nn.Module) -> int:
@@ -74,6 +74,8 @@ def plan_devices(
     held, end = 0, float(-others)  # bytes of layers on the devices so far, and how many there should be
     for place, device in enumerate(devices[:count]):
         end += room[place] * share
+        if place == 0 and room[0] >= others + layers[0]:  # a large rest of the model would leave it none
+            end = max(end, layers[0] / 2)
         first = number
         while number < len(layers) and (place == count - 1 or held + layers[number] / 2 <= end):
             held += layers[number]

@@ -143,7 +143,7 @@ class Runner:
         tables = tuple([sequence.cached for sequence in sequences])
         before = tuple([table.length for table in tables])
         tokens = [sequence.token_ids[-1] for sequence in sequences]
-        token, position = torch.from_numpy(np.array([tokens, before])).to(self.cache.device)  # one transfer for both
+        token, position = torch.from_numpy(np.array([tokens, before])).to(decoder.device)  # one transfer for both
         spans = Spans(tuple(range(len(tables))), (1,) * len(tables), tables, before)
         embeddings = decoder.embed_tokens(token)
         if self.batch_invariant and len(sequences) > 1 and not decoder.steps_natively(embeddings, spans):

@@ -40,6 +40,7 @@ def test_layers_spread_by_free_memory():
     assert planned(others + layer, 2 * layer) == DeviceMap(A, ((A, 0), (B, 1)))
     assert planned(others + layer, layer, layer) == DeviceMap(A, ((A, 0), (B, 1), (C, 2)))
     assert planned(others, 3 * layer) == DeviceMap(A, ((B, 0),))
+    assert planned(others + layer, 9 * (others + layer)) == DeviceMap(A, ((A, 0), (B, 1)))  # by proportion: none on A
     found = planned(others + layer, 2 * layer)
     assert [found.device_of(f"decoder.layers.{number}.mlp.up_proj.weight") for number in range(3)] == [A, B, B]
     assert found.device_of("decoder.lm_head.weight") == found.device_of("vision_tower.x") == A

@@ -208,14 +208,15 @@ def attending(training: bool) -> None:
     assert counts[0] == counts[1], counts
 
 
-def spreading() -> None:
-    """A model on two GPUs answers: no operation mixes tensors of both."""
-    second = torch.device("cuda", 1)
+def spreading(on_first: int) -> None:
+    """A model on two GPUs, with so many layers on the first, answers: no operation mixes tensors of both."""
+    first, second = (torch.device("cuda", number) for number in range(2))
     with fake_gpu() as reads:
         model = on_gpu("next")
         with torch.device(second):
-            model.decoder.layers[1:] = Llava(model.config, model.processor).decoder.layers[1:]
-        model.decoder.layer_groups = ((torch.device("cuda", 0), 0), (second, 1))
+            others = Llava(model.config, model.processor).decoder.layers[on_first:]
+        model.decoder.layers = nn.ModuleList([*model.decoder.layers[:on_first], *others])
+        model.decoder.layer_groups = ((first, 0), (second, on_first)) if on_first else ((second, 0),)
         made = model.generate(requests("next"), max_new_tokens=4, ignore_eos=True)
         with torch.no_grad():
             model(model.prepare(requests("next"), labels=True), logits="none")
@@ -385,7 +386,8 @@ def main() -> None:
     add(optimizing, "bfloat16", "layers", "auto")
     add(optimizing, "float32", "none", "auto")
     add(encoding_launches, 190)
-    add(spreading)
+    for on_first in (1, 0):
+        add(spreading, on_first)
     add(attending, True)
     add(attending, False)
     add(stepping, 32, 32, 328)
