@@ -54,7 +54,8 @@ class EncodeGraphs:
         if model.device.type not in self.devices:
             raise ValueError(f"CUDA graphs need a model on CUDA, this one is on {model.device}")
         self._model = weakref.ref(model)  # so that one kept for the model's next call does not keep the model
-        self._watch = Watch(model.vision_tower, model.projector)
+        self._watched = _modules_of(model)
+        self._watch = Watch(*self._watched)
         self.unfit: str | None = None
         self._met: set[tuple] = set()
         self.captured: OrderedDict[tuple, _Captured] = OrderedDict()
@@ -66,32 +67,38 @@ class EncodeGraphs:
         return model
 
     def encode(self, batch: Batch) -> Tensor:
-        """model.inputs_embeds(batch) without gradients, [rows, width], the caller's own: from a graph if the batch's
-        bucket has run the modules before (there ops are proven, see ops/selection), and if one can stand for them."""
+        """model.inputs_embeds(batch) without gradients, [rows, width], the caller's own: from a graph if one can stand
+        for the modules. The first batch of a bucket runs them, filled up as the graph will be: so the ops are proven
+        for its calls (see ops/selection)."""
         with torch.no_grad():
+            rows = None
             try:
-                rows = self(batch).clone() if self._serves(batch) else None
+                if self._serves(batch):
+                    bucket = bucket_of(batch.plan)
+                    key = graph_key(batch, bucket)
+                    if key in self._met:
+                        rows = self(batch).clone()
+                    else:
+                        self._met.add(key)
+                        rows = self.model.inputs_embeds(filled_batch(batch, bucket))[: batch.plan.rows]
             except Exception as error:  # whatever a capture may raise, the modules still serve
                 self.unfit = f"encoding {batch.plan.tiles} tiles from a graph failed: {error!r}"
                 logger.warning("%s; the modules run one by one", self.unfit)
-                rows = None
             return self.model.inputs_embeds(batch) if rows is None else rows
 
     def _serves(self, batch: Batch) -> bool:
         plan, vision = batch.plan, self.model.config.vision
         if not plan.tiles or plan.pools or plan.grids or vision.by_modality or "instruction" in plan.sections:
             return False
-        if nn.modules.module._has_any_global_hook():
-            return False
+        if nn.modules.module._has_any_global_hook() or torch.is_autocast_enabled(self.model.device.type):
+            return False  # autocast chooses dtypes anew, and frees its casts at its end
+        modules = _modules_of(self.model)
+        if any(now is not then for now, then in zip(modules, self._watched, strict=True)):
+            self._watched, self._watch = modules, Watch(*modules)
         if self._watch.changed():
             self.captured.clear()
             self.unfit = self._watch.unfit
-        if self.unfit is not None:
-            return False
-        key = graph_key(batch, bucket_of(plan))
-        known = key in self._met
-        self._met.add(key)
-        return known
+        return self.unfit is None
 
     def __call__(self, batch: Batch) -> Tensor:
         # Not in inference mode, whose tensors (the static ones, were a graph captured in it) nothing else may write.
@@ -126,6 +133,11 @@ class EncodeGraphs:
         with torch.cuda.device(self.model.device):
             graph, out = capture(run)
         return graph.replay, out
+
+
+def _modules_of(model: LlavaModel) -> tuple[nn.Module, ...]:
+    """The modules that a graph stands for."""
+    return model.vision_tower, model.projector, model.decoder.embed_tokens
 
 
 def weight_addresses(model: LlavaModel) -> tuple[int, ...]:

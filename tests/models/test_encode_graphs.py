@@ -15,7 +15,9 @@ from llava_fast.generation.runner import Runner
 from llava_fast.inputs.plan.buckets import Bucket, bucket_of, fill
 from llava_fast.models import encode_graphs
 from llava_fast.models.encode_graphs import EncodeGraphs, filled_batch, graph_key, weight_addresses
-from llava_fast.ops import use_backend
+from llava_fast.ops import backend, use_backend
+from llava_fast.ops.selection import policy, samples
+from llava_fast.ops.selection.call_class import call_class
 from tests.support import tiny
 from tests.support.played import PlayedEncoding
 
@@ -156,6 +158,81 @@ def test_what_a_graph_may_not_stand_for_runs_the_modules(caplog):
     assert not graphs.captures
 
 
+def test_autocast_runs_the_modules():
+    """It casts weights once for its block: a graph captured there would read freed memory."""
+    model = tiny.pair("next").ours
+    graphs, batch = PlayedEncoding(model), batches(model)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            assert torch.equal(graphs.encode(batch), model.inputs_embeds(batch))
+    assert not graphs.captures
+    for _ in range(2):
+        graphs.encode(batch)
+    assert graphs.replays == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        graphs.encode(batch)
+    assert graphs.replays == 1
+
+
+class Doubled(nn.Module):
+    """Wraps an embedding as PEFT does."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    def forward(self, ids):
+        return self.base_layer(ids) * 2
+
+
+def test_what_the_embedding_does_is_seen():
+    model = copy.deepcopy(tiny.pair("next").ours)
+    graphs, batch = PlayedEncoding(model), batches(model)[0]
+
+    def check(replays):
+        for _ in range(2):
+            torch.testing.assert_close(graphs.encode(batch), model.inputs_embeds(batch).detach(), rtol=1e-5, atol=1e-6)
+        assert graphs.replays == replays
+
+    check(1)
+    hook = model.decoder.embed_tokens.register_forward_hook(lambda module, args, out: out * 3)
+    check(1)
+    assert "hook" in graphs.unfit
+    hook.remove()
+    check(3)
+    model.decoder.embed_tokens = Doubled(model.decoder.embed_tokens)
+    check(3)
+    assert "(Doubled)" in graphs.unfit
+    model.decoder.embed_tokens = model.decoder.embed_tokens.base_layer
+    check(5)
+
+
+def test_a_buckets_first_batch_runs_every_op_as_the_graph_will(monkeypatch):
+    """So that the ops are proven for the graph's calls, which have fillers and a count of rows in use."""
+    classes = set()
+
+    def run(operator, implementation, args):
+        ignored = samples.IGNORED.get(operator, ())
+        classes.add(call_class(operator, args, samples.ROW_ARGS.get(operator, ()), ignored))
+        return implementation(*args)
+
+    monkeypatch.setattr(policy, "run", run)
+    monkeypatch.setattr(backend, "serves", lambda op, device: True)
+    model = tiny.pair("next").ours
+    graphs, batch = PlayedEncoding(model), batches(model)[1]
+    graphs.encode(batch)
+    assert not graphs.captures
+    first = set(classes)
+    graphs.encode(batch)
+    assert graphs.replays == 1
+    assert classes == first
+    assert any(each.startswith("assemble_inputs") for each in first)
+
+
 def test_the_graph_used_longest_ago_is_dropped(monkeypatch):
     monkeypatch.setattr(encode_graphs, "MOST_GRAPHS", 2)
     model = tiny.pair("next").ours
@@ -174,14 +251,14 @@ def test_the_graph_used_longest_ago_is_dropped(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_a_replay_is_what_the_model_gives(backend):
+@pytest.mark.parametrize("name", ["auto", "triton"])
+def test_a_replay_is_what_the_model_gives(name):
     """What the kernels give in a graph is what PyTorch gives without one."""
     model = copy.deepcopy(tiny.pair("next").ours).to("cuda")
     graphs = EncodeGraphs(model)
 
     def check(batch):
-        with use_backend(backend):
+        with use_backend(name):
             found = graphs(batch)
         with torch.no_grad(), use_backend("reference"):
             torch.testing.assert_close(found, model.inputs_embeds(batch), rtol=1e-4, atol=1e-5)
