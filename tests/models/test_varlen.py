@@ -218,6 +218,36 @@ def test_xformers_own_masks_mean_what_is_assumed():
             assert seen[first : first + count].sum() == expected.sum()  # nothing of other sequences
 
 
+@pytest.mark.parametrize("error", [NotImplementedError("No operator found\n  for these"), ImportError("no kernels")])
+@pytest.mark.parametrize("at_once", ["xformers"], indirect=True)
+def test_where_xformers_refuses_the_loop_runs(error, at_once, monkeypatch, caplog):
+    def refuse(*given, **options):
+        calls.append(0)
+        raise error
+
+    monkeypatch.setattr(sys.modules["xformers.ops"], "memory_efficient_attention", refuse)
+    monkeypatch.setattr(varlen, "_refused", {})
+    monkeypatch.setattr(varlen, "has_xformers", lambda: True)
+    monkeypatch.setattr(varlen, "unfit", lambda query, slopes: varlen._xformers_unfit(query))
+    given = [rows(8, 2) for _ in range(3)]
+
+    def run():
+        cache = PagedCache(2, 2, 8, torch.float64, torch.device("cpu"), max_bytes=1 << 20, block_rows=4)
+        tables = (BlockTable(cache), BlockTable(cache))
+        for table in tables:
+            table.reserve(5)
+        spans = Spans((0, 5), (5, 3), tables, (0, 0))
+        with torch.no_grad():
+            return [attend(*given, spans, layer, cache, None) for layer in (0, 1)]
+
+    found = [*run(), attend(*given, Spans((0, 5), (5, 3)), 0, None, None)]
+    assert calls == [0]
+    assert "".join(caplog.messages).count("xformers refused: " + " ".join(str(error).split())) == 1
+    monkeypatch.undo()
+    for mine, expected in zip(found, [*run(), attend(*given, Spans((0, 5), (5, 3)), 0, None, None)], strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
 def test_where_the_loop_stays(monkeypatch):
     query = torch.zeros(3, 2, 8)
     assert varlen.unfit(query, None) == "it needs CUDA"
@@ -240,6 +270,10 @@ def test_where_the_loop_stays(monkeypatch):
     monkeypatch.setattr(varlen, "has_xformers", lambda: False)
     assert varlen.unfit(Fake(), None) == "torch is too old, and xformers is not installed"
     monkeypatch.setattr(varlen, "has_xformers", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert varlen.unfit(Fake(torch.float16), None) is None
+    assert varlen.unfit(Fake(), None) == "torch is too old, and xformers takes bfloat16 from compute capability 8.0 on"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert varlen.unfit(Fake(), None) is None
     assert Spans((0, 3), (3, 2)).are_adjacent
     assert not Spans((0, 4), (3, 2)).are_adjacent

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,9 @@ import torch
 from torch import Tensor
 
 from llava_fast.models.paged_rows import to_device
+
+logger = logging.getLogger("llava_fast.models")
+_refused: dict[tuple[torch.device, torch.dtype, int], str] = {}  # what xformers said, by device, dtype and head size
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ def unfit(query: Tensor, slopes: Tensor | None) -> str | None:
     if torch.compiler.is_compiling():
         return "a traced graph holds the loop"
     reason = flash_unfit(query.device)
-    return None if reason is None or has_xformers() else f"{reason}, and xformers is not installed"
+    other = None if reason is None else _xformers_unfit(query)
+    return None if other is None else f"{reason}, and {other}"
 
 
 @functools.cache
@@ -84,10 +89,32 @@ def has_xformers() -> bool:
     return importlib.util.find_spec("xformers") is not None
 
 
-def attend_ragged(query_RHD: Tensor, key_TKD: Tensor, value_TKD: Tensor, at: Ragged, window: int | None) -> Tensor:
-    """[R, H, D]: each query attends to its sequence's keys up to its own position, of those the last `window`."""
-    run = _flash if flash_unfit(query_RHD.device) is None else _xformers
-    return run(query_RHD, key_TKD, value_TKD, at, window)
+def _xformers_unfit(query: Tensor) -> str | None:
+    """Why xformers cannot run for these queries, None if nothing says so before it is tried."""
+    if not has_xformers():
+        return "xformers is not installed"
+    if query.dtype == torch.bfloat16 and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "xformers takes bfloat16 from compute capability 8.0 on"
+    return _refused.get(_case(query))
+
+
+def _case(query: Tensor) -> tuple[torch.device, torch.dtype, int]:
+    return query.device, query.dtype, query.shape[-1]
+
+
+def attend_ragged(
+    query_RHD: Tensor, key_TKD: Tensor, value_TKD: Tensor, at: Ragged, window: int | None
+) -> Tensor | None:
+    """[R, H, D]: each query attends to its sequence's keys up to its own position, of those the last `window`. None if
+    xformers refuses: that is logged, and from then on `unfit` says so for the same device, dtype and head size."""
+    if flash_unfit(query_RHD.device) is None:
+        return _flash(query_RHD, key_TKD, value_TKD, at, window)
+    try:
+        return _xformers(query_RHD, key_TKD, value_TKD, at, window)
+    except (ImportError, NotImplementedError) as error:  # its kernels are built for some GPUs, dtypes and sizes
+        reason = _refused[_case(query_RHD)] = f"xformers refused: {' '.join(str(error).split())}"
+        logger.warning("%s; attention runs sequence by sequence", reason)
+        return None
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, at: Ragged, window: int | None) -> Tensor:
