@@ -39,6 +39,7 @@ TILES = (5, 40, 1)  # the most important size first (a 672x672 image), in case t
 TINY = Widths(vision=32, mlp=48, decoder=48, tile=28, patch=14, vocabulary=100)
 WORST = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SUITES = ("answer", "decode", "train-step")  # steps of gpu_check.sh that ran a suite, by how their names begin
+VERDICTS = Path("verdicts", "selection")  # under the OUT_DIR of gpu_check.sh, whose LLAVA_FAST_CACHE is verdicts
 TIMES = ("ms", "plain_ms", "bare_ms", "copy_ms", "reference_ms")
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
@@ -254,6 +255,20 @@ def test_counts(folder: Path) -> dict:
 
 
 @app.command()
+def restore(folder: Annotated[Path, typer.Argument(help="The OUT_DIR of gpu_check.sh.")]) -> None:
+    """Put the verdicts of an earlier call, from FOLDER/gpu.json, back into their place unless there are some, if the
+    commit is the same: so this call's steps run on them."""
+    path, target = folder / "gpu.json", folder / VERDICTS
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    if before.get("commit") != machine.commit():
+        return
+    for name, verdicts in before.get("verdicts", {}).items():
+        target.mkdir(parents=True, exist_ok=True)
+        if not (target / f"{name}.json").exists():
+            (target / f"{name}.json").write_text(json.dumps(verdicts))
+
+
+@app.command()
 def collect(folder: Annotated[Path, typer.Argument(help="The OUT_DIR of gpu_check.sh.")]) -> None:
     """Merge the results of all steps into FOLDER/gpu.json. An existing file of the same commit is extended."""
     path = folder / "gpu.json"
@@ -283,7 +298,7 @@ def collect(folder: Annotated[Path, typer.Argument(help="The OUT_DIR of gpu_chec
             section[each.stem] = json.loads(each.read_text())["rows"]
     if (folder / "launches.json").is_file():
         result["launches"] = json.loads((folder / "launches.json").read_text())
-    for each in sorted((folder / "verdicts").glob("*.json")):
+    for each in sorted((folder / VERDICTS).glob("*.json")):
         result.setdefault("verdicts", {})[each.stem] = json.loads(each.read_text())
     if (folder / "steps").is_file():
         steps = (entry.split(": ", 1) for entry in (folder / "steps").read_text().splitlines())

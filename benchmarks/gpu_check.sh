@@ -28,8 +28,8 @@
 #   BUDGET=290 benchmarks/gpu_check.sh out second   # build tests train-step sanitizer
 #
 # Everything comes together in OUT_DIR/gpu.json. A call adds to the one that it finds there, if the commit is the same,
-# so a new OUT_DIR goes on with an earlier call's work if that call's gpu.json is put into it first. Logs are in
-# logs-<time>.tar.gz. Outside a git checkout LLAVA_FAST_COMMIT says which commit this is. PYTHON is the interpreter
+# so a new OUT_DIR goes on with an earlier call's work, its verdicts too, if that call's gpu.json is put into it first.
+# Logs are in logs-<time>.tar.gz. Outside a git checkout LLAVA_FAST_COMMIT says which commit this is. PYTHON is the interpreter
 # (default python3).
 #
 # To keep a result:
@@ -142,6 +142,7 @@ test_file() { # file, OUT_DIR/tests, python, second of the epoch at which to sto
 export -f test_file
 
 rm -rf "$out/tests" "$out"/*.log "$out"/ops*.json "$out"/{path,answer,decode,train,launches}*.json # an earlier call's are in gpu.json
+if [[ -f $out/gpu.json ]]; then timeout 60 "$python" -m benchmarks.gpu_check restore "$out" || failed=1; fi
 for name in "${order[@]}"; do
   chosen "$name" || continue
   case $name in
@@ -176,7 +177,7 @@ for name in "${order[@]}"; do
       stop=$(($(date +%s) + deadline[tests] - SECONDS - 10)) # before xargs itself is cut off
       # The largest files first: they take longest.
       # shellcheck disable=SC2012
-      ls -S tests/ops/test_*.py tests/models/test_{encode_graphs,vision,assembled_inputs}.py >"$out/tests/files"
+      ls -S tests/ops/test_*.py tests/models/test_{encode_graphs,vision,assembled_inputs,gpu_decoding}.py >"$out/tests/files"
       step tests xargs -a "$out/tests/files" -P "$(nproc)" -I{} \
         bash -c 'test_file "$@"' test {} "$out/tests" "$python" "$stop"
       ;;

@@ -16,6 +16,8 @@ import typer
 from benchmarks import gpu_check, machine, tune
 from benchmarks.op_cases import MAKERS, MEASURED_BESIDE, OpCase, made
 from llava_fast.ops import triton_support
+from llava_fast.ops.selection import store
+from llava_fast.ops.selection.verdict import Verdict
 
 ONES = torch.ones(2)
 SCRIPT = machine.ROOT / "benchmarks" / "gpu_check.sh"
@@ -243,7 +245,8 @@ case "$all" in
     xml=${all#*--junitxml=}
     echo '<testsuites><testsuite tests="3" failures="0" errors="0" skipped="1"/></testsuites>' >"${xml%% *}" ;;
   *"benchmarks.run"*) echo '{"rows": ["'"$LLAVA_FAST_BACKEND"'"]}' >"${*: -1}" ;;
-  *"gpu_check select"*) mkdir -p "$LLAVA_FAST_CACHE" && echo '{"verdicts": {}}' >"$LLAVA_FAST_CACHE/a-gpu.json" ;;
+  *"gpu_check select"*) 
+    mkdir -p "$LLAVA_FAST_CACHE/selection" && echo '{"verdicts": {}}' >"$LLAVA_FAST_CACHE/selection/a-gpu.json" ;;
   *"gpu_check launches"*) echo '{"greedy": 1}' >"${*: -1}" ;;
   *"gpu_check measure"*)
     out=${all#*--output }
@@ -302,7 +305,7 @@ def test_the_script_does_its_steps_and_joins_what_they_found(script, tmp_path):
     assert result["path"] == on_triton | {"path-reference": ["reference"]}
     assert [row["from"] for row in result["ops"]] == ["ops-tuned.json"]
     assert result["steps"] == steps
-    files = len(list((machine.ROOT / "tests" / "ops").glob("test_*.py"))) + 3
+    files = len(list((machine.ROOT / "tests" / "ops").glob("test_*.py"))) + 4
     assert result["tests"]["tests"] == 3 * (files - 1)
     assert result["tests"]["skipped"] == files - 1
     assert result["tests"]["crashed"] == ["tests/ops/test_rope.py (exit status 139)"]
@@ -310,10 +313,39 @@ def test_the_script_does_its_steps_and_joins_what_they_found(script, tmp_path):
     assert not list((tmp_path / "out").glob("*.log"))
 
 
-def test_two_names_stand_for_the_steps_of_two_calls(script):
-    first, second = script("first")[1], script("second")[1]
+def test_two_names_stand_for_the_steps_of_two_calls(script, tmp_path):
+    first = script("first")[1]
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "gpu.json").write_text("{}")
+    (tmp_path / "calls").write_text("")
+    second = script("second", out=tmp_path / "again")[1]
+    assert (tmp_path / "calls").read_text().startswith(f"-m benchmarks.gpu_check restore {tmp_path / 'again'}\n")
     assert list(first) == ["build", "build-without-cuda", "select", "launches", *SUITES[:4]]
     assert list(second) == ["build", "build-without-cuda", "tests", "train-step", "sanitizer"]
+
+
+def test_verdicts_of_an_earlier_call_are_used_by_the_next(tmp_path, monkeypatch):
+    """Also in another folder, which has that call's gpu.json alone."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    monkeypatch.setattr(machine, "commit", lambda: "abc")
+    monkeypatch.setenv("LLAVA_FAST_CACHE", str(first / "verdicts"))  # as gpu_check.sh does
+    gpu = {"device": "A GPU", "multiprocessors": "1"}
+    verdict = Verdict(backend="triton", configs={"rope_kernel": {"HEADS": 3}}, by="tune")
+    with store.locked(gpu, 1.0):
+        store.keep(gpu, {"rope x": verdict})
+    gpu_check.collect(first)
+    second.mkdir()
+    (second / "gpu.json").write_text((first / "gpu.json").read_text())
+    gpu_check.restore(second)
+    monkeypatch.setenv("LLAVA_FAST_CACHE", str(second / "verdicts"))
+    assert store.cached(gpu).verdicts == {"rope x": verdict}
+    store.path_of(gpu).write_text("newer")
+    gpu_check.restore(second)
+    assert store.path_of(gpu).read_text() == "newer"
+    monkeypatch.setattr(machine, "commit", lambda: "another")
+    store.path_of(gpu).unlink()
+    gpu_check.restore(second)
+    assert not store.path_of(gpu).exists()
 
 
 def test_launches_are_counted_and_verdicts_found(tmp_path, monkeypatch):
