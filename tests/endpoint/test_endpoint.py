@@ -38,7 +38,7 @@ def questions(count: int, **options) -> list[Request]:
 
 
 def at(server, **settings) -> Endpoint:
-    return Endpoint("scripted", server.url, **{"backoff": 0.001, "timeout": 0.5, **settings})
+    return Endpoint("scripted", server.url, **{"backoff": 0.001, "timeout": 10, **settings})
 
 
 def ask(requests, endpoint, store):
@@ -77,7 +77,8 @@ def test_a_fault_is_tried_again_and_spoils_no_other(store, fault):
         return None
 
     with scripted(echo, once) as server:
-        asked = ask(questions(4), at(server, timeout=0.2), store)
+        # On a busy machine an answer takes a while, so only what never comes in time gets a short limit.
+        asked = ask(questions(4), at(server, timeout=1 if fault in ("stall", "trickle") else 10), store)
     texts = [store.get(key).text for key in asked.keys]
     if fault == "half pair":
         assert (texts[1], asked.retries) == ("\ud800", 0)
@@ -209,7 +210,8 @@ def test_tokens_a_minute(store):
     each = sum(requests[0].tokens())
     with scripted(echo) as server:
         ask(requests, at(server, tokens_per_minute=each * 60 / 0.05), store)
-    assert server.times[-1] - server.times[0] >= 0.9 * 3 * 0.05
+    # Three waits of 0.05 s; the first request may arrive late, the others without them within some milliseconds.
+    assert server.times[-1] - server.times[0] >= 2 * 0.05
 
 
 def test_retry_after_holds_all_requests_back(store):

@@ -2,6 +2,7 @@
 
 import multiprocessing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,7 +62,8 @@ def of_both(rank: int) -> dict[str, str]:
 def through_parallelize(rank: int) -> dict[str, str]:
     settings = settings_of(CPU, "CPU", BOTH[rank])
     recipe = parse_recipe({**RECIPE, "parallel": {"kind": "none"}})
-    parallel.parallelize(None, recipe, parallel.World(rank, 2, CPU))
+    model = SimpleNamespace(decoder=SimpleNamespace(layer_groups=()))
+    parallel.parallelize(model, recipe, parallel.World(rank, 2, CPU))
     return forms(settings, CPU)
 
 

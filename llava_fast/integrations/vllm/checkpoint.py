@@ -22,7 +22,7 @@ from llava_fast.models.visual import VisualModel
 from llava_fast.storage.hub import resolve
 
 
-class Unserved(LlavaFastError):
+class Unserved(ValueError):
     """Why a checkpoint is left to vLLM's own class."""
 
 
