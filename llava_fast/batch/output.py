@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_fast.errors import BatchError
+from llava_fast.storage.files import file_written_whole
+from llava_fast.storage.journal import append_whole
 
 GO_ON = "give the same command, without --overwrite, to go on"
 """What a user does after a run that ended early."""
@@ -141,9 +143,8 @@ class Output:
             self._compare(about)
             return
         text = json.dumps({"schema": "llava_fast-batch/1", "about": about, **note}, indent=1) + "\n"
-        new = self.about_path.with_name(self.about_path.name + ".new")
-        new.write_text(text, encoding="utf-8")
-        new.replace(self.about_path)
+        with file_written_whole(self.about_path) as new:
+            new.write_text(text, encoding="utf-8")
 
     def _compare(self, about: Mapping[str, Any]) -> None:
         otherwise = "name another output, or begin anew with --overwrite"
@@ -213,13 +214,9 @@ class Output:
     # ------------------------------------------------------------ writing
 
     def _write(self, file: int, data: bytes) -> None:
-        at = os.lseek(file, 0, os.SEEK_CUR)
         try:
-            left = memoryview(data)
-            while left:
-                left = left[os.write(file, left) :]
+            append_whole(file, data)
         except OSError as error:
-            _cut(file, at)
             raise self._cannot(error) from None
 
     def _cannot(self, error: OSError) -> BatchError:

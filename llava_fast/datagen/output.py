@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_fast.errors import DataError, LlavaFastError
+from llava_fast.storage.files import file_written_whole
 
 
 @dataclass
@@ -48,21 +49,17 @@ def check_output(path: Path) -> None:
 def write_samples(path: Path, samples: Iterable[dict[str, Any]]) -> int:
     """Write a JSON list with one sample per line, or JSON lines for .jsonl. Returns the number of samples. Raises
     DataError."""
-    part = path.with_name(f".{path.name}.part")
     lines = path.suffix == ".jsonl"
     count = 0
     try:
-        with open(part, "w", encoding="utf-8") as file:
+        with file_written_whole(path) as new, new.open("w", encoding="utf-8") as file:
             for count, sample in enumerate(samples, start=1):
                 file.write(("" if lines else "[\n" if count == 1 else ",\n") + json.dumps(sample) + "\n" * lines)
             file.write("" if lines else "\n]\n" if count else "[]\n")
-        part.replace(path)
     except LlavaFastError:  # some are OSErrors too, such as one for a missing image
         raise
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        part.unlink(missing_ok=True)
     return count
 
 

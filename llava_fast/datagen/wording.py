@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from llava_fast.datagen.records import Record
 from llava_fast.errors import DataError
+from llava_fast.storage.files import file_written_whole
 
 FOLDER = Path(__file__).parent / "texts"
 
@@ -171,12 +172,8 @@ def copy_texts(folder: Path) -> list[Path]:
         for path in sorted(FOLDER.glob("*.yaml")):
             if (new := folder / path.name).exists():
                 continue
-            part = folder / f".{path.name}.part"  # a file cut short would stay at the next call
-            try:
+            with file_written_whole(new) as part:  # a file cut short would stay at the next call
                 part.write_bytes(path.read_bytes())
-                part.replace(new)
-            finally:
-                part.unlink(missing_ok=True)
             written.append(new)
     except OSError as error:
         raise DataError(f"the texts cannot be copied to the folder {folder}: {error.strerror or error}") from None

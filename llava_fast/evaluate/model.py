@@ -6,11 +6,11 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_fast.batch.digest import model_digest
 from llava_fast.evaluate.task import Answer, Question
+from llava_fast.storage.hub import local_directory
 
 if TYPE_CHECKING:
     from llava_fast.generation.llava import Llava
@@ -40,12 +40,11 @@ class ModelSpec:
         device is not included, so that a run may continue on another one.
         """
         found = {name: value for name, value in dataclasses.asdict(self).items() if name != "device" and value}
-        place = Path(self.path)
-        if place.is_dir():
+        if (place := local_directory(self.path)) is not None:
             found["path"] = place.resolve().name
             found["contents"] = model_digest(place)
-        if self.model_base and Path(self.model_base).is_dir():
-            found["model_base"] = model_digest(Path(self.model_base))
+        if self.model_base and (base := local_directory(self.model_base)) is not None:
+            found["model_base"] = model_digest(base)
         return found
 
 

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from llava_fast.errors import EvaluationError
 from llava_fast.evaluate.task import Answer, Question, relative
+from llava_fast.storage.journal import append_whole
 
 VERSION = 1
 FIELDS = {"id", "key", *(field.name for field in dataclasses.fields(Answer))}
@@ -121,7 +122,10 @@ class Records:
 
     def _write(self, value: dict[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        try:
+            append_whole(self._file.fileno(), json.dumps(value, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        except OSError as error:
+            raise EvaluationError(f"{self.path} cannot be written: {error.strerror or error}") from None
 
     def _rows(self, path: Path) -> Iterable[dict[str, Any]]:
         lines = path.read_bytes().split(b"\n")

@@ -7,7 +7,6 @@ import functools
 import json
 import math
 import os
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from filelock import FileLock
 from llava_fast.errors import EvaluationError
 from llava_fast.evaluate.bootstrap import Measure, middle, resampled
 from llava_fast.evaluate.task import Answer, Question, Scored, Task, is_uri, relative
+from llava_fast.storage.files import file_written_whole
 from llava_fast.version import __version__
 
 RESULTS = "results.json"
@@ -178,12 +178,8 @@ def _plain(metrics: Mapping[str, float]) -> dict[str, float | None]:
 def write_json(path: Path, content: Any) -> None:
     """Write the file atomically."""
     make_folder(path.parent)
-    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
-    try:
+    with file_written_whole(path) as new:
         new.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def scored_of(row: Mapping[str, Any], folder: str) -> Scored:

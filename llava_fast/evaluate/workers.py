@@ -15,6 +15,7 @@ from llava_fast.errors import EvaluationError, LlavaFastError
 from llava_fast.evaluate.model import RUNNING, ModelSpec, answers_of
 from llava_fast.evaluate.task import Answer, Question
 from llava_fast.orphans import end_with_parent
+from llava_fast.storage.hub import local_directory
 
 Options = Mapping[str, Any]
 """Fields of Sampling."""
@@ -142,8 +143,8 @@ def on_ray(spec: ModelSpec, count: int, running: int = RUNNING, address: str | N
 def _on_actors(spec: ModelSpec, count: int, running: int, questions: Sequence[Question], options: Options) -> Answered:
     import ray
 
-    if os.path.isdir(spec.path):
-        spec = dataclasses.replace(spec, path=os.path.abspath(spec.path))  # actors have another working directory
+    if (place := local_directory(spec.path)) is not None:
+        spec = dataclasses.replace(spec, path=os.path.abspath(place))  # actors have another working directory
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
     actors: list[Any] = [ray.remote(num_gpus=gpus)(RayWorker).remote(spec, running) for _ in range(count)]
     supply = iter([questions[first : first + BLOCK] for first in range(0, len(questions), BLOCK)])

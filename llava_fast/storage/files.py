@@ -12,6 +12,7 @@ import json
 import os
 import reprlib
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -168,6 +169,18 @@ def written_whole(path: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def file_written_whole(path: Path) -> Iterator[Path]:
+    """A new path beside `path`; the file written there replaces `path` when the block ends and is removed if the block
+    fails. `path`'s folder must exist."""
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
+    try:
+        yield new
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ class Journal:
         except OSError as error:
             self._lock.release()
             raise self.error(f"{self.path} cannot be opened: {error.strerror or error}") from None
-        self._end = self._read()
+        self._read()
 
     def __enter__(self) -> Self:
         return self
@@ -88,14 +88,10 @@ class Journal:
         Raises `error` if it cannot be written.
         """
         data = without(json.dumps(entry), secret).encode() + b"\n"  # ASCII, which also represents lone surrogates
-        at, left = self._end, data
         try:
-            while left:
-                left = left[os.write(self._file, left) :]
+            at = append_whole(self._file, data)
         except OSError as error:
-            os.ftruncate(self._file, at)
             raise self.error(f"{self.path} cannot be written: {error.strerror or error}") from None
-        self._end += len(data)
         if self.is_entry(entry):
             self._places[str(entry["key"])] = (at, len(data))
 
@@ -105,8 +101,8 @@ class Journal:
             raise ValueError("it has no key")
         return True
 
-    def _read(self) -> int:
-        """Index the lines, remove an incomplete last line, and return the file's length."""
+    def _read(self) -> None:
+        """Index the lines, and remove an incomplete last line."""
         at = 0
         with open(self.path, "rb") as file:
             for line in file:
@@ -120,7 +116,19 @@ class Journal:
                 except (ValueError, RecursionError):  # JSON's errors are ValueErrors
                     self.unreadable += 1
                 at += len(line)
-        return at
+
+
+def append_whole(file: int, data: bytes) -> int:
+    """Append all of `data` to an open file and return where it begins. If that fails, the file is as before, and the
+    OSError is raised."""
+    at, left = os.lseek(file, 0, os.SEEK_END), memoryview(data)
+    try:
+        while left:
+            left = left[os.write(file, left) :]
+    except OSError:
+        os.ftruncate(file, at)
+        raise
+    return at
 
 
 def file_identity(path: Path) -> list[Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llava_fast.errors import RecipeError
+from llava_fast.storage.files import file_written_whole
 from llava_fast.train.recipe import Recipe
 
 logger = logging.getLogger("llava_fast.train")
@@ -97,9 +98,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def cut_after(path: Path, step: int) -> None:
     """Truncate a metrics file to the first `step` steps."""
     kept = [values for values in read_metrics(path) if values["step"] <= step]
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(values) + "\n" for values in kept), encoding="utf-8")
-    part.replace(path)
+    with file_written_whole(path) as new:
+        new.write_text("".join(json.dumps(values) + "\n" for values in kept), encoding="utf-8")
 
 
 def _tensorboard(directory: Path, first: int):

@@ -95,6 +95,13 @@ def test_identity_is_of_the_contents_not_the_place(tmp_path):
     assert made("a", b"1" * 200000) == made("b", b"1" * 200000) != made("c", b"1" * 199999 + b"2")
 
 
+def test_a_model_in_the_home_directory_is_known_by_its_contents(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert ModelSpec("~/model").identity() == ModelSpec(str(tmp_path / "model")).identity()
+
+
 def test_processes(questions, expected):
     spec = ModelSpec(str(model_path()), "cpu")
     assert by_id(workers.in_processes(spec, 2)(questions, OPTIONS)) == expected

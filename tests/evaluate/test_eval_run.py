@@ -1,6 +1,7 @@
 """Answers are kept as they come: a killed evaluation goes on, with the answers of the same model and data only."""
 
 import base64
+import errno
 import json
 import os
 import signal
@@ -179,6 +180,28 @@ def test_two_runs_do_not_write_one_file(plan):
         pytest.raises(EvaluationError, match="being written by another run"),
     ):
         run(plan, Fake())
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_keeps_whole_answers(plan, monkeypatch):
+    real, written = os.write, []
+
+    def full(file, data):
+        if b'"id"' not in bytes(data) and not written:
+            return real(file, data)
+        written.append(data)
+        if len(written) == 1:
+            return real(file, bytes(data[:10]))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(EvaluationError, match=r"pope\.jsonl cannot be written: No space left on device"):
+        run(plan, Fake())
+    monkeypatch.undo()
+    assert len(lines(plan)) == 1  # the settings; of the answer that was cut short nothing is left
+    assert lines(plan)[0].endswith(b"\n")
+    last = Fake()
+    run(plan, last)
+    assert len(last.asked) == 12
 
 
 def test_a_failed_answer_is_wrong_and_counted(plan):

@@ -6,11 +6,9 @@ cached on disk for restarted runs and for runs after `llava-fast data check`.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import os
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -27,6 +25,7 @@ from llava_fast.inputs.pictures.headers import image_size
 from llava_fast.inputs.pictures.reading import open_image
 from llava_fast.inputs.pictures.video import frame_count, read_video
 from llava_fast.inputs.processor import Processor
+from llava_fast.storage.files import file_written_whole
 from llava_fast.train.data.samples import SampleTable
 from llava_fast.train.data.workers import in_workers
 from llava_fast.version import __version__
@@ -241,11 +240,5 @@ def _write(path: Path, kept: _Kept) -> None:
     lengths = kept.lengths
     notes = json.dumps({"decoded": kept.decoded, "problems": lengths.problems, "kinds": lengths.kinds})
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with part.open("wb") as file:
-            np.savez(file, rows=np.stack([lengths.text, lengths.visual, lengths.supervised]), notes=np.array(notes))
-        part.replace(path)  # atomic
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            part.unlink()
+    with file_written_whole(path) as new, new.open("wb") as file:
+        np.savez(file, rows=np.stack([lengths.text, lengths.visual, lengths.supervised]), notes=np.array(notes))

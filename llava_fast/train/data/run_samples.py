@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from llava_fast.errors import TrainingError
+from llava_fast.storage.files import file_written_whole
 from llava_fast.train.checkpoint import finished_steps
 from llava_fast.train.data.grouping import grouped_order, word_counts
 from llava_fast.train.data.lengths import Lengths
@@ -171,8 +171,6 @@ def _read(path: Path) -> Begun:
 
 
 def _write(path: Path, begun: Begun) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("wb") as file:
+    with file_written_whole(path) as new, new.open("wb") as file:
         np.savez(file, **vars(begun))
-    part.replace(path)  # atomic

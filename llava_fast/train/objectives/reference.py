@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from llava_fast.errors import RecipeError
 from llava_fast.inputs.plan.plan import TokenPlan
 from llava_fast.inputs.processor import Processor
 from llava_fast.models.batch import Batch
+from llava_fast.storage.files import file_written_whole
 from llava_fast.train.data.loader import LeftOut, Loader
 from llava_fast.train.data.run_samples import RunSamples
 from llava_fast.train.data.samples import SampleTable
@@ -210,10 +210,8 @@ def reference_log_probs(
     whole[np.setdiff1d(np.arange(len(whole)), samples)] = np.nan
     if world.first:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        with part.open("wb") as file:
+        with file_written_whole(path) as new, new.open("wb") as file:
             np.save(file, whole)
-        part.replace(path)
     world.together()
     return whole
 
