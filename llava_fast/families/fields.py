@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
+from llava_fast.models.towers.base import VisionFields
 from llava_fast.storage.bounds import Layers, Pixels, Positive, Size
 from llava_fast.storage.files import Fields
 
@@ -40,19 +41,10 @@ SpecialToken = str | AddedToken
 ChatTemplate = str | dict[str, str] | list[NamedTemplate]
 
 
-class Tower(Fields):
+class Tower(VisionFields):
     """A CLIP or SigLIP vision config."""
 
     num_labels: Labels | None = None
-    model_type: str | None = None
-    hidden_size: Size
-    intermediate_size: Size
-    num_hidden_layers: Layers
-    num_attention_heads: Size
-    image_size: Pixels
-    patch_size: Pixels
-    hidden_act: str
-    layer_norm_eps: Positive
     num_channels: Annotated[int, Field(ge=3, le=3)] = 3
 
 

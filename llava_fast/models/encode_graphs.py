@@ -77,7 +77,7 @@ class EncodeGraphs:
                     bucket = bucket_of(batch.plan)
                     key = graph_key(batch, bucket)
                     if key in self._met:
-                        rows = self(batch).clone()
+                        rows = self._run(batch, bucket, key).clone()
                     else:
                         self._met.add(key)
                         rows = self.model.inputs_embeds(filled_batch(batch, bucket))[: batch.plan.rows]
@@ -101,14 +101,14 @@ class EncodeGraphs:
         return self.unfit is None
 
     def __call__(self, batch: Batch) -> Tensor:
-        # Not in inference mode, whose tensors (the static ones, were a graph captured in it) nothing else may write.
-        with torch.inference_mode(False), torch.no_grad():
-            return self._run(batch)
-
-    def _run(self, batch: Batch) -> Tensor:
         bucket = bucket_of(batch.plan)
+        return self._run(batch, bucket, graph_key(batch, bucket))
+
+    # Not in inference mode, whose tensors (the static ones, were a graph captured in it) nothing else may write.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _run(self, batch: Batch, bucket: Bucket, key: tuple) -> Tensor:
         filled = fill(batch.plan, bucket)
-        key = graph_key(batch, bucket)
         found = self.captured.get(key)
         if found is None or found.weights != weight_addresses(self.model):
             found = None  # free the old graph's memory before the next capture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,14 @@ def options_prompt(question: str, options: Sequence[str]) -> str:
 
 
 class Choices(Task):
-    """A question whose `facts` hold its options and whose reference is a letter. Each task reads it as its scorer."""
+    """A question whose `facts` hold its options and whose reference is a letter. `letter` reads it as the task's scorer
+    does, from the answer and the number of options."""
 
     max_new_tokens = 16
+    letter: Callable[[str, int], str | None]
+
+    def read(self, question: Question, text: str) -> str | None:
+        return self.letter(text, len(question.facts["options"]))
 
     def score(self, question: Question, read: str) -> float:
         return float(read == question.reference)
@@ -47,6 +52,7 @@ class ScienceQa(Choices):
     )
     source = "https://github.com/lupantech/ScienceQA (data/scienceqa)"
     scorer = "llava/eval/eval_science_qa.py, IMG-Accuracy; `llava-fast judge` ensembles with a language model"
+    letter = staticmethod(scienceqa_letter)
 
     def questions(self, folder: Path) -> list[Question]:
         split = self.argument or "test"
@@ -69,9 +75,6 @@ class ScienceQa(Choices):
             prompt = options_prompt(asked, choices)
             found.append(Question(number, text, prompt, (str(path),), reference, categories, facts=facts))
         return found
-
-    def read(self, question: Question, text: str) -> str | None:
-        return scienceqa_letter(text, len(question.facts["options"]))
 
     def columns(self, unit: Sequence[Scored]) -> dict[str, float]:
         return {**super().columns(unit), **unit[0].marks}
@@ -110,7 +113,7 @@ class MmBench(Choices):
             options = []
             for letter in "ABCD":
                 option = row.get(letter)
-                if option is None or option.lower() in ("nan", "none"):
+                if _is_absent(option):
                     break
                 options.append(option)
             answer = row.get("answer")
@@ -122,7 +125,7 @@ class MmBench(Choices):
                 raise EvaluationError(f"{row.where}: 'image' is no picture in base64") from None
             picture = hashlib.blake2b(image, digest_size=8).hexdigest()
             hint, text = row.get("hint"), row.text("question")
-            asked = f"{hint}\n{text}" if hint and hint.lower() not in ("nan", "none") else text
+            asked = text if _is_absent(hint) else f"{hint}\n{text}"
             categories = tuple(row.get(key) for key in ("l2-category", "category") if row.get(key))
             for turn in range(len(options)):
                 shown = options[turn:] + options[:turn]
@@ -157,6 +160,11 @@ class MmBench(Choices):
         }
 
 
+def _is_absent(field: str | None) -> bool:
+    """Whether a table's field is empty, or what pandas writes for an empty one."""
+    return field is None or field.lower() in ("nan", "none")
+
+
 class Seed(Choices):
     name = "seed"
     title = "SEED-Bench, image questions"
@@ -169,6 +177,7 @@ class Seed(Choices):
     scorer = (
         "scripts/convert_seed_for_submission.py of the original LLaVA (image accuracy); its video questions are not"
     )
+    letter = staticmethod(bare_letter)
 
     def questions(self, folder: Path) -> list[Question]:
         data = read_object(find(folder, self.files[0], self.name))
@@ -187,9 +196,6 @@ class Seed(Choices):
             found.append(Question(row.id("question_id"), text, prompt, (path,), answer, (kind,), facts=facts))
         return found
 
-    def read(self, question: Question, text: str) -> str | None:
-        return bare_letter(text, len(question.facts["options"]))
-
 
 class Ai2d(Choices):
     name = "ai2d"
@@ -202,6 +208,7 @@ class Ai2d(Choices):
     )
     source = "https://prior.allenai.org/projects/diagram-understanding"
     scorer = "accuracy of the letter but for case and punctuation, as lmms-eval's ai2d (exact_match, no filter)"
+    letter = staticmethod(plain_letter)
 
     def questions(self, folder: Path) -> list[Question]:
         asked, pictures = (find(folder, file, self.name) for file in self.files[:2])
@@ -222,6 +229,3 @@ class Ai2d(Choices):
                 facts: dict[str, Any] = {"options": options}
                 found.append(Question(row.id("questionId"), text, prompt, (path,), LETTERS[answer], facts=facts))
         return found
-
-    def read(self, question: Question, text: str) -> str | None:
-        return plain_letter(text, len(question.facts["options"]))

@@ -10,7 +10,22 @@ from torch import Tensor, nn
 
 from llava_fast.inputs.pictures.preprocessing import fold_values, may_fold
 from llava_fast.models.recompute import Recompute
+from llava_fast.storage.bounds import Layers, Pixels, Positive, Size
 from llava_fast.storage.files import Fields
+
+
+class VisionFields(Fields):
+    """What the vision configs of ViTs have in common in transformers."""
+
+    model_type: str | None = None
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    image_size: Pixels
+    patch_size: Pixels
+    hidden_act: str
+    layer_norm_eps: Positive
 
 
 @dataclass(frozen=True, kw_only=True)

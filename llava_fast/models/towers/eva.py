@@ -17,24 +17,13 @@ from torch.nn import functional as F
 
 from llava_fast.models import fused
 from llava_fast.models.recompute import Recompute, run_layer
-from llava_fast.models.towers.base import Tower
+from llava_fast.models.towers.base import Tower, VisionFields
 from llava_fast.models.towers.vit import ClipConfig, VisionMLP, VitConfig, embed_patches, prepare_tiles
-from llava_fast.storage.bounds import Layers, Pixels, Positive, Size
-from llava_fast.storage.files import Fields
 
 
-class EvaFields(Fields):
+class EvaFields(VisionFields):
     """A BLIP-2 vision config."""
 
-    model_type: str | None = None
-    hidden_size: Size
-    intermediate_size: Size
-    num_hidden_layers: Layers
-    num_attention_heads: Size
-    image_size: Pixels
-    patch_size: Pixels
-    hidden_act: str
-    layer_norm_eps: Positive
     qkv_bias: bool
 
 
