@@ -96,7 +96,7 @@ def load(
     with torch.device("meta"):
         reads = load_processor(checkpoint, name, chat_template).with_options(options)
         model = Llava(checkpoint.config, reads)
-    layout = plan_devices(model, devices, checkpoint.dtype) if devices else None
+    layout = plan_devices(model, devices, checkpoint.dtype, quantisation) if devices else None
     place = None if layout is None else layout.device_of
     load_weights(model, checkpoint, place, quantisation=quantisation, progress=progress)
     if layout is not None:

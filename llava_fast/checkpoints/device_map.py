@@ -14,6 +14,8 @@ from llava_fast.models.config import ConfiguredModel
 from llava_fast.models.decoders.base import LayerGroup
 from llava_fast.models.decoders.stack import Decoder
 from llava_fast.models.paged_cache import free_memory
+from llava_fast.models.quantised import Quantisation
+from llava_fast.models.quantised import plan as quantisation_plan
 
 USED = 0.8  # of the free memory that weights may take, so that cache and activations have room
 LAYERS = "decoder.layers."
@@ -44,15 +46,25 @@ def plan_devices(
     model: ConfiguredModel,
     devices: Sequence[torch.device],
     dtype: torch.dtype,
+    quantisation: Quantisation | None = None,
     free: Callable[[torch.device], int] = free_memory,
 ) -> DeviceMap:
-    """The fewest of these devices, in their order, whose free memory holds the model's weights in `dtype` with a fifth
-    to spare, and how its layers spread over them: some on the first device if one fits there. Raises CheckpointError if
-    all are too small, or for a decoder of transformers, whose layers stay together."""
+    """The fewest of these devices, in their order, whose free memory holds the model's weights in `dtype`, or as
+    `quantisation` rounds them, with a fifth to spare, and how its layers spread over them: some on the first device if
+    one fits there. Raises CheckpointError if all are too small, or for a decoder of transformers, whose layers stay
+    together."""
     decoder: Any = model.decoder
+    roundings = {} if quantisation is None else quantisation_plan(model, quantisation)
+    rounded = {model.get_parameter(f"{name}.weight"): rounding for name, rounding in roundings.items()}
 
     def size(module: torch.nn.Module) -> int:
-        return sum(parameter.numel() for parameter in module.parameters()) * dtype.itemsize
+        """Bytes of the module's weights once they are loaded."""
+        found = 0.0
+        for parameter in module.parameters():
+            rounding = rounded.get(parameter)
+            bits = 8 * dtype.itemsize if rounding is None else rounding.bits(parameter.shape[1])
+            found += parameter.numel() * bits / 8
+        return int(found)
 
     layers = [size(layer) for layer in decoder.layers]
     total, room = size(model), [int(USED * free(device)) for device in devices]

@@ -10,6 +10,7 @@ import llava_fast
 from llava_fast.checkpoints.device_map import DeviceMap, plan_devices
 from llava_fast.errors import CheckpointError, RecipeError
 from llava_fast.generation import llava
+from llava_fast.models.quantised import Quantisation, quantise_model
 from llava_fast.train.parallel import _check_one_device
 from tests.support import tiny
 
@@ -33,7 +34,7 @@ def test_layers_spread_by_free_memory():
 
     def planned(*rooms):
         free = dict(zip((A, B, C), (int(room / 0.8) + 2 for room in rooms), strict=False))
-        return plan_devices(model, list(free), torch.float32, free.__getitem__)
+        return plan_devices(model, list(free), torch.float32, free=free.__getitem__)
 
     assert layers == 3
     assert planned(total, total) == DeviceMap(A, ((A, 0),))  # the fewest
@@ -50,11 +51,23 @@ def test_layers_spread_by_free_memory():
         planned(others - 8, 9 * layer)
 
 
+def test_rounded_weights_need_fewer_devices():
+    """As many bytes as the model has once it is rounded, and a fifth."""
+    model, rounding = tiny.pair("next").ours, Quantisation("int8", embeddings="int8")
+    total = size(model)
+    room = {each: int(0.5 * total / 0.8) for each in (A, B, C)}
+    assert len(plan_devices(model, list(room), torch.float32, free=room.__getitem__).groups) > 1
+    planned = plan_devices(model, list(room), torch.float32, rounding, room.__getitem__)
+    kept = sum(each.nbytes for each in quantise_model(copy.deepcopy(model), rounding).buffers())
+    assert kept < 0.5 * total
+    assert planned == DeviceMap(A, ((A, 0),))
+
+
 def test_a_hosted_decoder_stays_together():
     model = tiny.pair("next_stablelm").ours
     half = int(size(model) * 0.9)
     with pytest.raises(CheckpointError, match="is not spread over devices"):
-        plan_devices(model, [A, B], torch.float32, lambda device: half)
+        plan_devices(model, [A, B], torch.float32, free=lambda device: half)
 
 
 @pytest.mark.parametrize("name", ["next", "next_mistral_window", "next_qwen3"])

@@ -168,8 +168,7 @@ def video_times(source: Any, num_frames: int, containers: str | None = None) -> 
     """The duration of a video and the times of the frames of `read_video(source, num_frames)`: frame i is at i / rate.
     The rate is the average rate in a file's header, as in LLaVA-NeXT (process_video_with_decord in llava/utils.py), or
     FOLDER_RATE for a folder of frames. A file's frames are counted by decoding. containers: see
-    `read_video`. Raises ImageError for a video without
-    times, and the errors of `read_video`.
+    `read_video`. Raises ImageError for a video without times, and the errors of `read_video`.
     """
     if _is_folder(source):
         total, rate = frame_count(source), FOLDER_RATE
