@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llava_fast.cli.options import Device, Dtype, Model, ModelBase, Quantize, Template
+from llava_fast.cli.options import Device, Dtype, KvCache, Model, ModelBase, Quantize, Template
 from llava_fast.errors import BatchError
 
 SOME_ERRORS, STOPPED = 3, 130
@@ -108,6 +108,7 @@ def batch(
     device: Device = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
+    kv_cache: KvCache = None,
     max_running: Annotated[int, typer.Option(min=1, rich_help_panel=SPEED, help="Most answers made at once.")] = 32,
     workers: Annotated[
         int, typer.Option(min=1, rich_help_panel=SPEED, help="Threads that read pictures and tokenise.")
@@ -186,6 +187,7 @@ def batch(
         "device": device,
         "dtype": dtype,
         "quantize": quantize,
+        "kv_cache": kv_cache,
     }
     runs: Runs = in_process
     if ray or ray_address is not None or ray_workers is not None:

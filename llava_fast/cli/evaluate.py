@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from llava_fast.cli.options import Device, Dtype, ModelBase, Quantize, Template
+from llava_fast.cli.options import Device, Dtype, KvCache, ModelBase, Quantize, Template
 from llava_fast.errors import EvaluationError
 
 UNDEFINED = "undefined"
@@ -93,6 +93,7 @@ def run(
     device: Device = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
+    kv_cache: KvCache = None,
     list_tasks: Annotated[
         bool, typer.Option("--tasks", is_eager=True, callback=_list_tasks, help="List the tasks and their files.")
     ] = False,
@@ -121,7 +122,7 @@ def run(
         from llava_fast.demo.run import model_path
 
         model = str(model_path())
-    spec = ModelSpec(model, device, dtype, chat_template, model_base, quantize)
+    spec = ModelSpec(model, device, dtype, chat_template, model_base, quantize, kv_cache)
     out = out or Path("evaluations") / (Path(model).name or "model")
     own = tuple(name for name in tasks if not name.startswith(lmms.PREFIX))
     theirs = [name for name in tasks if name.startswith(lmms.PREFIX)]

@@ -33,8 +33,8 @@ def evaluate(spec: ModelSpec, names: Sequence[str], limit: int | None, batch_siz
         from lmms_eval.evaluator import simple_evaluate
     except ImportError:
         raise MissingPackageError("a task of lmms-eval", "lmms-eval", "lmms-eval") from None
-    if spec.model_base or spec.quantize:
-        raise EvaluationError("lmms: tasks take no --model-base and no --quantize: convert the model first")
+    if spec.model_base or spec.quantize or spec.kv_cache:
+        raise EvaluationError("lmms: tasks take no --model-base, --quantize or --kv-cache: convert the model first")
     options = {"pretrained": spec.path, "device": spec.device, "dtype": spec.dtype, "chat_template": spec.chat_template}
     if "," in spec.path or "=" in spec.path:
         raise EvaluationError(f"lmms-eval cannot be given the path {spec.path!r}: it may hold no comma and no '='")

@@ -28,6 +28,7 @@ class ModelSpec:
     chat_template: str | None = None
     model_base: str | None = None
     quantize: str | None = None
+    kv_cache: str | None = None
 
     def load(self, device: str | None = None) -> Llava:
         from llava_fast.api import load

@@ -57,6 +57,9 @@ def test_exit_codes_and_what_is_said(saved, pictures, tmp_path):
     code, said = run(saved, pictures, output, "--prompt", "hello", "--max-tokens", "4", "--device", "cpu")
     assert code == 1
     assert "another --max-new-tokens (3 then, 4 now)" in said
+    code, said = run(saved, pictures, output, "-p", "hello", "--max-tokens", "3", "--kv-cache", "int8")
+    assert code == 1
+    assert "another --kv-cache" in said
     (pictures / "0.png").write_bytes(b"")
     code, said = run(saved, pictures, output, "-p", "hello", "--max-tokens", "3", "--overwrite", "--device", "cpu")
     assert code == 3

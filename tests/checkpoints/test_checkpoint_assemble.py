@@ -1,5 +1,6 @@
 """A LLaVA assembled from a language model and a tower: its parts, saving it, and errors."""
 
+import copy
 import json
 
 import pytest
@@ -37,7 +38,7 @@ def language_model(folder, family="llama", **changes):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     model.save_pretrained(folder)
-    words = tiny.tokenizer()
+    words = copy.deepcopy(tiny.tokenizer())
     words.chat_template = "{{ messages }}"  # of a language model: it knows no images
     words.save_pretrained(folder)
     return model

@@ -102,6 +102,12 @@ def test_a_model_in_the_home_directory_is_known_by_its_contents(tmp_path, monkey
     assert ModelSpec("~/model").identity() == ModelSpec(str(tmp_path / "model")).identity()
 
 
+def test_the_cache_is_in_8_bits_where_asked():
+    spec = ModelSpec(str(model_path()), "cpu", kv_cache="int8")
+    assert spec.load().decoder.cache_codes == "int8"
+    assert spec.identity()["kv_cache"] == "int8"  # answers depend on it
+
+
 def test_processes(questions, expected):
     spec = ModelSpec(str(model_path()), "cpu")
     assert by_id(workers.in_processes(spec, 2)(questions, OPTIONS)) == expected
