@@ -10,7 +10,7 @@ import torch
 
 from llava_fast.checkpoints.assemble import Assembly, open_checkpoint
 from llava_fast.checkpoints.device_map import plan_devices
-from llava_fast.checkpoints.load import LoadedCheckpoint, Progress, load_weights
+from llava_fast.checkpoints.load import LoadedCheckpoint, Progress, load_weights, loaded_sizes
 from llava_fast.checkpoints.save import NOTE_FILE
 from llava_fast.checkpoints.templates import find_templates
 from llava_fast.checkpoints.tokenizer import load_tokenizer
@@ -96,7 +96,7 @@ def load(
     with torch.device("meta"):
         reads = load_processor(checkpoint, name, chat_template).with_options(options)
         model = Llava(checkpoint.config, reads)
-    layout = plan_devices(model, devices, checkpoint.dtype, quantisation) if devices else None
+    layout = plan_devices(model, devices, loaded_sizes(model, checkpoint, quantisation)) if devices else None
     place = None if layout is None else layout.device_of
     load_weights(model, checkpoint, place, quantisation=quantisation, progress=progress)
     if layout is not None:

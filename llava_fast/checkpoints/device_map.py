@@ -3,7 +3,7 @@ order over all, in proportion to the memory that is free."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,6 @@ from llava_fast.models.config import ConfiguredModel
 from llava_fast.models.decoders.base import LayerGroup
 from llava_fast.models.decoders.stack import Decoder
 from llava_fast.models.paged_cache import free_memory
-from llava_fast.models.quantised import Quantisation
-from llava_fast.models.quantised import plan as quantisation_plan
 
 USED = 0.8  # of the free memory that weights may take, so that cache and activations have room
 LAYERS = "decoder.layers."
@@ -45,29 +43,19 @@ class DeviceMap:
 def plan_devices(
     model: ConfiguredModel,
     devices: Sequence[torch.device],
-    dtype: torch.dtype,
-    quantisation: Quantisation | None = None,
+    sizes: Mapping[str, int],
     free: Callable[[torch.device], int] = free_memory,
 ) -> DeviceMap:
-    """The fewest of these devices, in their order, whose free memory holds the model's weights in `dtype`, or as
-    `quantisation` rounds them, with a fifth to spare, and how its layers spread over them: some on the first device if
-    one fits there. Raises CheckpointError if all are too small, or for a decoder of transformers, whose layers stay
-    together."""
+    """The fewest of these devices, in their order, whose free memory holds the model's weights, with a fifth to spare,
+    and how its layers spread over them: some on the first device if one fits there. `sizes`: parameter name -> bytes
+    once it is loaded (`load.loaded_sizes`). Raises CheckpointError if all devices are too small, or for a decoder of
+    transformers, whose layers stay together."""
     decoder: Any = model.decoder
-    roundings = {} if quantisation is None else quantisation_plan(model, quantisation)
-    rounded = {model.get_parameter(f"{name}.weight"): rounding for name, rounding in roundings.items()}
-
-    def size(module: torch.nn.Module) -> int:
-        """Bytes of the module's weights once they are loaded."""
-        found = 0.0
-        for parameter in module.parameters():
-            rounding = rounded.get(parameter)
-            bits = 8 * dtype.itemsize if rounding is None else rounding.bits(parameter.shape[1])
-            found += parameter.numel() * bits / 8
-        return int(found)
-
-    layers = [size(layer) for layer in decoder.layers]
-    total, room = size(model), [int(USED * free(device)) for device in devices]
+    layers = [0] * len(decoder.layers)
+    for name, size in sizes.items():
+        if name.startswith(LAYERS):
+            layers[int(name.removeprefix(LAYERS).partition(".")[0])] += size
+    total, room = sum(sizes.values()), [int(USED * free(device)) for device in devices]
     others = total - sum(layers)
     count = next((n for n in range(1, len(room) + 1) if sum(room[:n]) >= total and room[0] >= others), None)
     if count is None:

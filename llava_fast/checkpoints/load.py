@@ -148,6 +148,23 @@ def load_weights(
     model.side_files = dict(checkpoint.side_files)
 
 
+def loaded_sizes(
+    model: ConfiguredModel, checkpoint: LoadedCheckpoint, quantisation: Quantisation | None = None
+) -> dict[str, int]:
+    """Parameter name -> its bytes once `load_weights` has assigned it with these arguments, scales included."""
+    roundings = {} if quantisation is None else plan(model, quantisation)
+    sizes = {}
+    for name, parameter in model.named_parameters():
+        stored, rounding = checkpoint.tensors.get(name), roundings.get(name.rpartition(".")[0])
+        if isinstance(stored, StoredQuantised):
+            sizes[name] = stored.nbytes
+        elif rounding is not None and name.endswith(".weight"):
+            sizes[name] = int(parameter.numel() * rounding.bits(parameter.shape[1]) / 8)
+        else:
+            sizes[name] = parameter.numel() * checkpoint.dtype.itemsize
+    return sizes
+
+
 def _is_quantised(name: str, checkpoint: LoadedCheckpoint) -> bool:
     return isinstance(checkpoint.tensors[name], StoredQuantised)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -36,9 +37,11 @@ Made = tuple[QuantisedWeight, Tensor | None]
 
 @dataclass(frozen=True, eq=False)
 class StoredQuantised(StoredTensor):
-    """A weight [out, in] that is stored quantised: `load` dequantises it, `load_quantised` does not."""
+    """A weight [out, in] that is stored quantised: `load` dequantises it, `load_quantised` does not. `nbytes` are those
+    of the latter: codes, float32 scales, and zero points of one byte."""
 
     load_quantised: Callable[[], Made]
+    nbytes: int
 
 
 class Group(Fields):
@@ -288,7 +291,10 @@ def _join(
             raise CheckpointError(f"{tensor.file}: {key!r}: {problem}") from None
         named = functools.partial(_named, tensor, load)
         dense = functools.partial(_dense, named, scale.dtype)
-        left[f"{module}.weight"] = StoredQuantised(tensor.file, key, shape, scale.dtype, dense, named)
+        scales = max(math.prod(scale.shape), shape[0])  # one scale for the tensor becomes one for each row
+        zeros = scales if {"qzeros", "weight_zero_point"} & parts.keys() else 0
+        nbytes = math.prod(tensor.shape) * tensor.dtype.itemsize + 4 * scales + zeros
+        left[f"{module}.weight"] = StoredQuantised(tensor.file, key, shape, scale.dtype, dense, named, nbytes)
     return left
 
 

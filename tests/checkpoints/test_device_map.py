@@ -8,9 +8,11 @@ import torch
 
 import llava_fast
 from llava_fast.checkpoints.device_map import DeviceMap, plan_devices
+from llava_fast.checkpoints.load import load_checkpoint, loaded_sizes
 from llava_fast.errors import CheckpointError, RecipeError
 from llava_fast.generation import llava
 from llava_fast.models.quantised import Quantisation, quantise_model
+from llava_fast.models.vlm import LlavaModel
 from llava_fast.train.parallel import _check_one_device
 from tests.support import tiny
 
@@ -23,8 +25,12 @@ REQUESTS = [
 ]
 
 
+def sizes(module) -> dict[str, int]:
+    return {name: each.numel() * 4 for name, each in module.named_parameters()}
+
+
 def size(module) -> int:
-    return sum(each.numel() for each in module.parameters()) * 4
+    return sum(sizes(module).values())
 
 
 def test_layers_spread_by_free_memory():
@@ -34,7 +40,7 @@ def test_layers_spread_by_free_memory():
 
     def planned(*rooms):
         free = dict(zip((A, B, C), (int(room / 0.8) + 2 for room in rooms), strict=False))
-        return plan_devices(model, list(free), torch.float32, free=free.__getitem__)
+        return plan_devices(model, list(free), sizes(model), free.__getitem__)
 
     assert layers == 3
     assert planned(total, total) == DeviceMap(A, ((A, 0),))  # the fewest
@@ -51,23 +57,29 @@ def test_layers_spread_by_free_memory():
         planned(others - 8, 9 * layer)
 
 
-def test_rounded_weights_need_fewer_devices():
-    """As many bytes as the model has once it is rounded, and a fifth."""
-    model, rounding = tiny.pair("next").ours, Quantisation("int8", embeddings="int8")
-    total = size(model)
-    room = {each: int(0.5 * total / 0.8) for each in (A, B, C)}
-    assert len(plan_devices(model, list(room), torch.float32, free=room.__getitem__).groups) > 1
-    planned = plan_devices(model, list(room), torch.float32, rounding, room.__getitem__)
-    kept = sum(each.nbytes for each in quantise_model(copy.deepcopy(model), rounding).buffers())
-    assert kept < 0.5 * total
-    assert planned == DeviceMap(A, ((A, 0),))
+@pytest.mark.parametrize("rounded", ["while loading", "in the files"])
+def test_rounded_weights_need_fewer_devices(rounded, tmp_path):
+    """As many bytes as the model has once it is loaded, and a fifth."""
+    rounding = Quantisation("int8", embeddings="int8")
+    model = tiny.pair("next").ours
+    small = quantise_model(copy.deepcopy(model), rounding)
+    llava_fast.save(model if rounded == "while loading" else small, tmp_path)
+    with torch.device("meta"):
+        empty = LlavaModel(model.config)
+    checkpoint = load_checkpoint(tmp_path, torch.float32)
+    found = loaded_sizes(empty, checkpoint, rounding if rounded == "while loading" else None)
+    kept = size(small) + sum(each.nbytes for each in small.buffers())
+    assert sum(found.values()) == kept < 0.5 * size(model)
+    room = {each: int(0.5 * size(model) / 0.8) for each in (A, B, C)}
+    assert plan_devices(empty, list(room), found, room.__getitem__) == DeviceMap(A, ((A, 0),))
+    assert len(plan_devices(empty, list(room), sizes(model), room.__getitem__).groups) > 1
 
 
 def test_a_hosted_decoder_stays_together():
     model = tiny.pair("next_stablelm").ours
     half = int(size(model) * 0.9)
     with pytest.raises(CheckpointError, match="is not spread over devices"):
-        plan_devices(model, [A, B], torch.float32, free=lambda device: half)
+        plan_devices(model, [A, B], sizes(model), lambda device: half)
 
 
 @pytest.mark.parametrize("name", ["next", "next_mistral_window", "next_qwen3"])
