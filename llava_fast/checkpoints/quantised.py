@@ -25,7 +25,8 @@ from pydantic import Field
 from torch import Tensor
 
 from llava_fast.errors import CheckpointError, QuantisationError
-from llava_fast.ops.quantised_linear import QuantisedWeight, dequantise, packing
+from llava_fast.models.quantised import Quantisation
+from llava_fast.ops.quantised_linear import GROUPS, QuantisedWeight, dequantise, packing
 from llava_fast.ops.quantised_linear.reference import pack, unpack
 from llava_fast.storage.files import Fields, check_fields, read_json
 from llava_fast.storage.tensor_files import StoredTensor
@@ -90,6 +91,24 @@ def quantisation_of(path: Path) -> tuple[dict[str, Any], Path] | None:
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: quantization_config is not an object")
     return config, file
+
+
+def scheme_of(config: Mapping[str, Any]) -> Quantisation | None:
+    """About how the weights of a checkpoint with this config.json are quantised, for estimates before its files are
+    there: the scheme of most Linears; the head only where compressed-tensors names it. None if they are not, or in a
+    way that `joined` refuses."""
+    found = config.get("quantization_config")
+    if not isinstance(found, dict) or found.get("quant_method") not in _READERS:
+        return None
+    groups: list[Any] = list((found.get("config_groups") or {}).values())
+    weights = [group["weights"] for group in groups if isinstance(group, dict) and group.get("weights")]
+    bits = found.get("bits", 8 if found["quant_method"] == "torchao" else 4)
+    one = {"num_bits": bits, "group_size": found.get("group_size"), "symmetric": False}
+    most = min(weights, key=lambda each: each.get("num_bits", 8), default=one)
+    int8, size = most.get("num_bits", 8) == 8, most.get("group_size")
+    group = size if size in GROUPS else None if int8 else max(GROUPS)
+    head = "int8" if any("lm_head" in str(group.get("targets")) for group in groups) else None
+    return Quantisation("int8" if int8 else "int4", group, symmetric=int8 or most.get("symmetric", True), head=head)
 
 
 def joined(stored: Mapping[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:

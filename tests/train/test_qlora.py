@@ -11,7 +11,7 @@ from llava_fast.checkpoints.save import Deferred
 from llava_fast.errors import RecipeError
 from llava_fast.models.quantised import Quantised, QuantisedLinear, is_quantised
 from llava_fast.train import run as training
-from llava_fast.train.estimate.cost import plan
+from llava_fast.train.estimate.cost import config_of, count_parameters, plan
 from llava_fast.train.lora import _merge_later
 from llava_fast.train.parallel import World
 from llava_fast.train.run import load_model, train
@@ -72,6 +72,18 @@ def test_goes_on_where_it_broke_off(recipe, tmp_path):
     break_off(broken, 2)
     train(broken)
     assert losses(broken) == losses(whole)
+
+
+@pytest.mark.parametrize(
+    "rounding", [Quantisation("int8", head=None), Quantisation("int4", 64, symmetric=False)], ids=str
+)
+def test_a_plan_counts_the_bytes_of_a_quantised_checkpoint(recipe, tmp_path, rounding):
+    llava_fast.save(llava_fast.load(recipe().model, quantize=rounding), tmp_path / "q")
+    made = recipe(model=str(tmp_path / "q"), quantize=None)
+    counts = count_parameters(config_of(made.model), made)
+    kept = [module for module in llava_fast.load(made.model).modules() if isinstance(module, Quantised)]
+    assert counts.quantised_bytes == sum(each.nbytes for module in kept for each in module.buffers())
+    assert counts.scheme == rounding.scheme
 
 
 def test_a_quantised_checkpoint_is_trained_as_it_is(recipe, tmp_path):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from llava_fast.checkpoints.assemble import Assembly, describe
+from llava_fast.checkpoints.quantised import scheme_of
 from llava_fast.errors import DataError, RecipeError
 from llava_fast.families import read_config
 from llava_fast.inputs.tiling.anyres import image_rows
@@ -140,6 +141,7 @@ class ParameterCounts:
     head: int
     quantised: int = 0  # parameters in 8 or 4 bits
     quantised_bytes: float = 0  # their bytes, scales included
+    scheme: str = ""  # of most of them
 
 
 def count_parameters(config: LlavaConfig, recipe: Recipe) -> ParameterCounts:
@@ -158,7 +160,8 @@ def count_parameters(config: LlavaConfig, recipe: Recipe) -> ParameterCounts:
         for name, module in model.decoder.named_modules():
             if name.rpartition(".")[2] in recipe.lora.targets and isinstance(module, torch.nn.Linear):
                 adapters += recipe.lora.rank * (module.in_features + module.out_features)
-    roundings = {} if recipe.quantize is None else quantisation_plan(model, Quantisation(recipe.quantize))
+    quantisation = scheme_of(config.source) if recipe.quantize is None else Quantisation(recipe.quantize)
+    roundings = {} if quantisation is None else quantisation_plan(model, quantisation)
     parameters = dict(model.named_parameters())
     quantised = {name: parameters[f"{name}.weight"] for name in roundings}
     bits = sum(roundings[name].bits(weight.shape[1]) * weight.numel() for name, weight in quantised.items())
@@ -173,6 +176,7 @@ def count_parameters(config: LlavaConfig, recipe: Recipe) -> ParameterCounts:
         head=config.decoder.vocab_size * config.decoder.hidden_size,
         quantised=sum(weight.numel() for weight in quantised.values()),
         quantised_bytes=bits / 8,
+        scheme=quantisation.scheme if quantisation else "",
     )
 
 
@@ -231,7 +235,7 @@ def _memory(config: LlavaConfig, recipe: Recipe, counts: ParameterCounts, sample
         figures = [
             Figure("trained weights", 4 * trained, "B", "float32"),
             Figure("frozen weights", narrow * (everything - trained - counts.quantised), "B", f"{narrow} bytes each"),
-            Figure("quantised weights", counts.quantised_bytes, "B", f"{recipe.quantize}, with their scales"),
+            Figure("quantised weights", counts.quantised_bytes, "B", f"{counts.scheme}, with their scales"),
             Figure("gradients", 4 * trained, "B", "float32"),
             Figure("AdamW", state * trained, "B", f"{state} bytes of each trained weight"),
         ]
