@@ -27,6 +27,7 @@ from llava_fast.inputs.processor import Processor
 from llava_fast.inputs.tiling.anyres import Compat, count_image_rows
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.connectors.qformer import QFormerConfig
+from llava_fast.models.eight_bit import check_precision, use_precision
 from llava_fast.models.fused import merge_linears
 from llava_fast.models.quantised import Quantisation
 from llava_fast.ops import cached_rows
@@ -47,6 +48,7 @@ def load(
     cuda_graphs: bool = True,
     quantize: Quantisation | str | None = None,
     kv_cache: str | None = None,
+    precision: str | None = None,
     progress: Progress = list,
 ) -> Llava:
     """Load a Hugging Face or original LLaVA checkpoint for inference; or build a model to train from a language model
@@ -71,10 +73,14 @@ def load(
                    stored, without this option.
     kv_cache       "int8": cache keys and values in 8 bits, with one scale for each row of a head, in about a quarter
                    of float32's memory (see docs/quantisation.md). Default: the decoder's dtype.
+    precision      "int8" (CUDA from compute capability 8.0 on, or a CPU) or "fp8" (from 9.0 on, in bfloat16, or a CPU):
+                   products of more than 256 rows (images, prompts) round both operands to 8 bits, where that is the
+                   faster on this machine (see docs/quantisation.md). Weights are kept in `dtype` too, with which
+                   answers are decoded, and which are saved. Not with device_map. Default: products in `dtype`.
     progress       wraps the iteration over tensor names, such as tqdm.tqdm.
 
     Weights are memory-mapped and assigned tensor by tensor. Raises CheckpointError, naming file and tensor, and
-    QuantisationError for an unsupported quantisation.
+    QuantisationError for an unsupported quantisation, BackendError for a precision that the device has not.
     """
     if device is not None and device_map is not None:
         raise CheckpointError("give load a device or a device_map, not both")
@@ -87,6 +93,10 @@ def load(
     checkpoint, name = open_checkpoint(
         path_or_hub_id, dtype=_dtype(dtype), device=device, model_base=model_base, vision_tower=vision_tower
     )
+    if precision is not None:
+        if devices:
+            raise CheckpointError("precision cannot be combined with device_map: leave one of them out")
+        check_precision(precision, device, checkpoint.dtype)
     head_dim = checkpoint.config.decoder.head_dim
     if kv_cache is not None and head_dim % cached_rows.MULTIPLE:
         raise QuantisationError(f"kv_cache: heads of {head_dim} elements are not a multiple of 8: use None")
@@ -105,7 +115,10 @@ def load(
         merge_linears(model)
     model.decoder.cache_codes = kv_cache
     model.cuda_graphs = cuda_graphs
-    return model.eval()
+    model.eval()
+    if precision is not None:
+        use_precision(model, precision)
+    return model
 
 
 def _check_torchvision(config: LlavaConfig) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llava_fast.cli.options import Device, Dtype, KvCache, Model, ModelBase, Quantize, Template, load_model
+from llava_fast.cli.options import Device, Dtype, KvCache, Model, ModelBase, Precision, Quantize, Template, load_model
 from llava_fast.errors import LlavaFastError
 
 MaxNewTokens = Annotated[int, typer.Option(min=0, help="Maximum number of answer tokens.")]
@@ -48,6 +48,7 @@ def generate(
     dtype: Dtype = None,
     quantize: Quantize = None,
     kv_cache: KvCache = None,
+    precision: Precision = None,
 ) -> None:
     """Ask one question about images.
 
@@ -58,7 +59,8 @@ def generate(
     if short:
         prompt = with_response_format(prompt, "short")
     request = _request(prompt, list(image), video, raw, system)
-    llava = load_model(model, device, dtype, chat_template, model_base, quantize=quantize, kv_cache=kv_cache)
+    options = {"quantize": quantize, "kv_cache": kv_cache, "precision": precision}
+    llava = load_model(model, device, dtype, chat_template, model_base, **options)
     options = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -94,13 +96,14 @@ def chat(
     dtype: Dtype = None,
     quantize: Quantize = None,
     kv_cache: KvCache = None,
+    precision: Precision = None,
 ) -> None:
     """Chat with a model about images. Each image is encoded only once per conversation.
 
     Add an image to a turn with @path: "What is in @cat.jpg?". /reset starts over, /quit (or Ctrl-D) exits.
     """
     conversation = load_model(
-        model, device, dtype, chat_template, model_base, quantize=quantize, kv_cache=kv_cache
+        model, device, dtype, chat_template, model_base, quantize=quantize, kv_cache=kv_cache, precision=precision
     ).chat(system)
     waiting = list(image)
     typer.echo("Add images with @path. /reset starts a new conversation, /quit exits.", err=True)
