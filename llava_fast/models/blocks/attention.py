@@ -83,9 +83,7 @@ def attend(
     if cache is None and spans.dense is not None:
         return _attend_dense(query_RHD, key_RKD, value_RKD, spans.dense, window, slopes_H)
     if varlen.unfit(query_RHD, slopes_H) is None and (cache is None or not spans.branches) and spans.are_adjacent:
-        out = _attend_at_once(query_RHD, key_RKD, value_RKD, spans, layer, cache, window)
-        if out is not None:
-            return out
+        return _attend_at_once(query_RHD, key_RKD, value_RKD, spans, layer, cache, window)
     out = torch.zeros_like(query_RHD) if sum(spans.lengths) < len(query_RHD) else torch.empty_like(query_RHD)
     pieces = []
     none = not spans.lengths  # then use one empty sequence, so that the result depends on the inputs (sharded training)
@@ -104,8 +102,8 @@ def attend(
 
 def _attend_at_once(
     query: Tensor, key: Tensor, value: Tensor, spans: Spans, layer: int, cache: PagedCache | None, window: int | None
-) -> Tensor | None:
-    """All sequences in one call; None if there turns out to be no kernel (the cache then holds these rows already)."""
+) -> Tensor:
+    """All sequences in one call."""
     rows = sum(spans.lengths)
     query, padding = query[:rows], len(query) - rows
     key, value = key[:rows], value[:rows]
@@ -125,7 +123,7 @@ def _attend_at_once(
         if len(memo["order"]) > len(memo["pieces"]):  # prefixes are repeated
             key, value = (torch.cat([each.split(memo["pieces"])[i] for i in memo["order"]]) for each in (key, value))
     attended = varlen.attend_ragged(query, key, value, memo["at"], window)
-    return None if attended is None else torch.nn.functional.pad(attended.flatten(1), (0, 0, 0, padding))
+    return F.pad(attended.flatten(1), (0, 0, 0, padding))
 
 
 def _with_branches(
