@@ -83,7 +83,7 @@ def test_operands_of_another_dtype_are_left():
         assert not gate.takes("assemble_inputs", x, operands=(x, x.half()))
 
 
-@pytest.mark.parametrize("op", gate.RULES)
+@pytest.mark.parametrize("op", sorted(gate.RULES.keys() - {"scaled_linear"}))  # which stands for no stock module
 def test_what_pays_against_transformers_modules_on_a_cpu(op):
     large, small = torch.ones(gate.LEAST), torch.ones(gate.LEAST - 1)
     assert gate.takes_for_stock(op, large) == gate.RULES[op].stock
