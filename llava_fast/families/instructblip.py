@@ -3,11 +3,11 @@ the folder qformer_tokenizer.
 
 An image's rows depend on the question, so they are reused only with the same one. The question is the text of the
 message that contains the image, without a chat template, or the whole "prompt". A video is the rows of its frames,
-each with the question, as in transformers' instructblipvideo, which reads these checkpoints. Models with T5 are not
-supported.
+each with the question. instructblipvideo is the same model with another processor, for videos of four frames.
 
 Sources: Dai et al. 2023; transformers 5.17-5.24 configuration_instructblip.py, modeling_instructblip.py,
-processing_instructblip.py; salesforce/LAVIS 506965b blip2_vicuna_instruct.py.
+processing_instructblip.py; salesforce/LAVIS 506965b blip2_vicuna_instruct.py,
+blip2_t5_instruct.py; transformers 5.17-5.24 instructblipvideo.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class InstructBlip(Blip2):
     """InstructBLIP with a decoder."""
 
     model_types = ("instructblip",)
-    system = "InstructBLIP (Vicuna)"
+    system = "InstructBLIP (Vicuna, Flan-T5)"
     architecture = "InstructBlipForConditionalGeneration"
     config_fields = InstructBlipFields
     qformer_fields = TextQFormerFields
@@ -64,4 +64,4 @@ class InstructBlip(Blip2):
         return made
 
     def template(self, name: str, config: LlavaConfig) -> str:
-        return "instructblip"
+        return "instructblip" if config.decoder.answer_start is None else "instructblip_t5"

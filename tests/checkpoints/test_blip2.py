@@ -136,7 +136,7 @@ def test_a_connector_that_does_not_fit_says_so():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"text_config": {"model_type": "t5"}}, "text_config.model_type is 't5'; supported are"),
+        ({"text_config": {"model_type": "falcon"}}, "text_config.model_type is 'falcon'; supported are"),
         ({"qformer_config": {"use_qformer_text_input": True}}, "retrieval is not supported"),
         ({"qformer_config": {"num_attention_heads": 5}}, "hidden_size 48 is no multiple of 5 num_attention_heads"),
         ({"qformer_config": {"hidden_act": "tanh"}}, "qformer_config.hidden_act is 'tanh'; supported are"),

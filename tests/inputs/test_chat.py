@@ -120,7 +120,12 @@ PROMPTS = {
         "<image>Question: What is it? Answer:",
         "<image>Question: What is it? Answer: A cat.\nQuestion: Which colour? Answer:",
     ),
+    "blip2_t5": (
+        "<image>Question: What is it? Answer:",
+        "<image>Question: What is it? Answer: A cat. Question: Which colour? Answer:",
+    ),
     "instructblip": ("<image>What is it?", "<image>What is it? A cat.</s>Which colour?"),
+    "instructblip_t5": ("<image>What is it?", "<image>What is it? A cat. Which colour?"),
 }
 CHAT_FORMATS = [f.name for f in TURN_FORMATS if f.name != "plain"]
 

@@ -49,6 +49,7 @@ from transformers import (
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
     StableLmConfig,
+    T5Config,
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
     VideoLlavaProcessor,
@@ -73,6 +74,7 @@ from tests.support.qformers import (
     InstructBlipForConditionalGeneration,
     bos_after_images,
     question_tokenizer,
+    t5_tokenizer,
 )
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<image>", "<video>", "<pad>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
@@ -254,6 +256,10 @@ CASES["blip2"] = Case(
     "blip-2", OPTConfig, {"ffn_dim": 128, "word_embed_proj_dim": 64, "tie_word_embeddings": True}, tile=48
 )
 CASES["instructblip"] = Case("instructblip", tile=48)
+CASES["blip2_t5"] = Case(
+    "blip-2", T5Config, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, tile=48, scale=0.25
+)
+CASES["instructblip_t5"] = Case("instructblip", T5Config, {"num_decoder_layers": 2}, tile=48, scale=0.35)
 SPLIT = ("idefics3", "smolvlm")
 _HALF_TURNED = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 CASES |= {  # decoders that transformers runs
@@ -300,6 +306,7 @@ MODELS = {
 }
 
 
+T5 = {"d_model": 64, "d_kv": 12, "d_ff": 96, "num_layers": 3, "num_heads": 4, "decoder_start_token_id": PAD_ID}
 QFORMER = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3}
 QUERIES = 5
 WITH_QFORMER = ("blip-2", "instructblip")
@@ -311,7 +318,10 @@ def hf_config(case: Case):
     tower = {**TOWER, "image_size": case.tile, "patch_size": case.patch, **case.tower_options}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PAD_ID}
-    text = case.text(**{"vocab_size": VOCABULARY, **TEXT, **heads, **ends, **case.text_options})
+    if case.text is T5Config:
+        text = T5Config(**{"vocab_size": VOCABULARY, **T5, **ends, "bos_token_id": 2, **case.text_options})
+    else:
+        text = case.text(**{"vocab_size": VOCABULARY, **TEXT, **heads, **ends, **case.text_options})
     if case.kind in WITH_QFORMER:
         words = {"vocab_size": len(question_tokenizer())} if case.kind == "instructblip" else {}
         parts = {"vision_config": tower, "qformer_config": QFORMER | words, "text_config": text.to_dict()}
@@ -344,12 +354,18 @@ def hf_model(case: Case, seed: int = 0):
     """A random float32 transformers model, its weights scaled so that greedy answers do not repeat themselves."""
     torch.manual_seed(seed)
     model = MODELS[case.kind][1](hf_config(case)).eval()
+    if case.text is T5Config and not case.text_options.get("tie_word_embeddings", True):  # which transformers 5 ties
+        model.language_model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.language_model.shared.weight))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name.lower() and name.endswith("weight"):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
                 if name.endswith(("q_norm.weight", "k_norm.weight")):
                     parameter.mul_(2)  # as sharp as trained
+            elif name.endswith("Attention.q.weight"):  # a T5 does not divide by the root of the heads' size
+                parameter.normal_(0, 0.3 * case.scale)
+            elif "relative_attention_bias" in name:
+                parameter.normal_(0, 1)
             else:
                 parameter.normal_(0, case.scale if parameter.dim() > 1 else 0.1)
     return model
@@ -390,6 +406,8 @@ def frame_processor(case: Case):
 
 
 def tokenizer_of(case: Case) -> PreTrainedTokenizerFast:
+    if case.text is T5Config:
+        return t5_tokenizer()
     if case.kind in SPLIT:
         return idefics3_tokenizer(newlines=case.kind == "smolvlm")
     return internvl_tokenizer() if case.kind == "internvl" else tokenizer(bos=case.kind != "llava_onevision")
@@ -488,6 +506,8 @@ class Pair:
             asked = prompt.replace("<image>", "") if question is None else question
             ids = question_tokenizer()(asked, return_tensors="pt")["input_ids"].expand(len(images), -1)
             inputs |= {"qformer_input_ids": ids, "qformer_attention_mask": torch.ones_like(ids)}
+        if self.case.text is T5Config:
+            inputs["decoder_input_ids"] = torch.tensor([[PAD_ID]])
         return bos_after_images(inputs, IMAGE_ID) if self.case.kind in WITH_QFORMER else inputs
 
     @property

@@ -15,6 +15,7 @@ from llava_fast.train.run import train
 from tests.checkpoints import test_llava_uhd
 from tests.checkpoints.test_guests import GUESTS, HOSTED
 from tests.support import tiny
+from tests.support.parity import all_logits
 from tests.support.training_runs import SHAPES, losses
 
 PARTS = ("vision_tower", "projector", "decoder")
@@ -26,7 +27,10 @@ def test_it_trains_and_transformers_reads_what_is_exported(name, recipe_in, tmp_
     start = tmp_path / "start"
     tiny.save(tiny.CASES[name], tiny.pair(name).hf, start)
     optimizer = {"learning_rate": 2e-3}
-    recipe = recipe_in(tmp_path / "run", model=str(start), trainable=list(PARTS), epochs=2, optimizer=optimizer)
+    # a T5 writes one answer, and some samples have two
+    data = {"on_problem": "skip"} if name.endswith("t5") else {}
+    options = {"trainable": list(PARTS), "epochs": 2, "optimizer": optimizer, "data": data}
+    recipe = recipe_in(tmp_path / "run", model=str(start), **options)
     assert plan(recipe, 1).total_memory > 0
     train(recipe)
     each = losses(recipe)
@@ -41,7 +45,7 @@ def test_it_trains_and_transformers_reads_what_is_exported(name, recipe_in, tmp_
     pair = tiny.Pair(tiny.CASES[name], stock, tiny.pair(name).processor, after)
     request = {"prompt": "the <image> hello", "images": [tiny.picture(60, 90)]}
     with torch.no_grad():
-        found = after(after.prepare([request]), logits="all").logits
+        (found,) = all_logits(after, after.prepare([request]))
         torch.testing.assert_close(found, stock(**pair.reference_inputs(**request)).logits[0], rtol=1e-4, atol=1e-4)
 
 
@@ -154,11 +158,13 @@ def test_adapters_beside_a_q_former_name_modules_only(recipe_in, tmp_path, caplo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", [*HOSTED, "instructblip"])
+@pytest.mark.parametrize("name", [*HOSTED, "instructblip", "blip2_t5"])
 def test_in_two_processes_the_losses_are_the_same(name, shape, recipe_in, run, tmp_path):
     start = tmp_path / "start"
     tiny.save(tiny.CASES[name], tiny.pair(name).hf, start)
-    alone = recipe_in(tmp_path / "alone", model=str(start), trainable=list(PARTS), batch_size=3, steps=3)
+    data = {"on_problem": "skip"} if name.endswith("t5") else {}
+    options = {"trainable": list(PARTS), "batch_size": 3, "steps": 3, "data": data}
+    alone = recipe_in(tmp_path / "alone", model=str(start), **options)
     train(alone)
     parallel = alone.parallel.model_copy(update=SHAPES[shape])
     shared = alone.model_copy(update={"output": tmp_path / shape, "parallel": parallel})
