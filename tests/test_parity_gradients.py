@@ -48,7 +48,7 @@ def reference_gradients(pair, requests: list[dict], plan) -> tuple[float, dict]:
     for number, request in enumerate(requests):
         messages = request["messages"][: -1 if plan.encoded else None]
         prompt = pair.ours.processor.template.render(messages, add_generation_prompt=bool(plan.encoded))
-        question = request["messages"][0]["content"].replace("<image>", "").strip()
+        question = request["messages"][0]["content"].replace("<image>", "").replace("<video>", "").strip()
         inputs = pair.reference_inputs(prompt, request.get("images", ()), request.get("video"), question)
         window = slice(int(starts[number]), int(starts[number]) + plan.lengths[number])
         labels = torch.from_numpy(plan.column("label")[window].astype(np.int64))[None]

@@ -156,7 +156,7 @@ class Blip2(Llava):
         processor = f"{self.architecture.removesuffix('ForConditionalGeneration')}Processor"
         return {
             "preprocessor_config.json": written(images, geometry.tile_size, self.image_kinds[0]),
-            "processor_config.json": {"num_query_tokens": _qformer(config).queries, "processor_class": processor},
+            "processor_config.json": {"num_query_tokens": queries_of(config), "processor_class": processor},
         }
 
     def template(self, name: str, config: LlavaConfig) -> str:
@@ -167,3 +167,8 @@ def _qformer(config: LlavaConfig) -> QFormerConfig:
     if not isinstance(config.projector, QFormerConfig):
         raise CheckpointError(f"a BLIP-2 has a Q-Former as its connector, not {config.projector}")
     return config.projector
+
+
+def queries_of(config: LlavaConfig) -> int:
+    """Rows of an image. Raises CheckpointError for another connector."""
+    return _qformer(config).queries

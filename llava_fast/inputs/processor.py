@@ -51,6 +51,8 @@ class Processor(ProcessorOptions):
     template        the chat template for requests with messages.
     max_rows        the decoder's context length; longer prompts raise PromptTooLongError.
     vocabulary      rows of the decoder's embedding; tokens with larger ids raise RequestError.
+    frames_per_video  frames of a video file that the checkpoint's own processor takes, whatever `video_frames` says; None:
+                    any number.
     instructions    what the connector reads of a request's text; None: nothing.
     images_before_bos  images at the start of a prompt precede the BOS token that the tokenizer adds, and the text after
                     them is tokenised as if it stood alone (BLIP-2).
@@ -67,8 +69,14 @@ class Processor(ProcessorOptions):
     vocabulary: int | None = None
     images_before_bos: bool = False
     answer_start: int | None = None
+    frames_per_video: int | None = None
     instructions: Instructions | None = None
     exif: bool = field(default=True, kw_only=True)
+
+    @property
+    def frames(self) -> int:
+        """How many frames of a video file are used."""
+        return self.frames_per_video or self.video_frames
 
     def with_options(self, options: ProcessorOptions) -> Processor:
         """This processor with other options; `exif` is kept if `options.exif` is None."""
@@ -143,7 +151,7 @@ class Processor(ProcessorOptions):
     def _frames_of(self, video: Any) -> int | None:
         """How many frames of a video are used; None: all, since the caller selected them."""
         from_file = isinstance(video, (str, os.PathLike, bytes, bytearray, memoryview))
-        return self.video_frames if from_file else None
+        return self.frames if from_file else None
 
     def render(self, request: dict, labels: Labels = False) -> tuple[list[Segment], list, list]:
         """See `render_request`. The checkpoint's own image token also counts as a placeholder, as in its template."""
@@ -151,12 +159,12 @@ class Processor(ProcessorOptions):
         segments, images, videos = render_request(self.template, request, labels, times_of)
         if self.image_token_id != ORIGINAL_IMAGE_TOKEN:
             own = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
-            if own != "<image>":
+            if own not in ("<image>", "<video>"):
                 segments = [replace(each, text=each.text.replace(own, "<image>")) for each in segments]
         return segments, images, videos
 
     def _times_of(self, video: Any) -> VideoTimes:
-        return video_times(video, self.video_frames, self._containers)
+        return video_times(video, self.frames, self._containers)
 
     def outline(self, request: dict, labels: Labels = False) -> list[TextPiece | Placeholder]:
         """A request as token ids and placeholders, before any image is opened; only a time instruction reads the

@@ -23,6 +23,7 @@ GUESTS = (
     "blip2_t5",
     "instructblip",
     "instructblip_t5",
+    "instructblipvideo",
     "idefics3",
     "smolvlm",
 )

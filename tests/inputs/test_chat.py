@@ -360,7 +360,7 @@ def test_answer_follows_the_generation_prompt_exactly(name):
     for segment in template.segments(messages):
         if segment.supervised:
             openings.append(before)
-            assert segment.text.endswith(template.stop)
+            assert segment.text.endswith(template.stop or " ")  # a T5's tokenizer writes the end
             assert segment.supervised_original
         before += segment.text
     assert openings == [template.render(messages[:1]), template.render(messages[:3])]

@@ -32,6 +32,10 @@ class InstructBlipForConditionalGeneration(TextToo, transformers.InstructBlipFor
     pass
 
 
+class InstructBlipVideoForConditionalGeneration(TextToo, transformers.InstructBlipVideoForConditionalGeneration):
+    pass
+
+
 @functools.lru_cache
 def t5_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Characters and a few words as sentencepiece splits them, each text after a space, and "</s>" at the end. The

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from llava_fast.models.blocks.attention import Spans
 from llava_fast.models.decoders.base import BaseDecoder, reserve
 from llava_fast.models.decoders.hosted import HostedConfig, own_fields
-from llava_fast.models.paged_cache import PagedCache
+from llava_fast.models.paged_cache import BlockTable, PagedCache
 from llava_fast.models.paged_rows import to_device
 from llava_fast.models.recompute import Recompute, run_layer
 from llava_fast.storage.bounds import Layers, Positive, Size
@@ -86,6 +86,8 @@ class T5Config(HostedConfig):
             del stack.embed_tokens
             for block in stack.block:
                 block.forward = functools.partial(run, block)
+                dense = block.layer[-1].DenseReluDense
+                dense.forward = functools.partial(_feed, dense)  # theirs asks for the dtype of a weight
         return model
 
     @property
@@ -226,7 +228,9 @@ class _Rows:
     """How a pass's rows go to encoder and decoder: `encoder`, `decoder` are their indices [E], [A]; `prompts` the
     numbers of rows of the prompts that the encoder reads; `one_each`: every sequence decodes one more row."""
 
-    spans: Spans
+    tables: tuple[BlockTable, ...]
+    before: tuple[int, ...]
+    encoded: tuple[int, ...]
     cache: PagedCache | None
     encoder: Tensor
     decoder: Tensor
@@ -259,7 +263,7 @@ class _Rows:
             first, start = first + new, start + rows
         one_each = cache is not None and all(length == 1 for length in spans.lengths)
         places = (to_device(np.concatenate(each), device) for each in (encoder, decoder))
-        return cls(spans, cache, *places, prompts, answers, one_each)
+        return cls(spans.tables, spans.before, spans.encoded, cache, *places, prompts, answers, one_each)
 
 
 def _encode(block: Any, x_EC: Tensor, rows: _Rows, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -288,7 +292,7 @@ def _decode(
     query, key, value = (_heads(attention, part(normed)) for part in (attention.q, attention.k, attention.v))
     if rows.one_each:
         assert rows.cache is not None
-        step = rows.cache.append_one_each(attention.layer_idx, rows.spans.tables, rows.spans.before, key, value, None)
+        step = rows.cache.append_one_each(attention.layer_idx, rows.tables, rows.before, key, value, None)
         keys, values, _ = step
         if bias is None:
             bias = _step_bias(attention, rows, keys.shape[2]).to(query.dtype)
@@ -323,6 +327,13 @@ def _decode(
     return feed(x_AC + cross.o(torch.cat(made))), bias
 
 
+def _feed(dense: Any, x: Tensor) -> Tensor:
+    """Replaces the forward of an MLP, gated or not."""
+    if hasattr(dense, "wi"):
+        return dense.wo(dense.act(dense.wi(x)))
+    return dense.wo(dense.act(dense.wi_0(x)) * dense.wi_1(x))
+
+
 def _after(rows: Tensor, shared: int, first: int, last: int) -> Tensor:
     return torch.cat([rows[:shared], rows[first:last]]) if shared else rows[first:last]
 
@@ -337,7 +348,7 @@ def _seen(
         assert of_prompt is not None
         return *new, *of_prompt
     both = new if of_prompt is None else tuple(torch.cat([a, b]) for a, b in zip(of_prompt, new, strict=True))
-    table, before = rows.spans.tables[answer.number], rows.spans.before[answer.number]
+    table, before = rows.tables[answer.number], rows.before[answer.number]
     stored = rows.cache.append(layer, table, before, *(each.transpose(0, 1) for each in both))
     keys, values = (each.transpose(0, 1) for each in stored)
     end = answer.prompt
@@ -384,5 +395,5 @@ def _prompt_mask(rows: _Rows, total: int, device: torch.device) -> Tensor:
 
 def _places(rows: _Rows, total: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(row numbers [total], rows of each prompt [S, 1], cached rows of each sequence [S, 1])."""
-    both = to_device(np.array([rows.spans.encoded, rows.spans.before], np.int64), device)
+    both = to_device(np.array([rows.encoded, rows.before], np.int64), device)
     return torch.arange(total, device=device), both[0][:, None], both[1][:, None]
