@@ -51,7 +51,7 @@ class Processor(ProcessorOptions):
     template        the chat template for requests with messages.
     max_rows        the decoder's context length; longer prompts raise PromptTooLongError.
     vocabulary      rows of the decoder's embedding; tokens with larger ids raise RequestError.
-    frames_per_video  frames of a video file that the checkpoint's own processor takes, whatever `video_frames` says; None:
+    frames_per_video  frames of a video file that the checkpoint's processor takes, whatever `video_frames` says; None:
                     any number.
     instructions    what the connector reads of a request's text; None: nothing.
     images_before_bos  images at the start of a prompt precede the BOS token that the tokenizer adds, and the text after

@@ -64,7 +64,7 @@ def test_little_memory_changes_no_answer(alone):
     """Prompts are longer than a pass may be, and a sequence is preempted; its answer's rows then run in one pass."""
     model = tiny.pair("blip2_t5").ours
     cache = model.decoder.new_cache(block_rows=8)
-    cache.max_blocks = 24
+    cache.max_blocks = 19
     scheduler = Scheduler(Runner(model, cache), PrefixCache(cache), chunk_rows=7)
     assert answers(scheduler, Sampling(max_new_tokens=24, ignore_eos=True)) == alone
     assert scheduler.stats.preemptions
