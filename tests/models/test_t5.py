@@ -309,6 +309,18 @@ def test_what_is_not_served_is_refused_by_name(tmp_path, change, said):
         llava_fast.load(tmp_path)
 
 
+def test_autocast_stays_near_and_every_weight_learns():
+    model = tiny.pair("blip2_t5").ours
+    batch = model.prepare([answered("hello"), answered("the a")], labels=True)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(batch, logits="none").loss
+    loss.backward()
+    assert loss.item() == pytest.approx(model(batch, logits="none").loss.item(), rel=0.1)
+    assert [name for name, p in model.decoder.named_parameters() if p.grad is None or not p.grad.any()] == []
+    model.zero_grad()
+
+
 def test_the_loss_of_a_sample_is_that_of_its_answer():
     model = tiny.pair("blip2_t5").ours
     batch = model.prepare([answered("hello"), answered("the a")], labels=True)
