@@ -14,7 +14,7 @@ Source: transformers 5.17-5.24 modeling_t5.py, configuration_t5.py.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -90,14 +90,10 @@ class T5Config(HostedConfig):
                 dense.forward = functools.partial(_feed, dense)  # theirs asks for the dtype of a weight
         return model
 
-    @property
-    def layer_matrix_size(self) -> int:
-        """Of a row of either half: the prompt's rows make the decoder's keys and values too, so that both pass the same
-        matrices where the halves are equally deep."""
-        return super().layer_matrix_size
-
     @functools.cached_property
     def _linears(self) -> list[nn.Linear]:
+        """A decoder's layer's, without those for keys and values of the prompt. A prompt's row passes those, and as
+        many others in the encoder: where both halves are equally deep, each row passes as many products."""
         hf = self.hf_config()
         hf.num_layers = hf.num_decoder_layers = 1
         with torch.device("meta"):
@@ -268,16 +264,14 @@ class _Rows:
 
 def _encode(block: Any, x_EC: Tensor, rows: _Rows, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Replaces the forward of an encoder's block; `bias` [H, N, N] for the longest prompt, made by the first."""
-    inner, feed = block.layer[0], block.layer[1]
+    inner, feed = block.layer
     attention, normed = inner.SelfAttention, inner.layer_norm(x_EC)
     query, key, value = (_heads(attention, part(normed)) for part in (attention.q, attention.k, attention.v))
     if bias is None:
         at = torch.arange(max(rows.prompts), device=x_EC.device)
         bias = _position_bias(attention, at - at[:, None], True).permute(2, 0, 1).to(query.dtype)
-    made = [
-        _attend(*(part[None] for part in each), bias[None, :, : len(each[0]), : len(each[0])])[0]
-        for each in zip(*(part.split(rows.prompts) for part in (query, key, value)), strict=True)
-    ]
+    prompts = zip(*(part.split(rows.prompts, 1) for part in (query, key, value)), rows.prompts, strict=True)
+    made = [_attend(*each, bias[:, :length, :length]) for *each, length in prompts]
     return feed(x_EC + attention.o(torch.cat(made))), bias
 
 
@@ -292,39 +286,36 @@ def _decode(
     query, key, value = (_heads(attention, part(normed)) for part in (attention.q, attention.k, attention.v))
     if rows.one_each:
         assert rows.cache is not None
-        step = rows.cache.append_one_each(attention.layer_idx, rows.tables, rows.before, key, value, None)
-        keys, values, _ = step
+        new = key.transpose(0, 1), value.transpose(0, 1)
+        keys, values, _ = rows.cache.append_one_each(attention.layer_idx, rows.tables, rows.before, *new, None)
         if bias is None:
             bias = _step_bias(attention, rows, keys.shape[2]).to(query.dtype)
-        x_AC = x_AC + attention.o(_attend(query[:, None], _rows_first(keys), _rows_first(values), bias)[:, 0])
-        asked = _heads(cross, cross.q(across.layer_norm(x_AC)))
         prompt = _prompt_mask(rows, keys.shape[2], x_AC.device)
-        made = _attend(asked[:, None], _rows_first(keys), _rows_first(values), prompt)[:, 0]
+        x_AC = x_AC + attention.o(_attend(query.transpose(0, 1)[:, :, None], keys, values, bias)[:, 0])
+        asked = _heads(cross, cross.q(across.layer_norm(x_AC)))
+        made = _attend(asked.transpose(0, 1)[:, :, None], keys, values, prompt)[:, 0]
         return feed(x_AC + cross.o(made)), bias
-    prompt_rows = None
-    if encoded_EC is not None:
-        prompt_rows = _heads(cross, cross.k(encoded_EC)), _heads(cross, cross.v(encoded_EC))
-    seen = [_seen(attention.layer_idx, rows, answer, key, value, prompt_rows) for answer in rows.answers]
+    prompts = None if encoded_EC is None else [_heads(cross, part(encoded_EC)) for part in (cross.k, cross.v)]
+    seen = [_seen(attention.layer_idx, rows, answer, (key, value), prompts) for answer in rows.answers]
     if bias is None:
-        at = torch.arange(max(len(keys) for keys, _, _, _ in seen), device=x_AC.device)
+        at = torch.arange(max(keys.shape[1] for (keys, _), _ in seen), device=x_AC.device)
         bias = _position_bias(attention, at - at[:, None], False).permute(2, 0, 1)
         bias = bias.masked_fill(at > at[:, None], -torch.inf).to(query.dtype)
-    made = []
-    for answer, (keys, values, _, _) in zip(rows.answers, seen, strict=True):
+    parts = []
+    for answer, (of_answer, _) in zip(rows.answers, seen, strict=True):
         for start, end, shared in answer.parts():
             first = start - answer.start if shared else 0  # its own keys are those from here on
             last = answer.before + end - answer.start
-            of_part = [_after(each, shared, first, last) for each in (keys, values)]
-            total = len(of_part[0])
-            own_bias = bias[None, :, total - (end - start) : total, :total]
-            made.append(_attend(query[None, start:end], of_part[0][None], of_part[1][None], own_bias)[0])
-    x_AC = x_AC + attention.o(torch.cat(made))
+            keys, values = (_after(shared, each, first, last) for each in of_answer)
+            total = keys.shape[1]
+            parts.append(_attend(query[:, start:end], keys, values, bias[:, total - (end - start) : total, :total]))
+    x_AC = x_AC + attention.o(torch.cat(parts))
     asked = _heads(cross, cross.q(across.layer_norm(x_AC)))
-    made = [
-        _attend(asked[None, answer.start : answer.end], keys[None], values[None], None)[0]
-        for answer, (_, _, keys, values) in zip(rows.answers, seen, strict=True)
+    parts = [
+        _attend(asked[:, answer.start : answer.end], *of_prompt, None)
+        for answer, (_, of_prompt) in zip(rows.answers, seen, strict=True)
     ]
-    return feed(x_AC + cross.o(torch.cat(made))), bias
+    return feed(x_AC + cross.o(torch.cat(parts))), bias
 
 
 def _feed(dense: Any, x: Tensor) -> Tensor:
@@ -334,40 +325,41 @@ def _feed(dense: Any, x: Tensor) -> Tensor:
     return dense.wo(dense.act(dense.wi_0(x)) * dense.wi_1(x))
 
 
-def _after(rows: Tensor, shared: int, first: int, last: int) -> Tensor:
-    return torch.cat([rows[:shared], rows[first:last]]) if shared else rows[first:last]
-
-
 def _seen(
-    layer: int, rows: _Rows, answer: _Answer, key: Tensor, value: Tensor, prompt: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(keys, values of the answer's rows; keys, values of the prompt's), [rows, H, D] each, with the cached ones."""
-    new = key[answer.start : answer.end], value[answer.start : answer.end]
-    of_prompt = None if prompt is None else tuple(each[answer.first : answer.last] for each in prompt)
+    layer: int, rows: _Rows, answer: _Answer, new: Sequence[Tensor], prompts: Sequence[Tensor] | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values [H, rows, D] of the answer's rows, and of the prompt's, with the cached ones."""
+    of_answer = [each[:, answer.start : answer.end] for each in new]
+    of_prompt = None if prompts is None else [each[:, answer.first : answer.last] for each in prompts]
     if rows.cache is None:
         assert of_prompt is not None
-        return *new, *of_prompt
-    both = new if of_prompt is None else tuple(torch.cat([a, b]) for a, b in zip(of_prompt, new, strict=True))
-    table, before = rows.tables[answer.number], rows.before[answer.number]
-    stored = rows.cache.append(layer, table, before, *(each.transpose(0, 1) for each in both))
-    keys, values = (each.transpose(0, 1) for each in stored)
-    end = answer.prompt
-    return keys[end:], values[end:], keys[:end], values[:end]
+        return of_answer, of_prompt
+    if of_prompt is not None:
+        of_answer = [torch.cat(each, 1) for each in zip(of_prompt, of_answer, strict=True)]
+    table, before, end = rows.tables[answer.number], rows.before[answer.number], answer.prompt
+    stored = rows.cache.append(layer, table, before, *of_answer)
+    return [each[:, end:] for each in stored], [each[:, :end] for each in stored]
+
+
+def _after(shared: int, rows: Tensor, first: int, last: int) -> Tensor:
+    """Rows [first, last) of [H, R, D], after the first `shared` ones."""
+    found = rows[:, first:last]
+    return torch.cat([rows[:, :shared], found], 1) if shared else found
 
 
 def _heads(attention: Any, rows: Tensor) -> Tensor:
-    return rows.unflatten(-1, (attention.n_heads, -1))
-
-
-def _rows_first(rows_SHTD: Tensor) -> Tensor:
-    return rows_SHTD.transpose(1, 2)
+    """[R, H * D] to [H, R, D]."""
+    return rows.unflatten(-1, (attention.n_heads, -1)).transpose(0, 1)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """[S, Q, H, D] over [S, T, H, D] to [S, Q, H * D]. Scores are not scaled."""
-    query, key, value = (each.transpose(1, 2) for each in (query, key, value))
-    made = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
-    return made.transpose(1, 2).flatten(2)
+    """[.., H, Q, D] over [.., H, T, D] to [.., Q, H * D]. Scores are not scaled."""
+    alone = query.dim() == 3
+    if alone:
+        query, key, value = query[None], key[None], value[None]
+        bias = None if bias is None else bias[None]
+    made = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0).transpose(1, 2).flatten(2)
+    return made[0] if alone else made
 
 
 def _position_bias(attention: Any, distance: Tensor, both_ways: bool) -> Tensor:
@@ -378,7 +370,7 @@ def _position_bias(attention: Any, distance: Tensor, both_ways: bool) -> Tensor:
 
 
 def _step_bias(attention: Any, rows: _Rows, total: int) -> Tensor:
-    """[S, H, 1, total], or without prompts' rows for one sequence: its bias, -inf for other rows than the answer's."""
+    """[S, H, 1, total]: -inf for other rows than the answer's."""
     at, prompt, before = _places(rows, total, attention.o.weight.device)
     bias = _position_bias(attention, (at - before).clamp(max=0), False)
     hidden = (at < prompt) | (at > before)
