@@ -72,7 +72,7 @@ def _blip_images() -> Any:
 def _idefics3_images() -> Any:
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-    return Idefics3ImageProcessorPil(size={"longest_edge": 4 * 364}, max_image_size={"longest_edge": 364})
+    return Idefics3ImageProcessorPil(size={"longest_edge": 2 * 364}, max_image_size={"longest_edge": 364})
 
 
 def _blip_encode(hf: Any, input_ids: Any, **given: Any) -> Any:
@@ -82,8 +82,12 @@ def _blip_encode(hf: Any, input_ids: Any, **given: Any) -> Any:
 
 
 def _idefics3_encode(hf: Any, input_ids: Any, **given: Any) -> Any:
+    import torch
+
     embeds = hf.get_input_embeddings()(input_ids)
-    features = hf.get_image_features(**given).pooler_output
+    features = hf.get_image_features(**given).pooler_output  # transformers 5.24: those of each image
+    if isinstance(features, (list, tuple)):
+        features = torch.cat(list(features))
     return hf.model.inputs_merger(input_ids, embeds, features)
 
 
@@ -126,6 +130,10 @@ def case_of(name: str, layers: int, settings: Any) -> Any:
     block = random_block()
     for number, (stored, value) in enumerate(hf.named_parameters()):
         fill(number, stored, value, block)
+    with torch.no_grad():
+        for module in hf.modules():
+            if isinstance(module, nn.LayerNorm) and module.weight.mean() < 0.5:  # one that `fill` takes for another
+                module.weight.add_(1)
     images = guest.images()
     with TemporaryDirectory() as folder:
         hf.config.save_pretrained(folder)

@@ -83,7 +83,7 @@ class Blip2(Llava):
     architecture = "Blip2ForConditionalGeneration"
     config_fields: ClassVar[type[fields.HfConfig]] = Blip2Fields
     qformer_fields: ClassVar[type[QFormerFields]] = QFormerFields
-    image_kinds = (Kind("BlipImageProcessor", crops=False),)
+    image_kinds: ClassVar[tuple[Kind, ...]] = (Kind("BlipImageProcessor", crops=False),)
     images_before_bos = True
     takes_native_sizes = False
     other = Family.other

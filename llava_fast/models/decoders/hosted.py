@@ -53,7 +53,7 @@ class HostedConfig(DecoderConfig):
 
     fields: dict[str, Any] = field(repr=False, hash=False)
 
-    def build(self) -> HostedDecoder:
+    def build(self) -> BaseDecoder:
         return HostedDecoder(self)
 
     def base_model(self, hf: Any) -> Any:

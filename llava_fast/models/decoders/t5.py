@@ -81,7 +81,7 @@ class T5Config(HostedConfig):
         """transformers' T5 without a head and without the copies of its embedding."""
         from transformers import T5Model
 
-        model = T5Model(hf)
+        model: Any = T5Model(hf)
         for stack, run in ((model.encoder, _encode), (model.decoder, _decode)):
             del stack.embed_tokens
             for block in stack.block:
@@ -258,8 +258,9 @@ class _Rows:
             prompts += [new] if new else []
             first, start = first + new, start + rows
         one_each = cache is not None and all(length == 1 for length in spans.lengths)
-        places = (to_device(np.concatenate(each), device) for each in (encoder, decoder))
-        return cls(spans.tables, spans.before, spans.encoded, cache, *places, prompts, answers, one_each)
+        of_encoder, of_decoder = (to_device(np.concatenate(each), device) for each in (encoder, decoder))
+        known = spans.tables, spans.before, spans.encoded, cache
+        return cls(*known, of_encoder, of_decoder, prompts, answers, one_each)
 
 
 def _encode(block: Any, x_EC: Tensor, rows: _Rows, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -270,8 +271,8 @@ def _encode(block: Any, x_EC: Tensor, rows: _Rows, bias: Tensor | None) -> tuple
     if bias is None:
         at = torch.arange(max(rows.prompts), device=x_EC.device)
         bias = _position_bias(attention, at - at[:, None], True).permute(2, 0, 1).to(query.dtype)
-    prompts = zip(*(part.split(rows.prompts, 1) for part in (query, key, value)), rows.prompts, strict=True)
-    made = [_attend(*each, bias[:, :length, :length]) for *each, length in prompts]
+    prompts = zip(*(part.split(rows.prompts, 1) for part in (query, key, value)), strict=True)
+    made = [_attend(q, k, v, bias[:, : q.shape[1], : q.shape[1]]) for q, k, v in prompts]
     return feed(x_EC + attention.o(torch.cat(made))), bias
 
 
@@ -312,8 +313,8 @@ def _decode(
     x_AC = x_AC + attention.o(torch.cat(parts))
     asked = _heads(cross, cross.q(across.layer_norm(x_AC)))
     parts = [
-        _attend(asked[:, answer.start : answer.end], *of_prompt, None)
-        for answer, (_, of_prompt) in zip(rows.answers, seen, strict=True)
+        _attend(asked[:, answer.start : answer.end], keys, values, None)
+        for answer, (_, (keys, values)) in zip(rows.answers, seen, strict=True)
     ]
     return feed(x_AC + cross.o(torch.cat(parts))), bias
 
