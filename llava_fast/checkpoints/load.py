@@ -250,6 +250,8 @@ def _stored_dtype(tensors: Mapping[str, StoredTensor], name: str, path: Path) ->
 
 def _untied(config: LlavaConfig) -> LlavaConfig:
     """The config with an untied output head, also in `source`."""
+    if config.decoder.tied_by_file:
+        return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, tie_embeddings=False))
     source = {**config.source, "tie_word_embeddings": False}
     if "text_config" in source:
         source["text_config"] = {**source["text_config"], "tie_word_embeddings": False}

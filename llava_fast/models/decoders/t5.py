@@ -55,8 +55,8 @@ class T5Fields(Fields):
 
 @dataclass(frozen=True, kw_only=True)
 class T5Config(HostedConfig):
-    """T5. `num_layers` are the decoder's, `encoder_layers` the encoder's. `scale_outputs`: the head reads rows divided
-    by the root of their width, as the first T5, whose head is the embedding."""
+    """T5. `num_layers` are the decoder's. `scale_outputs`: the head reads rows divided by the root of their width, as
+    the first T5, whose head is the embedding."""
 
     family = "t5"
     embedding_name = "base.shared"
@@ -66,7 +66,6 @@ class T5Config(HostedConfig):
     tied_by_file = True  # transformers 5 ties every T5's head whose file has none, and says so in config.json
     dtypes = (torch.float32, torch.bfloat16)
 
-    encoder_layers: int
     start_token: int
     scale_outputs: bool
 
@@ -123,7 +122,6 @@ class T5Config(HostedConfig):
             head_dim=hf.d_kv,
             max_positions=MOST_ROWS,
             tie_embeddings=scaled,
-            encoder_layers=hf.num_layers,
             start_token=start,
             scale_outputs=scaled,
             fields=own_fields(hf),
