@@ -149,6 +149,8 @@ def load_processor(checkpoint: LoadedCheckpoint, name: str, chat_template: str |
         max_rows=config.decoder.context_length,
         vocabulary=config.decoder.vocab_size,
         images_before_bos=family.images_before_bos,
+        frames_per_video=family.frames_per_video,
+        answer_start=config.decoder.answer_start,
         instructions=instructions,
         exif=config.layout == "hf",
     )

@@ -30,6 +30,7 @@ FAMILIES: Registry[Family] = Registry(
         "llava_uhd": "llava_uhd:LlavaUhd",
         "blip-2": "blip2:Blip2",
         "instructblip": "instructblip:InstructBlip",
+        "instructblipvideo": "instructblip:InstructBlipVideo",
     },
 )
 _ORIGINAL = "llava_llama"

@@ -41,6 +41,7 @@ class Family(ABC):
     names             the tensors' names, and those of adapters in `adapter_spelling`.
     visual_tokens     the placeholders of an image and, if supported, a video in the text of a prompt.
     images_before_bos  whether images at the start of a prompt precede the BOS token.
+    frames_per_video  frames that its processor takes of a video; None: any number.
     connector_tokenizer  the folder of the tokenizer of a connector that reads text.
     adapters_see_tower  whether the model that an adapter is trained on includes the tower.
     """
@@ -53,6 +54,7 @@ class Family(ABC):
     adapter_spelling: ClassVar[Spelling] = "hf5"
     visual_tokens: ClassVar[tuple[str, ...]] = ("<image>",)
     images_before_bos: ClassVar[bool] = False
+    frames_per_video: ClassVar[int | None] = None
     connector_tokenizer: ClassVar[str | None] = None
     adapters_see_tower: ClassVar[bool] = True
 

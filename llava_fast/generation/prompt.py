@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llava_fast.errors import ImageError, RequestError
-from llava_fast.inputs.plan.plan import Piece, TextPiece, VisualPiece
+from llava_fast.inputs.plan.plan import Piece, TextPiece, VisualPiece, encoded_rows
 from llava_fast.inputs.prepared import Cut, Placeholder
 from llava_fast.inputs.processor import Processor
 
@@ -65,12 +65,14 @@ class Part:
 
 
 class Prompt:
-    """The parts of one prompt in order. `rows` counts their decoder rows, `visual_rows` those of images and videos."""
+    """The parts of one prompt in order. `rows` counts their rows, `visual_rows` those of images and videos,
+    `encoded_rows` the first ones, which an encoder reads before any other runs (0: there is none)."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = list(parts)
         self.rows = sum(map(len, self.parts))
         self.visual_rows = sum(len(part) for part in self.parts if part.is_visual)
+        self.encoded_rows = encoded_rows([part.piece for part in self.parts])
 
     @functools.cached_property
     def keys(self) -> list[int]:
@@ -79,8 +81,10 @@ class Prompt:
 
     def ids(self, placeholder: int) -> list[int]:
         """The token ids that a repetition penalty counts: those of the text, also around tiles, and, as in
-        transformers, the image placeholder where there are visual rows."""
+        transformers, the image placeholder where there are visual rows. Not those that an encoder reads."""
         ids: list[int] = []
+        if self.encoded_rows:
+            return self.keys[self.encoded_rows :]
         for part in self.parts:
             piece = part.piece
             ids += (piece.ids if isinstance(piece, TextPiece) else piece.rows.token_ids).tolist()

@@ -63,13 +63,13 @@ class Runner:
         """Whether this prompt may reuse rows cached by another sequence. Under dynamic RoPE the keys of a prompt longer
         than the decoder's trained length depend on that prompt's length.
         """
-        if self.batch_invariant:
+        if self.batch_invariant or sequence.prompt.encoded_rows:  # an encoder's rows depend on the whole prompt
             return False
         return self.dynamic_from is None or sequence.prompt.rows <= self.dynamic_from
 
     def chunk_rows(self, sequence: Sequence, most: int) -> int:
         """How many of a sequence's next rows to run in one pass: at most `most`, or all rows with the same base under
-        dynamic RoPE.
+        dynamic RoPE, or a whole prompt that an encoder reads.
         """
         done, left = sequence.cached.length, sequence.rows - sequence.cached.length
         prompt, limit = sequence.prompt.rows, self.dynamic_from
@@ -77,6 +77,8 @@ class Runner:
             return 1
         if self.batch_invariant:
             left = prompt - done
+        if done < prompt and sequence.prompt.encoded_rows:
+            return prompt - done
         if limit is None or sequence.rows <= limit:
             return min(left, most)
         if done < prompt:
@@ -92,7 +94,8 @@ class Runner:
         lengths = tuple(rows for _, rows in chunks)
         before = tuple(table.length for table in tables)
         ends = np.cumsum(lengths)
-        spans = Spans(tuple((ends - lengths).tolist()), lengths, tables, before)
+        encoded = self._encoded_rows([sequence for sequence, _ in chunks])
+        spans = Spans(tuple((ends - lengths).tolist()), lengths, tables, before, encoded=encoded)
         position = np.concatenate([np.arange(b, b + n) for b, n in zip(before, lengths, strict=True)])
         device = embeddings.device
         hidden = self.model.decoder(embeddings, torch.from_numpy(position).to(device), spans, self.cache)
@@ -144,11 +147,18 @@ class Runner:
         before = tuple([table.length for table in tables])
         tokens = [sequence.token_ids[-1] for sequence in sequences]
         token, position = torch.from_numpy(np.array([tokens, before])).to(decoder.device)  # one transfer for both
-        spans = Spans(tuple(range(len(tables))), (1,) * len(tables), tables, before)
+        encoded = self._encoded_rows(sequences)
+        spans = Spans(tuple(range(len(tables))), (1,) * len(tables), tables, before, encoded=encoded)
         embeddings = decoder.embed_tokens(token)
         if self.batch_invariant and len(sequences) > 1 and not decoder.steps_natively(embeddings, spans):
             return torch.cat([self._step([sequence]) for sequence in sequences])
         return decoder(embeddings, position, spans, self.cache)
+
+    def _encoded_rows(self, sequences: SequenceOf[Sequence]) -> tuple[int, ...]:
+        """See Spans.encoded."""
+        if self.model.config.decoder.answer_start is None:
+            return ()
+        return tuple([sequence.prompt.encoded_rows for sequence in sequences])
 
     def _embed(self, chunks: SequenceOf[Chunk]) -> Tensor:
         """The decoder's inputs [rows, C] for all chunks, concatenated. An image is encoded completely when its first

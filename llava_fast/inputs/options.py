@@ -11,7 +11,8 @@ from typing import Literal
 class ProcessorOptions:
     """Options of a processor that its checkpoint does not determine: `load(path, processor=ProcessorOptions(...))`.
 
-    video_frames    number of frames of a video file, spaced uniformly. (Frames that are given as images are all used.)
+    video_frames    number of frames of a video file, spaced uniformly. (Frames that are given as images are all used;
+                    InstructBLIP for videos takes 4 of a file.)
     time_instruction  add LLaVA-NeXT's sentence with a video's duration and its frames' times
                     (chat.messages.with_video_times) to messages. The video must be a file or a folder of frames.
     literal_text    encode control tokens and placeholders in a message or a prompt as ordinary characters (see

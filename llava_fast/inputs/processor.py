@@ -29,7 +29,7 @@ from llava_fast.inputs.pictures.video import CONTAINERS, VideoTimes, frame_count
 from llava_fast.inputs.pictures.view import View
 from llava_fast.inputs.plan.columns import MODALITY_IMAGE, MODALITY_VIDEO
 from llava_fast.inputs.plan.length import RowCounts, count_rows
-from llava_fast.inputs.plan.plan import Layout, Piece, TextPiece, VisualPiece, build_plan, sequence_length
+from llava_fast.inputs.plan.plan import Layout, Piece, TextPiece, VisualPiece, build_plan, encoded_rows, sequence_length
 from llava_fast.inputs.prepared import Cut, Placeholder, Prepared
 from llava_fast.inputs.requests import Labels, render_request
 from llava_fast.inputs.tiling.anyres import VisualGeometry, image_rows, image_views
@@ -51,8 +51,13 @@ class Processor(ProcessorOptions):
     template        the chat template for requests with messages.
     max_rows        the decoder's context length; longer prompts raise PromptTooLongError.
     vocabulary      rows of the decoder's embedding; tokens with larger ids raise RequestError.
+    frames_per_video  frames of a video file that the checkpoint's processor takes, whatever `video_frames` says; None:
+                    any number.
     instructions    what the connector reads of a request's text; None: nothing.
-    images_before_bos  images at the start of a prompt precede the BOS token that the tokenizer adds (BLIP-2).
+    images_before_bos  images at the start of a prompt precede the BOS token that the tokenizer adds, and the text after
+                    them is tokenised as if it stood alone (BLIP-2).
+    answer_start    the token with which the decoder of an encoder-decoder begins its answer: prompt and answer are then
+                    tokenised apart, each with the tokenizer's end token; None: one decoder reads both.
     """
 
     geometry: VisualGeometry
@@ -63,8 +68,15 @@ class Processor(ProcessorOptions):
     max_rows: int | None = None
     vocabulary: int | None = None
     images_before_bos: bool = False
+    answer_start: int | None = None
+    frames_per_video: int | None = None
     instructions: Instructions | None = None
     exif: bool = field(default=True, kw_only=True)
+
+    @property
+    def frames(self) -> int:
+        """How many frames of a video file are used."""
+        return self.frames_per_video or self.video_frames
 
     def with_options(self, options: ProcessorOptions) -> Processor:
         """This processor with other options; `exif` is kept if `options.exif` is None."""
@@ -139,7 +151,7 @@ class Processor(ProcessorOptions):
     def _frames_of(self, video: Any) -> int | None:
         """How many frames of a video are used; None: all, since the caller selected them."""
         from_file = isinstance(video, (str, os.PathLike, bytes, bytearray, memoryview))
-        return self.video_frames if from_file else None
+        return self.frames if from_file else None
 
     def render(self, request: dict, labels: Labels = False) -> tuple[list[Segment], list, list]:
         """See `render_request`. The checkpoint's own image token also counts as a placeholder, as in its template."""
@@ -147,12 +159,12 @@ class Processor(ProcessorOptions):
         segments, images, videos = render_request(self.template, request, labels, times_of)
         if self.image_token_id != ORIGINAL_IMAGE_TOKEN:
             own = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
-            if own != "<image>":
+            if own not in ("<image>", "<video>"):
                 segments = [replace(each, text=each.text.replace(own, "<image>")) for each in segments]
         return segments, images, videos
 
     def _times_of(self, video: Any) -> VideoTimes:
-        return video_times(video, self.video_frames, self._containers)
+        return video_times(video, self.frames, self._containers)
 
     def outline(self, request: dict, labels: Labels = False) -> list[TextPiece | Placeholder]:
         """A request as token ids and placeholders, before any image is opened; only a time instruction reads the
@@ -186,14 +198,18 @@ class Processor(ProcessorOptions):
                     f"the prompt has {placeholders.count(placeholder)} {placeholder} placeholders and {len(sources)} "
                     f"were given: mark each one's place in the prompt with {placeholder}"
                 )
-        if labels == "original":  # from here on, `supervised` is what the original trainers supervise
+        answer = None
+        if self.answer_start is not None:
+            segments, answer = self._parted(segments, labels, hidden)
+            text = "".join(segment.text for segment in segments)
+        elif labels == "original":  # from here on, `supervised` is what the original trainers supervise
             segments = [Segment(each.text, each.supervised_original) for each in segments]
         ids, supervised, places = self._encode(
             text, pattern, segments if labels else None, "messages" in request, hidden
         )
-        if labels == "original":
+        if labels == "original" and answer is None:
             supervised |= np.isin(ids, self._original_label_ids)
-        if labels and not supervised.any():
+        if labels and not (supervised.any() if answer is None else len(answer.ids) > 1):
             raise RequestError("no token of the answers is supervised: this sample has nothing to learn from")
         if len(places) != len(placeholders):
             raise RequestError(
@@ -213,8 +229,35 @@ class Processor(ProcessorOptions):
             outline.append(Placeholder(placeholder, next(queues[placeholder]), alone, told))
             start = place + 1
         outline.append(TextPiece(ids[start:], supervised[start:] if labels else None))
+        if answer is not None:
+            outline.append(answer)
         self._check_ids(outline)
         return [piece for piece in outline if not isinstance(piece, TextPiece) or len(piece.ids)]
+
+    def _parted(
+        self, segments: list[Segment], labels: Labels, hidden: Hidden | None
+    ) -> tuple[list[Segment], TextPiece]:
+        """(the prompt, which an encoder reads; the answer, from the token with which the decoder begins). With labels,
+        the answer is tokenised alone and its tokens are supervised. Raises RequestError for other than one answer."""
+        begin = np.array([self.answer_start], np.int32)
+        if not labels:
+            return segments, TextPiece(begin, begins_answer=True)
+        found = [number for number, segment in enumerate(segments) if segment.supervised]
+        if len(found) != 1 or "".join(segment.text for segment in segments[found[0] + 1 :]).strip():
+            raise RequestError(
+                f"the sample has {len(found)} answers or turns after its answer, and this model's decoder writes one "
+                "answer to what its encoder has read: make one sample of each answer, with the turns before it"
+            )
+        if labels == "original" and self.template.original_label_tokens:
+            raise RequestError(
+                f"labels='original' supervises tokens of the prompt with the template {self.template.name!r}, and this "
+                "model's prompt is read by its encoder: use labels='answers'"
+            )
+        text = segments[found[0]].text.strip()
+        end = self.tokenizer.eos_token
+        ids, _ = self._tokens(text.removesuffix(end).strip() if end else text, True, False, hidden)
+        both = np.concatenate([begin, np.asarray(ids, np.int32)])
+        return segments[: found[0]], TextPiece(both, np.arange(len(both)) > 0, begins_answer=True)
 
     def _check_ids(self, outline: Sequence[TextPiece | Placeholder]) -> None:
         """Raise RequestError for a token without an embedding in the decoder, for example if only the tokenizer was
@@ -318,17 +361,19 @@ class Processor(ProcessorOptions):
             if segments is not None:
                 segments = [replace(each, text=_spelt(each.text, placeholders, names)) for each in segments]
             text = _spelt(text, placeholders, names)
+        first = _leading(text, names) if self.images_before_bos else []
+        before = sum(len(names[placeholder]) for placeholder in first)
         special = not (rendered and self._brings_bos(text))
-        token_ids, spans = self._tokens(text, special, segments is not None, hidden)
-        ids = np.asarray(token_ids, np.int32)
-        supervised = None if segments is None else supervised_tokens(np.asarray(spans), segments)
+        token_ids, spans = self._tokens(text[before:], special, segments is not None, hidden)
+        ids = np.array([*(tokens[placeholder] for placeholder in first), *token_ids], np.int32)
+        supervised = None
+        if segments is not None:
+            offsets = np.asarray(spans).reshape(-1, 2)
+            offsets = np.where(offsets[:, 1:] > 0, offsets + before, 0)
+            supervised = np.append(np.zeros(len(first), bool), supervised_tokens(offsets, segments))
         is_image = ids == tokens["<image>"]
         if tokens["<video>"] != tokens["<image>"]:
             is_image |= ids == tokens["<video>"]
-        if self.images_before_bos and len(ids) and ids[0] == self.tokenizer.bos_token_id:
-            leading = int(np.argmin(np.append(is_image[1:], False)))  # none of these is supervised
-            ids[: leading + 1] = np.roll(ids[: leading + 1], -1)
-            is_image[: leading + 1] = np.roll(is_image[: leading + 1], -1)
         return ids, supervised, np.flatnonzero(is_image)
 
     def _encode_chunks(
@@ -375,7 +420,7 @@ class Processor(ProcessorOptions):
     def check_length(self, pieces: list[Piece]) -> None:
         """Raise RequestError for an empty sequence, PromptTooLongError for one that exceeds the decoder's context."""
         rows = sequence_length(pieces)
-        if rows == 0:
+        if rows == 0 or (self.answer_start is not None and encoded_rows(pieces) == 0):
             raise RequestError("the prompt is empty: give some text or an image")
         if self.max_rows is not None and rows > self.max_rows:
             visual = sum(len(piece.rows) for piece in pieces if isinstance(piece, VisualPiece))
@@ -387,3 +432,12 @@ class Processor(ProcessorOptions):
 
 def _spelt(text: str, placeholders: re.Pattern, names: dict[str, str]) -> str:
     return placeholders.sub(lambda found: names[found[0]], text)
+
+
+def _leading(text: str, names: dict[str, str]) -> list[str]:
+    """The placeholders with which a text begins, in the checkpoint's spelling (`names`)."""
+    found: list[str] = []
+    while text and (placeholder := next((each for each, name in names.items() if text.startswith(name)), None)):
+        found.append(placeholder)
+        text = text[len(names[placeholder]) :]
+    return found

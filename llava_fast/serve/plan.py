@@ -69,7 +69,7 @@ def prompt_plan(processor: Processor, request: dict[str, Any], model: str, most:
     """Return the plan of a request, whose videos are VideoFrames. Only the headers of images are read. Raises
     RequestError and ImageError."""
     outline = processor.outline(request)
-    text = sum(len(part.ids) for part in outline if isinstance(part, TextPiece))
+    text = sum(len(part.ids) for part in outline if isinstance(part, TextPiece) and not part.begins_answer)
     items = [_item(processor, part) for part in outline if isinstance(part, Placeholder)]
     total = text + sum(item.tokens for item in items)
     return PromptPlan(model=model, prompt_tokens=total, text_tokens=text, max_prompt_tokens=most, items=items)

@@ -42,7 +42,7 @@ code. The last three columns name the tests.
 FOOT = """
 `accelerate` and `FastProcessor` support LLaVA 1.5, NeXT, NeXT-Video and OneVision ([with transformers](huggingface.md))
 and name any other model they are given as unsupported. Refused by name: videos of InternVL, Idefics3, SmolVLM and
-LLaVA-UHD, the other releases of LLaVA-UHD, and BLIP-2 and InstructBLIP with T5.
+LLaVA-UHD, and the other releases of LLaVA-UHD.
 """
 
 

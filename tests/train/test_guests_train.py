@@ -1,6 +1,8 @@
 """Every family through a recipe: the loss falls, and what is exported is read again, by
 transformers where it has the family."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,8 @@ from llava_fast.train.run import train
 from tests.checkpoints import test_llava_uhd
 from tests.checkpoints.test_guests import GUESTS, HOSTED
 from tests.support import tiny
-from tests.support.training_runs import SHAPES, losses
+from tests.support.parity import all_logits
+from tests.support.training_runs import SHAPES, losses, write_picture
 
 PARTS = ("vision_tower", "projector", "decoder")
 LLAVAS = ("llava15", "next", "video", "onevision")
@@ -26,7 +29,10 @@ def test_it_trains_and_transformers_reads_what_is_exported(name, recipe_in, tmp_
     start = tmp_path / "start"
     tiny.save(tiny.CASES[name], tiny.pair(name).hf, start)
     optimizer = {"learning_rate": 2e-3}
-    recipe = recipe_in(tmp_path / "run", model=str(start), trainable=list(PARTS), epochs=2, optimizer=optimizer)
+    # a T5 writes one answer, and some samples have two
+    data = {"on_problem": "skip"} if name.endswith("t5") else {}
+    options = {"trainable": list(PARTS), "epochs": 2, "optimizer": optimizer, "data": data}
+    recipe = recipe_in(tmp_path / "run", model=str(start), **options)
     assert plan(recipe, 1).total_memory > 0
     train(recipe)
     each = losses(recipe)
@@ -41,7 +47,7 @@ def test_it_trains_and_transformers_reads_what_is_exported(name, recipe_in, tmp_
     pair = tiny.Pair(tiny.CASES[name], stock, tiny.pair(name).processor, after)
     request = {"prompt": "the <image> hello", "images": [tiny.picture(60, 90)]}
     with torch.no_grad():
-        found = after(after.prepare([request]), logits="all").logits
+        (found,) = all_logits(after, after.prepare([request]))
         torch.testing.assert_close(found, stock(**pair.reference_inputs(**request)).logits[0], rtol=1e-4, atol=1e-4)
 
 
@@ -134,31 +140,51 @@ def test_adapters_of_smolvlm_are_read_by_peft(recipe_in, tmp_path):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_adapters_beside_a_q_former_name_modules_only(recipe_in, tmp_path, caplog):
+@pytest.mark.parametrize(("name", "targets"), [("blip2", ["q_proj", "v_proj"]), ("blip2_t5", ["q", "v"])])
+def test_adapters_beside_a_q_former_name_modules_only(name, targets, recipe_in, tmp_path, caplog):
     """Its query tokens are a parameter outside of any module, which PEFT can neither save nor load."""
     start = tmp_path / "start"
-    tiny.save(tiny.CASES["blip2"], tiny.pair("blip2").hf, start)
-    lora = {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]}
-    recipe = recipe_in(tmp_path / "run", model=str(start), trainable=["projector"], lora=lora, steps=2)
+    tiny.save(tiny.CASES[name], tiny.pair(name).hf, start)
+    lora = {"rank": 4, "alpha": 8, "targets": targets}
+    options = {"trainable": ["projector"], "lora": lora, "steps": 2, "data": {"on_problem": "skip"}}
+    recipe = recipe_in(tmp_path / "run", model=str(start), **options)
     train(recipe)
     assert "PEFT cannot read query_tokens" in caplog.text
-    stock = PeftModel.from_pretrained(tiny.hf_model(tiny.CASES["blip2"]), recipe.output / "adapter")
+    stock = PeftModel.from_pretrained(tiny.hf_model(tiny.CASES[name]), recipe.output / "adapter")
     assert set(stock.peft_config["default"].modules_to_save) == {"language_projection", "qformer"}
     request = {"prompt": "the <image> hello", "images": [tiny.picture(60, 90)]}
     found = []
     for folder in ("model", "adapter"):
         ours = llava_fast.load(recipe.output / folder)
-        found.append(ours(ours.prepare([request]), logits="all").logits)
+        found += all_logits(ours, ours.prepare([request]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("section", ["dpo", "kto"])
+def test_an_encoder_decoder_learns_preferences(section, make_recipe, tmp_path):
+    tiny.save(tiny.CASES["blip2_t5"], tiny.pair("blip2_t5").hf, tmp_path / "start")
+    write_picture(tmp_path, np.random.default_rng(0), 0)
+    questions, answers = ("what is near?", "the other?", "and a?"), ("hello the a", "no")
+    pairs = [{"prompt": text, "chosen": answers[0], "rejected": answers[1], "image": "0.png"} for text in questions]
+    (tmp_path / "pairs.json").write_text(json.dumps([*pairs, pairs[0] | {"prompt": "a text alone?", "image": ""}]))
+    data = {"sources": [{"path": str(tmp_path / "pairs.json"), "images": str(tmp_path)}]}
+    options = {"model": str(tmp_path / "start"), "data": data, "batch_size": 4, "epochs": 6, section: {}}
+    recipe = make_recipe(**options, optimizer={"learning_rate": 2e-3})
+    train(recipe)
+    each = losses(recipe)
+    assert each[0] == pytest.approx(np.log(2) if section == "dpo" else 0.5, abs=1e-3)  # it is its own reference
+    assert each[-1] < 0.9 * each[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", [*HOSTED, "instructblip"])
+@pytest.mark.parametrize("name", [*HOSTED, "instructblip", "blip2_t5"])
 def test_in_two_processes_the_losses_are_the_same(name, shape, recipe_in, run, tmp_path):
     start = tmp_path / "start"
     tiny.save(tiny.CASES[name], tiny.pair(name).hf, start)
-    alone = recipe_in(tmp_path / "alone", model=str(start), trainable=list(PARTS), batch_size=3, steps=3)
+    data = {"on_problem": "skip"} if name.endswith("t5") else {}
+    options = {"trainable": list(PARTS), "batch_size": 3, "steps": 3, "data": data}
+    alone = recipe_in(tmp_path / "alone", model=str(start), **options)
     train(alone)
     parallel = alone.parallel.model_copy(update=SHAPES[shape])
     shared = alone.model_copy(update={"output": tmp_path / shape, "parallel": parallel})

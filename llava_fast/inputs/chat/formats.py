@@ -159,6 +159,8 @@ _BLIP2 = TurnFormat(
     answer=(" ", "\n"),
     placeholders_first=True,
 )
+# T5's tokenizer ends the answer.
+_BLIP2_T5 = replace(_BLIP2, name="blip2_t5", stop=(), answer=(" ", " "))
 # The question alone, in LAVIS without a second one.
 _INSTRUCTBLIP = TurnFormat(
     name="instructblip",
@@ -169,6 +171,7 @@ _INSTRUCTBLIP = TurnFormat(
     answer=(" ", "</s>"),
     placeholders_first=True,
 )
+_INSTRUCTBLIP_T5 = replace(_INSTRUCTBLIP, name="instructblip_t5", stop=(), answer=(" ", " "))
 
 TURN_FORMATS = (
     _PLAIN,
@@ -181,7 +184,9 @@ TURN_FORMATS = (
     _LLAVA_LLAMA_3,
     _QWEN,
     _BLIP2,
+    _BLIP2_T5,
     _INSTRUCTBLIP,
+    _INSTRUCTBLIP_T5,
 )
 
 

@@ -39,10 +39,12 @@ Layout = Literal["packed", "padded"]
 
 @dataclass(frozen=True)
 class TextPiece:
-    """Consecutive token ids of one sequence; `supervised` marks those with a label (None: none)."""
+    """Consecutive token ids of one sequence; `supervised` marks those with a label (None: none). `begins_answer`: in an
+    encoder-decoder, the encoder reads the rows before this piece, and the decoder those from here on."""
 
     ids: np.ndarray
     supervised: np.ndarray | None = None
+    begins_answer: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class TokenPlan:
     `lengths` counts the real rows of each sequence, `tiles` the tiles of the batch. `branches` has the row counts of
     each sequence's branches; it is empty if no sequence has branches. `grids` has the (rows, columns) of each image of
     native size, whose patches are the tiles, in order; empty if all tiles have one size. `videos` has the (first, end)
-    of each video's tiles.
+    of each video's tiles. `encoded` counts each sequence's first rows that an encoder reads; empty without an encoder.
     """
 
     layout: Layout
@@ -95,6 +97,7 @@ class TokenPlan:
     branches: tuple[tuple[int, ...], ...] = ()
     grids: tuple[tuple[int, int], ...] = ()
     videos: tuple[tuple[int, int], ...] = ()
+    encoded: tuple[int, ...] = ()
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
@@ -117,6 +120,12 @@ class TokenPlan:
 def sequence_length(pieces: list[Piece]) -> int:
     """The number of decoder rows of one sequence."""
     return sum(len(piece.ids) if isinstance(piece, TextPiece) else len(piece.rows) for piece in pieces)
+
+
+def encoded_rows(pieces: Sequence[Piece]) -> int:
+    """The rows of one sequence that an encoder reads: those before its answer begins; 0 without an encoder."""
+    begin = next((i for i, piece in enumerate(pieces) if isinstance(piece, TextPiece) and piece.begins_answer), 0)
+    return sequence_length(list(pieces[:begin]))
 
 
 def build_plan(
@@ -188,8 +197,19 @@ def build_plan(
         columns["instruction"] = _instructions(instructed)
     flat, sections = pack_columns(columns)
     each = tuple(tuple(int(branch) for branch in of_sequence) for of_sequence in branches)
+    encoded = tuple(map(encoded_rows, sequences))
     return TokenPlan(
-        layout, lengths, visual.tiles, total, pools, flat, sections, each, tuple(visual.grids), tuple(visual.videos)
+        layout,
+        lengths,
+        visual.tiles,
+        total,
+        pools,
+        flat,
+        sections,
+        each,
+        tuple(visual.grids),
+        tuple(visual.videos),
+        encoded if any(encoded) else (),
     )
 
 

@@ -23,7 +23,8 @@ class Spans:
 
     With a cache, `tables[s]` is the block table of its cached rows, `before[s]` their number. `dense` (sequences,
     width) is set if the rows form a rectangle, so that one batched call is enough. `branches[s]` has the row counts of
-    sequence s's branches (see inputs.plan): the rows of a branch attend to the prefix and to that branch.
+    sequence s's branches (see inputs.plan): the rows of a branch attend to the prefix and to that branch. `encoded[s]`:
+    how many of its first rows, cached ones included, an encoder reads (decoders.t5); empty without an encoder.
     """
 
     starts: tuple[int, ...]
@@ -32,6 +33,7 @@ class Spans:
     before: tuple[int, ...] = ()
     dense: tuple[int, int] | None = None
     branches: tuple[tuple[int, ...], ...] = ()
+    encoded: tuple[int, ...] = ()
     memo: dict[torch.device, dict[str, Any]] = field(default_factory=dict, compare=False, repr=False)
     """What the layers of a pass share, made at the first on each device."""
 

@@ -53,9 +53,19 @@ class ConnectorConfig(ABC):
     def first_matrix_size(self) -> int:
         """Entries of the matrix that reads the tower's features; with a frozen tower it has no input gradient."""
 
+    @property
+    def text_matrix_size(self) -> int:
+        """Entries of the matrices that a row of `instruction` passes."""
+        return 0
+
     @abstractmethod
     def kept_per_row(self, trained: bool) -> int:
         """Values saved for a row's backward pass, with or without gradients of the weights."""
+
+    @property
+    def kept_per_text_row(self) -> int:
+        """Values saved for the backward pass of a row of `instruction`."""
+        return 0
 
     @abstractmethod
     def build(self) -> Connector:

@@ -23,8 +23,8 @@ from llava_fast.models.connectors.base import Connector, ConnectorConfig, check_
 @dataclass(frozen=True)
 class QFormerConfig(ConnectorConfig):
     """`queries` rows of a tile's `rows`. Layers 0, `cross_every`, ... attend to the tile. `vocabulary`, `positions`: of
-    the text; 0: it reads none. Costs are those of the queries. Raises ValueError for an unknown activation and for
-    heads that do not divide the width."""
+    the text; 0: it reads none. A row's costs are those of a query; text's have their own names. Raises ValueError for
+    an unknown activation and for heads that do not divide the width."""
 
     rowwise = False
 
@@ -73,6 +73,16 @@ class QFormerConfig(ConnectorConfig):
     def first_matrix_size(self) -> int:
         """Keys and values of the cross-attentions. Each query accounts for several rows of the tile."""
         return round(self.cross_layers * 2 * self.hidden_size * self.in_features * self.rows / self.queries)
+
+    @property
+    def text_matrix_size(self) -> int:
+        """The last layer's text is computed too, though nothing reads it."""
+        width = self.hidden_size
+        return self.reads_text * self.num_layers * 2 * width * (2 * width + self.intermediate_size)
+
+    @property
+    def kept_per_text_row(self) -> int:
+        return self.reads_text * self.num_layers * (9 * self.hidden_size + 2 * self.intermediate_size)
 
     def kept_per_row(self, trained: bool) -> int:
         width, rows = self.hidden_size, self.rows / self.queries
