@@ -9,6 +9,7 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from llava_fast.errors import ImageError, RequestError
 from llava_fast.inputs.plan.plan import Piece, TextPiece, VisualPiece
@@ -19,11 +20,13 @@ from llava_fast.inputs.processor import Processor
 @dataclass
 class Part:
     """One piece of a prompt; an image or video also has its tiles. `encoded`: the tower has run on them for this part;
-    it has not where the part's rows or its features were in a cache."""
+    it has not where the part's rows or its features were in a cache. `made`: its embeddings [rows, C], if they were
+    made before its rows run."""
 
     piece: Piece
     tiles: list[Cut] = field(default_factory=list)
     encoded: bool = False
+    made: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.piece.ids if isinstance(self.piece, TextPiece) else self.piece.rows)

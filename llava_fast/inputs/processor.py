@@ -52,6 +52,7 @@ class Processor(ProcessorOptions):
     max_rows        the decoder's context length; longer prompts raise PromptTooLongError.
     vocabulary      rows of the decoder's embedding; tokens with larger ids raise RequestError.
     instructions    what the connector reads of a request's text; None: nothing.
+    routes          the model's router reads the text of the whole prompt with each image.
     images_before_bos  images at the start of a prompt precede the BOS token that the tokenizer adds (BLIP-2).
     """
 
@@ -64,6 +65,7 @@ class Processor(ProcessorOptions):
     vocabulary: int | None = None
     images_before_bos: bool = False
     instructions: Instructions | None = None
+    routes: bool = False
     exif: bool = field(default=True, kw_only=True)
 
     def with_options(self, options: ProcessorOptions) -> Processor:
@@ -203,6 +205,10 @@ class Processor(ProcessorOptions):
         instructions = None
         if self.instructions is not None and placeholders:
             instructions = self.instructions.of(asked, pattern, bool(self.literal_text))
+        elif self.routes and placeholders:
+            left_out = supervised.copy() if labels and self.router_text == "prompt" else np.zeros(len(ids), bool)
+            left_out[places] = True
+            instructions = [ids[~left_out]] * len(places)
         alone = len(image_sources) == 1 or self.geometry.multi_image_anyres
         queues = {"<image>": iter(image_sources), "<video>": iter(video_sources)}
         outline: list[TextPiece | Placeholder] = []

@@ -14,6 +14,7 @@ CONNECTORS: Registry[ConnectorConfig] = Registry(
     {
         "mlp": "mlp:ProjectorConfig",
         "norm_mlp": "norm_mlp:NormMlpConfig",
+        "overview_mixture": "overview_mixture:OverviewMixtureConfig",
         "perceiver": "perceiver:PerceiverConfig",
         "qformer": "qformer:QFormerConfig",
         "spatial_resampler": "spatial_resampler:SpatialResamplerConfig",
