@@ -35,7 +35,12 @@ FAMILIES: Registry[Family] = Registry(
 )
 _ORIGINAL = "llava_llama"
 """The registry's name of original LLaVAs. Their config.json has mm_vision_tower, and any model_type, also "llava"."""
-_BY_CONNECTOR = {"adapt_spatial_resampler_v1": "llava_uhd", "uhd_v1_query64": "llava_uhd", "gated": "slime"}
+_BY_CONNECTOR = {
+    "adapt_spatial_resampler_v1": "llava_uhd",
+    "uhd_v1_query64": "llava_uhd",
+    "uhd_first": "llava_uhd",
+    "gated": "slime",
+}
 """mm_projector_type -> the registry's name of a family with its own original layout."""
 
 

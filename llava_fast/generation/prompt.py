@@ -68,7 +68,10 @@ class Part:
 
 
 class Prompt:
-    """The parts of one prompt in order. `rows` counts their decoder rows, `visual_rows` those of images and videos."""
+    """The parts of one prompt in order. `rows` counts their decoder rows, `visual_rows` those of images and videos.
+    `routed`: the prompt without the optional rows that a router left out, once it has chosen (Runner.route)."""
+
+    routed: Prompt | None = None
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = list(parts)

@@ -91,8 +91,11 @@ class Runner:
     def route(self, sequence: Sequence) -> None:
         """Replace a sequence's prompt by that without the optional rows that the model's router leaves out. Encodes
         images, unless the remaining rows of the same image with the same text are known."""
-        if self.model.config.router is not None and any(_is_routed(part) for part in sequence.prompt.parts):
-            sequence.prompt = Prompt([self._routed(part) for part in sequence.prompt.parts])
+        prompt = sequence.prompt
+        if self.model.config.router is not None and any(_is_routed(part) for part in prompt.parts):
+            if prompt.routed is None:
+                prompt.routed = Prompt([self._routed(part) for part in prompt.parts])
+            sequence.prompt = prompt.routed
 
     def _routed(self, part: Part) -> Part:
         if not _is_routed(part):

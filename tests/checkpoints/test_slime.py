@@ -59,15 +59,15 @@ def test_logits_singly_and_batched(slime):
         assert_close("SliME logits, padded batch", found[: len(logits)], logits)
 
 
-def test_the_original_routers_rows():
+def test_the_original_routers_scores():
+    """Stored under the name output.kept."""
     with safe_open(FIXTURE, "pt") as file:
-        names = ("input.rows", "input.text", "input.mask", "output.kept")
-        rows, text, mask, kept = map(file.get_tensor, names)
-    image = torch.zeros(len(rows), dtype=torch.long)
-    score = router.scores(rows, image, text[None], mask[None] > 0)
-    stays = router.stays(score.numpy(), image.numpy(), router.RouterConfig(0.95))
-    assert stays.sum() < len(rows)
-    assert stays.tolist() == (kept > 0).tolist()
+        rows, text, mask, expected = map(file.get_tensor, ("input.rows", "input.text", "input.mask", "output.kept"))
+    score = router.scores(rows, torch.zeros(len(rows), dtype=torch.long), text[None], mask[None] > 0)
+    assert_close("SliME router", score, expected, 1e-5)
+    stays = router.stays(score.numpy(), np.zeros(len(rows), int), router.RouterConfig(0.95))
+    assert stays.nonzero()[0].tolist() == slimes.kept(rows, text[mask > 0], 0.95, 1.0).tolist()
+    assert 0 < stays.sum() < len(rows)
 
 
 def test_images_of_a_batch_are_routed_apart():

@@ -85,7 +85,7 @@ def write(folder: Path, patch: int = PATCH, **changes: Any) -> Parts:
     whole = llama.state_dict() | tensors
     save_file({name: value.contiguous() for name, value in whole.items()}, folder / "model.safetensors")
     llama.config.save_pretrained(folder)
-    edit_json(folder / "config.json", **CONFIG, **changes)
+    edit_json(folder / "config.json", **CONFIG | changes)
     clip.config.save_pretrained(folder / "tower")
     tiny.tokenizer().save_pretrained(folder)
     return Parts(clip, llama, {k: v.requires_grad_() for k, v in weights.items()}, CONFIG | changes)

@@ -55,7 +55,9 @@ class OverviewMixtureConfig(ConnectorConfig):
 
     def resampler(self, grid: int) -> PerceiverConfig:
         width = self.in_features
-        return PerceiverConfig(width, width, self.num_heads, grid, self.side, project=False, stored_positions=True)
+        return PerceiverConfig(
+            width, width, self.num_heads, grid, self.side, project=False, half_positions=True, stored_positions="frozen"
+        )
 
     @cached_property
     def mlp(self) -> ProjectorConfig:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,8 @@ from llava_fast.models.connectors.base import Connector, ConnectorConfig
 class PerceiverConfig(ConnectorConfig):
     """`grid` x `grid` queries over a tile's `side` x `side` rows. `project`: a matrix after the last norm (Qwen-VL,
     LLaVA-UHD; SliME has none). `half_positions`: they are rounded to float16, as SliME keeps them.
-    `stored_positions`: pos_embed is a parameter that is not trained. Raises ValueError where heads or positions do not
-    divide the width."""
+    `stored_positions`: pos_embed is a parameter, "frozen" or "trained". Raises ValueError where heads or positions do
+    not divide the width."""
 
     rowwise = False
 
@@ -35,7 +36,7 @@ class PerceiverConfig(ConnectorConfig):
     project: bool = True
     half_positions: bool = False
     layer_norm_eps: float = 1e-6
-    stored_positions: bool = False
+    stored_positions: Literal["frozen", "trained"] | None = None
 
     def __post_init__(self) -> None:
         if self.out_features % self.num_heads or self.out_features % 4:
@@ -76,6 +77,16 @@ class PerceiverConfig(ConnectorConfig):
         return Perceiver(self)
 
 
+@dataclass(frozen=True)
+class SlicePerceiverConfig(PerceiverConfig):
+    """For slices of any shape; `side` is the side of the square slices that cost estimates assume."""
+
+    any_shape = True
+
+    def rows_of(self, rows: int) -> int:
+        return self.queries
+
+
 class Perceiver(Connector):
     """[T, N, in_features] -> [T, M, out_features]. Positions are added to queries and keys, and not to values."""
 
@@ -90,11 +101,12 @@ class Perceiver(Connector):
         if config.project:
             self.proj = nn.Parameter(torch.randn(width, width) / math.sqrt(width))
         if config.stored_positions:
-            table = positions(config.grid, width, (config.grid,) * 2, torch.device("cpu"), half=True)
-            self.pos_embed = nn.Parameter(table.clone().to(self.query.device), requires_grad=False)
+            table = positions(config.grid, width, (config.grid,) * 2, torch.device("cpu"), config.half_positions)
+            trained = config.stored_positions == "trained"
+            self.pos_embed = nn.Parameter(table.clone().to(self.query.device), requires_grad=trained)
 
     def unused(self) -> list[nn.Parameter]:
-        return [self.pos_embed] if self.config.stored_positions else []
+        return [self.pos_embed] if self.config.stored_positions == "frozen" else []
 
     def forward(self, features_TNC: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
         """`shape` (rows, columns) of the N rows, if not the config's square."""
@@ -109,8 +121,8 @@ class Perceiver(Connector):
     def _positions(self, shape: tuple[int, int], like: Tensor) -> Tensor:
         config = self.config
         if config.stored_positions:
-            table = self.pos_embed.detach().float().unflatten(0, (config.grid, config.grid))
-            return resized(table, shape).to(like.dtype)
+            table = self.pos_embed.detach() if config.stored_positions == "frozen" else self.pos_embed
+            return resized(table.float().unflatten(0, (config.grid, config.grid)), shape).to(like.dtype)
         return positions(config.grid, config.out_features, shape, like.device, config.half_positions).to(like.dtype)
 
 

@@ -1,0 +1,169 @@
+"""SliME's path from tiles to the decoder's inputs beside its published steps: time and peak memory, in one process, in
+turns.
+
+    python -m benchmarks.slime --layers 4 --output-json out.json
+
+The tower is transformers' CLIP-L/336 with fewer layers, random weights, which both sides share. The reference does what
+yfzhang114/SliME 5c89ec9 does: every layer of the tower, attention with its weights, all pairs of rows and text tokens
+for the router. No figure is printed unless both give the same rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from benchmarks import machine
+from benchmarks.memory import PeakMemory
+from benchmarks.timing import Timed, time_in_turns
+from llava_fast.families.known_towers import KNOWN_TOWERS
+from llava_fast.inputs.plan.plan import TextPiece, VisualPiece, build_plan
+from llava_fast.inputs.prepared import Prepared
+from llava_fast.inputs.tiling.anyres import VisualGeometry, image_rows
+from llava_fast.inputs.tiling.canvas import CanvasTiling, canvas_of
+from llava_fast.models.batch import Batch
+from llava_fast.models.config import LlavaConfig
+from llava_fast.models.connectors.overview_mixture import OverviewMixtureConfig
+from llava_fast.models.connectors.perceiver import Perceiver, resized
+from llava_fast.models.decoders.llama import LlamaConfig
+from llava_fast.models.router import RouterConfig
+from llava_fast.models.vlm import LlavaModel
+
+SEPARATOR, TOP_P = 1919, 0.95
+
+
+def build(layers: int, width: int) -> tuple[LlavaModel, CLIPVisionModel]:
+    """Ours, and transformers' tower with the same weights."""
+    torch.manual_seed(0)
+    vision = dataclasses.replace(KNOWN_TOWERS["openai/clip-vit-large-patch14-336"], num_layers=layers)
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "image_size": 336}
+    clip = CLIPVisionModel(CLIPVisionConfig(**sizes, patch_size=14, num_hidden_layers=layers)).eval()
+    text = {"vocab_size": 32000, "hidden_size": width, "intermediate_size": 64, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": width // 128, "num_key_value_heads": width // 128}
+    decoder = LlamaConfig.from_hf(transformers.LlamaConfig(**text), tied=False)
+    tiling = CanvasTiling(12, routed=True, separator=(SEPARATOR,))
+    config = LlavaConfig(
+        vision=vision,
+        projector=OverviewMixtureConfig(1024, width, 8, 12, 24),
+        geometry=VisualGeometry(336, 14, compat="llava", tiling=tiling),
+        router=RouterConfig(TOP_P),
+        decoder=decoder,
+        layout="original",
+        model_type="slime",
+        image_token_id=-200,
+    )
+    model = LlavaModel(config).eval()
+    weights = {name.removeprefix("vision_model."): value for name, value in clip.state_dict().items()}
+    model.vision_tower.load_state_dict({name: weights[name] for name in model.vision_tower.state_dict()})
+    torch.nn.init.normal_(model.projector.gate, std=0.1)  # type: ignore[arg-type]
+    return model, clip
+
+
+def resampled(module: Perceiver, rows_TNC: Tensor) -> Tensor:
+    side, grid = round(rows_TNC.shape[1] ** 0.5), module.config.grid
+    at = resized(module.pos_embed.view(grid, grid, -1), (side, side))
+    value = module.ln_kv(rows_TNC)
+    query = (module.ln_q(module.query) + module.pos_embed).repeat(len(value), 1, 1)
+    return module.ln_post(module.attn(query, value + at, value)[0])
+
+
+def published(model: LlavaModel, clip: CLIPVisionModel, pixels: Tensor, text: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The rows of one image."""
+    connector: Any = model.projector
+    features = clip(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    overview, local = features[0], resampled(connector.compressor, features[1:])
+    experts = [connector.mlp(overview), connector.mlp(resampled(connector.expert, overview[None])[0])]
+    gates = (overview @ connector.gate).softmax(-1)
+    gates = gates / (gates.sum(-1, keepdim=True) + 1e-6)
+    first = (torch.stack(experts, -1) @ gates[..., None])[..., 0]
+    local = connector.mlp(local).view(*grid, 12, 12, -1).permute(0, 2, 1, 3, 4).flatten(0, 3)
+    similar = F.cosine_similarity(local[:, None], text[None], dim=-1).sum(-1)
+    ordered, order = similar.softmax(0).sort(descending=True)
+    kept = order[: int((ordered.cumsum(0) <= TOP_P).sum()) + 1].sort().values
+    separator = model.decoder.embed_tokens(torch.tensor([SEPARATOR]))
+    return torch.cat([first, separator, local[kept]])
+
+
+def sides(model: LlavaModel, clip: CLIPVisionModel, size: tuple[int, int], tokens: int) -> dict[str, Callable]:
+    rng = np.random.default_rng(0)
+    rows = image_rows(model.config.geometry, size[1], size[0])
+    tiles = rng.integers(0, 256, (rows.tiles, 3, 336, 336), dtype=np.uint8)
+    ids = rng.integers(0, 32000, tokens).astype(np.int32)
+    plan = build_plan([[VisualPiece(rows, instruction=ids), TextPiece(ids)]], model.config.geometry.tower_rows_per_tile)
+    batch = Batch.from_prepared(Prepared(tiles, plan))
+    mean, std = (torch.tensor(each)[:, None, None] for each in model.config.vision.normalisation)
+    pixels = (batch.tiles / 255 - mean) / std
+    canvas = canvas_of(size[1], size[0], 336, 6)
+
+    def reference(_: int) -> Tensor:
+        text = model.decoder.embed_tokens(torch.from_numpy(ids).long())
+        return torch.cat([published(model, clip, pixels, text, (canvas[0] // 336, canvas[1] // 336)), text])
+
+    return {"llava_fast": lambda _: model.routed(batch).embeds, "published steps": reference}
+
+
+@torch.inference_mode()
+def measure(layers: int, width: int, size: tuple[int, int], tokens: int, iters: int, warmup: float) -> list[dict]:
+    model, clip = build(layers, width)
+    found = sides(model, clip, size, tokens)
+    results, peaks = {}, {}
+    for name, run in found.items():
+        run(0)
+        with PeakMemory(torch.device("cpu")) as peak:
+            results[name] = run(0)
+        peaks[name] = peak.bytes
+    ours, theirs = results.values()
+    if len(ours) != len(theirs):
+        raise SystemExit(f"{len(ours)} rows and {len(theirs)}: there is nothing to compare")
+    error = float((ours - theirs).abs().max() / theirs.abs().max())
+    if error > 1e-4:
+        raise SystemExit(f"the results differ by {error:.1e}: there is nothing to compare")
+    times = time_in_turns([Timed(run) for run in found.values()], iters, warmup, torch.device("cpu"))
+    return [
+        {
+            "side": name,
+            "picture": f"{size[0]}x{size[1]}",
+            "layers": layers,
+            "text_tokens": tokens,
+            "rows": len(ours),
+            "error": error,
+            **dataclasses.asdict(time),
+            "peak_bytes": peaks[name],
+        }
+        for name, time in zip(found, times, strict=True)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--text", type=int, default=64)
+    parser.add_argument("--iters", type=int, default=6)
+    parser.add_argument("--output-json", type=Path)
+    chosen = parser.parse_args()
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    about = {"machine": machine.describe("cpu", 1), "versions": machine.versions(), "commit": machine.commit()}
+    rows = measure(chosen.layers, chosen.width, (1024, 768), chosen.text, chosen.iters, 1.0)
+    for row in rows:
+        print(row)
+    if chosen.output_json:
+        made = {"schema": "llava_fast-slime/1", **about, "rows": rows}
+        chosen.output_json.write_text(json.dumps(made, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
