@@ -93,9 +93,9 @@ def assemble(
     if config.decoder.tie_embeddings:
         tensors.pop(HEAD, None)
     tensors |= tower_tensors(tower, config.vision.num_layers)
-    fresh = _fresh_parts(config, assembly.seed)
+    fresh, unused = _fresh_parts(config, assembly.seed)
     given = {} if assembly.projector_from is None else _trained_parts(assembly.projector_from, names)
-    _check_fits(config.projector, fresh, given, assembly.projector_from)
+    _check_fits(config.projector, fresh, given, unused, assembly.projector_from)
     tensors |= fresh | {name: tensor for name, tensor in given.items() if name in fresh}
     generation = base / "generation_config.json"
     return LoadedCheckpoint(
@@ -133,14 +133,19 @@ def describe(assembly: Assembly, decoder: dict[str, Any], path: Path) -> tuple[L
     return dataclasses.replace(config, source=source | {"mm_hidden_size": config.vision.hidden_size}), tower
 
 
-def _fresh_parts(config: LlavaConfig, seed: int) -> dict[str, StoredTensor]:
+def _fresh_parts(config: LlavaConfig, seed: int) -> tuple[dict[str, StoredTensor], set[str]]:
+    """The tensors of projector and newline, and the names of those that nothing depends on."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
-        made = {f"projector.{name}": value.detach() for name, value in config.projector.build().named_parameters()}
+        projector = config.projector.build()
+        constants = {id(parameter) for parameter in projector.unused()}
+        named = dict(projector.named_parameters(prefix="projector"))
+        unused = {name for name, value in named.items() if id(value) in constants}
+        made = {name: value.detach() for name, value in named.items()}
         if config.has_newline:
             width = config.decoder.hidden_size
             made["image_newline"] = torch.randn(width) / width**0.5
-    return {name: StoredTensor.of(Path("fresh"), name, value) for name, value in made.items()}
+    return {name: StoredTensor.of(Path("fresh"), name, value) for name, value in made.items()}, unused
 
 
 def _trained_parts(where: str, names: NameMap) -> dict[str, StoredTensor]:
@@ -157,14 +162,19 @@ def _trained_parts(where: str, names: NameMap) -> dict[str, StoredTensor]:
 
 
 def _check_fits(
-    config: ConnectorConfig, wanted: dict[str, StoredTensor], given: dict[str, StoredTensor], where: str | None
+    config: ConnectorConfig,
+    wanted: dict[str, StoredTensor],
+    given: dict[str, StoredTensor],
+    unused: set[str],
+    where: str | None,
 ) -> None:
+    """Raise CheckpointError for a projector of other dimensions. `unused` tensors may be missing."""
     if where is None:
         return
     shapes = [
         {name: each.shape for name, each in tensors.items() if name != "image_newline"} for tensors in (wanted, given)
     ]
-    if shapes[0] != shapes[1]:
+    if {name: shape for name, shape in shapes[0].items() if name in shapes[1] or name not in unused} != shapes[1]:
         found = ", ".join(
             f"{name.removeprefix('projector.layers.')} {list(shape)}" for name, shape in shapes[1].items()
         )

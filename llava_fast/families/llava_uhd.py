@@ -87,7 +87,7 @@ class LlavaUhd(LlavaOriginal):
             if not heads or out_features % (4 * heads):
                 raise CheckpointError(
                     f"{file}: the connector has {heads} heads, one for each {_HEAD} of the tower's "
-                    f"{vision.feature_size} features; hidden_size, {out_features}, must be a multiple of 4 times as many"
+                    f"{vision.feature_size} features; hidden_size, {out_features}, must be a multiple of 4 times that"
                 )
             return SlicePerceiverConfig(
                 vision.feature_size, out_features, heads, _GRIDS[kind], side, stored_positions="trained"

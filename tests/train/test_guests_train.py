@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
@@ -164,6 +165,14 @@ def test_slimes_stages_from_a_language_model(recipe_in, tmp_path):
             is_trained = fnmatch(name, trained) and not name.endswith(("pos_embed", "in_proj_bias"))
             assert value.equal(old.state_dict()[name]) != is_trained or name.endswith("in_proj_bias"), name
         before = recipe.output / "model"
+    stored = load_file(before / "model.safetensors")  # what the original trainer writes after a stage
+    (tmp_path / "stage").mkdir()
+    for part in ("mm_projector", "sampler"):
+        kept = {name: value for name, value in stored.items() if f".{part}." in name}
+        kept = {name: value for name, value in kept.items() if not name.endswith((".mean", ".std"))}
+        torch.save(kept, tmp_path / "stage" / f"{part}.bin")
+    taken = llava_fast.load(Assembly(**given | {"projector_from": str(tmp_path / "stage")}))
+    assert all(value.equal(new.projector.state_dict()[name]) for name, value in taken.projector.state_dict().items())
     assert new.projector.state_dict().keys() == whole.projector.state_dict().keys()
     with pytest.raises(CheckpointError, match="settings: 'mm_topp' is not a field of a slime's config"):
         llava_fast.load(Assembly(**model, settings={"mm_topp": 1.0}))
@@ -220,6 +229,24 @@ def test_adapters_beside_a_q_former_name_modules_only(recipe_in, tmp_path, caplo
         ours = llava_fast.load(recipe.output / folder)
         found.append(ours(ours.prepare([request]), logits="all").logits)
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["ddp", "fsdp2"])
+def test_slime_in_two_processes(shape, recipe_in, run, tmp_path):
+    """Without a router, whose noise differs, the losses are the same; with it each process has its own rows."""
+    for top_p in (1.0, 0.8):
+        start = tmp_path / f"start{top_p}"
+        slimes.write(start, mm_resampler_topp=top_p)
+        options = {"model": str(start), "trainable": list(PARTS), "batch_size": 3, "steps": 3, "layout": "original"}
+        alone = recipe_in(tmp_path / f"alone{top_p}", **options)
+        parallel = alone.parallel.model_copy(update=SHAPES[shape])
+        shared = alone.model_copy(update={"output": tmp_path / f"{shape}{top_p}", "parallel": parallel})
+        run(shared, processes=2)
+        assert len(losses(shared)) == 3
+        if top_p == 1:
+            train(alone)
+            np.testing.assert_allclose(losses(shared), losses(alone), rtol=1e-4)
 
 
 @pytest.mark.slow
