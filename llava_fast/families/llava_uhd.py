@@ -107,8 +107,8 @@ class LlavaUhd(LlavaOriginal):
         tiling = FirstSliceTiling(vision.trained_size, queries) if first else SliceTiling(vision.trained_size, queries)
         if first and not source.get("uhd_separators"):
             tiling = dataclasses.replace(tiling, between=(), after=())
-        sizes = {"tile_size": vision.patch_size, "patch_size": vision.patch_size}
-        return VisualGeometry(**sizes, compat="llava", tiling=tiling, filter="bilinear" if first else "bicubic")
+        patch = vision.patch_size
+        return VisualGeometry(patch, patch, compat="llava", tiling=tiling, filter="bilinear" if first else "bicubic")
 
     def geometry(self, config: LlavaConfig, tokenizer: Any) -> VisualGeometry:
         """Llama's tokenizer calls a newline <0x0A>, one of bytes Ċ."""

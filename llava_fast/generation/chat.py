@@ -93,6 +93,7 @@ def _with_instruction(part: Part, placeholder: Placeholder) -> Part:
     """The part of an image that was read before, for the text that stands with it now (a router reads all of it)."""
     piece = part.piece
     assert isinstance(piece, VisualPiece)
-    if placeholder.instruction is None or np.array_equal(piece.instruction, placeholder.instruction):
+    before, now = piece.instruction, placeholder.instruction
+    if before is None or now is None or np.array_equal(before, now):
         return part
-    return Part(dataclasses.replace(piece, instruction=placeholder.instruction), part.tiles)
+    return Part(dataclasses.replace(piece, instruction=now), part.tiles)

@@ -88,14 +88,16 @@ class Runner:
             return prompt - done if prompt > limit else min(prompt - done, most)
         return min(limit - done, most) if done < limit else 1  # the answer's rows had one RoPE base each
 
-    def route(self, sequence: Sequence) -> None:
+    def route(self, sequence: Sequence) -> bool:
         """Replace a sequence's prompt by that without the optional rows that the model's router leaves out. Encodes
-        images, unless the remaining rows of the same image with the same text are known."""
+        images, unless the remaining rows of the same image with the same text are known; returns whether it did."""
         prompt = sequence.prompt
         if self.model.config.router is not None and any(_is_routed(part) for part in prompt.parts):
             if prompt.routed is None:
                 prompt.routed = Prompt([self._routed(part) for part in prompt.parts])
             sequence.prompt = prompt.routed
+            return any(part.made is not None for part in sequence.prompt.parts)
+        return False
 
     def _routed(self, part: Part) -> Part:
         if not _is_routed(part):
@@ -215,7 +217,7 @@ class Runner:
         if self.features is not None:
             for key, made in rows.items():
                 self.features.put(key, made)
-            rows |= {key: made for key in visual.keys() - rows if (made := self.features.get(key)) is not None}
+            rows |= {key: known for key in visual.keys() - rows if (known := self.features.get(key)) is not None}
         new = [key for key in visual if key not in rows]
         if new:
             for key, made in zip(new, self._encoded([[visual[key]] for key in new]), strict=True):

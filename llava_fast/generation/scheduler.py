@@ -132,14 +132,17 @@ class Scheduler:
     # ------------------------------------------------------------ joining and leaving
 
     def _admit(self) -> Moved:
-        """Returns the sequences that failed."""
+        """Returns the sequences that failed. If routing encodes images, one sequence is admitted while others decode."""
         moved: Moved = []
+        encoded = False
         for sequence in list(self.waiting):
             running = len(self.prefilling) + len(self.decoding)
             if running >= self.max_running or self._refused == (sequence, self.cache.used_blocks):
                 break
+            if encoded and self.decoding:
+                break
             try:
-                self.runner.route(sequence)
+                encoded |= self.runner.route(sequence)
             except torch.AcceleratorError as error:
                 return moved + self._all_failed(error)
             except Exception as error:

@@ -109,13 +109,13 @@ class OverviewMixture(Connector):
         self.expert = config.resampler(EXPERT_SIDE).build()
         self.compressor = config.resampler(config.grid).build()
         self.gate = nn.Parameter(torch.zeros(config.in_features, 2))
-        constants = {"noise": torch.zeros(config.in_features, 2), "mean": torch.zeros(1), "std": torch.ones(1)}
-        for name, value in constants.items():
-            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        self.noise = nn.Parameter(torch.zeros(config.in_features, 2), requires_grad=False)
+        self.mean = nn.Parameter(torch.zeros(1), requires_grad=False)
+        self.std = nn.Parameter(torch.ones(1), requires_grad=False)
 
     def unused(self) -> list[nn.Parameter]:
         config, (_, second, gated) = self.config, self.config.runs
-        found = [self.noise, self.mean, self.std, self.expert.pos_embed, self.compressor.pos_embed]
+        found = [self.noise, self.mean, self.std, *self.expert.unused(), *self.compressor.unused()]
         found += [] if second else self.expert.parameters()
         found += [] if gated else [self.gate]
         return found if config.tiled else [*found, *self.compressor.parameters()]
