@@ -132,7 +132,9 @@ class Scheduler:
     # ------------------------------------------------------------ joining and leaving
 
     def _admit(self) -> Moved:
-        """Returns the sequences that failed. If routing encodes images, one sequence is admitted while others decode."""
+        """Returns the sequences that failed. If routing encodes images, only one sequence is admitted while others
+        decode.
+        """
         moved: Moved = []
         encoded = False
         for sequence in list(self.waiting):

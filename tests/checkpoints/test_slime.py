@@ -16,6 +16,13 @@ import llava_fast
 from llava_fast.checkpoints.load import load_checkpoint
 from llava_fast.errors import CheckpointError, ImageError
 from llava_fast.families import family_of_config
+from llava_fast.generation.feature_cache import FeatureCache
+from llava_fast.generation.prefix_cache import PrefixCache
+from llava_fast.generation.prompt import prompt_of
+from llava_fast.generation.runner import Runner
+from llava_fast.generation.sampling import Sampling
+from llava_fast.generation.scheduler import Scheduler
+from llava_fast.generation.sequence import new_sequence
 from llava_fast.models import router
 from llava_fast.models.batch import Batch
 from tests.support import slimes, tiny
@@ -94,6 +101,56 @@ def test_answers_alone_are_those_of_a_batch(slime):
         assert answer.token_ids[0] == logits[-1].argmax()
         assert answer.usage.prompt_tokens == len(logits)
     assert "".join(model.stream(requests()[1], max_new_tokens=8, ignore_eos=True)) == together[1].text
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_rows_are_reused_with_the_same_text_alone(slime, monkeypatch, features):
+    _, model, _ = slime
+    runner = Runner(model, features=FeatureCache(1 << 20) if features else None)
+    scheduler = Scheduler(runner, PrefixCache(runner.cache))
+    runs = []
+    routed = model.routed
+    monkeypatch.setattr(model, "routed", lambda batch: runs.append(batch.plan.rows) or routed(batch))
+
+    def answers(*prompts):
+        asked = [{"prompt": prompt, "images": [tiny.picture(70, 40)]} for prompt in prompts]
+        sampling = Sampling(max_new_tokens=5, ignore_eos=True)
+        made = [new_sequence(model, prompt_of(model.processor, each), sampling) for each in asked]
+        for each in made:
+            scheduler.add(each)
+        while not scheduler.is_idle:
+            scheduler.step()
+        return [each.result().token_ids for each in made], [each.reused_rows for each in made]
+
+    prompts = ["hello <image> b:", "hello <image> the a a:"]
+    alone = [answers_alone(model, prompt) for prompt in prompts]
+    runs.clear()
+    assert answers(*prompts)[0] == alone
+    assert len(runs) == 2
+    again, reused = answers(*prompts, prompts[0])
+    assert again == [*alone, alone[0]]
+    assert len(runs) == 2  # the router's choice is remembered, and the rows are cached
+    assert min(reused) > 20
+
+
+def answers_alone(model, prompt):
+    request = {"prompt": prompt, "images": [tiny.picture(70, 40)]}
+    return model.generate([request], max_new_tokens=5, ignore_eos=True)[0].token_ids
+
+
+def test_a_prompt_that_cannot_be_routed_fails_alone(slime, monkeypatch):
+    _, model, _ = slime
+    scheduler = Scheduler(Runner(model))
+    sampling = Sampling(max_new_tokens=3, ignore_eos=True)
+    made = [new_sequence(model, prompt_of(model.processor, each), sampling) for each in (requests()[0], requests()[-1])]
+    monkeypatch.setattr(model, "routed", lambda _: 1 / 0)
+    for each in made:
+        scheduler.add(each)
+    while not scheduler.is_idle:
+        scheduler.step()
+    with pytest.raises(ZeroDivisionError):
+        made[0].result()
+    assert len(made[1].result().token_ids) == 3
 
 
 def test_a_conversation_routes_its_image_again_for_each_question(slime):
