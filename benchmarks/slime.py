@@ -36,7 +36,7 @@ from llava_fast.inputs.tiling.canvas import CanvasTiling, canvas_of
 from llava_fast.models.batch import Batch
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.connectors.overview_mixture import OverviewMixtureConfig
-from llava_fast.models.connectors.perceiver import Perceiver, resized
+from llava_fast.models.connectors.perceiver import Perceiver
 from llava_fast.models.decoders.llama import LlamaConfig
 from llava_fast.models.router import RouterConfig
 from llava_fast.models.vlm import LlavaModel
@@ -73,7 +73,8 @@ def build(layers: int, width: int) -> tuple[LlavaModel, CLIPVisionModel]:
 
 def resampled(module: Perceiver, rows_TNC: Tensor) -> Tensor:
     side, grid = round(rows_TNC.shape[1] ** 0.5), module.config.grid
-    at = resized(module.pos_embed.view(grid, grid, -1), (side, side))
+    table = module.pos_embed.view(1, grid, grid, -1).permute(0, 3, 1, 2)
+    at = F.interpolate(table, size=(side, side), mode="bicubic", align_corners=False)[0].flatten(1).T
     value = module.ln_kv(rows_TNC)
     query = (module.ln_q(module.query) + module.pos_embed).repeat(len(value), 1, 1)
     return module.ln_post(module.attn(query, value + at, value)[0])

@@ -90,7 +90,7 @@ class LlavaUhd(LlavaOriginal):
                     f"{vision.feature_size} features; hidden_size, {out_features}, must be a multiple of 4 times that"
                 )
             return SlicePerceiverConfig(
-                vision.feature_size, out_features, heads, _GRIDS[kind], side, stored_positions="trained"
+                vision.feature_size, out_features, heads, _GRIDS[kind], side, own_positions=True
             )
         require(source.get("model_mode", "uhd_v1"), ("uhd_v1",), "model_mode", file)
         if out_features % _HEAD:

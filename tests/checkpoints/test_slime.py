@@ -97,9 +97,10 @@ def test_answers_alone_are_those_of_a_batch(slime):
         (alone,) = model.generate([request], max_new_tokens=8, ignore_eos=True)
         assert alone == answer
         with torch.no_grad():
-            logits = slimes.reference(model, parts, request["prompt"], request.get("images", []))
-        assert answer.token_ids[0] == logits[-1].argmax()
-        assert answer.usage.prompt_tokens == len(logits)
+            given = request["prompt"], request.get("images", []), None, answer.token_ids[:-1]
+            logits = slimes.reference(model, parts, *given)
+        assert answer.token_ids == logits[-8:].argmax(-1).tolist()
+        assert answer.usage.prompt_tokens == len(logits) - 7
     assert "".join(model.stream(requests()[1], max_new_tokens=8, ignore_eos=True)) == together[1].text
 
 

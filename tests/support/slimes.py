@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,8 +151,11 @@ def kept(rows: Tensor, text: Tensor, top_p: float, temperature: float) -> Tensor
     return order[: most + 1].sort().values
 
 
-def reference(model, parts: Parts, prompt: str, pictures: list, unread: Tensor | None = None) -> Tensor:
-    """Logits [rows, vocabulary] of a prompt. unread: bool of the prompt's tokens that the router does not read."""
+def reference(
+    model, parts: Parts, prompt: str, pictures: list, unread: Tensor | None = None, answer: Sequence[int] = ()
+) -> Tensor:
+    """Logits [rows, vocabulary] of a prompt and an answer's tokens. unread: bool of the prompt's tokens that the router
+    does not read; it reads no answer."""
     words, embed = model.tokenizer, parts.llama.get_input_embeddings()
     values = [getattr(model.config.vision, name) for name in ("image_mean", "image_std")]
     mean, std = (torch.tensor(value)[:, None, None] for value in values)
@@ -168,6 +172,7 @@ def reference(model, parts: Parts, prompt: str, pictures: list, unread: Tensor |
             tiles, grid = cut(Image.fromarray(pictures[number]), tile)
             pixels = torch.stack([(torch.tensor(each).permute(2, 0, 1) / 255 - mean) / std for each in tiles])
             made.append(image_rows(parts, pixels, grid, text))
+    made.append(embed(torch.tensor(answer, dtype=torch.long)))
     return parts.llama(inputs_embeds=torch.cat(made)[None]).logits[0]
 
 

@@ -85,10 +85,11 @@ def test_an_original_llava_trains_and_is_read_again(recipe_in, tmp_path):
     assert not torch.equal(after.decoder.embed_tokens.weight, before.decoder.embed_tokens.weight)
 
 
-def test_llava_uhd_trains_and_is_read_again(recipe_in, tmp_path):
+@pytest.mark.parametrize("kind", ["uhd_v1_query64", "uhd_first"])
+def test_llava_uhd_trains_and_is_read_again(kind, recipe_in, tmp_path):
     """Text alone among the samples, and images of several shapes in a batch."""
     start = tmp_path / "start"
-    test_llava_uhd.write(start)
+    test_llava_uhd.write(start, mm_projector_type=kind)
     optimizer = {"learning_rate": 2e-3}
     options = {"model": str(start), "trainable": list(PARTS), "epochs": 2, "optimizer": optimizer}
     with pytest.raises(CheckpointError, match="llava_uhd has no other layout than 'original'"):
@@ -106,7 +107,8 @@ def test_llava_uhd_trains_and_is_read_again(recipe_in, tmp_path):
         for name, value in after.projector.state_dict().items()
         if not value.equal(before.projector.state_dict()[name])
     ]
-    assert {"query", "kv_proj.weight", "attn.in_proj_weight", "proj", "pos_embed"} <= set(names)
+    projected = {"kv_proj.weight"} if kind != "uhd_first" else set()  # as wide as its tower here
+    assert {"query", "attn.in_proj_weight", "proj", "pos_embed"} | projected <= set(names)
     assert after.generate([{"prompt": "<image> hello", "images": [tiny.picture(20, 90)]}], max_new_tokens=3)
 
 
@@ -130,6 +132,24 @@ def test_slime_trains_and_is_read_again(router_text, recipe_in, tmp_path):
     }
     assert {"mlp.layers.0.weight", "compressor.query", "compressor.attn.in_proj_weight"} <= changed
     assert not changed & {"compressor.pos_embed", "noise", "mean", "std", "gate", "expert.query"}
+
+
+def test_slimes_adapters(recipe_in, tmp_path):
+    """Beside a trained connector, in the original's files."""
+    start = tmp_path / "start"
+    slimes.write(start)
+    lora = {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]}
+    options = {"model": str(start), "trainable": ["projector"], "lora": lora, "steps": 3, "layout": "original"}
+    recipe = recipe_in(tmp_path / "run", **options, optimizer={"learning_rate": 1e-2})
+    train(recipe)
+    request = {"prompt": "the <image> hello", "images": [tiny.picture(60, 90)]}
+    found = []
+    for folder in ("model", "adapter"):
+        ours = llava_fast.load(recipe.output / folder)
+        with torch.no_grad():
+            found.append(ours(ours.prepare([request]), logits="all").logits)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(ours.projector.mlp.layers[0].weight, llava_fast.load(start).projector.mlp.layers[0].weight)
 
 
 def test_slimes_stages_from_a_language_model(recipe_in, tmp_path):

@@ -55,9 +55,8 @@ class OverviewMixtureConfig(ConnectorConfig):
 
     def resampler(self, grid: int) -> PerceiverConfig:
         width = self.in_features
-        return PerceiverConfig(
-            width, width, self.num_heads, grid, self.side, project=False, half_positions=True, stored_positions="frozen"
-        )
+        positions = {"half_positions": True, "own_positions": True, "trains_positions": False}
+        return PerceiverConfig(width, width, self.num_heads, grid, self.side, project=False, **positions)
 
     @cached_property
     def mlp(self) -> ProjectorConfig:

@@ -1,7 +1,7 @@
 """A perceiver resampler with fixed 2D positions: learned queries attend to a tile's rows once.
 
 Shapes: T tiles, N rows per tile, C channels, M queries, E their width. Parameter names are those of the original
-checkpoints; their pos_embed is recomputed, or read with `stored_positions`. Sources: Bai et al. 2023 (Qwen-VL); Guo et
+checkpoints; their pos_embed is recomputed, or read with `own_positions`. Sources: Bai et al. 2023 (Qwen-VL); Guo et
 al. 2024 (LLaVA-UHD; thunlp/LLaVA-UHD 7a3a1b6 resampler.py).
 """
 
@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llava_fast.models.blocks.resampling import bicubic
 from llava_fast.models.connectors.base import Connector, ConnectorConfig
 
 
@@ -23,8 +23,8 @@ from llava_fast.models.connectors.base import Connector, ConnectorConfig
 class PerceiverConfig(ConnectorConfig):
     """`grid` x `grid` queries over a tile's `side` x `side` rows. `project`: a matrix after the last norm (Qwen-VL,
     LLaVA-UHD; SliME has none). `half_positions`: they are rounded to float16, as SliME keeps them.
-    `stored_positions`: pos_embed is a parameter, "frozen" or "trained". Raises ValueError where heads or positions do
-    not divide the width."""
+    `own_positions`: the positions are a parameter, pos_embed; `trains_positions`: and the original trainer trains them
+    (LLaVA-UHD; SliME's stay as they are). Raises ValueError where heads or positions do not divide the width."""
 
     rowwise = False
 
@@ -35,8 +35,9 @@ class PerceiverConfig(ConnectorConfig):
     side: int
     project: bool = True
     half_positions: bool = False
+    own_positions: bool = False
+    trains_positions: bool = True
     layer_norm_eps: float = 1e-6
-    stored_positions: Literal["frozen", "trained"] | None = None
 
     def __post_init__(self) -> None:
         if self.out_features % self.num_heads or self.out_features % 4:
@@ -100,30 +101,35 @@ class Perceiver(Connector):
         self.ln_q, self.ln_kv, self.ln_post = (nn.LayerNorm(width, eps=eps) for _ in range(3))
         if config.project:
             self.proj = nn.Parameter(torch.randn(width, width) / math.sqrt(width))
-        if config.stored_positions:
-            table = positions(config.grid, width, (config.grid,) * 2, torch.device("cpu"), config.half_positions)
-            trained = config.stored_positions == "trained"
-            self.pos_embed = nn.Parameter(table.clone().to(self.query.device), requires_grad=trained)
+        if config.own_positions:
+            table = positions(
+                config.grid, width, (config.grid, config.grid), torch.device("cpu"), config.half_positions
+            )
+            self.pos_embed = nn.Parameter(table.clone().to(self.query.device), requires_grad=config.trains_positions)
 
     def unused(self) -> list[nn.Parameter]:
-        return [self.pos_embed] if self.config.stored_positions == "frozen" else []
+        return [self.pos_embed] if self.config.own_positions and not self.config.trains_positions else []
 
     def forward(self, features_TNC: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
         """`shape` (rows, columns) of the N rows, if not the config's square."""
         config = self.config
         value = self.ln_kv(self.kv_proj(features_TNC))
-        grid, shape = (config.grid, config.grid), shape or (config.side, config.side)
-        of_queries, of_rows = (self._positions(each, value) for each in (grid, shape))
+        of_queries, of_rows = self.positions_of(shape or (config.side, config.side), value)
         query = (self.ln_q(self.query) + of_queries).expand(len(value), -1, -1)
         out = self.ln_post(self.attn(query, value + of_rows, value, need_weights=False)[0])
         return out @ self.proj if config.project else out
 
-    def _positions(self, shape: tuple[int, int], like: Tensor) -> Tensor:
-        config = self.config
-        if config.stored_positions:
-            table = self.pos_embed.detach() if config.stored_positions == "frozen" else self.pos_embed
-            return resized(table.float().unflatten(0, (config.grid, config.grid)), shape).to(like.dtype)
-        return positions(config.grid, config.out_features, shape, like.device, config.half_positions).to(like.dtype)
+    def positions_of(self, shape: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the queries [M, E] and of rows of this shape [N, E]."""
+        config, grid = self.config, (self.config.grid, self.config.grid)
+        if config.own_positions:
+            table = self.pos_embed if config.trains_positions else self.pos_embed.detach()
+            return table, table if shape == grid else bicubic(table.unflatten(0, grid), shape)
+        of_queries, of_rows = (
+            positions(config.grid, config.out_features, each, like.device, config.half_positions).to(like.dtype)
+            for each in (grid, shape)
+        )
+        return of_queries, of_rows
 
 
 @functools.cache
@@ -139,12 +145,7 @@ def positions(grid: int, width: int, shape: tuple[int, int], device: torch.devic
         columns, rows = axis.expand(grid, -1, -1), axis[:, None].expand(-1, grid, -1)
         table = torch.cat([columns, rows], dim=-1)
         table = table.half().float() if half else table
-        return resized(table, shape)
-
-
-def resized(table: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A table of positions [rows, columns, width], bicubically resized: [rows * columns, width]."""
-    if shape != table.shape[:2]:
-        table = F.interpolate(table.permute(2, 0, 1)[None], size=shape, mode="bicubic", align_corners=False)
-        table = table[0].permute(1, 2, 0)
-    return table.reshape(-1, table.shape[-1]).contiguous()
+        if shape != (grid, grid):
+            table = F.interpolate(table.permute(2, 0, 1)[None], size=shape, mode="bicubic", align_corners=False)
+            table = table[0].permute(1, 2, 0)
+        return table.reshape(-1, width).contiguous()
