@@ -5,17 +5,13 @@ turns.
 
 The tower is transformers' CLIP-L/336 with fewer layers, random weights, which both sides share. The reference does what
 yfzhang114/SliME 5c89ec9 does: every layer of the tower, attention with its weights, all pairs of rows and text tokens
-for the router. No figure is printed unless both give the same rows.
+for the router.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from benchmarks import machine
-from benchmarks.memory import PeakMemory
-from benchmarks.timing import Timed, time_in_turns
+from benchmarks import visual_path
 from llava_fast.families.known_towers import KNOWN_TOWERS
 from llava_fast.inputs.plan.plan import TextPiece, VisualPiece, build_plan
 from llava_fast.inputs.prepared import Prepared
@@ -39,19 +33,25 @@ from llava_fast.models.connectors.overview_mixture import OverviewMixtureConfig
 from llava_fast.models.connectors.perceiver import Perceiver
 from llava_fast.models.decoders.llama import LlamaConfig
 from llava_fast.models.router import RouterConfig
+from llava_fast.models.towers.base import TowerConfig
 from llava_fast.models.vlm import LlavaModel
 
 SEPARATOR, TOP_P = 1919, 0.95
 
 
-def build(layers: int, width: int) -> tuple[LlavaModel, CLIPVisionModel]:
-    """Ours, and transformers' tower with the same weights."""
+def clip_tower(layers: int, width: int) -> tuple[CLIPVisionModel, TowerConfig, dict[str, int]]:
+    """transformers' tower with random weights, its config here, and that of a decoder of this width."""
     torch.manual_seed(0)
-    vision = dataclasses.replace(KNOWN_TOWERS["openai/clip-vit-large-patch14-336"], num_layers=layers)
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "image_size": 336}
     clip = CLIPVisionModel(CLIPVisionConfig(**sizes, patch_size=14, num_hidden_layers=layers)).eval()
     text = {"vocab_size": 32000, "hidden_size": width, "intermediate_size": 64, "num_hidden_layers": 1}
     text |= {"num_attention_heads": width // 128, "num_key_value_heads": width // 128}
+    return clip, dataclasses.replace(KNOWN_TOWERS["openai/clip-vit-large-patch14-336"], num_layers=layers), text
+
+
+def build(layers: int, width: int) -> tuple[LlavaModel, CLIPVisionModel]:
+    """Ours, and transformers' tower with the same weights."""
+    clip, vision, text = clip_tower(layers, width)
     decoder = LlamaConfig.from_hf(transformers.LlamaConfig(**text), tied=False)
     tiling = CanvasTiling(12, routed=True, separator=(SEPARATOR,))
     config = LlavaConfig(
@@ -115,56 +115,10 @@ def sides(model: LlavaModel, clip: CLIPVisionModel, size: tuple[int, int], token
     return {"llava_fast": lambda _: model.routed(batch).embeds, "published steps": reference}
 
 
-@torch.inference_mode()
 def measure(layers: int, width: int, size: tuple[int, int], tokens: int, iters: int, warmup: float) -> list[dict]:
-    model, clip = build(layers, width)
-    found = sides(model, clip, size, tokens)
-    results, peaks = {}, {}
-    for name, run in found.items():
-        run(0)
-        with PeakMemory(torch.device("cpu")) as peak:
-            results[name] = run(0)
-        peaks[name] = peak.bytes
-    ours, theirs = results.values()
-    if len(ours) != len(theirs):
-        raise SystemExit(f"{len(ours)} rows and {len(theirs)}: there is nothing to compare")
-    error = float((ours - theirs).abs().max() / theirs.abs().max())
-    if error > 1e-4:
-        raise SystemExit(f"the results differ by {error:.1e}: there is nothing to compare")
-    times = time_in_turns([Timed(run) for run in found.values()], iters, warmup, torch.device("cpu"))
-    return [
-        {
-            "side": name,
-            "picture": f"{size[0]}x{size[1]}",
-            "layers": layers,
-            "text_tokens": tokens,
-            "rows": len(ours),
-            "error": error,
-            **dataclasses.asdict(time),
-            "peak_bytes": peaks[name],
-        }
-        for name, time in zip(found, times, strict=True)
-    ]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=4096)
-    parser.add_argument("--text", type=int, default=64)
-    parser.add_argument("--iters", type=int, default=6)
-    parser.add_argument("--output-json", type=Path)
-    chosen = parser.parse_args()
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    torch.set_num_threads(1)
-    about = {"machine": machine.describe("cpu", 1), "versions": machine.versions(), "commit": machine.commit()}
-    rows = measure(chosen.layers, chosen.width, (1024, 768), chosen.text, chosen.iters, 1.0)
-    for row in rows:
-        print(row)
-    if chosen.output_json:
-        made = {"schema": "llava_fast-slime/1", **about, "rows": rows}
-        chosen.output_json.write_text(json.dumps(made, indent=1) + "\n")
+    about = {"picture": f"{size[0]}x{size[1]}", "layers": layers, "width": width, "text_tokens": tokens}
+    return visual_path.compare(sides(*build(layers, width), size, tokens), iters, warmup, about)
 
 
 if __name__ == "__main__":
-    main()
+    visual_path.main(__doc__, "llava_fast-slime/1", measure)
