@@ -3,8 +3,8 @@
     python -m benchmarks.uhd_first --layers 4 --output-json out.json
 
 The tower is transformers' CLIP-L/336 with fewer layers, random weights, which both sides share. The reference runs
-every slice through the tower and the resampler by itself, at its own size: what the published code pads to 576 rows, and
-the model attends to, is left out on both sides.
+every slice through the tower and the resampler by itself, at its own size: what the published code pads to 576 rows,
+and the model attends to, is left out on both sides.
 """
 
 from __future__ import annotations
