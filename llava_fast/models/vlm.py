@@ -100,7 +100,8 @@ class LlavaModel(VisualModel, ConfiguredModel):
         """Logits of the selected rows: each sequence's "last" (the default without labels), the "supervised" ones
         (the default with labels; the loss is over these), or "all" ([sequences, rows, vocabulary] if padded). "none" is
         for training: losses only, without materialising logits (ops.linear_cross_entropy); it also accepts a batch
-        without sequences, with loss 0, for a process that has no samples in a step.
+        without sequences, with loss 0, for a process that has no samples in a step. A router first leaves out
+        rows (`routed`), and "all" are those that remain.
 
         inputs  those of an earlier pass over the batch, so that tower and projector do not run again.
 
