@@ -125,7 +125,7 @@ class OverviewMixture(Connector):
         starts = list(itertools.accumulate(images, initial=0))[:-1] if config.overview else []
         is_first = torch.zeros(len(features_TNC), dtype=torch.bool)
         is_first[starts] = True
-        given, made = [], []
+        given: list[Tensor] = []
         if config.overview:
             overview_INC = features_TNC[_indices(is_first, features_TNC)]
             first, second, gated = config.runs
@@ -133,18 +133,20 @@ class OverviewMixture(Connector):
         if config.tiled:
             given.append(self.compressor(features_TNC[_indices(~is_first, features_TNC)]))
         rows = self.mlp(torch.cat([each.flatten(0, 1) for each in given]))
-        made = list(rows.split([each.shape[0] * each.shape[1] for each in given]))
-        if config.overview:
-            overview = made[0]
-            if gated:
-                weights = self._weights(overview_INC.flatten(0, 1))
-                overview = made[0] * weights[:, :1] + made[1] * weights[:, 1:]
-            if not config.tiled:
-                return overview
-            local = made[-1].split([(tiles - 1) * config.grid**2 for tiles in images])
-            whole = zip(overview.split(config.side**2), local, strict=True) if images else [(overview, made[-1])]
-            return torch.cat([part for image in whole for part in image])
-        return made[0]
+        made = rows.split([each.shape[0] * each.shape[1] for each in given])
+        if not config.overview:
+            return made[0]
+        overview = made[0]
+        if gated:
+            weights = self._weights(overview_INC.flatten(0, 1))
+            overview = made[0] * weights[:, :1] + made[1] * weights[:, 1:]
+        if not config.tiled:
+            return overview
+        if not images:  # tiles of no image, which sharded training runs
+            return torch.cat([overview, made[-1]])
+        local = made[-1].split([(tiles - 1) * config.grid**2 for tiles in images])
+        whole = zip(overview.split(config.side**2), local, strict=True)
+        return torch.cat([part for image in whole for part in image])
 
     def _weights(self, rows_RC: Tensor) -> Tensor:
         """The experts' weights [R, 2]. They add up to 1 / (1 + 1e-6), as the original's."""
