@@ -51,8 +51,8 @@ server's plan say the maximum (`optional_tokens` of the plan are those that may 
 reads the prompt alone, or what its trainer did with `data.router_text: all`.
 
 From tiles to the decoder's inputs beside SliME's published steps, one picture of 1024x768 and 64 tokens, CLIP-L with 4
-layers of random weights, one thread of a shared AMD EPYC, equal rows to 6e-7: 6.0 s and 359 MiB at the peak, published
-9.9 s and 2826 MiB (`benchmarks/slime.py`, `benchmarks/results/2026-11-29-cpu-2core-slime-visual.json`). The original
+layers of random weights, one thread of a shared AMD EPYC, equal rows to 6e-7: 6.0 s and 336 MiB at the peak, published
+11.1 s and 2790 MiB (`benchmarks/slime.py`, `benchmarks/results/2026-11-29-cpu-2core-slime-visual.json`). The original
 compares every row with every token at once; the sum over the tokens can be taken first.
 """
 
