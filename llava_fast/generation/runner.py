@@ -200,7 +200,7 @@ class Runner:
                 begins.append(begin)
         if needed:
             ready = any(part.made is not None for of_sequence in parts for part in of_sequence)
-            found = self._encoded(parts) if self.features is None and not ready else self._found(parts)
+            found = self._encoded(parts) if self.features is None and not ready else self._found(parts, self.features)
             for (sequence, start), begin, embedded in zip(needed, begins, found, strict=True):
                 new = embedded[start - begin :]
                 if sequence.embedded is None:
@@ -210,20 +210,20 @@ class Runner:
         taken = [sequence.embedded[1][:rows] for sequence, rows in chunks if sequence.embedded is not None]
         return torch.cat(taken) if len(taken) > 1 else taken[0]
 
-    def _found(self, sequences: list[list[Part]]) -> SequenceOf[Tensor]:
+    def _found(self, sequences: list[list[Part]], features: FeatureCache | None) -> SequenceOf[Tensor]:
         """As `_encoded`, but each distinct image is encoded at most once, and cached ones not at all."""
         visual = {part.key: part for parts in sequences for part in parts if part.is_visual}
         rows = {key: part.made for key, part in visual.items() if part.made is not None}
-        if self.features is not None:
+        if features is not None:
             for key, made in rows.items():
-                self.features.put(key, made)
-            rows |= {key: known for key in visual.keys() - rows if (known := self.features.get(key)) is not None}
+                features.put(key, made)
+            rows |= {key: known for key in visual.keys() - rows if (known := features.get(key)) is not None}
         new = [key for key in visual if key not in rows]
         if new:
             for key, made in zip(new, self._encoded([[visual[key]] for key in new]), strict=True):
                 rows[key] = made
-                if self.features is not None:
-                    self.features.put(key, made)
+                if features is not None:
+                    features.put(key, made)
         for part in visual.values():
             part.made = None  # from here on the sequence has it
         found = []
