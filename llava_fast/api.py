@@ -152,6 +152,7 @@ def load_processor(checkpoint: LoadedCheckpoint, name: str, chat_template: str |
         frames_per_video=family.frames_per_video,
         answer_start=config.decoder.answer_start,
         instructions=instructions,
+        routes=config.router is not None,
         exif=config.layout == "hf",
     )
 
@@ -163,7 +164,8 @@ def count_tokens(
     compat: Compat | None = None,
 ) -> int:
     """The number of visual tokens for an image of this size (pixels). `compat` reads the pinpoints as Hugging Face
-    ("hf") or the original code ("llava") does; default: the checkpoint's. Raises ImageError for an empty image.
+    ("hf") or the original code ("llava") does; default: the checkpoint's. For a checkpoint with a router, which leaves
+    out tokens by the prompt's text (SliME), it is the maximum. Raises ImageError for an empty image.
     """
     config = model_or_config if isinstance(model_or_config, LlavaConfig) else model_or_config.config
     geometry = config.geometry

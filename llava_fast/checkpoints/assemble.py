@@ -18,13 +18,13 @@ from pydantic import BaseModel, ConfigDict
 from llava_fast.checkpoints.adapters import add_projector, find_projector_file
 from llava_fast.checkpoints.load import LoadedCheckpoint, load_checkpoint
 from llava_fast.errors import CheckpointError
-from llava_fast.families import fields, find_family
+from llava_fast.families import family_of, family_of_config, fields, find_family
 from llava_fast.families.known_towers import Tower, tower_tensors
 from llava_fast.families.llava_original import LlavaOriginal, assembled_fields, original_types
-from llava_fast.families.names import HEAD
+from llava_fast.families.names import HEAD, NameMap
 from llava_fast.families.parts import require
 from llava_fast.models.config import LlavaConfig
-from llava_fast.models.connectors.mlp import Projector, ProjectorConfig
+from llava_fast.models.connectors.base import ConnectorConfig
 from llava_fast.storage.files import check_fields, read_json, read_text
 from llava_fast.storage.hub import resolve
 from llava_fast.storage.tensor_files import StoredTensor, open_weights
@@ -46,7 +46,7 @@ class Assembly(BaseModel):
 
     decoder: str  # a Llama, Mistral or Qwen2 language model, with its tokenizer
     vision_tower: str  # a CLIP, SigLIP or SigLIP 2 repository or directory
-    projector: str = "mlp2x_gelu"  # mlpNx_gelu, linear, identity, mlp2x_gelu_Norm (mm_projector_type)
+    projector: str = "mlp2x_gelu"  # mlpNx_gelu, linear, identity, mlp2x_gelu_Norm, gated (mm_projector_type)
     projector_from: str | None = None  # a trained projector: mm_projector.bin, its directory, or a whole LLaVA
     feature_layer: int = -2  # mm_vision_select_layer
     feature: Literal["patch", "cls_patch"] = "patch"  # mm_vision_select_feature
@@ -58,6 +58,7 @@ class Assembly(BaseModel):
     video_pool_stage: Literal["before", "after"] = "after"  # the projector; before: mm_resampler_type spatial_pool
     video_newline: Literal["grid", "frame", "one_token", "no_token"] = "one_token"  # mm_newline_position
     rope: Rope | None = None
+    settings: dict[str, Any] = {}  # further fields of config.json, which a family of its own has (SliME)
     seed: int = 0  # for initialising the projector and newline
 
 
@@ -87,13 +88,14 @@ def assemble(
     """
     base = resolve(assembly.decoder)
     config, tower = describe(assembly, read_json(base / "config.json"), base)
-    tensors = LlavaOriginal.names.name_tensors(open_weights(base))
+    names = family_of_config(config).names
+    tensors = names.name_tensors(open_weights(base))
     if config.decoder.tie_embeddings:
         tensors.pop(HEAD, None)
     tensors |= tower_tensors(tower, config.vision.num_layers)
-    fresh = _fresh_parts(config, assembly.seed)
-    given = {} if assembly.projector_from is None else _trained_parts(assembly.projector_from)
-    _check_fits(_projector(config), fresh, given, assembly.projector_from)
+    fresh, unused = _fresh_parts(config, assembly.seed)
+    given = {} if assembly.projector_from is None else _trained_parts(assembly.projector_from, names)
+    _check_fits(config.projector, fresh, given, unused, assembly.projector_from)
     tensors |= fresh | {name: tensor for name, tensor in given.items() if name in fresh}
     generation = base / "generation_config.json"
     return LoadedCheckpoint(
@@ -123,31 +125,35 @@ def describe(assembly: Assembly, decoder: dict[str, Any], path: Path) -> tuple[L
         theta = (source.pop("rope_parameters", None) or {}).get("rope_theta", source.get("rope_theta", 10000.0))
         scaling = {"rope_type": assembly.rope.kind, "type": assembly.rope.kind, "factor": assembly.rope.factor}
         source |= {"rope_theta": theta, "rope_scaling": scaling}
-    config, tower = LlavaOriginal().read_with_tower(source, path)
+    family = family_of(source, path / "config.json")
+    assert isinstance(family, LlavaOriginal)  # as mm_vision_tower implies
+    if unknown := sorted(assembly.settings.keys() - family.config_fields.model_fields):
+        raise CheckpointError(f"settings: {unknown[0]!r} is not a field of a {family.model_types[0]}'s config.json")
+    config, tower = family.read_with_tower(source, path)
     return dataclasses.replace(config, source=source | {"mm_hidden_size": config.vision.hidden_size}), tower
 
 
-def _projector(config: LlavaConfig) -> ProjectorConfig:
-    assert isinstance(config.projector, ProjectorConfig)  # the original code has no other connectors
-    return config.projector
-
-
-def _fresh_parts(config: LlavaConfig, seed: int) -> dict[str, StoredTensor]:
+def _fresh_parts(config: LlavaConfig, seed: int) -> tuple[dict[str, StoredTensor], set[str]]:
+    """The tensors of projector and newline, and the names of those that nothing depends on."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
-        made = {f"projector.{name}": value.detach() for name, value in Projector(_projector(config)).named_parameters()}
+        projector = config.projector.build()
+        constants = {id(parameter) for parameter in projector.unused()}
+        named = dict(projector.named_parameters(prefix="projector"))
+        unused = {name for name, value in named.items() if id(value) in constants}
+        made = {name: value.detach() for name, value in named.items()}
         if config.has_newline:
             width = config.decoder.hidden_size
             made["image_newline"] = torch.randn(width) / width**0.5
-    return {name: StoredTensor.of(Path("fresh"), name, value) for name, value in made.items()}
+    return {name: StoredTensor.of(Path("fresh"), name, value) for name, value in made.items()}, unused
 
 
-def _trained_parts(where: str) -> dict[str, StoredTensor]:
+def _trained_parts(where: str, names: NameMap) -> dict[str, StoredTensor]:
     """Projector and newline of a projector file, its directory, or a whole LLaVA."""
     named = Path(where).expanduser()
     file = named if named.is_file() else find_projector_file(resolve(where))
     if file is not None:
-        tensors = add_projector({}, file, LlavaOriginal.names)
+        tensors = add_projector({}, file, names)
     else:
         whole = resolve(where)
         family = find_family(read_json(whole / "config.json")) or LlavaOriginal()  # a bare language model has no family
@@ -156,18 +162,20 @@ def _trained_parts(where: str) -> dict[str, StoredTensor]:
 
 
 def _check_fits(
-    config: ProjectorConfig, wanted: dict[str, StoredTensor], given: dict[str, StoredTensor], where: str | None
+    config: ConnectorConfig,
+    wanted: dict[str, StoredTensor],
+    given: dict[str, StoredTensor],
+    unused: set[str],
+    where: str | None,
 ) -> None:
+    """Raise CheckpointError for a projector of other dimensions. `unused` tensors may be missing."""
     if where is None:
         return
     shapes = [
         {name: each.shape for name, each in tensors.items() if name != "image_newline"} for tensors in (wanted, given)
     ]
-    if shapes[0] != shapes[1]:
+    if {name: shape for name, shape in shapes[0].items() if name in shapes[1] or name not in unused} != shapes[1]:
         found = ", ".join(
             f"{name.removeprefix('projector.layers.')} {list(shape)}" for name, shape in shapes[1].items()
         )
-        raise CheckpointError(
-            f"projector_from: {where} holds {found or 'no projector'}; the recipe's is of kind {config.kind!r}, from "
-            f"{config.in_features} to {config.out_features} features"
-        )
+        raise CheckpointError(f"projector_from: {where} holds {found or 'no projector'}; the recipe's is {config}")

@@ -28,6 +28,7 @@ FAMILIES: Registry[Family] = Registry(
         "vipllava": "vipllava:VipLlava",
         "video_llava": "video_llava:VideoLlava",
         "llava_uhd": "llava_uhd:LlavaUhd",
+        "slime": "slime:Slime",
         "blip-2": "blip2:Blip2",
         "instructblip": "instructblip:InstructBlip",
         "instructblipvideo": "instructblip:InstructBlipVideo",
@@ -35,7 +36,12 @@ FAMILIES: Registry[Family] = Registry(
 )
 _ORIGINAL = "llava_llama"
 """The registry's name of original LLaVAs. Their config.json has mm_vision_tower, and any model_type, also "llava"."""
-_BY_CONNECTOR = {"adapt_spatial_resampler_v1": "llava_uhd", "uhd_v1_query64": "llava_uhd"}
+_BY_CONNECTOR = {
+    "adapt_spatial_resampler_v1": "llava_uhd",
+    "uhd_v1_query64": "llava_uhd",
+    "uhd_first": "llava_uhd",
+    "gated": "slime",
+}
 """mm_projector_type -> the registry's name of a family with its own original layout."""
 
 

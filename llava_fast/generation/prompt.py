@@ -9,6 +9,7 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from llava_fast.errors import ImageError, RequestError
 from llava_fast.inputs.plan.plan import Piece, TextPiece, VisualPiece, encoded_rows
@@ -19,11 +20,13 @@ from llava_fast.inputs.processor import Processor
 @dataclass
 class Part:
     """One piece of a prompt; an image or video also has its tiles. `encoded`: the tower has run on them for this part;
-    it has not where the part's rows or its features were in a cache."""
+    it has not where the part's rows or its features were in a cache. `made`: its embeddings [rows, C], if they were
+    made before its rows run."""
 
     piece: Piece
     tiles: list[Cut] = field(default_factory=list)
     encoded: bool = False
+    made: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.piece.ids if isinstance(self.piece, TextPiece) else self.piece.rows)
@@ -66,7 +69,10 @@ class Part:
 
 class Prompt:
     """The parts of one prompt in order. `rows` counts their rows, `visual_rows` those of images and videos,
-    `encoded_rows` the first ones, which an encoder reads before any other runs (0: there is none)."""
+    `encoded_rows` the first ones, which an encoder reads before any other runs (0: there is none). `routed`: the prompt
+    without the optional rows that a router left out, once it has chosen (Runner.route)."""
+
+    routed: Prompt | None = None
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = list(parts)

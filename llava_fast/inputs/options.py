@@ -24,6 +24,8 @@ class ProcessorOptions:
     resample        "pillow" (bit-identical), or "torchvision" (used by transformers if it is installed).
     pillow          the order of Pillow's passes: "12" or "13". Default: the installed Pillow's.
     threads         threads per image; 0: one per core.
+    router_text     what SliME's router compares an image with in training: "prompt", the text that is given at
+                    inference too, or "all", also the answers, as the original trainer does.
     tiles_on        "host", or "device": a batch then contains whole images, and the device to which it is moved makes
                     the tiles, bit-identically. Only for resample="pillow".
 
@@ -38,6 +40,7 @@ class ProcessorOptions:
     resample: Literal["pillow", "torchvision"] = "pillow"
     pillow: Literal["12", "13"] | None = None
     threads: int = 0
+    router_text: Literal["prompt", "all"] = "prompt"
     tiles_on: Literal["host", "device"] = "host"
 
     def __post_init__(self) -> None:
@@ -55,5 +58,6 @@ class ProcessorOptions:
 _CHOICES = {
     "resample": ("pillow", "torchvision"),
     "pillow": (None, "12.1", "12", "13"),
+    "router_text": ("prompt", "all"),
     "tiles_on": ("host", "device"),
 }

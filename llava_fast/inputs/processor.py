@@ -58,6 +58,7 @@ class Processor(ProcessorOptions):
                     them is tokenised as if it stood alone (BLIP-2).
     answer_start    the token with which the decoder of an encoder-decoder begins its answer: prompt and answer are then
                     tokenised apart, each with the tokenizer's end token; None: one decoder reads both.
+    routes          the model's router reads the text of the whole prompt with each image.
     """
 
     geometry: VisualGeometry
@@ -71,6 +72,7 @@ class Processor(ProcessorOptions):
     answer_start: int | None = None
     frames_per_video: int | None = None
     instructions: Instructions | None = None
+    routes: bool = False
     exif: bool = field(default=True, kw_only=True)
 
     @property
@@ -219,6 +221,10 @@ class Processor(ProcessorOptions):
         instructions = None
         if self.instructions is not None and placeholders:
             instructions = self.instructions.of(asked, pattern, bool(self.literal_text))
+        elif self.routes and placeholders:
+            left_out = supervised.copy() if labels and self.router_text == "prompt" else np.zeros(len(ids), bool)
+            left_out[places] = True
+            instructions = [ids[~left_out]] * len(places)
         alone = len(image_sources) == 1 or self.geometry.multi_image_anyres
         queues = {"<image>": iter(image_sources), "<video>": iter(video_sources)}
         outline: list[TextPiece | Placeholder] = []

@@ -94,6 +94,8 @@ class EncodeGraphs:
 
     def _serves(self, batch: Batch) -> bool:
         plan, vision = batch.plan, self.model.config.vision
+        if self.model.config.projector.reads_images:
+            return False
         if not plan.tiles or plan.pools or plan.grids or vision.by_modality or "instruction" in plan.sections:
             return False
         if nn.modules.module._has_any_global_hook() or torch.is_autocast_enabled(self.model.device.type):

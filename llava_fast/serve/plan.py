@@ -48,6 +48,9 @@ class ItemPlan(BaseModel):
     oriented: bool = Field(description="An image file's EXIF orientation was applied.")
     tiles: int = Field(description="For a tower of native sizes, patches.")
     tokens: int
+    optional_tokens: int = Field(
+        description="Tokens among them that a router may leave out by the prompt's text: `tokens` is then a maximum."
+    )
     newline_tokens: int = Field(description="Learned newlines among the tokens.")
     marker_tokens: int = Field(description="Tokens of the vocabulary among them, around or between tiles.")
     pooled_tokens: int = Field(description="Tokens that are each pooled from several patches.")
@@ -113,6 +116,7 @@ def _planned(
         oriented=oriented,
         tiles=rows.tiles,
         tokens=len(rows),
+        optional_tokens=0 if rows.optional is None else int(rows.optional.sum()),
         views=views,
         **counts,
     )

@@ -21,7 +21,7 @@ from llava_fast.errors import RecipeError
 from llava_fast.inputs.plan.plan import TokenPlan
 from llava_fast.inputs.processor import Processor
 from llava_fast.models.batch import Batch
-from llava_fast.models.vlm import LlavaOutput
+from llava_fast.models.vlm import Inputs, LlavaOutput
 from llava_fast.train.data.lengths import Lengths
 from llava_fast.train.data.loader import Loader
 from llava_fast.train.data.run_samples import RunSamples
@@ -171,13 +171,12 @@ def processor_of(model: Llava) -> Processor:
     return model.processor
 
 
-def forward(model: nn.Module, batch: Batch, precision: str, **options: Any) -> tuple[Tensor, Tensor]:
-    """(a model's losses on a batch, float32 [supervised rows], computed in `precision`; the decoder's inputs
-    [rows, width])."""
+def forward(model: nn.Module, batch: Batch, precision: str, **options: Any) -> tuple[Tensor, Inputs]:
+    """(a model's losses on a batch, float32 [supervised rows], computed in `precision`; the decoder's inputs)."""
     dtype = getattr(torch, precision)
     cast = dtype != torch.float32 and not isinstance(model, FSDPModule)  # FSDP2 casts by itself
     with torch.autocast(batch.flat.device.type, dtype, enabled=cast):
         out: LlavaOutput = model(batch, logits="none", **options)
     assert out.losses is not None
-    assert out.inputs_embeds is not None
-    return out.losses, out.inputs_embeds
+    assert out.inputs is not None
+    return out.losses, out.inputs

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 def freeze(model: LlavaModel, recipe: Recipe) -> list[str]:
     """Make only the parts named in the recipe require gradients; return the names of their parameters. Tower layers
-    after the selected one stay frozen, since they never run. Raises RecipeError for a name that matches nothing.
+    after the selected one stay frozen, since they never run, and so does what the connector does not use. Raises
+    RecipeError for a name that matches nothing.
     """
     trained = set()
     names = [name for name, _ in model.named_parameters()]
@@ -31,6 +32,7 @@ def freeze(model: LlavaModel, recipe: Recipe) -> list[str]:
             raise RecipeError(f"trainable: {pattern!r} is neither a part ({', '.join(PARTS)}) nor a parameter's name")
         trained |= found
     never_run = {id(parameter) for module in model.vision_tower.unused() for parameter in module.parameters()}
+    never_run |= {id(parameter) for parameter in model.projector.unused()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_((name in trained and id(parameter) not in never_run) or "lora_" in name)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

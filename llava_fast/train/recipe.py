@@ -49,6 +49,7 @@ class Data(_Section):
     workers: int = Field(2, ge=0)  # processes that open and cut images
     video_frames: int = Field(16, ge=1)
     time_instruction: bool = False  # a video's question begins with its duration and its frames' times
+    router_text: Literal["prompt", "all"] = "prompt"  # all: SliME's router reads the answers too, as in its trainer
 
 
 class Optimizer(_Section):

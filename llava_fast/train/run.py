@@ -84,7 +84,11 @@ def load_model(recipe: Recipe, world: World) -> Llava:
     if decoder.has_learned_positions and most is not None and most > decoder.max_positions:
         raise RecipeError(f"data.max_length: the decoder has {decoder.max_positions} positions, fewer than {most}")
     model.processor = dataclasses.replace(
-        processor, video_frames=data.video_frames, time_instruction=data.time_instruction, max_rows=most
+        processor,
+        video_frames=data.video_frames,
+        time_instruction=data.time_instruction,
+        router_text=data.router_text,
+        max_rows=most,
     )
     return model.train()
 

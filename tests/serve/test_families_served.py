@@ -8,14 +8,15 @@ import pytest
 import llava_fast
 from tests.checkpoints import test_llava_uhd
 from tests.serve.conftest import about, ask, data_uri, local, png
-from tests.support import tiny
+from tests.support import slimes, tiny
 from tests.support.families_page import cases, families
 
 
 def model_of(family, folder):
     """A tiny model of a family, from a checkpoint in its own layout."""
-    if family.model_types[0] == "llava_uhd":
-        test_llava_uhd.write(folder)
+    own = {"llava_uhd": test_llava_uhd.write, "slime": slimes.write}
+    if (write := own.get(family.model_types[0])) is not None:
+        write(folder)
         return llava_fast.load(folder)
     if family.layout == "original":
         llava_fast.save(tiny.pair("next").ours, folder, layout="original")

@@ -20,6 +20,7 @@ PARITY = "tests/test_parity_logits.py", "tests/test_parity_gradients.py"
 OWN_TESTS = {
     "llava_llama": ("tests/checkpoints/test_checkpoint_save.py", "tests/checkpoints/test_checkpoint_original.py"),
     "llava_uhd": ("tests/checkpoints/test_llava_uhd.py", "tests/train/test_guests_train.py"),
+    "slime": ("tests/checkpoints/test_slime.py", "tests/train/test_guests_train.py"),
 }
 """Tests of families that transformers does not have."""
 TRAINED, SERVED = "tests/train/test_guests_train.py", "tests/serve/test_families_served.py"
@@ -41,8 +42,18 @@ code. The last three columns name the tests.
 """
 FOOT = """
 `accelerate` and `FastProcessor` support LLaVA 1.5, NeXT, NeXT-Video and OneVision ([with transformers](huggingface.md))
-and name any other model they are given as unsupported. Refused by name: videos of InternVL, Idefics3, SmolVLM and
-LLaVA-UHD, and the other releases of LLaVA-UHD.
+and name any other model they are given as unsupported. Refused by name: videos of InternVL, Idefics3, SmolVLM,
+LLaVA-UHD and SliME, LLaVA-UHD v2 and v3, and SliME's trained router.
+
+SliME's router keeps as many rows of an image as the prompt's text asks for. `count_tokens`, `llava-fast data` and the
+server's plan say the maximum (`optional_tokens` of the plan are those that may be left out); `usage` of an answer, and
+`model.routed(batch)`, say what was kept. Its trainer let the router read the answers too, which no prompt has: here it
+reads the prompt alone, or what its trainer did with `data.router_text: all`.
+
+From tiles to the decoder's inputs beside SliME's published steps, one picture of 1024x768 and 64 tokens, CLIP-L with 4
+layers of random weights, one thread of a shared AMD EPYC, equal rows to 6e-7: 6.0 s and 336 MiB at the peak, published
+11.1 s and 2790 MiB (`benchmarks/slime.py`, `benchmarks/results/2026-11-29-cpu-2core-slime-visual.json`). The original
+compares every row with every token at once; the sum over the tokens can be taken first.
 """
 
 
@@ -98,7 +109,7 @@ def measure() -> dict[str, dict[str, float]]:
             logits.test_logits_of_each_request_alone(case)
             logits.test_logits_of_all_requests_in_one_batch(case, "packed")
             gradients.test_loss_and_gradients(case)
-        if name == "llava_uhd":
+        if name in ("llava_uhd", "slime"):
             assert pytest.main(["-q", OWN_TESTS[name][0]]) == 0
         for what in ("logits", "gradients"):
             if worst := [value for label, value in parity.WORST.items() if what in label]:

@@ -2,21 +2,30 @@
 transformers where it has the family."""
 
 import json
+from fnmatch import fnmatch
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import llava_fast
+from llava_fast.checkpoints.assemble import Assembly
 from llava_fast.errors import CheckpointError
 from llava_fast.families import family_of_config
 from llava_fast.train.estimate.cost import plan
 from llava_fast.train.run import train
 from tests.checkpoints import test_llava_uhd
 from tests.checkpoints.test_guests import GUESTS, HOSTED
-from tests.support import tiny
+from tests.support import slimes, tiny
 from tests.support.parity import all_logits
 from tests.support.training_runs import SHAPES, losses, write_picture
 
@@ -80,10 +89,11 @@ def test_an_original_llava_trains_and_is_read_again(recipe_in, tmp_path):
     assert not torch.equal(after.decoder.embed_tokens.weight, before.decoder.embed_tokens.weight)
 
 
-def test_llava_uhd_trains_and_is_read_again(recipe_in, tmp_path):
+@pytest.mark.parametrize("kind", ["uhd_v1_query64", "uhd_first"])
+def test_llava_uhd_trains_and_is_read_again(kind, recipe_in, tmp_path):
     """Text alone among the samples, and images of several shapes in a batch."""
     start = tmp_path / "start"
-    test_llava_uhd.write(start)
+    test_llava_uhd.write(start, mm_projector_type=kind)
     optimizer = {"learning_rate": 2e-3}
     options = {"model": str(start), "trainable": list(PARTS), "epochs": 2, "optimizer": optimizer}
     with pytest.raises(CheckpointError, match="llava_uhd has no other layout than 'original'"):
@@ -101,8 +111,95 @@ def test_llava_uhd_trains_and_is_read_again(recipe_in, tmp_path):
         for name, value in after.projector.state_dict().items()
         if not value.equal(before.projector.state_dict()[name])
     ]
-    assert {"query", "kv_proj.weight", "attn.in_proj_weight", "proj", "pos_embed"} <= set(names)
+    projected = {"kv_proj.weight"} if kind != "uhd_first" else set()  # as wide as its tower here
+    assert {"query", "attn.in_proj_weight", "proj", "pos_embed"} | projected <= set(names)
     assert after.generate([{"prompt": "<image> hello", "images": [tiny.picture(20, 90)]}], max_new_tokens=3)
+
+
+@pytest.mark.parametrize("router_text", ["prompt", "all"])
+def test_slime_trains_and_is_read_again(router_text, recipe_in, tmp_path):
+    """Text alone among the samples; what its connector does not use stays as it was."""
+    start = tmp_path / "start"
+    slimes.write(start)
+    options = {"model": str(start), "trainable": list(PARTS), "epochs": 2, "optimizer": {"learning_rate": 2e-3}}
+    recipe = recipe_in(tmp_path / "run", **options, layout="original", data={"router_text": router_text})
+    assert plan(recipe, 1).total_memory > 0
+    train(recipe)
+    each = losses(recipe)
+    assert sum(each[-2:]) < sum(each[:2]), each
+    before, after = llava_fast.load(start), llava_fast.load(recipe.output / "model")
+    assert after.config == before.config
+    changed = {
+        name
+        for name, value in after.projector.state_dict().items()
+        if not value.equal(before.projector.state_dict()[name])
+    }
+    assert {"mlp.layers.0.weight", "compressor.query", "compressor.attn.in_proj_weight"} <= changed
+    assert not changed & {"compressor.pos_embed", "noise", "mean", "std", "gate", "expert.query"}
+
+
+def test_slimes_adapters(recipe_in, tmp_path):
+    """Beside a trained connector, in the original's files."""
+    start = tmp_path / "start"
+    slimes.write(start)
+    lora = {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]}
+    options = {"model": str(start), "trainable": ["projector"], "lora": lora, "steps": 3, "layout": "original"}
+    recipe = recipe_in(tmp_path / "run", **options, optimizer={"learning_rate": 1e-2})
+    train(recipe)
+    request = {"prompt": "the <image> hello", "images": [tiny.picture(60, 90)]}
+    found = []
+    for folder in ("model", "adapter"):
+        ours = llava_fast.load(recipe.output / folder)
+        with torch.no_grad():
+            found.append(ours(ours.prepare([request]), logits="all").logits)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(ours.projector.mlp.layers[0].weight, llava_fast.load(start).projector.mlp.layers[0].weight)
+
+
+def test_slimes_stages_from_a_language_model(recipe_in, tmp_path):
+    """Each trains its own part of the connector and takes the others from the stage before."""
+    slimes.write(tmp_path / "start", patch=2)
+    whole = llava_fast.load(tmp_path / "start")
+    decoder = tmp_path / "decoder"
+    LlamaForCausalLM(LlamaConfig.from_pretrained(tmp_path / "start")).save_pretrained(decoder)
+    fields = json.loads((decoder / "config.json").read_text())
+    kept = {name: value for name, value in fields.items() if name not in slimes.CONFIG}
+    (decoder / "config.json").write_text(json.dumps(kept | {"model_type": "llama"}))
+    tiny.tokenizer().save_pretrained(decoder)
+    tower = tmp_path / "tower"
+    CLIPVisionModel(CLIPVisionConfig.from_pretrained(tmp_path / "start" / "tower")).save_pretrained(tower)
+    stages = {
+        "1a": ({"use_global_only": True, "mm_learnable_gated": 0}, "projector.mlp.*"),
+        "1b": ({"use_global_only": True, "mm_learnable_gated": 1}, "projector.expert.*"),
+        "2": ({"use_local_only": True}, "projector.compressor.*"),
+    }
+    own = {"mm_resampler_type": "cosine", "mm_resampler_topp": 1.0, "mm_resampler_temp": 1.0, "mm_resampler_dim": 4}
+    model = {"decoder": str(decoder), "vision_tower": str(tower), "projector": "gated", "aspect": "anyres"}
+    model["merge"] = "spatial"
+    before = None
+    for stage, (settings, trained) in stages.items():
+        given = model | {"settings": own | settings | {"seperator": slimes.SEPARATOR}}
+        if before is not None:
+            given["projector_from"] = str(before)
+        recipe = recipe_in(tmp_path / stage, model=given, trainable=[trained], steps=1, layout="original")
+        train(recipe)
+        old, new = llava_fast.load(recipe.model), llava_fast.load(recipe.output / "model")
+        assert new.config.projector.expert == {"1a": 0, "1b": 1, "2": None}[stage]
+        for name, value in new.state_dict().items():
+            is_trained = fnmatch(name, trained) and not name.endswith(("pos_embed", "in_proj_bias"))
+            assert value.equal(old.state_dict()[name]) != is_trained or name.endswith("in_proj_bias"), name
+        before = recipe.output / "model"
+    stored = load_file(before / "model.safetensors")  # what the original trainer writes after a stage
+    (tmp_path / "stage").mkdir()
+    for part in ("mm_projector", "sampler"):
+        kept = {name: value for name, value in stored.items() if f".{part}." in name}
+        kept = {name: value for name, value in kept.items() if not name.endswith((".mean", ".std"))}
+        torch.save(kept, tmp_path / "stage" / f"{part}.bin")
+    taken = llava_fast.load(Assembly(**given | {"projector_from": str(tmp_path / "stage")}))
+    assert all(value.equal(new.projector.state_dict()[name]) for name, value in taken.projector.state_dict().items())
+    assert new.projector.state_dict().keys() == whole.projector.state_dict().keys()
+    with pytest.raises(CheckpointError, match="settings: 'mm_topp' is not a field of a slime's config"):
+        llava_fast.load(Assembly(**model, settings={"mm_topp": 1.0}))
 
 
 def test_adapters_on_a_hosted_decoder_and_the_plan_of_a_run(recipe_in, tmp_path):
@@ -174,6 +271,24 @@ def test_an_encoder_decoder_learns_preferences(section, make_recipe, tmp_path):
     each = losses(recipe)
     assert each[0] == pytest.approx(np.log(2) if section == "dpo" else 0.5, abs=1e-3)  # it is its own reference
     assert each[-1] < 0.9 * each[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["ddp", "fsdp2"])
+def test_slime_in_two_processes(shape, recipe_in, run, tmp_path):
+    """Without a router, whose noise differs, the losses are the same; with it each process has its own rows."""
+    for top_p in (1.0, 0.8):
+        start = tmp_path / f"start{top_p}"
+        slimes.write(start, mm_resampler_topp=top_p)
+        options = {"model": str(start), "trainable": list(PARTS), "batch_size": 3, "steps": 3, "layout": "original"}
+        alone = recipe_in(tmp_path / f"alone{top_p}", **options)
+        parallel = alone.parallel.model_copy(update=SHAPES[shape])
+        shared = alone.model_copy(update={"output": tmp_path / f"{shape}{top_p}", "parallel": parallel})
+        run(shared, processes=2)
+        assert len(losses(shared)) == 3
+        if top_p == 1:
+            train(alone)
+            np.testing.assert_allclose(losses(shared), losses(alone), rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """The shipped recipes: each can be loaded by name and has the settings of the papers."""
 
+import itertools
+
 import pytest
 from typer.testing import CliRunner
 
@@ -16,6 +18,10 @@ TABLE = {
     "llava-1.5-stage2": (2e-5, {}, 128, 1, ["projector", "decoder"]),
     "llava-1.5-lora": (2e-4, {"projector": 2e-5}, 128, 1, ["projector"]),
     "llava-next": (1e-5, {"vision_tower": 2e-6}, 32, 1, ["vision_tower", "projector", "decoder"]),
+    "slime-stage1a": (1e-3, {}, 256, 1, ["projector.mlp.*"]),
+    "slime-stage1b": (1e-3, {}, 256, 1, ["projector.expert.*"]),
+    "slime-stage2": (1e-3, {}, 256, 1, ["projector.compressor.*"]),
+    "slime-stage3": (2e-5, {}, 128, 1, ["projector", "decoder"]),
     "llava-next-video-dpo": (5e-7, {}, 128, 3, ["vision_tower", "projector", "decoder"]),
 }
 
@@ -55,7 +61,9 @@ def test_says_what_the_papers_say(name):
 
 
 def test_the_two_stages_fit_together():
-    for first, second in [("llava-stage1", "llava-stage2"), ("llava-1.5-stage1", "llava-1.5-stage2")]:
+    slimes = [f"slime-stage{stage}" for stage in ("1a", "1b", "2", "3")]
+    llavas = [("llava-stage1", "llava-stage2"), ("llava-1.5-stage1", "llava-1.5-stage2")]
+    for first, second in [*llavas, *itertools.pairwise(slimes)]:
         one, two = load_recipe(first), load_recipe(second)
         assert two.model.projector_from == f"{one.output}/model"
         same = {"decoder", "vision_tower", "projector", "feature_layer"}

@@ -50,7 +50,7 @@ class TextPiece:
 @dataclass(frozen=True)
 class VisualPiece:
     """One image or video of a sequence. `instruction`: int32 ids of the text that the connector reads with its tiles,
-    in the connector's vocabulary."""
+    in the connector's vocabulary, or a router, in the decoder's."""
 
     rows: VisualRows
     modality: int = MODALITY_IMAGE
@@ -77,14 +77,17 @@ class TokenPlan:
                                                        start of each id's rows (for deterministic gradients)
     visual_place                                       [visual rows]  the row that reads each visual row, or -1
     constant_row, constant_segment                     rows with a newline, and [0, their number]
-    instruction                                        [tiles, longest]  only for a connector that reads text: the ids
-                                                       that it reads with each tile, padding -1
+    instruction                                        [tiles, longest]  only for a connector or router that reads text:
+                                                       the ids that it reads with each tile, padding -1
+    optional_row, optional_image                       rows that a router may leave out (models.router), and the image
+                                                       of each, by its number; only if there are any
 
     VISUAL rows index the visual table: the kept rows, then each pool of stage "before", then each of stage "after".
     `lengths` counts the real rows of each sequence, `tiles` the tiles of the batch. `branches` has the row counts of
     each sequence's branches; it is empty if no sequence has branches. `grids` has the (rows, columns) of each image of
-    native size, whose patches are the tiles, in order; empty if all tiles have one size. `videos` has the (first, end)
-    of each video's tiles. `encoded` counts each sequence's first rows that an encoder reads; empty without an encoder.
+    native size, whose patches are the tiles, in order; empty if all tiles have one size. `images` has the number of
+    tiles of each image and video, `videos` the (first, end) of each video's tiles. `encoded` counts each sequence's
+    first rows that an encoder reads; empty without an encoder.
     """
 
     layout: Layout
@@ -98,6 +101,7 @@ class TokenPlan:
     grids: tuple[tuple[int, int], ...] = ()
     videos: tuple[tuple[int, int], ...] = ()
     encoded: tuple[int, ...] = ()
+    images: tuple[int, ...] = ()
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
@@ -195,8 +199,8 @@ def build_plan(
     instructed = [piece for pieces in sequences for piece in pieces if isinstance(piece, VisualPiece)]
     if any(piece.instruction is not None for piece in instructed):
         columns["instruction"] = _instructions(instructed)
+    columns |= _optional(sequences, boundaries)
     flat, sections = pack_columns(columns)
-    each = tuple(tuple(int(branch) for branch in of_sequence) for of_sequence in branches)
     encoded = tuple(map(encoded_rows, sequences))
     return TokenPlan(
         layout,
@@ -206,10 +210,11 @@ def build_plan(
         pools,
         flat,
         sections,
-        each,
-        tuple(visual.grids),
-        tuple(visual.videos),
-        encoded if any(encoded) else (),
+        branches=tuple(tuple(int(branch) for branch in of_sequence) for of_sequence in branches),
+        grids=tuple(visual.grids),
+        videos=tuple(visual.videos),
+        encoded=encoded if any(encoded) else (),
+        images=tuple(visual.images),
     )
 
 
@@ -235,6 +240,28 @@ def _piece_columns(piece: Piece, visual: VisualTable) -> tuple[np.ndarray, ...]:
         if UNKNOWN_TOKEN in rows.token_ids:
             raise ValueError("the ids of tokens around tiles are not known: make the geometry with Family.geometry")
     return source, row, np.full(len(row), IGNORE, np.int32), modality
+
+
+def _optional(sequences: list[list[Piece]], boundaries: np.ndarray) -> dict[str, np.ndarray]:
+    """The columns of optional rows, if there are any."""
+    rows: list[np.ndarray] = []
+    images: list[np.ndarray] = []
+    number = 0
+    for pieces, start in zip(sequences, boundaries[:-1].tolist(), strict=True):
+        at = start
+        for piece in pieces:
+            if isinstance(piece, VisualPiece):
+                if piece.rows.optional is not None:
+                    rows.append(np.flatnonzero(piece.rows.optional) + at)
+                    images.append(np.full(len(rows[-1]), number))
+                number += 1
+            at += sequence_length([piece])
+    if not rows:
+        return {}
+    return {
+        "optional_row": np.concatenate(rows).astype(np.int32),
+        "optional_image": np.concatenate(images).astype(np.int32),
+    }
 
 
 def _instructions(pieces: list[VisualPiece]) -> np.ndarray:

@@ -14,7 +14,9 @@ CONNECTORS: Registry[ConnectorConfig] = Registry(
     {
         "mlp": "mlp:ProjectorConfig",
         "norm_mlp": "norm_mlp:NormMlpConfig",
+        "overview_mixture": "overview_mixture:OverviewMixtureConfig",
         "perceiver": "perceiver:PerceiverConfig",
+        "slice_perceiver": "perceiver:SlicePerceiverConfig",
         "qformer": "qformer:QFormerConfig",
         "spatial_resampler": "spatial_resampler:SpatialResamplerConfig",
         "pixel_shuffle": "pixel_shuffle:PixelShuffleConfig",
