@@ -260,11 +260,6 @@ CASES["blip2"] = Case(
     "blip-2", OPTConfig, {"ffn_dim": 128, "word_embed_proj_dim": 64, "tie_word_embeddings": True}, tile=48
 )
 CASES["instructblip"] = Case("instructblip", tile=48)
-CASES["blip2_t5"] = Case("blip-2", T5Config, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, tile=48)
-CASES["instructblip_t5"] = Case(
-    "instructblip", T5Config, {"num_decoder_layers": 2, "tie_word_embeddings": False}, tile=48
-)
-CASES["instructblipvideo"] = Case("instructblipvideo", tile=48)
 SPLIT = ("idefics3", "smolvlm")
 _HALF_TURNED = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 CASES |= {  # decoders that transformers runs
@@ -296,6 +291,11 @@ CASES["smolvlm"] = Case(
     options={"scale_factor": 3, "tie_word_embeddings": True},
     tile=50,  # not a multiple of the patch, as in SmolVLM's 384 and 14
 )
+CASES["blip2_t5"] = Case("blip-2", T5Config, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, tile=48)
+CASES["instructblip_t5"] = Case(
+    "instructblip", T5Config, {"num_decoder_layers": 2, "tie_word_embeddings": False}, tile=48
+)
+CASES["instructblipvideo"] = Case("instructblipvideo", tile=48)
 MODELS = {
     "blip-2": (Blip2Config, Blip2ForConditionalGeneration),
     "instructblip": (InstructBlipConfig, InstructBlipForConditionalGeneration),
