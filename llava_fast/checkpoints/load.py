@@ -89,10 +89,9 @@ def load_checkpoint(
     if config.decoder.tie_embeddings and (head := tensors.pop(HEAD, None)) is not None:
         _check_tied(head, tensors.get(config.embedding))
     dtype = dtype or _stored_dtype(tensors, config.embedding, base or path)
-    if dtype not in config.decoder.dtypes:
-        supported = " or ".join(repr(str(each).removeprefix("torch.")) for each in config.decoder.dtypes)
+    if dtype in config.decoder.overflows_in:
         raise CheckpointError(
-            f"{path}: a {config.decoder.family} decoder overflows in {dtype}: load with dtype={supported}"
+            f"{path}: a {config.decoder.family} decoder overflows in {dtype}: load with dtype='bfloat16' or 'float32'"
         )
     if (path / ADAPTER_CONFIG).exists():
         tensors = add_adapter(tensors, path, config, described)

@@ -160,7 +160,7 @@ class Blip2(Llava):
         }
 
     def template(self, name: str, config: LlavaConfig) -> str:
-        return "blip2" if config.decoder.answer_start is None else "blip2_t5"
+        return "blip2"
 
 
 def _qformer(config: LlavaConfig) -> QFormerConfig:

@@ -77,7 +77,7 @@ class InstructBlip(Blip2):
         return made
 
     def template(self, name: str, config: LlavaConfig) -> str:
-        return "instructblip" if config.decoder.answer_start is None else "instructblip_t5"
+        return "instructblip"
 
 
 class InstructBlipVideo(InstructBlip):

@@ -218,7 +218,7 @@ def test_the_published_spelling_of_an_untied_head(tmp_path):
 
 def test_float16_is_refused(tmp_path):
     tiny.save(tiny.CASES["blip2_t5"], tiny.pair("blip2_t5").hf, tmp_path)
-    said = "a t5 decoder overflows in torch.float16: load with dtype='float32' or 'bfloat16'"
+    said = "a t5 decoder overflows in torch.float16: load with dtype='bfloat16' or 'float32'"
     with pytest.raises(CheckpointError, match=said):
         llava_fast.load(tmp_path, dtype="float16")
     model = llava_fast.load(tmp_path, dtype="bfloat16")

@@ -291,11 +291,9 @@ CASES["smolvlm"] = Case(
     options={"scale_factor": 3, "tie_word_embeddings": True},
     tile=50,  # not a multiple of the patch, as in SmolVLM's 384 and 14
 )
-CASES["blip2_t5"] = Case(
-    "blip-2", T5Config, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, tile=48, scale=0.25
-)
+CASES["blip2_t5"] = Case("blip-2", T5Config, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, tile=48)
 CASES["instructblip_t5"] = Case(
-    "instructblip", T5Config, {"num_decoder_layers": 2, "tie_word_embeddings": False}, tile=48, scale=0.25
+    "instructblip", T5Config, {"num_decoder_layers": 2, "tie_word_embeddings": False}, tile=48
 )
 CASES["instructblipvideo"] = Case("instructblipvideo", tile=48)
 MODELS = {
@@ -373,7 +371,7 @@ def hf_model(case: Case, seed: int = 0):
                 if name.endswith(("q_norm.weight", "k_norm.weight")):
                     parameter.mul_(2)  # as sharp as trained
             elif name.endswith("Attention.q.weight"):  # a T5 does not divide by the root of the heads' size
-                parameter.normal_(0, 0.3 * case.scale)
+                parameter.normal_(0, 0.2 * case.scale)
             elif "relative_attention_bias" in name:
                 parameter.normal_(0, 1)
             else:

@@ -164,8 +164,6 @@ _BLIP2 = TurnFormat(
     answer=(" ", "\n"),
     placeholders_first=True,
 )
-# T5's tokenizer ends the answer.
-_BLIP2_T5 = replace(_BLIP2, name="blip2_t5", stop=(), answer=(" ", " "))
 # The question alone, in LAVIS without a second one.
 _INSTRUCTBLIP = TurnFormat(
     name="instructblip",
@@ -176,7 +174,6 @@ _INSTRUCTBLIP = TurnFormat(
     answer=(" ", "</s>"),
     placeholders_first=True,
 )
-_INSTRUCTBLIP_T5 = replace(_INSTRUCTBLIP, name="instructblip_t5", stop=(), answer=(" ", " "))
 
 TURN_FORMATS = (
     _PLAIN,
@@ -190,9 +187,7 @@ TURN_FORMATS = (
     _SLIME_LLAMA_3,
     _QWEN,
     _BLIP2,
-    _BLIP2_T5,
     _INSTRUCTBLIP,
-    _INSTRUCTBLIP_T5,
 )
 
 

@@ -78,8 +78,8 @@ class DecoderConfig(ABC):
     tied_by_file: ClassVar[bool] = False
     """Whether the head is tied exactly if a checkpoint stores none, or one equal to the embedding, whatever
     config.json says."""
-    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16, torch.float16)
-    """The dtypes in which its values do not overflow."""
+    overflows_in: ClassVar[tuple[torch.dtype, ...]] = ()
+    """The dtypes in which its values overflow."""
 
     vocab_size: int
     hidden_size: int

@@ -64,7 +64,7 @@ class T5Config(HostedConfig):
     hf_fields = T5Fields
     layers_field = "num_layers"
     tied_by_file = True  # transformers 5 ties every T5's head whose file has none, and says so in config.json
-    dtypes = (torch.float32, torch.bfloat16)
+    overflows_in = (torch.float16,)
 
     start_token: int
     scale_outputs: bool
