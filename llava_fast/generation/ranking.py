@@ -1,0 +1,351 @@
+"""Likelihood ranking: how likely a model finds each candidate answer to a request.
+
+The rows of a prompt run once and stay in the cache, and the candidates follow as sequences that share its blocks.
+Source of the method: Dai et al. 2023 (InstructBLIP), which classifies by the likelihood of candidate answers;
+salesforce/LAVIS 506965b blip2_vicuna_instruct.py (predict_class).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava_fast.errors import GenerationError, ImageError, RequestError
+from llava_fast.inputs.chat.rendering import ChatTemplate, Segment
+from llava_fast.inputs.plan.plan import Piece, TextPiece, sequence_length
+from llava_fast.inputs.prepared import Cut, Placeholder
+from llava_fast.inputs.processor import Processor
+from llava_fast.models.batch import Batch
+from llava_fast.models.blocks.attention import Spans
+from llava_fast.models.paged_cache import BlockTable, PagedCache
+from llava_fast.models.vlm import LlavaModel
+
+PASS_ROWS = 4096  # most rows of a pass, as for prefill, unless one sequence alone has more
+_LOGITS_ROWS = 256  # logits that exist at once
+_PROBE = "\N{SNOWMAN}"
+
+Part = TextPiece | Placeholder
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A candidate answer with its likelihood.
+
+    text, index     as given, and its place among the candidates.
+    token_ids       its tokens after the prompt (and those that end the turn, if they were asked for).
+    log_likelihood  the sum of the tokens' log-probabilities (natural logarithm), each given the prompt and the tokens
+                    before it.
+    is_greedy       whether greedy decoding would say these tokens.
+    """
+
+    text: str
+    index: int
+    token_ids: list[int]
+    log_likelihood: float
+    is_greedy: bool
+
+    @property
+    def mean_log_likelihood(self) -> float:
+        """The mean over its tokens: minus the loss of a forward pass that is taught this answer."""
+        return self.log_likelihood / len(self.token_ids)
+
+
+@torch.inference_mode()
+def score_candidates(
+    model: LlavaModel, requests: Sequence[dict], candidates: Sequence[Sequence[str]], end_of_turn: bool = False
+) -> list[list[Candidate]]:
+    """The candidates of each request, in the order given. Requests are run together as far as PASS_ROWS allows.
+
+    requests     as for Llava.generate. To "messages", which end with the user's turn, a candidate is the assistant's
+                 answer; to a verbatim "prompt" it is what follows.
+    end_of_turn  also score the tokens by which the chat template ends an answer, so that a candidate competes with its
+                 own continuations. Only with "messages".
+
+    Raises RequestError and ImageError naming the request, CacheFullError for one that memory cannot hold, and
+    GenerationError if the model's logits are not numbers.
+    """
+    processor = model.own_processor
+    asked: list[_Asked] = []
+    found: list[list[Candidate]] = []
+    for number, (request, texts) in enumerate(zip(requests, candidates, strict=True)):
+        name = request.get("id", number) if isinstance(request, dict) else number
+        try:
+            made = _asked(processor, request, texts, end_of_turn)
+        except (RequestError, ImageError) as error:
+            raise type(error)(f"request {name}: {error}") from None
+        if asked and sum(each.rows for each in asked) + made.rows > PASS_ROWS:
+            found += _scored(model, asked)
+            asked = []
+        asked.append(made)
+    return found + (_scored(model, asked) if asked else [])
+
+
+# ---------------------------------------------------------------- tokens
+
+
+@dataclass
+class _Answer:
+    """A candidate's text and its tokens after the shared prompt, of which those before `start` belong to the prompt."""
+
+    text: str
+    ids: list[int]
+    start: int
+
+
+@dataclass
+class _Asked:
+    """A request: the pieces of its prompt, their tiles, and its candidates."""
+
+    pieces: list[Piece]
+    answers: list[_Answer]
+    tiles: list[Cut] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return sequence_length(self.pieces)
+
+
+def _asked(processor: Processor, request: Any, texts: Sequence[str], end_of_turn: bool) -> _Asked:
+    if isinstance(texts, str) or not texts:
+        raise RequestError("candidates are a list of texts, at least one")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise RequestError(f"candidate {index} is no text but {type(text).__name__}")
+        if not text.strip():
+            raise RequestError(f"candidate {index} is empty, so it has no likelihood: leave it out")
+    if isinstance(request, dict) and "prompt" in request:
+        before, read = _after_prompt(processor, request, texts, end_of_turn)
+    else:
+        before, read = _answers(processor, request, texts, end_of_turn)
+    shared = min(_common([ids for ids, _ in read]), *(start for _, start in read))
+    answers = []
+    for index, (text, (ids, start)) in enumerate(zip(texts, read, strict=True)):
+        if start == len(ids):
+            raise RequestError(f"candidate {index}, {text!r}, has no token of its own after this prompt")
+        answers.append(_Answer(text, ids[shared:], start - shared))
+    tiles: list[Cut] = []
+    pieces = processor.pieces([*before, TextPiece(np.asarray(read[0][0][:shared], np.int32))], tiles)
+    if not sequence_length(pieces):
+        raise RequestError("the prompt has no token, so nothing predicts a candidate's first: give some text")
+    longest = max((answer.ids for answer in answers), key=len)
+    processor.check_length([*pieces, TextPiece(np.asarray(longest, np.int32))])
+    return _Asked(pieces, answers, tiles)
+
+
+def _answers(
+    processor: Processor, request: dict, texts: Sequence[str], end_of_turn: bool
+) -> tuple[list[Part], list[tuple[list[int], int]]]:
+    """(the outline before its last text, (the ids of that text, the first that is the candidate's) for each candidate)
+    of a request with messages."""
+    messages = request.get("messages") if isinstance(request, dict) else None
+    if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
+        if messages[-1].get("role") == "assistant":
+            raise RequestError("the messages end with an answer: candidates are answers, so end with the user's turn")
+    else:
+        processor.outline(request)  # raises what is wrong with it
+    if not end_of_turn:
+        template: ChatTemplate = _WithoutEnds(processor.template)
+        processor = replace(processor, template=template)
+    before: list[Part] = []
+    read = []
+    for text in texts:
+        answered = {**request, "messages": [*request["messages"], {"role": "assistant", "content": text}]}
+        *before, last = processor.outline(answered, labels=True)
+        flags = last.supervised if isinstance(last, TextPiece) else None
+        if not isinstance(last, TextPiece) or flags is None or not flags.any():
+            raise RequestError(f"the chat template gives the candidate {text!r} no token")
+        end = len(flags) - int(flags[::-1].argmax())
+        quiet = np.flatnonzero(~flags[:end])
+        read.append((last.ids[:end].tolist(), int(quiet[-1]) + 1 if len(quiet) else 0))
+    return [TextPiece(part.ids) if isinstance(part, TextPiece) else part for part in before], read
+
+
+def _after_prompt(
+    processor: Processor, request: dict, texts: Sequence[str], end_of_turn: bool
+) -> tuple[list[Part], list[tuple[list[int], int]]]:
+    """As `_answers`, of a verbatim prompt. A connector that reads the prompt does not read the candidates."""
+    if end_of_turn:
+        raise RequestError('a verbatim "prompt" has no end of turn: write it into the candidates, or use "messages"')
+    before: list[Part] = processor.outline(request)
+    last = before.pop() if before and isinstance(before[-1], TextPiece) else None
+    own = last.ids.tolist() if isinstance(last, TextPiece) else []
+    read = []
+    for text in texts:
+        *others, whole = processor.outline({**request, "prompt": request["prompt"] + text})
+        if not isinstance(whole, TextPiece) or len(others) != len(before):
+            raise RequestError(f"the candidate {text!r} has a placeholder for an image or video")
+        ids = whole.ids.tolist()
+        read.append((ids, _common([own, ids])))  # a token that joins both texts is the candidate's
+    return before, read
+
+
+def _common(each: Sequence[Sequence[int]]) -> int:
+    """The number of first items that are equal in all."""
+    first, shortest = each[0], min(map(len, each))
+    return next((at for at in range(shortest) if any(other[at] != first[at] for other in each)), shortest)
+
+
+class _WithoutEnds:
+    """A chat template whose last answer is supervised without the text that ends its turn."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self.template = template
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.template, name)
+
+    def segments(self, messages: list[dict], add_generation_prompt: bool) -> list[Segment]:
+        probe = [*messages[:-1], {**messages[-1], "content": [{"type": "text", "text": _PROBE}]}]
+        probed = "".join(each.text for each in self.template.segments(probe, add_generation_prompt))
+        left = len(probed) - probed.rindex(_PROBE) - len(_PROBE)
+        segments = self.template.segments(messages, add_generation_prompt)
+        ending: list[Segment] = []
+        while left:
+            last = segments.pop()
+            cut = max(len(last.text) - left, 0)
+            left -= len(last.text) - cut
+            ending.insert(0, Segment(last.text[cut:]))
+            if cut:
+                segments.append(replace(last, text=last.text[:cut]))
+        return [*segments, *ending]
+
+
+# ---------------------------------------------------------------- likelihoods
+
+
+@dataclass
+class _Row:
+    """A sequence to run: the number of its request, the ids after the prompt, and the candidates that they serve."""
+
+    number: int
+    ids: tuple[int, ...]
+    answers: list[int]
+
+
+def _scored(model: LlavaModel, asked: Sequence[_Asked]) -> list[list[Candidate]]:
+    processor, decoder = model.own_processor, model.decoder
+    prepared = processor.assemble([each.pieces for each in asked], [cut for each in asked for cut in each.tiles])
+    prompts = model.inputs_embeds(Batch.from_prepared(prepared, model.device)).split([each.rows for each in asked])
+    # A prompt's last row, which predicts first tokens, runs with the candidates.
+    shares = [_may_share(model, each) for each in asked]
+    kept = [each.rows - 1 if share else 0 for each, share in zip(asked, shares, strict=True)]
+    cache = decoder.new_cache()
+    tables = [BlockTable(cache) for _ in asked]
+    _run_prompts(model, cache, tables, prompts, kept)
+    sums = [np.zeros(len(each.answers)) for each in asked]
+    greedy = [np.ones(len(each.answers), bool) for each in asked]
+    for rows in _passes(asked, kept, shares):
+        own = [BlockTable(cache) for _ in rows]
+        for table, row in zip(own, rows, strict=True):
+            table.share(tables[row.number].blocks, kept[row.number])
+        inputs = []
+        for row in rows:
+            ids = torch.tensor(row.ids, dtype=torch.long, device=model.device)
+            inputs += [prompts[row.number][kept[row.number] :], decoder.embed_tokens(ids)]
+        lengths = [asked[row.number].rows - kept[row.number] + len(row.ids) for row in rows]
+        hidden = _run(model, cache, own, inputs, lengths)
+        for table in own:
+            table.release()
+        at, targets, whose = _targets(asked, kept, rows, lengths)
+        scores, hits = _log_probs(model, hidden, at, targets)
+        if not np.isfinite(scores).all():
+            raise GenerationError("the model's logits are not numbers, so candidates cannot be ranked")
+        for (number, index), score, hit in zip(whose, scores.tolist(), hits.tolist(), strict=True):
+            sums[number][index] += score
+            greedy[number][index] &= hit
+    return [
+        [
+            Candidate(answer.text, index, answer.ids[answer.start :], float(total), bool(hit))
+            for index, (answer, total, hit) in enumerate(zip(each.answers, of, hits, strict=True))
+        ]
+        for each, of, hits in zip(asked, sums, greedy, strict=True)
+    ]
+
+
+def _may_share(model: LlavaModel, asked: _Asked) -> bool:
+    """Under dynamic RoPE a prompt's rows depend on the length of the whole sequence beyond the trained length."""
+    decoder = model.config.decoder
+    longest = asked.rows + max(len(answer.ids) for answer in asked.answers)
+    return decoder.rope.kind != "dynamic" or longest <= decoder.max_positions
+
+
+def _run_prompts(
+    model: LlavaModel, cache: PagedCache, tables: list[BlockTable], prompts: Sequence[Tensor], kept: list[int]
+) -> None:
+    held = [number for number, rows in enumerate(kept) if rows]
+    if held:
+        rows = [kept[number] for number in held]
+        _run(model, cache, [tables[number] for number in held], [prompts[n][: kept[n]] for n in held], rows)
+
+
+def _run(
+    model: LlavaModel, cache: PagedCache, tables: list[BlockTable], inputs: list[Tensor], lengths: list[int]
+) -> Tensor:
+    """Final hidden states [R, C] of these rows after those that the tables hold, which then hold them too."""
+    before = tuple(table.length for table in tables)
+    starts = tuple(np.cumsum([0, *lengths[:-1]]).tolist())
+    position = np.concatenate([np.arange(first, first + rows) for first, rows in zip(before, lengths, strict=True)])
+    spans = Spans(starts, tuple(lengths), tuple(tables), before)
+    hidden = model.decoder(torch.cat(inputs), torch.from_numpy(position).to(model.device), spans, cache)
+    for table, rows in zip(tables, lengths, strict=True):
+        table.length += rows
+    return hidden
+
+
+def _passes(asked: Sequence[_Asked], kept: list[int], shares: list[bool]) -> Iterator[list[_Row]]:
+    """The sequences to run, in passes of at most PASS_ROWS rows. Candidates that differ only in their last token, which
+    nothing needs to run, are one sequence; where rows depend on the whole length, it runs too."""
+    rows: list[_Row] = []
+    total = 0
+    for number, each in enumerate(asked):
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for index, answer in enumerate(each.answers):
+            run = answer.ids[:-1] if shares[number] else answer.ids
+            alike.setdefault(tuple(run), []).append(index)
+        for ids, answers in alike.items():
+            length = each.rows - kept[number] + len(ids)
+            if rows and total + length > PASS_ROWS:
+                yield rows
+                rows, total = [], 0
+            rows.append(_Row(number, ids, answers))
+            total += length
+    yield rows
+
+
+def _targets(
+    asked: Sequence[_Asked], kept: list[int], rows: list[_Row], lengths: list[int]
+) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
+    """(the row of the pass that predicts a token, the token, (request, candidate) it belongs to), by rows."""
+    found: list[tuple[int, int, tuple[int, int]]] = []
+    for first, row in zip(itertools.accumulate([0, *lengths[:-1]]), rows, strict=True):
+        prompt = asked[row.number]
+        predicts = first + prompt.rows - kept[row.number] - 1  # the row before the candidate's tokens
+        for index in row.answers:
+            answer = prompt.answers[index]
+            own = range(answer.start, len(answer.ids))
+            found += [(predicts + at, answer.ids[at], (row.number, index)) for at in own]
+    found.sort(key=lambda each: each[0])
+    at, targets, whose = zip(*found, strict=True)
+    return np.array(at), np.array(targets), list(whose)
+
+
+def _log_probs(model: LlavaModel, hidden: Tensor, at: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(float64 log-probability of each target, whether it is the likeliest token) after the rows `at` of `hidden`,
+    which are sorted."""
+    rows, place = np.unique(at, return_inverse=True)
+    scores, hits = np.empty(len(at)), np.empty(len(at), bool)
+    for first in range(0, len(rows), _LOGITS_ROWS):
+        chosen = torch.from_numpy(rows[first : first + _LOGITS_ROWS]).to(hidden.device)
+        logits = model.decoder.logits(hidden[chosen]).float()
+        mine = slice(*np.searchsorted(place, [first, first + len(chosen)]))
+        row = torch.from_numpy(place[mine] - first).to(hidden.device)
+        target = torch.from_numpy(targets[mine]).to(hidden.device)
+        scores[mine] = (logits[row, target] - logits.logsumexp(-1)[row]).double().cpu().numpy()
+        hits[mine] = (logits.argmax(-1)[row] == target).cpu().numpy()
+    return scores, hits
