@@ -39,6 +39,10 @@ def generate(
     top_k: TopK = 0,
     seed: Seed = None,
     stop: Annotated[list[str], typer.Option(help="A string that ends the answer; repeat for several.")] = [],  # noqa: B006
+    candidate: Annotated[
+        list[str],
+        typer.Option(help="Generate nothing: rank this candidate answer by its likelihood; repeat for several."),
+    ] = [],  # noqa: B006
     json_output: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")
     ] = False,
@@ -51,7 +55,12 @@ def generate(
 ) -> None:
     """Ask one question about images.
 
+    \b
     llava-fast generate llava-hf/llava-v1.6-mistral-7b-hf -i photo.jpg -p "What is in this picture?"
+    llava-fast generate llava-hf/llava-1.5-7b-hf -i photo.jpg -p "Which animal?" --candidate cat --candidate dog
+
+    With candidates, each line is the sum of a candidate's log-probabilities, their mean and the candidate, likeliest
+    first.
     """
     from llava_fast.inputs.chat.messages import with_response_format
 
@@ -67,6 +76,15 @@ def generate(
         "seed": seed,
         "stop": stop,
     }
+    if candidate:
+        ranked = llava.rank(request, candidate)
+        if json_output:
+            means = [{**vars(each), "mean_log_likelihood": each.mean_log_likelihood} for each in ranked]
+            typer.echo(json.dumps({"candidates": means}, ensure_ascii=False))
+            return
+        for each in ranked:
+            typer.echo(f"{each.log_likelihood:10.4f} {each.mean_log_likelihood:10.4f}  {each.text}")
+        return
     if json_output:
         answer = llava.generate([request], **options)[0]
         fields = {name: value for name, value in vars(answer).items() if name != "logprobs"}

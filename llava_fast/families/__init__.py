@@ -34,6 +34,10 @@ FAMILIES: Registry[Family] = Registry(
 )
 _ORIGINAL = "llava_llama"
 """The registry's name of original LLaVAs. Their config.json has mm_vision_tower, and any model_type, also "llava"."""
+WITHOUT_DECODER: Registry[Family] = Registry(__name__, {"blip-2-retrieval": "blip2_retrieval:Blip2Retrieval"})
+"""Those of models that compare images and texts (models.retrieval), by names that no config.json has."""
+_BY_ARCHITECTURE = {"Blip2ForImageTextRetrieval": "blip-2-retrieval"}
+"""Class in `architectures` -> a name in WITHOUT_DECODER."""
 _BY_CONNECTOR = {"adapt_spatial_resampler_v1": "llava_uhd", "uhd_v1_query64": "llava_uhd"}
 """mm_projector_type -> the registry's name of a family with its own original layout."""
 
@@ -41,10 +45,17 @@ _BY_CONNECTOR = {"adapt_spatial_resampler_v1": "llava_uhd", "uhd_v1_query64": "l
 def find_family(source: dict[str, Any]) -> Family | None:
     """The family of a config.json, or None."""
     kind = source.get("model_type")
+    for architecture in _listed(source.get("architectures")):
+        if isinstance(architecture, str) and architecture in _BY_ARCHITECTURE:
+            return WITHOUT_DECODER[_BY_ARCHITECTURE[architecture]]()
     if "mm_vision_tower" in source:
         connector = source.get("mm_projector_type")
         kind = _BY_CONNECTOR.get(connector, _ORIGINAL) if isinstance(connector, str) else _ORIGINAL
     return FAMILIES[kind]() if isinstance(kind, str) and kind in FAMILIES else None
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def family_of(source: dict[str, Any], file: Path) -> Family:
@@ -58,6 +69,8 @@ def family_of(source: dict[str, Any], file: Path) -> Family:
 
 def family_of_config(config: LlavaConfig) -> Family:
     """The family that a model was read as."""
+    if config.model_type in WITHOUT_DECODER:
+        return WITHOUT_DECODER[config.model_type]()
     plain = config.layout == "original" and config.model_type not in _BY_CONNECTOR.values()
     return FAMILIES[_ORIGINAL if plain else config.model_type]()
 

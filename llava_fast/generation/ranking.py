@@ -42,6 +42,7 @@ class Candidate:
     log_likelihood  the sum of the tokens' log-probabilities (natural logarithm), each given the prompt and the tokens
                     before it.
     is_greedy       whether greedy decoding would say these tokens.
+    prompt_tokens   rows before them, visual ones included.
     """
 
     text: str
@@ -49,6 +50,7 @@ class Candidate:
     token_ids: list[int]
     log_likelihood: float
     is_greedy: bool
+    prompt_tokens: int
 
     @property
     def mean_log_likelihood(self) -> float:
@@ -58,7 +60,11 @@ class Candidate:
 
 @torch.inference_mode()
 def score_candidates(
-    model: LlavaModel, requests: Sequence[dict], candidates: Sequence[Sequence[str]], end_of_turn: bool = False
+    model: LlavaModel,
+    requests: Sequence[dict],
+    candidates: Sequence[Sequence[str]],
+    end_of_turn: bool = False,
+    processor: Processor | None = None,
 ) -> list[list[Candidate]]:
     """The candidates of each request, in the order given. Requests are run together as far as PASS_ROWS allows.
 
@@ -66,11 +72,12 @@ def score_candidates(
                  answer; to a verbatim "prompt" it is what follows.
     end_of_turn  also score the tokens by which the chat template ends an answer, so that a candidate competes with its
                  own continuations. Only with "messages".
+    processor    default: the model's.
 
     Raises RequestError and ImageError naming the request, CacheFullError for one that memory cannot hold, and
     GenerationError if the model's logits are not numbers.
     """
-    processor = model.own_processor
+    processor = processor or model.own_processor
     asked: list[_Asked] = []
     found: list[list[Candidate]] = []
     for number, (request, texts) in enumerate(zip(requests, candidates, strict=True)):
@@ -261,7 +268,7 @@ def _scored(model: LlavaModel, asked: Sequence[_Asked]) -> list[list[Candidate]]
             greedy[number][index] &= hit
     return [
         [
-            Candidate(answer.text, index, answer.ids[answer.start :], float(total), bool(hit))
+            Candidate(answer.text, index, answer.ids[answer.start :], float(total), bool(hit), each.rows + answer.start)
             for index, (answer, total, hit) in enumerate(zip(each.answers, of, hits, strict=True))
         ]
         for each, of, hits in zip(asked, sums, greedy, strict=True)

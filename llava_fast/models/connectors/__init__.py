@@ -16,6 +16,7 @@ CONNECTORS: Registry[ConnectorConfig] = Registry(
         "norm_mlp": "norm_mlp:NormMlpConfig",
         "perceiver": "perceiver:PerceiverConfig",
         "qformer": "qformer:QFormerConfig",
+        "retrieval_qformer": "retrieval_qformer:RetrievalQFormerConfig",
         "spatial_resampler": "spatial_resampler:SpatialResamplerConfig",
         "pixel_shuffle": "pixel_shuffle:PixelShuffleConfig",
         "shuffle_linear": "shuffle_linear:ShuffleLinearConfig",
