@@ -57,12 +57,14 @@ class Objective(ABC):
     unit            what `count` counts: the name of that number in the metrics.
     stops_at_spikes whether a loss far above the usual indicates a broken run.
     branches        number of continuations of a sample in its sequence, for cost estimates; 1: only its own answer.
+    usual_text      rows of text of a usual sample, for cost estimates; None: by the chat template.
     figures         names of the values that `losses` and `survey` add to `means`, reported as means over all processes.
     """
 
     unit: ClassVar[str]
     stops_at_spikes: ClassVar[bool] = True
     branches: ClassVar[int] = 1
+    usual_text: ClassVar[int | None] = None
     figures: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, recipe: Recipe) -> None:

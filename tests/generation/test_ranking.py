@@ -1,11 +1,14 @@
 """Likelihoods of candidate answers: transformers' teacher-forced log-probabilities, whatever shares a pass."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from llava_fast.errors import GenerationError, PromptTooLongError, RequestError
 from llava_fast.generation import ranking
 from llava_fast.generation.ranking import score_candidates
+from llava_fast.inputs.chat.rendering import builtin_template
 from tests.support import tiny
 from tests.support.parity import forget_rope
 
@@ -92,10 +95,6 @@ def test_what_greedy_decoding_says_is_greedy(model):
 @pytest.mark.parametrize("template", ["vicuna_v1", "qwen", "plain", "blip2", "mistral", "llava_llama_3"])
 def test_answers_to_messages(template, model):
     """With the end of the turn: the loss that training has. Without: that of its tokens before the end."""
-    from dataclasses import replace
-
-    from llava_fast.inputs.chat.rendering import builtin_template
-
     held = model.processor
     model.processor = replace(held, template=builtin_template(template))
     try:

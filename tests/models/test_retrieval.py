@@ -1,5 +1,7 @@
 """BLIP-2's stage 1: scores equal transformers', losses those of a dense formulation, and negatives that are others'."""
 
+import dataclasses
+
 import pytest
 import torch
 from PIL import Image
@@ -87,8 +89,6 @@ def test_saved_and_read_by_both(pair, tmp_path):
 
 
 def test_a_config_without_a_source_is_written_whole(pair, tmp_path):
-    import dataclasses
-
     ours = pair[1]
     held = ours.config
     ours.config = dataclasses.replace(held, source={})

@@ -43,6 +43,10 @@ FOOT = """
 `accelerate` and `FastProcessor` support LLaVA 1.5, NeXT, NeXT-Video and OneVision ([with transformers](huggingface.md))
 and name any other model they are given as unsupported. Refused by name: videos of InternVL, Idefics3, SmolVLM and
 LLaVA-UHD, the other releases of LLaVA-UHD, and BLIP-2 and InstructBLIP with T5.
+
+BLIP-2 of stage 1 (class `Blip2ForImageTextRetrieval`) has no language model: `llava_fast.load_retrieval` reads it,
+scores agree with transformers' within 1e-5 (`tests/models/test_retrieval.py`), and a recipe's section `stage_one` trains
+it ([training](training.md#blip-2-stage-1)).
 """
 
 

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM
+from typer.testing import CliRunner
 
 import llava_fast
-from llava_fast.errors import CheckpointError, RecipeError
+from llava_fast.cli.main import app
+from llava_fast.errors import CheckpointError, DataError, RecipeError
+from llava_fast.train.estimate.cost import plan
 from llava_fast.train.recipe import load_recipe, parse_recipe
 from llava_fast.train.run import train
 from tests.support import stage_one, tiny
@@ -167,10 +170,25 @@ def test_samples_that_are_no_pairs(recipe, folder, tmp_path):
     samples[1]["conversations"] += samples[1]["conversations"][:1] + samples[1]["conversations"][1:]
     samples[1]["conversations"][2] = {"from": "human", "value": "and?"}
     (folder / "other.json").write_text(json.dumps(samples))
-    from llava_fast.errors import DataError
-
     with pytest.raises(DataError, match="one caption"):
         train(recipe(data={"sources": [{"path": str(folder / "other.json")}], "batching": "padded", "workers": 0}))
+
+
+def test_its_cost_is_estimated(recipe):
+    figures = plan(recipe(), 2).to_text()
+    assert "12 " in figures or "hours" in figures
+    assert plan(recipe(), 2).total_memory > 0
+
+
+def test_by_the_command_line(folder, tmp_path):
+    def convert(*arguments):
+        return CliRunner().invoke(app, ["convert", *map(str, arguments)])
+
+    made = convert(folder / "blip2", tmp_path / "new", "--text-encoder", folder / "bert")
+    assert made.exit_code == 0, made.exception
+    assert llava_fast.load_retrieval(tmp_path / "new").config.projector.queries == 32
+    both = convert(folder / "blip2", tmp_path / "other", "--text-encoder", folder / "bert", "--decoder", "x")
+    assert isinstance(both.exception, CheckpointError)
 
 
 def test_the_shipped_recipe():

@@ -165,7 +165,7 @@ def count_parameters(config: LlavaConfig, recipe: Recipe) -> ParameterCounts:
     parameters = dict(model.named_parameters())
     quantised = {name: parameters[f"{name}.weight"] for name in roundings}
     bits = sum(roundings[name].bits(weight.shape[1]) * weight.numel() for name, weight in quantised.items())
-    layer = sum(parameter.numel() for parameter in model.decoder.layers[0].parameters())
+    layer = sum(parameter.numel() for each in list(model.decoder.layers)[:1] for parameter in each.parameters())
     layers = layer * config.decoder.num_layers
     return ParameterCounts(
         everything,
@@ -190,7 +190,7 @@ def _parameters(counts: ParameterCounts) -> list[Figure]:
 def _sample(config: LlavaConfig, recipe: Recipe, rows: int | None, tiles: int | None) -> Sample:
     visual = image_rows(config.geometry, *USUAL_IMAGE)
     plain = recipe.data.template in ("plain", "v0_plain")
-    text = 40 if plain else 250
+    text = recipe.objective().usual_text or (40 if plain else 250)
     supervised = text if plain else text // 2
     pair = supervised * (recipe.objective().branches - 1)
     if rows is None:

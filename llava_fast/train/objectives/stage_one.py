@@ -62,6 +62,7 @@ class StageOneObjective(Objective):
     """Averages over pairs of an image and its caption."""
 
     unit = "pairs"
+    usual_text = 16
     figures: ClassVar[tuple[str, ...]] = ("contrastive_loss", "matching_loss", "caption_loss")
 
     def __init__(self, recipe: Recipe, settings: StageOne) -> None:
