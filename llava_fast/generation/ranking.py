@@ -8,9 +8,9 @@ salesforce/LAVIS 506965b blip2_vicuna_instruct.py (predict_class).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -157,8 +157,7 @@ def _answers(
     else:
         processor.outline(request)  # raises what is wrong with it
     if not end_of_turn:
-        template: ChatTemplate = _WithoutEnds(processor.template)
-        processor = replace(processor, template=template)
+        processor = replace(processor, template=cast(ChatTemplate, _WithoutEnds(processor.template)))
     before: list[Part] = []
     read = []
     for text in texts:
@@ -207,11 +206,11 @@ class _WithoutEnds:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.template, name)
 
-    def segments(self, messages: list[dict], add_generation_prompt: bool) -> list[Segment]:
+    def segments(self, messages: Sequence[Mapping], *rest: Any, **options: Any) -> list[Segment]:
         probe = [*messages[:-1], {**messages[-1], "content": [{"type": "text", "text": _PROBE}]}]
-        probed = "".join(each.text for each in self.template.segments(probe, add_generation_prompt))
+        probed = "".join(each.text for each in self.template.segments(probe, *rest, **options))
         left = len(probed) - probed.rindex(_PROBE) - len(_PROBE)
-        segments = self.template.segments(messages, add_generation_prompt)
+        segments = self.template.segments(messages, *rest, **options)
         ending: list[Segment] = []
         while left:
             last = segments.pop()

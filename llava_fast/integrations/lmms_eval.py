@@ -118,7 +118,8 @@ class LlavaFast(lmms):
         for first in tqdm(range(0, len(groups), self.batch_size), desc="llava_fast"):
             part = groups[first : first + self.batch_size]
             read = [self._with_targets([requests[number].args for number in numbers]) for numbers in part]
-            scored = score_candidates(self.model, *zip(*read, strict=True), end_of_turn=True)
+            asked, targets = [request for request, _ in read], [texts for _, texts in read]
+            scored = score_candidates(self.model, asked, targets, end_of_turn=True)
             for numbers, candidates in zip(part, scored, strict=True):
                 for number, each in zip(numbers, candidates, strict=True):
                     pair = -each.mean_log_likelihood, each.is_greedy

@@ -45,8 +45,8 @@ and name any other model they are given as unsupported. Refused by name: videos 
 LLaVA-UHD, the other releases of LLaVA-UHD, and BLIP-2 and InstructBLIP with T5.
 
 BLIP-2 of stage 1 (class `Blip2ForImageTextRetrieval`) has no language model: `llava_fast.load_retrieval` reads it,
-scores agree with transformers' within 1e-5 (`tests/models/test_retrieval.py`), and a recipe's section `stage_one` trains
-it ([training](training.md#blip-2-stage-1)).
+scores agree with transformers' within 1e-5 (`tests/models/test_retrieval.py`), and a recipe's section `stage_one`
+trains it ([training](training.md#blip-2-stage-1)).
 """
 
 

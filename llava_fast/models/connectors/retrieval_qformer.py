@@ -29,7 +29,7 @@ class RetrievalQFormerConfig(QFormerConfig):
     """`out_features` (F) is the width of what is compared. Costs are those of its queries, which run with the text too:
     in stage 1 once alone and three times with a text."""
 
-    def build(self) -> RetrievalQFormer:
+    def build(self) -> RetrievalQFormer:  # type: ignore[override]  # another connector over the same layers
         return RetrievalQFormer(self)
 
     @property
