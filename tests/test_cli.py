@@ -78,6 +78,7 @@ def test_generate_ranks_candidates(model, picture):
         (["--chat-template", "nonsense"], "unknown chat template 'nonsense'"),
         (["--dtype", "int8"], "dtype 'int8'"),
         (["--device", "gpu"], "device 'gpu' is unknown"),
+        (["--candidate", "a", "--seed", "3"], "nothing is generated"),
     ],
 )
 def test_bad_input_is_one_line(model, arguments, says):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from llava_fast.cli.options import Device, Dtype, KvCache, Model, ModelBase, Quantize, Template, load_model
-from llava_fast.errors import LlavaFastError
+from llava_fast.errors import LlavaFastError, RequestError
 
 MaxNewTokens = Annotated[int, typer.Option(min=0, help="Maximum number of answer tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0: greedy decoding; above 0: sampling.")]
@@ -67,7 +67,6 @@ def generate(
     if short:
         prompt = with_response_format(prompt, "short")
     request = _request(prompt, list(image), video, raw, system)
-    llava = load_model(model, device, dtype, chat_template, model_base, quantize=quantize, kv_cache=kv_cache)
     options = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -76,6 +75,17 @@ def generate(
         "seed": seed,
         "stop": stop,
     }
+    usual: dict[str, Any] = {
+        "max_new_tokens": 128,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "seed": None,
+        "stop": [],
+    }
+    if candidate and options != usual:
+        raise RequestError("with --candidate nothing is generated: leave the options of sampling out")
+    llava = load_model(model, device, dtype, chat_template, model_base, quantize=quantize, kv_cache=kv_cache)
     if candidate:
         ranked = llava.rank(request, candidate)
         if json_output:

@@ -137,6 +137,8 @@ def run(
     share = _shard(shard)
     if theirs and choose != "answer":
         raise EvaluationError("lmms: tasks say themselves how options are chosen: leave --choose out")
+    if choose != "answer" and max_new_tokens is not None:
+        raise EvaluationError("--max-new-tokens is for answers that are generated: leave it out with --choose")
     how: Any = choose.replace("-", "_")
     plan = Plan(own, data, out, spec.identity(), limit, max_new_tokens, share, fresh, report, how)
     results = {}

@@ -36,8 +36,8 @@ _ORIGINAL = "llava_llama"
 """The registry's name of original LLaVAs. Their config.json has mm_vision_tower, and any model_type, also "llava"."""
 WITHOUT_DECODER: Registry[Family] = Registry(__name__, {"blip-2-retrieval": "blip2_retrieval:Blip2Retrieval"})
 """Those of models that compare images and texts (models.retrieval), by names that no config.json has."""
-_BY_ARCHITECTURE = {"Blip2ForImageTextRetrieval": "blip-2-retrieval"}
-"""Class in `architectures` -> a name in WITHOUT_DECODER."""
+_BY_ARCHITECTURE = {("blip-2", "Blip2ForImageTextRetrieval"): "blip-2-retrieval"}
+"""(model_type, class in `architectures`) -> a name in WITHOUT_DECODER."""
 _BY_CONNECTOR = {"adapt_spatial_resampler_v1": "llava_uhd", "uhd_v1_query64": "llava_uhd"}
 """mm_projector_type -> the registry's name of a family with its own original layout."""
 
@@ -45,17 +45,13 @@ _BY_CONNECTOR = {"adapt_spatial_resampler_v1": "llava_uhd", "uhd_v1_query64": "l
 def find_family(source: dict[str, Any]) -> Family | None:
     """The family of a config.json, or None."""
     kind = source.get("model_type")
-    for architecture in _listed(source.get("architectures")):
-        if isinstance(architecture, str) and architecture in _BY_ARCHITECTURE:
-            return WITHOUT_DECODER[_BY_ARCHITECTURE[architecture]]()
+    for (model_type, architecture), name in _BY_ARCHITECTURE.items():
+        if kind == model_type and source.get("architectures") == [architecture]:
+            return WITHOUT_DECODER[name]()
     if "mm_vision_tower" in source:
         connector = source.get("mm_projector_type")
         kind = _BY_CONNECTOR.get(connector, _ORIGINAL) if isinstance(connector, str) else _ORIGINAL
     return FAMILIES[kind]() if isinstance(kind, str) and kind in FAMILIES else None
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def family_of(source: dict[str, Any], file: Path) -> Family:

@@ -7,7 +7,6 @@ salesforce/LAVIS 506965b blip2_vicuna_instruct.py (predict_class).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -23,7 +22,7 @@ from llava_fast.inputs.prepared import Cut, Placeholder
 from llava_fast.inputs.processor import Processor
 from llava_fast.models.batch import Batch
 from llava_fast.models.blocks.attention import Spans
-from llava_fast.models.paged_cache import BlockTable, PagedCache
+from llava_fast.models.paged_cache import BlockTable
 from llava_fast.models.vlm import LlavaModel
 
 PASS_ROWS = 4096  # most rows of a pass, as for prefill, unless one sequence alone has more
@@ -138,6 +137,7 @@ def _asked(processor: Processor, request: Any, texts: Sequence[str], end_of_turn
         answers.append(_Answer(text, ids[shared:], start - shared))
     tiles: list[Cut] = []
     pieces = processor.pieces([*before, TextPiece(np.asarray(read[0][0][:shared], np.int32))], tiles)
+    pieces = [piece for piece in pieces if not isinstance(piece, TextPiece) or len(piece.ids)]
     if not sequence_length(pieces):
         raise RequestError("the prompt has no token, so nothing predicts a candidate's first: give some text")
     longest = max((answer.ids for answer in answers), key=len)
@@ -226,119 +226,132 @@ class _WithoutEnds:
 
 
 @dataclass
-class _Row:
-    """A sequence to run: the number of its request, the ids after the prompt, and the candidates that they serve."""
+class _Run:
+    """Candidates that share a sequence: the number of their request, the ids after the rows of it that are cached, and
+    their indices. first: the sequence's first row in its pass; where nothing is run, -1."""
 
     number: int
     ids: tuple[int, ...]
     answers: list[int]
+    first: int = -1
+
+
+class _Prompts:
+    """The prompts of some requests, run once: `tables` of their rows, and the final hidden state of each one's last row
+    [requests, C]. Under dynamic RoPE, rows depend on the length of the whole sequence beyond the trained length: of
+    such a request (`whole`) nothing is kept, and candidates run with all rows of the prompt."""
+
+    def __init__(self, model: LlavaModel, asked: Sequence[_Asked]) -> None:
+        self.model, self.asked = model, asked
+        tiles = [cut for each in asked for cut in each.tiles]
+        prepared = model.own_processor.assemble([each.pieces for each in asked], tiles)
+        inputs = model.inputs_embeds(Batch.from_prepared(prepared, model.device))
+        self.inputs = inputs.split([each.rows for each in asked])
+        self.whole = [_needs_all(model, each) for each in asked]
+        self.cache = model.decoder.new_cache()
+        self.tables = [BlockTable(self.cache) for _ in asked]
+        kept = [number for number, whole in enumerate(self.whole) if not whole]
+        self.last = inputs.new_zeros(len(asked), model.config.decoder.hidden_size)
+        if kept:
+            lengths = [asked[number].rows for number in kept]
+            tables = [self.tables[number] for number in kept]
+            hidden = self._run(tables, [self.inputs[number] for number in kept], lengths)
+            ends = torch.tensor(lengths, device=model.device).cumsum(0) - 1
+            self.last = self.last.to(hidden.dtype).index_copy(0, torch.tensor(kept, device=model.device), hidden[ends])
+
+    def rows_of(self, run: _Run) -> int:
+        return len(run.ids) + self.asked[run.number].rows * self.whole[run.number]
+
+    def after(self, runs: Sequence[_Run]) -> Tensor:
+        """Final hidden states [requests + R, C]: `last`, then those of the runs, whose `first` is set."""
+        going = [run for run in runs if self.rows_of(run)]
+        if not going:
+            return self.last
+        tables, inputs, at = [], [], 0
+        for run in going:
+            tables.append(BlockTable(self.cache))
+            if self.whole[run.number]:
+                inputs.append(self.inputs[run.number])
+            else:
+                tables[-1].share(self.tables[run.number].blocks, self.asked[run.number].rows)
+            inputs.append(self.model.decoder.embed_tokens(torch.tensor(run.ids, device=self.model.device)))
+            run.first, at = at, at + self.rows_of(run)
+        hidden = self._run(tables, inputs, [self.rows_of(run) for run in going])
+        for table in tables:
+            table.release()
+        return torch.cat([self.last, hidden])
+
+    def _run(self, tables: list[BlockTable], inputs: list[Tensor], lengths: list[int]) -> Tensor:
+        """Final hidden states [R, C] of these rows after those that the tables hold, which then hold them too."""
+        before = tuple(table.length for table in tables)
+        starts = tuple(np.cumsum([0, *lengths[:-1]]).tolist())
+        position = np.concatenate([np.arange(first, first + rows) for first, rows in zip(before, lengths, strict=True)])
+        spans = Spans(starts, tuple(lengths), tuple(tables), before)
+        at = torch.from_numpy(position).to(self.model.device)
+        hidden = self.model.decoder(torch.cat(inputs), at, spans, self.cache)
+        for table, rows in zip(tables, lengths, strict=True):
+            table.length += rows
+        return hidden
+
+    def place(self, run: _Run, index: int) -> int:
+        """The row of `after` that predicts a candidate's token number `index` after the prompt."""
+        if self.whole[run.number]:
+            index += self.asked[run.number].rows
+        return len(self.asked) + run.first + index - 1 if index else run.number
+
+
+def _needs_all(model: LlavaModel, asked: _Asked) -> bool:
+    decoder = model.config.decoder
+    longest = asked.rows + max(len(answer.ids) for answer in asked.answers)
+    return decoder.rope.kind == "dynamic" and longest > decoder.max_positions
 
 
 def _scored(model: LlavaModel, asked: Sequence[_Asked]) -> list[list[Candidate]]:
-    processor, decoder = model.own_processor, model.decoder
-    prepared = processor.assemble([each.pieces for each in asked], [cut for each in asked for cut in each.tiles])
-    prompts = model.inputs_embeds(Batch.from_prepared(prepared, model.device)).split([each.rows for each in asked])
-    # A prompt's last row, which predicts first tokens, runs with the candidates.
-    shares = [_may_share(model, each) for each in asked]
-    kept = [each.rows - 1 if share else 0 for each, share in zip(asked, shares, strict=True)]
-    cache = decoder.new_cache()
-    tables = [BlockTable(cache) for _ in asked]
-    _run_prompts(model, cache, tables, prompts, kept)
+    prompts = _Prompts(model, asked)
     sums = [np.zeros(len(each.answers)) for each in asked]
     greedy = [np.ones(len(each.answers), bool) for each in asked]
-    for rows in _passes(asked, kept, shares):
-        own = [BlockTable(cache) for _ in rows]
-        for table, row in zip(own, rows, strict=True):
-            table.share(tables[row.number].blocks, kept[row.number])
-        inputs = []
-        for row in rows:
-            ids = torch.tensor(row.ids, dtype=torch.long, device=model.device)
-            inputs += [prompts[row.number][kept[row.number] :], decoder.embed_tokens(ids)]
-        lengths = [asked[row.number].rows - kept[row.number] + len(row.ids) for row in rows]
-        hidden = _run(model, cache, own, inputs, lengths)
-        for table in own:
-            table.release()
-        at, targets, whose = _targets(asked, kept, rows, lengths)
-        scores, hits = _log_probs(model, hidden, at, targets)
+    for runs in _passes(prompts):
+        hidden = prompts.after(runs)
+        tokens = []
+        for run in runs:
+            for index in run.answers:
+                answer = asked[run.number].answers[index]
+                own = range(answer.start, len(answer.ids))
+                tokens += [(prompts.place(run, at), answer.ids[at], run.number, index) for at in own]
+        rows, targets, numbers, indices = (np.array(column) for column in zip(*sorted(tokens), strict=True))
+        scores, hits = _log_probs(model, hidden, rows, targets)
         if not np.isfinite(scores).all():
             raise GenerationError("the model's logits are not numbers, so candidates cannot be ranked")
-        for (number, index), score, hit in zip(whose, scores.tolist(), hits.tolist(), strict=True):
+        for number, index, score, hit in zip(numbers, indices, scores, hits, strict=True):
             sums[number][index] += score
             greedy[number][index] &= hit
-    return [
-        [
-            Candidate(answer.text, index, answer.ids[answer.start :], float(total), bool(hit), each.rows + answer.start)
-            for index, (answer, total, hit) in enumerate(zip(each.answers, of, hits, strict=True))
-        ]
-        for each, of, hits in zip(asked, sums, greedy, strict=True)
-    ]
+    found: list[list[Candidate]] = []
+    for each, of, hits in zip(asked, sums, greedy, strict=True):
+        found.append([])
+        for index, answer in enumerate(each.answers):
+            ids, before = answer.ids[answer.start :], each.rows + answer.start
+            found[-1].append(Candidate(answer.text, index, ids, float(of[index]), bool(hits[index]), before))
+    return found
 
 
-def _may_share(model: LlavaModel, asked: _Asked) -> bool:
-    """Under dynamic RoPE a prompt's rows depend on the length of the whole sequence beyond the trained length."""
-    decoder = model.config.decoder
-    longest = asked.rows + max(len(answer.ids) for answer in asked.answers)
-    return decoder.rope.kind != "dynamic" or longest <= decoder.max_positions
-
-
-def _run_prompts(
-    model: LlavaModel, cache: PagedCache, tables: list[BlockTable], prompts: Sequence[Tensor], kept: list[int]
-) -> None:
-    held = [number for number, rows in enumerate(kept) if rows]
-    if held:
-        rows = [kept[number] for number in held]
-        _run(model, cache, [tables[number] for number in held], [prompts[n][: kept[n]] for n in held], rows)
-
-
-def _run(
-    model: LlavaModel, cache: PagedCache, tables: list[BlockTable], inputs: list[Tensor], lengths: list[int]
-) -> Tensor:
-    """Final hidden states [R, C] of these rows after those that the tables hold, which then hold them too."""
-    before = tuple(table.length for table in tables)
-    starts = tuple(np.cumsum([0, *lengths[:-1]]).tolist())
-    position = np.concatenate([np.arange(first, first + rows) for first, rows in zip(before, lengths, strict=True)])
-    spans = Spans(starts, tuple(lengths), tuple(tables), before)
-    hidden = model.decoder(torch.cat(inputs), torch.from_numpy(position).to(model.device), spans, cache)
-    for table, rows in zip(tables, lengths, strict=True):
-        table.length += rows
-    return hidden
-
-
-def _passes(asked: Sequence[_Asked], kept: list[int], shares: list[bool]) -> Iterator[list[_Row]]:
-    """The sequences to run, in passes of at most PASS_ROWS rows. Candidates that differ only in their last token, which
-    nothing needs to run, are one sequence; where rows depend on the whole length, it runs too."""
-    rows: list[_Row] = []
+def _passes(prompts: _Prompts) -> Iterator[list[_Run]]:
+    """The candidates, in passes of at most PASS_ROWS rows. Those that differ only in their last token, which nothing
+    needs to run, are one sequence; where rows depend on the whole length, it runs too."""
+    runs: list[_Run] = []
     total = 0
-    for number, each in enumerate(asked):
+    for number, each in enumerate(prompts.asked):
         alike: dict[tuple[int, ...], list[int]] = {}
         for index, answer in enumerate(each.answers):
-            run = answer.ids[:-1] if shares[number] else answer.ids
-            alike.setdefault(tuple(run), []).append(index)
+            last = len(answer.ids) if prompts.whole[number] else -1
+            alike.setdefault(tuple(answer.ids[:last]), []).append(index)
         for ids, answers in alike.items():
-            length = each.rows - kept[number] + len(ids)
-            if rows and total + length > PASS_ROWS:
-                yield rows
-                rows, total = [], 0
-            rows.append(_Row(number, ids, answers))
-            total += length
-    yield rows
-
-
-def _targets(
-    asked: Sequence[_Asked], kept: list[int], rows: list[_Row], lengths: list[int]
-) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
-    """(the row of the pass that predicts a token, the token, (request, candidate) it belongs to), by rows."""
-    found: list[tuple[int, int, tuple[int, int]]] = []
-    for first, row in zip(itertools.accumulate([0, *lengths[:-1]]), rows, strict=True):
-        prompt = asked[row.number]
-        predicts = first + prompt.rows - kept[row.number] - 1  # the row before the candidate's tokens
-        for index in row.answers:
-            answer = prompt.answers[index]
-            own = range(answer.start, len(answer.ids))
-            found += [(predicts + at, answer.ids[at], (row.number, index)) for at in own]
-    found.sort(key=lambda each: each[0])
-    at, targets, whose = zip(*found, strict=True)
-    return np.array(at), np.array(targets), list(whose)
+            run = _Run(number, ids, answers)
+            if runs and total + prompts.rows_of(run) > PASS_ROWS:
+                yield runs
+                runs, total = [], 0
+            runs.append(run)
+            total += prompts.rows_of(run)
+    yield runs
 
 
 def _log_probs(model: LlavaModel, hidden: Tensor, at: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

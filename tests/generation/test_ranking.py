@@ -76,8 +76,10 @@ def test_the_prompt_and_its_images_run_once(model, monkeypatch):
     found = model.rank(REQUEST, CANDIDATES)
     prompt = model.prepare([REQUEST]).plan.rows
     inputs = {tuple(each.token_ids[:-1]) for each in found}
-    assert rows == [prompt - 1, sum(1 + len(ids) for ids in inputs)]
-    assert tiles == [1]
+    assert rows == [prompt, sum(map(len, inputs))]
+    model.rank(REQUEST, ["a", "h"])
+    assert rows[2:] == [prompt]  # single tokens need no row of their own
+    assert tiles == [1, 1]
 
 
 def test_what_greedy_decoding_says_is_greedy(model):

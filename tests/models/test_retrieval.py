@@ -1,15 +1,17 @@
 """BLIP-2's stage 1: scores equal transformers', losses those of a dense formulation, and negatives that are others'."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from transformers import Blip2ForImageTextRetrieval, BlipImageProcessor
+from transformers import Blip2Config, Blip2ForImageTextRetrieval, BlipImageProcessor
 
 import llava_fast
 from llava_fast.errors import CheckpointError, RequestError
+from llava_fast.families import family_of_config, read_config
 from llava_fast.models import retrieval
 from llava_fast.models.batch import Batch
 from llava_fast.train.data.captions import CaptionProcessor
@@ -51,6 +53,36 @@ def test_scores_are_those_of_transformers(pair):
         expected = stock(**inputs, use_image_text_matching_head=True).logits_per_image.softmax(1)[:, 1]
         assert relative(found[number], expected) < 1e-5
     assert found.std() > 1e-3
+
+
+def test_a_sparse_config_of_published_size_has_transformers_tensors(tmp_path):
+    source = {
+        "architectures": ["Blip2ForImageTextRetrieval"],
+        "image_text_hidden_size": 256,
+        "image_token_index": None,
+        "model_type": "blip-2",
+        "num_query_tokens": 32,
+        "qformer_config": {"model_type": "blip_2_qformer", "use_qformer_text_input": True, "vocab_size": 30523},
+        "text_config": {"model_type": "opt"},
+        "vision_config": {"dropout": 0.0, "model_type": "blip_2_vision_model"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(source))
+    config, _ = read_config(tmp_path)
+    with torch.device("meta"):
+        model = retrieval.RetrievalModel(config)
+        expected = Blip2ForImageTextRetrieval(Blip2Config.from_pretrained(tmp_path)).state_dict()
+    names = family_of_config(config).names
+    found = {names.to_stored(name, "hf", config): value.shape for name, value in model.named_parameters()}
+    own = {name for name in found if name.startswith("cls.") or name == "temp"}
+    assert {name: shape for name, shape in found.items() if name not in own} == {
+        name: value.shape for name, value in expected.items()
+    }
+    assert len(own) == 6
+    assert (config.projected_per_tile, config.vision.rows_per_tile, model.projector.config.vocabulary) == (
+        32,
+        257,
+        30523,
+    )
 
 
 def test_matching_in_parts(pair, monkeypatch):
