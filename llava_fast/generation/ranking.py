@@ -125,10 +125,8 @@ def _asked(processor: Processor, request: Any, texts: Sequence[str], end_of_turn
             raise RequestError(f"candidate {index} is no text but {type(text).__name__}")
         if not text.strip():
             raise RequestError(f"candidate {index} is empty, so it has no likelihood: leave it out")
-    if isinstance(request, dict) and "prompt" in request:
-        before, read = _after_prompt(processor, request, texts, end_of_turn)
-    else:
-        before, read = _answers(processor, request, texts, end_of_turn)
+    verbatim = isinstance(request, dict) and "prompt" in request
+    before, last, read = (_after_prompt if verbatim else _answers)(processor, request, texts, end_of_turn)
     shared = min(_common([ids for ids, _ in read]), *(start for _, start in read))
     answers = []
     for index, (text, (ids, start)) in enumerate(zip(texts, read, strict=True)):
@@ -136,8 +134,8 @@ def _asked(processor: Processor, request: Any, texts: Sequence[str], end_of_turn
             raise RequestError(f"candidate {index}, {text!r}, has no token of its own after this prompt")
         answers.append(_Answer(text, ids[shared:], start - shared))
     tiles: list[Cut] = []
-    pieces = processor.pieces([*before, TextPiece(np.asarray(read[0][0][:shared], np.int32))], tiles)
-    pieces = [piece for piece in pieces if not isinstance(piece, TextPiece) or len(piece.ids)]
+    common = replace(last, ids=np.asarray(read[0][0][:shared], np.int32), supervised=None)
+    pieces = processor.pieces([*before, *([common] if shared else [])], tiles)
     if not sequence_length(pieces):
         raise RequestError("the prompt has no token, so nothing predicts a candidate's first: give some text")
     longest = max((answer.ids for answer in answers), key=len)
@@ -145,11 +143,12 @@ def _asked(processor: Processor, request: Any, texts: Sequence[str], end_of_turn
     return _Asked(pieces, answers, tiles)
 
 
-def _answers(
-    processor: Processor, request: dict, texts: Sequence[str], end_of_turn: bool
-) -> tuple[list[Part], list[tuple[list[int], int]]]:
-    """(the outline before its last text, (the ids of that text, the first that is the candidate's) for each candidate)
-    of a request with messages."""
+_Read = tuple[list[Part], TextPiece, list[tuple[list[int], int]]]
+"""(An outline before its last text, that text, (its ids, the first that is the candidate's) for each candidate)."""
+
+
+def _answers(processor: Processor, request: dict, texts: Sequence[str], end_of_turn: bool) -> _Read:
+    """The candidates as answers to messages."""
     messages = request.get("messages") if isinstance(request, dict) else None
     if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
         if messages[-1].get("role") == "assistant":
@@ -159,6 +158,7 @@ def _answers(
     if not end_of_turn:
         processor = replace(processor, template=cast(ChatTemplate, _WithoutEnds(processor.template)))
     before: list[Part] = []
+    last: Any = None
     read = []
     for text in texts:
         answered = {**request, "messages": [*request["messages"], {"role": "assistant", "content": text}]}
@@ -169,18 +169,17 @@ def _answers(
         end = len(flags) - int(flags[::-1].argmax())
         quiet = np.flatnonzero(~flags[:end])
         read.append((last.ids[:end].tolist(), int(quiet[-1]) + 1 if len(quiet) else 0))
-    return [TextPiece(part.ids) if isinstance(part, TextPiece) else part for part in before], read
+    return [replace(part, supervised=None) if isinstance(part, TextPiece) else part for part in before], last, read
 
 
-def _after_prompt(
-    processor: Processor, request: dict, texts: Sequence[str], end_of_turn: bool
-) -> tuple[list[Part], list[tuple[list[int], int]]]:
-    """As `_answers`, of a verbatim prompt. A connector that reads the prompt does not read the candidates."""
+def _after_prompt(processor: Processor, request: dict, texts: Sequence[str], end_of_turn: bool) -> _Read:
+    """The candidates after a verbatim prompt. A connector that reads the prompt does not read the candidates."""
     if end_of_turn:
         raise RequestError('a verbatim "prompt" has no end of turn: write it into the candidates, or use "messages"')
     before: list[Part] = processor.outline(request)
-    last = before.pop() if before and isinstance(before[-1], TextPiece) else None
-    own = last.ids.tolist() if isinstance(last, TextPiece) else []
+    found = before.pop() if before and isinstance(before[-1], TextPiece) else None
+    last = found if isinstance(found, TextPiece) else TextPiece(np.zeros(0, np.int32))
+    own = last.ids.tolist()
     read = []
     for text in texts:
         *others, whole = processor.outline({**request, "prompt": request["prompt"] + text})
@@ -188,7 +187,7 @@ def _after_prompt(
             raise RequestError(f"the candidate {text!r} has a placeholder for an image or video")
         ids = whole.ids.tolist()
         read.append((ids, _common([own, ids])))  # a token that joins both texts is the candidate's
-    return before, read
+    return before, last, read
 
 
 def _common(each: Sequence[Sequence[int]]) -> int:
