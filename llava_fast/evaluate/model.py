@@ -14,6 +14,7 @@ from llava_fast.storage.hub import local_directory
 
 if TYPE_CHECKING:
     from llava_fast.generation.llava import Llava
+    from llava_fast.inputs.processor import Processor
 
 RUNNING = 32  # maximum number of running sequences
 
@@ -96,9 +97,8 @@ def _chosen(
     def score(candidate: Candidate) -> float:
         return candidate.mean_log_likelihood if choose == "mean_likelihood" else candidate.log_likelihood
 
-    def ranked(part: Sequence[Question]) -> Iterator[tuple[Question, Answer]]:
+    def ranked(part: Sequence[Question], processor: Processor) -> Iterator[tuple[Question, Answer]]:
         texts = [[text for _, text in question.candidates] for question in part]
-        processor = dataclasses.replace(model.own_processor, literal_text=not part[0].placed)
         try:
             found = score_candidates(model, [each.request() for each in part], texts, processor=processor)
         except LlavaFastError as error:
@@ -106,7 +106,7 @@ def _chosen(
                 yield part[0], Answer("", finish="error", error=" ".join(str(error).split()))
                 return
             for question in part:  # only the faulty one gets the error
-                yield from ranked([question])
+                yield from ranked([question], processor)
             return
         for question, candidates in zip(part, found, strict=True):
             best = max(candidates, key=score)
@@ -115,8 +115,9 @@ def _chosen(
 
     for placed in (False, True):
         asked = [question for question in questions if question.placed is placed]
+        literal = dataclasses.replace(model.own_processor, literal_text=not placed)
         for first in range(0, len(asked), running):
-            yield from ranked(asked[first : first + running])
+            yield from ranked(asked[first : first + running], literal)
 
 
 def _answer(row: Mapping[str, Any]) -> Answer:
