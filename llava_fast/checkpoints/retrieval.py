@@ -199,13 +199,15 @@ def _described(first: LoadedCheckpoint, text: dict[str, Any]) -> LlavaConfig:
 
 
 def _language_model(home: Path) -> dict[str, StoredTensor]:
-    """The tensors of a language model's own repository under our names."""
-    stored = {key: each for key, each in open_weights(home).items() if not Blip2.names.is_skipped(key)}
-    inside = "model." if any(key.startswith("model.") for key in stored) else ""
-    return {
-        f"decoder.{key if key.startswith('lm_head.') else key.removeprefix(inside)}": each
+    """The tensors of a language model's own repository under our names. Some files hold the base model alone, without
+    "model." before its names (facebook/opt-2.7b)."""
+    stored = open_weights(home)
+    bare = not any(key.startswith(("model.", "shared.")) for key in stored)
+    in_blip2 = {
+        f"language_model.{'model.' if bare and not key.startswith('lm_head.') else ''}{key}": each
         for key, each in stored.items()
     }
+    return Blip2.names.name_tensors(in_blip2)
 
 
 def _with_rows(stored: StoredTensor, rows: int) -> StoredTensor:

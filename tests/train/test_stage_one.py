@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import Blip2ForConditionalGeneration, OPTConfig, OPTForCausalLM
 from typer.testing import CliRunner
 
 import llava_fast
@@ -131,10 +131,16 @@ def test_stage_two_begins_with_it(recipe, tmp_path, folder):
     sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2}
     words = tiny.tokenizer()
     lm = OPTForCausalLM(OPTConfig(**sizes, num_attention_heads=2, vocab_size=len(words), max_position_embeddings=128))
-    lm.save_pretrained(tmp_path / "opt")
-    words.save_pretrained(tmp_path / "opt")
-    llava_fast.assemble_stage_two(tmp_path / "stage-two", first, tmp_path / "opt")
-    model, before = llava_fast.load(tmp_path / "stage-two"), llava_fast.load_retrieval(first)
+    lm.model.save_pretrained(tmp_path / "opt")  # the base model alone, as facebook/opt-2.7b
+    lm.save_pretrained(tmp_path / "whole")
+    for name in ("opt", "whole"):
+        words.save_pretrained(tmp_path / name)
+        llava_fast.assemble_stage_two(tmp_path / f"with-{name}", first, tmp_path / name)
+    model, before = llava_fast.load(tmp_path / "with-opt"), llava_fast.load_retrieval(first)
+    same = llava_fast.load(tmp_path / "with-whole").state_dict()
+    assert all(torch.equal(value, same[name]) for name, value in model.state_dict().items())
+    theirs = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "with-opt").language_model.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in lm.state_dict().items())
     assert torch.equal(model.projector.query_tokens, before.projector.query_tokens)
     with torch.no_grad():
         tiles = torch.from_numpy(model.processor.tiles(tiny.picture(40, 50)))
@@ -142,7 +148,7 @@ def test_stage_two_begins_with_it(recipe, tmp_path, folder):
         expected = model.projector.language_projection(rows)
         torch.testing.assert_close(model.projector(before.tower_rows(tiles)), expected)
     data = {"sources": [{"path": str(folder / "captions.json")}], "template": "plain", "workers": 0}
-    given = {"model": str(tmp_path / "stage-two"), "output": str(tmp_path / "two"), "data": data, "batch_size": 4}
+    given = {"model": str(tmp_path / "with-opt"), "output": str(tmp_path / "two"), "data": data, "batch_size": 4}
     optimizer = {"learning_rate": 1e-2, "last_rate": 1e-3}
     made = parse_recipe({**given, "optimizer": optimizer, "precision": "float32", "tensorboard": False, "epochs": 5})
     path = train(made)
