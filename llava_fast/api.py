@@ -25,7 +25,7 @@ from llava_fast.inputs.pictures.preprocessing import FILTERS
 from llava_fast.inputs.pictures.tiles import TORCH_MODES
 from llava_fast.inputs.processor import Processor
 from llava_fast.inputs.tiling.anyres import Compat, count_image_rows
-from llava_fast.models.config import LlavaConfig
+from llava_fast.models.config import LlavaConfig, RetrievalConfig
 from llava_fast.models.connectors.qformer import QFormerConfig
 from llava_fast.models.eight_bit import check_precision, use_precision
 from llava_fast.models.fused import merge_linears
@@ -93,6 +93,11 @@ def load(
     checkpoint, name = open_checkpoint(
         path_or_hub_id, dtype=_dtype(dtype), device=device, model_base=model_base, vision_tower=vision_tower
     )
+    if isinstance(checkpoint.config, RetrievalConfig):
+        raise CheckpointError(
+            f"{path_or_hub_id} compares images and texts and has no language model: load it with "
+            "llava_fast.load_retrieval, or give it one (llava_fast.assemble_stage_two)"
+        )
     if precision is not None:
         if devices:
             raise CheckpointError("precision cannot be combined with device_map: leave one of them out")

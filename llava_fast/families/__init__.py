@@ -36,6 +36,10 @@ FAMILIES: Registry[Family] = Registry(
 )
 _ORIGINAL = "llava_llama"
 """The registry's name of original LLaVAs. Their config.json has mm_vision_tower, and any model_type, also "llava"."""
+WITHOUT_DECODER: Registry[Family] = Registry(__name__, {"blip-2-retrieval": "blip2_retrieval:Blip2Retrieval"})
+"""Those of models that compare images and texts (models.retrieval), by names that no config.json has."""
+_BY_ARCHITECTURE = {("blip-2", "Blip2ForImageTextRetrieval"): "blip-2-retrieval"}
+"""(model_type, class in `architectures`) -> a name in WITHOUT_DECODER."""
 _BY_CONNECTOR = {
     "adapt_spatial_resampler_v1": "llava_uhd",
     "uhd_v1_query64": "llava_uhd",
@@ -48,6 +52,9 @@ _BY_CONNECTOR = {
 def find_family(source: dict[str, Any]) -> Family | None:
     """The family of a config.json, or None."""
     kind = source.get("model_type")
+    for (model_type, architecture), name in _BY_ARCHITECTURE.items():
+        if kind == model_type and source.get("architectures") == [architecture]:
+            return WITHOUT_DECODER[name]()
     if "mm_vision_tower" in source:
         connector = source.get("mm_projector_type")
         kind = _BY_CONNECTOR.get(connector, _ORIGINAL) if isinstance(connector, str) else _ORIGINAL
@@ -65,6 +72,8 @@ def family_of(source: dict[str, Any], file: Path) -> Family:
 
 def family_of_config(config: LlavaConfig) -> Family:
     """The family that a model was read as."""
+    if config.model_type in WITHOUT_DECODER:
+        return WITHOUT_DECODER[config.model_type]()
     plain = config.layout == "original" and config.model_type not in _BY_CONNECTOR.values()
     return FAMILIES[_ORIGINAL if plain else config.model_type]()
 

@@ -10,6 +10,7 @@ from torch import nn
 from llava_fast.inputs.tiling.anyres import VisualGeometry
 from llava_fast.models.connectors.base import ConnectorConfig
 from llava_fast.models.decoders.base import DecoderConfig
+from llava_fast.models.decoders.none import NoDecoderConfig
 from llava_fast.models.router import RouterConfig
 from llava_fast.models.towers.base import TowerConfig
 
@@ -82,6 +83,18 @@ class LlavaConfig(VisualConfig):
     def embedding(self) -> str:
         """The name of the token embedding's tensor in the whole model."""
         return f"decoder.{self.decoder.embedding_name}.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalConfig(LlavaConfig):
+    """A checkpoint without a decoder, which compares images and texts (models.retrieval)."""
+
+    decoder: NoDecoderConfig
+
+    @property
+    def embedding(self) -> str:
+        """The token embedding is the connector's."""
+        return "projector.embeddings.word_embeddings.weight"
 
 
 class ConfiguredModel(nn.Module):

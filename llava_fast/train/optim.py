@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.optim import Optimizer as TorchOptimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from llava_fast.errors import RecipeError
 from llava_fast.models.vlm import LlavaModel
@@ -65,8 +67,20 @@ def build_optimizer(model: nn.Module, settings: Optimizer) -> TorchOptimizer:
 
 
 def build_schedule(optimizer: TorchOptimizer, settings: Optimizer, total: int) -> LRScheduler:
-    """The learning-rate schedule over `total` steps, from transformers (warm-up rounded up, as in its Trainer)."""
+    """The learning-rate schedule over `total` steps, from transformers (warm-up rounded up, as in its Trainer).
+    `first_rate` and `last_rate` are those of a part with `learning_rate`; another part's are in proportion."""
     from transformers import get_scheduler
 
     warmup = math.ceil(total * settings.warmup)
-    return get_scheduler(settings.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    made = get_scheduler(settings.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    first, last = (rate / settings.learning_rate for rate in (settings.first_rate, settings.last_rate))
+    if not first and not last:
+        return made
+    assert isinstance(made, LambdaLR)
+    shares = list(made.lr_lambdas)
+
+    def lifted(share: Callable[[int], float], step: int) -> float:
+        least = first if step < warmup else last
+        return least + (1 - least) * share(step)
+
+    return LambdaLR(optimizer, [functools.partial(lifted, share) for share in shares])

@@ -54,6 +54,10 @@ From tiles to the decoder's inputs beside SliME's published steps, one picture o
 layers of random weights, one thread of a shared AMD EPYC, equal rows to 6e-7: 6.0 s and 336 MiB at the peak, published
 11.1 s and 2790 MiB (`benchmarks/slime.py`, `benchmarks/results/2026-11-29-cpu-2core-slime-visual.json`). The original
 compares every row with every token at once; the sum over the tokens can be taken first.
+
+BLIP-2 of stage 1 (class `Blip2ForImageTextRetrieval`) has no language model: `llava_fast.load_retrieval` reads it,
+scores agree with transformers' within 1e-5 (`tests/models/test_retrieval.py`), and a recipe's section `stage_one`
+trains it ([training](training.md#blip-2-stage-1)).
 """
 
 

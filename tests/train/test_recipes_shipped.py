@@ -27,7 +27,7 @@ TABLE = {
 
 
 def test_all_are_here():
-    assert sorted([*TABLE, "blip-2-stage2", "instructblip"]) == shipped_recipes()
+    assert sorted([*TABLE, "blip-2-stage1", "blip-2-stage2", "instructblip"]) == shipped_recipes()
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_the_exact_batches_that_its_comments_name_are_accepted(name):
 
 
 def test_an_unknown_name_lists_those_that_there_are():
-    with pytest.raises(RecipeError, match=r"no recipe llava-2; shipped with the package: blip-2-stage2, "):
+    with pytest.raises(RecipeError, match=r"no recipe llava-2; shipped with the package: blip-2-stage1, "):
         load_recipe("llava-2")
 
 
@@ -94,7 +94,7 @@ def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
 def test_list_and_show():
     run = CliRunner()
     listed = run.invoke(recipe_cli.app, ["list"]).stdout.splitlines()
-    assert len(listed) == len(shipped_recipes()) == len(TABLE) + 2
+    assert len(listed) == len(shipped_recipes()) == len(TABLE) + 3
     assert all(len(line.split("  ", 1)[1].strip()) > 20 for line in listed)
     shown = run.invoke(recipe_cli.app, ["show", "llava-1.5-stage1"]).stdout
     assert shown == (SHIPPED / "llava-1.5-stage1.yaml").read_text()

@@ -18,6 +18,7 @@ CONNECTORS: Registry[ConnectorConfig] = Registry(
         "perceiver": "perceiver:PerceiverConfig",
         "slice_perceiver": "perceiver:SlicePerceiverConfig",
         "qformer": "qformer:QFormerConfig",
+        "retrieval_qformer": "retrieval_qformer:RetrievalQFormerConfig",
         "spatial_resampler": "spatial_resampler:SpatialResamplerConfig",
         "pixel_shuffle": "pixel_shuffle:PixelShuffleConfig",
         "shuffle_linear": "shuffle_linear:ShuffleLinearConfig",

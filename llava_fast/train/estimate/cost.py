@@ -178,7 +178,7 @@ def count_parameters(config: LlavaConfig, recipe: Recipe) -> ParameterCounts:
         everything,
         trained,
         adapters,
-        max(layers),
+        max(layers, default=0),
         outside=everything["decoder"] - sum(layers) + everything["projector"],
         head=config.decoder.vocab_size * config.decoder.hidden_size,
         quantised=sum(weight.numel() for weight in quantised.values()),
@@ -197,7 +197,7 @@ def _parameters(counts: ParameterCounts) -> list[Figure]:
 def _sample(config: LlavaConfig, recipe: Recipe, rows: int | None, tiles: int | None) -> Sample:
     visual = image_rows(config.geometry, *USUAL_IMAGE)
     plain = recipe.data.template in ("plain", "v0_plain")
-    text = 40 if plain else 250
+    text = recipe.objective().usual_text or (40 if plain else 250)
     supervised = text if plain else text // 2
     pair = supervised * (recipe.objective().branches - 1)
     if rows is None:
