@@ -301,7 +301,7 @@ def call(lengths, before=(), heads=(4, 2), size=16, dtype=torch.float32, gradien
     return [*given, at.queries, at.keys, *at.lengths]
 
 
-@pytest.mark.parametrize(("lengths", "before"), [((7, 9, 8), (5, 0, 3)), ((7, 9, 8), ()), ((700, 1, 3), ())])
+@pytest.mark.parametrize(("lengths", "before"), [((7, 9, 8), (5, 0, 3)), ((7, 9, 8), ()), ((700, 1, 3, 1, 2), ())])
 def test_selection_takes_a_form_that_is_right_and_faster(lengths, before, select, monkeypatch):
     """Padding, or the loop where padding would take too many rows; gradients are those of the form."""
     from llava_fast.ops.selection import proof
