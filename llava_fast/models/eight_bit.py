@@ -65,7 +65,7 @@ class EightBitLinear(nn.Linear):
         self.round_weight()
 
 
-class EightBitMergedLinear(MergedLinear, EightBitLinear):
+class EightBitMergedLinear(MergedLinear, EightBitLinear):  # type: ignore[misc]  # forward returns a tuple
     """A MergedLinear likewise."""
 
     def __init__(self, linear: MergedLinear, dtype: torch.dtype) -> None:

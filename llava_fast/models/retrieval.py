@@ -19,7 +19,7 @@ from llava_fast.models.batch import Batch
 from llava_fast.models.config import RetrievalConfig
 from llava_fast.models.connectors.qformer import KeysValues
 from llava_fast.models.connectors.retrieval_qformer import PADDING, RetrievalQFormer, similarities
-from llava_fast.models.vlm import LlavaModel, LlavaOutput, Logits
+from llava_fast.models.vlm import Inputs, LlavaModel, LlavaOutput, Logits
 
 _PAIRS = 64  # images with their texts that `matching` runs at once
 SMOOTHING = 0.1  # of the labels of contrast and captions
@@ -111,7 +111,7 @@ class RetrievalModel(LlavaModel):
         self,
         batch: Batch,
         logits: Logits | None = "none",
-        inputs_embeds: Tensor | None = None,
+        inputs: Inputs | None = None,
         seed: int = 0,
         gather: Gather = lambda rows: (rows, 0),
     ) -> StageOneOutput:
@@ -122,7 +122,7 @@ class RetrievalModel(LlavaModel):
         gather  see Gather; default: this process is the only one.
         Raises ValueError for `logits` other than "none": there is no decoder.
         """
-        if logits not in (None, "none") or inputs_embeds is not None:
+        if logits not in (None, "none") or inputs is not None:
             raise ValueError("this model has no decoder, and so no logits: load a language model for them (stage 2)")
         ids_BL = self._texts(batch, gather)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._tower_is_trained):

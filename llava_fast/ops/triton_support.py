@@ -145,4 +145,4 @@ class Specimen:
         for found in [*shipped, *(config for config in listed if config not in shipped)]:
             options: dict[str, int] = {name: found[name] for name in ("num_warps", "num_stages") if name in found}
             constants = {name: value for name, value in found.items() if name not in options}
-            yield found, {**self.constants, **constants}, options
+            yield dict(found), {**self.constants, **constants}, options
