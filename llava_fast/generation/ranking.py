@@ -53,7 +53,7 @@ class Candidate:
 
     @property
     def mean_log_likelihood(self) -> float:
-        """The mean over its tokens: minus the loss of a forward pass that is taught this answer."""
+        """The mean over its tokens; with the end of the turn, minus the loss of training on this answer."""
         return self.log_likelihood / len(self.token_ids)
 
 
