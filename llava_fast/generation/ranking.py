@@ -53,7 +53,7 @@ class Candidate:
 
     @property
     def mean_log_likelihood(self) -> float:
-        """The mean over its tokens: minus the loss of a forward pass that is taught this answer."""
+        """The mean over its tokens; with the end of the turn, minus the loss of training on this answer."""
         return self.log_likelihood / len(self.token_ids)
 
 
@@ -70,7 +70,8 @@ def score_candidates(
     requests     as for Llava.generate. To "messages", which end with the user's turn, a candidate is the assistant's
                  answer; to a verbatim "prompt" it is what follows.
     end_of_turn  also score the tokens by which the chat template ends an answer, so that a candidate competes with its
-                 own continuations. Only with "messages".
+                 own continuations. Only with "messages". (The end token that an encoder-decoder's tokenizer gives each
+                 answer is always scored, as in LAVIS.)
     processor    default: the model's.
 
     Raises RequestError and ImageError naming the request, CacheFullError for one that memory cannot hold, and
@@ -173,13 +174,17 @@ def _answers(processor: Processor, request: dict, texts: Sequence[str], end_of_t
 
 
 def _after_prompt(processor: Processor, request: dict, texts: Sequence[str], end_of_turn: bool) -> _Read:
-    """The candidates after a verbatim prompt. A connector that reads the prompt does not read the candidates."""
+    """The candidates after a verbatim prompt. A connector that reads the prompt does not read the candidates, and
+    neither does an encoder: its decoder's answers are tokenised alone, with the tokenizer's end token."""
     if end_of_turn:
         raise RequestError('a verbatim "prompt" has no end of turn: write it into the candidates, or use "messages"')
     before: list[Part] = processor.outline(request)
     found = before.pop() if before and isinstance(before[-1], TextPiece) else None
     last = found if isinstance(found, TextPiece) else TextPiece(np.zeros(0, np.int32))
     own = last.ids.tolist()
+    if last.begins_answer:
+        ends = ([*own, *processor.tokenizer(text.strip())["input_ids"]] for text in texts)
+        return before, last, [(ids, len(own)) for ids in ends]
     read = []
     for text in texts:
         *others, whole = processor.outline({**request, "prompt": request["prompt"] + text})
@@ -244,6 +249,7 @@ class _Prompts:
         self.model, self.asked = model, asked
         tiles = [cut for each in asked for cut in each.tiles]
         prepared = model.own_processor.assemble([each.pieces for each in asked], tiles)
+        self.encoded = prepared.plan.encoded
         inputs = model.inputs_embeds(Batch.from_prepared(prepared, model.device))
         self.inputs = inputs.split([each.rows for each in asked])
         self.whole = [_needs_all(model, each) for each in asked]
@@ -254,7 +260,7 @@ class _Prompts:
         if kept:
             lengths = [asked[number].rows for number in kept]
             tables = [self.tables[number] for number in kept]
-            hidden = self._run(tables, [self.inputs[number] for number in kept], lengths)
+            hidden = self._run(kept, tables, [self.inputs[number] for number in kept], lengths)
             ends = torch.tensor(lengths, device=model.device).cumsum(0) - 1
             self.last = self.last.to(hidden.dtype).index_copy(0, torch.tensor(kept, device=model.device), hidden[ends])
 
@@ -275,17 +281,19 @@ class _Prompts:
                 tables[-1].share(self.tables[run.number].blocks, self.asked[run.number].rows)
             inputs.append(self.model.decoder.embed_tokens(torch.tensor(run.ids, device=self.model.device)))
             run.first, at = at, at + self.rows_of(run)
-        hidden = self._run(tables, inputs, [self.rows_of(run) for run in going])
+        hidden = self._run([run.number for run in going], tables, inputs, [self.rows_of(run) for run in going])
         for table in tables:
             table.release()
         return torch.cat([self.last, hidden])
 
-    def _run(self, tables: list[BlockTable], inputs: list[Tensor], lengths: list[int]) -> Tensor:
-        """Final hidden states [R, C] of these rows after those that the tables hold, which then hold them too."""
+    def _run(self, numbers: list[int], tables: list[BlockTable], inputs: list[Tensor], lengths: list[int]) -> Tensor:
+        """Final hidden states [R, C] of these requests' rows after those that the tables hold, which then hold them
+        too."""
         before = tuple(table.length for table in tables)
         starts = tuple(np.cumsum([0, *lengths[:-1]]).tolist())
         position = np.concatenate([np.arange(first, first + rows) for first, rows in zip(before, lengths, strict=True)])
-        spans = Spans(starts, tuple(lengths), tuple(tables), before)
+        encoded = tuple(self.encoded[number] for number in numbers) if self.encoded else ()
+        spans = Spans(starts, tuple(lengths), tuple(tables), before, encoded=encoded)
         at = torch.from_numpy(position).to(self.model.device)
         hidden = self.model.decoder(torch.cat(inputs), at, spans, self.cache)
         for table, rows in zip(tables, lengths, strict=True):

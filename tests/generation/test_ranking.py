@@ -47,6 +47,24 @@ def test_equal_to_transformers(name):
     assert found[2].log_likelihood != pytest.approx(together[0][2].log_likelihood, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["blip2_t5", "instructblip_t5"])
+def test_equal_to_transformers_with_an_encoder(name):
+    """An answer is tokenised alone, and its end token is scored."""
+    pair = tiny.pair(name)
+    request = {"prompt": "<image>what is this?", "images": REQUEST["images"][:1]}
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is this?"}]}]
+    by_messages = {"messages": asked, "images": request["images"]}
+    verbatim, answers = score_candidates(pair.ours, [request, by_messages], [CANDIDATES, CANDIDATES])
+    inputs = pair.reference_inputs(request["prompt"], request["images"])
+    for each, answer in zip(verbatim, answers, strict=True):
+        ids = pair.ours.tokenizer(each.text)["input_ids"]
+        given = inputs | {"decoder_input_ids": torch.tensor([[tiny.PAD_ID, *ids[:-1]]])}
+        with torch.no_grad():
+            logits = pair.hf(**given).logits[0].double().log_softmax(-1)
+        assert each.token_ids == answer.token_ids == ids
+        assert each.log_likelihood == pytest.approx(logits[range(len(ids)), ids].sum().item(), rel=1e-4)
+
+
 @pytest.fixture(scope="module")
 def model():
     return tiny.pair("next").ours
