@@ -120,10 +120,10 @@ def load_processor(checkpoint: LoadedCheckpoint, name: str, chat_template: str |
     """The checkpoint's tokenizer, geometry and chat template. name: the user's name for the checkpoint, by which the
     original LLaVA chooses a template. Raises CheckpointError without a tokenizer."""
     config = checkpoint.config
-    tokenizer = load_tokenizer(checkpoint.tokenizer_path)
+    family, instructions = family_of_config(config), None
+    tokenizer = load_tokenizer(checkpoint.tokenizer_path, family.tokenizer_class)
     if config.layout == "hf":
         check_tokens(checkpoint.path, tokenizer, image_token=config.image_token_id, video_token=config.video_token_id)
-    family, instructions = family_of_config(config), None
     if family.connector_tokenizer is not None and isinstance(config.projector, QFormerConfig):
         own = load_tokenizer(checkpoint.tokenizer_path / family.connector_tokenizer)
         instructions = Instructions(own, config.projector.positions, config.projector.vocabulary)

@@ -22,12 +22,13 @@ _READ = (*_SIDE_FILES, *_VOCABULARIES, "config.json", "chat_template.jinja")  # 
 _MARK = b"\xef\xbb\xbf"
 
 
-def load_tokenizer(path: Path) -> Any:
-    """The transformers tokenizer of a directory. Code in the checkpoint is never run.
+def load_tokenizer(path: Path, stands_in: str | None = None) -> Any:
+    """The transformers tokenizer of a directory. Code in the checkpoint is never run: `stands_in` is transformers' class
+    for a tokenizer whose own is such code.
 
     Raises CheckpointError for a missing or invalid tokenizer, naming the faulty file if known.
     """
-    from transformers import AutoTokenizer  # imported late, because importing it takes a second
+    import transformers  # imported late, because importing it takes a second
 
     for name, kind in _SIDE_FILES.items():
         settings = read_json_if_there(path / name, kind)
@@ -39,13 +40,22 @@ def load_tokenizer(path: Path) -> Any:
             check_regular(path / name)
     try:
         with _without_marks(path) as clean:
-            tokenizer = AutoTokenizer.from_pretrained(clean, trust_remote_code=False, **_stand_in_config(path))
+            if stands_in is not None and _is_code(path):
+                tokenizer = getattr(transformers, stands_in).from_pretrained(clean)
+            else:
+                config = _stand_in_config(path)
+                tokenizer = transformers.AutoTokenizer.from_pretrained(clean, trust_remote_code=False, **config)
     except BaseException as error:  # a panic in the Rust library is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise CheckpointError(f"{_at_fault(path)}: its tokenizer cannot be loaded ({one_line(error)})") from error
     tokenizer.name_or_path = str(path)
     return tokenizer
+
+
+def _is_code(path: Path) -> bool:
+    """Whether tokenizer_config.json names a class that is code in the checkpoint."""
+    return "AutoTokenizer" in (read_json_if_there(path / "tokenizer_config.json").get("auto_map") or {})
 
 
 def _stand_in_config(path: Path) -> dict[str, Any]:

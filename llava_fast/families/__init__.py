@@ -30,6 +30,7 @@ FAMILIES: Registry[Family] = Registry(
         "llava_uhd": "llava_uhd:LlavaUhd",
         "blip-2": "blip2:Blip2",
         "instructblip": "instructblip:InstructBlip",
+        "InternLMXComposer": "xcomposer:XComposer",
     },
 )
 _ORIGINAL = "llava_llama"
@@ -58,8 +59,8 @@ def family_of(source: dict[str, Any], file: Path) -> Family:
 
 def family_of_config(config: LlavaConfig) -> Family:
     """The family that a model was read as."""
-    plain = config.layout == "original" and config.model_type not in _BY_CONNECTOR.values()
-    return FAMILIES[_ORIGINAL if plain else config.model_type]()
+    kind = FAMILIES.get(config.model_type)
+    return FAMILIES[_ORIGINAL]() if kind is None or kind.layout != config.layout else kind()
 
 
 def writing_family(config: LlavaConfig, layout: str) -> Family:

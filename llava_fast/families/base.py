@@ -42,6 +42,7 @@ class Family(ABC):
     visual_tokens     the placeholders of an image and, if supported, a video in the text of a prompt.
     images_before_bos  whether images at the start of a prompt precede the BOS token.
     connector_tokenizer  the folder of the tokenizer of a connector that reads text.
+    tokenizer_class   transformers' class for a tokenizer whose own class is code in the checkpoint, which is never run.
     adapters_see_tower  whether the model that an adapter is trained on includes the tower.
     """
 
@@ -54,6 +55,7 @@ class Family(ABC):
     visual_tokens: ClassVar[tuple[str, ...]] = ("<image>",)
     images_before_bos: ClassVar[bool] = False
     connector_tokenizer: ClassVar[str | None] = None
+    tokenizer_class: ClassVar[str | None] = None
     adapters_see_tower: ClassVar[bool] = True
 
     @abstractmethod
@@ -101,6 +103,10 @@ class Family(ABC):
     def template(self, name: str, config: LlavaConfig) -> str:
         """The built-in chat template of a checkpoint without one; `name` is what the user called the checkpoint."""
         return default_template_name(name, config.decoder.family)
+
+    def lora_scale(self, config: LlavaConfig) -> float | None:
+        """The scale of low-rank weights that the checkpoint holds beside its Linears'; None: it has none."""
+        return None
 
     def adapted_model(self, config: LlavaConfig, file: Path) -> nn.Module:
         """The module, without values, that adapters were trained on; config.json is `file`."""

@@ -83,8 +83,12 @@ class EvaAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
         self.projection = nn.Linear(width, width)
 
+    def project(self, x_TNC: Tensor) -> Tensor:
+        """Queries, keys and values [T, N, 3C]."""
+        return self.qkv(x_TNC)
+
     def forward(self, x_TNC: Tensor) -> Tensor:
-        query, key, value = self.qkv(x_TNC).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = self.project(x_TNC).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         out_THND = F.scaled_dot_product_attention(query, key, value)
         return self.projection(out_THND.transpose(1, 2).flatten(2))
 
