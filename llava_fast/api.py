@@ -26,11 +26,11 @@ from llava_fast.inputs.pictures.tiles import TORCH_MODES
 from llava_fast.inputs.processor import Processor
 from llava_fast.inputs.tiling.anyres import Compat, count_image_rows
 from llava_fast.models.config import LlavaConfig
-from llava_fast.models.connectors.qformer import QFormerConfig
 from llava_fast.models.fused import merge_linears
 from llava_fast.models.quantised import Quantisation
 from llava_fast.ops import cached_rows
 from llava_fast.storage.files import check_fields, parse_json
+from llava_fast.storage.hub import resolve
 
 
 def load(
@@ -124,9 +124,14 @@ def load_processor(checkpoint: LoadedCheckpoint, name: str, chat_template: str |
     tokenizer = load_tokenizer(checkpoint.tokenizer_path, family.tokenizer_class)
     if config.layout == "hf":
         check_tokens(checkpoint.path, tokenizer, image_token=config.image_token_id, video_token=config.video_token_id)
-    if family.connector_tokenizer is not None and isinstance(config.projector, QFormerConfig):
-        own = load_tokenizer(checkpoint.tokenizer_path / family.connector_tokenizer)
-        instructions = Instructions(own, config.projector.positions, config.projector.vocabulary)
+    if family.connector_tokenizer is not None and config.projector.reads_text:
+        folder = checkpoint.tokenizer_path / family.connector_tokenizer
+        if family.connector_tokenizer_home is not None and not folder.is_dir():
+            folder = resolve(family.connector_tokenizer_home)
+        most, vocabulary = config.projector.text_limits
+        cuts = family.question_tokens is not None
+        most = min(most, family.question_tokens or most)
+        instructions = Instructions(load_tokenizer(folder), most, vocabulary, cuts)
     return Processor(
         geometry=family.geometry(config, tokenizer),
         tokenizer=tokenizer,
@@ -137,6 +142,7 @@ def load_processor(checkpoint: LoadedCheckpoint, name: str, chat_template: str |
         vocabulary=config.decoder.vocab_size,
         images_before_bos=family.images_before_bos,
         instructions=instructions,
+        repeats_images=family.repeats_images,
         exif=config.layout == "hf",
     )
 

@@ -31,12 +31,15 @@ FAMILIES: Registry[Family] = Registry(
         "blip-2": "blip2:Blip2",
         "instructblip": "instructblip:InstructBlip",
         "InternLMXComposer": "xcomposer:XComposer",
+        "llama_vid": "llama_vid:LlamaVid",
     },
 )
 _ORIGINAL = "llava_llama"
 """The registry's name of original LLaVAs. Their config.json has mm_vision_tower, and any model_type, also "llava"."""
 _BY_CONNECTOR = {"adapt_spatial_resampler_v1": "llava_uhd", "uhd_v1_query64": "llava_uhd"}
 """mm_projector_type -> the registry's name of a family with its own original layout."""
+_BY_FIELD = {"bert_type": "llama_vid"}
+"""A field that only such a family's config.json has -> the registry's name."""
 
 
 def find_family(source: dict[str, Any]) -> Family | None:
@@ -45,6 +48,7 @@ def find_family(source: dict[str, Any]) -> Family | None:
     if "mm_vision_tower" in source:
         connector = source.get("mm_projector_type")
         kind = _BY_CONNECTOR.get(connector, _ORIGINAL) if isinstance(connector, str) else _ORIGINAL
+        kind = next((family for field, family in _BY_FIELD.items() if field in source), kind)
     return FAMILIES[kind]() if isinstance(kind, str) and kind in FAMILIES else None
 
 

@@ -41,7 +41,12 @@ class Family(ABC):
     names             the tensors' names, and those of adapters in `adapter_spelling`.
     visual_tokens     the placeholders of an image and, if supported, a video in the text of a prompt.
     images_before_bos  whether images at the start of a prompt precede the BOS token.
-    connector_tokenizer  the folder of the tokenizer of a connector that reads text.
+    connector_tokenizer  the folder of the tokenizer of a connector that reads text, and `connector_tokenizer_home` the
+                      repository that has it if the checkpoint does not.
+    question_tokens   the most tokens that the connector reads, the last ones of a longer text; None: a text that is
+                      longer than its position table is refused.
+    repeats_images    whether a question without an image stands for one with the last question's (see
+                      inputs.repeated).
     tokenizer_class   transformers' class for a tokenizer whose own class is code in the checkpoint, which is never run.
     adapters_see_tower  whether the model that an adapter is trained on includes the tower.
     """
@@ -55,6 +60,9 @@ class Family(ABC):
     visual_tokens: ClassVar[tuple[str, ...]] = ("<image>",)
     images_before_bos: ClassVar[bool] = False
     connector_tokenizer: ClassVar[str | None] = None
+    connector_tokenizer_home: ClassVar[str | None] = None
+    question_tokens: ClassVar[int | None] = None
+    repeats_images: ClassVar[bool] = False
     tokenizer_class: ClassVar[str | None] = None
     adapters_see_tower: ClassVar[bool] = True
 

@@ -22,6 +22,9 @@ class ProcessorOptions:
                     transformers does, the original LLaVA does not.
     resample        "pillow" (bit-identical), or "torchvision" (used by transformers if it is installed).
     pillow          the order of Pillow's passes: "12" or "13". Default: the installed Pillow's.
+    image_turns     for a connector that reads the question with each image and was trained with the image in every
+                    question (LLaMA-VID): "every", a question without an image gets the last question's, or "given",
+                    images stay where the request has them.
     threads         threads per image; 0: one per core.
     tiles_on        "host", or "device": a batch then contains whole images, and the device to which it is moved makes
                     the tiles, bit-identically. Only for resample="pillow".
@@ -36,6 +39,7 @@ class ProcessorOptions:
     exif: bool | None = None
     resample: Literal["pillow", "torchvision"] = "pillow"
     pillow: Literal["12", "13"] | None = None
+    image_turns: Literal["every", "given"] = "every"
     threads: int = 0
     tiles_on: Literal["host", "device"] = "host"
 
@@ -53,6 +57,7 @@ class ProcessorOptions:
 
 _CHOICES = {
     "resample": ("pillow", "torchvision"),
+    "image_turns": ("every", "given"),
     "pillow": (None, "12.1", "12", "13"),
     "tiles_on": ("host", "device"),
 }

@@ -31,6 +31,7 @@ from llava_fast.inputs.plan.columns import MODALITY_IMAGE, MODALITY_VIDEO
 from llava_fast.inputs.plan.length import RowCounts, count_rows
 from llava_fast.inputs.plan.plan import Layout, Piece, TextPiece, VisualPiece, build_plan, sequence_length
 from llava_fast.inputs.prepared import Cut, Placeholder, Prepared
+from llava_fast.inputs.repeated import with_repeated_images
 from llava_fast.inputs.requests import Labels, render_request
 from llava_fast.inputs.tiling.anyres import VisualGeometry, image_rows, image_views
 from llava_fast.inputs.tiling.video import frame_views, video_rows
@@ -52,6 +53,7 @@ class Processor(ProcessorOptions):
     max_rows        the decoder's context length; longer prompts raise PromptTooLongError.
     vocabulary      rows of the decoder's embedding; tokens with larger ids raise RequestError.
     instructions    what the connector reads of a request's text; None: nothing.
+    repeats_images  whether a question without an image stands for one with the last question's (see inputs.repeated).
     images_before_bos  images at the start of a prompt precede the BOS token that the tokenizer adds (BLIP-2).
     """
 
@@ -64,6 +66,7 @@ class Processor(ProcessorOptions):
     vocabulary: int | None = None
     images_before_bos: bool = False
     instructions: Instructions | None = None
+    repeats_images: bool = False
     exif: bool = field(default=True, kw_only=True)
 
     def with_options(self, options: ProcessorOptions) -> Processor:
@@ -162,6 +165,9 @@ class Processor(ProcessorOptions):
             raise ValueError(f"labels are False, True, 'answers' or 'original', not {labels!r}")
         if labels and "messages" not in request:
             raise RequestError('labels need "messages": a verbatim "prompt" does not define which part is the answer')
+        copies = 1
+        if self.repeats_images and self.image_turns == "every":
+            request, copies = with_repeated_images(request, bool(self.literal_text))
         hidden, asked = None, request
         if self.literal_text and isinstance(request, dict):
             request, hidden = self.literal.hidden(request)
@@ -170,6 +176,7 @@ class Processor(ProcessorOptions):
                     'with literal_text a "prompt" has no placeholders for images and videos: use "messages"'
                 )
         segments, image_sources, video_sources = self.render(request, labels)
+        video_sources = video_sources * copies
         text = "".join(segment.text for segment in segments)
         try:
             text.encode()

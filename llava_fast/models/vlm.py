@@ -127,7 +127,11 @@ class LlavaModel(VisualModel, ConfiguredModel):
 
     def inputs_embeds(self, batch: Batch) -> Tensor:
         """[rows, width]: text rows from the embedding table, visual rows from the projector, newlines (see encode)."""
-        parts, features = self.parts(batch.plan.grids, self._instruction(batch)), self._features(batch)
+        instruction, parts, features = self._instruction(batch), None, None
+        if not self.runs_every_part and batch.count("tile") is None:
+            parts, features = self.projected(batch.tiles, instruction) or (None, None)
+        if parts is None:
+            parts, features = self.parts(batch.plan.grids, instruction), self._features(batch)
         return encode.inputs_embeds(parts, self.decoder.embed_tokens, features, batch.placement())[0]
 
     def _features(self, batch: Batch) -> Tensor | None:
