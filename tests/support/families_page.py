@@ -20,6 +20,8 @@ PARITY = "tests/test_parity_logits.py", "tests/test_parity_gradients.py"
 OWN_TESTS = {
     "llava_llama": ("tests/checkpoints/test_checkpoint_save.py", "tests/checkpoints/test_checkpoint_original.py"),
     "llava_uhd": ("tests/checkpoints/test_llava_uhd.py", "tests/train/test_guests_train.py"),
+    "InternLMXComposer": ("tests/checkpoints/test_xcomposer.py",),
+    "llama_vid": ("tests/checkpoints/test_llama_vid.py",),
 }
 """Tests of families that transformers does not have."""
 TRAINED, SERVED = "tests/train/test_guests_train.py", "tests/serve/test_families_served.py"
@@ -98,7 +100,7 @@ def measure() -> dict[str, dict[str, float]]:
             logits.test_logits_of_each_request_alone(case)
             logits.test_logits_of_all_requests_in_one_batch(case, "packed")
             gradients.test_loss_and_gradients(case)
-        if name == "llava_uhd":
+        if name in OWN_TESTS and name != "llava_llama":
             assert pytest.main(["-q", OWN_TESTS[name][0]]) == 0
         for what in ("logits", "gradients"):
             if worst := [value for label, value in parity.WORST.items() if what in label]:
