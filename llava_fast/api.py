@@ -143,6 +143,7 @@ def load_processor(checkpoint: LoadedCheckpoint, name: str, chat_template: str |
         images_before_bos=family.images_before_bos,
         instructions=instructions,
         repeats_images=family.repeats_images,
+        video_fps=family.video_fps,
         exif=config.layout == "hf",
     )
 

@@ -24,7 +24,7 @@ _MARK = b"\xef\xbb\xbf"
 
 def load_tokenizer(path: Path, stands_in: str | None = None) -> Any:
     """The transformers tokenizer of a directory. Code in the checkpoint is never run: `stands_in` is transformers' class
-    for a tokenizer whose own is such code.
+    for a tokenizer whose own is such code. It puts a BOS token before a text unless tokenizer_config.json says otherwise.
 
     Raises CheckpointError for a missing or invalid tokenizer, naming the faulty file if known.
     """
@@ -38,10 +38,12 @@ def load_tokenizer(path: Path, stands_in: str | None = None) -> Any:
     for name in _READ:
         if (path / name).exists():
             check_regular(path / name)
+    settings = read_json_if_there(path / "tokenizer_config.json")
     try:
         with _without_marks(path) as clean:
-            if stands_in is not None and _is_code(path):
-                tokenizer = getattr(transformers, stands_in).from_pretrained(clean)
+            if stands_in is not None and "AutoTokenizer" in (settings.get("auto_map") or {}):
+                bos = settings.get("add_bos_token", True)
+                tokenizer = getattr(transformers, stands_in).from_pretrained(clean, add_bos_token=bos)
             else:
                 config = _stand_in_config(path)
                 tokenizer = transformers.AutoTokenizer.from_pretrained(clean, trust_remote_code=False, **config)
@@ -51,11 +53,6 @@ def load_tokenizer(path: Path, stands_in: str | None = None) -> Any:
         raise CheckpointError(f"{_at_fault(path)}: its tokenizer cannot be loaded ({one_line(error)})") from error
     tokenizer.name_or_path = str(path)
     return tokenizer
-
-
-def _is_code(path: Path) -> bool:
-    """Whether tokenizer_config.json names a class that is code in the checkpoint."""
-    return "AutoTokenizer" in (read_json_if_there(path / "tokenizer_config.json").get("auto_map") or {})
 
 
 def _stand_in_config(path: Path) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Family(ABC):
                       repository that has it if the checkpoint does not.
     question_tokens   the most tokens that the connector reads, the last ones of a longer text; None: a text that is
                       longer than its position table is refused.
+    video_fps         frames a second that are used of a video file; None: a number of frames.
     repeats_images    whether a question without an image stands for one with the last question's (see
                       inputs.repeated).
     tokenizer_class   transformers' class for a tokenizer whose own class is code in the checkpoint, which is never run.
@@ -63,6 +64,7 @@ class Family(ABC):
     connector_tokenizer_home: ClassVar[str | None] = None
     question_tokens: ClassVar[int | None] = None
     repeats_images: ClassVar[bool] = False
+    video_fps: ClassVar[float | None] = None
     tokenizer_class: ClassVar[str | None] = None
     adapters_see_tower: ClassVar[bool] = True
 

@@ -113,6 +113,7 @@ class LlamaVid(LlavaOriginal):
     connector_tokenizer_home = "google-bert/bert-base-uncased"
     question_tokens = 256
     repeats_images = True
+    video_fps = 1.0
     visual_tokens = ("<image>", "<video>")
     names: ClassVar[LavisNames] = LavisNames(
         {

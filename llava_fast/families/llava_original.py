@@ -10,6 +10,7 @@ multimodal_encoder/{builder,clip_encoder,siglip_encoder}.py, multimodal_projecto
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -257,7 +258,8 @@ def text_config(source: Mapping[str, Any], file: Path) -> Any:
     family = decoders[require(source.get("model_type"), tuple(decoders), "model_type", file)]
     known = fields.Decoder.model_fields.keys() - {"model_type"}
     try:
-        return CONFIG_MAPPING[family](**{field: value for field, value in source.items() if field in known})
+        given = {field: value for field, value in source.items() if field in known}
+        return CONFIG_MAPPING[family](**copy.deepcopy(given))  # transformers adds to a nested rope_scaling
     except Exception as problem:  # transformers' validators raise many unrelated types
         raise CheckpointError(f"{file} describes no {family} decoder: {one_line(problem)}") from problem
 

@@ -12,6 +12,8 @@ class ProcessorOptions:
     """Options of a processor that its checkpoint does not determine: `load(path, processor=ProcessorOptions(...))`.
 
     video_frames    number of frames of a video file, spaced uniformly. (Frames that are given as images are all used.)
+    video_fps       frames a second of a video file, instead of `video_frames`: its first frame and every n-th after it.
+                    0: `video_frames`. Default: 1 for LLaMA-VID, else 0.
     time_instruction  add LLaVA-NeXT's sentence with a video's duration and its frames' times
                     (chat.messages.with_video_times) to messages. The video must be a file or a folder of frames.
     literal_text    encode control tokens and placeholders in a message or a prompt as ordinary characters (see
@@ -33,6 +35,7 @@ class ProcessorOptions:
     """
 
     video_frames: int = 16
+    video_fps: float | None = None
     time_instruction: bool = False
     literal_text: bool = False
     formats: tuple[str, ...] | None = None
@@ -51,6 +54,8 @@ class ProcessorOptions:
             value = getattr(self, name)
             if not isinstance(value, Integral) or value < least:
                 raise ValueError(f"{name} must be a whole number, {least} or more, got {value!r}")
+        if self.video_fps is not None and not 0 <= self.video_fps < float("inf"):
+            raise ValueError(f"video_fps must be 0 or more, got {self.video_fps!r}")
         if self.tiles_on == "device" and self.resample != "pillow":
             raise ValueError(f"a device resizes as Pillow does, not as {self.resample}: use tiles_on='host'")
 

@@ -25,7 +25,7 @@ from llava_fast.inputs.options import ProcessorOptions
 from llava_fast.inputs.pictures.headers import image_size
 from llava_fast.inputs.pictures.reading import open_image, require_rgb
 from llava_fast.inputs.pictures.tiles import UncutImages, make_tiles, plan_tiles, resized_first
-from llava_fast.inputs.pictures.video import CONTAINERS, VideoTimes, frame_count, read_video, video_times
+from llava_fast.inputs.pictures.video import CONTAINERS, FrameRate, VideoTimes, frame_count, read_video, video_times
 from llava_fast.inputs.pictures.view import View
 from llava_fast.inputs.plan.columns import MODALITY_IMAGE, MODALITY_VIDEO
 from llava_fast.inputs.plan.length import RowCounts, count_rows
@@ -70,10 +70,9 @@ class Processor(ProcessorOptions):
     exif: bool = field(default=True, kw_only=True)
 
     def with_options(self, options: ProcessorOptions) -> Processor:
-        """This processor with other options; `exif` is kept if `options.exif` is None."""
+        """This processor with other options; `exif` and `video_fps` are kept if `options` has None."""
         chosen = {option.name: getattr(options, option.name) for option in fields(ProcessorOptions)}
-        if options.exif is None:
-            chosen["exif"] = self.exif
+        chosen |= {name: getattr(self, name) for name in ("exif", "video_fps") if chosen[name] is None}
         return replace(self, **chosen)
 
     def tiles(self, image: Any, alone: bool = True) -> np.ndarray:
@@ -139,10 +138,15 @@ class Processor(ProcessorOptions):
     def _containers(self) -> str | None:
         return None if self.formats is None else CONTAINERS
 
-    def _frames_of(self, video: Any) -> int | None:
-        """How many frames of a video are used; None: all, since the caller selected them."""
+    def _frames_of(self, video: Any) -> int | FrameRate | None:
+        """Which frames of a video are used; None: all, since the caller selected them."""
         from_file = isinstance(video, (str, os.PathLike, bytes, bytearray, memoryview))
-        return self.video_frames if from_file else None
+        return self.chosen_frames if from_file else None
+
+    @property
+    def chosen_frames(self) -> int | FrameRate:
+        """Which frames of a video file are used: their number or their rate."""
+        return FrameRate(self.video_fps) if self.video_fps else self.video_frames
 
     def render(self, request: dict, labels: Labels = False) -> tuple[list[Segment], list, list]:
         """See `render_request`. The checkpoint's own image token also counts as a placeholder, as in its template."""
@@ -155,7 +159,7 @@ class Processor(ProcessorOptions):
         return segments, images, videos
 
     def _times_of(self, video: Any) -> VideoTimes:
-        return video_times(video, self.video_frames, self._containers)
+        return video_times(video, self.chosen_frames, self._containers)
 
     def outline(self, request: dict, labels: Labels = False) -> list[TextPiece | Placeholder]:
         """A request as token ids and placeholders, before any image is opened; only a time instruction reads the

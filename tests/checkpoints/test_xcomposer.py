@@ -253,6 +253,8 @@ def test_a_tokenizer_that_is_code_is_read_from_its_model(tmp_path):
         model_type="bpe",
         byte_fallback=True,
         hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
         user_defined_symbols=["<TOKENS_UNUSED_0>", "<TOKENS_UNUSED_1>"],
         minloglevel=2,
     )
@@ -269,6 +271,8 @@ def test_a_tokenizer_that_is_code_is_read_from_its_model(tmp_path):
     read = load_tokenizer(tmp_path, "LlamaTokenizer")
     for prompt in (" <|User|>:", "who is the cat?\n<TOKENS_UNUSED_0> <|Bot|>:", "浦语 the", "a  b<TOKENS_UNUSED_1> c"):
         assert read(prompt)["input_ids"] == [1, *own.encode(prompt)], prompt
+    edit_json(tmp_path / "tokenizer_config.json", add_bos_token=False)
+    assert load_tokenizer(tmp_path, "LlamaTokenizer")("the")["input_ids"] == own.encode("the")
     with pytest.raises(CheckpointError, match="its tokenizer cannot be loaded"):
         load_tokenizer(tmp_path)
 
