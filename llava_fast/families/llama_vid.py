@@ -143,7 +143,9 @@ class LlamaVid(LlavaOriginal):
         require(source.get("mm_vision_select_feature", "patch"), ("patch",), "mm_vision_select_feature", file)
         for field in ("mm_use_im_start_end", "mm_use_im_patch_token"):
             if source.get(field):
-                raise CheckpointError(f"{file}: {field} is {source[field]!r}, and published LLaMA-VIDs have no such tokens")
+                raise CheckpointError(
+                    f"{file}: {field} is {source[field]!r}, and published LLaMA-VIDs have no such tokens"
+                )
         text = text_config(source, file)
         decoder = decoder_config(text, file, tied=bool(text.tie_word_embeddings))
         tower = _tower(source, path, vision_tower)
@@ -179,7 +181,10 @@ class LlamaVid(LlavaOriginal):
         decoder, vision, connector = config.decoder, config.vision, config.projector
         if not isinstance(vision, EvaLavisConfig) or not isinstance(connector, ContextContentConfig):
             raise CheckpointError(f"a LLaMA-VID has EVA's tower and a context row, not {vision.kind} and {connector}")
-        if decoder.original_type != "llava_llama" or (connector.content.kind, connector.content.activation) != ("mlp", "gelu"):
+        if decoder.original_type != "llava_llama" or (connector.content.kind, connector.content.activation) != (
+            "mlp",
+            "gelu",
+        ):
             raise CheckpointError(f"no LLaMA-VID has a {decoder.family} decoder behind {connector.content}")
         compress = {None: None, 1: "mean"}.get(connector.grid, f"grid:{connector.grid}")
         return {
@@ -246,7 +251,10 @@ def _tower(source: dict[str, Any], path: Path, given: str | Path | None) -> EvaT
 
 def _connector(source: dict[str, Any], vision: EvaLavisConfig, out_features: int, file: Path) -> ContextContentConfig:
     stated = source.get("qformer_config") or {}
-    words = {"vocabulary": stated.get("vocab_size", _WORDS), "positions": stated.get("max_position_embeddings", _POSITIONS)}
+    words = {
+        "vocabulary": stated.get("vocab_size", _WORDS),
+        "positions": stated.get("max_position_embeddings", _POSITIONS),
+    }
     own = {name: value for name, value in stated.items() if name in QFormerFields.model_fields}
     parts = lavis_qformer(own, vision, file) | words
     queries, kind = source.get("num_query", 32), source.get("mm_projector_type", "linear")
@@ -254,14 +262,18 @@ def _connector(source: dict[str, Any], vision: EvaLavisConfig, out_features: int
     if depth is None:
         raise CheckpointError(f"{file}: mm_projector_type is {kind!r}; supported for a LLaMA-VID is mlpNx_gelu")
     if source.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
-        raise CheckpointError(f"{file}: mm_hidden_size is {source['mm_hidden_size']}, and EVA's tower has {vision.hidden_size}")
+        raise CheckpointError(
+            f"{file}: mm_hidden_size is {source['mm_hidden_size']}, and EVA's tower has {vision.hidden_size}"
+        )
     compress = source.get("compress_type")
     if compress is None or compress == "mean":
         grid = None if compress is None else 1
     elif (match := re.fullmatch(r"grid:(\d{1,3})", compress)) and int(match[1]) > 1:
         grid = int(match[1])
     else:
-        raise CheckpointError(f"{file}: compress_type is {compress!r}; supported are null, 'mean' and 'grid:N' with N > 1")
+        raise CheckpointError(
+            f"{file}: compress_type is {compress!r}; supported are null, 'mean' and 'grid:N' with N > 1"
+        )
     try:
         return ContextContentConfig(
             QFormerConfig(**parts, out_features=vision.feature_size, queries=queries),

@@ -10,6 +10,7 @@ Differences from the published code:
 - Its script for merging low-rank weights has a scale of 1 instead of lora_alpha / lora_r.
 - Its `chat` keeps earlier turns without the meta instruction and without the tokens that end a turn; training has both,
   and so has the template here ("xcomposer").
+- Its tokenizer is read as transformers' LlamaTokenizer, which puts no second "▁" before a text that begins with a space.
 - It tokenises the question apart from what follows; here the text after an image is tokenised whole, as in training.
 
 Sources: internlm/internlm-xcomposer-7b configuration_InternLM_XComposer.py, modeling_InternLM_XComposer.py,
@@ -128,8 +129,14 @@ class XComposer(Family):
     def write(self, config: LlavaConfig, tokens: TokenIds) -> dict[str, Any]:
         decoder, vision, connector = config.decoder, config.vision, config.projector
         if not isinstance(decoder, LlamaConfig) or not isinstance(vision, EvaLavisConfig):
-            raise CheckpointError(f"an InternLM-XComposer is an EVA and an InternLM, not {vision.kind}, {decoder.family}")
-        if not isinstance(connector, FramedQFormerConfig) or decoder.mlp_bias or decoder.num_kv_heads < decoder.num_heads:
+            raise CheckpointError(
+                f"an InternLM-XComposer is an EVA and an InternLM, not {vision.kind}, {decoder.family}"
+            )
+        if (
+            not isinstance(connector, FramedQFormerConfig)
+            or decoder.mlp_bias
+            or decoder.num_kv_heads < decoder.num_heads
+        ):
             raise CheckpointError(f"no InternLM-XComposer has {connector} before {decoder}")
         dropped = ("attention_bias", "mlp_bias", "rope_theta", "head_dim", "num_key_value_heads")
         made = {name: value for name, value in decoder.to_hf().items() if name not in dropped}
@@ -186,7 +193,9 @@ def _text_config(source: dict[str, Any], file: Path) -> Any:
 
     for field in ("rope_scaling", "num_key_value_heads"):
         if source.get(field) is not None:
-            raise CheckpointError(f"{file}: {field} is {source[field]!r}, which InternLM's code does not read: leave it out")
+            raise CheckpointError(
+                f"{file}: {field} is {source[field]!r}, which InternLM's code does not read: leave it out"
+            )
     biased = source.get("kqvo_bias", True) and source.get("intern_converted_llm", True)
     defaults = {"vocab_size": 103168, "hidden_size": 4096, "intermediate_size": 11008, "rms_norm_eps": 1e-5}
     known = fields.Decoder.model_fields.keys() - {"model_type", "pad_token_id", "attention_bias", "rope_theta"}
@@ -224,7 +233,9 @@ def lavis_qformer(given: dict[str, Any], vision: TowerConfig, file: Path) -> dic
     from transformers import Blip2QFormerConfig
 
     qformer = Blip2QFormerConfig(**given)
-    check_fields({name: getattr(qformer, name) for name in QFormerFields.model_fields}, QFormerFields, file, sparse=False)
+    check_fields(
+        {name: getattr(qformer, name) for name in QFormerFields.model_fields}, QFormerFields, file, sparse=False
+    )
     if qformer.hidden_size % qformer.num_attention_heads:
         raise CheckpointError(
             f"{file}: qformer_config.hidden_size {qformer.hidden_size} is no multiple of "

@@ -109,8 +109,17 @@ class Processor(ProcessorOptions):
         branches: Sequence[Sequence[int]] = (),
     ) -> Prepared:
         """Combine the pieces of each sequence and their tiles to one batch. first_positions: the number of cached rows
-        of each sequence; branches: the row counts of its branches (see inputs.plan)."""
+        of each sequence; branches: the row counts of its branches (see inputs.plan). For a connector that reads text,
+        the tiles of an image that occurs several times (the same object in `tiles`) are in the batch once."""
         plan = build_plan(sequences, self.geometry.tower_rows_per_tile, layout, first_positions, branches)
+        if self.instructions is not None and len(distinct := {id(cut): cut for cut in tiles}) < len(tiles):
+            arrays = [cut for cut in distinct.values() if not isinstance(cut, tuple)]
+            if len(arrays) == len(distinct):
+                ends = np.cumsum([len(cut) for cut in arrays])
+                first = {key: end - len(cut) for (key, cut), end in zip(distinct.items(), ends, strict=True)}
+                index = [np.arange(len(cut)) + first[id(cut)] for cut in tiles]
+                plan = plan.with_columns({"tower_tile": np.concatenate(index).astype(np.int32)})
+                tiles = list(distinct.values())
         return Prepared(self._joined(tiles), plan)
 
     def count(self, request: dict, labels: Labels = False) -> RowCounts:
@@ -242,9 +251,23 @@ class Processor(ProcessorOptions):
             )
 
     def pieces(self, outline: Sequence[TextPiece | Placeholder], tiles: list[Cut]) -> list[Piece]:
-        """The pieces of a plan. Opens and cuts each placeholder's image and appends it to `tiles`. Raises
-        ImageError."""
-        return [self._visual_piece(part, tiles) if isinstance(part, Placeholder) else part for part in outline]
+        """The pieces of a plan. Opens and cuts each placeholder's image and appends it to `tiles`; one that occurs again
+        is appended again, but not opened. Raises ImageError."""
+        pieces: list[Piece] = []
+        known: dict[tuple[int, str, bool], tuple[VisualPiece, list[Cut]]] = {}
+        for part in outline:
+            if not isinstance(part, Placeholder):
+                pieces.append(part)
+                continue
+            before = len(tiles)
+            if part.origin in known:
+                piece, cuts = known[part.origin]
+                pieces.append(replace(piece, instruction=part.instruction))
+                tiles += cuts
+            else:
+                pieces.append(self._visual_piece(part, tiles))
+                known[part.origin] = pieces[-1], tiles[before:]
+        return pieces
 
     def _visual_piece(self, placeholder: Placeholder, tiles: list[Cut]) -> VisualPiece:
         if placeholder.kind == "<video>":

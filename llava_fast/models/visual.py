@@ -86,15 +86,21 @@ class VisualModel(nn.Module):
         mixed = vision.native_sizes or vision.by_modality
         return len(tiles) > TILES_AT_ONCE and not mixed and not torch.is_grad_enabled()
 
-    def projected(self, tiles: Tensor, instruction: Tensor | None) -> tuple[encode.Parts, Tensor] | None:
+    def projected(
+        self, tiles: Tensor, instruction: Tensor | None, read: Tensor | None = None
+    ) -> tuple[encode.Parts, Tensor] | None:
         """(parts whose `project` only selects rows, the connector's rows of all tiles) where tower and connector can run
-        in blocks of tiles: a connector that reads whole tiles, without gradients, for many tiles. None elsewhere."""
-        if self.config.projector.rowwise or not self._splits(tiles):
+        in blocks of tiles: a connector that reads whole tiles, without gradients, for many tiles. None elsewhere.
+
+        read  int64: the tile that the connector reads for each of its tiles; None: they are the same.
+        """
+        if self.config.projector.rowwise or not self._splits(tiles if read is None else read):
             return None
         made, rows = [], self.config.geometry.tower_rows_per_tile
-        for start in range(0, len(tiles), TILES_AT_ONCE):
-            block = tiles[start : start + TILES_AT_ONCE]
-            told = None if instruction is None else instruction[start : start + TILES_AT_ONCE]
+        for start in range(0, len(tiles if read is None else read), TILES_AT_ONCE):
+            at = slice(start, start + TILES_AT_ONCE)
+            block = tiles[at] if read is None else tiles[read[at]]
+            told = None if instruction is None else instruction[at]
             every = torch.arange(len(block) * rows, device=tiles.device)
             made.append(self.parts((), told).project(self.features(block), every, []))
         return self.parts()._replace(project=_selected), torch.cat(made)

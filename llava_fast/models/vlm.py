@@ -129,7 +129,7 @@ class LlavaModel(VisualModel, ConfiguredModel):
         """[rows, width]: text rows from the embedding table, visual rows from the projector, newlines (see encode)."""
         instruction, parts, features = self._instruction(batch), None, None
         if not self.runs_every_part and batch.count("tile") is None:
-            parts, features = self.projected(batch.tiles, instruction) or (None, None)
+            parts, features = self.projected(batch.tiles, instruction, self._tiles_read(batch)) or (None, None)
         if parts is None:
             parts, features = self.parts(batch.plan.grids, instruction), self._features(batch)
         return encode.inputs_embeds(parts, self.decoder.embed_tokens, features, batch.placement())[0]
@@ -140,8 +140,16 @@ class LlavaModel(VisualModel, ConfiguredModel):
         """
         if not batch.plan.tiles and not self.runs_every_part:
             return None
-        plan = batch.plan
-        return self.features(batch.tiles, plan.grids, plan.videos, batch.count("tile"), self.runs_every_part)
+        plan, read = batch.plan, self._tiles_read(batch)
+        rows = self.features(batch.tiles, plan.grids, plan.videos, batch.count("tile"), self.runs_every_part)
+        if read is None:
+            return rows
+        return rows.unflatten(0, (len(batch.tiles), -1))[read].flatten(0, 1)
+
+    @staticmethod
+    def _tiles_read(batch: Batch) -> Tensor | None:
+        """Which tile the connector reads for each of its own, int64; None: they are the same."""
+        return batch.column("tower_tile").long() if "tower_tile" in batch.plan.sections else None
 
     def _instruction(self, batch: Batch) -> Tensor | None:
         """The text that the connector reads with each tile, int32 [tiles, longest]; None if the plan has none."""

@@ -229,6 +229,16 @@ def test_a_video_is_two_rows_a_frame_and_runs_in_blocks(vid, tmp_path, monkeypat
         monkeypatch.setattr(visual, "TILES_AT_ONCE", most)
         assert_close("LLaMA-VID logits, video", model(model.prepare([request]), logits="all").logits, logits)
     assert seen == [7, 3, 3, 1]
+    mixed = [request, *requests()]
+    for each, answer in zip(mixed, model.generate(mixed, max_new_tokens=6, ignore_eos=True), strict=True):
+        assert model.generate([each], max_new_tokens=6, ignore_eos=True)[0].token_ids == answer.token_ids
+    turns = [{**turn, "content": turn["content"].replace("<image>", "<video>")} for turn in dialogue()[:-1]]
+    told, seen[:] = {"messages": turns, "video": video}, []
+    monkeypatch.setattr(visual, "TILES_AT_ONCE", 64)
+    whole = model(model.prepare([told])).logits
+    monkeypatch.setattr(visual, "TILES_AT_ONCE", 4)
+    torch.testing.assert_close(model(model.prepare([told])).logits, whole, rtol=1e-4, atol=1e-4)
+    assert seen == [7, 4, 4, 4, 4, 4, 1]
 
 
 def dialogue() -> list[dict]:
@@ -241,6 +251,7 @@ def test_gradients_of_a_dialogue_whose_questions_each_encode_the_image(vid):
     _, model, parts = vid
     picture = tiny.picture(20, 90)
     batch = model.prepare([{"messages": dialogue(), "images": [picture]}], labels=True)
+    assert (len(batch.tiles), batch.plan.tiles) == (1, 3)  # the tower runs once
     model.zero_grad()
     parts.zero_grad()
     model(batch).loss.backward()
@@ -275,7 +286,9 @@ def test_where_images_stand_in_a_dialogue(vid):
     video = np.stack([tiny.picture(40, 60)] * 2)
     told = [{**turns[0], "content": "<video>\nwhat is it?"}, *turns[1:]]
     assert model.processor.prepare([{"messages": told, "video": video}]).plan.tiles == 6
-    mixed = [{"role": "user", "content": [{"type": "image", "image": tiny.picture(9, 9)}, {"type": "text", "text": "a"}]}]
+    mixed = [
+        {"role": "user", "content": [{"type": "image", "image": tiny.picture(9, 9)}, {"type": "text", "text": "a"}]}
+    ]
     mixed += [{"role": "assistant", "content": "<image> b"}, {"role": "user", "content": "c"}]
     literal = model.processor.with_options(ProcessorOptions(literal_text=True))
     assert literal.prepare([{"messages": mixed}]).plan.tiles == 2
@@ -326,10 +339,14 @@ def test_the_tower_may_be_in_lavis_own_file(vid, tmp_path):
     start = "model.vision_tower.vision_tower."
     own = {name.removeprefix(start): stored.pop(name) for name in list(stored) if name.startswith(start)}
     save_file(stored, tmp_path / "copy" / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"lacks its tower's weights, and .*eva_vit_g.pth does not exist; give vis"):
+    with pytest.raises(
+        CheckpointError, match=r"lacks its tower's weights, and .*eva_vit_g.pth does not exist; give vis"
+    ):
         llava_fast.load(tmp_path / "copy")
     more = {name.replace("blocks.2", "blocks.3"): value for name, value in own.items() if "blocks.2" in name}
-    torch.save(own | more | {"norm.weight": torch.ones(32), "head.weight": torch.ones(3, 32)}, tmp_path / "eva_vit_g.pth")
+    torch.save(
+        own | more | {"norm.weight": torch.ones(32), "head.weight": torch.ones(3, 32)}, tmp_path / "eva_vit_g.pth"
+    )
     again = llava_fast.load(tmp_path / "copy", vision_tower=tmp_path / "eva_vit_g.pth")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
     larger = {**lavis.TOWER, "image_size": 48}
@@ -346,7 +363,12 @@ def test_the_published_sizes(tmp_path):
     published |= {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_query": 32}
     published |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}
     published |= {"mm_hidden_size": 1408, "image_processor": "./llamavid/processor/clip-patch14-224"}
-    for processor, compress, rows in (("224", "mean", 2), ("224", None, 257), ("336", None, 577), ("224", "grid:4", 17)):
+    for processor, compress, rows in (
+        ("224", "mean", 2),
+        ("224", None, 257),
+        ("336", None, 577),
+        ("224", "grid:4", 17),
+    ):
         published |= {"image_processor": f"./llamavid/processor/clip-patch14-{processor}", "compress_type": compress}
         (tmp_path / "config.json").write_text(json.dumps(published))
         config, tower = read_config(tmp_path)
@@ -375,7 +397,10 @@ def test_the_published_sizes(tmp_path):
         ({"bert_type": "raw_bert_layer:2"}, "bert_type is 'raw_bert_layer:2'; supported are qformer_pretrain"),
         ({"compress_type": "grid:1"}, "compress_type is 'grid:1'; supported are null, 'mean' and 'grid:N'"),
         ({"compress_type": "grid:9"}, "4 by 4 patches have no grid of 9 by 9 means"),
-        ({"mm_vision_tower": "openai/clip-vit-large-patch14"}, "mm_vision_tower is 'openai/clip-vit-large-patch14'; supp"),
+        (
+            {"mm_vision_tower": "openai/clip-vit-large-patch14"},
+            "mm_vision_tower is 'openai/clip-vit-large-patch14'; supp",
+        ),
         ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch'"),
         ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear'; supported for a LLaMA-VID is mlpNx_gelu"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end is True"),

@@ -269,7 +269,12 @@ def test_a_tokenizer_that_is_code_is_read_from_its_model(tmp_path):
     (tmp_path / "tokenization_InternLM_XComposer.py").write_text("raise SystemExit('this code must not run')")
     own = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
     read = load_tokenizer(tmp_path, "LlamaTokenizer")
-    for prompt in (" <|User|>:", "who is the cat?\n<TOKENS_UNUSED_0> <|Bot|>:", "浦语 the", "a  b<TOKENS_UNUSED_1> c"):
+    for prompt in (
+        "meta\n <|User|>:",
+        "who is the cat?\n<TOKENS_UNUSED_0> <|Bot|>:",
+        "浦语 the",
+        "a  b<TOKENS_UNUSED_1> c",
+    ):
         assert read(prompt)["input_ids"] == [1, *own.encode(prompt)], prompt
     edit_json(tmp_path / "tokenizer_config.json", add_bos_token=False)
     assert load_tokenizer(tmp_path, "LlamaTokenizer")("the")["input_ids"] == own.encode("the")

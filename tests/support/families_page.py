@@ -44,7 +44,11 @@ code. The last three columns name the tests.
 FOOT = """
 `accelerate` and `FastProcessor` support LLaVA 1.5, NeXT, NeXT-Video and OneVision ([with transformers](huggingface.md))
 and name any other model they are given as unsupported. Refused by name: videos of InternVL, Idefics3, SmolVLM and
-LLaVA-UHD, the other releases of LLaVA-UHD, and BLIP-2 and InstructBLIP with T5.
+LLaVA-UHD, the other releases of LLaVA-UHD, BLIP-2 and InstructBLIP with T5, and LLaMA-VID with CLIP or without queries.
+
+LLaMA-VID was trained with the image in every question of a dialogue, and each question makes its own rows of it: here a
+question without an image gets the last one's (`ProcessorOptions(image_turns="given")`: not). Of a video file it takes 1
+frame a second (`video_fps`), in `batch` and `serve` too, whatever `video_frames` says.
 """
 
 

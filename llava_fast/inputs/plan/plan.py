@@ -77,6 +77,8 @@ class TokenPlan:
     constant_row, constant_segment                     rows with a newline, and [0, their number]
     instruction                                        [tiles, longest]  only for a connector that reads text: the ids
                                                        that it reads with each tile, padding -1
+    tower_tile                                         [tiles]  only if an image occurs several times before such a
+                                                       connector: which of the batch's tiles it reads for each
 
     VISUAL rows index the visual table: the kept rows, then each pool of stage "before", then each of stage "after".
     `lengths` counts the real rows of each sequence, `tiles` the tiles of the batch. `branches` has the row counts of

@@ -42,7 +42,9 @@ class ContextContentConfig(ConnectorConfig):
         if not self.qformer.reads_text or self.qformer.out_features != self.content.in_features:
             raise ValueError("a context row needs a Q-Former that reads text and gives rows of the tower's width")
         if self.qformer.rows != self.side**2 + 1:
-            raise ValueError(f"the Q-Former reads {self.qformer.rows} rows; a tile has {self.side}^2 patches and 1 more")
+            raise ValueError(
+                f"the Q-Former reads {self.qformer.rows} rows; a tile has {self.side}^2 patches and 1 more"
+            )
         if self.grid is not None and not 1 <= self.grid <= self.side:
             raise ValueError(f"{self.side} by {self.side} patches have no grid of {self.grid} by {self.grid} means")
 
