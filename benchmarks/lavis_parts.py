@@ -1,5 +1,5 @@
-"""The visual paths of InternLM-XComposer 1 and LLaMA-VID, from tiles to the decoder's inputs, beside their published steps:
-time and peak memory, in one process, in turns.
+"""The visual paths of InternLM-XComposer 1 and LLaMA-VID, from tiles to the decoder's inputs, beside their published
+steps: time and peak memory, in one process, in turns.
 
     python -m benchmarks.lavis_parts --layers 4 --output-json out.json
 

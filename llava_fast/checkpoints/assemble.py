@@ -20,11 +20,13 @@ from llava_fast.checkpoints.load import LoadedCheckpoint, load_checkpoint
 from llava_fast.errors import CheckpointError
 from llava_fast.families import fields, find_family
 from llava_fast.families.known_towers import Tower, tower_tensors
-from llava_fast.families.llava_original import LlavaOriginal, assembled_fields, original_types
+from llava_fast.families.llama_vid import LlamaVid
+from llava_fast.families.llava_original import LlavaOriginal, original_types
 from llava_fast.families.names import HEAD
 from llava_fast.families.parts import require
 from llava_fast.models.config import LlavaConfig
-from llava_fast.models.connectors.mlp import Projector, ProjectorConfig
+from llava_fast.models.connectors.base import ConnectorConfig
+from llava_fast.models.connectors.mlp import ProjectorConfig
 from llava_fast.storage.files import check_fields, read_json, read_text
 from llava_fast.storage.hub import resolve
 from llava_fast.storage.tensor_files import StoredTensor, open_weights
@@ -45,7 +47,7 @@ class Assembly(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     decoder: str  # a Llama, Mistral or Qwen2 language model, with its tokenizer
-    vision_tower: str  # a CLIP, SigLIP or SigLIP 2 repository or directory
+    vision_tower: str  # a CLIP, SigLIP or SigLIP 2 repository or directory; for a LLaMA-VID LAVIS' eva_vit_g.pth
     projector: str = "mlp2x_gelu"  # mlpNx_gelu, linear, identity, mlp2x_gelu_Norm (mm_projector_type)
     projector_from: str | None = None  # a trained projector: mm_projector.bin, its directory, or a whole LLaVA
     feature_layer: int = -2  # mm_vision_select_layer
@@ -57,6 +59,9 @@ class Assembly(BaseModel):
     video_pool_stride: int | None = None  # mm_spatial_pool_stride; default: frames keep all their rows
     video_pool_stage: Literal["before", "after"] = "after"  # the projector; before: mm_resampler_type spatial_pool
     video_newline: Literal["grid", "frame", "one_token", "no_token"] = "one_token"  # mm_newline_position
+    qformer_from: str | None = None  # the model is a LLaMA-VID with InstructBLIP's Q-Former, LAVIS' file
+    compress: str | None = None  # its content rows: null, mean or grid:N (compress_type)
+    image_size: Literal[224, 336] = 224  # of its tower, whose positions are interpolated
     rope: Rope | None = None
     seed: int = 0  # for initialising the projector and newline
 
@@ -87,14 +92,16 @@ def assemble(
     """
     base = resolve(assembly.decoder)
     config, tower = describe(assembly, read_json(base / "config.json"), base)
-    tensors = LlavaOriginal.names.name_tensors(open_weights(base))
+    family = _family(assembly)
+    tensors = family.names.name_tensors(open_weights(base))
     if config.decoder.tie_embeddings:
         tensors.pop(HEAD, None)
     tensors |= tower_tensors(tower, config.vision.num_layers)
     fresh = _fresh_parts(config, assembly.seed)
-    given = {} if assembly.projector_from is None else _trained_parts(assembly.projector_from)
-    _check_fits(_projector(config), fresh, given, assembly.projector_from)
-    tensors |= fresh | {name: tensor for name, tensor in given.items() if name in fresh}
+    given = {} if assembly.projector_from is None else _trained_parts(assembly.projector_from, family)
+    _check_fits(config.projector, fresh, given, assembly.projector_from)
+    parts = family.given_parts(assembly.model_dump())
+    tensors |= fresh | {name: tensor for name, tensor in (parts | given).items() if name in fresh}
     generation = base / "generation_config.json"
     return LoadedCheckpoint(
         path=base,
@@ -118,45 +125,48 @@ def describe(assembly: Assembly, decoder: dict[str, Any], path: Path) -> tuple[L
         decoder.get("model_type"), tuple(original_types()), "model_type of the decoder", path / "config.json"
     )
     check_fields(decoder, fields.Decoder, path / "config.json")
-    source = decoder | assembled_fields(kind, assembly.model_dump())
+    if (assembly.compress is not None or assembly.image_size != 224) and assembly.qformer_from is None:
+        raise CheckpointError("model.compress and model.image_size are a LLaMA-VID's: give model.qformer_from too")
+    family = _family(assembly)
+    source = decoder | family.assembled_fields(kind, assembly.model_dump())
     if assembly.rope is not None:
         theta = (source.pop("rope_parameters", None) or {}).get("rope_theta", source.get("rope_theta", 10000.0))
         scaling = {"rope_type": assembly.rope.kind, "type": assembly.rope.kind, "factor": assembly.rope.factor}
         source |= {"rope_theta": theta, "rope_scaling": scaling}
-    config, tower = LlavaOriginal().read_with_tower(source, path)
+    config, tower = family.read_with_tower(source, path)
     return dataclasses.replace(config, source=source | {"mm_hidden_size": config.vision.hidden_size}), tower
 
 
-def _projector(config: LlavaConfig) -> ProjectorConfig:
-    assert isinstance(config.projector, ProjectorConfig)  # the original code has no other connectors
-    return config.projector
+def _family(assembly: Assembly) -> LlavaOriginal:
+    return LlavaOriginal() if assembly.qformer_from is None else LlamaVid()
 
 
 def _fresh_parts(config: LlavaConfig, seed: int) -> dict[str, StoredTensor]:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
-        made = {f"projector.{name}": value.detach() for name, value in Projector(_projector(config)).named_parameters()}
+        connector = config.projector.build()
+        made = {f"projector.{name}": value.detach() for name, value in connector.named_parameters()}
         if config.has_newline:
             width = config.decoder.hidden_size
             made["image_newline"] = torch.randn(width) / width**0.5
     return {name: StoredTensor.of(Path("fresh"), name, value) for name, value in made.items()}
 
 
-def _trained_parts(where: str) -> dict[str, StoredTensor]:
+def _trained_parts(where: str, family: LlavaOriginal) -> dict[str, StoredTensor]:
     """Projector and newline of a projector file, its directory, or a whole LLaVA."""
     named = Path(where).expanduser()
     file = named if named.is_file() else find_projector_file(resolve(where))
     if file is not None:
-        tensors = add_projector({}, file, LlavaOriginal.names)
+        tensors = add_projector({}, file, family.names)
     else:
         whole = resolve(where)
-        family = find_family(read_json(whole / "config.json")) or LlavaOriginal()  # a bare language model has no family
-        tensors = family.names.name_tensors(open_weights(whole))
+        owner = find_family(read_json(whole / "config.json")) or family  # a bare language model has no family
+        tensors = owner.names.name_tensors(open_weights(whole))
     return {name: tensor for name, tensor in tensors.items() if name.startswith(("projector.", "image_newline"))}
 
 
 def _check_fits(
-    config: ProjectorConfig, wanted: dict[str, StoredTensor], given: dict[str, StoredTensor], where: str | None
+    config: ConnectorConfig, wanted: dict[str, StoredTensor], given: dict[str, StoredTensor], where: str | None
 ) -> None:
     if where is None:
         return
@@ -167,7 +177,9 @@ def _check_fits(
         found = ", ".join(
             f"{name.removeprefix('projector.layers.')} {list(shape)}" for name, shape in shapes[1].items()
         )
+        kind = f"of kind {config.kind!r}" if isinstance(config, ProjectorConfig) else type(config).__name__
+        ends: Any = config
         raise CheckpointError(
-            f"projector_from: {where} holds {found or 'no projector'}; the recipe's is of kind {config.kind!r}, from "
-            f"{config.in_features} to {config.out_features} features"
+            f"projector_from: {where} holds {found or 'no projector'}; the recipe's is {kind}, from "
+            f"{ends.in_features} to {ends.out_features} features"
         )

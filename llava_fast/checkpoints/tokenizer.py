@@ -23,8 +23,10 @@ _MARK = b"\xef\xbb\xbf"
 
 
 def load_tokenizer(path: Path, stands_in: str | None = None) -> Any:
-    """The transformers tokenizer of a directory. Code in the checkpoint is never run: `stands_in` is transformers' class
-    for a tokenizer whose own is such code. It puts a BOS token before a text unless tokenizer_config.json says otherwise.
+    """The transformers tokenizer of a directory. Code in the checkpoint is never run.
+
+    stands_in  transformers' class for a tokenizer whose own is such code. It puts a BOS token before a text unless
+               tokenizer_config.json says otherwise.
 
     Raises CheckpointError for a missing or invalid tokenizer, naming the faulty file if known.
     """

@@ -76,7 +76,7 @@ class Tower:
         check_anyres(self.settings, tower_kind(self.config), self.config.image_size)
 
     def tensors(self, num_layers: int) -> dict[str, StoredTensor]:
-        """Its tensors by our names, of the first `num_layers` layers, without a text encoder. Raises CheckpointError."""
+        """Its tensors by our names: the first `num_layers` layers, no text encoder. Raises CheckpointError."""
         tensors: dict[str, StoredTensor] = {}
         for key, tensor in open_weights(resolve(self.home)).items():
             name = from_tower_repository(key)

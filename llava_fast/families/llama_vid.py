@@ -8,14 +8,15 @@ earlier turns (ProcessorOptions(image_turns="given") leaves images where the req
 than 256 tokens the Q-Former reads the last 256.
 
 The tower's size is that of the image processor that config.json names, 224 or 336; other sizes, and another Q-Former's,
-are in the sections vision_config and qformer_config, with BLIP-2's fields. A checkpoint without the tower's weights needs
-vision_tower=, LAVIS' eva_vit_g.pth or a directory that has it; its positions are interpolated to the size. Without its
-own folder qformer_tokenizer the questions' tokenizer is that of google-bert/bert-base-uncased.
+are in the sections vision_config and qformer_config, with BLIP-2's fields. A checkpoint without the tower's weights
+needs vision_tower=, LAVIS' eva_vit_g.pth or a directory that has it; its positions are interpolated to the size. Without
+its own folder qformer_tokenizer the questions' tokenizer is that of google-bert/bert-base-uncased.
 
-Differences from the original code: in training it deletes the newlines of a question before the Q-Former reads it, which
-joins the words around one; here, as in its inference code, they separate words. compress_type "grid:N" gives
-(side // (side // N))^2 rows there and here, which is more than N^2 if N does not divide the side. Not supported: CLIP
-towers, a BERT without queries (bert_type "raw_..."), a Q-Former trained from scratch (without vlm_att_ln).
+Differences from the original code: in training it deletes the newlines of a question before the Q-Former reads it,
+which joins the words around one; here, as in its inference code, they separate words. Its loader leaves stored weights
+of the tower unread and takes eva_vit_g.pth; here stored ones count. compress_type "grid:N" gives (side // (side // N))^2
+rows there and here, which is more than N^2 if N does not divide the side. Not supported: CLIP towers, a BERT without
+queries (bert_type "raw_..."), a Q-Former trained from scratch (without vlm_att_ln).
 
 Sources: Li et al. 2023; dvlab-research/LLaMA-VID b3d3ae2 llamavid_arch.py, multimodal_encoder/eva_vit.py, train.py.
 """
@@ -25,6 +26,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -56,6 +58,16 @@ from llava_fast.storage.tensor_files import StoredTensor, open_file, open_weight
 
 _WORDS, _POSITIONS = 30523, 512  # BERT's with [DEC]
 _TOWER_FILES = ("eva_vit_g.pth", "eva_vit_g.safetensors")
+_LAVIS_QFORMER = LavisNames(
+    {
+        "original": (
+            ("projector.qformer.query_tokens", "query_tokens"),
+            ("projector.qformer.", "Qformer.bert."),
+            ("projector.norm.", "ln_vision."),
+        )
+    }
+)
+"""Of the file that a new LLaMA-VID's Q-Former comes from."""
 _BERTS = ("qformer_pretrain", "qformer_pretrain_freeze", "qformer_pretrain_freeze_all")
 
 
@@ -85,8 +97,9 @@ class EvaTower(Tower):
             if name.endswith("position_embedding") and tensor.shape != (1, config.rows_per_tile, config.hidden_size):
                 shape = (1, config.rows_per_tile, config.hidden_size)
                 load = functools.partial(_interpolated, tensor, config.image_size // config.patch_size)
-                tensor = StoredTensor(tensor.file, tensor.key, shape, tensor.dtype, load)
-            tensors[name] = tensor
+                tensors[name] = StoredTensor(tensor.file, tensor.key, shape, tensor.dtype, load)
+            else:
+                tensors[name] = tensor
         return tensors
 
     @staticmethod
@@ -177,6 +190,35 @@ class LlamaVid(LlavaOriginal):
             tower_processor=dict(tower.settings.content),
         ), tower
 
+    def assembled_fields(self, decoder: str, parts: Mapping[str, Any]) -> dict[str, Any]:
+        require(decoder, ("llama",), "model_type of a LLaMA-VID's decoder", Path(parts["decoder"]))
+        aspect = require(parts["aspect"], ("square", "pad"), "aspect of a LLaMA-VID", Path("model"))
+        return {
+            "model_type": "llava",
+            "architectures": ["LlavaLlamaAttForCausalLM"],
+            "use_mm_proj": True,
+            "mm_projector_type": parts["projector"],
+            "mm_vision_tower": parts["vision_tower"],
+            "mm_vision_select_layer": parts["feature_layer"],
+            "mm_vision_select_feature": parts["feature"],
+            "mm_use_im_start_end": False,
+            "mm_use_im_patch_token": False,
+            "image_aspect_ratio": aspect,
+            "image_processor": f"clip-patch14-{parts['image_size']}",
+            "bert_type": _BERTS[0],
+            "num_query": 32,
+            "compress_type": parts["compress"],
+        }
+
+    def given_parts(self, parts: Mapping[str, Any]) -> dict[str, StoredTensor]:
+        """The Q-Former, its queries and the LayerNorm before it, from LAVIS' InstructBLIP."""
+        file = Path(parts["qformer_from"]).expanduser()
+        named = {_LAVIS_QFORMER.from_stored(key): tensor for key, tensor in open_file(file).items()}
+        found = {name: tensor for name, tensor in named.items() if name is not None}
+        if "projector.qformer.query_tokens" not in found:
+            raise CheckpointError(f"{file} has no query_tokens: give LAVIS' InstructBLIP, whose Q-Former reads text")
+        return found
+
     def write(self, config: LlavaConfig, tokens: TokenIds) -> dict[str, Any]:
         decoder, vision, connector = config.decoder, config.vision, config.projector
         if not isinstance(vision, EvaLavisConfig) or not isinstance(connector, ContextContentConfig):
@@ -223,8 +265,8 @@ class LlamaVid(LlavaOriginal):
 
 
 def _tower(source: dict[str, Any], path: Path, given: str | Path | None) -> EvaTower:
-    """EVA's ViT-g without the LayerNorm after its last layer, the 39th of 40 ("layer -2"), for images of the size of its
-    processor."""
+    """EVA's ViT-g without the LayerNorm after its last layer, the 39th of 40 ("layer -2"), for images of the size of
+    its processor."""
     file, named = path / "config.json", source["mm_vision_tower"]
     if not re.search("eva|lavis", named.lower()):
         raise CheckpointError(f"{file}: mm_vision_tower is {named!r}; supported is EVA's tower, eva_vit_g.pth")
@@ -238,8 +280,8 @@ def _tower(source: dict[str, Any], path: Path, given: str | Path | None) -> EvaT
         size = re.search(r"(\d{3,4})/?$", processor)
         if size is None:
             raise CheckpointError(
-                f"{file}: image_processor {processor!r} does not end in the side of its images, such as 224 or 336: add "
-                'the size as "vision_config": {"image_size": 224}'
+                f"{file}: image_processor {processor!r} does not end in the side of its images, such as 224 or 336: "
+                'add the size as "vision_config": {"image_size": 224}'
             )
         stated["image_size"] = int(size[1])
     config = lavis_tower(stated, file, final_norm_eps=None)

@@ -1,5 +1,5 @@
-"""InternLM-XComposer, the first (InternLMXComposer): EVA's tower, a Q-Former of 64 rows between two learned vectors, and
-InternLM-7B, which is a Llama with biases in its attention.
+"""InternLM-XComposer, the first (InternLMXComposer): EVA's tower, a Q-Former of 64 rows between two learned vectors,
+and InternLM-7B, which is a Llama with biases in its attention.
 
 config.json describes only the decoder and the number of queries, since the published code fixes the sizes of tower and
 Q-Former. Other sizes are in the sections vision_config and qformer_config, with BLIP-2's fields. Low-rank weights built
@@ -10,7 +10,8 @@ Differences from the published code:
 - Its script for merging low-rank weights has a scale of 1 instead of lora_alpha / lora_r.
 - Its `chat` keeps earlier turns without the meta instruction and without the tokens that end a turn; training has both,
   and so has the template here ("xcomposer").
-- Its tokenizer is read as transformers' LlamaTokenizer, which puts no second "▁" before a text that begins with a space.
+- Its tokenizer is read as transformers' LlamaTokenizer, which puts no second "▁" before a text that begins with a
+  space.
 - It tokenises the question apart from what follows; here the text after an image is tokenised whole, as in training.
 
 Sources: internlm/internlm-xcomposer-7b configuration_InternLM_XComposer.py, modeling_InternLM_XComposer.py,

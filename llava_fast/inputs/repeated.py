@@ -1,7 +1,7 @@
 """Images in every question of a conversation, for connectors whose rows depend on the question (LLaMA-VID).
 
-Source: dvlab-research/LLaMA-VID b3d3ae2 train.py (preprocess_imgsp_v1), which puts the image at the beginning or the end
-of a question, by chance; here it is the beginning.
+Source: dvlab-research/LLaMA-VID b3d3ae2 train.py (preprocess_imgsp_v1), which puts the image at the beginning or the
+end of a question, by chance; here it is the beginning.
 """
 
 from __future__ import annotations

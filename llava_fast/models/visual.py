@@ -89,8 +89,8 @@ class VisualModel(nn.Module):
     def projected(
         self, tiles: Tensor, instruction: Tensor | None, read: Tensor | None = None
     ) -> tuple[encode.Parts, Tensor] | None:
-        """(parts whose `project` only selects rows, the connector's rows of all tiles) where tower and connector can run
-        in blocks of tiles: a connector that reads whole tiles, without gradients, for many tiles. None elsewhere.
+        """(parts whose `project` only selects rows, the connector's rows of all tiles) where tower and connector can
+        run in blocks of tiles: a connector that reads whole tiles, without gradients, for many tiles. None elsewhere.
 
         read  int64: the tile that the connector reads for each of its tiles; None: they are the same.
         """

@@ -1,5 +1,5 @@
 """LLaMA-VID: a checkpoint of the original layout, against its parts put together by hand from transformers' BLIP-2,
-InstructBLIP and Llama and the original's steps; videos, dialogues, its tower's own file; saved, and what it cannot be."""
+InstructBLIP and Llama and the original's steps; videos, dialogues, its tower's own file; saved, what it cannot be."""
 
 import json
 import shutil
@@ -15,9 +15,12 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llava_fast
+from llava_fast.checkpoints.assemble import Assembly
 from llava_fast.checkpoints.load import load_checkpoint
+from llava_fast.doctor import report
 from llava_fast.errors import CheckpointError
 from llava_fast.families import family_of_config, read_config
+from llava_fast.families.llama_vid import LlamaVid
 from llava_fast.inputs.options import ProcessorOptions
 from llava_fast.models import visual
 from llava_fast.models.vlm import LlavaModel
@@ -358,6 +361,33 @@ def test_the_tower_may_be_in_lavis_own_file(vid, tmp_path):
     assert torch.equal(grown[0, 0], own["pos_embed"][0, 0])
 
 
+def test_a_new_one_is_assembled_from_lavis_files(vid, tmp_path, monkeypatch):
+    _, model, parts = vid
+    parts.llama.save_pretrained(tmp_path / "vicuna")
+    tiny.tokenizer().save_pretrained(tmp_path / "vicuna")
+    question_tokenizer().save_pretrained(tmp_path / "vicuna" / "qformer_tokenizer")
+    torch.save(lavis.tower_tensors(dict(parts.tower.named_parameters())), tmp_path / "eva_vit_g.pth")
+    qformer = lavis.qformer_tensors(dict(parts.qformer.named_parameters()))
+    file = {f"Qformer.bert.{name}": value for name, value in qformer.items()} | {"llm_proj.weight": torch.ones(2, 2)}
+    file |= {"query_tokens": parts.query, "ln_vision.weight": parts.ln.weight, "ln_vision.bias": parts.ln.bias}
+    torch.save({"model": {name: value.detach() for name, value in file.items()}}, tmp_path / "instruct_blip.pth")
+    fields = LlamaVid.assembled_fields
+    sizes = {"vision_config": lavis.TOWER, "qformer_config": lavis.QFORMER | WORDS, "num_query": QUERIES}
+    monkeypatch.setattr(LlamaVid, "assembled_fields", lambda *given: fields(*given) | sizes)
+    named = {"decoder": str(tmp_path / "vicuna"), "vision_tower": str(tmp_path / "eva_vit_g.pth")}
+    made = llava_fast.load(Assembly(**named, qformer_from=str(tmp_path / "instruct_blip.pth"), compress="mean"))
+    fresh = ("projector.content.", "projector.key.", "projector.value.", "projector.qformer.language_projection.")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(made.get_parameter(name), parameter) == (not name.startswith(fresh)), name
+    turns = [{"role": "user", "content": "<image>\nwhat?"}, {"role": "assistant", "content": "hello"}]
+    assert made(made.prepare([{"messages": turns, "images": [tiny.picture(9, 9)]}], labels=True)).loss > 0
+    torch.save({"query": torch.ones(1)}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="has no query_tokens: give LAVIS' InstructBLIP"):
+        llava_fast.load(Assembly(**named, qformer_from=str(tmp_path / "other.pth")))
+    with pytest.raises(CheckpointError, match="compress and model.image_size are a LLaMA-VID's: give model.qformer_from"):
+        llava_fast.load(Assembly(**named, compress="mean"))
+
+
 def test_the_published_sizes(tmp_path):
     published = {key: value for key, value in CONFIG.items() if key not in ("vision_config", "qformer_config")}
     published |= {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_query": 32}
@@ -389,6 +419,11 @@ def test_the_published_sizes(tmp_path):
         "model.mm_projector.2.bias",
     } <= names
     assert model.projector.qformer.embeddings.word_embeddings.weight.shape == (30523, 768)
+
+
+def test_doctor_says_that_transformers_has_none(vid):
+    with pytest.raises(CheckpointError, match="transformers has no LLaMA-VID, so there is nothing that accelerate repl"):
+        report(str(vid[0]))
 
 
 @pytest.mark.parametrize(

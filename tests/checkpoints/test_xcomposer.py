@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import llava_fast
 from llava_fast.checkpoints.load import load_checkpoint
 from llava_fast.checkpoints.tokenizer import load_tokenizer
+from llava_fast.doctor import report
 from llava_fast.errors import CheckpointError
 from llava_fast.families import family_of_config, read_config
 from llava_fast.inputs.chat.rendering import builtin_template
@@ -280,6 +281,11 @@ def test_a_tokenizer_that_is_code_is_read_from_its_model(tmp_path):
     assert load_tokenizer(tmp_path, "LlamaTokenizer")("the")["input_ids"] == own.encode("the")
     with pytest.raises(CheckpointError, match="its tokenizer cannot be loaded"):
         load_tokenizer(tmp_path)
+
+
+def test_doctor_says_that_transformers_has_none(composer):
+    with pytest.raises(CheckpointError, match="transformers has no InternLM-XComposer 1, so there is nothing that accelerate repl"):
+        report(str(composer[0]))
 
 
 @pytest.mark.parametrize(

@@ -59,10 +59,10 @@ def test_frames_at_a_rate_are_every_nth_one(video_file, tmp_path):
         chosen, numbers = FrameRate(wanted), list(range(0, 11, max(round(rate / wanted), 1)))
         np.testing.assert_array_equal(read_video(video_file, chosen), every[numbers])
         assert frame_count(video_file, chosen) == frame_count(video_file.read_bytes(), chosen) == len(numbers)
-        seen = []
-        taken = take_frames(video_file.read_bytes(), chosen, check_size=lambda *given: seen.append(given))
+        sizes: set[tuple] = set()
+        taken = take_frames(video_file.read_bytes(), chosen, None, lambda *given, sizes=sizes: sizes.add(given))
         np.testing.assert_array_equal(taken.frames, every[numbers])
-        assert set(seen) == {(48, 64, len(numbers))}
+        assert sizes == {(48, 64, len(numbers))}
         assert video_times(video_file, chosen).frames == [number / rate for number in numbers]
         assert video_times(taken, chosen).frames == [number / rate for number in numbers]
     for number, frame in enumerate(every[:5]):

@@ -12,6 +12,8 @@ from tests.support import tiny
 from tests.support.families_page import cases, families
 
 
+
+
 WRITERS = {
     "llava_uhd": test_llava_uhd.write,
     "InternLMXComposer": test_xcomposer.write,

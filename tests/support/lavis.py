@@ -71,27 +71,26 @@ def tower_tensors(named: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tower's weights (or gradients) by LAVIS' names, without those of the last LayerNorm."""
     found = {}
     for name, value in named.items():
-        if name.startswith("post_layernorm."):
-            continue
-        for theirs, lavis in _TOWER_NAMES:
-            name = name.replace(theirs, lavis)
+        lavis = _renamed(name, _TOWER_NAMES)
         if name.endswith("qkv.bias"):
-            query, _, keyless = value.chunk(3)
-            found |= {name.replace("qkv.bias", "q_bias"): query, name.replace("qkv.bias", "v_bias"): keyless}
-        else:
-            found[name] = value
+            query, _, values = value.chunk(3)
+            found |= {lavis.replace("qkv.bias", "q_bias"): query, lavis.replace("qkv.bias", "v_bias"): values}
+        elif not name.startswith("post_layernorm."):
+            found[lavis] = value
     return found
 
 
 def qformer_tensors(named: dict[str, Tensor]) -> dict[str, Tensor]:
     """The Q-Former's weights (or gradients) by LAVIS' names, as of its `bert`."""
-    found = {}
-    for name, value in named.items():
-        name = name.replace("layernorm.", "embeddings.LayerNorm.") if name.startswith("layernorm.") else name
-        for theirs, lavis in _QFORMER_NAMES:
-            name = name.replace(theirs, lavis)
-        found[name] = value
-    return found
+    start = "layernorm."  # of a Q-Former without text
+    whole = {f"embeddings.{name}" if name.startswith(start) else name: value for name, value in named.items()}
+    return {_renamed(name, _QFORMER_NAMES): value for name, value in whole.items()}
+
+
+def _renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
+    for mine, lavis in pairs:
+        name = name.replace(mine, lavis)
+    return name
 
 
 def grads(module: nn.Module) -> dict[str, Tensor]:

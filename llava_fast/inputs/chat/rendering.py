@@ -145,13 +145,13 @@ class BuiltinTemplate:
             opening = ""
             if system_text and form.system_inside_user and index == 0:
                 opening = form.system_wrap[0] + system_text + form.system_wrap[1]
-            if form.placeholders_first or form.placeholders_lead:
-                moved, text = "".join(_PLACEHOLDER.findall(text)), _PLACEHOLDER.sub("", text).strip()
-                if form.placeholders_first:
-                    out.template(moved)
-                else:
-                    text = moved + text
-            out.wrapped(form.user, opening + text)
+            shown = "".join(_PLACEHOLDER.findall(text))
+            bare = _PLACEHOLDER.sub("", text).strip()
+            if form.placeholders_first:
+                out.template(shown)
+            moves = form.placeholders_first or form.placeholders_lead
+            written = shown + bare if form.placeholders_lead else bare if moves else text
+            out.wrapped(form.user, opening + written)
         if add_generation_prompt and turns[-1]["role"] == "user":
             out.template(form.assistant_header, original=bool(form.original_label_tokens))
         return out.segments

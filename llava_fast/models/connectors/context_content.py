@@ -27,9 +27,9 @@ BLOCK = 64
 
 @dataclass(frozen=True)
 class ContextContentConfig(ConnectorConfig):
-    """`qformer` reads all rows of a tile and gives rows of the tower's width; `content` is the MLP. `grid`: content rows
-    are the means of blocks of side // grid patches; 1: of all patches; None: the patches themselves. `side`: patches
-    along a tile. Raises ValueError for parts that do not fit."""
+    """`qformer` reads all rows of a tile and gives rows of the tower's width; `content` is the MLP. `grid`: content
+    rows are the means of blocks of side // grid patches; 1: of all patches; None: the patches themselves. `side`:
+    patches along a tile. Raises ValueError for parts that do not fit."""
 
     rowwise = False
 

@@ -1,5 +1,5 @@
-"""EVA's ViT-g as LAVIS builds it: biases of queries and values only, and the LayerNorm after the last layer, if there is
-one, outside of the tower and with an epsilon of its own.
+"""EVA's ViT-g as LAVIS builds it: biases of queries and values only, and the LayerNorm after the last layer, if there
+is one, outside of the tower and with an epsilon of its own.
 
 InternLM-XComposer and LLaMA-VID store their tower in this form. Training keeps the keys without a bias, where one joint
 bias (towers.eva, as in transformers) would learn one.
