@@ -46,7 +46,9 @@ def of_path(path: str | Path) -> list[str]:
 
     family = find_family(read_json_if_there(Path(path) / "config.json"))
     if family is not None and family.layout == "original" and type(family).other is Family.other:
-        raise CheckpointError(f"{path}: transformers has no {family.system}, so there is nothing that accelerate replaces")
+        raise CheckpointError(
+            f"{path}: transformers has no {family.system}, so there is nothing that accelerate replaces"
+        )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)  # it would ask otherwise
         if hasattr(config, "mm_vision_tower"):

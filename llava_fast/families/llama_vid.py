@@ -9,14 +9,14 @@ than 256 tokens the Q-Former reads the last 256.
 
 The tower's size is that of the image processor that config.json names, 224 or 336; other sizes, and another Q-Former's,
 are in the sections vision_config and qformer_config, with BLIP-2's fields. A checkpoint without the tower's weights
-needs vision_tower=, LAVIS' eva_vit_g.pth or a directory that has it; its positions are interpolated to the size. Without
-its own folder qformer_tokenizer the questions' tokenizer is that of google-bert/bert-base-uncased.
+needs vision_tower=, LAVIS' eva_vit_g.pth or a directory that has it; its positions are interpolated to the size.
+Without its own folder qformer_tokenizer the questions' tokenizer is that of google-bert/bert-base-uncased.
 
 Differences from the original code: in training it deletes the newlines of a question before the Q-Former reads it,
 which joins the words around one; here, as in its inference code, they separate words. Its loader leaves stored weights
-of the tower unread and takes eva_vit_g.pth; here stored ones count. compress_type "grid:N" gives (side // (side // N))^2
-rows there and here, which is more than N^2 if N does not divide the side. Not supported: CLIP towers, a BERT without
-queries (bert_type "raw_..."), a Q-Former trained from scratch (without vlm_att_ln).
+of the tower unread and takes eva_vit_g.pth; here stored ones count. compress_type "grid:N" gives
+(side // (side // N))^2 rows there and here, which is more than N^2 if N does not divide the side. Not supported: CLIP
+towers, a BERT without queries (bert_type "raw_..."), a Q-Former trained from scratch (without vlm_att_ln).
 
 Sources: Li et al. 2023; dvlab-research/LLaMA-VID b3d3ae2 llamavid_arch.py, multimodal_encoder/eva_vit.py, train.py.
 """
@@ -270,7 +270,8 @@ def _tower(source: dict[str, Any], path: Path, given: str | Path | None) -> EvaT
     file, named = path / "config.json", source["mm_vision_tower"]
     if not re.search("eva|lavis", named.lower()):
         raise CheckpointError(f"{file}: mm_vision_tower is {named!r}; supported is EVA's tower, eva_vit_g.pth")
-    require(source.get("mm_vision_select_layer", -2), (-2,), "mm_vision_select_layer", file)
+    if (layer := source.get("mm_vision_select_layer", -2)) != -2:
+        raise CheckpointError(f"{file}: mm_vision_select_layer is {layer}; the original's tower always gives layer -2")
     stated, processor = dict(source.get("vision_config") or {}), source.get("image_processor") or "clip-patch14-224"
     settings = Settings({}, processor)
     if (folder := local_directory(path / processor)) is not None:

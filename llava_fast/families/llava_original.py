@@ -198,8 +198,8 @@ class LlavaOriginal(Family):
         }
 
     def assembled_fields(self, decoder: str, parts: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields that turn a language model's config.json into this family's: `decoder` is its kind, and `parts` the
-        fields of a recipe's Assembly. Raises CheckpointError.
+        """The fields that turn a language model's config.json into this family's: `decoder` is its kind, and `parts`
+        the fields of a recipe's Assembly. Raises CheckpointError.
         """
         return assembled_fields(decoder, parts)
 

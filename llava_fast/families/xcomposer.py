@@ -216,7 +216,7 @@ def lavis_tower(given: dict[str, Any], file: Path, **choices: Any) -> EvaLavisCo
     """LAVIS' ViT-g with the given fields of BLIP-2's vision_config. All of its rows reach the connector."""
     from transformers import Blip2VisionConfig
 
-    stated = Blip2VisionConfig(**given)
+    stated: Any = Blip2VisionConfig(**given)
     stated.model_type = "eva_lavis"
     made = tower_config(stated, file, feature_layers=(-1,), keep_class_row=True, **choices)
     assert isinstance(made, EvaLavisConfig)

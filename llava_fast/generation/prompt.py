@@ -130,8 +130,8 @@ def prompt_of(processor: Processor | None, request: Any, before_part: Callable[[
 
 
 def read_part(processor: Processor, part: TextPiece | Placeholder, known: dict[tuple, Part] | None = None) -> Part:
-    """One part of an outline; an image is read and tiled. known: the parts read before, by their `origin`, to which it is
-    added; an image among them is not read again. Raises RequestError and ImageError."""
+    """One part of an outline; an image is read and tiled. known: the parts read before, by their `origin`, to which it
+    is added; an image among them is not read again. Raises RequestError and ImageError."""
     if isinstance(part, Placeholder) and known is not None and part.origin in known:
         first = known[part.origin]
         assert isinstance(first.piece, VisualPiece)

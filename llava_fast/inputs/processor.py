@@ -251,8 +251,8 @@ class Processor(ProcessorOptions):
             )
 
     def pieces(self, outline: Sequence[TextPiece | Placeholder], tiles: list[Cut]) -> list[Piece]:
-        """The pieces of a plan. Opens and cuts each placeholder's image and appends it to `tiles`; one that occurs again
-        is appended again, but not opened. Raises ImageError."""
+        """The pieces of a plan. Opens and cuts each placeholder's image and appends it to `tiles`; one that occurs
+        again is appended again, but not opened. Raises ImageError."""
         pieces: list[Piece] = []
         known: dict[tuple[int, str, bool], tuple[VisualPiece, list[Cut]]] = {}
         for part in outline:
@@ -265,8 +265,9 @@ class Processor(ProcessorOptions):
                 pieces.append(replace(piece, instruction=part.instruction))
                 tiles += cuts
             else:
-                pieces.append(self._visual_piece(part, tiles))
-                known[part.origin] = pieces[-1], tiles[before:]
+                made = self._visual_piece(part, tiles)
+                pieces.append(made)
+                known[part.origin] = made, tiles[before:]
         return pieces
 
     def _visual_piece(self, placeholder: Placeholder, tiles: list[Cut]) -> VisualPiece:

@@ -284,7 +284,7 @@ def test_a_tokenizer_that_is_code_is_read_from_its_model(tmp_path):
 
 
 def test_doctor_says_that_transformers_has_none(composer):
-    with pytest.raises(CheckpointError, match="transformers has no InternLM-XComposer 1, so there is nothing that accelerate repl"):
+    with pytest.raises(CheckpointError, match="transformers has no InternLM-XComposer 1, so there is nothing"):
         report(str(composer[0]))
 
 

@@ -11,9 +11,6 @@ from tests.serve.conftest import about, ask, data_uri, local, png
 from tests.support import tiny
 from tests.support.families_page import cases, families
 
-
-
-
 WRITERS = {
     "llava_uhd": test_llava_uhd.write,
     "InternLMXComposer": test_xcomposer.write,

@@ -48,7 +48,8 @@ LLaVA-UHD, the other releases of LLaVA-UHD, BLIP-2 and InstructBLIP with T5, and
 
 LLaMA-VID was trained with the image in every question of a dialogue, and each question makes its own rows of it: here a
 question without an image gets the last one's (`ProcessorOptions(image_turns="given")`: not). Of a video file it takes 1
-frame a second (`video_fps`), in `batch` and `serve` too, whatever `video_frames` says.
+frame a second (`video_fps`), in `batch` and `serve` too, whatever `video_frames` says. InternLM-XComposer's own demos
+answer by five beams, which are not offered here, and a repetition penalty of 1.5 (`repetition_penalty`).
 """
 
 

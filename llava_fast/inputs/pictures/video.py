@@ -218,15 +218,15 @@ def video_times(source: Any, num_frames: int | FrameRate, containers: str | None
     elif isinstance(source, VideoFrames):
         if source.rate is None:
             raise ImageError(_NO_RATE.format("the video"))
-        every = isinstance(num_frames, FrameRate)
-        numbers = source.numbers if every else source.numbers[uniform_frames(len(source.numbers), num_frames)]
+        numbers = source.numbers
+        if isinstance(num_frames, int):
+            numbers = numbers[uniform_frames(len(numbers), num_frames)]
         return VideoTimes(source.total / source.rate, [int(number) / source.rate for number in numbers])
     elif isinstance(source, _FILE):
         total, rate = _total(source, containers), _rate(source, containers)
     else:
         raise ImageError("frames given as images have no times: give a video file or a folder of frames")
-    at_rate = isinstance(num_frames, FrameRate)
-    chosen = num_frames.of(total, rate) if at_rate else uniform_frames(total, num_frames)
+    chosen = uniform_frames(total, num_frames) if isinstance(num_frames, int) else num_frames.of(total, rate)
     return VideoTimes(total / rate, [int(number) / rate for number in chosen])
 
 

@@ -115,7 +115,7 @@ class EvaTower(Tower):
         self.config: EvaConfig = config
         self.embeddings = EvaEmbeddings(config)
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(EvaLayer(config) for _ in range(config.num_layers))})
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_layernorm: nn.Module = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.recompute: Recompute = "none"
 
     def forward(self, tiles: Tensor, count: Tensor | None = None) -> Tensor:

@@ -41,8 +41,8 @@ class EvaLavisTower(EvaTower):
         super().__init__(config)
         for layer in cast(nn.ModuleList, self.encoder["layers"]):
             cast(EvaLayer, layer).self_attn = EvaLavisAttention(config)
-        eps = config.final_norm_eps
-        self.post_layernorm = nn.Identity() if eps is None else nn.LayerNorm(config.hidden_size, eps=eps)
+        eps, width = config.final_norm_eps, config.hidden_size
+        self.post_layernorm: nn.Module = nn.Identity() if eps is None else nn.LayerNorm(width, eps=eps)
 
 
 class EvaLavisAttention(EvaAttention):

@@ -284,8 +284,7 @@ def _processor(plan: Plan) -> Processor:
     processor = load_processor(*open_checkpoint(plan.model), plan.template)
     frames = plan.video_frames or processor.video_frames
     fps = processor.video_fps if plan.video_fps is None else plan.video_fps
-    chosen = {"video_frames": frames, "video_fps": fps, "time_instruction": plan.time_instruction}
-    return dataclasses.replace(processor, **chosen)
+    return dataclasses.replace(processor, video_frames=frames, video_fps=fps, time_instruction=plan.time_instruction)
 
 
 def _readable(sources: Sequence[Source]) -> tuple[list[int], list[dict[str, str]]]:
