@@ -25,7 +25,7 @@ from llava_fast.inputs.options import ProcessorOptions
 from llava_fast.inputs.pictures.headers import image_size
 from llava_fast.inputs.pictures.reading import open_image, require_rgb
 from llava_fast.inputs.pictures.tiles import UncutImages, make_tiles, plan_tiles, resized_first
-from llava_fast.inputs.pictures.video import CONTAINERS, FrameRate, VideoTimes, frame_count, read_video, video_times
+from llava_fast.inputs.pictures.video import CONTAINERS, FrameRate, VideoTimes, each_frame, frame_count, video_times
 from llava_fast.inputs.pictures.view import View
 from llava_fast.inputs.plan.columns import MODALITY_IMAGE, MODALITY_VIDEO
 from llava_fast.inputs.plan.length import RowCounts, count_rows
@@ -272,13 +272,13 @@ class Processor(ProcessorOptions):
 
     def _visual_piece(self, placeholder: Placeholder, tiles: list[Cut]) -> VisualPiece:
         if placeholder.kind == "<video>":
+            frames = each_frame(placeholder.source, self._frames_of(placeholder.source), self._containers)
             try:
-                frames = read_video(placeholder.source, self._frames_of(placeholder.source), self._containers)
+                cuts = [self._cut(frame, frame_views(self.geometry, *frame.shape[:2])) for frame in frames]
             except TypeError as error:
                 raise RequestError(str(error)) from error
-            views = frame_views(self.geometry, *frames.shape[1:3])
-            tiles += [self._cut(frame, views) for frame in frames]
-            return VisualPiece(video_rows(self.geometry, len(frames)), MODALITY_VIDEO, placeholder.instruction)
+            tiles += cuts
+            return VisualPiece(video_rows(self.geometry, len(cuts)), MODALITY_VIDEO, placeholder.instruction)
         try:
             image = self._open(placeholder.source)
         except TypeError as error:

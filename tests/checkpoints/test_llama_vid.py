@@ -23,6 +23,7 @@ from llava_fast.families import family_of_config, read_config
 from llava_fast.families.llama_vid import LlamaVid
 from llava_fast.inputs.options import ProcessorOptions
 from llava_fast.models import visual
+from llava_fast.models.batch import Batch
 from llava_fast.models.vlm import LlavaModel
 from tests.support import lavis, tiny
 from tests.support.parity import assert_close, assert_same_answer
@@ -296,6 +297,8 @@ def test_where_images_stand_in_a_dialogue(vid):
     assert read == ["what is it?", "who?", "a the hello"]
     given = model.processor.with_options(ProcessorOptions(image_turns="given"))
     assert given.prepare([request]).plan.tiles == 1
+    uncut = model.processor.with_options(ProcessorOptions(tiles_on="device")).prepare([request])
+    assert torch.equal(model.inputs_embeds(Batch.from_prepared(uncut)), model.inputs_embeds(model.prepare([request])))
     video = np.stack([tiny.picture(40, 60)] * 2)
     told = [{**turns[0], "content": "<video>\nwhat is it?"}, *turns[1:]]
     assert model.processor.prepare([{"messages": told, "video": video}]).plan.tiles == 6

@@ -13,6 +13,7 @@ from llava_fast.inputs.pictures.video import (
     CONTAINERS,
     FrameRate,
     VideoFrames,
+    each_frame,
     frame_count,
     read_video,
     take_frames,
@@ -69,8 +70,14 @@ def test_frames_at_a_rate_are_every_nth_one(video_file, tmp_path):
         Image.fromarray(frame).save(tmp_path / f"{number}.png")
     np.testing.assert_array_equal(read_video(tmp_path, FrameRate(1)), every[[0, 2, 4]])  # two a second
     assert frame_count(tmp_path, FrameRate(1)) == 3
+    for source in (video_file, video_file.read_bytes(), tmp_path, every, list(every)):
+        for wanted in (None, FrameRate(1), FrameRate(rate / 3), 3):
+            np.testing.assert_array_equal(np.stack(list(each_frame(source, wanted))), read_video(source, wanted))
     assert len(read_video(every, FrameRate(1))) == frame_count(list(every), FrameRate(1)) == 11  # they have no times
     assert len(read_video(VideoFrames(every[:4], np.arange(4), 4, None), FrameRate(1))) == 4
+    Image.fromarray(every[0][:20]).save(tmp_path / "9.png")
+    with pytest.raises(ImageError, match=r"the folder .* must have frames of one size; these have 64x48, 64x20"):
+        list(each_frame(tmp_path))
     with pytest.raises(ValueError, match="frames per second must be above 0, not -1"):
         FrameRate(-1)
 

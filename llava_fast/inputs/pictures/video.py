@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 import os
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -90,6 +90,33 @@ def read_video(source: Any, num_frames: int | FrameRate | None = None, container
         sizes = sorted({f"{frame.shape[1]}x{frame.shape[0]}" for frame in frames})
         raise ImageError(f"{name} must have frames of one size; these have {', '.join(sizes)}")
     return np.stack(frames)
+
+
+def each_frame(
+    source: Any, num_frames: int | FrameRate | None = None, containers: str | None = None
+) -> Iterator[np.ndarray]:
+    """The frames of `read_video`, uint8 [height, width, 3], one by one: of a video file or a folder, if all frames or a
+    rate are wanted, only one is in memory at a time. Raises what read_video does, for frames of several sizes once one
+    is met.
+    """
+    one_by_one = not isinstance(num_frames, int)
+    if one_by_one and _is_folder(source):
+        files = frame_files(source)
+        wanted = range(len(files)) if num_frames is None else num_frames.of(len(files), FOLDER_RATE)
+        size = None
+        for number in wanted:
+            frame = open_image(files[number])
+            size = size or frame.shape
+            if frame.shape != size:
+                sizes = ", ".join(f"{width}x{height}" for height, width, _ in (size, frame.shape))
+                raise ImageError(f"the folder {source_name(source)} must have frames of one size; these have {sizes}")
+            yield frame
+    elif one_by_one and isinstance(source, _FILE):
+        chosen = None if num_frames is None else set(_at_rate(source, num_frames, containers).tolist())
+        with contextlib.closing(_decoded(source, chosen, containers)) as frames:
+            yield from (frame for frame in frames if frame is not None)
+    else:
+        yield from read_video(source, num_frames, containers)
 
 
 def frame_count(source: Any, num_frames: int | FrameRate | None = None, containers: str | None = None) -> int:
