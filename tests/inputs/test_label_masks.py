@@ -37,6 +37,7 @@ AROUND = {
     "qwen": ("", "<|im_end|>"),
     "blip2": (" ", "\n"),
     "instructblip": (" ", "</s>"),
+    "xcomposer": (" ", "<TOKENS_UNUSED_1>"),
 }
 OPENING = {
     "plain": "",
@@ -50,6 +51,7 @@ OPENING = {
     "qwen": "<|im_start|>assistant\n",
     "blip2": "Answer:",
     "instructblip": "",
+    "xcomposer": " <|Bot|>:",
 }
 WORDS = [
     "the",
