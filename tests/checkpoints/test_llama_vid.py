@@ -255,7 +255,7 @@ def test_gradients_of_a_dialogue_whose_questions_each_encode_the_image(vid):
     _, model, parts = vid
     picture = tiny.picture(20, 90)
     batch = model.prepare([{"messages": dialogue(), "images": [picture]}], labels=True)
-    assert (len(batch.tiles), batch.plan.tiles) == (1, 3)  # the tower runs once
+    assert (len(batch.tiles), batch.plan.tower_tiles, batch.plan.tiles) == (1, 1, 3)  # the tower runs once
     model.zero_grad()
     parts.zero_grad()
     model(batch).loss.backward()

@@ -107,6 +107,11 @@ class TokenPlan:
         return self.flat[start : start + int(np.prod(shape))].reshape(shape)
 
     @property
+    def tower_tiles(self) -> int:
+        """The tiles of the batch on which the tower runs; fewer than `tiles` if an image occurs several times."""
+        return int(self.column("tower_tile").max()) + 1 if "tower_tile" in self.sections else self.tiles
+
+    @property
     def has_labels(self) -> bool:
         return self.sections["supervised_row"][1][0] > 0
 

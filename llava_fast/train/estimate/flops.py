@@ -178,7 +178,7 @@ class Utilisation:
         """FLOPs of training on one micro-batch."""
         supervised, projected = len(plan.column("supervised_row")), len(plan.column("kept"))
         return step_flops(
-            self.config, plan.lengths, plan.tiles, self.trained, supervised, projected, adapters=self.adapters
+            self.config, plan.lengths, plan.tower_tiles, self.trained, supervised, projected, adapters=self.adapters
         )
 
     def share(self, flops: float, seconds: float) -> float | None:
