@@ -26,12 +26,12 @@ from llava_fast.inputs.pictures.tiles import TORCH_MODES
 from llava_fast.inputs.processor import Processor
 from llava_fast.inputs.tiling.anyres import Compat, count_image_rows
 from llava_fast.models.config import LlavaConfig, RetrievalConfig
-from llava_fast.models.connectors.qformer import QFormerConfig
 from llava_fast.models.eight_bit import check_precision, use_precision
 from llava_fast.models.fused import merge_linears
 from llava_fast.models.quantised import Quantisation
 from llava_fast.ops import cached_rows
 from llava_fast.storage.files import check_fields, parse_json
+from llava_fast.storage.hub import resolve
 
 
 def load(
@@ -138,13 +138,18 @@ def load_processor(checkpoint: LoadedCheckpoint, name: str, chat_template: str |
     """The checkpoint's tokenizer, geometry and chat template. name: the user's name for the checkpoint, by which the
     original LLaVA chooses a template. Raises CheckpointError without a tokenizer."""
     config = checkpoint.config
-    tokenizer = load_tokenizer(checkpoint.tokenizer_path)
+    family, instructions = family_of_config(config), None
+    tokenizer = load_tokenizer(checkpoint.tokenizer_path, family.tokenizer_class)
     if config.layout == "hf":
         check_tokens(checkpoint.path, tokenizer, image_token=config.image_token_id, video_token=config.video_token_id)
-    family, instructions = family_of_config(config), None
-    if family.connector_tokenizer is not None and isinstance(config.projector, QFormerConfig):
-        own = load_tokenizer(checkpoint.tokenizer_path / family.connector_tokenizer)
-        instructions = Instructions(own, config.projector.positions, config.projector.vocabulary)
+    if family.connector_tokenizer is not None and config.projector.reads_text:
+        folder = checkpoint.tokenizer_path / family.connector_tokenizer
+        if family.connector_tokenizer_home is not None and not folder.is_dir():
+            folder = resolve(family.connector_tokenizer_home)
+        most, vocabulary = config.projector.text_limits
+        cuts = family.question_tokens is not None
+        most = min(most, family.question_tokens or most)
+        instructions = Instructions(load_tokenizer(folder), most, vocabulary, cuts)
     return Processor(
         geometry=family.geometry(config, tokenizer),
         tokenizer=tokenizer,
@@ -158,6 +163,8 @@ def load_processor(checkpoint: LoadedCheckpoint, name: str, chat_template: str |
         answer_start=config.decoder.answer_start,
         instructions=instructions,
         routes=config.router is not None,
+        repeats_images=family.repeats_images,
+        video_fps=family.video_fps,
         exif=config.layout == "hf",
     )
 

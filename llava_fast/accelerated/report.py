@@ -12,7 +12,10 @@ import torch
 from llava_fast.accelerated import encode, patch
 from llava_fast.accelerated.stock import StockModel
 from llava_fast.errors import CheckpointError, ImageError
+from llava_fast.families import find_family
+from llava_fast.families.base import Family
 from llava_fast.models.encode import reads_table
+from llava_fast.storage.files import read_json_if_there
 
 CALLS = (
     "A call takes the stock path, and says so once in the log llava_fast.integrations, that asks for hidden states,",
@@ -41,8 +44,13 @@ def of_path(path: str | Path) -> list[str]:
     for an unreadable config, UnsupportedModelError for an unsupported model."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
+    family = find_family(read_json_if_there(Path(path) / "config.json"))
+    if family is not None and family.layout == "original" and type(family).other is Family.other:
+        raise CheckpointError(
+            f"{path}: transformers has no {family.system}, so there is nothing that accelerate replaces"
+        )
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)  # it would ask otherwise
         if hasattr(config, "mm_vision_tower"):
             raise ValueError("it is an original LLaVA checkpoint: `llava-fast convert` writes what transformers reads")
         with torch.device("meta"):

@@ -73,6 +73,13 @@ def add_projector(base: Mapping[str, StoredTensor], file: Path, names: NameMap) 
     return {**base, **{name: each for one in files for name, each in _unwrapped(open_file(one), names).items()}}
 
 
+def add_factors(tensors: Mapping[str, StoredTensor], scale: float) -> dict[str, StoredTensor]:
+    """Our names -> tensors of a checkpoint with the low-rank weights that it holds beside its Linears' merged. Raises
+    CheckpointError for a factor that does not match its Linear."""
+    pairs, merged = _paired(tensors)
+    return merged | {name: _merged(merged, name, a, b, scale, a.file) for name, (a, b) in pairs.items()}
+
+
 def add_adapter(
     base: Mapping[str, StoredTensor], path: Path, config: LlavaConfig, described: Path
 ) -> dict[str, StoredTensor]:
@@ -118,18 +125,25 @@ def _add_plain(
     pairs, whole = _split(stored, file, names)
     tensors.update(whole)
     for name, (a, b) in pairs.items():
-        weight = tensors.get(name)
-        if weight is None or weight.shape != (b.shape[0], a.shape[1]) or a.shape[0] != b.shape[1]:
-            found = "no such tensor" if weight is None else f"shape {list(weight.shape)}"
-            raise CheckpointError(
-                f"{file}: LoRA of {name} is {list(b.shape)} x {list(a.shape)} and the base has {found}; "
-                "give the base model it was trained on as model_base"
-            )
         if a.shape[0] != rank:
             raise CheckpointError(f"{file}: LoRA of {name} has rank {a.shape[0]} and {ADAPTER_CONFIG} states r {rank}")
-        merge = functools.partial(_merge, weight, a, b, scale)
-        tensors[name] = StoredTensor(weight.file, weight.key, weight.shape, weight.dtype, merge)
+        tensors[name] = _merged(tensors, name, a, b, scale, file)
     return tensors
+
+
+def _merged(
+    tensors: Mapping[str, StoredTensor], name: str, a: StoredTensor, b: StoredTensor, scale: float, file: Path
+) -> StoredTensor:
+    """The tensor `name` with its low-rank update added when it is loaded."""
+    weight = tensors.get(name)
+    if weight is None or weight.shape != (b.shape[0], a.shape[1]) or a.shape[0] != b.shape[1]:
+        found = "no such tensor" if weight is None else f"shape {list(weight.shape)}"
+        raise CheckpointError(
+            f"{file}: LoRA of {name} is {list(b.shape)} x {list(a.shape)} and the base has {found}; "
+            "give the base model it was trained on as model_base"
+        )
+    merge = functools.partial(_merge, weight, a, b, scale)
+    return StoredTensor(weight.file, weight.key, weight.shape, weight.dtype, merge)
 
 
 def check_adapter(path_or_hub_id: str | Path) -> None:
@@ -275,6 +289,24 @@ def _split(
         if len(pair) == 1:
             raise CheckpointError(f"{file} has lora_{next(iter(pair))} of {name} without the other LoRA factor")
     return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}, whole
+
+
+def _paired(
+    tensors: Mapping[str, StoredTensor],
+) -> tuple[dict[str, tuple[StoredTensor, StoredTensor]], dict[str, StoredTensor]]:
+    """(our weight name -> (A, B), the other tensors) of tensors by our names."""
+    halves: dict[str, dict[str, StoredTensor]] = {}
+    others = {}
+    for name, tensor in tensors.items():
+        if match := _FACTOR.fullmatch(name):
+            halves.setdefault(f"{match[1]}.weight", {})[match[2]] = tensor
+        else:
+            others[name] = tensor
+    for name, pair in halves.items():
+        if len(pair) == 1:
+            kind, tensor = next(iter(pair.items()))
+            raise CheckpointError(f"{tensor.file} has lora_{kind} of {name} without the other LoRA factor")
+    return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}, others
 
 
 def _unwrapped(stored: Mapping[str, StoredTensor], names: NameMap) -> dict[str, StoredTensor]:

@@ -20,8 +20,9 @@ from llava_fast.checkpoints.load import LoadedCheckpoint, load_checkpoint
 from llava_fast.errors import CheckpointError
 from llava_fast.families import family_of, family_of_config, fields, find_family
 from llava_fast.families.known_towers import Tower, tower_tensors
-from llava_fast.families.llava_original import LlavaOriginal, assembled_fields, original_types
-from llava_fast.families.names import HEAD, NameMap
+from llava_fast.families.llama_vid import LlamaVid
+from llava_fast.families.llava_original import LlavaOriginal, original_types
+from llava_fast.families.names import HEAD
 from llava_fast.families.parts import require
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.connectors.base import ConnectorConfig
@@ -45,7 +46,7 @@ class Assembly(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     decoder: str  # a Llama, Mistral or Qwen2 language model, with its tokenizer
-    vision_tower: str  # a CLIP, SigLIP or SigLIP 2 repository or directory
+    vision_tower: str  # a CLIP, SigLIP or SigLIP 2 repository or directory; for a LLaMA-VID LAVIS' eva_vit_g.pth
     projector: str = "mlp2x_gelu"  # mlpNx_gelu, linear, identity, mlp2x_gelu_Norm, gated (mm_projector_type)
     projector_from: str | None = None  # a trained projector: mm_projector.bin, its directory, or a whole LLaVA
     feature_layer: int = -2  # mm_vision_select_layer
@@ -57,6 +58,9 @@ class Assembly(BaseModel):
     video_pool_stride: int | None = None  # mm_spatial_pool_stride; default: frames keep all their rows
     video_pool_stage: Literal["before", "after"] = "after"  # the projector; before: mm_resampler_type spatial_pool
     video_newline: Literal["grid", "frame", "one_token", "no_token"] = "one_token"  # mm_newline_position
+    qformer_from: str | None = None  # the model is a LLaMA-VID with InstructBLIP's Q-Former, LAVIS' file
+    compress: str | None = None  # its content rows: null, mean or grid:N (compress_type)
+    image_size: Literal[224, 336] = 224  # of its tower, whose positions are interpolated
     rope: Rope | None = None
     settings: dict[str, Any] = {}  # further fields of config.json, which a family of its own has (SliME)
     seed: int = 0  # for initialising the projector and newline
@@ -88,15 +92,17 @@ def assemble(
     """
     base = resolve(assembly.decoder)
     config, tower = describe(assembly, read_json(base / "config.json"), base)
-    names = family_of_config(config).names
-    tensors = names.name_tensors(open_weights(base))
+    family = family_of_config(config)
+    assert isinstance(family, LlavaOriginal)  # as describe has checked
+    tensors = family.names.name_tensors(open_weights(base))
     if config.decoder.tie_embeddings:
         tensors.pop(HEAD, None)
     tensors |= tower_tensors(tower, config.vision.num_layers)
     fresh, unused = _fresh_parts(config, assembly.seed)
-    given = {} if assembly.projector_from is None else _trained_parts(assembly.projector_from, names)
+    given = {} if assembly.projector_from is None else _trained_parts(assembly.projector_from, family)
     _check_fits(config.projector, fresh, given, unused, assembly.projector_from)
-    tensors |= fresh | {name: tensor for name, tensor in given.items() if name in fresh}
+    parts = family.given_parts(assembly.model_dump())
+    tensors |= fresh | {name: tensor for name, tensor in (parts | given).items() if name in fresh}
     generation = base / "generation_config.json"
     return LoadedCheckpoint(
         path=base,
@@ -120,7 +126,10 @@ def describe(assembly: Assembly, decoder: dict[str, Any], path: Path) -> tuple[L
         decoder.get("model_type"), tuple(original_types()), "model_type of the decoder", path / "config.json"
     )
     check_fields(decoder, fields.Decoder, path / "config.json")
-    source = decoder | assembled_fields(kind, assembly.model_dump())
+    if (assembly.compress is not None or assembly.image_size != 224) and assembly.qformer_from is None:
+        raise CheckpointError("model.compress and model.image_size are a LLaMA-VID's: give model.qformer_from too")
+    family = _family(assembly)
+    source = decoder | family.assembled_fields(kind, assembly.model_dump())
     if assembly.rope is not None:
         theta = (source.pop("rope_parameters", None) or {}).get("rope_theta", source.get("rope_theta", 10000.0))
         scaling = {"rope_type": assembly.rope.kind, "type": assembly.rope.kind, "factor": assembly.rope.factor}
@@ -131,6 +140,10 @@ def describe(assembly: Assembly, decoder: dict[str, Any], path: Path) -> tuple[L
         raise CheckpointError(f"settings: {unknown[0]!r} is not a field of a {family.model_types[0]}'s config.json")
     config, tower = family.read_with_tower(source, path)
     return dataclasses.replace(config, source=source | {"mm_hidden_size": config.vision.hidden_size}), tower
+
+
+def _family(assembly: Assembly) -> LlavaOriginal:
+    return LlavaOriginal() if assembly.qformer_from is None else LlamaVid()
 
 
 def _fresh_parts(config: LlavaConfig, seed: int) -> tuple[dict[str, StoredTensor], set[str]]:
@@ -148,16 +161,16 @@ def _fresh_parts(config: LlavaConfig, seed: int) -> tuple[dict[str, StoredTensor
     return {name: StoredTensor.of(Path("fresh"), name, value) for name, value in made.items()}, unused
 
 
-def _trained_parts(where: str, names: NameMap) -> dict[str, StoredTensor]:
+def _trained_parts(where: str, family: LlavaOriginal) -> dict[str, StoredTensor]:
     """Projector and newline of a projector file, its directory, or a whole LLaVA."""
     named = Path(where).expanduser()
     file = named if named.is_file() else find_projector_file(resolve(where))
     if file is not None:
-        tensors = add_projector({}, file, names)
+        tensors = add_projector({}, file, family.names)
     else:
         whole = resolve(where)
-        family = find_family(read_json(whole / "config.json")) or LlavaOriginal()  # a bare language model has no family
-        tensors = family.names.name_tensors(open_weights(whole))
+        owner = find_family(read_json(whole / "config.json")) or family  # a bare language model has no family
+        tensors = owner.names.name_tensors(open_weights(whole))
     return {name: tensor for name, tensor in tensors.items() if name.startswith(("projector.", "image_newline"))}
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llava_fast.checkpoints.adapters import ADAPTER_CONFIG, add_adapter, add_projector, find_projector_file
+from llava_fast.checkpoints.adapters import ADAPTER_CONFIG, add_adapter, add_factors, add_projector, find_projector_file
 from llava_fast.checkpoints.quantised import StoredQuantised, joined
 from llava_fast.checkpoints.save import read_side_files
 from llava_fast.errors import CheckpointError, QuantisationError
@@ -82,6 +82,8 @@ def load_checkpoint(
     family = family_of(source, described / "config.json")
     config, tower = family.read_with_tower(source, described, vision_tower, base)  # first, since its errors are clearer
     tensors = family.names.name_tensors(joined(open_weights(base or path), base or path))
+    if (scale := family.lora_scale(config)) is not None:
+        tensors = add_factors(tensors, scale)
     if projector is not None:
         tensors = add_projector(tensors, projector, family.names)
     if config.decoder.tied_by_file:

@@ -22,12 +22,15 @@ _READ = (*_SIDE_FILES, *_VOCABULARIES, "config.json", "chat_template.jinja")  # 
 _MARK = b"\xef\xbb\xbf"
 
 
-def load_tokenizer(path: Path) -> Any:
+def load_tokenizer(path: Path, stands_in: str | None = None) -> Any:
     """The transformers tokenizer of a directory. Code in the checkpoint is never run.
+
+    stands_in  transformers' class for a tokenizer whose own is such code. It puts a BOS token before a text unless
+               tokenizer_config.json says otherwise.
 
     Raises CheckpointError for a missing or invalid tokenizer, naming the faulty file if known.
     """
-    from transformers import AutoTokenizer  # imported late, because importing it takes a second
+    import transformers  # imported late, because importing it takes a second
 
     for name, kind in _SIDE_FILES.items():
         settings = read_json_if_there(path / name, kind)
@@ -37,9 +40,15 @@ def load_tokenizer(path: Path) -> Any:
     for name in _READ:
         if (path / name).exists():
             check_regular(path / name)
+    settings = read_json_if_there(path / "tokenizer_config.json")
     try:
         with _without_marks(path) as clean:
-            tokenizer = AutoTokenizer.from_pretrained(clean, trust_remote_code=False, **_stand_in_config(path))
+            if stands_in is not None and "AutoTokenizer" in (settings.get("auto_map") or {}):
+                bos = settings.get("add_bos_token", True)
+                tokenizer = getattr(transformers, stands_in).from_pretrained(clean, add_bos_token=bos)
+            else:
+                config = _stand_in_config(path)
+                tokenizer = transformers.AutoTokenizer.from_pretrained(clean, trust_remote_code=False, **config)
     except BaseException as error:  # a panic in the Rust library is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise

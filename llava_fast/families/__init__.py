@@ -32,6 +32,8 @@ FAMILIES: Registry[Family] = Registry(
         "blip-2": "blip2:Blip2",
         "instructblip": "instructblip:InstructBlip",
         "instructblipvideo": "instructblip:InstructBlipVideo",
+        "InternLMXComposer": "xcomposer:XComposer",
+        "llama_vid": "llama_vid:LlamaVid",
     },
 )
 _ORIGINAL = "llava_llama"
@@ -47,6 +49,8 @@ _BY_CONNECTOR = {
     "gated": "slime",
 }
 """mm_projector_type -> the registry's name of a family with its own original layout."""
+_BY_FIELD = {"bert_type": "llama_vid"}
+"""A field that only such a family's config.json has -> the registry's name."""
 
 
 def find_family(source: dict[str, Any]) -> Family | None:
@@ -58,6 +62,7 @@ def find_family(source: dict[str, Any]) -> Family | None:
     if "mm_vision_tower" in source:
         connector = source.get("mm_projector_type")
         kind = _BY_CONNECTOR.get(connector, _ORIGINAL) if isinstance(connector, str) else _ORIGINAL
+        kind = next((family for field, family in _BY_FIELD.items() if field in source), kind)
     return FAMILIES[kind]() if isinstance(kind, str) and kind in FAMILIES else None
 
 
@@ -74,8 +79,8 @@ def family_of_config(config: LlavaConfig) -> Family:
     """The family that a model was read as."""
     if config.model_type in WITHOUT_DECODER:
         return WITHOUT_DECODER[config.model_type]()
-    plain = config.layout == "original" and config.model_type not in _BY_CONNECTOR.values()
-    return FAMILIES[_ORIGINAL if plain else config.model_type]()
+    kind = FAMILIES.get(config.model_type)
+    return FAMILIES[_ORIGINAL]() if kind is None or kind.layout != config.layout else kind()
 
 
 def writing_family(config: LlavaConfig, layout: str) -> Family:

@@ -42,7 +42,14 @@ class Family(ABC):
     visual_tokens     the placeholders of an image and, if supported, a video in the text of a prompt.
     images_before_bos  whether images at the start of a prompt precede the BOS token.
     frames_per_video  frames that its processor takes of a video; None: any number.
-    connector_tokenizer  the folder of the tokenizer of a connector that reads text.
+    connector_tokenizer  the folder of the tokenizer of a connector that reads text, and `connector_tokenizer_home` the
+                      repository that has it if the checkpoint does not.
+    question_tokens   the most tokens that the connector reads, the last ones of a longer text; None: a text that is
+                      longer than its position table is refused.
+    video_fps         frames a second that are used of a video file; None: a number of frames.
+    repeats_images    whether a question without an image stands for one with the last question's (see
+                      inputs.repeated).
+    tokenizer_class   transformers' class for a tokenizer whose own class is code in the checkpoint, which is never run.
     adapters_see_tower  whether the model that an adapter is trained on includes the tower.
     """
 
@@ -56,6 +63,11 @@ class Family(ABC):
     images_before_bos: ClassVar[bool] = False
     frames_per_video: ClassVar[int | None] = None
     connector_tokenizer: ClassVar[str | None] = None
+    connector_tokenizer_home: ClassVar[str | None] = None
+    question_tokens: ClassVar[int | None] = None
+    repeats_images: ClassVar[bool] = False
+    video_fps: ClassVar[float | None] = None
+    tokenizer_class: ClassVar[str | None] = None
     adapters_see_tower: ClassVar[bool] = True
 
     @abstractmethod
@@ -103,6 +115,10 @@ class Family(ABC):
     def template(self, name: str, config: LlavaConfig) -> str:
         """The built-in chat template of a checkpoint without one; `name` is what the user called the checkpoint."""
         return default_template_name(name, config.decoder.family)
+
+    def lora_scale(self, config: LlavaConfig) -> float | None:
+        """The scale of low-rank weights that the checkpoint holds beside its Linears'; None: it has none."""
+        return None
 
     def adapted_model(self, config: LlavaConfig, file: Path) -> nn.Module:
         """The module, without values, that adapters were trained on; config.json is `file`."""

@@ -232,6 +232,8 @@ class TokenizerConfig(TemplateFile):
     """tokenizer_config.json."""
 
     tokenizer_class: str | None = None
+    auto_map: dict[str, Any] | None = None
+    add_bos_token: bool | None = None
     added_tokens_decoder: dict[str, AddedToken] | None = None
     model_max_length: Annotated[float, Field(gt=0)] | None = None  # 1e30 without a limit
     padding_side: str | None = None

@@ -75,6 +75,15 @@ class Tower:
         """Raises CheckpointError if its processor makes AnyRes tiles of another size than the tower's."""
         check_anyres(self.settings, tower_kind(self.config), self.config.image_size)
 
+    def tensors(self, num_layers: int) -> dict[str, StoredTensor]:
+        """Its tensors by our names: the first `num_layers` layers, no text encoder. Raises CheckpointError."""
+        tensors: dict[str, StoredTensor] = {}
+        for key, tensor in open_weights(resolve(self.home)).items():
+            name = from_tower_repository(key)
+            if name is not None and layer_of(name) < num_layers:
+                tensors[name] = tensor
+        return tensors
+
 
 def find_tower(name: str, checkpoint: Path, override: str | Path | None = None) -> Tower:
     """The tower that a checkpoint calls `name`: `override` if given, else a directory of that name inside the
@@ -101,18 +110,12 @@ def find_tower(name: str, checkpoint: Path, override: str | Path | None = None) 
 
 
 def tower_tensors(tower: Tower, num_layers: int) -> dict[str, StoredTensor]:
-    """The tower's tensors from its own repository, under our names: its first `num_layers` layers, without the text
-    encoder.
-    """
-    tensors: dict[str, StoredTensor] = {}
-    for key, tensor in open_weights(resolve(tower.home)).items():
-        name = from_tower_repository(key)
-        if name is not None and _layer_of(name) < num_layers:
-            tensors[name] = tensor
-    return tensors
+    """The tower's tensors from its own repository, under our names: its first `num_layers` layers."""
+    return tower.tensors(num_layers)
 
 
-def _layer_of(name: str) -> int:
+def layer_of(name: str) -> int:
+    """The layer of a tensor by our name; -1: it is of none."""
     parts = name.split(".")
     return int(parts[parts.index("layers") + 1]) if "layers" in parts else -1
 

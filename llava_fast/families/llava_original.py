@@ -10,6 +10,7 @@ multimodal_encoder/{builder,clip_encoder,siglip_encoder}.py, multimodal_projecto
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -48,6 +49,7 @@ from llava_fast.models.towers.base import TowerConfig
 from llava_fast.models.towers.vit import SiglipConfig
 from llava_fast.storage.files import check_fields, one_line, read_json_if_there
 from llava_fast.storage.hub import local_directory
+from llava_fast.storage.tensor_files import StoredTensor
 
 IMAGE_TOKEN_ID = -200
 _PROJECTORS = {"linear": ("linear", 1), "identity": ("identity", 0), "mlp2x_gelu_Norm": ("yi", 2)}
@@ -203,6 +205,16 @@ class LlavaOriginal(Family):
             f"{folder}/preprocessor_config.json": config.tower_processor or _tower_processor(config),
         }
 
+    def assembled_fields(self, decoder: str, parts: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields that turn a language model's config.json into this family's: `decoder` is its kind, and `parts`
+        the fields of a recipe's Assembly. Raises CheckpointError.
+        """
+        return assembled_fields(decoder, parts)
+
+    def given_parts(self, parts: Mapping[str, Any]) -> dict[str, StoredTensor]:
+        """Tensors of the connector from the files that an Assembly names, by our names. Raises CheckpointError."""
+        return {}
+
     def adapted_model(self, config: LlavaConfig, file: Path) -> nn.Module:
         """The language model."""
         from transformers import AutoModelForCausalLM
@@ -227,9 +239,7 @@ def _architecture(model_type: str) -> str:
 
 
 def assembled_fields(decoder: str, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that turn a language model's config.json into a LLaVA's: `decoder` is its kind, and `parts` the fields
-    of a recipe's Assembly.
-    """
+    """As LlavaOriginal.assembled_fields."""
     pinpoints = parts["pinpoints"]
     if isinstance(pinpoints, list):
         pinpoints = [list(pair) for pair in pinpoints]  # as JSON has them
@@ -265,7 +275,8 @@ def text_config(source: Mapping[str, Any], file: Path) -> Any:
     family = decoders[require(source.get("model_type"), tuple(decoders), "model_type", file)]
     known = fields.Decoder.model_fields.keys() - {"model_type"}
     try:
-        return CONFIG_MAPPING[family](**{field: value for field, value in source.items() if field in known})
+        given = {field: value for field, value in source.items() if field in known}
+        return CONFIG_MAPPING[family](**copy.deepcopy(given))  # transformers adds to a nested rope_scaling
     except Exception as problem:  # transformers' validators raise many unrelated types
         raise CheckpointError(f"{file} describes no {family} decoder: {one_line(problem)}") from problem
 

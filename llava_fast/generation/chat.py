@@ -76,6 +76,7 @@ class Chat:
         """
         parts: list[Part] = []
         read: list[tuple[Placeholder, Part]] = []
+        tiled: dict[tuple, Part] = {placeholder.origin: part for placeholder, part in self._read}
         for piece in outline:
             if not isinstance(piece, Placeholder):
                 parts.append(Part(piece))
@@ -84,7 +85,7 @@ class Chat:
             if known is not None and known[0].source is piece.source and known[0].alone == piece.alone:
                 parts.append(_with_instruction(known[1], piece))
             else:
-                parts.append(read_part(self.model.own_processor, piece))
+                parts.append(read_part(self.model.own_processor, piece, tiled))
             read.append((piece, parts[-1]))
         return Prompt(parts), read
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -128,17 +129,26 @@ def prompt_of(processor: Processor | None, request: Any, before_part: Callable[[
     it raises ends the work. Raises RequestError and ImageError."""
     if processor is None:
         raise RequestError("this model has no processor: build it with llava_fast.load, or pass one to LlavaModel")
-    parts = []
+    parts: list[Part] = []
+    known: dict[tuple, Part] = {}
     for part in processor.outline(request):
         before_part()
-        parts.append(read_part(processor, part))
+        parts.append(read_part(processor, part, known))
     prompt = Prompt(parts)
     processor.check_length([part.piece for part in prompt.parts])
     return prompt
 
 
-def read_part(processor: Processor, part: TextPiece | Placeholder) -> Part:
-    """One part of an outline; an image is read and tiled. Raises RequestError and ImageError."""
+def read_part(processor: Processor, part: TextPiece | Placeholder, known: dict[tuple, Part] | None = None) -> Part:
+    """One part of an outline; an image is read and tiled. known: the parts read before, by their `origin`, to which it
+    is added; an image among them is not read again. Raises RequestError and ImageError."""
+    if isinstance(part, Placeholder) and known is not None and part.origin in known:
+        first = known[part.origin]
+        assert isinstance(first.piece, VisualPiece)
+        return Part(dataclasses.replace(first.piece, instruction=part.instruction), first.tiles)
     tiles: list[Cut] = []
     (piece,) = processor.pieces([part], tiles)
-    return Part(piece, tiles)
+    made = Part(piece, tiles)
+    if isinstance(part, Placeholder) and known is not None:
+        known[part.origin] = made
+    return made

@@ -1,4 +1,5 @@
-"""The text of a request that a connector reads with its images (InstructBLIP): the question, without a template."""
+"""The text of a request that a connector reads with its images (InstructBLIP, LLaMA-VID): the question, without a
+template."""
 
 from __future__ import annotations
 
@@ -14,11 +15,13 @@ from llava_fast.inputs.chat.messages import content_text, normalise_messages
 
 @dataclass(frozen=True)
 class Instructions:
-    """The connector's own tokenizer, the most tokens that it reads, and its vocabulary's size."""
+    """The connector's own tokenizer, the most tokens that it reads, and its vocabulary's size. `cuts`: of a longer text
+    it reads the last tokens; False: such a text is refused."""
 
     tokenizer: Any
     most: int
     vocabulary: int
+    cuts: bool = False
 
     def of(self, request: dict, placeholders: re.Pattern, literal: bool = False) -> list[np.ndarray]:
         """int32 ids for each of the request's placeholders, in order: of the user message that contains it, or of the
@@ -41,7 +44,11 @@ class Instructions:
         return found
 
     def _ids(self, text: str) -> np.ndarray:
-        ids = self.tokenizer(text)["input_ids"]
+        if self.cuts:
+            self.tokenizer.truncation_side = "left"
+            ids = self.tokenizer(text, truncation=True, max_length=self.most)["input_ids"]
+        else:
+            ids = self.tokenizer(text)["input_ids"]
         if len(ids) > self.most:
             raise RequestError(
                 f"the text beside an image has {len(ids)} tokens for the connector, which reads at most {self.most}: "

@@ -34,3 +34,8 @@ class Placeholder:
     source: Any
     alone: bool
     instruction: np.ndarray | None = None
+
+    @property
+    def origin(self) -> tuple[int, str, bool]:
+        """Equal for placeholders of one request whose tiles are equal: the same object, tiled in the same way."""
+        return id(self.source), self.kind, self.alone

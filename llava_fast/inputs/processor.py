@@ -25,12 +25,13 @@ from llava_fast.inputs.options import ProcessorOptions
 from llava_fast.inputs.pictures.headers import image_size
 from llava_fast.inputs.pictures.reading import open_image, require_rgb
 from llava_fast.inputs.pictures.tiles import UncutImages, make_tiles, plan_tiles, resized_first
-from llava_fast.inputs.pictures.video import CONTAINERS, VideoTimes, frame_count, read_video, video_times
+from llava_fast.inputs.pictures.video import CONTAINERS, FrameRate, VideoTimes, each_frame, frame_count, video_times
 from llava_fast.inputs.pictures.view import View
 from llava_fast.inputs.plan.columns import MODALITY_IMAGE, MODALITY_VIDEO
 from llava_fast.inputs.plan.length import RowCounts, count_rows
 from llava_fast.inputs.plan.plan import Layout, Piece, TextPiece, VisualPiece, build_plan, encoded_rows, sequence_length
 from llava_fast.inputs.prepared import Cut, Placeholder, Prepared
+from llava_fast.inputs.repeated import with_repeated_images
 from llava_fast.inputs.requests import Labels, render_request
 from llava_fast.inputs.tiling.anyres import VisualGeometry, image_rows, image_views
 from llava_fast.inputs.tiling.video import frame_views, video_rows
@@ -59,6 +60,7 @@ class Processor(ProcessorOptions):
     answer_start    the token with which the decoder of an encoder-decoder begins its answer: prompt and answer are then
                     tokenised apart, each with the tokenizer's end token; None: one decoder reads both.
     routes          the model's router reads the text of the whole prompt with each image.
+    repeats_images  whether a question without an image stands for one with the last question's (see inputs.repeated).
     """
 
     geometry: VisualGeometry
@@ -73,6 +75,7 @@ class Processor(ProcessorOptions):
     frames_per_video: int | None = None
     instructions: Instructions | None = None
     routes: bool = False
+    repeats_images: bool = False
     exif: bool = field(default=True, kw_only=True)
 
     @property
@@ -81,10 +84,9 @@ class Processor(ProcessorOptions):
         return self.frames_per_video or self.video_frames
 
     def with_options(self, options: ProcessorOptions) -> Processor:
-        """This processor with other options; `exif` is kept if `options.exif` is None."""
+        """This processor with other options; `exif` and `video_fps` are kept if `options` has None."""
         chosen = {option.name: getattr(options, option.name) for option in fields(ProcessorOptions)}
-        if options.exif is None:
-            chosen["exif"] = self.exif
+        chosen |= {name: getattr(self, name) for name in ("exif", "video_fps") if chosen[name] is None}
         return replace(self, **chosen)
 
     def tiles(self, image: Any, alone: bool = True) -> np.ndarray:
@@ -121,8 +123,17 @@ class Processor(ProcessorOptions):
         branches: Sequence[Sequence[int]] = (),
     ) -> Prepared:
         """Combine the pieces of each sequence and their tiles to one batch. first_positions: the number of cached rows
-        of each sequence; branches: the row counts of its branches (see inputs.plan)."""
+        of each sequence; branches: the row counts of its branches (see inputs.plan). For a connector that reads text,
+        the tiles of an image that occurs several times (the same object in `tiles`) are in the batch once."""
         plan = build_plan(sequences, self.geometry.tower_rows_per_tile, layout, first_positions, branches)
+        if self.instructions is not None and len(distinct := {id(cut): cut for cut in tiles}) < len(tiles):
+            arrays = [cut for cut in distinct.values() if not isinstance(cut, tuple)]
+            if len(arrays) == len(distinct):
+                ends = np.cumsum([len(cut) for cut in arrays])
+                first = {key: end - len(cut) for (key, cut), end in zip(distinct.items(), ends, strict=True)}
+                index = [np.arange(len(cut)) + first[id(cut)] for cut in tiles]
+                plan = plan.with_columns({"tower_tile": np.concatenate(index).astype(np.int32)})
+                tiles = list(distinct.values())
         return Prepared(self._joined(tiles), plan)
 
     def count(self, request: dict, labels: Labels = False) -> RowCounts:
@@ -150,10 +161,15 @@ class Processor(ProcessorOptions):
     def _containers(self) -> str | None:
         return None if self.formats is None else CONTAINERS
 
-    def _frames_of(self, video: Any) -> int | None:
-        """How many frames of a video are used; None: all, since the caller selected them."""
+    def _frames_of(self, video: Any) -> int | FrameRate | None:
+        """Which frames of a video are used; None: all, since the caller selected them."""
         from_file = isinstance(video, (str, os.PathLike, bytes, bytearray, memoryview))
-        return self.frames if from_file else None
+        return self.chosen_frames if from_file else None
+
+    @property
+    def chosen_frames(self) -> int | FrameRate:
+        """Which frames of a video file are used: their number or their rate."""
+        return FrameRate(self.video_fps) if self.video_fps else self.frames
 
     def render(self, request: dict, labels: Labels = False) -> tuple[list[Segment], list, list]:
         """See `render_request`. The checkpoint's own image token also counts as a placeholder, as in its template."""
@@ -166,7 +182,7 @@ class Processor(ProcessorOptions):
         return segments, images, videos
 
     def _times_of(self, video: Any) -> VideoTimes:
-        return video_times(video, self.frames, self._containers)
+        return video_times(video, self.chosen_frames, self._containers)
 
     def outline(self, request: dict, labels: Labels = False) -> list[TextPiece | Placeholder]:
         """A request as token ids and placeholders, before any image is opened; only a time instruction reads the
@@ -176,6 +192,9 @@ class Processor(ProcessorOptions):
             raise ValueError(f"labels are False, True, 'answers' or 'original', not {labels!r}")
         if labels and "messages" not in request:
             raise RequestError('labels need "messages": a verbatim "prompt" does not define which part is the answer')
+        copies = 1
+        if self.repeats_images and self.image_turns == "every":
+            request, copies = with_repeated_images(request, bool(self.literal_text))
         hidden, asked = None, request
         if self.literal_text and isinstance(request, dict):
             request, hidden = self.literal.hidden(request)
@@ -184,6 +203,7 @@ class Processor(ProcessorOptions):
                     'with literal_text a "prompt" has no placeholders for images and videos: use "messages"'
                 )
         segments, image_sources, video_sources = self.render(request, labels)
+        video_sources = video_sources * copies
         text = "".join(segment.text for segment in segments)
         try:
             text.encode()
@@ -280,19 +300,34 @@ class Processor(ProcessorOptions):
             )
 
     def pieces(self, outline: Sequence[TextPiece | Placeholder], tiles: list[Cut]) -> list[Piece]:
-        """The pieces of a plan. Opens and cuts each placeholder's image and appends it to `tiles`. Raises
-        ImageError."""
-        return [self._visual_piece(part, tiles) if isinstance(part, Placeholder) else part for part in outline]
+        """The pieces of a plan. Opens and cuts each placeholder's image and appends it to `tiles`; one that occurs
+        again is appended again, but not opened. Raises ImageError."""
+        pieces: list[Piece] = []
+        known: dict[tuple[int, str, bool], tuple[VisualPiece, list[Cut]]] = {}
+        for part in outline:
+            if not isinstance(part, Placeholder):
+                pieces.append(part)
+                continue
+            before = len(tiles)
+            if part.origin in known:
+                piece, cuts = known[part.origin]
+                pieces.append(replace(piece, instruction=part.instruction))
+                tiles += cuts
+            else:
+                made = self._visual_piece(part, tiles)
+                pieces.append(made)
+                known[part.origin] = made, tiles[before:]
+        return pieces
 
     def _visual_piece(self, placeholder: Placeholder, tiles: list[Cut]) -> VisualPiece:
         if placeholder.kind == "<video>":
+            frames = each_frame(placeholder.source, self._frames_of(placeholder.source), self._containers)
             try:
-                frames = read_video(placeholder.source, self._frames_of(placeholder.source), self._containers)
+                cuts = [self._cut(frame, frame_views(self.geometry, *frame.shape[:2])) for frame in frames]
             except TypeError as error:
                 raise RequestError(str(error)) from error
-            views = frame_views(self.geometry, *frames.shape[1:3])
-            tiles += [self._cut(frame, views) for frame in frames]
-            return VisualPiece(video_rows(self.geometry, len(frames)), MODALITY_VIDEO, placeholder.instruction)
+            tiles += cuts
+            return VisualPiece(video_rows(self.geometry, len(cuts)), MODALITY_VIDEO, placeholder.instruction)
         try:
             image = self._open(placeholder.source)
         except TypeError as error:

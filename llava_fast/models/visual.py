@@ -20,6 +20,10 @@ Grids = Sequence[tuple[int, int]]
 """(rows, columns) of each image of native size, or (first, end) of each video's tiles."""
 
 
+TILES_AT_ONCE = 64
+"""Tiles that run at once without gradients, so that a long video needs little more memory than a short one."""
+
+
 class VisualModel(nn.Module):
     """Tower, connector and newline. Its parameters have the names that they have in a LlavaModel, which is one."""
 
@@ -70,10 +74,41 @@ class VisualModel(nn.Module):
         count   int32 [1]: the number of real tiles (see Tower.forward).
         """
         vision = self.config.vision
+        if count is None and not every and self._splits(tiles):
+            return torch.cat([self.features(block) for block in tiles.split(TILES_AT_ONCE)])
         told: dict[str, Any] = {"grids": tuple(grids)} if vision.native_sizes else {}
         if vision.by_modality:
             told |= {"videos": tuple(videos), "every": every}
         return self.vision_tower(tiles, count=count, **told).flatten(0, 1)
+
+    def _splits(self, tiles: Tensor) -> bool:
+        """Whether tiles run in blocks: too many for one pass, and nothing is kept for a backward pass."""
+        vision = self.config.vision
+        mixed = vision.native_sizes or vision.by_modality
+        return len(tiles) > TILES_AT_ONCE and not mixed and not torch.is_grad_enabled()
+
+    def projected(
+        self, tiles: Tensor, instruction: Tensor | None, read: Tensor | None = None
+    ) -> tuple[encode.Parts, Tensor] | None:
+        """(parts whose `project` only selects rows, the connector's rows of all tiles) where tower and connector can
+        run in blocks of tiles: a connector that reads whole tiles, without gradients, for many tiles. None elsewhere.
+
+        read  int64: the tile that the connector reads for each of its tiles; None: they are the same.
+        """
+        if (
+            self.config.projector.rowwise
+            or self.config.projector.reads_images
+            or not self._splits(tiles if read is None else read)
+        ):
+            return None
+        made, rows = [], self.config.geometry.tower_rows_per_tile
+        for start in range(0, len(tiles if read is None else read), TILES_AT_ONCE):
+            at = slice(start, start + TILES_AT_ONCE)
+            block = tiles[at] if read is None else tiles[read[at]]
+            told = None if instruction is None else instruction[at]
+            every = torch.arange(len(block) * rows, device=tiles.device)
+            made.append(self.parts((), told).project(self.features(block), every, []))
+        return self.parts()._replace(project=_selected), torch.cat(made)
 
     def parts(self, grids: Grids = (), instruction: Tensor | None = None, images: Sequence[int] = ()) -> encode.Parts:
         """What stands between tower and decoder; `grids` of images of native sizes, `instruction` for a connector that
@@ -93,3 +128,8 @@ class VisualModel(nn.Module):
             project = functools.partial(encode.project_tiles, connector, vision.rows_per_tile, left_out)
         newline = self.image_newline if self.config.has_newline else None
         return encode.Parts(newline, project, self.projector.plain_linears)
+
+
+def _selected(rows: Tensor, kept: Tensor, pooled: list[Tensor]) -> Tensor:
+    """Parts.project of rows that are projected already."""
+    return rows[kept]

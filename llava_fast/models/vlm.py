@@ -140,8 +140,13 @@ class LlavaModel(VisualModel, ConfiguredModel):
     def inputs_embeds(self, batch: Batch) -> Tensor:
         """[rows, width]: text rows from the embedding table, visual rows from the projector, newlines (see encode); all
         rows of the batch, also optional ones."""
-        features = self._features(batch)
-        return encode.inputs_embeds(self._parts(batch), self.decoder.embed_tokens, features, batch.placement())[0]
+        parts, features = None, None
+        if not self.runs_every_part and batch.count("tile") is None:
+            read = self._tiles_read(batch)
+            parts, features = self.projected(batch.tiles, self._instruction(batch), read) or (None, None)
+        if parts is None:
+            parts, features = self._parts(batch), self._features(batch)
+        return encode.inputs_embeds(parts, self.decoder.embed_tokens, features, batch.placement())[0]
 
     def routed(self, batch: Batch) -> Inputs:
         """The decoder's inputs, without the optional rows that the router leaves out. Their number depends on the
@@ -187,8 +192,16 @@ class LlavaModel(VisualModel, ConfiguredModel):
         """
         if not batch.plan.tiles and not self.runs_every_part:
             return None
-        plan = batch.plan
-        return self.features(batch.tiles, plan.grids, plan.videos, batch.count("tile"), self.runs_every_part)
+        plan, read = batch.plan, self._tiles_read(batch)
+        rows = self.features(batch.tiles, plan.grids, plan.videos, batch.count("tile"), self.runs_every_part)
+        if read is None:
+            return rows
+        return rows.unflatten(0, (len(batch.tiles), -1))[read].flatten(0, 1)
+
+    @staticmethod
+    def _tiles_read(batch: Batch) -> Tensor | None:
+        """Which tile the connector reads for each of its own, int64; None: they are the same."""
+        return batch.column("tower_tile").long() if "tower_tile" in batch.plan.sections else None
 
     def _instruction(self, batch: Batch) -> Tensor | None:
         """The text that the connector reads with each tile, int32 [tiles, longest]; None if the plan has none."""

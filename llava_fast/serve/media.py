@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llava_fast.errors import ImageError
 from llava_fast.inputs.pictures.reading import OPEN_FORMATS, open_header
-from llava_fast.inputs.pictures.video import CONTAINERS, VideoFrames, take_frames
+from llava_fast.inputs.pictures.video import CONTAINERS, FrameRate, VideoFrames, take_frames
 from llava_fast.serve.errors import ApiError, check_wanted
 from llava_fast.serve.remote import fetch
 from llava_fast.serve.settings import Settings
@@ -23,8 +23,9 @@ class Media:
     The methods block, so call them in the pool. They raise ApiError if reading is not allowed or `gone` is set, and
     ImageError if it fails."""
 
-    def __init__(self, settings: Settings, gone: threading.Event) -> None:
-        self.settings, self.gone = settings, gone
+    def __init__(self, settings: Settings, gone: threading.Event, frames: int | FrameRate | None = None) -> None:
+        """frames: which frames of a video are used; default: the settings' number."""
+        self.settings, self.gone, self.frames = settings, gone, frames or settings.video_frames
         self.remote_seconds = settings.remote_seconds  # left for what is still to be fetched
         self.folders = [Path(folder).resolve() for folder in settings.allow_files]
 
@@ -44,13 +45,13 @@ class Media:
 
     def video(self, url: str) -> VideoFrames:
         """Return the sampled frames of a video file. The size of its frames is checked."""
-        data, used = self._read(url), self.settings.video_frames
+        data = self._read(url)
 
-        def check(height: int, width: int) -> None:
+        def check(height: int, width: int, used: int) -> None:
             check_wanted(self.gone)
             self._check_pixels(height, width, used)
 
-        return take_frames(data, used, self.settings.max_frames, check, CONTAINERS)
+        return take_frames(data, self.frames, self.settings.max_frames, check, CONTAINERS)
 
     def _check_pixels(self, height: int, width: int, number: int = 1) -> None:
         if number * height * width > self.settings.max_pixels:

@@ -132,7 +132,7 @@ class Service:
         if body.top_tokens is not None:
             self.token_bytes(0)  # the first call is slow, and later calls run in the event loop
         sequences: list[Sequence] = []
-        for request in requests_of(body, Media(self.settings, gone)):
+        for request in requests_of(body, Media(self.settings, gone, self.processor.chosen_frames)):
             self._check_text(request)
             prompt = prompt_of(self.processor, request, partial(check_wanted, gone))
             sampling = Sampling.of(None, max_new_tokens=self._room(prompt, body.most_tokens), **chosen)
@@ -147,7 +147,7 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self.pool, self._plan, body, gone)
 
     def _plan(self, body: PlanRequest, gone: threading.Event) -> str:
-        request = chat_request(body, Media(self.settings, gone))
+        request = chat_request(body, Media(self.settings, gone, self.processor.chosen_frames))
         self._check_text(request)
         return prompt_plan(self.processor, request, body.model, self._most_rows).model_dump_json()
 

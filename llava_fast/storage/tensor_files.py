@@ -168,6 +168,8 @@ def _open_pickle(file: Path) -> dict[str, StoredTensor]:
             content = torch.load(file, map_location="cpu", weights_only=True)  # torch's format before 1.6
     except Exception as problem:  # unpickling damaged bytes can raise nearly anything
         raise CheckpointError(f"{file} cannot be read by torch.load ({one_line(problem)}); download it again") from None
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = content["model"]  # LAVIS' files
     if not isinstance(content, dict) or not all(map(_is_plain, content, content.values())):
         raise CheckpointError(f"{file} is not a plain dict of tensors, so it holds no model weights")
     return {key: StoredTensor.of(file, key, tensor) for key, tensor in content.items()}

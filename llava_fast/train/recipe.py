@@ -49,6 +49,7 @@ class Data(_Section):
     on_problem: Literal["stop", "skip"] = "stop"  # for samples that cannot be used, before the run or at their step
     workers: int = Field(2, ge=0)  # processes that open and cut images
     video_frames: int = Field(16, ge=1)
+    video_fps: float | None = Field(None, ge=0)  # frames a second instead; default: 1 for LLaMA-VID, else video_frames
     time_instruction: bool = False  # a video's question begins with its duration and its frames' times
     router_text: Literal["prompt", "all"] = "prompt"  # all: SliME's router reads the answers too, as in its trainer
 

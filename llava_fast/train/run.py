@@ -81,9 +81,11 @@ def load_model(recipe: Recipe, world: World) -> Llava:
     decoder = model.config.decoder
     if decoder.has_learned_positions and most is not None and most > decoder.max_positions:
         raise RecipeError(f"data.max_length: the decoder has {decoder.max_positions} positions, fewer than {most}")
+    fps = processor.video_fps if data.video_fps is None else data.video_fps
     model.processor = dataclasses.replace(
         processor,
         video_frames=data.video_frames,
+        video_fps=fps,
         time_instruction=data.time_instruction,
         router_text=data.router_text,
         max_rows=most,

@@ -37,6 +37,12 @@ LLAVA_V1_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
+META = (
+    "meta instruction\nYou are an AI assistant whose name is 浦语.\n- 浦语 is a conversational language model that is "
+    "developed by Shanghai AI Laboratory (上海人工智能实验室). It is designed to be helpful, honest, and harmless.\n"
+    "- 浦语 can understand and communicate fluently in the language chosen by the user such as English and 中文.\n"
+    "conversation\n"
+)
 VISION_SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the "
     "user provides, and assist the user with a variety of tasks using natural language."
@@ -133,6 +139,11 @@ PROMPTS = {
         "<image>Question: What is it? Answer: A cat.\nQuestion: Which colour? Answer:",
     ),
     "instructblip": ("<image>What is it?", "<image>What is it? A cat.</s>Which colour?"),
+    "xcomposer": (
+        META + " <|User|>:<image>What is it?\n<TOKENS_UNUSED_0> <|Bot|>:",
+        META + " <|User|>:<image>What is it?\n<TOKENS_UNUSED_0> <|Bot|>: A cat.<TOKENS_UNUSED_1>"
+        " <|User|>:Which colour?\n<TOKENS_UNUSED_0> <|Bot|>:",
+    ),
 }
 CHAT_FORMATS = [f.name for f in TURN_FORMATS if f.name != "plain"]
 

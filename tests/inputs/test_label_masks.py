@@ -38,6 +38,7 @@ AROUND = {
     "qwen": ("", "<|im_end|>"),
     "blip2": (" ", "\n"),
     "instructblip": (" ", "</s>"),
+    "xcomposer": (" ", "<TOKENS_UNUSED_1>"),
 }
 OPENING = {
     "plain": "",
@@ -52,6 +53,7 @@ OPENING = {
     "qwen": "<|im_start|>assistant\n",
     "blip2": "Answer:",
     "instructblip": "",
+    "xcomposer": " <|Bot|>:",
 }
 WORDS = [
     "the",

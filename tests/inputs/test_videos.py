@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava_fast.errors import ImageError, MissingFileError
-from llava_fast.inputs.pictures.video import CONTAINERS, frame_count, read_video, take_frames, video_times
+from llava_fast.inputs.pictures.video import (
+    CONTAINERS,
+    FrameRate,
+    VideoFrames,
+    each_frame,
+    frame_count,
+    read_video,
+    take_frames,
+    video_times,
+)
 from tests.support import made_videos, tiny
 
 
@@ -42,6 +51,35 @@ def test_video_frames_are_spaced_as_in_llava_next(video_file):
         numbers = np.linspace(0, 10, count).astype(int)
         np.testing.assert_array_equal(read_video(str(video_file), count), every[numbers])
     np.testing.assert_array_equal(read_video(video_file.read_bytes(), 3), every[[0, 5, 10]])
+
+
+def test_frames_at_a_rate_are_every_nth_one(video_file, tmp_path):
+    """As LLaMA-VID's loader has them: range(0, frames, round(rate / wanted))."""
+    every, (rate,) = read_video(video_file), {take_frames(video_file, 1).rate}
+    for wanted in (rate, rate / 3.2, rate / 4, 2 * rate, rate / 100):
+        chosen, numbers = FrameRate(wanted), list(range(0, 11, max(round(rate / wanted), 1)))
+        np.testing.assert_array_equal(read_video(video_file, chosen), every[numbers])
+        assert frame_count(video_file, chosen) == frame_count(video_file.read_bytes(), chosen) == len(numbers)
+        sizes: set[tuple] = set()
+        taken = take_frames(video_file.read_bytes(), chosen, None, lambda *given, sizes=sizes: sizes.add(given))
+        np.testing.assert_array_equal(taken.frames, every[numbers])
+        assert sizes == {(48, 64, len(numbers))}
+        assert video_times(video_file, chosen).frames == [number / rate for number in numbers]
+        assert video_times(taken, chosen).frames == [number / rate for number in numbers]
+    for number, frame in enumerate(every[:5]):
+        Image.fromarray(frame).save(tmp_path / f"{number}.png")
+    np.testing.assert_array_equal(read_video(tmp_path, FrameRate(1)), every[[0, 2, 4]])  # two a second
+    assert frame_count(tmp_path, FrameRate(1)) == 3
+    for source in (video_file, video_file.read_bytes(), tmp_path, every, list(every)):
+        for wanted in (None, FrameRate(1), FrameRate(rate / 3), 3):
+            np.testing.assert_array_equal(np.stack(list(each_frame(source, wanted))), read_video(source, wanted))
+    assert len(read_video(every, FrameRate(1))) == frame_count(list(every), FrameRate(1)) == 11  # they have no times
+    assert len(read_video(VideoFrames(every[:4], np.arange(4), 4, None), FrameRate(1))) == 4
+    Image.fromarray(every[0][:20]).save(tmp_path / "9.png")
+    with pytest.raises(ImageError, match=r"the folder .* must have frames of one size; these have 64x48, 64x20"):
+        list(each_frame(tmp_path))
+    with pytest.raises(ValueError, match="frames per second must be above 0, not -1"):
+        FrameRate(-1)
 
 
 def test_frames_given_as_they_are():

@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from llava_fast.families.xcomposer import XComposer
 from llava_fast.models.towers.eva import EvaConfig
+from llava_fast.models.towers.eva_lavis import EvaLavisConfig
 from tests.support.parity import assert_close
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "eva_clip_g_tower.safetensors"
@@ -23,10 +25,10 @@ RENAMED = {
 }
 
 
-def config(**changed) -> EvaConfig:
+def config(kind: type[EvaConfig] = EvaConfig, **changed) -> EvaConfig:
     given = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 3, "num_heads": 2, "image_size": 28}
     fixed = {"patch_size": 14, "activation": "gelu", "layer_norm_eps": 1e-6, "feature_layers": (-1,)}
-    return EvaConfig(**(given | fixed | {"keep_class_row": True} | changed))
+    return kind(**(given | fixed | {"keep_class_row": True} | changed))
 
 
 def original_weights(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -51,6 +53,32 @@ def test_the_rows_of_the_original_code():
     with torch.no_grad():
         rows = tower(stored["input.pixels"])
     assert_close("rows of the original code", rows, stored["output.rows"], 1e-5)
+
+
+def test_in_lavis_form_rows_and_gradients_are_the_same():
+    """Its tensors are the original's; only the keys' bias has no gradient there."""
+    stored = load_file(FIXTURE)
+    towers = [config().build(), config(EvaLavisConfig, final_norm_eps=None).build()]
+    towers[0].post_layernorm = nn.Identity()
+    towers[0].load_state_dict(original_weights(stored))
+    named = {key.replace("weights.", "visual_encoder."): value for key, value in stored.items() if "weights." in key}
+    own = {XComposer.names.from_stored(key).removeprefix("vision_tower."): value for key, value in named.items()}
+    towers[1].load_state_dict(own)
+    expected, found = ({}, {})
+    for tower, grads in zip(towers, (expected, found), strict=True):
+        rows = tower(stored["input.pixels"])
+        assert_close("rows of the original code", rows, stored["output.rows"], 1e-5)
+        rows.square().sum().backward()
+        grads |= {name: each.grad for name, each in tower.named_parameters()}
+    for name in [name for name in expected if name.endswith("qkv.bias")]:
+        query, _, value = expected.pop(name).chunk(3)
+        expected |= {name.replace("qkv.bias", "q_bias"): query, name.replace("qkv.bias", "v_bias"): value}
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
+        assert_close("gradients in LAVIS' form", grad, expected[name], 1e-5)
+    wrapped = towers[1].encoder["layers"][0].self_attn
+    wrapped.qkv.register_forward_hook(lambda module, given, made: made * 1)
+    assert_close("rows of a hooked tower", towers[1](stored["input.pixels"]), stored["output.rows"], 1e-5)
 
 
 def test_the_last_layers_rows_are_its_only_feature():

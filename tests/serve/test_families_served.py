@@ -6,17 +6,23 @@ import concurrent.futures
 import pytest
 
 import llava_fast
-from tests.checkpoints import test_llava_uhd
+from tests.checkpoints import test_llama_vid, test_llava_uhd, test_xcomposer
 from tests.serve.conftest import about, ask, data_uri, local, png
 from tests.support import slimes, tiny
 from tests.support.families_page import cases, families
 
+WRITERS = {
+    "llava_uhd": test_llava_uhd.write,
+    "InternLMXComposer": test_xcomposer.write,
+    "llama_vid": test_llama_vid.write,
+    "slime": slimes.write,
+}
+
 
 def model_of(family, folder):
     """A tiny model of a family, from a checkpoint in its own layout."""
-    own = {"llava_uhd": test_llava_uhd.write, "slime": slimes.write}
-    if (write := own.get(family.model_types[0])) is not None:
-        write(folder)
+    if family.model_types[0] in WRITERS:
+        WRITERS[family.model_types[0]](folder)
         return llava_fast.load(folder)
     if family.layout == "original":
         llava_fast.save(tiny.pair("next").ours, folder, layout="original")

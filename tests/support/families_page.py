@@ -21,6 +21,8 @@ OWN_TESTS = {
     "llava_llama": ("tests/checkpoints/test_checkpoint_save.py", "tests/checkpoints/test_checkpoint_original.py"),
     "llava_uhd": ("tests/checkpoints/test_llava_uhd.py", "tests/train/test_guests_train.py"),
     "slime": ("tests/checkpoints/test_slime.py", "tests/train/test_guests_train.py"),
+    "InternLMXComposer": ("tests/checkpoints/test_xcomposer.py",),
+    "llama_vid": ("tests/checkpoints/test_llama_vid.py",),
 }
 """Tests of families that transformers does not have."""
 TRAINED, SERVED = "tests/train/test_guests_train.py", "tests/serve/test_families_served.py"
@@ -43,7 +45,7 @@ code. The last three columns name the tests.
 FOOT = """
 `accelerate` and `FastProcessor` support LLaVA 1.5, NeXT, NeXT-Video and OneVision ([with transformers](huggingface.md))
 and name any other model they are given as unsupported. Refused by name: videos of InternVL, Idefics3, SmolVLM,
-LLaVA-UHD and SliME, LLaVA-UHD v2 and v3, and SliME's trained router.
+LLaVA-UHD and SliME, LLaVA-UHD v2 and v3, SliME's trained router, and LLaMA-VID with CLIP or without queries.
 
 SliME's router keeps as many rows of an image as the prompt's text asks for. `count_tokens`, `llava-fast data` and the
 server's plan say the maximum (`optional_tokens` of the plan are those that may be left out); `usage` of an answer, and
@@ -58,6 +60,11 @@ compares every row with every token at once; the sum over the tokens can be take
 BLIP-2 of stage 1 (class `Blip2ForImageTextRetrieval`) has no language model: `llava_fast.load_retrieval` reads it,
 scores agree with transformers' within 1e-5 (`tests/models/test_retrieval.py`), and a recipe's section `stage_one`
 trains it ([training](training.md#blip-2-stage-1)).
+
+LLaMA-VID was trained with the image in every question of a dialogue, and each question makes its own rows of it: here a
+question without an image gets the last one's (`ProcessorOptions(image_turns="given")`: not). Of a video file it takes 1
+frame a second (`video_fps`), in `batch` and `serve` too, whatever `video_frames` says. InternLM-XComposer's own demos
+answer by five beams, which are not offered here, and a repetition penalty of 1.5 (`repetition_penalty`).
 """
 
 
@@ -113,7 +120,7 @@ def measure() -> dict[str, dict[str, float]]:
             logits.test_logits_of_each_request_alone(case)
             logits.test_logits_of_all_requests_in_one_batch(case, "packed")
             gradients.test_loss_and_gradients(case)
-        if name in ("llava_uhd", "slime"):
+        if name in OWN_TESTS and name != "llava_llama":
             assert pytest.main(["-q", OWN_TESTS[name][0]]) == 0
         for what in ("logits", "gradients"):
             if worst := [value for label, value in parity.WORST.items() if what in label]:

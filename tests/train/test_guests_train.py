@@ -23,13 +23,15 @@ from llava_fast.errors import CheckpointError
 from llava_fast.families import family_of_config
 from llava_fast.train.estimate.cost import plan
 from llava_fast.train.run import train
-from tests.checkpoints import test_llava_uhd
+from tests.checkpoints import test_llama_vid, test_llava_uhd, test_xcomposer
 from tests.checkpoints.test_guests import GUESTS, HOSTED
 from tests.support import slimes, tiny
 from tests.support.parity import all_logits
 from tests.support.training_runs import SHAPES, losses, write_picture
 
 PARTS = ("vision_tower", "projector", "decoder")
+WRITTEN = {"xcomposer": test_xcomposer, "llama_vid": test_llama_vid}
+"""Families of their own layout, by tests that write a checkpoint."""
 LLAVAS = ("llava15", "next", "video", "onevision")
 
 
@@ -202,6 +204,44 @@ def test_slimes_stages_from_a_language_model(recipe_in, tmp_path):
         llava_fast.load(Assembly(**model, settings={"mm_topp": 1.0}))
 
 
+@pytest.mark.parametrize("family", WRITTEN.values(), ids=WRITTEN)
+def test_families_of_lavis_parts_train_and_are_read_again(family, recipe_in, tmp_path):
+    start = tmp_path / "start"
+    family.write(start)
+    options = {"model": str(start), "trainable": list(PARTS), "epochs": 2, "layout": "original"}
+    recipe = recipe_in(tmp_path / "run", **options, optimizer={"learning_rate": 2e-3})
+    assert plan(recipe, 1).total_memory > 0
+    train(recipe)
+    each = losses(recipe)
+    assert sum(each[-2:]) < sum(each[:2]), each
+    before, after = llava_fast.load(start), llava_fast.load(recipe.output / "model")
+    assert after.config == before.config
+    for part in PARTS:
+        old, new = (dict(getattr(model, part).named_parameters()) for model in (before, after))
+        assert old.keys() == new.keys()
+        assert sum(not torch.equal(value, new[name]) for name, value in old.items()) > len(old) / 2, part
+    assert after.generate([{"prompt": "<image> hello", "images": [tiny.picture(20, 90)]}], max_new_tokens=3)
+
+
+@pytest.mark.parametrize("family", WRITTEN.values(), ids=WRITTEN)
+def test_parts_and_adapters_of_lavis_parts(family, recipe_in, tmp_path):
+    """Patterns name a connector's parts, as the shipped recipes do; an adapter is read again beside its base."""
+    start = tmp_path / "start"
+    family.write(start)
+    kept = "projector.start" if family is test_xcomposer else "projector.norm.weight"
+    trained = "projector.language_projection.*" if family is test_xcomposer else "projector.content.*"
+    lora = {"rank": 4, "alpha": 8, "targets": ["q_proj", "down_proj"]}
+    options = {"model": str(start), "trainable": [trained], "lora": lora, "steps": 2, "layout": "original"}
+    recipe = recipe_in(tmp_path / "run", **options, optimizer={"learning_rate": 1e-2})
+    train(recipe)
+    before, after = llava_fast.load(start), llava_fast.load(recipe.output / "model")
+    adapted = llava_fast.load(recipe.output / "adapter", model_base=start)
+    assert torch.equal(before.get_parameter(kept), after.get_parameter(kept))
+    assert not torch.equal(before.decoder.layers[0].mlp.down_proj.weight, after.decoder.layers[0].mlp.down_proj.weight)
+    for (name, one), other in zip(after.named_parameters(), adapted.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=name)
+
+
 def test_adapters_on_a_hosted_decoder_and_the_plan_of_a_run(recipe_in, tmp_path):
     start = tmp_path / "start"
     tiny.save(tiny.CASES["llava_opt"], tiny.pair("llava_opt").hf, start)
@@ -293,13 +333,16 @@ def test_slime_in_two_processes(shape, recipe_in, run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", [*HOSTED, "instructblip", "blip2_t5"])
+@pytest.mark.parametrize("name", [*HOSTED, "instructblip", "blip2_t5", *WRITTEN])
 def test_in_two_processes_the_losses_are_the_same(name, shape, recipe_in, run, tmp_path):
     start = tmp_path / "start"
-    tiny.save(tiny.CASES[name], tiny.pair(name).hf, start)
+    if name in WRITTEN:
+        WRITTEN[name].write(start)
+    else:
+        tiny.save(tiny.CASES[name], tiny.pair(name).hf, start)
     data = {"on_problem": "skip"} if name.endswith("t5") else {}
-    options = {"trainable": list(PARTS), "batch_size": 3, "steps": 3, "data": data}
-    alone = recipe_in(tmp_path / "alone", model=str(start), **options)
+    options = {"batch_size": 3, "steps": 3, "data": data, "layout": "original" if name in WRITTEN else "hf"}
+    alone = recipe_in(tmp_path / "alone", model=str(start), trainable=list(PARTS), **options)
     train(alone)
     parallel = alone.parallel.model_copy(update=SHAPES[shape])
     shared = alone.model_copy(update={"output": tmp_path / shape, "parallel": parallel})

@@ -5,10 +5,13 @@ import itertools
 import pytest
 from typer.testing import CliRunner
 
+import llava_fast
 from llava_fast.checkpoints.assemble import Assembly
 from llava_fast.cli import recipe as recipe_cli
 from llava_fast.errors import RecipeError
+from llava_fast.train.optim import freeze
 from llava_fast.train.recipe import SHIPPED, load_recipe, shipped_recipes
+from tests.checkpoints import test_llama_vid, test_xcomposer
 
 # rate, other rates, global batch, epochs, what is trained: PARITY's table, from the papers and the published scripts
 TABLE = {
@@ -26,8 +29,34 @@ TABLE = {
 }
 
 
+LAVIS_PARTS = {  # rate, weight decay, warm-up, batch, length, whether the projector's Q-Former is trained
+    "xcomposer": (1e-5, 0.1, 0.01, 256, 2048, True),
+    "llama-vid-stage1": (1e-3, 0.0, 0.03, 256, 2048, False),
+    "llama-vid-stage2": (2e-5, 0.0, 0.03, 128, 2048, True),
+    "llama-vid-stage3": (2e-5, 0.0, 0.03, 8, 65536, False),
+}
+
+
 def test_all_are_here():
-    assert sorted([*TABLE, "blip-2-stage1", "blip-2-stage2", "instructblip"]) == shipped_recipes()
+    assert sorted([*TABLE, *LAVIS_PARTS, "blip-2-stage1", "blip-2-stage2", "instructblip"]) == shipped_recipes()
+
+
+@pytest.mark.parametrize("name", LAVIS_PARTS)
+def test_stages_of_lavis_parts(name, tmp_path):
+    recipe = load_recipe(name)
+    settings = recipe.optimizer
+    found = settings.learning_rate, settings.weight_decay, settings.warmup, recipe.batch_size, recipe.data.max_length
+    assert (*found, True) == (*LAVIS_PARTS[name][:5], settings.schedule == "cosine")
+    assert (recipe.epochs, recipe.layout) == (1, "original")
+    assert "# Source:" in (SHIPPED / f"{name}.yaml").read_text()
+    (test_xcomposer if name == "xcomposer" else test_llama_vid).write(tmp_path)
+    model = llava_fast.load(tmp_path)
+    trained = set(freeze(model, recipe))
+    qformer = "projector.encoder." if name == "xcomposer" else "projector.qformer.encoder."
+    assert any(each.startswith(qformer) for each in trained) == LAVIS_PARTS[name][5]
+    assert any(each.startswith("vision_tower.") for each in trained) == (name == "xcomposer")
+    assert any(each.startswith("decoder.") for each in trained) == (name != "llama-vid-stage1")
+    assert trained.isdisjoint({"projector.start", "projector.end"})
 
 
 @pytest.mark.parametrize(
@@ -94,7 +123,7 @@ def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
 def test_list_and_show():
     run = CliRunner()
     listed = run.invoke(recipe_cli.app, ["list"]).stdout.splitlines()
-    assert len(listed) == len(shipped_recipes()) == len(TABLE) + 3
+    assert len(listed) == len(shipped_recipes()) == len(TABLE) + len(LAVIS_PARTS) + 3
     assert all(len(line.split("  ", 1)[1].strip()) > 20 for line in listed)
     shown = run.invoke(recipe_cli.app, ["show", "llava-1.5-stage1"]).stdout
     assert shown == (SHIPPED / "llava-1.5-stage1.yaml").read_text()

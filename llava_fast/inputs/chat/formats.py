@@ -49,6 +49,7 @@ class TurnFormat:
     strip_text: bool = False  # strip white space at both ends of texts, like `| trim` in the source template
     placeholders_only: bool = False  # keep only the image placeholders of a user turn
     placeholders_first: bool = False  # put those of a user turn before its literal text, and strip the rest
+    placeholders_lead: bool = False  # put those of a user turn at the beginning of its text, and strip the rest
     # If not empty, the original trainer supervises whole assistant turns, and these tokens at any position.
     original_label_tokens: tuple[str, ...] = ()
 
@@ -174,6 +175,21 @@ _INSTRUCTBLIP = TurnFormat(
     answer=(" ", "</s>"),
     placeholders_first=True,
 )
+# The meta instruction is in Chinese and English. The image stands before the question.
+_XCOMPOSER = TurnFormat(
+    name="xcomposer",
+    aliases=(),
+    stop=("<TOKENS_UNUSED_0>", "<TOKENS_UNUSED_1>"),
+    system="You are an AI assistant whose name is 浦语.\n"
+    "- 浦语 is a conversational language model that is developed by Shanghai AI Laboratory (上海人工智能实验室). It is "
+    "designed to be helpful, honest, and harmless.\n"
+    "- 浦语 can understand and communicate fluently in the language chosen by the user such as English and 中文.",
+    system_wrap=("meta instruction\n", "\nconversation\n"),
+    user=(" <|User|>:", "\n<TOKENS_UNUSED_0>"),
+    assistant_header=" <|Bot|>:",
+    answer=(" ", "<TOKENS_UNUSED_1>"),
+    placeholders_lead=True,
+)
 
 TURN_FORMATS = (
     _PLAIN,
@@ -188,6 +204,7 @@ TURN_FORMATS = (
     _QWEN,
     _BLIP2,
     _INSTRUCTBLIP,
+    _XCOMPOSER,
 )
 
 

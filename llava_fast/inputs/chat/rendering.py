@@ -145,9 +145,13 @@ class BuiltinTemplate:
             opening = ""
             if system_text and form.system_inside_user and index == 0:
                 opening = form.system_wrap[0] + system_text + form.system_wrap[1]
+            shown = "".join(_PLACEHOLDER.findall(text))
+            bare = _PLACEHOLDER.sub("", text).strip()
             if form.placeholders_first:
-                out.template("".join(_PLACEHOLDER.findall(text)))
-            out.wrapped(form.user, opening + (_PLACEHOLDER.sub("", text).strip() if form.placeholders_first else text))
+                out.template(shown)
+            moves = form.placeholders_first or form.placeholders_lead
+            written = shown + bare if form.placeholders_lead else bare if moves else text
+            out.wrapped(form.user, opening + written)
         if add_generation_prompt and turns[-1]["role"] == "user":
             out.template(form.assistant_header, original=bool(form.original_label_tokens))
         return out.segments

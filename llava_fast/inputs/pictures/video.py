@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 import os
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,7 +30,24 @@ other files and addresses, which FFmpeg opens."""
 _FILE = (str, os.PathLike, bytes, bytearray, memoryview)
 
 
-def read_video(source: Any, num_frames: int | None = None, containers: str | None = None) -> np.ndarray:
+@dataclass(frozen=True)
+class FrameRate:
+    """Frames a second that are used of a video file or a folder of frames: its first frame, and every n-th after it,
+    where n is the video's rate divided by this one, rounded (LLaMA-VID's choice). ValueError unless it is above 0.
+    """
+
+    per_second: float
+
+    def __post_init__(self) -> None:
+        if not self.per_second > 0:
+            raise ValueError(f"frames per second must be above 0, not {self.per_second}")
+
+    def of(self, total: int, rate: float) -> np.ndarray:
+        """int64: the frame indices that are used of `total` frames at `rate` a second."""
+        return np.arange(0, total, max(round(rate / self.per_second), 1))
+
+
+def read_video(source: Any, num_frames: int | FrameRate | None = None, containers: str | None = None) -> np.ndarray:
     """Frames of a video as uint8 [frames, height, width, 3].
 
     source      a path or the bytes of a video file (needs PyAV: `pip install 'llava_fast[video]'`); or the frames: a
@@ -38,19 +55,23 @@ def read_video(source: Any, num_frames: int | None = None, containers: str | Non
                 [F, H, W, 3], or VideoFrames. All frames must have the same size.
     num_frames  number of frames, spaced uniformly from the first to the last: frame indices
                 np.linspace(0, total - 1, num_frames).astype(int), as in LLaVA-NeXT (indices repeat if the video has
-                fewer frames). None: all frames.
+                fewer frames). A FrameRate: as many as its duration has; of frames without times, all. None: all frames.
     containers  FFmpeg's names of the containers that a video file may be in, such as CONTAINERS. None: any.
     Raises ImageError for a video that cannot be read, has no frames or changes its size, ValueError for num_frames
     below 1.
     """
-    if num_frames is not None and num_frames < 1:
+    if isinstance(num_frames, int) and num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, not {num_frames}")
     name = "the list of video frames"
     if _is_folder(source):
         name = f"the folder {source_name(source)}"
         source = frame_files(source)
+        if isinstance(num_frames, FrameRate):
+            source, num_frames = [source[i] for i in num_frames.of(len(source), FOLDER_RATE)], None
     if isinstance(source, _FILE):
         return _read_file(source, num_frames, containers)
+    if isinstance(num_frames, FrameRate):
+        num_frames = None
     if isinstance(source, VideoFrames):
         source = source.frames
     if isinstance(source, np.ndarray):
@@ -71,10 +92,41 @@ def read_video(source: Any, num_frames: int | None = None, containers: str | Non
     return np.stack(frames)
 
 
-def frame_count(source: Any, num_frames: int | None = None, containers: str | None = None) -> int:
+def each_frame(
+    source: Any, num_frames: int | FrameRate | None = None, containers: str | None = None
+) -> Iterator[np.ndarray]:
+    """The frames of `read_video`, uint8 [height, width, 3], one by one: of a video file or a folder, if all frames or a
+    rate are wanted, only one is in memory at a time. Raises what read_video does, for frames of several sizes once one
+    is met.
+    """
+    one_by_one = not isinstance(num_frames, int)
+    if one_by_one and _is_folder(source):
+        files = frame_files(source)
+        wanted = range(len(files)) if num_frames is None else num_frames.of(len(files), FOLDER_RATE)
+        size = None
+        for number in wanted:
+            frame = open_image(files[number])
+            size = size or frame.shape
+            if frame.shape != size:
+                sizes = ", ".join(f"{width}x{height}" for height, width, _ in (size, frame.shape))
+                raise ImageError(f"the folder {source_name(source)} must have frames of one size; these have {sizes}")
+            yield frame
+    elif one_by_one and isinstance(source, _FILE):
+        chosen = None if num_frames is None else set(_at_rate(source, num_frames, containers).tolist())
+        with contextlib.closing(_decoded(source, chosen, containers)) as frames:
+            yield from (frame for frame in frames if frame is not None)
+    else:
+        yield from read_video(source, num_frames, containers)
+
+
+def frame_count(source: Any, num_frames: int | FrameRate | None = None, containers: str | None = None) -> int:
     """The number of frames that `read_video` returns for the same arguments. Raises the same errors for a missing file,
     a file that is not a video or that this FFmpeg cannot decode, and a video without frames. Decodes the first frame of
     a video file, or all frames if num_frames is None."""
+    if isinstance(num_frames, FrameRate):
+        if _is_folder(source) or isinstance(source, _FILE):
+            return len(_at_rate(source, num_frames, containers))
+        num_frames = None
     if _is_folder(source):
         total = len(frame_files(source))
     elif isinstance(source, _FILE):
@@ -106,12 +158,12 @@ class VideoFrames:
     rate: float | None
 
 
-Check = Callable[[int, int], None]
+Check = Callable[[int, int, int], None]
 
 
 def take_frames(
     source: Any,
-    num_frames: int,
+    num_frames: int | FrameRate,
     most_frames: int | None = None,
     check_size: Check | None = None,
     containers: str | None = None,
@@ -120,27 +172,43 @@ def take_frames(
     frames it has, and twice if not. containers: see `read_video`. Raises ImageError.
 
     most_frames, check_size  for files that nobody vouches for. A file with more frames is refused. `check_size` is
-        called with the height and width that the header says, before any frame is decoded, and with those of each
-        frame; it raises for what is too large.
+        called with the height and width that the header says and the number of frames that are taken (1 if that is not
+        known yet), before any frame is decoded, and with those of each frame; it raises for what is too large.
     """
     wanted: set[int] = set()
     rates: list[float | None] = []
+    taken = num_frames if isinstance(num_frames, int) else 1
+    size = 0, 0
+
+    def chosen(total: int) -> np.ndarray:
+        if isinstance(num_frames, int):
+            return uniform_frames(total, num_frames)
+        if rates[-1] is None:
+            raise ImageError(_NO_RATE.format(source_name(source)))
+        return num_frames.of(total, rates[-1])
 
     def check_number(frames: int) -> None:
         if most_frames is not None and frames > most_frames:
             raise ImageError(f"{source_name(source)} has more than {most_frames} frames: shorten it")
 
     def see_header(stream: Any) -> None:
-        if check_size is not None:
-            check_size(stream.codec_context.height, stream.codec_context.width)
-        check_number(stream.frames)
-        if not wanted and stream.frames > 0:
-            wanted.update(uniform_frames(stream.frames, num_frames).tolist())
+        nonlocal taken
         rates.append(_rate_of(stream))
+        check_number(stream.frames)
+        numbers = chosen(stream.frames).tolist() if stream.frames > 0 and not wanted else []
+        taken = len(numbers) or taken
+        see_size(stream.codec_context.height, stream.codec_context.width)
+        wanted.update(numbers)
+
+    def see_size(height: int, width: int) -> None:
+        nonlocal size
+        size = height, width
+        if check_size is not None:
+            check_size(height, width, taken)
 
     def decoded() -> tuple[dict[int, np.ndarray], int]:
         found, number = {}, -1
-        with contextlib.closing(_decoded(source, wanted, containers, see_header, check_size)) as frames:
+        with contextlib.closing(_decoded(source, wanted, containers, see_header, see_size)) as frames:
             for number, frame in enumerate(frames):
                 check_number(number + 1)
                 if frame is not None:
@@ -148,7 +216,9 @@ def take_frames(
         return found, number + 1
 
     found, total = decoded()
-    numbers = uniform_frames(total, num_frames)
+    numbers = chosen(total)
+    taken = len(numbers)
+    see_size(*size)
     if not found.keys() >= set(numbers.tolist()):
         wanted = set(numbers.tolist())
         found, _ = decoded()
@@ -164,7 +234,7 @@ class VideoTimes(NamedTuple):
     frames: list[float]
 
 
-def video_times(source: Any, num_frames: int, containers: str | None = None) -> VideoTimes:
+def video_times(source: Any, num_frames: int | FrameRate, containers: str | None = None) -> VideoTimes:
     """The duration of a video and the times of the frames of `read_video(source, num_frames)`: frame i is at i / rate.
     The rate is the average rate in a file's header, as in LLaVA-NeXT (process_video_with_decord in llava/utils.py), or
     FOLDER_RATE for a folder of frames. A file's frames are counted by decoding. containers: see
@@ -175,13 +245,16 @@ def video_times(source: Any, num_frames: int, containers: str | None = None) -> 
     elif isinstance(source, VideoFrames):
         if source.rate is None:
             raise ImageError(_NO_RATE.format("the video"))
-        numbers = source.numbers[uniform_frames(len(source.numbers), num_frames)]
+        numbers = source.numbers
+        if isinstance(num_frames, int):
+            numbers = numbers[uniform_frames(len(numbers), num_frames)]
         return VideoTimes(source.total / source.rate, [int(number) / source.rate for number in numbers])
     elif isinstance(source, _FILE):
         total, rate = _total(source, containers), _rate(source, containers)
     else:
         raise ImageError("frames given as images have no times: give a video file or a folder of frames")
-    return VideoTimes(total / rate, [int(number) / rate for number in uniform_frames(total, num_frames)])
+    chosen = uniform_frames(total, num_frames) if isinstance(num_frames, int) else num_frames.of(total, rate)
+    return VideoTimes(total / rate, [int(number) / rate for number in chosen])
 
 
 def frame_files(folder: str | os.PathLike) -> list[str]:
@@ -217,12 +290,22 @@ def _is_folder(source: Any) -> bool:
 # ---------------------------------------------------------------- video files
 
 
-def _read_file(source: Any, num_frames: int | None, containers: str | None) -> np.ndarray:
+def _at_rate(source: Any, rate: FrameRate, containers: str | None) -> np.ndarray:
+    """int64: the frame indices that are used of a video file or a folder of frames."""
+    if _is_folder(source):
+        return rate.of(len(frame_files(source)), FOLDER_RATE)
+    return rate.of(_total(source, containers), _rate(source, containers))
+
+
+def _read_file(source: Any, num_frames: int | FrameRate | None, containers: str | None) -> np.ndarray:
     if num_frames is None:
         return np.stack([frame for frame in _decoded(source, None, containers) if frame is not None])
-    if not isinstance(source, (str, os.PathLike)):
+    if isinstance(num_frames, FrameRate):
+        order = _at_rate(source, num_frames, containers).tolist()
+    elif not isinstance(source, (str, os.PathLike)):
         return take_frames(source, num_frames, containers=containers).frames
-    order = uniform_frames(_total(source, containers), num_frames).tolist()  # of a path the number is kept
+    else:
+        order = uniform_frames(_total(source, containers), num_frames).tolist()  # of a path the number is kept
     with contextlib.closing(_decoded(source, set(order), containers)) as frames:
         found = {n: frame for n, frame in enumerate(itertools.islice(frames, order[-1] + 1)) if frame is not None}
     if len(found) < len(set(order)):
@@ -249,7 +332,7 @@ def _decoded(
     wanted: Collection[int] | None = None,
     containers: str | None = None,
     see_header: Callable[[Any], None] | None = None,
-    check_size: Check | None = None,
+    check_size: Callable[[int, int], None] | None = None,
 ) -> Generator[np.ndarray | None]:
     """The frames of a video file in order: uint8 [height, width, 3] for frames in `wanted` (None: all), None for
     others. containers: see `read_video`. see_header: called with the stream before a frame is decoded;

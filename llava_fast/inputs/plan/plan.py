@@ -81,6 +81,8 @@ class TokenPlan:
                                                        the ids that it reads with each tile, padding -1
     optional_row, optional_image                       rows that a router may leave out (models.router), and the image
                                                        of each, by its number; only if there are any
+    tower_tile                                         [tiles]  only if an image occurs several times before such a
+                                                       connector: which of the batch's tiles it reads for each
 
     VISUAL rows index the visual table: the kept rows, then each pool of stage "before", then each of stage "after".
     `lengths` counts the real rows of each sequence, `tiles` the tiles of the batch. `branches` has the row counts of
@@ -110,6 +112,11 @@ class TokenPlan:
     def column(self, name: str) -> np.ndarray:
         start, shape = self.sections[name]
         return self.flat[start : start + int(np.prod(shape))].reshape(shape)
+
+    @property
+    def tower_tiles(self) -> int:
+        """The tiles of the batch on which the tower runs; fewer than `tiles` if an image occurs several times."""
+        return int(self.column("tower_tile").max()) + 1 if "tower_tile" in self.sections else self.tiles
 
     @property
     def has_labels(self) -> bool:

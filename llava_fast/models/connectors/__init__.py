@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 CONNECTORS: Registry[ConnectorConfig] = Registry(
     __name__,
     {
+        "context_content": "context_content:ContextContentConfig",
+        "framed_qformer": "framed_qformer:FramedQFormerConfig",
         "mlp": "mlp:ProjectorConfig",
         "norm_mlp": "norm_mlp:NormMlpConfig",
         "overview_mixture": "overview_mixture:OverviewMixtureConfig",

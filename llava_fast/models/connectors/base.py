@@ -43,6 +43,11 @@ class ConnectorConfig(ABC):
         """Whether `forward` also gets `instruction`, int32 [T, L]: the ids of a text for each tile, padding -1."""
         return False
 
+    @property
+    def text_limits(self) -> tuple[int, int]:
+        """(most tokens, size of the vocabulary) of the text that it reads."""
+        raise NotImplementedError
+
     def rows_of(self, rows: int) -> int:
         """Output rows for this many rows of a tile. Raises ValueError for an unsupported number."""
         return rows

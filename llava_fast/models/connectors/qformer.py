@@ -54,6 +54,10 @@ class QFormerConfig(ConnectorConfig):
     def reads_text(self) -> bool:
         return self.vocabulary > 0
 
+    @property
+    def text_limits(self) -> tuple[int, int]:
+        return self.positions, self.vocabulary
+
     def rows_of(self, rows: int) -> int:
         if rows != self.rows:
             raise ValueError(f"the Q-Former reads {self.rows} rows per tile, and the tower gives {rows}")

@@ -14,6 +14,7 @@ TOWERS: Registry[TowerConfig] = Registry(
     {
         "blip_2_vision_model": "eva:EvaConfig",
         "clip_vision_model": "vit:ClipConfig",
+        "eva_lavis": "eva_lavis:EvaLavisConfig",
         "idefics3_vision": "idefics3:Idefics3VisionConfig",
         "instructblip_vision_model": "eva:InstructBlipVisionConfig",
         "instructblipvideo_vision_model": "eva:InstructBlipVideoVisionConfig",

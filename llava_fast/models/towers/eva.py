@@ -87,8 +87,12 @@ class EvaAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
         self.projection = nn.Linear(width, width)
 
+    def project(self, x_TNC: Tensor) -> Tensor:
+        """Queries, keys and values [T, N, 3C]."""
+        return self.qkv(x_TNC)
+
     def forward(self, x_TNC: Tensor) -> Tensor:
-        query, key, value = self.qkv(x_TNC).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = self.project(x_TNC).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         out_THND = F.scaled_dot_product_attention(query, key, value)
         return self.projection(out_THND.transpose(1, 2).flatten(2))
 
@@ -115,7 +119,7 @@ class EvaTower(Tower):
         self.config: EvaConfig = config
         self.embeddings = EvaEmbeddings(config)
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(EvaLayer(config) for _ in range(config.num_layers))})
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_layernorm: nn.Module = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.recompute: Recompute = "none"
 
     def forward(self, tiles: Tensor, count: Tensor | None = None) -> Tensor:

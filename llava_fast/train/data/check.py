@@ -44,6 +44,7 @@ class Plan:
     skips_problems: bool = False
     cuts: bool = False
     time_instruction: bool = False
+    video_fps: float | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def plan_for(
             data.on_problem == "skip",
             data.too_long == "cut",
             data.time_instruction,
+            data.video_fps,
         )
     if changes:
         raise DataError(f"{path} is a data file, not a recipe: leave out --set {changes[0]}")
@@ -281,7 +283,8 @@ def _processor(plan: Plan) -> Processor:
         raise CheckpointError("a processor needs a model, and none is given")
     processor = load_processor(*open_checkpoint(plan.model), plan.template)
     frames = plan.video_frames or processor.video_frames
-    return dataclasses.replace(processor, video_frames=frames, time_instruction=plan.time_instruction)
+    fps = processor.video_fps if plan.video_fps is None else plan.video_fps
+    return dataclasses.replace(processor, video_frames=frames, video_fps=fps, time_instruction=plan.time_instruction)
 
 
 def _readable(sources: Sequence[Source]) -> tuple[list[int], list[dict[str, str]]]:

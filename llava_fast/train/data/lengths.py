@@ -39,6 +39,9 @@ _PLAIN_SETTINGS = (
     "template",
     "exif",
     "video_frames",
+    "video_fps",
+    "repeats_images",
+    "image_turns",
     "time_instruction",
 )
 
@@ -135,7 +138,7 @@ class _Chunks(Dataset):
             return _Found(number, kind=kind, problem=problem)
 
     def _open(self, pictures: Sequence[str], video: str | None) -> None:
-        exif, frames = (self.processor.exif, self.processor.frames) if self.processor else (True, 1)
+        exif, frames = (self.processor.exif, self.processor.chosen_frames) if self.processor else (True, 1)
         for picture in pictures:
             if self.decode:
                 open_image(picture, exif)

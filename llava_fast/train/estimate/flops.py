@@ -179,7 +179,7 @@ class Utilisation:
         supervised, projected = len(plan.column("supervised_row")), len(plan.column("kept"))
         told = int((plan.column("instruction") >= 0).sum()) if "instruction" in plan.sections else 0
         return step_flops(
-            self.config, plan.lengths, plan.tiles, self.trained, supervised, projected, self.adapters, told
+            self.config, plan.lengths, plan.tower_tiles, self.trained, supervised, projected, self.adapters, told
         )
 
     def share(self, flops: float, seconds: float) -> float | None:
