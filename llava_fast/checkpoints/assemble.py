@@ -128,8 +128,7 @@ def describe(assembly: Assembly, decoder: dict[str, Any], path: Path) -> tuple[L
     check_fields(decoder, fields.Decoder, path / "config.json")
     if (assembly.compress is not None or assembly.image_size != 224) and assembly.qformer_from is None:
         raise CheckpointError("model.compress and model.image_size are a LLaMA-VID's: give model.qformer_from too")
-    family = _family(assembly)
-    source = decoder | family.assembled_fields(kind, assembly.model_dump())
+    source = decoder | _family(assembly).assembled_fields(kind, assembly.model_dump())
     if assembly.rope is not None:
         theta = (source.pop("rope_parameters", None) or {}).get("rope_theta", source.get("rope_theta", 10000.0))
         scaling = {"rope_type": assembly.rope.kind, "type": assembly.rope.kind, "factor": assembly.rope.factor}

@@ -99,8 +99,9 @@ def each_frame(
     rate are wanted, only one is in memory at a time. Raises what read_video does, for frames of several sizes once one
     is met.
     """
-    one_by_one = not isinstance(num_frames, int)
-    if one_by_one and _is_folder(source):
+    if isinstance(num_frames, int):
+        yield from read_video(source, num_frames, containers)
+    elif _is_folder(source):
         files = frame_files(source)
         wanted = range(len(files)) if num_frames is None else num_frames.of(len(files), FOLDER_RATE)
         size = None
@@ -111,7 +112,7 @@ def each_frame(
                 sizes = ", ".join(f"{width}x{height}" for height, width, _ in (size, frame.shape))
                 raise ImageError(f"the folder {source_name(source)} must have frames of one size; these have {sizes}")
             yield frame
-    elif one_by_one and isinstance(source, _FILE):
+    elif isinstance(source, _FILE):
         chosen = None if num_frames is None else set(_at_rate(source, num_frames, containers).tolist())
         with contextlib.closing(_decoded(source, chosen, containers)) as frames:
             yield from (frame for frame in frames if frame is not None)
