@@ -20,6 +20,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -DNDEBUG".split()
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
 NVCC_FLAGS = [
     *("-std=c++17", "-O3", "-DNDEBUG", "--cudart=static", "-Werror=cross-execution-space-call"),
     *("-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off", "--fmad=false"),
@@ -50,8 +51,20 @@ def find_nvcc() -> tuple[str, str] | None:
     return nvcc, version[1]
 
 
-def compiler() -> str:
-    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or "c++"
+def compiler() -> list[str]:
+    """The words of CXX, as "ccache g++ -pthread" has several; else the system's compiler."""
+    given = os.environ.get("CXX", "")
+    words = [given] if shutil.which(given) else shlex.split(given)
+    return words or [shutil.which("c++") or shutil.which("g++") or "c++"]
+
+
+def host_compiler(words: list[str]) -> list[str]:
+    """CXX as nvcc takes it: the program by -ccbin, its flags by -Xcompiler; launchers before it are left out."""
+    flags_at = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
+    launched = next((place for place, word in enumerate(words[:flags_at]) if Path(word).name not in LAUNCHERS), 0)
+    program, *flags = words[launched:]
+    escaped = (flag.replace(",", r"\,") for flag in flags)  # nvcc splits what it hands on at commas
+    return ["-ccbin", program, *(f"-Xcompiler={flag}" for flag in escaped)]
 
 
 def cxx_flags() -> list[str]:
@@ -72,20 +85,21 @@ def ninja_file(module: str, nvcc: tuple[str, str] | None) -> str:
     """The text of build.ninja: one object per source in csrc/, linked into `module`."""
     import pybind11
 
-    cxx = compiler()
+    cxx = " ".join(map(quote, compiler()))
     csrc = ROOT / "csrc"
     flags = [*cxx_flags(), f"-I{quote(csrc)}"]
     flags += [f"-isystem {quote(path)}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     if nvcc:
         flags.append("-DLLAVA_FAST_BUILT_WITH_CUDA")
-        link = f"{quote(nvcc[0])} -shared --cudart=static -arch=sm_80 -ccbin {cxx} -Xlinker=--exclude-libs,ALL"
+        nvcc_here = " ".join(map(quote, [nvcc[0], *host_compiler(compiler())]))
+        link = f"{nvcc_here} -shared --cudart=static -arch=sm_80 -Xlinker=--exclude-libs,ALL"
     elif sys.platform == "darwin":
         link = f"{cxx} -bundle -undefined dynamic_lookup"
     else:
         link = f"{cxx} -shared -pthread"
     commands = {"cxx": f"{cxx} {' '.join(flags)}", "link": link}
     if nvcc:
-        commands["nvcc"] = f"{quote(nvcc[0])} -ccbin {cxx} {' '.join(NVCC_FLAGS)} -I{quote(csrc)}"
+        commands["nvcc"] = f"{nvcc_here} {' '.join(NVCC_FLAGS)} -I{quote(csrc)}"
 
     lines = ["ninja_required_version = 1.5"]
     for rule, command in commands.items():

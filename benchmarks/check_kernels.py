@@ -1,4 +1,5 @@
-"""Compile every shipped Triton configuration and every CUDA source for sm_80 and sm_90 without a GPU, and check them.
+"""Compile every shipped Triton configuration, every other one that selection may try (in bfloat16), and every CUDA
+source for sm_80 and sm_90 without a GPU, and check them.
 
 python -m benchmarks.check_kernels           # compile, print a summary, fail if a kernel got worse than in the table
 python -m benchmarks.check_kernels --write   # also write benchmarks/kernels.json and docs/kernels.md
@@ -254,7 +255,8 @@ def markdown(rows: list[dict], versions: str) -> str:
         "",
         f"Made by `make check-kernels WRITE=1` with {versions}. Compiled, not run: nothing here is a speed.",
         "",
-        "Registers, stack and shared memory are the largest of an op's kernels over shipped configurations and dtypes.",
+        "Registers, stack and shared memory are the largest of an op's kernels over configurations: those shipped, in",
+        "all dtypes, and the others that selection may try, in bfloat16.",
         "[kernels.json](../benchmarks/kernels.json) lists every kernel.",
         "",
         "| op | sm | kernels | registers | stack | shared | matrix instructions | tf32 |",
@@ -270,15 +272,21 @@ def markdown(rows: list[dict], versions: str) -> str:
 
 
 def bounds_page(rows: list[dict], version: str) -> str:
-    """A page of the documentation: what share of the matrix units' rate each configuration can reach at best."""
+    """A page of the documentation: what share of the matrix units' rate each configuration can reach at best,
+    and how long what memory bounds takes at least."""
+    from benchmarks import bandwidth_bounds  # which defines kernels, before main() has chosen to compile them
+
     lines = [
-        "# What matrix kernels can reach at best",
+        "# What kernels can reach at best",
+        "",
+        "## What issue slots bound",
         "",
         f"Estimates, made by `make check-kernels WRITE=1` from the disassembly of Triton {version} and published",
         "rates: nothing here ran on a GPU. The inner loop of each kernel is read (`benchmarks/inner_loops.py`). The",
         "share is what its issue slots leave of the matrix units' dense rate, if memory never makes it wait and enough",
         "warps are resident. A kernel cannot be faster than this; it may be much slower. `blocks` is how many fit a",
-        "multiprocessor by registers and shared memory. Of each configuration the least favourable dtype is shown.",
+        "multiprocessor by registers and shared memory. Of each configuration the least favourable dtype is shown;",
+        "those that are not shipped, and that selection may try, are compiled in bfloat16 alone.",
         "",
         "| op | kernel | sm | configuration | matrix instruction | others | bytes | async | load | blocks | share |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -297,7 +305,7 @@ def bounds_page(rows: list[dict], version: str) -> str:
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     note = "`others` and `bytes` (loaded from global memory by a warp, without TMA's) are for each matrix instruction; "
     lines += ["", note + "`async`: asynchronous copies in the loop; `load`: bytes of a thread's narrowest load.", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *bandwidth_bounds.section()])
 
 
 def blocks(row: dict) -> int:

@@ -17,6 +17,8 @@ from llava_fast.generation.runner import Runner
 from llava_fast.generation.sampling import Sampling
 from llava_fast.generation.scheduler import Scheduler
 from llava_fast.generation.sequence import new_sequence
+from llava_fast.models.decode_graphs import DecodeGraphs
+from llava_fast.models.encode_graphs import EncodeGraphs
 
 KERNELS = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
 KINDS = {**dict.fromkeys(KERNELS, "kernels"), "cudaGraphLaunch": "graphs", "cudaMemcpyAsync": "copies"}
@@ -74,6 +76,10 @@ def of_request(model: Llava, **sampling: Any) -> dict[str, dict]:
     for name, number, count in (("prompt", 0, 1), ("token", 1, STEPS)):
         each = {kind: total / count for kind, total in launches[number].items()}
         measured[name] = {**each, "ms": times[number] / count}
-    steps = runner.device
-    unfit = [runner.encoder.unfit if runner.encoder else None, steps.graphs.unfit if steps else None]
-    return measured | {"without_graphs": {"encode": unfit[0], "decode": unfit[1]}}
+    graphs = {"encode": runner.encoder, "decode": runner.device and runner.device.graphs}
+    return measured | {"without_graphs": {name: each and why_none(each) for name, each in graphs.items()}}
+
+
+def why_none(graphs: EncodeGraphs | DecodeGraphs) -> str | None:
+    """Why some or all calls run without a graph; None if none does."""
+    return graphs.unfit or "; ".join(dict.fromkeys(graphs.failed.values())) or None

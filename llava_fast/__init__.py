@@ -39,14 +39,18 @@ if TYPE_CHECKING:
     from llava_fast.generation.chat import Chat
     from llava_fast.generation.grammar import Grammar
     from llava_fast.generation.llava import Llava
+    from llava_fast.generation.ranking import Candidate
     from llava_fast.generation.sampling import Sampling
     from llava_fast.generation.sequence import Generation, Usage
     from llava_fast.inputs.options import ProcessorOptions
     from llava_fast.inputs.processor import Processor
     from llava_fast.models.quantised import Quantisation
+    from llava_fast.models.retrieval import RetrievalModel
+    from llava_fast.retrieval import assemble_stage_one, assemble_stage_two, load_retrieval
 
 _MODULES = {
     "Assembly": "checkpoints.assemble",
+    "Candidate": "generation.ranking",
     "Chat": "generation.chat",
     "Generation": "generation.sequence",
     "Grammar": "generation.grammar",
@@ -54,11 +58,15 @@ _MODULES = {
     "Processor": "inputs.processor",
     "ProcessorOptions": "inputs.options",
     "Quantisation": "models.quantised",
+    "RetrievalModel": "models.retrieval",
     "Sampling": "generation.sampling",
     "Usage": "generation.sequence",
     "accelerate": "accelerated.patch",
+    "assemble_stage_one": "retrieval",
+    "assemble_stage_two": "retrieval",
     "count_tokens": "api",
     "load": "api",
+    "load_retrieval": "retrieval",
     "restore": "accelerated.patch",
     "save": "checkpoints.save",
 }
@@ -69,6 +77,7 @@ __all__ = [
     "BackendError",
     "BatchError",
     "CacheFullError",
+    "Candidate",
     "Chat",
     "CheckpointError",
     "DataError",
@@ -91,6 +100,7 @@ __all__ = [
     "QuantisationError",
     "RecipeError",
     "RequestError",
+    "RetrievalModel",
     "Sampling",
     "ServeError",
     "TrainingError",
@@ -98,8 +108,11 @@ __all__ = [
     "Usage",
     "__version__",
     "accelerate",
+    "assemble_stage_one",
+    "assemble_stage_two",
     "count_tokens",
     "load",
+    "load_retrieval",
     "ops",
     "restore",
     "save",

@@ -25,7 +25,8 @@ from llava_fast.inputs.pictures.preprocessing import FILTERS
 from llava_fast.inputs.pictures.tiles import TORCH_MODES
 from llava_fast.inputs.processor import Processor
 from llava_fast.inputs.tiling.anyres import Compat, count_image_rows
-from llava_fast.models.config import LlavaConfig
+from llava_fast.models.config import LlavaConfig, RetrievalConfig
+from llava_fast.models.eight_bit import check_precision, use_precision
 from llava_fast.models.fused import merge_linears
 from llava_fast.models.quantised import Quantisation
 from llava_fast.ops import cached_rows
@@ -47,6 +48,7 @@ def load(
     cuda_graphs: bool = True,
     quantize: Quantisation | str | None = None,
     kv_cache: str | None = None,
+    precision: str | None = None,
     progress: Progress = list,
 ) -> Llava:
     """Load a Hugging Face or original LLaVA checkpoint for inference; or build a model to train from a language model
@@ -71,10 +73,14 @@ def load(
                    stored, without this option.
     kv_cache       "int8": cache keys and values in 8 bits, with one scale for each row of a head, in about a quarter
                    of float32's memory (see docs/quantisation.md). Default: the decoder's dtype.
+    precision      "int8" (CUDA from compute capability 8.0 on, or a CPU) or "fp8" (from 9.0 on, in bfloat16, or a CPU):
+                   products of more than 256 rows (images, prompts) round both operands to 8 bits, where that is the
+                   faster on this machine (see docs/quantisation.md). Weights are kept in `dtype` too, with which
+                   answers are decoded, and which are saved. Not with device_map. Default: products in `dtype`.
     progress       wraps the iteration over tensor names, such as tqdm.tqdm.
 
     Weights are memory-mapped and assigned tensor by tensor. Raises CheckpointError, naming file and tensor, and
-    QuantisationError for an unsupported quantisation.
+    QuantisationError for an unsupported quantisation, BackendError for a precision that the device has not.
     """
     if device is not None and device_map is not None:
         raise CheckpointError("give load a device or a device_map, not both")
@@ -87,6 +93,15 @@ def load(
     checkpoint, name = open_checkpoint(
         path_or_hub_id, dtype=_dtype(dtype), device=device, model_base=model_base, vision_tower=vision_tower
     )
+    if isinstance(checkpoint.config, RetrievalConfig):
+        raise CheckpointError(
+            f"{path_or_hub_id} compares images and texts and has no language model: load it with "
+            "llava_fast.load_retrieval, or give it one (llava_fast.assemble_stage_two)"
+        )
+    if precision is not None:
+        if devices:
+            raise CheckpointError("precision cannot be combined with device_map: leave one of them out")
+        check_precision(precision, device, checkpoint.dtype)
     head_dim = checkpoint.config.decoder.head_dim
     if kv_cache is not None and head_dim % cached_rows.MULTIPLE:
         raise QuantisationError(f"kv_cache: heads of {head_dim} elements are not a multiple of 8: use None")
@@ -105,7 +120,10 @@ def load(
         merge_linears(model)
     model.decoder.cache_codes = kv_cache
     model.cuda_graphs = cuda_graphs
-    return model.eval()
+    model.eval()
+    if precision is not None:
+        use_precision(model, precision)
+    return model
 
 
 def _check_torchvision(config: LlavaConfig) -> None:
@@ -141,9 +159,12 @@ def load_processor(checkpoint: LoadedCheckpoint, name: str, chat_template: str |
         max_rows=config.decoder.context_length,
         vocabulary=config.decoder.vocab_size,
         images_before_bos=family.images_before_bos,
+        frames_per_video=family.frames_per_video,
+        answer_start=config.decoder.answer_start,
         instructions=instructions,
         repeats_images=family.repeats_images,
         video_fps=family.video_fps,
+        routes=config.router is not None,
         exif=config.layout == "hf",
     )
 
@@ -155,7 +176,8 @@ def count_tokens(
     compat: Compat | None = None,
 ) -> int:
     """The number of visual tokens for an image of this size (pixels). `compat` reads the pinpoints as Hugging Face
-    ("hf") or the original code ("llava") does; default: the checkpoint's. Raises ImageError for an empty image.
+    ("hf") or the original code ("llava") does; default: the checkpoint's. For a checkpoint with a router, which leaves
+    out tokens by the prompt's text (SliME), it is the maximum. Raises ImageError for an empty image.
     """
     config = model_or_config if isinstance(model_or_config, LlavaConfig) else model_or_config.config
     geometry = config.geometry

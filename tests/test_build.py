@@ -120,23 +120,35 @@ MODULE = """
     }
 """
 
+CUDA_PART = """
+    #include "part.h"
+    #ifndef FIRST_OF
+    #define FIRST_OF(a, b) 10
+    #endif
+    int cuda_part() { return FIRST_OF(20, 30) * PART; }
+"""
+
 NVCC = """
     #!{python}
     # Stands in for nvcc: says a version, compiles .cu files as C++.
-    import subprocess, sys
-    words, kept = iter(sys.argv[1:]), []
+    import shutil, subprocess, sys
+    words, kept, host = iter(sys.argv[1:]), [], "c++"
     if "--version" in sys.argv:
         sys.exit(print("Cuda compilation tools, release {version}, V{version}.1"))
     for word in words:
         if word == "-ccbin":
-            next(words)
+            host = next(words)
+        elif word.startswith("-Xcompiler=-D"):
+            kept.append(word.partition("=")[2].replace("\\\\,", ","))
         elif word in ("-o", "-MF"):
             kept += [word, next(words)]
         elif word.endswith(".cu"):
             kept += ["-x", "c++", word]
         elif word in ("-c", "-MD", "-shared") or word.startswith("-I") or word.endswith(".o"):
             kept.append(word)
-    sys.exit(subprocess.call(["c++", "-fPIC", *kept]))
+    if shutil.which(host) is None:
+        sys.exit(host + ": No such file or directory")
+    sys.exit(subprocess.call([host, "-fPIC", *kept]))
 """
 
 
@@ -149,7 +161,7 @@ class SmallProject:
         for name in ("setup.py", "pyproject.toml"):
             shutil.copy(ROOT / name, folder)
         (self.csrc / "module.cpp").write_text(textwrap.dedent(MODULE))
-        (self.csrc / "sub" / "part.cu").write_text('#include "part.h"\nint cuda_part() { return 10 * PART; }\n')
+        (self.csrc / "sub" / "part.cu").write_text(textwrap.dedent(CUDA_PART))
         self.set_part(1)
 
     def set_part(self, value):
@@ -193,6 +205,21 @@ def test_switching_configurations_links_nothing_stale(project):
     folders = sorted(path.name.split("-")[0] for path in (project.folder / "build").glob("c*"))
     assert folders == ["cpu", "cuda13.0"]
     assert "no work to do" in project.build(**cuda)
+
+
+def test_a_compiler_of_several_words_compiles_for_cuda_too(project):
+    """As conda sets it: a launcher before it, which nvcc does not take, and flags, one with a comma."""
+    path = project.fake_nvcc("13.0")
+    launcher = project.folder / "tools 13.0" / "ccache"
+    launcher.write_text('#!/bin/sh\nexec "$@"\n')
+    launcher.chmod(0o755)
+    project.build(LLAVA_FAST_CUDA="1", PATH=path, CXX="ccache c++ '-DFIRST_OF(a,b)=a'")
+    assert project.values() == (1, 20)
+    renamed = project.folder / "tools 13.0" / "a compiler"
+    renamed.symlink_to(shutil.which("c++"))
+    project.set_part(3)
+    project.build(LLAVA_FAST_CUDA="1", PATH=path, CXX=str(renamed))
+    assert project.values() == (3, 30)
 
 
 def test_bad_configurations_are_named(project):

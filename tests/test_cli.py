@@ -61,6 +61,15 @@ def test_generate_prints_one_json_object(model, picture):
     assert answer["usage"]["visual_tokens"] > 49
 
 
+def test_generate_ranks_candidates(model, picture):
+    result = run("generate", model, "-i", picture, "-p", "hello", "--candidate", "a cat", "--candidate", "a dog")
+    assert result.returncode == 0, result.stderr
+    sums = [float(line.split()[0]) for line in result.stdout.splitlines()]
+    assert len(sums) == 2
+    assert sums == sorted(sums, reverse=True)
+    assert {line.split(maxsplit=2)[2] for line in result.stdout.splitlines()} == {"a cat", "a dog"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -69,6 +78,7 @@ def test_generate_prints_one_json_object(model, picture):
         (["--chat-template", "nonsense"], "unknown chat template 'nonsense'"),
         (["--dtype", "int8"], "dtype 'int8'"),
         (["--device", "gpu"], "device 'gpu' is unknown"),
+        (["--candidate", "a", "--seed", "3"], "nothing is generated"),
     ],
 )
 def test_bad_input_is_one_line(model, arguments, says):

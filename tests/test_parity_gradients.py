@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from llava_fast.families import family_of_config
 from tests.support import tiny
@@ -27,8 +28,9 @@ def samples(name: str) -> list[dict]:
     """Conversations with one image, several, none, and a video where the kind has them."""
     first, second, third = tiny.picture(60, 90), tiny.picture(1, 300), tiny.picture(90, 30)
     turns = [user("<image> what?"), assistant("the hello"), user("and?"), assistant("a")]
+    encodes = tiny.pair(name).ours.config.decoder.answer_start is not None
     made = [
-        {"messages": turns, "images": [first]},
+        {"messages": turns[:2] if encodes else turns, "images": [first]},
         {"messages": [user("text alone, somewhat longer than the others"), assistant("yes")]},
         {"messages": [user("<image><image> or?"), assistant("No, the second.")], "images": [second, third]},
     ]
@@ -44,13 +46,19 @@ def reference_gradients(pair, requests: list[dict], plan) -> tuple[float, dict]:
     count = len(plan.column("supervised_row"))
     total, starts = 0.0, plan.column("boundaries")
     for number, request in enumerate(requests):
-        prompt = pair.ours.processor.template.render(request["messages"], add_generation_prompt=False)
-        question = request["messages"][0]["content"].replace("<image>", "").strip()
+        messages = request["messages"][: -1 if plan.encoded else None]
+        prompt = pair.ours.processor.template.render(messages, add_generation_prompt=bool(plan.encoded))
+        question = request["messages"][0]["content"].replace("<image>", "").replace("<video>", "").strip()
         inputs = pair.reference_inputs(prompt, request.get("images", ()), request.get("video"), question)
         window = slice(int(starts[number]), int(starts[number]) + plan.lengths[number])
         labels = torch.from_numpy(plan.column("label")[window].astype(np.int64))[None]
         forget_rope(pair.hf)
-        loss = pair.hf(**inputs, labels=labels, num_items_in_batch=count).loss
+        if plan.encoded:
+            answer = labels[:, plan.encoded[number] + 1 :]
+            inputs["decoder_input_ids"] = torch.cat([inputs["decoder_input_ids"], answer[:, :-1]], 1)
+            loss = F.cross_entropy(pair.hf(**inputs).logits[0], answer[0], reduction="sum") / count
+        else:
+            loss = pair.hf(**inputs, labels=labels, num_items_in_batch=count).loss
         loss.backward()
         total += loss.item()
     from_stored = family_of_config(pair.ours.config).names.from_stored

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.support import tiny
-from tests.support.parity import assert_close, assert_same_answer, reference_greedy, reference_logits
+from tests.support.parity import all_logits, assert_close, assert_same_answer, reference_greedy, reference_logits
 
 EXTREMES = [(1, 1), (1, 400), (400, 1), (3, 700), (700, 2), (56, 56), (57, 56), (112, 112), (8, 8)]
 RANDOM = [tuple(int(side) for side in size) for size in np.random.default_rng(5).integers(2, 300, (47, 2))]
@@ -47,7 +47,7 @@ def test_logits_of_each_request_alone(name):
     for request, expected in zip(requests_of(name), reference(name), strict=True):
         with torch.no_grad():
             batch = model.prepare([request])
-            assert_close("logits", model(batch, logits="all").logits, expected)
+            assert_close("logits", all_logits(model, batch)[0], expected)
             assert_close("logits", model(batch).logits, expected[-1:])
 
 
@@ -57,13 +57,10 @@ def test_logits_of_all_requests_in_one_batch(name, layout):
     model, expected = tiny.pair(name).ours, reference(name)
     with torch.no_grad():
         batch = model.prepare(requests_of(name), layout=layout)
-        out = model(batch, logits="all").logits
+        pieces = all_logits(model, batch)
         last = model(batch).logits
     if layout == "padded":
-        assert out.shape[:2] == (len(expected), max(len(e) for e in expected))
-        pieces = [row[: len(e)] for row, e in zip(out, expected, strict=True)]
-    else:
-        pieces = out.split([len(e) for e in expected])
+        assert model(batch, logits="all").logits.shape[:2] == (len(expected), max(batch.plan.lengths))
     for piece, logits in zip(pieces, expected, strict=True):
         assert_close(f"logits, {layout} batch", piece, logits)
     assert_close(f"logits, {layout} batch", last, torch.stack([e[-1] for e in expected]))

@@ -1,4 +1,4 @@
-"""Measure what rounding weights or the KV cache costs the demo model: the share of digits right, on held-out scans.
+"""Measure what rounding weights, products or the KV cache costs the demo model: digits right on held-out scans.
 
 python examples/digits/quantised.py --canvases 1000
 
@@ -29,6 +29,8 @@ FORMS: dict[str, dict] = {
     "int4, groups of 32": {"quantize": "int4"},
     "float32, KV cache int8": {"kv_cache": "int8"},
     "int4, KV cache int8": {"quantize": "int4", "kv_cache": "int8"},
+    "float32, products in int8": {"precision": "int8"},
+    "float32, products in fp8": {"precision": "fp8"},
 }
 
 

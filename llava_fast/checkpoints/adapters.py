@@ -35,6 +35,7 @@ from llava_fast.storage.tensor_files import StoredTensor, open_file
 
 ADAPTER_CONFIG = "adapter_config.json"
 _PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+_BESIDE_PROJECTOR = ("sampler.bin",)
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _EXTRA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 _PEFT_PREFIX = "base_model.model."
@@ -65,8 +66,11 @@ def find_projector_file(path: Path) -> Path | None:
 
 
 def add_projector(base: Mapping[str, StoredTensor], file: Path, names: NameMap) -> dict[str, StoredTensor]:
-    """Our names -> tensors: those of the language model, overridden by those of a projector-only file."""
-    return {**base, **_unwrapped(open_file(file), names)}
+    """Our names -> tensors: those of the language model, overridden by those of a projector-only file, and of SliME's
+    second one beside it.
+    """
+    files = [file, *(more for name in _BESIDE_PROJECTOR if (more := file.with_name(name)).is_file())]
+    return {**base, **{name: each for one in files for name, each in _unwrapped(open_file(one), names).items()}}
 
 
 def add_factors(tensors: Mapping[str, StoredTensor], scale: float) -> dict[str, StoredTensor]:

@@ -18,15 +18,14 @@ from pydantic import BaseModel, ConfigDict
 from llava_fast.checkpoints.adapters import add_projector, find_projector_file
 from llava_fast.checkpoints.load import LoadedCheckpoint, load_checkpoint
 from llava_fast.errors import CheckpointError
-from llava_fast.families import fields, find_family
+from llava_fast.families import family_of, family_of_config, fields, find_family
 from llava_fast.families.known_towers import Tower, tower_tensors
 from llava_fast.families.llama_vid import LlamaVid
 from llava_fast.families.llava_original import LlavaOriginal, original_types
-from llava_fast.families.names import HEAD
+from llava_fast.families.names import HEAD, NameMap
 from llava_fast.families.parts import require
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.connectors.base import ConnectorConfig
-from llava_fast.models.connectors.mlp import ProjectorConfig
 from llava_fast.storage.files import check_fields, read_json, read_text
 from llava_fast.storage.hub import resolve
 from llava_fast.storage.tensor_files import StoredTensor, open_weights
@@ -48,7 +47,7 @@ class Assembly(BaseModel):
 
     decoder: str  # a Llama, Mistral or Qwen2 language model, with its tokenizer
     vision_tower: str  # a CLIP, SigLIP or SigLIP 2 repository or directory; for a LLaMA-VID LAVIS' eva_vit_g.pth
-    projector: str = "mlp2x_gelu"  # mlpNx_gelu, linear, identity, mlp2x_gelu_Norm (mm_projector_type)
+    projector: str = "mlp2x_gelu"  # mlpNx_gelu, linear, identity, mlp2x_gelu_Norm, gated (mm_projector_type)
     projector_from: str | None = None  # a trained projector: mm_projector.bin, its directory, or a whole LLaVA
     feature_layer: int = -2  # mm_vision_select_layer
     feature: Literal["patch", "cls_patch"] = "patch"  # mm_vision_select_feature
@@ -63,6 +62,7 @@ class Assembly(BaseModel):
     compress: str | None = None  # its content rows: null, mean or grid:N (compress_type)
     image_size: Literal[224, 336] = 224  # of its tower, whose positions are interpolated
     rope: Rope | None = None
+    settings: dict[str, Any] = {}  # further fields of config.json, which a family of its own has (SliME)
     seed: int = 0  # for initialising the projector and newline
 
 
@@ -92,14 +92,15 @@ def assemble(
     """
     base = resolve(assembly.decoder)
     config, tower = describe(assembly, read_json(base / "config.json"), base)
-    family = _family(assembly)
+    family = family_of_config(config)
+    assert isinstance(family, LlavaOriginal)  # as its config says
     tensors = family.names.name_tensors(open_weights(base))
     if config.decoder.tie_embeddings:
         tensors.pop(HEAD, None)
     tensors |= tower_tensors(tower, config.vision.num_layers)
-    fresh = _fresh_parts(config, assembly.seed)
-    given = {} if assembly.projector_from is None else _trained_parts(assembly.projector_from, family)
-    _check_fits(config.projector, fresh, given, assembly.projector_from)
+    fresh, unused = _fresh_parts(config, assembly.seed)
+    given = {} if assembly.projector_from is None else _trained_parts(assembly.projector_from, family.names)
+    _check_fits(config.projector, fresh, given, unused, assembly.projector_from)
     parts = family.given_parts(assembly.model_dump())
     tensors |= fresh | {name: tensor for name, tensor in (parts | given).items() if name in fresh}
     generation = base / "generation_config.json"
@@ -127,12 +128,15 @@ def describe(assembly: Assembly, decoder: dict[str, Any], path: Path) -> tuple[L
     check_fields(decoder, fields.Decoder, path / "config.json")
     if (assembly.compress is not None or assembly.image_size != 224) and assembly.qformer_from is None:
         raise CheckpointError("model.compress and model.image_size are a LLaMA-VID's: give model.qformer_from too")
-    family = _family(assembly)
-    source = decoder | family.assembled_fields(kind, assembly.model_dump())
+    source = decoder | _family(assembly).assembled_fields(kind, assembly.model_dump())
     if assembly.rope is not None:
         theta = (source.pop("rope_parameters", None) or {}).get("rope_theta", source.get("rope_theta", 10000.0))
         scaling = {"rope_type": assembly.rope.kind, "type": assembly.rope.kind, "factor": assembly.rope.factor}
         source |= {"rope_theta": theta, "rope_scaling": scaling}
+    family = family_of(source, path / "config.json")
+    assert isinstance(family, LlavaOriginal)  # as mm_vision_tower implies
+    if unknown := sorted(assembly.settings.keys() - family.config_fields.model_fields):
+        raise CheckpointError(f"settings: {unknown[0]!r} is not a field of a {family.model_types[0]}'s config.json")
     config, tower = family.read_with_tower(source, path)
     return dataclasses.replace(config, source=source | {"mm_hidden_size": config.vision.hidden_size}), tower
 
@@ -141,45 +145,49 @@ def _family(assembly: Assembly) -> LlavaOriginal:
     return LlavaOriginal() if assembly.qformer_from is None else LlamaVid()
 
 
-def _fresh_parts(config: LlavaConfig, seed: int) -> dict[str, StoredTensor]:
+def _fresh_parts(config: LlavaConfig, seed: int) -> tuple[dict[str, StoredTensor], set[str]]:
+    """The tensors of projector and newline, and the names of those that nothing depends on."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
-        connector = config.projector.build()
-        made = {f"projector.{name}": value.detach() for name, value in connector.named_parameters()}
+        projector = config.projector.build()
+        constants = {id(parameter) for parameter in projector.unused()}
+        named = dict(projector.named_parameters(prefix="projector"))
+        unused = {name for name, value in named.items() if id(value) in constants}
+        made = {name: value.detach() for name, value in named.items()}
         if config.has_newline:
             width = config.decoder.hidden_size
             made["image_newline"] = torch.randn(width) / width**0.5
-    return {name: StoredTensor.of(Path("fresh"), name, value) for name, value in made.items()}
+    return {name: StoredTensor.of(Path("fresh"), name, value) for name, value in made.items()}, unused
 
 
-def _trained_parts(where: str, family: LlavaOriginal) -> dict[str, StoredTensor]:
+def _trained_parts(where: str, names: NameMap) -> dict[str, StoredTensor]:
     """Projector and newline of a projector file, its directory, or a whole LLaVA."""
     named = Path(where).expanduser()
     file = named if named.is_file() else find_projector_file(resolve(where))
     if file is not None:
-        tensors = add_projector({}, file, family.names)
+        tensors = add_projector({}, file, names)
     else:
         whole = resolve(where)
-        owner = find_family(read_json(whole / "config.json")) or family  # a bare language model has no family
-        tensors = owner.names.name_tensors(open_weights(whole))
+        family = find_family(read_json(whole / "config.json")) or LlavaOriginal()  # a bare language model has no family
+        tensors = family.names.name_tensors(open_weights(whole))
     return {name: tensor for name, tensor in tensors.items() if name.startswith(("projector.", "image_newline"))}
 
 
 def _check_fits(
-    config: ConnectorConfig, wanted: dict[str, StoredTensor], given: dict[str, StoredTensor], where: str | None
+    config: ConnectorConfig,
+    wanted: dict[str, StoredTensor],
+    given: dict[str, StoredTensor],
+    unused: set[str],
+    where: str | None,
 ) -> None:
+    """Raise CheckpointError for a projector of other dimensions. `unused` tensors may be missing."""
     if where is None:
         return
     shapes = [
         {name: each.shape for name, each in tensors.items() if name != "image_newline"} for tensors in (wanted, given)
     ]
-    if shapes[0] != shapes[1]:
+    if {name: shape for name, shape in shapes[0].items() if name in shapes[1] or name not in unused} != shapes[1]:
         found = ", ".join(
             f"{name.removeprefix('projector.layers.')} {list(shape)}" for name, shape in shapes[1].items()
         )
-        kind = f"of kind {config.kind!r}" if isinstance(config, ProjectorConfig) else type(config).__name__
-        ends: Any = config
-        raise CheckpointError(
-            f"projector_from: {where} holds {found or 'no projector'}; the recipe's is {kind}, from "
-            f"{ends.in_features} to {ends.out_features} features"
-        )
+        raise CheckpointError(f"projector_from: {where} holds {found or 'no projector'}; the recipe's is {config}")

@@ -85,9 +85,16 @@ def load_checkpoint(
         tensors = add_factors(tensors, scale)
     if projector is not None:
         tensors = add_projector(tensors, projector, family.names)
+    if config.decoder.tied_by_file:
+        tied = HEAD not in tensors or _same(tensors[HEAD], tensors.get(config.embedding))
+        config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, tie_embeddings=tied))
     if config.decoder.tie_embeddings and (head := tensors.pop(HEAD, None)) is not None:
         _check_tied(head, tensors.get(config.embedding))
     dtype = dtype or _stored_dtype(tensors, config.embedding, base or path)
+    if dtype in config.decoder.overflows_in:
+        raise CheckpointError(
+            f"{path}: a {config.decoder.family} decoder overflows in {dtype}: load with dtype='bfloat16' or 'float32'"
+        )
     if (path / ADAPTER_CONFIG).exists():
         tensors = add_adapter(tensors, path, config, described)
         if config.decoder.tie_embeddings and HEAD in tensors:
@@ -244,15 +251,21 @@ def _stored_dtype(tensors: Mapping[str, StoredTensor], name: str, path: Path) ->
 
 def _untied(config: LlavaConfig) -> LlavaConfig:
     """The config with an untied output head, also in `source`."""
+    if config.decoder.tied_by_file:
+        return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, tie_embeddings=False))
     source = {**config.source, "tie_word_embeddings": False}
     if "text_config" in source:
         source["text_config"] = {**source["text_config"], "tie_word_embeddings": False}
     return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, tie_embeddings=False), source=source)
 
 
+def _same(head: StoredTensor, embedding: StoredTensor | None) -> bool:
+    return embedding is not None and torch.equal(head.load(), embedding.load())
+
+
 def _check_tied(head: StoredTensor, embedding: StoredTensor | None) -> None:
     """Raise CheckpointError if a tied checkpoint stores a head that differs from the embedding."""
-    if embedding is not None and not torch.equal(head.load(), embedding.load()):
+    if embedding is not None and not _same(head, embedding):
         raise CheckpointError(
             f"{head.file}: {head.key!r} differs from the token embedding though config.json ties them; "
             "set tie_word_embeddings to false in config.json"

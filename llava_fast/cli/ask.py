@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from llava_fast.cli.options import Device, Dtype, KvCache, Model, ModelBase, Quantize, Template, load_model
-from llava_fast.errors import LlavaFastError
+from llava_fast.cli.options import Device, Dtype, KvCache, Model, ModelBase, Precision, Quantize, Template, load_model
+from llava_fast.errors import LlavaFastError, RequestError
 
 MaxNewTokens = Annotated[int, typer.Option(min=0, help="Maximum number of answer tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0: greedy decoding; above 0: sampling.")]
@@ -39,6 +39,10 @@ def generate(
     top_k: TopK = 0,
     seed: Seed = None,
     stop: Annotated[list[str], typer.Option(help="A string that ends the answer; repeat for several.")] = [],  # noqa: B006
+    candidate: Annotated[
+        list[str],
+        typer.Option(help="Generate nothing: rank this candidate answer by its likelihood; repeat for several."),
+    ] = [],  # noqa: B006
     json_output: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")
     ] = False,
@@ -48,17 +52,22 @@ def generate(
     dtype: Dtype = None,
     quantize: Quantize = None,
     kv_cache: KvCache = None,
+    precision: Precision = None,
 ) -> None:
     """Ask one question about images.
 
+    \b
     llava-fast generate llava-hf/llava-v1.6-mistral-7b-hf -i photo.jpg -p "What is in this picture?"
+    llava-fast generate llava-hf/llava-1.5-7b-hf -i photo.jpg -p "Which animal?" --candidate cat --candidate dog
+
+    With candidates, each line is the sum of a candidate's log-probabilities, their mean and the candidate, likeliest
+    first.
     """
     from llava_fast.inputs.chat.messages import with_response_format
 
     if short:
         prompt = with_response_format(prompt, "short")
     request = _request(prompt, list(image), video, raw, system)
-    llava = load_model(model, device, dtype, chat_template, model_base, quantize=quantize, kv_cache=kv_cache)
     options = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -67,6 +76,27 @@ def generate(
         "seed": seed,
         "stop": stop,
     }
+    usual: dict[str, Any] = {
+        "max_new_tokens": 128,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "seed": None,
+        "stop": [],
+    }
+    if candidate and options != usual:
+        raise RequestError("with --candidate nothing is generated: leave the options of sampling out")
+    loaded = {"quantize": quantize, "kv_cache": kv_cache, "precision": precision}
+    llava = load_model(model, device, dtype, chat_template, model_base, **loaded)
+    if candidate:
+        ranked = llava.rank(request, candidate)
+        if json_output:
+            means = [{**vars(each), "mean_log_likelihood": each.mean_log_likelihood} for each in ranked]
+            typer.echo(json.dumps({"candidates": means}, ensure_ascii=False))
+            return
+        for each in ranked:
+            typer.echo(f"{each.log_likelihood:10.4f} {each.mean_log_likelihood:10.4f}  {each.text}")
+        return
     if json_output:
         answer = llava.generate([request], **options)[0]
         fields = {name: value for name, value in vars(answer).items() if name != "logprobs"}
@@ -94,13 +124,14 @@ def chat(
     dtype: Dtype = None,
     quantize: Quantize = None,
     kv_cache: KvCache = None,
+    precision: Precision = None,
 ) -> None:
     """Chat with a model about images. Each image is encoded only once per conversation.
 
     Add an image to a turn with @path: "What is in @cat.jpg?". /reset starts over, /quit (or Ctrl-D) exits.
     """
     conversation = load_model(
-        model, device, dtype, chat_template, model_base, quantize=quantize, kv_cache=kv_cache
+        model, device, dtype, chat_template, model_base, quantize=quantize, kv_cache=kv_cache, precision=precision
     ).chat(system)
     waiting = list(image)
     typer.echo("Add images with @path. /reset starts a new conversation, /quit exits.", err=True)

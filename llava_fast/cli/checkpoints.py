@@ -24,14 +24,25 @@ def convert(
     ] = None,
     zero_points: Annotated[bool, typer.Option("--zero-points", help="int4: a zero point for each group.")] = False,
     model_base: ModelBase = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="Begin BLIP-2's stage 1: MODEL's tower, and a Q-Former from this BERT.")
+    ] = None,
+    decoder: Annotated[
+        str | None, typer.Option(help="Begin BLIP-2's stage 2: MODEL of stage 1, and this language model.")
+    ] = None,
 ) -> None:
     """Convert a checkpoint to the other layout, with the same answers at every image size; or quantise its weights to 8
-    or 4 bits in the compressed-tensors format.
+    or 4 bits in the compressed-tensors format; or make a new BLIP-2 for its stage 1 or 2.
 
     \b
     llava-fast convert liuhaotian/llava-v1.5-7b ./llava-1.5-7b-hf --layout hf
     llava-fast convert llava-hf/llava-1.5-7b-hf ./llava-1.5-7b-int4 --quantize int4
+    llava-fast convert Salesforce/blip2-opt-2.7b ./stage-one --text-encoder bert-base-uncased
+    llava-fast convert runs/blip-2-stage1/model ./stage-two --decoder facebook/opt-2.7b
     """
+    if text_encoder is not None or decoder is not None:
+        _begin(model, output, text_encoder, decoder, quantize or group or zero_points or model_base or dtype)
+        return
     from tqdm import tqdm
 
     from llava_fast.checkpoints.save import check_destination, save
@@ -46,6 +57,19 @@ def convert(
     llava = load_model(model, "cpu", dtype or "auto", None, model_base, quantize=quantisation, progress=bar)
     save(llava, output, layout=layout)
     typer.echo(f"wrote {output} in the {layout} layout")
+
+
+def _begin(model: str, output: Path, text_encoder: str | None, decoder: str | None, other: object) -> None:
+    from llava_fast.errors import CheckpointError
+    from llava_fast.retrieval import assemble_stage_one, assemble_stage_two
+
+    if (text_encoder is not None and decoder is not None) or other:
+        raise CheckpointError("--text-encoder (stage 1) or --decoder (stage 2) is given alone, without other options")
+    if text_encoder is not None:
+        assemble_stage_one(output, text_encoder, model)
+    elif decoder is not None:
+        assemble_stage_two(output, model, decoder)
+    typer.echo(f"wrote {output}")
 
 
 def merge_lora(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -72,6 +72,14 @@ def run(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="The most tokens of an answer. Default: the task's.")
     ] = None,
+    choose: Annotated[
+        Literal["answer", "likelihood", "mean-likelihood"],
+        typer.Option(
+            help="How an option is chosen (scienceqa, mmbench, seed, ai2d): answer, the model writes its letter; "
+            "likelihood, the option whose tokens' log-probabilities have the largest sum, as InstructBLIP ranks; "
+            "mean-likelihood, the largest mean."
+        ),
+    ] = "answer",
     batch: Annotated[int, typer.Option(min=1, help="How many answers are made at once.")] = 32,
     processes: Annotated[
         int, typer.Option(min=1, help="Processes with a model each: one a GPU, or a share of the cores each.")
@@ -127,7 +135,12 @@ def run(
     own = tuple(name for name in tasks if not name.startswith(lmms.PREFIX))
     theirs = [name for name in tasks if name.startswith(lmms.PREFIX)]
     share = _shard(shard)
-    plan = Plan(own, data, out, spec.identity(), limit, max_new_tokens, share, fresh, report)
+    if theirs and choose != "answer":
+        raise EvaluationError("lmms: tasks say themselves how options are chosen: leave --choose out")
+    if choose != "answer" and max_new_tokens is not None:
+        raise EvaluationError("--max-new-tokens is for answers that are generated: leave it out with --choose")
+    how: Any = choose.replace("-", "_")
+    plan = Plan(own, data, out, spec.identity(), limit, max_new_tokens, share, fresh, report, how)
     results = {}
     if own:
         results = evaluate(plan, _answerer(spec, batch, processes, ray), _Bars())

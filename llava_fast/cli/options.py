@@ -25,6 +25,11 @@ KvCache = Annotated[
     typer.Option(help="Keep keys and values in 8 bits while answering. Default: in the decoder's dtype."),
 ]
 
+Precision = Annotated[
+    Literal["int8", "fp8"] | None,
+    typer.Option(help="Multiply images' and prompts' rows in 8 bits, where that is faster. Default: in --dtype."),
+]
+
 
 def load_model(
     model: str,

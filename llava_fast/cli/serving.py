@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llava_fast.cli.options import Device, Dtype, KvCache, Model, ModelBase, Quantize, Template, load_model
+from llava_fast.cli.options import Device, Dtype, KvCache, Model, ModelBase, Precision, Quantize, Template, load_model
 from llava_fast.errors import ServeError
 
 API_KEY = "LLAVA_FAST_API_KEY"
@@ -30,6 +30,7 @@ def serve(
     dtype: Dtype = None,
     quantize: Quantize = None,
     kv_cache: KvCache = None,
+    precision: Precision = None,
     video_frames: Annotated[int, typer.Option(min=1, help="Number of frames used of a video.")] = 16,
     api_key: Annotated[
         list[str],
@@ -175,8 +176,9 @@ def serve(
         workers=workers,
         video_frames=video_frames,
     )
+    options = {"quantize": quantize, "kv_cache": kv_cache, "precision": precision}
     server.serve(
-        load_model(model, device, dtype, chat_template, model_base, quantize=quantize, kv_cache=kv_cache),
+        load_model(model, device, dtype, chat_template, model_base, **options),
         settings,
         host,
         port,

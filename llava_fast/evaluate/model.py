@@ -14,6 +14,7 @@ from llava_fast.storage.hub import local_directory
 
 if TYPE_CHECKING:
     from llava_fast.generation.llava import Llava
+    from llava_fast.inputs.processor import Processor
 
 RUNNING = 32  # maximum number of running sequences
 
@@ -53,10 +54,14 @@ def answers_of(
     model: Llava, questions: Sequence[Question], options: Mapping[str, Any], running: int = RUNNING
 ) -> Iterator[tuple[Question, Answer]]:
     """Yield each question with its answer, in the order in which answers end (see batch.answering). `options` are
-    fields of Sampling.
+    fields of Sampling; or {"choose": "likelihood" | "mean_likelihood"}, for questions with candidates.
 
     A question that cannot be asked (an image that cannot be decoded) or whose answer fails gets an Answer with `error`.
     """
+    if "choose" in options:
+        yield from _chosen(model, questions, options["choose"], running)
+        return
+
     from llava_fast.batch.answering import Answerer, Settings
     from llava_fast.batch.items import Item
     from llava_fast.generation.sampling import Sampling
@@ -80,6 +85,39 @@ def answers_of(
                 for rows in steps:
                     for number, row in rows:
                         yield asked[number], _answer(row)
+
+
+def _chosen(
+    model: Llava, questions: Sequence[Question], choose: str, running: int
+) -> Iterator[tuple[Question, Answer]]:
+    """Each question with its likeliest candidate; the first of equal ones."""
+    from llava_fast.errors import LlavaFastError
+    from llava_fast.generation.ranking import Candidate, score_candidates
+
+    def score(candidate: Candidate) -> float:
+        return candidate.mean_log_likelihood if choose == "mean_likelihood" else candidate.log_likelihood
+
+    def ranked(part: Sequence[Question], processor: Processor) -> Iterator[tuple[Question, Answer]]:
+        texts = [[text for _, text in question.candidates] for question in part]
+        try:
+            found = score_candidates(model, [each.request() for each in part], texts, processor=processor)
+        except LlavaFastError as error:
+            if len(part) == 1:
+                yield part[0], Answer("", finish="error", error=" ".join(str(error).split()))
+                return
+            for question in part:  # only the faulty one gets the error
+                yield from ranked([question], processor)
+            return
+        for question, candidates in zip(part, found, strict=True):
+            best = max(candidates, key=score)
+            answer = question.candidates[best.index][0]
+            yield question, Answer(answer, len(best.token_ids), best.prompt_tokens)
+
+    for placed in (False, True):
+        asked = [question for question in questions if question.placed is placed]
+        literal = dataclasses.replace(model.own_processor, literal_text=not placed)
+        for first in range(0, len(asked), running):
+            yield from ranked(asked[first : first + running], literal)
 
 
 def _answer(row: Mapping[str, Any]) -> Answer:

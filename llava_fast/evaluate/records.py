@@ -34,7 +34,10 @@ def key_of(question: Question, folder: Path) -> str:
     """Hash the input of the model. Images below `folder` are hashed by relative path, so that the folder may be
     moved."""
     found = hashlib.blake2b(digest_size=12)
-    found.update(json.dumps([question.prompt, question.history, question.placed], ensure_ascii=False).encode())
+    said: list[Any] = [question.prompt, question.history, question.placed]
+    if question.candidates:
+        said.append(question.candidates)
+    found.update(json.dumps(said, ensure_ascii=False).encode())
     for image in question.images:
         if isinstance(image, np.ndarray):
             found.update(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes())

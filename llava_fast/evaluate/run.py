@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llava_fast.errors import EvaluationError
 from llava_fast.evaluate.pictures import thumbnails
@@ -23,7 +23,7 @@ from llava_fast.evaluate.results import (
     write_json,
 )
 from llava_fast.evaluate.task import Question, Scored, Task, is_uri
-from llava_fast.evaluate.tasks import task_of
+from llava_fast.evaluate.tasks import TASKS, task_of
 
 if TYPE_CHECKING:
     from llava_fast.evaluate.workers import Answerer
@@ -40,6 +40,8 @@ class Plan:
     limit     at most so many questions of a task (whole units: all passes of a circular question), the same ones for
               every model, and those of a smaller limit among them. None: all.
     max_new_tokens  of an answer; None leaves it to the task. Answers are greedy, as in the papers.
+    choose    how an option of a question is chosen: "answer", the model generates it; "likelihood", the candidate with
+              the largest sum of log-probabilities; "mean_likelihood", the largest mean.
     shard     (number, of how many): answer this share only, and score nothing.
     fresh     forget the answers that OUT holds.
     pictures  keep a small copy of each picture, for the report.
@@ -54,6 +56,7 @@ class Plan:
     shard: tuple[int, int] | None = None
     fresh: bool = False
     pictures: bool = False
+    choose: Literal["answer", "likelihood", "mean_likelihood"] = "answer"
 
 
 def run(plan: Plan, answerer: Answerer, watch: Watch = lambda *_: None) -> dict[str, Any]:
@@ -79,13 +82,18 @@ def run(plan: Plan, answerer: Answerer, watch: Watch = lambda *_: None) -> dict[
                 write_json(plan.out / f"{file_name(name)}.submission.json", submission)
     if plan.shard is not None:
         return {}
-    return save(plan.out, plan.model, {"max_new_tokens": plan.max_new_tokens, "limit": plan.limit}, found)
+    settings: dict[str, Any] = {"max_new_tokens": plan.max_new_tokens, "limit": plan.limit}
+    if plan.choose != "answer":
+        settings["choose"] = plan.choose
+    return save(plan.out, plan.model, settings, found)
 
 
 def _prepared(name: str, plan: Plan) -> tuple[str, Task, Path, list[Question]]:
     task = task_of(name)
     folder = plan.data / task.folder if task.folder and (plan.data / task.folder).is_dir() else plan.data
     questions = limited(task.questions(folder), plan.limit)
+    if plan.choose != "answer":
+        questions = [_ranked(task, name, question) for question in questions]
     if not questions:
         raise EvaluationError(f"{name} has no questions in {folder}")
     known: set[str] = set()
@@ -97,6 +105,16 @@ def _prepared(name: str, plan: Plan) -> tuple[str, Task, Path, list[Question]]:
             if isinstance(image, str) and not is_uri(image) and not os.path.isfile(image):
                 raise EvaluationError(f"{name}: question {question.id!r} needs the picture {image}, which is not there")
     return name, task, folder, questions
+
+
+def _ranked(task: Task, name: str, question: Question) -> Question:
+    found = task.with_candidates(question)
+    if found is None:
+        able = [each for each in TASKS if TASKS[each].with_candidates is not Task.with_candidates]
+        raise EvaluationError(
+            f"{name} has no options whose likelihoods could be compared; --choose is for {', '.join(able)}"
+        )
+    return found
 
 
 def limited(questions: list[Question], limit: int | None) -> list[Question]:
@@ -123,7 +141,9 @@ def limited(questions: list[Question], limit: int | None) -> list[Question]:
 def _answered(
     name: str, task: Task, folder: Path, questions: list[Question], plan: Plan, answerer: Answerer, watch: Watch
 ) -> list[Scored]:
-    options = {"max_new_tokens": plan.max_new_tokens or task.max_new_tokens}
+    options: dict[str, Any] = {"max_new_tokens": plan.max_new_tokens or task.max_new_tokens}
+    if plan.choose != "answer":
+        options = {"choose": plan.choose}
     settings = {"model": dict(plan.model), **options}
     keys = {question.id: key_of(question, folder) for question in questions}
     with Records(plan.out / "answers", name, settings, plan.shard) as records:

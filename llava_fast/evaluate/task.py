@@ -29,6 +29,7 @@ class Question:
     facts       further data for the scorer or a judge, JSON.
     history     earlier messages of a conversation, in OpenAI's format.
     placed      whether history and prompt contain `<image>` at the images' positions. Otherwise images come first.
+    candidates  (answer, text) pairs: the answer whose text is likeliest is given. Empty: the answer is generated.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Question:
     facts: Mapping[str, Any] = field(default_factory=dict)
     history: tuple[dict, ...] = ()
     placed: bool = False
+    candidates: tuple[tuple[str, str], ...] = ()
 
     def request(self) -> dict[str, Any]:
         """The engine's request."""
@@ -142,6 +144,11 @@ class Task:
     def questions(self, folder: Path) -> list[Question]:
         """Read all questions from the files in `folder`. Raises EvaluationError, which names file and field."""
         raise NotImplementedError
+
+    def with_candidates(self, question: Question) -> Question | None:
+        """The question with `candidates` (and, if the protocol has one, another prompt), for `--choose likelihood`.
+        None: the task has no options to choose from."""
+        return None
 
     def read(self, question: Question, text: str) -> Any:
         """Parse an answer to a JSON value. Returns None if that is impossible."""

@@ -28,15 +28,26 @@ FAMILIES: Registry[Family] = Registry(
         "vipllava": "vipllava:VipLlava",
         "video_llava": "video_llava:VideoLlava",
         "llava_uhd": "llava_uhd:LlavaUhd",
+        "slime": "slime:Slime",
         "blip-2": "blip2:Blip2",
         "instructblip": "instructblip:InstructBlip",
+        "instructblipvideo": "instructblip:InstructBlipVideo",
         "InternLMXComposer": "xcomposer:XComposer",
         "llama_vid": "llama_vid:LlamaVid",
     },
 )
 _ORIGINAL = "llava_llama"
 """The registry's name of original LLaVAs. Their config.json has mm_vision_tower, and any model_type, also "llava"."""
-_BY_CONNECTOR = {"adapt_spatial_resampler_v1": "llava_uhd", "uhd_v1_query64": "llava_uhd"}
+WITHOUT_DECODER: Registry[Family] = Registry(__name__, {"blip-2-retrieval": "blip2_retrieval:Blip2Retrieval"})
+"""Those of models that compare images and texts (models.retrieval), by names that no config.json has."""
+_BY_ARCHITECTURE = {("blip-2", "Blip2ForImageTextRetrieval"): "blip-2-retrieval"}
+"""(model_type, class in `architectures`) -> a name in WITHOUT_DECODER."""
+_BY_CONNECTOR = {
+    "adapt_spatial_resampler_v1": "llava_uhd",
+    "uhd_v1_query64": "llava_uhd",
+    "uhd_first": "llava_uhd",
+    "gated": "slime",
+}
 """mm_projector_type -> the registry's name of a family with its own original layout."""
 _BY_FIELD = {"bert_type": "llama_vid"}
 """A field that only such a family's config.json has -> the registry's name."""
@@ -45,6 +56,9 @@ _BY_FIELD = {"bert_type": "llama_vid"}
 def find_family(source: dict[str, Any]) -> Family | None:
     """The family of a config.json, or None."""
     kind = source.get("model_type")
+    for (model_type, architecture), name in _BY_ARCHITECTURE.items():
+        if kind == model_type and source.get("architectures") == [architecture]:
+            return WITHOUT_DECODER[name]()
     if "mm_vision_tower" in source:
         connector = source.get("mm_projector_type")
         kind = _BY_CONNECTOR.get(connector, _ORIGINAL) if isinstance(connector, str) else _ORIGINAL
@@ -63,6 +77,8 @@ def family_of(source: dict[str, Any], file: Path) -> Family:
 
 def family_of_config(config: LlavaConfig) -> Family:
     """The family that a model was read as."""
+    if config.model_type in WITHOUT_DECODER:
+        return WITHOUT_DECODER[config.model_type]()
     kind = FAMILIES.get(config.model_type)
     return FAMILIES[_ORIGINAL]() if kind is None or kind.layout != config.layout else kind()
 

@@ -41,6 +41,7 @@ class Family(ABC):
     names             the tensors' names, and those of adapters in `adapter_spelling`.
     visual_tokens     the placeholders of an image and, if supported, a video in the text of a prompt.
     images_before_bos  whether images at the start of a prompt precede the BOS token.
+    frames_per_video  frames that its processor takes of a video; None: any number.
     connector_tokenizer  the folder of the tokenizer of a connector that reads text, and `connector_tokenizer_home` the
                       repository that has it if the checkpoint does not.
     question_tokens   the most tokens that the connector reads, the last ones of a longer text; None: a text that is
@@ -60,6 +61,7 @@ class Family(ABC):
     adapter_spelling: ClassVar[Spelling] = "hf5"
     visual_tokens: ClassVar[tuple[str, ...]] = ("<image>",)
     images_before_bos: ClassVar[bool] = False
+    frames_per_video: ClassVar[int | None] = None
     connector_tokenizer: ClassVar[str | None] = None
     connector_tokenizer_home: ClassVar[str | None] = None
     question_tokens: ClassVar[int | None] = None

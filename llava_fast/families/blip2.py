@@ -1,15 +1,16 @@
-"""BLIP-2 in transformers (blip-2): EVA's tower, a Q-Former of 32 rows per image, and a decoder that is not trained.
+"""BLIP-2 in transformers (blip-2): EVA's tower, a Q-Former of 32 rows per image, and an OPT or T5 that is not trained.
 
 An image comes first, before the BOS token, as in training; one in the middle of a prompt stays there. For a caption
 give the prompt "<image>a photo of", or "<image>" alone. A video is the rows of its frames, each encoded as an image.
-Models with T5 are not supported.
+A T5 reads image and prompt with its encoder.
 
 Sources: Li et al. 2023; transformers 5.17-5.24 configuration_blip_2.py, modeling_blip_2.py, processing_blip_2.py;
-salesforce/LAVIS 506965b blip2_opt.py.
+salesforce/LAVIS 506965b blip2_opt.py, blip2_t5.py.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -34,11 +35,17 @@ from llava_fast.storage.files import Fields, check_fields
 _QUERIES = Annotated[int, Field(ge=1, le=2**14)]
 _RULES = (
     ("decoder.lm_head.", "language_model.lm_head."),
+    ("decoder.base.", "language_model."),
     ("decoder.", "language_model.model."),
     ("vision_tower.", "vision_model."),
     ("projector.query_tokens", "query_tokens"),
     ("projector.language_projection.", "language_projection."),
     ("projector.", "qformer."),
+)
+# a T5's copies of its embedding, and a table of old files that transformers does not use either
+_SKIPPED = re.compile(
+    r"\.position_ids$|^language_model\.(encoder|decoder)\.embed_tokens\.weight$"
+    r"|\.EncDecAttention\.relative_attention_bias\.weight$"
 )
 _LLAVA_FIELDS = ("vision_feature_layer", "vision_feature_select_strategy")
 
@@ -71,12 +78,12 @@ class Blip2(Llava):
     """
 
     model_types = ("blip-2",)
-    system = "BLIP-2 (OPT)"
-    names = NameMap({"hf": _RULES, "hf5": _RULES})
+    system = "BLIP-2 (OPT, Flan-T5)"
+    names = NameMap({"hf": _RULES, "hf5": _RULES}, skipped=_SKIPPED)
     architecture = "Blip2ForConditionalGeneration"
     config_fields: ClassVar[type[fields.HfConfig]] = Blip2Fields
     qformer_fields: ClassVar[type[QFormerFields]] = QFormerFields
-    image_kinds = (Kind("BlipImageProcessor", crops=False),)
+    image_kinds: ClassVar[tuple[Kind, ...]] = (Kind("BlipImageProcessor", crops=False),)
     images_before_bos = True
     takes_native_sizes = False
     other = Family.other
@@ -138,7 +145,7 @@ class Blip2(Llava):
 
     def write(self, config: LlavaConfig, tokens: TokenIds) -> dict[str, Any]:
         made = super().write(config, tokens)
-        made["text_config"]["tie_word_embeddings"] = config.decoder.tie_embeddings
+        made["text_config"].setdefault("tie_word_embeddings", config.decoder.tie_embeddings)
         return {name: value for name, value in made.items() if name not in _LLAVA_FIELDS}
 
     def processor_files(self, config: LlavaConfig) -> dict[str, dict[str, Any]]:
@@ -149,7 +156,7 @@ class Blip2(Llava):
         processor = f"{self.architecture.removesuffix('ForConditionalGeneration')}Processor"
         return {
             "preprocessor_config.json": written(images, geometry.tile_size, self.image_kinds[0]),
-            "processor_config.json": {"num_query_tokens": _qformer(config).queries, "processor_class": processor},
+            "processor_config.json": {"num_query_tokens": queries_of(config), "processor_class": processor},
         }
 
     def template(self, name: str, config: LlavaConfig) -> str:
@@ -160,3 +167,8 @@ def _qformer(config: LlavaConfig) -> QFormerConfig:
     if not isinstance(config.projector, QFormerConfig):
         raise CheckpointError(f"a BLIP-2 has a Q-Former as its connector, not {config.projector}")
     return config.projector
+
+
+def queries_of(config: LlavaConfig) -> int:
+    """Rows of an image. Raises CheckpointError for another connector."""
+    return _qformer(config).queries

@@ -44,6 +44,7 @@ from llava_fast.models.config import LlavaConfig
 from llava_fast.models.connectors.base import ConnectorConfig
 from llava_fast.models.connectors.mlp import ProjectorConfig
 from llava_fast.models.decoders import DECODERS
+from llava_fast.models.router import RouterConfig
 from llava_fast.models.towers.base import TowerConfig
 from llava_fast.models.towers.vit import SiglipConfig
 from llava_fast.storage.files import check_fields, one_line, read_json_if_there
@@ -59,6 +60,7 @@ class LlavaOriginal(Family):
     """Any original LLaVA.
 
     own_type  the family's type here, if config.json identifies it only by mm_projector_type.
+    config_fields  the schema of config.json.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("llava_llama", "llava_mistral", "llava_qwen")
@@ -66,6 +68,7 @@ class LlavaOriginal(Family):
     reference = "transformers, by way of conversion"
     layout = "original"
     own_type: ClassVar[str] = ""
+    config_fields: ClassVar[type[fields.OriginalConfig]] = fields.OriginalConfig
     names: ClassVar[NameMap] = LLAVA_NAMES
     adapter_spelling = "original"
     adapters_see_tower = False  # the original's trainer adds it after PEFT's layers
@@ -97,7 +100,7 @@ class LlavaOriginal(Family):
     ) -> tuple[LlavaConfig, Tower]:
         """As in Family. The tower is looked for inside `base` too, if that is a whole LLaVA that holds it."""
         file = path / "config.json"
-        check_fields(source, fields.OriginalConfig, file)
+        check_fields(source, self.config_fields, file)
         model_type = require(source.get("model_type"), tuple(_decoders()), "model_type", file)
         refuse_quantised(source, file)
         if source.get("s2"):
@@ -120,6 +123,7 @@ class LlavaOriginal(Family):
             model_type=self.own_type or model_type,
             image_token_id=IMAGE_TOKEN_ID,
             has_newline="unpad" in merge,
+            router=self.router(source, file),
             eos_token_ids=eos_token_ids(generation, source.get("eos_token_id")),
             pad_token_id=generation.get("pad_token_id", source.get("pad_token_id")),
             source=source,
@@ -133,6 +137,10 @@ class LlavaOriginal(Family):
     def connector(self, source: dict[str, Any], vision: TowerConfig, out_features: int, file: Path) -> ConnectorConfig:
         """The connector that config.json describes."""
         return _projector(source, vision.feature_size, out_features, file)
+
+    def router(self, source: dict[str, Any], file: Path) -> RouterConfig | None:
+        """What leaves out rows of an image, or None."""
+        return None
 
     def tiles(
         self, source: dict[str, Any], vision: TowerConfig, tower: Tower, merge: str, file: Path
@@ -256,7 +264,7 @@ def assembled_fields(decoder: str, parts: Mapping[str, Any]) -> dict[str, Any]:
         given["mm_spatial_pool_stride"] = parts["video_pool_stride"]
         if parts["video_pool_stage"] == "before":
             given["mm_resampler_type"] = "spatial_pool"
-    return given
+    return given | parts["settings"]
 
 
 def text_config(source: Mapping[str, Any], file: Path) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
+
+import numpy as np
 
 from llava_fast.errors import RequestError
 from llava_fast.generation.prefix_cache import PrefixCache
@@ -11,7 +14,7 @@ from llava_fast.generation.runner import Runner
 from llava_fast.generation.sampling import Sampling
 from llava_fast.generation.scheduler import Scheduler
 from llava_fast.generation.sequence import Generation, new_sequence
-from llava_fast.inputs.plan.plan import TextPiece
+from llava_fast.inputs.plan.plan import TextPiece, VisualPiece
 from llava_fast.inputs.prepared import Placeholder
 from llava_fast.models.vlm import LlavaModel
 
@@ -80,8 +83,18 @@ class Chat:
                 continue
             known = self._read[len(read)] if len(read) < len(self._read) else None
             if known is not None and known[0].source is piece.source and known[0].alone == piece.alone:
-                parts.append(known[1])
+                parts.append(_with_instruction(known[1], piece))
             else:
                 parts.append(read_part(self.model.own_processor, piece, tiled))
             read.append((piece, parts[-1]))
         return Prompt(parts), read
+
+
+def _with_instruction(part: Part, placeholder: Placeholder) -> Part:
+    """The part of an image that was read before, for the text that stands with it now (a router reads all of it)."""
+    piece = part.piece
+    assert isinstance(piece, VisualPiece)
+    before, now = piece.instruction, placeholder.instruction
+    if before is None or now is None or np.array_equal(before, now):
+        return part
+    return Part(dataclasses.replace(piece, instruction=now), part.tiles)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,6 +12,7 @@ from llava_fast.errors import LlavaFastError, RequestError
 from llava_fast.generation.chat import Chat
 from llava_fast.generation.device_sampling import DeviceSteps
 from llava_fast.generation.prompt import read_prompt
+from llava_fast.generation.ranking import Candidate, score_candidates
 from llava_fast.generation.runner import Runner
 from llava_fast.generation.sampling import Sampling
 from llava_fast.generation.scheduler import Scheduler
@@ -55,6 +56,29 @@ class Llava(LlavaModel):
     def chat(self, system: str | None = None) -> Chat:
         """A conversation on one cache: an image is encoded once, however many questions follow."""
         return Chat(self, system)
+
+    def rank(
+        self,
+        request: dict,
+        candidates: Sequence[str],
+        by: Literal["sum", "mean"] = "sum",
+        end_of_turn: bool = False,
+    ) -> list[Candidate]:
+        """Candidate answers to a request, likeliest first; equal ones in the order given. The prompt runs once.
+
+        request      as for `generate`; "messages" end with the user's turn.
+        candidates   the texts: answers to "messages", continuations of a verbatim "prompt".
+        by           order by the sum of the log-probabilities of a candidate's tokens (as InstructBLIP's code ranks) or
+                     by their mean, which does not favour short candidates. Both are in the result.
+        end_of_turn  also score the tokens that end the assistant's turn (see generation.ranking).
+
+        Raises as `generate` does, and RequestError for an empty candidate.
+        """
+        if by not in ("sum", "mean"):
+            raise ValueError(f"by is {by!r}: use 'sum' or 'mean'")
+        (found,) = score_candidates(self, [request], [candidates], end_of_turn)
+        of = {"sum": lambda each: -each.log_likelihood, "mean": lambda each: -each.mean_log_likelihood}
+        return sorted(found, key=of[by])
 
     def _sequences(self, requests: list[dict], sampling: Sampling, pieces: bool = False) -> list[Running]:
         """A sequence for each request. `pieces`: as for TextDecoder."""

@@ -10,9 +10,10 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from llava_fast.errors import ImageError, RequestError
-from llava_fast.inputs.plan.plan import Piece, TextPiece, VisualPiece
+from llava_fast.inputs.plan.plan import Piece, TextPiece, VisualPiece, encoded_rows
 from llava_fast.inputs.prepared import Cut, Placeholder
 from llava_fast.inputs.processor import Processor
 
@@ -20,11 +21,13 @@ from llava_fast.inputs.processor import Processor
 @dataclass
 class Part:
     """One piece of a prompt; an image or video also has its tiles. `encoded`: the tower has run on them for this part;
-    it has not where the part's rows or its features were in a cache."""
+    it has not where the part's rows or its features were in a cache. `made`: its embeddings [rows, C], if they were
+    made before its rows run."""
 
     piece: Piece
     tiles: list[Cut] = field(default_factory=list)
     encoded: bool = False
+    made: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.piece.ids if isinstance(self.piece, TextPiece) else self.piece.rows)
@@ -66,12 +69,17 @@ class Part:
 
 
 class Prompt:
-    """The parts of one prompt in order. `rows` counts their decoder rows, `visual_rows` those of images and videos."""
+    """The parts of one prompt in order. `rows` counts their rows, `visual_rows` those of images and videos,
+    `encoded_rows` the first ones, which an encoder reads before any other runs (0: there is none). `routed`: the prompt
+    without the optional rows that a router left out, once it has chosen (Runner.route)."""
+
+    routed: Prompt | None = None
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = list(parts)
         self.rows = sum(map(len, self.parts))
         self.visual_rows = sum(len(part) for part in self.parts if part.is_visual)
+        self.encoded_rows = encoded_rows([part.piece for part in self.parts])
 
     @functools.cached_property
     def keys(self) -> list[int]:
@@ -80,8 +88,10 @@ class Prompt:
 
     def ids(self, placeholder: int) -> list[int]:
         """The token ids that a repetition penalty counts: those of the text, also around tiles, and, as in
-        transformers, the image placeholder where there are visual rows."""
+        transformers, the image placeholder where there are visual rows. Not those that an encoder reads."""
         ids: list[int] = []
+        if self.encoded_rows:
+            return self.keys[self.encoded_rows :]
         for part in self.parts:
             piece = part.piece
             ids += (piece.ids if isinstance(piece, TextPiece) else piece.rows.token_ids).tolist()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import OrderedDict
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
@@ -10,9 +12,10 @@ from torch import Tensor
 
 from llava_fast.generation.device_sampling import DeviceSteps, Flight
 from llava_fast.generation.feature_cache import FeatureCache
-from llava_fast.generation.prompt import Part
+from llava_fast.generation.prompt import Part, Prompt
 from llava_fast.generation.sequence import Sequence
-from llava_fast.inputs.plan.plan import TextPiece, sequence_length
+from llava_fast.inputs.plan.plan import TextPiece, VisualPiece, sequence_length
+from llava_fast.inputs.tiling.rows import FEATURE
 from llava_fast.models.batch import Batch
 from llava_fast.models.blocks.attention import Spans
 from llava_fast.models.blocks.native_step import MAX_ROWS
@@ -24,6 +27,7 @@ from llava_fast.models.vlm import LlavaModel
 
 Chunk = tuple[Sequence, int]
 """A sequence and how many of its next rows to run."""
+MOST_ROUTES = 4096  # images whose remaining rows are remembered
 
 
 class Runner:
@@ -56,6 +60,7 @@ class Runner:
         if encoder is None and captures:
             encoder = EncodeGraphs(model)
         self.device, self.encoder = device, encoder
+        self._routes: OrderedDict[int, np.ndarray] = OrderedDict()
         decoder = model.config.decoder
         self.dynamic_from = decoder.max_positions if decoder.rope.kind == "dynamic" else None
 
@@ -63,13 +68,13 @@ class Runner:
         """Whether this prompt may reuse rows cached by another sequence. Under dynamic RoPE the keys of a prompt longer
         than the decoder's trained length depend on that prompt's length.
         """
-        if self.batch_invariant:
+        if self.batch_invariant or sequence.prompt.encoded_rows:  # an encoder's rows depend on the whole prompt
             return False
         return self.dynamic_from is None or sequence.prompt.rows <= self.dynamic_from
 
     def chunk_rows(self, sequence: Sequence, most: int) -> int:
         """How many of a sequence's next rows to run in one pass: at most `most`, or all rows with the same base under
-        dynamic RoPE.
+        dynamic RoPE, or a whole prompt that an encoder reads.
         """
         done, left = sequence.cached.length, sequence.rows - sequence.cached.length
         prompt, limit = sequence.prompt.rows, self.dynamic_from
@@ -77,11 +82,41 @@ class Runner:
             return 1
         if self.batch_invariant:
             left = prompt - done
+        if done < prompt and sequence.prompt.encoded_rows:
+            return prompt - done
         if limit is None or sequence.rows <= limit:
             return min(left, most)
         if done < prompt:
             return prompt - done if prompt > limit else min(prompt - done, most)
         return min(limit - done, most) if done < limit else 1  # the answer's rows had one RoPE base each
+
+    def route(self, sequence: Sequence) -> bool:
+        """Replace a sequence's prompt by that without the optional rows that the model's router leaves out. Encodes
+        images, unless the remaining rows of the same image with the same text are known; returns whether it did."""
+        prompt = sequence.prompt
+        if self.model.config.router is not None and any(_is_routed(part) for part in prompt.parts):
+            if prompt.routed is None:
+                prompt.routed = Prompt([self._routed(part) for part in prompt.parts])
+            sequence.prompt = prompt.routed
+            return any(part.made is not None for part in sequence.prompt.parts)
+        return False
+
+    def _routed(self, part: Part) -> Part:
+        if not _is_routed(part):
+            return part
+        assert isinstance(part.piece, VisualPiece)
+        rows, key, made = part.piece.rows, part.key, None
+        stays = self._routes.get(key)
+        if stays is None:
+            prepared = self.model.own_processor.assemble([[part.piece]], list(part.tiles))
+            inputs = self.model.routed(Batch.from_prepared(prepared, self.model.device))
+            made = inputs.embeds
+            stays = (rows.kind != FEATURE) | np.isin(rows.index, inputs.batch.plan.column("kept"))
+            self._routes[key] = stays
+            while len(self._routes) > MOST_ROUTES:
+                self._routes.popitem(last=False)
+        piece = dataclasses.replace(part.piece, rows=rows.only(stays))
+        return Part(piece, part.tiles, encoded=made is not None, made=made)
 
     def prefill(self, chunks: SequenceOf[Chunk]) -> Tensor | None:
         """Run the next rows of some sequences. Returns logits [sequences, vocabulary] after the last row of each
@@ -92,7 +127,8 @@ class Runner:
         lengths = tuple(rows for _, rows in chunks)
         before = tuple(table.length for table in tables)
         ends = np.cumsum(lengths)
-        spans = Spans(tuple((ends - lengths).tolist()), lengths, tables, before)
+        encoded = self._encoded_rows([sequence for sequence, _ in chunks])
+        spans = Spans(tuple((ends - lengths).tolist()), lengths, tables, before, encoded=encoded)
         position = np.concatenate([np.arange(b, b + n) for b, n in zip(before, lengths, strict=True)])
         device = embeddings.device
         hidden = self.model.decoder(embeddings, torch.from_numpy(position).to(device), spans, self.cache)
@@ -144,11 +180,18 @@ class Runner:
         before = tuple([table.length for table in tables])
         tokens = [sequence.token_ids[-1] for sequence in sequences]
         token, position = torch.from_numpy(np.array([tokens, before])).to(decoder.device)  # one transfer for both
-        spans = Spans(tuple(range(len(tables))), (1,) * len(tables), tables, before)
+        encoded = self._encoded_rows(sequences)
+        spans = Spans(tuple(range(len(tables))), (1,) * len(tables), tables, before, encoded=encoded)
         embeddings = decoder.embed_tokens(token)
         if self.batch_invariant and len(sequences) > 1 and not decoder.steps_natively(embeddings, spans):
             return torch.cat([self._step([sequence]) for sequence in sequences])
         return decoder(embeddings, position, spans, self.cache)
+
+    def _encoded_rows(self, sequences: SequenceOf[Sequence]) -> tuple[int, ...]:
+        """See Spans.encoded."""
+        if self.model.config.decoder.answer_start is None:
+            return ()
+        return tuple([sequence.prompt.encoded_rows for sequence in sequences])
 
     def _embed(self, chunks: SequenceOf[Chunk]) -> Tensor:
         """The decoder's inputs [rows, C] for all chunks, concatenated. An image is encoded completely when its first
@@ -166,7 +209,8 @@ class Runner:
                 parts.append(of_sequence)
                 begins.append(begin)
         if needed:
-            found = self._encoded(parts) if self.features is None else self._found(parts, self.features)
+            ready = any(part.made is not None for of_sequence in parts for part in of_sequence)
+            found = self._encoded(parts) if self.features is None and not ready else self._found(parts, self.features)
             for (sequence, start), begin, embedded in zip(needed, begins, found, strict=True):
                 new = embedded[start - begin :]
                 if sequence.embedded is None:
@@ -176,15 +220,22 @@ class Runner:
         taken = [sequence.embedded[1][:rows] for sequence, rows in chunks if sequence.embedded is not None]
         return torch.cat(taken) if len(taken) > 1 else taken[0]
 
-    def _found(self, sequences: list[list[Part]], features: FeatureCache) -> SequenceOf[Tensor]:
+    def _found(self, sequences: list[list[Part]], features: FeatureCache | None) -> SequenceOf[Tensor]:
         """As `_encoded`, but each distinct image is encoded at most once, and cached ones not at all."""
         visual = {part.key: part for parts in sequences for part in parts if part.is_visual}
-        rows = {key: made for key in visual if (made := features.get(key)) is not None}
+        rows = {key: part.made for key, part in visual.items() if part.made is not None}
+        if features is not None:
+            for key, made in rows.items():
+                features.put(key, made)
+            rows |= {key: known for key in visual.keys() - rows if (known := features.get(key)) is not None}
         new = [key for key in visual if key not in rows]
         if new:
             for key, made in zip(new, self._encoded([[visual[key]] for key in new]), strict=True):
-                features.put(key, made)
                 rows[key] = made
+                if features is not None:
+                    features.put(key, made)
+        for part in visual.values():
+            part.made = None  # from here on the sequence has it
         found = []
         for parts in sequences:
             pieces = [rows[part.key] if part.is_visual else self._encoded([[part]])[0] for part in parts]
@@ -204,6 +255,11 @@ class Runner:
         batch = Batch.from_prepared(self.model.own_processor.assemble(pieces, tiles), self.model.device)
         embeds = self.model.inputs_embeds(batch) if self.encoder is None else self.encoder.encode(batch)
         return embeds.split(batch.plan.lengths)
+
+
+def _is_routed(part: Part) -> bool:
+    """Whether it has optional rows."""
+    return isinstance(part.piece, VisualPiece) and part.piece.rows.optional is not None
 
 
 def is_last(sequence: Sequence, rows: int) -> bool:

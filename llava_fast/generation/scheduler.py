@@ -121,10 +121,9 @@ class Scheduler:
         if not torch.is_inference_mode_enabled():
             with torch.inference_mode():
                 return self.step()
-        if self.waiting:
-            self._admit()
+        moved = self._admit() if self.waiting else []
         decoding = list(self.decoding)  # sequences prefilled in this step already get a token
-        moved = self._prefill() if self.prefilling else []
+        moved += self._prefill() if self.prefilling else []
         decoding = [sequence for sequence in decoding if sequence.finish_reason is None]
         if decoding:
             moved += self._decode(decoding)
@@ -132,11 +131,25 @@ class Scheduler:
 
     # ------------------------------------------------------------ joining and leaving
 
-    def _admit(self) -> None:
+    def _admit(self) -> Moved:
+        """Returns the sequences that failed. If routing encodes images, only one sequence is admitted while others
+        decode.
+        """
+        moved: Moved = []
+        encoded = False
         for sequence in list(self.waiting):
             running = len(self.prefilling) + len(self.decoding)
             if running >= self.max_running or self._refused == (sequence, self.cache.used_blocks):
-                return
+                break
+            if encoded and self.decoding:
+                break
+            try:
+                encoded |= self.runner.route(sequence)
+            except torch.AcceleratorError as error:
+                return moved + self._all_failed(error)
+            except Exception as error:
+                moved.append(self._fail(sequence, error))
+                continue
             blocks, rows = self._cached(sequence)
             if self._is_being_cached(sequence, rows):
                 continue
@@ -144,7 +157,7 @@ class Scheduler:
             free = self.cache.available_blocks - sum(not self.cache.users[block] for block in blocks)
             if running and free < needed + running:  # each running sequence may soon need another block
                 self._refused = sequence, self.cache.used_blocks
-                return
+                break
             expected = self.cache.blocks_for(sequence.rows + min(sequence.limit, GROWTH_ROWS))
             table = BlockTable(self.cache)
             try:
@@ -153,7 +166,7 @@ class Scheduler:
             except CacheFullError:  # shared blocks cannot be reclaimed for it
                 table.release()
                 if running:
-                    return
+                    break
                 rows = 0
                 table.reserve(sequence.rows, expected)
             sequence.table, sequence.cached_rows, sequence.admission = table, rows, self._admissions
@@ -163,6 +176,7 @@ class Scheduler:
                 self._reused_rows += rows
             self.waiting.remove(sequence)
             self.prefilling.append(sequence)
+        return moved
 
     def _cached(self, sequence: Sequence) -> tuple[list[int], int]:
         """Blocks that hold the sequence's first rows, and how many rows; the last row always runs, for its logits."""

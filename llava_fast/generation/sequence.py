@@ -111,7 +111,7 @@ class Sequence:
         if self.error is not None:
             raise self.error
         reason: Literal["stop", "length"] = "stop" if self.finish_reason == "stop" else "length"
-        usage = Usage(self.prompt.rows, self.prompt.visual_rows, len(self.token_ids))
+        usage = Usage(self.prompt.encoded_rows or self.prompt.rows, self.prompt.visual_rows, len(self.token_ids))
         logprobs = None if self.sampler.options.logprobs is None else self.sampler.logprobs
         return Generation(self.text.text, self.token_ids, reason, usage, logprobs)
 

@@ -11,7 +11,8 @@ from typing import Literal
 class ProcessorOptions:
     """Options of a processor that its checkpoint does not determine: `load(path, processor=ProcessorOptions(...))`.
 
-    video_frames    number of frames of a video file, spaced uniformly. (Frames that are given as images are all used.)
+    video_frames    number of frames of a video file, spaced uniformly. (Frames that are given as images are all used;
+                    InstructBLIP for videos takes 4 of a file.)
     video_fps       frames a second of a video file, instead of `video_frames`: its first frame and every n-th after it.
                     0: `video_frames`. Default: 1 for LLaMA-VID, else 0.
     time_instruction  add LLaVA-NeXT's sentence with a video's duration and its frames' times
@@ -28,6 +29,8 @@ class ProcessorOptions:
                     question (LLaMA-VID): "every", a question without an image gets the last question's, or "given",
                     images stay where the request has them.
     threads         threads per image; 0: one per core.
+    router_text     what SliME's router compares an image with in training: "prompt", the text that is given at
+                    inference too, or "all", also the answers, as the original trainer does.
     tiles_on        "host", or "device": a batch then contains whole images, and the device to which it is moved makes
                     the tiles, bit-identically. Only for resample="pillow".
 
@@ -44,6 +47,7 @@ class ProcessorOptions:
     pillow: Literal["12", "13"] | None = None
     image_turns: Literal["every", "given"] = "every"
     threads: int = 0
+    router_text: Literal["prompt", "all"] = "prompt"
     tiles_on: Literal["host", "device"] = "host"
 
     def __post_init__(self) -> None:
@@ -64,5 +68,6 @@ _CHOICES = {
     "resample": ("pillow", "torchvision"),
     "image_turns": ("every", "given"),
     "pillow": (None, "12.1", "12", "13"),
+    "router_text": ("prompt", "all"),
     "tiles_on": ("host", "device"),
 }

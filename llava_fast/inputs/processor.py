@@ -29,7 +29,7 @@ from llava_fast.inputs.pictures.video import CONTAINERS, FrameRate, VideoTimes, 
 from llava_fast.inputs.pictures.view import View
 from llava_fast.inputs.plan.columns import MODALITY_IMAGE, MODALITY_VIDEO
 from llava_fast.inputs.plan.length import RowCounts, count_rows
-from llava_fast.inputs.plan.plan import Layout, Piece, TextPiece, VisualPiece, build_plan, sequence_length
+from llava_fast.inputs.plan.plan import Layout, Piece, TextPiece, VisualPiece, build_plan, encoded_rows, sequence_length
 from llava_fast.inputs.prepared import Cut, Placeholder, Prepared
 from llava_fast.inputs.repeated import with_repeated_images
 from llava_fast.inputs.requests import Labels, render_request
@@ -52,9 +52,15 @@ class Processor(ProcessorOptions):
     template        the chat template for requests with messages.
     max_rows        the decoder's context length; longer prompts raise PromptTooLongError.
     vocabulary      rows of the decoder's embedding; tokens with larger ids raise RequestError.
+    frames_per_video  frames of a video file that the checkpoint's processor takes, whatever `video_frames` says; None:
+                    any number.
     instructions    what the connector reads of a request's text; None: nothing.
     repeats_images  whether a question without an image stands for one with the last question's (see inputs.repeated).
-    images_before_bos  images at the start of a prompt precede the BOS token that the tokenizer adds (BLIP-2).
+    images_before_bos  images at the start of a prompt precede the BOS token that the tokenizer adds, and the text after
+                    them is tokenised as if it stood alone (BLIP-2).
+    answer_start    the token with which the decoder of an encoder-decoder begins its answer: prompt and answer are then
+                    tokenised apart, each with the tokenizer's end token; None: one decoder reads both.
+    routes          the model's router reads the text of the whole prompt with each image.
     """
 
     geometry: VisualGeometry
@@ -65,9 +71,17 @@ class Processor(ProcessorOptions):
     max_rows: int | None = None
     vocabulary: int | None = None
     images_before_bos: bool = False
+    answer_start: int | None = None
+    frames_per_video: int | None = None
     instructions: Instructions | None = None
     repeats_images: bool = False
+    routes: bool = False
     exif: bool = field(default=True, kw_only=True)
+
+    @property
+    def frames(self) -> int:
+        """How many frames of a video file are used."""
+        return self.frames_per_video or self.video_frames
 
     def with_options(self, options: ProcessorOptions) -> Processor:
         """This processor with other options; `exif` and `video_fps` are kept if `options` has None."""
@@ -155,7 +169,7 @@ class Processor(ProcessorOptions):
     @property
     def chosen_frames(self) -> int | FrameRate:
         """Which frames of a video file are used: their number or their rate."""
-        return FrameRate(self.video_fps) if self.video_fps else self.video_frames
+        return FrameRate(self.video_fps) if self.video_fps else self.frames
 
     def render(self, request: dict, labels: Labels = False) -> tuple[list[Segment], list, list]:
         """See `render_request`. The checkpoint's own image token also counts as a placeholder, as in its template."""
@@ -163,7 +177,7 @@ class Processor(ProcessorOptions):
         segments, images, videos = render_request(self.template, request, labels, times_of)
         if self.image_token_id != ORIGINAL_IMAGE_TOKEN:
             own = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
-            if own != "<image>":
+            if own not in ("<image>", "<video>"):
                 segments = [replace(each, text=each.text.replace(own, "<image>")) for each in segments]
         return segments, images, videos
 
@@ -206,14 +220,18 @@ class Processor(ProcessorOptions):
                     f"the prompt has {placeholders.count(placeholder)} {placeholder} placeholders and {len(sources)} "
                     f"were given: mark each one's place in the prompt with {placeholder}"
                 )
-        if labels == "original":  # from here on, `supervised` is what the original trainers supervise
+        answer = None
+        if self.answer_start is not None:
+            segments, answer = self._parted(segments, labels, hidden)
+            text = "".join(segment.text for segment in segments)
+        elif labels == "original":  # from here on, `supervised` is what the original trainers supervise
             segments = [Segment(each.text, each.supervised_original) for each in segments]
         ids, supervised, places = self._encode(
             text, pattern, segments if labels else None, "messages" in request, hidden
         )
-        if labels == "original":
+        if labels == "original" and answer is None:
             supervised |= np.isin(ids, self._original_label_ids)
-        if labels and not supervised.any():
+        if labels and not (supervised.any() if answer is None else len(answer.ids) > 1):
             raise RequestError("no token of the answers is supervised: this sample has nothing to learn from")
         if len(places) != len(placeholders):
             raise RequestError(
@@ -223,6 +241,10 @@ class Processor(ProcessorOptions):
         instructions = None
         if self.instructions is not None and placeholders:
             instructions = self.instructions.of(asked, pattern, bool(self.literal_text))
+        elif self.routes and placeholders:
+            left_out = supervised.copy() if labels and self.router_text == "prompt" else np.zeros(len(ids), bool)
+            left_out[places] = True
+            instructions = [ids[~left_out]] * len(places)
         alone = len(image_sources) == 1 or self.geometry.multi_image_anyres
         queues = {"<image>": iter(image_sources), "<video>": iter(video_sources)}
         outline: list[TextPiece | Placeholder] = []
@@ -233,8 +255,35 @@ class Processor(ProcessorOptions):
             outline.append(Placeholder(placeholder, next(queues[placeholder]), alone, told))
             start = place + 1
         outline.append(TextPiece(ids[start:], supervised[start:] if labels else None))
+        if answer is not None:
+            outline.append(answer)
         self._check_ids(outline)
         return [piece for piece in outline if not isinstance(piece, TextPiece) or len(piece.ids)]
+
+    def _parted(
+        self, segments: list[Segment], labels: Labels, hidden: Hidden | None
+    ) -> tuple[list[Segment], TextPiece]:
+        """(the prompt, which an encoder reads; the answer, from the token with which the decoder begins). With labels,
+        the answer is tokenised alone and its tokens are supervised. Raises RequestError for other than one answer."""
+        begin = np.array([self.answer_start], np.int32)
+        if not labels:
+            return segments, TextPiece(begin, begins_answer=True)
+        found = [number for number, segment in enumerate(segments) if segment.supervised]
+        if len(found) != 1 or "".join(segment.text for segment in segments[found[0] + 1 :]).strip():
+            raise RequestError(
+                f"the sample has {len(found)} answers or turns after its answer, and this model's decoder writes one "
+                "answer to what its encoder has read: make one sample of each answer, with the turns before it"
+            )
+        if labels == "original" and self.template.original_label_tokens:
+            raise RequestError(
+                f"labels='original' supervises tokens of the prompt with the template {self.template.name!r}, and this "
+                "model's prompt is read by its encoder: use labels='answers'"
+            )
+        text = segments[found[0]].text.strip()
+        end = self.tokenizer.eos_token
+        ids, _ = self._tokens(text.removesuffix(end).strip() if end else text, True, False, hidden)
+        both = np.concatenate([begin, np.asarray(ids, np.int32)])
+        return segments[: found[0]], TextPiece(both, np.arange(len(both)) > 0, begins_answer=True)
 
     def _check_ids(self, outline: Sequence[TextPiece | Placeholder]) -> None:
         """Raise RequestError for a token without an embedding in the decoder, for example if only the tokenizer was
@@ -353,17 +402,19 @@ class Processor(ProcessorOptions):
             if segments is not None:
                 segments = [replace(each, text=_spelt(each.text, placeholders, names)) for each in segments]
             text = _spelt(text, placeholders, names)
+        first = _leading(text, names) if self.images_before_bos else []
+        before = sum(len(names[placeholder]) for placeholder in first)
         special = not (rendered and self._brings_bos(text))
-        token_ids, spans = self._tokens(text, special, segments is not None, hidden)
-        ids = np.asarray(token_ids, np.int32)
-        supervised = None if segments is None else supervised_tokens(np.asarray(spans), segments)
+        token_ids, spans = self._tokens(text[before:], special, segments is not None, hidden)
+        ids = np.array([*(tokens[placeholder] for placeholder in first), *token_ids], np.int32)
+        supervised = None
+        if segments is not None:
+            offsets = np.asarray(spans).reshape(-1, 2)
+            offsets = np.where(offsets[:, 1:] > 0, offsets + before, 0)
+            supervised = np.append(np.zeros(len(first), bool), supervised_tokens(offsets, segments))
         is_image = ids == tokens["<image>"]
         if tokens["<video>"] != tokens["<image>"]:
             is_image |= ids == tokens["<video>"]
-        if self.images_before_bos and len(ids) and ids[0] == self.tokenizer.bos_token_id:
-            leading = int(np.argmin(np.append(is_image[1:], False)))  # none of these is supervised
-            ids[: leading + 1] = np.roll(ids[: leading + 1], -1)
-            is_image[: leading + 1] = np.roll(is_image[: leading + 1], -1)
         return ids, supervised, np.flatnonzero(is_image)
 
     def _encode_chunks(
@@ -410,7 +461,7 @@ class Processor(ProcessorOptions):
     def check_length(self, pieces: list[Piece]) -> None:
         """Raise RequestError for an empty sequence, PromptTooLongError for one that exceeds the decoder's context."""
         rows = sequence_length(pieces)
-        if rows == 0:
+        if rows == 0 or (self.answer_start is not None and encoded_rows(pieces) == 0):
             raise RequestError("the prompt is empty: give some text or an image")
         if self.max_rows is not None and rows > self.max_rows:
             visual = sum(len(piece.rows) for piece in pieces if isinstance(piece, VisualPiece))
@@ -422,3 +473,12 @@ class Processor(ProcessorOptions):
 
 def _spelt(text: str, placeholders: re.Pattern, names: dict[str, str]) -> str:
     return placeholders.sub(lambda found: names[found[0]], text)
+
+
+def _leading(text: str, names: dict[str, str]) -> list[str]:
+    """The placeholders with which a text begins, in the checkpoint's spelling (`names`)."""
+    found: list[str] = []
+    while text and (placeholder := next((each for each, name in names.items() if text.startswith(name)), None)):
+        found.append(placeholder)
+        text = text[len(names[placeholder]) :]
+    return found

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from lmms_eval.api.model import lmms
 from lmms_eval.api.registry import register_model
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from llava_fast.api import load
 from llava_fast.errors import RequestError
+from llava_fast.generation.ranking import score_candidates
 from llava_fast.inputs.options import ProcessorOptions
 
 try:
@@ -50,7 +50,8 @@ class LlavaFast(lmms):
 
     pretrained     a Hugging Face or original LLaVA checkpoint.
     device, dtype, chat_template   as in `llava_fast.load`; video_frames as in ProcessorOptions.
-    batch_size     requests per batch; an answer does not depend on the others in its batch.
+    batch_size     requests per batch; an answer does not depend on the others in its batch. Of loglikelihoods with one
+                   question and document, which run it once, all count as one.
     """
 
     is_simple = True
@@ -109,10 +110,20 @@ class LlavaFast(lmms):
         """For each Instance the pair (mean loss of the target's tokens, end of turn included; whether greedy decoding
         gives them), as the text of a GenerationResult, since lmms-eval 0.7 turns a bare pair into a string. Like here,
         lmms-eval's own models return a loss under this name, and its tasks choose the smallest."""
-        found: list = []
-        for first in tqdm(range(0, len(requests), self.batch_size), desc="llava_fast"):
-            part = requests[first : first + self.batch_size]
-            found += self._score([self._with_target(instance.args) for instance in part])
+        found: list = [None] * len(requests)
+        alike: dict[tuple, list[int]] = {}
+        for number, instance in enumerate(requests):
+            alike.setdefault((instance.args[0], *instance.args[3:]), []).append(number)
+        groups = list(alike.values())
+        for first in tqdm(range(0, len(groups), self.batch_size), desc="llava_fast"):
+            part = groups[first : first + self.batch_size]
+            read = [self._with_targets([requests[number].args for number in numbers]) for numbers in part]
+            asked, targets = [request for request, _ in read], [texts for _, texts in read]
+            scored = score_candidates(self.model, asked, targets, end_of_turn=True)
+            for numbers, candidates in zip(part, scored, strict=True):
+                for number, each in zip(numbers, candidates, strict=True):
+                    pair = -each.mean_log_likelihood, each.is_greedy
+                    found[number] = _result(pair, each.prompt_tokens, len(each.token_ids))
         return found
 
     def generate_until_multi_round(self, requests: list) -> list[str]:
@@ -124,30 +135,15 @@ class LlavaFast(lmms):
         visuals = doc_to_visual(self.task_dict[task][split][doc_id])
         return _request([{"role": "user", "content": context}], visuals, args[3:]), _options(settings)
 
-    @torch.inference_mode()
-    def _score(self, requests: list[dict]) -> list:
-        batch = self.model.prepare(requests, labels=True)
-        logits = self.model(batch, logits="supervised").logits.float()
-        target = batch.column("supervised_target").long()
-        losses = F.cross_entropy(logits, target, reduction="none").cpu()
-        hits = (logits.argmax(-1) == target).cpu()
-        of = torch.from_numpy(batch.plan.column("sequence")[batch.plan.column("supervised_row")])
-        found = []
-        for number, rows in enumerate(batch.plan.lengths):
-            supervised = of == number
-            pair = losses[supervised].mean().item(), bool(hits[supervised].all())
-            targets = int(supervised.sum())
-            found.append(_result(pair, rows - targets, targets))
-        return found
-
-    def _with_target(self, args: tuple) -> dict:
-        if len(args) != 6:
+    def _with_targets(self, alike: list[tuple]) -> tuple[dict, list[str]]:
+        """(request, targets) of loglikelihood Instances with the same context and document."""
+        if len(alike[0]) != 6:
             raise RequestError("a loglikelihood without a document (acc_mutual_info) is not supported")
-        context, target, doc_to_visual, doc_id, task, split = args
+        context, _, doc_to_visual, doc_id, task, split = alike[0]
         doc = self.task_dict[task][split][doc_id]
-        target = target if isinstance(target, str) else target(doc)
-        turns = [{"role": "user", "content": context}, {"role": "assistant", "content": str(target).strip()}]
-        return _request(turns, doc_to_visual(doc), args[3:])
+        targets = (args[1] for args in alike)
+        texts = [str(target if isinstance(target, str) else target(doc)).strip() for target in targets]
+        return _request([{"role": "user", "content": context}], doc_to_visual(doc), alike[0][3:]), texts
 
 
 @register_model("llava_fast_chat")

@@ -74,4 +74,4 @@ class Batch:
         count = len(plan.lengths)
         dense = (count, plan.rows // count) if count and plan.rows and plan.layout == "padded" else None
         before = tuple(table.length for table in tables)
-        return Spans(starts, plan.lengths, tables, before, dense, plan.branches)
+        return Spans(starts, plan.lengths, tables, before, dense, plan.branches, plan.encoded)

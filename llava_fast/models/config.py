@@ -10,18 +10,21 @@ from torch import nn
 from llava_fast.inputs.tiling.anyres import VisualGeometry
 from llava_fast.models.connectors.base import ConnectorConfig
 from llava_fast.models.decoders.base import DecoderConfig
+from llava_fast.models.decoders.none import NoDecoderConfig
+from llava_fast.models.router import RouterConfig
 from llava_fast.models.towers.base import TowerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisualConfig:
-    """How images and videos become rows of a decoder: the tower, the connector, the geometry, and whether a learned row
-    ends lines of tiles. Raises ValueError for parts that do not fit."""
+    """How images and videos become rows of a decoder: the tower, the connector, the geometry, whether a learned row
+    ends lines of tiles, and what leaves out optional rows. Raises ValueError for parts that do not fit."""
 
     vision: TowerConfig
     projector: ConnectorConfig
     geometry: VisualGeometry
     has_newline: bool = False
+    router: RouterConfig | None = None
 
     def __post_init__(self) -> None:
         part: str
@@ -36,7 +39,8 @@ class VisualConfig:
                 raise ValueError(
                     "video_pool_stage is 'before', and this connector reads whole tiles: set it to 'after'"
                 )
-        whole = self.vision.native_sizes and not self.projector.rowwise  # outputs rows per image, not per tile
+        whole = self.projector.reads_images or (self.vision.native_sizes and not self.projector.rowwise)
+        # outputs rows per image, not per tile
         if not whole and self.geometry.tower_rows_per_tile != given:
             raise ValueError(
                 f"the {part} gives {given} rows per tile, but the geometry has {self.geometry.tower_rows_per_tile}: "
@@ -79,6 +83,18 @@ class LlavaConfig(VisualConfig):
     def embedding(self) -> str:
         """The name of the token embedding's tensor in the whole model."""
         return f"decoder.{self.decoder.embedding_name}.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalConfig(LlavaConfig):
+    """A checkpoint without a decoder, which compares images and texts (models.retrieval)."""
+
+    decoder: NoDecoderConfig
+
+    @property
+    def embedding(self) -> str:
+        """The token embedding is the connector's."""
+        return "projector.embeddings.word_embeddings.weight"
 
 
 class ConfiguredModel(nn.Module):

@@ -9,9 +9,7 @@ a weight of the decoder has changed. The cache may grow: its addresses are in a 
 
 from __future__ import annotations
 
-import logging
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -25,7 +23,6 @@ from llava_fast.models.decoders.stack import Decoder
 from llava_fast.models.paged_cache import BlockTable, PagedCache, Pages, table_width
 from llava_fast.ops import backend
 
-logger = logging.getLogger("llava_fast.generation")
 MOST_SEQUENCES = 256  # above this, launch overhead is negligible
 MOST_GRAPHS = 64
 
@@ -127,11 +124,14 @@ class DecodeGraphs:
     def __init__(self, decoder: Decoder, cache: PagedCache) -> None:
         self.decoder, self.cache = decoder, cache
         self.unfit: str | None = None
-        self.failed: dict[tuple, str] = {}
-        self._captured: OrderedDict[tuple, _Captured] = OrderedDict()
+        self.graphs: cuda_graphs.Captures[_Captured] = cuda_graphs.Captures(MOST_GRAPHS)
         self._pool: cuda_graphs.Pool | None = None
         self._watch = Watch(decoder)
         self._met: set[tuple] = set()
+
+    @property
+    def failed(self) -> dict[Hashable, str]:
+        return self.graphs.failed
 
     def __call__(self, tokens: Sequence[int], tables: Sequence[BlockTable], before: Sequence[int]) -> Tensor | None:
         bucket = self._bucket(tables, before)
@@ -170,17 +170,14 @@ class DecodeGraphs:
         tables: Sequence[BlockTable],
         before: Sequence[int],
     ) -> Tensor | None:
-        if bucket is None or (key := (ending, *bucket)) in self.failed:
+        if bucket is None:
             return None
         # Not in inference mode, whose tensors (the static ones, were a graph captured in it) nothing else may write.
         with torch.inference_mode(False), torch.no_grad():
             self.cache.addresses  # noqa: B018 - those of new blocks are written in place
-            found = self._captured.get(key)
+            found = self._captured((ending, *bucket))
             if found is None:
-                found = self._captured_now(key)
-                if found is None:
-                    return None
-            self._captured.move_to_end(key)
+                return None
             host = found.layout.host({**values, "before": before}, tables, self._pins)
             found.device.copy_(host, non_blocking=True)
             found.replay()
@@ -194,35 +191,22 @@ class DecodeGraphs:
         """Drop all graphs if the modules or weights have changed since capture."""
         if not self._watch.changed(self.cache.addresses.data_ptr()):
             return
-        self._captured.clear()
+        self.graphs.clear()
         self._pool = None
-        self.failed.clear()
         self.unfit = self._watch.unfit
         if self.decoder.rope.config.kind == "dynamic":
             self.unfit = "dynamic RoPE follows each sequence's length"
         elif self.decoder.layer_groups:
             self.unfit = "the decoder's layers are on several devices"
 
-    def _captured_now(self, key: tuple) -> _Captured | None:
+    def _captured(self, key: tuple) -> _Captured | None:
         ending, size, width, *_ = key
-        while len(self._captured) >= MOST_GRAPHS:
-            self._captured.popitem(last=False)
-        try:
-            found = self._prepared(ending, size, width)
-        except Exception as error:  # any error of a capture: the modules still work
-            self._pool = None
-            self.failed[key] = f"capturing a decoding step of {size} sequences failed: {error!r}"
-            then = "its modules run one by one" if ending is LOGITS else "the host chooses its tokens"
-            logger.warning("%s; %s", self.failed[key], then)
-            return None
-        if found is None:
-            self.failed[key] = "paged_attention runs the reference, which a graph cannot hold"
-            return None
-        self._captured[key] = found
-        return found
+        then = "its modules run one by one" if ending is LOGITS else "the host chooses its tokens"
+        what = f"a decoding step of {size} sequences"
+        return self.graphs.get(key, lambda: self._prepared(ending, size, width), what, then)
 
-    def _prepared(self, ending: Ending, size: int, width: int) -> _Captured | None:
-        """None if the step runs paged_attention's reference."""
+    def _prepared(self, ending: Ending, size: int, width: int) -> _Captured:
+        """Raises NoGraphError if the step runs paged_attention's reference."""
         decoder, cache, device = self.decoder, self.cache, self.cache.device
         layout = _Layout(ending.columns, size, width)
         static = layout.host({}, (), self._pins).to(device, copy=True)
@@ -235,8 +219,12 @@ class DecodeGraphs:
             return ending.result(token, decoder.step(token, pages, cache), given)
 
         if not self.has_kernel(step):
-            return None
-        replay, out = self.capture(step)
+            raise cuda_graphs.NoGraphError("paged_attention runs the reference, which a graph cannot hold")
+        try:
+            replay, out = self.capture(step)
+        except BaseException:
+            self._pool = None  # PyTorch refuses it from now on
+            raise
         return _Captured(layout, static, rope, replay, out)
 
     def has_kernel(self, step: Callable[[], Tensor]) -> bool:

@@ -43,11 +43,7 @@ def inputs_embeds(
     ids       the embedding's input if its table may not be read directly: a token for each row, of any shape. Default:
               the plan's tokens, 0 for rows without one.
     """
-    if reads_table(embedding):
-        table: Tensor = embedding.weight
-    else:
-        table = embedding(at.token_ids() if ids is None else ids).flatten(0, -2)
-        at = at.with_own_text()
+    table, at = _text(embedding, at, ids)
     if features is None:
         visual = _empty(table)
     elif (embeds := _fused(parts, table, features, at)) is not None:
@@ -57,11 +53,25 @@ def inputs_embeds(
     return placed(parts, table, visual.to(table.dtype), at), visual.dtype
 
 
+def placed_rows(parts: Parts, embedding: nn.Module, visual: Tensor, at: Placement) -> Tensor:
+    """As `inputs_embeds`, from the rows of the plan's visual table."""
+    table, at = _text(embedding, at)
+    return placed(parts, table, visual.to(table.dtype), at)
+
+
 def visual_embeds(parts: Parts, features: Tensor, at: Placement, width: int) -> Tensor:
     """[rows, width] in the dtype of the connector's output, for a plan without text: rows of images and videos alone,
     equal to those that `inputs_embeds` places among the text."""
     embeds = _fused(parts, features.new_empty(0, width), features, at)
     return placed(parts, None, visual_rows(parts, features, at), at) if embeds is None else embeds
+
+
+def _text(embedding: nn.Module, at: Placement, ids: Tensor | None = None) -> tuple[Tensor, Placement]:
+    """The table of text rows, and the placement for it."""
+    if reads_table(embedding):
+        return embedding.weight, at
+    table: Tensor = embedding(at.token_ids() if ids is None else ids).flatten(0, -2)
+    return table, at.with_own_text()
 
 
 def _fused(parts: Parts, table: Tensor, features: Tensor, at: Placement) -> Tensor | None:
@@ -105,12 +115,13 @@ def project_tiles(
     pooled: list[Tensor],
 ) -> Tensor:
     """Parts.project of a connector that reads whole tiles: its input is all their rows but the first `left_out` of
-    each, and `kept` indexes its output. Raises ValueError if rows are pooled before it.
+    each, and `kept` indexes its output ([tiles, rows, width], or [rows, width]). Raises ValueError if rows are pooled
+    before it.
     """
     if pooled:
         raise ValueError("rows cannot be pooled before a connector that reads whole tiles")
     rows_TNC = features.unflatten(0, (len(features) // rows_per_tile, rows_per_tile))
-    return connector(rows_TNC[:, left_out:]).flatten(0, 1)[kept]
+    return connector(rows_TNC[:, left_out:]).flatten(0, -2)[kept]
 
 
 def project_images(

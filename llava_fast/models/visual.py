@@ -60,7 +60,8 @@ class VisualModel(nn.Module):
         grids = [grid for rows in items for grid in rows.grids]
         of_videos = list(itertools.pairwise(ends))[len(images) :]
         features = self.features(tiles, grids, of_videos)
-        made = encode.visual_embeds(self.parts(grids), features, at, self.config.width)
+        parts = self.parts(grids, images=[rows.tiles for rows in items])
+        made = encode.visual_embeds(parts, features, at, self.config.width)
         return list(made.split([len(rows) for rows in items]))
 
     def features(
@@ -105,13 +106,15 @@ class VisualModel(nn.Module):
             made.append(self.parts((), told).project(self.features(block), every, []))
         return self.parts()._replace(project=_selected), torch.cat(made)
 
-    def parts(self, grids: Grids = (), instruction: Tensor | None = None) -> encode.Parts:
+    def parts(self, grids: Grids = (), instruction: Tensor | None = None, images: Sequence[int] = ()) -> encode.Parts:
         """What stands between tower and decoder; `grids` of images of native sizes, `instruction` for a connector that
-        reads text (see ConnectorConfig.reads_text)."""
+        reads text (see ConnectorConfig.reads_text), `images` for one that reads images (reads_images)."""
         vision = self.config.vision
         connector: Callable[..., Tensor] = self.projector
         if self.config.projector.reads_text:
             connector = functools.partial(connector, instruction=instruction)
+        if self.config.projector.reads_images:
+            connector = functools.partial(connector, images=tuple(images))
         if self.config.projector.rowwise:
             project = functools.partial(encode.project_rows, self.projector)
         elif vision.native_sizes:

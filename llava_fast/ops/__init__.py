@@ -9,11 +9,13 @@ from llava_fast.ops.linear import linear
 from llava_fast.ops.linear_act import linear_act
 from llava_fast.ops.linear_cross_entropy import linear_cross_entropy
 from llava_fast.ops.mix_rows import mix_rows
+from llava_fast.ops.packed_attention import packed_attention
 from llava_fast.ops.paged_attention import paged_attention
 from llava_fast.ops.patch_embed import patch_embed
 from llava_fast.ops.quantised_linear import QuantisedWeight, quantised_linear
 from llava_fast.ops.rms_norm import add_rms_norm, rms_norm
 from llava_fast.ops.rope import rope
+from llava_fast.ops.scaled_linear import scaled_linear
 from llava_fast.ops.swiglu import swiglu
 from llava_fast.ops.token_pack import token_pack
 
@@ -30,11 +32,13 @@ __all__ = [
     "linear_act",
     "linear_cross_entropy",
     "mix_rows",
+    "packed_attention",
     "paged_attention",
     "patch_embed",
     "quantised_linear",
     "rms_norm",
     "rope",
+    "scaled_linear",
     "swiglu",
     "token_pack",
     "use_backend",

@@ -23,19 +23,21 @@ from llava_fast.ops.triton_support import interpreting
 BACKENDS = ("auto", "triton", "native", "reference")
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("llava_fast_backend", default=None)
 _open: dict[object, str] = {}  # the backends of all open blocks, in any thread
-_defaults: dict[tuple[str, str], str] = {}
+_defaults: dict[tuple[str, str], list[str]] = {}
 _noted: contextvars.ContextVar[list[tuple[str, str]] | None] = contextvars.ContextVar("llava_fast_noted", default=None)
 
 
 def register(op: str, backend: str, devices: str, default_on: tuple[str, ...] = ()) -> None:
     """Record that `op` has `backend`; `devices` is the phrase that `doctor` prints.
 
-    default_on: device types ("cpu") on which "auto" uses it without a verdict. Only for backends whose code is the
+    default_on: device types ("cpu") on which "auto" uses it without a verdict; of several such backends of an op, the
+    first registered that supports the call. Only for backends whose code is the
     same on every such machine and is compared with the reference by the package's tests. Elsewhere the default is the
     reference.
     """
     SERVED.setdefault(op, {})[backend] = devices
-    _defaults.update({(op, device): backend for device in default_on})
+    for device in default_on:
+        _defaults.setdefault((op, device), []).append(backend)
 
 
 def served() -> dict[str, dict[str, str]]:
@@ -104,8 +106,9 @@ def _backend_of(op: str, device: str, unfit: Mapping[str, str | None], decision:
         decision.asked.append(op)
         name = decision.backend
     if name == "auto":
-        best = decision.backend if decision is not None else default(op, device)
-        return "reference" if unfit.get(best) else _known(op, best)
+        if decision is None:
+            return first_fit(op, device, unfit)
+        return "reference" if unfit.get(decision.backend) else _known(op, decision.backend)
     _known(op, name)
     if name in ("triton", "cublas") and not _has_triton():
         raise BackendError(f"backend {name!r} needs triton, which is not installed: pip install triton (on Linux)")
@@ -116,7 +119,16 @@ def _backend_of(op: str, device: str, unfit: Mapping[str, str | None], decision:
 
 def default(op: str, device: str) -> str:
     """The backend of `op` on a device of this type for calls without a verdict."""
-    return tables.pinned_backend(op) or _defaults.get((op, device), "reference")
+    return first_fit(op, device, {})
+
+
+def first_fit(op: str, device: str, unfit: Mapping[str, str | None]) -> str:
+    """The backend of `op` for a call without a verdict, given why others do not support it."""
+    pinned = tables.pinned_backend(op)
+    for name in [_known(op, pinned)] if pinned else _defaults.get((op, device), []):
+        if not unfit.get(name):
+            return name
+    return "reference"
 
 
 def _known(op: str, name: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_fast.ops.selection.candidates import configurations
 from llava_fast.ops.selection.decision import current
 
 KINDS = ("A100", "H100", "H200")
@@ -136,8 +137,12 @@ class Specimen:
     entry: str = ""
 
     def compilations(self) -> Iterator[tuple[Config, dict[str, Any], dict[str, int]]]:
-        """(launch configuration, all constants, compiler options) for every shipped configuration."""
-        for found in shipped_configs(self.entry or self.kernel.__name__):
+        """(launch configuration, all constants, compiler options) for every shipped configuration; in bfloat16 also for
+        every other one that selection may try."""
+        entry = self.entry or self.kernel.__name__
+        shipped = shipped_configs(entry)
+        listed = configurations().get(entry, []) if self.label.startswith("bf16") else []
+        for found in [*shipped, *(config for config in listed if config not in shipped)]:
             options: dict[str, int] = {name: found[name] for name in ("num_warps", "num_stages") if name in found}
             constants = {name: value for name, value in found.items() if name not in options}
-            yield found, {**self.constants, **constants}, options
+            yield dict(found), {**self.constants, **constants}, options

@@ -48,6 +48,9 @@ class ItemPlan(BaseModel):
     oriented: bool = Field(description="An image file's EXIF orientation was applied.")
     tiles: int = Field(description="For a tower of native sizes, patches.")
     tokens: int
+    optional_tokens: int = Field(
+        description="Tokens among them that a router may leave out by the prompt's text: `tokens` is then a maximum."
+    )
     newline_tokens: int = Field(description="Learned newlines among the tokens.")
     marker_tokens: int = Field(description="Tokens of the vocabulary among them, around or between tiles.")
     pooled_tokens: int = Field(description="Tokens that are each pooled from several patches.")
@@ -69,7 +72,7 @@ def prompt_plan(processor: Processor, request: dict[str, Any], model: str, most:
     """Return the plan of a request, whose videos are VideoFrames. Only the headers of images are read. Raises
     RequestError and ImageError."""
     outline = processor.outline(request)
-    text = sum(len(part.ids) for part in outline if isinstance(part, TextPiece))
+    text = sum(len(part.ids) for part in outline if isinstance(part, TextPiece) and not part.begins_answer)
     items = [_item(processor, part) for part in outline if isinstance(part, Placeholder)]
     total = text + sum(item.tokens for item in items)
     return PromptPlan(model=model, prompt_tokens=total, text_tokens=text, max_prompt_tokens=most, items=items)
@@ -113,6 +116,7 @@ def _planned(
         oriented=oriented,
         tiles=rows.tiles,
         tokens=len(rows),
+        optional_tokens=0 if rows.optional is None else int(rows.optional.sum()),
         views=views,
         **counts,
     )

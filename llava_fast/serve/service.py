@@ -43,10 +43,12 @@ class Service:
     engine's thread."""
 
     def __init__(self, model: Llava, settings: Settings) -> None:
-        self.model, self.settings = model, settings
-        self.created = int(time.time())
         if model.processor is None:
             raise ServeError("the model has no processor: load it with llava_fast.load")
+        if model.processor.frames_per_video is not None:
+            settings = replace(settings, video_frames=model.processor.frames_per_video)
+        self.model, self.settings = model, settings
+        self.created = int(time.time())
         self.processor = replace(
             model.processor,
             literal_text=settings.literal_text,

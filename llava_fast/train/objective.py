@@ -17,11 +17,12 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from llava_fast.api import load
 from llava_fast.errors import RecipeError
 from llava_fast.inputs.plan.plan import TokenPlan
 from llava_fast.inputs.processor import Processor
 from llava_fast.models.batch import Batch
-from llava_fast.models.vlm import LlavaOutput
+from llava_fast.models.vlm import Inputs, LlavaOutput
 from llava_fast.train.data.lengths import Lengths
 from llava_fast.train.data.loader import Loader
 from llava_fast.train.data.run_samples import RunSamples
@@ -48,7 +49,7 @@ class ObjectiveSettings(BaseModel):
 class Objective(ABC):
     """Methods are called in this order:
 
-    once        processor, read, lengths, prepare: the data, before the model is parallelised;
+    once        load: the model; processor, read, lengths, prepare: the data, before the model is parallelised;
                 start: the model as it will run; load_state: only in a resumed run.
     each step   begin; count for each micro-batch; survey, which sees all micro-batches before any gradient is computed;
                 losses for each micro-batch; report. survey and losses are skipped if all counts are 0.
@@ -56,18 +57,26 @@ class Objective(ABC):
     unit            what `count` counts: the name of that number in the metrics.
     stops_at_spikes whether a loss far above the usual indicates a broken run.
     branches        number of continuations of a sample in its sequence, for cost estimates; 1: only its own answer.
+    usual_text      rows of text of a usual sample, for cost estimates; None: by the chat template.
     figures         names of the values that `losses` and `survey` add to `means`, reported as means over all processes.
     """
 
     unit: ClassVar[str]
     stops_at_spikes: ClassVar[bool] = True
     branches: ClassVar[int] = 1
+    usual_text: ClassVar[int | None] = None
     figures: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
-    # ---------------------------------------------------------------- data
+    # ---------------------------------------------------------------- model and data
+
+    def load(self) -> Llava:
+        """The recipe's model on the host, as stored, before any part is frozen. Raises CheckpointError."""
+        recipe = self.recipe
+        template = recipe.data.template
+        return load(recipe.model, "cpu", "auto", chat_template=template, merge=False, quantize=recipe.quantize)
 
     def read(self, sources: Sequence[Source]) -> SampleTable:
         """Read the data files of a run. Default: LLaVA-format samples. Raises DataError."""
@@ -171,13 +180,12 @@ def processor_of(model: Llava) -> Processor:
     return model.processor
 
 
-def forward(model: nn.Module, batch: Batch, precision: str, **options: Any) -> tuple[Tensor, Tensor]:
-    """(a model's losses on a batch, float32 [supervised rows], computed in `precision`; the decoder's inputs
-    [rows, width])."""
+def forward(model: nn.Module, batch: Batch, precision: str, **options: Any) -> tuple[Tensor, Inputs]:
+    """(a model's losses on a batch, float32 [supervised rows], computed in `precision`; the decoder's inputs)."""
     dtype = getattr(torch, precision)
     cast = dtype != torch.float32 and not isinstance(model, FSDPModule)  # FSDP2 casts by itself
     with torch.autocast(batch.flat.device.type, dtype, enabled=cast):
         out: LlavaOutput = model(batch, logits="none", **options)
     assert out.losses is not None
-    assert out.inputs_embeds is not None
-    return out.losses, out.inputs_embeds
+    assert out.inputs is not None
+    return out.losses, out.inputs

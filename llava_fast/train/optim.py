@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.optim import Optimizer as TorchOptimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from llava_fast.errors import RecipeError
 from llava_fast.models.vlm import LlavaModel
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 
 def freeze(model: LlavaModel, recipe: Recipe) -> list[str]:
     """Make only the parts named in the recipe require gradients; return the names of their parameters. Tower layers
-    after the selected one stay frozen, since they never run. Raises RecipeError for a name that matches nothing.
+    after the selected one stay frozen, since they never run, and so does what the connector does not use. Raises
+    RecipeError for a name that matches nothing.
     """
     trained = set()
     names = [name for name, _ in model.named_parameters()]
@@ -31,6 +34,7 @@ def freeze(model: LlavaModel, recipe: Recipe) -> list[str]:
             raise RecipeError(f"trainable: {pattern!r} is neither a part ({', '.join(PARTS)}) nor a parameter's name")
         trained |= found
     never_run = {id(parameter) for module in model.vision_tower.unused() for parameter in module.parameters()}
+    never_run |= {id(parameter) for parameter in model.projector.unused()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_((name in trained and id(parameter) not in never_run) or "lora_" in name)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -63,8 +67,20 @@ def build_optimizer(model: nn.Module, settings: Optimizer) -> TorchOptimizer:
 
 
 def build_schedule(optimizer: TorchOptimizer, settings: Optimizer, total: int) -> LRScheduler:
-    """The learning-rate schedule over `total` steps, from transformers (warm-up rounded up, as in its Trainer)."""
+    """The learning-rate schedule over `total` steps, from transformers (warm-up rounded up, as in its Trainer).
+    `first_rate` and `last_rate` are those of a part with `learning_rate`; another part's are in proportion."""
     from transformers import get_scheduler
 
     warmup = math.ceil(total * settings.warmup)
-    return get_scheduler(settings.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    made = get_scheduler(settings.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    first, last = (rate / settings.learning_rate for rate in (settings.first_rate, settings.last_rate))
+    if not first and not last:
+        return made
+    assert isinstance(made, LambdaLR)
+    shares = list(made.lr_lambdas)
+
+    def lifted(share: Callable[[int], float], step: int) -> float:
+        least = first if step < warmup else last
+        return least + (1 - least) * share(step)
+
+    return LambdaLR(optimizer, [functools.partial(lifted, share) for share in shares])

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.nn.functional import all_gather
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -76,6 +77,26 @@ class World:
         if held.item():
             dist.all_gather_object(everyone, value)
         return everyone
+
+    def gather_rows(self, rows: Tensor) -> tuple[Tensor, int]:
+        """(The rows of the processes that run different samples, in order, of which each may have another number; the
+        place of this process's first row.) Gradients flow to all of them, so that a mean over all rows has the
+        gradients that it has in one process. A collective."""
+        if self.mesh is None or self.size == 1:
+            return rows, 0
+        group = self.mesh.get_group("data")
+        counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(self.size)]
+        dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device), group=group)
+        sizes = [int(count) for count in counts]
+        padding = [0, 0] * (rows.dim() - 1) + [0, max(sizes) - len(rows)]
+        padded = nn.functional.pad(rows, padding).contiguous()
+        if padded.requires_grad:
+            parts = all_gather(padded, group=group)
+        else:
+            parts = [torch.empty_like(padded) for _ in sizes]
+            dist.all_gather(parts, padded, group=group)
+        kept = [part[:size] for part, size in zip(parts, sizes, strict=True)]
+        return torch.cat(kept), sum(sizes[: self.rank])
 
     def together(self) -> None:
         """Wait for all processes (a barrier)."""

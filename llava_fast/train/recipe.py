@@ -20,6 +20,7 @@ from llava_fast.train.objective import Objective, ObjectiveSettings
 from llava_fast.train.objectives.dpo import Dpo
 from llava_fast.train.objectives.kto import Kto
 from llava_fast.train.objectives.sft import Sft
+from llava_fast.train.objectives.stage_one import StageOne
 
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -50,6 +51,7 @@ class Data(_Section):
     video_frames: int = Field(16, ge=1)
     video_fps: float | None = Field(None, ge=0)  # frames a second instead; default: 1 for LLaMA-VID, else video_frames
     time_instruction: bool = False  # a video's question begins with its duration and its frames' times
+    router_text: Literal["prompt", "all"] = "prompt"  # all: SliME's router reads the answers too, as in its trainer
 
 
 class Optimizer(_Section):
@@ -59,6 +61,8 @@ class Optimizer(_Section):
     rates: dict[Literal["vision_tower", "projector", "decoder"], float] = {}  # a part's own rate
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup: float = Field(0.03, ge=0, lt=1)  # share of all steps
+    first_rate: float = Field(0.0, ge=0)  # at the beginning of the warm-up
+    last_rate: float = Field(0.0, ge=0)  # where cosine and linear schedules end
     weight_decay: float = Field(0.0, ge=0)  # for matrices; biases and norms have none
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
@@ -97,6 +101,7 @@ class Recipe(_Section):
     quantize: Literal["int8", "int4"] | None = None  # the decoder's frozen Linears and its head, while loading
     dpo: Dpo | None = None  # train on preference pairs instead of supervised fine-tuning
     kto: Kto | None = None  # train on answers labelled desirable or undesirable
+    stage_one: StageOne | None = None  # train BLIP-2's Q-Former on captions, without a language model
     data: Data
     optimizer: Optimizer
     batch_size: int = Field(ge=1)  # samples of an optimiser step, over all processes and micro-batches
@@ -206,7 +211,7 @@ def _said(problem: Mapping[str, Any]) -> str:
         return "it is missing"
     if problem["type"] != "extra_forbidden":
         return problem["msg"].removeprefix("Value error, ")
-    sections = (Recipe, Data, Source, Optimizer, Lora, Dpo, Kto, Parallel, Checkpoints, Assembly)
+    sections = (Recipe, Data, Source, Optimizer, Lora, Dpo, Kto, StageOne, Parallel, Checkpoints, Assembly)
     known = [name for section in sections for name in section.model_fields]
     near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
     return "there is no such field" + (f"; did you mean {near[0]}?" if near else "")

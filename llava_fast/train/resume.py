@@ -97,7 +97,9 @@ class RunState:
         if not path.exists():
             return
         before, now = yaml.safe_load(path.read_text(encoding="utf-8")), self.recipe.model_dump(mode="json")
-        before = dict.fromkeys(self.recipe.objective_fields()) | before  # the recipe may be older than an objective
+        # The recipe may be older than an objective, or than a field of the optimizer.
+        before = dict.fromkeys(self.recipe.objective_fields()) | before
+        before["optimizer"] = type(self.recipe.optimizer).model_validate(before["optimizer"]).model_dump(mode="json")
         other = [name for name in before if name in now and before[name] != now[name]]
         if wrong := [name for name in (*_KEPT, *self.recipe.objective_fields()) if name in other]:
             name = wrong[0]

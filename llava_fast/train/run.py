@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from llava_fast.api import load
 from llava_fast.errors import RecipeError
 from llava_fast.families import writing_family
 from llava_fast.generation.llava import Llava
@@ -61,8 +60,7 @@ def load_model(recipe: Recipe, world: World) -> Llava:
     """The recipe's model on this process's device: trained parts in float32, the rest in the recipe's precision. A
     model to be sharded stays on the host, as stored in its checkpoint, so that no device ever holds all of it.
     """
-    template = recipe.data.template
-    model = load(recipe.model, "cpu", "auto", chat_template=template, merge=False, quantize=recipe.quantize)
+    model = recipe.objective().load()
     writing_family(model.config, recipe.layout)  # raises before training if the model cannot be exported
     if is_quantised(model):
         _check_quantised(recipe, model, world)
@@ -89,6 +87,7 @@ def load_model(recipe: Recipe, world: World) -> Llava:
         video_frames=data.video_frames,
         video_fps=fps,
         time_instruction=data.time_instruction,
+        router_text=data.router_text,
         max_rows=most,
     )
     return model.train()

@@ -44,18 +44,34 @@ VICUNA_7B = OPT_2_7B | {
     "text_config": {"model_type": "llama", "max_position_embeddings": 2048, "vocab_size": 32001},
     "vision_config": {"model_type": "instructblip_vision_model", "num_channels": 3},
 }
+FLAN_T5_XL = OPT_2_7B | {
+    "image_token_index": 32100,
+    "text_config": {
+        "model_type": "t5",
+        "d_ff": 5120,
+        "d_model": 2048,
+        "decoder_start_token_id": 0,
+        "dense_act_fn": "gelu",
+        "feed_forward_proj": "gated-gelu",
+        "n_positions": 512,
+        "num_decoder_layers": 24,
+        "num_heads": 32,
+        "num_layers": 24,
+        "tie_word_embeddings": False,
+    },
+}
 PICTURE = tiny.picture(60, 90)
 
 
-def ids_of(requests: list[dict], **options) -> list[list[int]]:
+def ids_of(requests: list[dict], name: str = "blip2", **options) -> list[list[int]]:
     """The token of each row, IMAGE_ID for an image's."""
-    model = tiny.pair("blip2").ours
+    model = tiny.pair(name).ours
     plan = model.own_processor.prepare(requests, **options).plan
     ids = np.where(plan.column("source") == TEXT, plan.column("row"), tiny.IMAGE_ID)
     return [each.tolist() for each in np.split(ids, plan.column("boundaries")[1:-1])]
 
 
-@pytest.mark.parametrize("published", [OPT_2_7B, VICUNA_7B], ids=lambda source: source["model_type"])
+@pytest.mark.parametrize("published", [OPT_2_7B, FLAN_T5_XL, VICUNA_7B], ids=["opt", "t5", "vicuna"])
 def test_a_sparse_config_of_published_size_has_transformers_tensors(published, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(published))
     config, _ = read_config(tmp_path)
@@ -66,16 +82,19 @@ def test_a_sparse_config_of_published_size_has_transformers_tensors(published, t
     found = {names.to_stored(name, "hf", config): value.shape for name, value in model.named_parameters()}
     if config.decoder.tie_embeddings:
         del expected["language_model.lm_head.weight"]
+    expected = {name: value for name, value in expected.items() if not names.is_skipped(name)}
     assert found == {name: value.shape for name, value in expected.items()}
     assert (config.projected_per_tile, config.vision.rows_per_tile, config.vision.layers_needed) == (32, 257, 39)
 
 
+@pytest.mark.parametrize("name", ["blip2", "blip2_t5"])
 @pytest.mark.parametrize("text", ["Question: the hello? Answer:", "a photo of", ""])
-def test_prompts_are_those_of_transformers_processor(text):
-    processor = tiny.pair("blip2").processor
+def test_prompts_are_those_of_transformers_processor(text, name):
+    processor = tiny.pair(name).processor
     processor.tokenizer.model_input_names = ["input_ids", "attention_mask"]
     expected = processor(images=Image.fromarray(PICTURE), text=text)["input_ids"][0]
-    assert ids_of([{"prompt": f"<image>{text}", "images": [PICTURE]}]) == [list(expected)]
+    start = [] if name == "blip2" else [tiny.PAD_ID]  # with which a T5's answer begins
+    assert ids_of([{"prompt": f"<image>{text}", "images": [PICTURE]}], name) == [[*expected, *start]]
 
 
 def test_a_question_about_an_image_and_its_label():
@@ -136,7 +155,7 @@ def test_a_connector_that_does_not_fit_says_so():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"text_config": {"model_type": "t5"}}, "text_config.model_type is 't5'; supported are"),
+        ({"text_config": {"model_type": "falcon"}}, "text_config.model_type is 'falcon'; supported are"),
         ({"qformer_config": {"use_qformer_text_input": True}}, "retrieval is not supported"),
         ({"qformer_config": {"num_attention_heads": 5}}, "hidden_size 48 is no multiple of 5 num_attention_heads"),
         ({"qformer_config": {"hidden_act": "tanh"}}, "qformer_config.hidden_act is 'tanh'; supported are"),

@@ -161,7 +161,7 @@ def test_siglip_and_video_pooling(parts, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"projector": "mlp3x_gelu"}, "projector_from.*the recipe's is of kind 'mlp'"),
+        ({"projector": "mlp3x_gelu"}, "projector_from.*the recipe's is ProjectorConfig.kind='mlp'"),
         ({"projector": "conv"}, "mm_projector_type is 'conv'"),
         ({"projector_from": "{decoder}"}, "holds no projector"),
         ({"aspect": "round"}, "image_aspect_ratio is 'round'"),

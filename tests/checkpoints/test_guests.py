@@ -14,7 +14,19 @@ from llava_fast.errors import CheckpointError, UnsupportedModelError
 from llava_fast.integrations.processor import FastProcessor
 from tests.support import tiny
 
-GUESTS = ("internvl", "internvl_6b", "vipllava", "video_llava", "blip2", "instructblip", "idefics3", "smolvlm")
+GUESTS = (
+    "internvl",
+    "internvl_6b",
+    "vipllava",
+    "video_llava",
+    "blip2",
+    "blip2_t5",
+    "instructblip",
+    "instructblip_t5",
+    "instructblipvideo",
+    "idefics3",
+    "smolvlm",
+)
 HOSTED = ("llava_mpt", "llava_opt", "llava_phi", "next_stablelm")  # decoders that transformers runs
 
 

@@ -22,6 +22,7 @@ from llava_fast.models.batch import Batch
 from tests.support import tiny
 from tests.support.parity import assert_close
 from tests.support.qformers import question_tokenizer
+from tests.support.tiny_checkpoints import edit_json
 
 PICTURE, OTHER = tiny.picture(60, 90), tiny.picture(50, 50)
 
@@ -146,4 +147,36 @@ def test_what_it_does_not_support_says_so(tmp_path):
     tiny.save(pair.case, pair.hf, tmp_path)
     shutil.rmtree(tmp_path / "qformer_tokenizer")
     with pytest.raises(CheckpointError, match="qformer_tokenizer"):
+        llava_fast.load(tmp_path)
+
+
+def test_a_model_of_videos_takes_four_frames_of_a_file():
+    processor = tiny.pair("instructblipvideo").ours.own_processor
+    assert (processor.frames, replace(processor, video_frames=7).frames) == (4, 4)
+    assert tiny.pair("instructblip").ours.own_processor.frames == 16
+    frames = np.stack([tiny.picture(60, 90, seed) for seed in range(4)])
+    plan = processor.prepare([{"prompt": "<video>what is the hello?", "video": frames}]).plan
+    ids = np.where(plan.column("source") == TEXT, plan.column("row"), tiny.VIDEO_ID)
+    words = processor.tokenizer("what is the hello?")["input_ids"]
+    assert ids.tolist() == [tiny.VIDEO_ID] * 4 * tiny.QUERIES + words  # as its processor writes them
+    assert len({tuple(told) for told in plan.column("instruction").tolist()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"video_processor_type": "OtherVideoProcessor"}, "supported for this model: InstructBlipVideoVideoProcessor"),
+        ({"image_processor_type": "CLIPImageProcessor"}, "InstructBlipVideoImageProcessor, BlipImageProcessor"),
+        ({"do_sample_frames": True}, "do_sample_frames is True"),
+        ({"image_processor_type": "BlipImageProcessor"}, None),
+    ],
+)
+def test_the_processor_of_a_model_of_videos(change, said, tmp_path):
+    pair = tiny.pair("instructblipvideo")
+    tiny.save(pair.case, pair.hf, tmp_path)
+    edit_json(tmp_path / "video_preprocessor_config.json", **change)
+    if said is None:
+        assert llava_fast.load(tmp_path).config == pair.ours.config
+        return
+    with pytest.raises(CheckpointError, match=said):
         llava_fast.load(tmp_path)

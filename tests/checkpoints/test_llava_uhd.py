@@ -39,13 +39,16 @@ CONFIG = {
 }
 
 
-def write(folder) -> tuple:
+def write(folder, **changes) -> tuple:
     """A checkpoint as the original code writes it. Returns (CLIP, Llama, weights of the connector)."""
+    wide = 128 if changes.get("mm_projector_type") == "uhd_first" else 32  # a head is 128 of the tower's features
     torch.manual_seed(0)
-    clip = CLIPVisionModel(CLIPVisionConfig(**tiny.TOWER, image_size=SIZE, patch_size=PATCH)).eval()
+    tower = tiny.TOWER | {"hidden_size": wide}
+    clip = CLIPVisionModel(CLIPVisionConfig(**tower, image_size=SIZE, patch_size=PATCH)).eval()
     text = {**tiny.TEXT, "hidden_size": 128, "num_hidden_layers": 2, "vocab_size": tiny.VOCABULARY}
     llama = LlamaForCausalLM(LlamaConfig(**text, num_attention_heads=4, num_key_value_heads=2)).eval()
-    shapes = {"query": (64, 128), "kv_proj.weight": (128, 32), "attn.in_proj_weight": (384, 128), "proj": (128, 128)}
+    shapes = {"query": (64, 128), "attn.in_proj_weight": (384, 128), "proj": (128, 128)}
+    shapes |= {"kv_proj.weight": (128, wide)} if wide != 128 else {}
     shapes |= {"attn.in_proj_bias": (384,), "attn.out_proj.weight": (128, 128), "attn.out_proj.bias": (128,)}
     shapes |= {f"ln_{name}.{leaf}": (128,) for name in ("q", "kv", "post") for leaf in ("weight", "bias")}
     weights = {
@@ -67,7 +70,7 @@ def write(folder) -> tuple:
         folder / "model.safetensors",
     )
     llama.config.save_pretrained(folder)
-    edit_json(folder / "config.json", **CONFIG)
+    edit_json(folder / "config.json", **CONFIG | changes)
     clip.config.save_pretrained(folder / "tower")
     tiny.tokenizer().save_pretrained(folder)
     return clip, llama, {name: value.requires_grad_() for name, value in weights.items()}

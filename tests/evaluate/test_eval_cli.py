@@ -56,6 +56,9 @@ def test_tasks_are_listed_with_their_files():
     ("arguments", "says"),
     [
         (["demo", "imagenet"], "unknown task 'imagenet'"),
+        (["demo", "demo:1", "--choose", "likelihood"], "demo:1 has no options"),
+        (["demo", "seed", "--choose", "likelihood", "--max-new-tokens", "3"], "leave it out with --choose"),
+        (["demo", "lmms:mme", "--choose", "likelihood"], "leave --choose out"),
         (["demo", "pope"], "pope needs"),
         (["demo", "demo:1", "--shard", "4/4"], "--shard is '4/4'"),
         (["demo", "demo:1", "--ray", "2", "--processes", "2"], "exclude each other"),

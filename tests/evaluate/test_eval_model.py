@@ -1,6 +1,7 @@
 """The demo model's answers by continuous batching, by processes and by Ray's actors are those of `generate`."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,9 @@ from llava_fast.demo.run import model_path
 from llava_fast.errors import EvaluationError
 from llava_fast.evaluate import workers
 from llava_fast.evaluate.model import ModelSpec, answers_of
+from llava_fast.evaluate.run import Plan, run
 from llava_fast.evaluate.task import Answer, Question
+from llava_fast.evaluate.tasks import task_of
 from llava_fast.evaluate.tasks.demo import Demo
 from tests.support import published
 
@@ -186,3 +189,44 @@ def test_ray(questions, expected, monkeypatch, lost):
         with pytest.raises(EvaluationError, match=r"the actor died.*kept"):
             next(answered)
     assert ray.actors == ray.killed == 2
+
+
+@pytest.mark.parametrize(("name", "choose"), [("seed", "likelihood"), ("scienceqa", "mean_likelihood")])
+def test_options_are_chosen_by_their_likelihood(model, tmp_path, name, choose):
+    getattr(published, name)(tmp_path)
+    plan = Plan((name,), tmp_path, tmp_path / "out", {"path": "demo"}, choose=choose)
+    results = run(plan, lambda questions, options: answers_of(model, questions, options, 2))
+    assert results["settings"]["choose"] == choose
+    (task,) = results["tasks"].values()
+    assert task["errors"] == 0
+    for row in task["answers"]:
+        question = next(each for each in asked_of(name, tmp_path) if each.id == row["id"])
+        ranked = model.rank(
+            question.request(), [text for _, text in question.candidates], "mean" if choose.startswith("m") else "sum"
+        )
+        assert row["answer"] == row["read"] == "ABCDE"[ranked[0].index]
+        assert question.prompt == (question.text if name == "seed" else row["prompt"])
+    with pytest.raises(EvaluationError, match="holds answers with choose"):
+        run(replace(plan, choose="answer"), lambda *_: iter(()))
+
+
+def asked_of(name: str, data: Path) -> list[Question]:
+    task = task_of(name)
+    folder = data / task.folder if (data / task.folder).is_dir() else data
+    return [task.with_candidates(question) for question in task.questions(folder)]
+
+
+def test_a_question_that_cannot_be_ranked_is_an_error_of_its_own(model, questions, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    good = replace(questions[0], candidates=(("A", "7"), ("B", "3")))
+    bad = replace(questions[1], images=(str(tmp_path / "broken.png"),), candidates=(("A", "7"),))
+    found = by_id(answers_of(model, [good, bad], {"choose": "likelihood"}))
+    assert found[good.id].text in ("A", "B")
+    assert found[bad.id].error is not None
+
+
+def test_tasks_without_options_cannot_be_ranked(tmp_path):
+    published.pope(tmp_path)
+    plan = Plan(("pope",), tmp_path, tmp_path / "out", {}, choose="likelihood")
+    with pytest.raises(EvaluationError, match=r"pope has no options .* scienceqa, mmbench, seed, ai2d"):
+        run(plan, lambda *_: iter(()))

@@ -36,6 +36,7 @@ from llava_fast.generation.sequence import new_sequence
 from llava_fast.inputs.plan.buckets import bucket_of
 from llava_fast.inputs.plan.plan import TextPiece
 from llava_fast.integrations.collator import Collator
+from llava_fast.models import eight_bit
 from llava_fast.models.batch import Batch
 from llava_fast.models.decode_graphs import DecodeGraphs
 from llava_fast.models.decoders.llama import LlamaConfig
@@ -206,6 +207,46 @@ def attending(training: bool) -> None:
         assert not reads, reads
         counts.append(reads.launches)
     assert counts[0] == counts[1], counts
+
+
+def prefilling(per_layer: int, rest: int, precision: str | None = None) -> None:
+    """A prompt with an image in a decoder of 32 layers launches so many kernels a layer, and besides; in chunks, each
+    pass does. (Kernels do not depend on widths.) The image's own are counted by `encoding_launches`."""
+    ours = tiny.pair("next").ours
+    config = replace(ours.config, decoder=replace(ours.config.decoder, num_layers=32))
+    passes = {}
+    for chunk in (None, 40):
+        with fake_gpu() as reads, use_backend("auto" if precision else "triton"), torch.inference_mode():
+            with torch.device("cuda"), of_dtype(torch.bfloat16):
+                model = merge_linears(Llava(config, ours.processor)).eval()
+            if precision is not None:
+                eight_bit.FEW_ROWS = 8
+                eight_bit.use_precision(model, precision)
+            runner = Runner(model)
+            prompt = read_prompt(model.processor, talk("<image>\nhello", images=PICTURES[:1]))
+            sequence = new_sequence(model, prompt, llava_fast.Sampling())
+            sequence.table = BlockTable(runner.cache)
+            sequence.table.reserve(sequence.rows)
+            runner._embed, counts = functools.partial(_uncounted, reads, runner._embed), []
+            while sequence.cached.length < sequence.rows:
+                rows = min(chunk or sequence.rows, sequence.rows - sequence.cached.length)
+                reads.launches = 0
+                runner.prefill([(sequence, rows)])
+                runner.advance([(sequence, rows)])
+                counts.append(reads.launches)
+            assert not reads, reads
+        passes[chunk] = counts
+    (whole,), chunked = passes.values()
+    assert len(chunked) > 2, chunked
+    assert max(whole, *chunked) <= 32 * per_layer + rest, passes
+    assert min(whole, *chunked) >= 32 * (per_layer - 1), passes
+
+
+def _uncounted(reads: Reads, run: Callable, *args):
+    before = reads.launches
+    out = run(*args)
+    reads.launches = before
+    return out
 
 
 def spreading(on_first: int) -> None:
@@ -386,6 +427,9 @@ def main() -> None:
     add(optimizing, "bfloat16", "layers", "auto")
     add(optimizing, "float32", "none", "auto")
     add(encoding_launches, 190)
+    add(prefilling, 10, 8)
+    add(prefilling, 10, 8, "int8")
+    add(prefilling, 10, 8, "fp8")
     for on_first in (1, 0):
         add(spreading, on_first)
     add(attending, True)

@@ -111,6 +111,18 @@ PROMPTS = {
             "<|start_header_id|>assistant<|end_header_id|>\n\n"
         ),
     ),
+    "slime_llama_3": (
+        (
+            "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is it?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n"
+        ),
+        (
+            "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is it?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\nA cat.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nWhich colour?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n"
+        ),
+    ),
     "qwen": (
         (
             "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat is it?"

@@ -175,6 +175,7 @@ ANSWERS = {
     "mistral": " the hello café </s> No. </s>",
     "chatml_direct": "the hello café<|im_end|>No.<|im_end|>",
     "llava_llama_3": "the hello café<|eot_id|>No.<|eot_id|>",
+    "slime_llama_3": "the hello café<|eot_id|>No.<|eot_id|>",
     "qwen": "the hello café<|im_end|>No.<|im_end|>",
 }
 

@@ -194,25 +194,21 @@ def test_loglikelihood(batch_size, loaded, classes):
     assert all(isinstance(each, tuple) == (classes.module.GenerationResult is None) for each in results)
 
 
-def test_what_greedy_decoding_says_counts_as_greedy(loaded, monkeypatch):
-    evaluated = loaded(batch_size=2)
-    real = type(evaluated.model).forward
+def test_targets_of_one_question_are_ranked_together(loaded, classes, monkeypatch):
+    """And what greedy decoding says counts as greedy."""
+    evaluated, asked = loaded(batch_size=2), []
+    real = classes.module.score_candidates
 
-    def sure(self, batch, logits=None):
-        """Whoever speaks first in the batch says just its target."""
-        out = real(self, batch, logits)
-        of = torch.from_numpy(batch.plan.column("sequence")[batch.plan.column("supervised_row")])
-        target = batch.column("supervised_target").long()
-        boost = torch.zeros_like(out.logits).scatter_(1, target[:, None], 1e4) * (of == 0)[:, None]
-        return type(out)(out.logits + boost, out.loss)
+    def watched(model, requests, texts, end_of_turn):
+        asked.append(texts)
+        found = real(model, requests, texts, end_of_turn)
+        return [[dataclasses.replace(each, is_greedy=each.text == "hello") for each in of] for of in found]
 
-    monkeypatch.setattr(type(evaluated.model), "forward", sure)
-    requests = [Instance(DOCS[0]["question"], target, pictures, 0, TASK, SPLIT) for target in ("hello", "hello")]
-    (loss, greedy), (other_loss, other_greedy) = texts(evaluated.loglikelihood(requests))
-    assert greedy
-    assert loss < 1e-3
-    assert not other_greedy
-    assert other_loss > 1
+    monkeypatch.setattr(classes.module, "score_candidates", watched)
+    requests = [Instance(DOCS[0]["question"], target, pictures, 0, TASK, SPLIT) for target in ("hello", "a", "the")]
+    requests.insert(1, Instance(DOCS[2]["question"], "yes", pictures, 2, TASK, SPLIT))
+    assert [greedy for _, greedy in texts(evaluated.loglikelihood(requests))] == [True, False, False, False]
+    assert [list(each) for each in asked] == [[["hello", "a", "the"], ["yes"]]]
 
 
 def test_videos_by_their_path(classes):

@@ -228,7 +228,7 @@ def test_the_graph_used_longest_ago_is_dropped(served, monkeypatch):
     for count in (1, 1, 2, 2, 1, 4, 4, 1, 2):
         graphs.step(count)
     assert graphs.sizes == [1, 2, 4, 2]
-    assert [key[1] for key in graphs._captured] == [1, 2]
+    assert [key[1] for key in graphs.graphs.keys] == [1, 2]
 
 
 def test_graphs_share_a_pool_until_a_capture_fails(monkeypatch):
@@ -246,9 +246,9 @@ def test_graphs_share_a_pool_until_a_capture_fails(monkeypatch):
     monkeypatch.setattr(decode_graphs.cuda_graphs, "Pool", object)
     monkeypatch.setattr(decode_graphs.cuda_graphs, "capture", capture)
     for size in (1, 2, 4, 8):
-        graphs._captured_now((decode_graphs.LOGITS, size, 32, "auto", torch.float32))
+        graphs._captured((decode_graphs.LOGITS, size, 32, "auto", torch.float32))
     assert pools[0] is pools[1] is pools[2] is not pools[3]
-    assert [key[1] for key in graphs._captured] == [1, 2, 8]
+    assert [key[1] for key in graphs.graphs.keys] == [1, 2, 8]
 
 
 def test_the_stream_is_restored_when_a_capture_cannot_end(monkeypatch):
@@ -275,6 +275,17 @@ def test_the_stream_is_restored_when_a_capture_cannot_end(monkeypatch):
     with pytest.raises(RuntimeError, match="previous error"):
         cuda_graphs.capture(lambda: torch.zeros(1), cuda_graphs.Pool("pool", side))
     assert now == [before]
+
+
+def test_what_a_failed_warm_up_has_launched_is_waited_for(monkeypatch):
+    waits = []
+    side = SimpleNamespace(wait_stream=lambda other: None)
+    before = SimpleNamespace(wait_stream=waits.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: before)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    with pytest.raises(ZeroDivisionError):
+        cuda_graphs.capture(lambda: 1 / 0, cuda_graphs.Pool("pool", side))
+    assert waits == [side]
 
 
 def test_what_no_graph_serves(expected, served, monkeypatch):

@@ -12,6 +12,9 @@ from llava_fast.models.blocks import varlen
 from llava_fast.models.blocks.attention import Spans, attend
 from llava_fast.models.paged_cache import BlockTable, PagedCache
 from llava_fast.ops import use_backend
+from llava_fast.ops.packed_attention import forms
+from llava_fast.ops.selection.store import Table
+from llava_fast.ops.selection.verdict import Verdict
 from tests.support import tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -37,9 +40,9 @@ def test_answers_from_graphs_are_the_modules(name, options):
             assert model.generate(REQUESTS, **options) == expected
     idle = llava._idle[model]
     graphs = idle.device.graphs
-    assert (graphs.unfit, graphs.failed, idle.encoder.unfit) == (None, {}, None)
-    assert graphs._captured
-    assert idle.encoder.captured
+    for each in (graphs, idle.encoder):
+        assert (each.unfit, each.failed) == (None, {})
+        assert each.graphs.keys
 
 
 def rows(count, heads, dtype):
@@ -54,7 +57,11 @@ def distance(found, exact) -> float:
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 @pytest.mark.parametrize("cached", [False, True])
-def test_all_sequences_at_once_are_the_loop(dtype, window, heads, cached, monkeypatch):
+@pytest.mark.parametrize("form", [None, "padded"])
+def test_all_sequences_at_once_are_the_loop(dtype, window, heads, cached, form, monkeypatch, select):
+    """In the form that runs without a verdict, and padded as a verdict."""
+    if form is not None:
+        select().pinned = Table(verdicts={"packed_attention": Verdict(backend=form)})
     torch.manual_seed(0)
     lengths, before = (40, 1, 77), (0, 5, 33)
     given = [rows(sum(lengths), number, dtype) for number in (heads[0], heads[1], heads[1])]
@@ -84,7 +91,7 @@ def test_all_sequences_at_once_are_the_loop(dtype, window, heads, cached, monkey
     for mine, exact in zip(found, run(torch.float64), strict=True):
         assert distance(mine, exact) < 2e-2
     assert calls == [1]
-    assert not varlen._refused
+    assert not forms.refused
 
 
 def test_a_capture_that_waits_for_the_gpu_leaves_the_stream_as_it_was():

@@ -1,6 +1,8 @@
-"""All sequences of a pass in one call, against the loop over them. varlen_attn and xformers' attention need a GPU: here
-their documented meaning, written out, takes their place (tests/fake_gpu calls the former for its shapes)."""
+"""All sequences of a pass in one call, in each form as its verdict, against the loop over them. varlen_attn and
+xformers' attention need a GPU: here their documented meaning, written out, takes their place (tests/fake_gpu calls the
+former for its shapes)."""
 
+import importlib
 import random
 import sys
 from types import SimpleNamespace
@@ -20,8 +22,13 @@ from llava_fast.models.batch import Batch
 from llava_fast.models.blocks import varlen
 from llava_fast.models.blocks.attention import Spans, attend
 from llava_fast.models.paged_cache import BlockTable, PagedCache
+from llava_fast.ops.packed_attention import forms
+from llava_fast.ops.selection import samples, tables
+from llava_fast.ops.selection.store import Table
+from llava_fast.ops.selection.verdict import Verdict
 from tests.support import tiny
 
+op = importlib.import_module("llava_fast.ops.packed_attention")
 calls: list[int] = []
 
 
@@ -46,7 +53,6 @@ def documented(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_si
             seen &= distance >= -left
         scores = (q @ k.transpose(1, 2)).double() / q.shape[-1] ** 0.5
         out.append((scores.masked_fill(~seen, -torch.inf).softmax(-1).to(v) @ v).transpose(0, 1))
-    calls.append(len(lengths[0]))
     return torch.cat(out)
 
 
@@ -76,21 +82,27 @@ class Bias:
         return documented(query[0], key[0], value[0], *counts, *most, window_size=reach)[None]
 
 
-@pytest.fixture(params=["flash", "xformers"])
-def at_once(request, monkeypatch):
+@pytest.fixture(params=["varlen", "xformers", "padded", "reference"])
+def at_once(request, monkeypatch, select):
+    """A form as the verdict for all calls; `calls` grows by the number of sequences of each call."""
+    select().pinned = Table(verdicts={op.OP: Verdict(backend=request.param)})
     monkeypatch.setattr(varlen, "unfit", lambda query, slopes: "ALiBi" if slopes is not None else None)
-    if request.param == "flash":
-        monkeypatch.setattr(varlen, "flash_unfit", lambda device: None)
-        monkeypatch.setattr(theirs, "varlen_attn", documented)
-    else:
-        monkeypatch.setattr(varlen, "flash_unfit", lambda device: "too old")
-        ops = SimpleNamespace(memory_efficient_attention=Bias.attention)
-        monkeypatch.setitem(sys.modules, "xformers", SimpleNamespace(ops=ops))
-        monkeypatch.setitem(sys.modules, "xformers.ops", ops)
-        monkeypatch.setitem(sys.modules, "xformers.ops.fmha", SimpleNamespace())
-        biases = SimpleNamespace(BlockDiagonalCausalFromBottomRightMask=Bias)
-        monkeypatch.setitem(sys.modules, "xformers.ops.fmha.attn_bias", biases)
+    monkeypatch.setattr(op, "_unfit", lambda *args: {})
+    documented_forms(monkeypatch)
+    run = op._form
+    monkeypatch.setattr(op, "_form", lambda name, args: calls.append(len(args[5])) or run(name, args))
     calls.clear()
+    return request.param
+
+
+def documented_forms(monkeypatch):
+    monkeypatch.setattr(theirs, "varlen_attn", documented)
+    ops = SimpleNamespace(memory_efficient_attention=Bias.attention)
+    monkeypatch.setitem(sys.modules, "xformers", SimpleNamespace(ops=ops))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    monkeypatch.setitem(sys.modules, "xformers.ops.fmha", SimpleNamespace())
+    biases = SimpleNamespace(BlockDiagonalCausalFromBottomRightMask=Bias)
+    monkeypatch.setitem(sys.modules, "xformers.ops.fmha.attn_bias", biases)
 
 
 def rows(count, heads, size=8):
@@ -226,9 +238,9 @@ def test_where_xformers_refuses_the_loop_runs(error, at_once, monkeypatch, caplo
         raise error
 
     monkeypatch.setattr(sys.modules["xformers.ops"], "memory_efficient_attention", refuse)
-    monkeypatch.setattr(varlen, "_refused", {})
-    monkeypatch.setattr(varlen, "has_xformers", lambda: True)
-    monkeypatch.setattr(varlen, "unfit", lambda query, slopes: varlen._xformers_unfit(query))
+    monkeypatch.setattr(forms, "refused", {})
+    monkeypatch.setattr(forms, "has_xformers", lambda: True)
+    monkeypatch.setattr(varlen, "unfit", lambda query, slopes: forms.xformers_unfit(query))
     given = [rows(8, 2) for _ in range(3)]
 
     def run():
@@ -241,7 +253,7 @@ def test_where_xformers_refuses_the_loop_runs(error, at_once, monkeypatch, caplo
             return [attend(*given, spans, layer, cache, None) for layer in (0, 1)]
 
     found = [*run(), attend(*given, Spans((0, 5), (5, 3)), 0, None, None)]
-    assert calls == [0]
+    assert calls == [2, 0, 2]  # refused, then the loop in its place; the rest is not asked
     assert "".join(caplog.messages).count("xformers refused: " + " ".join(str(error).split())) == 1
     monkeypatch.undo()
     for mine, expected in zip(found, [*run(), attend(*given, Spans((0, 5), (5, 3)), 0, None, None)], strict=True):
@@ -252,7 +264,7 @@ def test_where_the_loop_stays(monkeypatch):
     query = torch.zeros(3, 2, 8)
     assert varlen.unfit(query, None) == "it needs CUDA"
     meta = torch.zeros(3, 2, 8, device="meta", dtype=torch.bfloat16)
-    monkeypatch.setattr(varlen, "flash_unfit", lambda device: None)
+    monkeypatch.setattr(forms, "flash_unfit", lambda device: None)
 
     class Fake:
         """Says that it is on CUDA."""
@@ -266,10 +278,10 @@ def test_where_the_loop_stays(monkeypatch):
     assert "head size of 264" in varlen.unfit(Fake(size=264), None)
     assert "ALiBi" in varlen.unfit(Fake(), torch.ones(2))
     assert varlen.unfit(meta, None) == "it needs CUDA"
-    monkeypatch.setattr(varlen, "flash_unfit", lambda device: "torch is too old")
-    monkeypatch.setattr(varlen, "has_xformers", lambda: False)
+    monkeypatch.setattr(forms, "flash_unfit", lambda device: "torch is too old")
+    monkeypatch.setattr(forms, "has_xformers", lambda: False)
     assert varlen.unfit(Fake(), None) == "torch is too old, and xformers is not installed"
-    monkeypatch.setattr(varlen, "has_xformers", lambda: True)
+    monkeypatch.setattr(forms, "has_xformers", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert varlen.unfit(Fake(torch.float16), None) is None
     assert varlen.unfit(Fake(), None) == "torch is too old, and xformers takes bfloat16 from compute capability 8.0 on"
@@ -278,3 +290,58 @@ def test_where_the_loop_stays(monkeypatch):
     assert Spans((0, 3), (3, 2)).are_adjacent
     assert not Spans((0, 4), (3, 2)).are_adjacent
     assert not Spans((), ()).are_adjacent
+
+
+def call(lengths, before=(), heads=(4, 2), size=16, dtype=torch.float32, gradients=False):
+    """Arguments of packed_attention."""
+    totals = [own + at for own, at in zip(lengths, before or [0] * len(lengths), strict=True)]
+    at = varlen.Ragged.of(lengths, totals, torch.device("cpu"))
+    shapes = (sum(lengths), heads[0]), (sum(totals), heads[1]), (sum(totals), heads[1])
+    given = [torch.randn(*shape, size, dtype=dtype, requires_grad=gradients) for shape in shapes]
+    return [*given, at.queries, at.keys, *at.lengths]
+
+
+@pytest.mark.parametrize(("lengths", "before"), [((7, 9, 8), (5, 0, 3)), ((7, 9, 8), ()), ((700, 1, 3, 1, 2), ())])
+def test_selection_takes_a_form_that_is_right_and_faster(lengths, before, select, monkeypatch):
+    """Padding, or the loop where padding would take too many rows; gradients are those of the form."""
+    from llava_fast.ops.selection import proof
+
+    select(LLAVA_FAST_SELECT="first-use")
+    monkeypatch.setattr(proof.Times, "is_faster", True)
+    args = call(lengths, before, gradients=True)
+    out = op.packed_attention(*args, window=4)
+    (name, verdict), *rest = tables.settings().table(out.device).verdicts.items()
+    assert not rest
+    assert name.startswith("packed_attention query=fp32[")
+    assert verdict.backend == ("reference" if 700 in lengths else "padded")
+    assert not verdict.refused
+    found = torch.autograd.grad(out.square().sum(), args[:3])
+    exact = [each.detach().double().requires_grad_() for each in args[:3]]
+    expected = op.packed_attention(*exact, *args[3:], window=4)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    for mine, other in zip(found, torch.autograd.grad(expected.square().sum(), exact), strict=True):
+        torch.testing.assert_close(mine.double(), other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_wrong_form_is_refused(select, monkeypatch):
+    from llava_fast.ops.selection import proof
+
+    select(LLAVA_FAST_SELECT="first-use")
+    monkeypatch.setattr(proof.Times, "is_faster", True)
+    stays = forms.padded
+    monkeypatch.setitem(op.FORMS, "padded", lambda q, k, v, *rest: stays(q, k, v.roll(1, 0), *rest))
+    op.packed_attention(*call((7, 9, 8)))
+    (verdict,) = tables.settings().table(torch.device("cpu")).verdicts.values()
+    assert verdict.backend == "reference"
+    assert "more than twice" in verdict.refused["padded"]
+
+
+def test_samples_are_few_rows_of_the_first_sequences():
+    args = call((300, 5, 9, 1, 2), (0, 2000, 1, 0, 4))
+    names = ("query", "key", "value", "queries", "keys", "query_lengths", "key_lengths", "window")
+    found = samples.sample_of("packed_attention", dict(zip(names, [*args, 0], strict=True)))
+    assert found["query_lengths"] == [64, 5, 9, 1]
+    assert found["key_lengths"] == [64, 69, 10, 1]
+    assert found["queries"].tolist() == [0, 64, 69, 78, 79]
+    assert len(found["key"]) == len(found["value"]) == found["keys"][-1] == 144
+    assert tuple(found) == names

@@ -139,7 +139,8 @@ def test_each_form_is_right(select, monkeypatch, made):
 def test_every_operator_has_samples_or_keeps_its_default():
     names = (name.split("::") for name in torch._C._dispatch_get_all_op_names())
     defined = {name for library, name in names if library == "llava_fast"}
-    known = {name for names in CALLS.values() for name in names} | {"image_tiles"}
+    elsewhere = {"image_tiles", "packed_attention", "scaled_linear"}  # their own tests prove calls
+    known = {name for names in CALLS.values() for name in names} | elsewhere
     assert known | BY_DEFAULT == defined
     assert {*samples.ROW_ARGS, *samples.MAKERS} == known
 

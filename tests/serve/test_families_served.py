@@ -8,11 +8,12 @@ import pytest
 import llava_fast
 from tests.checkpoints import test_llama_vid, test_llava_uhd, test_xcomposer
 from tests.serve.conftest import about, ask, data_uri, local, png
-from tests.support import tiny
+from tests.support import slimes, tiny
 from tests.support.families_page import cases, families
 
 WRITERS = {
     "llava_uhd": test_llava_uhd.write,
+    "slime": slimes.write,
     "InternLMXComposer": test_xcomposer.write,
     "llama_vid": test_llama_vid.write,
 }
@@ -31,7 +32,15 @@ def model_of(family, folder):
 
 @pytest.mark.parametrize("family", families(), ids=lambda family: family.model_types[0])
 def test_it_is_served(family, tmp_path):
-    model = model_of(family, tmp_path)
+    answers_are_generates(model_of(family, tmp_path))
+
+
+@pytest.mark.parametrize("name", ["blip2_t5", "instructblip_t5"])
+def test_an_encoder_decoder_is_served(name):
+    answers_are_generates(tiny.pair(name).ours)
+
+
+def answers_are_generates(model):
     seen, read = about("what is it?", data_uri(png(40, 90))), about("hello")
     content = [{"type": "image"}, {"type": "text", "text": "what is it?"}]
     requests = [

@@ -20,6 +20,7 @@ PARITY = "tests/test_parity_logits.py", "tests/test_parity_gradients.py"
 OWN_TESTS = {
     "llava_llama": ("tests/checkpoints/test_checkpoint_save.py", "tests/checkpoints/test_checkpoint_original.py"),
     "llava_uhd": ("tests/checkpoints/test_llava_uhd.py", "tests/train/test_guests_train.py"),
+    "slime": ("tests/checkpoints/test_slime.py", "tests/train/test_guests_train.py"),
     "InternLMXComposer": ("tests/checkpoints/test_xcomposer.py",),
     "llama_vid": ("tests/checkpoints/test_llama_vid.py",),
 }
@@ -43,13 +44,27 @@ code. The last three columns name the tests.
 """
 FOOT = """
 `accelerate` and `FastProcessor` support LLaVA 1.5, NeXT, NeXT-Video and OneVision ([with transformers](huggingface.md))
-and name any other model they are given as unsupported. Refused by name: videos of InternVL, Idefics3, SmolVLM and
-LLaVA-UHD, the other releases of LLaVA-UHD, BLIP-2 and InstructBLIP with T5, and LLaMA-VID with CLIP or without queries.
+and name any other model they are given as unsupported. Refused by name: videos of InternVL, Idefics3, SmolVLM,
+LLaVA-UHD and SliME, LLaVA-UHD v2 and v3, SliME's trained router, and LLaMA-VID with CLIP or without queries.
 
 LLaMA-VID was trained with the image in every question of a dialogue, and each question makes its own rows of it: here a
 question without an image gets the last one's (`ProcessorOptions(image_turns="given")`: not). Of a video file it takes 1
 frame a second (`video_fps`), in `batch` and `serve` too, whatever `video_frames` says. InternLM-XComposer's own demos
 answer by five beams, which are not offered here, and a repetition penalty of 1.5 (`repetition_penalty`).
+
+SliME's router keeps as many rows of an image as the prompt's text asks for. `count_tokens`, `llava-fast data` and the
+server's plan say the maximum (`optional_tokens` of the plan are those that may be left out); `usage` of an answer, and
+`model.routed(batch)`, say what was kept. Its trainer let the router read the answers too, which no prompt has: here it
+reads the prompt alone, or what its trainer did with `data.router_text: all`.
+
+From tiles to the decoder's inputs beside SliME's published steps, one picture of 1024x768 and 64 tokens, CLIP-L with 4
+layers of random weights, one thread of a shared AMD EPYC, equal rows to 6e-7: 6.0 s and 336 MiB at the peak, published
+11.1 s and 2790 MiB (`benchmarks/slime.py`, `benchmarks/results/2026-11-29-cpu-2core-slime-visual.json`). The original
+compares every row with every token at once; the sum over the tokens can be taken first.
+
+BLIP-2 of stage 1 (class `Blip2ForImageTextRetrieval`) has no language model: `llava_fast.load_retrieval` reads it,
+scores agree with transformers' within 1e-5 (`tests/models/test_retrieval.py`), and a recipe's section `stage_one`
+trains it ([training](training.md#blip-2-stage-1)).
 """
 
 

@@ -28,7 +28,8 @@ def assert_close(what: str, found: Tensor, expected: Tensor, limit: float = 1e-4
 def forget_rope(hf) -> None:
     """Dynamic RoPE in transformers remembers the longest sequence of earlier calls; start as a fresh model does."""
     whole = hf.model if hasattr(hf, "model") else hf.language_model
-    decoder = getattr(whole, "language_model", None) or getattr(whole, "text_model", None) or whole.model
+    named = (getattr(whole, name, None) for name in ("language_model", "text_model", "model"))
+    decoder = next((part for part in named if part is not None), None)
     rotary = getattr(decoder, "rotary_emb", None)  # OPT has learned positions
     if getattr(rotary, "rope_type", None) == "dynamic":
         rotary.inv_freq = rotary.original_inv_freq
@@ -55,7 +56,15 @@ def reference_greedy(hf, inputs: dict, tokens: int = 32) -> tuple[list[int], Ten
         return_dict_in_generate=True,
         output_logits=True,
     )
-    return out.sequences[0, inputs["input_ids"].shape[1] :].tolist(), torch.stack(out.logits)[:, 0]
+    return out.sequences[0, -len(out.logits) :].tolist(), torch.stack(out.logits)[:, 0]
+
+
+def all_logits(model, batch) -> list[Tensor]:
+    """The logits of each sequence of a batch [rows, vocabulary], without the rows that an encoder reads."""
+    out, plan = model(batch, logits="all").logits, batch.plan
+    each = out if plan.layout == "padded" else out.split(plan.lengths)
+    encoded = plan.encoded or (0,) * len(plan.lengths)
+    return [rows[first:length] for rows, first, length in zip(each, encoded, plan.lengths, strict=True)]
 
 
 def assert_same_answer(found: list[int], expected: list[int], logits: Tensor) -> None:

@@ -32,6 +32,26 @@ class InstructBlipForConditionalGeneration(TextToo, transformers.InstructBlipFor
     pass
 
 
+class InstructBlipVideoForConditionalGeneration(TextToo, transformers.InstructBlipVideoForConditionalGeneration):
+    pass
+
+
+@functools.lru_cache
+def t5_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Characters and a few words as sentencepiece splits them, each text after a space, and "</s>" at the end. The
+    special tokens are those of `tiny.tokenizer`."""
+    special = ["<unk>", "<s>", "</s>", "<image>", "<video>", "<pad>"]
+    words = [(token, 0.0) for token in special] + [("\u2581", -2.0)]
+    words += [(chr(code), -3.0) for code in range(33, 127)]
+    words += [("\u2581the", -1.0), ("\u2581a", -1.0), ("hello", -1.0), ("\n", -3.0)]
+    inner = Tokenizer(models.Unigram(words, unk_id=0))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    names = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    others = ["<image>", "<video>"]
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names, additional_special_tokens=others)
+
+
 @functools.lru_cache
 def question_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Bytes between [CLS] and [SEP], as BERT's tokenizer has words."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
+import re
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,7 @@ from transformers import (
     Idefics3Processor,
     InstructBlipConfig,
     InstructBlipProcessor,
+    InstructBlipVideoConfig,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLProcessor,
@@ -49,6 +52,7 @@ from transformers import (
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
     StableLmConfig,
+    T5Config,
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
     VideoLlavaProcessor,
@@ -71,8 +75,10 @@ import llava_fast
 from tests.support.qformers import (
     Blip2ForConditionalGeneration,
     InstructBlipForConditionalGeneration,
+    InstructBlipVideoForConditionalGeneration,
     bos_after_images,
     question_tokenizer,
+    t5_tokenizer,
 )
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<image>", "<video>", "<pad>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
@@ -285,9 +291,15 @@ CASES["smolvlm"] = Case(
     options={"scale_factor": 3, "tie_word_embeddings": True},
     tile=50,  # not a multiple of the patch, as in SmolVLM's 384 and 14
 )
+CASES["blip2_t5"] = Case("blip-2", T5Config, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, tile=48)
+CASES["instructblip_t5"] = Case(
+    "instructblip", T5Config, {"num_decoder_layers": 2, "tie_word_embeddings": False}, tile=48
+)
+CASES["instructblipvideo"] = Case("instructblipvideo", tile=48)
 MODELS = {
     "blip-2": (Blip2Config, Blip2ForConditionalGeneration),
     "instructblip": (InstructBlipConfig, InstructBlipForConditionalGeneration),
+    "instructblipvideo": (InstructBlipVideoConfig, InstructBlipVideoForConditionalGeneration),
     "idefics3": (Idefics3Config, Idefics3ForConditionalGeneration),
     "smolvlm": (SmolVLMConfig, SmolVLMForConditionalGeneration),
     "video_llava": (VideoLlavaConfig, VideoLlavaForConditionalGeneration),
@@ -300,10 +312,12 @@ MODELS = {
 }
 
 
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 3, "num_heads": 3, "decoder_start_token_id": PAD_ID}
 QFORMER = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3}
 QUERIES = 5
-WITH_QFORMER = ("blip-2", "instructblip")
-WITH_VIDEOS = ("llava_next_video", "llava_onevision", "video_llava")
+READS_QUESTIONS = ("instructblip", "instructblipvideo")
+WITH_QFORMER = ("blip-2", *READS_QUESTIONS)
+WITH_VIDEOS = ("llava_next_video", "llava_onevision", "video_llava", "instructblipvideo")
 
 
 def hf_config(case: Case):
@@ -311,11 +325,15 @@ def hf_config(case: Case):
     tower = {**TOWER, "image_size": case.tile, "patch_size": case.patch, **case.tower_options}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PAD_ID}
-    text = case.text(**{"vocab_size": VOCABULARY, **TEXT, **heads, **ends, **case.text_options})
+    if case.text is T5Config:
+        text = T5Config(**{"vocab_size": VOCABULARY, **T5, **ends, "bos_token_id": 2, **case.text_options})
+    else:
+        text = case.text(**{"vocab_size": VOCABULARY, **TEXT, **heads, **ends, **case.text_options})
     if case.kind in WITH_QFORMER:
-        words = {"vocab_size": len(question_tokenizer())} if case.kind == "instructblip" else {}
+        words = {"vocab_size": len(question_tokenizer())} if case.kind in READS_QUESTIONS else {}
         parts = {"vision_config": tower, "qformer_config": QFORMER | words, "text_config": text.to_dict()}
-        return config_class(**parts, num_query_tokens=QUERIES, image_token_index=IMAGE_ID)
+        token = {"video_token_index": VIDEO_ID} if case.kind == "instructblipvideo" else {"image_token_index": IMAGE_ID}
+        return config_class(**parts, num_query_tokens=QUERIES, **token)
     vision = SiglipVisionConfig(vision_use_head=False, **tower)
     if case.kind == "internvl":
         vision = InternVLVisionConfig(**tower)
@@ -344,12 +362,18 @@ def hf_model(case: Case, seed: int = 0):
     """A random float32 transformers model, its weights scaled so that greedy answers do not repeat themselves."""
     torch.manual_seed(seed)
     model = MODELS[case.kind][1](hf_config(case)).eval()
+    if case.text is T5Config and not case.text_options.get("tie_word_embeddings", True):  # which transformers 5 ties
+        model.language_model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.language_model.shared.weight))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name.lower() and name.endswith("weight"):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
                 if name.endswith(("q_norm.weight", "k_norm.weight")):
                     parameter.mul_(2)  # as sharp as trained
+            elif name.endswith("Attention.q.weight"):  # a T5 does not divide by the root of the heads' size
+                parameter.normal_(0, 0.2 * case.scale)
+            elif "relative_attention_bias" in name:
+                parameter.normal_(0, 1)
             else:
                 parameter.normal_(0, case.scale if parameter.dim() > 1 else 0.1)
     return model
@@ -390,6 +414,8 @@ def frame_processor(case: Case):
 
 
 def tokenizer_of(case: Case) -> PreTrainedTokenizerFast:
+    if case.text is T5Config:
+        return t5_tokenizer()
     if case.kind in SPLIT:
         return idefics3_tokenizer(newlines=case.kind == "smolvlm")
     return internvl_tokenizer() if case.kind == "internvl" else tokenizer(bos=case.kind != "llava_onevision")
@@ -423,7 +449,7 @@ def hf_processor(case: Case):
         return WithoutVideos(image_processor=images, tokenizer=words, image_seq_length=rows)
     if case.kind == "blip-2":
         return Blip2Processor(images, copy.deepcopy(words), num_query_tokens=QUERIES)
-    if case.kind == "instructblip":
+    if case.kind in READS_QUESTIONS:  # that of videos needs torchvision
         return InstructBlipProcessor(images, copy.deepcopy(words), question_tokenizer(), num_query_tokens=QUERIES)
     if case.kind in SPLIT:  # which adds tokens to its tokenizer
         rows = (case.tile // case.patch // case.options.get("scale_factor", 2)) ** 2
@@ -461,6 +487,8 @@ class Pair:
     ) -> dict:
         """What transformers' model takes for a prompt with <image> and <video> placeholders. `question`: what a
         Q-Former reads, if not the prompt."""
+        if self.case.kind == "instructblipvideo":
+            return self._video_inputs(prompt, list(images), video, question)
         inputs: dict = {}
         shown = []
         if len(images):
@@ -488,7 +516,27 @@ class Pair:
             asked = prompt.replace("<image>", "") if question is None else question
             ids = question_tokenizer()(asked, return_tensors="pt")["input_ids"].expand(len(images), -1)
             inputs |= {"qformer_input_ids": ids, "qformer_attention_mask": torch.ones_like(ids)}
+        if self.case.text is T5Config:
+            inputs["decoder_input_ids"] = torch.tensor([[PAD_ID]])
         return bos_after_images(inputs, IMAGE_ID) if self.case.kind in WITH_QFORMER else inputs
+
+    def _video_inputs(
+        self, prompt: str, images: list[np.ndarray], video: np.ndarray | None, question: str | None
+    ) -> dict:
+        """Of a model of videos: all pictures are frames of one, in the prompt's order."""
+        inputs: dict = {}
+        supply, shown = iter(images), []
+        for placeholder in re.findall("<image>|<video>", prompt):
+            shown += [next(supply)] if placeholder == "<image>" else list(video)
+        if shown:
+            pixels = self.processor.image_processor([Image.fromarray(frame) for frame in shown], return_tensors="pt")
+            asked = re.sub("<image>|<video>", "", prompt) if question is None else question
+            ids = question_tokenizer()(asked, return_tensors="pt")["input_ids"]
+            inputs = {"pixel_values": pixels["pixel_values"][None], "qformer_input_ids": ids}
+            inputs["qformer_attention_mask"] = torch.ones_like(ids)
+        rows = {"<image>": QUERIES, "<video>": 0 if video is None else QUERIES * len(video)}
+        text = re.sub("<image>|<video>", lambda found: "<video>" * rows[found[0]], prompt)
+        return bos_after_images(inputs | dict(self.ours.tokenizer(text, return_tensors="pt")), VIDEO_ID)
 
     @property
     def visual_ids(self) -> list[int]:
@@ -507,6 +555,8 @@ class Pair:
         side = self.case.tile // self.case.patch
         if self.case.kind == "video_llava":
             return frames * (side**2 + 1)
+        if self.case.kind == "instructblipvideo":
+            return frames * QUERIES
         if self.case.kind == "llava_onevision":
             return frames * (-(-side // 2)) ** 2 + 1
         return (side // 2) ** 2 * frames
@@ -527,7 +577,12 @@ def save(case: Case, model, folder: str | Path) -> None:
     model.save_pretrained(folder)
     tokenizer_of(case).save_pretrained(folder)
     image_processor(case).save_pretrained(folder)
-    if case.kind == "instructblip":
+    if case.kind == "instructblipvideo":  # transformers' own processor of videos needs torchvision
+        images = Path(folder) / "preprocessor_config.json"
+        made = json.loads(images.read_text()) | {"video_processor_type": "InstructBlipVideoVideoProcessor"}
+        del made["image_processor_type"]
+        images.rename(Path(folder) / "video_preprocessor_config.json").write_text(json.dumps(made))
+    if case.kind in READS_QUESTIONS:
         question_tokenizer().save_pretrained(Path(folder) / "qformer_tokenizer")
     hosted = case.text in (MptConfig, OPTConfig, PhiConfig, StableLmConfig)
     if hosted and case.kind != "blip-2":  # no decoder says their chat format

@@ -298,3 +298,37 @@ def test_memory_is_what_a_step_holds(make_recipe, case, tmp_path):
     assert said["AdamW"] == sum(value.nbytes for value in states)
     kept_by_plan = sum(size for what, size in said.items() if what.endswith(", kept"))
     assert kept_by_plan == pytest.approx(activations, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["instructblip", "blip2_t5"])
+def test_questions_of_a_q_former_and_both_halves_of_a_t5_count(name):
+    """Forward products of the connector and of the decoder, from the shapes that each Linear is called with."""
+    model, found = tiny.pair(name).ours, {"projector": 0, "decoder": 0}
+
+    def add(part, module, inputs):
+        found[part] += 2 * inputs[0].numel() * module.out_features
+
+    handles = [
+        each.register_forward_pre_hook(lambda module, inputs, part=part: add(part, module, inputs))
+        for part in found
+        for path, each in model.get_submodule(part).named_modules()
+        if type(each) is torch.nn.Linear and path != "lm_head"
+    ]
+    batch = model.prepare([request(0, "a box")], labels=True)  # of one tile, or the first layer would run less
+    with torch.no_grad():
+        model(batch, logits="none")
+    for handle in handles:
+        handle.remove()
+    told = int((batch.plan.column("instruction") >= 0).sum()) if name == "instructblip" else 0
+    forward = forward_flops(model.config, batch.plan.lengths, batch.plan.tiles, instruction=told)
+    assert forward.projector == pytest.approx(found["projector"], rel=1e-4)  # a whole number of entries per query
+    assert forward.decoder == found["decoder"]
+    assert bool(model.config.projector.text_matrix_size) == (name == "instructblip")
+
+
+def test_a_plan_says_what_it_assumes_of_questions(make_recipe, tmp_path):
+    tiny.save(tiny.CASES["instructblip"], tiny.pair("instructblip").hf, tmp_path)
+    recipe = make_recipe(model=str(tmp_path), trainable=["projector"], recompute="layers")
+    text = plan(recipe, gpus=1).to_text()
+    assert "question                                 125   rows of text that the connector reads" in text
+    assert "projector, kept of text" in text

@@ -1,21 +1,33 @@
 """Every family through a recipe: the loss falls, and what is exported is read again, by
 transformers where it has the family."""
 
+import json
+from fnmatch import fnmatch
+
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import llava_fast
+from llava_fast.checkpoints.assemble import Assembly
 from llava_fast.errors import CheckpointError
 from llava_fast.families import family_of_config
 from llava_fast.train.estimate.cost import plan
 from llava_fast.train.run import train
 from tests.checkpoints import test_llama_vid, test_llava_uhd, test_xcomposer
 from tests.checkpoints.test_guests import GUESTS, HOSTED
-from tests.support import tiny
-from tests.support.training_runs import SHAPES, losses
+from tests.support import slimes, tiny
+from tests.support.parity import all_logits
+from tests.support.training_runs import SHAPES, losses, write_picture
 
 PARTS = ("vision_tower", "projector", "decoder")
 WRITTEN = {"xcomposer": test_xcomposer, "llama_vid": test_llama_vid}
@@ -28,7 +40,10 @@ def test_it_trains_and_transformers_reads_what_is_exported(name, recipe_in, tmp_
     start = tmp_path / "start"
     tiny.save(tiny.CASES[name], tiny.pair(name).hf, start)
     optimizer = {"learning_rate": 2e-3}
-    recipe = recipe_in(tmp_path / "run", model=str(start), trainable=list(PARTS), epochs=2, optimizer=optimizer)
+    # a T5 writes one answer, and some samples have two
+    data = {"on_problem": "skip"} if name.endswith("t5") else {}
+    options = {"trainable": list(PARTS), "epochs": 2, "optimizer": optimizer, "data": data}
+    recipe = recipe_in(tmp_path / "run", model=str(start), **options)
     assert plan(recipe, 1).total_memory > 0
     train(recipe)
     each = losses(recipe)
@@ -43,7 +58,7 @@ def test_it_trains_and_transformers_reads_what_is_exported(name, recipe_in, tmp_
     pair = tiny.Pair(tiny.CASES[name], stock, tiny.pair(name).processor, after)
     request = {"prompt": "the <image> hello", "images": [tiny.picture(60, 90)]}
     with torch.no_grad():
-        found = after(after.prepare([request]), logits="all").logits
+        (found,) = all_logits(after, after.prepare([request]))
         torch.testing.assert_close(found, stock(**pair.reference_inputs(**request)).logits[0], rtol=1e-4, atol=1e-4)
 
 
@@ -76,10 +91,11 @@ def test_an_original_llava_trains_and_is_read_again(recipe_in, tmp_path):
     assert not torch.equal(after.decoder.embed_tokens.weight, before.decoder.embed_tokens.weight)
 
 
-def test_llava_uhd_trains_and_is_read_again(recipe_in, tmp_path):
+@pytest.mark.parametrize("kind", ["uhd_v1_query64", "uhd_first"])
+def test_llava_uhd_trains_and_is_read_again(kind, recipe_in, tmp_path):
     """Text alone among the samples, and images of several shapes in a batch."""
     start = tmp_path / "start"
-    test_llava_uhd.write(start)
+    test_llava_uhd.write(start, mm_projector_type=kind)
     optimizer = {"learning_rate": 2e-3}
     options = {"model": str(start), "trainable": list(PARTS), "epochs": 2, "optimizer": optimizer}
     with pytest.raises(CheckpointError, match="llava_uhd has no other layout than 'original'"):
@@ -97,8 +113,95 @@ def test_llava_uhd_trains_and_is_read_again(recipe_in, tmp_path):
         for name, value in after.projector.state_dict().items()
         if not value.equal(before.projector.state_dict()[name])
     ]
-    assert {"query", "kv_proj.weight", "attn.in_proj_weight", "proj", "pos_embed"} <= set(names)
+    projected = {"kv_proj.weight"} if kind != "uhd_first" else set()  # as wide as its tower here
+    assert {"query", "attn.in_proj_weight", "proj", "pos_embed"} | projected <= set(names)
     assert after.generate([{"prompt": "<image> hello", "images": [tiny.picture(20, 90)]}], max_new_tokens=3)
+
+
+@pytest.mark.parametrize("router_text", ["prompt", "all"])
+def test_slime_trains_and_is_read_again(router_text, recipe_in, tmp_path):
+    """Text alone among the samples; what its connector does not use stays as it was."""
+    start = tmp_path / "start"
+    slimes.write(start)
+    options = {"model": str(start), "trainable": list(PARTS), "epochs": 2, "optimizer": {"learning_rate": 2e-3}}
+    recipe = recipe_in(tmp_path / "run", **options, layout="original", data={"router_text": router_text})
+    assert plan(recipe, 1).total_memory > 0
+    train(recipe)
+    each = losses(recipe)
+    assert sum(each[-2:]) < sum(each[:2]), each
+    before, after = llava_fast.load(start), llava_fast.load(recipe.output / "model")
+    assert after.config == before.config
+    changed = {
+        name
+        for name, value in after.projector.state_dict().items()
+        if not value.equal(before.projector.state_dict()[name])
+    }
+    assert {"mlp.layers.0.weight", "compressor.query", "compressor.attn.in_proj_weight"} <= changed
+    assert not changed & {"compressor.pos_embed", "noise", "mean", "std", "gate", "expert.query"}
+
+
+def test_slimes_adapters(recipe_in, tmp_path):
+    """Beside a trained connector, in the original's files."""
+    start = tmp_path / "start"
+    slimes.write(start)
+    lora = {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]}
+    options = {"model": str(start), "trainable": ["projector"], "lora": lora, "steps": 3, "layout": "original"}
+    recipe = recipe_in(tmp_path / "run", **options, optimizer={"learning_rate": 1e-2})
+    train(recipe)
+    request = {"prompt": "the <image> hello", "images": [tiny.picture(60, 90)]}
+    found = []
+    for folder in ("model", "adapter"):
+        ours = llava_fast.load(recipe.output / folder)
+        with torch.no_grad():
+            found.append(ours(ours.prepare([request]), logits="all").logits)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(ours.projector.mlp.layers[0].weight, llava_fast.load(start).projector.mlp.layers[0].weight)
+
+
+def test_slimes_stages_from_a_language_model(recipe_in, tmp_path):
+    """Each trains its own part of the connector and takes the others from the stage before."""
+    slimes.write(tmp_path / "start", patch=2)
+    whole = llava_fast.load(tmp_path / "start")
+    decoder = tmp_path / "decoder"
+    LlamaForCausalLM(LlamaConfig.from_pretrained(tmp_path / "start")).save_pretrained(decoder)
+    fields = json.loads((decoder / "config.json").read_text())
+    kept = {name: value for name, value in fields.items() if name not in slimes.CONFIG}
+    (decoder / "config.json").write_text(json.dumps(kept | {"model_type": "llama"}))
+    tiny.tokenizer().save_pretrained(decoder)
+    tower = tmp_path / "tower"
+    CLIPVisionModel(CLIPVisionConfig.from_pretrained(tmp_path / "start" / "tower")).save_pretrained(tower)
+    stages = {
+        "1a": ({"use_global_only": True, "mm_learnable_gated": 0}, "projector.mlp.*"),
+        "1b": ({"use_global_only": True, "mm_learnable_gated": 1}, "projector.expert.*"),
+        "2": ({"use_local_only": True}, "projector.compressor.*"),
+    }
+    own = {"mm_resampler_type": "cosine", "mm_resampler_topp": 1.0, "mm_resampler_temp": 1.0, "mm_resampler_dim": 4}
+    model = {"decoder": str(decoder), "vision_tower": str(tower), "projector": "gated", "aspect": "anyres"}
+    model["merge"] = "spatial"
+    before = None
+    for stage, (settings, trained) in stages.items():
+        given = model | {"settings": own | settings | {"seperator": slimes.SEPARATOR}}
+        if before is not None:
+            given["projector_from"] = str(before)
+        recipe = recipe_in(tmp_path / stage, model=given, trainable=[trained], steps=1, layout="original")
+        train(recipe)
+        old, new = llava_fast.load(recipe.model), llava_fast.load(recipe.output / "model")
+        assert new.config.projector.expert == {"1a": 0, "1b": 1, "2": None}[stage]
+        for name, value in new.state_dict().items():
+            is_trained = fnmatch(name, trained) and not name.endswith(("pos_embed", "in_proj_bias"))
+            assert value.equal(old.state_dict()[name]) != is_trained or name.endswith("in_proj_bias"), name
+        before = recipe.output / "model"
+    stored = load_file(before / "model.safetensors")  # what the original trainer writes after a stage
+    (tmp_path / "stage").mkdir()
+    for part in ("mm_projector", "sampler"):
+        kept = {name: value for name, value in stored.items() if f".{part}." in name}
+        kept = {name: value for name, value in kept.items() if not name.endswith((".mean", ".std"))}
+        torch.save(kept, tmp_path / "stage" / f"{part}.bin")
+    taken = llava_fast.load(Assembly(**given | {"projector_from": str(tmp_path / "stage")}))
+    assert all(value.equal(new.projector.state_dict()[name]) for name, value in taken.projector.state_dict().items())
+    assert new.projector.state_dict().keys() == whole.projector.state_dict().keys()
+    with pytest.raises(CheckpointError, match="settings: 'mm_topp' is not a field of a slime's config"):
+        llava_fast.load(Assembly(**model, settings={"mm_topp": 1.0}))
 
 
 @pytest.mark.parametrize("family", WRITTEN.values(), ids=WRITTEN)
@@ -174,35 +277,73 @@ def test_adapters_of_smolvlm_are_read_by_peft(recipe_in, tmp_path):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_adapters_beside_a_q_former_name_modules_only(recipe_in, tmp_path, caplog):
+@pytest.mark.parametrize(("name", "targets"), [("blip2", ["q_proj", "v_proj"]), ("blip2_t5", ["q", "v"])])
+def test_adapters_beside_a_q_former_name_modules_only(name, targets, recipe_in, tmp_path, caplog):
     """Its query tokens are a parameter outside of any module, which PEFT can neither save nor load."""
     start = tmp_path / "start"
-    tiny.save(tiny.CASES["blip2"], tiny.pair("blip2").hf, start)
-    lora = {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]}
-    recipe = recipe_in(tmp_path / "run", model=str(start), trainable=["projector"], lora=lora, steps=2)
+    tiny.save(tiny.CASES[name], tiny.pair(name).hf, start)
+    lora = {"rank": 4, "alpha": 8, "targets": targets}
+    options = {"trainable": ["projector"], "lora": lora, "steps": 2, "data": {"on_problem": "skip"}}
+    recipe = recipe_in(tmp_path / "run", model=str(start), **options)
     train(recipe)
     assert "PEFT cannot read query_tokens" in caplog.text
-    stock = PeftModel.from_pretrained(tiny.hf_model(tiny.CASES["blip2"]), recipe.output / "adapter")
+    stock = PeftModel.from_pretrained(tiny.hf_model(tiny.CASES[name]), recipe.output / "adapter")
     assert set(stock.peft_config["default"].modules_to_save) == {"language_projection", "qformer"}
     request = {"prompt": "the <image> hello", "images": [tiny.picture(60, 90)]}
     found = []
     for folder in ("model", "adapter"):
         ours = llava_fast.load(recipe.output / folder)
-        found.append(ours(ours.prepare([request]), logits="all").logits)
+        found += all_logits(ours, ours.prepare([request]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("section", ["dpo", "kto"])
+def test_an_encoder_decoder_learns_preferences(section, make_recipe, tmp_path):
+    tiny.save(tiny.CASES["blip2_t5"], tiny.pair("blip2_t5").hf, tmp_path / "start")
+    write_picture(tmp_path, np.random.default_rng(0), 0)
+    questions, answers = ("what is near?", "the other?", "and a?"), ("hello the a", "no")
+    pairs = [{"prompt": text, "chosen": answers[0], "rejected": answers[1], "image": "0.png"} for text in questions]
+    (tmp_path / "pairs.json").write_text(json.dumps([*pairs, pairs[0] | {"prompt": "a text alone?", "image": ""}]))
+    data = {"sources": [{"path": str(tmp_path / "pairs.json"), "images": str(tmp_path)}]}
+    options = {"model": str(tmp_path / "start"), "data": data, "batch_size": 4, "epochs": 6, section: {}}
+    recipe = make_recipe(**options, optimizer={"learning_rate": 2e-3})
+    train(recipe)
+    each = losses(recipe)
+    assert each[0] == pytest.approx(np.log(2) if section == "dpo" else 0.5, abs=1e-3)  # it is its own reference
+    assert each[-1] < 0.9 * each[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", [*HOSTED, "instructblip", *WRITTEN])
+def test_slime_in_two_processes(shape, recipe_in, run, tmp_path):
+    """Without a router, whose noise differs, the losses are the same; with it each process has its own rows."""
+    for top_p in (1.0, 0.8):
+        start = tmp_path / f"start{top_p}"
+        slimes.write(start, mm_resampler_topp=top_p)
+        options = {"model": str(start), "trainable": list(PARTS), "batch_size": 3, "steps": 3, "layout": "original"}
+        alone = recipe_in(tmp_path / f"alone{top_p}", **options)
+        parallel = alone.parallel.model_copy(update=SHAPES[shape])
+        shared = alone.model_copy(update={"output": tmp_path / f"{shape}{top_p}", "parallel": parallel})
+        run(shared, processes=2)
+        assert len(losses(shared)) == 3
+        if top_p == 1:
+            train(alone)
+            np.testing.assert_allclose(losses(shared), losses(alone), rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", [*HOSTED, "instructblip", "blip2_t5", *WRITTEN])
 def test_in_two_processes_the_losses_are_the_same(name, shape, recipe_in, run, tmp_path):
     start = tmp_path / "start"
     if name in WRITTEN:
         WRITTEN[name].write(start)
     else:
         tiny.save(tiny.CASES[name], tiny.pair(name).hf, start)
-    options = {"batch_size": 3, "steps": 3, "layout": "original" if name in WRITTEN else "hf"}
-    alone = recipe_in(tmp_path / "alone", model=str(start), trainable=list(PARTS), **options)
+    data = {"on_problem": "skip"} if name.endswith("t5") else {}
+    options = {"trainable": list(PARTS), "batch_size": 3, "steps": 3, "data": data}
+    options["layout"] = "original" if name in WRITTEN else "hf"
+    alone = recipe_in(tmp_path / "alone", model=str(start), **options)
     train(alone)
     parallel = alone.parallel.model_copy(update=SHAPES[shape])
     shared = alone.model_copy(update={"output": tmp_path / shape, "parallel": parallel})

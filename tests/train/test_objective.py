@@ -106,7 +106,7 @@ def test_an_ordinary_checkpoint_holds_nothing_of_an_objective(make_recipe):
 
 
 def test_sections_name_objectives(make_recipe):
-    assert Recipe.objective_fields() == ["dpo", "kto"]
+    assert Recipe.objective_fields() == ["dpo", "kto", "stage_one"]
     assert [type(make_recipe(**section).objective()).__name__ for section in ({}, {"dpo": {}}, {"kto": {}})] == [
         "Sft",
         "DpoObjective",

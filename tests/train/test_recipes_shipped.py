@@ -1,5 +1,7 @@
 """The shipped recipes: each can be loaded by name and has the settings of the papers."""
 
+import itertools
+
 import pytest
 from typer.testing import CliRunner
 
@@ -19,6 +21,10 @@ TABLE = {
     "llava-1.5-stage2": (2e-5, {}, 128, 1, ["projector", "decoder"]),
     "llava-1.5-lora": (2e-4, {"projector": 2e-5}, 128, 1, ["projector"]),
     "llava-next": (1e-5, {"vision_tower": 2e-6}, 32, 1, ["vision_tower", "projector", "decoder"]),
+    "slime-stage1a": (1e-3, {}, 256, 1, ["projector.mlp.*"]),
+    "slime-stage1b": (1e-3, {}, 256, 1, ["projector.expert.*"]),
+    "slime-stage2": (1e-3, {}, 256, 1, ["projector.compressor.*"]),
+    "slime-stage3": (2e-5, {}, 128, 1, ["projector", "decoder"]),
     "llava-next-video-dpo": (5e-7, {}, 128, 3, ["vision_tower", "projector", "decoder"]),
 }
 
@@ -32,7 +38,7 @@ LAVIS_PARTS = {  # rate, weight decay, warm-up, batch, length, whether the proje
 
 
 def test_all_are_here():
-    assert sorted([*TABLE, *LAVIS_PARTS, "blip-2-stage2", "instructblip"]) == shipped_recipes()
+    assert sorted([*TABLE, *LAVIS_PARTS, "blip-2-stage1", "blip-2-stage2", "instructblip"]) == shipped_recipes()
 
 
 @pytest.mark.parametrize("name", LAVIS_PARTS)
@@ -84,7 +90,9 @@ def test_says_what_the_papers_say(name):
 
 
 def test_the_two_stages_fit_together():
-    for first, second in [("llava-stage1", "llava-stage2"), ("llava-1.5-stage1", "llava-1.5-stage2")]:
+    slimes = [f"slime-stage{stage}" for stage in ("1a", "1b", "2", "3")]
+    llavas = [("llava-stage1", "llava-stage2"), ("llava-1.5-stage1", "llava-1.5-stage2")]
+    for first, second in [*llavas, *itertools.pairwise(slimes)]:
         one, two = load_recipe(first), load_recipe(second)
         assert two.model.projector_from == f"{one.output}/model"
         same = {"decoder", "vision_tower", "projector", "feature_layer"}
@@ -102,7 +110,7 @@ def test_the_exact_batches_that_its_comments_name_are_accepted(name):
 
 
 def test_an_unknown_name_lists_those_that_there_are():
-    with pytest.raises(RecipeError, match=r"no recipe llava-2; shipped with the package: blip-2-stage2, "):
+    with pytest.raises(RecipeError, match=r"no recipe llava-2; shipped with the package: blip-2-stage1, "):
         load_recipe("llava-2")
 
 
@@ -115,7 +123,7 @@ def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
 def test_list_and_show():
     run = CliRunner()
     listed = run.invoke(recipe_cli.app, ["list"]).stdout.splitlines()
-    assert len(listed) == len(shipped_recipes()) == len(TABLE) + len(LAVIS_PARTS) + 2
+    assert len(listed) == len(shipped_recipes()) == len(TABLE) + len(LAVIS_PARTS) + 3
     assert all(len(line.split("  ", 1)[1].strip()) > 20 for line in listed)
     shown = run.invoke(recipe_cli.app, ["show", "llava-1.5-stage1"]).stdout
     assert shown == (SHIPPED / "llava-1.5-stage1.yaml").read_text()

@@ -6,6 +6,7 @@ import base64
 import binascii
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ class Choices(Task):
 
     max_new_tokens = 16
     letter: Callable[[str, int], str | None]
+
+    def with_candidates(self, question: Question) -> Question:
+        """The letters, after the same prompt."""
+        letters = LETTERS[: len(question.facts["options"])]
+        return replace(question, candidates=tuple((letter, letter) for letter in letters))
 
     def read(self, question: Question, text: str) -> str | None:
         return self.letter(text, len(question.facts["options"]))
@@ -178,6 +184,11 @@ class Seed(Choices):
         "scripts/convert_seed_for_submission.py of the original LLaVA (image accuracy); its video questions are not"
     )
     letter = staticmethod(bare_letter)
+
+    def with_candidates(self, question: Question) -> Question:
+        """The options' texts, after the question alone, as SEED-Bench's own evaluation ranks them."""
+        options = zip(LETTERS, question.facts["options"], strict=False)
+        return replace(question, prompt=question.text, candidates=tuple(options))
 
     def questions(self, folder: Path) -> list[Question]:
         data = read_object(find(folder, self.files[0], self.name))

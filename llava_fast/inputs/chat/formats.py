@@ -137,6 +137,11 @@ _LLAVA_LLAMA_3 = TurnFormat(
     strip_text=True,
     original_label_tokens=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 )
+# SliME's llama3: no system prompt; the tokeniser adds "<|begin_of_text|>". Its trainer supervises answers and their
+# ends alone.
+_SLIME_LLAMA_3 = replace(
+    _LLAVA_LLAMA_3, name="slime_llama_3", start="", system="", strip_text=False, original_label_tokens=()
+)
 _QWEN = TurnFormat(
     name="qwen",
     aliases=("qwen_1_5", "qwen_2"),
@@ -195,6 +200,7 @@ TURN_FORMATS = (
     _MISTRAL,
     _CHATML_DIRECT,
     _LLAVA_LLAMA_3,
+    _SLIME_LLAMA_3,
     _QWEN,
     _BLIP2,
     _INSTRUCTBLIP,

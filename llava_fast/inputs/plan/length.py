@@ -17,7 +17,8 @@ Part = TypeVar("Part")
 
 class RowCounts(NamedTuple):
     """Decoder rows of one sample by content; newlines count as visual. `supervised` counts the targets of the loss,
-    like a plan's `supervised_row`: a label on the first row is not a target, since no row predicts it."""
+    like a plan's `supervised_row`: a label on the first row is not a target, since no row predicts it. Rows that a
+    router may leave out are counted, so `visual` is then a maximum."""
 
     text: int
     visual: int

@@ -39,16 +39,18 @@ Layout = Literal["packed", "padded"]
 
 @dataclass(frozen=True)
 class TextPiece:
-    """Consecutive token ids of one sequence; `supervised` marks those with a label (None: none)."""
+    """Consecutive token ids of one sequence; `supervised` marks those with a label (None: none). `begins_answer`: in an
+    encoder-decoder, the encoder reads the rows before this piece, and the decoder those from here on."""
 
     ids: np.ndarray
     supervised: np.ndarray | None = None
+    begins_answer: bool = False
 
 
 @dataclass(frozen=True)
 class VisualPiece:
     """One image or video of a sequence. `instruction`: int32 ids of the text that the connector reads with its tiles,
-    in the connector's vocabulary."""
+    in the connector's vocabulary, or a router, in the decoder's."""
 
     rows: VisualRows
     modality: int = MODALITY_IMAGE
@@ -75,16 +77,19 @@ class TokenPlan:
                                                        start of each id's rows (for deterministic gradients)
     visual_place                                       [visual rows]  the row that reads each visual row, or -1
     constant_row, constant_segment                     rows with a newline, and [0, their number]
-    instruction                                        [tiles, longest]  only for a connector that reads text: the ids
-                                                       that it reads with each tile, padding -1
+    instruction                                        [tiles, longest]  only for a connector or router that reads text:
+                                                       the ids that it reads with each tile, padding -1
     tower_tile                                         [tiles]  only if an image occurs several times before such a
                                                        connector: which of the batch's tiles it reads for each
+    optional_row, optional_image                       rows that a router may leave out (models.router), and the image
+                                                       of each, by its number; only if there are any
 
     VISUAL rows index the visual table: the kept rows, then each pool of stage "before", then each of stage "after".
     `lengths` counts the real rows of each sequence, `tiles` the tiles of the batch. `branches` has the row counts of
     each sequence's branches; it is empty if no sequence has branches. `grids` has the (rows, columns) of each image of
-    native size, whose patches are the tiles, in order; empty if all tiles have one size. `videos` has the (first, end)
-    of each video's tiles.
+    native size, whose patches are the tiles, in order; empty if all tiles have one size. `images` has the number of
+    tiles of each image and video, `videos` the (first, end) of each video's tiles. `encoded` counts each sequence's
+    first rows that an encoder reads; empty without an encoder.
     """
 
     layout: Layout
@@ -97,6 +102,8 @@ class TokenPlan:
     branches: tuple[tuple[int, ...], ...] = ()
     grids: tuple[tuple[int, int], ...] = ()
     videos: tuple[tuple[int, int], ...] = ()
+    encoded: tuple[int, ...] = ()
+    images: tuple[int, ...] = ()
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
@@ -124,6 +131,12 @@ class TokenPlan:
 def sequence_length(pieces: list[Piece]) -> int:
     """The number of decoder rows of one sequence."""
     return sum(len(piece.ids) if isinstance(piece, TextPiece) else len(piece.rows) for piece in pieces)
+
+
+def encoded_rows(pieces: Sequence[Piece]) -> int:
+    """The rows of one sequence that an encoder reads: those before its answer begins; 0 without an encoder."""
+    begin = next((i for i, piece in enumerate(pieces) if isinstance(piece, TextPiece) and piece.begins_answer), 0)
+    return sequence_length(list(pieces[:begin]))
 
 
 def build_plan(
@@ -193,10 +206,22 @@ def build_plan(
     instructed = [piece for pieces in sequences for piece in pieces if isinstance(piece, VisualPiece)]
     if any(piece.instruction is not None for piece in instructed):
         columns["instruction"] = _instructions(instructed)
+    columns |= _optional(sequences, boundaries)
     flat, sections = pack_columns(columns)
-    each = tuple(tuple(int(branch) for branch in of_sequence) for of_sequence in branches)
+    encoded = tuple(map(encoded_rows, sequences))
     return TokenPlan(
-        layout, lengths, visual.tiles, total, pools, flat, sections, each, tuple(visual.grids), tuple(visual.videos)
+        layout,
+        lengths,
+        visual.tiles,
+        total,
+        pools,
+        flat,
+        sections,
+        branches=tuple(tuple(int(branch) for branch in of_sequence) for of_sequence in branches),
+        grids=tuple(visual.grids),
+        videos=tuple(visual.videos),
+        encoded=encoded if any(encoded) else (),
+        images=tuple(visual.images),
     )
 
 
@@ -222,6 +247,28 @@ def _piece_columns(piece: Piece, visual: VisualTable) -> tuple[np.ndarray, ...]:
         if UNKNOWN_TOKEN in rows.token_ids:
             raise ValueError("the ids of tokens around tiles are not known: make the geometry with Family.geometry")
     return source, row, np.full(len(row), IGNORE, np.int32), modality
+
+
+def _optional(sequences: list[list[Piece]], boundaries: np.ndarray) -> dict[str, np.ndarray]:
+    """The columns of optional rows, if there are any."""
+    rows: list[np.ndarray] = []
+    images: list[np.ndarray] = []
+    number = 0
+    for pieces, start in zip(sequences, boundaries[:-1].tolist(), strict=True):
+        at = start
+        for piece in pieces:
+            if isinstance(piece, VisualPiece):
+                if piece.rows.optional is not None:
+                    rows.append(np.flatnonzero(piece.rows.optional) + at)
+                    images.append(np.full(len(rows[-1]), number))
+                number += 1
+            at += sequence_length([piece])
+    if not rows:
+        return {}
+    return {
+        "optional_row": np.concatenate(rows).astype(np.int32),
+        "optional_image": np.concatenate(images).astype(np.int32),
+    }
 
 
 def _instructions(pieces: list[VisualPiece]) -> np.ndarray:

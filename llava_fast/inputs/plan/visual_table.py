@@ -39,6 +39,7 @@ class VisualTable:
     def __init__(self, tower_rows_per_tile: int) -> None:
         self.tower_rows_per_tile = tower_rows_per_tile
         self.tiles = self.rows = 0
+        self.images: list[int] = []
         self.videos: list[tuple[int, int]] = []
         self.grids: list[tuple[int, int]] = []
         self.direct: list[np.ndarray] = []
@@ -47,6 +48,7 @@ class VisualTable:
     def add(self, rows: VisualRows, is_video: bool = False) -> np.ndarray:
         first = self.rows
         self.tiles += rows.tiles
+        self.images.append(rows.tiles)
         self.rows += rows.table_rows or rows.tiles * self.tower_rows_per_tile
         self.grids += rows.grids
         if is_video:

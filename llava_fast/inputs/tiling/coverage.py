@@ -63,7 +63,7 @@ def _coverage(geometry: VisualGeometry, rows: VisualRows, views: tuple[View, ...
     places = [(number, *place) for number, view in enumerate(views) for place in _places(geometry, rows, view)]
     boxes = [_in_picture(views[view], height, width, place) for view, place, _ in places]
     if total := rows.table_rows or len(places) * (geometry.tile_rows or 0):
-        region_of = np.repeat(np.arange(len(places)), total // len(places))  # the connector's, equally many for each
+        region_of = np.repeat(np.arange(len(places)), rows.shares or total // len(places))  # the connector's rows
         cells = np.full((total, 4), np.nan)
     else:
         cells, region_of = _cells(geometry, rows, views, height, width, places)

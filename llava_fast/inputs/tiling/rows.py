@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -30,6 +30,8 @@ class VisualRows:
     grids  for towers of native sizes, the (rows, columns) of each image or slice, whose patches are the tiles, in
            order; else empty.
     table_rows  number of rows that `index` refers to, if a connector does not output them tile by tile; else 0.
+    shares  the part of table_rows that each tile has, if they differ; else empty.
+    optional  bool [rows]: those that a router may leave out (models.router), so `len` is an upper bound; or None.
     """
 
     kind: np.ndarray
@@ -40,9 +42,15 @@ class VisualRows:
     stage: Literal["before", "after"] = "after"
     grids: tuple[tuple[int, int], ...] = ()
     table_rows: int = 0
+    shares: tuple[int, ...] = ()
+    optional: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.kind)
+
+    def only(self, stays: np.ndarray) -> VisualRows:
+        """These rows without the optional ones for which `stays`, bool [rows], is False; none is optional any more."""
+        return replace(self, kind=self.kind[stays], index=self.index[stays], optional=None)
 
     @property
     def token_ids(self) -> np.ndarray:

@@ -1,6 +1,7 @@
-"""LLaVA-UHD's rule: slices of equal size and any aspect ratio, then the whole image, each about one tile's area.
+"""LLaVA-UHD's rules: slices of equal size and any aspect ratio, then the whole image, each about one tile's area.
 
-A tile is one patch. Source: thunlp/LLaVA-UHD dd7f6cc (branch v1) slice_process.py, which follows MiniCPM-V.
+A tile is one patch. Sources: thunlp/LLaVA-UHD dd7f6cc (branch v1) slice_process.py, which follows MiniCPM-V; 7a3a1b6
+(first release) slice_logic.py.
 """
 
 from __future__ import annotations
@@ -31,8 +32,12 @@ class SliceTiling(Tiling):
     between: tuple[int, ...] = (UNKNOWN_TOKEN,)
     after: tuple[int, ...] = (UNKNOWN_TOKEN,)
 
+    def cut(self, height: int, width: int, patch: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """See `slices`."""
+        return slices(height, width, self.scale, patch, self.most)
+
     def views(self, geometry: VisualGeometry, height: int, width: int) -> tuple[View, ...]:
-        whole, grid, each = slices(height, width, self.scale, geometry.patch_size, self.most)
+        whole, grid, each = self.cut(height, width, geometry.patch_size)
         size = grid[0] * each[0], grid[1] * each[1]
         views = [
             View(size=size, offset=(-row * each[0], -column * each[1]), canvas=each, filter=geometry.filter)
@@ -42,7 +47,7 @@ class SliceTiling(Tiling):
         return (*views, View(size=whole, offset=(0, 0), canvas=whole, filter=geometry.filter))
 
     def rows(self, geometry: VisualGeometry, height: int, width: int) -> VisualRows:
-        whole, grid, each = slices(height, width, self.scale, geometry.patch_size, self.most)
+        whole, grid, each = self.cut(height, width, geometry.patch_size)
         parts: list[np.ndarray | tuple[int, ...]] = []
         for place in range(grid[0] * grid[1] + 1):
             parts.append(np.arange(self.queries, dtype=np.int32) + place * self.queries)
@@ -52,6 +57,47 @@ class SliceTiling(Tiling):
         grids = tuple((rows // geometry.patch_size, columns // geometry.patch_size) for rows, columns in shapes)
         tiles = sum(rows * columns for rows, columns in grids)
         return _rows(parts, tiles, grids=grids, table_rows=self.queries * len(grids))
+
+
+@dataclass(frozen=True)
+class FirstSliceTiling(SliceTiling):
+    """The first release's rule. Slices and the whole image are enlarged or reduced to as many patches as fit. (Its code
+    cuts slices before it resizes them; here the image is resized, then cut, as in branch v1.)"""
+
+    most: int = 6
+
+    def cut(self, height: int, width: int, patch: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        return first_slices(height, width, self.scale, patch, self.most)
+
+
+@functools.lru_cache(maxsize=4096)
+def first_slices(
+    height: int, width: int, scale: int, patch: int, most: int
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """As `slices`, by the first release's rule, in its floating-point operations; the grid of an image in one slice is
+    (0, 0), because its only view is the whole. `most` limits what the area asks for; there may be one slice more."""
+    wanted = min(math.ceil(width * height / (scale * scale)), most)
+    ratio = math.log(width / height)
+    grids = [
+        (number // columns, columns)
+        for number in range(wanted - (wanted > 2), wanted + 2)
+        for columns in range(1, number + 1)
+        if number % columns == 0
+    ]
+    rows, columns = min(grids, key=lambda grid: abs(math.log(grid[1] / grid[0]) - ratio))
+    whole = adapted(height, width, scale, patch)
+    if rows * columns == 1:
+        return whole, (0, 0), (0, 0)
+    return whole, (rows, columns), adapted(max(height // rows, 1), max(width // columns, 1), scale, patch)
+
+
+def adapted(height: int, width: int, scale: int, patch: int) -> tuple[int, int]:
+    """The largest (height, width) of whole patches with this aspect ratio and no more patches than a square of side
+    `scale` has."""
+    most = (scale // patch) ** 2
+    share = math.sqrt(most * (patch / height) * (patch / width))
+    rows, columns = (max(min(math.floor(share * side / patch), most), 1) for side in (height, width))
+    return rows * patch, columns * patch
 
 
 @functools.lru_cache(maxsize=4096)

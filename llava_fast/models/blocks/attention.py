@@ -23,7 +23,8 @@ class Spans:
 
     With a cache, `tables[s]` is the block table of its cached rows, `before[s]` their number. `dense` (sequences,
     width) is set if the rows form a rectangle, so that one batched call is enough. `branches[s]` has the row counts of
-    sequence s's branches (see inputs.plan): the rows of a branch attend to the prefix and to that branch.
+    sequence s's branches (see inputs.plan): the rows of a branch attend to the prefix and to that branch. `encoded[s]`:
+    how many of its first rows, cached ones included, an encoder reads (decoders.t5); empty without an encoder.
     """
 
     starts: tuple[int, ...]
@@ -32,6 +33,7 @@ class Spans:
     before: tuple[int, ...] = ()
     dense: tuple[int, int] | None = None
     branches: tuple[tuple[int, ...], ...] = ()
+    encoded: tuple[int, ...] = ()
     memo: dict[torch.device, dict[str, Any]] = field(default_factory=dict, compare=False, repr=False)
     """What the layers of a pass share, made at the first on each device."""
 
@@ -83,9 +85,7 @@ def attend(
     if cache is None and spans.dense is not None:
         return _attend_dense(query_RHD, key_RKD, value_RKD, spans.dense, window, slopes_H)
     if varlen.unfit(query_RHD, slopes_H) is None and (cache is None or not spans.branches) and spans.are_adjacent:
-        out = _attend_at_once(query_RHD, key_RKD, value_RKD, spans, layer, cache, window)
-        if out is not None:
-            return out
+        return _attend_at_once(query_RHD, key_RKD, value_RKD, spans, layer, cache, window)
     out = torch.zeros_like(query_RHD) if sum(spans.lengths) < len(query_RHD) else torch.empty_like(query_RHD)
     pieces = []
     none = not spans.lengths  # then use one empty sequence, so that the result depends on the inputs (sharded training)
@@ -104,8 +104,8 @@ def attend(
 
 def _attend_at_once(
     query: Tensor, key: Tensor, value: Tensor, spans: Spans, layer: int, cache: PagedCache | None, window: int | None
-) -> Tensor | None:
-    """All sequences in one call; None if there turns out to be no kernel (the cache then holds these rows already)."""
+) -> Tensor:
+    """All sequences in one call."""
     rows = sum(spans.lengths)
     query, padding = query[:rows], len(query) - rows
     key, value = key[:rows], value[:rows]
@@ -125,7 +125,7 @@ def _attend_at_once(
         if len(memo["order"]) > len(memo["pieces"]):  # prefixes are repeated
             key, value = (torch.cat([each.split(memo["pieces"])[i] for i in memo["order"]]) for each in (key, value))
     attended = varlen.attend_ragged(query, key, value, memo["at"], window)
-    return None if attended is None else torch.nn.functional.pad(attended.flatten(1), (0, 0, 0, padding))
+    return F.pad(attended.flatten(1), (0, 0, 0, padding))
 
 
 def _with_branches(

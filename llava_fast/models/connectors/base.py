@@ -31,6 +31,10 @@ class ConnectorConfig(ABC):
     any_shape: ClassVar[bool] = False
     """For connectors that read whole tiles: whether `forward` takes the (rows, columns) of a tile's rows as `shape`,
     and so supports towers of native sizes."""
+    reads_images: ClassVar[bool] = False
+    """For connectors that read whole tiles: whether `forward` also gets `images`, the number of tiles of each image,
+    and returns the rows of all images end to end, of any number per image ([rows, out_features]); a plan counts
+    `VisualRows.table_rows`."""
     hf_names: ClassVar[Mapping[str, str]] = {}
     """Our module name -> transformers' module name."""
 
@@ -58,9 +62,19 @@ class ConnectorConfig(ABC):
     def first_matrix_size(self) -> int:
         """Entries of the matrix that reads the tower's features; with a frozen tower it has no input gradient."""
 
+    @property
+    def text_matrix_size(self) -> int:
+        """Entries of the matrices that a row of `instruction` passes."""
+        return 0
+
     @abstractmethod
     def kept_per_row(self, trained: bool) -> int:
         """Values saved for a row's backward pass, with or without gradients of the weights."""
+
+    @property
+    def kept_per_text_row(self) -> int:
+        """Values saved for the backward pass of a row of `instruction`."""
+        return 0
 
     @abstractmethod
     def build(self) -> Connector:
@@ -89,6 +103,10 @@ class Connector(nn.Module):
     """A built connector."""
 
     config: ConnectorConfig
+
+    def unused(self) -> list[nn.Parameter]:
+        """Parameters that no output depends on, or that stay as they are: training leaves them out."""
+        return []
 
     def plain_linears(self) -> PlainLinears | None:
         """Its Linears if it consists only of Linears with one activation between, so that ops.assemble_inputs may run

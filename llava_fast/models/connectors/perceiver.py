@@ -1,8 +1,8 @@
 """A perceiver resampler with fixed 2D positions: learned queries attend to a tile's rows once.
 
 Shapes: T tiles, N rows per tile, C channels, M queries, E their width. Parameter names are those of the original
-checkpoints; their pos_embed is recomputed. Sources: Bai et al. 2023 (Qwen-VL); Guo et al. 2024 (LLaVA-UHD;
-thunlp/LLaVA-UHD 7a3a1b6 resampler.py).
+checkpoints; their pos_embed is recomputed, or read with `own_positions`. Sources: Bai et al. 2023 (Qwen-VL); Guo et
+al. 2024 (LLaVA-UHD; thunlp/LLaVA-UHD 7a3a1b6 resampler.py).
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llava_fast.models.blocks.resampling import bicubic
 from llava_fast.models.connectors.base import Connector, ConnectorConfig
 
 
 @dataclass(frozen=True)
 class PerceiverConfig(ConnectorConfig):
     """`grid` x `grid` queries over a tile's `side` x `side` rows. `project`: a matrix after the last norm (Qwen-VL,
-    LLaVA-UHD; SliME has none). `half_positions`: they are rounded to float16, as SliME keeps them. Raises ValueError
-    where heads or positions do not divide the width."""
+    LLaVA-UHD; SliME has none). `half_positions`: they are rounded to float16, as SliME keeps them.
+    `own_positions`: the positions are a parameter, pos_embed; `trains_positions`: and the original trainer trains them
+    (LLaVA-UHD; SliME's stay as they are). Raises ValueError where heads or positions do not divide the width."""
 
     rowwise = False
 
@@ -33,6 +35,8 @@ class PerceiverConfig(ConnectorConfig):
     side: int
     project: bool = True
     half_positions: bool = False
+    own_positions: bool = False
+    trains_positions: bool = True
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -74,6 +78,16 @@ class PerceiverConfig(ConnectorConfig):
         return Perceiver(self)
 
 
+@dataclass(frozen=True)
+class SlicePerceiverConfig(PerceiverConfig):
+    """For slices of any shape; `side` is the side of the square slices that cost estimates assume."""
+
+    any_shape = True
+
+    def rows_of(self, rows: int) -> int:
+        return self.queries
+
+
 class Perceiver(Connector):
     """[T, N, in_features] -> [T, M, out_features]. Positions are added to queries and keys, and not to values."""
 
@@ -87,19 +101,35 @@ class Perceiver(Connector):
         self.ln_q, self.ln_kv, self.ln_post = (nn.LayerNorm(width, eps=eps) for _ in range(3))
         if config.project:
             self.proj = nn.Parameter(torch.randn(width, width) / math.sqrt(width))
+        if config.own_positions:
+            table = positions(
+                config.grid, width, (config.grid, config.grid), torch.device("cpu"), config.half_positions
+            )
+            self.pos_embed = nn.Parameter(table.clone().to(self.query.device), requires_grad=config.trains_positions)
+
+    def unused(self) -> list[nn.Parameter]:
+        return [self.pos_embed] if self.config.own_positions and not self.config.trains_positions else []
 
     def forward(self, features_TNC: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
         """`shape` (rows, columns) of the N rows, if not the config's square."""
         config = self.config
         value = self.ln_kv(self.kv_proj(features_TNC))
-        grid, shape = (config.grid, config.grid), shape or (config.side, config.side)
-        of_queries, of_rows = (
-            positions(config.grid, config.out_features, each, value.device, config.half_positions).to(value.dtype)
-            for each in (grid, shape)
-        )
+        of_queries, of_rows = self.positions_of(shape or (config.side, config.side), value)
         query = (self.ln_q(self.query) + of_queries).expand(len(value), -1, -1)
         out = self.ln_post(self.attn(query, value + of_rows, value, need_weights=False)[0])
         return out @ self.proj if config.project else out
+
+    def positions_of(self, shape: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the queries [M, E] and of rows of this shape [N, E]."""
+        config, grid = self.config, (self.config.grid, self.config.grid)
+        if config.own_positions:
+            table = self.pos_embed if config.trains_positions else self.pos_embed.detach()
+            return table, table if shape == grid else bicubic(table.unflatten(0, grid), shape)
+        of_queries, of_rows = (
+            positions(config.grid, config.out_features, each, like.device, config.half_positions).to(like.dtype)
+            for each in (grid, shape)
+        )
+        return of_queries, of_rows
 
 
 @functools.cache

@@ -19,12 +19,15 @@ from torch.nn import functional as F
 from llava_fast.models import fused
 from llava_fast.models.connectors.base import Connector, ConnectorConfig, check_activation
 
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values [T, rows, C] of a self-attention's rows."""
+
 
 @dataclass(frozen=True)
 class QFormerConfig(ConnectorConfig):
     """`queries` rows of a tile's `rows`. Layers 0, `cross_every`, ... attend to the tile. `vocabulary`, `positions`: of
-    the text; 0: it reads none. Costs are those of the queries. Raises ValueError for an unknown activation and for
-    heads that do not divide the width."""
+    the text; 0: it reads none. A row's costs are those of a query; text's have their own names. Raises ValueError for
+    an unknown activation and for heads that do not divide the width."""
 
     rowwise = False
 
@@ -77,6 +80,16 @@ class QFormerConfig(ConnectorConfig):
     def first_matrix_size(self) -> int:
         """Keys and values of the cross-attentions. Each query accounts for several rows of the tile."""
         return round(self.cross_layers * 2 * self.hidden_size * self.in_features * self.rows / self.queries)
+
+    @property
+    def text_matrix_size(self) -> int:
+        """The last layer's text is computed too, though nothing reads it."""
+        width = self.hidden_size
+        return self.reads_text * self.num_layers * 2 * width * (2 * width + self.intermediate_size)
+
+    @property
+    def kept_per_text_row(self) -> int:
+        return self.reads_text * self.num_layers * (9 * self.hidden_size + 2 * self.intermediate_size)
 
     def kept_per_row(self, trained: bool) -> int:
         width, rows = self.hidden_size, self.rows / self.queries
@@ -131,10 +144,10 @@ class TextEmbeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.positions, config.hidden_size)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, queries_TMC: Tensor, ids_TL: Tensor) -> Tensor:
+    def forward(self, queries_TMC: Tensor | None, ids_TL: Tensor) -> Tensor:
         place = torch.arange(ids_TL.shape[1], device=ids_TL.device)
         text_TLC = self.word_embeddings(ids_TL.clamp(min=0)) + self.position_embeddings(place)
-        return self.layernorm(torch.cat([queries_TMC, text_TLC], dim=1))
+        return self.layernorm(text_TLC if queries_TMC is None else torch.cat([queries_TMC, text_TLC], dim=1))
 
 
 class Layer(nn.Module):
@@ -160,9 +173,21 @@ class Layer(nn.Module):
         made = self.output_query(fused.activated(x_TMC, self.intermediate_query["dense"], self.activation), x_TMC)
         if mask is None:
             return made
-        text_TLC = x_TRC[:, self.queries :]
-        told = self.output(fused.activated(text_TLC, self.intermediate["dense"], self.activation), text_TLC)
-        return torch.cat([made, told], dim=1)
+        return torch.cat([made, self._told(x_TRC[:, self.queries :])], dim=1)
+
+    def queries_alone(self, x_TMC: Tensor, features_TNC: Tensor) -> tuple[Tensor, KeysValues]:
+        """`forward` without text, and the queries' keys and values for `text_alone`."""
+        inner = cast(SelfAttention, self.attention.attention)
+        return self(x_TMC, features_TNC), inner.keys_values(x_TMC)
+
+    def text_alone(self, x_TLC: Tensor, mask: Tensor, before: KeysValues | None = None) -> Tensor:
+        """Text without queries, which also attends to rows with these keys and values. mask: bool, True where a row
+        attends to a key, those of `before` first."""
+        inner = cast(SelfAttention, self.attention.attention)
+        return self._told(self.attention.output(inner(x_TLC, mask, before), x_TLC))
+
+    def _told(self, text_TLC: Tensor) -> Tensor:
+        return self.output(fused.activated(text_TLC, self.intermediate["dense"], self.activation), text_TLC)
 
 
 class Attention(nn.Module):
@@ -196,8 +221,15 @@ class SelfAttention(fused.MergesLinears):
         self.heads = heads
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
 
-    def forward(self, x_TRC: Tensor, mask: Tensor | None) -> Tensor:
-        return _attend(self.heads, *self.project(x_TRC, "qkv_proj"), mask=mask)
+    def forward(self, x_TRC: Tensor, mask: Tensor | None, before: KeysValues | None = None) -> Tensor:
+        query, key, value = self.project(x_TRC, "qkv_proj")
+        if before is not None:
+            key, value = (torch.cat([first, own], 1) for first, own in zip(before, (key, value), strict=True))
+        return _attend(self.heads, query, key, value, mask=mask)
+
+    def keys_values(self, x_TRC: Tensor) -> KeysValues:
+        _, key, value = self.project(x_TRC, "qkv_proj")
+        return key, value
 
 
 class CrossAttention(fused.MergesLinears):

@@ -20,5 +20,6 @@ DECODERS: Registry[DecoderConfig] = Registry(
         "qwen2": "llama:Qwen2Config",
         "qwen3": "qwen3:Qwen3Config",
         "stablelm": "hosted:StableLmConfig",
+        "t5": "t5:T5Config",
     },
 )

@@ -60,7 +60,8 @@ class RowContext:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(ABC):
-    """A decoder-only language model. `sliding_windows` has one entry for each layer, None for full attention."""
+    """A language model, in most cases a decoder alone. `sliding_windows` has one entry for each layer, None for full
+    attention."""
 
     family: ClassVar[str]
     """The model_type that transformers gives its config."""
@@ -74,6 +75,11 @@ class DecoderConfig(ABC):
 
     has_learned_positions: ClassVar[bool] = False
     """Whether positions beyond `max_positions` are impossible."""
+    tied_by_file: ClassVar[bool] = False
+    """Whether the head is tied exactly if a checkpoint stores none, or one equal to the embedding, whatever
+    config.json says."""
+    overflows_in: ClassVar[tuple[torch.dtype, ...]] = ()
+    """The dtypes in which its values overflow."""
 
     vocab_size: int
     hidden_size: int
@@ -99,6 +105,17 @@ class DecoderConfig(ABC):
     def window_of(self, layer: int) -> int | None:
         """Keys that a query of this layer attends to, itself included; None: all."""
         return self.sliding_windows[layer] if self.sliding_windows else None
+
+    def pairs(self, layer: int, length: int) -> int:
+        """How many pairs of rows attend to each other in a layer, in a sequence of `length` rows, for estimates."""
+        seen = min(length, self.window_of(layer) or length)
+        return seen * (seen + 1) // 2 + (length - seen) * seen
+
+    @property
+    def answer_start(self) -> int | None:
+        """The token with which answers begin in a model that reads its prompt with an encoder and writes the answer
+        with a decoder; None: one decoder reads both."""
+        return None
 
     @abstractmethod
     def build(self) -> BaseDecoder:

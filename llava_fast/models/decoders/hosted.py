@@ -44,7 +44,7 @@ class HostedFields(Fields):
 
 @dataclass(frozen=True, kw_only=True)
 class HostedConfig(DecoderConfig):
-    """A causal language model of transformers. `fields`: those of its config that not every config has."""
+    """A language model of transformers. `fields`: those of its config that not every config has."""
 
     hf_fields: ClassVar[type[Fields] | None] = HostedFields
     layers_field: ClassVar[str] = "num_hidden_layers"
@@ -53,7 +53,7 @@ class HostedConfig(DecoderConfig):
 
     fields: dict[str, Any] = field(repr=False, hash=False)
 
-    def build(self) -> HostedDecoder:
+    def build(self) -> BaseDecoder:
         return HostedDecoder(self)
 
     def base_model(self, hf: Any) -> Any:
@@ -114,13 +114,17 @@ class HostedConfig(DecoderConfig):
             max_positions=getattr(hf, cls.positions_field),
             tie_embeddings=tied,
             rope=_rope_of(rope),
-            fields=_own_fields(hf),
+            fields=own_fields(hf),
         )
-        try:
-            config._linears  # noqa: B018 a layer is built
-        except Exception as problem:  # many unrelated types
-            raise ValueError(f"transformers cannot build this {cls.family} decoder: {one_line(problem)}") from problem
+        config.check_builds()
         return config
+
+    def check_builds(self) -> None:
+        """Raises ValueError if transformers cannot build a layer."""
+        try:
+            self._linears  # noqa: B018
+        except Exception as problem:  # many unrelated types
+            raise ValueError(f"transformers cannot build this {self.family} decoder: {one_line(problem)}") from problem
 
     @classmethod
     def check(cls, hf: Any) -> None:
@@ -154,7 +158,8 @@ def _without_dropout(fields: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def _own_fields(hf: Any) -> dict[str, Any]:
+def own_fields(hf: Any) -> dict[str, Any]:
+    """The fields of a transformers config that not every config has."""
     from transformers import PretrainedConfig
 
     general = {*PretrainedConfig().to_dict(), "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "model_type"}

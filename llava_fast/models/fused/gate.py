@@ -44,6 +44,7 @@ RULES = {
     "rms_norm": Rule("a decoder's RMSNorm, with the add before it", traced=False, stock=True),
     "rope": Rule("rotary embedding of queries and keys", traced=False, stock=True),
     "paged_attention": Rule("rotary embedding and attention of a decoding step", traced=False, autocast=False),
+    "scaled_linear": Rule("a Linear of a model loaded with `precision`, for many rows", traced=False, autocast=False),
     "swiglu": Rule("the product of a gated MLP's two halves", traced=False),
 }
 

@@ -17,6 +17,7 @@ TOWERS: Registry[TowerConfig] = Registry(
         "eva_lavis": "eva_lavis:EvaLavisConfig",
         "idefics3_vision": "idefics3:Idefics3VisionConfig",
         "instructblip_vision_model": "eva:InstructBlipVisionConfig",
+        "instructblipvideo_vision_model": "eva:InstructBlipVideoVisionConfig",
         "internvl_vision": "internvit:InternVitConfig",
         "siglip2_vision_model": "siglip2:Siglip2Config",
         "siglip_vision_model": "vit:SiglipConfig",

@@ -62,6 +62,10 @@ class InstructBlipVisionConfig(EvaConfig):
     """The same tower under transformers' other name."""
 
 
+class InstructBlipVideoVisionConfig(EvaConfig):
+    """And under its third."""
+
+
 class EvaEmbeddings(nn.Module):
     def __init__(self, config: EvaConfig) -> None:
         super().__init__()

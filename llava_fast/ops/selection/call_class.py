@@ -26,6 +26,8 @@ NAMES = {
     torch.int32: "i32",
     torch.int64: "i64",
     torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.float8_e4m3fn: "fp8",
 }
 
 

@@ -14,7 +14,7 @@ from importlib.resources import files
 
 from llava_fast.ops.selection.decision import Config
 
-FORMS = ("native", "cublas", "triton")
+FORMS = ("native", "cublas", "eight_bit", "varlen", "xformers", "padded", "triton")
 SERVED: dict[str, dict[str, str]] = {}
 """Op -> backend -> devices, as registered by `ops/backend.register`."""
 

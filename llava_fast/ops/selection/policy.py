@@ -128,7 +128,8 @@ def _found(operator: str, implementation: Callable, args: Sequence[Any], thoroug
     named = dict(zip(argument_names(operator), args, strict=True))
     try:
         small = [list(each.values()) for each in samples.samples_of(operator, named)]
-        return proof.prove(implementation, args, small, thorough, written_arguments(operator))
+        allowed = samples.tolerance(operator, named)
+        return proof.prove(implementation, args, small, thorough, written_arguments(operator), allowed)
     except (proof.UnprovableError, torch.OutOfMemoryError):
         return None
     except Exception as error:  # raised by the reference: a failed test must not fail the user's call

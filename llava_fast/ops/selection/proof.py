@@ -63,6 +63,7 @@ class Trial:
     expected: list[Tensor] = field(default_factory=list)
     op: str = ""
     written: Sequence[int] = ()
+    tolerance: float = 0.0
     held: list[list[Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -93,8 +94,9 @@ class Trial:
         errors = self._errors(_joined(found for found, _ in tried))
         worst = max(errors, default=0.0)
         for number, (error, reference) in enumerate(zip(errors, self.errors, strict=True)):
-            if not error <= 2 * reference and why is None:
-                why = f"output {number}: error {error:.1e} against float64, more than twice the reference's"
+            if not error <= max(2 * reference, self.tolerance) and why is None:
+                allowed = f"the {self.tolerance:.1e} allowed" if self.tolerance else "twice the reference's"
+                why = f"output {number}: error {error:.1e} against float64, more than {allowed}"
         if why is None:
             found, why = self._twice(decision, None)
         if why is None:
@@ -114,7 +116,7 @@ class Trial:
         largest = max((each.double().square().mean().sqrt().item() for each in floats), default=0.0)
         for number, (one, other) in enumerate(zip(found, self.expected, strict=True)):
             off = _error(one, other, least=0.1 * largest * other.numel() ** 0.5)
-            if not off <= slack * self.errors[number]:
+            if not off <= max(slack * self.errors[number], 2 * self.tolerance):
                 return f"output {number}: differs by {off:.1e} from the reference's in the user's call"
         return None
 
@@ -150,9 +152,10 @@ def prove(
     samples: Sequence[Sequence[Any]],
     thorough: bool = False,
     written: Sequence[int] = (),
+    tolerance: float = 0.0,
 ) -> Verdict:
     """Test the backends of an op on a call `run(*args)`. samples: arguments of small calls; written: indices of the
-    arguments that the op writes to.
+    arguments that the op writes to; tolerance: an error against float64 that is allowed in any case.
 
     thorough: try each listed configuration of its Triton kernels, not only the shipped one. Raises UnprovableError if
     the call's values cannot tell a correct candidate from a wrong one, torch.OutOfMemoryError if the copies do not fit.
@@ -162,7 +165,7 @@ def prove(
     best: tuple[Times, float, Candidate] | None = None
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         args = tree_map_only(Tensor, Tensor.detach, list(args))
-        trial = Trial(run, args, samples, written=written)
+        trial = Trial(run, args, samples, written=written, tolerance=tolerance)
         inputs = rotated(args)
         clock = Clock(device)
 

@@ -6,6 +6,7 @@ that ignores them would look correct.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from llava_fast.ops.paging import block_addresses
+from llava_fast.ops.rounding import TYPICAL_ERROR, rounded_rows
 
 ROWS = 512
 SEEDS = 8
@@ -32,11 +34,20 @@ ROW_ARGS: dict[str, tuple[str, ...]] = {
     "swiglu_backward": ("grad", "gate", "up"),
     "linear_act": ("x",),
     "linear_act_backward": ("grad", "x", "pre"),
+    "scaled_linear": ("x",),
 }
 """Operators with independent rows -> the arguments that have those rows; leading dimensions are all rows."""
 
-IGNORED: dict[str, tuple[str, ...]] = {"paged_attention": ("segments", "addresses", "layer")}
-"""Arguments that do not change an operator's class: they only say where rows are stored."""
+IGNORED: dict[str, tuple[str, ...]] = {
+    "packed_attention": ("keys", "query_lengths", "key_lengths"),
+    "paged_attention": ("segments", "addresses", "layer"),
+}
+"""Arguments that do not change an operator's class: they only say where rows lie."""
+
+
+def tolerance(operator: str, args: Args) -> float:
+    """The error against float64 that is allowed a call because the user has asked for operands in 8 bits; else 0."""
+    return TYPICAL_ERROR[args["codes"].dtype] if operator == "scaled_linear" else 0.0
 
 
 def is_known(operator: str) -> bool:
@@ -237,6 +248,20 @@ def _assemble_inputs(args: Args, draw: Draw) -> Args:
     return args | found | {"count": None if count is None else torch.full_like(count, kept)}
 
 
+def _packed_attention(args: Args, draw: Draw) -> Args:
+    """The first sequences, shortened, with as many earlier keys each as there is room for."""
+    lengths = list(zip(args["query_lengths"], args["key_lengths"], strict=True))[:4]
+    most = ROWS // (2 * len(lengths))
+    queries = [min(own, most) for own, _ in lengths]
+    earlier = [min(total - own, most) for own, total in lengths]
+    keys = [own + before for own, before in zip(queries, earlier, strict=True)]
+    rows = {"query": sum(queries), "key": sum(keys), "value": sum(keys)}
+    found: Args = {name: draw.normal(args[name], count, *args[name].shape[1:]) for name, count in rows.items()}
+    for name, counts in (("queries", queries), ("keys", keys)):
+        found[name] = torch.tensor([0, *itertools.accumulate(counts)], dtype=args[name].dtype, device=draw.device)
+    return args | found | {"query_lengths": queries, "key_lengths": keys}
+
+
 def _paged_attention(args: Args, draw: Draw) -> Args:
     """A few sequences of up to three blocks in a cache of one layer."""
     count, width, rows = min(len(args["query"]), 8), 3, args["segments"][0].shape[4]
@@ -248,6 +273,13 @@ def _paged_attention(args: Args, draw: Draw) -> Args:
     found["table"] = draw.order(count * width).view(count, width).to(args["table"].dtype)
     found["before"] = draw.integers(width * rows, count).to(args["before"].dtype)
     return args | found
+
+
+def _scaled_linear(args: Args, draw: Draw) -> Args:
+    """The codes are those of the drawn weight."""
+    found = draw.values(_fewer_rows(args, ROW_ARGS["scaled_linear"], draw), keep=("codes", "scale"))
+    found["codes"], found["scale"] = rounded_rows(found["weight"], args["codes"].dtype)
+    return found
 
 
 def _as_it_is(args: Args, draw: Draw) -> Args:
@@ -263,5 +295,7 @@ MAKERS: dict[str, Callable[[Args, Draw], Args]] = {
     **dict.fromkeys(("token_pack", "token_pack_backward"), _token_pack),
     **dict.fromkeys(("assemble_inputs", "assemble_inputs_backward"), _assemble_inputs),
     "image_tiles": _as_it_is,
+    "packed_attention": _packed_attention,
     "paged_attention": _paged_attention,
+    "scaled_linear": _scaled_linear,
 }

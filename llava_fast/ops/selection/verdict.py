@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-BACKENDS = ("reference", "native", "cublas", "triton")
+BACKENDS = ("reference", "native", "cublas", "eight_bit", "varlen", "xformers", "padded", "triton")
 
 
 class Verdict(BaseModel):

@@ -160,6 +160,7 @@ function factsOf(plan) {
     ["Tokens", digits(plan.tokens)],
     [plan.kind === "video" ? "of frames" : "of the picture", `${digits(places)}${pooled}`],
     ...(plan.newline_tokens ? [["line ends", digits(plan.newline_tokens)]] : []),
+    ...(plan.optional_tokens ? [["of which a router may leave out", digits(plan.optional_tokens)]] : []),
     ...(plan.marker_tokens ? [["around and between tiles", digits(plan.marker_tokens)]] : []),
   ];
 }

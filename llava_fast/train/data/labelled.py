@@ -11,6 +11,7 @@ branches.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -149,7 +150,7 @@ class LabelledBatches(TwoAnswers):
         assert isinstance(mismatched, TextPiece)
         assert mismatched.supervised is not None
         start = int(own.supervised.argmax())
-        pieces = self.processor.pieces([*prefix, TextPiece(own.ids[:start])], tiles)
+        pieces = self.processor.pieces([*prefix, dataclasses.replace(own, ids=own.ids[:start], supervised=None)], tiles)
         answer = TextPiece(own.ids[start:], own.supervised[start:])
         self.processor.check_length([*pieces, answer])
         wrong = mismatched.ids[mismatched.supervised]

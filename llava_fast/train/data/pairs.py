@@ -11,7 +11,7 @@ once, and the rest of each answer is a branch (see inputs.plan).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -149,7 +149,7 @@ def shared_pair(processor: Processor, chosen: dict, rejected: dict, tiles: list[
     shared = int(differs.argmax()) if differs.any() else both
     if shared == max(len(first.ids), len(second.ids)):
         raise DataError("its two answers are the same tokens, so neither can be preferred: leave it out")
-    common = TextPiece(first.ids[:shared], _flags(first)[:shared])
+    common = replace(first, ids=first.ids[:shared], supervised=_flags(first)[:shared])
     prefix = processor.pieces([*before, common], tiles)
     branches = tuple(TextPiece(each.ids[shared:], _flags(each)[shared:]) for each in (first, second))
     for branch in branches:
@@ -171,8 +171,8 @@ def last_answer(outline: list[TextPiece | Placeholder]) -> list[TextPiece | Plac
     end = len(flags) - int(flags[::-1].argmax())
     breaks = np.flatnonzero(~flags[:end])
     start = int(breaks[-1]) + 1 if len(breaks) else 0
-    quiet = [TextPiece(part.ids) if isinstance(part, TextPiece) else part for part in before]
-    return [*quiet, TextPiece(last.ids[:end], np.arange(end) >= start)]
+    quiet = [replace(part, supervised=None) if isinstance(part, TextPiece) else part for part in before]
+    return [*quiet, replace(last, ids=last.ids[:end], supervised=np.arange(end) >= start)]
 
 
 def _same(one: list[TextPiece | Placeholder], other: list[TextPiece | Placeholder]) -> bool:

@@ -51,12 +51,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Sample:
-    """An assumed mean sample: decoder rows, image tiles, supervised rows."""
+    """An assumed mean sample: decoder rows, image tiles, supervised rows, rows of text that the connector reads with
+    each tile."""
 
     rows: int
     tiles: int
     supervised: int
     how: str
+    instruction: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,17 @@ def plan(
         "A sample": [
             Figure("decoder rows", sample.rows, "", sample.how),
             Figure("image tiles", sample.tiles, "", f"of {config.vision.image_size} pixels"),
+            *_instruction(sample),
         ],
         f"Memory of each of {gpus} GPUs": memory,
         "Time": time,
     }
     return CostPlan(sections, total, hours)
+
+
+def _instruction(sample: Sample) -> list[Figure]:
+    how = "rows of text that the connector reads with each tile: assumed, the text that is not the answer"
+    return [Figure("question", sample.instruction, "", how)] if sample.instruction else []
 
 
 def config_of(model: str | Assembly) -> LlavaConfig:
@@ -136,7 +144,7 @@ class ParameterCounts:
     all: dict[str, int]
     trained: dict[str, int]
     adapters: int
-    layer: int  # one decoder layer
+    layer: int  # the largest decoder layer
     outside: int  # everything but decoder layers and tower: embedding, head, projector
     head: int
     quantised: int = 0  # parameters in 8 or 4 bits
@@ -165,14 +173,13 @@ def count_parameters(config: LlavaConfig, recipe: Recipe) -> ParameterCounts:
     parameters = dict(model.named_parameters())
     quantised = {name: parameters[f"{name}.weight"] for name in roundings}
     bits = sum(roundings[name].bits(weight.shape[1]) * weight.numel() for name, weight in quantised.items())
-    layer = sum(parameter.numel() for parameter in model.decoder.layers[0].parameters())
-    layers = layer * config.decoder.num_layers
+    layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in model.decoder.layers]
     return ParameterCounts(
         everything,
         trained,
         adapters,
-        layer,
-        outside=everything["decoder"] - layers + everything["projector"],
+        max(layers, default=0),
+        outside=everything["decoder"] - sum(layers) + everything["projector"],
         head=config.decoder.vocab_size * config.decoder.hidden_size,
         quantised=sum(weight.numel() for weight in quantised.values()),
         quantised_bytes=bits / 8,
@@ -190,7 +197,7 @@ def _parameters(counts: ParameterCounts) -> list[Figure]:
 def _sample(config: LlavaConfig, recipe: Recipe, rows: int | None, tiles: int | None) -> Sample:
     visual = image_rows(config.geometry, *USUAL_IMAGE)
     plain = recipe.data.template in ("plain", "v0_plain")
-    text = 40 if plain else 250
+    text = recipe.objective().usual_text or (40 if plain else 250)
     supervised = text if plain else text // 2
     pair = supervised * (recipe.objective().branches - 1)
     if rows is None:
@@ -202,7 +209,8 @@ def _sample(config: LlavaConfig, recipe: Recipe, rows: int | None, tiles: int | 
         how = "as given"
     if recipe.data.max_length is not None and rows > recipe.data.max_length:
         rows, how = recipe.data.max_length, f"max_length ({how} {rows})"
-    return Sample(rows, visual.tiles if tiles is None else tiles, min(supervised + pair, rows), how)
+    told = text - supervised if config.projector.reads_text else 0
+    return Sample(rows, visual.tiles if tiles is None else tiles, min(supervised + pair, rows), how, told)
 
 
 def _count_samples(recipe: Recipe) -> int | None:
@@ -245,7 +253,7 @@ def _memory(config: LlavaConfig, recipe: Recipe, counts: ParameterCounts, sample
             figures.append(Figure("weights in bfloat16", 2 * trained, "B", "autocast keeps them for a forward pass"))
     rows, how = _micro_batch(config, recipe, sample)
     tiles = math.ceil(rows / sample.rows * sample.tiles)
-    figures += _activations(config, recipe, counts, rows, tiles, how, narrow)
+    figures += _activations(config, recipe, counts, rows, tiles, tiles * sample.instruction, how, narrow)
     chunk = CHUNK_BYTES * (2 + narrow / 4)
     gradient = 4 * counts.head if counts.trained["decoder"] else 0
     figures += [
@@ -286,7 +294,14 @@ def _micro_batch(config: LlavaConfig, recipe: Recipe, sample: Sample) -> tuple[i
 
 
 def _activations(
-    config: LlavaConfig, recipe: Recipe, counts: ParameterCounts, rows: int, tiles: int, how: str, narrow: int
+    config: LlavaConfig,
+    recipe: Recipe,
+    counts: ParameterCounts,
+    rows: int,
+    tiles: int,
+    instruction: int,
+    how: str,
+    narrow: int,
 ) -> list[Figure]:
     """Saved activations of a forward pass, and the working memory of one layer."""
     decoder, vision = config.decoder, config.vision
@@ -311,6 +326,8 @@ def _activations(
         each = narrow * config.projector.kept_per_row(bool(counts.trained["projector"]))
         how = f"features and hidden rows of {tiles:,} tiles, if unpadding drops none"
         figures.append(Figure("projector, kept", tiles * config.projected_per_tile * each, "B", how))
+        told = narrow * instruction * config.projector.kept_per_text_row
+        figures.append(Figure("projector, kept of text", told, "B", f"{instruction:,} rows of questions"))
     pixels = 3 * vision.image_size**2
     figures.append(Figure("tiles", tiles * pixels, "B", "uint8 pixels"))
     return figures
@@ -328,8 +345,9 @@ def _time(
 ) -> tuple[list[Figure], float | None]:
     trained = {part for part in PARTS if counts.trained[part]}
     shape = ([sample.rows], sample.tiles)
-    forward = forward_flops(config, *shape, sample.supervised)
-    model = step_flops(config, *shape, trained, sample.supervised, adapters=counts.adapters)
+    told = sample.tiles * sample.instruction
+    forward = forward_flops(config, *shape, sample.supervised, instruction=told)
+    model = step_flops(config, *shape, trained, sample.supervised, adapters=counts.adapters, instruction=told)
     again = _recomputed(forward, recipe, bool(counts.trained["vision_tower"]))
     peak = peak_flops(GPUS[gpu], recipe.precision, recipe.tf32)
     speed = gpus * peak * share

@@ -77,13 +77,19 @@ class Forward(NamedTuple):
 
 
 def forward_flops(
-    config: LlavaConfig, lengths: Iterable[int], tiles: int, supervised: int | None = None, projected: int | None = None
+    config: LlavaConfig,
+    lengths: Iterable[int],
+    tiles: int,
+    supervised: int | None = None,
+    projected: int | None = None,
+    instruction: int = 0,
 ) -> Forward:
     """FLOPs of a forward pass over sequences of these lengths (decoder rows, including visual ones).
 
     tiles       number of image tiles for the tower.
     supervised  number of rows for the head; default: all.
     projected   number of rows for the projector; default: all rows of the tower.
+    instruction  rows of text that the projector reads with all tiles.
     """
     lengths = list(lengths)
     rows, vision, decoder = sum(lengths), config.vision, config.decoder
@@ -91,7 +97,8 @@ def forward_flops(
     return Forward(
         tower=vision.product_flops(tiles),
         tower_attention=vision.attention_flops(tiles),
-        projector=2.0 * config.projector.matrix_size * (given if projected is None else projected),
+        projector=2.0 * config.projector.matrix_size * (given if projected is None else projected)
+        + 2.0 * config.projector.text_matrix_size * instruction,
         decoder=2.0 * rows * decoder.num_layers * decoder.layer_matrix_size,
         decoder_attention=_attention(decoder, lengths),
         head=2.0 * decoder.vocab_size * decoder.hidden_size * (rows if supervised is None else supervised),
@@ -106,6 +113,7 @@ def step_flops(
     supervised: int | None = None,
     projected: int | None = None,
     adapters: int = 0,
+    instruction: int = 0,
 ) -> float:
     """FLOPs of a training step, forward and backward, over sequences of these lengths.
 
@@ -116,7 +124,7 @@ def step_flops(
     of one compute input gradients but no weight gradients.
     """
     lengths = list(lengths)
-    forward = forward_flops(config, lengths, tiles, supervised, projected)
+    forward = forward_flops(config, lengths, tiles, supervised, projected, instruction)
     tower, projector, decoder = (part in trained for part in ("vision_tower", "projector", "decoder"))
     through_projector = tower or projector
     through_decoder = float(bool(through_projector or decoder or adapters))
@@ -147,16 +155,8 @@ def _after_first(config: LlavaConfig) -> float:
 def _attention(config: DecoderConfig, lengths: list[int]) -> float:
     """FLOPs of both products of causal attention: each row with itself and the rows before it, or those in its
     window."""
-    pairs = 0
-    for layer in range(config.num_layers):
-        window = config.window_of(layer)
-        pairs += sum(_pairs(length, window) for length in lengths)
+    pairs = sum(config.pairs(layer, length) for layer in range(config.num_layers) for length in lengths)
     return 4.0 * config.num_heads * config.head_dim * pairs
-
-
-def _pairs(length: int, window: int | None) -> int:
-    seen = min(length, window or length)
-    return seen * (seen + 1) // 2 + (length - seen) * seen
 
 
 class Utilisation:
@@ -177,8 +177,9 @@ class Utilisation:
     def flops(self, plan: TokenPlan) -> float:
         """FLOPs of training on one micro-batch."""
         supervised, projected = len(plan.column("supervised_row")), len(plan.column("kept"))
+        told = int((plan.column("instruction") >= 0).sum()) if "instruction" in plan.sections else 0
         return step_flops(
-            self.config, plan.lengths, plan.tower_tiles, self.trained, supervised, projected, adapters=self.adapters
+            self.config, plan.lengths, plan.tower_tiles, self.trained, supervised, projected, self.adapters, told
         )
 
     def share(self, flops: float, seconds: float) -> float | None:

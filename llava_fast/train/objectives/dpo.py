@@ -68,7 +68,7 @@ class DpoObjective(AgainstReference):
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         reference, inputs = self.reference(model, batch)
-        losses, _ = self.forward(model, batch, inputs_embeds=inputs)
+        losses, _ = self.forward(model, batch, inputs=inputs)
         if not batch.plan.lengths:
             return losses
         policy, tokens = answer_log_probs(losses, batch.plan)

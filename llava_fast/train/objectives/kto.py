@@ -122,7 +122,7 @@ class KtoObjective(AgainstReference):
         for batch in batches:
             reference, inputs = self.reference(model, batch)
             self.references.append(reference.clone())  # a copy, so that the batch can be freed
-            losses, _ = self.forward(model, batch, inputs_embeds=inputs)
+            losses, _ = self.forward(model, batch, inputs=inputs)
             if batch.plan.lengths:
                 ratios = (answer_log_probs(losses, batch.plan)[0] - reference)[:, MISMATCHED]
                 self.means.add(kl=ratios)

@@ -25,6 +25,7 @@ from llava_fast.errors import RecipeError
 from llava_fast.inputs.plan.plan import TokenPlan
 from llava_fast.inputs.processor import Processor
 from llava_fast.models.batch import Batch
+from llava_fast.models.vlm import Inputs
 from llava_fast.storage.files import file_written_whole
 from llava_fast.train.data.loader import LeftOut, Loader
 from llava_fast.train.data.run_samples import RunSamples
@@ -116,10 +117,10 @@ class AgainstReference(Objective):
         # If all adapters are in the decoder's layers, both passes of a batch have the same inputs.
         self.inputs_are_the_bases = all("decoder.layers." in name for name in trained)
 
-    def forward(self, model: nn.Module, batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, model: nn.Module, batch: Batch, **options: Any) -> tuple[Tensor, Inputs]:
         return forward(model, batch, self.recipe.precision, **options)
 
-    def reference(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def reference(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Inputs | None]:
         """The reference's log-probabilities [sequences, 2] of a batch; and the decoder's inputs if the policy has the
         same, so that tower and projector run once."""
         if self.settings.reference == "precomputed":
