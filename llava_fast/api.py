@@ -162,9 +162,9 @@ def load_processor(checkpoint: LoadedCheckpoint, name: str, chat_template: str |
         frames_per_video=family.frames_per_video,
         answer_start=config.decoder.answer_start,
         instructions=instructions,
-        routes=config.router is not None,
         repeats_images=family.repeats_images,
         video_fps=family.video_fps,
+        routes=config.router is not None,
         exif=config.layout == "hf",
     )
 

@@ -22,7 +22,7 @@ from llava_fast.families import family_of, family_of_config, fields, find_family
 from llava_fast.families.known_towers import Tower, tower_tensors
 from llava_fast.families.llama_vid import LlamaVid
 from llava_fast.families.llava_original import LlavaOriginal, original_types
-from llava_fast.families.names import HEAD
+from llava_fast.families.names import HEAD, NameMap
 from llava_fast.families.parts import require
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.connectors.base import ConnectorConfig
@@ -93,13 +93,13 @@ def assemble(
     base = resolve(assembly.decoder)
     config, tower = describe(assembly, read_json(base / "config.json"), base)
     family = family_of_config(config)
-    assert isinstance(family, LlavaOriginal)  # as describe has checked
+    assert isinstance(family, LlavaOriginal)  # as its config says
     tensors = family.names.name_tensors(open_weights(base))
     if config.decoder.tie_embeddings:
         tensors.pop(HEAD, None)
     tensors |= tower_tensors(tower, config.vision.num_layers)
     fresh, unused = _fresh_parts(config, assembly.seed)
-    given = {} if assembly.projector_from is None else _trained_parts(assembly.projector_from, family)
+    given = {} if assembly.projector_from is None else _trained_parts(assembly.projector_from, family.names)
     _check_fits(config.projector, fresh, given, unused, assembly.projector_from)
     parts = family.given_parts(assembly.model_dump())
     tensors |= fresh | {name: tensor for name, tensor in (parts | given).items() if name in fresh}
@@ -160,16 +160,16 @@ def _fresh_parts(config: LlavaConfig, seed: int) -> tuple[dict[str, StoredTensor
     return {name: StoredTensor.of(Path("fresh"), name, value) for name, value in made.items()}, unused
 
 
-def _trained_parts(where: str, family: LlavaOriginal) -> dict[str, StoredTensor]:
+def _trained_parts(where: str, names: NameMap) -> dict[str, StoredTensor]:
     """Projector and newline of a projector file, its directory, or a whole LLaVA."""
     named = Path(where).expanduser()
     file = named if named.is_file() else find_projector_file(resolve(where))
     if file is not None:
-        tensors = add_projector({}, file, family.names)
+        tensors = add_projector({}, file, names)
     else:
         whole = resolve(where)
-        owner = find_family(read_json(whole / "config.json")) or family  # a bare language model has no family
-        tensors = owner.names.name_tensors(open_weights(whole))
+        family = find_family(read_json(whole / "config.json")) or LlavaOriginal()  # a bare language model has no family
+        tensors = family.names.name_tensors(open_weights(whole))
     return {name: tensor for name, tensor in tensors.items() if name.startswith(("projector.", "image_newline"))}
 
 

@@ -122,6 +122,7 @@ class LlamaVid(LlavaOriginal):
     system = "LLaMA-VID"
     reference = "transformers' BLIP-2 and InstructBLIP parts and Llama with the original's steps"
     own_type = "llama_vid"
+    config_fields = LlamaVidFields
     connector_tokenizer = "qformer_tokenizer"
     connector_tokenizer_home = "google-bert/bert-base-uncased"
     question_tokens = 256
@@ -208,6 +209,7 @@ class LlamaVid(LlavaOriginal):
             "bert_type": _BERTS[0],
             "num_query": 32,
             "compress_type": parts["compress"],
+            **parts["settings"],
         }
 
     def given_parts(self, parts: Mapping[str, Any]) -> dict[str, StoredTensor]:

@@ -55,12 +55,12 @@ class Processor(ProcessorOptions):
     frames_per_video  frames of a video file that the checkpoint's processor takes, whatever `video_frames` says; None:
                     any number.
     instructions    what the connector reads of a request's text; None: nothing.
+    repeats_images  whether a question without an image stands for one with the last question's (see inputs.repeated).
     images_before_bos  images at the start of a prompt precede the BOS token that the tokenizer adds, and the text after
                     them is tokenised as if it stood alone (BLIP-2).
     answer_start    the token with which the decoder of an encoder-decoder begins its answer: prompt and answer are then
                     tokenised apart, each with the tokenizer's end token; None: one decoder reads both.
     routes          the model's router reads the text of the whole prompt with each image.
-    repeats_images  whether a question without an image stands for one with the last question's (see inputs.repeated).
     """
 
     geometry: VisualGeometry
@@ -74,8 +74,8 @@ class Processor(ProcessorOptions):
     answer_start: int | None = None
     frames_per_video: int | None = None
     instructions: Instructions | None = None
-    routes: bool = False
     repeats_images: bool = False
+    routes: bool = False
     exif: bool = field(default=True, kw_only=True)
 
     @property

@@ -140,12 +140,10 @@ class LlavaModel(VisualModel, ConfiguredModel):
     def inputs_embeds(self, batch: Batch) -> Tensor:
         """[rows, width]: text rows from the embedding table, visual rows from the projector, newlines (see encode); all
         rows of the batch, also optional ones."""
-        parts, features = None, None
+        made = None
         if not self.runs_every_part and batch.count("tile") is None:
-            read = self._tiles_read(batch)
-            parts, features = self.projected(batch.tiles, self._instruction(batch), read) or (None, None)
-        if parts is None:
-            parts, features = self._parts(batch), self._features(batch)
+            made = self.projected(batch.tiles, self._instruction(batch), self._tiles_read(batch))
+        parts, features = made or (self._parts(batch), self._features(batch))
         return encode.inputs_embeds(parts, self.decoder.embed_tokens, features, batch.placement())[0]
 
     def routed(self, batch: Batch) -> Inputs:

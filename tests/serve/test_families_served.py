@@ -13,6 +13,7 @@ from tests.support.families_page import cases, families
 
 WRITERS = {
     "llava_uhd": test_llava_uhd.write,
+    "slime": slimes.write,
     "InternLMXComposer": test_xcomposer.write,
     "llama_vid": test_llama_vid.write,
     "slime": slimes.write,

@@ -47,6 +47,11 @@ FOOT = """
 and name any other model they are given as unsupported. Refused by name: videos of InternVL, Idefics3, SmolVLM,
 LLaVA-UHD and SliME, LLaVA-UHD v2 and v3, SliME's trained router, and LLaMA-VID with CLIP or without queries.
 
+LLaMA-VID was trained with the image in every question of a dialogue, and each question makes its own rows of it: here a
+question without an image gets the last one's (`ProcessorOptions(image_turns="given")`: not). Of a video file it takes 1
+frame a second (`video_fps`), in `batch` and `serve` too, whatever `video_frames` says. InternLM-XComposer's own demos
+answer by five beams, which are not offered here, and a repetition penalty of 1.5 (`repetition_penalty`).
+
 SliME's router keeps as many rows of an image as the prompt's text asks for. `count_tokens`, `llava-fast data` and the
 server's plan say the maximum (`optional_tokens` of the plan are those that may be left out); `usage` of an answer, and
 `model.routed(batch)`, say what was kept. Its trainer let the router read the answers too, which no prompt has: here it
@@ -63,11 +68,6 @@ one slice after the other: 7.8 s and 388 MiB, 9.1 s and 87 MiB. All seven slices
 BLIP-2 of stage 1 (class `Blip2ForImageTextRetrieval`) has no language model: `llava_fast.load_retrieval` reads it,
 scores agree with transformers' within 1e-5 (`tests/models/test_retrieval.py`), and a recipe's section `stage_one`
 trains it ([training](training.md#blip-2-stage-1)).
-
-LLaMA-VID was trained with the image in every question of a dialogue, and each question makes its own rows of it: here a
-question without an image gets the last one's (`ProcessorOptions(image_turns="given")`: not). Of a video file it takes 1
-frame a second (`video_fps`), in `batch` and `serve` too, whatever `video_frames` says. InternLM-XComposer's own demos
-answer by five beams, which are not offered here, and a repetition penalty of 1.5 (`repetition_penalty`).
 """
 
 

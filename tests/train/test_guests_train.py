@@ -341,8 +341,9 @@ def test_in_two_processes_the_losses_are_the_same(name, shape, recipe_in, run, t
     else:
         tiny.save(tiny.CASES[name], tiny.pair(name).hf, start)
     data = {"on_problem": "skip"} if name.endswith("t5") else {}
-    options = {"batch_size": 3, "steps": 3, "data": data, "layout": "original" if name in WRITTEN else "hf"}
-    alone = recipe_in(tmp_path / "alone", model=str(start), trainable=list(PARTS), **options)
+    options = {"trainable": list(PARTS), "batch_size": 3, "steps": 3, "data": data}
+    options["layout"] = "original" if name in WRITTEN else "hf"
+    alone = recipe_in(tmp_path / "alone", model=str(start), **options)
     train(alone)
     parallel = alone.parallel.model_copy(update=SHAPES[shape])
     shared = alone.model_copy(update={"output": tmp_path / shape, "parallel": parallel})

@@ -79,10 +79,10 @@ class TokenPlan:
     constant_row, constant_segment                     rows with a newline, and [0, their number]
     instruction                                        [tiles, longest]  only for a connector or router that reads text:
                                                        the ids that it reads with each tile, padding -1
-    optional_row, optional_image                       rows that a router may leave out (models.router), and the image
-                                                       of each, by its number; only if there are any
     tower_tile                                         [tiles]  only if an image occurs several times before such a
                                                        connector: which of the batch's tiles it reads for each
+    optional_row, optional_image                       rows that a router may leave out (models.router), and the image
+                                                       of each, by its number; only if there are any
 
     VISUAL rows index the visual table: the kept rows, then each pool of stage "before", then each of stage "after".
     `lengths` counts the real rows of each sequence, `tiles` the tiles of the batch. `branches` has the row counts of
