@@ -16,7 +16,6 @@ WRITERS = {
     "slime": slimes.write,
     "InternLMXComposer": test_xcomposer.write,
     "llama_vid": test_llama_vid.write,
-    "slime": slimes.write,
 }
 
 
