@@ -133,6 +133,25 @@ PROMPTS = {
         "<image>Question: What is it? Answer: A cat.\nQuestion: Which colour? Answer:",
     ),
     "instructblip": ("<image>What is it?", "<image>What is it? A cat.</s>Which colour?"),
+    "qwen_vl": (
+        (
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nPicture 1: <image>\n"
+            "What is it?<|im_end|>\n<|im_start|>assistant\n"
+        ),
+        (
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nPicture 1: <image>\n"
+            "What is it?<|im_end|>\n<|im_start|>assistant\nA cat.<|im_end|>\n<|im_start|>user\nWhich colour?"
+            "<|im_end|>\n<|im_start|>assistant\n"
+        ),
+    ),
+    "qwen_vl_raw": (
+        "Picture 1: <image>\nWhat is it?",
+        "Picture 1: <image>\nWhat is it?A cat.<|endoftext|>Which colour?",
+    ),
+    "monkey": (
+        "<image> What is it? Answer: ",
+        "<image> What is it? Answer: A cat.<|endoftext|> Which colour? Answer: ",
+    ),
 }
 CHAT_FORMATS = [f.name for f in TURN_FORMATS if f.name != "plain"]
 
