@@ -32,6 +32,8 @@ FAMILIES: Registry[Family] = Registry(
         "blip-2": "blip2:Blip2",
         "instructblip": "instructblip:InstructBlip",
         "instructblipvideo": "instructblip:InstructBlipVideo",
+        "qwen": "qwen_vl:QwenVl",
+        "monkey": "qwen_vl:Monkey",
     },
 )
 _ORIGINAL = "llava_llama"
@@ -74,8 +76,8 @@ def family_of_config(config: LlavaConfig) -> Family:
     """The family that a model was read as."""
     if config.model_type in WITHOUT_DECODER:
         return WITHOUT_DECODER[config.model_type]()
-    plain = config.layout == "original" and config.model_type not in _BY_CONNECTOR.values()
-    return FAMILIES[_ORIGINAL if plain else config.model_type]()
+    own = FAMILIES[config.model_type]()
+    return own if own.layout == config.layout else FAMILIES[_ORIGINAL]()  # the first LLaVA's model_type was llava
 
 
 def writing_family(config: LlavaConfig, layout: str) -> Family:

@@ -104,6 +104,10 @@ class Family(ABC):
         """The built-in chat template of a checkpoint without one; `name` is what the user called the checkpoint."""
         return default_template_name(name, config.decoder.family)
 
+    def own_template(self, name: str, config: LlavaConfig, path: Path) -> str:
+        """`template`, for a family that reads it from other files of the checkpoint's directory `path`."""
+        return self.template(name, config)
+
     def adapted_model(self, config: LlavaConfig, file: Path) -> nn.Module:
         """The module, without values, that adapters were trained on; config.json is `file`."""
         from transformers import AutoModelForImageTextToText

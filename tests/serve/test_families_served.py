@@ -8,7 +8,7 @@ import pytest
 import llava_fast
 from tests.checkpoints import test_llava_uhd
 from tests.serve.conftest import about, ask, data_uri, local, png
-from tests.support import slimes, tiny
+from tests.support import qwen_vl, slimes, tiny
 from tests.support.families_page import cases, families
 
 
@@ -17,6 +17,9 @@ def model_of(family, folder):
     own = {"llava_uhd": test_llava_uhd.write, "slime": slimes.write}
     if (write := own.get(family.model_types[0])) is not None:
         write(folder)
+        return llava_fast.load(folder)
+    if family.model_types[0] in ("qwen", "monkey"):
+        qwen_vl.write(folder, family.model_types[0] == "monkey")
         return llava_fast.load(folder)
     if family.layout == "original":
         llava_fast.save(tiny.pair("next").ours, folder, layout="original")

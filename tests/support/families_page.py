@@ -21,6 +21,8 @@ OWN_TESTS = {
     "llava_llama": ("tests/checkpoints/test_checkpoint_save.py", "tests/checkpoints/test_checkpoint_original.py"),
     "llava_uhd": ("tests/checkpoints/test_llava_uhd.py", "tests/train/test_guests_train.py"),
     "slime": ("tests/checkpoints/test_slime.py", "tests/train/test_guests_train.py"),
+    "qwen": ("tests/checkpoints/test_qwen_vl.py", "tests/models/test_qwen_vit.py"),
+    "monkey": ("tests/checkpoints/test_qwen_vl.py", "tests/models/test_qwen_vit.py"),
 }
 """Tests of families that transformers does not have."""
 TRAINED, SERVED = "tests/train/test_guests_train.py", "tests/serve/test_families_served.py"
@@ -43,7 +45,7 @@ code. The last three columns name the tests.
 FOOT = """
 `accelerate` and `FastProcessor` support LLaVA 1.5, NeXT, NeXT-Video and OneVision ([with transformers](huggingface.md))
 and name any other model they are given as unsupported. Refused by name: videos of InternVL, Idefics3, SmolVLM,
-LLaVA-UHD and SliME, LLaVA-UHD v2 and v3, and SliME's trained router.
+LLaVA-UHD, SliME, Qwen-VL and Monkey, LLaVA-UHD v2 and v3, SliME's trained router, and TextMonkey.
 
 SliME's router keeps as many rows of an image as the prompt's text asks for. `count_tokens`, `llava-fast data` and the
 server's plan say the maximum (`optional_tokens` of the plan are those that may be left out); `usage` of an answer, and
@@ -58,6 +60,13 @@ compares every row with every token at once; the sum over the tokens can be take
 BLIP-2 of stage 1 (class `Blip2ForImageTextRetrieval`) has no language model: `llava_fast.load_retrieval` reads it,
 scores agree with transformers' within 1e-5 (`tests/models/test_retrieval.py`), and a recipe's section `stage_one`
 trains it ([training](training.md#blip-2-stage-1)).
+
+Qwen-VL and Monkey are read from the published files: qwen.tiktoken becomes a tokenizer without running the checkpoint's
+code, and a saved model has tokenizer.json in its place; for the published code, copy its .py files and qwen.tiktoken
+beside the saved ones. A prompt has `<image>` where theirs has `<img>path</img>`. Prompts beyond seq_length (2048) and
+answers that grow beyond it follow use_dynamic_ntk and use_logn_attn as the published code does at inference: the RoPE
+base is that of the prompt's length, all through the answer. `llava_fast.inputs.chat.boxes` reads boxes out of answers
+and writes them into prompts.
 """
 
 
@@ -113,8 +122,9 @@ def measure() -> dict[str, dict[str, float]]:
             logits.test_logits_of_each_request_alone(case)
             logits.test_logits_of_all_requests_in_one_batch(case, "packed")
             gradients.test_loss_and_gradients(case)
-        if name in ("llava_uhd", "slime"):
-            assert pytest.main(["-q", OWN_TESTS[name][0]]) == 0
+        if name in ("llava_uhd", "slime", "qwen", "monkey"):
+            chosen = ["-k", f"[{name}"] if name in ("qwen", "monkey") else []
+            assert pytest.main(["-q", OWN_TESTS[name][0], *chosen]) == 0
         for what in ("logits", "gradients"):
             if worst := [value for label, value in parity.WORST.items() if what in label]:
                 found.setdefault(name, {})[what] = float(f"{max(worst):.1e}")
