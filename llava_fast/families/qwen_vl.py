@@ -12,6 +12,7 @@ Sources: Bai et al. 2023; Li et al. 2023 (Monkey); QwenLM/Qwen-VL aa00ed0; Yulia
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar
@@ -43,6 +44,7 @@ _RULES = (
     ("projector.", "transformer.visual.attn_pool."),
     ("vision_tower.", "transformer.visual."),
 )
+_SKIPPED = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.masked_bias$")
 _HEAD = 128  # width of a head of the connector
 _TEMPLATES = {"chatml": "qwen_vl", "raw": "qwen_vl_raw"}
 """chat_format of generation_config.json -> chat template."""
@@ -109,7 +111,7 @@ class QwenVl(Family):
     system = "Qwen-VL, Qwen-VL-Chat"
     reference = "results of the published tower and resampler; its decoder's steps"
     layout = "original"
-    names = NameMap({"original": _RULES})
+    names = NameMap({"original": _RULES}, skipped=_SKIPPED)
     adapter_spelling = "original"
     architecture: ClassVar[str] = "QWenLMHeadModel"
 

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import llava_fast
 from llava_fast.checkpoints.load import load_checkpoint
@@ -273,6 +273,16 @@ def test_what_it_cannot_be_is_refused(seen, tmp_path, change, said):
     edit_json(tmp_path / "copy" / "config.json", **change)
     with pytest.raises(CheckpointError, match=said):
         load_checkpoint(tmp_path / "copy")
+
+
+def test_buffers_of_older_files_are_left_out(seen, tmp_path):
+    folder, model, _ = seen
+    shutil.copytree(folder, tmp_path / "copy")
+    tensors = load_file(folder / "model.safetensors")
+    buffers = {f"transformer.h.0.attn.{name}": torch.ones(1) for name in ("masked_bias", "rotary_emb.inv_freq")}
+    save_file(tensors | buffers, tmp_path / "copy" / "model.safetensors")
+    again = llava_fast.load(tmp_path / "copy")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
 def test_another_tokenizer_is_refused(seen, tmp_path):

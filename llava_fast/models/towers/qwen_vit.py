@@ -108,26 +108,31 @@ class LowRanks(nn.ModuleList):
 
     def add(self, out_TNC: Tensor, x_TNC: Tensor) -> Tensor:
         """`out`, which may be overwritten, and what each window adds for its x. The views of a tile are consecutive,
-        its windows first; views that make no whole tile are padding. All windows are one batched product, unless a
-        module is wrapped or hooked."""
+        its windows first; views that make no whole tile are padding. A tile's windows are one batched product, unless
+        a module is wrapped or hooked."""
         if not len(self):
             return out_TNC
         views = len(self) + 1
         whole = len(x_TNC) // views * views
-        x_WMC = x_TNC[:whole].unflatten(0, (-1, views))[:, :-1].transpose(0, 1).flatten(1, 2)
         sets = [each for each in self if fused.is_untouched(each, LowRank) and _are_plain(each)]
         if len(sets) == len(self):
             down = torch.stack([each.lora_a.weight.T for each in sets])
             up = torch.stack([each.lora_b.weight.T * each.lora_scale for each in sets])
-            more_WMC = x_WMC @ down @ up
+            if not torch.is_grad_enabled() and not torch.is_autocast_enabled(x_TNC.device.type):
+                for first in range(0, whole, views):
+                    windows = slice(first, first + len(self))
+                    out_TNC[windows].baddbmm_(x_TNC[windows] @ down, up)
+                return out_TNC
+            more_IWNC = self._windows(x_TNC[:whole]) @ down @ up
         else:
-            more_WMC = torch.stack([each(x) for each, x in zip(self, x_WMC, strict=True)])
-        more = more_WMC.unflatten(1, (-1, x_TNC.shape[1])).transpose(0, 1)
-        if torch.is_grad_enabled():  # recomputation may not change a product that it saved
-            more = F.pad(more, (0, 0, 0, 0, 0, 1)).flatten(0, 1)
-            return torch.cat([out_TNC[:whole] + more, out_TNC[whole:]]) if whole < len(x_TNC) else out_TNC + more
-        out_TNC[:whole].unflatten(0, (-1, views))[:, :-1].add_(more)
-        return out_TNC
+            each_INC = self._windows(x_TNC[:whole]).unbind(1)
+            more_IWNC = torch.stack([one(x) for one, x in zip(self, each_INC, strict=True)], dim=1)
+        more = F.pad(more_IWNC, (0, 0, 0, 0, 0, 1)).flatten(0, 1)  # not in place: recomputation saves some products
+        return torch.cat([out_TNC[:whole] + more, out_TNC[whole:]]) if whole < len(x_TNC) else out_TNC + more
+
+    def _windows(self, x_TNC: Tensor) -> Tensor:
+        """[images, W, N, C]: without the whole image of each."""
+        return x_TNC.unflatten(0, (-1, len(self) + 1))[:, :-1]
 
 
 def _are_plain(adapter: LowRank) -> bool:
