@@ -198,7 +198,8 @@ def _chat_template(checkpoint: LoadedCheckpoint, name: str, tokenizer: Any, aske
     if own is not None and (asked is not None or checkpoint.config.layout == "hf"):
         origin = f"{own.file}: the chat template"
         return checkpoint_template(own.choose(asked or "default"), tokenizer.special_tokens_map, origin)
-    return builtin_template(family_of_config(checkpoint.config).template(name, checkpoint.config))
+    family = family_of_config(checkpoint.config)
+    return builtin_template(family.own_template(name, checkpoint.config, checkpoint.path))
 
 
 def _trained_template(checkpoint: LoadedCheckpoint) -> ChatTemplate | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llava_fast.checkpoints.tiktoken import find_vocabulary, read_tokenizer
 from llava_fast.errors import CheckpointError
 from llava_fast.families import fields
 from llava_fast.storage.files import Fields, check_regular, one_line, read_json, read_json_if_there
@@ -41,7 +42,10 @@ def load_tokenizer(path: Path, stands_in: str | None = None) -> Any:
         if (path / name).exists():
             check_regular(path / name)
     settings = read_json_if_there(path / "tokenizer_config.json")
+    ranks = find_vocabulary(path)
     try:
+        if ranks is not None:
+            return read_tokenizer(path, ranks)
         with _without_marks(path) as clean:
             if stands_in is not None and "AutoTokenizer" in (settings.get("auto_map") or {}):
                 bos = settings.get("add_bos_token", True)
@@ -49,6 +53,8 @@ def load_tokenizer(path: Path, stands_in: str | None = None) -> Any:
             else:
                 config = _stand_in_config(path)
                 tokenizer = transformers.AutoTokenizer.from_pretrained(clean, trust_remote_code=False, **config)
+    except CheckpointError:
+        raise
     except BaseException as error:  # a panic in the Rust library is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise

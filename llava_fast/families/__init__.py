@@ -34,6 +34,8 @@ FAMILIES: Registry[Family] = Registry(
         "instructblipvideo": "instructblip:InstructBlipVideo",
         "InternLMXComposer": "xcomposer:XComposer",
         "llama_vid": "llama_vid:LlamaVid",
+        "qwen": "qwen_vl:QwenVl",
+        "monkey": "qwen_vl:Monkey",
     },
 )
 _ORIGINAL = "llava_llama"

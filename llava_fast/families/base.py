@@ -120,6 +120,10 @@ class Family(ABC):
         """The scale of low-rank weights that the checkpoint holds beside its Linears'; None: it has none."""
         return None
 
+    def own_template(self, name: str, config: LlavaConfig, path: Path) -> str:
+        """`template`, for a family that reads it from other files of the checkpoint's directory `path`."""
+        return self.template(name, config)
+
     def adapted_model(self, config: LlavaConfig, file: Path) -> nn.Module:
         """The module, without values, that adapters were trained on; config.json is `file`."""
         from transformers import AutoModelForImageTextToText

@@ -62,15 +62,25 @@ class Runner:
         self.device, self.encoder = device, encoder
         self._routes: OrderedDict[int, np.ndarray] = OrderedDict()
         decoder = model.config.decoder
-        self.dynamic_from = decoder.max_positions if decoder.rope.kind == "dynamic" else None
+        self.grows_from = decoder.max_positions if decoder.rope.kind in ("dynamic", "by_prompt") else None
+        self.dynamic_from = self.grows_from if decoder.rope.kind == "dynamic" else None
 
     def may_reuse(self, sequence: Sequence) -> bool:
-        """Whether this prompt may reuse rows cached by another sequence. Under dynamic RoPE the keys of a prompt longer
+        """Whether this prompt may reuse rows cached by another sequence. Where RoPE grows, the keys of a prompt longer
         than the decoder's trained length depend on that prompt's length.
         """
         if self.batch_invariant or sequence.prompt.encoded_rows:  # an encoder's rows depend on the whole prompt
             return False
-        return self.dynamic_from is None or sequence.prompt.rows <= self.dynamic_from
+        return not self._grown([sequence])
+
+    def _grown(self, sequences: SequenceOf[Sequence]) -> bool:
+        """Whether a prompt among these is longer than the decoder's trained length, and its RoPE another."""
+        limit = self.grows_from
+        return limit is not None and any(sequence.prompt.rows > limit for sequence in sequences)
+
+    def _prompts(self, sequences: SequenceOf[Sequence]) -> tuple[int, ...]:
+        """Spans.prompts, where RoPE needs them."""
+        return () if self.grows_from is None else tuple([sequence.prompt.rows for sequence in sequences])
 
     def chunk_rows(self, sequence: Sequence, most: int) -> int:
         """How many of a sequence's next rows to run in one pass: at most `most`, or all rows with the same base under
@@ -127,8 +137,10 @@ class Runner:
         lengths = tuple(rows for _, rows in chunks)
         before = tuple(table.length for table in tables)
         ends = np.cumsum(lengths)
-        encoded = self._encoded_rows([sequence for sequence, _ in chunks])
-        spans = Spans(tuple((ends - lengths).tolist()), lengths, tables, before, encoded=encoded)
+        of_pass = [sequence for sequence, _ in chunks]
+        encoded, prompts = self._encoded_rows(of_pass), self._prompts(of_pass)
+        starts = tuple((ends - lengths).tolist())
+        spans = Spans(starts, lengths, tables, before, encoded=encoded, prompts=prompts)
         position = np.concatenate([np.arange(b, b + n) for b, n in zip(before, lengths, strict=True)])
         device = embeddings.device
         hidden = self.model.decoder(embeddings, torch.from_numpy(position).to(device), spans, self.cache)
@@ -147,7 +159,9 @@ class Runner:
     def launch(self, sequences: SequenceOf[Sequence]) -> Flight | None:
         """Run the last token of each sequence, even one that the host does not know yet, and choose the next on the
         device; does not wait. None where `step` and the host must. `advance` ends the pass."""
-        return None if self.device is None or self.batch_invariant else self.device.launch(sequences)
+        if self.device is None or self.batch_invariant or self._grown(sequences):
+            return None
+        return self.device.launch(sequences)
 
     def release(self, sequences: SequenceOf[Sequence]) -> None:
         """Free what `launch` keeps on the device for sequences that leave."""
@@ -161,7 +175,8 @@ class Runner:
             groups = range(0, len(sequences), MAX_ROWS)
             return self._logits(torch.cat([self._step(sequences[i : i + MAX_ROWS]) for i in groups]))
         self.release(sequences)  # the host will choose these tokens, so the device's state is stale
-        replayed = None if self.device is None else self._replay(self.device.graphs, sequences)
+        graphs = None if self.device is None or self._grown(sequences) else self.device.graphs
+        replayed = None if graphs is None else self._replay(graphs, sequences)
         return self._logits(self._step(sequences)) if replayed is None else replayed
 
     def _replay(self, graphs: DecodeGraphs, sequences: SequenceOf[Sequence]) -> Tensor | None:
@@ -180,8 +195,9 @@ class Runner:
         before = tuple([table.length for table in tables])
         tokens = [sequence.token_ids[-1] for sequence in sequences]
         token, position = torch.from_numpy(np.array([tokens, before])).to(decoder.device)  # one transfer for both
-        encoded = self._encoded_rows(sequences)
-        spans = Spans(tuple(range(len(tables))), (1,) * len(tables), tables, before, encoded=encoded)
+        encoded, prompts = self._encoded_rows(sequences), self._prompts(sequences)
+        starts = tuple(range(len(tables)))
+        spans = Spans(starts, (1,) * len(tables), tables, before, encoded=encoded, prompts=prompts)
         embeddings = decoder.embed_tokens(token)
         if self.batch_invariant and len(sequences) > 1 and not decoder.steps_natively(embeddings, spans):
             return torch.cat([self._step([sequence]) for sequence in sequences])

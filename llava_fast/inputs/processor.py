@@ -223,12 +223,9 @@ class Processor(ProcessorOptions):
         answer = None
         if self.answer_start is not None:
             segments, answer = self._parted(segments, labels, hidden)
-            text = "".join(segment.text for segment in segments)
         elif labels == "original":  # from here on, `supervised` is what the original trainers supervise
-            segments = [Segment(each.text, each.supervised_original) for each in segments]
-        ids, supervised, places = self._encode(
-            text, pattern, segments if labels else None, "messages" in request, hidden
-        )
+            segments = [replace(each, supervised=each.supervised_original) for each in segments]
+        ids, supervised, places = self._encode(segments, pattern, bool(labels), "messages" in request, hidden)
         if labels == "original" and answer is None:
             supervised |= np.isin(ids, self._original_label_ids)
         if labels and not (supervised.any() if answer is None else len(answer.ids) > 1):
@@ -391,56 +388,59 @@ class Processor(ProcessorOptions):
         return encoded["input_ids"], encoded["offset_mapping"] if offsets else None
 
     def _encode(
-        self, text: str, placeholders: re.Pattern, segments: list[Segment] | None, rendered: bool, hidden: Hidden | None
+        self, segments: list[Segment], placeholders: re.Pattern, labels: bool, rendered: bool, hidden: Hidden | None
     ):
         """(ids, supervised or None, indices of the image and video tokens among the ids)."""
         if self.image_token_id == ORIGINAL_IMAGE_TOKEN:
-            return self._encode_chunks(text, placeholders, segments, hidden)
+            return self._encode_chunks(segments, placeholders, labels, hidden)
         tokens = {"<image>": self.image_token_id, "<video>": self.video_token_id or self.image_token_id}
         names = {placeholder: self.tokenizer.convert_ids_to_tokens(token) for placeholder, token in tokens.items()}
         if any(placeholder != name for placeholder, name in names.items()):  # the checkpoint's spelling
-            if segments is not None:
-                segments = [replace(each, text=_spelt(each.text, placeholders, names)) for each in segments]
-            text = _spelt(text, placeholders, names)
+            segments = [replace(each, text=_spelt(each.text, placeholders, names)) for each in segments]
+        text = "".join(segment.text for segment in segments)
         first = _leading(text, names) if self.images_before_bos else []
         before = sum(len(names[placeholder]) for placeholder in first)
-        special = not (rendered and self._brings_bos(text))
-        token_ids, spans = self._tokens(text[before:], special, segments is not None, hidden)
-        ids = np.array([*(tokens[placeholder] for placeholder in first), *token_ids], np.int32)
-        supervised = None
-        if segments is not None:
-            offsets = np.asarray(spans).reshape(-1, 2)
-            offsets = np.where(offsets[:, 1:] > 0, offsets + before, 0)
-            supervised = np.append(np.zeros(len(first), bool), supervised_tokens(offsets, segments))
+        token_ids = [tokens[placeholder] for placeholder in first]
+        spans = [np.zeros((len(first), 2), np.int64)]
+        done = 0
+        for number, part in enumerate(_parts(segments)):
+            skipped = 0 if number else before
+            special = not (number or (rendered and self._brings_bos(text)))
+            ids_of_part, found = self._tokens(part[skipped:], special, labels, hidden)
+            token_ids += ids_of_part
+            if labels:
+                at = np.asarray(found).reshape(-1, 2)
+                spans.append(np.where(at[:, 1:] > 0, at + done + skipped, 0))
+            done += len(part)
+        supervised = supervised_tokens(np.concatenate(spans), segments) if labels else None
+        ids = np.asarray(token_ids, np.int32)
         is_image = ids == tokens["<image>"]
         if tokens["<video>"] != tokens["<image>"]:
             is_image |= ids == tokens["<video>"]
         return ids, supervised, np.flatnonzero(is_image)
 
-    def _encode_chunks(
-        self, text: str, placeholders: re.Pattern, segments: list[Segment] | None, hidden: Hidden | None
-    ):
+    def _encode_chunks(self, segments: list[Segment], placeholders: re.Pattern, labels: bool, hidden: Hidden | None):
         """`_encode` for original LLaVA, which tokenises the text between placeholders in chunks and keeps the first
         chunk's BOS."""
         ids, supervised, places = [], [], []
         offset, bos = 0, self.tokenizer.bos_token_id
-        chunks = placeholders.split(text)
-        for number, chunk in enumerate(chunks):
-            special = not self._brings_bos(chunk)
-            encoded, offsets = self._tokens(chunk, special, segments is not None, hidden)
-            token_ids = list(encoded)
-            drop = 1 if number and token_ids and token_ids[0] == bos else 0
-            ids += token_ids[drop:]
-            if segments is not None:
-                spans = np.asarray(offsets).reshape(-1, 2)[drop:]
-                supervised.append(supervised_tokens(np.where(spans[:, 1:] > 0, spans + offset, 0), segments))
-            if number < len(chunks) - 1:
-                places.append(len(ids))
-                ids.append(ORIGINAL_IMAGE_TOKEN)
-                if segments is not None:
+        for number, part in enumerate(_parts(segments)):
+            for chunk_number, chunk in enumerate(placeholders.split(part)):
+                if chunk_number:
+                    places.append(len(ids))
+                    ids.append(ORIGINAL_IMAGE_TOKEN)
                     supervised.append(np.zeros(1, bool))
-                offset += len(chunk) + len("<image>")
-        marked = None if segments is None else np.concatenate(supervised)
+                    offset += len("<image>")
+                special = not self._brings_bos(chunk)
+                encoded, offsets = self._tokens(chunk, special, labels, hidden)
+                token_ids = list(encoded)
+                drop = 1 if (number or chunk_number) and token_ids and token_ids[0] == bos else 0
+                ids += token_ids[drop:]
+                if labels:
+                    spans = np.asarray(offsets).reshape(-1, 2)[drop:]
+                    supervised.append(supervised_tokens(np.where(spans[:, 1:] > 0, spans + offset, 0), segments))
+                offset += len(chunk)
+        marked = np.concatenate(supervised) if labels else None
         return np.asarray(ids, np.int32), marked, np.asarray(places)
 
     @functools.cached_property
@@ -469,6 +469,16 @@ class Processor(ProcessorOptions):
                 f"the prompt takes {rows} tokens ({visual} of them visual) and the model's context holds "
                 f"{self.max_rows}: shorten the text, or use fewer or smaller images"
             )
+
+
+def _parts(segments: Sequence[Segment]) -> list[str]:
+    """Their texts as they are tokenised: joined, but for cuts. At least one."""
+    parts = [""]
+    for segment in segments:
+        if segment.cut:
+            parts.append("")
+        parts[-1] += segment.text
+    return [part for part in parts if part] or [""]
 
 
 def _spelt(text: str, placeholders: re.Pattern, names: dict[str, str]) -> str:

@@ -23,7 +23,7 @@ from llava_fast.errors import RecipeError
 from llava_fast.families import family_of_config
 from llava_fast.generation.llava import Llava
 from llava_fast.models.quantised import QuantisedLinear
-from llava_fast.train.parts import part_of
+from llava_fast.train.parts import is_factor, part_of
 from llava_fast.train.recipe import Lora, Recipe
 
 logger = logging.getLogger("llava_fast.train")
@@ -60,7 +60,7 @@ def merged(whole: Mapping[str, Stored], settings: Lora) -> dict[str, Stored]:
     weight is W + alpha / rank * B @ A, computed in float32 and rounded once to its dtype. `whole` is not changed."""
     found: dict[str, Stored] = {}
     for name, value in whole.items():
-        if not _is_factor(name):
+        if not is_factor(name):
             module, _, leaf = name.partition(".base_layer.")
             if leaf == "weight":
                 a, b = (cast(Tensor, whole[f"{module}.lora_{half}{_ADAPTER}.weight"]) for half in "AB")
@@ -90,7 +90,7 @@ def export_adapter(path: Path, whole: Mapping[str, Tensor], trained: list[str], 
     config = _peft_config(recipe.lora)
     config.base_model_name_or_path = start if isinstance(start, str) else start.decoder
     config.inference_mode = True
-    kept = {name for name in trained if not _is_factor(name)}
+    kept = {name for name in trained if not is_factor(name)}
     if not isinstance(start, str):  # an assembled model: the base is a language model without projector and newline row
         parts = {"projector", *map(part_of, kept)} - {"decoder"}
         kept |= {name for name in whole if part_of(name) in parts}
@@ -103,7 +103,7 @@ def export_adapter(path: Path, whole: Mapping[str, Tensor], trained: list[str], 
     save_adapter(
         path,
         settings,
-        {name.replace(_ADAPTER, ""): value for name, value in whole.items() if _is_factor(name)},
+        {name.replace(_ADAPTER, ""): value for name, value in whole.items() if is_factor(name)},
         {_own_name(name): value for name, value in whole.items() if name in kept},
         model.config,
         model.side_files.get(NOTE_FILE),
@@ -117,7 +117,7 @@ def _modules_of(part: str, whole: Mapping[str, Tensor], model: Llava) -> list[st
     stored = [
         family.names.to_stored(_own_name(name), family.adapter_spelling, model.config)
         for name in whole
-        if name.startswith(part) and not _is_factor(name)
+        if name.startswith(part) and not is_factor(name)
     ]
     owners = [name.removeprefix("model.").rpartition(".")[0] or None for name in stored]
     bare = [name for name, owner in zip(stored, owners, strict=True) if owner is None]
@@ -134,10 +134,6 @@ def _peft_config(settings: Lora) -> Any:
     return LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=settings.targets
     )
-
-
-def _is_factor(name: str) -> bool:
-    return "lora_" in name
 
 
 def _own_name(name: str) -> str:

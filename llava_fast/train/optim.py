@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from llava_fast.errors import RecipeError
 from llava_fast.models.vlm import LlavaModel
-from llava_fast.train.parts import PARTS, part_of
+from llava_fast.train.parts import PARTS, is_factor, part_of
 
 if TYPE_CHECKING:
     from llava_fast.train.recipe import Optimizer, Recipe
@@ -36,7 +36,7 @@ def freeze(model: LlavaModel, recipe: Recipe) -> list[str]:
     never_run = {id(parameter) for module in model.vision_tower.unused() for parameter in module.parameters()}
     never_run |= {id(parameter) for parameter in model.projector.unused()}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_((name in trained and id(parameter) not in never_run) or "lora_" in name)
+        parameter.requires_grad_((name in trained and id(parameter) not in never_run) or is_factor(name))
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 

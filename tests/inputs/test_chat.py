@@ -144,6 +144,25 @@ PROMPTS = {
         META + " <|User|>:<image>What is it?\n<TOKENS_UNUSED_0> <|Bot|>: A cat.<TOKENS_UNUSED_1>"
         " <|User|>:Which colour?\n<TOKENS_UNUSED_0> <|Bot|>:",
     ),
+    "qwen_vl": (
+        (
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nPicture 1: <image>\n"
+            "What is it?<|im_end|>\n<|im_start|>assistant\n"
+        ),
+        (
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nPicture 1: <image>\n"
+            "What is it?<|im_end|>\n<|im_start|>assistant\nA cat.<|im_end|>\n<|im_start|>user\nWhich colour?"
+            "<|im_end|>\n<|im_start|>assistant\n"
+        ),
+    ),
+    "qwen_vl_raw": (
+        "Picture 1: <image>\nWhat is it?",
+        "Picture 1: <image>\nWhat is it?A cat.<|endoftext|>Which colour?",
+    ),
+    "monkey": (
+        "<image> What is it? Answer: ",
+        "<image> What is it? Answer: A cat.<|endoftext|> Which colour? Answer: ",
+    ),
 }
 CHAT_FORMATS = [f.name for f in TURN_FORMATS if f.name != "plain"]
 

@@ -8,7 +8,7 @@ import pytest
 import llava_fast
 from tests.checkpoints import test_llama_vid, test_llava_uhd, test_xcomposer
 from tests.serve.conftest import about, ask, data_uri, local, png
-from tests.support import slimes, tiny
+from tests.support import qwen_vl, slimes, tiny
 from tests.support.families_page import cases, families
 
 WRITERS = {
@@ -23,6 +23,9 @@ def model_of(family, folder):
     """A tiny model of a family, from a checkpoint in its own layout."""
     if family.model_types[0] in WRITERS:
         WRITERS[family.model_types[0]](folder)
+        return llava_fast.load(folder)
+    if family.model_types[0] in ("qwen", "monkey"):
+        qwen_vl.write(folder, family.model_types[0] == "monkey")
         return llava_fast.load(folder)
     if family.layout == "original":
         llava_fast.save(tiny.pair("next").ours, folder, layout="original")

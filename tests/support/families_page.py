@@ -23,6 +23,8 @@ OWN_TESTS = {
     "slime": ("tests/checkpoints/test_slime.py", "tests/train/test_guests_train.py"),
     "InternLMXComposer": ("tests/checkpoints/test_xcomposer.py",),
     "llama_vid": ("tests/checkpoints/test_llama_vid.py",),
+    "qwen": ("tests/checkpoints/test_qwen_vl.py", "tests/models/test_qwen_vit.py"),
+    "monkey": ("tests/checkpoints/test_qwen_vl.py", "tests/models/test_qwen_vit.py"),
 }
 """Tests of families that transformers does not have."""
 TRAINED, SERVED = "tests/train/test_guests_train.py", "tests/serve/test_families_served.py"
@@ -45,7 +47,8 @@ code. The last three columns name the tests.
 FOOT = """
 `accelerate` and `FastProcessor` support LLaVA 1.5, NeXT, NeXT-Video and OneVision ([with transformers](huggingface.md))
 and name any other model they are given as unsupported. Refused by name: videos of InternVL, Idefics3, SmolVLM,
-LLaVA-UHD and SliME, LLaVA-UHD v2 and v3, SliME's trained router, and LLaMA-VID with CLIP or without queries.
+LLaVA-UHD, SliME, Qwen-VL and Monkey, LLaVA-UHD v2 and v3, SliME's trained router, TextMonkey, and LLaMA-VID with CLIP
+or without queries.
 
 LLaMA-VID was trained with the image in every question of a dialogue, and each question makes its own rows of it: here a
 question without an image gets the last one's (`ProcessorOptions(image_turns="given")`: not). Of a video file it takes 1
@@ -69,6 +72,13 @@ higher.
 BLIP-2 of stage 1 (class `Blip2ForImageTextRetrieval`) has no language model: `llava_fast.load_retrieval` reads it,
 scores agree with transformers' within 1e-5 (`tests/models/test_retrieval.py`), and a recipe's section `stage_one`
 trains it ([training](training.md#blip-2-stage-1)).
+
+Qwen-VL and Monkey are read from the published files: qwen.tiktoken becomes a tokenizer without running the checkpoint's
+code, and a saved model has tokenizer.json in its place; for the published code, copy its .py files and qwen.tiktoken
+beside the saved ones. A prompt has `<image>` where theirs has `<img>path</img>`. Prompts beyond seq_length (2048) and
+answers that grow beyond it follow use_dynamic_ntk and use_logn_attn as the published code does at inference: the RoPE
+base is that of the prompt's length, all through the answer. `llava_fast.inputs.chat.boxes` reads boxes out of answers
+and writes them into prompts.
 """
 
 
@@ -125,7 +135,8 @@ def measure() -> dict[str, dict[str, float]]:
             logits.test_logits_of_all_requests_in_one_batch(case, "packed")
             gradients.test_loss_and_gradients(case)
         if name in OWN_TESTS and name != "llava_llama":
-            assert pytest.main(["-q", OWN_TESTS[name][0]]) == 0
+            chosen = ["-k", f"[{name}"] if name in ("qwen", "monkey") else []
+            assert pytest.main(["-q", OWN_TESTS[name][0], *chosen]) == 0
         for what in ("logits", "gradients"):
             if worst := [value for label, value in parity.WORST.items() if what in label]:
                 found.setdefault(name, {})[what] = float(f"{max(worst):.1e}")

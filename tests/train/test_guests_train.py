@@ -22,10 +22,11 @@ from llava_fast.checkpoints.assemble import Assembly
 from llava_fast.errors import CheckpointError
 from llava_fast.families import family_of_config
 from llava_fast.train.estimate.cost import plan
+from llava_fast.train.recipe import load_recipe
 from llava_fast.train.run import train
 from tests.checkpoints import test_llama_vid, test_llava_uhd, test_xcomposer
 from tests.checkpoints.test_guests import GUESTS, HOSTED
-from tests.support import slimes, tiny
+from tests.support import qwen_vl, slimes, tiny
 from tests.support.parity import all_logits
 from tests.support.training_runs import SHAPES, losses, write_picture
 
@@ -242,6 +243,48 @@ def test_parts_and_adapters_of_lavis_parts(family, recipe_in, tmp_path):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("name", ["qwen-vl", "monkey"])
+def test_qwen_vl_and_monkey_train_what_their_recipes_say(name, recipe_in, tmp_path):
+    """The rest of the tower and of the connector is frozen, as in the published trainers."""
+    start = tmp_path / "start"
+    qwen_vl.write(start, name == "monkey")
+    shipped = load_recipe(name)
+    optimizer = shipped.optimizer.model_copy(update={"learning_rate": 2e-3})
+    options = {"model": str(start), "epochs": 2, "optimizer": optimizer.model_dump(), "layout": "original"}
+    options["data"] = {"template": None, "label_mask": "original"}
+    recipe = recipe_in(tmp_path / "run", trainable=shipped.trainable, **options)
+    assert plan(recipe, 1).total_memory > 0
+    train(recipe)
+    each = losses(recipe)
+    assert sum(each[-2:]) < sum(each[:2]), each
+    before, after = (load_file(folder / "model.safetensors") for folder in (start, recipe.output / "model"))
+    assert before.keys() == after.keys()
+    changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
+    visual = {key for key in changed if ".visual." in key}
+    assert visual == {key for key in after if ".attn_pool." in key or "_lora." in key}
+    assert {key for key in after if key.startswith("transformer.h.")} < changed
+    model = llava_fast.load(recipe.output / "model")
+    assert model.generate([{"prompt": "<image> hello", "images": [tiny.picture(20, 90)]}], max_new_tokens=3)
+
+
+def test_adapters_of_qwen_vl_have_published_names(recipe_in, tmp_path):
+    start = tmp_path / "start"
+    qwen_vl.write(start)
+    lora = {"rank": 4, "alpha": 8, "targets": ["c_attn", "c_proj", "w1", "w2"]}
+    optimizer = {"learning_rate": 1e-2}
+    options = {"trainable": ["projector.query"], "lora": lora, "steps": 3, "optimizer": optimizer, "layout": "original"}
+    recipe = recipe_in(tmp_path / "run", model=str(start), **options)
+    train(recipe)
+    stored = load_file(recipe.output / "adapter" / "adapter_model.safetensors")
+    assert "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight" in stored
+    request = {"prompt": "the <image> hello", "images": [tiny.picture(60, 90)]}
+    found = []
+    for folder in ("model", "adapter"):
+        ours = llava_fast.load(recipe.output / folder)
+        found.append(ours(ours.prepare([request]), logits="all").logits)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
 def test_adapters_on_a_hosted_decoder_and_the_plan_of_a_run(recipe_in, tmp_path):
     start = tmp_path / "start"
     tiny.save(tiny.CASES["llava_opt"], tiny.pair("llava_opt").hf, start)
@@ -333,16 +376,19 @@ def test_slime_in_two_processes(shape, recipe_in, run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", [*HOSTED, "instructblip", "blip2_t5", *WRITTEN])
+@pytest.mark.parametrize("name", [*HOSTED, "instructblip", "blip2_t5", "monkey", *WRITTEN])
 def test_in_two_processes_the_losses_are_the_same(name, shape, recipe_in, run, tmp_path):
     start = tmp_path / "start"
-    if name in WRITTEN:
-        WRITTEN[name].write(start)
-    else:
-        tiny.save(tiny.CASES[name], tiny.pair(name).hf, start)
     data = {"on_problem": "skip"} if name.endswith("t5") else {}
     options = {"trainable": list(PARTS), "batch_size": 3, "steps": 3, "data": data}
-    options["layout"] = "original" if name in WRITTEN else "hf"
+    if name == "monkey":
+        qwen_vl.write(start, monkey=True)
+        options |= {"layout": "original", "data": {"template": None}}
+    elif name in WRITTEN:
+        WRITTEN[name].write(start)
+        options["layout"] = "original"
+    else:
+        tiny.save(tiny.CASES[name], tiny.pair(name).hf, start)
     alone = recipe_in(tmp_path / "alone", model=str(start), **options)
     train(alone)
     parallel = alone.parallel.model_copy(update=SHAPES[shape])

@@ -38,7 +38,10 @@ LAVIS_PARTS = {  # rate, weight decay, warm-up, batch, length, whether the proje
 
 
 def test_all_are_here():
-    assert sorted([*TABLE, *LAVIS_PARTS, "blip-2-stage1", "blip-2-stage2", "instructblip"]) == shipped_recipes()
+    assert (
+        sorted([*TABLE, *LAVIS_PARTS, "blip-2-stage1", "blip-2-stage2", "instructblip", "monkey", "qwen-vl"])
+        == shipped_recipes()
+    )
 
 
 @pytest.mark.parametrize("name", LAVIS_PARTS)
@@ -57,6 +60,21 @@ def test_stages_of_lavis_parts(name, tmp_path):
     assert any(each.startswith("vision_tower.") for each in trained) == (name == "xcomposer")
     assert any(each.startswith("decoder.") for each in trained) == (name != "llama-vid-stage1")
     assert trained.isdisjoint({"projector.start", "projector.end"})
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "warmup", "epochs", "windows"),
+    [("qwen-vl", 128, 0.01, 5, []), ("monkey", 1024, 0.02, 1, ["vision_tower.*_lora.*"])],
+)
+def test_what_qwen_vl_and_monkey_train(name, batch, warmup, epochs, windows):
+    recipe = load_recipe(name)
+    settings, data = recipe.optimizer, recipe.data
+    assert (settings.learning_rate, settings.weight_decay, settings.betas) == (1e-5, 0.1, (0.9, 0.95))
+    assert (settings.warmup, recipe.batch_size, recipe.epochs, recipe.layout) == (warmup, batch, epochs, "original")
+    assert (data.max_length, data.label_mask) == (2048, "original")
+    pool = ("query", "pos_embed", "kv_proj.*", "attn.*", "ln_q.*", "ln_kv.*")
+    assert recipe.trainable == ["decoder", *windows, *(f"projector.{part}" for part in pool)]
+    assert "# Source:" in (SHIPPED / f"{name}.yaml").read_text()
 
 
 @pytest.mark.parametrize(
@@ -123,7 +141,7 @@ def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
 def test_list_and_show():
     run = CliRunner()
     listed = run.invoke(recipe_cli.app, ["list"]).stdout.splitlines()
-    assert len(listed) == len(shipped_recipes()) == len(TABLE) + len(LAVIS_PARTS) + 3
+    assert len(listed) == len(shipped_recipes()) == len(TABLE) + len(LAVIS_PARTS) + 5
     assert all(len(line.split("  ", 1)[1].strip()) > 20 for line in listed)
     shown = run.invoke(recipe_cli.app, ["show", "llava-1.5-stage1"]).stdout
     assert shown == (SHIPPED / "llava-1.5-stage1.yaml").read_text()

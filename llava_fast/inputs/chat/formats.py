@@ -16,6 +16,9 @@ Which tokens the original trainers supervise (their preprocess_* functions):
 - llama_v3 (LLaVA-NeXT): the whole assistant turn with its header, and every `<|begin_of_text|>`,
   `<|start_header_id|>`, `<|end_header_id|>` and `<|eot_id|>`. "\n\n" is on its list too, but without effect: it is
   looked up as a vocabulary string, and a byte-level vocabulary spells newlines "Ċ".
+- qwen_vl (Qwen-VL's finetune.py): the answer, and every `<|im_start|>` and `<|im_end|>` with the newline after it, of
+  all turns; roles are not.
+- monkey (finetune_multitask.py): the answer and the end token.
 """
 
 from __future__ import annotations
@@ -52,6 +55,9 @@ class TurnFormat:
     placeholders_lead: bool = False  # put those of a user turn at the beginning of its text, and strip the rest
     # If not empty, the original trainer supervises whole assistant turns, and these tokens at any position.
     original_label_tokens: tuple[str, ...] = ()
+    original_header: bool = True  # with those, also the assistant's header
+    picture: str = ""  # replaces each image's placeholder, with the number of the image in the conversation
+    cuts: tuple[str, ...] = ()  # texts of these roles are tokenised apart from what precedes them
 
 
 _VISION_ASSISTANT = (
@@ -190,6 +196,44 @@ _XCOMPOSER = TurnFormat(
     answer=(" ", "<TOKENS_UNUSED_1>"),
     placeholders_lead=True,
 )
+# Each part is tokenised by itself, as in make_context and finetune.py.
+_QWEN_VL = TurnFormat(
+    name="qwen_vl",
+    aliases=("qwen_vl_chat",),
+    stop=("<|im_end|>", "<|im_start|>"),
+    system="You are a helpful assistant.",
+    system_wrap=("<|im_start|>system\n", "<|im_end|>\n"),
+    user=("<|im_start|>user\n", "<|im_end|>\n"),
+    assistant_header="<|im_start|>assistant\n",
+    answer=("", "<|im_end|>"),
+    after_answer="\n",
+    original_label_tokens=("<|im_start|>", "<|im_end|>\n"),
+    original_header=False,
+    picture="Picture {}: <image>\n",
+    cuts=("system", "user", "assistant"),
+)
+# The base model completes a text ("raw" in its generation_config.json).
+_QWEN_VL_RAW = TurnFormat(
+    name="qwen_vl_raw",
+    aliases=(),
+    stop=("<|endoftext|>",),
+    system_wrap=("", "\n"),
+    user=("", ""),
+    answer=("", "<|endoftext|>"),
+    picture="Picture {}: <image>\n",
+    cuts=("assistant",),
+)
+# inference.py: the picture, a space, one question, and " Answer: ". The answer's first token has no space.
+_MONKEY = TurnFormat(
+    name="monkey",
+    aliases=(),
+    stop=("<|endoftext|>",),
+    system_wrap=("", "\n"),
+    user=(" ", " Answer: "),
+    answer=("", "<|endoftext|>"),
+    placeholders_first=True,
+    cuts=("assistant",),
+)
 
 TURN_FORMATS = (
     _PLAIN,
@@ -205,6 +249,9 @@ TURN_FORMATS = (
     _BLIP2,
     _INSTRUCTBLIP,
     _XCOMPOSER,
+    _QWEN_VL,
+    _QWEN_VL_RAW,
+    _MONKEY,
 )
 
 

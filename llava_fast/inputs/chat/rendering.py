@@ -8,9 +8,10 @@ must then not add a second one."""
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from llava_fast.errors import CheckpointError, RequestError
@@ -34,11 +35,13 @@ class Segment:
         prompt: a space before the answer if the format has one, the answer, the end of turn.
     supervised_original: the original trainers supervise the piece (see formats.py). In user and system turns only the
         template's own text is marked; for the rest see `original_label_tokens`.
+    cut: a token begins where the piece does: it is tokenised apart from the text before it.
     """
 
     text: str
     supervised: bool = False
     supervised_original: bool = False
+    cut: bool = False
 
 
 class ChatTemplate(Protocol):
@@ -124,22 +127,24 @@ class BuiltinTemplate:
             raise RequestError(f"the chat template {form.name!r} has no system prompt: leave it out")
         system = form.system if system is None else system
         texts = [self._text(turn) for turn in turns]
+        if form.picture:
+            texts = _with_pictures(texts, form.picture)
         if form.placeholders_only and (len(turns) > 2 or not texts[0]):
             raise RequestError(
                 f"the chat template {form.name!r} takes one user message with an image and at most one answer"
             )
 
         out = _SegmentList(form.original_label_tokens)
+        headers = bool(form.original_label_tokens) and form.original_header
         out.template(form.start)
         system_text = system.strip() if system and form.strip_text else system
         if system_text and not form.system_inside_user:
-            out.wrapped(form.system_wrap, system_text)
+            out.wrapped(form.system_wrap, system_text, "system" in form.cuts)
         for index, (turn, text) in enumerate(zip(turns, texts, strict=True)):
             if turn["role"] == "assistant":
-                whole_turn = bool(form.original_label_tokens)
-                out.template(form.assistant_header, original=whole_turn)
-                out.add(form.answer[0] + text + form.answer[1], True, True)
-                out.template(form.after_answer, original=whole_turn)
+                out.template(form.assistant_header, original=headers)
+                out.add(form.answer[0] + text + form.answer[1], True, True, "assistant" in form.cuts)
+                out.template(form.after_answer, original=bool(form.original_label_tokens))
                 continue
             out.template(form.before_later_users if index else "")
             opening = ""
@@ -151,9 +156,9 @@ class BuiltinTemplate:
                 out.template(shown)
             moves = form.placeholders_first or form.placeholders_lead
             written = shown + bare if form.placeholders_lead else bare if moves else text
-            out.wrapped(form.user, opening + written)
+            out.wrapped(form.user, opening + written, "user" in form.cuts)
         if add_generation_prompt and turns[-1]["role"] == "user":
-            out.template(form.assistant_header, original=bool(form.original_label_tokens))
+            out.template(form.assistant_header, original=headers)
         return out.segments
 
     def _text(self, turn: Mapping) -> str:
@@ -163,19 +168,26 @@ class BuiltinTemplate:
         return text.strip() if self.format.strip_text else text
 
 
+def _with_pictures(texts: list[str], picture: str) -> list[str]:
+    """The texts with `picture` in place of each image's placeholder and the newline after it, images counted from 1."""
+    numbers = itertools.count(1)
+    image = re.compile(re.escape(PLACEHOLDERS["image"]) + r"\n?")
+    return [image.sub(lambda _: picture.format(next(numbers)), text) for text in texts]
+
+
 class _SegmentList:
-    """Builds segments, joining neighbours with the same flags."""
+    """Builds segments, joining neighbours with the same flags unless there is a cut between them."""
 
     def __init__(self, label_tokens: tuple[str, ...]):
         self.segments: list[Segment] = []
         self._pattern = re.compile("(" + "|".join(map(re.escape, label_tokens)) + ")") if label_tokens else None
 
-    def add(self, text: str, supervised: bool, original: bool) -> None:
+    def add(self, text: str, supervised: bool, original: bool, cut: bool = False) -> None:
         last = self.segments[-1] if self.segments else None
-        if last and (last.supervised, last.supervised_original) == (supervised, original):
-            self.segments[-1] = Segment(last.text + text, supervised, original)
+        if last and not cut and (last.supervised, last.supervised_original) == (supervised, original):
+            self.segments[-1] = replace(last, text=last.text + text)
         elif text:
-            self.segments.append(Segment(text, supervised, original))
+            self.segments.append(Segment(text, supervised, original, cut))
 
     def template(self, text: str, original: bool = False) -> None:
         """Add text written by the template. The original label tokens in it are marked supervised_original."""
@@ -183,9 +195,9 @@ class _SegmentList:
         for index, piece in enumerate(pieces):  # the odd ones are the pattern's matches
             self.add(piece, False, original or index % 2 == 1)
 
-    def wrapped(self, wrap: tuple[str, str], text: str) -> None:
+    def wrapped(self, wrap: tuple[str, str], text: str, cut: bool = False) -> None:
         self.template(wrap[0])
-        self.add(text, False, False)
+        self.add(text, False, False, cut)
         self.template(wrap[1])
 
 

@@ -25,6 +25,7 @@ class Spans:
     width) is set if the rows form a rectangle, so that one batched call is enough. `branches[s]` has the row counts of
     sequence s's branches (see inputs.plan): the rows of a branch attend to the prefix and to that branch. `encoded[s]`:
     how many of its first rows, cached ones included, an encoder reads (decoders.t5); empty without an encoder.
+    `prompts[s]`: the number of rows of its prompt, if these may be an answer's rows (see blocks.rope); or empty.
     """
 
     starts: tuple[int, ...]
@@ -34,6 +35,7 @@ class Spans:
     dense: tuple[int, int] | None = None
     branches: tuple[tuple[int, ...], ...] = ()
     encoded: tuple[int, ...] = ()
+    prompts: tuple[int, ...] = ()
     memo: dict[torch.device, dict[str, Any]] = field(default_factory=dict, compare=False, repr=False)
     """What the layers of a pass share, made at the first on each device."""
 
@@ -46,6 +48,11 @@ class Spans:
                 return False
             at += length
         return at > 0
+
+    @property
+    def reach(self) -> int:
+        """Rows of the longest sequence, those before this pass included."""
+        return max((n + (self.before[i] if self.before else 0) for i, n in enumerate(self.lengths)), default=0)
 
     def parts(self) -> tuple[list[int], list[tuple[int, list[int]]]]:
         """The sequences without a cache as one call takes them: (sizes of the pieces that rows split into, each

@@ -1,7 +1,7 @@
-"""Rotary position tables. Kinds and formulas follow transformers' modeling_rope_utils.py.
+"""Rotary position tables. Kinds and formulas follow transformers' modeling_rope_utils.py; by_prompt is Qwen 1's.
 
 Sources: Su et al. 2021 (RoPE); linear: Chen et al. 2023 (Position Interpolation); dynamic: the NTK-aware scaling
-posted by u/emozilla (2023); llama3: Meta's llama-models.
+posted by u/emozilla (2023); llama3: Meta's llama-models; by_prompt: Bai et al. 2023 (Qwen), modeling_qwen.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ _NEEDED = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "llama3
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding: kind "default", "linear", "dynamic" or "llama3" (transformers' names and maths)."""
+    """Rotary position embedding: kind "default", "linear", "dynamic" or "llama3" (transformers' names and maths), or
+    "by_prompt", whose base grows with the length of a prompt beyond the trained one; `factor` is then how often that
+    fits into the longest context. It does not grow in training."""
 
     kind: str = "default"
     theta: float = 10000.0
@@ -78,10 +80,11 @@ class Rope(nn.Module):
         self._table: tuple[Tensor, Tensor] | None = None
 
     def forward(self, position_R: Tensor, dtype: torch.dtype, spans: Spans) -> tuple[Tensor, Tensor]:
-        if self.config.kind == "dynamic":
-            return self._dynamic(position_R, dtype, spans)
-        reach = max((n + (spans.before[i] if spans.before else 0) for i, n in enumerate(spans.lengths)), default=0)
-        self.reserve(reach, position_R.device, dtype)
+        if self.config.kind == "dynamic" or (self.config.kind == "by_prompt" and not self.training):
+            growths = [self._growth(spans, number) for number in range(len(spans.lengths))]
+            if self.config.kind == "dynamic" or any(growth > 1 for growth in growths):
+                return self._grown(position_R, dtype, spans, growths)
+        self.reserve(spans.reach, position_R.device, dtype)
         return self.at(position_R)
 
     def reserve(self, reach: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -125,22 +128,29 @@ class Rope(nn.Module):
             return torch.where((wavelength <= low) & (wavelength >= high), blended, scaled)
         return frequencies
 
-    def _dynamic(self, position_R: Tensor, dtype: torch.dtype, spans: Spans) -> tuple[Tensor, Tensor]:
-        """The base grows with each sequence's own length, so results do not depend on the batch. Keys cached before it
-        grew keep their base, as in transformers.
-        """
-        config, device = self.config, position_R.device
-        theta = torch.full((len(position_R), 1), config.theta, dtype=torch.float32, device=device)
-        for number, (start, length) in enumerate(zip(spans.starts, spans.lengths, strict=True)):
-            if spans.branches and (branches := spans.branches[number]):
-                alone = length - sum(branches) + max(branches)
-                if alone > self.max_positions:
-                    raise ValueError(
-                        f"dynamic RoPE rotates a prompt by the length of the whole sequence, so answers that reach "
-                        f"{alone} positions (over {self.max_positions}) cannot share its rows: shorten them"
-                    )
-                continue
-            reach = max(length + (spans.before[number] if spans.before else 0), self.max_positions)
-            growth = config.factor * reach / self.max_positions - (config.factor - 1)
-            theta[start : start + length] = config.theta * growth ** (self.head_dim / (self.head_dim - 2))
-        return self._cos_sin(position_R, self._base_frequencies(device, theta), dtype)
+    def _growth(self, spans: Spans, number: int) -> float:
+        """By how much the base of one sequence grows, before the power of head_dim / (head_dim - 2). Each sequence's
+        own length decides, so results do not depend on the batch. Dynamic: the rows so far; keys cached before it grew
+        keep their base, as in transformers. By prompt: the rows of the prompt, all through its answer."""
+        config, length = self.config, spans.lengths[number]
+        if spans.branches and (branches := spans.branches[number]):
+            alone = length - sum(branches) + max(branches)
+            if alone > self.max_positions:
+                raise ValueError(
+                    f"{config.kind} RoPE rotates a prompt by the length of the whole sequence, so answers that reach "
+                    f"{alone} positions (over {self.max_positions}) cannot share its rows: shorten them"
+                )
+            return 1.0
+        reach = length + (spans.before[number] if spans.before else 0)
+        if config.kind == "by_prompt":
+            ratio = (spans.prompts[number] if spans.prompts else reach) / self.max_positions
+            return max(2.0 ** math.ceil(math.log2(ratio) + 1) - 1, 1.0) if ratio > 1 else 1.0
+        return config.factor * max(reach, self.max_positions) / self.max_positions - (config.factor - 1)
+
+    def _grown(
+        self, position_R: Tensor, dtype: torch.dtype, spans: Spans, growths: list[float]
+    ) -> tuple[Tensor, Tensor]:
+        theta = torch.full((len(position_R), 1), self.config.theta, dtype=torch.float32, device=position_R.device)
+        for start, length, growth in zip(spans.starts, spans.lengths, growths, strict=True):
+            theta[start : start + length] = self.config.theta * growth ** (self.head_dim / (self.head_dim - 2))
+        return self._cos_sin(position_R, self._base_frequencies(position_R.device, theta), dtype)

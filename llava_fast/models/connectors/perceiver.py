@@ -1,4 +1,4 @@
-"""A perceiver resampler with fixed 2D positions: learned queries attend to a tile's rows once.
+"""A perceiver resampler with 2D positions: learned queries attend to a tile's rows once.
 
 Shapes: T tiles, N rows per tile, C channels, M queries, E their width. Parameter names are those of the original
 checkpoints; their pos_embed is recomputed, or read with `own_positions`. Sources: Bai et al. 2023 (Qwen-VL); Guo et
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llava_fast.models import fused
+from llava_fast.models.blocks.by_tile import by_tile
 from llava_fast.models.blocks.resampling import bicubic
 from llava_fast.models.connectors.base import Connector, ConnectorConfig
 
@@ -24,7 +26,9 @@ class PerceiverConfig(ConnectorConfig):
     """`grid` x `grid` queries over a tile's `side` x `side` rows. `project`: a matrix after the last norm (Qwen-VL,
     LLaVA-UHD; SliME has none). `half_positions`: they are rounded to float16, as SliME keeps them.
     `own_positions`: the positions are a parameter, pos_embed; `trains_positions`: and the original trainer trains them
-    (LLaVA-UHD; SliME's stay as they are). Raises ValueError where heads or positions do not divide the width."""
+    (Qwen-VL, LLaVA-UHD; SliME's stay as they are). `views`: a tile's rows are those of so many views end to end, and
+    the queries attend to each view alone (Monkey). Raises ValueError where heads or positions do not divide the width.
+    """
 
     rowwise = False
 
@@ -37,6 +41,7 @@ class PerceiverConfig(ConnectorConfig):
     half_positions: bool = False
     own_positions: bool = False
     trains_positions: bool = True
+    views: int = 1
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -56,9 +61,12 @@ class PerceiverConfig(ConnectorConfig):
         return self.in_features != self.out_features
 
     def rows_of(self, rows: int) -> int:
-        if rows != self.side**2:
-            raise ValueError(f"the resampler reads {self.side} x {self.side} rows per tile, and the tower gives {rows}")
-        return self.queries
+        if rows != self.views * self.side**2:
+            views = "" if self.views == 1 else f"{self.views} times "
+            raise ValueError(
+                f"the resampler reads {views}{self.side} x {self.side} rows per tile, and the tower gives {rows}"
+            )
+        return self.views * self.queries
 
     @property
     def matrix_size(self) -> int:
@@ -111,13 +119,33 @@ class Perceiver(Connector):
         return [self.pos_embed] if self.config.own_positions and not self.config.trains_positions else []
 
     def forward(self, features_TNC: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
-        """`shape` (rows, columns) of the N rows, if not the config's square."""
-        config = self.config
-        value = self.ln_kv(self.kv_proj(features_TNC))
-        of_queries, of_rows = self.positions_of(shape or (config.side, config.side), value)
-        query = (self.ln_q(self.query) + of_queries).expand(len(value), -1, -1)
-        out = self.ln_post(self.attn(query, value + of_rows, value, need_weights=False)[0])
-        return out @ self.proj if config.project else out
+        """`shape` (rows, columns) of the N rows (of a view), if not the config's square."""
+        config, shape = self.config, shape or (self.config.side, self.config.side)
+        if (views := config.views) > 1:
+            features_TNC = features_TNC.unflatten(1, (views, -1)).flatten(0, 1)
+        of_queries, of_rows = self.positions_of(shape, self.query)
+        query = self.ln_q(self.query) + of_queries
+
+        def read(rows_TNC: Tensor) -> Tensor:
+            value = self.ln_kv(self.kv_proj(rows_TNC))
+            return self._attended(query, value + of_rows, value)
+
+        out = self.ln_post(by_tile(read, features_TNC))
+        out = out @ self.proj if config.project else out
+        return out.unflatten(0, (-1, views)).flatten(1, 2) if views > 1 else out
+
+    def _attended(self, query_ME: Tensor, key_TNE: Tensor, value_TNE: Tensor) -> Tensor:
+        """The same queries for each tile: they are projected once. [T, M, E]."""
+        attn, heads = self.attn, self.config.num_heads
+        if not fused.is_untouched(attn, nn.MultiheadAttention):
+            return attn(query_ME.expand(len(key_TNE), -1, -1), key_TNE, value_TNE, need_weights=False)[0]
+        weights, biases = attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3)
+        query, key, value = (
+            F.linear(x, weight, bias).unflatten(-1, (heads, -1)).transpose(-2, -3)
+            for x, weight, bias in zip((query_ME, key_TNE, value_TNE), weights, biases, strict=True)
+        )
+        out = F.scaled_dot_product_attention(query.expand(len(key), -1, -1, -1), key, value)
+        return F.linear(out.transpose(1, 2).flatten(2), attn.out_proj.weight, attn.out_proj.bias)
 
     def positions_of(self, shape: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the queries [M, E] and of rows of this shape [N, E]."""

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llava_fast.models.blocks.resampling import bicubic
-from llava_fast.models.connectors.perceiver import Perceiver, PerceiverConfig, positions
+from llava_fast.models.connectors.perceiver import Perceiver, PerceiverConfig
 
 _PLACES = ((2, 4), (2, 3), (3, 4), (3, 3), (4, 2), (3, 2), (4, 3))
 """Candidates for the (rows, columns) of points that a query reads, in order of preference."""
@@ -28,6 +27,7 @@ class SpatialResamplerConfig(PerceiverConfig):
     """Like a perceiver's config; `side` is the side of the square slices that cost estimates assume."""
 
     any_shape = True
+    own_positions: bool = True
 
     def rows_of(self, rows: int) -> int:
         return self.queries
@@ -39,17 +39,12 @@ class SpatialResamplerConfig(PerceiverConfig):
 class SpatialResampler(Perceiver):
     """[T, N, in_features] -> [T, G * G, out_features]."""
 
-    def __init__(self, config: SpatialResamplerConfig) -> None:
-        super().__init__(config)
-        table = positions(config.grid, config.out_features, (config.grid, config.grid), torch.device("cpu"))
-        self.pos_embed = nn.Parameter(table.clone().to(self.query.device))
-
     def forward(self, features_TNC: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
         """`shape` (rows, columns) of the N rows, if not the config's square."""
         config, shape = self.config, shape or (self.config.side, self.config.side)
         value = self.ln_kv(self.kv_proj(features_TNC))
-        at = bicubic(self.pos_embed.unflatten(0, (config.grid, config.grid)), shape)
-        query = (self.ln_q(self.query) + self.pos_embed)[None, :, None].expand(len(value), -1, -1, -1)
+        of_queries, at = self.positions_of(shape, value)
+        query = (self.ln_q(self.query) + of_queries)[None, :, None].expand(len(value), -1, -1, -1)
         key, value = (self._parts(rows, shape) for rows in (value + at, value))
         out = self.attn(query.flatten(0, 1), key, value, need_weights=False)[0]
         out = self.ln_post(out.unflatten(0, (len(features_TNC), config.queries)).flatten(2))

@@ -17,6 +17,7 @@ DECODERS: Registry[DecoderConfig] = Registry(
         "mpt": "mpt:MptConfig",
         "opt": "hosted:OptConfig",
         "phi": "hosted:PhiConfig",
+        "qwen": "qwen:QwenConfig",
         "qwen2": "llama:Qwen2Config",
         "qwen3": "qwen3:Qwen3Config",
         "stablelm": "hosted:StableLmConfig",

@@ -37,6 +37,7 @@ class RowContext:
     modality  int32 [R]: text, image or video (see inputs.plan), for layers with weights by modality; None if not
     needed.
     memory    rows outside the sequence that layers may attend to [M, C], or None.
+    query_scale  factor of each row's queries, [R, 1, 1], or None: 1.
     """
 
     rotation: tuple[Tensor, Tensor]
@@ -45,6 +46,7 @@ class RowContext:
     pages: Pages | None = None
     modality: Tensor | None = None
     memory: Tensor | None = None
+    query_scale: Tensor | None = None
 
     def on(self, device: torch.device, layer: int) -> RowContext:
         """The same on another device, for layers from this one on, in a pass without `pages`."""
@@ -55,6 +57,7 @@ class RowContext:
             cache=None if self.cache is None else self.cache.part_of(layer),
             modality=None if self.modality is None else self.modality.to(device),
             memory=None if self.memory is None else self.memory.to(device),
+            query_scale=None if self.query_scale is None else self.query_scale.to(device),
         )
 
 
@@ -98,8 +101,8 @@ class DecoderConfig(ABC):
 
     @property
     def context_length(self) -> int:
-        """Positions that the decoder supports, including linear and dynamic RoPE scaling."""
-        stretched = self.rope.factor if self.rope.kind in ("linear", "dynamic") else 1.0
+        """Positions that the decoder supports, including RoPE scaling by a factor."""
+        stretched = self.rope.factor if self.rope.kind in ("linear", "dynamic", "by_prompt") else 1.0
         return int(self.max_positions * stretched)
 
     def window_of(self, layer: int) -> int | None:
@@ -161,6 +164,10 @@ class StackConfig(DecoderConfig):
         from llava_fast.models.decoders.stack import Decoder  # it knows the layers that one op replaces
 
         return Decoder(self)
+
+    def query_scale(self, position_R: Tensor, reach: int | None = None) -> Tensor | None:
+        """RowContext.query_scale of rows at these positions, all below `reach` if that is known. Not in training."""
+        return None
 
     @abstractmethod
     def build_layer(self, layer: int) -> nn.Module:

@@ -7,6 +7,7 @@ Parameter names are transformers'. Sources: Touvron et al. 2023 (Llama 2), Jiang
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -37,17 +38,22 @@ class DecoderAttention(MergesLinears):
 
     def forward(self, x_RC: Tensor, context: RowContext) -> Tensor:
         query_RHD, key_RKD, value_RKD = self.heads(x_RC)
-        if context.cache is not None and context.pages is not None:
-            rows, pages = (query_RHD, key_RKD, value_RKD, *context.rotation), context.pages
-            out_RC = paged_attention(*rows, context.cache.segments, *pages, layer=self.layer, window=self.window)
-        else:
-            query_RHD, key_RKD = fused.rotated(query_RHD, key_RKD, context.rotation)
-            out_RC = attend(query_RHD, key_RKD, value_RKD, context.spans, self.layer, context.cache, self.window)
-        return self.o_proj(out_RC)
+        return self.o_proj(attended(query_RHD, key_RKD, value_RKD, context, self.layer, self.window))
 
     def heads(self, x_RC: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values before rotation, each [R, heads, D]."""
         return tuple(rows.unflatten(-1, (-1, self.head_dim)) for rows in self.project(x_RC, "qkv_proj"))
+
+
+def attended(
+    query_RHD: Tensor, key_RKD: Tensor, value_RKD: Tensor, context: RowContext, layer: int, window: int | None = None
+) -> Tensor:
+    """Rotated and attended: [R, H * D]. Arguments as for `attend`."""
+    if context.cache is not None and context.pages is not None:
+        rows, pages = (query_RHD, key_RKD, value_RKD, *context.rotation), context.pages
+        return paged_attention(*rows, context.cache.segments, *pages, layer=layer, window=window)
+    query_RHD, key_RKD = fused.rotated(query_RHD, key_RKD, context.rotation)
+    return attend(query_RHD, key_RKD, value_RKD, context.spans, layer, context.cache, window)
 
 
 class DecoderMLP(MergesLinears):
@@ -65,8 +71,21 @@ class DecoderMLP(MergesLinears):
         return self.down_proj(fused.gated(*self.project(x, "gate_up_proj")))
 
 
-class DecoderLayer(nn.Module):
-    """A pre-norm layer with residual connections; its LayerSpec names the parts."""
+class PreNormLayer(nn.Module, ABC):
+    """A pre-norm layer with residual connections, whose last add the next layer may fuse with its norm."""
+
+    def forward(self, x_RC: Tensor, context: RowContext) -> Tensor:
+        x_RC, delta_RC = self.deferred(x_RC, None, context)
+        return x_RC + delta_RC
+
+    @abstractmethod
+    def deferred(self, x_RC: Tensor, delta_RC: Tensor | None, context: RowContext) -> tuple[Tensor, Tensor]:
+        """(x, delta): the MLP's output is not added yet; the next layer's fused add + norm adds it. The layer's own
+        input is x + delta (None: x)."""
+
+
+class DecoderLayer(PreNormLayer):
+    """Its LayerSpec names the parts."""
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
@@ -75,13 +94,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = config.build_norm()
         self.post_attention_layernorm = config.build_norm()
 
-    def forward(self, x_RC: Tensor, context: RowContext) -> Tensor:
-        x_RC, delta_RC = self.deferred(x_RC, None, context)
-        return x_RC + delta_RC
-
     def deferred(self, x_RC: Tensor, delta_RC: Tensor | None, context: RowContext) -> tuple[Tensor, Tensor]:
-        """(x, delta): the MLP's output is not added yet; the next layer's fused add + norm adds it. The layer's own
-        input is x + delta (None: x)."""
         x_RC, normed_RC = fused.add_norm(x_RC, delta_RC, self.input_layernorm)
         x_RC, normed_RC = fused.add_norm(x_RC, self.self_attn(normed_RC, context), self.post_attention_layernorm)
         return x_RC, self.mlp(normed_RC)

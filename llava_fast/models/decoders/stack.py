@@ -15,7 +15,7 @@ from llava_fast.models.blocks.attention import Spans
 from llava_fast.models.blocks.native_step import step_weights
 from llava_fast.models.blocks.rope import Rope
 from llava_fast.models.decoders.base import BaseDecoder, RowContext, StackConfig, reserve
-from llava_fast.models.decoders.llama import DecoderAttention, DecoderLayer, DecoderMLP
+from llava_fast.models.decoders.llama import DecoderAttention, DecoderLayer, DecoderMLP, PreNormLayer
 from llava_fast.models.paged_cache import PagedCache, Pages
 from llava_fast.models.quantised import QuantisedLinear
 from llava_fast.models.recompute import Recompute, run_layer
@@ -30,7 +30,7 @@ class Decoder(BaseDecoder):
 
     def __init__(self, config: StackConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config: StackConfig = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(config.build_layer(layer) for layer in range(config.num_layers))
         self.norm = config.build_norm()
@@ -43,15 +43,17 @@ class Decoder(BaseDecoder):
         if cache is not None:
             reserve(spans)
         cos, sin = self.rope(position_R, x_RC.dtype, spans)
+        scale = None if self.training else self.config.query_scale(position_R, spans.reach)
         if (
-            cache is not None
+            scale is None
+            and cache is not None
             and not self.layer_groups
             and (weights := step_weights(self, _PLAIN, x_RC, spans)) is not None
         ):
             tables = [table.runs for table in spans.tables]
             return decoder_step(x_RC, weights, cos, sin, cache.segments, tables, spans.before)
         if torch.is_grad_enabled():
-            context = RowContext((cos, sin), spans, cache)
+            context = RowContext((cos, sin), spans, cache, query_scale=scale)
             home = x_RC.device
             for layer, own in self._placed(context):
                 x_RC = run_layer(self.recompute, layer, x_RC.to(own.rotation[0].device), own)
@@ -59,7 +61,7 @@ class Decoder(BaseDecoder):
         pages = None
         if cache is not None and cache.codes is None and not self.layer_groups and set(spans.lengths) == {1}:
             pages = cache.pages(spans.tables, spans.before) if fused.takes("paged_attention", x_RC) else None
-        return self._run(x_RC, RowContext((cos, sin), spans, cache, pages))
+        return self._run(x_RC, RowContext((cos, sin), spans, cache, pages, query_scale=scale))
 
     def step(self, token_R: Tensor, pages: Pages, cache: PagedCache) -> Tensor:
         """Logits [R, vocabulary] after one more token of each sequence, int [R], from tensors on the device only, so
@@ -67,15 +69,18 @@ class Decoder(BaseDecoder):
         their blocks.
         """
         x_RC = self.embed_tokens(token_R)
-        rotation = self.rope.at(pages.before.clamp(min=0))
-        return self.logits(self._run(x_RC, RowContext(rotation, Spans((), ()), cache, pages)))
+        position_R = pages.before.clamp(min=0)
+        context = RowContext(
+            self.rope.at(position_R), Spans((), ()), cache, pages, query_scale=self.config.query_scale(position_R)
+        )
+        return self.logits(self._run(x_RC, context))
 
     def _run(self, x_RC: Tensor, context: RowContext) -> Tensor:
         """All layers and the final norm, without gradients: each layer's last add is fused with the next norm."""
         delta_RC, home = None, x_RC.device
         for layer, own in self._placed(context):
             x_RC, delta_RC = _moved(x_RC, delta_RC, own.rotation[0].device)
-            if fused.is_untouched(layer, DecoderLayer):
+            if isinstance(layer, PreNormLayer) and _defers(layer):
                 x_RC, delta_RC = layer.deferred(x_RC, delta_RC, own)
             else:
                 x_RC, delta_RC = layer(x_RC if delta_RC is None else x_RC + delta_RC, own), None
@@ -106,6 +111,11 @@ class Decoder(BaseDecoder):
         ):
             return False  # not tested for other weights
         return step_weights(self, _PLAIN, x_RC, spans) is not None
+
+
+def _defers(layer: PreNormLayer) -> bool:
+    """Whether `deferred` may be called in place of the layer: nobody hooked or replaced its forward."""
+    return type(layer).forward is PreNormLayer.forward and fused.is_untouched(layer, type(layer))
 
 
 def _moved(x: Tensor, delta: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -16,7 +16,7 @@ from llava_fast.inputs.plan.plan import TokenPlan
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.decoders.base import DecoderConfig
 from llava_fast.models.vlm import LlavaModel
-from llava_fast.train.parts import part_of
+from llava_fast.train.parts import is_factor, part_of
 
 
 class Gpu(NamedTuple):
@@ -168,8 +168,8 @@ class Utilisation:
     def __init__(self, model: LlavaModel, device: torch.device, precision: str, tf32: bool, gpus: int) -> None:
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.config = model.config
-        self.trained = {part_of(name) for name in trained if "lora_" not in name}
-        self.adapters = sum(parameter.numel() for name, parameter in trained.items() if "lora_" in name)
+        self.trained = {part_of(name) for name in trained if not is_factor(name)}
+        self.adapters = sum(parameter.numel() for name, parameter in trained.items() if is_factor(name))
         gpu = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         peak = peak_flops(gpu, precision, tf32)
         self.peak = None if peak is None else peak * gpus

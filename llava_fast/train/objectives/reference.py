@@ -34,6 +34,7 @@ from llava_fast.train.data.workers import in_workers
 from llava_fast.train.left_out import left_out_together
 from llava_fast.train.objective import Objective, ObjectiveSettings, forward
 from llava_fast.train.parallel import World, place, placed_dtype
+from llava_fast.train.parts import is_factor
 
 if TYPE_CHECKING:
     from llava_fast.generation.llava import Llava
@@ -109,7 +110,7 @@ class AgainstReference(Objective):
     def start(self, model: nn.Module, world: World) -> None:
         super().start(model, world)
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        if self.settings.reference == "base" and any("lora_" not in name for name in trained):
+        if self.settings.reference == "base" and any(not is_factor(name) for name in trained):
             raise RecipeError(
                 f"{self.settings.section}.reference: base is the model without its adapters, so only adapters may be "
                 "trained: leave `trainable` empty and give `lora`, or use `reference: precomputed`"
@@ -222,7 +223,7 @@ def weights_mark(model: nn.Module, recipe: Recipe) -> str:
     the start)."""
     fingerprint = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
-        if "lora_" not in name:
+        if not is_factor(name):
             flat = parameter.detach().flatten()
             sample = flat[:: max(1, flat.numel() // _SAMPLED)].to(placed_dtype(parameter, recipe)).float().cpu().numpy()
             fingerprint.update(f"{name} {tuple(parameter.shape)}".encode() + sample.tobytes())
