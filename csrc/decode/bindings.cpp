@@ -138,7 +138,7 @@ void product_of(uintptr_t x, int64_t count, const std::array<int64_t, kLinearFie
   product(linear, out, at<const float>(x), count, at<float>(y), threads, kernels.panel);
 }
 
-bool fast_product() { return select_kernels().panel != scalar_panel; }
+bool fast_product() { return select_kernels().panel.multiply != scalar_panel().multiply; }
 
 }  // namespace
 

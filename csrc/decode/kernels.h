@@ -108,15 +108,18 @@ using AttendKernel = void (*)(const float* query, int64_t group, const Piece* pi
 
 struct Panel;
 struct QuantisedRows;
-// Of product.h: many vectors by a panel of a quantised weight.
-using PanelKernel = void (*)(const Panel& panel, const QuantisedRows& x, int64_t rows, float* y, int64_t y_stride,
-                             bool first);
+struct Part;
+// Of product.h: the codes of a panel, and many vectors by a panel.
+struct PanelKernels {
+  void (*pack)(const Linear& linear, const Part& part, int8_t* codes);
+  void (*multiply)(const Panel& panel, const QuantisedRows& x, int64_t rows, float* y, int64_t y_stride, bool first);
+};
 
 struct KernelSet {
   const char* name;  // "scalar", "avx2", "avx512"
   bool (*supported)();
   LinearKernel float32, bfloat16, int8, int4;
-  PanelKernel panel;  // portable if there are no instructions for it
+  PanelKernels panel;  // portable if there are no instructions for it
   // out = x / rms(x) * weight.
   void (*rms_norm)(const float* x, const float* weight, int64_t width, float eps, float* out);
   // gate = silu(gate) * up.

@@ -30,6 +30,17 @@ TARGET inline Vec widen(const BFloat16* p) {
 TARGET inline Vec widen(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
+template <int H>
+TARGET inline Vec half(const float* p) {
+  const Vec mixed = _mm256_shuffle_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8), H == 0 ? 0x88 : 0xdd);
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0xd8));
+}
+template <int H>
+TARGET inline Vec half(const BFloat16* p) {
+  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm256_castsi256_ps(H == 0 ? _mm256_slli_epi32(both, 16)
+                                    : _mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+}
 // The sum of the lanes of each of four vectors.
 TARGET inline Four sum_each(Vec a, Vec b, Vec c, Vec d) {
   const Vec ab = _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b);

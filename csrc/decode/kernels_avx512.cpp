@@ -32,6 +32,18 @@ TARGET inline Vec widen(const BFloat16* p) {
 TARGET inline Vec widen(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
+template <int H>
+TARGET inline Vec half(const float* p) {
+  const __m512i which = _mm512_add_epi32(
+      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), _mm512_set1_epi32(H));
+  return _mm512_permutex2var_ps(_mm512_loadu_ps(p), which, _mm512_loadu_ps(p + 16));
+}
+template <int H>
+TARGET inline Vec half(const BFloat16* p) {
+  const __m512i both = _mm512_loadu_si512(p);
+  return _mm512_castsi512_ps(H == 0 ? _mm512_slli_epi32(both, 16)
+                                    : _mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+}
 // The sum of the lanes of each of four vectors.
 TARGET inline Four sum_each(Vec a, Vec b, Vec c, Vec d) {
   const Vec ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);

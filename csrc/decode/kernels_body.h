@@ -1,6 +1,7 @@
 // The loops, independent of the instruction set. A file for one set defines, in an anonymous namespace, TARGET,
 // Vec, IntVec, Four, kLanes, kRegisters, splat, multiply_add, load_first, store_first, widen (kLanes of bfloat16 or
-// int8) and sum_each, then includes this. Rows need not be whole vectors: `load_first` fills up with zeros.
+// int8), half and sum_each, then includes this. Rows need not be whole vectors: `load_first` fills up with zeros.
+// half<0>(p) has the even ones of 2 * kLanes elements, half<1>(p) the odd ones, of bfloat16 widened.
 
 struct __attribute__((packed, may_alias)) Unaligned {
   Vec value;
@@ -28,36 +29,84 @@ TARGET inline Vec load_upto(const W* p, int64_t left) {
 
 constexpr int kTileVectors = kRegisters >= 32 ? 4 : 3;  // vectors at a time: 4x4 or 4x3 sums fit the registers
 
+constexpr int kAhead = 384;  // bytes fetched ahead in each row
+
+// How elements of a weight and the inputs they are multiplied by are read: in order, or if two elements share 32 bits,
+// the even ones and then the odd ones, which widens bfloat16 by a shift or a mask.
+template <class W>
+struct Order {
+  static constexpr int kHalves = 1;
+  template <int H, class T>
+  TARGET static Vec read(const T* p) {
+    return load(p);
+  }
+};
+template <>
+struct Order<BFloat16> {
+  static constexpr int kHalves = 2;
+  template <int H, class T>
+  TARGET static Vec read(const T* p) {
+    return half<H>(p);
+  }
+};
+
+// Adds the products of one half of a step, of R rows by N vectors.
+template <class W, int H, int R, int N>
+TARGET inline void add_half(const W* const (&weight)[R], const float* const (&x)[N], int64_t c, Vec (&sums)[R][N]) {
+  Vec xs[N];
+#pragma GCC unroll 4
+  for (int j = 0; j < N; ++j) xs[j] = Order<W>::template read<H>(x[j] + c);
+#pragma GCC unroll 4
+  for (int i = 0; i < R; ++i) {
+    const Vec v = Order<W>::template read<H>(weight[i] + c);
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) sums[i][j] = multiply_add(v, xs[j], sums[i][j]);
+  }
+}
+
+template <class W, int R, int N>
+TARGET inline void add_step(const W* const (&weight)[R], const float* const (&x)[N], int64_t c, Vec (&sums)[R][N]) {
+  add_half<W, 0>(weight, x, c, sums);
+  if constexpr (Order<W>::kHalves == 2) add_half<W, 1>(weight, x, c, sums);
+}
+
 // y[j, row + i * step] = weight[row + i * step] . x[j] for R rows and N vectors, all sums in registers; `add` adds to y
 // instead.
 template <int R, int N, class W>
 TARGET inline void tile(const W* weights, int64_t in, int64_t row, int64_t step, const float* x, int64_t x_stride,
                         float* y, int64_t y_stride, bool add) {
+  constexpr int64_t kStep = Order<W>::kHalves * kLanes;
   const W* weight[R];
+  const float* inputs[N];
   Vec sums[R][N];
+#pragma GCC unroll 4
+  for (int j = 0; j < N; ++j) inputs[j] = x + j * x_stride;
 #pragma GCC unroll 4
   for (int i = 0; i < R; ++i) {
     weight[i] = weights + (row + i * step) * in;
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) sums[i][j] = splat(0);
   }
-  const int64_t whole = in / kLanes * kLanes, left = in - whole;
-  for (int64_t c = 0; c < whole; c += kLanes) {
-    Vec xs[N];
-    for (int j = 0; j < N; ++j) xs[j] = load(x + j * x_stride + c);
+  const int64_t whole = in / kStep * kStep, left = in - whole;
+  for (int64_t c = 0; c < whole; c += kStep) {
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i) __builtin_prefetch(reinterpret_cast<const char*>(weight[i] + c) + kAhead);
+    add_step(weight, inputs, c, sums);
+  }
+  if (left > 0) {  // part of a step: zero-padded copies
+    W last[R][kStep] = {};
+    float last_inputs[N][kStep] = {};
 #pragma GCC unroll 4
     for (int i = 0; i < R; ++i) {
-      const Vec v = load(weight[i] + c);
-      for (int j = 0; j < N; ++j) sums[i][j] = multiply_add(v, xs[j], sums[i][j]);
+      for (int64_t k = 0; k < left; ++k) last[i][k] = weight[i][whole + k];
+      weight[i] = last[i];
     }
-  }
-  if (left > 0) {
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
-      const Vec last = load_first(x + j * x_stride + whole, left);
-#pragma GCC unroll 4
-      for (int i = 0; i < R; ++i) sums[i][j] = multiply_add(load_first(weight[i] + whole, left), last, sums[i][j]);
+      for (int64_t k = 0; k < left; ++k) last_inputs[j][k] = inputs[j][whole + k];
+      inputs[j] = last_inputs[j];
     }
+    add_step(weight, inputs, 0, sums);
   }
 #pragma GCC unroll 4
   for (int j = 0; j < N; ++j) {

@@ -28,6 +28,15 @@ inline Vec widen(const BFloat16* p) {
 inline Vec widen(const int8_t* p) {
   return Vec{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
 }
+template <int H>
+inline Vec half(const float* p) {
+  return Vec{p[H], p[2 + H], p[4 + H], p[6 + H]};
+}
+template <int H>
+inline Vec half(const BFloat16* p) {
+  typedef uint32_t Bits __attribute__((vector_size(16)));
+  return (Vec)(Bits{p[H].bits, p[2 + H].bits, p[4 + H].bits, p[6 + H].bits} << 16);
+}
 // The sum of the lanes of each of four vectors.
 inline Four sum_each(Vec a, Vec b, Vec c, Vec d) {
   return Vec{a[0], b[0], c[0], d[0]} + Vec{a[2], b[2], c[2], d[2]} +

@@ -8,36 +8,43 @@ namespace llava_fast::decode {
 
 constexpr int kPanelRows = 32;  // rows of the weight side by side
 
+constexpr int64_t kBlockElements = 1024;  // elements of a row that one panel has at most
+constexpr int kOffset = 128;  // added to the vectors' codes, which makes them unsigned, as the instructions want them
+
 // Part of kPanelRows rows of a weight, `groups` groups of `group` elements each (a multiple of 32).
-//   codes   [groups, group / 4, kPanelRows, 4], unsigned: int8 values plus 128, or int4 codes.
-//   scale, zero  [groups, kPanelRows]: w = (code - zero) * scale.
+//   codes   [groups, group / 4, kPanelRows, 4], zero points subtracted: w = code * scale.
+//   scale   [groups, kPanelRows].
 struct Panel {
   int64_t groups, group;
-  const uint8_t* codes;
+  const int8_t* codes;
   const float* scale;
-  const int32_t* zero;
 };
 
-// Vectors quantised to 8 bits with one scale per group: codes, scales and the sums of each group's codes, with the
-// distance in elements between consecutive vectors.
+// Vectors quantised to 8 bits with one scale per group: codes plus kOffset and scales, with the distance in elements
+// between consecutive vectors.
 struct QuantisedRows {
-  const int8_t* codes;
+  const uint8_t* codes;
   const float* scales;
-  const int32_t* sums;
   int64_t codes_stride, groups_stride;
 };
 
-// y[m, r] += panel row r . x[m] for m in [0, rows); `first` sets y instead. Sums within groups are exact, and groups
-// are added in order in float32: all sets give the same bits.
-void scalar_panel(const Panel& panel, const QuantisedRows& x, int64_t rows, float* y, int64_t y_stride, bool first);
+// The part of a weight that a panel holds: rows [row, row + rows) of at most kPanelRows, elements
+// [start, start + count), zero-padded to kPanelRows rows of `padded` elements (at most kBlockElements).
+struct Part {
+  int64_t row, rows, start, count, padded;
+};
+
+// pack: the codes of a part. multiply: y[m, r] += panel row r . x[m] for m in [0, rows); `first` sets y instead. Sums within groups are exact, and groups
+// are added in order in float32, fused with the product of their scales: all sets give the same bits.
+const PanelKernels& scalar_panel();
 #if defined(__x86_64__)
-void avx512vnni_panel(const Panel& panel, const QuantisedRows& x, int64_t rows, float* y, int64_t y_stride, bool first);
+const PanelKernels& avx512vnni_panel();
 #endif
 
 // y [count, out] = x [count, linear.in] times an int8 or int4 weight, plus the bias. x is rounded to 8 bits with one
 // scale per group of the weight, or per 128 elements if a row has a single scale. The result does not depend on
 // `threads`, nor a row's on the other rows.
 void product(const Linear& linear, int64_t out, const float* x, int64_t count, float* y, int threads,
-             PanelKernel kernel);
+             const PanelKernels& kernels);
 
 }  // namespace llava_fast::decode

@@ -9,7 +9,7 @@ namespace llava_fast::decode {
 struct QuantisedKernels {
   bool (*supported)();
   LinearKernel int8, int4;
-  PanelKernel panel;
+  PanelKernels panel;
 };
 
 const QuantisedKernels& scalar_quantised();

@@ -95,7 +95,7 @@ bool supported() {
 }  // namespace
 
 const QuantisedKernels& avx512vnni_quantised() {
-  static const QuantisedKernels kernels = {supported, int8_linear, int4_linear, avx512vnni_panel};
+  static const QuantisedKernels kernels = {supported, int8_linear, int4_linear, avx512vnni_panel()};
   return kernels;
 }
 

@@ -116,7 +116,7 @@ bool supported() { return true; }
 }  // namespace
 
 const QuantisedKernels& scalar_quantised() {
-  static const QuantisedKernels kernels = {supported, int8_linear, int4_linear, scalar_panel};
+  static const QuantisedKernels kernels = {supported, int8_linear, int4_linear, scalar_panel()};
   return kernels;
 }
 
