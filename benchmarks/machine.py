@@ -14,6 +14,9 @@ from pathlib import Path
 
 import torch
 
+from llava_fast.ops.quantised_linear import QuantisedWeight, native
+from llava_fast.ops.quantised_linear.memory import in_huge_pages
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pillow")
 SOURCES = ("llava_fast", "csrc", "benchmarks/*.py", "benchmarks/suites", "setup.py")
@@ -21,9 +24,9 @@ SOURCES = ("llava_fast", "csrc", "benchmarks/*.py", "benchmarks/suites", "setup.
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured peak rates with the threads of the run. Memory: bytes per second of a copy or a matrix-vector product,
-    whichever is larger. Arithmetic: operations per second of a 2048-wide matrix product (8192 on a GPU) in the run's
-    dtype."""
+    """Measured peak rates with the threads of the run. Memory: bytes per second of a copy, a matrix-vector product or,
+    on a CPU, one with int8 weights by csrc/decode, whichever is largest; on a CPU in huge pages. Arithmetic: operations
+    per second of a 2048-wide matrix product (8192 on a GPU) in the run's dtype."""
 
     bytes_per_second: float
     flops_per_second: float
@@ -67,12 +70,17 @@ def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     thread, processor time is measured. On a GPU, a try is several calls between two events, which excludes gaps between
     launches, and the product's values are random, because constant values make a GPU faster."""
     on_cpu = torch.device(device).type == "cpu"
-    source = torch.ones(1 << (25 if on_cpu else 28), dtype=torch.float32, device=device)
+    source = in_huge_pages(torch.empty(1 << (25 if on_cpu else 28), dtype=torch.float32, device=device)).fill_(1)
     target, vector = torch.empty_like(source), torch.ones(4096, device=device)
     side = 2048 if on_cpu else 8192
     square = torch.randn(side, side, dtype=dtype, device=device)
     copy = 2 * source.nbytes / _best(lambda: target.copy_(source), device)
     read = source.nbytes / _best(lambda: source.view(-1, 4096) @ vector, device)
+    if on_cpu:
+        codes = source.view(torch.int8).view(-1, 4096)
+        weight = QuantisedWeight.unchecked(codes, torch.ones(len(codes), 1))
+        row = vector[None]
+        read = max(read, source.nbytes / _best(lambda: native.quantised_linear(row, weight, None), device))
     product = 2 * side**3 / _best(lambda: square @ square, device)
     return Ceilings(max(copy, read), product)
 

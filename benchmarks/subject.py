@@ -23,6 +23,7 @@ from llava_fast.inputs.processor import Processor
 from llava_fast.models.fused import merge_linears
 from llava_fast.models.quantised import Quantisation, Quantised, put
 from llava_fast.models.quantised import plan as quantisation_plan
+from llava_fast.ops.quantised_linear.memory import in_huge_pages
 
 BLOCK = (1 << 20) + 7
 """The number of random values that are repeated to fill the weights. It is odd, so that rows of a matrix differ."""
@@ -109,6 +110,7 @@ class Subject:
         else:
             model, block = self._hf_without_weights(), random_block()
             for number, (name, value) in enumerate(model.named_parameters()):
+                value.data = in_huge_pages(torch.empty_like(value))  # as `load` places converted weights
                 fill(number, name, value, block)
         model.generation_config.eos_token_id = None  # generate exactly the requested number of tokens
         return model.eval()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llava_fast.checkpoints.adapters import ADAPTER_CONFIG, add_adapter, add_projector, find_projector_file
 from llava_fast.checkpoints.quantised import StoredQuantised, joined
@@ -29,6 +29,7 @@ from llava_fast.families.names import HEAD
 from llava_fast.models.config import ConfiguredModel, LlavaConfig
 from llava_fast.models.quantised import Quantisation, Rounding, plan, put
 from llava_fast.ops.quantised_linear import QuantisedWeight
+from llava_fast.ops.quantised_linear.memory import in_huge_pages
 from llava_fast.storage.files import read_json, read_json_if_there
 from llava_fast.storage.hub import resolve
 from llava_fast.storage.tensor_files import StoredTensor, has_weights, open_weights
@@ -150,7 +151,7 @@ def load_weights(
         elif name in rounded:
             put(model, owner, _rounded(stored, roundings[owner], device), dtype)
         else:
-            value = stored.load().to(device=device, dtype=dtype)
+            value = _converted(stored.load(), device, dtype)
             setattr(modules[owner], leaf, nn.Parameter(value, requires_grad=requires_grad))
     model.side_files = dict(checkpoint.side_files)
 
@@ -170,6 +171,13 @@ def loaded_sizes(
         else:
             sizes[name] = parameter.numel() * checkpoint.dtype.itemsize
     return sizes
+
+
+def _converted(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The same tensor if nothing changes; a weight converted to another dtype on the CPU lies in huge pages."""
+    if device.type != "cpu" or value.dtype == dtype:
+        return value.to(device=device, dtype=dtype)
+    return in_huge_pages(torch.empty(value.shape, dtype=dtype)).copy_(value)
 
 
 def _is_quantised(name: str, checkpoint: LoadedCheckpoint) -> bool:
