@@ -10,7 +10,8 @@
 namespace llava_fast::decode {
 namespace {
 
-constexpr int64_t kBlockRows = 512;  // vectors whose codes fit the second-level cache together with a panel
+// The codes of kBlockRows vectors fit the second-level cache together with a panel and the sums of kPanelsAtOnce.
+constexpr int64_t kBlockRows = 512, kPanelsAtOnce = 4;
 
 constexpr int64_t kLongest = 128;  // elements of a group
 
@@ -115,26 +116,30 @@ void product(const Linear& linear, int64_t out, const float* x, int64_t count, f
     const int64_t panels = (out + kPanelRows - 1) / kPanelRows, parts = std::min<int64_t>(threads, panels);
     parallel_for<None>(static_cast<int>(parts), static_cast<int>(parts), [&](int part, None&) {
       PanelBuffer buffer(group);
-      std::vector<float> edge(out % kPanelRows != 0 && part + 1 == parts ? rows * kPanelRows : 0);
-      const int64_t groups_a_block = kBlockElements / group;
-      for (int64_t first = 0; first < codes.groups; first += groups_a_block) {
-        const QuantisedRows block = {codes.codes.data() + first * group, codes.scales.data() + first,
-                                     codes.groups * group, codes.groups};
-        for (int64_t p = panels * part / parts; p < panels * (part + 1) / parts; ++p) {
-          const int64_t begin = p * kPanelRows, there = std::min<int64_t>(kPanelRows, out - begin);
-          const Panel panel = buffer.fill(linear, begin, there, first, std::min(groups_a_block, codes.groups - first),
-                                          group, kernels);
-          const bool whole = there == kPanelRows;
-          kernels.multiply(panel, block, rows, whole ? y + begin : edge.data(), whole ? out : kPanelRows, first == 0);
+      // Sums of a few panels, each panel's side by side: rows of y, a power of two apart, would share cache sets.
+      std::vector<float> sums(kPanelsAtOnce * rows * kPanelRows);
+      const int64_t groups_a_block = kBlockElements / group, last = panels * (part + 1) / parts;
+      for (int64_t begin = panels * part / parts; begin < last; begin += kPanelsAtOnce) {
+        const int64_t end = std::min(begin + kPanelsAtOnce, last);
+        for (int64_t first = 0; first < codes.groups; first += groups_a_block) {
+          const QuantisedRows block = {codes.codes.data() + first * group, codes.scales.data() + first,
+                                       codes.groups * group, codes.groups};
+          for (int64_t p = begin; p < end; ++p) {
+            const int64_t row = p * kPanelRows;
+            const Panel panel = buffer.fill(linear, row, std::min<int64_t>(kPanelRows, out - row), first,
+                                            std::min(groups_a_block, codes.groups - first), group, kernels);
+            kernels.multiply(panel, block, rows, &sums[(p - begin) * rows * kPanelRows], kPanelRows, first == 0);
+          }
         }
-      }
-      if (!edge.empty())
         for (int64_t m = 0; m < rows; ++m)
-          std::copy_n(&edge[m * kPanelRows], out % kPanelRows, y + m * out + out / kPanelRows * kPanelRows);
+          for (int64_t p = begin; p < end; ++p) {
+            const float* const found = &sums[((p - begin) * rows + m) * kPanelRows];
+            const int64_t row = p * kPanelRows, there = std::min<int64_t>(kPanelRows, out - row);
+            for (int64_t r = 0; r < there; ++r)
+              y[m * out + row + r] = linear.bias != nullptr ? found[r] + linear.bias[row + r] : found[r];
+          }
+      }
     });
-    if (linear.bias != nullptr)
-      for (int64_t m = 0; m < rows; ++m)
-        for (int64_t r = 0; r < out; ++r) y[m * out + r] += linear.bias[r];
   }
 }
 
