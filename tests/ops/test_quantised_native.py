@@ -73,12 +73,16 @@ def test_many_rows_have_the_same_bits_within_the_bound(kind, rows, odd, monkeypa
     assert torch.equal(native.quantised_linear(x[:40], weight, bias)[:33], found[0][:33])
 
 
-def test_many_rows_over_blocks_of_columns(monkeypatch):
+def test_many_rows_over_blocks_of_columns_and_of_rows(monkeypatch):
     torch.manual_seed(0)
-    weight = quantise(torch.randn(67, 2208), "int4", 32, symmetric=False)
+    weight, bias = quantise(torch.randn(203, 2208), "int4", 32, symmetric=False), torch.randn(203)
     x = torch.randn(40, 2208)
-    exact = F.linear(x.double(), dequantise(weight, torch.float64))
-    assert ((native.quantised_linear(x, weight, None) - exact).abs() <= rounding_error(x, weight, None)).all()
+    exact = F.linear(x.double(), dequantise(weight, torch.float64), bias.double())
+    found = native.quantised_linear(x, weight, bias)
+    assert ((found - exact).abs() <= rounding_error(x, weight, bias)).all()
+    for level in LEVELS:
+        monkeypatch.setenv("LLAVA_FAST_SIMD", level)
+        assert torch.equal(native.quantised_linear(x, weight, bias), found)
     x[7, 2000] = torch.nan
     found = native.quantised_linear(x, weight, None)
     assert found[7].isnan().all()
