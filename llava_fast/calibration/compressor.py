@@ -91,10 +91,12 @@ def _transformers_model(decoder: BaseDecoder) -> Any:
         value = parameter.detach().clone() if copied else parameter.detach()
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     model.tie_weights()
-    if unset := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
-        raise QuantisationError(
-            f"transformers' {config.family} decoder has a parameter that this one lacks: {unset[0]}"
-        )
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta and name.startswith("lm_head."):  # Phi's bias; nobody computes logits here
+            zeros = torch.zeros_like(parameter, device=decoder.device, dtype=decoder.embed_tokens.weight.dtype)
+            setattr(model.lm_head, name.removeprefix("lm_head."), nn.Parameter(zeros, requires_grad=False))
+        elif parameter.is_meta:
+            raise QuantisationError(f"transformers' {config.family} decoder has a parameter more than this: {name}")
     return model.to(decoder.device).eval()
 
 
@@ -118,7 +120,7 @@ def _run(model: Any, layer: str, roundings: Mapping[str, Rounding], rows: list[T
 
     configure_logger(LoggerConfig(console_log_level="WARNING", metrics_disabled=True))
     batches = [{"inputs_embeds": each[None]} for each in rows]
-    with _named_on_disk(model):
+    with _named_on_disk(model), _without_pinning():
         oneshot(
             model=model,
             processor=object(),  # it is asked for though batches are ready
@@ -138,6 +140,22 @@ def _named_on_disk(model: Any) -> Iterator[None]:
         model.config.save_pretrained(folder)
         model.config.name_or_path = folder
         yield
+
+
+@contextlib.contextmanager
+def _without_pinning() -> Iterator[None]:
+    """Without an accelerator: AWQ of llm-compressor 0.14 pins cached inputs for one, and fails where there is none."""
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    if torch.accelerator.is_available():
+        yield
+        return
+    pin = IntermediatesCache.pin_memory
+    IntermediatesCache.pin_memory = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        IntermediatesCache.pin_memory = pin
 
 
 def _recipe(roundings: Mapping[str, Rounding], method: Method) -> list[Any]:
