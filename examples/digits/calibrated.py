@@ -74,7 +74,7 @@ def main(
 ) -> None:
     """Measure and write calibrated.json."""
     path = Path(__file__).with_name("calibrated.json")
-    kept = json.loads(path.read_text(encoding="utf-8"))["results"] if form else {}
+    kept = json.loads(path.read_text(encoding="utf-8"))["results"] if form and path.exists() else {}
     report: dict[str, Any] = {
         "canvases": canvases,
         "samples": SAMPLES,

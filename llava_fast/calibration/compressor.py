@@ -62,9 +62,9 @@ def compress(
         layers: Any = model.get_submodule(prefix + decoder.config.layers_name)
         _run(model, type(layers[0]).__name__, {prefix + name: each for name, each in roundings.items()}, rows, method)
     except Exception as problem:  # many unrelated types: tracing runs transformers' code
-        raise QuantisationError(
-            f"llm-compressor cannot calibrate this {family} decoder: {one_line(problem)}"
-        ) from problem
+        what = f"llm-compressor cannot calibrate this {family} decoder by {method.upper()}"
+        hint = "; use method gptq" if method == "awq" else ""
+        raise QuantisationError(f"{what}: {type(problem).__name__}: {one_line(problem)[:400]}{hint}") from problem
     weights = {name: _weight(model.get_submodule(prefix + name), each) for name, each in roundings.items()}
     inside = f"{decoder.config.layers_name}."
     others = {

@@ -54,10 +54,18 @@ def error(model, request, exact):
 
 
 DECODERS = ["next", "next_mistral_window", "next_qwen", "next_qwen3"]
+GPTQ_ALONE = [
+    "llava_opt",
+    "llava_mpt",
+    "llava_phi",
+]  # llm-compressor knows none of AWQ's pairs of norm and Linears there
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(name, method) for name in [*DECODERS, "next_stablelm"] for method in ("gptq", "awq")]
+    + [(name, "gptq") for name in GPTQ_ALONE],
+)
 def test_every_decoder(name, method, checkpoints, data):
     """Every Linear that rounding to nearest quantises is quantised alike in form, to other codes."""
     model = llava_fast.load(checkpoints(name), device="cpu")
@@ -92,6 +100,13 @@ def test_saved_and_read_again(form, dtype, checkpoints, data, tmp_path):
     assert torch.equal(logits(back), logits(model))
     config = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
     assert config["format"] == "pack-quantized"
+
+
+@pytest.mark.parametrize("name", GPTQ_ALONE)
+def test_decoders_that_awq_does_not_know(name, checkpoints, data):
+    model = llava_fast.load(checkpoints(name), device="cpu")
+    with pytest.raises(QuantisationError, match=r"cannot calibrate this \w+ decoder by AWQ: .*; use method gptq"):
+        llava_fast.calibrate(model, data, method="awq")
 
 
 def test_pictures_are_in_the_hessian(checkpoints, data, tmp_path):
@@ -132,8 +147,6 @@ def test_another_decoder_is_refused(checkpoints, data, monkeypatch):
         raise RuntimeError("symbolically\ntraced")
 
     monkeypatch.setattr(compressor, "_recipe", fails)
-    with pytest.raises(
-        QuantisationError, match="cannot calibrate this llama decoder: RuntimeError: symbolically traced"
-    ):
+    with pytest.raises(QuantisationError, match="this llama decoder by GPTQ: RuntimeError: symbolically traced$"):
         llava_fast.calibrate(model, data)
     assert torch.equal(logits(model), before)
