@@ -74,14 +74,14 @@ def main(
 ) -> None:
     """Measure and write calibrated.json."""
     path = Path(__file__).with_name("calibrated.json")
-    kept = json.loads(path.read_text(encoding="utf-8"))["results"] if form and path.exists() else {}
+    if not form:
+        path.unlink(missing_ok=True)
     report: dict[str, Any] = {
         "canvases": canvases,
         "samples": SAMPLES,
         "error_canvases": ERROR_CANVASES,
         "machine": platform.processor() or platform.machine(),
         "versions": {name: version(name) for name in ("torch", "transformers", "llmcompressor")},
-        "results": kept,
     }
     rng = np.random.default_rng(2026)
     drawn = [compose(rng, split_scans()[1]) for _ in range(canvases)]  # those of quantised.py
@@ -95,7 +95,9 @@ def main(
             seconds = time.perf_counter() - start
             error = float((logits(model, held_out) - exact).norm() / exact.norm())
             shares = evaluate.evaluate(model, drawn, None, None, name)
-            report["results"][name] = {"logits_error": error, "seconds": round(seconds, 1), **shares}
+            found = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else {}
+            found[name] = {"logits_error": error, "seconds": round(seconds, 1), **shares}
+            report["results"] = {each: found[each] for each in FORMS if each in found}
             path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             typer.echo(f"{name}: logits off by {error:.4f} of their norm, {100 * shares['digits']:.2f} % of digits")
 

@@ -147,6 +147,6 @@ def test_another_decoder_is_refused(checkpoints, data, monkeypatch):
         raise RuntimeError("symbolically\ntraced")
 
     monkeypatch.setattr(compressor, "_recipe", fails)
-    with pytest.raises(QuantisationError, match="this llama decoder by GPTQ: RuntimeError: symbolically traced$"):
+    with pytest.raises(QuantisationError, match=r"this llama decoder by GPTQ: RuntimeError: symbolically traced$"):
         llava_fast.calibrate(model, data)
     assert torch.equal(logits(model), before)
