@@ -81,7 +81,8 @@ def main(
         "samples": SAMPLES,
         "error_canvases": ERROR_CANVASES,
         "machine": platform.processor() or platform.machine(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "llmcompressor")},
+        "versions": {"llava_fast": llava_fast.__version__}
+        | {name: version(name) for name in ("torch", "transformers", "llmcompressor")},
     }
     rng = np.random.default_rng(2026)
     drawn = [compose(rng, split_scans()[1]) for _ in range(canvases)]  # those of quantised.py

@@ -55,7 +55,11 @@ def compress(
             f"{len(rows)} samples give {count} rows, fewer than the {widest} inputs of the widest Linear, which do not "
             "determine GPTQ's Hessian: give more samples"
         )
-    model = _transformers_model(decoder)
+    try:
+        model = _transformers_model(decoder)
+    except (AttributeError, KeyError, ValueError) as problem:
+        said = f"transformers has no {family} decoder with these weights ({one_line(problem)[:200]})"
+        raise QuantisationError(f"{said}, and llm-compressor calibrates its models alone") from problem
     _check_same(model, decoder, rows[0])
     prefix = f"{model.base_model_prefix}."
     try:
@@ -65,7 +69,10 @@ def compress(
         what = f"llm-compressor cannot calibrate this {family} decoder by {method.upper()}"
         hint = "; use method gptq" if method == "awq" else ""
         raise QuantisationError(f"{what}: {type(problem).__name__}: {one_line(problem)[:400]}{hint}") from problem
-    weights = {name: _weight(model.get_submodule(prefix + name), each) for name, each in roundings.items()}
+    weights = {}
+    for name, each in roundings.items():
+        old: Any = decoder.get_submodule(name)
+        weights[name] = _weight(model.get_submodule(prefix + name), each).to(old.weight.device)
     inside = f"{decoder.config.layers_name}."
     others = {
         name: model.get_parameter(prefix + name).detach().to(parameter.device)
@@ -96,7 +103,7 @@ def _transformers_model(decoder: BaseDecoder) -> Any:
             zeros = torch.zeros_like(parameter, device=decoder.device, dtype=decoder.embed_tokens.weight.dtype)
             setattr(model.lm_head, name.removeprefix("lm_head."), nn.Parameter(zeros, requires_grad=False))
         elif parameter.is_meta:
-            raise QuantisationError(f"transformers' {config.family} decoder has a parameter more than this: {name}")
+            raise ValueError(f"this model lacks its {name}")
     return model.to(decoder.device).eval()
 
 

@@ -61,7 +61,8 @@ def calibrate(
     weights, others = compress(model.decoder, calibrated, rows, method)
     for name, tensor in others.items():
         owner, _, leaf = name.rpartition(".")
-        setattr(model.decoder.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+        module = model.decoder.get_submodule(owner)
+        setattr(module, leaf, nn.Parameter(tensor, requires_grad=getattr(module, leaf).requires_grad))
     for name, rounding in roundings.items():
         old: Any = model.get_submodule(name)
         weight = weights.get(name.removeprefix("decoder.")) or rounding.of(old.weight.detach())
