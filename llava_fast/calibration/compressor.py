@@ -122,12 +122,16 @@ def _check_same(model: Any, decoder: BaseDecoder, rows: Tensor) -> None:
 def _run(model: Any, layer: str, roundings: Mapping[str, Rounding], rows: list[Tensor], method: Method) -> None:
     """Quantise the modules named in `roundings`, layer by layer; layer: the class of the layers."""
     from llmcompressor import oneshot
+    from llmcompressor.core import reset_session
     from llmcompressor.logger import LoggerConfig, configure_logger
     from torch.utils.data import DataLoader
 
     configure_logger(LoggerConfig(console_log_level="WARNING", metrics_disabled=True))
     batches = [{"inputs_embeds": each[None]} for each in rows]
-    with _named_on_disk(model), _without_pinning():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_named_on_disk(model))
+        stack.enter_context(_without_pinning())
+        stack.callback(reset_session)  # it holds the model
         oneshot(
             model=model,
             processor=object(),  # it is asked for though batches are ready
@@ -136,7 +140,6 @@ def _run(model: Any, layer: str, roundings: Mapping[str, Rounding], rows: list[T
             num_calibration_samples=len(batches),
             pipeline="sequential",
             sequential_targets=[layer],
-            clear_sparse_session=True,
         )
 
 
