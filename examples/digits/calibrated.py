@@ -4,7 +4,7 @@ held-out scans, of weights rounded to nearest, by GPTQ and by AWQ.
 python examples/digits/calibrated.py --canvases 1000
 
 Needs llm-compressor (`pip install 'llava_fast[calibrate]'`). Writes calibrated.json beside this file, after each form:
-machine, versions, the error and the shares of `evaluate`.
+machine, versions, the error, and the shares of `evaluate` for questions to read all digits.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def main(
     }
     rng = np.random.default_rng(2026)
     drawn = [compose(rng, split_scans()[1]) for _ in range(canvases)]  # those of quantised.py
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(evaluate, "BATCH", quantised.BATCH):
+    with tempfile.TemporaryDirectory() as folder:
         data = write_data(Path(folder) / "calibration", SAMPLES, held_out=False)
         held_out = write_data(Path(folder) / "held_out", ERROR_CANVASES, held_out=True)
         exact = logits(llava_fast.load(model_path(), device="cpu"), held_out)
@@ -95,7 +95,8 @@ def main(
             model = quantise(FORMS[name], data)
             seconds = time.perf_counter() - start
             error = float((logits(model, held_out) - exact).norm() / exact.norm())
-            shares = evaluate.evaluate(model, drawn, None, None, name)
+            with mock.patch.multiple(evaluate, BATCH=quantised.BATCH, KINDS=("read",)):
+                shares = evaluate.evaluate(model, drawn, None, None, name)
             found = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else {}
             found[name] = {"logits_error": error, "seconds": round(seconds, 1), **shares}
             report["results"] = {each: found[each] for each in FORMS if each in found}
