@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -63,7 +63,8 @@ def convert(
     llava-fast convert llava-hf/llava-1.5-7b-hf ./llava-1.5-7b-gptq --quantize int4 --group 128 --calibrate data.json
     """
     if text_encoder is not None or decoder is not None:
-        _begin(model, output, text_encoder, decoder, quantize or group or zero_points or model_base or dtype)
+        other = (quantize, group, zero_points or None, calibrate, method, samples, images, seed, model_base, dtype)
+        _begin(model, output, text_encoder, decoder, any(option is not None for option in other))
         return
     from tqdm import tqdm
 
@@ -84,21 +85,21 @@ def convert(
         from llava_fast.calibration.run import calibrate as run_calibration
         from llava_fast.calibration.run import check_request
 
-        chosen = method or "gptq"
-        check_request(chosen, samples)
+        method = method or "gptq"
+        check_request(method, samples)
         if layout != "hf":
             raise QuantisationError("quantised weights are saved in the hf layout alone: leave --layout out")
         llava = load_model(model, "cpu", dtype or "auto", None, model_base, progress=bar)
         reading = functools.partial(tqdm, desc="samples", unit=" samples", dynamic_ncols=True)
-        options = {"method": chosen, "samples": samples, "images": images, "seed": seed or 0, "progress": reading}
-        run_calibration(llava, calibrate, quantisation, **options)
+        options: dict[str, Any] = {"samples": samples, "images": images, "seed": seed or 0, "progress": reading}
+        run_calibration(llava, calibrate, quantisation, method=method, **options)
     else:
         llava = load_model(model, "cpu", dtype or "auto", None, model_base, quantize=quantisation, progress=bar)
     save(llava, output, layout=layout)
     typer.echo(f"wrote {output} in the {layout} layout")
 
 
-def _begin(model: str, output: Path, text_encoder: str | None, decoder: str | None, other: object) -> None:
+def _begin(model: str, output: Path, text_encoder: str | None, decoder: str | None, other: bool) -> None:
     from llava_fast.errors import CheckpointError
     from llava_fast.retrieval import assemble_stage_one, assemble_stage_two
 
