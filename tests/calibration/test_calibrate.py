@@ -109,6 +109,12 @@ def test_decoders_that_awq_does_not_know(name, checkpoints, data):
         llava_fast.calibrate(model, data, method="awq")
 
 
+def test_an_encoder_decoder_is_refused(checkpoints, data):
+    model = llava_fast.load(checkpoints("blip2_t5"), device="cpu")
+    with pytest.raises(QuantisationError, match="transformers has no t5 decoder"):
+        llava_fast.calibrate(model, data)
+
+
 def test_pictures_are_in_the_hessian(checkpoints, data, tmp_path):
     """Of two sets that differ in pixels alone, other codes come; of the same set, the same."""
     records = json.loads(data.read_text())
