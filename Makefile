@@ -2,6 +2,7 @@
 # make test-fast: the tests that are not marked slow, within three minutes. make docs: the documentation, in build/site.
 # make test-newest: the tests that meet transformers and torch, with the newest of everything, in .venv/newest.
 # make test-vllm: the vLLM plugin in vLLM itself, in .venv/vllm (4 GB).
+# make test-calibrate: calibrated quantisation by llm-compressor, in .venv/calibrate.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 NATIVE := $(shell find csrc -type f)
@@ -16,7 +17,7 @@ WITH_OLDEST := tests/test_parity_logits.py tests/checkpoints/test_checkpoint_loa
 VERSIONS := import sys, torch, transformers, triton; \
 	print("Python", sys.version.split()[0], *(f"{m.__name__} {m.__version__}" for m in (torch, transformers, triton)))
 
-.PHONY: demo test test-fast test-versions test-newest test-vllm lint check-kernels docs wheel release clean
+.PHONY: demo test test-fast test-versions test-newest test-vllm test-calibrate lint check-kernels docs wheel release clean
 
 demo: .venv/demo.stamp
 	$(BIN)/llava-fast demo
@@ -44,6 +45,9 @@ test-newest:
 # On a CPU, one vLLM process at a time. vllm_site lets PyPI's torchvision be imported beside the CPU build of torch.
 test-vllm: .venv/vllm.stamp
 	PYTHONPATH=benchmarks/vllm_site OMP_NUM_THREADS=1 .venv/vllm/bin/python -m pytest -q tests/integrations/test_vllm.py tests/integrations/test_vllm_real.py --timeout 1800
+
+test-calibrate: .venv/calibrate.stamp
+	OMP_NUM_THREADS=1 .venv/calibrate/bin/python -m pytest -q tests/calibration tests/demo/test_demo_calibrated.py
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
@@ -87,6 +91,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv/vllm
 	.venv/vllm/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-vllm.txt -e .
 	.venv/vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	touch $@
+
+.venv/calibrate.stamp: pyproject.toml setup.py constraints-calibrate.txt $(NATIVE)
+	$(PYTHON) -m venv .venv/calibrate
+	.venv/calibrate/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-calibrate.txt -e .
 	touch $@
 
 # The compiled module is built by the install, so a changed source in csrc installs again.

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from llava_fast import ops
     from llava_fast.accelerated.patch import accelerate, restore
     from llava_fast.api import count_tokens, load
+    from llava_fast.calibration.run import calibrate
     from llava_fast.checkpoints.assemble import Assembly
     from llava_fast.checkpoints.save import save
     from llava_fast.generation.chat import Chat
@@ -64,6 +65,7 @@ _MODULES = {
     "accelerate": "accelerated.patch",
     "assemble_stage_one": "retrieval",
     "assemble_stage_two": "retrieval",
+    "calibrate": "calibration.run",
     "count_tokens": "api",
     "load": "api",
     "load_retrieval": "retrieval",
@@ -110,6 +112,7 @@ __all__ = [
     "accelerate",
     "assemble_stage_one",
     "assemble_stage_two",
+    "calibrate",
     "count_tokens",
     "load",
     "load_retrieval",

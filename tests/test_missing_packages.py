@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llava_fast.batch import cluster, readers
+from llava_fast.calibration import compressor
 from llava_fast.cli.main import main
 from llava_fast.datagen import nouns, ocr
 from llava_fast.demo import canvas
@@ -34,6 +35,7 @@ OPTIONAL += (
     "rapidocr",
     "pyarrow",
     "ray",
+    "llmcompressor",
 )
 BUILD = ("ninja", "pybind11", "setuptools")
 
@@ -83,6 +85,7 @@ USES = {
     "text in pictures": (lambda: ocr.engine("rapidocr"), "ocr"),
     "a batch of a parquet file": (lambda: list(readers.read_rows("rows.parquet", 0)), "parquet"),
     "a batch on Ray": (cluster.check_ray, "ray"),
+    "calibration": (compressor.check_installed, "calibrate"),
     "a server": (server.check_packages, "serve"),
     "a base without adapters": (adapters_off, "train"),
 }
