@@ -107,15 +107,16 @@ class _Answer:
 
 @dataclass
 class _Asked:
-    """A request: the pieces of its prompt, their tiles, and its candidates."""
+    """A request: the pieces of its prompt, their tiles, and its candidates. remaining: its rows after a router."""
 
     pieces: list[Piece]
     answers: list[_Answer]
     tiles: list[Cut] = field(default_factory=list)
+    remaining: int | None = None
 
     @property
     def rows(self) -> int:
-        return sequence_length(self.pieces)
+        return sequence_length(self.pieces) if self.remaining is None else self.remaining
 
 
 def _asked(processor: Processor, request: Any, texts: Sequence[str], end_of_turn: bool) -> _Asked:
@@ -170,7 +171,11 @@ def _answers(processor: Processor, request: dict, texts: Sequence[str], end_of_t
         end = len(flags) - int(flags[::-1].argmax())
         quiet = np.flatnonzero(~flags[:end])
         read.append((last.ids[:end].tolist(), int(quiet[-1]) + 1 if len(quiet) else 0))
-    return [replace(part, supervised=None) if isinstance(part, TextPiece) else part for part in before], last, read
+    before = [replace(part, supervised=None) if isinstance(part, TextPiece) else part for part in before]
+    if processor.routes:  # a router reads what it reads when the model answers: no end of a turn
+        told = iter([part.instruction for part in processor.outline(request) if isinstance(part, Placeholder)])
+        before = [replace(part, instruction=next(told)) if isinstance(part, Placeholder) else part for part in before]
+    return before, last, read
 
 
 def _after_prompt(processor: Processor, request: dict, texts: Sequence[str], end_of_turn: bool) -> _Read:
@@ -249,8 +254,10 @@ class _Prompts:
         self.model, self.asked = model, asked
         tiles = [cut for each in asked for cut in each.tiles]
         prepared = model.own_processor.assemble([each.pieces for each in asked], tiles)
-        self.encoded = prepared.plan.encoded
-        inputs = model.inputs_embeds(Batch.from_prepared(prepared, model.device))
+        batch, inputs = model.routed(Batch.from_prepared(prepared, model.device))
+        self.encoded = batch.plan.encoded
+        for each, rows in zip(asked, batch.plan.lengths, strict=True):
+            each.remaining = rows
         self.inputs = inputs.split([each.rows for each in asked])
         self.whole = [_needs_all(model, each) for each in asked]
         self.cache = model.decoder.new_cache()

@@ -19,6 +19,7 @@ from llava_fast.families import family_of_config
 from llava_fast.generation.feature_cache import FeatureCache
 from llava_fast.generation.prefix_cache import PrefixCache
 from llava_fast.generation.prompt import prompt_of
+from llava_fast.generation.ranking import score_candidates
 from llava_fast.generation.runner import Runner
 from llava_fast.generation.sampling import Sampling
 from llava_fast.generation.scheduler import Scheduler
@@ -137,6 +138,19 @@ def test_rows_are_reused_with_the_same_text_alone(slime, monkeypatch, features):
 def answers_alone(model, prompt):
     request = {"prompt": prompt, "images": [tiny.picture(70, 40)]}
     return model.generate([request], max_new_tokens=5, ignore_eos=True)[0].token_ids
+
+
+@torch.no_grad()
+def test_candidates_follow_the_routed_prompt(slime):
+    _, model, parts = slime
+    picture, candidates = tiny.picture(70, 40), ["a", "hello the b"]
+    (found,) = score_candidates(model, [{"prompt": "hello <image> b:", "images": [picture]}], [candidates])
+    for candidate in found:
+        ids = candidate.token_ids
+        logits = slimes.reference(model, parts, "hello <image> b:", [picture], None, ids)
+        scores = logits[-len(ids) - 1 : -1].log_softmax(-1)[range(len(ids)), ids]
+        assert candidate.prompt_tokens == len(logits) - len(ids)
+        np.testing.assert_allclose(candidate.log_likelihood, scores.sum().item(), rtol=1e-4)
 
 
 def test_a_prompt_that_cannot_be_routed_fails_alone(slime, monkeypatch):

@@ -66,7 +66,7 @@ layers of random weights, one thread of a shared AMD EPYC, equal rows to 6e-7: 6
 compares every row with every token at once; the sum over the tokens can be taken first.
 
 LLaVA-UHD's first release in the same way (`benchmarks/uhd_first.py`, `-uhd-first-visual.json`), beside its steps for
-one slice after the other: 7.8 s and 388 MiB, 9.1 s and 87 MiB. All seven slices run at once here, so the peak is
+one slice after the other: 7.8 s and 388 MiB, 9.1 s and 87 MiB. All seven slices run at once here, so its peak is
 higher.
 
 BLIP-2 of stage 1 (class `Blip2ForImageTextRetrieval`) has no language model: `llava_fast.load_retrieval` reads it,
