@@ -91,15 +91,12 @@ class VisualModel(nn.Module):
         self, tiles: Tensor, instruction: Tensor | None, read: Tensor | None = None
     ) -> tuple[encode.Parts, Tensor] | None:
         """(parts whose `project` only selects rows, the connector's rows of all tiles) where tower and connector can
-        run in blocks of tiles: a connector that reads whole tiles, without gradients, for many tiles. None elsewhere.
+        run in blocks of tiles: a connector that reads each tile alone, without gradients, for many. None elsewhere.
 
         read  int64: the tile that the connector reads for each of its tiles; None: they are the same.
         """
-        if (
-            self.config.projector.rowwise
-            or self.config.projector.reads_images
-            or not self._splits(tiles if read is None else read)
-        ):
+        connector = self.config.projector
+        if connector.rowwise or connector.reads_images or not self._splits(tiles if read is None else read):
             return None
         made, rows = [], self.config.geometry.tower_rows_per_tile
         for start in range(0, len(tiles if read is None else read), TILES_AT_ONCE):
