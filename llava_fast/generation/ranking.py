@@ -157,7 +157,7 @@ def _answers(processor: Processor, request: dict, texts: Sequence[str], end_of_t
             raise RequestError("the messages end with an answer: candidates are answers, so end with the user's turn")
     else:
         processor.outline(request)  # raises what is wrong with it
-    if not end_of_turn:
+    if not end_of_turn and processor.answer_start is None:  # an encoder-decoder's answer ends by its tokenizer
         processor = replace(processor, template=cast(ChatTemplate, _WithoutEnds(processor.template)))
     before: list[Part] = []
     last: Any = None
