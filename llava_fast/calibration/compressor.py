@@ -49,7 +49,8 @@ def compress(
     Raises QuantisationError for too few rows and for a decoder that llm-compressor cannot run.
     """
     family, count = decoder.config.family, sum(map(len, rows))
-    widest = max(decoder.get_submodule(name).in_features for name in roundings)
+    linears: list[Any] = [decoder.get_submodule(name) for name in roundings]
+    widest = max(linear.in_features for linear in linears)
     if method == "gptq" and count < widest:
         raise QuantisationError(
             f"{len(rows)} samples give {count} rows, fewer than the {widest} inputs of the widest Linear, which do not "
@@ -100,7 +101,8 @@ def _transformers_model(decoder: BaseDecoder) -> Any:
     model.tie_weights()
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta and name.startswith("lm_head."):  # Phi's bias; nobody computes logits here
-            zeros = torch.zeros_like(parameter, device=decoder.device, dtype=decoder.embed_tokens.weight.dtype)
+            embedding: Any = decoder.embed_tokens
+            zeros = torch.zeros_like(parameter, device=decoder.device, dtype=embedding.weight.dtype)
             setattr(model.lm_head, name.removeprefix("lm_head."), nn.Parameter(zeros, requires_grad=False))
         elif parameter.is_meta:
             raise ValueError(f"this model lacks its {name}")
@@ -127,7 +129,7 @@ def _run(model: Any, layer: str, roundings: Mapping[str, Rounding], rows: list[T
     from torch.utils.data import DataLoader
 
     configure_logger(LoggerConfig(console_log_level="WARNING", metrics_disabled=True))
-    batches = [{"inputs_embeds": each[None]} for each in rows]
+    batches: Any = [{"inputs_embeds": each[None]} for each in rows]
     with contextlib.ExitStack() as stack:
         stack.enter_context(_named_on_disk(model))
         stack.enter_context(_without_pinning())
