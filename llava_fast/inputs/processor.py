@@ -387,7 +387,9 @@ class Processor(ProcessorOptions):
     def _encode_chunks(self, segments: list[Segment], placeholders: re.Pattern, labels: bool, hidden: Hidden | None):
         """`_encode` for original LLaVA, which tokenises the text between placeholders in chunks and keeps the first
         chunk's BOS."""
-        ids, supervised, places = [], [], []
+        ids: list[int] = []
+        places: list[int] = []
+        supervised: list[np.ndarray] = []
         offset, bos = 0, self.tokenizer.bos_token_id
         for number, part in enumerate(_parts(segments)):
             for chunk_number, chunk in enumerate(placeholders.split(part)):
