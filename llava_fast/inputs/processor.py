@@ -423,7 +423,8 @@ class Processor(ProcessorOptions):
         """`_encode` for original LLaVA, which tokenises the text between placeholders in chunks and keeps the first
         chunk's BOS."""
         ids: list[int] = []
-        supervised, places = [], []
+        places: list[int] = []
+        supervised: list[np.ndarray] = []
         offset, bos = 0, self.tokenizer.bos_token_id
         for number, part in enumerate(_parts(segments)):
             for chunk_number, chunk in enumerate(placeholders.split(part)):

@@ -78,7 +78,15 @@ code, and a saved model has tokenizer.json in its place; for the published code,
 beside the saved ones. A prompt has `<image>` where theirs has `<img>path</img>`. Prompts beyond seq_length (2048) and
 answers that grow beyond it follow use_dynamic_ntk and use_logn_attn as the published code does at inference: the RoPE
 base is that of the prompt's length, all through the answer. `llava_fast.inputs.chat.boxes` reads boxes out of answers
-and writes them into prompts.
+and writes them into prompts. A Monkey is trained from a Monkey; making one from Qwen-VL's weights is not supported.
+
+From a picture to the decoder's rows beside the published code, published widths, 2 of 48 layers of random weights,
+float32, two threads of a shared AMD EPYC, equal rows to 7e-7 (`benchmarks/qwen_vl.py`): Qwen-VL 1.88 s, published
+1.95 s; Monkey 8.5 s, published 10.0 s
+(`benchmarks/results/2026-11-29-cpu-2core-epyc-qwen-vl-monkey-visual-at-once.json`), where all five views at once took
+562 MiB at the peak, published 294. Since then a tile's MLP and resampler run by themselves: 137 MiB, published 202;
+Monkey 337 MiB, published 333; the times of that run were disturbed by other work, of both sides alike
+(`benchmarks/results/2026-11-29-cpu-2core-epyc-qwen-vl-monkey-visual-by-tile.json`).
 """
 
 
