@@ -20,7 +20,7 @@ from llava_fast.models.decoders import DECODERS
 from llava_fast.models.quantised import Quantisation, Quantised, QuantisedLinear
 from llava_fast.models.recompute import set_recompute
 from llava_fast.ops import use_backend
-from llava_fast.train import run
+from llava_fast.train import objective, run
 from llava_fast.train.parallel import World, _check_heads
 from llava_fast.train.recipe import parse_recipe
 from tests.fake_gpu.programs import RECIPE
@@ -214,7 +214,7 @@ def test_linear_rope_stretches_the_context():
 def test_samples_longer_than_learned_positions_are_refused(monkeypatch):
     model = copy.deepcopy(tiny.pair("llava_opt").ours)
     most = model.config.decoder.max_positions
-    monkeypatch.setattr(run, "load", lambda *_, **__: model)
+    monkeypatch.setattr(objective, "load", lambda *_, **__: model)
     recipe = parse_recipe({**RECIPE, "parallel": {"kind": "none"}, "data": {**RECIPE["data"], "max_length": most + 1}})
     with pytest.raises(RecipeError, match=f"data.max_length: the decoder has {most} positions, fewer than {most + 1}"):
         run.load_model(recipe, World(0, 1, torch.device("cpu")))

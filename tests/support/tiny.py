@@ -291,9 +291,11 @@ CASES["smolvlm"] = Case(
     options={"scale_factor": 3, "tie_word_embeddings": True},
     tile=50,  # not a multiple of the patch, as in SmolVLM's 384 and 14
 )
-CASES["blip2_t5"] = Case("blip-2", T5Config, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, tile=48)
+CASES["blip2_t5"] = Case(
+    "blip-2", T5Config, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, tile=48, scale=0.25
+)
 CASES["instructblip_t5"] = Case(
-    "instructblip", T5Config, {"num_decoder_layers": 2, "tie_word_embeddings": False}, tile=48
+    "instructblip", T5Config, {"num_decoder_layers": 2, "tie_word_embeddings": False}, tile=48, scale=0.29
 )
 CASES["instructblipvideo"] = Case("instructblipvideo", tile=48)
 MODELS = {
