@@ -1,8 +1,6 @@
 """The demo model calibrated in 4 bits: nearer to its float32 logits than rounded to nearest, on held-out scans."""
 
 import importlib.util
-import json
-from pathlib import Path
 
 import calibrated
 import pytest
@@ -11,17 +9,6 @@ import llava_fast
 from llava_fast.demo.run import model_path
 
 without = importlib.util.find_spec("llmcompressor") is None
-
-
-def test_the_committed_result():
-    report = json.loads(Path(calibrated.__file__).with_name("calibrated.json").read_text())
-    results = report["results"]
-    assert report["canvases"] == 1000
-    assert results.keys() == calibrated.FORMS.keys()
-    for group in (32, 128):
-        nearest, gptq, awq = (results[f"group {group}, {name}"] for name in ("nearest", "gptq", "awq"))
-        assert gptq["logits_error"] < 0.5 * nearest["logits_error"]
-        assert awq["logits_error"] < nearest["logits_error"]
 
 
 @pytest.mark.skipif(without, reason="needs llm-compressor: make test-calibrate")
