@@ -1,6 +1,8 @@
 """The demo model calibrated in 4 bits: nearer to its float32 logits than rounded to nearest, on held-out scans."""
 
 import importlib.util
+import json
+from pathlib import Path
 
 import calibrated
 import pytest
@@ -9,6 +11,15 @@ import llava_fast
 from llava_fast.demo.run import model_path
 
 without = importlib.util.find_spec("llmcompressor") is None
+
+
+def test_the_committed_result():
+    report = json.loads(Path(calibrated.__file__).with_name("calibrated.json").read_text())
+    error = {name: found["logits_error"] for name, found in report["results"].items()}
+    assert report["canvases"] == 1000
+    for group in (32, 128):
+        assert error[f"group {group}, gptq"] < 0.5 * error[f"group {group}, nearest"]
+    assert error.get("group 32, awq", 0.0) < error["group 32, nearest"]
 
 
 @pytest.mark.skipif(without, reason="needs llm-compressor: make test-calibrate")
