@@ -18,8 +18,8 @@ import numpy as np
 
 from llava_fast.errors import ImageError, PromptTooLongError, RequestError
 from llava_fast.inputs.chat.rendering import ChatTemplate, Segment
+from llava_fast.inputs.encoding import ORIGINAL_IMAGE_TOKEN, Encoder
 from llava_fast.inputs.instructions import Instructions
-from llava_fast.inputs.labels import supervised_tokens
 from llava_fast.inputs.literal import Hidden, LiteralText
 from llava_fast.inputs.options import ProcessorOptions
 from llava_fast.inputs.pictures.headers import image_size
@@ -36,8 +36,6 @@ from llava_fast.inputs.requests import Labels, render_request
 from llava_fast.inputs.tiling.anyres import VisualGeometry, image_rows, image_views
 from llava_fast.inputs.tiling.video import frame_views, video_rows
 
-ORIGINAL_IMAGE_TOKEN = -200
-"""The placeholder id for original LLaVA checkpoints, whose vocabulary has no image token (llava/constants.py)."""
 _PLACEHOLDER = re.compile(r"<image>|<video>")
 _IMAGE_PLACEHOLDER = re.compile(r"<image>")
 
@@ -225,7 +223,7 @@ class Processor(ProcessorOptions):
             segments, answer = self._parted(segments, labels, hidden)
         elif labels == "original":  # from here on, `supervised` is what the original trainers supervise
             segments = [replace(each, supervised=each.supervised_original) for each in segments]
-        ids, supervised, places = self._encode(segments, pattern, bool(labels), "messages" in request, hidden)
+        ids, supervised, places = self.encoder.encode(segments, pattern, bool(labels), "messages" in request, hidden)
         if labels == "original" and answer is None:
             supervised |= np.isin(ids, self._original_label_ids)
         if labels and not (supervised.any() if answer is None else len(answer.ids) > 1):
@@ -278,7 +276,7 @@ class Processor(ProcessorOptions):
             )
         text = segments[found[0]].text.strip()
         end = self.tokenizer.eos_token
-        ids, _ = self._tokens(text.removesuffix(end).strip() if end else text, True, False, hidden)
+        ids, _ = self.encoder.tokens(text.removesuffix(end).strip() if end else text, True, False, hidden)
         both = np.concatenate([begin, np.asarray(ids, np.int32)])
         return segments[: found[0]], TextPiece(both, np.arange(len(both)) > 0, begins_answer=True)
 
@@ -373,92 +371,21 @@ class Processor(ProcessorOptions):
         )
 
     @functools.cached_property
+    def encoder(self) -> Encoder:
+        """Text to token ids."""
+        return Encoder(self.tokenizer, self.image_token_id, self.video_token_id, self.images_before_bos)
+
+    @property
     def literal(self) -> LiteralText:
         """The encoder for the option `literal_text`."""
-        return LiteralText(self.tokenizer, ("<image>", "<video>"))
-
-    def _tokens(self, text: str, special: bool, offsets: bool, hidden: Hidden | None) -> tuple[list[int], Any]:
-        """(ids, character spans if `offsets`) of a text, some of whose characters may be replaced by stand-ins."""
-        if hidden is not None:
-            plain = hidden.restore(text)
-            if self.literal.needs_names(text, plain):
-                return self.literal.encode(text, hidden, special)
-            text = plain
-        encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=offsets)
-        return encoded["input_ids"], encoded["offset_mapping"] if offsets else None
-
-    def _encode(
-        self, segments: list[Segment], placeholders: re.Pattern, labels: bool, rendered: bool, hidden: Hidden | None
-    ):
-        """(ids, supervised or None, indices of the image and video tokens among the ids)."""
-        if self.image_token_id == ORIGINAL_IMAGE_TOKEN:
-            return self._encode_chunks(segments, placeholders, labels, hidden)
-        tokens = {"<image>": self.image_token_id, "<video>": self.video_token_id or self.image_token_id}
-        names = {placeholder: self.tokenizer.convert_ids_to_tokens(token) for placeholder, token in tokens.items()}
-        if any(placeholder != name for placeholder, name in names.items()):  # the checkpoint's spelling
-            segments = [replace(each, text=_spelt(each.text, placeholders, names)) for each in segments]
-        text = "".join(segment.text for segment in segments)
-        first = _leading(text, names) if self.images_before_bos else []
-        before = sum(len(names[placeholder]) for placeholder in first)
-        token_ids = [tokens[placeholder] for placeholder in first]
-        spans = [np.zeros((len(first), 2), np.int64)]
-        done = 0
-        for number, part in enumerate(_parts(segments)):
-            skipped = 0 if number else before
-            special = not (number or (rendered and self._brings_bos(text)))
-            ids_of_part, found = self._tokens(part[skipped:], special, labels, hidden)
-            token_ids += ids_of_part
-            if labels:
-                at = np.asarray(found).reshape(-1, 2)
-                spans.append(np.where(at[:, 1:] > 0, at + done + skipped, 0))
-            done += len(part)
-        supervised = supervised_tokens(np.concatenate(spans), segments) if labels else None
-        ids = np.asarray(token_ids, np.int32)
-        is_image = ids == tokens["<image>"]
-        if tokens["<video>"] != tokens["<image>"]:
-            is_image |= ids == tokens["<video>"]
-        return ids, supervised, np.flatnonzero(is_image)
-
-    def _encode_chunks(self, segments: list[Segment], placeholders: re.Pattern, labels: bool, hidden: Hidden | None):
-        """`_encode` for original LLaVA, which tokenises the text between placeholders in chunks and keeps the first
-        chunk's BOS."""
-        ids: list[int] = []
-        places: list[int] = []
-        supervised: list[np.ndarray] = []
-        offset, bos = 0, self.tokenizer.bos_token_id
-        for number, part in enumerate(_parts(segments)):
-            for chunk_number, chunk in enumerate(placeholders.split(part)):
-                if chunk_number:
-                    places.append(len(ids))
-                    ids.append(ORIGINAL_IMAGE_TOKEN)
-                    supervised.append(np.zeros(1, bool))
-                    offset += len("<image>")
-                special = not self._brings_bos(chunk)
-                encoded, offsets = self._tokens(chunk, special, labels, hidden)
-                token_ids = list(encoded)
-                drop = 1 if (number or chunk_number) and token_ids and token_ids[0] == bos else 0
-                ids += token_ids[drop:]
-                if labels:
-                    spans = np.asarray(offsets).reshape(-1, 2)[drop:]
-                    supervised.append(supervised_tokens(np.where(spans[:, 1:] > 0, spans + offset, 0), segments))
-                offset += len(chunk)
-        marked = np.concatenate(supervised) if labels else None
-        return np.asarray(ids, np.int32), marked, np.asarray(places)
+        return self.encoder.literal
 
     @functools.cached_property
     def _original_label_ids(self) -> list[int]:
         """The ids of tokens that the original trainer supervises at any position. Texts that are not a single token are
         ignored, as in the original.
         """
-        encoded = [
-            self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in self.template.original_label_tokens
-        ]
-        return [ids[0] for ids in encoded if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id]
-
-    def _brings_bos(self, text: str) -> bool:
-        """Whether a rendered prompt already starts with the BOS token, so that the tokenizer must not add another."""
-        bos = self.tokenizer.bos_token
-        return bos is not None and text.startswith(bos)
+        return self.encoder.single_tokens(self.template.original_label_tokens)
 
     def check_length(self, pieces: list[Piece]) -> None:
         """Raise RequestError for an empty sequence, PromptTooLongError for one that exceeds the decoder's context."""
@@ -471,26 +398,3 @@ class Processor(ProcessorOptions):
                 f"the prompt takes {rows} tokens ({visual} of them visual) and the model's context holds "
                 f"{self.max_rows}: shorten the text, or use fewer or smaller images"
             )
-
-
-def _parts(segments: Sequence[Segment]) -> list[str]:
-    """Their texts as they are tokenised: joined, but for cuts. At least one."""
-    parts = [""]
-    for segment in segments:
-        if segment.cut:
-            parts.append("")
-        parts[-1] += segment.text
-    return [part for part in parts if part] or [""]
-
-
-def _spelt(text: str, placeholders: re.Pattern, names: dict[str, str]) -> str:
-    return placeholders.sub(lambda found: names[found[0]], text)
-
-
-def _leading(text: str, names: dict[str, str]) -> list[str]:
-    """The placeholders with which a text begins, in the checkpoint's spelling (`names`)."""
-    found: list[str] = []
-    while text and (placeholder := next((each for each, name in names.items() if text.startswith(name)), None)):
-        found.append(placeholder)
-        text = text[len(names[placeholder]) :]
-    return found

@@ -205,7 +205,7 @@ def test_the_same_picture_twice_is_two_pictures(monkeypatch):
 
 def test_original_checkpoints_chat_too():
     """Their text is tokenised in chunks, so a turn's pieces must still line up with the cache."""
-    from llava_fast.inputs.processor import ORIGINAL_IMAGE_TOKEN
+    from llava_fast.inputs.encoding import ORIGINAL_IMAGE_TOKEN
 
     model = tiny.pair("next").ours
     processor, config = model.processor, model.config

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from llava_fast.errors import RequestError
 from llava_fast.inputs.chat.formats import TURN_FORMATS
 from llava_fast.inputs.chat.rendering import builtin_template, checkpoint_template
+from llava_fast.inputs.encoding import ORIGINAL_IMAGE_TOKEN
 from llava_fast.inputs.plan.plan import TextPiece
-from llava_fast.inputs.processor import ORIGINAL_IMAGE_TOKEN, Processor
+from llava_fast.inputs.processor import Processor
 from tests.support import tiny
 from tests.support.real_tokenizers import (
     LLAMA_3_SPECIAL,

@@ -9,10 +9,10 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_fast.errors import RequestError
 from llava_fast.inputs.chat.rendering import builtin_template, checkpoint_template
+from llava_fast.inputs.encoding import ORIGINAL_IMAGE_TOKEN
 from llava_fast.inputs.literal import NAMES, LiteralText
 from llava_fast.inputs.plan.plan import TextPiece
 from llava_fast.inputs.prepared import Placeholder
-from llava_fast.inputs.processor import ORIGINAL_IMAGE_TOKEN
 from tests.support import tiny
 from tests.support.real_tokenizers import TOKENIZERS, llama_3_tokenizer, qwen_tokenizer
 

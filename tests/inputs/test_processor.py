@@ -11,9 +11,10 @@ from transformers import image_transforms
 
 from llava_fast.errors import ImageError, LlavaFastError, MissingFileError, RequestError
 from llava_fast.inputs.chat.rendering import builtin_template, checkpoint_template
+from llava_fast.inputs.encoding import ORIGINAL_IMAGE_TOKEN
 from llava_fast.inputs.options import ProcessorOptions
 from llava_fast.inputs.plan.columns import MODALITY_IMAGE, MODALITY_VIDEO, TEXT
-from llava_fast.inputs.processor import ORIGINAL_IMAGE_TOKEN, Processor
+from llava_fast.inputs.processor import Processor
 from llava_fast.inputs.tiling.anyres import VisualGeometry
 from tests.support import tiny
 from tests.support.real_tokenizers import TOKENIZERS
