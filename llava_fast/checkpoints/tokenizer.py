@@ -27,7 +27,7 @@ def load_tokenizer(path: Path, stands_in: str | None = None) -> Any:
     """The transformers tokenizer of a directory. Code in the checkpoint is never run.
 
     stands_in  transformers' class for a tokenizer whose own is such code. It puts a BOS token before a text unless
-               tokenizer_config.json says otherwise.
+               tokenizer_config.json or a tokenizer.json says otherwise.
 
     Raises CheckpointError for a missing or invalid tokenizer, naming the faulty file if known.
     """
@@ -48,8 +48,9 @@ def load_tokenizer(path: Path, stands_in: str | None = None) -> Any:
             return read_tokenizer(path, ranks)
         with _without_marks(path) as clean:
             if stands_in is not None and "AutoTokenizer" in (settings.get("auto_map") or {}):
-                bos = settings.get("add_bos_token", True)
-                tokenizer = getattr(transformers, stands_in).from_pretrained(clean, add_bos_token=bos)
+                saved = (clean / "tokenizer.json").is_file()  # which says itself what precedes a text
+                bos = {} if saved else {"add_bos_token": settings.get("add_bos_token", True)}
+                tokenizer = getattr(transformers, stands_in).from_pretrained(clean, **bos)
             else:
                 config = _stand_in_config(path)
                 tokenizer = transformers.AutoTokenizer.from_pretrained(clean, trust_remote_code=False, **config)

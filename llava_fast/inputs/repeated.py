@@ -18,8 +18,11 @@ def with_repeated_images(request: Any, literal: bool = False) -> tuple[Any, int]
     """
     if not isinstance(request, dict) or not isinstance(request.get("messages"), (list, tuple)):
         return request, 1
+    images_given = request.get("images")
+    if not (images_given is None or isinstance(images_given, (list, tuple))):
+        return request, 1  # which rendering refuses too
     messages, sources = normalise_messages(request["messages"])
-    given, has_video = list(request.get("images") or []), request.get("video") is not None
+    given, has_video = list(images_given or []), request.get("video") is not None
     found, taken = iter(sources), iter(given)
     made: list[dict] = []
     images: list[Any] = []

@@ -18,7 +18,7 @@ import llava_fast
 from llava_fast.checkpoints.assemble import Assembly
 from llava_fast.checkpoints.load import load_checkpoint
 from llava_fast.doctor import report
-from llava_fast.errors import CheckpointError
+from llava_fast.errors import CheckpointError, RequestError
 from llava_fast.families import family_of_config, read_config
 from llava_fast.families.llama_vid import LlamaVid
 from llava_fast.inputs.options import ProcessorOptions
@@ -464,3 +464,9 @@ def test_what_it_cannot_be_is_refused(vid, tmp_path, change, said):
     edit_json(tmp_path / "copy" / "config.json", **change)
     with pytest.raises(CheckpointError, match=said):
         load_checkpoint(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("images", [np.zeros((4, 4, 3), np.uint8), 3, "a"], ids=["array", "number", "text"])
+def test_images_that_are_no_list_are_refused(vid, images):
+    with pytest.raises(RequestError, match='"images" must be a list'):
+        vid[1].prepare([{"messages": [{"role": "user", "content": "<image> what?"}], "images": images}])

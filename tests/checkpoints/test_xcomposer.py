@@ -278,7 +278,10 @@ def test_a_tokenizer_that_is_code_is_read_from_its_model(tmp_path):
     ):
         assert read(prompt)["input_ids"] == [1, *own.encode(prompt)], prompt
     edit_json(tmp_path / "tokenizer_config.json", add_bos_token=False)
-    assert load_tokenizer(tmp_path, "LlamaTokenizer")("the")["input_ids"] == own.encode("the")
+    without = load_tokenizer(tmp_path, "LlamaTokenizer")
+    without.save_pretrained(tmp_path / "saved")
+    for each in (without, load_tokenizer(tmp_path / "saved", "LlamaTokenizer")):
+        assert each("the")["input_ids"] == own.encode("the")
     with pytest.raises(CheckpointError, match="its tokenizer cannot be loaded"):
         load_tokenizer(tmp_path)
 
