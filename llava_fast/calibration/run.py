@@ -46,8 +46,8 @@ def calibrate(
     layers before it. Memory: a copy of the decoder's layers, and twice the samples' rows [rows, width] in its dtype.
 
     Raises MissingPackageError without llm-compressor; DataError for data that is missing, has no images or too few
-    samples; QuantisationError for a quantised model, one loaded with `precision`, an unknown method, too few rows, and a
-    decoder that llm-compressor cannot run. Weights are then unchanged, but Linears that were merged may be split.
+    samples; QuantisationError for a quantised model, one loaded with `precision`, an unknown method, too few rows, and
+    a decoder that llm-compressor cannot run. Weights are then unchanged, but Linears that were merged may be split.
     """
     quantisation = Quantisation.of(quantize)
     check_request(method, samples, model)
