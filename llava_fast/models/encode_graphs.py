@@ -45,7 +45,8 @@ class EncodeGraphs:
 
     unfit   why no graph can stand for this model's modules; None if one can.
     failed  why a bucket has none, by `graph_key`: its first batch or its capture has failed (logged). It is not tried
-            again until a module changes; all other graphs stay.
+            again until a module changes. All other graphs stay, but at MOST_GRAPHS the one used longest ago is dropped
+            before a capture, even one that then fails.
     """
 
     devices: ClassVar = ("cuda",)
