@@ -75,7 +75,7 @@ class EncodeGraphs:
     def encode(self, batch: Batch) -> Tensor:
         """model.inputs_embeds(batch) without gradients, [rows, width], the caller's own: from a graph if one can stand
         for the modules. The first batch of a bucket runs them, filled up as the graph will be: so the ops are proven
-        for its calls (see ops/selection)."""
+        for its calls (see ops/selection). After a change of the modules the capture's warm-up proves them."""
         with torch.no_grad():
             rows = self._from_graph(batch) if self._serves(batch) else None
             return self.model.inputs_embeds(batch) if rows is None else rows
