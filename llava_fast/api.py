@@ -74,9 +74,10 @@ def load(
     kv_cache       "int8": cache keys and values in 8 bits, with one scale for each row of a head, in about a quarter
                    of float32's memory (see docs/quantisation.md). Default: the decoder's dtype.
     precision      "int8" (CUDA from compute capability 8.0 on, or a CPU) or "fp8" (from 9.0 on, in bfloat16, or a CPU):
-                   products of more than 256 rows (images, prompts) round both operands to 8 bits, where that is the
-                   faster on this machine (see docs/quantisation.md). Weights are kept in `dtype` too, with which
-                   answers are decoded, and which are saved. Not with device_map. Default: products in `dtype`.
+                   products of more than 256 rows (images, prompts) round both operands to 8 bits; on CUDA where
+                   selection finds that faster, on a CPU always, where fp8 is the slower (see docs/quantisation.md).
+                   Weights are kept in `dtype` too, with which answers are decoded, and which are saved. Not with
+                   device_map. Default: products in `dtype`.
     progress       wraps the iteration over tensor names, such as tqdm.tqdm.
 
     Weights are memory-mapped and assigned tensor by tensor. Raises CheckpointError, naming file and tensor, and

@@ -29,13 +29,18 @@ TOKENS = 4  # per answer: the first comes from the prefill, the others from deco
 
 
 def tune(
-    model: str | Path | None, training: bool, budget: float, device: str | None = None, dtype: str | None = None
+    model: str | Path | None,
+    training: bool,
+    budget: float,
+    device: str | None = None,
+    dtype: str | None = None,
+    precision: str | None = None,
 ) -> None:
     """Run a model (default: the demo's) on images of several sizes, test each class of calls that occurs, write the
     verdicts to this machine's file and print them. Raises BackendError if selection is off or pinned.
     """
     _check_settings()
-    prove(load(model or model_path(), device=device, dtype=dtype), training, budget)
+    prove(load(model or model_path(), device=device, dtype=dtype, precision=precision), training, budget)
 
 
 def _check_settings() -> None:

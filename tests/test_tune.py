@@ -12,6 +12,7 @@ from llava_fast.demo.run import model_path
 from llava_fast.errors import BackendError
 from llava_fast.generation.llava import Llava
 from llava_fast.generation.runner import Runner
+from llava_fast.models import eight_bit
 from llava_fast.ops import backend
 from llava_fast.ops.selection import proof
 from tests.support.played import PlayedEncoding
@@ -61,6 +62,18 @@ def test_the_budget_is_kept(select, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "0 found in" in said
     assert " not tested: the budget of 0 s is spent" in said
+
+
+def test_products_in_8_bits_are_tested_for_a_precision(select, monkeypatch):
+    monkeypatch.setattr(proof, "FORMS", ("eight_bit",))
+    monkeypatch.setattr(tune, "SIZES", ((40, 40),))
+    monkeypatch.setattr(eight_bit, "FEW_ROWS", 8)
+    settings = select()
+    tune.tune(None, training=False, budget=100, precision="int8")
+    verdicts = settings.table(torch.device("cpu")).verdicts
+    found = [each for name, each in verdicts.items() if name.split()[0] == "scaled_linear"]
+    assert found
+    assert {each.by for each in found} == {"tune"}
 
 
 def test_graphs_are_captured_after_the_modules_calls_are_proven(select, monkeypatch):

@@ -45,7 +45,7 @@ def calibration_rows(
                 problems.append(str(problem))
                 continue
             visual += batch.plan.tiles > 0
-            found.append(model.inputs_embeds(batch))
+            found.append(model.routed(batch).embeds)
             break
     if problems:
         shown = "; ".join(problems[:3]) + "; ..." * (len(problems) > 3)

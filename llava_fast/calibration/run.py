@@ -13,7 +13,7 @@ from llava_fast.calibration.rows import calibration_rows
 from llava_fast.errors import QuantisationError
 from llava_fast.generation.llava import Llava
 from llava_fast.models.fused import split_linears
-from llava_fast.models.quantised import Quantisation, is_quantised, plan, put
+from llava_fast.models.quantised import Quantisation, check_no_precision, is_quantised, plan, put
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
@@ -46,8 +46,8 @@ def calibrate(
     layers before it. Memory: a copy of the decoder's layers, and twice the samples' rows [rows, width] in its dtype.
 
     Raises MissingPackageError without llm-compressor; DataError for data that is missing, has no images or too few
-    samples; QuantisationError for a quantised model, an unknown method, too few rows, and a decoder that llm-compressor
-    cannot run. Weights are then unchanged.
+    samples; QuantisationError for a quantised model, one loaded with `precision`, an unknown method, too few rows, and
+    a decoder that llm-compressor cannot run. Weights are then unchanged, but Linears that were merged may be split.
     """
     quantisation = Quantisation.of(quantize)
     check_request(method, samples, model)
@@ -78,4 +78,6 @@ def check_request(method: str, samples: int | None, model: Llava | None = None) 
         raise QuantisationError(f"samples is {samples}: use 1 or more")
     if model is not None and is_quantised(model):
         raise QuantisationError("the model is quantised already: calibrate the checkpoint that it was made from")
+    if model is not None:
+        check_no_precision(model)
     check_installed()

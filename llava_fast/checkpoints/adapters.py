@@ -27,6 +27,7 @@ from llava_fast.checkpoints.peft_merge import merge_with_peft
 from llava_fast.checkpoints.save import NOTE_FILE
 from llava_fast.errors import CheckpointError
 from llava_fast.families import family_of_config, fields
+from llava_fast.families.base import Family
 from llava_fast.families.names import HEAD, NameMap, Spelling
 from llava_fast.models.config import LlavaConfig
 from llava_fast.storage.files import read_json, write_json, written_whole
@@ -35,7 +36,6 @@ from llava_fast.storage.tensor_files import StoredTensor, open_file
 
 ADAPTER_CONFIG = "adapter_config.json"
 _PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
-_BESIDE_PROJECTOR = ("sampler.bin",)
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _EXTRA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 _PEFT_PREFIX = "base_model.model."
@@ -65,12 +65,12 @@ def find_projector_file(path: Path) -> Path | None:
     return _first_existing(path, _PROJECTOR_FILES)
 
 
-def add_projector(base: Mapping[str, StoredTensor], file: Path, names: NameMap) -> dict[str, StoredTensor]:
-    """Our names -> tensors: those of the language model, overridden by those of a projector-only file, and of SliME's
-    second one beside it.
+def add_projector(base: Mapping[str, StoredTensor], file: Path, family: Family) -> dict[str, StoredTensor]:
+    """Our names -> tensors: those of the language model, overridden by those of a projector-only file and of the
+    family's further ones beside it.
     """
-    files = [file, *(more for name in _BESIDE_PROJECTOR if (more := file.with_name(name)).is_file())]
-    return {**base, **{name: each for one in files for name, each in _unwrapped(open_file(one), names).items()}}
+    files = [file, *(more for name in family.beside_projector if (more := file.with_name(name)).is_file())]
+    return {**base, **{name: each for one in files for name, each in _unwrapped(open_file(one), family.names).items()}}
 
 
 def add_factors(tensors: Mapping[str, StoredTensor], scale: float) -> dict[str, StoredTensor]:

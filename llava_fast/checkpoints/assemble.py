@@ -18,11 +18,11 @@ from pydantic import BaseModel, ConfigDict
 from llava_fast.checkpoints.adapters import add_projector, find_projector_file
 from llava_fast.checkpoints.load import LoadedCheckpoint, load_checkpoint
 from llava_fast.errors import CheckpointError
-from llava_fast.families import family_of, family_of_config, fields, find_family
+from llava_fast.families import assembling_family, family_of, family_of_config, fields, find_family
+from llava_fast.families.base import Family
 from llava_fast.families.known_towers import Tower, tower_tensors
-from llava_fast.families.llama_vid import LlamaVid
 from llava_fast.families.llava_original import LlavaOriginal, original_types
-from llava_fast.families.names import HEAD, NameMap
+from llava_fast.families.names import HEAD
 from llava_fast.families.parts import require
 from llava_fast.models.config import LlavaConfig
 from llava_fast.models.connectors.base import ConnectorConfig
@@ -99,7 +99,7 @@ def assemble(
         tensors.pop(HEAD, None)
     tensors |= tower_tensors(tower, config.vision.num_layers)
     fresh, unused = _fresh_parts(config, assembly.seed)
-    given = {} if assembly.projector_from is None else _trained_parts(assembly.projector_from, family.names)
+    given = {} if assembly.projector_from is None else _trained_parts(assembly.projector_from, family)
     _check_fits(config.projector, fresh, given, unused, assembly.projector_from)
     parts = family.given_parts(assembly.model_dump())
     tensors |= fresh | {name: tensor for name, tensor in (parts | given).items() if name in fresh}
@@ -128,7 +128,10 @@ def describe(assembly: Assembly, decoder: dict[str, Any], path: Path) -> tuple[L
     check_fields(decoder, fields.Decoder, path / "config.json")
     if (assembly.compress is not None or assembly.image_size != 224) and assembly.qformer_from is None:
         raise CheckpointError("model.compress and model.image_size are a LLaMA-VID's: give model.qformer_from too")
-    source = decoder | _family(assembly).assembled_fields(kind, assembly.model_dump())
+    parts = assembly.model_dump()
+    assembled = assembling_family(parts)
+    assert isinstance(assembled, LlavaOriginal)  # whose layout it is
+    source = decoder | assembled.assembled_fields(kind, parts)
     if assembly.rope is not None:
         theta = (source.pop("rope_parameters", None) or {}).get("rope_theta", source.get("rope_theta", 10000.0))
         scaling = {"rope_type": assembly.rope.kind, "type": assembly.rope.kind, "factor": assembly.rope.factor}
@@ -139,10 +142,6 @@ def describe(assembly: Assembly, decoder: dict[str, Any], path: Path) -> tuple[L
         raise CheckpointError(f"settings: {unknown[0]!r} is not a field of a {family.model_types[0]}'s config.json")
     config, tower = family.read_with_tower(source, path)
     return dataclasses.replace(config, source=source | {"mm_hidden_size": config.vision.hidden_size}), tower
-
-
-def _family(assembly: Assembly) -> LlavaOriginal:
-    return LlavaOriginal() if assembly.qformer_from is None else LlamaVid()
 
 
 def _fresh_parts(config: LlavaConfig, seed: int) -> tuple[dict[str, StoredTensor], set[str]]:
@@ -160,16 +159,16 @@ def _fresh_parts(config: LlavaConfig, seed: int) -> tuple[dict[str, StoredTensor
     return {name: StoredTensor.of(Path("fresh"), name, value) for name, value in made.items()}, unused
 
 
-def _trained_parts(where: str, names: NameMap) -> dict[str, StoredTensor]:
+def _trained_parts(where: str, family: Family) -> dict[str, StoredTensor]:
     """Projector and newline of a projector file, its directory, or a whole LLaVA."""
     named = Path(where).expanduser()
     file = named if named.is_file() else find_projector_file(resolve(where))
     if file is not None:
-        tensors = add_projector({}, file, names)
+        tensors = add_projector({}, file, family)
     else:
         whole = resolve(where)
-        family = find_family(read_json(whole / "config.json")) or LlavaOriginal()  # a bare language model has no family
-        tensors = family.names.name_tensors(open_weights(whole))
+        own = find_family(read_json(whole / "config.json")) or LlavaOriginal()  # a bare language model has no family
+        tensors = own.names.name_tensors(open_weights(whole))
     return {name: tensor for name, tensor in tensors.items() if name.startswith(("projector.", "image_newline"))}
 
 

@@ -85,7 +85,7 @@ def load_checkpoint(
     if (scale := family.lora_scale(config)) is not None:
         tensors = add_factors(tensors, scale)
     if projector is not None:
-        tensors = add_projector(tensors, projector, family.names)
+        tensors = add_projector(tensors, projector, family)
     if config.decoder.tied_by_file:
         tied = HEAD not in tensors or _same(tensors[HEAD], tensors.get(config.embedding))
         config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, tie_embeddings=tied))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llava_fast.cli.options import Device, Dtype
+from llava_fast.cli.options import Device, Dtype, Precision
 
 
 def doctor(
@@ -30,6 +30,7 @@ def tune(
     budget: Annotated[float, typer.Option(min=0.0, help="Seconds to spend on tests.")] = 600.0,
     device: Device = None,
     dtype: Dtype = None,
+    precision: Precision = None,
 ) -> None:
     """Find the fastest correct implementation of each op call that a model makes on this machine, and store it.
 
@@ -37,7 +38,7 @@ def tune(
     """
     from llava_fast.tune import tune as run
 
-    run(model, training, budget, device, dtype)
+    run(model, training, budget, device, dtype, precision)
 
 
 def demo(

@@ -27,7 +27,7 @@ KvCache = Annotated[
 
 Precision = Annotated[
     Literal["int8", "fp8"] | None,
-    typer.Option(help="Multiply images' and prompts' rows in 8 bits, where that is faster. Default: in --dtype."),
+    typer.Option(help="Multiply images' and prompts' rows in 8 bits, on CUDA where that is faster. Default: --dtype."),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,14 @@ _BY_CONNECTOR = {
 """mm_projector_type -> the registry's name of a family with its own original layout."""
 _BY_FIELD = {"bert_type": "llama_vid"}
 """A field that only such a family's config.json has -> the registry's name."""
+
+_BY_PART = {"qformer_from": "llama_vid"}
+"""A field of a recipe's Assembly -> the registry's name of the family that it assembles."""
+
+
+def assembling_family(parts: Mapping[str, Any]) -> Family:
+    """The family of a model that is assembled from `parts`, the fields of a recipe's Assembly."""
+    return FAMILIES[next((family for field, family in _BY_PART.items() if parts[field] is not None), _ORIGINAL)]()
 
 
 def find_family(source: dict[str, Any]) -> Family | None:

@@ -50,6 +50,7 @@ class Family(ABC):
     repeats_images    whether a question without an image stands for one with the last question's (see
                       inputs.repeated).
     tokenizer_class   transformers' class for a tokenizer whose own class is code in the checkpoint, which is never run.
+    beside_projector  further files of a directory with a trained projector alone.
     adapters_see_tower  whether the model that an adapter is trained on includes the tower.
     """
 
@@ -68,6 +69,7 @@ class Family(ABC):
     repeats_images: ClassVar[bool] = False
     video_fps: ClassVar[float | None] = None
     tokenizer_class: ClassVar[str | None] = None
+    beside_projector: ClassVar[tuple[str, ...]] = ()
     adapters_see_tower: ClassVar[bool] = True
 
     @abstractmethod

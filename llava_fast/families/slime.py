@@ -71,6 +71,7 @@ class Slime(LlavaOriginal):
     system = "SliME"
     reference = "transformers' CLIP and Llama with the original's steps"
     own_type = "slime"
+    beside_projector = ("sampler.bin",)
     config_fields: ClassVar[type[OriginalConfig]] = SlimeFields
     names = NameMap(
         {

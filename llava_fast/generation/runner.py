@@ -102,12 +102,16 @@ class Runner:
 
     def route(self, sequence: Sequence) -> bool:
         """Replace a sequence's prompt by that without the optional rows that the model's router leaves out. Encodes
-        images, unless the remaining rows of the same image with the same text are known; returns whether it did."""
+        images, unless the remaining rows of the same image with the same text are known; returns whether it did. The
+        answer may have the rows that are left out.
+        """
         prompt = sequence.prompt
         if self.model.config.router is not None and any(_is_routed(part) for part in prompt.parts):
             if prompt.routed is None:
                 prompt.routed = Prompt([self._routed(part) for part in prompt.parts])
             sequence.prompt = prompt.routed
+            room = min(self.model.config.decoder.context_length, self.cache.max_blocks * self.cache.block_rows)
+            sequence.limit = min(sequence.sampler.options.max_new_tokens, room - sequence.prompt.rows)
             return any(part.made is not None for part in sequence.prompt.parts)
         return False
 

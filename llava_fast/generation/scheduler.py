@@ -132,16 +132,17 @@ class Scheduler:
     # ------------------------------------------------------------ joining and leaving
 
     def _admit(self) -> Moved:
-        """Returns the sequences that failed. If routing encodes images, only one sequence is admitted while others
-        decode.
+        """Returns the sequences that failed. If routing encodes images, whose rows are then held, only one sequence is
+        admitted while others decode, and none beyond one prefill pass.
         """
         moved: Moved = []
         encoded = False
+        rows_to_run = sum(sequence.rows - sequence.cached.length for sequence in self.prefilling)
         for sequence in list(self.waiting):
             running = len(self.prefilling) + len(self.decoding)
             if running >= self.max_running or self._refused == (sequence, self.cache.used_blocks):
                 break
-            if encoded and self.decoding:
+            if encoded and (self.decoding or rows_to_run >= self.chunk_rows):
                 break
             try:
                 encoded |= self.runner.route(sequence)
@@ -176,6 +177,7 @@ class Scheduler:
                 self._reused_rows += rows
             self.waiting.remove(sequence)
             self.prefilling.append(sequence)
+            rows_to_run += sequence.rows - rows
         return moved
 
     def _cached(self, sequence: Sequence) -> tuple[list[int], int]:

@@ -53,7 +53,8 @@ class NoGraphError(Exception):
 
 
 class Captures(Generic[Captured]):
-    """Captured graphs by key, in the order of their use; of `most`, the one used longest ago is dropped.
+    """Captured graphs by key, in the order of their use; of `most`, the one used longest ago is dropped before a
+    capture (which needs its memory, and may fail).
 
     failed  why a key has no graph: its capture failed (logged), or NoGraphError. It is not tried again before `clear`.
     """

@@ -23,8 +23,9 @@ class EightBitLinear(nn.Linear):
     """nn.Linear whose products of more than FEW_ROWS rows may run in 8 bits (ops.scaled_linear); selection decides.
 
     Takes over a Linear's weight and bias, and holds its weight once more: codes [out, in] of 8 bits and scale float32
-    [out, 1]. They follow `to`, `load_state_dict` and the end of training, no other change of the weight in place, for
-    which there is `round_weight`. A state dict has the weight alone, so a checkpoint is written as without them.
+    [out, 1]. They follow the weight: after a change in place (PEFT's merge) it is rounded anew at the next product. Not
+    seen is a change of an inference tensor (of a model loaded in inference mode) or through `weight.data`, after which
+    `round_weight` is to be called. A state dict has the weight alone, so a checkpoint is written as without them.
     Where a gradient is needed, in training mode, under autocast and torch.compile it is an nn.Linear.
     """
 
@@ -35,12 +36,19 @@ class EightBitLinear(nn.Linear):
         nn.Linear.__init__(self, linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias, self.code_dtype = linear.weight, linear.bias, dtype
         self.training = linear.training
-        for name, value in zip(("codes", "scale"), rounded_rows(self.weight.detach(), dtype), strict=True):
-            self.register_buffer(name, value, persistent=False)
+        for name in ("codes", "scale"):
+            self.register_buffer(name, None, persistent=False)
+        self.round_weight()
 
     def round_weight(self) -> None:
         """Derive the codes anew from the weight."""
         self.codes, self.scale = rounded_rows(self.weight.detach(), self.code_dtype)
+        self._rounded = _state_of(self.weight)
+
+    def follow_weight(self) -> None:
+        """Derive the codes anew if the weight has changed."""
+        if self._rounded != _state_of(self.weight):
+            self.round_weight()
 
     def forward(self, x: Tensor) -> Tensor:
         gradients = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
@@ -48,6 +56,7 @@ class EightBitLinear(nn.Linear):
             return super().forward(x)
         if not takes("scaled_linear", x, operands=(self.weight,)):
             return super().forward(x)
+        self.follow_weight()
         return scaled_linear(x, self.weight, self.codes, self.scale, self.bias)
 
     def train(self, mode: bool = True) -> EightBitLinear:
@@ -63,6 +72,11 @@ class EightBitLinear(nn.Linear):
     def _load_from_state_dict(self, *args) -> None:
         super()._load_from_state_dict(*args)
         self.round_weight()
+
+
+def _state_of(weight: Tensor) -> tuple[int, int]:
+    """What a change of the weight changes: its address (`weight.data = ...`) or its version (in place)."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
 class EightBitMergedLinear(MergedLinear, EightBitLinear):  # type: ignore[misc]  # forward returns a tuple

@@ -7,7 +7,7 @@ encodes this way on CUDA (`encode`). Not measured on a GPU yet.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +18,7 @@ from llava_fast.inputs.plan.buckets import Bucket, bucket_of, fill
 from llava_fast.models.batch import Batch
 from llava_fast.models.blocks.watch import Watch
 from llava_fast.models.cuda_graphs import Captures, capture
+from llava_fast.models.eight_bit import EightBitLinear
 from llava_fast.models.vlm import LlavaModel
 from llava_fast.ops import backend
 
@@ -44,7 +45,8 @@ class EncodeGraphs:
 
     unfit   why no graph can stand for this model's modules; None if one can.
     failed  why a bucket has none, by `graph_key`: its first batch or its capture has failed (logged). It is not tried
-            again until a module changes; all other graphs stay.
+            again until a module changes. All other graphs stay, but at MOST_GRAPHS the one used longest ago is dropped
+            before a capture, even one that then fails.
     """
 
     devices: ClassVar = ("cuda",)
@@ -55,6 +57,7 @@ class EncodeGraphs:
         self._model = weakref.ref(model)  # so that one kept for the model's next call does not keep the model
         self._watched = _modules_of(model)
         self._watch = Watch(*self._watched)
+        self._rounded = _eight_bit(self._watched)
         self.unfit: str | None = None
         self._met: set[tuple] = set()
         self.graphs: Captures[_Captured] = Captures(MOST_GRAPHS)
@@ -72,7 +75,7 @@ class EncodeGraphs:
     def encode(self, batch: Batch) -> Tensor:
         """model.inputs_embeds(batch) without gradients, [rows, width], the caller's own: from a graph if one can stand
         for the modules. The first batch of a bucket runs them, filled up as the graph will be: so the ops are proven
-        for its calls (see ops/selection)."""
+        for its calls (see ops/selection). After a change of the modules the capture's warm-up proves them."""
         with torch.no_grad():
             rows = self._from_graph(batch) if self._serves(batch) else None
             return self.model.inputs_embeds(batch) if rows is None else rows
@@ -108,10 +111,13 @@ class EncodeGraphs:
         modules = _modules_of(self.model)
         if any(now is not then for now, then in zip(modules, self._watched, strict=True)):
             self._watched, self._watch = modules, Watch(*modules)
+        for each in self._rounded:
+            each.follow_weight()  # its codes, where the weight has changed in place, lie elsewhere then
         newline = (self.model.image_newline.data_ptr(),) if self.model.config.has_newline else ()
         if self._watch.changed(*newline):
             self.graphs.clear()
             self.unfit = self._watch.unfit
+            self._rounded = _eight_bit(self._watched)
 
     def __call__(self, batch: Batch) -> Tensor:
         self._follow_changes()
@@ -151,6 +157,10 @@ class EncodeGraphs:
 def _modules_of(model: LlavaModel) -> tuple[nn.Module, ...]:
     """The modules that a graph stands for."""
     return model.vision_tower, model.projector, model.decoder.embed_tokens
+
+
+def _eight_bit(modules: Iterable[nn.Module]) -> list[EightBitLinear]:
+    return [each for module in modules for each in module.modules() if isinstance(each, EightBitLinear)]
 
 
 def _what(bucket: Bucket) -> str:

@@ -307,14 +307,22 @@ def put(model: nn.Module, name: str, weight: QuantisedWeight, dtype: torch.dtype
 def quantise_model(model: nn.Module, quantisation: Quantisation | str) -> nn.Module:
     """Quantise the modules of a LlavaModel in place, one weight at a time; returns it. Raises QuantisationError.
 
-    Linears that were merged (models.fused.merge_linears) are split first, and stay so.
+    Linears that were merged (models.fused.merge_linears) are split first, and stay so. A model loaded with `precision`
+    is refused.
     """
+    check_no_precision(model)
     split_linears(model)
     for name, rounding in plan(model, Quantisation.of(quantisation)).items():
         old = model.get_submodule(name)
         assert isinstance(old, (nn.Linear, nn.Embedding))
         put(model, name, rounding.of(old.weight.detach()), old.weight.dtype)
     return model
+
+
+def check_no_precision(model: nn.Module) -> None:
+    """Raise QuantisationError for a model whose Linears multiply in 8 bits (models.eight_bit)."""
+    if any(isinstance(module, nn.Linear) and "codes" in module._buffers for module in model.modules()):
+        raise QuantisationError("the model was loaded with precision: load it without, then quantise it")
 
 
 def is_quantised(model: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from llava_fast.calibration.compressor import compress
 from llava_fast.calibration.rows import calibration_rows
 from llava_fast.cli.main import app
 from llava_fast.models.quantised import Rounding, quantise_model
-from tests.support import made_data, tiny
+from tests.support import made_data, slimes, tiny
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,24 @@ def test_rows_are_those_of_the_model(model, data):
     with torch.no_grad():
         wanted = model.inputs_embeds(batch)
     assert any(torch.equal(each, wanted) for each in every)
+
+
+def test_a_model_loaded_with_precision_is_refused(checkpoint, data, monkeypatch):
+    monkeypatch.setattr(run, "check_installed", lambda: None)
+    model = llava_fast.load(checkpoint, device="cpu", precision="int8")
+    for quantise in (lambda: quantise_model(model, "int8"), lambda: llava_fast.calibrate(model, data)):
+        with pytest.raises(QuantisationError, match="loaded with precision: load it without"):
+            quantise()
+
+
+def test_a_routers_rows_are_those_that_stay(data, tmp_path, monkeypatch):
+    slimes.write(tmp_path)
+    model, asked = llava_fast.load(tmp_path, device="cpu"), []
+    routed = model.routed
+    monkeypatch.setattr(model, "routed", lambda batch: asked.append(batch.plan) or routed(batch))
+    rows = rows_of(model, data)
+    left_out = [plan.rows - len(each) for plan, each in zip(asked, rows, strict=True)]
+    assert [left > 0 for left in left_out] == [plan.tiles > 0 for plan in asked]
 
 
 def test_data_that_cannot_calibrate(model, data, tmp_path, caplog):

@@ -168,6 +168,39 @@ def test_a_prompt_that_cannot_be_routed_fails_alone(slime, monkeypatch):
     assert len(made[1].result().token_ids) == 3
 
 
+def test_few_waiting_prompts_are_routed_in_one_step(slime, monkeypatch):
+    """Their rows are held on the device until their prefill."""
+    _, model, _ = slime
+    scheduler = Scheduler(Runner(model), chunk_rows=32)
+    asked = [{"prompt": f"hello <image> {'the ' * n}:", "images": [tiny.picture(70, 40)]} for n in range(8)]
+    sampling = Sampling(max_new_tokens=3, ignore_eos=True)
+    made = [new_sequence(model, prompt_of(model.processor, each), sampling) for each in asked]
+    runs, held, routed = [], [], model.routed
+    monkeypatch.setattr(model, "routed", lambda batch: runs.append(1) or routed(batch))
+    for each in made:
+        scheduler.add(each)
+    while not scheduler.is_idle:
+        before = len(runs)
+        scheduler.step()
+        held.append(len(runs) - before)
+    assert max(held) == 2  # the first has less than 32 rows
+    monkeypatch.undo()
+    for each, request in zip(made, asked, strict=True):
+        assert each.result() == model.generate([request], max_new_tokens=3, ignore_eos=True)[0]
+
+
+def test_an_answer_may_have_the_rows_that_are_left_out(slime):
+    _, model, _ = slime
+    request = {"prompt": "hello <image> b:", "images": [tiny.picture(70, 40)]}
+    most = model.config.decoder.context_length
+    request["prompt"] += " a" * (most - 3 - model.processor.count(request).all)
+    asked = model.processor.count(request).all
+    (answer,) = model.generate([request], max_new_tokens=12, ignore_eos=True)
+    assert asked + 12 > most
+    assert answer.usage.prompt_tokens + 12 <= most
+    assert len(answer.token_ids) == 12
+
+
 def test_a_conversation_routes_its_image_again_for_each_question(slime):
     _, model, _ = slime
     picture = tiny.picture(70, 40)

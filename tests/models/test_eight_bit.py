@@ -117,8 +117,19 @@ def test_codes_follow_the_weight(monkeypatch):
     check()
     with torch.no_grad():
         model.weight.add_(1)
-    model.round_weight()
+        model(torch.rand(32, 32).bfloat16())
+        check()
+        model.weight.data = model.weight * 2
+        model(torch.rand(32, 32).bfloat16())
     check()
+
+
+@on_precisions
+@torch.no_grad()
+def test_answers_decode_in_the_native_step(precision):
+    with backend.noted() as calls:
+        rounded("next", precision).generate([{"prompt": "hello"}], max_new_tokens=3, ignore_eos=True)
+    assert ("decoder_step", "native") in calls
 
 
 @on_precisions
@@ -146,9 +157,15 @@ def test_graphs_of_encoding_hold_8_bit_products(precision):
     model = rounded("next", precision, merged=True)
     graphs, batch = PlayedEncoding(model), asked(model)
     expected = model.inputs_embeds(batch)
-    for _ in range(3):
-        torch.testing.assert_close(graphs.encode(batch), expected, rtol=1e-4, atol=1e-5)
+    with backend.noted() as calls:
+        for _ in range(3):
+            torch.testing.assert_close(graphs.encode(batch), expected, rtol=1e-4, atol=1e-5)
+    assert ("scaled_linear", "eight_bit") in calls
     assert (graphs.replays, graphs.unfit, graphs.failed) == (2, None, {})
+    model.vision_tower.encoder.layers[0].mlp.fc1.weight.mul_(2)
+    other = graphs.encode(batch)
+    assert not torch.allclose(other, expected, rtol=1e-2)
+    torch.testing.assert_close(other, model.inputs_embeds(batch), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
@@ -163,7 +180,7 @@ def test_load_and_save(tmp_path, precision):
     with backend.noted() as calls:
         (made,) = model.generate([answer], max_new_tokens=3, ignore_eos=True)
     assert len(made.token_ids) == 3
-    assert ("scaled_linear", "eight_bit") in calls
+    assert {("scaled_linear", "eight_bit"), ("decoder_step", "native")} <= set(calls)
     llava_fast.save(model, tmp_path / "again")
     for path in sorted((tmp_path / "plain").iterdir()):
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name

@@ -38,6 +38,19 @@ def test_rows_are_rounded_to_the_nearest_code(codes):
 
 
 @on_codes
+def test_a_transposed_x_is_multiplied_by_rows(codes, monkeypatch):
+    """CUDA's products refuse another order; a CPU's take it."""
+    x, weight, own, scale, bias = drawn(codes)
+    strides = []
+    name = "_int_mm" if codes == torch.int8 else "_scaled_mm"
+    product = getattr(torch, name)
+    monkeypatch.setattr(torch, name, lambda a, *rest, **kw: strides.append(a.stride()) or product(a, *rest, **kw))
+    turned = x.t().contiguous().t()
+    assert torch.equal(scaled_linear(turned, weight, own, scale, bias), scaled_linear(x, weight, own, scale, bias))
+    assert strides == [(64, 1)] * 2
+
+
+@on_codes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_product_is_the_rounded_operands(codes, dtype, bias):

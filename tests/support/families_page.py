@@ -58,7 +58,8 @@ answer by five beams, which are not offered here, and a repetition penalty of 1.
 SliME's router keeps as many rows of an image as the prompt's text asks for. `count_tokens`, `llava-fast data` and the
 server's plan say the maximum (`optional_tokens` of the plan are those that may be left out); `usage` of an answer, and
 `model.routed(batch)`, say what was kept. Its trainer let the router read the answers too, which no prompt has: here it
-reads the prompt alone, or what its trainer did with `data.router_text: all`.
+reads the prompt alone, or what its trainer did with `data.router_text: all`. A prompt whose maximum fills the
+context is refused; in others the answer may have the room of the rows that were left out.
 
 From tiles to the decoder's inputs beside SliME's published steps, one picture of 1024x768 and 64 tokens, CLIP-L with 4
 layers of random weights, one thread of a shared AMD EPYC, equal rows to 6e-7: 6.0 s and 336 MiB at the peak, published

@@ -1,8 +1,9 @@
 """Whether a decoder pass may run as one compiled `decoder_step`, which reads weights and calls no module, and whether
 its head may run natively too.
 
-It may if every module is the one that `Decoder` built, or a QuantisedLinear in its place. If one is wrapped (LoRA),
-hooked or parametrised, the modules run instead, because its own forward must be called. Checked before each pass.
+It may if every module is the one that `Decoder` built, or a QuantisedLinear or EightBitLinear in its place. If one is
+wrapped (LoRA), hooked or parametrised, the modules run instead, because its own forward must be called. Checked before
+each pass.
 """
 
 from __future__ import annotations

@@ -16,12 +16,14 @@ from llava_fast.models.blocks.native_step import step_weights
 from llava_fast.models.blocks.rope import Rope
 from llava_fast.models.decoders.base import BaseDecoder, RowContext, StackConfig, reserve
 from llava_fast.models.decoders.llama import DecoderAttention, DecoderLayer, DecoderMLP, PreNormLayer
+from llava_fast.models.eight_bit import EightBitLinear
 from llava_fast.models.paged_cache import PagedCache, Pages
 from llava_fast.models.quantised import QuantisedLinear
 from llava_fast.models.recompute import Recompute, run_layer
 from llava_fast.ops.decoder_step import decoder_step
 
-_PLAIN = frozenset({fused.RMSNorm, DecoderAttention, DecoderMLP, DecoderLayer, nn.Linear, QuantisedLinear})
+_LINEARS = {nn.Linear, QuantisedLinear, EightBitLinear}  # the last multiplies few rows as nn.Linear does
+_PLAIN = frozenset({fused.RMSNorm, DecoderAttention, DecoderMLP, DecoderLayer, *_LINEARS})
 """The module types that one decoder_step replaces."""
 
 

@@ -50,7 +50,7 @@ def unfit(x: Tensor, codes: Tensor) -> str | None:
 
 def scaled_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """x [n, in] times codes [out, in] with scale [out, 1], plus bias, in x's dtype."""
-    own, own_scale = rounded_rows(x, codes.dtype)
+    own, own_scale = rounded_rows(x.contiguous(), codes.dtype)  # CUDA's products take rows alone
     if codes.dtype == torch.int8:
         products = torch._int_mm(own, codes.t()) * own_scale  # float32
         if bias is None:
