@@ -372,6 +372,10 @@ def test_the_tower_may_be_in_lavis_own_file(vid, tmp_path):
     planes = F.interpolate(planes, size=(6, 6), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
     torch.testing.assert_close(grown[0, 1:], planes.reshape(36, 32))
     assert torch.equal(grown[0, 0], own["pos_embed"][0, 0])
+    for shape in ((1, 1 + SIDE**2 + 1, 32), (1, 1, 32), (1, 1 + SIDE**2, 16), (1 + SIDE**2, 32)):
+        torch.save(own | {"pos_embed": torch.ones(shape)}, tmp_path / "eva_vit_g.pth")
+        with pytest.raises(CheckpointError, match=r"eva_vit_g.pth: pos_embed is .*; an EVA's positions are \[1, 1"):
+            llava_fast.load(tmp_path / "copy", vision_tower=tmp_path)
 
 
 def test_a_new_one_is_assembled_from_lavis_files(vid, tmp_path, monkeypatch):
