@@ -52,7 +52,7 @@ or without queries.
 
 LLaMA-VID was trained with the image in every question of a dialogue, and each question makes its own rows of it: here a
 question without an image gets the last one's (`ProcessorOptions(image_turns="given")`: not). Of a video file it takes 1
-frame a second (`video_fps`), in `batch` and `serve` too, whatever `video_frames` says. InternLM-XComposer's own demos
+frame a second (`video_fps`), in `batch` and `serve` too, unless a number is given (`video_frames`, `--video-frames`). InternLM-XComposer's own demos
 answer by five beams, which are not offered here, and a repetition penalty of 1.5 (`repetition_penalty`).
 
 SliME's router keeps as many rows of an image as the prompt's text asks for. `count_tokens`, `llava-fast data` and the
