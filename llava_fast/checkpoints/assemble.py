@@ -18,9 +18,8 @@ from pydantic import BaseModel, ConfigDict
 from llava_fast.checkpoints.adapters import add_projector, find_projector_file
 from llava_fast.checkpoints.load import LoadedCheckpoint, load_checkpoint
 from llava_fast.errors import CheckpointError
-from llava_fast.families import family_of, family_of_config, fields, find_family
+from llava_fast.families import assembled_family, family_of, family_of_config, fields, find_family
 from llava_fast.families.known_towers import Tower, tower_tensors
-from llava_fast.families.llama_vid import LlamaVid
 from llava_fast.families.llava_original import LlavaOriginal, original_types
 from llava_fast.families.names import HEAD, NameMap
 from llava_fast.families.parts import require
@@ -127,8 +126,12 @@ def describe(assembly: Assembly, decoder: dict[str, Any], path: Path) -> tuple[L
     )
     check_fields(decoder, fields.Decoder, path / "config.json")
     if (assembly.compress is not None or assembly.image_size != 224) and assembly.qformer_from is None:
-        raise CheckpointError("model.compress and model.image_size are a LLaMA-VID's: give model.qformer_from too")
-    source = decoder | _family(assembly).assembled_fields(kind, assembly.model_dump())
+        raise CheckpointError(
+            "model.compress and model.image_size need a connector with text: give model.qformer_from too"
+        )
+    made = assembled_family(assembly.model_dump())
+    assert isinstance(made, LlavaOriginal)  # the others have no parts of their own
+    source = decoder | made.assembled_fields(kind, assembly.model_dump())
     if assembly.rope is not None:
         theta = (source.pop("rope_parameters", None) or {}).get("rope_theta", source.get("rope_theta", 10000.0))
         scaling = {"rope_type": assembly.rope.kind, "type": assembly.rope.kind, "factor": assembly.rope.factor}
@@ -139,10 +142,6 @@ def describe(assembly: Assembly, decoder: dict[str, Any], path: Path) -> tuple[L
         raise CheckpointError(f"settings: {unknown[0]!r} is not a field of a {family.model_types[0]}'s config.json")
     config, tower = family.read_with_tower(source, path)
     return dataclasses.replace(config, source=source | {"mm_hidden_size": config.vision.hidden_size}), tower
-
-
-def _family(assembly: Assembly) -> LlavaOriginal:
-    return LlavaOriginal() if assembly.qformer_from is None else LlamaVid()
 
 
 def _fresh_parts(config: LlavaConfig, seed: int) -> tuple[dict[str, StoredTensor], set[str]]:

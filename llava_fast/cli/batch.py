@@ -104,7 +104,9 @@ def batch(
     ] = [],  # noqa: B006
     video_frames: Annotated[
         int | None,
-        typer.Option(min=1, help="Frames used of a video. Default: 16; of LLaMA-VID 1 a second; of InstructBLIP always 4."),
+        typer.Option(
+            min=1, help="Frames used of a video. Default: 16; of LLaMA-VID 1 a second; of InstructBLIP always 4."
+        ),
     ] = None,
     model_base: ModelBase = None,
     chat_template: Template = None,

@@ -33,7 +33,9 @@ def serve(
     precision: Precision = None,
     video_frames: Annotated[
         int | None,
-        typer.Option(min=1, help="Frames used of a video. Default: 16; of LLaMA-VID 1 a second; of InstructBLIP always 4."),
+        typer.Option(
+            min=1, help="Frames used of a video. Default: 16; of LLaMA-VID 1 a second; of InstructBLIP always 4."
+        ),
     ] = None,
     api_key: Annotated[
         list[str],

@@ -53,6 +53,8 @@ _BY_CONNECTOR = {
 """mm_projector_type -> the registry's name of a family with its own original layout."""
 _BY_FIELD = {"bert_type": "llama_vid"}
 """A field that only such a family's config.json has -> the registry's name."""
+_BY_PART = {"qformer_from": "llama_vid"}
+"""A part that only such a family is assembled from -> the registry's name."""
 
 
 def find_family(source: dict[str, Any]) -> Family | None:
@@ -66,6 +68,11 @@ def find_family(source: dict[str, Any]) -> Family | None:
         kind = _BY_CONNECTOR.get(connector, _ORIGINAL) if isinstance(connector, str) else _ORIGINAL
         kind = next((family for field, family in _BY_FIELD.items() if field in source), kind)
     return FAMILIES[kind]() if isinstance(kind, str) and kind in FAMILIES else None
+
+
+def assembled_family(parts: dict[str, Any]) -> Family:
+    """The family of a model that is assembled from parts, the fields of a recipe's Assembly."""
+    return FAMILIES[next((name for part, name in _BY_PART.items() if parts[part] is not None), _ORIGINAL)]()
 
 
 def family_of(source: dict[str, Any], file: Path) -> Family:

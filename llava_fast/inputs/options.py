@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Literal
 
-
 VIDEO_FRAMES = 16
 """Frames that are used of a video file if nobody says otherwise."""
 

@@ -11,8 +11,8 @@ import urllib.parse
 from pathlib import Path
 
 from llava_fast.errors import ImageError
-from llava_fast.inputs.pictures.reading import OPEN_FORMATS, open_header
 from llava_fast.inputs.options import VIDEO_FRAMES
+from llava_fast.inputs.pictures.reading import OPEN_FORMATS, open_header
 from llava_fast.inputs.pictures.video import CONTAINERS, FrameRate, VideoFrames, take_frames
 from llava_fast.serve.errors import ApiError, check_wanted
 from llava_fast.serve.remote import fetch
