@@ -34,7 +34,7 @@ def serve(
     video_frames: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Frames used of a video. Default: 16; of LLaMA-VID 1 a second; of InstructBLIP always 4."
+            min=1, help="Frames used of a video. Default: 16, but LLaMA-VID: 1 a second. InstructBLIP: always 4."
         ),
     ] = None,
     api_key: Annotated[

@@ -89,8 +89,8 @@ float32, two threads of a shared AMD EPYC, equal rows to 7e-7 (`benchmarks/qwen_
 | all views at once (`-at-once.json`) | 1.88 / 1.95 | 8.5 / 10.0 | 157 / 212 | 562 / 294 |
 | a tile's MLP and resampler alone (`-by-tile.json`) | 2.44 / 2.00 | 13.9 / 14.1 | 137 / 202 | 337 / 333 |
 
-(`benchmarks/results/2026-11-29-cpu-2core-epyc-qwen-vl-monkey-visual-*.json`.) Other work disturbed the times of the second
-run on both sides. The final code runs a tile's parts alone and was not timed.
+(`benchmarks/results/2026-11-29-cpu-2core-epyc-qwen-vl-monkey-visual-*.json`.) Other work disturbed the
+times of the second run, of both sides alike. The final code was not timed.
 """
 
 
