@@ -41,7 +41,7 @@ class Settings:
     sampling         how to generate; item i draws from its seed + i.
     literal_text     control tokens and placeholders in prompts are text (see inputs.literal). Otherwise a prompt places
                      its pictures by <image> and <video>; those that it does not place come first.
-    video_frames     how many frames of a video are used.
+    video_frames     how many frames of a video are used (None: 16, or the model's own number or rate).
     max_running      most answers made at once.
     workers          threads that read pictures and tokenise.
     batch_invariant  answers do not depend on what runs beside them, to the bit (see Runner).
@@ -52,7 +52,7 @@ class Settings:
     system: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
     literal_text: bool = True
-    video_frames: int = 16
+    video_frames: int | None = None
     max_running: int = 32
     workers: int = 2
     batch_invariant: bool = False
@@ -67,9 +67,8 @@ class Answerer:
         assert settings.prompt is not None  # chosen by job.run
         self.template = PromptTemplate(settings.prompt)
         self.processor = replace(
-            model.own_processor,
+            model.own_processor.with_frames(settings.video_frames),
             literal_text=settings.literal_text,
-            video_frames=settings.video_frames,
             formats=OPEN_FORMATS,
             threads=1,  # pictures are read side by side
         )

@@ -73,11 +73,15 @@ def add_projector(base: Mapping[str, StoredTensor], file: Path, family: Family) 
     return {**base, **{name: each for one in files for name, each in _unwrapped(open_file(one), family.names).items()}}
 
 
-def add_factors(tensors: Mapping[str, StoredTensor], scale: float) -> dict[str, StoredTensor]:
-    """Our names -> tensors of a checkpoint with the low-rank weights that it holds beside its Linears' merged. Raises
-    CheckpointError for a factor that does not match its Linear."""
+def add_factors(tensors: Mapping[str, StoredTensor], alpha: float, rank: int) -> dict[str, StoredTensor]:
+    """Our names -> tensors of a checkpoint with the low-rank weights that it holds beside its Linears' merged; alpha
+    and rank are config.json's. Raises CheckpointError for a factor of another rank or that does not match its Linear.
+    """
     pairs, merged = _paired(tensors)
-    return merged | {name: _merged(merged, name, a, b, scale, a.file) for name, (a, b) in pairs.items()}
+    for name, (a, b) in pairs.items():
+        _check_rank(name, a, rank, "config.json states")
+        merged[name] = _merged(merged, name, a, b, alpha / rank, a.file)
+    return merged
 
 
 def add_adapter(
@@ -125,10 +129,14 @@ def _add_plain(
     pairs, whole = _split(stored, file, names)
     tensors.update(whole)
     for name, (a, b) in pairs.items():
-        if a.shape[0] != rank:
-            raise CheckpointError(f"{file}: LoRA of {name} has rank {a.shape[0]} and {ADAPTER_CONFIG} states r {rank}")
+        _check_rank(name, a, rank, f"{ADAPTER_CONFIG} states r")
         tensors[name] = _merged(tensors, name, a, b, scale, file)
     return tensors
+
+
+def _check_rank(name: str, a: StoredTensor, rank: int | None, states: str) -> None:
+    if a.shape[0] != rank:
+        raise CheckpointError(f"{a.file}: LoRA of {name} has rank {a.shape[0]} and {states} {rank}")
 
 
 def _merged(

@@ -127,7 +127,9 @@ def describe(assembly: Assembly, decoder: dict[str, Any], path: Path) -> tuple[L
     )
     check_fields(decoder, fields.Decoder, path / "config.json")
     if (assembly.compress is not None or assembly.image_size != 224) and assembly.qformer_from is None:
-        raise CheckpointError("model.compress and model.image_size are a LLaMA-VID's: give model.qformer_from too")
+        raise CheckpointError(
+            "model.compress and model.image_size need a connector that reads text: give model.qformer_from too"
+        )
     parts = assembly.model_dump()
     assembled = assembling_family(parts)
     assert isinstance(assembled, LlavaOriginal)  # whose layout it is

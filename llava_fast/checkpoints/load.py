@@ -82,8 +82,8 @@ def load_checkpoint(
     family = family_of(source, described / "config.json")
     config, tower = family.read_with_tower(source, described, vision_tower, base)  # first, since its errors are clearer
     tensors = family.names.name_tensors(joined(open_weights(base or path), base or path))
-    if (scale := family.lora_scale(config)) is not None:
-        tensors = add_factors(tensors, scale)
+    if (lora := family.built_in_lora(config)) is not None:
+        tensors = add_factors(tensors, *lora)
     if projector is not None:
         tensors = add_projector(tensors, projector, family)
     if config.decoder.tied_by_file:

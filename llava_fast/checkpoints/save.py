@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from llava_fast.checkpoints.quantisation_config import describe, quantised_modules
 from llava_fast.errors import CheckpointError
-from llava_fast.families import fields, writing_family
+from llava_fast.families import family_of_config, fields, writing_family
 from llava_fast.families.base import Family, TokenIds
 from llava_fast.families.names import HEAD
 from llava_fast.models.config import ConfiguredModel, LlavaConfig
@@ -81,8 +81,13 @@ def save(
         raise CheckpointError(f"layout is {layout!r}; supported are 'hf' and 'original'")
     path = check_destination(path, overwrite)
     config, tokenizer = model.config, model.tokenizer
-    family = writing_family(config, layout)
     quantised = quantised_modules(model) if tensors is None else {}
+    if quantised and config.layout == "original" and type(family_of_config(config)).other is Family.other:
+        raise CheckpointError(
+            f"quantised weights of a {config.model_type} cannot be saved: save the model that was loaded without "
+            "quantize=, and quantise it each time it is loaded"
+        )
+    family = writing_family(config, layout)
     if quantised and layout != "hf":
         raise CheckpointError(f"layout {layout!r} does not support quantised weights: save with layout='hf'")
     tensors = dict(separate_parameters(model) if tensors is None else tensors)

@@ -102,7 +102,12 @@ def batch(
     stop: Annotated[
         list[str], typer.Option(rich_help_panel=DRAWING, help="A string that ends an answer; repeat for several.")
     ] = [],  # noqa: B006
-    video_frames: Annotated[int, typer.Option(min=1, help="How many frames of a video are used.")] = 16,
+    video_frames: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Frames used of a video. Default: 16, but LLaMA-VID: 1 a second. InstructBLIP: always 4."
+        ),
+    ] = None,
     model_base: ModelBase = None,
     chat_template: Template = None,
     device: Device = None,

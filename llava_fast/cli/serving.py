@@ -31,7 +31,12 @@ def serve(
     quantize: Quantize = None,
     kv_cache: KvCache = None,
     precision: Precision = None,
-    video_frames: Annotated[int, typer.Option(min=1, help="Number of frames used of a video.")] = 16,
+    video_frames: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Frames used of a video. Default: 16, but LLaMA-VID: 1 a second. InstructBLIP: always 4."
+        ),
+    ] = None,
     api_key: Annotated[
         list[str],
         typer.Option(

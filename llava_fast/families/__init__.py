@@ -54,7 +54,6 @@ _BY_CONNECTOR = {
 """mm_projector_type -> the registry's name of a family with its own original layout."""
 _BY_FIELD = {"bert_type": "llama_vid"}
 """A field that only such a family's config.json has -> the registry's name."""
-
 _BY_PART = {"qformer_from": "llama_vid"}
 """A field of a recipe's Assembly -> the registry's name of the family that it assembles."""
 

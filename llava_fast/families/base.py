@@ -118,8 +118,8 @@ class Family(ABC):
         """The built-in chat template of a checkpoint without one; `name` is what the user called the checkpoint."""
         return default_template_name(name, config.decoder.family)
 
-    def lora_scale(self, config: LlavaConfig) -> float | None:
-        """The scale of low-rank weights that the checkpoint holds beside its Linears'; None: it has none."""
+    def built_in_lora(self, config: LlavaConfig) -> tuple[float, int] | None:
+        """(alpha, rank) of low-rank weights that the checkpoint holds beside its Linears'; None: it has none."""
         return None
 
     def own_template(self, name: str, config: LlavaConfig, path: Path) -> str:

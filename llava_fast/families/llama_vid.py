@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ class EvaTower(Tower):
     """LAVIS' tower in a file of its own; `home` is that file, its directory, or config.json's name of it."""
 
     def tensors(self, num_layers: int) -> dict[str, StoredTensor]:
-        """Positions are interpolated to the config's size, bicubically in float32."""
+        """Positions are interpolated to the config's size, bicubically in float32. Raises CheckpointError for those
+        that are no class row and a square of others, of the config's width."""
         config, named, tensors = self.config, Path(self.home).expanduser(), {}
         for key, tensor in self._open(named).items():
             name = LlamaVid.names.from_stored(f"model.vision_tower.vision_tower.{key.removeprefix('visual_encoder.')}")
@@ -96,7 +98,14 @@ class EvaTower(Tower):
                 continue
             if name.endswith("position_embedding") and tensor.shape != (1, config.rows_per_tile, config.hidden_size):
                 shape = (1, config.rows_per_tile, config.hidden_size)
-                load = functools.partial(_interpolated, tensor, config.image_size // config.patch_size)
+                rows = tensor.shape[1] if len(tensor.shape) == 3 else 0
+                own = math.isqrt(max(rows - 1, 0))
+                if not own or tensor.shape != (1, 1 + own**2, config.hidden_size):
+                    raise CheckpointError(
+                        f"{tensor.file}: {key} is {list(tensor.shape)}; an EVA's positions are "
+                        f"[1, 1 + n * n, {config.hidden_size}]"
+                    )
+                load = functools.partial(_interpolated, tensor, own, config.image_size // config.patch_size)
                 tensors[name] = StoredTensor(tensor.file, tensor.key, shape, tensor.dtype, load)
             else:
                 tensors[name] = tensor
@@ -334,10 +343,9 @@ def _words(qformer: QFormerConfig) -> dict[str, Any]:
     return {"vocab_size": qformer.vocabulary, "max_position_embeddings": qformer.positions}
 
 
-def _interpolated(stored: StoredTensor, side: int) -> torch.Tensor:
-    """[1, 1 + N, C] -> [1, 1 + side^2, C]; the class row's stays."""
+def _interpolated(stored: StoredTensor, own: int, side: int) -> torch.Tensor:
+    """[1, 1 + own^2, C] -> [1, 1 + side^2, C]; the class row's stays."""
     table = stored.load()
-    own = round((table.shape[1] - 1) ** 0.5)
     planes = table[:, 1:].float().unflatten(1, (own, own)).permute(0, 3, 1, 2)
     planes = F.interpolate(planes, size=(side, side), mode="bicubic", align_corners=False)
     return torch.cat([table[:, :1].float(), planes.flatten(2).transpose(1, 2)], dim=1).to(table.dtype)

@@ -48,8 +48,6 @@ from llava_fast.ops.activations import ACTIVATIONS
 from llava_fast.storage.bounds import Positive
 from llava_fast.storage.files import Fields, check_fields, one_line, read_json_if_there
 
-_BIASED = ("kqvo_bias", "bias", "intern_converted_llm")
-
 
 class BuiltInLora(Fields):
     """internlm_lora: the decoder's low-rank weights. Which Linears have them is seen from the stored tensors."""
@@ -168,9 +166,9 @@ class XComposer(Family):
     def template(self, name: str, config: LlavaConfig) -> str:
         return "xcomposer"
 
-    def lora_scale(self, config: LlavaConfig) -> float | None:
+    def built_in_lora(self, config: LlavaConfig) -> tuple[float, int] | None:
         lora = config.source.get("internlm_lora")
-        return None if lora is None else lora.get("lora_alpha", 16) / lora.get("lora_r", 8)
+        return None if lora is None else (lora.get("lora_alpha", 16), lora.get("lora_r", 8))
 
     def adapted_model(self, config: LlavaConfig, file: Path) -> nn.Module:
         from transformers import AutoModelForCausalLM
@@ -192,8 +190,8 @@ def _text_config(source: dict[str, Any], file: Path) -> Any:
     """InternLM as transformers' Llama."""
     from transformers import LlamaConfig as HfLlamaConfig  # seconds to import, as in parts.py
 
-    for field in ("rope_scaling", "num_key_value_heads"):
-        if source.get(field) is not None:
+    for field in ("rope_scaling", "rope_parameters", "rope_theta", "num_key_value_heads"):
+        if source.get(field) is not None and (field != "rope_theta" or source[field] != 10000):
             raise CheckpointError(
                 f"{file}: {field} is {source[field]!r}, which InternLM's code does not read: leave it out"
             )

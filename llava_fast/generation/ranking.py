@@ -215,6 +215,9 @@ class _WithoutEnds:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.template, name)
 
+    def without_videos(self) -> _WithoutEnds:
+        return _WithoutEnds(self.template.without_videos())
+
     def segments(self, messages: Sequence[Mapping], *rest: Any, **options: Any) -> list[Segment]:
         probe = [*messages[:-1], {**messages[-1], "content": [{"type": "text", "text": _PROBE}]}]
         probed = "".join(each.text for each in self.template.segments(probe, *rest, **options))

@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Literal
 
+VIDEO_FRAMES = 16
+"""Frames that are used of a video file if nobody says otherwise."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessorOptions:
     """Options of a processor that its checkpoint does not determine: `load(path, processor=ProcessorOptions(...))`.
 
-    video_frames    number of frames of a video file, spaced uniformly. (Frames that are given as images are all used;
-                    InstructBLIP for videos takes 4 of a file.)
+    video_frames    number of frames of a video file, spaced uniformly. Default: 16, or what `video_fps` says; a number
+                    without `video_fps` takes the place of the model's own rate. (Frames that are given as images are
+                    all used; InstructBLIP for videos takes 4 of a file.)
     video_fps       frames a second of a video file, instead of `video_frames`: its first frame and every n-th after it.
                     0: `video_frames`. Default: 1 for LLaMA-VID, else 0.
     time_instruction  add LLaVA-NeXT's sentence with a video's duration and its frames' times
@@ -37,7 +41,7 @@ class ProcessorOptions:
     Raises ValueError for any other value.
     """
 
-    video_frames: int = 16
+    video_frames: int | None = None
     video_fps: float | None = None
     time_instruction: bool = False
     literal_text: bool = False
@@ -56,7 +60,8 @@ class ProcessorOptions:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {getattr(self, name)!r}")
         for name, least in (("video_frames", 1), ("threads", 0)):
             value = getattr(self, name)
-            if not isinstance(value, Integral) or value < least:
+            may_be_none = value is None and name == "video_frames"
+            if not may_be_none and (not isinstance(value, Integral) or value < least):
                 raise ValueError(f"{name} must be a whole number, {least} or more, got {value!r}")
         if self.video_fps is not None and not 0 <= self.video_fps < float("inf"):
             raise ValueError(f"video_fps must be 0 or more, got {self.video_fps!r}")

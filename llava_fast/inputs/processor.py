@@ -21,7 +21,7 @@ from llava_fast.inputs.chat.rendering import ChatTemplate, Segment
 from llava_fast.inputs.encoding import ORIGINAL_IMAGE_TOKEN, Encoder
 from llava_fast.inputs.instructions import Instructions
 from llava_fast.inputs.literal import Hidden, LiteralText
-from llava_fast.inputs.options import ProcessorOptions
+from llava_fast.inputs.options import VIDEO_FRAMES, ProcessorOptions
 from llava_fast.inputs.pictures.headers import image_size
 from llava_fast.inputs.pictures.reading import open_image, require_rgb
 from llava_fast.inputs.pictures.tiles import UncutImages, make_tiles, plan_tiles, resized_first
@@ -75,6 +75,7 @@ class Processor(ProcessorOptions):
     repeats_images: bool = False
     routes: bool = False
     exif: bool = field(default=True, kw_only=True)
+    video_frames: int = field(default=VIDEO_FRAMES, kw_only=True)
 
     @property
     def frames(self) -> int:
@@ -82,10 +83,15 @@ class Processor(ProcessorOptions):
         return self.frames_per_video or self.video_frames
 
     def with_options(self, options: ProcessorOptions) -> Processor:
-        """This processor with other options; `exif` and `video_fps` are kept if `options` has None."""
+        """This processor with other options; `exif`, `video_frames` and `video_fps` are kept if `options` has None."""
         chosen = {option.name: getattr(options, option.name) for option in fields(ProcessorOptions)}
-        chosen |= {name: getattr(self, name) for name in ("exif", "video_fps") if chosen[name] is None}
-        return replace(self, **chosen)
+        kept = ("exif", "video_frames", "video_fps")
+        made = replace(self, **chosen | {name: getattr(self, name) for name in kept if chosen[name] is None})
+        return made.with_frames(options.video_frames) if options.video_fps is None else made
+
+    def with_frames(self, number: int | None) -> Processor:
+        """This processor with `number` frames of a video file in place of any rate; None: unchanged."""
+        return self if number is None else replace(self, video_frames=number, video_fps=None)
 
     def tiles(self, image: Any, alone: bool = True) -> np.ndarray:
         """uint8 tiles [tiles, 3, H, W] of one image (path, bytes, data URI, PIL image, uint8 array), base view first.

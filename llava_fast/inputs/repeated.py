@@ -13,8 +13,8 @@ from llava_fast.inputs.chat.messages import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 
 def with_repeated_images(request: Any, literal: bool = False) -> tuple[Any, int]:
     """(the request in which each user message without an image or video begins with those of the user message before
-    it, how often its video then occurs). Unchanged if it has no messages, or another number of images than its
-    placeholders, which rendering refuses. literal: a placeholder in a message's text is text.
+    it, how often its video then occurs). Unchanged if it has no messages, or another number of images or videos than
+    its placeholders, which rendering refuses. literal: a placeholder in a message's text is text.
     """
     if not isinstance(request, dict) or not isinstance(request.get("messages"), (list, tuple)):
         return request, 1
@@ -28,7 +28,7 @@ def with_repeated_images(request: Any, literal: bool = False) -> tuple[Any, int]
     images: list[Any] = []
     last: list[dict] = []  # the images and videos of the last question with any, and the sources of these images
     of_last: list[Any] = []
-    used = videos = 0
+    used = videos = named = 0
     for message in messages:
         items, own, clips = message["content"], [], 0
         for item in items:
@@ -42,6 +42,7 @@ def with_repeated_images(request: Any, literal: bool = False) -> tuple[Any, int]
             if has_video:
                 clips += item["text"].count(VIDEO_PLACEHOLDER) if in_text else int(item["type"] == "video")
         if message["role"] == "user":
+            named += clips
             if own or clips:
                 last, of_last = [*[{"type": "image"}] * len(own), *[{"type": "video"}] * clips], own
             else:
@@ -49,6 +50,6 @@ def with_repeated_images(request: Any, literal: bool = False) -> tuple[Any, int]
             videos += sum(item["type"] == "video" for item in last)
         images += own
         made.append({**message, "content": items})
-    if used != len(given):
+    if used != len(given) or named > 1:
         return request, 1
     return {**request, "messages": made, "images": images}, max(videos, 1)

@@ -45,6 +45,8 @@ def render_request(
     sources = [next(supply) if source is None else source for source in sources]
     if times_of is not None and videos:
         messages = with_video_times(messages, *times_of(videos[0]))
+    if not videos:
+        template = template.without_videos()
     if labels:
         _check_answers(messages)
         return template.segments(messages, add_generation_prompt=False), sources, videos

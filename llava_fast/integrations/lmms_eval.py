@@ -63,7 +63,7 @@ class LlavaFast(lmms):
         dtype: str | None = None,
         batch_size: int | str = 1,
         chat_template: str | None = None,
-        video_frames: int = 16,
+        video_frames: int | None = None,
         max_batch_size: int | None = None,
     ) -> None:
         self.pretrained = pretrained  # names lmms-eval's cache

@@ -14,14 +14,11 @@ from llava_fast.inputs.plan.from_ids import placement_columns
 from llava_fast.inputs.tiling.rows import TOKEN, VisualRows
 from llava_fast.models import encode
 from llava_fast.models.config import VisualConfig
+from llava_fast.models.connectors.base import TILES_AT_ONCE
 from llava_fast.models.placement import Placement, to_device
 
 Grids = Sequence[tuple[int, int]]
 """(rows, columns) of each image of native size, or (first, end) of each video's tiles."""
-
-
-TILES_AT_ONCE = 64
-"""Tiles that run at once without gradients, so that a long video needs little more memory than a short one."""
 
 
 class VisualModel(nn.Module):

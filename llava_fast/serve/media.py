@@ -11,6 +11,7 @@ import urllib.parse
 from pathlib import Path
 
 from llava_fast.errors import ImageError
+from llava_fast.inputs.options import VIDEO_FRAMES
 from llava_fast.inputs.pictures.reading import OPEN_FORMATS, open_header
 from llava_fast.inputs.pictures.video import CONTAINERS, FrameRate, VideoFrames, take_frames
 from llava_fast.serve.errors import ApiError, check_wanted
@@ -24,8 +25,8 @@ class Media:
     ImageError if it fails."""
 
     def __init__(self, settings: Settings, gone: threading.Event, frames: int | FrameRate | None = None) -> None:
-        """frames: which frames of a video are used; default: the settings' number."""
-        self.settings, self.gone, self.frames = settings, gone, frames or settings.video_frames
+        """frames: which frames of a video are used; default: the settings' number, or 16."""
+        self.settings, self.gone, self.frames = settings, gone, frames or settings.video_frames or VIDEO_FRAMES
         self.remote_seconds = settings.remote_seconds  # left for what is still to be fetched
         self.folders = [Path(folder).resolve() for folder in settings.allow_files]
 

@@ -45,14 +45,13 @@ class Service:
     def __init__(self, model: Llava, settings: Settings) -> None:
         if model.processor is None:
             raise ServeError("the model has no processor: load it with llava_fast.load")
-        if model.processor.frames_per_video is not None:
-            settings = replace(settings, video_frames=model.processor.frames_per_video)
+        processor = model.processor.with_frames(settings.video_frames)
+        settings = replace(settings, video_frames=processor.frames)
         self.model, self.settings = model, settings
         self.created = int(time.time())
         self.processor = replace(
-            model.processor,
+            processor,
             literal_text=settings.literal_text,
-            video_frames=settings.video_frames,
             formats=OPEN_FORMATS,
         )
         if settings.literal_text:

@@ -28,7 +28,7 @@ class Settings:
     max_held_bytes      most bytes of all bodies in memory; more get status 429.
     max_images          most images in a request.
     max_pixels          most pixels of an image, and of those frames of a video that are used together.
-    video_frames        how many frames of a video are used.
+    video_frames        how many frames of a video are used (None: 16, or the model's own number or rate).
     max_frames          most frames of a video file.
     allow_remote        hosts from which images and videos are fetched ("*.example.org": all subdomains); none: nothing
                         is fetched. `max_remote_bytes` limits each fetch, `remote_seconds` those of a request
@@ -68,7 +68,7 @@ class Settings:
     host_names: tuple[str, ...] = ()
     allow_origins: tuple[str, ...] = ()
     literal_text: bool = True
-    video_frames: int = 16
+    video_frames: int | None = None
     prefix_bytes: int = 1 << 30
     feature_bytes: int = 256 << 20
     max_prompt_tokens: int | None = None

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llava_fast
+from llava_fast.batch.answering import Answerer
+from llava_fast.batch.answering import Settings as BatchSettings
 from llava_fast.checkpoints.assemble import Assembly
 from llava_fast.checkpoints.load import load_checkpoint
 from llava_fast.doctor import report
@@ -22,9 +24,12 @@ from llava_fast.errors import CheckpointError, RequestError
 from llava_fast.families import family_of_config, read_config
 from llava_fast.families.llama_vid import LlamaVid
 from llava_fast.inputs.options import ProcessorOptions
+from llava_fast.inputs.pictures.video import FrameRate
 from llava_fast.models import visual
 from llava_fast.models.batch import Batch
 from llava_fast.models.vlm import LlavaModel
+from llava_fast.serve.service import Service
+from llava_fast.serve.settings import Settings as ServeSettings
 from tests.support import lavis, tiny
 from tests.support.parity import assert_close, assert_same_answer
 from tests.support.qformers import question_tokenizer
@@ -315,6 +320,25 @@ def test_where_images_stand_in_a_dialogue(vid):
     assert chat.messages[-1]["content"] == alone.text
 
 
+def test_a_number_of_frames_wins_over_the_rate(vid):
+    model, fps = vid[1], FrameRate(1.0)
+    for number, chosen in ((None, fps), (4, 4)):
+        options = ProcessorOptions(video_frames=number)
+        assert model.processor.with_options(options).chosen_frames == chosen
+        assert Service(model, ServeSettings(model_name="a", video_frames=number)).processor.chosen_frames == chosen
+        settings = BatchSettings(prompt="a", video_frames=number)
+        assert Answerer(model, settings).processor.chosen_frames == chosen
+    options = ProcessorOptions(video_frames=4, video_fps=2)
+    assert model.processor.with_options(options).chosen_frames == FrameRate(2)
+    assert model.processor.with_options(ProcessorOptions(video_fps=0)).chosen_frames == 16
+
+
+def test_two_placeholders_of_one_video_are_refused(vid):
+    request = {"messages": [{"role": "user", "content": "<video><video> what"}], "video": [tiny.picture(40, 60)]}
+    with pytest.raises(RequestError, match="2 <video> placeholders and 1 were given"):
+        vid[1].prepare([request])
+
+
 def test_the_last_tokens_of_a_long_question_are_read(vid):
     model = vid[1]
     plan = model.processor.prepare([{"prompt": "<image>" + "ab" * 200 + "?", "images": [tiny.picture(9, 9)]}]).plan
@@ -372,6 +396,10 @@ def test_the_tower_may_be_in_lavis_own_file(vid, tmp_path):
     planes = F.interpolate(planes, size=(6, 6), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
     torch.testing.assert_close(grown[0, 1:], planes.reshape(36, 32))
     assert torch.equal(grown[0, 0], own["pos_embed"][0, 0])
+    for shape in ((1, 1 + SIDE**2 + 1, 32), (1, 1, 32), (1, 1 + SIDE**2, 16), (1 + SIDE**2, 32)):
+        torch.save(own | {"pos_embed": torch.ones(shape)}, tmp_path / "eva_vit_g.pth")
+        with pytest.raises(CheckpointError, match=r"eva_vit_g.pth: pos_embed is .*; an EVA's positions are \[1, 1"):
+            llava_fast.load(tmp_path / "copy", vision_tower=tmp_path)
 
 
 def test_a_new_one_is_assembled_from_lavis_files(vid, tmp_path, monkeypatch):
@@ -398,7 +426,7 @@ def test_a_new_one_is_assembled_from_lavis_files(vid, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="has no query_tokens: give LAVIS' InstructBLIP"):
         llava_fast.load(Assembly(**named, qformer_from=str(tmp_path / "other.pth")))
     with pytest.raises(
-        CheckpointError, match=r"compress and model\.image_size are a LLaMA-VID's: give model.qformer_from"
+        CheckpointError, match=r"compress and model\.image_size need a connector with text: give model.qformer_from"
     ):
         llava_fast.load(Assembly(**named, compress="mean"))
 

@@ -110,7 +110,7 @@ def test_decoding_from_graphs(seen, served):
     assert runner.device.graphs.replays == 0
 
 
-def test_quantised_while_it_loads(seen):
+def test_quantised_while_it_loads(seen, tmp_path):
     folder, model, _ = seen
     rounded = llava_fast.load(folder, quantize="int8")
     assert isinstance(rounded.decoder.layers[0].attn.c_attn, QuantisedLinear)
@@ -118,6 +118,9 @@ def test_quantised_while_it_loads(seen):
     with torch.no_grad():
         found, exact = (each(batch, logits="all").logits for each in (rounded, model))
     assert 0 < (found - exact).norm() / exact.norm() < 0.1
+    for layout in ("hf", "original"):
+        with pytest.raises(CheckpointError, match=f"weights of a {model.config.model_type} cannot be saved: save the"):
+            llava_fast.save(rounded, tmp_path / "saved", layout=layout)
 
 
 def test_what_it_sees(seen):

@@ -204,6 +204,9 @@ def test_low_rank_weights_are_merged(composer, tmp_path):
     llava_fast.save(merged, tmp_path / "saved", layout="original")
     assert json.loads((tmp_path / "saved" / "config.json").read_text()) == CONFIG
     assert load_file(tmp_path / "saved" / "model.safetensors").keys().isdisjoint(factors)
+    edit_json(tmp_path / "copy" / "config.json", internlm_lora={"lora_alpha": 8})
+    with pytest.raises(CheckpointError, match=r"LoRA of \S+ has rank 4 and config.json states 8"):
+        load_checkpoint(tmp_path / "copy")
     del factors[at.format("mlp.down_proj", "B")]
     save_file(stored | factors, tmp_path / "copy" / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"has lora_A of decoder.layers.1.mlp.down_proj.weight without the other"):
@@ -296,6 +299,8 @@ def test_doctor_says_that_transformers_has_none(composer):
     [
         ({"qformer_config": {"hidden_size": 50}}, "hidden_size 50 is no multiple of 12"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is .* leave it out"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_parameters is .* leave it out"),
+        ({"rope_theta": 1e6}, "rope_theta is 1000000.0, .* leave it out"),
         ({"internlm_lora": {"lora_r": 0}}, "internlm_lora.lora_r: Input should be greater than or equal to 1"),
         ({"num_query_token": "64"}, "num_query_token: Input should be a valid integer"),
     ],

@@ -8,6 +8,7 @@ import pytest
 from llava_fast.errors import RequestError
 from llava_fast.inputs.chat.formats import TURN_FORMATS
 from llava_fast.inputs.chat.rendering import Segment, builtin_template
+from llava_fast.inputs.requests import render_request
 
 
 def user(content):
@@ -411,3 +412,15 @@ def test_importing_and_rendering_built_ins_needs_no_torch():
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["xcomposer", "monkey", "instructblip"])
+def test_without_a_video_its_placeholder_is_text(name):
+    message = user("What does the <video> tag do?")
+    still, shown = (
+        "".join(segment.text for segment in render_request(builtin_template(name), {"messages": [message]} | more)[0])
+        for more in ({}, {"video": "a.mp4"})
+    )
+    assert message["content"] in still
+    assert "What does the  tag do?" in shown
+    assert shown.index("<video>") < shown.index("What")

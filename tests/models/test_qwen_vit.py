@@ -1,5 +1,6 @@
 """Qwen-VL's tower and resampler, and Monkey's windows, against the published code's results (tests/fixtures)."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from llava_fast.models.connectors.perceiver import PerceiverConfig
 from llava_fast.models.recompute import Recompute
-from llava_fast.models.towers.qwen_vit import QwenVitConfig
+from llava_fast.models.towers.qwen_vit import QwenVitConfig, to_visual
 from tests.support.parity import assert_close
 
 FILE = Path(__file__).parents[1] / "fixtures" / "qwen_vl_monkey_visual.safetensors"
@@ -144,3 +145,9 @@ def test_what_it_says_of_itself():
             hidden_size=8, num_layers=1, image_size=28, patch_size=14, feature_layers=(-2,), intermediate_size=8,
             num_heads=1, activation="gelu", layer_norm_eps=1e-6,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(("width", "inner"), [(49, 27), (1664, 8192), (32, 61)])
+def test_a_written_ratio_gives_the_mlps_width_again(width, inner):
+    config = dataclasses.replace(built(1)[0].config, hidden_size=width, intermediate_size=inner, num_heads=1)
+    assert int(width * to_visual(config)["mlp_ratio"]) == inner

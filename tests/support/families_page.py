@@ -52,8 +52,9 @@ or without queries.
 
 LLaMA-VID was trained with the image in every question of a dialogue, and each question makes its own rows of it: here a
 question without an image gets the last one's (`ProcessorOptions(image_turns="given")`: not). Of a video file it takes 1
-frame a second (`video_fps`), in `batch` and `serve` too, whatever `video_frames` says. InternLM-XComposer's own demos
-answer by five beams, which are not offered here, and a repetition penalty of 1.5 (`repetition_penalty`).
+frame a second (`video_fps`), in `batch` and `serve` too, unless a number is given (`video_frames`, `--video-frames`).
+InternLM-XComposer's own demos answer by five beams, which are not offered here, and a repetition penalty of 1.5
+(`repetition_penalty`).
 
 SliME's router keeps as many rows of an image as the prompt's text asks for. `count_tokens`, `llava-fast data` and the
 server's plan say the maximum (`optional_tokens` of the plan are those that may be left out); `usage` of an answer, and
@@ -82,12 +83,15 @@ base is that of the prompt's length, all through the answer. `llava_fast.inputs.
 and writes them into prompts. A Monkey is trained from a Monkey; making one from Qwen-VL's weights is not supported.
 
 From a picture to the decoder's rows beside the published code, published widths, 2 of 48 layers of random weights,
-float32, two threads of a shared AMD EPYC, equal rows to 7e-7 (`benchmarks/qwen_vl.py`): Qwen-VL 1.88 s, published
-1.95 s; Monkey 8.5 s, published 10.0 s
-(`benchmarks/results/2026-11-29-cpu-2core-epyc-qwen-vl-monkey-visual-at-once.json`), where all five views at once took
-562 MiB at the peak, published 294. Since then a tile's MLP and resampler run by themselves: 137 MiB, published 202;
-Monkey 337 MiB, published 333; the times of that run were disturbed by other work, of both sides alike
-(`benchmarks/results/2026-11-29-cpu-2core-epyc-qwen-vl-monkey-visual-by-tile.json`).
+float32, two threads of a shared AMD EPYC, equal rows to 7e-7 (`benchmarks/qwen_vl.py`), this package / published:
+
+| run | Qwen-VL, s | Monkey, s | Qwen-VL, peak MiB | Monkey, peak MiB |
+|---|---|---|---|---|
+| all views at once (`-at-once.json`) | 1.88 / 1.95 | 8.5 / 10.0 | 157 / 212 | 562 / 294 |
+| a tile's MLP and resampler alone (`-by-tile.json`) | 2.44 / 2.00 | 13.9 / 14.1 | 137 / 202 | 337 / 333 |
+
+(`benchmarks/results/2026-11-29-cpu-2core-epyc-qwen-vl-monkey-visual-*.json`.) Other work disturbed the
+times of the second run, of both sides alike. The final code was not timed.
 """
 
 

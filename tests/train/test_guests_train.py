@@ -356,6 +356,23 @@ def test_an_encoder_decoder_learns_preferences(section, make_recipe, tmp_path):
     assert each[-1] < 0.9 * each[0]
 
 
+@pytest.mark.parametrize("grows", [True, False], ids=["ntk", "log_n"])
+def test_preferences_beyond_the_trained_length_of_a_qwen_are_left_out(grows, make_recipe, tmp_path, caplog):
+    """There its reference, an inference, would differ from the policy in training, or be refused."""
+    qwen_vl.write(tmp_path / "start")
+    config = json.loads((tmp_path / "start" / "config.json").read_text())
+    (tmp_path / "start" / "config.json").write_text(json.dumps(config | {"use_dynamic_ntk": grows, "seq_length": 200}))
+    pair = {"prompt": "the hello?", "chosen": "hello foo", "rejected": "the"}
+    pairs = [pair, pair | {"chosen": " foo the" * 80}]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    data = {"sources": [{"path": str(tmp_path / "pairs.json")}]}
+    recipe = make_recipe(model=str(tmp_path / "start"), data=data, batch_size=1, steps=1, layout="original", dpo={})
+    with caplog.at_level("INFO"):
+        train(recipe)
+    assert "1 left out as longer than 200 rows" in caplog.text
+    assert losses(recipe) == [pytest.approx(np.log(2), abs=1e-5)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["ddp", "fsdp2"])
 def test_slime_in_two_processes(shape, recipe_in, run, tmp_path):

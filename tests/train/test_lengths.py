@@ -148,6 +148,9 @@ def test_without_a_model_files_and_turns_are_looked_at(folder):
 
 def test_a_template_that_marks_no_answer_is_a_problem(folder, processor):
     class Unmarked:
+        def without_videos(self):
+            return self
+
         def segments(self, messages, add_generation_prompt):
             return [Segment("hello")]
 

@@ -25,6 +25,7 @@ from llava_fast.inputs.chat.messages import (
 from llava_fast.inputs.chat.sandbox import PROBE, PROMPT, CompiledTemplate, Limits, TemplateLimitError
 
 _PLACEHOLDER = re.compile("|".join(PLACEHOLDERS.values()))
+_IMAGE = re.compile(re.escape(PLACEHOLDERS["image"]))
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ class ChatTemplate(Protocol):
     @property
     def original_label_tokens(self) -> tuple[str, ...]: ...
 
+    def without_videos(self) -> ChatTemplate:
+        """The template for a request without a video, where `<video>` is ordinary text."""
+
     def segments(
         self, messages: Sequence[Mapping], system: str | None = None, add_generation_prompt: bool = True
     ) -> list[Segment]: ...
@@ -93,9 +97,12 @@ class BuiltinTemplate:
 
     The text before an answer's supervised segment equals the earlier messages rendered with the generation prompt, so
     a chat can continue from its KV cache.
+
+    videos: `<video>` in a text is a placeholder; otherwise it is text, and stays where it is.
     """
 
     format: TurnFormat
+    videos: bool = True
 
     @property
     def name(self) -> str:
@@ -108,6 +115,9 @@ class BuiltinTemplate:
     @property
     def original_label_tokens(self) -> tuple[str, ...]:
         return self.format.original_label_tokens
+
+    def without_videos(self) -> BuiltinTemplate:
+        return replace(self, videos=False)
 
     def render(self, messages: Sequence[Mapping], system: str | None = None, add_generation_prompt: bool = True) -> str:
         return "".join(segment.text for segment in self.segments(messages, system, add_generation_prompt))
@@ -150,8 +160,8 @@ class BuiltinTemplate:
             opening = ""
             if system_text and form.system_inside_user and index == 0:
                 opening = form.system_wrap[0] + system_text + form.system_wrap[1]
-            shown = "".join(_PLACEHOLDER.findall(text))
-            bare = _PLACEHOLDER.sub("", text).strip()
+            shown = "".join(self._placeholder.findall(text))
+            bare = self._placeholder.sub("", text).strip()
             if form.placeholders_first:
                 out.template(shown)
             moves = form.placeholders_first or form.placeholders_lead
@@ -161,10 +171,14 @@ class BuiltinTemplate:
             out.template(form.assistant_header, original=headers)
         return out.segments
 
+    @property
+    def _placeholder(self) -> re.Pattern[str]:
+        return _PLACEHOLDER if self.videos else _IMAGE
+
     def _text(self, turn: Mapping) -> str:
         text = content_text(turn["content"])
         if self.format.placeholders_only and turn["role"] == "user":
-            return "".join(_PLACEHOLDER.findall(text))
+            return "".join(self._placeholder.findall(text))
         return text.strip() if self.format.strip_text else text
 
 
@@ -278,6 +292,9 @@ class CheckpointTemplate:
     takes_items: bool
     name: str = "checkpoint"
     original_label_tokens: tuple[str, ...] = ()
+
+    def without_videos(self) -> CheckpointTemplate:
+        return self
 
     def render(self, messages: Sequence[Mapping], system: str | None = None, add_generation_prompt: bool = True) -> str:
         return self._render(self._prepare(messages, system), add_generation_prompt)[0]

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from llava_fast.ops.activations import ACTIVATIONS
 
+TILES_AT_ONCE = 64
+"""Tiles that run at once where that can be chosen, so that a long video needs little more memory than a short one."""
+
 
 def check_activation(name: str) -> None:
     """Raise ValueError for an unsupported activation."""

@@ -16,13 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llava_fast.models.connectors.base import Connector, ConnectorConfig
+from llava_fast.models.connectors.base import TILES_AT_ONCE, Connector, ConnectorConfig
 from llava_fast.models.connectors.mlp import ProjectorConfig
 from llava_fast.models.connectors.qformer import QFormerConfig
 from llava_fast.models.fused import is_plain
-
-BLOCK = 64
-"""Tiles that the Q-Former reads at once, so that a long video needs no more memory than a short one."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,7 @@ class ContextContent(Connector):
             )
         if not len(features_TNC):
             return self._rows(features_TNC, instruction)
-        blocks = zip(features_TNC.split(BLOCK), instruction.split(BLOCK), strict=True)
+        blocks = zip(features_TNC.split(TILES_AT_ONCE), instruction.split(TILES_AT_ONCE), strict=True)
         made = [self._rows(features, ids) for features, ids in blocks]
         return torch.cat(made) if len(made) > 1 else made[0]
 

@@ -105,6 +105,11 @@ class DecoderConfig(ABC):
         stretched = self.rope.factor if self.rope.kind in ("linear", "dynamic", "by_prompt") else 1.0
         return int(self.max_positions * stretched)
 
+    @property
+    def reference_length(self) -> int | None:
+        """Rows up to which a row's result depends on its prefix alone, in training and inference alike; None: all."""
+        return self.max_positions if self.rope.kind in ("dynamic", "by_prompt") else None
+
     def window_of(self, layer: int) -> int | None:
         """Keys that a query of this layer attends to, itself included; None: all."""
         return self.sliding_windows[layer] if self.sliding_windows else None

@@ -109,6 +109,10 @@ class QwenConfig(StackConfig):
     def context_length(self) -> int:
         return round(self.max_positions * self.rope.factor)
 
+    @property
+    def reference_length(self) -> int | None:
+        return self.trained_length if self.log_n else super().reference_length
+
     def query_scale(self, position_R: Tensor, reach: int | None = None) -> Tensor | None:
         if not self.log_n or (reach is not None and reach <= self.trained_length):
             return None

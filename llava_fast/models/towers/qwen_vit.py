@@ -251,6 +251,8 @@ def to_visual(config: QwenVitConfig) -> dict[str, Any]:
     ratio = config.intermediate_size / config.hidden_size
     if int(config.hidden_size * round(ratio, 4)) == config.intermediate_size:
         ratio = round(ratio, 4)
+    elif int(config.hidden_size * ratio) < config.intermediate_size:  # the quotient was rounded down
+        ratio = math.nextafter(ratio, math.inf)
     return {
         "heads": config.num_heads,
         "image_size": config.image_size,

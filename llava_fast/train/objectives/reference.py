@@ -85,10 +85,9 @@ class AgainstReference(Objective):
 
     def processor(self, model: Llava) -> Processor:
         processor = super().processor(model)
-        decoder = model.config.decoder
-        if decoder.rope.kind == "dynamic":  # RoPE depends on the length, so answers have no common prefix
-            most = min(processor.max_rows or decoder.max_positions, decoder.max_positions)
-            processor = dataclasses.replace(processor, max_rows=most)
+        # Beyond it answers have no common prefix, or the reference, an inference, differs from the policy in training.
+        if (length := model.config.decoder.reference_length) is not None:
+            processor = dataclasses.replace(processor, max_rows=min(processor.max_rows or length, length))
         return processor
 
     def prepare(self, loader: Loader, samples: RunSamples, processor: Processor, model: Llava, world: World) -> None:
