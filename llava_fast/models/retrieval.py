@@ -159,7 +159,8 @@ class RetrievalModel(LlavaModel):
     def _match(
         self, features_BNC: Tensor, ids_BL: Tensor, drawn: tuple[Tensor, Tensor] | None, gather: Gather
     ) -> Tensor:
-        """The pairs, each with an image and a text that are not its own: [B], the sum of three thirds."""
+        """The pairs, each with an image and a text that are not its own: [B], the sum of three thirds. Zeros for a batch
+        of one pair, which has no negatives and would teach that everything matches."""
         images, texts = [features_BNC], [ids_BL]
         all_images, all_texts = gather(features_BNC)[0], gather(ids_BL)[0]
         if drawn is not None:
@@ -169,7 +170,8 @@ class RetrievalModel(LlavaModel):
         logits = self.projector.matching(self.projector.together(torch.cat(images), torch.cat(texts))).float()
         target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         target[: len(ids_BL)] = 1
-        return F.cross_entropy(logits, target, reduction="none").view(len(images), len(ids_BL)).mean(0)
+        losses = F.cross_entropy(logits, target, reduction="none").view(len(images), len(ids_BL)).mean(0)
+        return losses * 0 if drawn is None else losses  # the modules run all the same, as DDP demands
 
     def _caption(self, ids_BL: Tensor, before: list[KeysValues], gather: Gather) -> Tensor:
         """[B]: losses of the next tokens, weighted so that their mean over all pairs is that over all tokens."""

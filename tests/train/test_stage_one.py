@@ -2,6 +2,7 @@
 stage 2 begins with what it exports."""
 
 import json
+import re
 import signal
 
 import numpy as np
@@ -189,6 +190,9 @@ def test_refused_recipes(recipe, folder, tmp_path):
         ({"micro_batch": 1}, "micro_batch to 2 or more"),
         ({"micro_batch": 3}, "multiple of micro_batch"),
         ({"data": {"sources": [{"path": "x"}]}}, "batching: padded"),
+        ({"data": {"sources": [{"path": "x"}], "batching": "padded", "max_length": 8}}, "leave data.max_length"),
+        ({"data": {"sources": [{"path": "x"}], "batching": "padded", "too_long": "cut"}}, "leave data.max_length"),
+        ({"micro_batch_rows": 100}, "leave micro_batch_rows out"),
         ({"lora": {}, "trainable": []}, "leave `lora`"),
         ({"dpo": {}}, "one objective"),
         ({"layout": "original"}, "layout: hf"),
@@ -209,6 +213,17 @@ def test_samples_that_are_no_pairs(recipe, folder, tmp_path):
         train(recipe(data={"sources": [{"path": str(folder / "other.json")}], "batching": "padded", "workers": 0}))
 
 
+def test_a_pair_left_alone_learns_its_caption_only(recipe, folder, tmp_path):
+    (folder / "five.json").write_text(json.dumps(json.loads((folder / "captions.json").read_text())[:5]))
+    data = {"sources": [{"path": str(folder / "five.json")}], "batching": "padded", "workers": 0}
+    made = recipe(data=data, epochs=1)
+    train(made)
+    rest = steps(made)[1]
+    assert (rest["pairs"], rest["contrastive_loss"], rest["matching_loss"]) == (1, 0, 0)
+    assert rest["caption_loss"] > 1
+    assert rest["loss"] == pytest.approx(rest["caption_loss"])
+
+
 def test_its_data_is_checked_as_training_reads_it(recipe, tmp_path):
     file = tmp_path / "recipe.yaml"
     for most in (8, 16):  # the second does not reuse the first's lengths
@@ -221,9 +236,12 @@ def test_its_data_is_checked_as_training_reads_it(recipe, tmp_path):
 
 
 def test_its_cost_is_estimated(recipe):
-    figures = plan(recipe(), 2).to_text()
-    assert "12 " in figures or "hours" in figures
-    assert plan(recipe(), 2).total_memory > 0
+    estimate = plan(recipe(), 2)
+    text = estimate.to_text()
+    for figure in ("12 samples x 4 epochs", "4 of a 1024x768 image, 16 of text", "4 samples\n"):
+        assert figure in text
+    assert re.search(r"projector +([\d,]+)   \1 trained", text)
+    assert estimate.total_memory > 0
 
 
 def test_by_the_command_line(folder, tmp_path):

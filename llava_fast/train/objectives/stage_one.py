@@ -43,6 +43,12 @@ class StageOne(ObjectiveSettings):
                 "`stage_one` needs data.batching: padded, loss_average: step and data.label_mask: answers, since the "
                 "samples of a micro-batch are compared with each other"
             )
+        if data.max_length is not None or data.too_long == "cut":
+            raise ValueError(
+                "`stage_one` cuts captions to stage_one.most_tokens: leave data.max_length and data.too_long out"
+            )
+        if recipe.micro_batch_rows is not None:
+            raise ValueError("`stage_one` runs micro_batch pairs at once: leave micro_batch_rows out")
         if recipe.batch_size % recipe.micro_batch:
             raise ValueError("`stage_one` needs a batch_size that is a multiple of micro_batch")
         if recipe.micro_batch < 2:
