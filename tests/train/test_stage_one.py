@@ -224,6 +224,14 @@ def test_a_pair_left_alone_learns_its_caption_only(recipe, folder, tmp_path):
     assert rest["loss"] == pytest.approx(rest["caption_loss"])
 
 
+def test_the_layer_norm_after_the_tower_can_be_trained(recipe, folder):
+    """As LAVIS trains it, and the recipe says how."""
+    path = train(recipe(trainable=["projector", "vision_tower.post_layernorm.*"], steps=1))
+    before, after = (llava_fast.load_retrieval(each).vision_tower.state_dict() for each in (folder / "new", path))
+    changed = [name for name, value in after.items() if not torch.equal(value, before[name])]
+    assert changed == ["post_layernorm.weight", "post_layernorm.bias"]
+
+
 def test_its_data_is_checked_as_training_reads_it(recipe, tmp_path):
     file = tmp_path / "recipe.yaml"
     for most in (8, 16):  # the second does not reuse the first's lengths
