@@ -19,7 +19,7 @@ from llava_fast.errors import CheckpointError
 from llava_fast.inputs.chat.rendering import builtin_template
 from llava_fast.inputs.options import ProcessorOptions
 from llava_fast.inputs.processor import Processor
-from llava_fast.models.config import RetrievalConfig
+from llava_fast.models.config import LlavaConfig, RetrievalConfig
 from llava_fast.models.connectors.qformer import QFormerConfig
 from llava_fast.models.retrieval import RetrievalModel
 from llava_fast.models.vlm import LlavaModel
@@ -49,6 +49,12 @@ def load_retrieval(
         dtype = torch.float32
     checkpoint = open_stage_one(path_or_hub_id, dtype, place)
     return _built(checkpoint, load_tokenizer(checkpoint.tokenizer_path), processor)
+
+
+def load_retrieval_processor(path_or_hub_id: str | Path) -> Processor:
+    """The processor of `load_retrieval`, without reading weights. Raises CheckpointError."""
+    checkpoint = open_stage_one(path_or_hub_id)
+    return _processor(checkpoint.config, load_tokenizer(checkpoint.tokenizer_path))
 
 
 def assemble_stage_one(
@@ -94,16 +100,21 @@ def assemble_stage_two(path: str | Path, stage_one: str | Path, decoder: str | P
 def _built(checkpoint: LoadedCheckpoint, tokenizer: object, options: ProcessorOptions | None = None) -> RetrievalModel:
     config = checkpoint.config
     assert isinstance(config, RetrievalConfig)
+    reads = _processor(config, tokenizer).with_options(options or ProcessorOptions())
+    with torch.device("meta"):
+        model = RetrievalModel(config, reads)
+    load_weights(model, checkpoint)
+    return model.eval()
+
+
+def _processor(config: LlavaConfig, tokenizer: object) -> Processor:
+    """The tokenizer is the Q-Former's, and so is the vocabulary."""
     assert isinstance(config.projector, QFormerConfig)
-    reads = Processor(
+    return Processor(
         geometry=config.geometry,
         tokenizer=tokenizer,
         image_token_id=config.image_token_id,
         template=builtin_template("plain"),
         max_rows=config.decoder.max_positions,
         vocabulary=config.projector.vocabulary,
-    ).with_options(options or ProcessorOptions())
-    with torch.device("meta"):
-        model = RetrievalModel(config, reads)
-    load_weights(model, checkpoint)
-    return model.eval()
+    )

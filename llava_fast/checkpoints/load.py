@@ -86,9 +86,7 @@ def load_checkpoint(
         tensors = add_factors(tensors, *lora)
     if projector is not None:
         tensors = add_projector(tensors, projector, family)
-    if config.decoder.tied_by_file:
-        tied = HEAD not in tensors or _same(tensors[HEAD], tensors.get(config.embedding))
-        config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, tie_embeddings=tied))
+    config = tied_as_stored(config, tensors)
     if config.decoder.tie_embeddings and (head := tensors.pop(HEAD, None)) is not None:
         _check_tied(head, tensors.get(config.embedding))
     dtype = dtype or _stored_dtype(tensors, config.embedding, base or path)
@@ -111,6 +109,15 @@ def load_checkpoint(
         device=torch.device(device),
         side_files=read_side_files(described) | read_side_files(path),
     )
+
+
+def tied_as_stored(config: LlavaConfig, tensors: Mapping[str, StoredTensor]) -> LlavaConfig:
+    """The config with a tied output head if the tensors hold none or one equal to the embedding; unchanged for decoders
+    whose config.json says which (`tied_by_file`)."""
+    if not config.decoder.tied_by_file:
+        return config
+    tied = HEAD not in tensors or _same(tensors[HEAD], tensors.get(config.embedding))
+    return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, tie_embeddings=tied))
 
 
 def load_weights(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava_fast.checkpoints.load import LoadedCheckpoint, load_checkpoint
+from llava_fast.checkpoints.load import LoadedCheckpoint, load_checkpoint, tied_as_stored
 from llava_fast.checkpoints.save import read_side_files
 from llava_fast.errors import CheckpointError
 from llava_fast.families.blip2 import Blip2
@@ -157,13 +157,13 @@ def begin_stage_two(stage_one: str | Path, decoder: str | Path, image_token: int
     first, home = open_stage_one(stage_one), resolve(decoder)
     text = read_json(home / "config.json")
     tensors = _language_model(home)
-    config = _described(first, text)
+    config = tied_as_stored(_described(first, text), tensors)
     if config.decoder.tie_embeddings:
         tensors.pop(HEAD, None)
     if config.embedding not in tensors:
         raise CheckpointError(f"{home} has no token embedding under the name that a {text.get('model_type')} gives it")
     if (rows := max(image_token + 1, config.decoder.vocab_size)) > config.decoder.vocab_size:
-        config = _described(first, text | {"vocab_size": rows})
+        config = tied_as_stored(_described(first, text | {"vocab_size": rows}), tensors)
         for name in (config.embedding, HEAD):
             if name in tensors:
                 tensors[name] = _with_rows(tensors[name], rows)

@@ -20,6 +20,10 @@ from llava_fast.families import fields
 from llava_fast.storage.files import read_json_if_there, read_text
 
 
+LONGEST = 2**12
+"""Bytes of a token: finding the merges of one takes the square of its length."""
+
+
 @dataclass(frozen=True)
 class Form:
     """pattern: into which pieces a text is split. control: its tokens after the vocabulary, with whether an answer's
@@ -97,9 +101,12 @@ def read_ranks(file: Path) -> dict[bytes, int]:
             continue
         token, _, rank = line.strip().partition(" ")
         try:
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            text, place = base64.b64decode(token, validate=True), int(rank)
         except (binascii.Error, ValueError):
             raise CheckpointError(f"{file}: line {number} is no token in base64 and its rank: {line[:60]!r}") from None
+        if len(text) > LONGEST:
+            raise CheckpointError(f"{file}: line {number} is a token of {len(text)} bytes; supported are up to {LONGEST}")
+        ranks[text] = place
     if sorted(ranks.values()) != list(range(len(ranks))) or not ranks:
         raise CheckpointError(f"{file}: the ranks of its {len(ranks)} tokens are not 0 to {len(ranks) - 1}, each once")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:

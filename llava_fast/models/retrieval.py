@@ -90,14 +90,14 @@ class RetrievalModel(LlavaModel):
         return torch.cat(found).view(len(features), len(ids))
 
     def _image_rows(self, images: Sequence[Any]) -> Tensor:
-        if not len(images):
-            raise RequestError("there is no image to compare")
+        if not _is_list(images):
+            raise RequestError("images are a list of at least one image")
         tiles = [torch.from_numpy(self.own_processor.tiles(image)) for image in images]
         return self.tower_rows(torch.cat(tiles).to(self.device))
 
     def _ids(self, texts: Sequence[str]) -> Tensor:
         """[texts, L], padded."""
-        if isinstance(texts, str) or not len(texts):
+        if not _is_list(texts) or not all(isinstance(text, str) for text in texts):
             raise RequestError("texts are a list of at least one text")
         ids = [torch.tensor(self.tokenizer(text)["input_ids"]) for text in texts]
         most = self.projector.config.positions
@@ -159,7 +159,8 @@ class RetrievalModel(LlavaModel):
     def _match(
         self, features_BNC: Tensor, ids_BL: Tensor, drawn: tuple[Tensor, Tensor] | None, gather: Gather
     ) -> Tensor:
-        """The pairs, each with an image and a text that are not its own: [B], the sum of three thirds."""
+        """The pairs, each with an image and a text that are not its own: [B], the sum of three thirds. Zeros for a batch
+        of one pair, which has no negatives and would teach that everything matches."""
         images, texts = [features_BNC], [ids_BL]
         all_images, all_texts = gather(features_BNC)[0], gather(ids_BL)[0]
         if drawn is not None:
@@ -169,7 +170,8 @@ class RetrievalModel(LlavaModel):
         logits = self.projector.matching(self.projector.together(torch.cat(images), torch.cat(texts))).float()
         target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         target[: len(ids_BL)] = 1
-        return F.cross_entropy(logits, target, reduction="none").view(len(images), len(ids_BL)).mean(0)
+        losses = F.cross_entropy(logits, target, reduction="none").view(len(images), len(ids_BL)).mean(0)
+        return losses * 0 if drawn is None else losses  # the modules run all the same, as DDP demands
 
     def _caption(self, ids_BL: Tensor, before: list[KeysValues], gather: Gather) -> Tensor:
         """[B]: losses of the next tokens, weighted so that their mean over all pairs is that over all tokens."""
@@ -184,6 +186,12 @@ class RetrievalModel(LlavaModel):
         sums = sums.index_add(0, taught_BL.nonzero()[:, 0], losses)
         everyone = gather(counts_B)[0]
         return sums * (len(everyone) / everyone.sum().clamp(min=1))
+
+
+def _is_list(given: Any) -> bool:
+    """Not empty, and neither one path nor one image."""
+    one = (str, bytes, bytearray, memoryview)
+    return isinstance(given, Sequence) and not isinstance(given, one) and len(given) > 0
 
 
 def _contrast(to_texts_BA: Tensor, to_images_BA: Tensor, first: int) -> Tensor:

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from llava_fast.api import load
+from llava_fast.api import load, load_processor
+from llava_fast.checkpoints.assemble import Assembly, open_checkpoint
 from llava_fast.errors import RecipeError
 from llava_fast.inputs.plan.plan import TokenPlan
 from llava_fast.inputs.processor import Processor
@@ -81,6 +82,11 @@ class Objective(ABC):
     def read(self, sources: Sequence[Source]) -> SampleTable:
         """Read the data files of a run. Default: LLaVA-format samples. Raises DataError."""
         return read_sources(sources)
+
+    def read_processor(self, model: str | Assembly, template: str | None) -> Processor:
+        """The processor of a model of this objective, without reading its weights: for `llava-fast data check`. Raises
+        CheckpointError."""
+        return load_processor(*open_checkpoint(model), template)
 
     def processor(self, model: Llava) -> Processor:
         """The processor with which samples are measured and prepared. Raises RecipeError for a model without one."""

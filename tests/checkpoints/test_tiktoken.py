@@ -76,6 +76,7 @@ def test_control_tokens_have_the_published_ids(folder):
         (["IQ== 0", "??"], "line 2 is no token in base64 and its rank"),
         (["IQ== 0", "Ig== two"], "line 2 is no token in base64 and its rank"),
         (["IQ== 0", "Ig== 2"], "the ranks of its 2 tokens are not 0 to 1, each once"),
+        (["IQ== 0", base64.b64encode(bytes(4097)).decode() + " 1"], "line 2 is a token of 4097 bytes"),
         (["IQ== 0"], "it has no token for the byte 0"),
         ([], "the ranks of its 0 tokens"),
     ],

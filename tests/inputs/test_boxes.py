@@ -1,5 +1,7 @@
 """Boxes in prompts and answers, as Qwen-VL writes them."""
 
+import time
+
 import pytest
 
 from llava_fast.errors import RequestError
@@ -43,3 +45,20 @@ def test_what_is_written_is_read_again():
         write_boxes("it", [(0.5, 0.0, 0.1, 1.0)])
     with pytest.raises(RequestError, match="as fractions of the image"):
         write_boxes("it", [(1, 2, 30, 40)])
+
+
+def test_a_label_is_that_of_its_own_box():
+    boxes = "<box>(1,2),(3,4)</box>"
+    assert [each.label for each in read_boxes(f"<ref>a man</ref> beside <ref>a dog</ref>{boxes}")] == ["a dog"]
+    assert [each.label for each in read_boxes(f"<ref>a{boxes} <ref>b</ref> {boxes}")] == ["", "b"]
+    assert [each.label for each in read_boxes(f"<ref>x < y</ref>{boxes}")] == ["x < y"]
+    for tag in ("<ref>", "</ref>", "<box>"):
+        with pytest.raises(RequestError, match="leave the tag out"):
+            write_boxes(f"a{tag}", [])
+
+
+@pytest.mark.parametrize("text", ["<ref></ref>", "<ref>", "<box>", " "])
+def test_long_texts_take_time_in_proportion(text):
+    begin = time.process_time()
+    assert read_boxes(text * 200_000) == []
+    assert time.process_time() - begin < 5

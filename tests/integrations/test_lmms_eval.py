@@ -195,7 +195,7 @@ def test_loglikelihood(batch_size, loaded, classes):
 
 
 def test_targets_of_one_question_are_ranked_together(loaded, classes, monkeypatch):
-    """And what greedy decoding says counts as greedy."""
+    """And each gets its own candidate's figures (tests/generation/test_ranking.py has which are greedy)."""
     evaluated, asked = loaded(batch_size=2), []
     real = classes.module.score_candidates
 

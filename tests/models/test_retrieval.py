@@ -93,9 +93,12 @@ def test_matching_in_parts(pair, monkeypatch):
 
 def test_what_cannot_be_compared(pair, folder):
     for images, texts, problem in (
-        ([], TEXTS, "no image"),
-        (stage_one.PICTURES, "a cup", "a list of"),
-        (stage_one.PICTURES, [], "a list of"),
+        ([], TEXTS, "images are a list of"),
+        ("cat.jpg", TEXTS, "images are a list of"),
+        (stage_one.PICTURES[0], TEXTS, "images are a list of"),
+        (stage_one.PICTURES, "a cup", "texts are a list of"),
+        (stage_one.PICTURES, [], "texts are a list of"),
+        (stage_one.PICTURES, ["a cup", None], "texts are a list of"),
         (stage_one.PICTURES, ["a" * 63], "reads at most 64"),
     ):
         with pytest.raises(RequestError, match=problem):

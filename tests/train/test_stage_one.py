@@ -2,21 +2,25 @@
 stage 2 begins with what it exports."""
 
 import json
+import re
 import signal
 
 import numpy as np
 import pytest
 import torch
-from transformers import Blip2ForConditionalGeneration, OPTConfig, OPTForCausalLM
+import yaml
+from transformers import Blip2ForConditionalGeneration, OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
 import llava_fast
 from llava_fast.cli.main import app
 from llava_fast.errors import CheckpointError, DataError, RecipeError
+from llava_fast.train.data.check import check, plan_for
 from llava_fast.train.estimate.cost import plan
 from llava_fast.train.recipe import load_recipe, parse_recipe
 from llava_fast.train.run import train
 from tests.support import stage_one, tiny
+from tests.support.qformers import t5_tokenizer
 from tests.support.training_runs import losses, steps
 
 
@@ -159,11 +163,36 @@ def test_stage_two_begins_with_it(recipe, tmp_path, folder):
         assert torch.equal(after[name], value) == (not name.startswith("projector.")), name
 
 
+@pytest.mark.parametrize("stored", [False, True], ids=["no head stored", "head stored"])
+def test_stage_two_with_an_encoder_decoder(stored, folder, tmp_path):
+    torch.manual_seed(3)
+    words = t5_tokenizer()
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 2, "vocab_size": len(words)}
+    ids = {"decoder_start_token_id": 5, "pad_token_id": 5, "eos_token_id": 2}
+    lm = T5ForConditionalGeneration(T5Config(**sizes, **ids, feed_forward_proj="gated-gelu"))
+    if stored:
+        lm.lm_head.weight = torch.nn.Parameter(torch.randn(len(words), 32))
+    lm.config.scale_decoder_outputs = lm.config.tie_word_embeddings = not stored
+    lm.save_pretrained(tmp_path / "t5")
+    config = json.loads((tmp_path / "t5" / "config.json").read_text())
+    config |= {"tie_word_embeddings": False, "scale_decoder_outputs": False}  # as Flan-T5's say
+    (tmp_path / "t5" / "config.json").write_text(json.dumps(config))
+    words.save_pretrained(tmp_path / "t5")
+    llava_fast.assemble_stage_two(tmp_path / "two", folder / "new", tmp_path / "t5")
+    model = llava_fast.load(tmp_path / "two")
+    assert model.config.decoder.tie_embeddings != stored
+    head = model.state_dict().get("decoder.lm_head.weight", model.decoder.embed_tokens.weight)
+    assert torch.equal(head[: len(words)], lm.lm_head.weight)
+
+
 def test_refused_recipes(recipe, folder, tmp_path):
     for changes, problem in (
         ({"micro_batch": 1}, "micro_batch to 2 or more"),
         ({"micro_batch": 3}, "multiple of micro_batch"),
         ({"data": {"sources": [{"path": "x"}]}}, "batching: padded"),
+        ({"data": {"sources": [{"path": "x"}], "batching": "padded", "max_length": 8}}, "leave data.max_length"),
+        ({"data": {"sources": [{"path": "x"}], "batching": "padded", "too_long": "cut"}}, "leave data.max_length"),
+        ({"micro_batch_rows": 100}, "leave micro_batch_rows out"),
         ({"lora": {}, "trainable": []}, "leave `lora`"),
         ({"dpo": {}}, "one objective"),
         ({"layout": "original"}, "layout: hf"),
@@ -184,10 +213,43 @@ def test_samples_that_are_no_pairs(recipe, folder, tmp_path):
         train(recipe(data={"sources": [{"path": str(folder / "other.json")}], "batching": "padded", "workers": 0}))
 
 
+def test_a_pair_left_alone_learns_its_caption_only(recipe, folder, tmp_path):
+    (folder / "five.json").write_text(json.dumps(json.loads((folder / "captions.json").read_text())[:5]))
+    data = {"sources": [{"path": str(folder / "five.json")}], "batching": "padded", "workers": 0}
+    made = recipe(data=data, epochs=1)
+    train(made)
+    rest = steps(made)[1]
+    assert (rest["pairs"], rest["contrastive_loss"], rest["matching_loss"]) == (1, 0, 0)
+    assert rest["caption_loss"] > 1
+    assert rest["loss"] == pytest.approx(rest["caption_loss"])
+
+
+def test_the_layer_norm_after_the_tower_can_be_trained(recipe, folder):
+    """As LAVIS trains it, and the recipe says how."""
+    path = train(recipe(trainable=["projector", "vision_tower.post_layernorm.*"], steps=1))
+    before, after = (llava_fast.load_retrieval(each).vision_tower.state_dict() for each in (folder / "new", path))
+    changed = [name for name, value in after.items() if not torch.equal(value, before[name])]
+    assert changed == ["post_layernorm.weight", "post_layernorm.bias"]
+
+
+def test_its_data_is_checked_as_training_reads_it(recipe, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    for most in (8, 16):  # the second does not reuse the first's lengths
+        made = recipe(stage_one={"most_tokens": most})
+        file.write_text(yaml.safe_dump(made.model_dump(mode="json", exclude_unset=True)))
+        assert check(plan_for(str(file)), 0, progress=False).tokens["text"]["max"] == most
+    checked = CliRunner().invoke(app, ["data", "check", str(file), "--workers", "0"])
+    assert checked.exit_code == 0, checked.output
+    assert "12 samples, no problem found." in checked.output
+
+
 def test_its_cost_is_estimated(recipe):
-    figures = plan(recipe(), 2).to_text()
-    assert "12 " in figures or "hours" in figures
-    assert plan(recipe(), 2).total_memory > 0
+    estimate = plan(recipe(), 2)
+    text = estimate.to_text()
+    for figure in ("12 samples x 4 epochs", "4 of a 1024x768 image, 16 of text", "4 samples\n"):
+        assert figure in text
+    assert re.search(r"projector +([\d,]+)   \1 trained", text)
+    assert estimate.total_memory > 0
 
 
 def test_by_the_command_line(folder, tmp_path):

@@ -17,7 +17,11 @@ Box = tuple[float, float, float, float]
 EDGE = 999
 _NUMBER = r"\s*(\d{1,4})\s*"
 _BOX = re.compile(rf"<box>\s*\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)\s*</box>")
-_GROUP = re.compile(r"(?:<ref>(?P<label>.*?)</ref>)?(?P<boxes>(?:\s*<box>[^<]*</box>)+)", re.DOTALL)
+_TAG = re.compile("</?ref>|</?box>")
+_GROUP = re.compile(
+    rf"(?:<ref>(?P<label>(?:(?!{_TAG.pattern}).)*)</ref>\s*)?(?P<boxes><box>[^<]*</box>(?:\s*<box>[^<]*</box>)*)",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,9 @@ def read_boxes(text: str) -> list[Region]:
 
 def write_boxes(label: str, boxes: Sequence[Box]) -> str:
     """The text of some boxes, for a prompt or an answer to train on; a `label` of "" is not written. `read_boxes` reads
-    it again, to half a thousandth. Raises RequestError for a box outside the image."""
+    it again, to half a thousandth. Raises RequestError for a box outside the image and a label with a tag."""
+    if tag := _TAG.search(label):
+        raise RequestError(f"the label {label!r} has {tag[0]}, which would end it: leave the tag out")
     written = [f"<ref>{label}</ref>"] if label else []
     for box in boxes:
         left, top, right, bottom = box

@@ -22,6 +22,7 @@ from llava_fast.train.data.samples import SampleTable, Source, read_sources
 
 if TYPE_CHECKING:
     from llava_fast.checkpoints.assemble import Assembly
+    from llava_fast.train.objective import Objective
 
 _BAD_FILE = "data file"
 _SHOWN = 20  # problems shown on screen; the JSON report has all
@@ -31,7 +32,8 @@ _PICTURES = (".png", ".pdf", ".svg")
 
 @dataclass(frozen=True)
 class Plan:
-    """What to check: a recipe's data, or data files. Without a `model` no tokens are counted."""
+    """What to check: a recipe's data, or data files. Without a `model` no tokens are counted. objective: the recipe's,
+    whose processor counts them."""
 
     sources: list[Source]
     model: str | Assembly | None = None
@@ -45,6 +47,7 @@ class Plan:
     cuts: bool = False
     time_instruction: bool = False
     video_fps: float | None = None
+    objective: Objective | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ def plan_for(
             data.too_long == "cut",
             data.time_instruction,
             data.video_fps,
+            recipe.objective(),
         )
     if changes:
         raise DataError(f"{path} is a data file, not a recipe: leave out --set {changes[0]}")
@@ -281,7 +285,10 @@ def _processor(plan: Plan) -> Processor:
 
     if plan.model is None:
         raise CheckpointError("a processor needs a model, and none is given")
-    processor = load_processor(*open_checkpoint(plan.model), plan.template)
+    if plan.objective is not None:
+        processor = plan.objective.read_processor(plan.model, plan.template)
+    else:
+        processor = load_processor(*open_checkpoint(plan.model), plan.template)
     frames = plan.video_frames or processor.video_frames
     fps = processor.video_fps if plan.video_fps is None else plan.video_fps
     return dataclasses.replace(processor, video_frames=frames, video_fps=fps, time_instruction=plan.time_instruction)

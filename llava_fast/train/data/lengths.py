@@ -12,7 +12,7 @@ import math
 import warnings
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -217,6 +217,8 @@ def _key(table: SampleTable, processor: Processor | None, labels: LabelMask) -> 
     settings: list[Any] = [__version__, table.fingerprint(), labels]
     if processor is not None:
         settings += [repr(getattr(processor, name)) for name in _PLAIN_SETTINGS]
+        more = [each.name for each in fields(processor) if each.name not in Processor.__dataclass_fields__]
+        settings.append([type(processor).__name__, *(f"{name}={getattr(processor, name)!r}" for name in more)])
         tokenizer = processor.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         settings.append(backend.to_str() if backend else sorted(tokenizer.get_vocab().items()))

@@ -15,12 +15,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from llava_fast.checkpoints.assemble import Assembly
 from llava_fast.errors import RecipeError
 from llava_fast.inputs.plan.plan import TokenPlan
 from llava_fast.inputs.processor import Processor
 from llava_fast.models.batch import Batch
 from llava_fast.models.retrieval import StageOneOutput
-from llava_fast.retrieval import load_retrieval
+from llava_fast.retrieval import load_retrieval, load_retrieval_processor
 from llava_fast.train.data.captions import CaptionProcessor
 from llava_fast.train.objective import Objective, ObjectiveSettings
 from llava_fast.train.parallel import World
@@ -42,6 +43,12 @@ class StageOne(ObjectiveSettings):
                 "`stage_one` needs data.batching: padded, loss_average: step and data.label_mask: answers, since the "
                 "samples of a micro-batch are compared with each other"
             )
+        if data.max_length is not None or data.too_long == "cut":
+            raise ValueError(
+                "`stage_one` cuts captions to stage_one.most_tokens: leave data.max_length and data.too_long out"
+            )
+        if recipe.micro_batch_rows is not None:
+            raise ValueError("`stage_one` runs micro_batch pairs at once: leave micro_batch_rows out")
         if recipe.batch_size % recipe.micro_batch:
             raise ValueError("`stage_one` needs a batch_size that is a multiple of micro_batch")
         if recipe.micro_batch < 2:
@@ -76,6 +83,9 @@ class StageOneObjective(Objective):
         except ValueError as problem:
             raise RecipeError(f"model: {problem}") from None
         return cast("Llava", model)  # a LlavaModel, of which the trainer needs no more
+
+    def read_processor(self, model: str | Assembly, template: str | None) -> Processor:
+        return CaptionProcessor.of(load_retrieval_processor(str(model)), self.most_tokens)
 
     def processor(self, model: Llava) -> Processor:
         return CaptionProcessor.of(super().processor(model), self.most_tokens)
