@@ -197,7 +197,7 @@ def asked(model, messages: list[dict], labels="original") -> tuple[list[str], li
     ids, kept = [], []
     for part in outline:
         ids += part.ids.tolist() if hasattr(part, "ids") else [qwen_vl.IMG + 2]
-        kept += part.supervised.tolist() if hasattr(part, "ids") else [False]
+        kept += [False] if not hasattr(part, "ids") else part.supervised.tolist() if labels else [False] * len(part.ids)
     tokens = model.tokenizer.convert_ids_to_tokens(ids)
     return tokens, [token for token, each in zip(tokens, kept, strict=True) if each]
 
@@ -236,6 +236,21 @@ def test_chat_and_labels(seen):
     silent = ["<|im_start|>", *ends]
     assert kept == [*silent, *silent, "<|im_start|>", "Ċ", "us", *ends, *silent, "<|im_start|>", "Ġfoo", *ends]
     assert asked(model, messages, "answers")[1] == ["Ċ", "us", "<|im_end|>", "Ġfoo", "<|im_end|>"]
+
+
+def test_a_prompt_has_the_tokens_that_training_reads(seen):
+    """Each text is tokenised by itself there too, also the earlier answers."""
+    _, model, published = seen
+    messages = [
+        {"role": "user", "content": "\n\nfoo"},
+        {"role": "assistant", "content": "foo" if published.monkey else "\n\nthe"},
+        {"role": "user", "content": "\nfoo"},
+        {"role": "assistant", "content": "foo"},
+    ]
+    prompt, _ = asked(model, messages[:3], False)
+    whole, _ = asked(model, messages, "answers")
+    assert prompt == whole[: len(prompt)]
+    assert "".join(whole[len(prompt) :]).startswith("foo")
 
 
 def test_the_base_model_completes_a_text(tmp_path):
