@@ -110,6 +110,21 @@ def test_decoding_from_graphs(seen, served):
     assert runner.device.graphs.replays == 0
 
 
+@torch.no_grad()
+def test_candidates_have_the_rope_of_their_prompt(seen):
+    """However long they are; also those that follow a prompt beyond the trained length."""
+    _, model, published = seen
+    texts = ["the " * 90, "hi", "foo " * 40]
+    for prompt in ("only text", "the end " * 22):
+        rows = len(published.rows(model.tokenizer, prompt, []))
+        for each in model.rank({"prompt": prompt}, texts):
+            x = published.rows(model.tokenizer, prompt + each.text, [])
+            logits = published.logits(x, rows)[-len(each.token_ids) - 1 : -1].double().log_softmax(-1)
+            expected = logits[range(len(each.token_ids)), each.token_ids].sum().item()
+            assert each.log_likelihood == pytest.approx(expected, rel=1e-4)
+    assert rows > qwen_vl.SEQ_LENGTH
+
+
 def test_quantised_while_it_loads(seen):
     folder, model, _ = seen
     rounded = llava_fast.load(folder, quantize="int8")
