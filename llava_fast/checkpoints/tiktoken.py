@@ -105,7 +105,9 @@ def read_ranks(file: Path) -> dict[bytes, int]:
         except (binascii.Error, ValueError):
             raise CheckpointError(f"{file}: line {number} is no token in base64 and its rank: {line[:60]!r}") from None
         if len(text) > LONGEST:
-            raise CheckpointError(f"{file}: line {number} is a token of {len(text)} bytes; supported are up to {LONGEST}")
+            raise CheckpointError(
+                f"{file}: line {number} is a token of {len(text)} bytes; supported are up to {LONGEST}"
+            )
         ranks[text] = place
     if sorted(ranks.values()) != list(range(len(ranks))) or not ranks:
         raise CheckpointError(f"{file}: the ranks of its {len(ranks)} tokens are not 0 to {len(ranks) - 1}, each once")

@@ -8,7 +8,7 @@ salesforce/LAVIS 506965b blip2_vicuna_instruct.py (predict_class).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -37,11 +37,12 @@ class Candidate:
     """A candidate answer with its likelihood.
 
     text, index     as given, and its place among the candidates.
-    token_ids       its tokens after the prompt (and those that end the turn, if they were asked for).
+    token_ids       its tokens after those that all candidates share with the prompt: where a token of one joins the end
+                    of the prompt, all are scored from there (and those that end the turn, if they were asked for).
     log_likelihood  the sum of the tokens' log-probabilities (natural logarithm), each given the prompt and the tokens
                     before it.
     is_greedy       whether greedy decoding would say these tokens.
-    prompt_tokens   rows before them, visual ones included.
+    prompt_tokens   rows before them, visual ones included; of an encoder-decoder, those that the encoder reads.
     """
 
     text: str
@@ -98,25 +99,31 @@ def score_candidates(
 
 @dataclass
 class _Answer:
-    """A candidate's text and its tokens after the shared prompt, of which those before `start` belong to the prompt."""
+    """A candidate's text and its tokens after the shared prompt."""
 
     text: str
     ids: list[int]
-    start: int
 
 
 @dataclass
 class _Asked:
-    """A request: the pieces of its prompt, their tiles, and its candidates. remaining: its rows after a router."""
+    """A request: the pieces of its prompt that all candidates share, their tiles, and its candidates. joined: tokens at
+    the prompt's end that are not shared. remaining: its rows after a router."""
 
     pieces: list[Piece]
     answers: list[_Answer]
-    tiles: list[Cut] = field(default_factory=list)
+    tiles: list[Cut]
+    joined: int
     remaining: int | None = None
 
     @property
     def rows(self) -> int:
         return sequence_length(self.pieces) if self.remaining is None else self.remaining
+
+    @property
+    def prompt_rows(self) -> int:
+        """Rows of the prompt as the model reads it to answer."""
+        return self.rows + self.joined
 
 
 def _asked(processor: Processor, request: Any, texts: Sequence[str], end_of_turn: bool) -> _Asked:
@@ -128,13 +135,14 @@ def _asked(processor: Processor, request: Any, texts: Sequence[str], end_of_turn
         if not text.strip():
             raise RequestError(f"candidate {index} is empty, so it has no likelihood: leave it out")
     verbatim = isinstance(request, dict) and "prompt" in request
-    before, last, read = (_after_prompt if verbatim else _answers)(processor, request, texts, end_of_turn)
+    before, last, own, read = (_after_prompt if verbatim else _answers)(processor, request, texts, end_of_turn)
+    # Sums that start at different tokens cannot be compared: log P(" the" | "x") and log P("b" | "x", " ").
     shared = min(_common([ids for ids, _ in read]), *(start for _, start in read))
     answers = []
     for index, (text, (ids, start)) in enumerate(zip(texts, read, strict=True)):
         if start == len(ids):
             raise RequestError(f"candidate {index}, {text!r}, has no token of its own after this prompt")
-        answers.append(_Answer(text, ids[shared:], start - shared))
+        answers.append(_Answer(text, ids[shared:]))
     tiles: list[Cut] = []
     common = replace(last, ids=np.asarray(read[0][0][:shared], np.int32), supervised=None)
     pieces = processor.pieces([*before, *([common] if shared else [])], tiles)
@@ -142,11 +150,12 @@ def _asked(processor: Processor, request: Any, texts: Sequence[str], end_of_turn
         raise RequestError("the prompt has no token, so nothing predicts a candidate's first: give some text")
     longest = max((answer.ids for answer in answers), key=len)
     processor.check_length([*pieces, TextPiece(np.asarray(longest, np.int32))])
-    return _Asked(pieces, answers, tiles)
+    return _Asked(pieces, answers, tiles, own - shared)
 
 
-_Read = tuple[list[Part], TextPiece, list[tuple[list[int], int]]]
-"""(An outline before its last text, that text, (its ids, the first that is the candidate's) for each candidate)."""
+_Read = tuple[list[Part], TextPiece, int, list[tuple[list[int], int]]]
+"""(An outline before its last text, that text, the number of its tokens without a candidate, (its ids, the first that
+is the candidate's) for each candidate)."""
 
 
 def _answers(processor: Processor, request: dict, texts: Sequence[str], end_of_turn: bool) -> _Read:
@@ -175,7 +184,8 @@ def _answers(processor: Processor, request: dict, texts: Sequence[str], end_of_t
     if processor.routes:  # a router reads what it reads when the model answers: no end of a turn
         told = iter([part.instruction for part in processor.outline(request) if isinstance(part, Placeholder)])
         before = [replace(part, instruction=next(told)) if isinstance(part, Placeholder) else part for part in before]
-    return before, last, read
+    prompt = processor.outline(request)[len(before) :]
+    return before, last, sum(len(part.ids) for part in prompt if isinstance(part, TextPiece)), read
 
 
 def _after_prompt(processor: Processor, request: dict, texts: Sequence[str], end_of_turn: bool) -> _Read:
@@ -189,7 +199,7 @@ def _after_prompt(processor: Processor, request: dict, texts: Sequence[str], end
     own = last.ids.tolist()
     if last.begins_answer:
         ends = ([*own, *processor.tokenizer(text.strip())["input_ids"]] for text in texts)
-        return before, last, [(ids, len(own)) for ids in ends]
+        return before, last, len(own), [(ids, len(own)) for ids in ends]
     read = []
     for text in texts:
         *others, whole = processor.outline({**request, "prompt": request["prompt"] + text})
@@ -197,7 +207,7 @@ def _after_prompt(processor: Processor, request: dict, texts: Sequence[str], end
             raise RequestError(f"the candidate {text!r} has a placeholder for an image or video")
         ids = whole.ids.tolist()
         read.append((ids, _common([own, ids])))  # a token that joins both texts is the candidate's
-    return before, last, read
+    return before, last, len(own), read
 
 
 def _common(each: Sequence[Sequence[int]]) -> int:
@@ -303,7 +313,8 @@ class _Prompts:
         starts = tuple(np.cumsum([0, *lengths[:-1]]).tolist())
         position = np.concatenate([np.arange(first, first + rows) for first, rows in zip(before, lengths, strict=True)])
         encoded = tuple(self.encoded[number] for number in numbers) if self.encoded else ()
-        spans = Spans(starts, tuple(lengths), tuple(tables), before, encoded=encoded)
+        prompts = tuple(self.asked[number].prompt_rows for number in numbers)
+        spans = Spans(starts, tuple(lengths), tuple(tables), before, encoded=encoded, prompts=prompts)
         at = torch.from_numpy(position).to(self.model.device)
         hidden = self.model.decoder(torch.cat(inputs), at, spans, self.cache)
         for table, rows in zip(tables, lengths, strict=True):
@@ -333,8 +344,7 @@ def _scored(model: LlavaModel, asked: Sequence[_Asked]) -> list[list[Candidate]]
         for run in runs:
             for index in run.answers:
                 answer = asked[run.number].answers[index]
-                own = range(answer.start, len(answer.ids))
-                tokens += [(prompts.place(run, at), answer.ids[at], run.number, index) for at in own]
+                tokens += [(prompts.place(run, at), token, run.number, index) for at, token in enumerate(answer.ids)]
         rows, targets, numbers, indices = (np.array(column) for column in zip(*sorted(tokens), strict=True))
         scores, hits = _log_probs(model, hidden, rows, targets)
         if not np.isfinite(scores).all():
@@ -343,11 +353,11 @@ def _scored(model: LlavaModel, asked: Sequence[_Asked]) -> list[list[Candidate]]
             sums[number][index] += score
             greedy[number][index] &= hit
     found: list[list[Candidate]] = []
-    for each, of, hits in zip(asked, sums, greedy, strict=True):
+    for number, (each, of, hits) in enumerate(zip(asked, sums, greedy, strict=True)):
+        rows = prompts.encoded[number] if prompts.encoded else each.rows
         found.append([])
         for index, answer in enumerate(each.answers):
-            ids, before = answer.ids[answer.start :], each.rows + answer.start
-            found[-1].append(Candidate(answer.text, index, ids, float(of[index]), bool(hits[index]), before))
+            found[-1].append(Candidate(answer.text, index, answer.ids, float(of[index]), bool(hits[index]), rows))
     return found
 
 

@@ -27,8 +27,8 @@ def render_request(
     times_of: Callable[[Any], VideoTimes] | None = None,
 ) -> tuple[list[Segment], list, list]:
     """(segments of the prompt, image sources, video sources) of a request; placeholders are still in the text. Without
-    `labels` the whole prompt is one segment. times_of: returns the times of a video, for adding its time instruction to
-    messages. Raises RequestError, and the errors of `times_of`."""
+    `labels` the prompt ends where the model answers. times_of: returns the times of a video, for adding its time
+    instruction to messages. Raises RequestError, and the errors of `times_of`."""
     _check_request(request)
     given = list(request.get("images") or [])
     videos = [] if request.get("video") is None else [request["video"]]
@@ -50,7 +50,7 @@ def render_request(
     if labels:
         _check_answers(messages)
         return template.segments(messages, add_generation_prompt=False), sources, videos
-    return [Segment(template.render(messages, add_generation_prompt=True), False)], sources, videos
+    return template.prompt(messages), sources, videos
 
 
 def _check_request(request: Any) -> None:

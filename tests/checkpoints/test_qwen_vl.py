@@ -110,6 +110,21 @@ def test_decoding_from_graphs(seen, served):
     assert runner.device.graphs.replays == 0
 
 
+@torch.no_grad()
+def test_candidates_have_the_rope_of_their_prompt(seen):
+    """However long they are; also those that follow a prompt beyond the trained length."""
+    _, model, published = seen
+    texts = ["the " * 90, "hi", "foo " * 40]
+    for prompt in ("only text", "the end " * 22):
+        rows = len(published.rows(model.tokenizer, prompt, []))
+        for each in model.rank({"prompt": prompt}, texts):
+            x = published.rows(model.tokenizer, prompt + each.text, [])
+            logits = published.logits(x, rows)[-len(each.token_ids) - 1 : -1].double().log_softmax(-1)
+            expected = logits[range(len(each.token_ids)), each.token_ids].sum().item()
+            assert each.log_likelihood == pytest.approx(expected, rel=1e-4)
+    assert rows > qwen_vl.SEQ_LENGTH
+
+
 def test_quantised_while_it_loads(seen, tmp_path):
     folder, model, _ = seen
     rounded = llava_fast.load(folder, quantize="int8")
@@ -200,7 +215,7 @@ def asked(model, messages: list[dict], labels="original") -> tuple[list[str], li
     ids, kept = [], []
     for part in outline:
         ids += part.ids.tolist() if hasattr(part, "ids") else [qwen_vl.IMG + 2]
-        kept += part.supervised.tolist() if hasattr(part, "ids") else [False]
+        kept += [False] if not hasattr(part, "ids") else part.supervised.tolist() if labels else [False] * len(part.ids)
     tokens = model.tokenizer.convert_ids_to_tokens(ids)
     return tokens, [token for token, each in zip(tokens, kept, strict=True) if each]
 
@@ -239,6 +254,21 @@ def test_chat_and_labels(seen):
     silent = ["<|im_start|>", *ends]
     assert kept == [*silent, *silent, "<|im_start|>", "Ċ", "us", *ends, *silent, "<|im_start|>", "Ġfoo", *ends]
     assert asked(model, messages, "answers")[1] == ["Ċ", "us", "<|im_end|>", "Ġfoo", "<|im_end|>"]
+
+
+def test_a_prompt_has_the_tokens_that_training_reads(seen):
+    """Each text is tokenised by itself there too, also the earlier answers."""
+    _, model, published = seen
+    messages = [
+        {"role": "user", "content": "\n\nfoo"},
+        {"role": "assistant", "content": "foo" if published.monkey else "\n\nthe"},
+        {"role": "user", "content": "\nfoo"},
+        {"role": "assistant", "content": "foo"},
+    ]
+    prompt, _ = asked(model, messages[:3], False)
+    whole, _ = asked(model, messages, "answers")
+    assert prompt == whole[: len(prompt)]
+    assert "".join(whole[len(prompt) :]).startswith("foo")
 
 
 def test_the_base_model_completes_a_text(tmp_path):

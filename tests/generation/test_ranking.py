@@ -18,16 +18,22 @@ NAMES = ["next", "next_mistral_window", "next_dynamic_rope", "video", "blip2", "
 
 
 @torch.no_grad()
-def teacher_forced(pair, request: dict, text: str) -> tuple[list[int], float]:
-    """(the tokens of `text` after a verbatim prompt, the sum of their log-probabilities) in transformers."""
+def teacher_forced(pair, request: dict, texts: list[str]) -> list[tuple[list[int], float]]:
+    """(the tokens of each text after a verbatim prompt, the sum of their log-probabilities) in transformers. All begin
+    at the first token that joins the prompt and one of the texts."""
     asked = {"images": request.get("images", ()), "question": request["prompt"].replace("<image>", "")}
-    before, whole = (pair.reference_inputs(request["prompt"] + more, **asked) for more in ("", text))
-    forget_rope(pair.hf)
-    logits = pair.hf(**whole).logits[0].double().log_softmax(-1)
-    ids, own = whole["input_ids"][0], before["input_ids"][0]
-    same = [a == b for a, b in zip(ids.tolist(), own.tolist(), strict=False)]
-    start = len(own) if all(same) else same.index(False)  # a token that joins prompt and candidate is the candidate's
-    return ids[start:].tolist(), logits[range(start - 1, len(ids) - 1), ids[start:]].sum().item()
+    before, *whole = (pair.reference_inputs(request["prompt"] + more, **asked) for more in ("", *texts))
+    own = before["input_ids"][0].tolist()
+    start = len(own)
+    for each in whole:
+        same = [a == b for a, b in zip(each["input_ids"][0].tolist(), own, strict=False)]
+        start = min(start, len(same) if all(same) else same.index(False))
+    found = []
+    for each in whole:
+        forget_rope(pair.hf)
+        logits, ids = pair.hf(**each).logits[0].double().log_softmax(-1), each["input_ids"][0]
+        found.append((ids[start:].tolist(), logits[range(start - 1, len(ids) - 1), ids[start:]].sum().item()))
+    return found
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -38,8 +44,9 @@ def test_equal_to_transformers(name):
         requests[0] = {"prompt": "<image>what is this?", "images": REQUEST["images"][:1]}
     together = score_candidates(pair.ours, requests, [CANDIDATES, CANDIDATES[:3]])
     for request, found in zip(requests, together, strict=True):
-        for each in found:
-            ids, expected = teacher_forced(pair, request, each.text)
+        for each, (ids, expected) in zip(
+            found, teacher_forced(pair, request, [each.text for each in found]), strict=True
+        ):
             assert each.token_ids == ids
             assert each.log_likelihood == pytest.approx(expected, rel=1e-4)
             assert each.mean_log_likelihood == pytest.approx(expected / len(ids), rel=1e-4)
@@ -83,6 +90,16 @@ def test_order_and_passes(model, monkeypatch):
         assert one.log_likelihood == pytest.approx(other.log_likelihood, rel=1e-5)
 
 
+def test_all_are_scored_from_the_first_token_that_one_joins(model):
+    """As where the space belongs to the candidates: not "b" given the space against "the" with it."""
+    found = model.rank({"prompt": "x "}, ["the", "b"])
+    assert len({each.token_ids[0] for each in found}) == 2
+    expected = model.rank({"prompt": "x"}, [" the", " b"])
+    assert [each.token_ids for each in found] == [each.token_ids for each in expected]
+    assert [each.log_likelihood for each in found] == pytest.approx([each.log_likelihood for each in expected])
+    assert found[0].text == "the"
+
+
 def test_the_prompt_and_its_images_run_once(model, monkeypatch):
     rows, tiles = [], []
     tower, decoder = type(model.vision_tower), type(model.decoder)
@@ -104,7 +121,7 @@ def test_what_greedy_decoding_says_is_greedy(model):
     letters = [chr(code) for code in range(33, 127) if chr(code) != "<"]
     seen = 0
     for number in range(12):
-        request = {"prompt": f"<image>hello {number}: ", "images": [tiny.picture(40 + number, 50)]}
+        request = {"prompt": f"<image>hello {number}:", "images": [tiny.picture(40 + number, 50)]}
         said = model.generate([request], max_new_tokens=1, ignore_eos=True)[0].token_ids
         greedy = [each.token_ids for each in model.rank(request, letters) if each.is_greedy]
         assert greedy == ([said] if model.tokenizer.decode(said) in letters else [])

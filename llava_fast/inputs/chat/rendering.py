@@ -49,6 +49,7 @@ class ChatTemplate(Protocol):
     """Interface of chat templates: messages to prompt.
 
     name: the canonical name. stop: the strings that end an assistant turn.
+    prompt: what the model reads before it answers, cut as the same turns are in `segments`.
     original_label_tokens: texts of single tokens that the original trainer supervises at any position, also inside a
         user's text. Empty for most templates.
     """
@@ -72,6 +73,8 @@ class ChatTemplate(Protocol):
     def render(
         self, messages: Sequence[Mapping], system: str | None = None, add_generation_prompt: bool = True
     ) -> str: ...
+
+    def prompt(self, messages: Sequence[Mapping]) -> list[Segment]: ...
 
 
 # ---------------------------------------------------------------- built-in templates
@@ -121,6 +124,9 @@ class BuiltinTemplate:
 
     def render(self, messages: Sequence[Mapping], system: str | None = None, add_generation_prompt: bool = True) -> str:
         return "".join(segment.text for segment in self.segments(messages, system, add_generation_prompt))
+
+    def prompt(self, messages: Sequence[Mapping]) -> list[Segment]:
+        return self.segments(messages)
 
     def segments(
         self, messages: Sequence[Mapping], system: str | None = None, add_generation_prompt: bool = True
@@ -298,6 +304,9 @@ class CheckpointTemplate:
 
     def render(self, messages: Sequence[Mapping], system: str | None = None, add_generation_prompt: bool = True) -> str:
         return self._render(self._prepare(messages, system), add_generation_prompt)[0]
+
+    def prompt(self, messages: Sequence[Mapping]) -> list[Segment]:
+        return [Segment(self.render(messages))]  # without `segments`, which not every template allows
 
     def segments(
         self, messages: Sequence[Mapping], system: str | None = None, add_generation_prompt: bool = True
