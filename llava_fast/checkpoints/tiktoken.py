@@ -19,7 +19,6 @@ from llava_fast.errors import CheckpointError
 from llava_fast.families import fields
 from llava_fast.storage.files import read_json_if_there, read_text
 
-
 LONGEST = 2**12
 """Bytes of a token: finding the merges of one takes the square of its length."""
 
