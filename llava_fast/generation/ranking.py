@@ -198,8 +198,7 @@ def _after_prompt(processor: Processor, request: dict, texts: Sequence[str], end
     last = found if isinstance(found, TextPiece) else TextPiece(np.zeros(0, np.int32))
     own = last.ids.tolist()
     if last.begins_answer:
-        ends = ([*own, *processor.tokenizer(text.strip())["input_ids"]] for text in texts)
-        return before, last, len(own), [(ids, len(own)) for ids in ends]
+        return before, last, len(own), [(processor.verbatim_answer(text).ids.tolist(), len(own)) for text in texts]
     read = []
     for text in texts:
         *others, whole = processor.outline({**request, "prompt": request["prompt"] + text})

@@ -265,26 +265,37 @@ class Processor(ProcessorOptions):
         self, segments: list[Segment], labels: Labels, hidden: Hidden | None
     ) -> tuple[list[Segment], TextPiece]:
         """(the prompt, which an encoder reads; the answer, from the token with which the decoder begins). With labels,
-        the answer is tokenised alone and its tokens are supervised. Raises RequestError for other than one answer."""
-        begin = np.array([self.answer_start], np.int32)
+        the last answer is supervised, and earlier ones are the prompt's. Raises RequestError for turns after it."""
         if not labels:
-            return segments, TextPiece(begin, begins_answer=True)
-        found = [number for number, segment in enumerate(segments) if segment.supervised]
-        if len(found) != 1 or "".join(segment.text for segment in segments[found[0] + 1 :]).strip():
+            return segments, TextPiece(np.array([self.answer_start], np.int32), begins_answer=True)
+        last = max((number for number, segment in enumerate(segments) if segment.supervised), default=-1)
+        if last < 0:
+            raise RequestError("no token of the answers is supervised: this sample has nothing to learn from")
+        if "".join(segment.text for segment in segments[last + 1 :]).strip():
             raise RequestError(
-                f"the sample has {len(found)} answers or turns after its answer, and this model's decoder writes one "
-                "answer to what its encoder has read: make one sample of each answer, with the turns before it"
+                "the sample has turns after its last answer, and this model's decoder answers what its encoder has "
+                "read: leave them out, or answer them"
             )
         if labels == "original" and self.template.original_label_tokens:
             raise RequestError(
                 f"labels='original' supervises tokens of the prompt with the template {self.template.name!r}, and this "
                 "model's prompt is read by its encoder: use labels='answers'"
             )
-        text = segments[found[0]].text.strip()
-        end = self.tokenizer.eos_token
+        prompt = [replace(each, supervised=False, supervised_original=False) for each in segments[:last]]
+        return prompt, self._answer(segments[last].text, hidden)
+
+    def verbatim_answer(self, text: str) -> TextPiece:
+        """A text as an encoder-decoder's answer, its tokens supervised but for `answer_start`. Raises RequestError."""
+        self.outline({"prompt": text})  # raises for a placeholder and for a token without an embedding
+        request, hidden = self.literal.hidden({"prompt": text}) if self.literal_text else ({"prompt": text}, None)
+        return self._answer(request["prompt"], hidden)
+
+    def _answer(self, text: str, hidden: Hidden | None) -> TextPiece:
+        """The answer that the decoder of an encoder-decoder writes, tokenised alone, with the tokenizer's end token."""
+        end, text = self.tokenizer.eos_token, text.strip()
         ids, _ = self.encoder.tokens(text.removesuffix(end).strip() if end else text, True, False, hidden)
-        both = np.concatenate([begin, np.asarray(ids, np.int32)])
-        return segments[: found[0]], TextPiece(both, np.arange(len(both)) > 0, begins_answer=True)
+        both = np.asarray([self.answer_start, *ids], np.int32)
+        return TextPiece(both, np.arange(len(both)) > 0, begins_answer=True)
 
     def _check_ids(self, outline: Sequence[TextPiece | Placeholder]) -> None:
         """Raise RequestError for a token without an embedding in the decoder, for example if only the tokenizer was

@@ -72,6 +72,26 @@ def test_equal_to_transformers_with_an_encoder(name):
         assert each.log_likelihood == pytest.approx(logits[range(len(ids)), ids].sum().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("literal", [False, True])
+def test_candidates_of_an_encoder_decoder_are_read_as_answers_are(literal):
+    """An end token is written once; with literal text it is text."""
+    model = tiny.pair("blip2_t5").ours
+    processor = replace(model.own_processor, literal_text=literal)
+    by_messages = {"messages": [{"role": "user", "content": "hello"}]}
+    verbatim, answers = score_candidates(
+        model, [{"prompt": "hello"}, by_messages], [["a</s>", "b"]] * 2, processor=processor
+    )
+    assert [each.token_ids for each in verbatim] == [each.token_ids for each in answers]
+    assert verbatim[0].token_ids.count(model.tokenizer.eos_token_id) == 1
+    if not literal:
+        with pytest.raises(RequestError, match="placeholder"):
+            model.rank({"prompt": "hello"}, ["a <image>"])
+        with pytest.raises(RequestError, match="embeddings for 5 tokens"):
+            score_candidates(
+                model, [{"prompt": ""}], [["hello"]], processor=replace(processor, vocabulary=5, answer_start=0)
+            )
+
+
 @pytest.fixture(scope="module")
 def model():
     return tiny.pair("next").ours

@@ -173,13 +173,33 @@ def test_labels_are_the_answers_tokens_and_the_end():
     assert plan.column("row")[prompt] == tiny.PAD_ID
 
 
+def test_an_answer_after_earlier_turns():
+    """The encoder reads what it reads when the model answers there; the last answer is learnt, preferred and ranked."""
+    model = tiny.pair("blip2_t5").ours
+    processor, words = model.own_processor, model.tokenizer
+    turns = [*answered("hello")["messages"], {"role": "user", "content": "and?"}]
+    taught, other = (
+        answered("hello", messages=[*turns, {"role": "assistant", "content": text}]) for text in ("the a", "b")
+    )
+    plan = processor.prepare([taught], labels=True).plan
+    asked = answered("hello", messages=turns)
+    assert plan.encoded == (read_prompt(processor, asked).encoded_rows,)
+    assert plan.column("supervised_target").tolist() == words("the a")["input_ids"]
+    assert np.array_equal(plan.column("row")[: plan.encoded[0]], processor.prepare([asked]).plan.column("row")[:-1])
+    pair = shared_pair(processor, taught, other, [])
+    assert [branch.ids.tolist() for branch in pair.branches] == [words(each)["input_ids"] for each in ("the a", "b")]
+    best, worse = model.rank(asked, ["a", "the a"])
+    assert best.prompt_tokens == worse.prompt_tokens == plan.encoded[0]
+    (said,) = model.generate([asked], max_new_tokens=1)
+    assert said.usage.prompt_tokens == plan.encoded[0]
+
+
 @pytest.mark.parametrize("labels", [True, "original"])
 def test_samples_it_cannot_learn_from_say_so(labels):
     processor = tiny.pair("blip2_t5").ours.own_processor
-    more = [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "a"}]
-    twice = answered("hello", messages=[*answered("hello")["messages"], *more])
-    with pytest.raises(RequestError, match=r"has 2 answers or turns after its answer.* make one sample of each answer"):
-        processor.prepare([twice], labels=labels)
+    more = [*answered("hello")["messages"], {"role": "user", "content": "and?"}]
+    with pytest.raises(RequestError, match="has turns after its last answer"):
+        processor.prepare([answered("hello", messages=more)], labels=labels)
     if labels == "original":
         with pytest.raises(RequestError, match="template 'qwen', and this model's prompt is read by its encoder"):
             replace(processor, template=builtin_template("qwen")).prepare([answered("hello")], labels=labels)
