@@ -81,7 +81,8 @@ def load(
     progress       wraps the iteration over tensor names, such as tqdm.tqdm.
 
     Weights are memory-mapped and assigned tensor by tensor. Raises CheckpointError, naming file and tensor, and
-    QuantisationError for an unsupported quantisation, BackendError for a precision that the device has not.
+    QuantisationError for an unsupported quantisation, BackendError for a precision that the device does not
+    support.
     """
     if device is not None and device_map is not None:
         raise CheckpointError("give load a device or a device_map, not both")

@@ -104,7 +104,7 @@ def use_precision(model: Any, precision: str) -> None:
 
 
 def check_precision(precision: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises BackendError for a precision that is unknown, or that this device or PyTorch has not."""
+    """Raises BackendError for a precision that is unknown, or that this device or PyTorch does not support."""
     if precision not in PRECISIONS:
         raise BackendError(f"precision is {precision!r}: use {', '.join(map(repr, PRECISIONS))} or None")
     if (why := unfit_device(device, PRECISIONS[precision])) is not None:

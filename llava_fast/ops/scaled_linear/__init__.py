@@ -17,7 +17,7 @@ backend.register(
     "scaled_linear",
     "eight_bit",
     "CUDA: int8 from compute capability 8.0 on, float8 from 9.0 on; CPU",
-    default_on=("cpu", "cuda"),  # who calls this op has asked for 8 bits
+    default_on=("cpu", "cuda"),  # its callers have asked for 8 bits
 )
 
 
