@@ -353,10 +353,10 @@ def _scored(model: LlavaModel, asked: Sequence[_Asked]) -> list[list[Candidate]]
             greedy[number][index] &= hit
     found: list[list[Candidate]] = []
     for number, (each, of, hits) in enumerate(zip(asked, sums, greedy, strict=True)):
-        length = prompts.encoded[number] if prompts.encoded else each.rows
+        before = prompts.encoded[number] if prompts.encoded else each.rows
         found.append([])
         for index, answer in enumerate(each.answers):
-            found[-1].append(Candidate(answer.text, index, answer.ids, float(of[index]), bool(hits[index]), length))
+            found[-1].append(Candidate(answer.text, index, answer.ids, float(of[index]), bool(hits[index]), before))
     return found
 
 
