@@ -19,7 +19,6 @@ from llava_fast.errors import CheckpointError
 from llava_fast.families import fields
 from llava_fast.storage.files import read_json_if_there, read_text
 
-
 LONGEST = 2**12
 """Bytes of a token: finding the merges of one takes the square of its length."""
 
@@ -105,7 +104,9 @@ def read_ranks(file: Path) -> dict[bytes, int]:
         except (binascii.Error, ValueError):
             raise CheckpointError(f"{file}: line {number} is no token in base64 and its rank: {line[:60]!r}") from None
         if len(text) > LONGEST:
-            raise CheckpointError(f"{file}: line {number} is a token of {len(text)} bytes; supported are up to {LONGEST}")
+            raise CheckpointError(
+                f"{file}: line {number} is a token of {len(text)} bytes; supported are up to {LONGEST}"
+            )
         ranks[text] = place
     if sorted(ranks.values()) != list(range(len(ranks))) or not ranks:
         raise CheckpointError(f"{file}: the ranks of its {len(ranks)} tokens are not 0 to {len(ranks) - 1}, each once")

@@ -159,8 +159,8 @@ class RetrievalModel(LlavaModel):
     def _match(
         self, features_BNC: Tensor, ids_BL: Tensor, drawn: tuple[Tensor, Tensor] | None, gather: Gather
     ) -> Tensor:
-        """The pairs, each with an image and a text that are not its own: [B], the sum of three thirds. Zeros for a batch
-        of one pair, which has no negatives and would teach that everything matches."""
+        """The pairs, each with an image and a text that are not its own: [B], the sum of three thirds. Zeros for a
+        batch of one pair, which has no negatives and would teach that everything matches."""
         images, texts = [features_BNC], [ids_BL]
         all_images, all_texts = gather(features_BNC)[0], gather(ids_BL)[0]
         if drawn is not None:
