@@ -82,6 +82,24 @@ def test_frames_at_a_rate_are_every_nth_one(video_file, tmp_path):
         FrameRate(-1)
 
 
+@pytest.mark.parametrize("wanted", [1e-320, 1e-9, 1e300])
+def test_rates_of_any_size(video_file, wanted):
+    chosen = FrameRate(wanted)
+    expected = list(range(11)) if wanted > 1 else [0]
+    assert take_frames(video_file, chosen).numbers.tolist() == expected
+    assert frame_count(video_file, chosen) == len(read_video(video_file, chosen)) == len(expected)
+
+
+def test_a_file_without_a_rate_says_what_to_do(video_file, monkeypatch):
+    monkeypatch.setattr("llava_fast.inputs.pictures.video._rate_of", lambda _: None)
+    for read in (read_video, frame_count, take_frames):
+        with pytest.raises(ImageError, match=r"clip\.mp4' does not state its frame rate.*by video_fps=0"):
+            read(video_file, FrameRate(1))
+        read(video_file, 3)
+    with pytest.raises(ImageError, match=r"are unknown$"):  # no option gives it times
+        video_times(video_file, 3)
+
+
 def test_frames_given_as_they_are():
     frames = np.stack([noise(6, 8, seed) for seed in range(5)])
     np.testing.assert_array_equal(read_video(frames), frames)

@@ -44,7 +44,7 @@ class FrameRate:
 
     def of(self, total: int, rate: float) -> np.ndarray:
         """int64: the frame indices that are used of `total` frames at `rate` a second."""
-        return np.arange(0, total, max(round(rate / self.per_second), 1))
+        return np.arange(0, total, max(round(min(rate / self.per_second, total)), 1))
 
 
 def read_video(source: Any, num_frames: int | FrameRate | None = None, containers: str | None = None) -> np.ndarray:
@@ -185,7 +185,7 @@ def take_frames(
         if isinstance(num_frames, int):
             return uniform_frames(total, num_frames)
         if rates[-1] is None:
-            raise ImageError(_NO_RATE.format(source_name(source)))
+            raise ImageError(_NO_RATE.format(source_name(source)) + _FIXED_NUMBER)
         return num_frames.of(total, rates[-1])
 
     def check_number(frames: int) -> None:
@@ -295,7 +295,7 @@ def _at_rate(source: Any, rate: FrameRate, containers: str | None) -> np.ndarray
     """int64: the frame indices that are used of a video file or a folder of frames."""
     if _is_folder(source):
         return rate.of(len(frame_files(source)), FOLDER_RATE)
-    return rate.of(_total(source, containers), _rate(source, containers))
+    return rate.of(_total(source, containers), _rate(source, containers, _FIXED_NUMBER))
 
 
 def _read_file(source: Any, num_frames: int | FrameRate | None, containers: str | None) -> np.ndarray:
@@ -364,15 +364,16 @@ def _decoded(
 
 
 _NO_RATE = "{} does not state its frame rate, so the times of its frames are unknown"
+_FIXED_NUMBER = ": take a number of frames, by video_fps=0 and video_frames"
 
 
-def _rate(source: Any, containers: str | None) -> float:
-    """The average frame rate in the header of a video file, per second. Raises ImageError."""
+def _rate(source: Any, containers: str | None, advice: str = "") -> float:
+    """The average frame rate in the header of a video file, per second. Raises ImageError, which ends with `advice`."""
     name = source_name(source)
     with _opened(source, name, containers) as container:
         rate = _rate_of(container.streams.video[0])
     if rate is None:
-        raise ImageError(_NO_RATE.format(name))
+        raise ImageError(_NO_RATE.format(name) + advice)
     return rate
 
 
