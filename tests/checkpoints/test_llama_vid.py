@@ -426,7 +426,8 @@ def test_a_new_one_is_assembled_from_lavis_files(vid, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="has no query_tokens: give LAVIS' InstructBLIP"):
         llava_fast.load(Assembly(**named, qformer_from=str(tmp_path / "other.pth")))
     with pytest.raises(
-        CheckpointError, match=r"compress and model\.image_size need a connector that reads text: give model.qformer_from"
+        CheckpointError,
+        match=r"compress and model\.image_size need a connector that reads text: give model.qformer_from",
     ):
         llava_fast.load(Assembly(**named, compress="mean"))
 
