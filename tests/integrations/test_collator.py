@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import pickle
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,8 +77,7 @@ def collator(name: str = "next", **options) -> Collator:
 def test_ids_and_labels_are_those_of_our_own_processor(side):
     made = collator(padding_side=side)(samples()[:2])
     ours = builtin_template(TEMPLATE)
-    processor = tiny.pair("next").ours.processor
-    processor = type(processor)(**{**vars(processor), "template": ours})
+    processor = replace(tiny.pair("next").ours.processor, template=ours)
     for number, sample in enumerate(samples()[:2]):
         columns = processor.prepare([sample], labels=True).plan.columns
         real = made["attention_mask"][number].bool()
