@@ -162,8 +162,11 @@ def test_graphs_of_encoding_hold_8_bit_products(precision):
             torch.testing.assert_close(graphs.encode(batch), expected, rtol=1e-4, atol=1e-5)
     assert ("scaled_linear", "eight_bit") in calls
     assert (graphs.replays, graphs.unfit, graphs.failed) == (2, None, {})
+    (key,) = graphs.graphs.keys
+    captured = graphs.graphs.get(key, None, "", "")
     model.vision_tower.encoder.layers[0].mlp.fc1.weight.mul_(2)
     other = graphs.encode(batch)
+    assert graphs.graphs.get(key, None, "", "") is not captured  # that one reads the codes as they were
     assert not torch.allclose(other, expected, rtol=1e-2)
     torch.testing.assert_close(other, model.inputs_embeds(batch), rtol=1e-4, atol=1e-5)
 
