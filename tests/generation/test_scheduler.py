@@ -137,11 +137,11 @@ def test_a_long_prompt_does_not_stall_the_others():
 
 @pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
 def test_an_image_in_several_chunks_is_encoded_once(chunk_rows, monkeypatch, alone):
-    model = tiny.pair("next").ours
+    model, expected = tiny.pair("next").ours, alone("next")[3]
     calls = encoded(model, monkeypatch)
     sequence = sequence_of(model, REQUESTS[3])
     run(make(model, chunk_rows=chunk_rows), sequence)
-    assert sequence.result() == alone("next")[3]
+    assert sequence.result() == expected
     assert sum(calls) == sum(len(model.processor.tiles(picture, alone=True)) for picture in PICTURES[1:])
 
 
