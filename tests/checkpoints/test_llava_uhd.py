@@ -1,14 +1,13 @@
 """LLaVA-UHD: a checkpoint of the original layout, against its parts put together by hand from transformers' CLIP and
 Llama and the resampler's steps; saved, asked, and what it cannot be."""
 
-import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 import llava_fast
@@ -20,7 +19,7 @@ from llava_fast.models.connectors.perceiver import positions
 from tests.models.test_clip_slices import resampled
 from tests.support import tiny
 from tests.support.parity import assert_close
-from tests.support.tiny_checkpoints import edit_json
+from tests.support.tiny_checkpoints import assert_saved_in_its_layout, edit_json
 
 PATCH, SIZE, GRID = 8, 32, 8
 SIZES = [(32, 32), (20, 90), (70, 40), (64, 64)]
@@ -174,17 +173,7 @@ def test_gradients(uhd):
 
 def test_saved_it_is_the_same_to_the_bit(uhd, tmp_path):
     folder, model, _ = uhd
-    llava_fast.save(model, tmp_path / "saved", layout="original")
-    written, read = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "saved", folder))
-    assert written == read | {"unfreeze_mm_vision_tower": True, "torch_dtype": "float32"}
-    stored, expected = (load_file(path / "model.safetensors") for path in (tmp_path / "saved", folder))
-    assert stored.keys() == {name for name in expected if not name.endswith("position_ids")}
-    assert all(torch.equal(value, expected[name]) for name, value in stored.items())
-    again = llava_fast.load(tmp_path / "saved")
-    assert again.config == model.config
-    assert again.processor.geometry == model.processor.geometry
-    with pytest.raises(CheckpointError, match="llava_uhd has no other layout than 'original'"):
-        llava_fast.save(model, tmp_path / "hf", layout="hf")
+    assert_saved_in_its_layout("llava_uhd", model, folder, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 and the original's steps; saved, asked, and what it cannot be."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 import llava_fast
 from llava_fast.checkpoints.load import load_checkpoint
@@ -28,7 +26,7 @@ from llava_fast.models import router
 from llava_fast.models.batch import Batch
 from tests.support import slimes, tiny
 from tests.support.parity import assert_close
-from tests.support.tiny_checkpoints import edit_json
+from tests.support.tiny_checkpoints import assert_saved_in_its_layout, edit_json
 
 SIZES = [(32, 32), (20, 90), (70, 40), (64, 64)]
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "slime_router.safetensors"
@@ -305,17 +303,7 @@ def test_in_training_the_gate_and_the_router_are_noisy(slime, tmp_path):
 
 def test_saved_it_is_the_same_to_the_bit(slime, tmp_path):
     folder, model, _ = slime
-    llava_fast.save(model, tmp_path / "saved", layout="original")
-    written, read = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "saved", folder))
-    assert written == read | {"unfreeze_mm_vision_tower": True, "torch_dtype": "float32"}
-    stored, expected = (load_file(path / "model.safetensors") for path in (tmp_path / "saved", folder))
-    assert stored.keys() == {name for name in expected if not name.endswith("position_ids")}
-    assert all(torch.equal(value, expected[name]) for name, value in stored.items())
-    again = llava_fast.load(tmp_path / "saved")
-    assert again.config == model.config
-    assert again.processor.geometry == model.processor.geometry
-    with pytest.raises(CheckpointError, match="slime has no other layout than 'original'"):
-        llava_fast.save(model, tmp_path / "hf", layout="hf")
+    assert_saved_in_its_layout("slime", model, folder, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -25,7 +26,9 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+import llava_fast
 from llava_fast.checkpoints.load import LoadedCheckpoint, load_weights
+from llava_fast.errors import CheckpointError
 from llava_fast.families import read_config
 from llava_fast.families.llava_names import from_stored, to_stored
 from llava_fast.models.config import LlavaConfig as OurConfig
@@ -202,3 +205,19 @@ def tokenizer(*placeholders, size=94):
     fast = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     fast.add_special_tokens({"additional_special_tokens": list(placeholders)})
     return fast
+
+
+def assert_saved_in_its_layout(name: str, model, folder: Path, tmp_path: Path) -> None:
+    """A model read from `folder`, of the family `name`, whose layout is original alone, is saved to the bit:
+    config.json, tensors, config and geometry. Another layout is refused."""
+    llava_fast.save(model, tmp_path / "saved", layout="original")
+    written, read = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "saved", folder))
+    assert written == read | {"unfreeze_mm_vision_tower": True, "torch_dtype": "float32"}
+    stored, expected = (load_file(path / "model.safetensors") for path in (tmp_path / "saved", folder))
+    assert stored.keys() == {name for name in expected if not name.endswith("position_ids")}
+    assert all(torch.equal(value, expected[name]) for name, value in stored.items())
+    again = llava_fast.load(tmp_path / "saved")
+    assert again.config == model.config
+    assert again.processor.geometry == model.processor.geometry
+    with pytest.raises(CheckpointError, match=f"{name} has no other layout than 'original'"):
+        llava_fast.save(model, tmp_path / "hf", layout="hf")
