@@ -13,11 +13,12 @@ class Inputs {
  public:
   // Allocates for `count` vectors of up to `width` elements in the formats of these kinds of weights.
   Inputs(int64_t count, int64_t width, const std::vector<Kind>& kinds) : count_(count) {
-    for (Codes* codes : {&int8_, &int4_})
-      if (std::find(kinds.begin(), kinds.end(), codes->kind) != kinds.end()) {
-        const int64_t room = count * units_of(codes->kind, width) * unit_elements(codes->kind);
-        codes->lines.resize(room / 64);
-        codes->scales.resize(room / kGroup);
+    for (Quantised* each : {&int8_, &int4_})
+      if (std::find(kinds.begin(), kinds.end(), each->kind) != kinds.end()) {
+        const int64_t units = count * units_of(each->kind, width);
+        each->codes.resize(units * unit_elements(each->kind) / sizeof(Line));
+        each->offsets.resize(units);
+        each->scales.resize(units * unit_scales(each->kind));
       }
   }
 
@@ -31,34 +32,42 @@ class Inputs {
   Vectors of(Kind kind) {
     if (kind == Kind::kInt8) return made(int8_);
     if (kind == Kind::kInt4) return made(int4_);
-    return {x_, nullptr, width_, count_};
+    return {x_, width_, count_};
   }
 
  private:
   struct alignas(64) Line {
     int8_t codes[64];
   };
-  struct Codes {
+  struct alignas(64) Offsets {
+    int32_t lanes[16];
+  };
+  struct Quantised {
     Kind kind;
     bool made = false;
-    std::vector<Line> lines = {};
+    std::vector<Line> codes = {};
+    std::vector<Offsets> offsets = {};
     std::vector<float> scales = {};
   };
 
-  Vectors made(Codes& codes) {
-    const int64_t stride = units_of(codes.kind, width_) * unit_elements(codes.kind);
-    int8_t* const first = codes.lines.data()->codes;
-    if (!codes.made)
+  Vectors made(Quantised& to) {
+    const int64_t units = units_of(to.kind, width_), stride = units * unit_elements(to.kind);
+    const int64_t offsets_stride = 16 * units, scales_stride = units * unit_scales(to.kind);
+    int8_t* const codes = to.codes.data()->codes;
+    int32_t* const offsets = to.offsets.data()->lanes;
+    float* const scales = to.scales.data();
+    if (!to.made)
       for (int64_t j = 0; j < count_; ++j)
-        quantise(codes.kind, x_ + j * width_, width_, first + j * stride, &codes.scales[j * (stride / kGroup)]);
-    codes.made = true;
-    return {first, codes.scales.data(), stride, count_};
+        quantise(to.kind, x_ + j * width_, width_, codes + j * stride, offsets + j * offsets_stride,
+                 scales + j * scales_stride);
+    to.made = true;
+    return {codes, stride, count_, offsets, scales, offsets_stride, scales_stride};
   }
 
   int64_t count_;
   const float* x_ = nullptr;
   int64_t width_ = 0;
-  Codes int8_{Kind::kInt8}, int4_{Kind::kInt4};
+  Quantised int8_{Kind::kInt8}, int4_{Kind::kInt4};
 };
 
 }  // namespace llava_fast::decode

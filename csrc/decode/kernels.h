@@ -5,6 +5,7 @@
 // differ between sets only in rounding.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace llava_fast::decode {
@@ -26,7 +27,7 @@ inline int64_t bits_of(Kind kind) {
 //   int8   w = value * scale.
 //   int4   two elements per byte, the even one in its low nibble; w = (code - zero) * scale, code and zero 0..15.
 // Elements g * group to (g + 1) * group of a row share scale [rows, in / group] and zero. `group` divides `in`. It is
-// 32, 64, a multiple of 128, or (int8) `in`.
+// 32, 64, 128 or (int8) `in`.
 struct Linear {
   Kind kind;
   const void* weight;
@@ -41,41 +42,45 @@ struct Linear {
 // x = code * scale. Codes are stored in units of as many elements as 64 bytes of weights hold, zero-padded at the end.
 //   int8   a unit has 64 elements in order.
 //   int4   a unit has 128 elements: 64 even ones (0, 2, 4, ...), then 64 odd ones.
-// Lane l of 16 is what bytes 4l to 4l + 3 of a weight's 64 bytes contribute.
+// Lane l of 16 is what bytes 4l to 4l + 3 of a weight's 64 bytes contribute. A lane's offset is the sum of its codes times
+// -128 (int8) or -8 (int4): the effect of the number that makes a weight's codes unsigned.
 constexpr int64_t kGroup = 32;
 constexpr int64_t unit_elements(Kind kind) { return kind == Kind::kInt4 ? 128 : 64; }
+constexpr int64_t unit_scales(Kind kind) { return unit_elements(kind) / kGroup; }
 constexpr int64_t units_of(Kind kind, int64_t in) { return (in + unit_elements(kind) - 1) / unit_elements(kind); }
 
-// One vector [in]: codes [units * unit elements] and scales [units * unit elements / kGroup]. A group with an element
-// that is not finite has scale NaN.
-void quantise(Kind kind, const float* x, int64_t in, int8_t* codes, float* scales);
+// One vector [in] to units, their lanes' offsets and scales. A group with an element that is not finite has scale NaN.
+void quantise(Kind kind, const float* x, int64_t in, int8_t* units, int32_t* offsets, float* scales);
 
 // `count` elements (a multiple of 8) to codes; returns their scale, NaN if one is not finite.
 float quantise_group(const float* x, int64_t count, int8_t* codes);
 
-// `count` vectors in the format that one kind of weight needs: float32 (for float32 and bfloat16 weights), or codes and
-// scales, each `stride` elements after those of the previous vector.
+// `count` vectors in the format that one kind of weight needs: float32 (for float32 and bfloat16 weights), each `stride`
+// elements after the previous one; or codes in units, offsets and scales, each with a stride in elements of its own.
 struct Vectors {
   const void* data;
-  const float* scales;
   int64_t stride, count;
+  const int32_t* offsets = nullptr;
+  const float* scales = nullptr;
+  int64_t offsets_stride = 0, scales_stride = 0;
 };
 
-// The order in which the rows [0, rows) of a weight are read: four at a time, one from each quarter. Four long streams
-// are faster than one, and much faster than four neighbouring rows, whose short streams share pages. The distance
-// between quarters is an odd number of rows: with a power of two, all streams would use the same banks.
-// Row r of [0, fours) is read with r + step, r + 2 * step and r + 3 * step; the remaining rows are read one by one.
-struct Quarters {
-  int64_t rows, step, fours;
+// The order in which the rows [0, rows) of a weight are read: `parts` at a time, one from each of as many equal parts.
+// Some long streams are faster than one, and much faster than neighbouring rows, whose short streams share pages. The
+// distance between parts is an odd number of rows: with a power of two, all streams would use the same banks.
+// Row r of [0, together) is read with r + step, r + 2 * step, ...; the remaining rows are read one by one.
+struct Parts {
+  int64_t rows, parts, step, together;
 
-  explicit Quarters(int64_t count) : rows(count), step(count >= 64 ? count / 4 | 1 : count / 4) {
-    fours = rows - 3 * step < step ? rows - 3 * step : step;
+  Parts(int64_t count, int64_t number)
+      : rows(count), parts(number), step(count >= 16 * number ? count / number | 1 : count / number) {
+    together = std::min(rows - (parts - 1) * step, step);
   }
 
   template <class Visit>
   void each_left(const Visit& visit) const {
-    for (int64_t quarter = 0; quarter < 4; ++quarter)
-      for (int64_t r = fours; r < (quarter < 3 ? step : rows - 3 * step); ++r) visit(quarter * step + r);
+    for (int64_t part = 0; part < parts; ++part)
+      for (int64_t r = together; r < (part < parts - 1 ? step : rows - (parts - 1) * step); ++r) visit(part * step + r);
   }
 };
 

@@ -153,10 +153,10 @@ TARGET void linear(const Linear& linear, int64_t begin, int64_t end, const Vecto
         y[j * y_stride + r] = add ? y[j * y_stride + r] + linear.bias[r] : linear.bias[r];
     add = true;
   }
-  const Quarters quarters(end - begin);
-  for (int64_t r = 0; r < quarters.fours; ++r)
-    rows_by_all<4>(weights, linear.in, begin + r, quarters.step, x, x_stride, count, y, y_stride, add);
-  quarters.each_left(
+  const Parts parts(end - begin, 4);
+  for (int64_t r = 0; r < parts.together; ++r)
+    rows_by_all<4>(weights, linear.in, begin + r, parts.step, x, x_stride, count, y, y_stride, add);
+  parts.each_left(
       [&](int64_t r) { rows_by_all<1>(weights, linear.in, begin + r, 0, x, x_stride, count, y, y_stride, add); });
 }
 
@@ -289,7 +289,7 @@ TARGET void attend(const float* query, int64_t group, const Piece* pieces, int64
     for (int64_t t = 0; t < piece->rows; t += step) {
       const int64_t block = piece->rows - t < step ? piece->rows - t : step;
       const Element* const keys = Read<W>::block(piece->keys, t, block, size, scratch);
-      linear<Element>({Kind::kFloat32, keys, nullptr, size}, 0, block, {query, nullptr, size, group},
+      linear<Element>({Kind::kFloat32, keys, nullptr, size}, 0, block, {query, size, group},
                       scores + done + t, padded, false);
     }
   }

@@ -31,21 +31,30 @@ float quantise_group(const float* x, int64_t count, int8_t* codes) {
   return most / 127;
 }
 
-void quantise(Kind kind, const float* x, int64_t in, int8_t* codes, float* scales) {
-  const int64_t padded = units_of(kind, in) * unit_elements(kind);
-  for (int64_t first = 0; first < padded; first += kGroup) {
-    float group[kGroup] = {};
-    std::copy_n(x + std::min(first, in), std::clamp<int64_t>(in - first, 0, kGroup), group);
+namespace {
+
+int32_t sum4(const int8_t* codes) { return codes[0] + codes[1] + codes[2] + codes[3]; }
+
+}  // namespace
+
+void quantise(Kind kind, const float* x, int64_t in, int8_t* units, int32_t* offsets, float* scales) {
+  const int64_t elements = unit_elements(kind);
+  for (int64_t first = 0; first < in; first += elements, units += elements, offsets += 16) {
+    float padded[128] = {};
+    int8_t codes[128];
+    std::copy_n(x + first, std::min(elements, in - first), padded);
+    for (int64_t start = 0; start < elements; start += kGroup)
+      *scales++ = quantise_group(padded + start, kGroup, codes + start);
     if (kind == Kind::kInt8) {
-      *scales++ = quantise_group(group, kGroup, codes + first);
-      continue;
-    }
-    int8_t mixed[kGroup];
-    *scales++ = quantise_group(group, kGroup, mixed);
-    int8_t* const even = codes + first / 128 * 128 + first % 128 / 2;
-    for (int i = 0; i < kGroup / 2; ++i) {
-      even[i] = mixed[2 * i];
-      even[i + 64] = mixed[2 * i + 1];
+      std::copy_n(codes, elements, units);
+      for (int64_t lane = 0; lane < 16; ++lane) offsets[lane] = -128 * sum4(units + 4 * lane);
+    } else {
+      for (int64_t i = 0; i < 64; ++i) {
+        units[i] = codes[2 * i];
+        units[i + 64] = codes[2 * i + 1];
+      }
+      for (int64_t lane = 0; lane < 16; ++lane)
+        offsets[lane] = -8 * (sum4(units + 4 * lane) + sum4(units + 64 + 4 * lane));
     }
   }
 }

@@ -1,6 +1,6 @@
 // Shared by AVX2 and AVX-VNNI. Include <immintrin.h> and define TARGET before this file.
 
-constexpr int kTileVectors = 2, kTileRows = 4;
+constexpr int kTileVectors = 2, kTileRows = 4, kRowsAlone = 4;
 struct Sixteen {
   __m256 low, high;
 };
@@ -9,41 +9,46 @@ struct Bytes {
 };
 
 TARGET inline __m256i load_integers(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-TARGET inline Sixteen splat16(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-TARGET inline Sixteen add(Sixteen a, Sixteen b) {
-  return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+TARGET inline Sixteen load16(const void* p) {
+  const float* const lanes = static_cast<const float*>(p);
+  return {_mm256_loadu_ps(lanes), _mm256_loadu_ps(lanes + 8)};
 }
+TARGET inline Sixteen splat16(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 TARGET inline Sixteen multiply(Sixteen a, Sixteen b) {
   return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
 }
-TARGET inline Sixteen subtract(Sixteen a, Sixteen b) {
-  return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)};
+TARGET inline Sixteen multiply_add(Sixteen a, Sixteen b, Sixteen c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
-TARGET inline Sixteen spread2(const float* p) { return {_mm256_set1_ps(p[0]), _mm256_set1_ps(p[1])}; }
-TARGET inline Sixteen spread_four(__m256 twice) {
-  return {_mm256_permutevar8x32_ps(twice, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1)),
-          _mm256_permutevar8x32_ps(twice, _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3))};
+typedef __m128 Some;
+TARGET inline Some load4(const float* p) { return _mm_loadu_ps(p); }
+TARGET inline Some load2(const float* p) {
+  const __m128 two = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm_unpacklo_ps(two, two);
 }
-TARGET inline Sixteen spread4(const float* p) {
-  return spread_four(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)));
+TARGET inline Some load1(const float* p) { return _mm_set1_ps(*p); }
+TARGET inline Some multiply(Some a, Some b) { return _mm_mul_ps(a, b); }
+TARGET inline Sixteen spread2(Some v) {
+  return {_mm256_broadcastss_ps(v), _mm256_broadcastss_ps(_mm_movehl_ps(v, v))};
 }
-TARGET inline Sixteen spread_zeros4(const uint8_t* p) {
-  int32_t four;
-  __builtin_memcpy(&four, p, sizeof(four));
-  const __m256 zeros = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi32_si128(four)));
-  return spread_four(_mm256_sub_ps(zeros, _mm256_set1_ps(8)));
+TARGET inline Sixteen spread4(Some v) {
+  const __m256 four = _mm256_castps128_ps256(v);
+  return {_mm256_permutevar8x32_ps(four, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1)),
+          _mm256_permutevar8x32_ps(four, _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3))};
 }
-TARGET inline Sixteen spread_zeros2(const uint8_t* p) {
-  return {_mm256_set1_ps(static_cast<float>(p[0]) - 8), _mm256_set1_ps(static_cast<float>(p[1]) - 8)};
+TARGET inline Sixteen less_zeros(const uint8_t* p) {
+  const __m128i zeros = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m256i low = _mm256_cvtepu8_epi32(zeros), high = _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(zeros, zeros));
+  const __m256i eights = _mm256_set1_epi32(8);
+  return {_mm256_cvtepi32_ps(_mm256_sub_epi32(eights, low)), _mm256_cvtepi32_ps(_mm256_sub_epi32(eights, high))};
 }
-TARGET inline Bytes low_nibbles(const uint8_t* p) {
-  const __m256i mask = _mm256_set1_epi8(15);
-  return {_mm256_and_si256(load_integers(p), mask), _mm256_and_si256(load_integers(p + 32), mask)};
-}
-TARGET inline Bytes high_nibbles(const uint8_t* p) {
-  const __m256i mask = _mm256_set1_epi8(15);
-  return {_mm256_and_si256(_mm256_srli_epi16(load_integers(p), 4), mask),
-          _mm256_and_si256(_mm256_srli_epi16(load_integers(p + 32), 4), mask)};
+struct Nibbles {
+  Bytes low, high;
+};
+TARGET inline Nibbles nibbles(const uint8_t* p) {
+  const __m256i first = load_integers(p), second = load_integers(p + 32), mask = _mm256_set1_epi8(15);
+  return {{_mm256_and_si256(first, mask), _mm256_and_si256(second, mask)},
+          {_mm256_and_si256(_mm256_srli_epi16(first, 4), mask), _mm256_and_si256(_mm256_srli_epi16(second, 4), mask)}};
 }
 TARGET inline void sum_each16(Sixteen a, Sixteen b, Sixteen c, Sixteen d, float* totals) {
   const __m256 as = _mm256_add_ps(a.low, a.high), bs = _mm256_add_ps(b.low, b.high);

@@ -12,67 +12,73 @@ namespace llava_fast::decode {
 namespace {
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vnni")))
-constexpr int kTileVectors = 4, kTileRows = 4;
+constexpr int kTileVectors = 4, kTileRows = 4, kRowsAlone = 2;
 typedef __m512 Sixteen;
 typedef __m512i Bytes;
 
+TARGET inline Sixteen load16(const void* p) { return _mm512_loadu_ps(p); }
 TARGET inline Sixteen splat16(float x) { return _mm512_set1_ps(x); }
-TARGET inline Sixteen add(Sixteen a, Sixteen b) { return _mm512_add_ps(a, b); }
 TARGET inline Sixteen multiply(Sixteen a, Sixteen b) { return _mm512_mul_ps(a, b); }
-TARGET inline Sixteen subtract(Sixteen a, Sixteen b) { return _mm512_sub_ps(a, b); }
-TARGET inline Sixteen spread2(const float* p) {
-  return _mm512_insertf32x8(_mm512_set1_ps(p[0]), _mm256_set1_ps(p[1]), 1);
+TARGET inline Sixteen multiply_add(Sixteen a, Sixteen b, Sixteen c) { return _mm512_fmadd_ps(a, b, c); }
+typedef __m128 Some;
+TARGET inline Some load4(const float* p) { return _mm_loadu_ps(p); }
+TARGET inline Some load2(const float* p) {
+  const __m128 two = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm_unpacklo_ps(two, two);
 }
-TARGET inline Sixteen spread_four(__m128 four) {
-  const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(four));
+TARGET inline Some load1(const float* p) { return _mm_set1_ps(*p); }
+TARGET inline Some multiply(Some a, Some b) { return _mm_mul_ps(a, b); }
+TARGET inline Sixteen spread2(Some v) {
+  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2), _mm512_castps128_ps512(v));
 }
-TARGET inline Sixteen spread4(const float* p) { return spread_four(_mm_loadu_ps(p)); }
-TARGET inline Sixteen spread_zeros4(const uint8_t* p) {
-  int32_t four;
-  __builtin_memcpy(&four, p, sizeof(four));
-  const __m128 zeros = _mm_cvtepi32_ps(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(four)));
-  return spread_four(_mm_sub_ps(zeros, _mm_set1_ps(8)));
+TARGET inline Sixteen spread4(Some v) {
+  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3), _mm512_castps128_ps512(v));
 }
-TARGET inline Sixteen spread_zeros2(const uint8_t* p) {
-  const float zeros[2] = {static_cast<float>(p[0]) - 8, static_cast<float>(p[1]) - 8};
-  return spread2(zeros);
+TARGET inline Sixteen less_zeros(const uint8_t* p) {
+  const __m512i zeros = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(8), zeros));
 }
-// Signed codes plus 128, unsigned: the effect of the offset is subtracted before the products are added.
+// 64 bytes in a register: the compiler would read them from memory again for each of their uses, and one 64-byte load a
+// cycle is then what limits the loop.
+TARGET inline __m512i load_once(const void* p) {
+  __m512i loaded = _mm512_loadu_si512(p);
+  asm("" : "+v"(loaded));
+  return loaded;
+}
+// Signed codes plus 128, unsigned.
 TARGET inline Bytes int8_codes(const uint8_t* p) {
   return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128));
 }
-TARGET inline Bytes low_nibbles(const uint8_t* p) {
-  return _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(15));
+struct Nibbles {
+  Bytes low, high;
+};
+TARGET inline Nibbles nibbles(const uint8_t* p) {
+  const __m512i bytes = load_once(p), mask = _mm512_set1_epi8(15);
+  return {_mm512_and_si512(bytes, mask), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask)};
 }
-TARGET inline Bytes high_nibbles(const uint8_t* p) {
-  return _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(p), 4), _mm512_set1_epi8(15));
-}
-// Minus `factor` (at most 128) times the lanes' sums of codes.
-TARGET inline __m512i less(int factor, __m512i codes) {
+// Minus `factor` (at most 128) times the lanes' sums of codes, plus `from`.
+TARGET inline __m512i less(int factor, __m512i codes, __m512i from) {
   const __m512i factors = _mm512_set1_epi8(static_cast<char>(factor));
-  return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_dpbusd_epi32(_mm512_setzero_si512(), factors, codes));
+  return _mm512_sub_epi32(from, _mm512_dpbusd_epi32(_mm512_setzero_si512(), factors, codes));
 }
 struct Int8Unit {
-  __m512i codes, offset;
-  TARGET explicit Int8Unit(const int8_t* p) : codes(_mm512_loadu_si512(p)), offset(less(128, codes)) {}
+  __m512i codes, offsets;
+  TARGET Int8Unit(const int8_t* p, const int32_t* stored, bool wide)
+      : codes(load_once(p)), offsets(wide ? less(128, codes, _mm512_setzero_si512()) : load_once(stored)) {}
 };
 struct Int4Unit {
-  __m512i even, odd, offset;
-  TARGET explicit Int4Unit(const int8_t* p)
-      : even(_mm512_loadu_si512(p)),
-        odd(_mm512_loadu_si512(p + 64)),
-        offset(_mm512_add_epi32(less(8, even), less(8, odd))) {}
+  __m512i even, odd, offsets;
+  TARGET Int4Unit(const int8_t* p, const int32_t* stored, bool wide)
+      : even(load_once(p)),
+        odd(load_once(p + 64)),
+        offsets(wide ? less(8, even, less(8, odd, _mm512_setzero_si512())) : load_once(stored)) {}
 };
 
 TARGET inline Sixteen dot(Bytes w, const Int8Unit& x) {
-  return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(x.offset, w, x.codes));
+  return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(x.offsets, w, x.codes));
 }
 TARGET inline Sixteen dot(Bytes low, Bytes high, const Int4Unit& x) {
-  return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(x.offset, low, x.even), high, x.odd));
-}
-TARGET inline Sixteen sums(const Int4Unit& x) {
-  return multiply(_mm512_cvtepi32_ps(x.offset), splat16(-0.125f));
+  return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(x.offsets, low, x.even), high, x.odd));
 }
 TARGET inline __m256 halves(Sixteen v) {
   return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));

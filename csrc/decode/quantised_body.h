@@ -1,16 +1,18 @@
 // Products with int8 and int4 weights, independent of the instruction set. A file for one set defines, in an anonymous
-// namespace, TARGET, kTileVectors, kTileRows (4, or 1 if there are too few registers for four rows), and for 16 lanes:
-//   Sixteen                  16 floats, with splat16, add, multiply
-//   Bytes                    64 bytes of weight codes, loaded by int8_codes(p), low_nibbles(p), high_nibbles(p)
-//   Int8Unit, Int4Unit       a unit of a vector, prepared from its codes
+// namespace, TARGET, kTileVectors, kTileRows (4, or 1 if there are too few registers for four rows), kRowsAlone (rows at
+// once for one vector), and for 16 lanes:
+//   Sixteen                  16 floats, with load16, splat16, multiply, multiply_add
+//   Bytes                    64 bytes of weight codes, loaded by int8_codes(p)
+//   Nibbles                  the `low` and the `high` ones of 64 bytes, each as Bytes, loaded by nibbles(p)
+//   Int8Unit, Int4Unit       a unit of a vector (see kernels.h), from its codes and offsets; `wide`: the vector is long
 //   dot(Bytes, Int8Unit)     the lanes' integer products, exact, as floats
 //   dot(low, high, Int4Unit) the same, the weights' codes less 8
-//   sums(Int4Unit)           the lanes' sums of the vector's codes, as floats
-//   spread2, spread4         2 or 4 floats, each to as many neighbouring lanes
-//   spread_zeros2, 4         the same for zero points, bytes, less 8
+//   Some                     four floats, with load4, load2 (0, 0, 1, 1), load1 (the same four times), multiply
+//   spread2(Some), spread4   the first (0 and 2) or all of them, each to as many neighbouring lanes
+//   less_zeros(p)            8 less each of 16 zero points, bytes
 //   sum_each16(a, b, c, d)   the sums of the lanes of each: lanes i and i + 8 first, then i and i + 2, i and i + 1,
 //                            then the two halves
-// Every float operation here is one multiplication or addition, so that all sets round alike.
+// Every float operation here is one multiplication, addition or fused multiply-add, so that all sets round alike.
 
 struct Int8Codes {
   using Unit = Int8Unit;
@@ -18,143 +20,176 @@ struct Int8Codes {
   Bytes codes;
   TARGET static Int8Codes load(const uint8_t* p) { return {int8_codes(p)}; }
   TARGET Sixteen products(const Unit& x) const { return dot(codes, x); }
-  TARGET static Sixteen spread_own(const float* scales) { return spread2(scales); }
-  TARGET static Sixteen sums_of(const Unit&) { return splat16(0); }
 };
 
 struct Int4Codes {
   using Unit = Int4Unit;
   static constexpr Kind kKind = Kind::kInt4;
-  Bytes low, high;
-  TARGET static Int4Codes load(const uint8_t* p) { return {low_nibbles(p), high_nibbles(p)}; }
-  TARGET Sixteen products(const Unit& x) const { return dot(low, high, x); }
-  TARGET static Sixteen spread_own(const float* scales) { return spread4(scales); }
-  TARGET static Sixteen sums_of(const Unit& x) { return sums(x); }
+  Nibbles codes;
+  TARGET static Int4Codes load(const uint8_t* p) { return {nibbles(p)}; }
+  TARGET Sixteen products(const Unit& x) const { return dot(codes.low, codes.high, x); }
 };
 
-// The lanes' scales, or zero points less 8, from kScales consecutive ones.
-template <int kScales>
-TARGET inline Sixteen spread(const float* p) {
-  if constexpr (kScales == 4) return spread4(p);
-  if constexpr (kScales == 2) return spread2(p);
-  return splat16(*p);
-}
-template <int kScales>
-TARGET inline Sixteen spread_zeros(const uint8_t* p) {
-  if constexpr (kScales == 4) return spread_zeros4(p);
-  if constexpr (kScales == 2) return spread_zeros2(p);
-  return splat16(static_cast<float>(*p) - 8);
-}
-
-constexpr int kAhead = 384;  // bytes fetched ahead in each row
-
-// R rows of a weight where a unit begins: 64 bytes of codes, kScales scales and zero points each.
+// Where R rows of a weight begin: their codes, scales and zero points.
 template <int R>
-struct Place {
+struct Rows {
   const uint8_t* codes[R];
   const float* scale[R];
   const uint8_t* zero[R];
 };
 
-// The contribution of one unit: R rows by N vectors, whose codes and scales of the unit are at `x` and `scales`.
-// kScales 0: one scale per row, applied by the caller.
-template <class Codes, int kScales, bool kZero, int R, int N>
-TARGET inline void add_unit(const Place<R>& place, const int8_t* x, const float* scales, int64_t x_stride,
-                            int64_t scales_stride, Sixteen (&sums)[R][N]) {
+// The vectors of one call. `totals`, for zero points: the sums of a vector's elements over each group of the weight.
+struct Quantised {
+  const int8_t* codes;
+  const int32_t* offsets;
+  const float *scales, *totals;
+  int64_t stride, offsets_stride, scales_stride, totals_stride;
+
+  Quantised from(int64_t j) const {
+    Quantised rest = *this;
+    rest.codes += j * stride;
+    rest.offsets += j * offsets_stride;
+    rest.scales += j * scales_stride;
+    rest.totals += j * totals_stride;
+    return rest;
+  }
+};
+
+// The lanes' scales for one unit: those of a vector times kScales consecutive ones of a row, or (0) the vector's alone.
+template <Kind kKind, int kScales>
+TARGET inline Sixteen factors(const float* of_row, const float* of_vector) {
+  Some scales = load4(of_vector);
+  if constexpr (kKind == Kind::kInt8) scales = load2(of_vector);
+  if constexpr (kScales == 4) scales = multiply(scales, load4(of_row));
+  if constexpr (kScales == 2) scales = multiply(scales, load2(of_row));
+  if constexpr (kScales == 1) scales = multiply(scales, load1(of_row));
+  if constexpr (kKind == Kind::kInt8) return spread2(scales);
+  return spread4(scales);
+}
+
+constexpr int kAhead = 384;  // bytes fetched ahead in each row
+
+// The contribution of unit number `unit`, whose first scale in a row is number `scale`: R rows by N vectors.
+template <class Codes, int kScales, bool kWide, int R, int N>
+TARGET inline void add_unit(const Rows<R>& rows, int64_t unit, int64_t scale, const Quantised& x,
+                            Sixteen (&sums)[R][N]) {
+  constexpr Kind kKind = Codes::kKind;
   Codes codes[R];
-  Sixteen of_row[R], zeros[R];
 #pragma GCC unroll 4
   for (int i = 0; i < R; ++i) {
-    __builtin_prefetch(place.codes[i] + kAhead);
-    codes[i] = Codes::load(place.codes[i]);
-    if constexpr (kScales > 0) of_row[i] = spread<kScales>(place.scale[i]);
-    if constexpr (kZero) zeros[i] = spread_zeros<kScales>(place.zero[i]);
+    __builtin_prefetch(rows.codes[i] + 64 * unit + kAhead);
+    codes[i] = Codes::load(rows.codes[i] + 64 * unit);
   }
 #pragma GCC unroll 4
   for (int j = 0; j < N; ++j) {
-    const typename Codes::Unit unit(x + j * x_stride);
-    const Sixteen of_vector = Codes::spread_own(scales + j * scales_stride);
+    const typename Codes::Unit of_vector(x.codes + j * x.stride + unit * unit_elements(kKind),
+                                         x.offsets + j * x.offsets_stride + 16 * unit, kWide);
+    const float* const scales = x.scales + j * x.scales_stride + unit * unit_scales(kKind);
+    const Sixteen shared = factors<kKind, 0>(nullptr, scales);
 #pragma GCC unroll 4
     for (int i = 0; i < R; ++i) {
-      Sixteen products = codes[i].products(unit);
-      if constexpr (kZero) products = subtract(products, multiply(zeros[i], Codes::sums_of(unit)));  // exact
-      products = multiply(products, of_vector);
-      if constexpr (kScales > 0) products = multiply(products, of_row[i]);
-      sums[i][j] = add(sums[i][j], products);
+      const Sixteen own = kScales > 0 ? factors<kKind, kScales>(rows.scale[i] + scale, scales) : shared;
+      sums[i][j] = multiply_add(codes[i].products(of_vector), own, sums[i][j]);
     }
   }
 }
 
-// Rows `row`, row + step, ... (R of them) by N vectors, all sums in registers, into y.
-template <class Codes, int kScales, bool kZero, int R, int N>
-TARGET void rows_by_vectors(const Linear& linear, int64_t row, int64_t step, const int8_t* x, const float* scales,
-                            int64_t x_stride, float* y, int64_t y_stride, bool accumulate) {
-  constexpr int64_t kElements = unit_elements(Codes::kKind), kScalesAhead = kElements / kGroup;
-  const int64_t bytes = linear.in * 64 / kElements, groups = linear.in / linear.group, full = bytes / 64;
-  const int64_t scales_stride = x_stride / kGroup;
-  Place<R> place;
+// The effect of zero points other than 8: for each group, its scale times 8 less the zero point, times the sum of the
+// vector's elements.
+template <int R, int N>
+TARGET void add_zeros(const Rows<R>& rows, int64_t groups, const Quantised& x, Sixteen (&sums)[R][N]) {
+  for (int i = 0; i < R; ++i)
+    for (int64_t g = 0; g < groups; g += 16) {
+      const int64_t left = groups - g;
+      const float* scale = rows.scale[i] + g;
+      const uint8_t* zero = rows.zero[i] + g;
+      float last[16] = {};
+      uint8_t last_zeros[16] = {};
+      __builtin_prefetch(scale + groups);  // the next row's: they are all read before any codes are
+      __builtin_prefetch(zero + groups);
+      if (left < 16) {
+        __builtin_memcpy(last, scale, left * sizeof(float));
+        __builtin_memcpy(last_zeros, zero, left);
+        scale = last;
+        zero = last_zeros;
+      }
+      const Sixteen factor = multiply(load16(scale), less_zeros(zero));
+      for (int j = 0; j < N; ++j)
+        sums[i][j] = multiply_add(factor, load16(x.totals + j * x.totals_stride + g), sums[i][j]);
+    }
+}
+
+// Rows `row`, row + step, ... (R of them) by N vectors, all sums in registers, into y. kScales: how many a unit has in a
+// row; 1 also if several units share it, 0 if the row has a single one.
+template <class Codes, int kScales, bool kZero, bool kWide, int R, int N>
+TARGET void rows_by_vectors(const Linear& linear, int64_t row, int64_t step, const Quantised& x, float* y,
+                            int64_t y_stride, bool accumulate) {
+  constexpr int64_t kElements = unit_elements(Codes::kKind);
+  const int64_t bytes = linear.in * 64 / kElements, full = bytes / 64, groups = linear.in / linear.group;
+  Rows<R> rows;
   Sixteen sums[R][N];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
-    place.codes[i] = static_cast<const uint8_t*>(linear.weight) + (row + i * step) * bytes;
-    place.scale[i] = linear.scale + (row + i * step) * groups;
-    place.zero[i] = kZero ? linear.zero + (row + i * step) * groups : nullptr;
-#pragma GCC unroll 4
+    rows.codes[i] = static_cast<const uint8_t*>(linear.weight) + (row + i * step) * bytes;
+    rows.scale[i] = linear.scale + (row + i * step) * groups;
+    rows.zero[i] = kZero ? linear.zero + (row + i * step) * groups : nullptr;
+#pragma GCC unroll 8
     for (int j = 0; j < N; ++j) sums[i][j] = splat16(0);
   }
-  const int64_t units_a_group = kScales == 1 ? linear.group / kElements : 1;
-  int64_t in_group = 0;
-  for (int64_t unit = 0; unit < full; ++unit, x += kElements, scales += kScalesAhead) {
-    add_unit<Codes, kScales, kZero>(place, x, scales, x_stride, scales_stride, sums);
-    const int64_t next = ++in_group == units_a_group ? kScales : 0;
-    in_group = next > 0 ? 0 : in_group;
-#pragma GCC unroll 4
-    for (int i = 0; i < R; ++i) {
-      place.codes[i] += 64;
-      place.scale[i] += next;
-      if constexpr (kZero) place.zero[i] += next;
-    }
+  if constexpr (kZero) add_zeros(rows, groups, x, sums);
+  int64_t unit = 0, group = 0;
+  for (int64_t shared = 0; unit < full; ++unit) {
+    add_unit<Codes, kScales, kWide>(rows, unit, group, x, sums);
+    shared += kElements;
+    group += shared >= linear.group ? kScales : 0;
+    shared = shared >= linear.group ? 0 : shared;
   }
   if (const int64_t left = bytes % 64) {  // part of a unit: copies that may be read to their end
     alignas(64) uint8_t codes[R][64] = {};
-    float of_row[R][4] = {};
-    uint8_t zeros[R][4] = {};
-    const int64_t groups_left = kScales > 1 ? groups % kScales : 1;
+    float scale[R][4] = {};
+    Rows<R> copies;
     for (int i = 0; i < R; ++i) {
-      for (int64_t k = 0; k < left; ++k) codes[i][k] = place.codes[i][k];
-      for (int64_t k = 0; k < groups_left && kScales > 0; ++k) of_row[i][k] = place.scale[i][k];
-      for (int64_t k = 0; k < groups_left && kZero; ++k) zeros[i][k] = place.zero[i][k];
-      place.codes[i] = codes[i];
-      place.scale[i] = of_row[i];
-      place.zero[i] = zeros[i];
+      for (int64_t k = 0; k < left; ++k) codes[i][k] = rows.codes[i][64 * unit + k];
+      for (int64_t k = 0; k < std::min<int64_t>(groups - group, kScales); ++k) scale[i][k] = rows.scale[i][group + k];
+      copies.codes[i] = codes[i] - 64 * unit;
+      copies.scale[i] = scale[i] - group;
     }
-    add_unit<Codes, kScales, kZero>(place, x, scales, x_stride, scales_stride, sums);
+    add_unit<Codes, kScales, kWide>(copies, unit, group, x, sums);
   }
-  for (int j = 0; j < N; ++j) {
-    float totals[4];
-    sum_each16(sums[0][j], sums[1 % R][j], sums[2 % R][j], sums[3 % R][j], totals);
-    for (int i = 0; i < R; ++i) {
-      const float value = kScales > 0 ? totals[i] : totals[i] * linear.scale[row + i * step];
-      float& target = y[j * y_stride + row + i * step];
-      target = accumulate ? target + value : value;
+  for (int j = 0; j < N; ++j)
+    for (int first = 0; first < R; first += 4) {
+      float totals[4];
+      sum_each16(sums[first][j], sums[(first + 1) % R][j], sums[(first + 2) % R][j], sums[(first + 3) % R][j], totals);
+      for (int i = first; i < R && i < first + 4; ++i) {
+        const int64_t at = row + i * step;
+        const float value = kScales > 0 ? totals[i - first] : totals[i - first] * linear.scale[at];
+        float& target = y[j * y_stride + at];
+        target = accumulate ? target + value : value;
+      }
     }
-  }
 }
 
-template <class Codes, int kScales, bool kZero, int R>
-TARGET void rows_by_all(const Linear& linear, int64_t row, int64_t step, const Vectors& x, float* y, int64_t y_stride,
-                        bool accumulate) {
-  const int8_t* codes = static_cast<const int8_t*>(x.data);
-  const float* scales = x.scales;
+template <class Codes, int kScales, bool kZero, bool kWide, int R>
+TARGET void rows_by_all(const Linear& linear, int64_t row, int64_t step, const Quantised& x, int64_t count, float* y,
+                        int64_t y_stride, bool accumulate) {
   int64_t j = 0;
-  for (; j + kTileVectors <= x.count; j += kTileVectors)
-    rows_by_vectors<Codes, kScales, kZero, R, kTileVectors>(linear, row, step, codes + j * x.stride,
-                                                            scales + j * (x.stride / kGroup), x.stride,
-                                                            y + j * y_stride, y_stride, accumulate);
-  for (; j < x.count; ++j)
-    rows_by_vectors<Codes, kScales, kZero, R, 1>(linear, row, step, codes + j * x.stride,
-                                                 scales + j * (x.stride / kGroup), x.stride, y + j * y_stride,
-                                                 y_stride, accumulate);
+  for (; j + kTileVectors <= count; j += kTileVectors)
+    rows_by_vectors<Codes, kScales, kZero, kWide, R, kTileVectors>(
+        linear, row, step, x.from(j), y + j * y_stride, y_stride, accumulate);
+  for (; j < count; ++j)
+    rows_by_vectors<Codes, kScales, kZero, kWide, R, 1>(linear, row, step, x.from(j), y + j * y_stride,
+                                                                   y_stride, accumulate);
+}
+
+// The sums of a vector's elements, as quantised for int4, over each group of `group`: [in / group].
+inline void sum_groups(const int8_t* units, const float* scales, int64_t in, int64_t group, float* totals) {
+  for (int64_t start = 0; start < in; start += kGroup) {
+    const int8_t* const codes = units + start / 128 * 128 + start % 128 / 2;
+    int32_t total = 0;
+    for (int64_t i = 0; i < kGroup / 2; ++i) total += codes[i] + codes[i + 64];
+    const float value = static_cast<float>(total) * scales[start / kGroup];
+    totals[start / group] = start % group == 0 ? value : totals[start / group] + value;
+  }
 }
 
 template <class Codes, int kScales, bool kZero>
@@ -166,17 +201,33 @@ TARGET void all_rows(const Linear& linear, int64_t begin, int64_t end, const Vec
         y[j * y_stride + r] = accumulate ? y[j * y_stride + r] + linear.bias[r] : linear.bias[r];
     accumulate = true;
   }
+  const int8_t* const codes = static_cast<const int8_t*>(x.data);
+  const int64_t totals_stride = kZero ? (linear.in / linear.group + 15) / 16 * 16 : 0;
+  std::vector<float> totals(x.count * totals_stride);
+  for (int64_t j = 0; kZero && j < x.count; ++j)
+    sum_groups(codes + j * x.stride, x.scales + j * x.scales_stride, linear.in, linear.group,
+               &totals[j * totals_stride]);
+  const Quantised inputs = {codes,    x.offsets,        x.scales,        totals.data(),
+                            x.stride, x.offsets_stride, x.scales_stride, totals_stride};
   const auto one_row = [&](int64_t r) {
-    rows_by_all<Codes, kScales, kZero, 1>(linear, begin + r, 0, x, y, y_stride, accumulate);
+    rows_by_all<Codes, kScales, kZero, false, 1>(linear, begin + r, 0, inputs, x.count, y, y_stride,
+                                                            accumulate);
   };
-  if constexpr (kTileRows == 1) {
-    for (int64_t r = 0; r < end - begin; ++r) one_row(r);
-  } else {
-    const Quarters quarters(end - begin);
-    for (int64_t r = 0; r < quarters.fours; ++r)
-      rows_by_all<Codes, kScales, kZero, 4>(linear, begin + r, quarters.step, x, y, y_stride, accumulate);
-    quarters.each_left(one_row);
-  }
+  const auto several = [&](auto rows, auto wide) {
+    const Parts parts(end - begin, rows);
+    for (int64_t r = 0; r < parts.together; ++r)
+      rows_by_all<Codes, kScales, kZero, wide, rows>(linear, begin + r, parts.step, inputs, x.count, y,
+                                                                       y_stride, accumulate);
+    parts.each_left(one_row);
+  };
+  // Fewer rows at once for one vector: memory is read at its full speed only if the vector stays in the first-level
+  // cache beside them. Offsets are left out there if the vector is long.
+  if (x.count > 1)
+    several(std::integral_constant<int, kTileRows>(), std::false_type());
+  else if (linear.in <= 8192)
+    several(std::integral_constant<int, kRowsAlone>(), std::false_type());
+  else
+    several(std::integral_constant<int, kRowsAlone>(), std::true_type());
 }
 
 void int8_linear(const Linear& linear, int64_t begin, int64_t end, const Vectors& x, float* y, int64_t y_stride,

@@ -1,11 +1,13 @@
 // Products with int8 and int4 weights for any processor: loops over 16 lanes that the compiler vectorises.
+#include <cmath>
+
 #include "decode/quantised.h"
 
 namespace llava_fast::decode {
 namespace {
 
 #define TARGET
-constexpr int kTileVectors = 2, kTileRows = 1;
+constexpr int kTileVectors = 2, kTileRows = 1, kRowsAlone = 1;
 struct Sixteen {
   float lanes[16];
 };
@@ -13,14 +15,14 @@ struct Bytes {
   int8_t codes[64];
 };
 
+inline Sixteen load16(const void* p) {
+  Sixteen out;
+  __builtin_memcpy(out.lanes, p, sizeof(out.lanes));
+  return out;
+}
 inline Sixteen splat16(float x) {
   Sixteen out;
   for (float& lane : out.lanes) lane = x;
-  return out;
-}
-inline Sixteen add(const Sixteen& a, const Sixteen& b) {
-  Sixteen out;
-  for (int i = 0; i < 16; ++i) out.lanes[i] = a.lanes[i] + b.lanes[i];
   return out;
 }
 inline Sixteen multiply(const Sixteen& a, const Sixteen& b) {
@@ -28,29 +30,35 @@ inline Sixteen multiply(const Sixteen& a, const Sixteen& b) {
   for (int i = 0; i < 16; ++i) out.lanes[i] = a.lanes[i] * b.lanes[i];
   return out;
 }
-inline Sixteen subtract(const Sixteen& a, const Sixteen& b) {
+inline Sixteen multiply_add(const Sixteen& a, const Sixteen& b, const Sixteen& c) {
   Sixteen out;
-  for (int i = 0; i < 16; ++i) out.lanes[i] = a.lanes[i] - b.lanes[i];
+  for (int i = 0; i < 16; ++i) out.lanes[i] = std::fma(a.lanes[i], b.lanes[i], c.lanes[i]);
   return out;
 }
-inline Sixteen spread4(const float* p) {
-  Sixteen out;
-  for (int i = 0; i < 16; ++i) out.lanes[i] = p[i / 4];
+struct Some {
+  float lanes[4];
+};
+inline Some load4(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
+inline Some load2(const float* p) { return {{p[0], p[0], p[1], p[1]}}; }
+inline Some load1(const float* p) { return {{*p, *p, *p, *p}}; }
+inline Some multiply(const Some& a, const Some& b) {
+  Some out;
+  for (int i = 0; i < 4; ++i) out.lanes[i] = a.lanes[i] * b.lanes[i];
   return out;
 }
-inline Sixteen spread2(const float* p) {
+inline Sixteen spread2(const Some& v) {
   Sixteen out;
-  for (int i = 0; i < 16; ++i) out.lanes[i] = p[i / 8];
+  for (int i = 0; i < 16; ++i) out.lanes[i] = v.lanes[i / 8 * 2];
   return out;
 }
-inline Sixteen spread_zeros4(const uint8_t* p) {
+inline Sixteen spread4(const Some& v) {
   Sixteen out;
-  for (int i = 0; i < 16; ++i) out.lanes[i] = static_cast<float>(p[i / 4]) - 8;
+  for (int i = 0; i < 16; ++i) out.lanes[i] = v.lanes[i / 4];
   return out;
 }
-inline Sixteen spread_zeros2(const uint8_t* p) {
+inline Sixteen less_zeros(const uint8_t* p) {
   Sixteen out;
-  for (int i = 0; i < 16; ++i) out.lanes[i] = static_cast<float>(p[i / 8]) - 8;
+  for (int i = 0; i < 16; ++i) out.lanes[i] = 8 - static_cast<float>(p[i]);
   return out;
 }
 
@@ -59,28 +67,29 @@ inline Bytes int8_codes(const uint8_t* p) {
   for (int i = 0; i < 64; ++i) out.codes[i] = static_cast<int8_t>(p[i]);
   return out;
 }
-inline Bytes low_nibbles(const uint8_t* p) {
-  Bytes out;
-  for (int i = 0; i < 64; ++i) out.codes[i] = static_cast<int8_t>(p[i] & 15);
-  return out;
-}
-inline Bytes high_nibbles(const uint8_t* p) {
-  Bytes out;
-  for (int i = 0; i < 64; ++i) out.codes[i] = static_cast<int8_t>(p[i] >> 4);
+struct Nibbles {
+  Bytes low, high;
+};
+inline Nibbles nibbles(const uint8_t* p) {
+  Nibbles out;
+  for (int i = 0; i < 64; ++i) {
+    out.low.codes[i] = static_cast<int8_t>(p[i] & 15);
+    out.high.codes[i] = static_cast<int8_t>(p[i] >> 4);
+  }
   return out;
 }
 struct Int8Unit {
   const int8_t* codes;
-  explicit Int8Unit(const int8_t* p) : codes(p) {}
+  Int8Unit(const int8_t* p, const int32_t*, bool) : codes(p) {}
 };
 struct Int4Unit {
   const int8_t *even, *odd;
-  explicit Int4Unit(const int8_t* p) : even(p), odd(p + 64) {}
+  const int32_t* offsets;
+  Int4Unit(const int8_t* p, const int32_t* stored, bool) : even(p), odd(p + 64), offsets(stored) {}
 };
 inline int32_t dot4(const int8_t* a, const int8_t* b) {
   return a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
 }
-inline int32_t sum4(const int8_t* a) { return a[0] + a[1] + a[2] + a[3]; }
 inline Sixteen dot(const Bytes& w, const Int8Unit& x) {
   Sixteen out;
   for (int i = 0; i < 64; i += 4) out.lanes[i / 4] = static_cast<float>(dot4(w.codes + i, x.codes + i));
@@ -89,13 +98,8 @@ inline Sixteen dot(const Bytes& w, const Int8Unit& x) {
 inline Sixteen dot(const Bytes& low, const Bytes& high, const Int4Unit& x) {
   Sixteen out;
   for (int i = 0; i < 64; i += 4)
-    out.lanes[i / 4] = static_cast<float>(dot4(low.codes + i, x.even + i) + dot4(high.codes + i, x.odd + i) -
-                                          8 * (sum4(x.even + i) + sum4(x.odd + i)));
-  return out;
-}
-inline Sixteen sums(const Int4Unit& x) {
-  Sixteen out;
-  for (int i = 0; i < 64; i += 4) out.lanes[i / 4] = static_cast<float>(sum4(x.even + i) + sum4(x.odd + i));
+    out.lanes[i / 4] =
+        static_cast<float>(dot4(low.codes + i, x.even + i) + dot4(high.codes + i, x.odd + i) + x.offsets[i / 4]);
   return out;
 }
 inline float total(const Sixteen& v) {
