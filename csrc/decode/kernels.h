@@ -42,8 +42,8 @@ struct Linear {
 // x = code * scale. Codes are stored in units of as many elements as 64 bytes of weights hold, zero-padded at the end.
 //   int8   a unit has 64 elements in order.
 //   int4   a unit has 128 elements: 64 even ones (0, 2, 4, ...), then 64 odd ones.
-// Lane l of 16 is what bytes 4l to 4l + 3 of a weight's 64 bytes contribute. A lane's offset is the sum of its codes times
-// -128 (int8) or -8 (int4): the effect of the number that makes a weight's codes unsigned.
+// Lane l of 16 is what bytes 4l to 4l + 3 of a weight's 64 bytes contribute. A lane's offset is the sum of its codes
+// times -128 (int8) or -8 (int4): the effect of the number that makes a weight's codes unsigned.
 constexpr int64_t kGroup = 32;
 constexpr int64_t unit_elements(Kind kind) { return kind == Kind::kInt4 ? 128 : 64; }
 constexpr int64_t unit_scales(Kind kind) { return unit_elements(kind) / kGroup; }
@@ -55,8 +55,8 @@ void quantise(Kind kind, const float* x, int64_t in, int8_t* units, int32_t* off
 // `count` elements (a multiple of 8) to codes; returns their scale, NaN if one is not finite.
 float quantise_group(const float* x, int64_t count, int8_t* codes);
 
-// `count` vectors in the format that one kind of weight needs: float32 (for float32 and bfloat16 weights), each `stride`
-// elements after the previous one; or codes in units, offsets and scales, each with a stride in elements of its own.
+// `count` vectors in the format that one kind of weight needs: float32 (for float32 and bfloat16 weights), each
+// `stride` elements after the previous one; or codes in units, offsets and scales, each with a stride of its own.
 struct Vectors {
   const void* data;
   int64_t stride, count;

@@ -1,7 +1,6 @@
 // Products with int8 and int4 weights, one set per instruction set. All give the same bits.
 #pragma once
 
-#include <type_traits>
 #include <vector>
 
 #include "decode/kernels.h"

@@ -1,6 +1,6 @@
 // Shared by AVX2 and AVX-VNNI. Include <immintrin.h> and define TARGET before this file.
 
-constexpr int kTileVectors = 2, kTileRows = 4, kRowsAlone = 4;
+constexpr int kTileVectors = 2, kTileRows = 4;
 struct Sixteen {
   __m256 low, high;
 };

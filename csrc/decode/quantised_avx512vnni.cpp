@@ -12,7 +12,7 @@ namespace llava_fast::decode {
 namespace {
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vnni")))
-constexpr int kTileVectors = 4, kTileRows = 4, kRowsAlone = 2;
+constexpr int kTileVectors = 4, kTileRows = 4;
 typedef __m512 Sixteen;
 typedef __m512i Bytes;
 
@@ -29,10 +29,12 @@ TARGET inline Some load2(const float* p) {
 TARGET inline Some load1(const float* p) { return _mm_set1_ps(*p); }
 TARGET inline Some multiply(Some a, Some b) { return _mm_mul_ps(a, b); }
 TARGET inline Sixteen spread2(Some v) {
-  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2), _mm512_castps128_ps512(v));
+  const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2);
+  return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(v));
 }
 TARGET inline Sixteen spread4(Some v) {
-  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3), _mm512_castps128_ps512(v));
+  const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(v));
 }
 TARGET inline Sixteen less_zeros(const uint8_t* p) {
   const __m512i zeros = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -56,22 +58,24 @@ TARGET inline Nibbles nibbles(const uint8_t* p) {
   const __m512i bytes = load_once(p), mask = _mm512_set1_epi8(15);
   return {_mm512_and_si512(bytes, mask), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask)};
 }
-// Minus `factor` (at most 128) times the lanes' sums of codes, plus `from`.
+// Minus `factor` (at most 128) times the lanes' sums of codes, plus `from`. Offsets are found so for int8, as one
+// instruction more is faster than reading them; and for int4 with one vector: that is bound by reading the weights, and
+// stored offsets would take room from the codes in the first-level cache.
 TARGET inline __m512i less(int factor, __m512i codes, __m512i from) {
   const __m512i factors = _mm512_set1_epi8(static_cast<char>(factor));
   return _mm512_sub_epi32(from, _mm512_dpbusd_epi32(_mm512_setzero_si512(), factors, codes));
 }
 struct Int8Unit {
   __m512i codes, offsets;
-  TARGET Int8Unit(const int8_t* p, const int32_t* stored, bool wide)
-      : codes(load_once(p)), offsets(wide ? less(128, codes, _mm512_setzero_si512()) : load_once(stored)) {}
+  TARGET Int8Unit(const int8_t* p, const int32_t*, bool)
+      : codes(load_once(p)), offsets(less(128, codes, _mm512_setzero_si512())) {}
 };
 struct Int4Unit {
   __m512i even, odd, offsets;
-  TARGET Int4Unit(const int8_t* p, const int32_t* stored, bool wide)
+  TARGET Int4Unit(const int8_t* p, const int32_t* stored, bool alone)
       : even(load_once(p)),
         odd(load_once(p + 64)),
-        offsets(wide ? less(8, even, less(8, odd, _mm512_setzero_si512())) : load_once(stored)) {}
+        offsets(alone ? less(8, even, less(8, odd, _mm512_setzero_si512())) : load_once(stored)) {}
 };
 
 TARGET inline Sixteen dot(Bytes w, const Int8Unit& x) {

@@ -1,10 +1,9 @@
 // Products with int8 and int4 weights, independent of the instruction set. A file for one set defines, in an anonymous
-// namespace, TARGET, kTileVectors, kTileRows (4, or 1 if there are too few registers for four rows), kRowsAlone (rows at
-// once for one vector), and for 16 lanes:
+// namespace, TARGET, kTileVectors, kTileRows (4, or 1 if there are too few registers for four rows), and for 16 lanes:
 //   Sixteen                  16 floats, with load16, splat16, multiply, multiply_add
 //   Bytes                    64 bytes of weight codes, loaded by int8_codes(p)
 //   Nibbles                  the `low` and the `high` ones of 64 bytes, each as Bytes, loaded by nibbles(p)
-//   Int8Unit, Int4Unit       a unit of a vector (see kernels.h), from its codes and offsets; `wide`: the vector is long
+//   Int8Unit, Int4Unit       a unit of a vector (see kernels.h), from its codes and offsets; `alone`: no other vectors
 //   dot(Bytes, Int8Unit)     the lanes' integer products, exact, as floats
 //   dot(low, high, Int4Unit) the same, the weights' codes less 8
 //   Some                     four floats, with load4, load2 (0, 0, 1, 1), load1 (the same four times), multiply
@@ -70,7 +69,7 @@ TARGET inline Sixteen factors(const float* of_row, const float* of_vector) {
 constexpr int kAhead = 384;  // bytes fetched ahead in each row
 
 // The contribution of unit number `unit`, whose first scale in a row is number `scale`: R rows by N vectors.
-template <class Codes, int kScales, bool kWide, int R, int N>
+template <class Codes, int kScales, int R, int N>
 TARGET inline void add_unit(const Rows<R>& rows, int64_t unit, int64_t scale, const Quantised& x,
                             Sixteen (&sums)[R][N]) {
   constexpr Kind kKind = Codes::kKind;
@@ -83,7 +82,7 @@ TARGET inline void add_unit(const Rows<R>& rows, int64_t unit, int64_t scale, co
 #pragma GCC unroll 4
   for (int j = 0; j < N; ++j) {
     const typename Codes::Unit of_vector(x.codes + j * x.stride + unit * unit_elements(kKind),
-                                         x.offsets + j * x.offsets_stride + 16 * unit, kWide);
+                                         x.offsets + j * x.offsets_stride + 16 * unit, N == 1);
     const float* const scales = x.scales + j * x.scales_stride + unit * unit_scales(kKind);
     const Sixteen shared = factors<kKind, 0>(nullptr, scales);
 #pragma GCC unroll 4
@@ -119,9 +118,9 @@ TARGET void add_zeros(const Rows<R>& rows, int64_t groups, const Quantised& x, S
     }
 }
 
-// Rows `row`, row + step, ... (R of them) by N vectors, all sums in registers, into y. kScales: how many a unit has in a
-// row; 1 also if several units share it, 0 if the row has a single one.
-template <class Codes, int kScales, bool kZero, bool kWide, int R, int N>
+// Rows `row`, row + step, ... (R of them) by N vectors, all sums in registers, into y. kScales: how many a unit has in
+// a row; 1 also if several units share it, 0 if the row has a single one.
+template <class Codes, int kScales, bool kZero, int R, int N>
 TARGET void rows_by_vectors(const Linear& linear, int64_t row, int64_t step, const Quantised& x, float* y,
                             int64_t y_stride, bool accumulate) {
   constexpr int64_t kElements = unit_elements(Codes::kKind);
@@ -139,7 +138,7 @@ TARGET void rows_by_vectors(const Linear& linear, int64_t row, int64_t step, con
   if constexpr (kZero) add_zeros(rows, groups, x, sums);
   int64_t unit = 0, group = 0;
   for (int64_t shared = 0; unit < full; ++unit) {
-    add_unit<Codes, kScales, kWide>(rows, unit, group, x, sums);
+    add_unit<Codes, kScales>(rows, unit, group, x, sums);
     shared += kElements;
     group += shared >= linear.group ? kScales : 0;
     shared = shared >= linear.group ? 0 : shared;
@@ -154,7 +153,7 @@ TARGET void rows_by_vectors(const Linear& linear, int64_t row, int64_t step, con
       copies.codes[i] = codes[i] - 64 * unit;
       copies.scale[i] = scale[i] - group;
     }
-    add_unit<Codes, kScales, kWide>(copies, unit, group, x, sums);
+    add_unit<Codes, kScales>(copies, unit, group, x, sums);
   }
   for (int j = 0; j < N; ++j)
     for (int first = 0; first < R; first += 4) {
@@ -169,15 +168,15 @@ TARGET void rows_by_vectors(const Linear& linear, int64_t row, int64_t step, con
     }
 }
 
-template <class Codes, int kScales, bool kZero, bool kWide, int R>
+template <class Codes, int kScales, bool kZero, int R>
 TARGET void rows_by_all(const Linear& linear, int64_t row, int64_t step, const Quantised& x, int64_t count, float* y,
                         int64_t y_stride, bool accumulate) {
   int64_t j = 0;
   for (; j + kTileVectors <= count; j += kTileVectors)
-    rows_by_vectors<Codes, kScales, kZero, kWide, R, kTileVectors>(
+    rows_by_vectors<Codes, kScales, kZero, R, kTileVectors>(
         linear, row, step, x.from(j), y + j * y_stride, y_stride, accumulate);
   for (; j < count; ++j)
-    rows_by_vectors<Codes, kScales, kZero, kWide, R, 1>(linear, row, step, x.from(j), y + j * y_stride,
+    rows_by_vectors<Codes, kScales, kZero, R, 1>(linear, row, step, x.from(j), y + j * y_stride,
                                                                    y_stride, accumulate);
 }
 
@@ -210,24 +209,14 @@ TARGET void all_rows(const Linear& linear, int64_t begin, int64_t end, const Vec
   const Quantised inputs = {codes,    x.offsets,        x.scales,        totals.data(),
                             x.stride, x.offsets_stride, x.scales_stride, totals_stride};
   const auto one_row = [&](int64_t r) {
-    rows_by_all<Codes, kScales, kZero, false, 1>(linear, begin + r, 0, inputs, x.count, y, y_stride,
+    rows_by_all<Codes, kScales, kZero, 1>(linear, begin + r, 0, inputs, x.count, y, y_stride,
                                                             accumulate);
   };
-  const auto several = [&](auto rows, auto wide) {
-    const Parts parts(end - begin, rows);
-    for (int64_t r = 0; r < parts.together; ++r)
-      rows_by_all<Codes, kScales, kZero, wide, rows>(linear, begin + r, parts.step, inputs, x.count, y,
-                                                                       y_stride, accumulate);
-    parts.each_left(one_row);
-  };
-  // Fewer rows at once for one vector: memory is read at its full speed only if the vector stays in the first-level
-  // cache beside them. Offsets are left out there if the vector is long.
-  if (x.count > 1)
-    several(std::integral_constant<int, kTileRows>(), std::false_type());
-  else if (linear.in <= 8192)
-    several(std::integral_constant<int, kRowsAlone>(), std::false_type());
-  else
-    several(std::integral_constant<int, kRowsAlone>(), std::true_type());
+  const Parts parts(end - begin, kTileRows);
+  for (int64_t r = 0; r < parts.together; ++r)
+    rows_by_all<Codes, kScales, kZero, kTileRows>(linear, begin + r, parts.step, inputs, x.count, y, y_stride,
+                                                  accumulate);
+  parts.each_left(one_row);
 }
 
 void int8_linear(const Linear& linear, int64_t begin, int64_t end, const Vectors& x, float* y, int64_t y_stride,

@@ -7,7 +7,7 @@ namespace llava_fast::decode {
 namespace {
 
 #define TARGET
-constexpr int kTileVectors = 2, kTileRows = 1, kRowsAlone = 1;
+constexpr int kTileVectors = 2, kTileRows = 1;
 struct Sixteen {
   float lanes[16];
 };
