@@ -8,7 +8,7 @@
 //   total(sums)      as 32-bit integers
 // `pack` lays a panel's codes out as [2, elements / kElements, 16 rows, kElements].
 
-constexpr int kTileVectors = 6, kHalfRows = 16;  // 6 by 2 sums fit the registers
+constexpr int kTileVectors = 5, kHalfRows = 16;  // 5 by 2 sums fit the registers
 static_assert(kPanelRows == 2 * kHalfRows);
 
 TARGET inline __m256i load_integers(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
@@ -76,7 +76,7 @@ TARGET void pack_by(const Linear& linear, const Part& part, int8_t* codes) {
   }
 }
 
-// M vectors: their codes and the distance between them in bytes, their scales.
+// Vectors of a tile, with the distance in bytes between their codes, and their part of y.
 struct Tile {
   const char* codes;
   int64_t stride;
@@ -84,68 +84,73 @@ struct Tile {
   int64_t scales_stride;
   float* y;
   int64_t y_stride;
+  __m256i* totals;  // scratch: kTileVectors * 2
 };
-
-// The sums of one span of M vectors and half a panel's rows.
-template <class Form, int M>
-TARGET inline void add_span(const char* codes, const __m256i* start, const char* x, int64_t stride, int64_t units,
-                            __m256i (&sums)[M][2]) {
-#pragma GCC unroll 6
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) sums[m][h] = Form::kElements == 4 ? start[h] : _mm256_setzero_si256();
-  for (int64_t unit = 0; unit < units; ++unit, codes += 4 * kHalfRows, x += 4) {
-    const __m256i low = load_integers(codes), high = load_integers(codes + 32);
-#pragma GCC unroll 6
-    for (int m = 0; m < M; ++m) {
-      int32_t own;
-      __builtin_memcpy(&own, x + m * stride, sizeof(own));
-      const __m256i all = _mm256_set1_epi32(own);
-      sums[m][0] = Form::add(sums[m][0], all, low);
-      sums[m][1] = Form::add(sums[m][1], all, high);
-    }
-  }
-#pragma GCC unroll 6
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) sums[m][h] = Form::total(sums[m][h]);
-}
 
 // Adds the products of M vectors with half a panel's rows to y. `start` has 2 registers of offsets for each span.
 template <class Form, int M>
-TARGET void tile(const Panel& panel, int half, const __m256i* start, const Tile& tile, bool first) {
-  const int64_t span = Form::kSpan > 0 ? Form::kSpan : panel.group, units = span / Form::kElements;
-  const char* codes = static_cast<const char*>(static_cast<const void*>(panel.codes)) +
-                      half * panel.groups * panel.group / Form::kElements * 4 * kHalfRows;
+__attribute__((noinline)) TARGET void tile(const Panel& panel, int half, const __m256i* start, const Tile& tile, bool first) {
+  const int64_t span = Form::kSpan > 0 ? Form::kSpan : panel.group, spans = panel.group / span;
+  const int8_t* codes = panel.codes + half * panel.groups * panel.group / Form::kElements * 4 * kHalfRows;
   const char* x = tile.codes;
-  const auto next = [&] {
-    codes += units * 4 * kHalfRows;
-    x += units * 4;
-    start += 2;
-  };
-  for (int64_t g = 0; g < panel.groups; ++g) {
+  const float* scale = panel.scale + half * kHalfRows;
+  const float* own_scale = tile.scales;
+  bool set = first;
+  int64_t in_group = 0;
+  for (int64_t s = 0; s < panel.groups * spans; ++s, start += 2) {
     __m256i sums[M][2];
-    add_span<Form, M>(codes, start, x, tile.stride, units, sums);
-    next();
-    for (int64_t done = span; done < panel.group; done += span, next()) {
-      __m256i more[M][2];
-      add_span<Form, M>(codes, start, x, tile.stride, units, more);
 #pragma GCC unroll 6
-      for (int m = 0; m < M; ++m)
+    for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
-        for (int h = 0; h < 2; ++h) sums[m][h] = _mm256_add_epi32(sums[m][h], more[m][h]);
+      for (int h = 0; h < 2; ++h) sums[m][h] = Form::kElements == 4 ? start[h] : _mm256_setzero_si256();
+#pragma GCC unroll 1  // unrolled, GCC 12 adds in an order of its own, for which there are too few registers
+    for (int64_t k = 0; k < span; k += Form::kElements, codes += 4 * kHalfRows, x += 4) {
+      const __m256i low = load_integers(codes), high = load_integers(codes + 32);
+#pragma GCC unroll 6
+      for (int m = 0; m < M; ++m) {
+        int32_t own;
+        __builtin_memcpy(&own, x + m * tile.stride, sizeof(own));
+        const __m256i all = _mm256_set1_epi32(own);
+        Form::add(sums[m][0], all, low);
+        Form::add(sums[m][1], all, high);
+      }
+    }
+    if constexpr (Form::kSpan > 0) {
+      if (in_group == 0) {
+#pragma GCC unroll 6
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+          for (int h = 0; h < 2; ++h) sums[m][h] = Form::total(sums[m][h]);
+      } else {
+#pragma GCC unroll 6
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+          for (int h = 0; h < 2; ++h)
+            sums[m][h] = _mm256_add_epi32(Form::total(sums[m][h]), tile.totals[2 * m + h]);
+      }
+      if (++in_group < spans) {
+#pragma GCC unroll 6
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+          for (int h = 0; h < 2; ++h) tile.totals[2 * m + h] = sums[m][h];
+        continue;
+      }
+      in_group = 0;
     }
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
-      const __m256 scale = _mm256_loadu_ps(panel.scale + g * kPanelRows + half * kHalfRows + 8 * h);
+      const __m256 of_rows = _mm256_loadu_ps(scale + 8 * h);
 #pragma GCC unroll 6
       for (int m = 0; m < M; ++m) {
         float* const y = tile.y + m * tile.y_stride + half * kHalfRows + 8 * h;
-        const __m256 before = first && g == 0 ? _mm256_setzero_ps() : _mm256_loadu_ps(y);
-        const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(tile.scales[m * tile.scales_stride + g]));
+        const __m256 before = set ? _mm256_setzero_ps() : _mm256_loadu_ps(y);
+        const __m256 both = _mm256_mul_ps(of_rows, _mm256_set1_ps(own_scale[m * tile.scales_stride]));
         _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[m][h]), both, before));
       }
     }
+    set = false;
+    scale += kPanelRows;
+    ++own_scale;
   }
 }
 
@@ -158,8 +163,8 @@ TARGET void find_offsets(const Panel& panel, __m256i* offsets) {
   for (int64_t s = 0; s < 2 * spans; ++s) {  // of the first half, then of the second
     __m256i low = none, high = none;
     for (int64_t k = 0; k < span; k += Form::kElements, codes += 4 * kHalfRows) {
-      low = Form::add(low, factors, load_integers(codes));
-      high = Form::add(high, factors, load_integers(codes + 32));
+      Form::add(low, factors, load_integers(codes));
+      Form::add(high, factors, load_integers(codes + 32));
     }
     offsets[2 * s] = Form::subtract(none, low);
     offsets[2 * s + 1] = Form::subtract(none, high);
@@ -183,13 +188,14 @@ TARGET void multiply_by(const Panel& panel, const QuantisedRows& x, int64_t rows
   __m256i offsets[kWords ? 1 : 4 * kBlockElements / kGroup];
   alignas(32) int16_t words[kWords ? kTileVectors : 1][kBlockElements];
   if constexpr (!kWords) find_offsets<Form>(panel, offsets);
+  __m256i totals[kTileVectors * 2];
   QuantisedRows at = x;
   const auto run = [&](auto run_tile, int64_t count) {
     for (; rows >= count; rows -= count) {
       if constexpr (kWords) widen(at, count, elements, words);
       const char* const codes = kWords ? reinterpret_cast<const char*>(words) : reinterpret_cast<const char*>(at.codes);
       const int64_t stride = kWords ? sizeof(words[0]) : at.codes_stride;
-      const Tile tile = {codes, stride, at.scales, at.groups_stride, y, y_stride};
+      const Tile tile = {codes, stride, at.scales, at.groups_stride, y, y_stride, totals};
       for (int half = 0; half < 2; ++half)
         run_tile(panel, half, kWords ? offsets : offsets + half * 2 * (elements / span), tile, first);
       at.codes += count * x.codes_stride;

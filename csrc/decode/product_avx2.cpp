@@ -15,8 +15,9 @@ namespace {
 struct Nibbles {
   static constexpr int kElements = 4;
   static constexpr int64_t kSpan = 32;
-  TARGET static __m256i add(__m256i sums, __m256i x, __m256i w) {
-    return _mm256_add_epi16(sums, _mm256_maddubs_epi16(x, w));
+  TARGET static void add(__m256i& sums, __m256i x, __m256i w) {
+    const __m256i products = _mm256_maddubs_epi16(x, w);
+    asm("vpaddw %1, %0, %0" : "+x"(sums) : "x"(products));
   }
   TARGET static __m256i subtract(__m256i a, __m256i b) { return _mm256_sub_epi16(a, b); }
   TARGET static __m256i total(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
@@ -26,8 +27,9 @@ struct Nibbles {
 struct Words {
   static constexpr int kElements = 2;
   static constexpr int64_t kSpan = 0;
-  TARGET static __m256i add(__m256i sums, __m256i x, __m256i w) {
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(x, w));
+  TARGET static void add(__m256i& sums, __m256i x, __m256i w) {
+    const __m256i products = _mm256_madd_epi16(x, w);
+    asm("vpaddd %1, %0, %0" : "+x"(sums) : "x"(products));
   }
   TARGET static __m256i total(__m256i sums) { return sums; }
 };
