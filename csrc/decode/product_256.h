@@ -1,14 +1,15 @@
-// Panels in registers of 256 bits. A file for one instruction set includes <immintrin.h>, defines TARGET in an anonymous
-// namespace, includes this, and multiplies by a form:
-//   kElements        elements of a row side by side, whose products are summed in 32 bits of a register: 4 bytes (vectors
-//                    are then unsigned, plus kOffset) or 2 words
+// Panels in registers of 256 bits. A file for one instruction set includes <immintrin.h>, defines TARGET in an
+// anonymous namespace, includes this, and multiplies by a form:
+//   kElements        elements of a row side by side, whose products are summed in 32 bits of a register: 4 bytes (then
+//                    vectors are unsigned, plus kOffset) or 2 words
 //   kSpan            elements of a row that `add` can sum before `total`; 0: a whole group
-//   add(sums, x, w)  sums plus the products of x, which is the same in each 32 bits, and w
+//   add(sums, x, w)  adds the products of x, the same in each 32 bits, and w; in assembly, lest GCC 12 add in an order
+//                    of its own, for which there are too few registers
 //   subtract(a, b)   of such sums
 //   total(sums)      as 32-bit integers
 // `pack` lays a panel's codes out as [2, elements / kElements, 16 rows, kElements].
 
-constexpr int kTileVectors = 5, kHalfRows = 16;  // 5 by 2 sums fit the registers
+constexpr int kTileVectors = 6, kHalfRows = 16;  // 6 by 2 sums fit the registers
 static_assert(kPanelRows == 2 * kHalfRows);
 
 TARGET inline __m256i load_integers(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
@@ -89,13 +90,18 @@ struct Tile {
 
 // Adds the products of M vectors with half a panel's rows to y. `start` has 2 registers of offsets for each span.
 template <class Form, int M>
-__attribute__((noinline)) TARGET void tile(const Panel& panel, int half, const __m256i* start, const Tile& tile, bool first) {
+__attribute__((noinline))  // inlined, GCC 12 keeps the sums in memory
+TARGET void
+tile(const Panel& panel, int half, const __m256i* start, const Tile& tile, bool first) {
   const int64_t span = Form::kSpan > 0 ? Form::kSpan : panel.group, spans = panel.group / span;
   const int8_t* codes = panel.codes + half * panel.groups * panel.group / Form::kElements * 4 * kHalfRows;
   const char* x = tile.codes;
   const float* scale = panel.scale + half * kHalfRows;
   const float* own_scale = tile.scales;
-  bool set = first;
+  float* const y = tile.y + half * kHalfRows;
+  const int64_t stride = tile.stride, scales_stride = tile.scales_stride, y_stride = tile.y_stride;
+  for (int m = 0; m < M && first; ++m)
+    for (int r = 0; r < kHalfRows; ++r) y[m * y_stride + r] = 0;
   int64_t in_group = 0;
   for (int64_t s = 0; s < panel.groups * spans; ++s, start += 2) {
     __m256i sums[M][2];
@@ -103,18 +109,19 @@ __attribute__((noinline)) TARGET void tile(const Panel& panel, int half, const _
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) sums[m][h] = Form::kElements == 4 ? start[h] : _mm256_setzero_si256();
-#pragma GCC unroll 1  // unrolled, GCC 12 adds in an order of its own, for which there are too few registers
-    for (int64_t k = 0; k < span; k += Form::kElements, codes += 4 * kHalfRows, x += 4) {
-      const __m256i low = load_integers(codes), high = load_integers(codes + 32);
+    for (int64_t k = 0; k < span; k += 32)
+#pragma GCC unroll 8
+      for (int unit = 0; unit < 32 / Form::kElements; ++unit, codes += 4 * kHalfRows, x += 4) {
+        const __m256i low = load_integers(codes), high = load_integers(codes + 32);
 #pragma GCC unroll 6
-      for (int m = 0; m < M; ++m) {
-        int32_t own;
-        __builtin_memcpy(&own, x + m * tile.stride, sizeof(own));
-        const __m256i all = _mm256_set1_epi32(own);
-        Form::add(sums[m][0], all, low);
-        Form::add(sums[m][1], all, high);
+        for (int m = 0; m < M; ++m) {
+          int32_t own;
+          __builtin_memcpy(&own, x + m * stride, sizeof(own));
+          const __m256i all = _mm256_set1_epi32(own);
+          Form::add(sums[m][0], all, low);
+          Form::add(sums[m][1], all, high);
+        }
       }
-    }
     if constexpr (Form::kSpan > 0) {
       if (in_group == 0) {
 #pragma GCC unroll 6
@@ -142,13 +149,12 @@ __attribute__((noinline)) TARGET void tile(const Panel& panel, int half, const _
       const __m256 of_rows = _mm256_loadu_ps(scale + 8 * h);
 #pragma GCC unroll 6
       for (int m = 0; m < M; ++m) {
-        float* const y = tile.y + m * tile.y_stride + half * kHalfRows + 8 * h;
-        const __m256 before = set ? _mm256_setzero_ps() : _mm256_loadu_ps(y);
-        const __m256 both = _mm256_mul_ps(of_rows, _mm256_set1_ps(own_scale[m * tile.scales_stride]));
-        _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[m][h]), both, before));
+        float* const target = y + m * y_stride + 8 * h;
+        const __m256 both = _mm256_mul_ps(of_rows, _mm256_set1_ps(own_scale[m * scales_stride]));
+        const __m256 before = _mm256_loadu_ps(target);
+        _mm256_storeu_ps(target, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[m][h]), both, before));
       }
     }
-    set = false;
     scale += kPanelRows;
     ++own_scale;
   }
@@ -196,8 +202,8 @@ TARGET void multiply_by(const Panel& panel, const QuantisedRows& x, int64_t rows
       const char* const codes = kWords ? reinterpret_cast<const char*>(words) : reinterpret_cast<const char*>(at.codes);
       const int64_t stride = kWords ? sizeof(words[0]) : at.codes_stride;
       const Tile tile = {codes, stride, at.scales, at.groups_stride, y, y_stride, totals};
-      for (int half = 0; half < 2; ++half)
-        run_tile(panel, half, kWords ? offsets : offsets + half * 2 * (elements / span), tile, first);
+      run_tile(panel, 0, offsets, tile, first);
+      run_tile(panel, 1, kWords ? offsets : offsets + 2 * (elements / span), tile, first);
       at.codes += count * x.codes_stride;
       at.scales += count * x.groups_stride;
       y += count * y_stride;
