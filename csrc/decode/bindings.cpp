@@ -140,6 +140,16 @@ void product_of(uintptr_t x, int64_t count, const std::array<int64_t, kLinearFie
 
 bool fast_product() { return select_kernels().panel.multiply != scalar_panel().multiply; }
 
+// Of products of many rows in PyTorch: without the instructions it widens each element for itself.
+bool fast_bfloat16() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return &select_kernels() == &avx512_kernels() && __builtin_cpu_supports("avx512bf16");
+#else
+  return true;
+#endif
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
@@ -155,6 +165,7 @@ void bind(py::module_& m) {
         py::arg("out_features"), py::arg("y"), py::arg("threads"),
         "A quantised linear layer of many rows of float32; see llava_fast.ops.quantised_linear.");
   m.def("fast_product", &fast_product, "Whether this machine has instructions that make `product` fast.");
+  m.def("fast_bfloat16", &fast_bfloat16, "Whether PyTorch has instructions for products of bfloat16 here; x86 only.");
   m.def("prefer_huge_pages", &prefer_huge_pages, py::arg("address"), py::arg("bytes"),
         "Ask for pages of 2 MiB for memory that has not been written yet.");
 }

@@ -46,7 +46,7 @@ struct PanelBuffer {
   std::vector<float> scale;
 
   explicit PanelBuffer(int64_t group)
-      : codes(kPanelRows * kBlockElements), scale(kPanelRows * kBlockElements / group) {}
+      : codes(kPanelRows * kBlockElements * kCodeBytes), scale(kPanelRows * kBlockElements / group) {}
 
   Panel fill(const Linear& linear, int64_t begin, int64_t rows, int64_t first, int64_t groups, int64_t group,
              const PanelKernels& kernels) {
@@ -57,7 +57,7 @@ struct PanelBuffer {
         scale[g * kPanelRows + r] = r < rows ? linear.scale[at] : 0;
       }
     kernels.pack(linear, {begin, rows, start, std::min(elements, linear.in - start), elements}, codes.data());
-    return {groups, group, codes.data(), scale.data()};
+    return {linear.kind, groups, group, codes.data(), scale.data()};
   }
 };
 

@@ -9,12 +9,15 @@ namespace llava_fast::decode {
 constexpr int kPanelRows = 32;  // rows of the weight side by side
 
 constexpr int64_t kBlockElements = 1024;  // elements of a row that one panel has at most
+constexpr int kCodeBytes = 2;               // of a code in a panel, at most
 constexpr int kOffset = 128;  // added to the vectors' codes, which makes them unsigned, as the instructions want them
 
-// Part of kPanelRows rows of a weight, `groups` groups of `group` elements each (a multiple of 32).
-//   codes   [groups, group / 4, kPanelRows, 4], zero points subtracted: w = code * scale.
+// Part of kPanelRows rows of a weight of `kind`, `groups` groups of `group` elements each (a multiple of 32).
+//   codes   zero points subtracted, w = code * scale, in an order of each set's own. In that of the scalar and the
+//           AVX-512 form, [groups, group / 4, kPanelRows, 4].
 //   scale   [groups, kPanelRows].
 struct Panel {
+  Kind kind;
   int64_t groups, group;
   const int8_t* codes;
   const float* scale;
@@ -34,10 +37,13 @@ struct Part {
   int64_t row, rows, start, count, padded;
 };
 
-// pack: the codes of a part. multiply: y[m, r] += panel row r . x[m] for m in [0, rows); `first` sets y instead. Sums within groups are exact, and groups
-// are added in order in float32, fused with the product of their scales: all sets give the same bits.
+// pack: the codes of a part. multiply: y[m, r] += panel row r . x[m] for m in [0, rows); `first` sets y instead. Sums
+// within groups are exact, and groups are added in order in float32, fused with the product of their scales: all sets
+// give the same bits.
 const PanelKernels& scalar_panel();
 #if defined(__x86_64__)
+const PanelKernels& avx2_panel();
+const PanelKernels& avxvnni_panel();
 const PanelKernels& avx512vnni_panel();
 #endif
 

@@ -52,7 +52,7 @@ bool supported() {
 }  // namespace
 
 const QuantisedKernels& avx2_quantised() {
-  static const QuantisedKernels kernels = {supported, int8_linear, int4_linear, scalar_panel()};
+  static const QuantisedKernels kernels = {supported, int8_linear, int4_linear, avx2_panel()};
   return kernels;
 }
 

@@ -54,7 +54,7 @@ bool supported() {
 }  // namespace
 
 const QuantisedKernels& avxvnni_quantised() {
-  static const QuantisedKernels kernels = {supported, int8_linear, int4_linear, scalar_panel()};
+  static const QuantisedKernels kernels = {supported, int8_linear, int4_linear, avxvnni_panel()};
   return kernels;
 }
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llava_fast import _C
+from llava_fast.models import fused
 from llava_fast.models.decoders.llama import LlamaConfig
 from llava_fast.models.decoders.stack import Decoder
 from llava_fast.ops import linear, use_backend
@@ -40,7 +41,44 @@ def test_native_sums_in_float32(rows, level, monkeypatch):
     assert torch.equal(torch.cat(alone), found)
 
 
-def test_when_the_native_form_runs():
+@pytest.mark.parametrize("biased", [True, False])
+def test_many_rows_are_widened_where_bfloat16_is_slow(biased, monkeypatch):
+    monkeypatch.setattr(native, "BLOCK_BYTES", 4 * 77 * 40)  # four blocks of 131 rows
+    x, weight, bias = operands(native.MAX_ROWS + 1)
+    exact = F.linear(x.double(), weight.double(), bias.double() if biased else None)
+    for fast in (False, True):
+        monkeypatch.setattr(_C, "fast_bfloat16", lambda fast=fast: fast)
+        assert (native.unfit(x, weight, bias) is None) != fast
+    found = native.many_rows(x, weight, bias if biased else None)
+    assert found.dtype == torch.bfloat16
+    assert ((found - exact).abs() <= error_bound(x, weight, bias if biased else torch.zeros(131))).all()
+
+
+def test_a_decoder_widens_many_rows_where_bfloat16_is_slow(monkeypatch):
+    calls, run = [], native.many_rows
+    monkeypatch.setattr(native, "many_rows", lambda x, *rest: calls.append(len(x)) or run(x, *rest))
+    monkeypatch.setattr(_C, "fast_bfloat16", lambda: False)
+    layer = torch.nn.Linear(64, 48).bfloat16()
+    x = torch.randn(40, 64).bfloat16()
+    with torch.no_grad():
+        found = fused.applied(layer, x)
+        assert calls == [40]
+        fused.applied(layer, x[:32])  # few
+        with use_backend("reference"):
+            fused.applied(layer, x)
+        with torch.autocast("cpu", torch.bfloat16):
+            fused.applied(layer, x)
+        hook = layer.register_forward_hook(lambda *_: None)
+        fused.applied(layer, x)
+        hook.remove()
+        monkeypatch.setattr(_C, "fast_bfloat16", lambda: True)
+        fused.applied(layer, x)
+    fused.applied(layer, x)  # a gradient
+    assert calls == [40]
+    torch.testing.assert_close(found, layer(x))
+
+
+def test_when_the_native_form_runs(monkeypatch):
     x, weight, bias = operands(4)
     assert linear(x[None], weight).shape == (1, 4, 131)
     assert linear(x[:0], weight, bias).shape == (0, 131)
@@ -48,7 +86,8 @@ def test_when_the_native_form_runs():
     with use_backend("native"):
         with pytest.raises(BackendError, match="it has no gradients"):
             linear(x, weight)
-        with pytest.raises(BackendError, match="it takes up to 32 rows, x has 33"):
+        monkeypatch.setattr(_C, "fast_bfloat16", lambda: True)
+        with pytest.raises(BackendError, match=r"it takes up to 32 rows on this processor, .* x has 33"):
             linear(operands(33)[0], weight.detach())
         with pytest.raises(BackendError, match=r"it takes bfloat16, got torch\.float32"):
             linear(x.float(), weight.float())

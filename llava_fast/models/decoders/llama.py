@@ -38,7 +38,8 @@ class DecoderAttention(MergesLinears):
 
     def forward(self, x_RC: Tensor, context: RowContext) -> Tensor:
         query_RHD, key_RKD, value_RKD = self.heads(x_RC)
-        return self.o_proj(attended(query_RHD, key_RKD, value_RKD, context, self.layer, self.window))
+        rows = attended(query_RHD, key_RKD, value_RKD, context, self.layer, self.window)
+        return fused.applied(self.o_proj, rows)
 
     def heads(self, x_RC: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values before rotation, each [R, heads, D]."""
@@ -68,7 +69,7 @@ class DecoderMLP(MergesLinears):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(fused.gated(*self.project(x, "gate_up_proj")))
+        return fused.applied(self.down_proj, fused.gated(*self.project(x, "gate_up_proj")))
 
 
 class PreNormLayer(nn.Module, ABC):

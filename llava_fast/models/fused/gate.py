@@ -38,6 +38,7 @@ class Rule:
 
 
 RULES = {
+    "linear": Rule("a decoder's Linear in bfloat16 on a CPU, for many rows", traced=False, autocast=False),
     "layer_norm": Rule("a tower's LayerNorm, with the add or the LayerNorm before it", traced=True),
     "linear_act": Rule("a tower's first MLP Linear and its activation", traced=True),
     "assemble_inputs": Rule("the projector's Linears and the placement of rows", traced=True, autocast=False),

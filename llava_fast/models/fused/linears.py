@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from llava_fast.models.fused.gate import is_plain, takes
+from llava_fast.ops import linear as linear_op
 from llava_fast.ops import linear_act, swiglu
 from llava_fast.ops.activations import ACTIVATIONS
+from llava_fast.ops.linear import native
 
 
 def activated(x: Tensor, linear: nn.Module, activation: str) -> Tensor:
@@ -18,6 +20,20 @@ def activated(x: Tensor, linear: nn.Module, activation: str) -> Tensor:
     if isinstance(linear, nn.Linear) and takes("linear_act", x, nn.Linear, linear):
         return linear_act(x, linear.weight, linear.bias, activation)
     return ACTIVATIONS[activation](linear(x))
+
+
+def applied(linear: nn.Module, x: Tensor) -> Tensor:
+    """linear(x), by ops.linear for many rows of bfloat16 on a CPU that multiplies them slowly."""
+    if (
+        x.dtype == native.DTYPE
+        and len(x) > native.MAX_ROWS
+        and isinstance(linear, nn.Linear)
+        and not torch.is_grad_enabled()
+        and takes("linear", x, nn.Linear, linear)
+        and native.unfit(x, linear.weight, linear.bias) is None
+    ):
+        return linear_op(x, linear.weight, linear.bias)
+    return linear(x)
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
@@ -77,7 +93,7 @@ class MergesLinears(nn.Module):
         """The results for x of the Linears `merges[name]`, by one product where they are merged."""
         if (merged := self._modules.get(name)) is not None:
             return merged(x)
-        return tuple(self._linear(part)(x) for part in self.merges[name])
+        return tuple(applied(self._linear(part), x) for part in self.merges[name])
 
     def _linear(self, name: str) -> nn.Module:
         found = self._modules[name]

@@ -1,4 +1,5 @@
-"""linear: a linear layer for few rows, such as the output head of a decoding step."""
+"""linear: a linear layer in bfloat16 on a CPU: the output head of a decoding step, and prefill where PyTorch's products
+of bfloat16 are slow."""
 
 from __future__ import annotations
 
@@ -10,7 +11,12 @@ from llava_fast.ops import backend
 from llava_fast.ops.linear import native
 
 backend.register("linear", "reference", "any device")
-backend.register("linear", "native", f"CPU; bfloat16, up to {native.MAX_ROWS} rows, no gradients", default_on=("cpu",))
+backend.register(
+    "linear",
+    "native",
+    f"CPU; bfloat16, up to {native.MAX_ROWS} rows, more without AVX-512 BF16, no gradients",
+    default_on=("cpu",),
+)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -18,7 +24,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     x [.., in], weight [out, in] (nn.Linear's), bias [out] or None, all floating and of one dtype. Returns [.., out] in
     that dtype. The reference is PyTorch's F.linear, with gradients. The native backend is for inference; it sums in
-    float32, and row i's result is bit-identical whatever the other rows.
+    float32, and up to MAX_ROWS rows, row i's result is bit-identical whatever the other rows.
     FLOPs for n rows: 2 * n * in * out. Minimum bytes: x, weight and output once.
     Raises ValueError for mismatched shapes.
     """

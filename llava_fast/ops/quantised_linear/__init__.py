@@ -27,7 +27,7 @@ backend.register("quantised_linear", "reference", "any device")
 backend.register(
     "quantised_linear",
     "native",
-    f"CPU; float32 or bfloat16, no gradients; above {native.MAX_ROWS} rows with AVX-512 VNNI",
+    f"CPU; float32 or bfloat16, no gradients; above {native.MAX_ROWS} rows with AVX2",
     default_on=("cpu",),
 )
 

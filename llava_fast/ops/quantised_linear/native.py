@@ -27,7 +27,7 @@ def unfit(x: Tensor) -> str | None:
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16, x is {x.dtype}"
     if rows > MAX_ROWS and not _C.fast_product():
-        return f"it takes more than {MAX_ROWS} rows only with AVX-512 VNNI, x has {rows}"
+        return f"it takes more than {MAX_ROWS} rows only with AVX2, x has {rows}"
     return None
 
 
