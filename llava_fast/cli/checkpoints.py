@@ -28,7 +28,7 @@ def convert(
         typer.Option(
             metavar="DATA",
             help="Calibrate the quantised weights with samples of this training data (LLaVA's format, JSON or JSON "
-            "lines), images included. Needs pip install 'llava_fast[calibrate]'.",
+            "lines), images included. Needs pip install 'llava_fast\\[calibrate]'.",
         ),
     ] = None,
     method: Annotated[
