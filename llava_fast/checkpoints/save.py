@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -122,14 +123,20 @@ def save(
 
 
 def check_destination(path: str | Path, overwrite: bool = False) -> Path:
-    """The absolute path of a directory to save into. Raises CheckpointError for a file and, without `overwrite`, for a
-    directory that is not empty.
+    """The absolute path of a directory to save into. Raises CheckpointError for a file, for a place where nothing can
+    be written and, without `overwrite`, for a directory that is not empty.
     """
     path = Path(path).expanduser().resolve()
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path} is a file; give a directory to save into")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise CheckpointError(f"{path} is not empty; choose another directory or pass overwrite=True")
+    above = next(each for each in path.parents if each.exists())
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as problem:
+        raise CheckpointError(f"{path} cannot be written: {above}: {problem.strerror or problem}") from None
     return path
 
 

@@ -135,9 +135,10 @@ def merge_lora(
     Training with `lora` already writes the merged model, to the output's model/.
     """
     from llava_fast.checkpoints.adapters import check_adapter
-    from llava_fast.checkpoints.save import save
+    from llava_fast.checkpoints.save import check_destination, save
 
     check_adapter(adapter)
+    check_destination(output)
     llava = load_model(adapter, "cpu", dtype or "auto", chat_template, model_base)
     layout = layout or llava.config.layout
     save(llava, output, layout=layout)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import llava_fast
 from llava_fast.checkpoints.load import load_checkpoint, load_weights
 from llava_fast.errors import CheckpointError
 from llava_fast.models.vlm import LlavaModel
@@ -222,6 +223,25 @@ def test_a_hub_id_that_cannot_be_had(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="'someone/absent' is neither a local directory nor an"):
         load_checkpoint("someone/absent")
+
+
+@pytest.mark.parametrize(
+    ("option", "problem"),
+    [
+        ({"device": "abc"}, "device 'abc' is unknown"),
+        ({"device": 3.5}, "device 3.5 is unknown"),
+        ({"device": "cuda:77"}, "device 'cuda:77' cannot be used here"),
+        ({"device_map": ["cuda:77"]}, "device 'cuda:77' cannot be used here"),
+        ({"device": "meta"}, "holds no weights"),
+        ({"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not supported"),
+        ({"dtype": torch.int8}, "dtype torch.int8 is not supported"),
+        ({"dtype": 3}, "dtype 3 is not supported"),
+        ({"processor": {}}, "processor is {}: give a ProcessorOptions"),
+    ],
+)
+def test_options_that_cannot_be_used(option, problem, tmp_path):
+    with pytest.raises(CheckpointError, match=problem):
+        llava_fast.load(tmp_path, **option)
 
 
 MEASURE = """
