@@ -101,14 +101,14 @@ def check_fields(content: Mapping[str, Any], fields: type[Fields], file: Path | 
         wrong: dict[str, list[str]] = {}
         for each in error.errors(include_url=False):
             if not (sparse and each["type"] == "missing"):
-                place = _place(each["loc"], content)
+                place = place_of(each["loc"], content)
                 value = "" if each["type"] == "missing" else f", not {reprlib.repr(each['input'])}"
                 wrong.setdefault(place, []).append(each["msg"].removeprefix("Value error, ") + value)
         for place, messages in wrong.items():  # report only the first, on one line
             raise CheckpointError(f"{file}: {place}: {' or '.join(dict.fromkeys(messages))}") from None
 
 
-def _place(loc: tuple[int | str, ...], content: Any) -> str:
+def place_of(loc: tuple[int | str, ...], content: Any) -> str:
     """The path of a field in the file: `loc` without the type names that pydantic inserts for unions."""
     path = []
     for index, part in enumerate(loc):
