@@ -78,19 +78,10 @@ def save(
     Raises CheckpointError, and leaves `path` unchanged, if `path` is not empty and `overwrite` is not set, or if the
     layout does not support this model.
     """
-    if layout not in ("hf", "original"):
-        raise CheckpointError(f"layout is {layout!r}; supported are 'hf' and 'original'")
     path = check_destination(path, overwrite)
     config, tokenizer = model.config, model.tokenizer
     quantised = quantised_modules(model) if tensors is None else {}
-    if quantised and config.layout == "original" and type(family_of_config(config)).other is Family.other:
-        raise CheckpointError(
-            f"quantised weights of a {config.model_type} cannot be saved: save the model that was loaded without "
-            "quantize=, and quantise it each time it is loaded"
-        )
-    family = writing_family(config, layout)
-    if quantised and layout != "hf":
-        raise CheckpointError(f"layout {layout!r} does not support quantised weights: save with layout='hf'")
+    family = check_layout(config, layout, bool(quantised))
     tensors = dict(separate_parameters(model) if tensors is None else tensors)
     image_token_id, video_token_id = config.image_token_id, config.video_token_id
     if layout == "hf" and config.layout == "original":
@@ -120,6 +111,22 @@ def save(
         if family.connector_tokenizer is not None and model.connector_tokenizer is not None:
             model.connector_tokenizer.save_pretrained(directory / family.connector_tokenizer)
         _write_side_files(directory, config, family, getattr(model, "side_files", {}))
+
+
+def check_layout(config: LlavaConfig, layout: str, quantised: bool) -> Family:
+    """The family that a model is saved as. Raises CheckpointError if `layout` does not support this model, or not its
+    quantised weights."""
+    if layout not in ("hf", "original"):
+        raise CheckpointError(f"layout is {layout!r}; supported are 'hf' and 'original'")
+    if quantised and config.layout == "original" and type(family_of_config(config)).other is Family.other:
+        raise CheckpointError(
+            f"quantised weights of a {config.model_type} cannot be saved: save the model that was loaded without "
+            "quantize=, and quantise it each time it is loaded"
+        )
+    family = writing_family(config, layout)
+    if quantised and layout != "hf":
+        raise CheckpointError(f"layout {layout!r} does not support quantised weights: save with layout='hf'")
+    return family
 
 
 def check_destination(path: str | Path, overwrite: bool = False) -> Path:
