@@ -12,6 +12,7 @@ import llava_fast
 from llava_fast.checkpoints.load import load_checkpoint, load_weights
 from llava_fast.errors import CheckpointError
 from llava_fast.models.vlm import LlavaModel
+from tests.support import tiny
 from tests.support.tiny_checkpoints import (
     KINDS,
     assert_same_tensors,
@@ -242,6 +243,13 @@ def test_a_hub_id_that_cannot_be_had(monkeypatch):
 def test_options_that_cannot_be_used(option, problem, tmp_path):
     with pytest.raises(CheckpointError, match=problem):
         llava_fast.load(tmp_path, **option)
+
+
+def test_an_image_token_that_is_none(tmp_path):
+    tiny.save(tiny.CASES["next"], tiny.pair("next").hf, tmp_path)
+    edit_json(tmp_path / "config.json", image_token_index=10**6)
+    with pytest.raises(CheckpointError, match=r"config\.json: image_token is 1000000, which the tokenizer does not"):
+        llava_fast.load(tmp_path)
 
 
 MEASURE = """
