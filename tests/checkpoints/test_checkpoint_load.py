@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import llava_fast
 from llava_fast.checkpoints.load import load_checkpoint, load_weights
-from llava_fast.errors import CheckpointError
+from llava_fast.errors import CheckpointError, RequestError
 from llava_fast.models.vlm import LlavaModel
 from tests.support import tiny
 from tests.support.tiny_checkpoints import (
@@ -248,8 +248,9 @@ def test_options_that_cannot_be_used(option, problem, tmp_path):
 def test_an_image_token_that_is_none(tmp_path):
     tiny.save(tiny.CASES["next"], tiny.pair("next").hf, tmp_path)
     edit_json(tmp_path / "config.json", image_token_index=10**6)
-    with pytest.raises(CheckpointError, match=r"config\.json: image_token is 1000000, which the tokenizer does not"):
-        llava_fast.load(tmp_path)
+    model = llava_fast.load(tmp_path)
+    with pytest.raises(RequestError, match=r"the tokenizer has no token 1000000, which config\.json names"):
+        model.generate([{"prompt": "hello"}])
 
 
 MEASURE = """

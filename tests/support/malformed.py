@@ -28,7 +28,7 @@ PROCESSOR = {
 def save_kinds(root: Path) -> None:
     """Whole checkpoints to be damaged: llava, llava_next, and an original one."""
     for kind in ("llava", "llava_next"):
-        save_hf(kind, root / kind, image_token_index=94)
+        save_hf(kind, root / kind)
         tokenizer("<image>").save_pretrained(root / kind)
         write(root / kind / "preprocessor_config.json", PROCESSOR)
         write(root / kind / "processor_config.json", {"patch_size": 14})
