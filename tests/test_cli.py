@@ -107,6 +107,14 @@ def test_bad_input_is_one_line(model, arguments, says):
     assert "Traceback" not in result.stderr
 
 
+def test_a_demo_that_cannot_be_written_is_one_line(tmp_path):
+    pytest.importorskip("sklearn")
+    result = run("demo", "--no-compare", "--output", tmp_path / "canvas.odd")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: --output ")
+    assert "unknown file extension: .odd" in result.stderr
+
+
 def test_chat_answers_each_line_and_survives_a_bad_one(model, picture):
     lines = f"what is in @{picture}\nand now @no/such.png\n/reset\n/quit\n"
     result = run("chat", model, "--max-new-tokens", "3", text=lines)
