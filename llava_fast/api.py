@@ -32,6 +32,7 @@ from llava_fast.models.quantised import Quantisation
 from llava_fast.ops import cached_rows
 from llava_fast.storage.files import check_fields, parse_json
 from llava_fast.storage.hub import resolve
+from llava_fast.storage.tensor_files import WEIGHT_DTYPES
 
 
 def load(
@@ -86,6 +87,9 @@ def load(
     """
     if device is not None and device_map is not None:
         raise CheckpointError("give load a device or a device_map, not both")
+    options = ProcessorOptions() if processor is None else processor
+    if not isinstance(options, ProcessorOptions):
+        raise CheckpointError(f"processor is {processor!r}: give a ProcessorOptions(...)")
     devices = _devices(device_map)
     device, quantisation = _device(devices[0] if devices else device), Quantisation.of(quantize)
     if dtype is None and device.type == "cpu":
@@ -107,7 +111,6 @@ def load(
     head_dim = checkpoint.config.decoder.head_dim
     if kv_cache is not None and head_dim % cached_rows.MULTIPLE:
         raise QuantisationError(f"kv_cache: heads of {head_dim} elements are not a multiple of 8: use None")
-    options = processor or ProcessorOptions()
     if options.resample == "torchvision":
         _check_torchvision(checkpoint.config)
     with torch.device("meta"):
@@ -220,9 +223,17 @@ def _trained_template(checkpoint: LoadedCheckpoint) -> ChatTemplate | None:
 
 def _device(device: torch.device | str | None) -> torch.device:
     try:
-        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, TypeError):
         raise CheckpointError(f"device {device!r} is unknown: use 'cpu', 'cuda' or 'cuda:1'") from None
+    if found.type == "meta":
+        raise CheckpointError("device 'meta' holds no weights: use 'cpu', 'cuda' or 'cuda:1'")
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # no such GPU, no driver, a build of torch without CUDA
+        why = (str(error).splitlines() or [repr(error)])[0]
+        raise CheckpointError(f"device '{found}' cannot be used here ({why}): use another, such as 'cpu'") from None
+    return found
 
 
 def _devices(device_map: str | Sequence[torch.device | str] | None) -> list[torch.device]:
@@ -233,6 +244,8 @@ def _devices(device_map: str | Sequence[torch.device | str] | None) -> list[torc
         if device_map != "auto":
             raise CheckpointError(f"device_map must be 'auto' or a list of devices, got {device_map!r}")
         return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    if isinstance(device_map, dict):
+        raise CheckpointError(f"device_map must be 'auto' or a list of devices, got {device_map!r}")
     if not device_map:
         raise CheckpointError("device_map lists no device")
     return [_device(each) for each in device_map]
@@ -241,9 +254,7 @@ def _devices(device_map: str | Sequence[torch.device | str] | None) -> list[torc
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or dtype == "auto":
         return None
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise CheckpointError(f"dtype {dtype!r} is not a floating dtype: use 'float32', 'bfloat16' or 'float16'")
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in WEIGHT_DTYPES:
+        raise CheckpointError(f"dtype {dtype!r} is not supported: use 'float32', 'bfloat16' or 'float16'")
     return found

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
+from typer.main import get_command
+from typer.testing import CliRunner
 
+from llava_fast.cli.main import app
 from tests.support import tiny
 
 
@@ -41,6 +45,20 @@ def test_help(command):
     result = run(command, "--help")
     assert result.returncode == 0
     assert "Usage" in result.stdout
+
+
+def test_help_shows_what_is_in_brackets():
+    """A "[word]" is markup to typer's help and vanishes, unless a backslash is before it."""
+    reached, lost = [(get_command(app), [])], []
+    for command, path in reached:
+        reached += [(part, [*path, name]) for name, part in getattr(command, "commands", {}).items()]
+        shown = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "400", "TERMINAL_WIDTH": "400"}).stdout
+        shown = " ".join(shown.replace("│", " ").split())
+        written = [command.help or "", *(getattr(option, "help", None) or "" for option in command.params)]
+        bracketed = [" ".join(words.split()) for words in re.findall(r"\[[^\[\]]*\]", "\n".join(written))]
+        lost += [(path, words) for words in bracketed if words not in shown]
+    assert len(reached) > 30
+    assert not lost
 
 
 def test_doctor_tells_of_a_model(model, tmp_path):
@@ -87,6 +105,14 @@ def test_bad_input_is_one_line(model, arguments, says):
     assert result.stderr.startswith("error: ")
     assert says in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_demo_that_cannot_be_written_is_one_line(tmp_path):
+    pytest.importorskip("sklearn")
+    result = run("demo", "--no-compare", "--output", tmp_path / "canvas.odd")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: --output ")
+    assert "unknown file extension: .odd" in result.stderr
 
 
 def test_chat_answers_each_line_and_survives_a_bad_one(model, picture):

@@ -134,8 +134,7 @@ def _compressed_tensors(stored: Mapping[str, StoredTensor], config: dict, file: 
     for unread in ("sparsity_config", "transform_config", "kv_cache_scheme"):
         if config.get(unread):
             raise _refused(file, f"compressed-tensors with {unread}")
-    asymmetric = bool(config.get("config_groups"))  # all groups: require zero points of each weight
-    sizes = set()
+    schemes: dict[int, list[dict[str, Any]]] = {}  # by bits
     for group in (config.get("config_groups") or {}).values():
         form = group.get("format") or config.get("format")
         if form not in ("pack-quantized", "int-quantized", "naive-quantized"):
@@ -143,30 +142,37 @@ def _compressed_tensors(stored: Mapping[str, StoredTensor], config: dict, file: 
         if weights := group.get("weights"):
             check_fields(weights, Weights, file, sparse=False)
             bits, kind, strategy = weights["num_bits"], weights.get("type", "int"), weights.get("strategy")
-            asymmetric &= not weights.get("symmetric", True)
-            sizes.add(weights.get("group_size") if weights.get("strategy") == "group" else None)
+            schemes.setdefault(bits, []).append(weights)
             if kind != "int" or bits not in (4, 8) or strategy not in (None, "tensor", "channel", "group"):
                 raise _refused(file, f"compressed-tensors weights of {bits} bits, type {kind!r}, strategy {strategy!r}")
         if activations := group.get("input_activations"):
             if not activations.get("dynamic"):
                 raise _refused(file, "compressed-tensors with static scales of activations (input_activations)")
             logger.warning("%s: activations are not quantised here; the weights are used as stored", file)
-    also = ("weight_zero_point",) if asymmetric else ()
-    read = functools.partial(_from_packed, group=sizes.pop() if len(sizes) == 1 else None)
-    stored = _join(stored, "weight_packed", (*packing.NAMES, "weight_g_idx"), read, also)
+    read = functools.partial(_from_packed, schemes)
+    stored = _join(stored, "weight_packed", (*packing.NAMES, "weight_g_idx"), read)
     return _join(stored, "weight", ("weight", "weight_scale", "weight_zero_point"), _from_values)
 
 
-def _from_packed(parts: Mapping[str, StoredTensor], group: int | None) -> tuple[tuple[int, int], Callable[[], Made]]:
-    """group: the group size that all weights must have; None: any."""
+def _from_packed(
+    schemes: Mapping[int, list[dict[str, Any]]], parts: Mapping[str, StoredTensor]
+) -> tuple[tuple[int, int], Callable[[], Made]]:
+    """schemes: how weights are quantised, by their bits. A weight must have what all schemes of its bits have in
+    common."""
     shape = _shape_of(parts["weight_shape"])
-    if group is not None and group > 0 and shape[1] != group * (groups := parts["weight_scale"].shape[-1]):
-        raise QuantisationError(f"{groups} groups of {group} (group_size) do not make rows of {shape[1]}")
     words = parts["weight_packed"]
-    if packing.bits_of(words.shape, shape) is None or words.dtype != torch.int32:
+    bits = packing.bits_of(words.shape, shape)
+    if bits is None or words.dtype != torch.int32:
         raise QuantisationError(
             f"weight_packed {words.dtype} {list(words.shape)} does not hold {list(shape)} in 4 or 8 bits"
         )
+    said = schemes.get(bits, [])
+    sizes = {each.get("group_size") if each.get("strategy") == "group" else None for each in said}
+    group = sizes.pop() if len(sizes) == 1 else None
+    if group is not None and group > 0 and shape[1] != group * (groups := parts["weight_scale"].shape[-1]):
+        raise QuantisationError(f"{groups} groups of {group} (group_size) do not make rows of {shape[1]}")
+    if "weight_zero_point" not in parts and {each.get("symmetric", True) for each in said} == {False}:
+        raise QuantisationError("it has no 'weight_zero_point'; the file is damaged")
 
     def load() -> Made:
         weight = packing.unpacked({n: p.load() for n, p in parts.items() if n in packing.NAMES}, shape)
@@ -290,19 +296,20 @@ def _join(
     main: str,
     names: tuple[str, ...],
     make: Callable[[Mapping[str, StoredTensor]], tuple[tuple[int, int], Callable[[], Made]]],
-    also: tuple[str, ...] = (),
 ) -> dict[str, StoredTensor]:
     """Replace the tensors `names` of every module that has a tensor `main` by one entry MODULE.weight; `make` gives its
-    shape and loader. Raises CheckpointError for a module that lacks one of `names` or `also`."""
+    shape and loader. Raises CheckpointError for a module that lacks one of them, or that has its weight twice."""
     left = dict(stored)
     for key, tensor in stored.items():
         module, _, leaf = key.rpartition(".")
         if leaf != main or (main == "weight" and tensor.dtype != torch.int8):
             continue
         parts = {name: left.pop(f"{module}.{name}") for name in names if f"{module}.{name}" in left}
-        needed = {*_SCALES, "weight_shape", "qzeros", *also} & set(names)
+        needed = {*_SCALES, "weight_shape", "qzeros"} & set(names)
         if lacking := sorted(needed - parts.keys()):
             raise CheckpointError(f"{tensor.file}: {key!r} has no {lacking[0]!r}; the file is damaged")
+        if f"{module}.weight" in left:
+            raise CheckpointError(f"{tensor.file}: {module!r} has {leaf!r} and 'weight' too; the file is damaged")
         scale = next(parts[name] for name in _SCALES if name in parts)
         try:
             shape, load = make(parts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -77,19 +78,10 @@ def save(
     Raises CheckpointError, and leaves `path` unchanged, if `path` is not empty and `overwrite` is not set, or if the
     layout does not support this model.
     """
-    if layout not in ("hf", "original"):
-        raise CheckpointError(f"layout is {layout!r}; supported are 'hf' and 'original'")
     path = check_destination(path, overwrite)
     config, tokenizer = model.config, model.tokenizer
     quantised = quantised_modules(model) if tensors is None else {}
-    if quantised and config.layout == "original" and type(family_of_config(config)).other is Family.other:
-        raise CheckpointError(
-            f"quantised weights of a {config.model_type} cannot be saved: save the model that was loaded without "
-            "quantize=, and quantise it each time it is loaded"
-        )
-    family = writing_family(config, layout)
-    if quantised and layout != "hf":
-        raise CheckpointError(f"layout {layout!r} does not support quantised weights: save with layout='hf'")
+    family = check_layout(config, layout, bool(quantised))
     tensors = dict(separate_parameters(model) if tensors is None else tensors)
     image_token_id, video_token_id = config.image_token_id, config.video_token_id
     if layout == "hf" and config.layout == "original":
@@ -121,15 +113,37 @@ def save(
         _write_side_files(directory, config, family, getattr(model, "side_files", {}))
 
 
+def check_layout(config: LlavaConfig, layout: str, quantised: bool) -> Family:
+    """The family that a model is saved as. Raises CheckpointError if `layout` does not support this model, or not its
+    quantised weights."""
+    if layout not in ("hf", "original"):
+        raise CheckpointError(f"layout is {layout!r}; supported are 'hf' and 'original'")
+    if quantised and config.layout == "original" and type(family_of_config(config)).other is Family.other:
+        raise CheckpointError(
+            f"quantised weights of a {config.model_type} cannot be saved: save the model that was loaded without "
+            "quantize=, and quantise it each time it is loaded"
+        )
+    family = writing_family(config, layout)
+    if quantised and layout != "hf":
+        raise CheckpointError(f"layout {layout!r} does not support quantised weights: save with layout='hf'")
+    return family
+
+
 def check_destination(path: str | Path, overwrite: bool = False) -> Path:
-    """The absolute path of a directory to save into. Raises CheckpointError for a file and, without `overwrite`, for a
-    directory that is not empty.
+    """The absolute path of a directory to save into. Raises CheckpointError for a file, for a place where nothing can
+    be written and, without `overwrite`, for a directory that is not empty.
     """
     path = Path(path).expanduser().resolve()
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path} is a file; give a directory to save into")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise CheckpointError(f"{path} is not empty; choose another directory or pass overwrite=True")
+    above = next(each for each in path.parents if each.exists())
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as problem:
+        raise CheckpointError(f"{path} cannot be written: {above}: {problem.strerror or problem}") from None
     return path
 
 

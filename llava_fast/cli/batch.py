@@ -131,7 +131,7 @@ def batch(
         typer.Option(
             "--ray",
             rich_help_panel=RAY,
-            help="Answer on a Ray cluster (pip install 'llava_fast[ray]'): RAY_ADDRESS's, or Ray started here.",
+            help="Answer on a Ray cluster (pip install 'llava_fast\\[ray]'): RAY_ADDRESS's, or Ray started here.",
         ),
     ] = False,
     ray_address: Annotated[

@@ -28,7 +28,7 @@ def convert(
         typer.Option(
             metavar="DATA",
             help="Calibrate the quantised weights with samples of this training data (LLaVA's format, JSON or JSON "
-            "lines), images included. Needs pip install 'llava_fast[calibrate]'.",
+            "lines), images included. Needs pip install 'llava_fast\\[calibrate]'.",
         ),
     ] = None,
     method: Annotated[
@@ -68,8 +68,10 @@ def convert(
         return
     from tqdm import tqdm
 
-    from llava_fast.checkpoints.save import check_destination, save
+    from llava_fast.checkpoints.load import load_checkpoint
+    from llava_fast.checkpoints.save import check_destination, check_layout, save
     from llava_fast.errors import QuantisationError
+    from llava_fast.models.config import RetrievalConfig
     from llava_fast.models.quantised import Quantisation
 
     if quantize is None and (group is not None or zero_points):
@@ -80,6 +82,9 @@ def convert(
         raise QuantisationError("--method, --samples, --images and --seed need --calibrate DATA")
     check_destination(output)
     quantisation = quantize and Quantisation(quantize, group, symmetric=not zero_points)
+    config = load_checkpoint(model, model_base=model_base).config
+    if not isinstance(config, RetrievalConfig):  # which `load` explains
+        check_layout(config, layout, quantised=quantisation is not None)
     bar = functools.partial(tqdm, desc="read", unit=" tensors", dynamic_ncols=True)
     if quantisation is not None and calibrate is not None:
         from llava_fast.calibration.run import calibrate as run_calibration
@@ -135,9 +140,10 @@ def merge_lora(
     Training with `lora` already writes the merged model, to the output's model/.
     """
     from llava_fast.checkpoints.adapters import check_adapter
-    from llava_fast.checkpoints.save import save
+    from llava_fast.checkpoints.save import check_destination, save
 
     check_adapter(adapter)
+    check_destination(output)
     llava = load_model(adapter, "cpu", dtype or "auto", chat_template, model_base)
     layout = layout or llava.config.layout
     save(llava, output, layout=layout)

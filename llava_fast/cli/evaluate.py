@@ -122,7 +122,7 @@ def run(
     """
     from llava_fast.evaluate import lmms
     from llava_fast.evaluate.model import ModelSpec
-    from llava_fast.evaluate.results import lines_of, make_folder, save
+    from llava_fast.evaluate.results import failures_of, lines_of, make_folder, save
     from llava_fast.evaluate.run import Plan
     from llava_fast.evaluate.run import run as evaluate
 
@@ -153,6 +153,8 @@ def run(
         results = save(out, plan.model, {"max_new_tokens": max_new_tokens, "limit": limit}, found)
         tasks = [*own, *found]
     print_table(lines_of(results, tasks))
+    for failure in failures_of(results, tasks):
+        typer.echo(failure, err=True)
     typer.echo(f"wrote {out / 'results.json'}")
     if report:
         from llava_fast.evaluate.report import write

@@ -61,8 +61,8 @@ def instruct(
     llava-fast make-data instruct words.jsonl --mix text=1 -o reading.json
     llava-fast make-data instruct records.jsonl --dry-run -o data.json
 
-    A record is {"id", "image" or "video", "captions": [text], "words": [text], "boxes": [{"label", "box": [left, top,
-    right, bottom], as fractions}]}.
+    A record is {"id", "image" or "video", "captions": \\[text], "words": \\[text], "boxes": [{"label", "box":
+    \\[left, top, right, bottom], as fractions}]}.
 
     Replies that refuse, are cut short, mention captions or boxes, mix up the roles or repeat others are left out and
     counted. Then: llava-fast data check instruct.json --images COCO_FOLDER.

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from llava_fast.api import count_tokens, load
 from llava_fast.demo import canvas, questions
-from llava_fast.errors import CheckpointError
+from llava_fast.errors import CheckpointError, ImageError
 from llava_fast.inputs.pictures.reading import open_image
 
 STAGES = ("image to tiles and token ids", "to the first token", "each further token")
@@ -46,7 +46,10 @@ def run_demo(image: Path | None, question: str, seed: int, output: Path, compare
         rng = np.random.default_rng(seed)
         composed = canvas.compose(rng, canvas.split_scans()[1], count=int(rng.integers(1, canvas.MAX_DIGITS + 1)))
         pixels = composed.image
-        Image.fromarray(pixels).save(output)
+        try:
+            Image.fromarray(pixels).save(output)
+        except (OSError, ValueError) as error:  # ValueError: a suffix that Pillow does not know
+            raise ImageError(f"--output {output} cannot be written ({error}): give another, as canvas.png") from None
         console.print(f"A canvas of handwritten digits that the model has never seen, saved as [bold]{output}[/bold]")
         asked = [(questions.ask(rng, kind), questions.answer(kind, composed.digits)) for kind in questions.KINDS]
     if console.is_terminal:

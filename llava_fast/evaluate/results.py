@@ -46,9 +46,25 @@ def results_before(out: Path, model: Mapping[str, Any]) -> dict[str, Any]:
     if not (out / RESULTS).exists():
         return {}
     before = load_results(out)
-    if before["model"] != model:
-        raise EvaluationError(f"{out / RESULTS} is of another model ({before['model']}): give another --out")
+    if (there := before["model"]) != model:
+        names = [name for name in {**there, **model} if there.get(name) != model.get(name)]
+        told = ", ".join(f"{name} is {there.get(name)!r} there and {model.get(name)!r} now" for name in names)
+        raise EvaluationError(f"{out / RESULTS} is of another model ({told}): give another --out")
     return before["tasks"]
+
+
+def failures_of(results: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
+    """A sentence for each of these tasks with questions that got no answer, which count as wrong."""
+    told = []
+    for name in tasks:
+        found = results["tasks"][name]
+        failed = [row for row in found.get("answers", ()) if row.get("error") is not None]
+        if failed:
+            told.append(
+                f"{name}: {len(failed)} of {found['questions']} questions got no answer and count as wrong; the first, "
+                f"{failed[0]['id']!r}: {failed[0]['error']}. The same command asks them again"
+            )
+    return told
 
 
 def result_of(task: Task, scored: Sequence[Scored], folder: Path) -> dict[str, Any]:

@@ -161,19 +161,21 @@ is the candidate's) for each candidate)."""
 def _answers(processor: Processor, request: dict, texts: Sequence[str], end_of_turn: bool) -> _Read:
     """The candidates as answers to messages."""
     messages = request.get("messages") if isinstance(request, dict) else None
-    if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
-        if messages[-1].get("role") == "assistant":
-            raise RequestError("the messages end with an answer: candidates are answers, so end with the user's turn")
-    else:
-        processor.outline(request)  # raises what is wrong with it
+    last_message = messages[-1] if isinstance(messages, list) and messages else None
+    if isinstance(last_message, dict) and last_message.get("role") == "assistant":
+        raise RequestError("the messages end with an answer: candidates are answers, so end with the user's turn")
     if not end_of_turn and processor.answer_start is None:  # an encoder-decoder's answer ends by its tokenizer
         processor = replace(processor, template=cast(ChatTemplate, _WithoutEnds(processor.template)))
+    asked = processor.outline(request)
     before: list[Part] = []
     last: Any = None
     read = []
-    for text in texts:
+    for index, text in enumerate(texts):
         answered = {**request, "messages": [*request["messages"], {"role": "assistant", "content": text}]}
-        *before, last = processor.outline(answered, labels=True)
+        try:
+            *before, last = processor.outline(answered, labels=True)
+        except RequestError as error:  # a placeholder, half a surrogate pair
+            raise RequestError(f"candidate {index}, {text!r}: {error}") from None
         flags = last.supervised if isinstance(last, TextPiece) else None
         if not isinstance(last, TextPiece) or flags is None or not flags.any():
             raise RequestError(f"the chat template gives the candidate {text!r} no token")
@@ -182,10 +184,9 @@ def _answers(processor: Processor, request: dict, texts: Sequence[str], end_of_t
         read.append((last.ids[:end].tolist(), int(quiet[-1]) + 1 if len(quiet) else 0))
     before = [replace(part, supervised=None) if isinstance(part, TextPiece) else part for part in before]
     if processor.routes:  # a router reads what it reads when the model answers: no end of a turn
-        told = iter([part.instruction for part in processor.outline(request) if isinstance(part, Placeholder)])
+        told = iter([part.instruction for part in asked if isinstance(part, Placeholder)])
         before = [replace(part, instruction=next(told)) if isinstance(part, Placeholder) else part for part in before]
-    prompt = processor.outline(request)[len(before) :]
-    return before, last, sum(len(part.ids) for part in prompt if isinstance(part, TextPiece)), read
+    return before, last, sum(len(part.ids) for part in asked[len(before) :] if isinstance(part, TextPiece)), read
 
 
 def _after_prompt(processor: Processor, request: dict, texts: Sequence[str], end_of_turn: bool) -> _Read:

@@ -91,8 +91,8 @@ class Sampling:
             raise RequestError(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed!r}")
         several = isinstance(self.stop, (list, tuple, set, frozenset, type(None)))
         stop = tuple(self.stop or ()) if several else (self.stop,)
-        if not all(isinstance(s, str) for s in stop):
-            raise RequestError(f"stop must be a string or several, got {self.stop!r}")
+        if not all(isinstance(s, str) and s for s in stop):
+            raise RequestError(f"stop must be a string or several, none of them empty, got {self.stop!r}")
         object.__setattr__(self, "stop", stop)
 
     @classmethod

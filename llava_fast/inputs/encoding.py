@@ -42,7 +42,8 @@ class Encoder:
             if self.literal.needs_names(text, plain):
                 return self.literal.encode(text, hidden, special)
             text = plain
-        encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=offsets)
+        # Not verbose: a prompt that is too long is refused by name (check_length), in place of a warning.
+        encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=offsets, verbose=False)
         return encoded["input_ids"], encoded["offset_mapping"] if offsets else None
 
     def encode(

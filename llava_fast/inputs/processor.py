@@ -181,6 +181,11 @@ class Processor(ProcessorOptions):
         segments, images, videos = render_request(self.template, request, labels, times_of)
         if self.image_token_id != ORIGINAL_IMAGE_TOKEN:
             own = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+            if own is None:
+                raise RequestError(
+                    f"the tokenizer has no token {self.image_token_id}, which config.json names as the image token: "
+                    "its files belong to another model"
+                )
             if own not in ("<image>", "<video>"):
                 segments = [replace(each, text=each.text.replace(own, "<image>")) for each in segments]
         return segments, images, videos

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from llava_fast.errors import CacheFullError, ImageError, PromptTooLongError, RequestError
+from llava_fast.storage.files import place_of
 
 logger = logging.getLogger("llava_fast.serve")
 
@@ -77,18 +78,27 @@ def handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return invalid(error.errors()).response
+        return invalid(error.errors(), error.body).response
 
     @app.exception_handler(Exception)
     async def _any(request: Request, error: Exception) -> JSONResponse:
         return api_error(error).response
 
 
-def invalid(errors: Sequence[Any]) -> ApiError:
-    """The first of pydantic's errors as one sentence."""
-    first = errors[0]
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {first['ctx']['error']}")
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
-    message = first["msg"].removeprefix("Value error, ")
+def invalid(errors: Sequence[Any], body: Any) -> ApiError:
+    """One of pydantic's errors as one sentence. Where a field may have several types there is an error for each, and
+    the deepest belongs to the type that was meant."""
+    if body is None:
+        return ApiError(400, "the body is empty or null: send a JSON object")
+    first = max(errors, key=_depth)
+    where = place_of(first["loc"][1:], body)  # without "body"
+    same = [
+        error["msg"] for error in errors if error["loc"][:-1] == first["loc"][:-1] and _depth(error) == _depth(first)
+    ]
+    message = " or ".join(dict.fromkeys(message.removeprefix("Value error, ") for message in same))
     return ApiError(400, f"{where}: {message}" if where else message, param=where or None)
+
+
+def _depth(error: Any) -> tuple[int, bool]:
+    """More for an error that says more than that the type is another."""
+    return len(error["loc"]), not error["type"].endswith("_type")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from llava_fast.errors import ServeError
 
@@ -89,3 +91,24 @@ class Settings:
         for folder in self.allow_files:
             if not folder.is_dir():
                 raise ServeError(f"the folder {folder} of allow_files does not exist")
+        for name in self.allow_remote:
+            _check_name(name.removeprefix("*."), "allow_remote", name)
+        for name in self.host_names:
+            if name != "*":
+                _check_name(name, "host_names", name)
+        for origin in self.allow_origins:
+            parts = urlsplit(origin)
+            if origin not in ("*", "null") and not (parts.netloc and origin == f"{parts.scheme}://{parts.netloc}"):
+                raise ServeError(f"allow_origins: {origin!r} matches no origin: write it as https://app.example.org")
+
+
+def _check_name(name: str, field: str, given: str) -> None:
+    """Refuse what never equals a request's host name."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        if not name or set(name) & set("/:@*") or any(map(str.isspace, name)):
+            raise ServeError(
+                f"{field}: {given!r} matches no host: write its name alone, as images.example.org, "
+                "without scheme, port and path"
+            ) from None

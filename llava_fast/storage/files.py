@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 
 from llava_fast.errors import CheckpointError
 
@@ -100,14 +101,14 @@ def check_fields(content: Mapping[str, Any], fields: type[Fields], file: Path | 
         wrong: dict[str, list[str]] = {}
         for each in error.errors(include_url=False):
             if not (sparse and each["type"] == "missing"):
-                place = _place(each["loc"], content)
+                place = place_of(each["loc"], content)
                 value = "" if each["type"] == "missing" else f", not {reprlib.repr(each['input'])}"
                 wrong.setdefault(place, []).append(each["msg"].removeprefix("Value error, ") + value)
         for place, messages in wrong.items():  # report only the first, on one line
             raise CheckpointError(f"{file}: {place}: {' or '.join(dict.fromkeys(messages))}") from None
 
 
-def _place(loc: tuple[int | str, ...], content: Any) -> str:
+def place_of(loc: tuple[int | str, ...], content: Any) -> str:
     """The path of a field in the file: `loc` without the type names that pydantic inserts for unions."""
     path = []
     for index, part in enumerate(loc):
@@ -149,7 +150,17 @@ def _refuse_nesting(file: Path) -> NoReturn:
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A new directory beside `path` that replaces `path` when the block ends and is removed if the block fails."""
+    """A new directory beside `path` that replaces `path` when the block ends and is removed if the block fails. An
+    error in writing (no space, no permission) becomes a CheckpointError."""
+    try:
+        with _written_whole(path) as directory:
+            yield directory
+    except (OSError, SafetensorError) as problem:
+        raise CheckpointError(f"{path} cannot be written ({one_line(problem)}); it is as it was") from None
+
+
+@contextlib.contextmanager
+def _written_whole(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.saving-{os.getpid()}")
     old = path.with_name(f".{path.name}.replaced-{os.getpid()}")

@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import llava_fast
 from llava_fast.checkpoints.load import load_checkpoint, load_weights
-from llava_fast.errors import CheckpointError
+from llava_fast.errors import CheckpointError, RequestError
 from llava_fast.models.vlm import LlavaModel
+from tests.support import tiny
 from tests.support.tiny_checkpoints import (
     KINDS,
     assert_same_tensors,
@@ -222,6 +224,33 @@ def test_a_hub_id_that_cannot_be_had(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="'someone/absent' is neither a local directory nor an"):
         load_checkpoint("someone/absent")
+
+
+@pytest.mark.parametrize(
+    ("option", "problem"),
+    [
+        ({"device": "abc"}, "device 'abc' is unknown"),
+        ({"device": 3.5}, "device 3.5 is unknown"),
+        ({"device": "cuda:77"}, "device 'cuda:77' cannot be used here"),
+        ({"device_map": ["cuda:77"]}, "device 'cuda:77' cannot be used here"),
+        ({"device": "meta"}, "holds no weights"),
+        ({"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not supported"),
+        ({"dtype": torch.int8}, "dtype torch.int8 is not supported"),
+        ({"dtype": 3}, "dtype 3 is not supported"),
+        ({"processor": {}}, "processor is {}: give a ProcessorOptions"),
+    ],
+)
+def test_options_that_cannot_be_used(option, problem, tmp_path):
+    with pytest.raises(CheckpointError, match=problem):
+        llava_fast.load(tmp_path, **option)
+
+
+def test_an_image_token_that_is_none(tmp_path):
+    tiny.save(tiny.CASES["next"], tiny.pair("next").hf, tmp_path)
+    edit_json(tmp_path / "config.json", image_token_index=10**6)
+    model = llava_fast.load(tmp_path)
+    with pytest.raises(RequestError, match=r"the tokenizer has no token 1000000, which config\.json names"):
+        model.generate([{"prompt": "hello"}])
 
 
 MEASURE = """

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
     AutoImageProcessor,
@@ -22,7 +23,7 @@ from transformers import (
 
 from llava_fast.checkpoints import save as save_module
 from llava_fast.checkpoints.load import load_checkpoint
-from llava_fast.checkpoints.save import save
+from llava_fast.checkpoints.save import check_destination, save
 from llava_fast.errors import CheckpointError
 from llava_fast.families.llava_original import known_tower_name
 from llava_fast.inputs.processor import Processor
@@ -294,18 +295,26 @@ def test_a_model_can_be_saved_over_the_files_it_is_mapped_from(tmp_path):
     assert_same_tensors(reload(tmp_path / "a"), tensors)
 
 
-@pytest.mark.parametrize("step", ["_write_weights", "_write_side_files"])
-def test_a_failure_leaves_nothing_behind_and_the_old_checkpoint_whole(tmp_path, monkeypatch, step):
+def test_a_place_where_nothing_can_be_written_is_found_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"cannot be written: .*file: "):
+        check_destination(tmp_path / "file" / "inner" / "new")
+    assert check_destination(tmp_path / "some" / "new") == tmp_path / "some" / "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(("step", "problem"), [("_write_weights", SafetensorError), ("_write_side_files", OSError)])
+def test_a_failure_leaves_nothing_behind_and_the_old_checkpoint_whole(tmp_path, monkeypatch, step, problem):
     tensors = save_hf("llava", tmp_path / "a")
     model = reload(tmp_path / "a")
 
     def fail(*_):
-        raise OSError("no space left on device")
+        raise problem("no space left on device")
 
     monkeypatch.setattr(save_module, step, fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(CheckpointError, match=r"new cannot be written .*no space"):
         save(model, tmp_path / "new")
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(CheckpointError, match=r"a cannot be written .*no space"):
         save(model, tmp_path / "a", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert_same_tensors(reload(tmp_path / "a"), tensors)

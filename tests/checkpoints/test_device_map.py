@@ -136,3 +136,5 @@ def test_load(tmp_path, monkeypatch):
         llava_fast.load(tmp_path, device="cpu", device_map="auto")
     with pytest.raises(CheckpointError, match="'auto' or a list"):
         llava_fast.load(tmp_path, device_map="balanced")
+    with pytest.raises(CheckpointError, match="'auto' or a list"):
+        llava_fast.load(tmp_path, device_map={"": "cpu"})

@@ -195,4 +195,9 @@ def test_convert(checkpoint, tmp_path):
     assert (tmp_path / "q" / "config.json").stat() == before
     alone = CliRunner().invoke(app, ["convert", str(checkpoint), str(tmp_path / "r"), "--group", "64"])
     assert "--group and --zero-points need --quantize" in str(alone.exception)
+    early = CliRunner().invoke(
+        app, ["convert", str(checkpoint), str(tmp_path / "r"), "--quantize", "int4", "--layout", "original"]
+    )
+    assert "layout 'original' does not support quantised weights" in str(early.exception)
+    assert "read:" not in early.output  # before any weight is
     assert [path.name for path in tmp_path.iterdir()] == ["q"]

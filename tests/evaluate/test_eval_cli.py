@@ -42,6 +42,19 @@ def test_the_demo_from_start_to_report(tmp_path):
     assert "95% interval" in table.stdout
 
 
+def test_failures_and_another_model_are_said(tmp_path):
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "4"}]
+    (tmp_path / "q.json").write_text(json.dumps([{"id": "a", "image": "text.jpg", "conversations": turns}]))
+    (tmp_path / "text.jpg").write_text("no picture")
+    asked = ["demo", "llava:q.json", "--data", tmp_path, "--out", tmp_path / "o", "--device", "cpu", "--no-report"]
+    result = invoke(*asked)
+    assert result.exit_code == 0, result.output
+    assert "llava:q.json: 1 of 1 questions got no answer and count as wrong; the first, '0-0': " in result.stderr
+    assert "text.jpg' is not an image" in result.stderr
+    other = invoke(*asked, "--quantize", "int4")
+    assert "(quantize is None there and 'int4' now): give another --out" in str(other.exception)
+
+
 def test_tasks_are_listed_with_their_files():
     result = invoke("--tasks")
     assert result.exit_code == 0

@@ -185,7 +185,7 @@ def test_what_cannot_be_ranked(model):
         ({"messages": messages}, "hello", "a list of texts"),
         ({"messages": messages}, ["a", 3], "candidate 1 is no text but int"),
         ({"messages": answered}, ["a"], "end with the user's turn"),
-        ({"messages": messages}, ["a <image>"], "placeholder"),
+        ({"messages": messages}, ["b", "a <image>"], "candidate 1, 'a <image>': .*placeholder"),
         ({"prompt": "what?"}, ["a <image>"], "placeholder"),
         ({"prompt": 3}, ["a"], '"prompt" must be a string'),
         ({}, ["a"], "exactly one of"),

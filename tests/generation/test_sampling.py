@@ -163,6 +163,8 @@ def test_one_seed_for_all_is_repeatable_and_differs_between_requests():
         {"max_new_tokens": "9"},
         {"stop": 5},
         {"stop": ["a", 5]},
+        {"stop": ""},
+        {"stop": ["a", ""]},
         {"seed": "x"},
         {"seed": 0.5},
         {"seed": 2**63},

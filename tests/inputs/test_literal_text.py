@@ -1,5 +1,6 @@
 """literal_text: a user's text never becomes a control token, an image or a video; everything else is unchanged."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llava_fast.errors import RequestError
+from llava_fast.errors import PromptTooLongError, RequestError
 from llava_fast.inputs.chat.rendering import builtin_template, checkpoint_template
 from llava_fast.inputs.encoding import ORIGINAL_IMAGE_TOKEN
 from llava_fast.inputs.literal import NAMES, LiteralText
@@ -182,3 +183,12 @@ def test_other_threads_run_while_a_control_token_is_encoded(monkeypatch):
     monkeypatch.setattr(made.literal, "_renamed", Renamed())
     assert len(ids(made, user("</s>"))) > 4
     assert len(asked) == 1
+
+
+def test_a_long_prompt_is_refused_by_name_without_the_tokenizers_warning():
+    processor = tiny.pair("next").ours.own_processor
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.model_max_length = 4
+    with pytest.raises(PromptTooLongError):
+        replace(processor, tokenizer=tokenizer, max_rows=8).prepare([{"prompt": "a text of more tokens than that"}])
+    assert not tokenizer.deprecation_warnings  # what it has warned of

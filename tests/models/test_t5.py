@@ -257,6 +257,8 @@ def test_quantised_at_load_and_saved(tmp_path):
             dense.decoder.get_submodule(path).weight.copy_(module.dense())
     with use_backend("reference"):
         assert relative(model(batch).logits, dense(batch).logits) < 1e-5
+        written, expected = (each.generate(REQUESTS, max_new_tokens=4, ignore_eos=True) for each in (model, dense))
+    assert [answer.token_ids for answer in written] == [answer.token_ids for answer in expected]
     found = model(batch).logits
     llava_fast.save(model, tmp_path / "saved")
     assert torch.equal(llava_fast.load(tmp_path / "saved")(batch).logits, found)

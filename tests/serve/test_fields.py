@@ -164,6 +164,10 @@ def test_no_room_for_an_answer_is_an_empty_answer(client):
     assert (choice.message.content, choice.finish_reason) == ("", "length")
 
 
+def said(item):
+    return {"messages": [{"role": "user", "content": [{"type": "text", "text": "what?"}, item]}]}
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -181,6 +185,14 @@ def test_no_room_for_an_answer_is_an_empty_answer(client):
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": 7}}}}, "schema"),
         ({"extra_body": {"response_format": {"type": "regex", "regex": "("}}}, "regular expression"),
         ({"extra_body": {"response_format": {"type": "xml"}}}, "xml"),
+        (
+            {"extra_body": said({"type": "image_url", "image_url": "x"})},
+            r"- messages\.0\.content\.1\.image_url: .* dictionary",
+        ),
+        ({"extra_body": said({"type": "input_audio"})}, r"- messages\.0\.content\.1: Input tag 'input_audio'"),
+        ({"extra_body": {"messages": [{"role": "user", "content": 5}]}}, r"content: .* valid string or .* valid list"),
+        ({"stop": ["a"] * 17}, "stop: List should have at most 16"),
+        ({"stop": ["a", ""]}, "stop must be a string or several"),
     ],
     ids=lambda case: " ".join(case) if isinstance(case, dict) else "",
 )

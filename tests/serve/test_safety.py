@@ -6,6 +6,7 @@ import http.client
 import http.server
 import io
 import json
+import re
 import socket
 import threading
 import time
@@ -320,6 +321,25 @@ def test_a_client_that_does_not_read_loses_its_place(model, monkeypatch):
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ServeError):
         Settings(model_name="tiny", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong", "right"),
+    [
+        (
+            "allow_remote",
+            ("https://a.example", "a.example/x", "a.example:80", "*", "a.*", ""),
+            ("a.example", "*.b", "::1"),
+        ),
+        ("host_names", ("https://a.example", "*.a.example", "a.example:8000", " "), ("a.example", "*", "10.0.0.1")),
+        ("allow_origins", ("a.example", "https://a.example/", "https://"), ("https://a.example:8443", "*", "null")),
+    ],
+)
+def test_names_that_no_request_can_have_are_refused(field, wrong, right):
+    assert getattr(Settings(model_name="tiny", **{field: right}), field) == right
+    for each in wrong:
+        with pytest.raises(ServeError, match=f"^{field}: {re.escape(repr(each))} matches no"):
+            Settings(model_name="tiny", **{field: (each,)})
 
 
 # ------------------------------------------------------------ failures, videos, origins

@@ -288,7 +288,7 @@ def _decode(
         new = key.transpose(0, 1), value.transpose(0, 1)
         keys, values, _ = rows.cache.append_one_each(attention.layer_idx, rows.tables, rows.before, *new, None)
         if bias is None:
-            bias = _step_bias(attention, rows, keys.shape[2]).to(query.dtype)
+            bias = _step_bias(attention, rows, keys.shape[2], x_AC.device).to(query.dtype)
         prompt = _prompt_mask(rows, keys.shape[2], x_AC.device)
         x_AC = x_AC + attention.o(_attend(query.transpose(0, 1)[:, :, None], keys, values, bias)[:, 0])
         asked = _heads(cross, cross.q(across.layer_norm(x_AC)))
@@ -368,9 +368,9 @@ def _position_bias(attention: Any, distance: Tensor, both_ways: bool) -> Tensor:
     return attention.relative_attention_bias(bucket(distance, both_ways, *buckets))
 
 
-def _step_bias(attention: Any, rows: _Rows, total: int) -> Tensor:
+def _step_bias(attention: Any, rows: _Rows, total: int, device: torch.device) -> Tensor:
     """[S, H, 1, total]: -inf for other rows than the answer's."""
-    at, prompt, before = _places(rows, total, attention.o.weight.device)
+    at, prompt, before = _places(rows, total, device)
     bias = _position_bias(attention, (at - before).clamp(max=0), False)
     hidden = (at < prompt) | (at > before)
     return bias.masked_fill(hidden[:, :, None], -torch.inf).permute(0, 2, 1)[:, :, None]
