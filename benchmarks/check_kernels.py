@@ -58,6 +58,8 @@ def compile_triton(module: str, index: int, known: dict[str, dict]) -> list[dict
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from llava_fast.ops.triton_support import OPTIONS
+
     specimen = import_module(module).specimens()[index]
     names = specimen.kernel.arg_names
     found = []
@@ -71,7 +73,8 @@ def compile_triton(module: str, index: int, known: dict[str, dict]) -> list[dict
             identity = f"{source.hash()} {sorted(options.items())} {capability} {triton.__version__}"
             identity = hashlib.sha256(identity.encode()).hexdigest()[:16]
             if identity not in known:
-                made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+                every = OPTIONS | options
+                made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=every)
                 known = known | {identity: compiled(made, capability)}
             found.append(
                 {
