@@ -130,13 +130,12 @@ def is_serial(ptx: str, capability: int) -> bool:
     """Return whether ptxas reports that it serialises the asynchronous matrix instructions of this PTX."""
     if "wgmma.mma_async" not in ptx:
         return False
-    import triton
+    from triton.backends.nvidia.compiler import get_ptxas  # the wheel has two; which one, depends on its version
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     with tempfile.TemporaryDirectory() as folder:
         source, made = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(ptx)
-        command = [tool, "-v", f"--gpu-name=sm_{capability}a", source, "-o", made]
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name=sm_{capability}a", source, "-o", made]
         said = subprocess.run(command, capture_output=True, text=True, check=True)
     return "instructions are serialized" in said.stdout + said.stderr
 
