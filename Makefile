@@ -1,6 +1,6 @@
 # make demo: run a tiny trained LLaVA end to end. make test: lint, types, tests. Both install into .venv once.
 # make test-fast: the tests that are not marked slow, within three minutes. make docs: the documentation, in build/site.
-# make test-newest: the tests that meet transformers and torch, with the newest of everything, in .venv/newest.
+# make test-newest: the tests that meet transformers, torch and Triton, with the newest of everything, in .venv/newest.
 # make test-vllm: the vLLM plugin in vLLM itself, in .venv/vllm (4 GB).
 # make test-calibrate: calibrated quantisation by llm-compressor, in .venv/calibrate.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -40,7 +40,7 @@ test-newest:
 	rm -rf .venv/newest
 	$(PYTHON) -m venv .venv/newest
 	.venv/newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e '.[test]'
-	$(MAKE) test-versions BIN=.venv/newest/bin
+	$(MAKE) test-versions BIN=.venv/newest/bin WITH_OLDEST="$(WITH_OLDEST) tests/ops"
 
 # On a CPU, one vLLM process at a time. vllm_site lets PyPI's torchvision be imported beside the CPU build of torch.
 test-vllm: .venv/vllm.stamp

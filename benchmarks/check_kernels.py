@@ -58,6 +58,8 @@ def compile_triton(module: str, index: int, known: dict[str, dict]) -> list[dict
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from llava_fast.ops.triton_support import OPTIONS
+
     specimen = import_module(module).specimens()[index]
     names = specimen.kernel.arg_names
     found = []
@@ -71,7 +73,8 @@ def compile_triton(module: str, index: int, known: dict[str, dict]) -> list[dict
             identity = f"{source.hash()} {sorted(options.items())} {capability} {triton.__version__}"
             identity = hashlib.sha256(identity.encode()).hexdigest()[:16]
             if identity not in known:
-                made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+                every = OPTIONS | options
+                made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=every)
                 known = known | {identity: compiled(made, capability)}
             found.append(
                 {
@@ -127,13 +130,12 @@ def is_serial(ptx: str, capability: int) -> bool:
     """Return whether ptxas reports that it serialises the asynchronous matrix instructions of this PTX."""
     if "wgmma.mma_async" not in ptx:
         return False
-    import triton
+    from triton.backends.nvidia.compiler import get_ptxas  # the wheel has two; which one, depends on its version
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     with tempfile.TemporaryDirectory() as folder:
         source, made = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(ptx)
-        command = [tool, "-v", f"--gpu-name=sm_{capability}a", source, "-o", made]
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name=sm_{capability}a", source, "-o", made]
         said = subprocess.run(command, capture_output=True, text=True, check=True)
     return "instructions are serialized" in said.stdout + said.stderr
 

@@ -15,6 +15,12 @@ if not torch.cuda.is_available():
 import numpy as np
 import pytest
 
+from tests.support import interpreter
+
+if "TRITON_INTERPRET" in os.environ:
+    with contextlib.suppress(ImportError):  # Triton is for Linux alone
+        interpreter.mend()
+
 # Tiny tensors gain nothing from a second thread, and on a busy machine two threads spin waiting for each other.
 torch.set_num_threads(1)
 with contextlib.suppress(ImportError):  # a GPU machine that runs tests/ops alone may lack it

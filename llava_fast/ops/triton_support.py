@@ -25,6 +25,9 @@ KINDS = ("A100", "H100", "H200")
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
 
 Config = dict[str, int]
+OPTIONS: Config = {"enable_fp_fusion": True}
+"""Compiler options of every launch: a product and the sum after it become one fma. That was Triton's default; 3.9 warns
+if nothing is said, 3.10 is to fuse nothing (triton-lang/triton#11270). The compile check's hashes leave them out."""
 _forced: dict[str, Config] = {}
 
 
@@ -68,17 +71,17 @@ def device_kind(device: torch.device) -> str:
 
 
 def config(kernel: str, device: torch.device, rows: int) -> Config:
-    """The launch configuration of `kernel` for this number of rows: selection's decision for the running operator, else
-    the table's entry with the largest `rows` that is not above the number."""
+    """The launch configuration of `kernel` for this number of rows, with OPTIONS: selection's decision for the running
+    operator, else the table's entry with the largest `rows` that is not above the number."""
     if kernel in _forced:
-        return dict(_forced[kernel])
+        return OPTIONS | _forced[kernel]
     decision = current()
     if decision is not None and kernel in decision.configs:
-        return dict(decision.configs[kernel])
-    found = dict(_entry(kernel, device_kind(device), rows.bit_length() if rows > 0 else 0))
+        return OPTIONS | dict(decision.configs[kernel])
+    found = _entry(kernel, device_kind(device), rows.bit_length() if rows > 0 else 0)
     if decision is not None and decision.is_trial:
-        decision.kernels[kernel] = found
-    return found
+        decision.kernels[kernel] = dict(found)
+    return OPTIONS | found
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ class RunCheckpoints:
     def __init__(self, directory: Path, keep: int) -> None:
         self.directory, self.keep = directory, keep
         self._writing: tuple[Future, Path, Path] | None = None
-        self._group = None if _alone() else dist.new_group(backend="gloo")  # used only by the writing threads
+        self._group: Any = None if _alone() else dist.new_group(backend="gloo")  # used only by the writing threads
 
     def path(self, step: int) -> Path:
         return self.directory / f"step-{step:06d}"

@@ -84,14 +84,14 @@ def test_the_switch_turns_it_off(stub, monkeypatch):
     assert not stub.registered
 
 
-@pytest.mark.parametrize("version", ["0.31.0", "0.33.0rc1", "1.0"])
+@pytest.mark.parametrize("version", ["0.31.0", "0.34.0rc1", "1.0"])
 def test_an_untried_version_is_named_once(stub, version, caplog):
     stub.__version__ = version
     plugin.register()
     plugin.register()  # as vLLM does in each of its processes, which inherit the environment
     assert len(stub.registered) == 4
     assert [record.message for record in caplog.records] == [
-        f"vLLM {version} is untried: llava_fast was tested with 0.32. LLAVA_FAST_VLLM=0 leaves vLLM as it is"
+        f"vLLM {version} is untried: llava_fast was tested with 0.32 to 0.33. LLAVA_FAST_VLLM=0 leaves vLLM as it is"
     ]
 
 

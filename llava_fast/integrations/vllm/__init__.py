@@ -17,8 +17,8 @@ ARCHITECTURES = {
     "LlavaOnevisionForConditionalGeneration": "llava_onevision",
 }
 """vLLM's class -> its module in vllm.model_executor.models, which is also transformers' model_type."""
-TRIED = ("0.32", "0.32")
-"""The first and the last minor version of vLLM that `make test-vllm` was run with, both included."""
+TRIED = ("0.32", "0.33")
+"""The first and the last minor version of vLLM that the tests of `make test-vllm` were run with, both included."""
 SWITCH = "LLAVA_FAST_VLLM"
 _TOLD = "LLAVA_FAST_VLLM_TOLD"
 logger = logging.getLogger("llava_fast.integrations")

@@ -254,7 +254,9 @@ def prepare_tiles(config: TowerConfig, tiles: Tensor, like: Tensor) -> tuple[Ten
     """(tiles, mean, std) for a patch embedding with weights like this one: tiles stay bytes if it folds their
     normalisation, else they are normalised; mean and std float32 [3].
     """
-    mean, std = (on_device(values, like.device) for values in config.normalisation)
+    # Dynamo traces what the cache wraps, and warns if it is left to find that out.
+    made = on_device.__wrapped__ if torch.compiler.is_compiling() else on_device
+    mean, std = (made(values, like.device) for values in config.normalisation)
     if tiles.dtype == torch.uint8 and not config.folds_normalisation:
         tiles = (tiles / 255 - mean[:, None, None]) / std[:, None, None]
     return (tiles.to(like.dtype) if tiles.is_floating_point() else tiles), mean, std
