@@ -14,12 +14,12 @@ from tests.support.kernel_checks import DEVICE, DTYPES, TOLERANCE, check_op, rel
 KINDS = {
     "int8": ("int8", None, True, 116),  # columns of one word less than two runs and more
     "int8 32": ("int8", 32, True, 96),
-    "int8 128": ("int8", 128, True, 384),
+    "int8 128": ("int8", 128, True, 256),
     "int4 32": ("int4", 32, True, 224),
     "int4 64": ("int4", 64, True, 192),
-    "int4 128": ("int4", 128, True, 384),
+    "int4 128": ("int4", 128, True, 256),
     "int4 32 zeros": ("int4", 32, False, 160),
-    "int4 64 zeros": ("int4", 64, False, 320),
+    "int4 64 zeros": ("int4", 64, False, 192),
     "int4 128 zeros": ("int4", 128, False, 256),
 }
 SMALL = {"BLOCK_N": 16, "RUNS": 2, "num_warps": 1}
@@ -33,7 +33,7 @@ of_every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def weight_of(kind: str, out: int = 37) -> QuantisedWeight:
+def weight_of(kind: str, out: int = 19) -> QuantisedWeight:
     scheme, group, symmetric, columns = KINDS[kind]
     dense = torch.randn(out, columns) + 0.3
     dense[3] = 0  # a row without a scale of its own
@@ -47,7 +47,6 @@ def run(x, codes, scale, zero, bias):
 
 
 def check(x, weight, bias, trained=()):
-    """Scales stay float32 on the exact side too: float64 holds them."""
     check_op(run, [x, weight.codes, weight.scale, weight.zero, bias], list(trained), "triton")
 
 
@@ -76,12 +75,12 @@ def launched(monkeypatch):
 
 @of_every_kind
 @of_every_dtype
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [1, 3])
 def test_few_rows(kind, dtype, rows, launched, monkeypatch):
     """Whole, and with the columns split among programs. x is every second row of another tensor."""
     weight = weight_of(kind)
     x = torch.randn(rows, 2, weight.shape[1], dtype=dtype, device=DEVICE)[:, 1]
-    bias = torch.randn(37, dtype=dtype, device=DEVICE)
+    bias = torch.randn(19, dtype=dtype, device=DEVICE)
     kernel = "quantised_row_kernel" if rows == 1 or dtype == torch.float32 else "quantised_rows_kernel"
     with forced(CONFIGS):
         check(x, weight, bias)
@@ -95,7 +94,7 @@ def test_few_rows(kind, dtype, rows, launched, monkeypatch):
 def test_many_rows_and_gradients(kind, dtype, launched):
     weight = weight_of(kind)
     x = torch.randn(3, 7, weight.shape[1], dtype=dtype, device=DEVICE)
-    bias = torch.randn(37, dtype=dtype, device=DEVICE)
+    bias = torch.randn(19, dtype=dtype, device=DEVICE)
     with forced(CONFIGS):
         check(x, weight, bias, trained=(0, 4))
     assert launched == ["dequantise_kernel"] * 2
@@ -112,7 +111,7 @@ def test_a_weight_is_dequantised_with_one_rounding(kind, dtype):
 def test_gradients_of_one_row_and_of_the_bias_alone():
     weight = weight_of("int4 32")
     x = torch.randn(1, weight.shape[1], device=DEVICE, requires_grad=True)
-    bias = torch.randn(37, device=DEVICE, requires_grad=True)
+    bias = torch.randn(19, device=DEVICE, requires_grad=True)
     with use_backend("triton"):
         found = torch.autograd.grad(quantised_linear(x, weight, bias).sum(), (x, bias))
         (of_bias,) = torch.autograd.grad(quantised_linear(x.detach(), weight, bias).sum(), bias)

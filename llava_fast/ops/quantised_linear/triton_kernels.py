@@ -9,8 +9,8 @@ multiplies.
 A code becomes a float32 by integer operations (2^23 + code is the float32 whose last bits are the code), because a
 multiprocessor converts integers at a fraction of the rate at which it multiplies.
 
-Bytes for n rows: codes, scales and zero points once, x and the result; above MAX_ROWS rows also the weight in x's dtype,
-written and read. FLOPs: 2 * n * in * out.
+Bytes for n rows: codes, scales and zero points once, x and the result; above MAX_ROWS rows also the weight in x's
+dtype, written and read. FLOPs: 2 * n * in * out.
 """
 
 from __future__ import annotations
@@ -46,6 +46,12 @@ def places(BITS: tl.constexpr):
 
 
 @triton.jit
+def words_of(run):
+    """The four words of each run [RUNS, 4]."""
+    return run[:, None] + tl.arange(0, 4)[None, :]
+
+
+@triton.jit
 def load_runs(
     codes_ptr,
     scale_ptr,
@@ -53,22 +59,23 @@ def load_runs(
     two_23,
     n,
     live,
-    word,
-    inside,
+    run,
+    end,
     words,
     groups,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """(weights divided by their scale and times 2^left [N, RUNS, 4, codes of a word], scale [N, RUNS]), both float32, of
-    rows n [N] and words `word` [RUNS, 4]. A run is the 16 bytes that a thread loads at once; all have one scale."""
-    shift, mask, above, below = places(BITS)
+    """(weights over their scale times 2^left [N, RUNS, 4, codes of a word], scale [N, RUNS]), both float32, of rows
+    n [N] and runs whose first words are `run` [RUNS], up to word `end`. A run is the 16 bytes that a thread loads at
+    once; all have one scale."""
+    shift, mask, above, _ = places(BITS)
+    word = words_of(run)
     at = n.to(tl.int64)[:, None, None, None] * words + word[None, :, :, None]
-    codes = tl.load(codes_ptr + at, mask=live[:, None, None, None] & inside[None, :, :, None], other=0)
+    codes = tl.load(codes_ptr + at, mask=live[:, None, None, None] & (word < end)[None, :, :, None], other=0)
     codes = codes.to(tl.uint32, bitcast=True)
-    run = tl.min(word, axis=1)
     group = n[:, None] * groups + (run * (32 // BITS) // GROUP if GROUP else run * 0)[None, :]
-    held = live[:, None] & (run < words)[None, :]
+    held = live[:, None] & (run < end)[None, :]
     scale = tl.load(scale_ptr + group, mask=held, other=0.0)
     if BITS == 8:
         codes = codes ^ 0x80808080
@@ -113,13 +120,11 @@ def quantised_row_kernel(
     x_ptr += row * words * HELD
     total = tl.zeros([BLOCK_N, RUNS], tl.float32)
     for first in range(part * share, end, 4 * RUNS):
-        word = first + 4 * tl.arange(0, RUNS)[:, None] + tl.arange(0, 4)[None, :]
-        inside = word < end
-        number, scale = load_runs(
-            codes_ptr, scale_ptr, zero_ptr, two_23, n, live, word, inside, words, groups, BITS, GROUP
-        )
-        at = word[:, :, None] * HELD + tl.arange(0, HELD)[None, None, :]
-        x = tl.load(x_ptr + at, mask=inside[:, :, None], other=0.0).to(tl.float32) * below[None, None, :]
+        run = first + 4 * tl.arange(0, RUNS)
+        number, scale = load_runs(codes_ptr, scale_ptr, zero_ptr, two_23, n, live, run, end, words, groups, BITS, GROUP)
+        word = words_of(run)[:, :, None]
+        x = tl.load(x_ptr + word * HELD + tl.arange(0, HELD)[None, None, :], mask=word < end, other=0.0)
+        x = x.to(tl.float32) * below[None, None, :]
         total += tl.sum(tl.sum(number * x[None, :, :, :], axis=3), axis=2) * scale
     found = tl.sum(total, axis=1)
     if bias_ptr is not None:
@@ -149,9 +154,9 @@ def quantised_rows_kernel(
     BLOCK_N: tl.constexpr,
     RUNS: tl.constexpr,
 ):
-    """BLOCK_N columns of the results of up to ROWS rows: out[s, m, n] sums the `share` bytes from s * share. codes uint8
-    [columns, stored]. A weight with one scale a row (GROUP 0) is multiplied by it after the sum, otherwise before, and
-    rounded to x's dtype."""
+    """BLOCK_N columns of the results of up to ROWS rows: out[s, m, n] sums the `share` bytes from s * share. codes
+    uint8 [columns, stored]. One scale a row (GROUP 0) multiplies the sum; others multiply the codes, and the products
+    are rounded to x's dtype."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
     m = tl.arange(0, ROWS)
@@ -218,13 +223,13 @@ def dequantise_kernel(
     live = n < columns
     HELD: tl.constexpr = 32 // BITS
     _, _, _, below = places(BITS)
-    word = 4 * (tl.program_id(1) * RUNS + tl.arange(0, RUNS))[:, None] + tl.arange(0, 4)[None, :]
-    inside = word < words
-    number, scale = load_runs(codes_ptr, scale_ptr, zero_ptr, two_23, n, live, word, inside, words, groups, BITS, GROUP)
+    run = 4 * (tl.program_id(1) * RUNS + tl.arange(0, RUNS))
+    number, scale = load_runs(codes_ptr, scale_ptr, zero_ptr, two_23, n, live, run, words, words, groups, BITS, GROUP)
+    word = words_of(run)
     weight = number * (scale[:, :, None, None] * below[None, None, None, :])
     column = word[:, :, None] * HELD + tl.arange(0, HELD)[None, None, :]
     at = n.to(tl.int64)[:, None, None, None] * (words * HELD) + column[None, :, :, :]
-    mask = live[:, None, None, None] & inside[None, :, :, None]
+    mask = live[:, None, None, None] & (word < words)[None, :, :, None]
     tl.store(out_ptr + at, weight.to(out_ptr.dtype.element_ty), mask=mask)
 
 
