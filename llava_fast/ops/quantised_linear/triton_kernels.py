@@ -110,9 +110,9 @@ def quantised_row_kernel(
 ):
     """BLOCK_N results of one row of x: out[s, row, n] sums the `share` words from s * share. codes int32
     [columns, words]; zero_ptr and bias_ptr may be None, GROUP is 0 for one scale a row."""
-    row = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    part = tl.program_id(2)
+    row = (tl.program_id(0) % rows).to(tl.int64)  # rows side by side, so that they find a tile of codes in the caches
+    n = tl.program_id(0) // rows * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(1)
     live = n < columns
     end = tl.minimum((part + 1) * share, words)
     HELD: tl.constexpr = 32 // BITS
@@ -259,7 +259,7 @@ def few_rows(x: Tensor, rows: int, weight: QuantisedWeight, bias: Tensor | None,
     pointers = (x, codes, weight.scale, weight.zero, bias, into)
     sizes = (rows, columns, stored // unit, weight.scale.shape[1], share // unit, TWO_23, *_scheme(weight))
     if alone:
-        quantised_row_kernel[(rows, tiles, parts)](*pointers, *sizes, **config)
+        quantised_row_kernel[(rows * tiles, parts)](*pointers, *sizes, **config)
     else:
         quantised_rows_kernel[(tiles, parts)](*pointers, *sizes, triton_support.upcast(x), MAX_ROWS, **config)
     if parts > 1:
@@ -327,7 +327,7 @@ def _specimen(
     constants: dict[str, Any] = {name: None for name, missing in absent.items() if missing and name in kernel.arg_names}
     constants |= {"BITS": bits, "GROUP": group} | ({} if group else {"groups": 1})
     constants |= {"UPCAST": False, "ROWS": MAX_ROWS} if is_rows else {}
-    aligned = (*(name for name in names if name.endswith("_ptr")), "columns", "words", "stored", "share")
+    aligned = (*(name for name in names if name.endswith("_ptr")), "columns", "words", "stored", "share", "two_23")
     return Specimen(
         "quantised_linear",
         kernel,
