@@ -57,10 +57,10 @@ def linear_acts() -> list[Tensor]:
 
 def quantised_linears() -> list[Tensor]:
     """On a CPU the native form rounds inputs; where a gradient is needed there are none but Triton's."""
-    weight = quantise(torch.randn(24, 64), "int4", 32, symmetric=False)
+    weight = quantise(torch.randn(8, 64), "int4", 32, symmetric=False)
     with torch.no_grad():
-        ops.quantised_linear(floats(1, ROWS, 64), weight, floats(24))
-    return [ops.quantised_linear(floats(rows, 64), weight, floats(24)) for rows in (1, 20)]
+        ops.quantised_linear(floats(1, 2, 64), weight, floats(8))
+    return [ops.quantised_linear(floats(rows, 64), weight, floats(8)) for rows in (1, 20)]
 
 
 def mix_rows() -> list[Tensor]:

@@ -300,7 +300,7 @@ def _scheme(weight: QuantisedWeight) -> tuple[int, int]:
 def specimens() -> list[Specimen]:
     """int8 with one scale a row, int4 in groups of 32, and in groups of 128 with zero points; with a bias, and without
     one into float32 sums."""
-    found = []
+    found = [sums.shares_specimen("quantised_linear", dtype) for dtype in ("bf16", "fp16", "fp32")]
     schemes = {"int8": (8, 0, False), "int4 32": (4, 32, False), "int4 128 zeros": (4, 128, True)}
     for name, scheme in schemes.items():
         for dtype in ("bf16", "fp16", "fp32"):
