@@ -61,7 +61,7 @@ def _decoding(
     alone = rows == 1 or dtype == torch.float32
     return OpCase(
         f"quantised_linear_{name}",
-        f"{rows} rows",
+        f"{rows} row{'' if rows == 1 else 's'}",
         rows,
         2 * rows * out * columns,
         weight.nbytes + rows * (out + columns) * dtype.itemsize,
