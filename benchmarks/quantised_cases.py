@@ -1,5 +1,5 @@
-"""Products with quantised weights at the size of a decoder's down projection: decoding steps of one, four and 16
-sequences for 1, 5 and 40 tiles, and a prompt with so many tiles."""
+"""Products with quantised weights of a decoder: of one row (down projection, up projection and attention's output for
+1, 5 and 40 tiles), of 2, 4 and 16 rows, and of a prompt with so many tiles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llava_fast import ops
 from llava_fast.ops.quantised_linear import QuantisedWeight, dequantise
 
 TEXT = 64
-SEQUENCES = {1: 1, 5: 4, 40: 16}  # tiles -> rows of a decoding step
+ROWS = {1: 2, 5: 4, 40: 16}  # tiles -> sequences of a decoding step
 
 
 def quantised_weight(
@@ -30,67 +30,87 @@ def quantised_weight(
 
 
 def _product(
+    shape: tuple[int, int],
     rows: int,
-    scheme: str,
-    group: int | None,
-    zeros: bool,
+    scheme: tuple[str, int | None, bool],
     dtype: torch.dtype,
     device: torch.device,
-    widths: Widths,
 ) -> tuple[Tensor, QuantisedWeight, Tensor]:
     """(x, the weight, the weight in `dtype`)."""
-    columns = max(widths.decoder * 43 // 16 // 128, 1) * 128
-    weight = quantised_weight(widths.decoder, columns, scheme, group, zeros, device)
+    out, columns = shape[0], max(shape[1] // 128, 1) * 128
+    weight = quantised_weight(out, columns, *scheme, device)
     return torch.randn(rows, columns, dtype=dtype, device=device), weight, dequantise(weight, dtype)
 
 
 def _decoding(
-    name: str,
-    scheme: str,
-    group: int | None,
-    zeros: bool,
-    tiles: int,
+    op: str,
+    kernel: str,
+    shape: tuple[int, int],
+    rows: int,
+    scheme: tuple[str, int | None, bool],
     dtype: torch.dtype,
     device: torch.device,
-    widths: Widths,
 ) -> OpCase:
     """plain is the product with the weight in `dtype`, which reads two to four times the bytes."""
-    rows = SEQUENCES.get(tiles, 1)
-    x, weight, dense = _product(rows, scheme, group, zeros, dtype, device, widths)
+    x, weight, dense = _product(shape, rows, scheme, dtype, device)
     out, columns = weight.shape
-    alone = rows == 1 or dtype == torch.float32
     return OpCase(
-        f"quantised_linear_{name}",
-        f"{rows} row{'' if rows == 1 else 's'}",
+        op,
+        f"{rows} x {columns} to {out}",
         rows,
         2 * rows * out * columns,
         weight.nbytes + rows * (out + columns) * dtype.itemsize,
-        ("quantised_row_kernel" if alone else "quantised_rows_kernel",),
+        (kernel,),
         lambda: ops.quantised_linear(x, weight),
         lambda: F.linear(x, dense),
         lambda: ops.quantised_linear(x.double(), weight),
     )
 
 
-def quantised_int8(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
+def _of_one_row(
+    name: str,
+    scheme: tuple[str, int | None, bool],
+    tiles: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    widths: Widths,
+) -> OpCase:
+    narrow, wide = widths.decoder, widths.decoder * 43 // 16
+    shape = {1: (narrow, wide), 5: (wide, narrow)}.get(tiles, (narrow, narrow))
+    return _decoding(f"quantised_row_{name}", "quantised_row_kernel", shape, 1, scheme, dtype, device)
+
+
+def quantised_row_int8(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
     """int8 with one scale for each row of the weight."""
-    return _decoding("int8", "int8", None, False, tiles, dtype, device, widths)
+    return _of_one_row("int8", ("int8", None, False), tiles, dtype, device, widths)
 
 
-def quantised_int4(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
+def quantised_row_int4(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
     """int4 in groups of 32."""
-    return _decoding("int4", "int4", 32, False, tiles, dtype, device, widths)
+    return _of_one_row("int4", ("int4", 32, False), tiles, dtype, device, widths)
 
 
-def quantised_int4_zeros(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
+def quantised_row_int4_zeros(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
     """int4 in groups of 128 with zero points."""
-    return _decoding("int4_zeros", "int4", 128, True, tiles, dtype, device, widths)
+    return _of_one_row("int4_zeros", ("int4", 128, True), tiles, dtype, device, widths)
+
+
+def quantised_rows_int8(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
+    shape, rows = (widths.decoder, widths.decoder * 43 // 16), ROWS.get(tiles, 2)
+    kernel = "quantised_rows_kernel"
+    return _decoding("quantised_rows_int8", kernel, shape, rows, ("int8", None, False), dtype, device)
+
+
+def quantised_rows_int4(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
+    shape, rows = (widths.decoder, widths.decoder * 43 // 16), ROWS.get(tiles, 2)
+    return _decoding("quantised_rows_int4", "quantised_rows_kernel", shape, rows, ("int4", 32, False), dtype, device)
 
 
 def quantised_gradients(tiles: int, dtype: torch.dtype, device: torch.device, widths: Widths) -> OpCase:
     """Both passes over a prompt's rows in int4; what is compared is the gradient of x."""
     rows = tiles * (widths.tile // widths.patch) ** 2 + TEXT
-    x, weight, dense = _product(rows, "int4", 32, False, dtype, device, widths)
+    shape = (widths.decoder, widths.decoder * 43 // 16)
+    x, weight, dense = _product(shape, rows, ("int4", 32, False), dtype, device)
     out, columns = weight.shape
     grad = torch.randn(rows, out, dtype=dtype, device=device)
 
@@ -110,4 +130,11 @@ def quantised_gradients(tiles: int, dtype: torch.dtype, device: torch.device, wi
     )
 
 
-QUANTISED_CASES = (quantised_int8, quantised_int4, quantised_int4_zeros, quantised_gradients)
+QUANTISED_CASES = (
+    quantised_row_int8,
+    quantised_row_int4,
+    quantised_row_int4_zeros,
+    quantised_rows_int8,
+    quantised_rows_int4,
+    quantised_gradients,
+)

@@ -17,6 +17,7 @@ from llava_fast.models.paged_cache import BlockTable
 from llava_fast.models.quantised import quantise_model
 from llava_fast.ops import use_backend
 from llava_fast.ops.selection.verdict import Verdict
+from llava_fast.ops.triton_support import forced
 from tests.support import tiny
 from tests.support.played import Played, scheduler_of
 
@@ -69,6 +70,9 @@ def test_steps_from_graphs(name, expected, served):
     assert runner.device.graphs.replays > 5
 
 
+WHOLE = {"BLOCK_N": 128, "RUNS": 8, "num_warps": 4}  # a tiny weight in one program
+
+
 @pytest.mark.parametrize(("graphs", "scheme"), [(None, None), (Played, None), (Played, "int4")])
 def test_every_op_in_triton(graphs, scheme):
     """In the interpreter, so one short request."""
@@ -78,7 +82,7 @@ def test_every_op_in_triton(graphs, scheme):
         model = quantise_model(copy.deepcopy(model), scheme)
     with use_backend("reference"):
         expected, _ = answers(model, requests, tokens=3)
-    with use_backend("triton"):
+    with use_backend("triton"), forced(dict.fromkeys(("quantised_row_kernel", "dequantise_kernel"), WHOLE)):
         found, runner = answers(model, requests, **options)
     assert found == expected
     assert graphs is None or runner.device.graphs.replays == 1
