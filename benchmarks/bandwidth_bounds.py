@@ -18,6 +18,10 @@ LAYERS, HEADS = 32, 32
 PRODUCTS = {"qkv": (12288, 4096), "attention's output": (4096, 4096), "gate and up": (22016, 4096)}
 PRODUCTS |= {"down": (4096, 11008)}
 LM_HEAD = (32064, 4096)
+# Quantised, query, key and value are three products and gate and up two. Scheme -> bits of a weight and of what its
+# group holds, and the group (None: the row).
+SCHEMES = {"int8": (8, 32, None), "int4, groups of 32": (4, 32, 32), "int4, groups of 128, zeros": (4, 40, 128)}
+LAYER = ((4096, 4096),) * 4 + ((11008, 4096),) * 2 + ((4096, 11008),)
 
 
 def launches() -> Iterator[tuple[str, str, float]]:
@@ -31,6 +35,10 @@ def launches() -> Iterator[tuple[str, str, float]]:
             yield "paged_attention", what, attention_bytes(rows, key_heads)
     for name, shape in (*PRODUCTS.items(), ("head", LM_HEAD)):
         yield "product by one row", f"{name}, {shape[0]} x {shape[1]}", product_bytes(shape)
+    for scheme in SCHEMES:
+        for shape in dict.fromkeys(LAYER):
+            yield "quantised_linear", f"1 row, {shape[0]} x {shape[1]}, {scheme}", quantised_bytes(shape, scheme)
+    yield "quantised_linear", f"1 row, head, {LM_HEAD[0]} x {LM_HEAD[1]}, int8", quantised_bytes(LM_HEAD, "int8")
 
 
 def attention_bytes(rows: int, key_heads: int) -> float:
@@ -42,6 +50,18 @@ def product_bytes(shape: tuple[int, int]) -> float:
     """Weight and input read, output written."""
     out, columns = shape
     return BYTES * (out * columns + out + columns)
+
+
+def quantised_bytes(shape: tuple[int, int], scheme: str) -> float:
+    """Codes, scales, zero points and input read, output written."""
+    (out, columns), (bits, of_group, group) = shape, SCHEMES[scheme]
+    return out * columns * (bits + of_group / (group or columns)) / 8 + BYTES * (out + columns)
+
+
+def quantised_token_bytes(rows: int, scheme: str) -> float:
+    """Of one decoded token of the 7B with quantised weights, its head in int8."""
+    layer = sum(quantised_bytes(shape, scheme) for shape in LAYER) + attention_bytes(rows, HEADS)
+    return LAYERS * layer + quantised_bytes(LM_HEAD, "int8")
 
 
 def token_bytes(rows: int) -> float:
@@ -73,4 +93,8 @@ def section() -> list[str]:
     for rows in CACHED:
         least = " and ".join(f"{1e3 * token_bytes(rows) / rate:.2f} ms" for rate in bandwidths)
         lines += ["", f"One token after {rows} rows moves {token_bytes(rows) / 1e9:.2f} GB: {least} at least."]
+    for scheme in SCHEMES:
+        moved = quantised_token_bytes(CACHED[0], scheme)
+        least = " and ".join(f"{1e3 * moved / rate:.2f} ms" for rate in bandwidths)
+        lines += ["", f"In {scheme}, after {CACHED[0]} rows, {moved / 1e9:.2f} GB: {least} at least."]
     return [*lines, ""]

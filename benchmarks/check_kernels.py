@@ -306,7 +306,11 @@ def bounds_page(rows: list[dict], version: str) -> str:
         cells += [loop["asyncs"], loop["narrowest"] or "-", blocks(row), f"{100 * share:.0f}%"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     note = "`others` and `bytes` (loaded from global memory by a warp, without TMA's) are for each matrix instruction; "
-    lines += ["", note + "`async`: asynchronous copies in the loop; `load`: bytes of a thread's narrowest load.", ""]
+    lines += ["", note + "`async`: asynchronous copies in the loop; `load`: bytes of a thread's narrowest load."]
+    lines += [
+        "quantised_rows_kernel multiplies up to 16 rows: reading and widening codes bounds it, not the matrix units.",
+        "",
+    ]
     return "\n".join([*lines, *bandwidth_bounds.section()])
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from benchmarks.decoder_cases import DECODER_CASES
 from benchmarks.image_cases import image_patch_rows, image_tiles, image_tiles_from_host
 from benchmarks.op_case import OpCase, Widths, doubled, first_gradient
+from benchmarks.quantised_cases import QUANTISED_CASES
 from llava_fast import ops
 from llava_fast.ops.mix_rows import InversePooling
 from llava_fast.ops.token_pack import InversePlacement
@@ -563,6 +564,7 @@ MAKERS: tuple[Callable[..., OpCase], ...] = (
     image_tiles,
     image_patch_rows,
     *DECODER_CASES,
+    *QUANTISED_CASES,
 )
 MEASURED_BESIDE = (
     token_pack_native,

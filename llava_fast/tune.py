@@ -35,12 +35,14 @@ def tune(
     device: str | None = None,
     dtype: str | None = None,
     precision: str | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Run a model (default: the demo's) on images of several sizes, test each class of calls that occurs, write the
     verdicts to this machine's file and print them. Raises BackendError if selection is off or pinned.
     """
     _check_settings()
-    prove(load(model or model_path(), device=device, dtype=dtype, precision=precision), training, budget)
+    loaded = load(model or model_path(), device=device, dtype=dtype, precision=precision, quantize=quantize)
+    prove(loaded, training, budget)
 
 
 def _check_settings() -> None:

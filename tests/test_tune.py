@@ -76,6 +76,18 @@ def test_products_in_8_bits_are_tested_for_a_precision(select, monkeypatch):
     assert {each.by for each in found} == {"tune"}
 
 
+def test_native_products_of_quantised_weights_are_not_refused_for_rounding_their_inputs(select, monkeypatch):
+    monkeypatch.setattr(proof, "FORMS", ("native",))
+    monkeypatch.setattr(proof.Clock, "in_turn", lambda *_: proof.Times(1.0, 2.0, 0.0))  # the faster
+    monkeypatch.setattr(tune, "SIZES", ((40, 40),))
+    settings = select()
+    tune.tune(None, training=False, budget=100, quantize="int4")
+    verdicts = settings.table(torch.device("cpu")).verdicts
+    found = [each for name, each in verdicts.items() if name.split()[0] == "quantised_linear"]
+    assert found
+    assert {each.backend for each in found} == {"native"}
+
+
 def test_graphs_are_captured_after_the_modules_calls_are_proven(select, monkeypatch):
     """None while classes are collected: it would hold the reference. Padded calls are proven at first use."""
     monkeypatch.setattr(proof, "FORMS", ("native",))

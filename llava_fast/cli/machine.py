@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llava_fast.cli.options import Device, Dtype, Precision
+from llava_fast.cli.options import Device, Dtype, Precision, Quantize
 
 
 def doctor(
@@ -31,6 +31,7 @@ def tune(
     device: Device = None,
     dtype: Dtype = None,
     precision: Precision = None,
+    quantize: Quantize = None,
 ) -> None:
     """Find the fastest correct implementation of each op call that a model makes on this machine, and store it.
 
@@ -38,7 +39,7 @@ def tune(
     """
     from llava_fast.tune import tune as run
 
-    run(model, training, budget, device, dtype, precision)
+    run(model, training, budget, device, dtype, precision, quantize)
 
 
 def demo(

@@ -16,6 +16,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 IMPLEMENTATIONS: dict[str, Callable] = {}  # of operators defined in Python, by name
 
@@ -48,6 +49,7 @@ def load(folder: Path) -> None:
     cuda.current_device = lambda: 0
     cuda.is_bf16_supported = lambda *_: True
     cuda.get_device_capability = lambda *_: (9, 0)
+    cuda.get_device_name = lambda *_: "a GPU that is not there"
     backends.cuda.is_flash_attention_available = lambda: True
     cuda.mem_get_info = lambda *_: (1 << 34, 1 << 34)
     cuda.amp.common.amp_definitely_not_available = lambda: False
@@ -64,10 +66,31 @@ def load(folder: Path) -> None:
 LAUNCHES = {"llava_fast::paged_attention": 3, "torch_attn::_varlen_attn": 1}
 
 
-class Reads(list[str]):
-    """The reads of the host, and how many kernels were launched."""
+RUN = {"llava_fast::quantised_linear", "llava_fast::quantised_linear_backward"}
+"""Operators of several kernels: with the Triton backend they run, but for the kernels themselves."""
 
-    launches = 0
+
+class Reads(list[str]):
+    """The reads of the host, how many kernels were launched, and the names of Triton's in the operators of RUN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = 0
+        self.kernels: list[str] = []
+
+
+class Launched:
+    """In place of a Triton kernel: counts its launches."""
+
+    def __init__(self, kernel, reads: Reads) -> None:
+        self.__name__, self.reads = kernel.__name__, reads
+
+    def __getitem__(self, grid):
+        def launch(*_, **__) -> None:
+            self.reads.launches += 1
+            self.reads.kernels.append(self.__name__)
+
+        return launch
 
 
 def is_free(function) -> bool:
@@ -82,16 +105,20 @@ def is_free(function) -> bool:
 def fake_gpu() -> Iterator[Reads]:
     """Tensors made inside are fake. Gives a list that grows by the name of the operation whenever the host reads from
     the device; what it reads is 1. Its `launches` counts the kernels that the operators would launch on the GPU: one
-    for each that is no view and allocates more than memory, those of LAUNCHES as given there."""
+    for each that is no view and allocates more than memory, those of LAUNCHES as given there; those of RUN run."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
+    from llava_fast.ops import sums
     from llava_fast.ops.backend import requested
+    from llava_fast.ops.quantised_linear import triton_kernels
 
     reads = Reads()
+    kernels = [(sums, "sum_shares_kernel")]
+    kernels += [(triton_kernels, name) for name in vars(triton_kernels) if name.endswith("_kernel")]
     aten = torch.ops.aten
 
     def on(tensor, kind: str) -> bool:
@@ -106,7 +133,8 @@ def fake_gpu() -> Iterator[Reads]:
                 return False if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
             if function in (aten.pin_memory.default, aten._pin_memory.default):  # fake tensors know no such thing
                 return args[0]
-            if function.namespace == "llava_fast" and requested() != "triton":  # not its shapes alone: the reference
+            # Not its shapes alone: the reference, or what launches the kernels.
+            if function.namespace == "llava_fast" and (requested() != "triton" or function.name() in RUN):
                 with self:
                     return IMPLEMENTATIONS[function.name().split("::")[1]](*args, **kwargs)
             out = function(*args, **kwargs)
@@ -130,5 +158,9 @@ def fake_gpu() -> Iterator[Reads]:
                 reads.launches = before + 1
             return out
 
-    with Attention(), FakeTensorMode(allow_non_fake_inputs=True), Device():
+    with contextlib.ExitStack() as stack:
+        for module, name in kernels:
+            stack.enter_context(mock.patch.object(module, name, Launched(getattr(module, name), reads)))
+        for mode in (Attention(), FakeTensorMode(allow_non_fake_inputs=True), Device()):
+            stack.enter_context(mode)
         yield reads

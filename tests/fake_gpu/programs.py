@@ -44,8 +44,12 @@ from llava_fast.models.decoders.stack import Decoder
 from llava_fast.models.encode_graphs import filled_batch
 from llava_fast.models.fused import merge_linears
 from llava_fast.models.paged_cache import BlockTable, Pages
+from llava_fast.models.quantised import put
 from llava_fast.models.recompute import set_recompute
-from llava_fast.ops import rms_norm, use_backend
+from llava_fast.ops import QuantisedWeight, rms_norm, use_backend
+from llava_fast.ops.selection import tables
+from llava_fast.ops.selection.store import Table
+from llava_fast.ops.selection.verdict import Verdict
 from llava_fast.train.objective import forward
 from llava_fast.train.objectives.reference import answer_log_probs
 from llava_fast.train.optim import build_optimizer, freeze
@@ -297,6 +301,78 @@ def stepping(heads: int, kv_heads: int, bound: int) -> None:
     assert 10 * 32 <= reads.launches <= bound, reads.launches
 
 
+def quantised_on_gpu(module: nn.Module, scheme: str, group: int | None) -> nn.Module:
+    """The module with weights in 8 or 4 bits in place of its decoder's Linears."""
+    for name, linear in list(module.named_modules()):
+        if type(linear) is nn.Linear and ("layers." in name or "lm_head" in name) and "tower" not in name:
+            out, columns = linear.weight.shape
+            stored, dtype = (columns, torch.int8) if scheme == "int8" else (columns // 2, torch.uint8)
+            with torch.device("cuda"):
+                codes = torch.empty(out, stored, dtype=dtype)
+                scale = torch.empty(out, columns // group if group else 1)
+            put(module, name, QuantisedWeight.unchecked(codes, scale), linear.weight.dtype)
+    return module
+
+
+def quantised_stepping(scheme: str, rows: int, bound: int) -> None:
+    """A decoding step of two layers of a 7B with quantised weights: every product reads the codes, none dequantises a
+    weight, nothing is read back. Of many rows each weight is dequantised once, and once more for gradients."""
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_layers=2,
+        rms_norm_eps=1e-5,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        max_positions=4096,
+    )
+    weights = 2 * 7 + 1
+    group = 128 if scheme == "int4" else None
+    with fake_gpu() as reads, use_backend("triton"):
+        with torch.device("cuda"), of_dtype(torch.bfloat16):
+            decoder = quantised_on_gpu(Decoder(config), scheme, group)
+            cache = decoder.new_cache(max_bytes=1 << 30)
+            cache.allocate(4)
+            decoder.rope.reserve(128, cache.device, cache.dtype)
+            numbers = torch.zeros(rows, 6, dtype=torch.int32)
+            many = torch.zeros(100, config.hidden_size, requires_grad=True)
+        addresses = torch.zeros(8, 2, dtype=torch.int64, device="cuda")
+        pages = Pages(addresses, numbers[:, 2:].contiguous(), numbers[:, 0].contiguous())
+        reads.launches = 0
+        with torch.no_grad():
+            decoder.step(numbers[:, 1].contiguous(), pages, cache)
+        step, launches = reads.kernels[:], reads.launches
+        reads.kernels.clear()
+        mlp = decoder.layers[0].mlp
+        mlp(many).sum().backward()
+    own = "quantised_row_kernel" if rows == 1 else "quantised_rows_kernel"
+    assert step.count(own) == weights, step
+    assert set(step) <= {own, "sum_shares_kernel"}, step
+    assert reads.kernels == ["dequantise_kernel"] * 6, reads.kernels
+    assert launches <= bound, launches
+    assert not reads, reads
+
+
+def quantised_by_verdict(is_used: bool) -> None:
+    """Without a requested backend the kernels run if a verdict says so, and else the reference."""
+    settings = tables.settings()
+    before = settings.pinned
+    settings.pinned = Table(verdicts={"quantised_linear": Verdict(backend="triton")} if is_used else {})
+    try:
+        with fake_gpu() as reads:
+            linear = quantised_on_gpu(nn.ModuleDict({"lm_head": nn.Linear(64, 32, device="cuda")}), "int4", 32)[
+                "lm_head"
+            ]
+            for rows in (1, 40):
+                linear(torch.zeros(rows, 64, device="cuda"))
+    finally:
+        settings.pinned = before
+    assert reads.kernels == ["quantised_row_kernel", "dequantise_kernel"] * is_used, reads.kernels
+    assert not reads, reads
+
+
 class Counted(DecodeGraphs):
     """Graphs whose launch counts as one kernel; what the device chooses is 1."""
 
@@ -317,11 +393,14 @@ class Counted(DecodeGraphs):
         return replay, out
 
 
-def choosing(kernels: int, **options) -> None:
+def choosing(kernels: int, scheme: str | None = None, **options) -> None:
     """A decoding step whose tokens the device chooses: one copy to it, one launch, one copy back, and no wait. In the
-    graph the choice costs so many kernels beside those of a step that ends with logits."""
+    graph the choice costs so many kernels beside those of a step that ends with logits. With a scheme, of a decoder
+    whose weights are quantised."""
     with fake_gpu() as reads, use_backend("triton"), torch.inference_mode():
         model = on_gpu("next")
+        if scheme is not None:
+            quantised_on_gpu(model, scheme, 32)
         cache = model.decoder.new_cache()
         graphs = Counted(model.decoder, cache, reads=reads)
         scheduler = Scheduler(Runner(model, cache, device=DeviceSteps(graphs)))
@@ -336,6 +415,8 @@ def choosing(kernels: int, **options) -> None:
         assert len(moved) == 3
         assert reads.launches == 3, reads.launches
         assert not reads, reads
+        assert graphs.graphs.keys
+        assert (graphs.unfit, graphs.failed) == (None, {})
         chosen = graphs.kernels
         token = torch.ones(4, dtype=torch.int32, device="cuda")
         graphs.capture(lambda: model.decoder.step(token, some_pages(cache), cache))
@@ -439,6 +520,11 @@ def main() -> None:
     add(stepping, 32, 32, 328)
     add(stepping, 32, 8, 328)
     add(choosing, 10)
+    add(choosing, 10, scheme="int4")
+    for scheme, rows, bound in (("int4", 1, 32), ("int8", 1, 32), ("int4", 4, 47)):
+        add(quantised_stepping, scheme, rows, bound)
+    for is_used in (True, False):
+        add(quantised_by_verdict, is_used)
     add(choosing, 26, temperature=1.0, min_p=0.1)
     add(choosing, 50, temperature=1.0, top_p=0.9, top_k=5, repetition_penalty=1.2)
     add(mixing)

@@ -14,8 +14,10 @@ from llava_fast.generation.sequence import new_sequence
 from llava_fast.models import cuda_graphs, decode_graphs
 from llava_fast.models.decode_graphs import DecodeGraphs
 from llava_fast.models.paged_cache import BlockTable
+from llava_fast.models.quantised import quantise_model
 from llava_fast.ops import use_backend
 from llava_fast.ops.selection.verdict import Verdict
+from llava_fast.ops.triton_support import forced
 from tests.support import tiny
 from tests.support.played import Played, scheduler_of
 
@@ -68,14 +70,20 @@ def test_steps_from_graphs(name, expected, served):
     assert runner.device.graphs.replays > 5
 
 
-@pytest.mark.parametrize("graphs", [None, Played])
-def test_every_op_in_triton(graphs):
+WHOLE = {"BLOCK_N": 128, "RUNS": 8, "num_warps": 4}  # a tiny weight in one program
+
+
+@pytest.mark.parametrize(("graphs", "scheme"), [(None, None), (Played, None), (Played, "int4")])
+def test_every_op_in_triton(graphs, scheme):
     """In the interpreter, so one short request."""
     requests, options = [{"prompt": "hello"}], {"graphs": graphs, "tokens": 3}
+    model = tiny.pair("next_qwen").ours
+    if scheme is not None:
+        model = quantise_model(copy.deepcopy(model), scheme)
     with use_backend("reference"):
-        expected, _ = answers(tiny.pair("next_qwen").ours, requests, tokens=3)
-    with use_backend("triton"):
-        found, runner = answers(tiny.pair("next_qwen").ours, requests, **options)
+        expected, _ = answers(model, requests, tokens=3)
+    with use_backend("triton"), forced(dict.fromkeys(("quantised_row_kernel", "dequantise_kernel"), WHOLE)):
+        found, runner = answers(model, requests, **options)
     assert found == expected
     assert graphs is None or runner.device.graphs.replays == 1
 

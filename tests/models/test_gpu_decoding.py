@@ -11,6 +11,7 @@ from llava_fast.models import cuda_graphs
 from llava_fast.models.blocks import varlen
 from llava_fast.models.blocks.attention import Spans, attend
 from llava_fast.models.paged_cache import BlockTable, PagedCache
+from llava_fast.models.quantised import quantise_model
 from llava_fast.ops import use_backend
 from llava_fast.ops.packed_attention import forms
 from llava_fast.ops.selection.store import Table
@@ -28,9 +29,15 @@ DRAWN = {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 3}
 
 
 @pytest.mark.parametrize("options", [{}, DRAWN], ids=["greedy", "drawn"])
-@pytest.mark.parametrize("name", ["next", "next_mistral_window", "next_qwen3"])
-def test_answers_from_graphs_are_the_modules(name, options):
-    model = copy.deepcopy(tiny.pair(name).ours).to(DEVICE)
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [("next", None), ("next_mistral_window", None), ("next_qwen3", None), ("next", "int8"), ("next", "int4")],
+)
+def test_answers_from_graphs_are_the_modules(name, scheme, options):
+    model = copy.deepcopy(tiny.pair(name).ours)
+    if scheme is not None:
+        quantise_model(model, scheme)
+    model = model.to(DEVICE)
     options = {"max_new_tokens": 40, "ignore_eos": True, **options}
     with use_backend("triton"):
         model.cuda_graphs = False

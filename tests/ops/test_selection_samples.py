@@ -10,6 +10,7 @@ from llava_fast import ops
 from llava_fast.ops.mix_rows import InversePooling
 from llava_fast.ops.paged_attention import reference
 from llava_fast.ops.paging import block_addresses
+from llava_fast.ops.quantised_linear import quantise
 from llava_fast.ops.selection import proof, samples
 from llava_fast.ops.selection.call_class import argument_names, call_class, written_arguments
 from llava_fast.ops.selection.decision import current
@@ -52,6 +53,14 @@ def swiglu() -> list[Tensor]:
 def linear_acts() -> list[Tensor]:
     x = floats(1, ROWS, WIDTH)
     return [ops.linear_act(x, floats(8, WIDTH), floats(8), "quick_gelu"), ops.linear_act(x, floats(8, WIDTH))]
+
+
+def quantised_linears() -> list[Tensor]:
+    """On a CPU the native form rounds inputs; where a gradient is needed there are none but Triton's."""
+    weight = quantise(torch.randn(8, 64), "int4", 32, symmetric=False)
+    with torch.no_grad():
+        ops.quantised_linear(floats(1, 2, 64), weight, floats(8))
+    return [ops.quantised_linear(floats(rows, 64), weight, floats(8)) for rows in (1, 20)]
 
 
 def mix_rows() -> list[Tensor]:
@@ -108,13 +117,14 @@ CALLS: dict[Callable[[], list[Tensor]], tuple[str, ...]] = {
     rope: ("rope", "rope_backward"),
     swiglu: ("swiglu", "swiglu_backward"),
     linear_acts: ("linear_act", "linear_act_backward"),
+    quantised_linears: ("quantised_linear", "quantised_linear_backward"),
     mix_rows: ("mix_rows", "mix_rows_backward"),
     token_pack: ("token_pack", "token_pack_backward"),
     assemble_inputs: ("assemble_inputs", "assemble_inputs_backward", "token_pack", "token_pack_backward"),
     patch_embeds: ("patch_embed", "patch_embed_backward"),
     paged_attention: ("paged_attention",),
 }
-BY_DEFAULT = {"linear_cross_entropy", "linear_cross_entropy_backward", "quantised_linear", "quantised_linear_backward"}
+BY_DEFAULT = {"linear_cross_entropy", "linear_cross_entropy_backward"}
 
 
 @pytest.mark.parametrize("made", CALLS, ids=lambda made: made.__name__)
@@ -129,7 +139,7 @@ def test_each_form_is_right(select, monkeypatch, made):
     assert made is not paged_attention or len(verdicts) == 1
     for name, verdict in verdicts.items():
         assert verdict is not None, name
-        forms = {"triton"} | ({"native"} if "token_pack" in name else set())
+        forms = {"triton"} | ({"native"} if "token_pack" in name or "exact=0" in name else set())
         if name.startswith("assemble") or ("linear_act" in name and "activation=quick_gelu" in name):
             forms.add("cublas")
         assert {*verdict.refused} == forms, name

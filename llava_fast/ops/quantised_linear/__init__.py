@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava_fast.ops import backend, library
+from llava_fast.ops import backend, library, triton_support
 from llava_fast.ops.quantised_linear import native, packing, reference
 from llava_fast.ops.quantised_linear.reference import dequantise, dequantise_rows, quantise
 from llava_fast.ops.quantised_linear.weight import GROUPS, SCHEMES, QuantisedWeight, check_scheme
@@ -30,6 +30,7 @@ backend.register(
     f"CPU; float32 or bfloat16, no gradients; above {native.MAX_ROWS} rows with AVX2",
     default_on=("cpu",),
 )
+backend.register("quantised_linear", "triton", "CUDA; float32, float16 or bfloat16")
 
 
 def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None) -> Tensor:
@@ -39,7 +40,8 @@ def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = N
     the weight has none. The quantised weight is saved for the backward pass, x is not. Under autocast it runs in
     autocast's dtype, as nn.Linear does.
     The reference multiplies in x's dtype, but in float32 for bfloat16 and float16 on a CPU. The native backend, only
-    for calls without gradients, rounds x to 8 bits (see native.py).
+    for calls without gradients, rounds x to 8 bits (see native.py). The Triton backend multiplies a few rows by the
+    codes, and more rows as the reference does, by the weight dequantised whole.
     FLOPs for n rows: 2 * n * in * out forward, and as many for x's gradient. Minimum bytes: codes, scales, x and output
     once.
     Raises ValueError for mismatched shapes.
@@ -77,17 +79,38 @@ def quantised_product(
 
 
 def _run(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, exact: bool) -> Tensor:
-    unfit = "it rounds its inputs and has no gradients" if exact else native.unfit(x)
+    unfit = {
+        "native": "it rounds its inputs and has no gradients" if exact else native.unfit(x),
+        "triton": _unfit_for_triton(x, codes, scale, bias),
+    }
     weight = QuantisedWeight.unchecked(codes, scale, zero)
-    if backend.choose("quantised_linear", x.device.type, {"native": unfit}) == "native":
+    chosen = backend.choose("quantised_linear", x.device.type, unfit)
+    if chosen == "triton":
+        from llava_fast.ops.quantised_linear import triton_kernels
+
+        return triton_kernels.quantised_linear(x, weight, bias)
+    if chosen == "native":
         return native.quantised_linear(x, weight, bias)
     return reference.quantised_linear(x, weight, bias)
+
+
+def _unfit_for_triton(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> str | None:
+    if codes.shape[1] % 4:
+        return f"it reads codes as 32-bit words, a row of the weight has {codes.shape[1]} bytes"
+    return triton_support.unfit(x, scale, bias)
 
 
 def _run_backward(
     grad: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, needed: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    found = reference.quantised_linear_backward(grad, QuantisedWeight.unchecked(codes, scale, zero), needed)
+    weight = QuantisedWeight.unchecked(codes, scale, zero)
+    unfit = {"native": "it has no gradients", "triton": _unfit_for_triton(grad, codes, scale)}
+    if backend.choose("quantised_linear", grad.device.type, unfit) == "triton":
+        from llava_fast.ops.quantised_linear import triton_kernels
+
+        found = triton_kernels.quantised_linear_backward(grad, weight, needed)
+    else:
+        found = reference.quantised_linear_backward(grad, weight, needed)
     of_x, of_bias = (grad.new_empty(0) if gradient is None else gradient for gradient in found)
     return of_x, of_bias
 

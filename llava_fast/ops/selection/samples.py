@@ -35,6 +35,8 @@ ROW_ARGS: dict[str, tuple[str, ...]] = {
     "linear_act": ("x",),
     "linear_act_backward": ("grad", "x", "pre"),
     "scaled_linear": ("x",),
+    "quantised_linear": ("x",),
+    "quantised_linear_backward": ("grad",),
 }
 """Operators with independent rows -> the arguments that have those rows; leading dimensions are all rows."""
 
@@ -46,8 +48,13 @@ IGNORED: dict[str, tuple[str, ...]] = {
 
 
 def tolerance(operator: str, args: Args) -> float:
-    """The error against float64 that is allowed a call because the user has asked for operands in 8 bits; else 0."""
-    return TYPICAL_ERROR[args["codes"].dtype] if operator == "scaled_linear" else 0.0
+    """The error against float64 that is allowed a call whose operands may be rounded to 8 bits: as the user has asked
+    for, or the inputs of a quantised weight on a CPU. Else 0."""
+    if operator == "scaled_linear":
+        return TYPICAL_ERROR[args["codes"].dtype]
+    if operator == "quantised_linear" and args["x"].is_cpu and not args["exact"]:
+        return TYPICAL_ERROR[torch.int8]
+    return 0.0
 
 
 def is_known(operator: str) -> bool:
@@ -282,6 +289,12 @@ def _scaled_linear(args: Args, draw: Draw) -> Args:
     return found
 
 
+def _quantised_linear(args: Args, draw: Draw) -> Args:
+    """With the call's own weight, whose scales belong to its codes."""
+    operator = "quantised_linear_backward" if "grad" in args else "quantised_linear"
+    return draw.values(_fewer_rows(args, ROW_ARGS[operator], draw), keep=("scale",))
+
+
 def _as_it_is(args: Args, draw: Draw) -> Args:
     """The user's call itself: image bytes and a planner's tables cannot be drawn."""
     return args
@@ -298,4 +311,5 @@ MAKERS: dict[str, Callable[[Args, Draw], Args]] = {
     "packed_attention": _packed_attention,
     "paged_attention": _paged_attention,
     "scaled_linear": _scaled_linear,
+    **dict.fromkeys(("quantised_linear", "quantised_linear_backward"), _quantised_linear),
 }
