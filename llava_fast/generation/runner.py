@@ -146,10 +146,12 @@ class Runner:
         starts = tuple((ends - lengths).tolist())
         spans = Spans(starts, lengths, tables, before, encoded=encoded, prompts=prompts)
         position = np.concatenate([np.arange(b, b + n) for b, n in zip(before, lengths, strict=True)])
-        device = embeddings.device
-        hidden = self.model.decoder(embeddings, torch.from_numpy(position).to(device), spans, self.cache)
         last = [int(end) - 1 for chunk, end in zip(chunks, ends, strict=True) if is_last(*chunk)]
-        return self._logits(hidden[torch.tensor(last, device=device)]) if last else None
+        both = torch.from_numpy(np.concatenate([position, last or [0]])).to(embeddings.device)  # one transfer
+        hidden = self.model.decoder.rows_of(
+            embeddings, both[: len(position)], spans, self.cache, wanted=both[len(position) :]
+        )
+        return self._logits(hidden) if last else None
 
     @staticmethod
     def advance(chunks: SequenceOf[Chunk]) -> None:

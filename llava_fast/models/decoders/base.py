@@ -38,6 +38,7 @@ class RowContext:
     needed.
     memory    rows outside the sequence that layers may attend to [M, C], or None.
     query_scale  factor of each row's queries, [R, 1, 1], or None: 1.
+    wanted    int [W], ascending: a layer may return these rows alone; None: all. Given to the last layer.
     """
 
     rotation: tuple[Tensor, Tensor]
@@ -47,6 +48,7 @@ class RowContext:
     modality: Tensor | None = None
     memory: Tensor | None = None
     query_scale: Tensor | None = None
+    wanted: Tensor | None = None
 
     def on(self, device: torch.device, layer: int) -> RowContext:
         """The same on another device, for layers from this one on, in a pass without `pages`."""
@@ -206,6 +208,12 @@ class BaseDecoder(nn.Module, ABC):
         """inputs_embeds [R, C] and position ids [R] to final hidden states [R, C]. With a cache, every sequence's table
         gets the blocks that it needs (CacheFullError if there are none); the caller updates the tables' lengths.
         """
+
+    def rows_of(
+        self, x_RC: Tensor, position_R: Tensor, spans: Spans, cache: PagedCache | None, wanted: Tensor
+    ) -> Tensor:
+        """`forward`'s hidden states of these rows alone, int [W], ascending: [W, C]."""
+        return self(x_RC, position_R, spans, cache)[wanted]
 
     def steps_natively(self, x_RC: Tensor, spans: Spans) -> bool:
         """Whether `forward` with a cache would run these rows as one decoder_step, whose result for each row does not

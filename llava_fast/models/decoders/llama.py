@@ -97,7 +97,10 @@ class DecoderLayer(PreNormLayer):
 
     def deferred(self, x_RC: Tensor, delta_RC: Tensor | None, context: RowContext) -> tuple[Tensor, Tensor]:
         x_RC, normed_RC = fused.add_norm(x_RC, delta_RC, self.input_layernorm)
-        x_RC, normed_RC = fused.add_norm(x_RC, self.self_attn(normed_RC, context), self.post_attention_layernorm)
+        attended_RC = self.self_attn(normed_RC, context)
+        if context.wanted is not None:
+            x_RC, attended_RC = x_RC[context.wanted], attended_RC[context.wanted]
+        x_RC, normed_RC = fused.add_norm(x_RC, attended_RC, self.post_attention_layernorm)
         return x_RC, self.mlp(normed_RC)
 
 

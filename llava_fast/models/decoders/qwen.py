@@ -84,7 +84,10 @@ class QwenLayer(PreNormLayer):
 
     def deferred(self, x_RC: Tensor, delta_RC: Tensor | None, context: RowContext) -> tuple[Tensor, Tensor]:
         x_RC, normed_RC = fused.add_norm(x_RC, delta_RC, self.ln_1)
-        x_RC, normed_RC = fused.add_norm(x_RC, self.attn(normed_RC, context), self.ln_2)
+        attended_RC = self.attn(normed_RC, context)
+        if context.wanted is not None:
+            x_RC, attended_RC = x_RC[context.wanted], attended_RC[context.wanted]
+        x_RC, normed_RC = fused.add_norm(x_RC, attended_RC, self.ln_2)
         return x_RC, self.mlp(normed_RC)
 
 

@@ -6,6 +6,7 @@ Shapes: R rows (all sequences end to end, see attention.Spans), C width.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,14 @@ class Decoder(BaseDecoder):
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, x_RC: Tensor, position_R: Tensor, spans: Spans, cache: PagedCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x_RC: Tensor,
+        position_R: Tensor,
+        spans: Spans,
+        cache: PagedCache | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         if cache is not None:
             reserve(spans)
         cos, sin = self.rope(position_R, x_RC.dtype, spans)
@@ -53,17 +61,24 @@ class Decoder(BaseDecoder):
             and (weights := step_weights(self, _PLAIN, x_RC, spans)) is not None
         ):
             tables = [table.runs for table in spans.tables]
-            return decoder_step(x_RC, weights, cos, sin, cache.segments, tables, spans.before)
+            x_RC = decoder_step(x_RC, weights, cos, sin, cache.segments, tables, spans.before)
+            return x_RC if wanted is None else x_RC[wanted]
         if torch.is_grad_enabled():
             context = RowContext((cos, sin), spans, cache, query_scale=scale)
             home = x_RC.device
             for layer, own in self._placed(context):
                 x_RC = run_layer(self.recompute, layer, x_RC.to(own.rotation[0].device), own)
-            return self.norm(x_RC.to(home))
+            x_RC = self.norm(x_RC.to(home))
+            return x_RC if wanted is None else x_RC[wanted]
         pages = None
         if cache is not None and cache.codes is None and not self.layer_groups and set(spans.lengths) == {1}:
             pages = cache.pages(spans.tables, spans.before) if fused.takes("paged_attention", x_RC) else None
-        return self._run(x_RC, RowContext((cos, sin), spans, cache, pages, query_scale=scale))
+        return self._run(x_RC, RowContext((cos, sin), spans, cache, pages, query_scale=scale), wanted)
+
+    def rows_of(
+        self, x_RC: Tensor, position_R: Tensor, spans: Spans, cache: PagedCache | None, wanted: Tensor
+    ) -> Tensor:
+        return self(x_RC, position_R, spans, cache, wanted)
 
     def step(self, token_R: Tensor, pages: Pages, cache: PagedCache) -> Tensor:
         """Logits [R, vocabulary] after one more token of each sequence, int [R], from tensors on the device only, so
@@ -77,25 +92,30 @@ class Decoder(BaseDecoder):
         )
         return self.logits(self._run(x_RC, context))
 
-    def _run(self, x_RC: Tensor, context: RowContext) -> Tensor:
-        """All layers and the final norm, without gradients: each layer's last add is fused with the next norm."""
+    def _run(self, x_RC: Tensor, context: RowContext, wanted: Tensor | None = None) -> Tensor:
+        """All layers and the final norm, without gradients: each layer's last add is fused with the next norm. Rows
+        that are not wanted end before the last layer's MLP."""
         delta_RC, home = None, x_RC.device
-        for layer, own in self._placed(context):
+        for layer, own in self._placed(context, wanted):
             x_RC, delta_RC = _moved(x_RC, delta_RC, own.rotation[0].device)
             if isinstance(layer, PreNormLayer) and _defers(layer):
                 x_RC, delta_RC = layer.deferred(x_RC, delta_RC, own)
             else:
                 x_RC, delta_RC = layer(x_RC if delta_RC is None else x_RC + delta_RC, own), None
         x_RC, delta_RC = _moved(x_RC, delta_RC, home)
+        if wanted is not None and len(x_RC) > len(wanted):  # the layer returned all
+            x_RC, delta_RC = x_RC[wanted], None if delta_RC is None else delta_RC[wanted]
         return fused.add_norm(x_RC, delta_RC, self.norm)[1]
 
-    def _placed(self, context: RowContext) -> Iterator[tuple[nn.Module, RowContext]]:
-        """Each layer, and the context on its device."""
+    def _placed(self, context: RowContext, wanted: Tensor | None = None) -> Iterator[tuple[nn.Module, RowContext]]:
+        """Each layer, and the context on its device; the last one's with the wanted rows."""
         groups = {first: device for device, first in self.layer_groups}
         own = context
         for number, layer in enumerate(self.layers):
             if number in groups:
                 own = context.on(groups[number], number)
+            if wanted is not None and number == len(self.layers) - 1:
+                own = replace(own, wanted=wanted.to(own.rotation[0].device))
             yield layer, own
 
     def _apply(self, fn, recurse: bool = True):
