@@ -57,8 +57,11 @@ struct Quantised {
 // The lanes' scales for one unit: those of a vector times kScales consecutive ones of a row, or (0) the vector's alone.
 template <Kind kKind, int kScales>
 TARGET inline Sixteen factors(const float* of_row, const float* of_vector) {
-  Some scales = load4(of_vector);
-  if constexpr (kKind == Kind::kInt8) scales = load2(of_vector);
+  Some scales;
+  if constexpr (kKind == Kind::kInt8)
+    scales = load2(of_vector);
+  else
+    scales = load4(of_vector);
   if constexpr (kScales == 4) scales = multiply(scales, load4(of_row));
   if constexpr (kScales == 2) scales = multiply(scales, load2(of_row));
   if constexpr (kScales == 1) scales = multiply(scales, load1(of_row));
