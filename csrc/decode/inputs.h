@@ -15,10 +15,11 @@ class Inputs {
   Inputs(int64_t count, int64_t width, const std::vector<Kind>& kinds) : count_(count) {
     for (Quantised* each : {&int8_, &int4_})
       if (std::find(kinds.begin(), kinds.end(), each->kind) != kinds.end()) {
-        const int64_t units = count * units_of(each->kind, width);
-        each->codes.resize(units * unit_elements(each->kind) / sizeof(Line));
-        each->offsets.resize(units);
-        each->scales.resize(units * unit_scales(each->kind));
+        const int64_t units = units_of(each->kind, width);
+        each->codes.resize(count * units * unit_elements(each->kind) / sizeof(Line));
+        each->offsets.resize(count * units);
+        each->scales.resize(count * units * unit_scales(each->kind));
+        if (each->kind == Kind::kInt4) each->totals.resize(count * totals_of(units));
       }
   }
 
@@ -47,21 +48,22 @@ class Inputs {
     bool made = false;
     std::vector<Line> codes = {};
     std::vector<Offsets> offsets = {};
-    std::vector<float> scales = {};
+    std::vector<float> scales = {}, totals = {};
   };
 
   Vectors made(Quantised& to) {
     const int64_t units = units_of(to.kind, width_), stride = units * unit_elements(to.kind);
     const int64_t offsets_stride = 16 * units, scales_stride = units * unit_scales(to.kind);
+    const int64_t totals_stride = totals_of(units);
     int8_t* const codes = to.codes.data()->codes;
     int32_t* const offsets = to.offsets.data()->lanes;
-    float* const scales = to.scales.data();
+    float *const scales = to.scales.data(), *const totals = to.totals.data();
     if (!to.made)
       for (int64_t j = 0; j < count_; ++j)
         quantise(to.kind, x_ + j * width_, width_, codes + j * stride, offsets + j * offsets_stride,
-                 scales + j * scales_stride);
+                 scales + j * scales_stride, to.kind == Kind::kInt4 ? totals + j * totals_stride : nullptr);
     to.made = true;
-    return {codes, stride, count_, offsets, scales, offsets_stride, scales_stride};
+    return {codes, stride, count_, offsets, scales, totals, offsets_stride, scales_stride, totals_stride};
   }
 
   int64_t count_;

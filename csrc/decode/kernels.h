@@ -49,8 +49,16 @@ constexpr int64_t unit_elements(Kind kind) { return kind == Kind::kInt4 ? 128 : 
 constexpr int64_t unit_scales(Kind kind) { return unit_elements(kind) / kGroup; }
 constexpr int64_t units_of(Kind kind, int64_t in) { return (in + unit_elements(kind) - 1) / unit_elements(kind); }
 
-// One vector [in] to units, their lanes' offsets and scales. A group with an element that is not finite has scale NaN.
-void quantise(Kind kind, const float* x, int64_t in, int8_t* units, int32_t* offsets, float* scales);
+// For int4 with zero points: the sums of a vector's elements over groups of 32, 64 and 128, each padded with zeros.
+constexpr int64_t whole_sixteens(int64_t count) { return (count + 15) / 16 * 16; }
+constexpr int64_t totals_of(int64_t units) { return 7 * whole_sixteens(units); }
+constexpr int64_t first_total(int64_t group, int64_t units) {
+  return (group == 32 ? 0 : group == 64 ? 4 : 6) * whole_sixteens(units);
+}
+
+// One vector [in] to units, their lanes' offsets, scales, and (int4) totals. A group with an element that is not finite
+// has scale NaN.
+void quantise(Kind kind, const float* x, int64_t in, int8_t* units, int32_t* offsets, float* scales, float* totals);
 
 // `count` elements (a multiple of 8) to codes; returns their scale, NaN if one is not finite.
 float quantise_group(const float* x, int64_t count, int8_t* codes);
@@ -61,13 +69,13 @@ struct Vectors {
   const void* data;
   int64_t stride, count;
   const int32_t* offsets = nullptr;
-  const float* scales = nullptr;
-  int64_t offsets_stride = 0, scales_stride = 0;
+  const float *scales = nullptr, *totals = nullptr;
+  int64_t offsets_stride = 0, scales_stride = 0, totals_stride = 0;
 };
 
 // The order in which the rows [0, rows) of a weight are read: `parts` at a time, one from each of as many equal parts.
 // Some long streams are faster than one, and much faster than neighbouring rows, whose short streams share pages. The
-// distance between parts is an odd number of rows: with a power of two, all streams would use the same banks.
+// distance between long parts is an odd number of rows: with a power of two, all streams would use the same banks.
 // Row r of [0, together) is read with r + step, r + 2 * step, ...; the remaining rows are read one by one.
 struct Parts {
   int64_t rows, parts, step, together;
@@ -139,7 +147,7 @@ struct KernelSet {
   }
 };
 
-constexpr int64_t padded_rows(int64_t rows) { return (rows + 15) / 16 * 16; }  // whole vectors of any set
+constexpr int64_t padded_rows(int64_t rows) { return whole_sixteens(rows); }  // whole vectors of any set
 
 const KernelSet& scalar_kernels();
 #if defined(__x86_64__)

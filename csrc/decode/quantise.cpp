@@ -37,14 +37,17 @@ int32_t sum4(const int8_t* codes) { return codes[0] + codes[1] + codes[2] + code
 
 }  // namespace
 
-void quantise(Kind kind, const float* x, int64_t in, int8_t* units, int32_t* offsets, float* scales) {
-  const int64_t elements = unit_elements(kind);
-  for (int64_t first = 0; first < in; first += elements, units += elements, offsets += 16) {
+void quantise(Kind kind, const float* x, int64_t in, int8_t* units, int32_t* offsets, float* scales,
+              float* totals) {
+  const int64_t elements = unit_elements(kind), count = units_of(kind, in);
+  if (kind == Kind::kInt4) std::fill_n(totals, totals_of(count), 0.0f);
+  for (int64_t unit = 0; unit < count; ++unit, units += elements, offsets += 16, scales += unit_scales(kind)) {
+    const int64_t first = unit * elements;
     float padded[128] = {};
     int8_t codes[128];
     std::copy_n(x + first, std::min(elements, in - first), padded);
     for (int64_t start = 0; start < elements; start += kGroup)
-      *scales++ = quantise_group(padded + start, kGroup, codes + start);
+      scales[start / kGroup] = quantise_group(padded + start, kGroup, codes + start);
     if (kind == Kind::kInt8) {
       std::copy_n(codes, elements, units);
       for (int64_t lane = 0; lane < 16; ++lane) offsets[lane] = -128 * sum4(units + 4 * lane);
@@ -55,6 +58,13 @@ void quantise(Kind kind, const float* x, int64_t in, int8_t* units, int32_t* off
       }
       for (int64_t lane = 0; lane < 16; ++lane)
         offsets[lane] = -8 * (sum4(units + 4 * lane) + sum4(units + 64 + 4 * lane));
+      for (int64_t g = 0; g < 4; ++g) {
+        const int32_t codes_total = offsets[4 * g] + offsets[4 * g + 1] + offsets[4 * g + 2] + offsets[4 * g + 3];
+        const float total = static_cast<float>(codes_total / -8) * scales[g];
+        totals[first_total(32, count) + 4 * unit + g] = total;
+        totals[first_total(64, count) + 2 * unit + g / 2] += total;
+        totals[first_total(128, count) + unit] += total;
+      }
     }
   }
 }

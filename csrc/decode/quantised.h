@@ -1,8 +1,6 @@
 // Products with int8 and int4 weights, one set per instruction set. All give the same bits.
 #pragma once
 
-#include <vector>
-
 #include "decode/kernels.h"
 #include "decode/product.h"
 

@@ -183,17 +183,6 @@ TARGET void rows_by_all(const Linear& linear, int64_t row, int64_t step, const Q
                                                                    y_stride, accumulate);
 }
 
-// The sums of a vector's elements, as quantised for int4, over each group of `group`: [in / group].
-inline void sum_groups(const int8_t* units, const float* scales, int64_t in, int64_t group, float* totals) {
-  for (int64_t start = 0; start < in; start += kGroup) {
-    const int8_t* const codes = units + start / 128 * 128 + start % 128 / 2;
-    int32_t total = 0;
-    for (int64_t i = 0; i < kGroup / 2; ++i) total += codes[i] + codes[i + 64];
-    const float value = static_cast<float>(total) * scales[start / kGroup];
-    totals[start / group] = start % group == 0 ? value : totals[start / group] + value;
-  }
-}
-
 template <class Codes, int kScales, bool kZero>
 TARGET void all_rows(const Linear& linear, int64_t begin, int64_t end, const Vectors& x, float* y, int64_t y_stride,
                      bool accumulate) {
@@ -203,14 +192,10 @@ TARGET void all_rows(const Linear& linear, int64_t begin, int64_t end, const Vec
         y[j * y_stride + r] = accumulate ? y[j * y_stride + r] + linear.bias[r] : linear.bias[r];
     accumulate = true;
   }
-  const int8_t* const codes = static_cast<const int8_t*>(x.data);
-  const int64_t totals_stride = kZero ? (linear.in / linear.group + 15) / 16 * 16 : 0;
-  std::vector<float> totals(x.count * totals_stride);
-  for (int64_t j = 0; kZero && j < x.count; ++j)
-    sum_groups(codes + j * x.stride, x.scales + j * x.scales_stride, linear.in, linear.group,
-               &totals[j * totals_stride]);
-  const Quantised inputs = {codes,    x.offsets,        x.scales,        totals.data(),
-                            x.stride, x.offsets_stride, x.scales_stride, totals_stride};
+  const float* const totals =
+      kZero ? x.totals + first_total(linear.group, units_of(Codes::kKind, linear.in)) : nullptr;
+  const Quantised inputs = {static_cast<const int8_t*>(x.data), x.offsets, x.scales, totals,
+                            x.stride, x.offsets_stride, x.scales_stride, x.totals_stride};
   const auto one_row = [&](int64_t r) {
     rows_by_all<Codes, kScales, kZero, 1>(linear, begin + r, 0, inputs, x.count, y, y_stride,
                                                             accumulate);

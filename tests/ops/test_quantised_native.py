@@ -16,6 +16,7 @@ from tests.support.rounded_rows import emulated, emulation_error, rounding_error
 KINDS = {
     "int8": ("int8", None, True),
     "int8 32": ("int8", 32, True),
+    "int8 64": ("int8", 64, True),
     "int8 128": ("int8", 128, True),
     "int4 32": ("int4", 32, True),
     "int4 64": ("int4", 64, True),
@@ -32,7 +33,15 @@ def columns_of(kind: str, odd: bool) -> int:
     """Three groups of 128, or sizes that end within one of the 64 or 128 elements that kernels take at a time."""
     if not odd:
         return 384
-    return {"int8": 77, "int8 32": 96, "int4 32": 224, "int4 32 zeros": 160, "int4 64": 192}.get(kind, 384)
+    return {
+        "int8": 77,
+        "int8 32": 96,
+        "int8 64": 192,
+        "int4 32": 224,
+        "int4 32 zeros": 160,
+        "int4 64": 192,
+        "int4 64 zeros": 320,
+    }.get(kind, 384)
 
 
 def operands(kind: str, rows: int, out: int = 75, odd: bool = False) -> tuple[Tensor, QuantisedWeight, Tensor]:
@@ -71,6 +80,21 @@ def test_many_rows_have_the_same_bits_within_the_bound(kind, rows, odd, monkeypa
     assert ((found[0] - emulated(x, weight, bias, group)).abs() <= emulation_error(x, weight, bias, group)).all()
     assert all(torch.equal(other, found[0]) for other in found[1:])
     assert torch.equal(native.quantised_linear(x[:40], weight, bias)[:33], found[0][:33])
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_few_long_rows_with_zero_points(group, rows, monkeypatch):
+    """More groups than are read at once: 69, 35 and 18."""
+    torch.manual_seed(0)
+    columns = {32: 2208, 64: 2240, 128: 2304}[group]
+    weight, bias = quantise(torch.randn(70, columns) + 0.5, "int4", group, symmetric=False), torch.randn(70)
+    x = torch.randn(rows, columns)
+    exact = F.linear(x.double(), dequantise(weight, torch.float64), bias.double())
+    for level in LEVELS:
+        monkeypatch.setenv("LLAVA_FAST_SIMD", level)
+        found = native.quantised_linear(x, weight, bias)
+        assert ((found - exact).abs() <= rounding_error(x, weight, bias)).all()
 
 
 def test_many_rows_over_blocks_of_columns_and_of_rows(monkeypatch):
