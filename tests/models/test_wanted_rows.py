@@ -1,4 +1,4 @@
-"""Prefill computes the last layer's MLP for the rows whose logits are wanted, and for no others."""
+"""Prefill computes what follows the last layer's attention for the rows whose logits are wanted, and for no others."""
 
 from __future__ import annotations
 

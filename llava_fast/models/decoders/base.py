@@ -38,7 +38,7 @@ class RowContext:
     needed.
     memory    rows outside the sequence that layers may attend to [M, C], or None.
     query_scale  factor of each row's queries, [R, 1, 1], or None: 1.
-    wanted    int [W], ascending: a layer may return these rows alone; None: all. Given to the last layer.
+    wanted    int [W], ascending, of the last layer: its attention returns these rows alone; None: all.
     """
 
     rotation: tuple[Tensor, Tensor]

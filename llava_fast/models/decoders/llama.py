@@ -49,12 +49,14 @@ class DecoderAttention(MergesLinears):
 def attended(
     query_RHD: Tensor, key_RKD: Tensor, value_RKD: Tensor, context: RowContext, layer: int, window: int | None = None
 ) -> Tensor:
-    """Rotated and attended: [R, H * D]. Arguments as for `attend`."""
+    """Rotated and attended: [R, H * D], or of the wanted rows alone. Arguments as for `attend`."""
     if context.cache is not None and context.pages is not None:
         rows, pages = (query_RHD, key_RKD, value_RKD, *context.rotation), context.pages
-        return paged_attention(*rows, context.cache.segments, *pages, layer=layer, window=window)
-    query_RHD, key_RKD = fused.rotated(query_RHD, key_RKD, context.rotation)
-    return attend(query_RHD, key_RKD, value_RKD, context.spans, layer, context.cache, window)
+        found = paged_attention(*rows, context.cache.segments, *pages, layer=layer, window=window)
+    else:
+        query_RHD, key_RKD = fused.rotated(query_RHD, key_RKD, context.rotation)
+        found = attend(query_RHD, key_RKD, value_RKD, context.spans, layer, context.cache, window)
+    return found if context.wanted is None else found[context.wanted]
 
 
 class DecoderMLP(MergesLinears):
@@ -99,7 +101,7 @@ class DecoderLayer(PreNormLayer):
         x_RC, normed_RC = fused.add_norm(x_RC, delta_RC, self.input_layernorm)
         attended_RC = self.self_attn(normed_RC, context)
         if context.wanted is not None:
-            x_RC, attended_RC = x_RC[context.wanted], attended_RC[context.wanted]
+            x_RC = x_RC[context.wanted]
         x_RC, normed_RC = fused.add_norm(x_RC, attended_RC, self.post_attention_layernorm)
         return x_RC, self.mlp(normed_RC)
 

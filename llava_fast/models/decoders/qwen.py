@@ -86,7 +86,7 @@ class QwenLayer(PreNormLayer):
         x_RC, normed_RC = fused.add_norm(x_RC, delta_RC, self.ln_1)
         attended_RC = self.attn(normed_RC, context)
         if context.wanted is not None:
-            x_RC, attended_RC = x_RC[context.wanted], attended_RC[context.wanted]
+            x_RC = x_RC[context.wanted]
         x_RC, normed_RC = fused.add_norm(x_RC, attended_RC, self.ln_2)
         return x_RC, self.mlp(normed_RC)
 

@@ -94,7 +94,7 @@ class Decoder(BaseDecoder):
 
     def _run(self, x_RC: Tensor, context: RowContext, wanted: Tensor | None = None) -> Tensor:
         """All layers and the final norm, without gradients: each layer's last add is fused with the next norm. Rows
-        that are not wanted end before the last layer's MLP."""
+        that are not wanted end after the last layer's attention."""
         delta_RC, home = None, x_RC.device
         for layer, own in self._placed(context, wanted):
             x_RC, delta_RC = _moved(x_RC, delta_RC, own.rotation[0].device)
