@@ -20,18 +20,18 @@ TARGET inline Sixteen multiply(Sixteen a, Sixteen b) {
 TARGET inline Sixteen multiply_add(Sixteen a, Sixteen b, Sixteen c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
-typedef __m128 Some;
-TARGET inline Some load4(const float* p) { return _mm_loadu_ps(p); }
-TARGET inline Some load2(const float* p) {
+typedef __m128 Four;
+TARGET inline Four load4(const float* p) { return _mm_loadu_ps(p); }
+TARGET inline Four load2(const float* p) {
   const __m128 two = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   return _mm_unpacklo_ps(two, two);
 }
-TARGET inline Some load1(const float* p) { return _mm_set1_ps(*p); }
-TARGET inline Some multiply(Some a, Some b) { return _mm_mul_ps(a, b); }
-TARGET inline Sixteen spread2(Some v) {
+TARGET inline Four load1(const float* p) { return _mm_set1_ps(*p); }
+TARGET inline Four multiply(Four a, Four b) { return _mm_mul_ps(a, b); }
+TARGET inline Sixteen spread2(Four v) {
   return {_mm256_broadcastss_ps(v), _mm256_broadcastss_ps(_mm_movehl_ps(v, v))};
 }
-TARGET inline Sixteen spread4(Some v) {
+TARGET inline Sixteen spread4(Four v) {
   const __m256 four = _mm256_castps128_ps256(v);
   return {_mm256_permutevar8x32_ps(four, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1)),
           _mm256_permutevar8x32_ps(four, _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3))};

@@ -20,19 +20,19 @@ TARGET inline Sixteen load16(const void* p) { return _mm512_loadu_ps(p); }
 TARGET inline Sixteen splat16(float x) { return _mm512_set1_ps(x); }
 TARGET inline Sixteen multiply(Sixteen a, Sixteen b) { return _mm512_mul_ps(a, b); }
 TARGET inline Sixteen multiply_add(Sixteen a, Sixteen b, Sixteen c) { return _mm512_fmadd_ps(a, b, c); }
-typedef __m128 Some;
-TARGET inline Some load4(const float* p) { return _mm_loadu_ps(p); }
-TARGET inline Some load2(const float* p) {
+typedef __m128 Four;
+TARGET inline Four load4(const float* p) { return _mm_loadu_ps(p); }
+TARGET inline Four load2(const float* p) {
   const __m128 two = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   return _mm_unpacklo_ps(two, two);
 }
-TARGET inline Some load1(const float* p) { return _mm_set1_ps(*p); }
-TARGET inline Some multiply(Some a, Some b) { return _mm_mul_ps(a, b); }
-TARGET inline Sixteen spread2(Some v) {
+TARGET inline Four load1(const float* p) { return _mm_set1_ps(*p); }
+TARGET inline Four multiply(Four a, Four b) { return _mm_mul_ps(a, b); }
+TARGET inline Sixteen spread2(Four v) {
   const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2);
   return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(v));
 }
-TARGET inline Sixteen spread4(Some v) {
+TARGET inline Sixteen spread4(Four v) {
   const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
   return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(v));
 }
@@ -61,21 +61,21 @@ TARGET inline Nibbles nibbles(const uint8_t* p) {
 // Minus `factor` (at most 128) times the lanes' sums of codes, plus `from`. Offsets are found so for int8, as one
 // instruction more is faster than reading them; and for int4 with one vector: that is bound by reading the weights, and
 // stored offsets would take room from the codes in the first-level cache.
-TARGET inline __m512i less(int factor, __m512i codes, __m512i from) {
+TARGET inline __m512i less_sums(int factor, __m512i codes, __m512i from) {
   const __m512i factors = _mm512_set1_epi8(static_cast<char>(factor));
   return _mm512_sub_epi32(from, _mm512_dpbusd_epi32(_mm512_setzero_si512(), factors, codes));
 }
 struct Int8Unit {
   __m512i codes, offsets;
   TARGET Int8Unit(const int8_t* p, const int32_t*, bool)
-      : codes(load_once(p)), offsets(less(128, codes, _mm512_setzero_si512())) {}
+      : codes(load_once(p)), offsets(less_sums(128, codes, _mm512_setzero_si512())) {}
 };
 struct Int4Unit {
   __m512i even, odd, offsets;
   TARGET Int4Unit(const int8_t* p, const int32_t* stored, bool alone)
       : even(load_once(p)),
         odd(load_once(p + 64)),
-        offsets(alone ? less(8, even, less(8, odd, _mm512_setzero_si512())) : load_once(stored)) {}
+        offsets(alone ? less_sums(8, even, less_sums(8, odd, _mm512_setzero_si512())) : load_once(stored)) {}
 };
 
 TARGET inline Sixteen dot(Bytes w, const Int8Unit& x) {

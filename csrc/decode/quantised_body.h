@@ -6,8 +6,8 @@
 //   Int8Unit, Int4Unit       a unit of a vector (see kernels.h), from its codes and offsets; `alone`: no other vectors
 //   dot(Bytes, Int8Unit)     the lanes' integer products, exact, as floats
 //   dot(low, high, Int4Unit) the same, the weights' codes less 8
-//   Some                     four floats, with load4, load2 (0, 0, 1, 1), load1 (the same four times), multiply
-//   spread2(Some), spread4   the first (0 and 2) or all of them, each to as many neighbouring lanes
+//   Four                     four floats, with load4, load2 (0, 0, 1, 1), load1 (the same four times), multiply
+//   spread2(Four), spread4   the first (0 and 2) or all of them, each to as many neighbouring lanes
 //   less_zeros(p)            8 less each of 16 zero points, bytes
 //   sum_each16(a, b, c, d)   the sums of the lanes of each: lanes i and i + 8 first, then i and i + 2, i and i + 1,
 //                            then the two halves
@@ -38,14 +38,14 @@ struct Rows {
 };
 
 // The vectors of one call. `totals`, for zero points: the sums of a vector's elements over each group of the weight.
-struct Quantised {
+struct QuantisedVectors {
   const int8_t* codes;
   const int32_t* offsets;
   const float *scales, *totals;
   int64_t stride, offsets_stride, scales_stride, totals_stride;
 
-  Quantised from(int64_t j) const {
-    Quantised rest = *this;
+  QuantisedVectors from(int64_t j) const {
+    QuantisedVectors rest = *this;
     rest.codes += j * stride;
     rest.offsets += j * offsets_stride;
     rest.scales += j * scales_stride;
@@ -57,7 +57,7 @@ struct Quantised {
 // The lanes' scales for one unit: those of a vector times kScales consecutive ones of a row, or (0) the vector's alone.
 template <Kind kKind, int kScales>
 TARGET inline Sixteen factors(const float* of_row, const float* of_vector) {
-  Some scales;
+  Four scales;
   if constexpr (kKind == Kind::kInt8)
     scales = load2(of_vector);
   else
@@ -71,16 +71,17 @@ TARGET inline Sixteen factors(const float* of_row, const float* of_vector) {
 
 constexpr int kAhead = 384;  // bytes fetched ahead in each row
 
-// The contribution of unit number `unit`, whose first scale in a row is number `scale`: R rows by N vectors.
+// The contribution of unit number `unit`: R rows, where it is number `at` and its first scale number `scale`, by N
+// vectors.
 template <class Codes, int kScales, int R, int N>
-TARGET inline void add_unit(const Rows<R>& rows, int64_t unit, int64_t scale, const Quantised& x,
+TARGET inline void add_unit(const Rows<R>& rows, int64_t at, int64_t scale, int64_t unit, const QuantisedVectors& x,
                             Sixteen (&sums)[R][N]) {
   constexpr Kind kKind = Codes::kKind;
   Codes codes[R];
 #pragma GCC unroll 4
   for (int i = 0; i < R; ++i) {
-    __builtin_prefetch(rows.codes[i] + 64 * unit + kAhead);
-    codes[i] = Codes::load(rows.codes[i] + 64 * unit);
+    __builtin_prefetch(rows.codes[i] + 64 * at + kAhead);
+    codes[i] = Codes::load(rows.codes[i] + 64 * at);
   }
 #pragma GCC unroll 4
   for (int j = 0; j < N; ++j) {
@@ -99,7 +100,7 @@ TARGET inline void add_unit(const Rows<R>& rows, int64_t unit, int64_t scale, co
 // The effect of zero points other than 8: for each group, its scale times 8 less the zero point, times the sum of the
 // vector's elements.
 template <int R, int N>
-TARGET void add_zeros(const Rows<R>& rows, int64_t groups, const Quantised& x, Sixteen (&sums)[R][N]) {
+TARGET void add_zeros(const Rows<R>& rows, int64_t groups, const QuantisedVectors& x, Sixteen (&sums)[R][N]) {
   for (int i = 0; i < R; ++i)
     for (int64_t g = 0; g < groups; g += 16) {
       const int64_t left = groups - g;
@@ -124,7 +125,7 @@ TARGET void add_zeros(const Rows<R>& rows, int64_t groups, const Quantised& x, S
 // Rows `row`, row + step, ... (R of them) by N vectors, all sums in registers, into y. kScales: how many a unit has in
 // a row; 1 also if several units share it, 0 if the row has a single one.
 template <class Codes, int kScales, bool kZero, int R, int N>
-TARGET void rows_by_vectors(const Linear& linear, int64_t row, int64_t step, const Quantised& x, float* y,
+TARGET void rows_by_vectors(const Linear& linear, int64_t row, int64_t step, const QuantisedVectors& x, float* y,
                             int64_t y_stride, bool accumulate) {
   constexpr int64_t kElements = unit_elements(Codes::kKind);
   const int64_t bytes = linear.in * 64 / kElements, full = bytes / 64, groups = linear.in / linear.group;
@@ -141,7 +142,7 @@ TARGET void rows_by_vectors(const Linear& linear, int64_t row, int64_t step, con
   if constexpr (kZero) add_zeros(rows, groups, x, sums);
   int64_t unit = 0, group = 0;
   for (int64_t shared = 0; unit < full; ++unit) {
-    add_unit<Codes, kScales>(rows, unit, group, x, sums);
+    add_unit<Codes, kScales>(rows, unit, group, unit, x, sums);
     shared += kElements;
     group += shared >= linear.group ? kScales : 0;
     shared = shared >= linear.group ? 0 : shared;
@@ -153,10 +154,10 @@ TARGET void rows_by_vectors(const Linear& linear, int64_t row, int64_t step, con
     for (int i = 0; i < R; ++i) {
       for (int64_t k = 0; k < left; ++k) codes[i][k] = rows.codes[i][64 * unit + k];
       for (int64_t k = 0; k < std::min<int64_t>(groups - group, kScales); ++k) scale[i][k] = rows.scale[i][group + k];
-      copies.codes[i] = codes[i] - 64 * unit;
-      copies.scale[i] = scale[i] - group;
+      copies.codes[i] = codes[i];
+      copies.scale[i] = scale[i];
     }
-    add_unit<Codes, kScales>(copies, unit, group, x, sums);
+    add_unit<Codes, kScales>(copies, 0, 0, unit, x, sums);
   }
   for (int j = 0; j < N; ++j)
     for (int first = 0; first < R; first += 4) {
@@ -172,7 +173,7 @@ TARGET void rows_by_vectors(const Linear& linear, int64_t row, int64_t step, con
 }
 
 template <class Codes, int kScales, bool kZero, int R>
-TARGET void rows_by_all(const Linear& linear, int64_t row, int64_t step, const Quantised& x, int64_t count, float* y,
+TARGET void rows_by_all(const Linear& linear, int64_t row, int64_t step, const QuantisedVectors& x, int64_t count, float* y,
                         int64_t y_stride, bool accumulate) {
   int64_t j = 0;
   for (; j + kTileVectors <= count; j += kTileVectors)
@@ -194,7 +195,7 @@ TARGET void all_rows(const Linear& linear, int64_t begin, int64_t end, const Vec
   }
   const float* const totals =
       kZero ? x.totals + first_total(linear.group, units_of(Codes::kKind, linear.in)) : nullptr;
-  const Quantised inputs = {static_cast<const int8_t*>(x.data), x.offsets, x.scales, totals,
+  const QuantisedVectors inputs = {static_cast<const int8_t*>(x.data), x.offsets, x.scales, totals,
                             x.stride, x.offsets_stride, x.scales_stride, x.totals_stride};
   const auto one_row = [&](int64_t r) {
     rows_by_all<Codes, kScales, kZero, 1>(linear, begin + r, 0, inputs, x.count, y, y_stride,

@@ -35,23 +35,23 @@ inline Sixteen multiply_add(const Sixteen& a, const Sixteen& b, const Sixteen& c
   for (int i = 0; i < 16; ++i) out.lanes[i] = std::fma(a.lanes[i], b.lanes[i], c.lanes[i]);
   return out;
 }
-struct Some {
+struct Four {
   float lanes[4];
 };
-inline Some load4(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
-inline Some load2(const float* p) { return {{p[0], p[0], p[1], p[1]}}; }
-inline Some load1(const float* p) { return {{*p, *p, *p, *p}}; }
-inline Some multiply(const Some& a, const Some& b) {
-  Some out;
+inline Four load4(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
+inline Four load2(const float* p) { return {{p[0], p[0], p[1], p[1]}}; }
+inline Four load1(const float* p) { return {{*p, *p, *p, *p}}; }
+inline Four multiply(const Four& a, const Four& b) {
+  Four out;
   for (int i = 0; i < 4; ++i) out.lanes[i] = a.lanes[i] * b.lanes[i];
   return out;
 }
-inline Sixteen spread2(const Some& v) {
+inline Sixteen spread2(const Four& v) {
   Sixteen out;
   for (int i = 0; i < 16; ++i) out.lanes[i] = v.lanes[i / 8 * 2];
   return out;
 }
-inline Sixteen spread4(const Some& v) {
+inline Sixteen spread4(const Four& v) {
   Sixteen out;
   for (int i = 0; i < 16; ++i) out.lanes[i] = v.lanes[i / 4];
   return out;
