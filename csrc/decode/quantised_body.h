@@ -173,8 +173,8 @@ TARGET void rows_by_vectors(const Linear& linear, int64_t row, int64_t step, con
 }
 
 template <class Codes, int kScales, bool kZero, int R>
-TARGET void rows_by_all(const Linear& linear, int64_t row, int64_t step, const QuantisedVectors& x, int64_t count, float* y,
-                        int64_t y_stride, bool accumulate) {
+TARGET void rows_by_all(const Linear& linear, int64_t row, int64_t step, const QuantisedVectors& x, int64_t count,
+                        float* y, int64_t y_stride, bool accumulate) {
   int64_t j = 0;
   for (; j + kTileVectors <= count; j += kTileVectors)
     rows_by_vectors<Codes, kScales, kZero, R, kTileVectors>(
