@@ -192,6 +192,8 @@ def said(item):
         ({"extra_body": said({"type": "input_audio"})}, r"- messages\.0\.content\.1: Input tag 'input_audio'"),
         ({"extra_body": {"messages": [{"role": "user", "content": 5}]}}, r"content: .* valid string or .* valid list"),
         ({"stop": ["a"] * 17}, "stop: List should have at most 16"),
+        ({"extra_body": {"stop": {"a": 1}}}, r"- stop: .* valid string or .* valid list"),
+        ({"extra_body": {"max_tokens": "x", "n": 0}}, "- max_tokens: (?!.* or )"),
         ({"stop": ["a", ""]}, "stop must be a string or several"),
     ],
     ids=lambda case: " ".join(case) if isinstance(case, dict) else "",
