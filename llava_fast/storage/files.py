@@ -152,12 +152,12 @@ def _refuse_nesting(file: Path) -> NoReturn:
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A new directory beside `path` that replaces `path` when the block ends and is removed if the block fails. An
-    error in writing (no space, no permission) becomes a CheckpointError."""
+    OSError (no space, no permission, a file to copy from that is gone) becomes a CheckpointError."""
     try:
         with _written_whole(path) as directory:
             yield directory
     except (OSError, SafetensorError) as problem:
-        raise CheckpointError(f"{path} cannot be written ({one_line(problem)}); it is as it was") from None
+        raise CheckpointError(f"{path} was not written ({one_line(problem)}); it is as it was") from problem
 
 
 @contextlib.contextmanager
