@@ -189,6 +189,7 @@ def said(item):
             {"extra_body": said({"type": "image_url", "image_url": "x"})},
             r"- messages\.0\.content\.1\.image_url: .* dictionary",
         ),
+        ({"extra_body": said({"type": "text", "text": {"a": 1}})}, r"- messages\.0\.content\.1\.text: "),
         ({"extra_body": said({"type": "input_audio"})}, r"- messages\.0\.content\.1: Input tag 'input_audio'"),
         ({"extra_body": {"messages": [{"role": "user", "content": 5}]}}, r"content: .* valid string or .* valid list"),
         ({"stop": ["a"] * 17}, "stop: List should have at most 16"),
