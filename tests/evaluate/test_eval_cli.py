@@ -57,6 +57,7 @@ def test_failures_and_another_model_are_said(tmp_path):
     row["score"] = None  # as of a task that is judged
     assert "1 of 1 questions got no answer and are left out; " in failures_of(results, ["llava:q.json"])[0]
     assert results_before(tmp_path / "o", {**results["model"], "an option since": None})
+    assert "without --shard asks again what failed" in invoke(*asked, "--shard", "0/1").stderr
     other = invoke(*asked, "--quantize", "int4")
     assert "(quantize is None there and 'int4' now): give another --out" in str(other.exception)
 
