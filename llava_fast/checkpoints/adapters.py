@@ -189,7 +189,7 @@ def save_adapter(
         save_file({stored[name]: each.contiguous() for name, each in held.items()}, file, metadata={"format": "pt"})
         file.chmod((directory / ADAPTER_CONFIG).stat().st_mode)  # safetensors' mode is 600
         if rest:
-            torch.save(rest, directory / _EXTRA_FILES[1])
+            _save_pickled(rest, directory / _EXTRA_FILES[1])
         _describe(directory, config, note)
 
 
@@ -205,7 +205,7 @@ def save_projector(path: Path, tensors: Mapping[str, torch.Tensor], config: Llav
     with written_whole(path) as directory:
         spelling: Spelling = "original" if "original" in names.written else config.layout
         stored = {names.to_stored(name, spelling, config): value.contiguous() for name, value in tensors.items()}
-        torch.save(stored, directory / _PROJECTOR_FILES[1])
+        _save_pickled(stored, directory / _PROJECTOR_FILES[1])
         _describe(directory, config, note)
 
 
@@ -218,6 +218,11 @@ def _beside(config: LlavaConfig, name: str) -> str:
     """PEFT's name for our tensor `name`: based on transformers 5's names, or on the original's."""
     family = family_of_config(config)
     return family.names.to_stored(name, family.adapter_spelling, config)
+
+
+def _save_pickled(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    with path.open("wb") as file:  # given a path, torch raises a RuntimeError where the disk is full
+        torch.save(tensors, file)
 
 
 def _describe(directory: Path, config: LlavaConfig, note: str | None) -> None:

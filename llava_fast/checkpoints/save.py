@@ -25,7 +25,7 @@ from llava_fast.families.names import HEAD
 from llava_fast.models.config import ConfiguredModel, LlavaConfig
 from llava_fast.models.fused import separate_parameters
 from llava_fast.ops.quantised_linear import QuantisedWeight, dequantise, packing, quantise
-from llava_fast.storage.files import Fields, check_fields, parse_json, read_text, write_json, written_whole
+from llava_fast.storage.files import Fields, check_fields, one_line, parse_json, read_text, write_json, written_whole
 
 NOTE_FILE = "llava_fast.json"
 """File with settings that only llava_fast reads: "chat_template", the built-in template used in training."""
@@ -107,9 +107,9 @@ def save(
         for file in directory.glob("*.safetensors"):  # safetensors makes its files readable by their owner only
             shutil.copymode(directory / "config.json", file)
         if tokenizer is not None:
-            tokenizer.save_pretrained(directory)
+            _save_tokenizer(tokenizer, directory)
         if family.connector_tokenizer is not None and model.connector_tokenizer is not None:
-            model.connector_tokenizer.save_pretrained(directory / family.connector_tokenizer)
+            _save_tokenizer(model.connector_tokenizer, directory / family.connector_tokenizer)
         _write_side_files(directory, config, family, getattr(model, "side_files", {}))
 
 
@@ -133,13 +133,15 @@ def check_destination(path: str | Path, overwrite: bool = False) -> Path:
     """The absolute path of a directory to save into. Raises CheckpointError for a file, for a place where nothing can
     be written and, without `overwrite`, for a directory that is not empty.
     """
-    path = Path(path).expanduser().resolve()
-    if path.exists() and not path.is_dir():
-        raise CheckpointError(f"{path} is a file; give a directory to save into")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise CheckpointError(f"{path} is not empty; choose another directory or pass overwrite=True")
-    above = next(each for each in path.parents if each.exists())
+    path = above = Path(path).expanduser().resolve()
+    if path == path.parent:
+        raise CheckpointError(f"{path} is the root of a file system; give a directory below it to save into")
     try:
+        if path.exists() and not path.is_dir():
+            raise CheckpointError(f"{path} is a file; give a directory to save into")
+        if path.is_dir() and any(path.iterdir()) and not overwrite:
+            raise CheckpointError(f"{path} is not empty; choose another directory or pass overwrite=True")
+        above = next(each for each in path.parents if each.exists())
         with tempfile.TemporaryFile(dir=above):
             pass
     except OSError as problem:
@@ -156,6 +158,15 @@ def read_side_files(path: Path) -> dict[str, str]:
             if kind is not None:
                 check_fields(parse_json(texts[name], path / name), kind, path / name)
     return texts
+
+
+def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    try:
+        tokenizer.save_pretrained(directory)
+    except Exception as problem:
+        if type(problem) is Exception:  # of the tokenizers library, which has no other for a full disk
+            raise OSError(one_line(problem)) from problem
+        raise
 
 
 def _write_side_files(directory: Path, config: LlavaConfig, family: Family, side_files: dict[str, str]) -> None:

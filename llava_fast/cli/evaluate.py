@@ -145,7 +145,8 @@ def run(
     if own:
         results = evaluate(plan, _answerer(spec, batch, processes, ray), _Bars())
     if share is not None:
-        typer.echo(f"shard {share[0]} of {share[1]} is answered; the command without --shard scores", err=True)
+        rest = "the command without --shard asks again what failed, then scores"
+        typer.echo(f"shard {share[0]} of {share[1]} is done; {rest}", err=True)
         return
     if theirs:
         make_folder(out)

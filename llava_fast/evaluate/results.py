@@ -46,22 +46,26 @@ def results_before(out: Path, model: Mapping[str, Any]) -> dict[str, Any]:
     if not (out / RESULTS).exists():
         return {}
     before = load_results(out)
-    if (there := before["model"]) != model:
-        names = [name for name in {**there, **model} if there.get(name) != model.get(name)]
+    there = before["model"]
+    if names := [name for name in {**there, **model} if there.get(name) != model.get(name)]:
         told = ", ".join(f"{name} is {there.get(name)!r} there and {model.get(name)!r} now" for name in names)
         raise EvaluationError(f"{out / RESULTS} is of another model ({told}): give another --out")
     return before["tasks"]
 
 
 def failures_of(results: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
-    """A sentence for each of these tasks with questions that got no answer, which count as wrong."""
+    """A sentence for each of these tasks with questions that got no answer. They count as wrong; those without a score
+    (a judge gives it, or the data has no reference) are left out of the metrics."""
     told = []
     for name in tasks:
         found = results["tasks"][name]
         failed = [row for row in found.get("answers", ()) if row.get("error") is not None]
         if failed:
+            counts = "count as wrong"
+            if left_out := sum(row["score"] is None for row in failed):
+                counts = "are left out" if left_out == len(failed) else f"{counts}, save {left_out} that are left out"
             told.append(
-                f"{name}: {len(failed)} of {found['questions']} questions got no answer and count as wrong; the first, "
+                f"{name}: {len(failed)} of {found['questions']} questions got no answer and {counts}; the first, "
                 f"{failed[0]['id']!r}: {failed[0]['error']}. The same command asks them again"
             )
     return told

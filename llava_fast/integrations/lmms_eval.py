@@ -87,7 +87,8 @@ class LlavaFast(lmms):
     def generate_until(self, requests: list) -> list:
         """The answers to lmms-eval Instances, in order: GenerationResults with token counts of the prompt (visual ones
         included) and answer, or plain texts if lmms-eval has no such class. A task's "until" ends an answer and is not
-        part of it. Raises RequestError or ImageError naming the sample, and RequestError for beam search."""
+        part of it; an empty text in it has no effect. Raises RequestError or ImageError naming the sample, and
+        RequestError for beam search."""
         read = [self._read(instance.args) for instance in requests]
         answers: list[Any] = [None] * len(requests)
         alike: dict[str, list[int]] = {}
@@ -212,10 +213,11 @@ def _options(settings: dict) -> dict[str, Any]:
     temperature = settings.get("temperature")
     if temperature is None:
         temperature = 1.0 if settings.get("do_sample") else 0.0
+    until = settings.get("until")
     options = {
         "max_new_tokens": settings.get("max_new_tokens", settings.get("max_gen_toks", 1024)),
         "temperature": 0.0 if settings.get("do_sample") is False else float(temperature),
-        "stop": settings.get("until"),
+        "stop": [text for text in until if text] if isinstance(until, (list, tuple)) else until or None,
     }
     names = {"top_p", "top_k", "repetition_penalty", "seed"}
     options |= {name: settings[name] for name in names if settings.get(name) is not None}

@@ -91,12 +91,14 @@ def invalid(errors: Sequence[Any], body: Any) -> ApiError:
     if body is None:
         return ApiError(400, "the body is empty or null: send a JSON object")
     first = max(errors, key=_depth)
-    where = place_of(first["loc"][1:], body)  # without "body"
-    same = [
-        error["msg"] for error in errors if error["loc"][:-1] == first["loc"][:-1] and _depth(error) == _depth(first)
-    ]
+    where = _place(first, body)
+    same = [error["msg"] for error in errors if _place(error, body) == where and _depth(error) == _depth(first)]
     message = " or ".join(dict.fromkeys(message.removeprefix("Value error, ") for message in same))
     return ApiError(400, f"{where}: {message}" if where else message, param=where or None)
+
+
+def _place(error: Any, body: Any) -> str:
+    return place_of(error["loc"][1:], body, missing=error["type"] == "missing")  # without "body"
 
 
 def _depth(error: Any) -> tuple[int, bool]:

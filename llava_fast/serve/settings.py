@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -91,24 +92,39 @@ class Settings:
         for folder in self.allow_files:
             if not folder.is_dir():
                 raise ServeError(f"the folder {folder} of allow_files does not exist")
-        for name in self.allow_remote:
-            _check_name(name.removeprefix("*."), "allow_remote", name)
-        for name in self.host_names:
-            if name != "*":
-                _check_name(name, "host_names", name)
+        wrong_names = [("allow_remote", name) for name in self.allow_remote if not _is_host(name.removeprefix("*."))]
+        wrong_names += [("host_names", name) for name in self.host_names if name != "*" and not _is_host(name)]
+        if wrong_names:
+            setting, name = wrong_names[0]
+            raise ServeError(
+                f"{setting}: {name!r} matches no host: write its name alone, as images.example.org, without scheme, "
+                "port and path, other letters than ASCII's in IDNA (xn--...)"
+            )
         for origin in self.allow_origins:
-            parts = urlsplit(origin)
-            if origin not in ("*", "null") and not (parts.netloc and origin == f"{parts.scheme}://{parts.netloc}"):
-                raise ServeError(f"allow_origins: {origin!r} matches no origin: write it as https://app.example.org")
+            if origin not in ("*", "null") and not _is_origin(origin):
+                raise ServeError(
+                    f"allow_origins: {origin!r} matches no origin: write each as browsers send it, as "
+                    "https://app.example.org, in lower case, without user, path, wildcard and the scheme's own port"
+                )
 
 
-def _check_name(name: str, field: str, given: str) -> None:
-    """Refuse what never equals a request's host name."""
+def _is_host(name: str) -> bool:
+    """Whether a request's host name can equal this one."""
     try:
         ipaddress.ip_address(name)
     except ValueError:
-        if not name or set(name) & set("/:@*") or any(map(str.isspace, name)):
-            raise ServeError(
-                f"{field}: {given!r} matches no host: write its name alone, as images.example.org, "
-                "without scheme, port and path"
-            ) from None
+        return re.fullmatch(r"[\w-]+(\.[\w-]+)*", name, re.ASCII) is not None
+    return True
+
+
+def _is_origin(text: str) -> bool:
+    """Whether it is what browsers send as Origin (RFC 6454, section 6.2)."""
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        return False
+    origin = f"{parts.scheme}://[{host}]" if ":" in host else f"{parts.scheme}://{host}"
+    if port is not None and port != {"http": 80, "https": 443}.get(parts.scheme):
+        origin += f":{port}"
+    return _is_host(host) and text == origin

@@ -101,23 +101,24 @@ def check_fields(content: Mapping[str, Any], fields: type[Fields], file: Path | 
         wrong: dict[str, list[str]] = {}
         for each in error.errors(include_url=False):
             if not (sparse and each["type"] == "missing"):
-                place = place_of(each["loc"], content)
+                place = place_of(each["loc"], content, missing=each["type"] == "missing")
                 value = "" if each["type"] == "missing" else f", not {reprlib.repr(each['input'])}"
                 wrong.setdefault(place, []).append(each["msg"].removeprefix("Value error, ") + value)
         for place, messages in wrong.items():  # report only the first, on one line
             raise CheckpointError(f"{file}: {place}: {' or '.join(dict.fromkeys(messages))}") from None
 
 
-def place_of(loc: tuple[int | str, ...], content: Any) -> str:
-    """The path of a field in the file: `loc` without the type names that pydantic inserts for unions."""
+def place_of(loc: tuple[int | str, ...], content: Any, missing: bool) -> str:
+    """The path of a field in the file: `loc` without the type names that pydantic inserts for unions. missing: the
+    last part of `loc` names a field that `content` does not have."""
     path = []
     for index, part in enumerate(loc):
         parts = range(len(content)) if isinstance(content, list) else content if isinstance(content, Mapping) else ()
         if part in parts:
             path.append(str(part))
             content = content[part]
-        elif index == len(loc) - 1 and isinstance(content, Mapping):
-            path.append(str(part))  # a missing field
+        elif missing and index == len(loc) - 1:
+            path.append(str(part))
     return ".".join(path)
 
 
@@ -151,12 +152,12 @@ def _refuse_nesting(file: Path) -> NoReturn:
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A new directory beside `path` that replaces `path` when the block ends and is removed if the block fails. An
-    error in writing (no space, no permission) becomes a CheckpointError."""
+    OSError (no space, no permission, a file to copy from that is gone) becomes a CheckpointError."""
     try:
         with _written_whole(path) as directory:
             yield directory
     except (OSError, SafetensorError) as problem:
-        raise CheckpointError(f"{path} cannot be written ({one_line(problem)}); it is as it was") from None
+        raise CheckpointError(f"{path} was not written ({one_line(problem)}); it is as it was") from problem
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import resource
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +23,7 @@ from transformers import (
     LlavaProcessor,
 )
 
+from llava_fast.checkpoints import adapters
 from llava_fast.checkpoints import save as save_module
 from llava_fast.checkpoints.load import load_checkpoint
 from llava_fast.checkpoints.save import check_destination, save
@@ -28,6 +31,7 @@ from llava_fast.errors import CheckpointError
 from llava_fast.families.llava_original import known_tower_name
 from llava_fast.inputs.processor import Processor
 from llava_fast.inputs.tiling.anyres import count_image_rows, image_views
+from llava_fast.storage.files import written_whole
 from tests.support.tiny_checkpoints import (
     KINDS,
     PINPOINTS,
@@ -301,6 +305,39 @@ def test_a_place_where_nothing_can_be_written_is_found_before_the_work(tmp_path)
         check_destination(tmp_path / "file" / "inner" / "new")
     assert check_destination(tmp_path / "some" / "new") == tmp_path / "some" / "new"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(CheckpointError, match="root of a file system"):
+        check_destination("/", overwrite=True)
+
+
+def test_a_place_that_cannot_be_looked_at_is_refused(tmp_path, monkeypatch):
+    def closed(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", closed)  # a folder that only its owner may search; root may search all
+    with pytest.raises(CheckpointError, match=r"cannot be written: .*Permission denied"):
+        check_destination(tmp_path / "closed" / "new")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: save_module._save_tokenizer(tokenizer(), folder),
+        lambda folder: adapters._save_pickled({"weight": torch.zeros(1000)}, folder / "mm_projector.bin"),
+    ],
+    ids=["tokenizer", "projector"],
+)
+def test_a_full_disk_is_one_sentence_whichever_library_writes(write, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))
+    try:
+        with (
+            pytest.raises(CheckpointError, match=r"new was not written .*File too large"),
+            written_whole(tmp_path / "new") as new,
+        ):
+            write(new)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("step", "problem"), [("_write_weights", SafetensorError), ("_write_side_files", OSError)])
@@ -312,9 +349,9 @@ def test_a_failure_leaves_nothing_behind_and_the_old_checkpoint_whole(tmp_path, 
         raise problem("no space left on device")
 
     monkeypatch.setattr(save_module, step, fail)
-    with pytest.raises(CheckpointError, match=r"new cannot be written .*no space"):
+    with pytest.raises(CheckpointError, match=r"new was not written .*no space"):
         save(model, tmp_path / "new")
-    with pytest.raises(CheckpointError, match=r"a cannot be written .*no space"):
+    with pytest.raises(CheckpointError, match=r"a was not written .*no space"):
         save(model, tmp_path / "a", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert_same_tensors(reload(tmp_path / "a"), tensors)

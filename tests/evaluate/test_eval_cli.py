@@ -12,6 +12,7 @@ from llava_fast.cli.evaluate import _shard
 from llava_fast.cli.main import app
 from llava_fast.demo.run import model_path
 from llava_fast.errors import EvaluationError
+from llava_fast.evaluate.results import failures_of, load_results, results_before
 from llava_fast.evaluate.run import Plan, run
 from llava_fast.evaluate.task import Answer
 from llava_fast.evaluate.tasks import TASKS
@@ -51,6 +52,12 @@ def test_failures_and_another_model_are_said(tmp_path):
     assert result.exit_code == 0, result.output
     assert "llava:q.json: 1 of 1 questions got no answer and count as wrong; the first, '0-0': " in result.stderr
     assert "text.jpg' is not an image" in result.stderr
+    results = load_results(tmp_path / "o")
+    (row,) = results["tasks"]["llava:q.json"]["answers"]
+    row["score"] = None  # as of a task that is judged
+    assert "1 of 1 questions got no answer and are left out; " in failures_of(results, ["llava:q.json"])[0]
+    assert results_before(tmp_path / "o", {**results["model"], "an option since": None})
+    assert "without --shard asks again what failed" in invoke(*asked, "--shard", "0/1").stderr
     other = invoke(*asked, "--quantize", "int4")
     assert "(quantize is None there and 'int4' now): give another --out" in str(other.exception)
 

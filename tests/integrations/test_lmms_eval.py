@@ -228,6 +228,8 @@ def test_videos_by_their_path(classes):
         ({"temperature": 0, "top_p": None, "num_beams": 1}, {"max_new_tokens": 1024, "temperature": 0.0, "stop": None}),
         ({"do_sample": False, "temperature": 0.9}, {"max_new_tokens": 1024, "temperature": 0.0, "stop": None}),
         ({"do_sample": True, "top_k": 3}, {"max_new_tokens": 1024, "temperature": 1.0, "stop": None, "top_k": 3}),
+        ({"max_gen_toks": 4, "until": ["", "x"]}, {"max_new_tokens": 4, "temperature": 0.0, "stop": ["x"]}),
+        ({"max_gen_toks": 4, "until": ""}, {"max_new_tokens": 4, "temperature": 0.0, "stop": None}),
         ({"max_gen_toks": 4, "until": "x"}, {"max_new_tokens": 4, "temperature": 0.0, "stop": "x"}),
     ],
 )

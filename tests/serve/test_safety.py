@@ -328,11 +328,18 @@ def test_settings_out_of_range_are_refused(wrong):
     [
         (
             "allow_remote",
-            ("https://a.example", "a.example/x", "a.example:80", "*", "a.*", ""),
+            ("https://a.example", "a.example/x", "a.example:80", "*", "a.*", "a.example.", "a?x", "bücher.example", ""),
             ("a.example", "*.b", "::1"),
         ),
         ("host_names", ("https://a.example", "*.a.example", "a.example:8000", " "), ("a.example", "*", "10.0.0.1")),
-        ("allow_origins", ("a.example", "https://a.example/", "https://"), ("https://a.example:8443", "*", "null")),
+        (
+            "allow_origins",
+            (
+                *("a.example", "https://a.example/", "https://", "https://[abc", "https://*.a.example", "https://a:x"),
+                *("https://A.example", "https://a.example:443", "https://u@a.example", "https://bücher.example"),
+            ),
+            ("https://a.example:8443", "http://[::1]:8000", "chrome-extension://abc", "*", "null"),
+        ),
     ],
 )
 def test_names_that_no_request_can_have_are_refused(field, wrong, right):
