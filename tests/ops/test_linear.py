@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from llava_fast import _C
@@ -76,6 +77,15 @@ def test_a_decoder_widens_many_rows_where_bfloat16_is_slow(monkeypatch):
     fused.applied(layer, x)  # a gradient
     assert calls == [40]
     torch.testing.assert_close(found, layer(x))
+
+
+def test_a_compiled_decoder_has_one_graph_for_few_and_many_rows():
+    counter, layer = CompileCounter(), torch.nn.Linear(16, 8).bfloat16()
+    compiled = torch.compile(lambda x: fused.applied(layer, x), backend=counter, dynamic=True)
+    with torch.no_grad():
+        for rows in (native.MAX_ROWS + 8, 8):
+            compiled(torch.randn(rows, 16).bfloat16())
+    assert counter.frame_count == 1
 
 
 def test_when_the_native_form_runs(monkeypatch):

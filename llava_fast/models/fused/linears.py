@@ -25,7 +25,9 @@ def activated(x: Tensor, linear: nn.Module, activation: str) -> Tensor:
 def applied(linear: nn.Module, x: Tensor) -> Tensor:
     """linear(x), by ops.linear for many rows of bfloat16 on a CPU that multiplies them slowly."""
     if (
-        x.dtype == native.DTYPE
+        not torch.compiler.is_compiling()  # first: a traced graph must not be specialised to the number of rows
+        and x.is_cpu
+        and x.dtype == native.DTYPE
         and len(x) > native.MAX_ROWS
         and isinstance(linear, nn.Linear)
         and not torch.is_grad_enabled()
