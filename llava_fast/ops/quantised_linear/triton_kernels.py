@@ -109,7 +109,7 @@ def quantised_row_kernel(
     RUNS: tl.constexpr,
 ):
     """BLOCK_N results of one row of x: out[s, row, n] sums the `share` words from s * share. codes int32
-    [columns, words]; zero_ptr and bias_ptr may be None, GROUP is 0 for one scale a row."""
+    [columns, words]; zero_ptr and bias_ptr may be None, GROUP is 0 for int8's one scale a row."""
     row = (tl.program_id(0) % rows).to(tl.int64)  # rows side by side, so that they find a tile of codes in the caches
     n = tl.program_id(0) // rows * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
@@ -155,8 +155,8 @@ def quantised_rows_kernel(
     RUNS: tl.constexpr,
 ):
     """BLOCK_N columns of the results of up to ROWS rows: out[s, m, n] sums the `share` bytes from s * share. codes
-    uint8 [columns, stored]. One scale a row (GROUP 0) multiplies the sum; others multiply the codes, and the products
-    are rounded to x's dtype."""
+    uint8 [columns, stored]. int8's one scale a row (GROUP 0) multiplies the sum; others multiply the codes, and the
+    products are rounded to x's dtype."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
     m = tl.arange(0, ROWS)
@@ -293,8 +293,10 @@ def _words(weight: QuantisedWeight) -> Tensor:
 
 
 def _scheme(weight: QuantisedWeight) -> tuple[int, int]:
-    """(bits of a code, elements that share a scale or 0 for a whole row)."""
-    return 8 if weight.scheme == "int8" else 4, weight.group if weight.scale.shape[1] > 1 else 0
+    """(bits of a code, elements that share a scale; 0 for int8 codes with one scale a row)."""
+    if weight.scheme == "int8":
+        return 8, weight.group if weight.scale.shape[1] > 1 else 0
+    return 4, weight.group
 
 
 def specimens() -> list[Specimen]:
