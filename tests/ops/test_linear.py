@@ -1,5 +1,7 @@
 """linear: its native form against float64 at every instruction set, when it runs, and a decoder's head through it."""
 
+import platform
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -55,6 +57,23 @@ def test_many_rows_are_widened_where_bfloat16_is_slow(biased, monkeypatch):
     found = native.many_rows(x, weight, bias if biased else None)
     assert found.dtype == torch.bfloat16
     assert ((found - exact).abs() <= error_bound(x, weight, bias if biased else torch.zeros(131))).all()
+
+
+def test_autocast_does_not_round_widened_blocks():
+    x, weight = torch.full((native.MAX_ROWS + 1, 64), 1e5).bfloat16(), torch.full((8, 64), 300.0).bfloat16()
+    with torch.autocast("cpu", torch.float16):  # which holds no 1e5
+        found = native.many_rows(x, weight, None)
+    assert torch.equal(found, F.linear(x.float(), weight.float()).bfloat16())
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere PyTorch's products are taken")
+def test_where_bfloat16_is_fast(monkeypatch):
+    """As Linux says, and not where instructions are limited."""
+    if (cpu := Path("/proc/cpuinfo")).exists():
+        monkeypatch.delenv("LLAVA_FAST_SIMD", raising=False)
+        assert _C.fast_bfloat16() == ("avx512_bf16" in cpu.read_text())
+    monkeypatch.setenv("LLAVA_FAST_SIMD", "scalar")
+    assert not _C.fast_bfloat16()
 
 
 def widened(monkeypatch) -> list[int]:
