@@ -323,11 +323,12 @@ def _specimen(
     types = {"codes_ptr": "*u8" if is_rows else "*i32", "scale_ptr": "*fp32", "zero_ptr": "*u8"}
     types["out_ptr"] = "*fp32" if partial else f"*{dtype}"
     names = [name for name in kernel.arg_names if name.islower() and not absent.get(name)]
-    if not group:
-        names.remove("groups")
+    alone = kernel is quantised_row_kernel and dtype != "fp32"  # 16 bits come here in a single row
+    ones = {"groups": not group, "rows": alone}  # Triton compiles a 1 as a constant
+    names = [name for name in names if not ones.get(name)]
     signature = {name: types.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32") for name in names}
     constants: dict[str, Any] = {name: None for name, missing in absent.items() if missing and name in kernel.arg_names}
-    constants |= {"BITS": bits, "GROUP": group} | ({} if group else {"groups": 1})
+    constants |= {"BITS": bits, "GROUP": group} | {name: 1 for name, one in ones.items() if one}
     constants |= {"UPCAST": False, "ROWS": MAX_ROWS} if is_rows else {}
     aligned = (*(name for name in names if name.endswith("_ptr")), "columns", "words", "stored", "share", "two_23")
     return Specimen(
