@@ -103,12 +103,12 @@ tile(const Panel& panel, int half, const __m256i* start, const Tile& tile, bool 
   for (int m = 0; m < M && first; ++m)
     for (int r = 0; r < kHalfRows; ++r) y[m * y_stride + r] = 0;
   int64_t in_group = 0;
-  for (int64_t s = 0; s < panel.groups * spans; ++s, start += 2) {
+  for (int64_t s = 0; s < panel.groups * spans; ++s) {
     __m256i sums[M][2];
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
-      for (int h = 0; h < 2; ++h) sums[m][h] = Form::kElements == 4 ? start[h] : _mm256_setzero_si256();
+      for (int h = 0; h < 2; ++h) sums[m][h] = Form::kElements == 4 ? start[2 * s + h] : _mm256_setzero_si256();
     for (int64_t k = 0; k < span; k += 32)
 #pragma GCC unroll 8
       for (int unit = 0; unit < 32 / Form::kElements; ++unit, codes += 4 * kHalfRows, x += 4) {

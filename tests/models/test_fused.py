@@ -21,6 +21,9 @@ REQUESTS = [{"prompt": "<image>hello there", "images": [tiny.picture(60, 90)]}, 
 
 # ---------------------------------------------------------------- the gate
 
+LINEARS = {"linear": ("auto", "native"), "scaled_linear": ("auto",)}
+"""Ops without a Triton kernel, which stand for no stock module, and what is asked for where they run on a CPU."""
+
 
 @pytest.mark.parametrize("op", gate.RULES)
 @pytest.mark.parametrize("chosen", backend.BACKENDS)
@@ -28,8 +31,8 @@ REQUESTS = [{"prompt": "<image>hello there", "images": [tiny.picture(60, 90)]}, 
 def test_an_op_stands_where_its_rule_says(op, chosen, autocast):
     x = torch.ones(2, 3)
     with use_backend(chosen), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        asked = "auto" if op == "scaled_linear" else "triton"  # that has a default of its own, which is no kernel
-        assert gate.takes(op, x) == (chosen == asked and (gate.RULES[op].autocast or not autocast))
+        asked = LINEARS.get(op, ("triton",))
+        assert gate.takes(op, x) == (chosen in asked and (gate.RULES[op].autocast or not autocast))
 
 
 @pytest.mark.parametrize("op", gate.RULES)
@@ -83,7 +86,7 @@ def test_operands_of_another_dtype_are_left():
         assert not gate.takes("assemble_inputs", x, operands=(x, x.half()))
 
 
-@pytest.mark.parametrize("op", sorted(gate.RULES.keys() - {"scaled_linear"}))  # which stands for no stock module
+@pytest.mark.parametrize("op", sorted(gate.RULES.keys() - LINEARS.keys()))
 def test_what_pays_against_transformers_modules_on_a_cpu(op):
     large, small = torch.ones(gate.LEAST), torch.ones(gate.LEAST - 1)
     assert gate.takes_for_stock(op, large) == gate.RULES[op].stock

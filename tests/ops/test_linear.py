@@ -1,13 +1,18 @@
 """linear: its native form against float64 at every instruction set, when it runs, and a decoder's head through it."""
 
+import platform
+from pathlib import Path
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from llava_fast import _C
 from llava_fast.models import fused
-from llava_fast.models.decoders.llama import LlamaConfig
+from llava_fast.models.decoders.llama import DecoderAttention, DecoderMLP, LlamaConfig
 from llava_fast.models.decoders.stack import Decoder
 from llava_fast.ops import linear, use_backend
 from llava_fast.ops.backend import BackendError
@@ -54,11 +59,34 @@ def test_many_rows_are_widened_where_bfloat16_is_slow(biased, monkeypatch):
     assert ((found - exact).abs() <= error_bound(x, weight, bias if biased else torch.zeros(131))).all()
 
 
-def test_a_decoder_widens_many_rows_where_bfloat16_is_slow(monkeypatch):
+def test_autocast_does_not_round_widened_blocks():
+    x, weight = torch.full((native.MAX_ROWS + 1, 64), 1e5).bfloat16(), torch.full((8, 64), 300.0).bfloat16()
+    with torch.autocast("cpu", torch.float16):  # which holds no 1e5
+        found = native.many_rows(x, weight, None)
+    assert torch.equal(found, F.linear(x.float(), weight.float()).bfloat16())
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere PyTorch's products are taken")
+def test_where_bfloat16_is_fast(monkeypatch):
+    """As Linux says, and not where instructions are limited."""
+    if (cpu := Path("/proc/cpuinfo")).exists():
+        monkeypatch.delenv("LLAVA_FAST_SIMD", raising=False)
+        assert _C.fast_bfloat16() == ("avx512_bf16" in cpu.read_text())
+    monkeypatch.setenv("LLAVA_FAST_SIMD", "scalar")
+    assert not _C.fast_bfloat16()
+
+
+def widened(monkeypatch) -> list[int]:
+    """Rows of the calls of many_rows, on a CPU where bfloat16 is slow."""
     calls, run = [], native.many_rows
-    monkeypatch.setattr(native, "many_rows", lambda x, *rest: calls.append(len(x)) or run(x, *rest))
+    monkeypatch.setattr(native, "many_rows", lambda x, *rest: calls.append(x.shape[:-1].numel()) or run(x, *rest))
     monkeypatch.setattr(_C, "fast_bfloat16", lambda: False)
-    layer = torch.nn.Linear(64, 48).bfloat16()
+    return calls
+
+
+def test_a_decoder_widens_many_rows_where_bfloat16_is_slow(monkeypatch):
+    calls = widened(monkeypatch)
+    layer = torch.nn.Linear(64, 48).bfloat16().eval()
     x = torch.randn(40, 64).bfloat16()
     with torch.no_grad():
         found = fused.applied(layer, x)
@@ -71,11 +99,48 @@ def test_a_decoder_widens_many_rows_where_bfloat16_is_slow(monkeypatch):
         hook = layer.register_forward_hook(lambda *_: None)
         fused.applied(layer, x)
         hook.remove()
+        fused.applied(layer.train(), x)  # as with gradients
+        layer.eval()
         monkeypatch.setattr(_C, "fast_bfloat16", lambda: True)
         fused.applied(layer, x)
     fused.applied(layer, x)  # a gradient
     assert calls == [40]
     torch.testing.assert_close(found, layer(x))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_linears_of_one_input_are_widened_in_decoders_alone(merged, monkeypatch):
+    class Gate(fused.MergesLinears):
+        merges: ClassVar = {"gate_up": ("gate", "up")}
+
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up = torch.nn.Linear(64, 48), torch.nn.Linear(64, 32)
+
+    class Layer(Gate):
+        by_op = True
+
+    calls = widened(monkeypatch)
+    x = torch.randn(2, 20, 64).bfloat16()
+    with torch.no_grad():
+        for kind in (Gate, Layer):
+            module = kind().bfloat16().eval()
+            expected = [F.linear(x, linear.weight, linear.bias) for linear in (module.gate, module.up)]
+            if merged:
+                fused.merge_linears(module)
+            torch.testing.assert_close(list(module.project(x, "gate_up")), expected)
+            assert calls == ([] if kind is Gate else [40] if merged else [40, 40])
+    assert DecoderAttention.by_op
+    assert DecoderMLP.by_op
+
+
+def test_a_compiled_decoder_has_one_graph_for_few_and_many_rows():
+    counter, layer = CompileCounter(), torch.nn.Linear(16, 8).bfloat16().eval()
+    compiled = torch.compile(lambda x: fused.applied(layer, x), backend=counter, dynamic=True)
+    with torch.no_grad():
+        for rows in (native.MAX_ROWS + 8, 8):
+            compiled(torch.randn(rows, 16).bfloat16())
+    assert counter.frame_count == 1
 
 
 def test_when_the_native_form_runs(monkeypatch):

@@ -21,6 +21,8 @@ KINDS = {
     "int4 32 zeros": ("int4", 32, False, 160),
     "int4 64 zeros": ("int4", 64, False, 192),
     "int4 128 zeros": ("int4", 128, False, 256),
+    "int4 one group": ("int4", 128, True, 128),
+    "int4 one group, zeros": ("int4", 128, False, 128),
 }
 SMALL = {"BLOCK_N": 16, "RUNS": 2, "num_warps": 1}
 CONFIGS = {

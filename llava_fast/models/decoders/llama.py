@@ -24,6 +24,7 @@ from llava_fast.ops import paged_attention
 
 class DecoderAttention(MergesLinears):
     merges: ClassVar = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+    by_op = True
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
@@ -63,6 +64,7 @@ class DecoderMLP(MergesLinears):
     """SwiGLU (Shazeer 2020)."""
 
     merges: ClassVar = {"gate_up_proj": ("gate_proj", "up_proj")}
+    by_op = True
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()

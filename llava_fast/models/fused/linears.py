@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from llava_fast.ops import linear as linear_op
 from llava_fast.ops import linear_act, swiglu
 from llava_fast.ops.activations import ACTIVATIONS
 from llava_fast.ops.linear import native
+
+L = TypeVar("L", bound=nn.Linear)
 
 
 def activated(x: Tensor, linear: nn.Module, activation: str) -> Tensor:
@@ -24,16 +26,21 @@ def activated(x: Tensor, linear: nn.Module, activation: str) -> Tensor:
 
 def applied(linear: nn.Module, x: Tensor) -> Tensor:
     """linear(x), by ops.linear for many rows of bfloat16 on a CPU that multiplies them slowly."""
-    if (
-        x.dtype == native.DTYPE
-        and len(x) > native.MAX_ROWS
-        and isinstance(linear, nn.Linear)
-        and not torch.is_grad_enabled()
-        and takes("linear", x, nn.Linear, linear)
+    return linear_op(x, linear.weight, linear.bias) if _by_op(linear, x, nn.Linear) else linear(x)
+
+
+def _by_op(linear: nn.Module, x: Tensor, kind: type[L]) -> TypeGuard[L]:
+    """Whether ops.linear multiplies. In training never, so that passes without gradients compute what others do."""
+    return (
+        not torch.compiler.is_compiling()  # first: a traced graph must not be specialised to the number of rows
+        and x.is_cpu
+        and x.dtype == native.DTYPE
+        and x.shape[:-1].numel() > native.MAX_ROWS
+        and not (linear.training or torch.is_grad_enabled())
+        and isinstance(linear, kind)
+        and takes("linear", x, kind, linear)
         and native.unfit(x, linear.weight, linear.bias) is None
-    ):
-        return linear_op(x, linear.weight, linear.bias)
-    return linear(x)
+    )
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
@@ -84,16 +91,20 @@ def _parent(prefix: str) -> str:
 
 class MergesLinears(nn.Module):
     """A module with Linears that read the same input and can be merged into one MergedLinear: `merges` maps its name to
-    theirs, as {"qkv_proj": ("q_proj", "k_proj", "v_proj")}.
+    theirs, as {"qkv_proj": ("q_proj", "k_proj", "v_proj")}. `by_op`: `applied` runs them, as a decoder's.
     """
 
     merges: ClassVar[dict[str, tuple[str, ...]]] = {}
+    by_op: ClassVar[bool] = False
 
     def project(self, x: Tensor, name: str) -> tuple[Tensor, ...]:
         """The results for x of the Linears `merges[name]`, by one product where they are merged."""
-        if (merged := self._modules.get(name)) is not None:
-            return merged(x)
-        return tuple(applied(self._linear(part), x) for part in self.merges[name])
+        if (merged := self._modules.get(name)) is None:
+            linears = [self._linear(part) for part in self.merges[name]]
+            return tuple(applied(linear, x) if self.by_op else linear(x) for linear in linears)
+        if self.by_op and _by_op(merged, x, MergedLinear):
+            return linear_op(x, merged.weight, merged.bias).split(merged.sizes, dim=-1)
+        return merged(x)
 
     def _linear(self, name: str) -> nn.Module:
         found = self._modules[name]

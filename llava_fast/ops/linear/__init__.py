@@ -14,7 +14,7 @@ backend.register("linear", "reference", "any device")
 backend.register(
     "linear",
     "native",
-    f"CPU; bfloat16, up to {native.MAX_ROWS} rows, more without AVX-512 BF16, no gradients",
+    f"CPU; bfloat16, up to {native.MAX_ROWS} rows, more on x86 without AVX-512 BF16, no gradients",
     default_on=("cpu",),
 )
 

@@ -41,8 +41,9 @@ def many_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = x.new_empty(len(flat), out)
     step = max(1, BLOCK_BYTES // (4 * max(1, columns)))
     block = torch.empty(min(step, out), columns, dtype=torch.float32, device="cpu")
-    for first in range(0, out, step):
-        rows = slice(first, min(first + step, out))
-        wide = block[: rows.stop - first].copy_(weight[rows])
-        y[:, rows] = F.linear(flat, wide, None if bias is None else bias[rows].float())
+    with torch.autocast("cpu", enabled=False):  # which would round float32 again
+        for first in range(0, out, step):
+            rows = slice(first, min(first + step, out))
+            wide = block[: rows.stop - first].copy_(weight[rows])
+            y[:, rows] = F.linear(flat, wide, None if bias is None else bias[rows].float())
     return y.view(*x.shape[:-1], out)

@@ -34,7 +34,7 @@ TWO_23 = 0x4B000000
 
 
 @triton.jit
-def places(BITS: tl.constexpr):
+def bit_positions(BITS: tl.constexpr):
     """Where the codes of a 32-bit word are, from the first: (shift to the right, mask after it, 2^left, 2^-left). A
     shift is 0 or 16, for several codes at once, and leaves a code `left` bits too high."""
     at = tl.arange(0, 32 // BITS) * BITS
@@ -69,7 +69,7 @@ def load_runs(
     """(weights over their scale times 2^left [N, RUNS, 4, codes of a word], scale [N, RUNS]), both float32, of rows
     n [N] and runs whose first words are `run` [RUNS], up to word `end`. A run is the 16 bytes that a thread loads at
     once; all have one scale."""
-    shift, mask, above, _ = places(BITS)
+    shift, mask, above, _ = bit_positions(BITS)
     word = words_of(run)
     at = n.to(tl.int64)[:, None, None, None] * words + word[None, :, :, None]
     codes = tl.load(codes_ptr + at, mask=live[:, None, None, None] & (word < end)[None, :, :, None], other=0)
@@ -109,21 +109,21 @@ def quantised_row_kernel(
     RUNS: tl.constexpr,
 ):
     """BLOCK_N results of one row of x: out[s, row, n] sums the `share` words from s * share. codes int32
-    [columns, words]; zero_ptr and bias_ptr may be None, GROUP is 0 for one scale a row."""
+    [columns, words]; zero_ptr and bias_ptr may be None, GROUP is 0 for int8's one scale a row."""
     row = (tl.program_id(0) % rows).to(tl.int64)  # rows side by side, so that they find a tile of codes in the caches
     n = tl.program_id(0) // rows * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
     live = n < columns
     end = tl.minimum((part + 1) * share, words)
-    HELD: tl.constexpr = 32 // BITS
-    _, _, _, below = places(BITS)
-    x_ptr += row * words * HELD
+    PER_WORD: tl.constexpr = 32 // BITS
+    _, _, _, below = bit_positions(BITS)
+    x_ptr += row * words * PER_WORD
     total = tl.zeros([BLOCK_N, RUNS], tl.float32)
     for first in range(part * share, end, 4 * RUNS):
         run = first + 4 * tl.arange(0, RUNS)
         number, scale = load_runs(codes_ptr, scale_ptr, zero_ptr, two_23, n, live, run, end, words, groups, BITS, GROUP)
         word = words_of(run)[:, :, None]
-        x = tl.load(x_ptr + word * HELD + tl.arange(0, HELD)[None, None, :], mask=word < end, other=0.0)
+        x = tl.load(x_ptr + word * PER_WORD + tl.arange(0, PER_WORD)[None, None, :], mask=word < end, other=0.0)
         x = x.to(tl.float32) * below[None, None, :]
         total += tl.sum(tl.sum(number * x[None, :, :, :], axis=3), axis=2) * scale
     found = tl.sum(total, axis=1)
@@ -155,14 +155,14 @@ def quantised_rows_kernel(
     RUNS: tl.constexpr,
 ):
     """BLOCK_N columns of the results of up to ROWS rows: out[s, m, n] sums the `share` bytes from s * share. codes
-    uint8 [columns, stored]. One scale a row (GROUP 0) multiplies the sum; others multiply the codes, and the products
-    are rounded to x's dtype."""
+    uint8 [columns, stored]. int8's one scale a row (GROUP 0) multiplies the sum; others multiply the codes, and the
+    products are rounded to x's dtype."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
     m = tl.arange(0, ROWS)
     live = n < columns
     end = tl.minimum((part + 1) * share, stored)
-    HELD: tl.constexpr = 8 // BITS
+    PER_BYTE: tl.constexpr = 8 // BITS
     BYTES: tl.constexpr = 16 * RUNS
     dtype = tl.float32 if UPCAST else x_ptr.dtype.element_ty
     codes_at = codes_ptr + n.to(tl.int64)[None, :] * stored
@@ -170,12 +170,12 @@ def quantised_rows_kernel(
     for first in range(part * share, end, BYTES):
         byte = first + tl.arange(0, BYTES)
         codes = tl.load(codes_at + byte[:, None], mask=live[None, :] & (byte < end)[:, None], other=0).to(tl.int32)
-        k = first * HELD + tl.arange(0, BYTES * HELD)
-        x_mask = (m < rows)[:, None] & (k < end * HELD)[None, :]
-        x = tl.load(x_ptr + m[:, None] * (stored * HELD) + k[None, :], mask=x_mask, other=0.0).to(dtype)
+        k = first * PER_BYTE + tl.arange(0, BYTES * PER_BYTE)
+        x_mask = (m < rows)[:, None] & (k < end * PER_BYTE)[None, :]
+        x = tl.load(x_ptr + m[:, None] * (stored * PER_BYTE) + k[None, :], mask=x_mask, other=0.0).to(dtype)
         if GROUP:
             run = first + 16 * tl.arange(0, RUNS)
-            group = n[None, :] * groups + (run * HELD // GROUP)[:, None]
+            group = n[None, :] * groups + (run * PER_BYTE // GROUP)[:, None]
             held = live[None, :] & (run < end)[:, None]
             scale = tl.load(scale_ptr + group, mask=held, other=0.0)
             scale = tl.broadcast_to(scale[:, None, :], [RUNS, 16, BLOCK_N]).reshape(BYTES, BLOCK_N)
@@ -221,14 +221,14 @@ def dequantise_kernel(
     """BLOCK_N rows by RUNS runs of the weight, in out's dtype."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = n < columns
-    HELD: tl.constexpr = 32 // BITS
-    _, _, _, below = places(BITS)
+    PER_WORD: tl.constexpr = 32 // BITS
+    _, _, _, below = bit_positions(BITS)
     run = 4 * (tl.program_id(1) * RUNS + tl.arange(0, RUNS))
     number, scale = load_runs(codes_ptr, scale_ptr, zero_ptr, two_23, n, live, run, words, words, groups, BITS, GROUP)
     word = words_of(run)
     weight = number * (scale[:, :, None, None] * below[None, None, None, :])
-    column = word[:, :, None] * HELD + tl.arange(0, HELD)[None, None, :]
-    at = n.to(tl.int64)[:, None, None, None] * (words * HELD) + column[None, :, :, :]
+    column = word[:, :, None] * PER_WORD + tl.arange(0, PER_WORD)[None, None, :]
+    at = n.to(tl.int64)[:, None, None, None] * (words * PER_WORD) + column[None, :, :, :]
     mask = live[:, None, None, None] & (word < words)[None, :, :, None]
     tl.store(out_ptr + at, weight.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -247,10 +247,10 @@ def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) ->
 def few_rows(x: Tensor, rows: int, weight: QuantisedWeight, bias: Tensor | None, out: Tensor) -> None:
     """Write `out` [.., columns] for up to MAX_ROWS contiguous rows."""
     columns, stored = weight.codes.shape
-    alone = rows == 1 or x.dtype == torch.float32
-    kernel: Any = quantised_row_kernel if alone else quantised_rows_kernel
+    by_row = rows == 1 or x.dtype == torch.float32
+    kernel: Any = quantised_row_kernel if by_row else quantised_rows_kernel
     config = triton_support.config(kernel.__name__, x.device, rows)
-    codes, unit = (_words(weight), 4) if alone else (weight.codes.view(torch.uint8), 1)
+    codes, unit = (_words(weight), 4) if by_row else (weight.codes.view(torch.uint8), 1)
     tiles, step = triton.cdiv(columns, config["BLOCK_N"]), 16 * config["RUNS"]
     parts = min(triton.cdiv(PROGRAMS, tiles), triton.cdiv(stored, step))
     share = triton.cdiv(triton.cdiv(stored, step), parts) * step
@@ -258,7 +258,7 @@ def few_rows(x: Tensor, rows: int, weight: QuantisedWeight, bias: Tensor | None,
     into = out if parts == 1 else torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
     pointers = (x, codes, weight.scale, weight.zero, bias, into)
     sizes = (rows, columns, stored // unit, weight.scale.shape[1], share // unit, TWO_23, *_scheme(weight))
-    if alone:
+    if by_row:
         quantised_row_kernel[(rows * tiles, parts)](*pointers, *sizes, **config)
     else:
         quantised_rows_kernel[(tiles, parts)](*pointers, *sizes, triton_support.upcast(x), MAX_ROWS, **config)
@@ -293,8 +293,10 @@ def _words(weight: QuantisedWeight) -> Tensor:
 
 
 def _scheme(weight: QuantisedWeight) -> tuple[int, int]:
-    """(bits of a code, elements that share a scale or 0 for a whole row)."""
-    return 8 if weight.scheme == "int8" else 4, weight.group if weight.scale.shape[1] > 1 else 0
+    """(bits of a code, elements that share a scale; 0 for int8 codes with one scale a row)."""
+    if weight.scheme == "int8":
+        return 8, weight.group if weight.scale.shape[1] > 1 else 0
+    return 4, weight.group
 
 
 def specimens() -> list[Specimen]:
@@ -321,11 +323,12 @@ def _specimen(
     types = {"codes_ptr": "*u8" if is_rows else "*i32", "scale_ptr": "*fp32", "zero_ptr": "*u8"}
     types["out_ptr"] = "*fp32" if partial else f"*{dtype}"
     names = [name for name in kernel.arg_names if name.islower() and not absent.get(name)]
-    if not group:
-        names.remove("groups")
+    single = kernel is quantised_row_kernel and dtype != "fp32"  # 16 bits come here in a single row
+    ones = {"groups": not group, "rows": single}  # Triton compiles a 1 as a constant
+    names = [name for name in names if not ones.get(name)]
     signature = {name: types.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32") for name in names}
     constants: dict[str, Any] = {name: None for name, missing in absent.items() if missing and name in kernel.arg_names}
-    constants |= {"BITS": bits, "GROUP": group} | ({} if group else {"groups": 1})
+    constants |= {"BITS": bits, "GROUP": group} | {name: 1 for name, one in ones.items() if one}
     constants |= {"UPCAST": False, "ROWS": MAX_ROWS} if is_rows else {}
     aligned = (*(name for name in names if name.endswith("_ptr")), "columns", "words", "stored", "share", "two_23")
     return Specimen(
