@@ -20,14 +20,8 @@ TARGET inline Sixteen multiply(Sixteen a, Sixteen b) {
 TARGET inline Sixteen multiply_add(Sixteen a, Sixteen b, Sixteen c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
-typedef __m128 Four;
-TARGET inline Four load4(const float* p) { return _mm_loadu_ps(p); }
-TARGET inline Four load2(const float* p) {
-  const __m128 two = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  return _mm_unpacklo_ps(two, two);
-}
-TARGET inline Four load1(const float* p) { return _mm_set1_ps(*p); }
-TARGET inline Four multiply(Four a, Four b) { return _mm_mul_ps(a, b); }
+#include "decode/quantised_four.h"
+
 TARGET inline Sixteen spread2(Four v) {
   return {_mm256_broadcastss_ps(v), _mm256_broadcastss_ps(_mm_movehl_ps(v, v))};
 }

@@ -20,14 +20,8 @@ TARGET inline Sixteen load16(const void* p) { return _mm512_loadu_ps(p); }
 TARGET inline Sixteen splat16(float x) { return _mm512_set1_ps(x); }
 TARGET inline Sixteen multiply(Sixteen a, Sixteen b) { return _mm512_mul_ps(a, b); }
 TARGET inline Sixteen multiply_add(Sixteen a, Sixteen b, Sixteen c) { return _mm512_fmadd_ps(a, b, c); }
-typedef __m128 Four;
-TARGET inline Four load4(const float* p) { return _mm_loadu_ps(p); }
-TARGET inline Four load2(const float* p) {
-  const __m128 two = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  return _mm_unpacklo_ps(two, two);
-}
-TARGET inline Four load1(const float* p) { return _mm_set1_ps(*p); }
-TARGET inline Four multiply(Four a, Four b) { return _mm_mul_ps(a, b); }
+#include "decode/quantised_four.h"
+
 TARGET inline Sixteen spread2(Four v) {
   const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2);
   return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(v));
