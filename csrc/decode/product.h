@@ -9,7 +9,7 @@ namespace llava_fast::decode {
 constexpr int kPanelRows = 32;  // rows of the weight side by side
 
 constexpr int64_t kBlockElements = 1024;  // elements of a row that one panel has at most
-constexpr int kCodeBytes = 2;               // of a code in a panel, at most
+constexpr int kCodeBytes = 2;  // of a code in a panel, at most
 constexpr int kOffset = 128;  // added to the vectors' codes, which makes them unsigned, as the instructions want them
 
 // Part of kPanelRows rows of a weight of `kind`, `groups` groups of `group` elements each (a multiple of 32).

@@ -131,12 +131,12 @@ TARGET void rows_by_vectors(const Linear& linear, int64_t row, int64_t step, con
   const int64_t bytes = linear.in * 64 / kElements, full = bytes / 64, groups = linear.in / linear.group;
   Rows<R> rows;
   Sixteen sums[R][N];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
   for (int i = 0; i < R; ++i) {
     rows.codes[i] = static_cast<const uint8_t*>(linear.weight) + (row + i * step) * bytes;
     rows.scale[i] = linear.scale + (row + i * step) * groups;
     rows.zero[i] = kZero ? linear.zero + (row + i * step) * groups : nullptr;
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int j = 0; j < N; ++j) sums[i][j] = splat16(0);
   }
   if constexpr (kZero) add_zeros(rows, groups, x, sums);
@@ -159,17 +159,15 @@ TARGET void rows_by_vectors(const Linear& linear, int64_t row, int64_t step, con
     }
     add_unit<Codes, kScales>(copies, 0, 0, unit, x, sums);
   }
-  for (int j = 0; j < N; ++j)
-    for (int first = 0; first < R; first += 4) {
-      float totals[4];
-      sum_each16(sums[first][j], sums[(first + 1) % R][j], sums[(first + 2) % R][j], sums[(first + 3) % R][j], totals);
-      for (int i = first; i < R && i < first + 4; ++i) {
-        const int64_t at = row + i * step;
-        const float value = kScales > 0 ? totals[i - first] : totals[i - first] * linear.scale[at];
-        float& target = y[j * y_stride + at];
-        target = accumulate ? target + value : value;
-      }
+  for (int j = 0; j < N; ++j) {
+    float totals[4];
+    sum_each16(sums[0][j], sums[1 % R][j], sums[2 % R][j], sums[3 % R][j], totals);
+    for (int i = 0; i < R; ++i) {
+      const float value = kScales > 0 ? totals[i] : totals[i] * linear.scale[row + i * step];
+      float& target = y[j * y_stride + row + i * step];
+      target = accumulate ? target + value : value;
     }
+  }
 }
 
 template <class Codes, int kScales, bool kZero, int R>
@@ -177,11 +175,10 @@ TARGET void rows_by_all(const Linear& linear, int64_t row, int64_t step, const Q
                         float* y, int64_t y_stride, bool accumulate) {
   int64_t j = 0;
   for (; j + kTileVectors <= count; j += kTileVectors)
-    rows_by_vectors<Codes, kScales, kZero, R, kTileVectors>(
-        linear, row, step, x.from(j), y + j * y_stride, y_stride, accumulate);
+    rows_by_vectors<Codes, kScales, kZero, R, kTileVectors>(linear, row, step, x.from(j), y + j * y_stride, y_stride,
+                                                            accumulate);
   for (; j < count; ++j)
-    rows_by_vectors<Codes, kScales, kZero, R, 1>(linear, row, step, x.from(j), y + j * y_stride,
-                                                                   y_stride, accumulate);
+    rows_by_vectors<Codes, kScales, kZero, R, 1>(linear, row, step, x.from(j), y + j * y_stride, y_stride, accumulate);
 }
 
 template <class Codes, int kScales, bool kZero>
@@ -195,11 +192,11 @@ TARGET void all_rows(const Linear& linear, int64_t begin, int64_t end, const Vec
   }
   const float* const totals =
       kZero ? x.totals + first_total(linear.group, units_of(Codes::kKind, linear.in)) : nullptr;
-  const QuantisedVectors inputs = {static_cast<const int8_t*>(x.data), x.offsets, x.scales, totals,
-                            x.stride, x.offsets_stride, x.scales_stride, x.totals_stride};
+  const QuantisedVectors inputs = {static_cast<const int8_t*>(x.data), x.offsets,        x.scales,
+                                   totals,                             x.stride,         x.offsets_stride,
+                                   x.scales_stride,                    x.totals_stride};
   const auto one_row = [&](int64_t r) {
-    rows_by_all<Codes, kScales, kZero, 1>(linear, begin + r, 0, inputs, x.count, y, y_stride,
-                                                            accumulate);
+    rows_by_all<Codes, kScales, kZero, 1>(linear, begin + r, 0, inputs, x.count, y, y_stride, accumulate);
   };
   const Parts parts(end - begin, kTileRows);
   for (int64_t r = 0; r < parts.together; ++r)
