@@ -64,14 +64,18 @@ def test_the_budget_is_kept(select, monkeypatch, capsys):
     assert " not tested: the budget of 0 s is spent" in said
 
 
+def verdicts_of(op, settings, **rounding) -> list:
+    """Those that `tune` finds for an op of the demo's model."""
+    tune.tune(None, training=False, budget=100, **rounding)
+    verdicts = settings.table(torch.device("cpu")).verdicts
+    return [each for name, each in verdicts.items() if name.split()[0] == op]
+
+
 def test_products_in_8_bits_are_tested_for_a_precision(select, monkeypatch):
     monkeypatch.setattr(proof, "FORMS", ("eight_bit",))
     monkeypatch.setattr(tune, "SIZES", ((40, 40),))
     monkeypatch.setattr(eight_bit, "FEW_ROWS", 8)
-    settings = select()
-    tune.tune(None, training=False, budget=100, precision="int8")
-    verdicts = settings.table(torch.device("cpu")).verdicts
-    found = [each for name, each in verdicts.items() if name.split()[0] == "scaled_linear"]
+    found = verdicts_of("scaled_linear", select(), precision="int8")
     assert found
     assert {each.by for each in found} == {"tune"}
 
@@ -80,10 +84,7 @@ def test_native_products_of_quantised_weights_are_not_refused_for_rounding_their
     monkeypatch.setattr(proof, "FORMS", ("native",))
     monkeypatch.setattr(proof.Clock, "in_turn", lambda *_: proof.Times(1.0, 2.0, 0.0))  # the faster
     monkeypatch.setattr(tune, "SIZES", ((40, 40),))
-    settings = select()
-    tune.tune(None, training=False, budget=100, quantize="int4")
-    verdicts = settings.table(torch.device("cpu")).verdicts
-    found = [each for name, each in verdicts.items() if name.split()[0] == "quantised_linear"]
+    found = verdicts_of("quantised_linear", select(), quantize="int4")
     assert found
     assert {each.backend for each in found} == {"native"}
 
